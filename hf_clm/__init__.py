@@ -1,0 +1,32 @@
+"""hf_clm: pretraining and supervised fine-tuning of causal language models on the Hugging Face Trainer.
+
+The public names are loaded when they are used, so ``import hf_clm`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+PUBLIC_NAMES = {
+    "load_recipe": "hf_clm.config",
+    "train": "hf_clm.training.run",
+    "load_tokenizer": "hf_clm.tokenizer",
+    "load_model": "hf_clm.model",
+    "to_example": "hf_clm.data.formats",
+    "PretrainDataset": "hf_clm.data.datasets",
+    "SFTDataset": "hf_clm.data.datasets",
+    "DataCollatorForCausalLM": "hf_clm.data.collators",
+    "DataCollatorForPackedCausalLM": "hf_clm.data.collators",
+    "PackedDataset": "hf_clm.data.packing",
+    "CLMTrainer": "hf_clm.training.trainer",
+    "generate": "hf_clm.generation.generate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC_NAMES:
+        raise AttributeError(f"module 'hf_clm' has no attribute {name!r}")
+    return getattr(import_module(PUBLIC_NAMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(PUBLIC_NAMES)

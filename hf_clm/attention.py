@@ -1,0 +1,103 @@
+"""Attention inside each document of a packed row, as one function of ``transformers.AttentionInterface``.
+
+No mask function is registered beside it, so the model builds no mask: a packed row is told apart by ``cu_seq_lens``
+alone, and rows without it (padded on the right) need none, because a causal model never looks to the right.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from hf_clm.errors import ModelError
+
+NAME = "packed"
+
+
+def register() -> None:
+    """Makes ``attn_implementation="packed"`` known to transformers. Called by ``load_model``."""
+    AttentionInterface.register(NAME, packed_attention)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of each document on its own.
+
+    B = batch size (1 for packed rows), T = tokens, H = query heads, K = key heads (H is a multiple), E = head width.
+
+    Args (as transformers calls it): query (B, H, T, E); key, value (B, K, T, E); attention_mask, ignored; keywords
+        scaling, dropout, sliding_window (tokens), cu_seq_lens_q (documents + 1,) int32.
+
+    Returns (B, T, H, E) and None for the weights. Raises ModelError for what it does not compute: soft-capping, sinks.
+    """
+    key, value = args[0], args[1]
+    _check_supported(kwargs)
+    options = {
+        "dropout": kwargs.get("dropout", 0.0),
+        "scale": kwargs.get("scaling"),
+        "window": kwargs.get("sliding_window"),
+    }
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is None:
+        return _causal(query, key, value, **options).transpose(1, 2), None
+    if query.is_cuda and not options["dropout"]:
+        return _varlen(query, key, value, bounds, int(kwargs["max_length_q"]), **options), None
+    starts = bounds.tolist()
+    documents = [
+        _causal(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], **options)
+        for a, b in zip(starts[:-1], starts[1:], strict=True)
+    ]
+    return torch.cat(documents, dim=2).transpose(1, 2), None
+
+
+def use_for_generation(model: PreTrainedModel) -> None:
+    """Switches a packed model to ``sdpa``: generation has a KV cache and pads on the left, and needs a mask."""
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")
+
+
+def use_for_training(model: PreTrainedModel, attention: str) -> None:
+    """Switches the model (back) to ``attention``."""
+    if model.config._attn_implementation != attention:
+        model.set_attn_implementation(attention)
+
+
+def _causal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float, scale: float | None, window: int | None
+) -> torch.Tensor:
+    """(B, H, T, E) for one document, or for rows that hold one document each."""
+    tokens = query.shape[2]
+    mask = None
+    if window is not None and tokens > window:
+        distance = torch.arange(tokens, device=query.device)[:, None] - torch.arange(tokens, device=query.device)
+        mask = (distance >= 0) & (distance < window)
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int, **options: Any
+) -> torch.Tensor:
+    """The fused kernel of torch for many documents in one call; a window of (-1, 0) is plain causal."""
+    from torch.nn.attention.varlen import varlen_attn  # CUDA only
+
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:  # grouped heads are an argument of the kernel from torch 2.12 on only
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    window = (-1 if options["window"] is None else options["window"] - 1, 0)
+    flat = [states[0].transpose(0, 1).contiguous() for states in (query, key, value)]
+    return varlen_attn(*flat, bounds, bounds, longest, longest, scale=options["scale"], window_size=window)[None]
+
+
+def _check_supported(kwargs: dict[str, Any]) -> None:
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            what = f"the packed attention does not compute this model's {name!r}"
+            raise ModelError(what, where="model.attention", got=NAME, fix="set model.attention to sdpa or eager")

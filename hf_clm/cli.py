@@ -1,0 +1,217 @@
+"""The command line: each subcommand loads a recipe or a run, calls one function, and prints."""
+
+import argparse
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hf_clm.errors import DataError, ExitCode, RecipeError, UserError, did_you_mean
+
+ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns its exit code. What a user can fix is one line on stderr."""
+    words = list(sys.argv[1:] if words is None else words)
+    shows_traceback = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    if not words or words[0] in ("-h", "--help"):
+        print(help_text())
+        return ExitCode.DONE
+    try:
+        if words[0] not in COMMANDS:
+            fix = f"one of {', '.join(COMMANDS)}{did_you_mean(words[0], COMMANDS)}"
+            raise RecipeError("no such command", got=repr(words[0]), fix=fix)
+        COMMANDS[words[0]](words[1:])
+        return ExitCode.DONE
+    except UserError as error:
+        return _fail(str(error), error.exit_code, shows_traceback)
+    except KeyboardInterrupt:
+        return _fail("interrupted", ExitCode.INTERRUPTED, shows_traceback)
+    except OSError as error:
+        if error.errno not in ENVIRONMENT_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror}", ExitCode.ENVIRONMENT, shows_traceback)
+
+
+def help_text() -> str:
+    """What ``hf-clm --help`` prints."""
+    lines = [f"  hf-clm {name:<16} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "hf-clm: pretraining and fine-tuning of causal language models on the Hugging Face Trainer",
+            "",
+            *lines,
+            "",
+            "`hf-clm COMMAND --help` lists its options. --traceback shows where an error arose.",
+            "On several GPUs: accelerate launch --multi_gpu -m hf_clm train RECIPE",
+        ]
+    )
+
+
+def run_train(words: list[str]) -> None:
+    """RECIPE [--key value ...]: train, and write a folder that from_pretrained opens"""
+    from hf_clm.config import load_recipe, recipe_help
+
+    recipe, overrides = _recipe_words(words, "train")
+    if recipe is None:
+        print(recipe_help())
+        return
+    loaded = load_recipe(recipe, overrides)
+    _quiet_libraries()
+    from hf_clm.training.run import train  # torch and transformers take seconds to import
+
+    train(loaded, is_terminal=sys.stderr.isatty())
+
+
+def run_config(words: list[str]) -> None:
+    """RECIPE [--key value ...]: print every value of a recipe and where it came from"""
+    from hf_clm.config import describe_recipe, load_recipe, recipe_help
+
+    recipe, overrides = _recipe_words(words, "config")
+    if recipe is None:
+        print(recipe_help())
+        return
+    rows = describe_recipe(load_recipe(recipe, overrides))
+    width = max(len(key) for key, _, _ in rows)
+    for key, value, origin in rows:
+        print(f"{key:<{width}}  {json.dumps(value, ensure_ascii=False):<40}  {origin}")
+
+
+def run_generate(words: list[str]) -> None:
+    """RUN --prompt TEXT: let a model answer, with the prompt format and stop tokens of its training"""
+    options = _generate_parser().parse_args(words)
+    _quiet_libraries()
+    from hf_clm.generation.command import generate_from_run
+
+    answers = generate_from_run(options)
+    for prompt, answer in answers:
+        if options.json:
+            entry = {"prompt": prompt, "text": answer.text, "tokens": answer.tokens, "stopped": answer.stopped}
+            print(json.dumps(entry, ensure_ascii=False))
+        elif len(answers) == 1:
+            print(answer.text)
+        else:
+            print(f"> {prompt}\n{answer.text}\n")
+
+
+def run_evaluate(words: list[str]) -> None:
+    """RUN DATA: loss, perplexity, bits per byte, token accuracy, exact match of generated answers"""
+    parser = _Parser("hf-clm evaluate")
+    parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
+    parser.add_argument("data", help="a file, a glob, a folder, or a dataset on the Hub")
+    parser.add_argument("--format", help="of the data; default: told from the keys, or the run's own")
+    parser.add_argument("--stage", choices=("pretrain", "sft"), help="what counts as target; default: the run's own")
+    parser.add_argument("--max_length", type=int, help="tokens in a row; default: the run's own")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows at once; changes no figure (%(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="of a generated answer (%(default)s)")
+    parser.add_argument("--no_generate", action="store_true", help="leave out the generated answers")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(words)
+    _quiet_libraries()
+    from hf_clm.evaluation.command import evaluate_run
+
+    result = evaluate_run(options)
+    if options.json:
+        print(json.dumps(result, ensure_ascii=False))
+        return
+    for key, value in result.items():
+        print(f"{key:<16} {value:,}" if isinstance(value, int) else f"{key:<16} {value:.4f}")
+
+
+def run_train_tokenizer(words: list[str]) -> None:
+    """DATA... --output_dir FOLDER: train a byte-level BPE tokenizer"""
+    parser = _Parser("hf-clm train-tokenizer")
+    parser.add_argument("data", nargs="+", help="files, globs, folders, or datasets on the Hub")
+    parser.add_argument("--output_dir", required=True, help="the folder to write")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="tokens (%(default)s)")
+    parser.add_argument("--min_frequency", type=int, default=2, help="of a pair that is merged (%(default)s)")
+    parser.add_argument("--pad_token", default="<|pad|>", help="(%(default)s)")
+    parser.add_argument("--format", help="of the data; default: told from the keys")
+    options = parser.parse_args(words)
+    from hf_clm.config import Data, Source
+    from hf_clm.data.build import load_examples, texts_of
+    from hf_clm.train_tokenizer import train_bpe
+
+    sources = [Source(path=path, format=options.format) for path in options.data]
+    examples = load_examples(sources, Data(train=sources))
+    sizes = {"vocab_size": options.vocab_size, "min_frequency": options.min_frequency}
+    tokenizer = train_bpe(texts_of(examples.examples), pad_token=options.pad_token, **sizes)
+    tokenizer.save_pretrained(options.output_dir)
+    print(f"{len(tokenizer):,} tokens from {len(examples):,} records, written to {options.output_dir}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": run_train,
+    "config": run_config,
+    "generate": run_generate,
+    "evaluate": run_evaluate,
+    "train-tokenizer": run_train_tokenizer,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Without abbreviations, and with our one-line errors."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, description=(COMMANDS[prog.split()[1]].__doc__ or ""), allow_abbrev=False)
+
+    def error(self, message: str) -> Any:
+        known = [option for action in self._actions for option in action.option_strings]
+        unknown = next((word for word in message.split() if word.startswith("--")), "")
+        raise RecipeError(message + (did_you_mean(unknown, known) if unknown not in known else ""), where=self.prog)
+
+
+def _generate_parser() -> _Parser:
+    parser = _Parser("hf-clm generate")
+    parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--input", default="", help="the input that belongs to an instruction")
+    parser.add_argument("--file", help="prompts: a txt file with one a line, or records in the run's format")
+    parser.add_argument("--raw", action="store_true", help="take the prompt as it is, without the run's format")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="(%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    parser.add_argument("--top_k", type=int, help="sample among the k likeliest tokens")
+    parser.add_argument("--top_p", type=float, help="sample among the likeliest tokens of this total probability")
+    parser.add_argument("--num_beams", type=int, default=1, help="beam search (%(default)s)")
+    parser.add_argument("--no_repeat_ngram_size", type=int, default=0, help="repeat no n tokens (0: off)")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="(%(default)s)")
+    parser.add_argument("--stop", action="append", default=[], help="a text that ends the answer; may be repeated")
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts at once (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    return parser
+
+
+def _recipe_words(words: list[str], command: str) -> tuple[str | None, list[str]]:
+    """The recipe and the overrides; None for --help."""
+    if "-h" in words or "--help" in words:
+        return None, []
+    if not words or words[0].startswith("-"):
+        raise RecipeError("needs a recipe", where=f"hf-clm {command}", fix=f"hf-clm {command} RECIPE [--key value ...]")
+    return words[0], words[1:]
+
+
+def _quiet_libraries() -> None:
+    """No progress bars of weight loading between our lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns at every forked worker
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _fail(message: str, code: int, shows_traceback: bool) -> int:
+    """Prints the error once: on rank 0, or where the environment of one machine is at fault."""
+    rank = os.environ.get("RANK", "0")
+    if shows_traceback:
+        traceback.print_exc()
+    if rank == "0" or code == ExitCode.ENVIRONMENT:
+        print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr)
+    return int(code)

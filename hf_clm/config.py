@@ -1,0 +1,390 @@
+"""The recipe: one YAML file and the words of the command line become one frozen, checked ``Recipe``."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from hf_clm.errors import RecipeError, did_you_mean
+from hf_clm.recipe_text import (
+    COMMAND_LINE,
+    accepted_types,
+    build_yaml,
+    leaves,
+    list_keys,
+    load_yaml,
+    override,
+    place_of,
+    secret_faults,
+    suggest_key,
+    to_fault,
+    to_options,
+    to_type_text,
+    to_value,
+)
+from hf_clm.schema import Format
+from hf_clm.trainer_fields import (
+    V4_NAMES,
+    Fault,
+    check_train_combination,
+    check_train_values,
+    load_trainer_fields,
+    shorten,
+    to_trainer_types,
+)
+
+# Where ours differ from those of transformers.TrainingArguments.
+TRAIN_DEFAULTS: dict[str, Any] = {
+    "lr_scheduler_type": "cosine",  # ends at zero like linear, and stays high for longer
+    "warmup_steps": 0.03,  # a share of the run: Adam's first steps are the roughest
+    "logging_steps": 10,  # 500 hides a short run
+    "logging_first_step": True,  # the loss before learning
+    "logging_nan_inf_filter": False,  # the filter shows a NaN loss as 0.0
+    "include_num_input_tokens_seen": "no",  # we count real and target tokens without a device sync
+    "average_tokens_across_devices": True,  # the same loss for one process and for many
+    "ddp_find_unused_parameters": False,  # a causal language model uses all of them
+    "remove_unused_columns": False,  # would drop what the packed attention needs
+    "save_total_limit": 2,  # checkpoints are three times as large as the model
+    "disable_tqdm": True,  # our own progress bar
+    "report_to": "none",  # the default only since transformers 5
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Model(_Section):
+    name_or_path: str | None = None
+    """A model on the Hub or a folder."""
+    revision: str | None = None
+    """A branch, tag or commit on the Hub."""
+    init: Literal["pretrained", "scratch"] = "pretrained"
+    """Start from trained weights or from random ones."""
+    config: dict[str, Any] = {}
+    """For scratch: {model_type: gpt2, n_layer: 4, ...}."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the trained weights; small updates are lost below float32."""
+    attention: str = "packed"
+    """packed, sdpa, eager, flash_attention_2, ..."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model; needs a commit as revision, or a folder."""
+    allow_bin: bool = False
+    """Load pickled weights where there are no safetensors."""
+
+
+class TokenizerTraining(_Section):
+    vocab_size: int = Field(default=4096, ge=260)
+    """Number of tokens, the 256 bytes and the special ones included."""
+    min_frequency: int = Field(default=2, ge=1)
+    """How often a pair must occur to become a token."""
+
+
+class Tokenizer(_Section):
+    name_or_path: str | None = None
+    """Default: the model's."""
+    train: TokenizerTraining | None = None
+    """Train a byte-level BPE on data.train instead of loading one."""
+    pad_token: str = "<|pad|>"
+    """Added when the tokenizer has none of its own, or when it equals EOS."""
+    eos_token: str | None = None
+    """Default: the tokenizer's."""
+    chat_template: str | None = None
+    """chatml, plain, or a .jinja file; default: the tokenizer's."""
+
+
+class Source(_Section):
+    path: str
+    """A file, a glob, a folder, or a dataset on the Hub."""
+    format: Format | None = None
+    """Default: told from the keys of the first record."""
+    fields: dict[str, str] = {}
+    """The format's key -> the column in the file."""
+    split: str = "train"
+    """Of a dataset on the Hub."""
+    name: str | None = None
+    """The configuration of a dataset on the Hub."""
+    revision: str | None = None
+    """A branch, tag or commit on the Hub."""
+
+
+class Window(_Section):
+    size: int = Field(ge=2)
+    """Tokens in a window."""
+    step: int = Field(ge=1)
+    """Tokens from the start of a window to the start of the next."""
+
+
+def _to_sources(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+Sources = Annotated[list[Source], BeforeValidator(_to_sources)]
+
+
+class Data(_Section):
+    train: Sources = Field(min_length=1)
+    """A path, a list of paths, or a list of sources."""
+    eval: Sources = []
+    """Its own sources; or see eval_fraction."""
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """The share of the training examples held out, chosen by train.seed."""
+    max_length: int = Field(default=1024, ge=2)
+    """Tokens in a row."""
+    overflow: Literal["keep_target", "truncate", "drop", "error", "split"] | None = None
+    """For an example over max_length; default: keep_target for sft, split for pretrain."""
+    packing: Literal["none", "best_fit", "stream"] | None = None
+    """Default: best_fit for sft, stream (rows are cut, no token is lost) for pretrain."""
+    window: Window | None = None
+    """Overlapping pieces of long documents; with packing none."""
+    train_on: Literal["all_turns", "last_turn", "everything"] = "all_turns"
+    """Which parts of a conversation are learned."""
+    special_tokens_in_text: Literal["encode_as_text", "error", "allow"] = "encode_as_text"
+    """For text in a record that spells a control token."""
+    max_dropped: float = Field(default=0.01, ge=0, le=1)
+    """The largest share of examples that may be dropped."""
+    skip_bad_lines: bool = False
+    """Count and list unreadable lines instead of stopping."""
+    max_line_bytes: int = Field(default=8_388_608, ge=1)
+    """The longest line that is read."""
+    strict: bool = False
+    """Unknown keys of a record are errors."""
+    nul: Literal["warn", "error"] = "warn"
+    """For a NUL character in a text."""
+    allow_empty_prompt: bool = False
+    """Learn completions that follow nothing."""
+
+
+class Samples(_Section):
+    prompts: list[str] = Field(min_length=1)
+    """Each is continued during training."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Default: before and after training only."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """The longest answer."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 is greedy."""
+
+
+class EarlyStopping(_Section):
+    patience: int = Field(default=3, ge=1)
+    """Evaluations without improvement before the run stops."""
+    threshold: float = Field(default=0.0, ge=0)
+    """The smallest change that counts as improvement."""
+
+
+@dataclass
+class _Origins:
+    """Where each key was given; two of them are always equal, so recipes compare by what they say."""
+
+    places: dict[str, str] = field(default_factory=dict, compare=False)
+
+
+class _Faults(ValueError):
+    def __init__(self, faults: list[Fault]):
+        self.faults = faults
+        super().__init__(faults[0].what)
+
+
+class Recipe(_Section):
+    """A run: one that was built has passed every check that needs neither data nor model."""
+
+    stage: Literal["pretrain", "sft"]
+    """Learn whole texts, or the targets only."""
+    model: Model
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data
+    samples: Samples | None = None
+    """Text generated during training; null: none."""
+    early_stopping: EarlyStopping | None = None
+    """null: train to the end."""
+    train: dict[str, Any] = {}
+    """transformers.TrainingArguments, verbatim."""
+    overwrite: bool = False
+    """Move an existing output folder aside."""
+    _origins: _Origins = PrivateAttr(default_factory=_Origins)
+
+    @field_validator("train")
+    @classmethod
+    def _check_train(cls, train: dict[str, Any]) -> dict[str, Any]:
+        if faults := check_train_values(train):
+            raise _Faults(faults)
+        return to_trainer_types(train)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Recipe":
+        has_eval = bool(self.data.eval or self.data.eval_fraction)
+        faults = [*_model_faults(self), *_data_faults(self)]
+        faults += check_train_combination(self.train, has_eval=has_eval, defaults=TRAIN_DEFAULTS)
+        if self.early_stopping and not self.train.get("load_best_model_at_end"):
+            what = "early_stopping needs train.load_best_model_at_end: true and an eval set"
+            faults.append(Fault("early_stopping", what))
+        if faults:
+            raise _Faults(faults)
+        return self
+
+    @property
+    def resolved_overflow(self) -> str:
+        return self.data.overflow or ("keep_target" if self.stage == "sft" else "split")
+
+    @property
+    def resolved_packing(self) -> str:
+        return self.data.packing or ("best_fit" if self.stage == "sft" else "stream")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe; ``overrides`` are words: ``["--bf16", "--learning_rate", "1e-4", "--stage=sft"]``.
+
+    Raises RecipeError with the line of the file, or "command line", for the first thing that is wrong.
+    """
+    tree, places = load_yaml(str(path))
+    fields = dict(list_keys(Recipe))
+    for name, text in to_options(overrides):
+        key = _to_key(name)
+        value = to_value(key, text, types=_types_of(key, fields.get(key)))
+        if key in ("data.train", "data.eval") and isinstance(tree.get("data"), dict):
+            value = _with_known_format(value, tree["data"].get(key.removeprefix("data.")))
+        override(tree, places, key=key, value=value)
+    if not (faults := secret_faults(tree)):
+        try:
+            recipe = Recipe.model_validate(tree)
+        except ValidationError as error:
+            faults = _to_faults(error)
+        else:
+            recipe._origins.places.update(places)
+            return recipe
+    first, more = faults[0], f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    what, got = (first.what, first.got + more) if first.got else (first.what + more, "")
+    raise RecipeError(what, where=place_of(first.key, places, otherwise=str(path)), got=got, fix=first.fix)
+
+
+def training_values(recipe: Recipe) -> dict[str, Any]:
+    """What ``transformers.TrainingArguments`` is given."""
+    return TRAIN_DEFAULTS | recipe.train
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The whole recipe, defaults included; reading it gives an equal one."""
+    text = StringIO()
+    build_yaml().dump(recipe.model_dump(), text)
+    return text.getvalue()
+
+
+def describe_recipe(recipe: Recipe) -> list[tuple[str, Any, str]]:
+    """(dotted key, value, origin): "default", "hf_clm default", "command line" or "recipes/x.yaml:9"."""
+    places = recipe._origins.places
+    values = recipe.model_dump()
+    values["train"] |= {key: value for key, value in TRAIN_DEFAULTS.items() if key not in recipe.train}
+
+    def origin(key: str) -> str:
+        may_be_short = key.startswith("data.") and key.endswith(".path")  # data.train: my.jsonl
+        default = "hf_clm default" if key.startswith("train.") else "default"
+        return place_of(key, places, otherwise=default) if may_be_short else places.get(key, default)
+
+    return [(key, value, origin(key)) for key, value in leaves(values)]
+
+
+def recipe_help() -> str:
+    """Every key of a recipe with its type, default and meaning."""
+    lines = ["Keys of a recipe, in YAML, or as --section.key VALUE on the command line:"]
+    lines += [line for key, info in list_keys(Recipe) for line in _help_lines(f"--{key}", info)]
+    lines += ["", "Keys of a source in data.train and data.eval:"]
+    lines += [line for key, info in list_keys(Source) for line in _help_lines(key, info)]
+    lines += ["", "Every field of transformers.TrainingArguments can be given bare: --learning_rate 1e-4"]
+    return "\n".join(lines)
+
+
+def _model_faults(recipe: Recipe) -> Iterator[Fault]:
+    model, tokenizer = recipe.model, recipe.tokenizer
+    if not model.name_or_path and not (model.init == "scratch" and "model_type" in model.config):
+        yield Fault("model.name_or_path", "model needs name_or_path, or init: scratch with config.model_type")
+    elif model.init == "scratch" and not (tokenizer.name_or_path or tokenizer.train or model.name_or_path):
+        yield Fault("model.init", "a model from scratch needs tokenizer.name_or_path or tokenizer.train")
+    if tokenizer.train and (tokenizer.name_or_path or model.init == "pretrained"):
+        other = "tokenizer.name_or_path" if tokenizer.name_or_path else "a pretrained model"
+        yield Fault("tokenizer.train", f"tokenizer.train and {other} exclude each other")
+    pinned = re.fullmatch("[0-9a-f]{40}", model.revision or "") or Path(model.name_or_path or "-").is_dir()
+    if model.trust_remote_code and not pinned:
+        what = "model.trust_remote_code runs the code of others"
+        yield Fault("model.trust_remote_code", what, fix="pin model.revision to a commit (40 hex digits)")
+    template = tokenizer.chat_template
+    if template and template not in SHIPPED_TEMPLATES and not template.endswith(".jinja"):
+        got = f"{template!r}{did_you_mean(template, SHIPPED_TEMPLATES)}"
+        what = "tokenizer.chat_template: expected one of chatml, plain, or a .jinja file"
+        yield Fault("tokenizer.chat_template", what, got=got)
+
+
+def _data_faults(recipe: Recipe) -> Iterator[Fault]:
+    data, window = recipe.data, recipe.data.window
+    if data.eval and data.eval_fraction:
+        yield Fault("data.eval_fraction", "data.eval and data.eval_fraction exclude each other")
+    if recipe.stage == "sft" and data.packing == "stream":
+        what = "data.packing: stream cuts rows, so a target would lose its prompt"
+        yield Fault("data.packing", what, fix="best_fit or none for stage sft")
+    if window and recipe.resolved_packing != "none":
+        yield Fault("data.window", "data.window needs data.packing: none", got=recipe.resolved_packing)
+    if window and not window.step <= window.size <= data.max_length:
+        what = "data.window: expected step <= size <= data.max_length"
+        yield Fault("data.window", what, got=f"{window.step}, {window.size}, {data.max_length}")
+
+
+def _to_faults(error: ValidationError) -> list[Fault]:
+    known = [key for key, _ in list_keys(Recipe)] + [f"train.{name}" for name in load_trainer_fields()]
+    faults = []
+    for details in error.errors():
+        cause = details.get("ctx", {}).get("error")
+        faults += cause.faults if isinstance(cause, _Faults) else [to_fault(details, known)]
+    return faults
+
+
+def _to_key(name: str) -> str:
+    if "." in name or name in Recipe.model_fields:
+        return name
+    fields = load_trainer_fields()
+    if name in fields or name in V4_NAMES:
+        return f"train.{name}"
+    near = suggest_key(name, [*fields, *(key for key, _ in list_keys(Recipe))])
+    raise RecipeError(f"unknown option --{name}{near}", where=COMMAND_LINE)
+
+
+def _types_of(key: str, info: FieldInfo | None) -> tuple[str, ...]:
+    field = load_trainer_fields().get(key.removeprefix("train.")) if key.startswith("train.") else None
+    return field.types if field else accepted_types(info)
+
+
+def _with_known_format(value: Any, old: Any) -> Any:
+    """A path alone gets the format and the columns that all the recipe's sources share."""
+    paths = value if isinstance(value, list) else [value]
+    sources = [source for source in _to_sources(old or []) if isinstance(source, dict)]
+    known = [{key: source[key] for key in ("format", "fields") if key in source} for source in sources]
+    is_shared = bool(known) and all(item == known[0] for item in known)
+    if is_shared and all(isinstance(path, str) for path in paths):
+        return [{"path": path, **known[0]} for path in paths]
+    return value
+
+
+def _help_lines(key: str, info: FieldInfo) -> list[str]:
+    if not info.description:  # a section
+        return [""]
+    default = "required" if info.is_required() else f"default {shorten(info.default)}"
+    return [f"  {key}  {to_type_text(info.annotation)}  ({default})", f"      {info.description}"]
+
+
+SHIPPED_TEMPLATES = ("chatml", "plain")

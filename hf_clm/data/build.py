@@ -1,0 +1,190 @@
+"""From the data section of a recipe to the datasets that a Trainer takes, and the count of what was read."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from hf_clm.config import Data, Recipe, Source
+from hf_clm.data.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.formats import check_same_schema, to_example, unknown_keys
+from hf_clm.data.labels import Fate
+from hf_clm.data.packing import PackedDataset
+from hf_clm.data.sources import ReadOptions, ReadReport, read_records
+from hf_clm.errors import DataError
+from hf_clm.schema import (
+    ChatExample,
+    Example,
+    Format,
+    PromptExample,
+    SegmentsExample,
+    TextExample,
+    TokenizedExample,
+)
+
+SHOWN_DROPS = 3  # an error lists the first few rows, not thousands
+
+AnyDataset = SFTDataset | PretrainDataset | PackedDataset
+
+
+@dataclass
+class Examples:
+    """Checked examples with the place each came from."""
+
+    examples: list[Example | TokenizedExample] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    report: ReadReport = field(default_factory=ReadReport)
+    formats: set[Format] = field(default_factory=set)
+    unknown_keys: set[str] = field(default_factory=set)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def select(self, numbers: Iterable[int]) -> "Examples":
+        """The examples with these numbers."""
+        chosen = list(numbers)
+        examples, places = [self.examples[i] for i in chosen], [self.places[i] for i in chosen]
+        return Examples(examples, places, self.report, self.formats, self.unknown_keys)
+
+
+@dataclass
+class Split:
+    """A tokenized set (``rows``) and the form of it that is trained on (``dataset``; the same without packing)."""
+
+    rows: SFTDataset | PretrainDataset
+    dataset: AnyDataset
+    examples: Examples
+
+    @property
+    def tokens(self) -> int:
+        return int(self.rows.rows.lengths.sum())
+
+    @property
+    def target_tokens(self) -> int:
+        return int((self.rows.rows.labels >= 0).sum())
+
+    @property
+    def fates(self) -> Counter[str]:
+        """How many input rows were used, cut, split or dropped (and why)."""
+        return Counter(
+            f"{fate.kind}: {fate.reason}" if fate.reason else fate.kind for fate in self.rows.rows.fates
+        )
+
+
+def load_examples(sources: Iterable[Source], data: Data) -> Examples:
+    """Reads and checks every record. Raises DataError with file and line for the first that is wrong."""
+    found = Examples()
+    options = ReadOptions(
+        skip_bad_lines=data.skip_bad_lines, max_line_bytes=data.max_line_bytes, nul=data.nul
+    )
+    for source in sources:
+        first: dict[str, tuple[Format, str]] = {}
+        kind = {"split": source.split, "name": source.name, "revision": source.revision}
+        for record in read_records(source.path, options, found.report, **kind):
+            try:
+                format = source.format or check_same_schema(record.data, record.where, first=first)
+                checks = {"allow_empty_prompt": data.allow_empty_prompt, "strict": data.strict}
+                example = to_example(
+                    record.data, format=format, fields=source.fields, where=record.where, **checks
+                )
+            except DataError as error:
+                if not data.skip_bad_lines:
+                    raise
+                found.report.bad_lines.append(str(error))
+                continue
+            found.formats.add(format)
+            found.unknown_keys.update(unknown_keys(record.data, format, source.fields))
+            found.examples.append(example)
+            found.places.append(record.where)
+    if not found.examples:
+        read = f"{found.report.records} records read, {len(found.report.bad_lines)} skipped"
+        raise DataError(
+            "no example to train on", where=", ".join(source.path for source in sources), got=read
+        )
+    return found
+
+
+def split_examples(examples: Examples, eval_fraction: float, seed: int) -> tuple[Examples, Examples]:
+    """Holds out a share of the examples, chosen by ``seed``; both parts keep the order of the files.
+
+    Raises DataError where one of the parts would be empty.
+    """
+    held_out = round(len(examples) * eval_fraction)
+    if not 0 < held_out < len(examples):
+        what = f"eval_fraction {eval_fraction} of {len(examples)} examples leaves {held_out} to evaluate on"
+        raise DataError(what, where="data.eval_fraction", fix="raise it, or name data.eval")
+    order = np.random.default_rng(seed).permutation(len(examples))
+    chosen = set(order[:held_out].tolist())
+    return (
+        examples.select(i for i in range(len(examples)) if i not in chosen),
+        examples.select(sorted(chosen)),
+    )
+
+
+def load_splits(recipe: Recipe, seed: int) -> tuple[Examples, Examples | None]:
+    """The training examples and, if the recipe asks for them, those to evaluate on."""
+    train = load_examples(recipe.data.train, recipe.data)
+    if recipe.data.eval:
+        return train, load_examples(recipe.data.eval, recipe.data)
+    if recipe.data.eval_fraction:
+        return split_examples(train, recipe.data.eval_fraction, seed)
+    return train, None
+
+
+def build_split(examples: Examples, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, stage: str) -> Split:
+    """Tokenizes, fits and packs. Raises DataError where more than ``data.max_dropped`` of the rows are lost."""
+    data, packing = recipe.data, recipe.resolved_packing
+    options: dict[str, Any] = {
+        "max_length": None if packing == "stream" else data.max_length,  # a stream cuts by itself
+        "overflow": recipe.resolved_overflow,
+        "special_tokens_in_text": data.special_tokens_in_text,
+    }
+    try:
+        if stage == "pretrain":
+            window = (data.window.size, data.window.step) if data.window else None
+            rows = PretrainDataset(examples.examples, tokenizer, window=window, **options)
+        else:
+            rows = SFTDataset(examples.examples, tokenizer, train_on=data.train_on, **options)
+    except DataError as error:
+        raise error if error.row is None else error.at(examples.places[error.row]) from error
+    check_dropped(examples, rows.rows.fates, data)
+    packed = rows if packing == "none" else PackedDataset(rows, max_length=data.max_length, packing=packing)
+    return Split(rows, packed, examples)
+
+
+def check_dropped(examples: Examples, fates: list[Fate], data: Data) -> None:
+    """Raises DataError where too many rows, or all of them, cannot be trained on; lists the first."""
+    drops = [
+        (place, fate.reason)
+        for place, fate in zip(examples.places, fates, strict=True)
+        if fate.kind == "dropped"
+    ]
+    bad = examples.report.bad_lines
+    total = len(fates) + len(bad)
+    lost = len(drops) + len(bad)
+    if lost <= data.max_dropped * total and len(drops) < len(fates):
+        return
+    listed = [f"{place} ({reason})" for place, reason in drops] + bad
+    raise DataError(
+        f"{lost:,} of {total:,} rows cannot be trained on within data.max_length={data.max_length}",
+        where=", ".join(examples.report.files[:2]),
+        got="; ".join(listed[:SHOWN_DROPS]),
+        fix=f"raise data.max_length, mend the rows, or allow it by data.max_dropped={lost / total:.2g}",
+    )
+
+
+def texts_of(examples: Iterable[Example | TokenizedExample]) -> Iterator[str]:
+    """Every text that a tokenizer can be trained on."""
+    for example in examples:
+        if isinstance(example, TextExample):
+            yield example.text
+        elif isinstance(example, PromptExample):
+            yield example.prompt
+            yield example.completion
+        elif isinstance(example, SegmentsExample):
+            yield from (segment.text for segment in example.segments)
+        elif isinstance(example, ChatExample):
+            yield from (message["content"] for message in example.messages)

@@ -1,0 +1,229 @@
+"""Map-style datasets of TokenizedExample: every row tokenized, fitted to ``max_length`` and accounted for."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from hf_clm.data.labels import Fate, fit, mask_all, mask_first, slice_example, tokenize_batch
+from hf_clm.data.segments import control_texts, to_document, to_segments
+from hf_clm.errors import DataError
+from hf_clm.schema import Example, TokenizedExample
+
+BATCH_ROWS = 1000  # rows tokenized in one call: enough to keep the tokenizer's threads busy, little memory
+
+
+@dataclass
+class TokenizedRows:
+    """Token ids and labels of many rows in two flat arrays, and what became of every input row.
+
+    N = rows, S = tokens of all rows.
+
+        input_ids, labels  (S,) int32
+        offsets            (N + 1,) int64: row i is offsets[i]:offsets[i + 1]
+        sources            (N,) int64: the input row that row i came from
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    offsets: np.ndarray
+    sources: np.ndarray
+    fates: list[Fate] = field(default_factory=list)
+    control_texts: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> TokenizedExample:
+        start, stop = self.offsets[range(len(self))[index] :][
+            :2
+        ]  # range: negative indices, IndexError past the end
+        return {"input_ids": self.input_ids[start:stop].tolist(), "labels": self.labels[start:stop].tolist()}
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) int64, tokens of each row."""
+        return np.diff(self.offsets)
+
+
+class SFTDataset(torch.utils.data.Dataset):
+    """Rows of which only the targets are learned: completions, assistant turns, segments marked ``train``.
+
+    Args:
+        examples: any kind of Example, or TokenizedExample.
+        max_length: tokens; None keeps every row whole.
+        overflow: what becomes of a longer row: ``keep_target``, ``truncate``, ``drop``, ``error`` or ``split``.
+
+    ``dataset[i]`` is a TokenizedExample; ``dataset.rows.fates`` says of each example whether it was used, cut or dropped.
+    """
+
+    def __init__(
+        self,
+        examples: Iterable[Example | TokenizedExample],
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        max_length: int | None = None,
+        overflow: str = "keep_target",
+        train_on: str = "all_turns",
+        special_tokens_in_text: str = "encode_as_text",
+    ):
+        fitter = Fitter(max_length, overflow)
+        options = {"train_on": train_on, "special_tokens_in_text": special_tokens_in_text}
+        self.rows = tokenize_rows(examples, tokenizer, fitter, **options)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> TokenizedExample:
+        return self.rows[index]
+
+
+class PretrainDataset(torch.utils.data.Dataset):
+    """Documents that are learned whole, whatever kind of example they come as.
+
+    Args:
+        max_length: tokens; None keeps every document whole.
+        overflow: as in SFTDataset; ``split`` makes several rows of a long document and loses no label.
+        window: ``(size, step)`` in tokens cuts each document into overlapping windows instead.
+
+    ``dataset[i]`` is a TokenizedExample.
+    """
+
+    def __init__(
+        self,
+        examples: Iterable[Example | TokenizedExample],
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        max_length: int | None = None,
+        overflow: str = "split",
+        window: tuple[int, int] | None = None,
+        special_tokens_in_text: str = "encode_as_text",
+    ):
+        fitter = Fitter(max_length, overflow) if window is None else WindowFitter(*window)
+        documents = (_learn_all(example) for example in examples)
+        options = {"train_on": "everything", "special_tokens_in_text": special_tokens_in_text}
+        self.rows = tokenize_rows(documents, tokenizer, fitter, **options)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> TokenizedExample:
+        return self.rows[index]
+
+
+class EvenRows(torch.utils.data.Dataset):
+    """A dataset filled up with unlabelled rows to a multiple of ``multiple``.
+
+    So many processes evaluate each row exactly once: where rows do not divide, accelerate repeats some.
+    """
+
+    def __init__(self, dataset: Any, multiple: int):
+        self.dataset = dataset
+        self.length = -(-len(dataset) // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index] if index < len(self.dataset) else mask_all(self.dataset[0])
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """Fits a row to ``max_length`` tokens by the rule ``overflow`` (``labels.fit``)."""
+
+    max_length: int | None
+    overflow: str
+
+    def __call__(self, example: TokenizedExample) -> tuple[list[TokenizedExample], Fate]:
+        return fit(example, self.max_length or len(example["input_ids"]), self.overflow)
+
+
+@dataclass(frozen=True)
+class WindowFitter:
+    """Cuts a row into windows of ``size`` tokens that start every ``step`` tokens; the last one may be shorter."""
+
+    size: int
+    step: int
+
+    def __call__(self, example: TokenizedExample) -> tuple[list[TokenizedExample], Fate]:
+        length = len(example["input_ids"])
+        starts = range(0, max(1, length - (self.size - self.step)), self.step)
+        windows = [slice_example(example, start, start + self.size) for start in starts]
+        windows = [window for window in windows if len(window["input_ids"]) > 1]
+        if not windows:
+            return [], Fate("dropped", "no target token")
+        return windows, Fate("split" if len(windows) > 1 else "used")
+
+
+def tokenize_rows(
+    examples: Iterable[Example | TokenizedExample],
+    tokenizer: PreTrainedTokenizerFast,
+    fitter: Fitter | WindowFitter,
+    *,
+    train_on: str,
+    special_tokens_in_text: str,
+) -> TokenizedRows:
+    """Tokenizes and fits all examples. Raises DataError with the example's number in ``row`` where one cannot be read."""
+    chunks: list[tuple[np.ndarray, np.ndarray]] = []
+    lengths, sources, fates, found = [], [], [], Counter()
+    numbered = enumerate(examples)
+    options = {"train_on": train_on, "special_tokens_in_text": special_tokens_in_text}
+    while batch := list(islice(numbered, BATCH_ROWS)):
+        written = [example for _, example in batch if not isinstance(example, dict)]
+        found.update(text for example in written for text in control_texts(example, tokenizer))
+        tokenized = _tokenize_mixed(batch, tokenizer, options)
+        for (number, _), example in zip(batch, tokenized, strict=True):
+            with _named(number):
+                pieces, fate = fitter(example)
+            fates.append(fate)
+            lengths += [len(piece["input_ids"]) for piece in pieces]
+            sources += [number] * len(pieces)
+            chunks += [(_int32(piece["input_ids"]), _int32(piece["labels"])) for piece in pieces]
+    ids = np.concatenate([chunk[0] for chunk in chunks]) if chunks else np.zeros(0, np.int32)
+    labels = np.concatenate([chunk[1] for chunk in chunks]) if chunks else np.zeros(0, np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+    return TokenizedRows(ids, labels, offsets, np.array(sources, dtype=np.int64), fates, found)
+
+
+def _tokenize_mixed(
+    batch: Sequence[tuple[int, Example | TokenizedExample]],
+    tokenizer: PreTrainedTokenizerFast,
+    options: dict[str, str],
+) -> list[TokenizedExample]:
+    """Tokenizes what is text and takes as it is what is tokenized already, in the order of the batch."""
+    segments = {}
+    for number, example in batch:
+        if not isinstance(example, dict):
+            with _named(number):
+                segments[number] = to_segments(example, tokenizer, **options)
+    tokenized = dict(zip(segments, tokenize_batch(list(segments.values()), tokenizer), strict=True))
+    return [
+        mask_first(example) if isinstance(example, dict) else tokenized[number] for number, example in batch
+    ]
+
+
+def _learn_all(example: Example | TokenizedExample) -> Example | TokenizedExample:
+    if isinstance(example, dict):
+        return {"input_ids": example["input_ids"], "labels": example["input_ids"]}
+    return to_document(example)
+
+
+@contextmanager
+def _named(number: int) -> Iterator[None]:
+    """Puts the number of the example into a DataError, so that the caller can name its file and line."""
+    try:
+        yield
+    except DataError as error:
+        error.row = number
+        raise
+
+
+def _int32(values: list[int]) -> np.ndarray:
+    return np.asarray(values, dtype=np.int32)

@@ -1,0 +1,198 @@
+"""Segments -> input_ids and labels. The only place where a prompt becomes -100.
+
+segments   | Say hi.\n        | Hi!        | <eos> |
+input_ids  |  9  4  1         |  7   2     |  0    |
+labels     | -100 -100 -100   |  7   2     |  0    |     unshifted: the loss compares logits t with labels t+1
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from hf_clm.errors import DataError
+from hf_clm.schema import IGNORE_INDEX, Segment, TokenizedExample
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What became of an input row. ``kind``: used, cut, split, or dropped (``reason`` says why)."""
+
+    kind: str
+    reason: str = ""
+    cut_tokens: int = 0
+
+
+def tokenize_segments(segments: list[Segment], tokenizer: PreTrainedTokenizerFast) -> TokenizedExample:
+    """Tokenizes read-only text and targets apart, and masks the read-only part and the first token.
+
+    Neighbours of one kind are joined first, so the ids before a target are exactly the ids that ``generate`` is given
+    for that prompt. One string would not do: BPE may merge the prompt's last newline with the target's first letter.
+    """
+    return tokenize_batch([segments], tokenizer)[0]
+
+
+def tokenize_batch(
+    batch: Sequence[list[Segment]], tokenizer: PreTrainedTokenizerFast
+) -> list[TokenizedExample]:
+    """``tokenize_segments`` for many rows in one call of the tokenizer, which then uses all its threads."""
+    rows = [_runs(segments) for segments in batch]
+    texts = [run.text for runs in rows for run in runs if not run.is_plain]
+    encoded = iter(
+        tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+    )
+    inside = _InsideText(tokenizer)
+    examples = []
+    for runs in rows:
+        input_ids, labels = [], []
+        for i, run in enumerate(runs):
+            ids = encode_plain(run.text, tokenizer) if run.is_plain else next(encoded)
+            ids = inside.encode(run) if i > 0 and inside.differs else ids
+            input_ids += ids
+            labels += ids if run.is_target else [IGNORE_INDEX] * len(ids)
+        examples.append(mask_first({"input_ids": input_ids, "labels": labels}))
+    return examples
+
+
+def encode_plain(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The ids of ``text`` read as ordinary text: no control token comes out of it.
+
+    Raises DataError if the vocabulary cannot spell it without one.
+    """
+    control = set(tokenizer.get_added_vocab().values())
+    ids = _without_added_tokens(tokenizer).encode(text, add_special_tokens=False).ids
+    if control.isdisjoint(ids):
+        return ids
+    pieces = [
+        _without_added_tokens(tokenizer).encode(letter, add_special_tokens=False).ids for letter in text
+    ]
+    ids = [i for piece in pieces for i in piece]
+    if not control.isdisjoint(ids):
+        fix = "remove it, or set data.special_tokens_in_text to allow"
+        raise DataError("the tokenizer cannot write a control token as plain text", got=repr(text), fix=fix)
+    return ids
+
+
+def mask_first(example: TokenizedExample) -> TokenizedExample:
+    """The example with its first label masked: nothing precedes it, alone or in a packed row."""
+    return {"input_ids": example["input_ids"], "labels": [IGNORE_INDEX, *example["labels"][1:]]}
+
+
+def mask_all(row: Any) -> Any:
+    """The row (an example or a packed row) without a label."""
+    return {**row, "labels": [IGNORE_INDEX] * len(row["labels"])}
+
+
+def slice_example(example: TokenizedExample, start: int, stop: int) -> TokenizedExample:
+    """Tokens ``start`` to ``stop`` as an example of its own."""
+    return mask_first(
+        {"input_ids": example["input_ids"][start:stop], "labels": example["labels"][start:stop]}
+    )
+
+
+def count_targets(example: TokenizedExample) -> int:
+    """The number of tokens that have a label."""
+    return sum(label != IGNORE_INDEX for label in example["labels"])
+
+
+def fit(example: TokenizedExample, max_length: int, overflow: str) -> tuple[list[TokenizedExample], Fate]:
+    """Brings an example to at most ``max_length`` tokens, or drops it.
+
+        keep_target  ppppppppTTTTs -> pppTTTTs     the prompt is cut from the left, the target stays whole
+        truncate     ppppppppTTTTs -> ppppppppT    cut from the right; a cut target gets no stop token
+        split        TTTTTTTTTTTTs -> TTTTTTTT, TTTTTs    the pieces share one token, so that no label is lost
+
+    Args:
+        overflow: ``keep_target``, ``truncate``, ``drop``, ``error`` (DataError) or ``split``.
+    """
+    length = len(example["input_ids"])
+    if count_targets(example) == 0:
+        return [], Fate("dropped", "no target token")
+    if length <= max_length:
+        return [example], Fate("used")
+    pieces = OVERFLOWS[overflow](example, max_length)
+    pieces = [piece for piece in pieces if count_targets(piece)]
+    if not pieces:
+        reason = "longer than max_length" if overflow == "drop" else "no whole target fits in max_length"
+        return [], Fate("dropped", "no target token is left" if overflow == "truncate" else reason)
+    if overflow == "split":
+        return pieces, Fate("split")
+    return pieces, Fate("cut", cut_tokens=length - max_length)
+
+
+def _keep_target(example: TokenizedExample, max_length: int) -> list[TokenizedExample]:
+    """Cuts what lies before the first target, but for one token: the first target needs a token to be predicted from."""
+    length = len(example["input_ids"])
+    first_target = next(i for i, label in enumerate(example["labels"]) if label != IGNORE_INDEX)
+    start = length - max_length
+    return [slice_example(example, start, length)] if start < first_target else []
+
+
+def _refuse(example: TokenizedExample, max_length: int) -> list[TokenizedExample]:
+    got = f"{len(example['input_ids'])} tokens"
+    raise DataError(
+        f"longer than max_length={max_length}", got=got, fix="raise data.max_length or set data.overflow"
+    )
+
+
+def _split(example: TokenizedExample, max_length: int) -> list[TokenizedExample]:
+    starts = range(0, len(example["input_ids"]) - 1, max_length - 1)
+    return [slice_example(example, start, start + max_length) for start in starts]
+
+
+OVERFLOWS = {
+    "keep_target": _keep_target,
+    "truncate": lambda example, max_length: [slice_example(example, 0, max_length)],
+    "drop": lambda example, max_length: [],
+    "error": _refuse,
+    "split": _split,
+}
+
+
+def _runs(segments: list[Segment]) -> list[Segment]:
+    groups = groupby(
+        (s for s in segments if s.text), key=lambda segment: (segment.is_target, segment.is_plain)
+    )
+    return [Segment("".join(s.text for s in group), *key) for key, group in groups]
+
+
+def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The same model, normalizer and pre-tokenizer without the table of added tokens."""
+    backend = tokenizer.backend_tokenizer
+    plain = Tokenizer(backend.model)
+    if backend.normalizer is not None:
+        plain.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        plain.pre_tokenizer = backend.pre_tokenizer
+    return plain
+
+
+class _InsideText:
+    """Encodes text that follows other text, for tokenizers that put a space before the start of a string.
+
+    SentencePiece turns ``"yes"`` into ``"▁yes"``; behind a prompt that would be a space nobody wrote. Such a text is
+    encoded behind a newline, whose ids are then removed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.tokenizer = tokenizer
+        self.newline = tokenizer.encode("\n", add_special_tokens=False)
+        self.differs = tokenizer.encode("a", add_special_tokens=False) != self._after_newline(
+            "a", is_plain=False
+        )
+
+    def encode(self, run: Segment) -> list[int]:
+        return self._after_newline(run.text, is_plain=run.is_plain)
+
+    def _after_newline(self, text: str, *, is_plain: bool) -> list[int]:
+        if is_plain:
+            ids = encode_plain("\n" + text, self.tokenizer)
+        else:
+            ids = self.tokenizer.encode("\n" + text, add_special_tokens=False)
+        cut = len(self.newline)
+        return (
+            ids[cut:] if ids[:cut] == self.newline else self.tokenizer.encode(text, add_special_tokens=False)
+        )

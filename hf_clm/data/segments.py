@@ -1,0 +1,106 @@
+"""Example -> segments: which text is learned, which is only read, and which control tokens were the user's own words."""
+
+from itertools import groupby
+
+from transformers import PreTrainedTokenizerFast
+
+from hf_clm.chat_template import mark_control_text, render_chat, render_prompt, split_marked
+from hf_clm.errors import DataError
+from hf_clm.schema import ChatExample, Example, PromptExample, Segment, SegmentsExample, TextExample
+from hf_clm.tokenizer import bos_token, control_pattern
+
+
+def to_segments(
+    example: Example,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    train_on: str = "all_turns",
+    special_tokens_in_text: str = "encode_as_text",
+) -> list[Segment]:
+    """The segments of an example; every target ends in a stop token.
+
+    Args:
+        train_on: which turns of a chat are targets: ``all_turns``, ``last_turn`` or ``everything``.
+        special_tokens_in_text: what becomes of a control token spelled in the user's text: ``encode_as_text``,
+            ``error`` (DataError) or ``allow`` (it is that token).
+    """
+    if special_tokens_in_text == "error":
+        check_no_control_text(example, tokenizer)
+    allow = special_tokens_in_text == "allow"
+    if isinstance(example, ChatExample):
+        mark = None if allow else (lambda text: mark_control_text(text, tokenizer))
+        return render_chat(example.messages, tokenizer, train_on=train_on, mark=mark)
+    segments = _join(_text_segments(example))
+    if not allow:
+        segments = [piece for segment in segments for piece in _protect(segment, tokenizer)]
+    stop = [Segment(str(tokenizer.eos_token), True)] if segments and segments[-1].is_target else []
+    return _opening(tokenizer) + segments + stop
+
+
+def to_prompt_segments(
+    example: Example, tokenizer: PreTrainedTokenizerFast, *, special_tokens_in_text: str = "encode_as_text"
+) -> list[Segment]:
+    """The read-only segments that ``generate`` is given: the very ones before the (last) target in training."""
+    allow = special_tokens_in_text == "allow"
+    if isinstance(example, ChatExample):
+        mark = None if allow else (lambda text: mark_control_text(text, tokenizer))
+        return render_prompt(example.messages, tokenizer, mark=mark)
+    text = (
+        example.prompt
+        if isinstance(example, PromptExample)
+        else "".join(s.text for s in _text_segments(example))
+    )
+    segment = Segment(text, is_target=False)
+    return _opening(tokenizer) + ([segment] if allow else _protect(segment, tokenizer))
+
+
+def to_document(example: Example) -> Example:
+    """The example as pretraining sees it: one text, of which everything is learned. A chat stays a chat."""
+    return (
+        example
+        if isinstance(example, ChatExample)
+        else TextExample("".join(s.text for s in _text_segments(example)))
+    )
+
+
+def control_texts(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Every control token that the user's text spells, in order."""
+    if isinstance(example, ChatExample):
+        texts = [message["content"] for message in example.messages]
+    else:
+        texts = [segment.text for segment in _join(_text_segments(example))]
+    return [found for text in texts for found in control_pattern(tokenizer).findall(text)]
+
+
+def check_no_control_text(example: Example, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises DataError if the user's text spells a control token."""
+    found = control_texts(example, tokenizer)
+    if found:
+        fix = "remove it, or set data.special_tokens_in_text to encode_as_text or allow"
+        raise DataError("the text holds a control token", got=repr(found[0]), fix=fix)
+
+
+def _text_segments(example: Example) -> list[Segment]:
+    if isinstance(example, TextExample):
+        return [Segment(example.text, True)]
+    if isinstance(example, PromptExample):
+        return [Segment(example.prompt, False), Segment(example.completion, True)]
+    assert isinstance(example, SegmentsExample), type(example)
+    return list(example.segments)
+
+
+def _join(segments: list[Segment]) -> list[Segment]:
+    """Joins equal neighbours, so that where the user cut a text into pieces changes neither its tokens nor rule 8."""
+    runs = groupby(segments, key=lambda segment: segment.is_target)
+    joined = [Segment("".join(segment.text for segment in run), is_target) for is_target, run in runs]
+    return [segment for segment in joined if segment.text]
+
+
+def _protect(segment: Segment, tokenizer: PreTrainedTokenizerFast) -> list[Segment]:
+    return split_marked(mark_control_text(segment.text, tokenizer), is_target=segment.is_target)
+
+
+def _opening(tokenizer: PreTrainedTokenizerFast) -> list[Segment]:
+    """The start token, where the tokenizer begins every text with one. A chat template writes its own."""
+    token = bos_token(tokenizer)
+    return [Segment(token, is_target=False)] if token else []

@@ -1,0 +1,63 @@
+"""The one exception for what a user can fix, and the exit codes of the command line."""
+
+import difflib
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    DONE = 0
+    RECIPE = 2  # recipe or command line
+    DATA = 3
+    MODEL = 4  # model or tokenizer
+    DIVERGED = 5  # non-finite loss
+    ENVIRONMENT = 6  # disk, memory, network, permissions
+    PREEMPTED = 75
+    INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Something a user can fix: where, what, what was got, how to fix; shown as one line, without a traceback."""
+
+    exit_code = ExitCode.RECIPE
+
+    def __init__(self, what: str, *, where: str = "", got: str = "", fix: str = ""):
+        self.what, self.where, self.got, self.fix = what, where, got, fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        if self.got:
+            text += f"; got {self.got}"
+        return f"{text}; fix: {self.fix}" if self.fix else text
+
+
+class RecipeError(UserError):
+    exit_code = ExitCode.RECIPE
+
+
+class DataError(UserError):
+    exit_code = ExitCode.DATA
+    row: int | None = None  # the number of the example, where only that is known
+
+    def at(self, where: str) -> "DataError":
+        """The same error with its place."""
+        return DataError(self.what, where=where, got=self.got, fix=self.fix)
+
+
+class ModelError(UserError):
+    exit_code = ExitCode.MODEL
+
+
+class DivergedError(UserError):
+    exit_code = ExitCode.DIVERGED
+
+
+class EnvironmentFault(UserError):
+    exit_code = ExitCode.ENVIRONMENT
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest known word, or an empty string."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,1 @@
+"""Evaluation: sums over tokens, and the text a model generates."""

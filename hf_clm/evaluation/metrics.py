@@ -1,0 +1,55 @@
+"""Figures over tokens: likelihood, accuracy, entropy."""
+
+import math
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from hf_clm.schema import IGNORE_INDEX
+
+CHUNK_TOKENS = 4096  # of a float32 copy of the logits
+
+
+@torch.no_grad()
+def token_counts(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(2,) int64 on the device: target tokens, and those of them that the logits predict.
+
+    logits (B, T, V); labels (B, T) int64, unshifted: logits t are compared with labels t+1.
+    """
+    targets = labels[:, 1:]
+    learned = targets != IGNORE_INDEX
+    correct = (logits[:, :-1].argmax(dim=-1) == targets) & learned
+    return torch.stack([learned.sum(), correct.sum()])
+
+
+@torch.no_grad()
+def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(B, T - 1) float32: the negative log-likelihood (nats) of labels t+1 by logits t; 0 where there is no label.
+
+    logits (B, T, V); labels (B, T) int64. Computed in chunks, so that no float32 copy of all logits is made.
+    """
+    flat, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    chunks = zip(flat.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+    options = {"ignore_index": IGNORE_INDEX, "reduction": "none"}
+    return torch.cat([cross_entropy(part.float(), target, **options) for part, target in chunks]).view(len(labels), -1)
+
+
+def unigram_entropy(labels: np.ndarray) -> float:
+    """The entropy (nats per token) of the label frequencies: the loss of a model that knows only those.
+
+    labels: any shape, int; negative where there is no label. 0.0 without any label.
+    """
+    counts = np.bincount(labels[labels >= 0].astype(np.int64)).astype(np.float64)
+    shares = counts[counts > 0] / max(1.0, counts.sum())
+    return float(-(shares * np.log(shares)).sum())
+
+
+def bits_per_byte(nll: float, text_bytes: int) -> float:
+    """A sum of negative log-likelihoods (nats) as bits per byte of the UTF-8 text: independent of the tokenizer."""
+    return nll / math.log(2) / max(1, text_bytes)
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``; inf where that is too large for a float."""
+    return math.exp(loss) if loss < 709 else math.inf

@@ -1,0 +1,1 @@
+"""Generation with the prompts and stop tokens of training."""

@@ -1,0 +1,108 @@
+"""Generates text: the prompt rendered as in training, stopped at the stop tokens of training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_clm.attention import use_for_generation, use_for_training
+from hf_clm.data.formats import to_prompt
+from hf_clm.data.labels import tokenize_batch
+from hf_clm.data.segments import to_prompt_segments
+from hf_clm.errors import RecipeError
+from hf_clm.schema import ChatExample, Example, TextExample
+
+
+@dataclass(frozen=True)
+class Generated:
+    """``text`` without the stop token; ``stopped`` says that the model gave one itself."""
+
+    text: str
+    tokens: int
+    stopped: bool
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Example | str],
+    *,
+    batch_size: int = 16,
+    **options: Any,
+) -> list[Generated]:
+    """Continues each prompt; a string is taken as it is, an Example is rendered as in training.
+
+    Args:
+        options: of ``transformers.GenerationConfig``: max_new_tokens, do_sample, temperature, top_k, top_p, num_beams,
+            no_repeat_ngram_size, ...
+
+    Raises RecipeError for options that do not go together, and where prompt and new tokens exceed the model's positions.
+    """
+    examples = [TextExample(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    segments = [to_prompt_segments(example, tokenizer) for example in examples]
+    ids = [example["input_ids"] or [tokenizer.eos_token_id] for example in tokenize_batch(segments, tokenizer)]
+    check_room(model, max(map(len, ids), default=0), options.get("max_new_tokens", 0))
+    was_training, attention = model.training, str(model.config._attn_implementation)
+    model.eval()
+    use_for_generation(model)
+    try:
+        batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+        return [answer for batch in batches for answer in _generate_batch(model, tokenizer, batch, options)]
+    finally:
+        use_for_training(model, attention)
+        model.train(was_training)
+
+
+def to_prompt_example(text: str, format: str, *, input_text: str = "") -> Example:
+    """Plain text as the prompt of a record of ``format``: an instruction, a user's turn, or the text itself."""
+    if format == "instruct":
+        return to_prompt({"instruct": text, "input": input_text}, format="instruct")
+    if format == "alpaca":
+        return to_prompt({"instruction": text, "input": input_text}, format="alpaca")
+    if format in ("messages", "sharegpt"):
+        return ChatExample([{"role": "user", "content": text}])
+    return TextExample(text)
+
+
+def check_room(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raises RecipeError where the longest prompt and what is generated do not fit into the model's positions."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and prompt_tokens + max_new_tokens > limit:
+        raise RecipeError(
+            f"the model has {limit} positions",
+            got=f"a prompt of {prompt_tokens} tokens and max_new_tokens {max_new_tokens}",
+            fix="shorten the prompt or lower max_new_tokens",
+        )
+
+
+@torch.no_grad()
+def _generate_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: list[list[int]], options: dict[str, Any]
+) -> list[Generated]:
+    width = max(map(len, batch))
+    pad = tokenizer.pad_token_id
+    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch], device=model.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
+    settings = {"use_cache": True, "pad_token_id": pad, "tokenizer": tokenizer, **options}
+    try:
+        output = model.generate(input_ids=input_ids, attention_mask=mask, **settings)
+    except ValueError as error:  # transformers' checks of the options
+        raise RecipeError(str(error).splitlines()[0], where="generation options") from error
+    answers = [_to_generated(row[width:].tolist(), model, tokenizer) for row in output]
+    return [_cut_at(answer, options.get("stop_strings", [])) for answer in answers]
+
+
+def _to_generated(ids: list[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Generated:
+    assert model.generation_config is not None
+    stop = model.generation_config.eos_token_id
+    stops = set(stop if isinstance(stop, list) else [stop])
+    end = next((i for i, token in enumerate(ids) if token in stops), None)
+    kept = ids[:end] if end is not None else [token for token in ids if token != tokenizer.pad_token_id]
+    return Generated(tokenizer.decode(kept, skip_special_tokens=True), len(kept), end is not None)
+
+
+def _cut_at(answer: Generated, stop_strings: list[str]) -> Generated:
+    ends = [answer.text.find(stop) for stop in stop_strings if stop in answer.text]
+    return Generated(answer.text[: min(ends)], answer.tokens, True) if ends else answer

@@ -1,0 +1,57 @@
+"""Opens what a run wrote, or any causal language model, to generate with it or to evaluate it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_clm.attention import NAME as PACKED
+from hf_clm.errors import ModelError
+from hf_clm.model import load_model, max_positions
+from hf_clm.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A model ready to answer. ``format`` says how a prompt is rendered, ``stage`` what was learned."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    format: str
+    stage: str
+    max_length: int
+
+
+def load_run(name_or_path: str, *, attention: str = PACKED, device: str | None = None) -> LoadedRun:
+    """Loads a run's folder, any other folder, or a model of the Hub, in float32.
+
+    Without a run.json the format is ``messages`` where the tokenizer has a chat template, else ``text``.
+    Raises ModelError for a run that has not written its model yet.
+    """
+    facts = read_run(name_or_path)
+    if facts and facts.get("status") != "done":
+        fix = "train it to its end, or name one of its checkpoint-N folders"
+        raise ModelError(f"the run is {facts.get('status')}: it has no final model", where=name_or_path, fix=fix)
+    tokenizer = load_tokenizer(name_or_path)
+    model = load_model(name_or_path, tokenizer, attention=attention)
+    model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    return LoadedRun(
+        model.eval(),
+        tokenizer,
+        format=facts.get("format") or ("messages" if tokenizer.chat_template else "text"),
+        stage=facts.get("stage") or "sft",
+        max_length=facts.get("max_length") or min(max_positions(model.config) or 1024, 4096),
+    )
+
+
+def read_run(folder: str) -> dict:
+    """The content of ``run.json``; of the run's for one of its checkpoints; {} where there is none."""
+    path = Path(folder).expanduser()
+    for place, own in ((path, True), (path.parent, False)):
+        file = place / "run.json"
+        if file.is_file() and (own or path.name.startswith("checkpoint-")):
+            facts = json.loads(file.read_text(encoding="utf-8"))
+            return facts if own else {**facts, "status": "done"}  # a checkpoint holds a whole model
+    return {}

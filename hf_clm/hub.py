@@ -1,0 +1,79 @@
+"""Folders and Hub names: found or refused at once, with one line that says what to do."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from hf_clm.errors import EnvironmentFault, ModelError, UserError
+
+LOCAL_PREFIXES = ("/", "./", "../", "~")
+TIMEOUT_SECONDS = 10
+
+
+@contextmanager
+def loading(name_or_path: str, *, where: str) -> Iterator[None]:
+    """Wraps a ``from_pretrained``: what it raises becomes a ModelError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"cannot be loaded: {_first_line(error)}", where=f"{where} {name_or_path}") from error
+
+
+@lru_cache(maxsize=16)
+def load_options(name_or_path: str, *, revision: str | None, where: str) -> dict[str, object]:
+    """The ``revision`` and ``local_files_only`` to give to ``from_pretrained``.
+
+    Asks the Hub once, without retries, because ``from_pretrained`` alone retries for most of a minute where there is no
+    network. A name that is in the cache is used without a network.
+
+    Raises ModelError for a missing folder, a missing, gated or private repository or a missing revision;
+    EnvironmentFault where the Hub cannot be reached and the name is not in the cache.
+    """
+    if Path(name_or_path).expanduser().is_dir():
+        return {"revision": revision}
+    if name_or_path.startswith(LOCAL_PREFIXES) or name_or_path.count("/") > 1:
+        fix = "a Hub id has the form 'organisation/name'"
+        raise ModelError("no such folder", where=where, got=repr(name_or_path), fix=fix)
+    return {"revision": revision, "local_files_only": not _is_on_hub(name_or_path, revision, where)}
+
+
+def _is_on_hub(name: str, revision: str | None, where: str) -> bool:
+    """True if the Hub has the repository, False if the Hub cannot be reached and the cache has it; else raises."""
+    from huggingface_hub import HfApi, try_to_load_from_cache  # 0.3 s to import; not needed for a local folder
+    from huggingface_hub import errors as hub
+
+    got = repr(name)
+    try:
+        HfApi().model_info(name, revision=revision, timeout=TIMEOUT_SECONDS)
+        return True
+    except hub.GatedRepoError as error:
+        fix = "accept the licence on the model's page, then run `hf auth login`"
+        raise ModelError("the repository is gated", where=where, got=got, fix=fix) from error
+    except hub.RevisionNotFoundError as error:
+        raise ModelError(f"no revision {revision!r}", where=where, got=got, fix="correct model.revision") from error
+    except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
+        fix = "correct the name; a private repository needs `hf auth login`"
+        raise ModelError("neither a folder here nor a repository on the Hub", where=where, got=got, fix=fix) from error
+    except Exception as error:  # the HTTP library's own exceptions: which library that is differs by version
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return False
+        raise _unreachable(name, where, error) from error
+
+
+def _unreachable(name: str, where: str, error: Exception) -> EnvironmentFault:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else _first_line(error)
+    return EnvironmentFault(
+        f"{name!r} is no folder here, is not in the cache {HF_HUB_CACHE}, and the Hub cannot be reached ({reason})",
+        where=where,
+        fix=f"run `hf download {name}` where there is a network, or give a local folder",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,134 @@
+"""Loads or initialises a causal language model that fits its tokenizer."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_clm import attention as packed
+from hf_clm.chat_template import stop_token_ids
+from hf_clm.errors import ModelError, did_you_mean
+from hf_clm.hub import load_options, loading
+from hf_clm.tokenizer import max_token_id, unique_ids
+
+WHERE = "model.name_or_path"
+
+
+def load_config(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a causal language model. Raises ModelError if it is another kind of model."""
+    options = load_options(name_or_path, revision=revision, where=WHERE)
+    with loading(name_or_path, where="model"):
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **options)
+    architectures = config.architectures or []
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+    if config.is_encoder_decoder or (architectures and not causal):
+        got = ", ".join(architectures) or config.model_type
+        raise ModelError("not a causal language model", where=f"{WHERE} {name_or_path}", got=got)
+    return config
+
+
+def build_config(settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    """The configuration of a new model: ``settings`` as in its config class, vocabulary and ids from the tokenizer.
+
+    Raises ModelError for an unknown ``model_type`` or a setting that its config class does not have.
+    """
+    settings = {"vocab_size": max_token_id(tokenizer) + 1, **settings}
+    model_type = settings.pop("model_type", None)
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        fix = f"name one that has a causal language model{did_you_mean(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}"
+        raise ModelError("unknown model type", where="model.config.model_type", got=repr(model_type), fix=fix)
+    default = AutoConfig.for_model(model_type)
+    names = {*default.to_dict(), *default.attribute_map}
+    for name in settings:
+        if name not in names:
+            what = f"{type(default).__name__} has no such setting{did_you_mean(name, names)}"
+            raise ModelError(what, where=f"model.config.{name}")
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    with loading(str(model_type), where="model.config"):
+        return AutoConfig.for_model(model_type, pad_token_id=tokenizer.pad_token_id, **ids, **settings)
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """The longest text the model has positions for, tokens; None where it states no limit."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def load_model(
+    name_or_path: str,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    dtype: str = "float32",
+    attention: str = packed.NAME,
+    revision: str | None = None,
+    **options: bool,
+) -> PreTrainedModel:
+    """Loads weights and makes the model agree with the tokenizer (``fit_to_tokenizer``).
+
+    Args:
+        dtype: of the weights. Weights that are trained in bfloat16 hardly move at small learning rates.
+        attention: ``packed``, or any attention of transformers.
+        options: ``trust_remote_code``; ``allow_bin`` accepts pickled weights.
+
+    Raises ModelError if weights are missing, of another shape, or not safetensors.
+    """
+    packed.register()
+    config = load_config(name_or_path, revision=revision, trust_remote_code=options.get("trust_remote_code", False))
+    with loading(name_or_path, where="model"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            use_safetensors=None if options.get("allow_bin") else True,
+            trust_remote_code=options.get("trust_remote_code", False),
+            output_loading_info=True,
+            **load_options(name_or_path, revision=revision, where=WHERE),
+        )
+    missing = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
+    if missing:
+        what = f"the files lack {len(missing)} weights that the configuration names, {missing[0]} first"
+        raise ModelError(what, where=f"{WHERE} {name_or_path}", fix="use the configuration that belongs to the weights")
+    fit_to_tokenizer(model, tokenizer)
+    return model
+
+
+def init_model(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, *, dtype: str = "float32", attention: str = packed.NAME
+) -> PreTrainedModel:
+    """A model with random weights. Draws from torch's global random state: seed it first."""
+    packed.register()
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+    with loading(config.model_type, where="model.config"):
+        model = AutoModelForCausalLM.from_config(config, **options)
+    fit_to_tokenizer(model, tokenizer)
+    return model
+
+
+def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Changes the model: embeddings for every token, the tokenizer's pad and stop tokens, a generation config that saves."""
+    grow_embeddings(model, max_token_id(tokenizer) + 1)
+    model.loss_type = "ForCausalLM"  # GPT-2 names none, warns of it, and breaks the graph under torch.compile
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    settings = model.generation_config
+    assert settings is not None, type(model)
+    known = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    stop = unique_ids([*stop_token_ids(tokenizer), *known])
+    settings.eos_token_id = [i for i in stop if i != tokenizer.pad_token_id]
+    settings.pad_token_id = tokenizer.pad_token_id
+    settings.bos_token_id = tokenizer.bos_token_id
+    if not settings.do_sample:  # else save_pretrained refuses a temperature without sampling
+        settings.temperature = settings.top_p = settings.top_k = None
+
+
+def grow_embeddings(model: PreTrainedModel, tokens: int) -> None:
+    """Gives the model at least ``tokens`` rows; new rows are the mean of the old ones. Never shrinks it."""
+    old = model.get_input_embeddings().weight.shape[0]
+    if tokens <= old:
+        return
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                layer.weight[old:] = layer.weight[:old].mean(dim=0)

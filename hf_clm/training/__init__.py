@@ -1,0 +1,1 @@
+"""Training: ``run.py`` is where to begin."""

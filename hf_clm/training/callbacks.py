@@ -1,0 +1,134 @@
+"""What a run shows and writes while it trains: progress, metrics.jsonl, samples.jsonl."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+# What a progress line shows of a log event, and how.
+SHOWN = {
+    "loss": ("loss", "{:.4f}"),
+    "token_accuracy": ("accuracy", "{:.1%}"),
+    "learning_rate": ("lr", "{:.2e}"),
+    "grad_norm": ("grad norm", "{:.2f}"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "eval_loss": ("eval loss", "{:.4f}"),
+    "eval_token_accuracy": ("eval accuracy", "{:.1%}"),
+}
+
+
+class ProgressCallback(TrainerCallback):
+    """A progress bar on a terminal, else one line a log event. Rank 0 only."""
+
+    def __init__(self, *, is_terminal: bool):
+        self.is_terminal = is_terminal
+        self.bar: tqdm | None = None
+        self.started = 0.0
+        self.first_step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.started, self.first_step = time.monotonic(), state.global_step
+        if self.is_terminal and state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        logs = kwargs["logs"]
+        if not state.is_world_process_zero or not (logs.keys() & {"loss", "eval_loss"}):
+            return
+        shown = [f"{name} {form.format(logs[key])}" for key, (name, form) in SHOWN.items() if key in logs]
+        if self.bar is not None and "loss" in logs:
+            self.bar.set_postfix_str(", ".join(shown))
+            return
+        left = f"  {self._time_left(state)} left" if "loss" in logs else ""
+        line = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  {'  '.join(shown)}{left}"
+        write_line(line)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _time_left(self, state: TrainerState) -> str:
+        done = max(1, state.global_step - self.first_step)
+        seconds = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
+        return to_duration(seconds)
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends one JSON object a log event to ``metrics.jsonl``. Rank 0 only."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            append_json(self.path, {"step": state.global_step, **kwargs["logs"]})
+
+
+class SamplesCallback(TrainerCallback):
+    """Generates from fixed prompts before training, every ``every_steps`` steps and at the end. Rank 0 only.
+
+    ``generate`` gives one answer for each prompt of ``prompts``, in order.
+    """
+
+    def __init__(self, prompts: list[str], generate: Callable[[], list[str]], path: Path, *, every_steps: int | None):
+        self.prompts, self.generate, self.path, self.every_steps = prompts, generate, path, every_steps
+        self.last_step = -1
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._sample(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.every_steps and state.global_step % self.every_steps == 0:
+            self._sample(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._sample(state)
+
+    def _sample(self, state: TrainerState) -> None:
+        if not state.is_world_process_zero or self.last_step == state.global_step:
+            return
+        self.last_step = state.global_step
+        for prompt, text in zip(self.prompts, self.generate(), strict=True):
+            append_json(self.path, {"step": state.global_step, "prompt": prompt, "text": text})
+            write_line(f"  sample at step {state.global_step}: {prompt!r} -> {text!r}")
+
+
+def append_json(path: Path, entry: dict[str, Any]) -> None:
+    """Appends one line of JSON."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def write_line(line: str) -> None:
+    """Prints a line without breaking a progress bar."""
+    tqdm.write(line)
+
+
+def to_duration(seconds: float) -> str:
+    """``75`` -> ``"1m15s"``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,0 +1,165 @@
+"""What a run says of itself: at its start, at its end, and in run.json."""
+
+import math
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+
+from hf_clm.config import Recipe
+from hf_clm.data.build import Split
+from hf_clm.training.callbacks import to_duration
+
+PACKAGES = ("hf_clm", "torch", "transformers", "accelerate", "datasets", "tokenizers")
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known before the first step."""
+
+    recipe: Recipe
+    arguments: TrainingArguments
+    model: PreTrainedModel
+    train: Split
+    evaluation: Split | None
+    unigram_entropy: float
+
+    @property
+    def format(self) -> str:
+        """The format of the training data; prompts given as plain text are rendered in it."""
+        return sorted(self.train.examples.formats)[0]
+
+    @property
+    def rows_per_step(self) -> int:
+        arguments = self.arguments
+        return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+    @property
+    def steps(self) -> int:
+        arguments = self.arguments
+        if arguments.max_steps > 0:
+            return arguments.max_steps
+        per_rank = math.ceil(len(self.train.dataset) / arguments.world_size / arguments.train_batch_size)
+        per_epoch = max(1, math.ceil(per_rank / arguments.gradient_accumulation_steps))
+        return math.ceil(arguments.num_train_epochs * per_epoch)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Real tokens in an average step."""
+        return self.train.tokens / len(self.train.dataset) * min(self.rows_per_step, len(self.train.dataset))
+
+    @property
+    def precision(self) -> str:
+        autocast = "bfloat16" if self.arguments.bf16 else "float16" if self.arguments.fp16 else None
+        weights = str(self.model.dtype).removeprefix("torch.")
+        return f"{weights} weights, {autocast} autocast" if autocast else weights
+
+    def to_json(self) -> dict[str, Any]:
+        """What run.json holds from the start on."""
+        return {
+            "stage": self.recipe.stage,
+            "max_length": self.recipe.data.max_length,
+            "format": self.format,
+            "model": self.recipe.model.name_or_path or self.model.config.model_type,
+            "parameters": self.model.num_parameters(),
+            "train": _count(self.train),
+            "evaluation": _count(self.evaluation) if self.evaluation else None,
+            "unigram_entropy": self.unigram_entropy,
+            "steps": self.steps,
+            "rows_per_step": self.rows_per_step,
+            "processes": self.arguments.world_size,
+            "device": str(self.arguments.device),
+            "precision": self.precision,
+        }
+
+    def outcome(self, history: list[dict[str, Any]], final: dict[str, float], seconds: float) -> dict[str, Any]:
+        """What run.json holds in the end; ``history`` are the log events."""
+        first = next((entry for entry in history if "eval_loss" in entry), final)
+        last = next((entry for entry in reversed(history) if "tokens_seen" in entry), {"tokens_seen": 0, "step": 0})
+        return {
+            "steps_done": last["step"],
+            "seconds": seconds,
+            "tokens_seen": last["tokens_seen"],
+            "tokens_per_second": last["tokens_seen"] / seconds,
+            "loss_before": first["eval_loss"],
+            "loss_after": final["eval_loss"],
+            "token_accuracy_before": first["eval_token_accuracy"],
+            "token_accuracy_after": final["eval_token_accuracy"],
+        }
+
+
+def start_lines(facts: RunFacts) -> list[str]:
+    """The block that a run prints before its first step."""
+    arguments, model, train = facts.arguments, facts.model, facts.train
+    origin = "random weights" if facts.recipe.model.init == "scratch" else facts.recipe.model.name_or_path
+    lines = [
+        f"stage     {facts.recipe.stage}",
+        f"model     {type(model).__name__}, {origin}, {model.num_parameters():,} parameters",
+        f"data      {_describe(train)}",
+    ]
+    if facts.evaluation:
+        lines.append(f"eval      {_describe(facts.evaluation)}")
+    if facts.recipe.stage == "pretrain":
+        lines.append(f"unigram   {facts.unigram_entropy:.3f} nats per token: the loss of guessing by frequency alone")
+    lines += [
+        f"step      {facts.rows_per_step} rows, about {facts.tokens_per_step:,.0f} tokens",
+        f"steps     {facts.steps:,}",
+        f"device    {arguments.world_size} x {arguments.device.type}, {facts.precision}",
+        f"output    {arguments.output_dir}",
+    ]
+    read = train.examples.report
+    notes = {
+        "blank lines skipped": read.blank_lines,
+        "unreadable lines skipped": len(read.bad_lines),
+        "records with a NUL character": read.nul_records,
+        "control tokens in the text read as plain text": sum(train.rows.rows.control_texts.values()),
+    }
+    lines += [f"note      {count:,} {what}" for what, count in notes.items() if count]
+    if train.examples.unknown_keys:
+        lines.append(f"note      keys not used: {', '.join(sorted(train.examples.unknown_keys))}")
+    return lines
+
+
+def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:
+    """The block that a run prints when it is done."""
+    on = "held-out data" if facts.evaluation else "training data"
+    output = facts.arguments.output_dir
+    lines = [
+        f"done      {result['steps_done']:,} steps in {to_duration(result['seconds'])}, "
+        f"{result['tokens_seen']:,} tokens, {result['tokens_per_second']:,.0f} tokens/s",
+        f"loss      {result['loss_before']:.4f} -> {result['loss_after']:.4f} on {on}",
+        f"accuracy  {result['token_accuracy_before']:.1%} -> {result['token_accuracy_after']:.1%} of the target tokens",
+    ]
+    if facts.recipe.stage == "pretrain":
+        lines.append(f"unigram   {facts.unigram_entropy:.4f}")
+    return [
+        *lines,
+        f"written   {output}: the model, recipe.yaml, run.json, metrics.jsonl, loss.png",
+        f'next      hf-clm generate {output} --prompt "..."',
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what a run computes."""
+    cuda = {"cuda": str(torch.version.cuda)} if torch.version.cuda else {}
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, **cuda}
+
+
+def _describe(split: Split) -> str:
+    packed = f" in {len(split.dataset):,} packed rows" if split.dataset is not split.rows else ""
+    fates = ", ".join(f"{count:,} {fate}" for fate, count in sorted(split.fates.items()))
+    return f"{fates}; {split.tokens:,} tokens ({split.target_tokens:,} targets){packed}"
+
+
+def _count(split: Split) -> dict[str, Any]:
+    return {
+        "files": split.examples.report.files,
+        "input_rows": len(split.examples),
+        "fates": dict(split.fates),
+        "rows": len(split.dataset),
+        "tokens": split.tokens,
+        "target_tokens": split.target_tokens,
+    }

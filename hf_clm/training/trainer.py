@@ -1,0 +1,138 @@
+"""The Trainer, with what it lacks: token accuracy, real tokens, token-weighted evaluation, a stop at a non-finite step."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_clm.data.datasets import EvenRows
+from hf_clm.errors import DivergedError
+from hf_clm.evaluation.metrics import token_counts, token_nll
+
+# What is counted since the last log event, in this order.
+TARGETS, CORRECT, TOKENS = range(3)
+
+
+class CLMTrainer(Trainer):
+    """A ``transformers.Trainer`` for causal language models.
+
+    Adds to each log event: token_accuracy, tokens_seen, target_tokens_seen, tokens_per_second (real tokens, all
+    processes). Evaluation sums over tokens, so its loss is the same for every batch size. Raises DivergedError
+    before the optimizer step that a NaN or Inf would spoil. Saves no training_args.bin, and a model that uses its KV cache.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._counts = torch.zeros(3, dtype=torch.int64, device=self.args.device)
+        self._counted_since = time.monotonic()
+        self._step_loss: torch.Tensor | float = 0.0
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._step_loss = self._step_loss + loss
+        return loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        labels, tokens = inputs["labels"], _real_tokens(inputs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            self._counts[:TOKENS] += token_counts(outputs.logits, labels)
+            self._counts[TOKENS] += tokens
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Runs after clipping and before the optimizer step: the last moment at which the weights are sound."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        value = float(self._step_loss if self.args.fp16 else norm)  # fp16 skips steps whose gradients overflow
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"step {self.state.global_step + 1}: the loss or its gradient is not finite; the weights were not updated",
+                got=f"loss {float(self._step_loss):g}, gradient norm {float(norm):g}, "
+                f"learning rate {self._get_learning_rate():g}",
+                fix="lower train.learning_rate, raise train.warmup_steps, or look at the data of this step",
+            )
+        self._step_loss = 0.0
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._token_metrics())
+        super().log(logs, start_time)
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Leaves what happens inside (evaluation, samples, saving) out of tokens_per_second."""
+        start = time.monotonic()
+        yield
+        self._counted_since += time.monotonic() - start
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return super().get_eval_dataloader(EvenRows(dataset, self.args.world_size * self.args.eval_batch_size))
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+        nll, counts = token_nll(logits, inputs["labels"]), token_counts(logits, inputs["labels"])
+        self._eval_sums += torch.cat([nll.double().sum()[None], counts.double()])
+        return None, None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """As the Trainer's; loss and token_accuracy are sums over all target tokens of all processes, divided once."""
+        self._eval_sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        with self.untimed():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        nll, targets, correct = self.accelerator.reduce(self._eval_sums, reduction="sum").tolist()
+        metrics = {"loss": nll / targets, "token_accuracy": correct / targets, "target_tokens": int(targets)}
+        assert output.metrics is not None
+        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
+        return output
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.untimed():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        config = self.accelerator.unwrap_model(self.model).config
+        config.use_cache = True  # off in training only; a saved False would make generation slow
+        super()._save(output_dir, state_dict)
+        config.use_cache = self.args.use_cache
+        if self.args.should_save:  # it is a pickle, and would carry hub_token in clear
+            (Path(output_dir or str(self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)
+
+    def _token_metrics(self) -> dict[str, float]:
+        """The counts of all processes since the last log event, and sets them back."""
+        counts = self.accelerator.reduce(self._counts, reduction="sum").tolist()
+        now = time.monotonic()
+        seconds, self._counted_since = now - self._counted_since, now
+        self._counts.zero_()
+        before = next((entry for entry in reversed(self.state.log_history) if "tokens_seen" in entry), {})
+        return {
+            "token_accuracy": counts[CORRECT] / max(1, counts[TARGETS]),
+            "tokens_seen": before.get("tokens_seen", 0) + counts[TOKENS],
+            "target_tokens_seen": before.get("target_tokens_seen", 0) + counts[TARGETS],
+            "tokens_per_second": counts[TOKENS] / seconds,
+        }
+
+
+def _real_tokens(inputs: dict[str, Any]) -> torch.Tensor | int:
+    mask = inputs.get("attention_mask")
+    return inputs["input_ids"].numel() if mask is None else mask.sum()

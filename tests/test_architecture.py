@@ -1,0 +1,298 @@
+"""The shape of hf_clm: sizes, directions of import, where things may happen. Files are parsed, not run."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "hf_clm").rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+# A module imports from its own line and from the lines above it.
+LAYERS = [
+    {"errors"},
+    {"schema"},
+    {"trainer_fields", "recipe_text"},
+    {"config"},
+    {"hub", "tokenizer", "train_tokenizer", "chat_template", "attention", "model"},
+    {"data"},
+    {"generation"},
+    {"evaluation"},
+    {"training"},
+    {"report", "inspector", "doctor", "bench"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
+LIGHT = ["hf_clm.errors", "hf_clm.schema", "hf_clm.trainer_fields", "hf_clm.recipe_text", "hf_clm.config"]
+HEAVY = {"torch", "transformers", "datasets"}
+WRITERS_OF_MASKS = {"hf_clm.schema", "hf_clm.data.labels", "hf_clm.data.collators"}
+READING_KEYWORDS = {"ignore_index", "may_be"}
+PRINTERS = {"hf_clm.cli", "hf_clm.training.callbacks"}
+
+# Called by another library, which decides what goes by position: "module:Class.method", "module:function".
+CALLED_BY_OTHERS = {
+    "hf_clm.training.trainer:CLMTrainer.compute_loss",
+    "hf_clm.training.trainer:CLMTrainer.prediction_step",
+    "hf_clm.training.trainer:CLMTrainer.training_step",
+    "hf_clm.training.callbacks:MetricsCallback.on_log",
+    "hf_clm.training.callbacks:ProgressCallback.on_log",
+    "hf_clm.training.callbacks:ProgressCallback.on_step_end",
+    "hf_clm.training.callbacks:ProgressCallback.on_train_begin",
+    "hf_clm.training.callbacks:ProgressCallback.on_train_end",
+    "hf_clm.training.callbacks:SamplesCallback.on_step_end",
+    "hf_clm.training.callbacks:SamplesCallback.on_train_begin",
+    "hf_clm.training.callbacks:SamplesCallback.on_train_end",
+}
+# The exit codes and the errors that carry them.
+SAID_BY_THEIR_NAME = {
+    "ExitCode",
+    "RecipeError",
+    "DataError",
+    "ModelError",
+    "DivergedError",
+    "EnvironmentFault",
+}
+
+
+def named_functions(
+    tree: ast.AST, prefix: str = ""
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Every function and method at any depth, with its dotted name."""
+    for node in ast.iter_child_nodes(tree):
+        inner = prefix
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            inner = f"{prefix}{node.name}."
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{prefix}{node.name}", node
+        yield from named_functions(node, inner)
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> tuple[int, int]:
+    """How many parameters can go by position, and how many there are; ``self`` and ``cls`` do not count."""
+    by_position = [argument.arg for argument in function.args.posonlyargs + function.args.args]
+    if by_position[:1] in (["self"], ["cls"]):
+        by_position = by_position[1:]
+    return len(by_position), len(by_position) + len(function.args.kwonlyargs)
+
+
+def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """(module, name) of every import, inside functions too; the name is empty for ``import module``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def own_imports(tree: ast.Module) -> set[str]:
+    """The modules of hf_clm that a tree imports; ``from hf_clm import x`` names hf_clm.x."""
+    return {
+        f"{module}.{name}" if f"{module}.{name}" in FILES or module == "hf_clm" else module
+        for module, name in imported(tree)
+        if module.split(".")[0] == "hf_clm"
+    }
+
+
+def layer_of(module: str) -> int:
+    part = module.split(".")[1]
+    assert part in LEVEL, f"{module} has no place in LAYERS"
+    return LEVEL[part]
+
+
+def mask_writes(tree: ast.Module) -> list[int]:
+    """Lines that spell -100, or use IGNORE_INDEX for more than comparing and naming what to leave out."""
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.expr | ast.alias)]
+    return [
+        node.lineno
+        for node in nodes
+        if _is_disguised(node) or (_is_named(node) and not _is_read(node, parents))
+    ]
+
+
+def has_documented_fields(node: ast.AST) -> bool:
+    """True for a class of fields, each with a string below it."""
+    fields = [part for part in getattr(node, "body", []) if isinstance(part, ast.AnnAssign)]
+    strings = [part for part in getattr(node, "body", []) if ast.unparse(part)[:1] in "'\""]
+    return isinstance(node, ast.ClassDef) and 0 < len(fields) == len(strings)
+
+
+def _is_disguised(node: ast.AST) -> bool:
+    match node:
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=100)):
+            return True
+        case ast.alias(name="IGNORE_INDEX", asname=str()):
+            return True
+    return False
+
+
+def _is_named(node: ast.AST) -> bool:
+    match node:
+        case ast.Name(id="IGNORE_INDEX") | ast.Attribute(attr="IGNORE_INDEX"):
+            return True
+    return False
+
+
+def _is_read(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
+    parent = parents[node]
+    if isinstance(parent, ast.Tuple):  # may_be=(IGNORE_INDEX,)
+        parent = parents[parent]
+    return isinstance(parent, ast.Compare) or (
+        isinstance(parent, ast.keyword) and parent.arg in READING_KEYWORDS
+    )
+
+
+def test_the_files_are_found():
+    assert {"hf_clm.errors", "hf_clm.schema"} <= set(FILES)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_file_has_at_most_400_lines(module):
+    assert len(FILES[module].read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_function_has_at_most_6_parameters_and_2_by_position(module):
+    excess = {
+        f"{module}:{name}": parameters(function)
+        for name, function in named_functions(TREES[module])
+        if parameters(function)[0] > 2 or parameters(function)[1] > 6
+    }
+
+    assert sorted(set(excess) - CALLED_BY_OTHERS) == []
+
+
+def test_every_exception_for_a_function_is_needed():
+    needed = {
+        f"{module}:{name}"
+        for module, tree in TREES.items()
+        for name, function in named_functions(tree)
+        if parameters(function)[0] > 2 or parameters(function)[1] > 6
+    }
+
+    assert {name for name in CALLED_BY_OTHERS if name.split(":")[0] in FILES} <= needed
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name != "hf_clm"])
+def test_imports_point_one_way(module):
+    above = {
+        name for name in own_imports(TREES[module]) if name == "hf_clm" or layer_of(name) > layer_of(module)
+    }
+
+    assert above == set()
+
+
+def test_no_import_comes_back_to_where_it_began():
+    waiting = {
+        module: own_imports(tree) & set(FILES) - {module}
+        for module, tree in TREES.items()
+        if module != "hf_clm"
+    }
+    while free := [module for module, needs in waiting.items() if not needs & set(waiting)]:
+        waiting = {module: needs for module, needs in waiting.items() if module not in free}
+
+    assert waiting == {}
+
+
+def test_data_never_imports_the_trainer():
+    names = [
+        f"{module}: {name}"
+        for module, tree in TREES.items()
+        if module.startswith("hf_clm.data")
+        for source, name in imported(tree)
+        if source.startswith("transformers") and name in {"", "Trainer", "TrainingArguments"}
+    ]
+
+    assert names == []
+
+
+@pytest.mark.parametrize("module", [name for name in LIGHT if name in FILES])
+def test_a_light_module_names_no_heavy_package(module):
+    assert {name.split(".")[0] for name, _ in imported(TREES[module])} & HEAVY == set()
+
+
+def test_importing_the_package_its_config_and_its_command_line_loads_nothing_heavy():
+    modules = [name for name in ["hf_clm", *LIGHT, "hf_clm.cli"] if name in FILES]
+    code = f"import sys, {', '.join(modules)}; print(sorted({HEAVY!r} & set(sys.modules)))"
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name not in WRITERS_OF_MASKS])
+def test_only_labels_and_collators_write_minus_100(module):
+    assert mask_writes(TREES[module]) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "lines"),
+    [
+        ("labels = [IGNORE_INDEX] * 3", [1]),
+        ("labels = [schema.IGNORE_INDEX] * 3", [1]),
+        ("x = 1\nlabels = full(3, -100)", [2]),
+        ("labels = a if a != b else IGNORE_INDEX", [1]),
+        ("from hf_clm.schema import IGNORE_INDEX as X", [1]),
+        ("kept = labels != -100", [1]),
+        ("kept = labels != IGNORE_INDEX", []),
+        ("loss = cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)", []),
+        ("from hf_clm.schema import IGNORE_INDEX", []),
+        ('"""-100 where nothing is learned"""', []),
+    ],
+)
+def test_writing_a_mask_is_told_from_reading_one(code, lines):
+    assert mask_writes(ast.parse(code)) == lines
+
+
+def test_no_check_is_switched_off():
+    switched_off = re.compile(r"#\s*(?:noqa|type:\s*ignore|pyright:|ruff:)", re.IGNORECASE)
+    paths = [*FILES.values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "data").glob("*.py")]
+
+    found = [
+        str(path.relative_to(ROOT)) for path in paths if switched_off.search(path.read_text(encoding="utf-8"))
+    ]
+
+    assert Path(__file__) in paths
+    assert found == []
+    assert re.findall("per-file|exclude", (ROOT / "pyproject.toml").read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_no_module_is_named_like_one_of_python_or_utils(module):
+    names = set(module.split(".")) - {"__main__"}
+
+    assert names & (sys.stdlib_module_names | {"utils"}) == set()
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_every_public_function_and_class_has_a_docstring(module):
+    """A section of the recipe has one under each field instead: it is the field's help."""
+    without = [
+        node.name
+        for node in TREES[module].body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+        and not has_documented_fields(node)
+    ]
+
+    assert set(without) - SAID_BY_THEIR_NAME == set()
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name not in PRINTERS])
+def test_only_the_command_line_and_the_callbacks_print(module):
+    calls = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.Call)]
+
+    assert [
+        call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"
+    ] == []
