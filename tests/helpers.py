@@ -1,0 +1,68 @@
+"""What many tests need: a tokenizer whose ids can be read, tiny models, recipes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+X = -100  # no label
+EOS, PAD, IM_START, IM_END = 256, 257, 258, 259
+
+SIZES = {
+    "gpt2": {"n_layer": 2, "n_head": 2, "n_embd": 32, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "qwen2": {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+    },
+    "llama": {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+    },
+}
+
+
+def byte_tokenizer(*, pad: str | None = "<|pad|>", eos: str | None = "<|endoftext|>") -> PreTrainedTokenizerFast:
+    """Every byte is a token and its own id: ``"A"`` is 65. Ids 256 to 259: end, pad, <|im_start|>, <|im_end|>."""
+    vocab = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token=pad)
+
+
+def tiny_model(kind: str = "qwen2", *, vocab_size: int = 260, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """A model of a few thousand parameters with random weights; no dropout."""
+    torch.manual_seed(seed)
+    sizes = {**SIZES[kind], "vocab_size": vocab_size, "bos_token_id": EOS, "eos_token_id": EOS, **settings}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+
+
+def save_folder(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
+    """A model folder as ``save_pretrained`` writes it."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_jsonl(path: Path, records: list[Any]) -> str:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def _byte_letters() -> list[str]:
+    """The letter that byte-level BPE writes for each byte (GPT-2's table: printable bytes as they are)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return [letters[byte] for byte in range(256)]
