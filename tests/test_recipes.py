@@ -1,0 +1,55 @@
+"""Every shipped recipe loads, and trains on a model that the test made in the place of the named one."""
+
+from pathlib import Path
+
+import pytest
+from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from hf_clm.config import load_recipe
+from hf_clm.training.run import train
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+KINDS = {"qwen2.5-0.5b.yaml": "qwen2", "gpt2.yaml": "gpt2", "docstrings.yaml": "gpt2"}
+ROWS = {
+    "text": {"text": "The with statement wraps a block. " * 4},
+    "instruct": {"instruct": "Go on.", "input": "The lamp turns,", "label": "and boats come home."},
+    "prompt_completion": {"prompt": "def area(circle):\n", "completion": "The area of a circle."},
+}
+SHORT = ["--max_steps", "2", "--save_strategy", "no", "--eval_strategy", "no", "--use_cpu", "--bf16", "false"]
+
+
+def test_all_recipes_are_found():
+    assert {f"{path.parent.name}/{path.name}" for path in RECIPES} == {
+        "pretrain/python-docs.yaml",
+        "pretrain/qwen2.5-0.5b.yaml",
+        "sft/docstrings.yaml",
+        "sft/gpt2.yaml",
+        "sft/poems.yaml",
+        "sft/qwen2.5-0.5b.yaml",
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_recipe_loads_and_its_stage_is_its_folder(path):
+    assert load_recipe(path).stage == path.parent.name
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_recipe_trains_two_steps(path, tmp_path):
+    recipe = load_recipe(path)
+    rows = [{**ROWS[str(recipe.data.train[0].format)], "n": str(n)} for n in range(40)]
+    rows = [{key: f"{text} {n}" for key, text in row.items() if key != "n"} for n, row in enumerate(rows)]
+    words = ["--data.train", write_jsonl(tmp_path / "rows.jsonl", rows), "--output_dir", str(tmp_path / "run")]
+    words += SHORT + ["--load_best_model_at_end", "false", "--early_stopping", "null"]
+    if recipe.model.init == "pretrained":
+        model = tiny_model(KINDS[path.name], vocab_size=300)
+        words += ["--model.name_or_path", save_folder(tmp_path / "model", model, byte_tokenizer(pad=None))]
+        words += ["--data.max_length", "256"]
+
+    result = train(load_recipe(path, words))
+
+    assert result["status"] == "done"
+    assert result["steps_done"] == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.use_cache is True
