@@ -38,6 +38,7 @@ from hf_clm.recipe_text import (
 )
 from hf_clm.schema import Format
 from hf_clm.trainer_fields import (
+    TRAIN_DEFAULTS,
     V4_NAMES,
     Fault,
     check_train_combination,
@@ -46,22 +47,6 @@ from hf_clm.trainer_fields import (
     shorten,
     to_trainer_types,
 )
-
-# Where ours differ from those of transformers.TrainingArguments.
-TRAIN_DEFAULTS: dict[str, Any] = {
-    "lr_scheduler_type": "cosine",  # ends at zero like linear, and stays high for longer
-    "warmup_steps": 0.03,  # a share of the run: Adam's first steps are the roughest
-    "logging_steps": 10,  # 500 hides a short run
-    "logging_first_step": True,  # the loss before learning
-    "logging_nan_inf_filter": False,  # the filter shows a NaN loss as 0.0
-    "include_num_input_tokens_seen": "no",  # we count real and target tokens without a device sync
-    "average_tokens_across_devices": True,  # the same loss for one process and for many
-    "ddp_find_unused_parameters": False,  # a causal language model uses all of them
-    "remove_unused_columns": False,  # would drop what the packed attention needs
-    "save_total_limit": 2,  # checkpoints are three times as large as the model
-    "disable_tqdm": True,  # our own progress bar
-    "report_to": "none",  # the default only since transformers 5
-}
 
 
 class _Section(BaseModel):
@@ -160,6 +145,10 @@ class Data(_Section):
     """For text in a record that spells a control token."""
     max_dropped: float = Field(default=0.01, ge=0, le=1)
     """The largest share of examples that may be dropped."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Whether rows that are exactly equal to an earlier one are learned again."""
+    max_leakage: float = Field(default=0.01, ge=0, le=1)
+    """The largest share of evaluation rows that may be training rows."""
     skip_bad_lines: bool = False
     """Count and list unreadable lines instead of stopping."""
     max_line_bytes: int = Field(default=8_388_608, ge=1)
@@ -190,6 +179,13 @@ class EarlyStopping(_Section):
     """The smallest change that counts as improvement."""
 
 
+class Doctor(_Section):
+    self_test: bool = True
+    """Before the first step, prove on the real model and data that batching changes no loss."""
+    round_trip: Literal["start", "end", "off"] = "start"
+    """When the saved model is opened in a fresh process and compared."""
+
+
 @dataclass
 class _Origins:
     """Where each key was given; two of them are always equal, so recipes compare by what they say."""
@@ -215,6 +211,8 @@ class Recipe(_Section):
     """Text generated during training; null: none."""
     early_stopping: EarlyStopping | None = None
     """null: train to the end."""
+    doctor: Doctor = Doctor()
+    """Checks on the real model and data."""
     train: dict[str, Any] = {}
     """transformers.TrainingArguments, verbatim."""
     overwrite: bool = False

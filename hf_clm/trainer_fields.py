@@ -12,6 +12,22 @@ from typing import Any
 
 from hf_clm.errors import EnvironmentFault, did_you_mean
 
+# Where ours differ from those of transformers.TrainingArguments.
+TRAIN_DEFAULTS: dict[str, Any] = {
+    "lr_scheduler_type": "cosine",  # ends at zero like linear, and stays high for longer
+    "warmup_steps": 0.03,  # a share of the run: Adam's first steps are the roughest
+    "logging_steps": 10,  # 500 hides a short run
+    "logging_first_step": True,  # the loss before learning
+    "logging_nan_inf_filter": False,  # the filter shows a NaN loss as 0.0
+    "include_num_input_tokens_seen": "no",  # we count real and target tokens without a device sync
+    "average_tokens_across_devices": True,  # the same loss for one process and for many
+    "ddp_find_unused_parameters": False,  # a causal language model uses all of them
+    "remove_unused_columns": False,  # would drop what the packed attention needs
+    "save_total_limit": 2,  # checkpoints are three times as large as the model
+    "disable_tqdm": True,  # our own progress bar
+    "report_to": "none",  # the default only since transformers 5
+}
+
 
 @dataclass(frozen=True)
 class TrainerField:
