@@ -1,15 +1,19 @@
 """Folders and Hub names: found or refused at once, with one line that says what to do."""
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from hf_clm.errors import EnvironmentFault, ModelError, UserError
 
 LOCAL_PREFIXES = ("/", "./", "../", "~")
 TIMEOUT_SECONDS = 10
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, EOFError, pickle.UnpicklingError)
 
 
 @contextmanager
@@ -19,16 +23,19 @@ def loading(name_or_path: str, *, where: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(f"cannot be loaded: {_first_line(error)}", where=f"{where} {name_or_path}") from error
+    except (*LOADING_ERRORS, SafetensorError) as error:
+        runs_code = "trust_remote_code" in str(error)
+        what = "comes with code of its own" if runs_code else f"cannot be loaded: {_first_line(error)}"
+        fix = "read the code, then set model.trust_remote_code and pin model.revision" if runs_code else ""
+        raise ModelError(what, where=f"{where} {name_or_path}", fix=fix) from error
 
 
 @lru_cache(maxsize=16)
 def load_options(name_or_path: str, *, revision: str | None, where: str) -> dict[str, object]:
     """The ``revision`` and ``local_files_only`` to give to ``from_pretrained``.
 
-    Asks the Hub once, without retries, because ``from_pretrained`` alone retries for most of a minute where there is no
-    network. A name that is in the cache is used without a network.
+    Asks the Hub once, without retries, because ``from_pretrained`` alone retries for most of a minute without
+    a network. A name that is in the cache needs none.
 
     Raises ModelError for a missing folder, a missing, gated or private repository or a missing revision;
     EnvironmentFault where the Hub cannot be reached and the name is not in the cache.
@@ -38,12 +45,15 @@ def load_options(name_or_path: str, *, revision: str | None, where: str) -> dict
     if name_or_path.startswith(LOCAL_PREFIXES) or name_or_path.count("/") > 1:
         fix = "a Hub id has the form 'organisation/name'"
         raise ModelError("no such folder", where=where, got=repr(name_or_path), fix=fix)
-    return {"revision": revision, "local_files_only": not _is_on_hub(name_or_path, revision, where)}
+    return {"revision": revision, "local_files_only": not _is_on_hub(name_or_path, revision, where=where)}
 
 
-def _is_on_hub(name: str, revision: str | None, where: str) -> bool:
-    """True if the Hub has the repository, False if the Hub cannot be reached and the cache has it; else raises."""
-    from huggingface_hub import HfApi, try_to_load_from_cache  # 0.3 s to import; not needed for a local folder
+def _is_on_hub(name: str, revision: str | None, *, where: str) -> bool:
+    """True if the Hub has it, False if the Hub cannot be reached and the cache has it; else raises."""
+    from huggingface_hub import (
+        HfApi,
+        try_to_load_from_cache,
+    )  # 0.3 s to import; not needed for a local folder
     from huggingface_hub import errors as hub
 
     got = repr(name)
@@ -54,22 +64,27 @@ def _is_on_hub(name: str, revision: str | None, where: str) -> bool:
         fix = "accept the licence on the model's page, then run `hf auth login`"
         raise ModelError("the repository is gated", where=where, got=got, fix=fix) from error
     except hub.RevisionNotFoundError as error:
-        raise ModelError(f"no revision {revision!r}", where=where, got=got, fix="correct model.revision") from error
+        raise ModelError(
+            f"no revision {revision!r}", where=where, got=got, fix="correct model.revision"
+        ) from error
     except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
         fix = "correct the name; a private repository needs `hf auth login`"
-        raise ModelError("neither a folder here nor a repository on the Hub", where=where, got=got, fix=fix) from error
+        raise ModelError(
+            "neither a folder here nor a repository on the Hub", where=where, got=got, fix=fix
+        ) from error
     except Exception as error:  # the HTTP library's own exceptions: which library that is differs by version
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return False
-        raise _unreachable(name, where, error) from error
+        raise _unreachable(name, error, where=where) from error
 
 
-def _unreachable(name: str, where: str, error: Exception) -> EnvironmentFault:
+def _unreachable(name: str, error: Exception, *, where: str) -> EnvironmentFault:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else _first_line(error)
     return EnvironmentFault(
-        f"{name!r} is no folder here, is not in the cache {HF_HUB_CACHE}, and the Hub cannot be reached ({reason})",
+        f"{name!r} is no folder here, is not in the cache {HF_HUB_CACHE}, and the Hub cannot be reached"
+        f" ({reason})",
         where=where,
         fix=f"run `hf download {name}` where there is a network, or give a local folder",
     )

@@ -1,5 +1,6 @@
-"""Loads a tokenizer that training can trust: a pad token of its own, an end token, a chat template if one is wanted."""
+"""Loads a tokenizer that training can trust: a pad token of its own, an end token, a chat template."""
 
+import os
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -11,7 +12,8 @@ from hf_clm.errors import ModelError, did_you_mean
 from hf_clm.hub import load_options, loading
 
 SHIPPED_TEMPLATES = Path(__file__).parent / "chat_templates"
-TEMPLATE_TOKENS = {"chatml": ["<|im_start|>", "<|im_end|>"]}  # a turn must end in one token, or nothing can stop at it
+# A turn must end in one token, or nothing can stop at it.
+TEMPLATE_TOKENS = {"chatml": ["<|im_start|>", "<|im_end|>"]}
 
 
 def load_tokenizer(
@@ -28,15 +30,19 @@ def load_tokenizer(
     Args:
         pad_token: added when the tokenizer has none, or one that equals its end token; else its own is kept.
         eos_token: replaces the end token.
-        chat_template: a shipped name (``chatml``, ``plain``) or a ``.jinja`` file; None keeps the tokenizer's own.
+        chat_template: a shipped name (``chatml``, ``plain``) or a ``.jinja`` file; None keeps its own.
 
     Raises ModelError if there is no such tokenizer, it is not a fast one, or it has no end token.
     """
+    name_or_path = os.path.expanduser(name_or_path)
     options = load_options(name_or_path, revision=revision, where="tokenizer.name_or_path")
     with loading(name_or_path, where="tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code, **options
+        )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ModelError("not a fast tokenizer (tokenizer.json)", where="tokenizer", got=type(tokenizer).__name__)
+        got = type(tokenizer).__name__
+        raise ModelError("not a fast tokenizer (tokenizer.json)", where="tokenizer", got=got)
     if eos_token is not None:
         tokenizer.add_special_tokens({"eos_token": eos_token})
     if tokenizer.eos_token is None:
@@ -51,18 +57,19 @@ def load_tokenizer(
 def add_pad_token(tokenizer: PreTrainedTokenizerFast, pad_token: str) -> None:
     """Adds ``pad_token`` where the tokenizer has no pad token or one that equals its end token.
 
-    A pad token that is also the end token would be masked together with it by every collator that masks by id,
-    and the model would never learn to stop.
+    A pad token that is also the end token would be masked with it by every collator that masks by id, and the
+    model would never learn to stop.
     """
     if tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     if pad_token == tokenizer.eos_token:
-        raise ModelError("equals the end token", where="tokenizer.pad_token", got=repr(pad_token), fix="name another")
+        got = repr(pad_token)
+        raise ModelError("equals the end token", where="tokenizer.pad_token", got=got, fix="name another")
     tokenizer.add_special_tokens({"pad_token": pad_token})
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerFast, name_or_file: str) -> None:
-    """Gives the tokenizer a chat template (``load_chat_template``) and the control tokens that a shipped one needs."""
+    """Gives the tokenizer a chat template (``load_chat_template``) and the tokens a shipped one needs."""
     tokenizer.chat_template = load_chat_template(name_or_file)
     known = tokenizer.get_vocab()
     missing = [token for token in TEMPLATE_TOKENS.get(name_or_file, []) if token not in known]
@@ -70,18 +77,27 @@ def use_chat_template(tokenizer: PreTrainedTokenizerFast, name_or_file: str) -> 
 
 
 def load_chat_template(name_or_file: str) -> str:
-    """The Jinja text of a shipped template (``chatml``, ``plain``) or of a file. Raises ModelError if there is neither."""
+    """The Jinja text of a shipped template (``chatml``, ``plain``) or of a file.
+
+    Raises ModelError if there is neither.
+    """
     shipped = sorted(path.stem for path in SHIPPED_TEMPLATES.glob("*.jinja"))
-    path = SHIPPED_TEMPLATES / f"{name_or_file}.jinja" if name_or_file in shipped else Path(name_or_file).expanduser()
+    file = SHIPPED_TEMPLATES / f"{name_or_file}.jinja" if name_or_file in shipped else name_or_file
+    path = Path(file).expanduser()
     if not path.is_file():
+        got = repr(name_or_file)
         fix = f"one of {', '.join(shipped)}, or a .jinja file{did_you_mean(name_or_file, shipped)}"
-        raise ModelError("no such chat template", where="tokenizer.chat_template", got=repr(name_or_file), fix=fix)
+        raise ModelError("no such chat template", where="tokenizer.chat_template", got=got, fix=fix)
     return path.read_text(encoding="utf-8")
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Every added or special token: the strings that must not come out of a user's text. Longest first."""
-    return sorted(tokenizer.get_added_vocab(), key=lambda token: (-len(token), token))
+    """Every added or special token: the strings that must not come out of a user's text. Longest first.
+
+    Without those of white space alone: to GPT-NeoX and Phi these are the ordinary spelling of an indentation.
+    """
+    tokens = [token for token in tokenizer.get_added_vocab() if token.strip()]
+    return sorted(tokens, key=lambda token: (-len(token), token))
 
 
 def control_pattern(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
@@ -105,6 +121,7 @@ def unique_ids(ids: Iterable[int | None]) -> list[int]:
 
 
 def bos_token(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """The start token, if the tokenizer puts it before every text by itself (Llama does; GPT-2 and Qwen do not)."""
-    bos = tokenizer.bos_token
-    return bos if bos is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else None
+    """The start token, if the tokenizer puts it before every text (Llama does; GPT-2 and Qwen do not)."""
+    if tokenizer.bos_token is None or tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
+        return None
+    return str(tokenizer.bos_token)

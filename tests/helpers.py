@@ -1,18 +1,27 @@
 """What many tests need: a tokenizer whose ids can be read, tiny models, recipes."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 X = -100  # no label
+CONTROL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 EOS, PAD, IM_START, IM_END = 256, 257, 258, 259
 
 SIZES = {
-    "gpt2": {"n_layer": 2, "n_head": 2, "n_embd": 32, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt2": {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 32,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
     "qwen2": {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -30,17 +39,54 @@ SIZES = {
 }
 
 
-def byte_tokenizer(*, pad: str | None = "<|pad|>", eos: str | None = "<|endoftext|>") -> PreTrainedTokenizerFast:
-    """Every byte is a token and its own id: ``"A"`` is 65. Ids 256 to 259: end, pad, <|im_start|>, <|im_end|>."""
-    vocab = {letter: byte for byte, letter in enumerate(_byte_letters())}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+def byte_tokenizer(
+    *,
+    pad: str | None = "<|pad|>",
+    eos: str | None = "<|endoftext|>",
+    merges: Sequence[tuple[str, str]] = (),
+) -> PreTrainedTokenizerFast:
+    """Every byte is a token and its own id: ``"A"`` is 65. Ids 256 to 259 are those of ``CONTROL``.
+
+    Merged pairs have the ids from 260 on; a newline is written Ċ and a space Ġ in them.
+    """
+    letters = [*_byte_letters(), *CONTROL, *(left + right for left, right in merges)]
+    vocab = {letter: number for number, letter in enumerate(letters)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"])
+    backend.add_special_tokens(CONTROL)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token=pad)
 
 
-def tiny_model(kind: str = "qwen2", *, vocab_size: int = 260, seed: int = 0, **settings: Any) -> PreTrainedModel:
+def sentencepiece_tokenizer(
+    *, prepend: str = "first", adds_bos: bool = False, merged: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Unigram over letters and, for all else, bytes; a text begins with a space (▁), as in Llama or Mistral.
+
+    Args:
+        prepend: of Metaspace, ``first`` or ``always``; ``normalizer`` does it as Llama 2 does.
+        merged: pieces of more than one letter.
+    """
+    letters = ["▁", *(chr(code) for code in range(33, 127)), *merged]
+    pieces = [(token, 0.0) for token in ("<unk>", "<s>", "</s>", "<|pad|>")]
+    pieces += [(f"<0x{byte:02X}>", -9.0) for byte in range(256)] + [(letter, -2.0) for letter in letters]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    if prepend == "normalizer":
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        backend.normalizer = normalizers.Sequence(steps)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<|pad|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+
+
+def tiny_model(
+    kind: str = "qwen2", *, vocab_size: int = 260, seed: int = 0, **settings: Any
+) -> PreTrainedModel:
     """A model of a few thousand parameters with random weights; no dropout."""
     torch.manual_seed(seed)
     sizes = {**SIZES[kind], "vocab_size": vocab_size, "bos_token_id": EOS, "eos_token_id": EOS, **settings}
@@ -56,7 +102,9 @@ def save_folder(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 def write_jsonl(path: Path, records: list[Any]) -> str:
     """One JSON object a line."""
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+    )
     return str(path)
 
 

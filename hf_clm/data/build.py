@@ -52,7 +52,7 @@ class Examples:
 
 @dataclass
 class Split:
-    """A tokenized set (``rows``) and the form of it that is trained on (``dataset``; the same without packing)."""
+    """A tokenized set (``rows``) and what is trained on (``dataset``; the same without packing)."""
 
     rows: SFTDataset | PretrainDataset
     dataset: AnyDataset
@@ -107,7 +107,7 @@ def load_examples(sources: Iterable[Source], data: Data) -> Examples:
     return found
 
 
-def split_examples(examples: Examples, eval_fraction: float, seed: int) -> tuple[Examples, Examples]:
+def split_examples(examples: Examples, eval_fraction: float, *, seed: int) -> tuple[Examples, Examples]:
     """Holds out a share of the examples, chosen by ``seed``; both parts keep the order of the files.
 
     Raises DataError where one of the parts would be empty.
@@ -130,12 +130,14 @@ def load_splits(recipe: Recipe, seed: int) -> tuple[Examples, Examples | None]:
     if recipe.data.eval:
         return train, load_examples(recipe.data.eval, recipe.data)
     if recipe.data.eval_fraction:
-        return split_examples(train, recipe.data.eval_fraction, seed)
+        return split_examples(train, recipe.data.eval_fraction, seed=seed)
     return train, None
 
 
-def build_split(examples: Examples, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, stage: str) -> Split:
-    """Tokenizes, fits and packs. Raises DataError where more than ``data.max_dropped`` of the rows are lost."""
+def build_split(
+    examples: Examples, recipe: Recipe, *, tokenizer: PreTrainedTokenizerFast, stage: str
+) -> Split:
+    """Tokenizes, fits and packs. Raises DataError where more than ``data.max_dropped`` of it is lost."""
     data, packing = recipe.data, recipe.resolved_packing
     options: dict[str, Any] = {
         "max_length": None if packing == "stream" else data.max_length,  # a stream cuts by itself
@@ -150,12 +152,12 @@ def build_split(examples: Examples, recipe: Recipe, tokenizer: PreTrainedTokeniz
             rows = SFTDataset(examples.examples, tokenizer, train_on=data.train_on, **options)
     except DataError as error:
         raise error if error.row is None else error.at(examples.places[error.row]) from error
-    check_dropped(examples, rows.rows.fates, data)
+    check_dropped(examples, rows.rows.fates, data=data)
     packed = rows if packing == "none" else PackedDataset(rows, max_length=data.max_length, packing=packing)
     return Split(rows, packed, examples)
 
 
-def check_dropped(examples: Examples, fates: list[Fate], data: Data) -> None:
+def check_dropped(examples: Examples, fates: list[Fate], *, data: Data) -> None:
     """Raises DataError where too many rows, or all of them, cannot be trained on; lists the first."""
     drops = [
         (place, fate.reason)

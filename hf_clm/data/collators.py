@@ -19,6 +19,8 @@ class DataCollatorForCausalLM:
         attention_mask  (B, T) int64, 1 for a real token, 0 for padding
         labels          (B, T) int64, -100 where no loss is taken. NOT shifted: the model compares
                         logits t with labels t+1.
+
+    Raises ValueError for packed rows.
     """
 
     def __init__(self, pad_token_id: int, *, pad_to_multiple_of: int = 1):
@@ -26,6 +28,8 @@ class DataCollatorForCausalLM:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, torch.Tensor]:
+        if "position_ids" in examples[0]:  # without them the documents of a row would read each other
+            raise ValueError("packed rows need DataCollatorForPackedCausalLM")
         lengths = [len(example["input_ids"]) for example in examples]
         width = -(-max(lengths) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         shape = (len(examples), width)
@@ -43,8 +47,8 @@ class DataCollatorForCausalLM:
 class DataCollatorForPackedCausalLM:
     """Lays rows one behind the other: no padding, no attention mask.
 
-    T = tokens of all rows, D = documents in them. A row is a packed row (``position_ids`` restart at each document) or a
-    ``TokenizedExample``, which is one document.
+    T = tokens of all rows, D = documents in them. A row is a packed row (``position_ids`` restart at each
+    document) or a ``TokenizedExample``, which is one document.
 
     Returns (from a call):
         input_ids, labels  (1, T) int64; the first label of each document is -100 already

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.data.labels import Fate, fit, mask_all, mask_first, slice_example, tokenize_batch
+from hf_clm.data.labels import Fate, count_targets, fit, mask_all, mask_first, slice_example, tokenize_batch
 from hf_clm.data.segments import control_texts, to_document, to_segments
 from hf_clm.errors import DataError
 from hf_clm.schema import Example, TokenizedExample
@@ -41,10 +41,14 @@ class TokenizedRows:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> TokenizedExample:
-        start, stop = self.offsets[range(len(self))[index] :][
-            :2
-        ]  # range: negative indices, IndexError past the end
+        number = range(len(self))[index]  # takes negative indices, raises IndexError past the end
+        start, stop = self.offsets[number : number + 2]
         return {"input_ids": self.input_ids[start:stop].tolist(), "labels": self.labels[start:stop].tolist()}
+
+    def piece(self, index: int, *, start: int, stop: int) -> TokenizedExample:
+        """Tokens ``start`` to ``stop`` of a row as an example of its own; reads no more of the row."""
+        part = slice(self.offsets[index] + start, self.offsets[index] + stop)
+        return mask_first({"input_ids": self.input_ids[part].tolist(), "labels": self.labels[part].tolist()})
 
     @property
     def lengths(self) -> np.ndarray:
@@ -58,9 +62,9 @@ class SFTDataset(torch.utils.data.Dataset):
     Args:
         examples: any kind of Example, or TokenizedExample.
         max_length: tokens; None keeps every row whole.
-        overflow: what becomes of a longer row: ``keep_target``, ``truncate``, ``drop``, ``error`` or ``split``.
+        overflow: for a longer row: ``keep_target``, ``truncate``, ``drop``, ``error`` or ``split`` (see fit).
 
-    ``dataset[i]`` is a TokenizedExample; ``dataset.rows.fates`` says of each example whether it was used, cut or dropped.
+    ``dataset[i]`` is a TokenizedExample; ``dataset.rows.fates`` says what became of each example.
     """
 
     def __init__(
@@ -75,7 +79,7 @@ class SFTDataset(torch.utils.data.Dataset):
     ):
         fitter = Fitter(max_length, overflow)
         options = {"train_on": train_on, "special_tokens_in_text": special_tokens_in_text}
-        self.rows = tokenize_rows(examples, tokenizer, fitter, **options)
+        self.rows = tokenize_rows(examples, tokenizer, fitter=fitter, **options)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -108,7 +112,7 @@ class PretrainDataset(torch.utils.data.Dataset):
         fitter = Fitter(max_length, overflow) if window is None else WindowFitter(*window)
         documents = (_learn_all(example) for example in examples)
         options = {"train_on": "everything", "special_tokens_in_text": special_tokens_in_text}
-        self.rows = tokenize_rows(documents, tokenizer, fitter, **options)
+        self.rows = tokenize_rows(documents, tokenizer, fitter=fitter, **options)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -131,7 +135,8 @@ class EvenRows(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> Any:
-        return self.dataset[index] if index < len(self.dataset) else mask_all(self.dataset[0])
+        number = range(self.length)[index]
+        return self.dataset[number] if number < len(self.dataset) else mask_all(self.dataset[0])
 
 
 @dataclass(frozen=True)
@@ -142,12 +147,12 @@ class Fitter:
     overflow: str
 
     def __call__(self, example: TokenizedExample) -> tuple[list[TokenizedExample], Fate]:
-        return fit(example, self.max_length or len(example["input_ids"]), self.overflow)
+        return fit(example, self.max_length or len(example["input_ids"]), overflow=self.overflow)
 
 
 @dataclass(frozen=True)
 class WindowFitter:
-    """Cuts a row into windows of ``size`` tokens that start every ``step`` tokens; the last one may be shorter."""
+    """Cuts a row into windows of ``size`` tokens, one every ``step`` tokens; the last may be shorter."""
 
     size: int
     step: int
@@ -155,22 +160,26 @@ class WindowFitter:
     def __call__(self, example: TokenizedExample) -> tuple[list[TokenizedExample], Fate]:
         length = len(example["input_ids"])
         starts = range(0, max(1, length - (self.size - self.step)), self.step)
-        windows = [slice_example(example, start, start + self.size) for start in starts]
+        windows = [slice_example(example, start=start, stop=start + self.size) for start in starts]
         windows = [window for window in windows if len(window["input_ids"]) > 1]
+        size: dict[str, Any] = {"tokens": length, "target_tokens": count_targets(example)}
         if not windows:
-            return [], Fate("dropped", "no target token")
-        return windows, Fate("split" if len(windows) > 1 else "used")
+            return [], Fate("dropped", "no target token", **size)
+        return windows, Fate("split", "windows", **size) if len(windows) > 1 else Fate("used", **size)
 
 
 def tokenize_rows(
     examples: Iterable[Example | TokenizedExample],
     tokenizer: PreTrainedTokenizerFast,
-    fitter: Fitter | WindowFitter,
     *,
+    fitter: Fitter | WindowFitter,
     train_on: str,
     special_tokens_in_text: str,
 ) -> TokenizedRows:
-    """Tokenizes and fits all examples. Raises DataError with the example's number in ``row`` where one cannot be read."""
+    """Tokenizes and fits all examples.
+
+    Raises DataError, with the example's number in ``row``, where one cannot be read.
+    """
     chunks: list[tuple[np.ndarray, np.ndarray]] = []
     lengths, sources, fates, found = [], [], [], Counter()
     numbered = enumerate(examples)
@@ -178,7 +187,7 @@ def tokenize_rows(
     while batch := list(islice(numbered, BATCH_ROWS)):
         written = [example for _, example in batch if not isinstance(example, dict)]
         found.update(text for example in written for text in control_texts(example, tokenizer))
-        tokenized = _tokenize_mixed(batch, tokenizer, options)
+        tokenized = _tokenize_mixed(batch, tokenizer, options=options)
         for (number, _), example in zip(batch, tokenized, strict=True):
             with _named(number):
                 pieces, fate = fitter(example)
@@ -195,6 +204,7 @@ def tokenize_rows(
 def _tokenize_mixed(
     batch: Sequence[tuple[int, Example | TokenizedExample]],
     tokenizer: PreTrainedTokenizerFast,
+    *,
     options: dict[str, str],
 ) -> list[TokenizedExample]:
     """Tokenizes what is text and takes as it is what is tokenized already, in the order of the batch."""

@@ -76,12 +76,14 @@ class Row:
 
     def text(self, key: str) -> str:
         """Text that must not be blank."""
-        return self.not_blank(self.expect(str, self.value(key), self.name(key)), self.name(key))
+        return self.not_blank(self.expect(str, self.value(key), what=self.name(key)), self.name(key))
 
     def prompt(self, key: str) -> str:
         """Text on the prompt side: blank only where that is allowed."""
         return (
-            self.expect(str, self.value(key), self.name(key)) if self.allow_empty_prompt else self.text(key)
+            self.expect(str, self.value(key), what=self.name(key))
+            if self.allow_empty_prompt
+            else self.text(key)
         )
 
     def target(self, key: str) -> str:
@@ -93,16 +95,16 @@ class Row:
         is_missing = self.column(key) not in self.record and key not in self.fields
         if is_missing or self.record.get(self.column(key), "") is None:
             return ""
-        text = self.expect(str, self.value(key), self.name(key))
+        text = self.expect(str, self.value(key), what=self.name(key))
         return text if text.strip() else ""
 
     def items(self, key: str) -> list[Any]:
-        items = self.expect(list, self.value(key), self.name(key))
+        items = self.expect(list, self.value(key), what=self.name(key))
         if not items:
             raise self.error(f"{self.name(key)} is an empty list", fix="remove the record")
         return items
 
-    def expect(self, kind: type, value: Any, what: str) -> Any:
+    def expect(self, kind: type, value: Any, *, what: str) -> Any:
         if not isinstance(value, kind):
             raise self.error(f"{what}: expected {_kind(kind)}", got=_kind(type(value)))
         return value
@@ -144,7 +146,7 @@ def to_example(
     does not read), and ``RecipeError`` for an unknown format or ``fields`` key.
     """
     row = Row(record, where, _checked_fields(format, fields), allow_empty_prompt)
-    row.expect(Mapping, record, "record")
+    row.expect(Mapping, record, what="record")
     unknown = unknown_keys(record, format, fields) if strict else []
     if unknown:
         hint = did_you_mean(unknown[0], FORMATS[format].keys)
@@ -166,7 +168,7 @@ def to_prompt(
     The target side may be missing and is left out: ``completion`` is empty, a last assistant turn is gone.
     """
     row = Row(record, where, _checked_fields(format, fields), allow_empty_prompt, is_prompt=True)
-    row.expect(Mapping, record, "record")
+    row.expect(Mapping, record, what="record")
     example = None if format in ("segments", "tokenized") else FORMATS[format].read(row)
     if isinstance(example, PromptExample | ChatExample | TextExample):
         return example
@@ -205,53 +207,53 @@ def unknown_keys(record: Mapping[str, Any], format: Format, fields: Fields = Non
     return [str(column) for column in record if column not in known]
 
 
-def read_text(row: Row) -> TextExample:
+def _read_text(row: Row) -> TextExample:
     return TextExample(row.text("text"))
 
 
-def read_prompt_completion(row: Row) -> PromptExample:
+def _read_prompt_completion(row: Row) -> PromptExample:
     return PromptExample(row.prompt("prompt"), row.target("completion"))
 
 
-def read_instruct(row: Row) -> PromptExample:
+def _read_instruct(row: Row) -> PromptExample:
     given = row.optional("input")
     return PromptExample(row.prompt("instruct") + (f"\n{given}\n" if given else "\n"), row.target("label"))
 
 
-def read_alpaca(row: Row) -> PromptExample:
+def _read_alpaca(row: Row) -> PromptExample:
     given = row.optional("input")
     prompt = ALPACA_HEAD + row.prompt("instruction") + (ALPACA_INPUT + given if given else "") + ALPACA_TAIL
     return PromptExample(prompt, row.target("output"))
 
 
-def read_messages(row: Row) -> ChatExample:
+def _read_messages(row: Row) -> ChatExample:
     turns = enumerate(row.items("messages"), start=1)
-    return _checked_chat([_to_message(turn, n, row, OPENAI_ROLES) for n, turn in turns], row)
+    return _checked_chat([_to_message(turn, row, number=n, roles=OPENAI_ROLES) for n, turn in turns], row)
 
 
-def read_sharegpt(row: Row) -> ChatExample:
+def _read_sharegpt(row: Row) -> ChatExample:
     system = row.optional("system")
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for number, turn in enumerate(row.items("conversations"), start=1):
-        row.expect(Mapping, turn, f"message {number}")
+        row.expect(Mapping, turn, what=f"message {number}")
         renamed = {{"from": "role", "value": "content"}.get(key, key): value for key, value in turn.items()}
-        messages.append(_to_message(renamed, number, row, SHAREGPT_ROLES))
+        messages.append(_to_message(renamed, row, number=number, roles=SHAREGPT_ROLES))
     return _checked_chat(messages, row, first=0 if system else 1)
 
 
-def read_segments(row: Row) -> SegmentsExample:
+def _read_segments(row: Row) -> SegmentsExample:
     segments = []
     for number, item in enumerate(row.items("segments"), start=1):
         what = f"segment {number}"
-        row.expect(Mapping, item, what)
-        text = row.expect(str, item.get("text"), f"{what}: 'text'")
-        segments.append(Segment(text, is_target=row.expect(bool, item.get("train"), f"{what}: 'train'")))
+        row.expect(Mapping, item, what=what)
+        text = row.expect(str, item.get("text"), what=f"{what}: 'text'")
+        segments.append(Segment(text, is_target=row.expect(bool, item.get("train"), what=f"{what}: 'train'")))
     learned = "".join(segment.text for segment in segments if segment.is_target)
     row.not_blank(learned, 'the text with "train": true')
     return SegmentsExample(segments)
 
 
-def read_tokenized(row: Row) -> TokenizedExample:
+def _read_tokenized(row: Row) -> TokenizedExample:
     ids = _ids("input_ids", row)
     if "labels" not in row.fields and row.record.get("labels") is None:
         return {"input_ids": ids, "labels": list(ids)}
@@ -262,14 +264,14 @@ def read_tokenized(row: Row) -> TokenizedExample:
 
 
 FORMATS: dict[Format, RecordFormat] = {
-    "text": RecordFormat(read_text, ("text",)),
-    "prompt_completion": RecordFormat(read_prompt_completion, ("prompt", "completion")),
-    "instruct": RecordFormat(read_instruct, ("instruct", "label"), ("input",)),
-    "alpaca": RecordFormat(read_alpaca, ("instruction", "output"), ("input",)),
-    "messages": RecordFormat(read_messages, ("messages",)),
-    "sharegpt": RecordFormat(read_sharegpt, ("conversations",), ("system",)),
-    "segments": RecordFormat(read_segments, ("segments",)),
-    "tokenized": RecordFormat(read_tokenized, ("input_ids",), ("labels",)),
+    "text": RecordFormat(_read_text, ("text",)),
+    "prompt_completion": RecordFormat(_read_prompt_completion, ("prompt", "completion")),
+    "instruct": RecordFormat(_read_instruct, ("instruct", "label"), ("input",)),
+    "alpaca": RecordFormat(_read_alpaca, ("instruction", "output"), ("input",)),
+    "messages": RecordFormat(_read_messages, ("messages",)),
+    "sharegpt": RecordFormat(_read_sharegpt, ("conversations",), ("system",)),
+    "segments": RecordFormat(_read_segments, ("segments",)),
+    "tokenized": RecordFormat(_read_tokenized, ("input_ids",), ("labels",)),
 }
 
 
@@ -285,10 +287,10 @@ def _checked_fields(format: Format, fields: Fields) -> Mapping[str, str]:
     return fields or {}
 
 
-def _to_message(turn: Any, number: int, row: Row, roles: Mapping[str, Role]) -> Message:
+def _to_message(turn: Any, row: Row, *, number: int, roles: Mapping[str, Role]) -> Message:
     """One turn, checked; a null entry counts as missing, since parquet fills every key of a struct."""
     what = f"message {number}"
-    given = {key: value for key, value in row.expect(Mapping, turn, what).items() if value is not None}
+    given = {key: value for key, value in row.expect(Mapping, turn, what=what).items() if value is not None}
     for key in ("role", "content"):
         if key not in given:
             raise row.error(f"{what} has no {key}", got=f"keys {_listed(given)}")
@@ -297,34 +299,40 @@ def _to_message(turn: Any, number: int, row: Row, roles: Mapping[str, Role]) -> 
             raise row.error(f"{what}: {key} is not supported", fix="write the call into the content as text")
     if given.get("weight", 1) != 1:  # OpenAI's spelling; ignored, it would be learned in silence
         raise row.error(f"{what}: weight is not supported", fix='use "train": false')
-    role = _role(given["role"], what, row, roles)
-    content = _content(given["content"], what, row)
+    role = _role(given["role"], row, what=what, roles=roles)
+    content = _content(given["content"], row, what=what)
     if role == "assistant" or (role == "user" and not row.allow_empty_prompt):
         row.not_blank(content, f"{what} (role {role})")
     if "train" not in given:
         return {"role": role, "content": content}
     if role != "assistant":
         raise row.error(f"{what}: 'train' on a turn of role {role!r}", fix="only assistant turns are learned")
-    return {"role": role, "content": content, "train": row.expect(bool, given["train"], f"{what}: 'train'")}
+    return {
+        "role": role,
+        "content": content,
+        "train": row.expect(bool, given["train"], what=f"{what}: 'train'"),
+    }
 
 
-def _role(name: Any, what: str, row: Row, roles: Mapping[str, Role]) -> Role:
-    if row.expect(str, name, f"{what}: role") not in roles:
+def _role(name: Any, row: Row, *, what: str, roles: Mapping[str, Role]) -> Role:
+    if row.expect(str, name, what=f"{what}: role") not in roles:
         hint = did_you_mean(name, roles).removeprefix("; ")
         advised = ", ".join(list(roles)[:4])
         raise row.error(f"{what} has role {name!r}", fix=f"one of {advised}" + (f" ({hint})" if hint else ""))
     return roles[name]
 
 
-def _content(content: Any, what: str, row: Row) -> str:
+def _content(content: Any, row: Row, *, what: str) -> str:
     """The text of a turn, given as such or as OpenAI's list of text parts."""
     if not isinstance(content, list):
-        return row.expect(str, content, f"{what}: content")
+        return row.expect(str, content, what=f"{what}: content")
     for part in content:
-        kind = row.expect(Mapping, part, f"{what}: content part").get("type")
+        kind = row.expect(Mapping, part, what=f"{what}: content part").get("type")
         if kind != "text":
             raise row.error(f"{what}: content of type {kind!r} is not supported", fix="only text is")
-    return "".join(row.expect(str, part.get("text"), f"{what}: text of a content part") for part in content)
+    return "".join(
+        row.expect(str, part.get("text"), what=f"{what}: text of a content part") for part in content
+    )
 
 
 def _checked_chat(messages: list[Message], row: Row, *, first: int = 1) -> ChatExample:

@@ -5,8 +5,8 @@ input_ids  |  9  4  1         |  7   2     |  0    |
 labels     | -100 -100 -100   |  7   2     |  0    |     unshifted: the loss compares logits t with labels t+1
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -15,22 +15,29 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_clm.errors import DataError
 from hf_clm.schema import IGNORE_INDEX, Segment, TokenizedExample
+from hf_clm.tokenizer import control_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What became of an input row. ``kind``: used, cut, split, or dropped (``reason`` says why)."""
+    """What became of an input row. ``kind``: used, cut, split, or dropped (``reason`` says why).
+
+    ``tokens`` and ``target_tokens`` are those of the row before it was fitted.
+    """
 
     kind: str
     reason: str = ""
     cut_tokens: int = 0
+    tokens: int = field(default=0, compare=False)
+    target_tokens: int = field(default=0, compare=False)
 
 
 def tokenize_segments(segments: list[Segment], tokenizer: PreTrainedTokenizerFast) -> TokenizedExample:
     """Tokenizes read-only text and targets apart, and masks the read-only part and the first token.
 
-    Neighbours of one kind are joined first, so the ids before a target are exactly the ids that ``generate`` is given
-    for that prompt. One string would not do: BPE may merge the prompt's last newline with the target's first letter.
+    Neighbours of one kind are joined first, so the ids before a target are exactly the ids that ``generate``
+    is given for that prompt. One string would not do: BPE may merge the prompt's last newline with the
+    target's first letter.
     """
     return tokenize_batch([segments], tokenizer)[0]
 
@@ -44,13 +51,15 @@ def tokenize_batch(
     encoded = iter(
         tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
     )
-    inside = _InsideText(tokenizer)
+    adds_space = adds_leading_space(tokenizer)
     examples = []
     for runs in rows:
         input_ids, labels = [], []
+        first = 1 if runs and runs[0].text == tokenizer.bos_token else 0
         for i, run in enumerate(runs):
             ids = encode_plain(run.text, tokenizer) if run.is_plain else next(encoded)
-            ids = inside.encode(run) if i > 0 and inside.differs else ids
+            if adds_space and i > first:
+                ids = _encode_inside(run, tokenizer)
             input_ids += ids
             labels += ids if run.is_target else [IGNORE_INDEX] * len(ids)
         examples.append(mask_first({"input_ids": input_ids, "labels": labels}))
@@ -62,23 +71,36 @@ def encode_plain(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
     Raises DataError if the vocabulary cannot spell it without one.
     """
-    control = set(tokenizer.get_added_vocab().values())
-    ids = _without_added_tokens(tokenizer).encode(text, add_special_tokens=False).ids
+    vocab = tokenizer.get_added_vocab()
+    control = {vocab[token] for token in control_tokens(tokenizer)}
+    plain = _without_added_tokens(tokenizer)
+
+    def encode(piece: str) -> list[int]:
+        return plain.encode(piece, add_special_tokens=False).ids
+
+    ids = encode(text)
     if control.isdisjoint(ids):
         return ids
-    pieces = [
-        _without_added_tokens(tokenizer).encode(letter, add_special_tokens=False).ids for letter in text
-    ]
-    ids = [i for piece in pieces for i in piece]
+    ids = encode(text[:1]) + [i for letter in text[1:] for i in _behind_text(letter, encode)]
     if not control.isdisjoint(ids):
         fix = "remove it, or set data.special_tokens_in_text to allow"
         raise DataError("the tokenizer cannot write a control token as plain text", got=repr(text), fix=fix)
     return ids
 
 
+def adds_leading_space(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """True where the tokenizer begins every string with a space (SentencePiece: ``"a"`` becomes ``"▁a"``)."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    return encode("a") != _behind_text("a", encode)
+
+
 def mask_first(example: TokenizedExample) -> TokenizedExample:
     """The example with its first label masked: nothing precedes it, alone or in a packed row."""
-    return {"input_ids": example["input_ids"], "labels": [IGNORE_INDEX, *example["labels"][1:]]}
+    labels = example["labels"]
+    return {"input_ids": example["input_ids"], "labels": [IGNORE_INDEX] * len(labels[:1]) + labels[1:]}
 
 
 def mask_all(row: Any) -> Any:
@@ -86,7 +108,7 @@ def mask_all(row: Any) -> Any:
     return {**row, "labels": [IGNORE_INDEX] * len(row["labels"])}
 
 
-def slice_example(example: TokenizedExample, start: int, stop: int) -> TokenizedExample:
+def slice_example(example: TokenizedExample, *, start: int, stop: int) -> TokenizedExample:
     """Tokens ``start`` to ``stop`` as an example of its own."""
     return mask_first(
         {"input_ids": example["input_ids"][start:stop], "labels": example["labels"][start:stop]}
@@ -98,7 +120,7 @@ def count_targets(example: TokenizedExample) -> int:
     return sum(label != IGNORE_INDEX for label in example["labels"])
 
 
-def fit(example: TokenizedExample, max_length: int, overflow: str) -> tuple[list[TokenizedExample], Fate]:
+def fit(example: TokenizedExample, max_length: int, *, overflow: str) -> tuple[list[TokenizedExample], Fate]:
     """Brings an example to at most ``max_length`` tokens, or drops it.
 
         keep_target  ppppppppTTTTs -> pppTTTTs     the prompt is cut from the left, the target stays whole
@@ -109,26 +131,27 @@ def fit(example: TokenizedExample, max_length: int, overflow: str) -> tuple[list
         overflow: ``keep_target``, ``truncate``, ``drop``, ``error`` (DataError) or ``split``.
     """
     length = len(example["input_ids"])
-    if count_targets(example) == 0:
-        return [], Fate("dropped", "no target token")
+    size: dict[str, Any] = {"tokens": length, "target_tokens": count_targets(example)}
+    if size["target_tokens"] == 0:
+        return [], Fate("dropped", "no target token", **size)
     if length <= max_length:
-        return [example], Fate("used")
+        return [example], Fate("used", **size)
     pieces = OVERFLOWS[overflow](example, max_length)
     pieces = [piece for piece in pieces if count_targets(piece)]
     if not pieces:
         reason = "longer than max_length" if overflow == "drop" else "no whole target fits in max_length"
-        return [], Fate("dropped", "no target token is left" if overflow == "truncate" else reason)
+        return [], Fate("dropped", "no target token is left" if overflow == "truncate" else reason, **size)
     if overflow == "split":
-        return pieces, Fate("split")
-    return pieces, Fate("cut", cut_tokens=length - max_length)
+        return pieces, Fate("split", **size)
+    return pieces, Fate("cut", cut_tokens=length - max_length, **size)
 
 
 def _keep_target(example: TokenizedExample, max_length: int) -> list[TokenizedExample]:
-    """Cuts what lies before the first target, but for one token: the first target needs a token to be predicted from."""
+    """Cuts what lies before the first target, but for one token: the target is predicted from it."""
     length = len(example["input_ids"])
     first_target = next(i for i, label in enumerate(example["labels"]) if label != IGNORE_INDEX)
     start = length - max_length
-    return [slice_example(example, start, length)] if start < first_target else []
+    return [slice_example(example, start=start, stop=length)] if start < first_target else []
 
 
 def _refuse(example: TokenizedExample, max_length: int) -> list[TokenizedExample]:
@@ -140,12 +163,12 @@ def _refuse(example: TokenizedExample, max_length: int) -> list[TokenizedExample
 
 def _split(example: TokenizedExample, max_length: int) -> list[TokenizedExample]:
     starts = range(0, len(example["input_ids"]) - 1, max_length - 1)
-    return [slice_example(example, start, start + max_length) for start in starts]
+    return [slice_example(example, start=start, stop=start + max_length) for start in starts]
 
 
 OVERFLOWS = {
     "keep_target": _keep_target,
-    "truncate": lambda example, max_length: [slice_example(example, 0, max_length)],
+    "truncate": lambda example, max_length: [slice_example(example, start=0, stop=max_length)],
     "drop": lambda example, max_length: [],
     "error": _refuse,
     "split": _split,
@@ -153,10 +176,10 @@ OVERFLOWS = {
 
 
 def _runs(segments: list[Segment]) -> list[Segment]:
-    groups = groupby(
-        (s for s in segments if s.text), key=lambda segment: (segment.is_target, segment.is_plain)
-    )
-    return [Segment("".join(s.text for s in group), *key) for key, group in groups]
+    """Joins neighbours of one kind; an empty segment of the other kind (a border) keeps two of them apart."""
+    groups = groupby(segments, key=lambda segment: (segment.is_target, segment.is_plain))
+    runs = [Segment("".join(segment.text for segment in group), *key) for key, group in groups]
+    return [run for run in runs if run.text]
 
 
 def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
@@ -170,29 +193,21 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     return plain
 
 
-class _InsideText:
-    """Encodes text that follows other text, for tokenizers that put a space before the start of a string.
+def _encode_inside(run: Segment, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The ids of a run that follows other text, without the space that a start of a string is given."""
 
-    SentencePiece turns ``"yes"`` into ``"▁yes"``; behind a prompt that would be a space nobody wrote. Such a text is
-    encoded behind a newline, whose ids are then removed.
-    """
+    def encode(text: str) -> list[int]:
+        if run.is_plain:
+            return encode_plain(text, tokenizer)
+        return tokenizer.encode(text, add_special_tokens=False)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        self.tokenizer = tokenizer
-        self.newline = tokenizer.encode("\n", add_special_tokens=False)
-        self.differs = tokenizer.encode("a", add_special_tokens=False) != self._after_newline(
-            "a", is_plain=False
-        )
+    return _behind_text(run.text, encode)
 
-    def encode(self, run: Segment) -> list[int]:
-        return self._after_newline(run.text, is_plain=run.is_plain)
 
-    def _after_newline(self, text: str, *, is_plain: bool) -> list[int]:
-        if is_plain:
-            ids = encode_plain("\n" + text, self.tokenizer)
-        else:
-            ids = self.tokenizer.encode("\n" + text, add_special_tokens=False)
-        cut = len(self.newline)
-        return (
-            ids[cut:] if ids[:cut] == self.newline else self.tokenizer.encode(text, add_special_tokens=False)
-        )
+def _behind_text(text: str, encode: Callable[[str], list[int]]) -> list[int]:
+    """Encodes ``text`` behind a newline, or a letter where that merges with it, and cuts these ids off."""
+    for before in ("\n", "a"):
+        head, ids = encode(before), encode(before + text)
+        if ids[: len(head)] == head:
+            return ids[len(head) :]
+    return encode(text)

@@ -1,4 +1,4 @@
-"""Puts many examples into rows of one length: whole ones by best fit, or a stream that is cut where a row is full.
+"""Puts many examples into rows of one length: whole ones by best fit, or a stream that is cut at full rows.
 
 best_fit   | doc 3 ........| doc 7 ..| doc 1 |      every document whole; rows nearly full
 stream     | doc 1 ..| doc 2 ........| doc 3 ...|   every row full; a document goes on in the next row
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from hf_clm.data.datasets import PretrainDataset, SFTDataset
-from hf_clm.data.labels import slice_example
 
 Piece = tuple[int, int, int]  # example, first token, past the last token
 
@@ -30,8 +29,8 @@ class PackedDataset(torch.utils.data.Dataset):
     """Packed rows over a tokenized dataset. ``pieces[i]`` says which tokens of which examples are in row i.
 
     Args:
-        packing: ``best_fit`` keeps every example whole; ``stream`` cuts where a row is full. Then the next row begins
-            with the token before the cut, unlabelled, so that each label is learned exactly once.
+        packing: ``best_fit`` keeps every example whole; ``stream`` cuts where a row is full. Then the next
+            row begins with the token before the cut, unlabelled, so that each label is learned exactly once.
     """
 
     def __init__(self, dataset: SFTDataset | PretrainDataset, *, max_length: int, packing: str = "best_fit"):
@@ -50,7 +49,7 @@ class PackedDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> PackedRow:
         row: PackedRow = {"input_ids": [], "labels": [], "position_ids": []}
         for example, start, stop in self.pieces[index]:
-            document = slice_example(self.dataset[example], start, stop)
+            document = self.dataset.rows.piece(example, start=start, stop=stop)
             row["input_ids"] += document["input_ids"]
             row["labels"] += document["labels"]
             row["position_ids"] += range(stop - start)
@@ -93,7 +92,11 @@ def best_fit_rows(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[
 
 
 def stream_rows(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[Piece]]:
-    """Cuts the documents, one behind the other, into rows of exactly ``max_length`` tokens (the last may be shorter)."""
+    """Cuts the documents, one behind the other, into rows of ``max_length`` tokens; the last may be shorter.
+
+    So may be, by one, a row before a document: its first token alone has no label and would be read twice.
+    """
+    assert max_length > 1, "a row of one token has no label"
     rows: list[list[Piece]] = [[]]
     room = max_length
     for document, length in enumerate(np.asarray(lengths).tolist()):

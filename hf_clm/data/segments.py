@@ -1,10 +1,10 @@
-"""Example -> segments: which text is learned, which is only read, and which control tokens were the user's own words."""
+"""Example -> segments: what is learned, what is read, and which control tokens are the user's own words."""
 
 from itertools import groupby
 
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.chat_template import mark_control_text, render_chat, render_prompt, split_marked
+from hf_clm.chat_template import BORDER, mark_control_text, render_chat, render_prompt, split_marked
 from hf_clm.errors import DataError
 from hf_clm.schema import ChatExample, Example, PromptExample, Segment, SegmentsExample, TextExample
 from hf_clm.tokenizer import bos_token, control_pattern
@@ -21,8 +21,8 @@ def to_segments(
 
     Args:
         train_on: which turns of a chat are targets: ``all_turns``, ``last_turn`` or ``everything``.
-        special_tokens_in_text: what becomes of a control token spelled in the user's text: ``encode_as_text``,
-            ``error`` (DataError) or ``allow`` (it is that token).
+        special_tokens_in_text: what becomes of a control token spelled in the user's text:
+            ``encode_as_text``, ``error`` (DataError) or ``allow`` (it is that token).
     """
     if special_tokens_in_text == "error":
         check_no_control_text(example, tokenizer)
@@ -40,27 +40,27 @@ def to_segments(
 def to_prompt_segments(
     example: Example, tokenizer: PreTrainedTokenizerFast, *, special_tokens_in_text: str = "encode_as_text"
 ) -> list[Segment]:
-    """The read-only segments that ``generate`` is given: the very ones before the (last) target in training."""
+    """The read-only segments that ``generate`` is given: the very ones before the (last) target in training.
+
+    A document's text is its own prompt; segments are the prompt up to the last one that is learned.
+    """
     allow = special_tokens_in_text == "allow"
     if isinstance(example, ChatExample):
         mark = None if allow else (lambda text: mark_control_text(text, tokenizer))
         return render_prompt(example.messages, tokenizer, mark=mark)
-    text = (
-        example.prompt
-        if isinstance(example, PromptExample)
-        else "".join(s.text for s in _text_segments(example))
-    )
-    segment = Segment(text, is_target=False)
-    return _opening(tokenizer) + ([segment] if allow else _protect(segment, tokenizer))
+    segments = _join(_text_segments(example))
+    if not isinstance(example, TextExample) and segments and segments[-1].is_target:
+        segments.pop()
+    read = [Segment(segment.text, is_target=False) for segment in segments]
+    pieces = [[segment] if allow else _protect(segment, tokenizer) for segment in read]
+    return _opening(tokenizer) + [part for piece in pieces for part in (BORDER, *piece)]
 
 
 def to_document(example: Example) -> Example:
     """The example as pretraining sees it: one text, of which everything is learned. A chat stays a chat."""
-    return (
-        example
-        if isinstance(example, ChatExample)
-        else TextExample("".join(s.text for s in _text_segments(example)))
-    )
+    if isinstance(example, ChatExample):
+        return ChatExample([{"role": turn["role"], "content": turn["content"]} for turn in example.messages])
+    return TextExample("".join(segment.text for segment in _text_segments(example)))
 
 
 def control_texts(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -90,7 +90,7 @@ def _text_segments(example: Example) -> list[Segment]:
 
 
 def _join(segments: list[Segment]) -> list[Segment]:
-    """Joins equal neighbours, so that where the user cut a text into pieces changes neither its tokens nor rule 8."""
+    """Joins equal neighbours: how the user cut a text changes no id and hides no control token."""
     runs = groupby(segments, key=lambda segment: segment.is_target)
     joined = [Segment("".join(segment.text for segment in run), is_target) for is_target, run in runs]
     return [segment for segment in joined if segment.text]
@@ -103,4 +103,4 @@ def _protect(segment: Segment, tokenizer: PreTrainedTokenizerFast) -> list[Segme
 def _opening(tokenizer: PreTrainedTokenizerFast) -> list[Segment]:
     """The start token, where the tokenizer begins every text with one. A chat template writes its own."""
     token = bos_token(tokenizer)
-    return [Segment(token, is_target=False)] if token else []
+    return [Segment(token, is_target=False), BORDER] if token else []

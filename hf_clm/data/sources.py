@@ -77,14 +77,15 @@ def read_records(
     files = find_files(path)
     if files is None:
         report.files.append(path)
-        yield from _to_records(path, _read_hub(path, split, name, revision), options, report)
+        rows = _read_hub(path, split=split, name=name, revision=revision)
+        yield from _to_records(rows, file=path, options=options, report=report)
     for file in files or []:
         report.files.append(file)
         if _suffix(file) not in READERS:
             raise DataError("unknown file type", where=file, got=repr(_suffix(file)), fix=KNOWN_TYPES)
         with _naming(file), _open(file) as stream:
-            items = READERS[_suffix(file)](_Source(file, stream, options, report))
-            yield from _to_records(file, items, options, report)
+            rows = READERS[_suffix(file)](_Source(file, stream, options, report))
+            yield from _to_records(rows, file=file, options=options, report=report)
 
 
 def find_files(path: str) -> list[str] | None:
@@ -112,11 +113,13 @@ def _files_in_folder(folder: str) -> list[str]:
     return files
 
 
-def _to_records(file: str, items: Items, options: ReadOptions, report: ReadReport) -> Iterator[Record]:
+def _to_records(items: Items, *, file: str, options: ReadOptions, report: ReadReport) -> Iterator[Record]:
     records, bad_lines = report.records, len(report.bad_lines)
     for where, value in items:
         try:
-            has_nul = _check(value, where, options)
+            has_nul = _check(value, where)
+            if has_nul and options.nul == "error":
+                raise DataError("U+0000 in a text", where=where, fix="remove it, or set nul to warn")
         except DataError as error:
             if not options.skip_bad_lines:
                 raise
@@ -131,22 +134,18 @@ def _to_records(file: str, items: Items, options: ReadOptions, report: ReadRepor
         raise DataError("empty file (0 records)", where=file)
 
 
-def _check(value: Any, where: str, options: ReadOptions) -> bool:
+def _check(value: Any, where: str) -> bool:
     """Whether a text in the value holds U+0000; raises for what no record may hold."""
     has_nul = False
     for leaf in _leaves(value):
         if isinstance(leaf, DataError):
             raise leaf if leaf.where else DataError(leaf.what, where=where, got=leaf.got, fix=leaf.fix)
         if isinstance(leaf, str) and not leaf.isascii() and (half := SURROGATE.search(leaf)):
-            raise DataError(
-                f"half a surrogate pair, {ascii(half[0])}, in a text", where=where, fix="remove it"
-            )
+            raise DataError(f"half a surrogate pair, {half[0]!a}, in a text", where=where, fix="remove it")
         has_nul = has_nul or (isinstance(leaf, str) and "\0" in leaf)
     if not isinstance(value, dict):
         got = "null" if value is None else type(value).__name__
         raise DataError("expected an object", where=where, got=got, fix=DOCUMENT_FIX)
-    if has_nul and options.nul == "error":
-        raise DataError("U+0000 in a text", where=where, fix="remove it, or set nul to warn")
     return has_nul
 
 
@@ -168,7 +167,7 @@ def _read_json_lines(source: _Source) -> Items:
         if isinstance(line, str) and not line.strip():
             source.report.blank_lines += 1
         else:
-            value = _parse(line, source.file, number) if isinstance(line, str) else line
+            value = _parse(line, source.file, line=number) if isinstance(line, str) else line
             yield f"{source.file}:{number}", value
 
 
@@ -248,7 +247,7 @@ READERS: dict[str, Callable[[_Source], Items]] = {
 KNOWN_TYPES = f"known are {', '.join(READERS)}, each also with .gz or .zst"
 
 
-def _read_hub(path: str, split: str, name: str | None, revision: str | None) -> Items:
+def _read_hub(path: str, *, split: str, name: str | None, revision: str | None) -> Items:
     from datasets import config, load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi
@@ -305,7 +304,7 @@ def _lines(source: _Source) -> Iterator[tuple[int, str | DataError]]:
     while raw := source.stream.readline(limit + 1):
         number += 1
         if len(raw) <= limit or raw.endswith(b"\n"):
-            yield number, _decode(raw, source.file, number)
+            yield number, _decode(raw, source.file, line=number)
             continue
         while raw and not raw.endswith(b"\n"):
             raw = source.stream.readline(limit + 1)
@@ -313,7 +312,7 @@ def _lines(source: _Source) -> Iterator[tuple[int, str | DataError]]:
         yield number, DataError("line too long", where=where, got=got, fix="raise max_line_bytes")
 
 
-def _decode(data: bytes, file: str, line: int = 1) -> str | DataError:
+def _decode(data: bytes, file: str, *, line: int = 1) -> str | DataError:
     """The text of bytes that begin on ``line``, or why there is none."""
     try:
         text = data.decode()
@@ -335,7 +334,7 @@ def _guess_encoding(line: bytes) -> str:
     return "cp1252" if re.search(rb"[\x80-\x9f]", line) else "latin-1"
 
 
-def _parse(text: str, file: str, line: int = 1) -> Any:
+def _parse(text: str, file: str, *, line: int = 1) -> Any:
     """The JSON value of a text that begins on ``line``, or why there is none."""
     near = ""
     try:

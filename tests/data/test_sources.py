@@ -274,6 +274,10 @@ def test_an_html_page_or_a_git_lfs_pointer_in_the_place_of_data_is_recognised(na
     assert refusal(write(name, content)) == f"{name}: {message}"
 
 
+def test_an_escaped_surrogate_pair_is_one_character():
+    assert read(write("a.jsonl", '{"a": "\\ud83d\\ude00"}\n'))[0] == [{"a": "😀"}]
+
+
 def test_a_nul_character_is_counted_or_refused():
     path = write("a.jsonl", '{"a": "x\\u0000y"}\n{"a": ["\\u0000"]}\n{"a": "\\\\u0000"}\n')
     records, report = read(path)
@@ -365,7 +369,8 @@ def test_a_folder_without_data_lists_what_was_found():
     write("d/sub/a.docx", "x")
     assert refusal("d") == (
         "d: no data file in this folder; got README.md, sub/a.docx, 2 files in all; "
-        "fix: known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .txt, each also with .gz or .zst"
+        "fix: known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .txt, "
+        "each also with .gz or .zst"
     )
 
 
@@ -405,7 +410,7 @@ def test_only_a_name_that_no_file_has_is_a_hub_name():
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 def test_a_file_that_may_not_be_read_is_a_fault_of_the_environment():
     Path(write("a.jsonl", LINES)).chmod(0)
-    with pytest.raises(EnvironmentFault, match="a.jsonl: cannot be read; got Permission denied"):
+    with pytest.raises(EnvironmentFault, match=r"a.jsonl: cannot be read; got Permission denied"):
         read("a.jsonl")
 
 
@@ -414,7 +419,7 @@ def test_a_read_error_of_the_disk_is_a_fault_of_the_environment(monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(gzip, "GzipFile", refuse)
-    with pytest.raises(EnvironmentFault, match="a.jsonl.gz: cannot be read; got Input/output error"):
+    with pytest.raises(EnvironmentFault, match=r"a.jsonl.gz: cannot be read; got Input/output error"):
         read(write("a.jsonl.gz", gzip.compress(LINES)))
 
 
@@ -444,7 +449,7 @@ def test_offline_a_hub_name_that_is_not_cached_is_refused_at_once(monkeypatch, t
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
     with pytest.raises(
-        EnvironmentFault, match="^org/poems: no such file; on the Hub: Couldn't reach 'org/poems'"
+        EnvironmentFault, match=r"^org/poems: no such file; on the Hub: Couldn't reach 'org/poems'"
     ):
         read("org/poems")
 

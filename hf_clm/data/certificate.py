@@ -1,0 +1,363 @@
+"""The label certificate: an independent path proves every row before it is trained on.
+
+The labels are made by ``chat_template.py``, ``segments.py`` and ``labels.py``. Nothing of that is used here:
+the texts come from the examples and from the tokenizer's own ``apply_chat_template``, and are compared with
+the decoded ids.
+
+    example ---- segments ---- ids, labels ---- decode ----+
+       |                                                   = ?
+       +---- text to read, text to learn, stop token ------+
+"""
+
+import hashlib
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain, groupby, pairwise, zip_longest
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from hf_clm.data.datasets import TokenizedRows
+from hf_clm.errors import DataError
+from hf_clm.schema import ChatExample, Example, PromptExample, SegmentsExample, TextExample, TokenizedExample
+from hf_clm.tokenizer import bos_token, control_pattern, control_tokens
+
+BATCH_ROWS = 1000  # decoded in one call
+SHOWN = 3  # failures in an error
+KEPT = 100  # failures in the certificate
+ENCODED_WHOLE = 2000  # a set of up to so many rows is also encoded again, whole; a larger one by a share
+ENCODED_SHARE = 50  # every 50th row
+
+HALF_LETTER = "\ufffd"  # what is left of a letter whose bytes a cut has parted
+
+Run = tuple[str, bool]  # a text, and whether it is learned
+Part = tuple[int, int, bool]  # first token, past the last token, and whether they are learned
+Finding = tuple[int, str, str, str]  # row, check, expected, got
+AnyExample = Example | TokenizedExample
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One row that is not what its example says. ``check`` is a key of ``CHECKS``."""
+
+    row: int
+    place: str
+    check: str
+    expected: str
+    got: str
+
+
+CHECKS = {
+    "labels": "a label is the id at its place",
+    "first": "the first token of a row, which nothing precedes, has no label",
+    "targets": "the learned tokens decode to the target text and its stop token",
+    "prompt": "the tokens before a target are those of the prompt",
+    "stop": "a whole target ends in a token that generation stops at, and a cut one does not",
+    "control": "no control token comes from the text",
+    "start": "no row begins with two start tokens",
+    "padding": "no pad token stands among the tokens",
+}
+
+
+@dataclass
+class Certificate:
+    """What was proved of a tokenized set; ``content_hash`` as in ``hash_content``."""
+
+    rows: int
+    content_hash: str
+    seconds: float = 0.0
+    encoded_again: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    failures: list[Failure] = field(default_factory=list)
+
+    @property
+    def is_valid(self) -> bool:
+        return not self.failed
+
+    def require(self) -> None:
+        """Raises DataError, with the first rows that fail and why, unless every row was proved."""
+        if self.is_valid:
+            return
+        listed = [
+            f"{f.place}: {CHECKS[f.check]}: expected {f.expected}, got {f.got}" for f in self.failures[:SHOWN]
+        ]
+        counts = ", ".join(f"{count:,} {name}" for name, count in self.failed.most_common())
+        raise DataError(
+            f"the labels are not certified ({counts} of {self.rows:,} rows)",
+            where=self.failures[0].place,
+            got="; ".join(listed),
+            fix="mend these rows or the chat template; `hf-clm inspect` shows them",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """For run.json."""
+        return {"valid": self.is_valid, **asdict(self), "failed": dict(self.failed)}
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """What decides how a row is labelled. ``stop_ids`` are those of the generation config."""
+
+    stage: str
+    train_on: str = "all_turns"
+    special_tokens_in_text: str = "encode_as_text"
+    overflow: str = "keep_target"
+    stop_ids: tuple[int, ...] = ()
+
+
+def certify(
+    rows: TokenizedRows,
+    examples: Sequence[AnyExample],
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    options: LabelOptions,
+    places: Sequence[str] | None = None,
+) -> Certificate:
+    """Checks every row against its example. ``places`` names the examples ("poems.jsonl:17")."""
+    started = time.monotonic()
+    certificate = Certificate(len(rows), hash_content(rows, tokenizer=tokenizer, options=options))
+    checker = _TextChecker(rows, examples, tokenizer=tokenizer, options=options)
+    for number, check, expected, got in chain(
+        check_ids(rows, tokenizer, options=options), checker.check_all()
+    ):
+        certificate.failed[check] += 1
+        if len(certificate.failures) < KEPT:
+            source = int(rows.sources[number])
+            place = places[source] if places is not None else f"example {source}"
+            certificate.failures.append(Failure(number, place, check, expected, got))
+    certificate.encoded_again = checker.encoded_again
+    certificate.seconds = time.monotonic() - started
+    return certificate
+
+
+def check_ids(
+    rows: TokenizedRows, tokenizer: PreTrainedTokenizerFast, *, options: LabelOptions
+) -> Iterator[Finding]:
+    """What can be told from ids and labels alone, over the whole set at once."""
+    ids, labels, firsts = rows.input_ids, rows.labels, rows.offsets[:-1]
+    wrong = {
+        "labels": np.flatnonzero((labels >= 0) & (labels != ids)),
+        "first": firsts[labels[firsts] >= 0],
+        "padding": np.flatnonzero(ids == tokenizer.pad_token_id),
+    }
+    for check, positions in wrong.items():
+        if check == "padding" and options.special_tokens_in_text == "allow":
+            continue
+        for at in positions:
+            number = int(np.searchsorted(rows.offsets, at, side="right")) - 1
+            got = f"id {ids[at]}, label {labels[at]} at position {at - rows.offsets[number]}"
+            yield number, check, CHECKS[check], got
+    if bos_token(tokenizer):
+        seconds = np.minimum(firsts + 1, ids.size - 1)
+        double = (ids[firsts] == tokenizer.bos_token_id) & (ids[seconds] == tokenizer.bos_token_id)
+        yield from ((int(number), "start", "one start token", "two") for number in np.flatnonzero(double))
+
+
+def hash_content(rows: TokenizedRows, *, tokenizer: PreTrainedTokenizerFast, options: LabelOptions) -> str:
+    """sha256 over ids, labels and borders, the tokenizer, its template and the label options."""
+    content = hashlib.sha256()
+    for array in (rows.input_ids, rows.labels, rows.offsets):
+        content.update(np.ascontiguousarray(array).tobytes())
+    texts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), repr(options))
+    content.update("\0".join(texts).encode())
+    return content.hexdigest()
+
+
+def expected_runs(
+    example: Example, tokenizer: PreTrainedTokenizerFast, *, options: LabelOptions
+) -> list[Run]:
+    """The texts of a row, in order, and whether each is learned; neighbours of one kind are one text."""
+    end, bos = str(tokenizer.eos_token), bos_token(tokenizer) or ""
+    if isinstance(example, ChatExample):
+        runs = _chat_runs(example, tokenizer, options=options)
+    elif isinstance(example, TextExample):
+        runs = [(bos, False), (example.text + end, True)]
+    elif isinstance(example, PromptExample):
+        runs = [(bos + example.prompt, False), (example.completion + end, True)]
+    else:
+        assert isinstance(example, SegmentsExample), type(example)
+        pieces = [(segment.text, segment.is_target) for segment in example.segments if segment.text]
+        stop = [(end, True)] if pieces and (pieces[-1][1] or options.stage == "pretrain") else []
+        runs = [(bos, False), *pieces, *stop]
+    if options.stage == "pretrain" and not isinstance(example, ChatExample):
+        runs = [(bos, False), ("".join(text for text, _ in runs).removeprefix(bos), True)]
+    kinds = groupby((run for run in runs if run[0]), key=lambda run: run[1])
+    return [("".join(text for text, _ in group), learned) for learned, group in kinds]
+
+
+def _chat_runs(
+    example: ChatExample, tokenizer: PreTrainedTokenizerFast, *, options: LabelOptions
+) -> list[Run]:
+    """Prompt and answer of each turn, by the tokenizer's own rendering of the messages up to it."""
+    messages: list[Any] = [{"role": turn["role"], "content": turn["content"]} for turn in example.messages]
+    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    pattern = control_pattern(tokenizer)
+    others = options.stage == "pretrain" or options.train_on == "everything"
+    if others:
+        whole = whole[: _last_end(pattern, whole)]
+    turns = [i for i, turn in enumerate(example.messages) if turn["role"] == "assistant"]
+    runs, position = [], 0
+    for turn in turns:
+        is_chosen = options.train_on != "last_turn" or turn == turns[-1]
+        learned = options.stage == "pretrain" or (is_chosen and example.messages[turn].get("train", True))
+        if learned == others:
+            continue
+        prompt = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
+        until = str(tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False))
+        start, stop = len(str(prompt)), _last_end(pattern, until)
+        runs += [(str(prompt)[position:], others), (until[start:stop], learned)]
+        position = stop
+    return [*runs, (whole[position:], others)]
+
+
+def _last_end(pattern: re.Pattern[str], text: str) -> int:
+    """Where the last control token of ``text`` ends."""
+    return max((match.end() for match in pattern.finditer(text)), default=0)
+
+
+class _TextChecker:
+    """Decodes the rows and compares them with the texts of their examples."""
+
+    def __init__(
+        self,
+        rows: TokenizedRows,
+        examples: Sequence[AnyExample],
+        *,
+        tokenizer: PreTrainedTokenizerFast,
+        options: LabelOptions,
+    ):
+        self.rows, self.examples, self.tokenizer, self.options = rows, examples, tokenizer, options
+        self.backend = tokenizer.backend_tokenizer
+        self.pattern = control_pattern(tokenizer)
+        own = tokenizer.get_added_vocab()
+        is_control = np.isin(rows.input_ids, np.array([own[token] for token in control_tokens(tokenizer)]))
+        self.controls = np.add.reduceat(is_control, rows.offsets[:-1], dtype=np.int64)
+        self.every = 1 if len(rows) <= ENCODED_WHOLE else ENCODED_SHARE
+        self.encoded_again = 0
+        start = self.backend.encode(" a", add_special_tokens=False).ids
+        self.strips_space = self.backend.decode(start) != " a"  # as SentencePiece does
+
+    def check_all(self) -> Iterator[Finding]:
+        """All rows that come from an example, in batches."""
+        for start in range(0, len(self.rows), BATCH_ROWS):
+            numbers = range(start, min(start + BATCH_ROWS, len(self.rows)))
+            written = [n for n in numbers if not isinstance(self.examples[int(self.rows.sources[n])], dict)]
+            expected = [self._expected(number) for number in written]
+            parts = [self._parts(number, runs) for number, runs in zip(written, expected, strict=True)]
+            ids = [self.rows.input_ids[a:b].tolist() for row in parts for a, b, _ in row]
+            texts = iter(self.backend.decode_batch(ids, skip_special_tokens=False))
+            for number, runs, row in zip(written, expected, parts, strict=True):
+                decoded = [(next(texts), learned) for _, _, learned in row]
+                yield from self._check_row(number, runs, parts=row, decoded=decoded)
+
+    def _expected(self, number: int) -> list[Run]:
+        example: Any = self.examples[int(self.rows.sources[number])]
+        return expected_runs(example, self.tokenizer, options=self.options)
+
+    def _parts(self, number: int, expected: list[Run]) -> list[Part]:
+        """The stretches of a row with and without labels; the first token goes with the text it is of."""
+        start, stop = int(self.rows.offsets[number]), int(self.rows.offsets[number + 1])
+        learned = self.rows.labels[start:stop] >= 0
+        is_whole = self.rows.fates[int(self.rows.sources[number])].kind == "used"
+        if learned.size > 1:
+            learned[0] = expected[0][1] if is_whole else learned[1]
+        borders = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), learned.size]
+        return [(start + a, start + b, bool(learned[a])) for a, b in pairwise(borders)]
+
+    def _check_row(
+        self, number: int, expected: list[Run], *, parts: list[Part], decoded: list[Run]
+    ) -> Iterator[Finding]:
+        fate = self.rows.fates[int(self.rows.sources[number])].kind
+        pairs = self._pairs(expected, decoded, fate=fate)
+        if any(want != got for want, got in pairs) and self.backend.normalizer:
+            normal = [(self.backend.normalizer.normalize_str(text), learned) for text, learned in expected]
+            pairs = self._pairs(normal, decoded, fate=fate)
+        for want, got in pairs:
+            if want != got and not (self.strips_space and self._squeeze(want) == self._squeeze(got)):
+                yield number, "targets" if want[1] else "prompt", repr(want[0][-60:]), repr(got[0][-60:])
+                return
+        if fate == "used" or self._keeps_targets(fate):
+            yield from self._check_stops(number, expected, parts=parts)
+        if fate == "used":
+            yield from self._check_control(number, expected, parts=parts)
+
+    def _keeps_targets(self, fate: str) -> bool:
+        return fate == "cut" and self.options.overflow == "keep_target"
+
+    def _pairs(self, expected: list[Run], decoded: list[Run], *, fate: str) -> list[tuple[Run, Run]]:
+        """What must be equal: all of a whole row; all targets where the prompt was cut; else some text."""
+        nothing = ("", False)
+        if fate == "used":
+            return list(zip_longest(expected, decoded, fillvalue=nothing))
+        first = decoded[0][0].strip(HALF_LETTER)
+        if self._keeps_targets(fate):
+            is_end = not decoded[0][1] and expected[0][0].endswith(first)
+            kept = (first, False) if is_end else expected[0]
+            rest = [(first, decoded[0][1]), *decoded[1:]]
+            return list(zip_longest([kept, *expected[1:]], rest, fillvalue=nothing))
+        # a stop token that was not there, or one in the middle, is no piece of the text
+        whole, found = ("".join(text for text, _ in runs).strip(HALF_LETTER) for runs in (expected, decoded))
+        return [((found if found in whole else "a part of the text", True), (found, True))]
+
+    def _squeeze(self, run: Run) -> Run:
+        """Without the space that SentencePiece puts before a text, or behind its start token."""
+        bos = bos_token(self.tokenizer) or ""
+        return run[0].removeprefix(bos).lstrip(" "), run[1]
+
+    def _check_stops(self, number: int, expected: list[Run], *, parts: list[Part]) -> Iterator[Finding]:
+        """A learned stretch whose text ends in a control token ends in one that generation stops at."""
+        ends = [b for _, b, learned in parts if learned]
+        targets = [text for text, learned in expected if learned]
+        for text, end in zip(targets, ends, strict=False):
+            last = int(self.rows.input_ids[end - 1])
+            closed = [match.end() for match in self.pattern.finditer(text)][-1:] == [len(text)]
+            if closed and len(targets) == len(ends) and last not in self.options.stop_ids:
+                stops = self.tokenizer.convert_ids_to_tokens(list(self.options.stop_ids))
+                yield number, "stop", f"one of {stops}", repr(self.tokenizer.convert_ids_to_tokens(last))
+
+    def _check_control(self, number: int, expected: list[Run], *, parts: list[Part]) -> Iterator[Finding]:
+        """Counts the control tokens and, for a share of the rows, encodes the texts again."""
+        example: Any = self.examples[int(self.rows.sources[number])]
+        spelled = [] if self.options.special_tokens_in_text == "allow" else _spelled(example, self.pattern)
+        own = sum(len(self.pattern.findall(text)) for text, _ in expected) - len(spelled)
+        found = int(self.controls[number])
+        if found != own:
+            yield number, "control", f"{own} control tokens", str(found)
+        elif (
+            not spelled
+            and number % self.every == 0
+            and not self.strips_space
+            and not _has_unlearned(example, expected)
+        ):
+            self.encoded_again += 1
+            again = self.backend.encode_batch([text for text, _ in expected], add_special_tokens=False)
+            for (a, b, learned), (text, _), encoding in zip(parts, expected, again, strict=True):
+                if encoding.ids != self.rows.input_ids[a:b].tolist():
+                    yield (
+                        number,
+                        "targets" if learned else "prompt",
+                        f"the ids of {text[-40:]!r}",
+                        "other ids",
+                    )
+
+
+def _spelled(example: Example, pattern: re.Pattern[str]) -> list[str]:
+    """The control tokens that the user wrote himself."""
+    if isinstance(example, ChatExample):
+        texts = [message["content"] for message in example.messages]
+    elif isinstance(example, SegmentsExample):
+        groups = groupby(example.segments, key=lambda segment: segment.is_target)
+        texts = ["".join(segment.text for segment in group) for _, group in groups]
+    else:
+        texts = [example.text] if isinstance(example, TextExample) else [example.prompt, example.completion]
+    return [token for text in texts for token in pattern.findall(text)]
+
+
+def _has_unlearned(example: Example, expected: list[Run]) -> bool:
+    """True for a chat with assistant turns that are only read: they are tokenized apart, as in generation."""
+    turns = isinstance(example, ChatExample) and sum(turn["role"] == "assistant" for turn in example.messages)
+    return bool(turns) and turns != sum(learned for _, learned in expected)

@@ -1,0 +1,209 @@
+"""The ledger: what became of every input row and where it sits; the totals balance or the run stops."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_clm.data.datasets import TokenizedRows
+from hf_clm.data.packing import PackedDataset
+from hf_clm.errors import DataError
+from hf_clm.schema import ChatExample, Example, PromptExample, SegmentsExample, TextExample, TokenizedExample
+
+SHOWN = 3  # rows in an error
+FATES = ("used", "cut", "split", "duplicate", "dropped", "unreadable")
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One input row. ``rows`` are the packed (or, without packing, the tokenized) rows that hold it.
+
+    ``tokens`` and ``target_tokens`` are those of the input; ``kept_tokens`` and ``kept_targets`` are in rows.
+    """
+
+    row: int
+    source: str
+    fate: str
+    reason: str
+    tokens: int
+    target_tokens: int
+    kept_tokens: int
+    kept_targets: int
+    rows: list[int]
+
+
+COUNTS = ("tokens", "target_tokens", "kept_tokens", "kept_targets")
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All rows of one set, and what was read but became none: ``unreadable`` lines, ``duplicates``."""
+
+    rows: list[LedgerRow]
+    unreadable: list[str]
+    duplicates: list[str]
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Fate -> rows and ``COUNTS``; only the fates that occur."""
+        found: dict[str, Counter[str]] = defaultdict(Counter)
+        for row in self.rows:
+            found[row.fate].update({"rows": 1, **{name: getattr(row, name) for name in COUNTS}})
+        for fate, places in (("duplicate", self.duplicates), ("unreadable", self.unreadable)):
+            if places:
+                found[fate]["rows"] = len(places)
+        return {fate: dict(found[fate]) for fate in FATES if fate in found}
+
+    def to_lines(self) -> list[str]:
+        """A small table, with the reasons of what was dropped."""
+        heads = ("rows", "tokens", "targets", "tokens kept", "targets kept")
+        lines = [f"{'fate':<12}" + "".join(f"{head:>14}" for head in heads)]
+        for fate, total in self.totals().items():
+            lines.append(f"{fate:<12}" + "".join(f"{total.get(key, 0):>14,}" for key in ("rows", *COUNTS)))
+        reasons = Counter(row.reason for row in self.rows if row.fate == "dropped")
+        return lines + [f"  dropped: {count:,} x {reason}" for reason, count in reasons.most_common()]
+
+
+def build_ledger(
+    rows: TokenizedRows,
+    places: Sequence[str],
+    *,
+    packed: PackedDataset | None,
+    unreadable: Sequence[str] = (),
+    duplicates: Sequence[str] = (),
+) -> Ledger:
+    """Enters every input row. ``places`` names them ("poems.jsonl:17")."""
+    held_in: dict[int, list[int]] = defaultdict(list)  # tokenized row -> the rows that are trained on
+    for number, pieces in enumerate(packed.pieces if packed else []):
+        for example, _, _ in pieces:
+            held_in[example].append(number)
+    of_source: dict[int, list[int]] = defaultdict(list)
+    for number, source in enumerate(rows.sources.tolist()):
+        of_source[source].append(number)
+    entries = []
+    targets = np.concatenate([[0], np.cumsum(rows.labels >= 0)])
+    for source, (place, fate) in enumerate(zip(places, rows.fates, strict=True)):
+        own = of_source.get(source, [])
+        sits = [at for number in own for at in (held_in[number] if packed else [number])]
+        spans = [(int(rows.offsets[number]), int(rows.offsets[number + 1])) for number in own]
+        kept = sum(b - a for a, b in spans), sum(int(targets[b] - targets[a]) for a, b in spans)
+        sizes = (fate.tokens, fate.target_tokens, *kept)
+        entries.append(LedgerRow(source, place, fate.kind, fate.reason, *sizes, rows=sits))
+    return Ledger(entries, list(unreadable), list(duplicates))
+
+
+def check_balance(ledger: Ledger, rows: TokenizedRows, *, packed: PackedDataset | None) -> None:
+    """Raises DataError unless no row loses a token or a label that its fate does not name."""
+    for row in ledger.rows:
+        fate = rows.fates[row.row]
+        whole = row.tokens - fate.cut_tokens
+        holds = {
+            "used": (row.kept_tokens, row.kept_targets) == (whole, row.target_tokens),
+            "cut": row.kept_tokens == whole and 0 < row.kept_targets <= row.target_tokens,
+            "split": fate.reason == "windows" or row.kept_targets == row.target_tokens,
+            "dropped": row.kept_tokens == 0,
+        }
+        if not holds[row.fate] or (row.kept_tokens > 0) != bool(row.rows):
+            what = f"the ledger does not balance: {row.fate}, {row.kept_tokens} of {row.tokens} tokens kept"
+            got = f"{row.kept_targets} of {row.target_tokens} labels, rows {row.rows}"
+            raise DataError(what, where=row.source, got=got, fix="report this as a bug of hf_clm")
+    if packed is not None:
+        kept = sum(_labels_in(packed, rows, pieces=pieces) for pieces in packed.pieces)
+        if kept != int((rows.labels >= 0).sum()):
+            what = f"packing keeps {kept:,} labels of {int((rows.labels >= 0).sum()):,}"
+            raise DataError(what, where="data.packing", fix="report this as a bug of hf_clm")
+
+
+def write_ledger(ledger: Ledger, path: Path, *, split: str) -> None:
+    """Writes a parquet file of one row an input row."""
+    import pyarrow
+    from pyarrow import parquet
+
+    columns: dict[str, list[Any]] = {name: [] for name in LedgerRow.__dataclass_fields__}
+    for row in ledger.rows:
+        for name in columns:
+            columns[name].append(getattr(row, name))
+    table = pyarrow.table({"split": [split] * len(ledger.rows), **columns})
+    parquet.write_table(table, path)
+
+
+def find_duplicates(examples: Iterable[Example | TokenizedExample]) -> list[int | None]:
+    """For each example the number of an earlier, exactly equal one, or None."""
+    first: dict[Any, int] = {}
+    found: list[int | None] = []
+    for number, example in enumerate(examples):
+        earlier = first.setdefault(text_key(example), number)
+        found.append(earlier if earlier != number else None)
+    return found
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """Evaluation rows that are training rows: exactly, or but for case and white space (``normalised``)."""
+
+    rows: int
+    exact: list[str]
+    normalised: list[str]
+
+    @property
+    def share(self) -> float:
+        return (len(self.exact) + len(self.normalised)) / max(1, self.rows)
+
+
+def measure_leakage(
+    train: Sequence[Example | TokenizedExample],
+    evaluation: Sequence[Example | TokenizedExample],
+    *,
+    places: Sequence[str],
+) -> Leakage:
+    """Compares whole examples, prompt and target. ``places`` names the evaluation rows."""
+    exact = {text_key(example) for example in train}
+    loose = {_normalised(key) for key in exact}
+    found_exact, found_loose = [], []
+    for place, example in zip(places, evaluation, strict=True):
+        key = text_key(example)
+        if key in exact:
+            found_exact.append(place)
+        elif _normalised(key) in loose:
+            found_loose.append(place)
+    return Leakage(len(evaluation), found_exact, found_loose)
+
+
+def check_leakage(leakage: Leakage, max_leakage: float) -> None:
+    """Raises DataError where more than ``max_leakage`` of the evaluation rows are training rows."""
+    if leakage.share > max_leakage:
+        listed = (leakage.exact + leakage.normalised)[:SHOWN]
+        raise DataError(
+            f"{leakage.share:.1%} of the evaluation rows are training rows "
+            f"({len(leakage.exact):,} exactly, {len(leakage.normalised):,} but for case and white space)",
+            where="data.eval",
+            got=", ".join(listed),
+            fix="remove them, set data.duplicates=drop, or allow it by data.max_leakage",
+        )
+
+
+def text_key(example: Example | TokenizedExample) -> tuple[str, ...]:
+    """What makes two examples the same: their texts with roles and masks."""
+    if isinstance(example, TextExample):
+        return ("text", example.text)
+    if isinstance(example, PromptExample):
+        return ("prompt", example.prompt, example.completion)
+    if isinstance(example, SegmentsExample):
+        return ("segments", *(f"{segment.is_target}{segment.text}" for segment in example.segments))
+    if isinstance(example, ChatExample):
+        turns = [(turn["role"], str(turn.get("train", True)), turn["content"]) for turn in example.messages]
+        return ("chat", *(part for turn in turns for part in turn))
+    return ("tokens", str(example["input_ids"]), str(example["labels"]))
+
+
+def _normalised(key: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(" ".join(part.casefold().split()) for part in key)
+
+
+def _labels_in(packed: PackedDataset, rows: TokenizedRows, *, pieces: Sequence[tuple[int, int, int]]) -> int:
+    """Labels of a packed row: those of its pieces, but for the first token of each."""
+    starts = [int(rows.offsets[example]) for example, _, _ in pieces]
+    spans = [(at + first + 1, at + last) for at, (_, first, last) in zip(starts, pieces, strict=True)]
+    return int(sum(np.count_nonzero(rows.labels[a:b] >= 0) for a, b in spans))

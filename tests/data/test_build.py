@@ -1,0 +1,246 @@
+"""From the data section of a recipe to datasets, with everything counted."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from helpers import X, byte_tokenizer, write_jsonl
+
+from hf_clm.config import Recipe
+from hf_clm.data.build import (
+    Examples,
+    Split,
+    build_split,
+    check_dropped,
+    load_examples,
+    load_splits,
+    split_examples,
+    texts_of,
+)
+from hf_clm.data.labels import Fate
+from hf_clm.data.packing import PackedDataset
+from hf_clm.errors import DataError, ExitCode
+from hf_clm.schema import ChatExample, PromptExample, Segment, SegmentsExample, TextExample
+
+# "a\n" and N letters and the end token: 4, 5, 6, 7 tokens, of which 2, 3, 4, 5 are learned.
+RECORDS = [{"instruct": "a", "input": "", "label": "x" * n} for n in range(1, 5)]
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "say.jsonl", RECORDS)
+
+
+def build_recipe(stage: str = "sft", **data: Any) -> Recipe:
+    content = {"train": [{"path": "say.jsonl"}], "max_length": 16} | data
+    train = {"output_dir": "run"}
+    return Recipe.model_validate(
+        {"stage": stage, "model": {"name_or_path": "m"}, "data": content, "train": train}
+    )
+
+
+def build(stage: str = "sft", **data: Any) -> Split:
+    recipe = build_recipe(stage, **data)
+    return build_split(load_splits(recipe, 42)[0], recipe, tokenizer=byte_tokenizer(), stage=stage)
+
+
+def refusal(stage: str = "sft", **data: Any) -> str:
+    with pytest.raises(DataError) as error:
+        build(stage, **data)
+    assert error.value.exit_code == ExitCode.DATA
+    return str(error.value)
+
+
+def test_examples_keep_their_order_and_their_place(tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "t"}])
+    recipe = build_recipe(train=[{"path": "say.jsonl"}, {"path": "b.jsonl"}])
+
+    found = load_examples(recipe.data.train, recipe.data)
+
+    assert found.examples[0] == PromptExample("a\n", "x")
+    assert found.examples[4] == TextExample("t")
+    assert found.places == ["say.jsonl:1", "say.jsonl:2", "say.jsonl:3", "say.jsonl:4", "b.jsonl:1"]
+    assert found.formats == {"instruct", "text"}
+    assert found.report.files == ["say.jsonl", "b.jsonl"]
+
+
+def test_a_wrong_record_is_named_by_file_and_line(tmp_path):
+    write_jsonl(tmp_path / "say.jsonl", [*RECORDS, {"instruct": "a", "input": "", "label": 5}])
+
+    assert refusal().startswith("say.jsonl:5: ")
+
+
+def test_wrong_records_are_skipped_and_counted_on_request(tmp_path):
+    write_jsonl(
+        tmp_path / "say.jsonl", [RECORDS[0], {"instruct": "a", "input": "", "label": 5}, *RECORDS[1:]]
+    )
+
+    split = build(skip_bad_lines=True, max_dropped=0.5)
+
+    assert len(split.rows) == 4
+    assert [line.split(": ")[0] for line in split.examples.report.bad_lines] == ["say.jsonl:2"]
+
+
+def test_skipped_records_count_as_dropped(tmp_path):
+    write_jsonl(tmp_path / "say.jsonl", [RECORDS[0], {"instruct": "a", "input": "", "label": 5}])
+
+    message = refusal(skip_bad_lines=True)
+
+    assert message.startswith("say.jsonl: 1 of 2 rows cannot be trained on")
+    assert "say.jsonl:2: " in message
+
+
+def test_two_schemas_in_one_file_are_an_error(tmp_path):
+    write_jsonl(tmp_path / "say.jsonl", [RECORDS[0], {"text": "t"}])
+
+    message = refusal()
+
+    assert "say.jsonl:2" in message and "say.jsonl:1" in message
+
+
+def test_unknown_keys_are_collected_or_refused(tmp_path):
+    write_jsonl(tmp_path / "say.jsonl", [{**RECORDS[0], "source": "me"}])
+
+    assert build().examples.unknown_keys == {"source"}
+    assert refusal(strict=True).startswith("say.jsonl:1: ")
+
+
+def test_without_a_usable_record_there_is_nothing_to_train_on(tmp_path):
+    (tmp_path / "say.jsonl").write_text('{"instruct": 1}\n')
+
+    assert refusal(skip_bad_lines=True) == (
+        "say.jsonl: no example to train on; got 1 records read, 1 skipped"
+    )
+
+
+def test_columns_are_renamed_for_each_source(tmp_path):
+    write_jsonl(tmp_path / "qa.jsonl", [{"q": "a", "a": "x"}])
+    fields = {"prompt": "q", "completion": "a"}
+    recipe = build_recipe(train=[{"path": "qa.jsonl", "format": "prompt_completion", "fields": fields}])
+
+    assert load_examples(recipe.data.train, recipe.data).examples == [PromptExample("a", "x")]
+
+
+# --- held-out examples
+
+
+def numbered(count: int) -> Examples:
+    return Examples([TextExample(str(n)) for n in range(count)], [f"f:{n}" for n in range(count)])
+
+
+def test_a_share_is_held_out_by_the_seed_and_keeps_the_order():
+    train, held_out = split_examples(numbered(10), 0.3, seed=1)
+    again = split_examples(numbered(10), 0.3, seed=1)[1]
+    other = split_examples(numbered(10), 0.3, seed=2)[1]
+
+    chosen = [int(place[2:]) for place in held_out.places]
+    assert len(chosen) == 3 and chosen == sorted(chosen)
+    assert [int(place[2:]) for place in train.places] == [n for n in range(10) if n not in chosen]
+    assert [example.text for example in held_out.examples] == [str(n) for n in chosen]
+    assert again.places == held_out.places
+    assert other.places != held_out.places
+
+
+@pytest.mark.parametrize(("count", "fraction"), [(10, 0.01), (1, 0.5), (3, 0.99)])
+def test_a_share_that_leaves_a_part_empty_is_an_error(count, fraction):
+    with pytest.raises(DataError) as error:
+        split_examples(numbered(count), fraction, seed=0)
+
+    assert str(error.value).startswith("data.eval_fraction: ")
+
+
+def test_the_evaluation_data_come_from_their_own_files_or_from_a_share_or_are_none(tmp_path):
+    write_jsonl(tmp_path / "eval.jsonl", RECORDS[:1])
+
+    own = load_splits(build_recipe(eval=[{"path": "eval.jsonl"}]), 42)
+    share = load_splits(build_recipe(eval_fraction=0.25), 42)
+    none = load_splits(build_recipe(), 42)
+
+    assert [len(part) for part in own] == [4, 1]
+    assert own[1].places == ["eval.jsonl:1"]
+    assert [len(part) for part in share] == [3, 1]
+    assert (len(none[0]), none[1]) == (4, None)
+
+
+# --- tokenizing and packing
+
+
+def test_sft_learns_the_answers_and_pretraining_the_whole_texts():
+    sft, pretrain = build(packing="none"), build("pretrain", packing="none")
+
+    assert sft.dataset[1] == {"input_ids": [97, 10, 120, 120, 256], "labels": [X, X, 120, 120, 256]}
+    assert pretrain.dataset[1] == {"input_ids": [97, 10, 120, 120, 256], "labels": [X, 10, 120, 120, 256]}
+    assert (sft.tokens, sft.target_tokens) == (22, 14)
+    assert (pretrain.tokens, pretrain.target_tokens) == (22, 18)
+
+
+def test_sft_packs_whole_examples_and_pretraining_a_stream():
+    sft, pretrain = build(max_length=11), build("pretrain", max_length=8)
+
+    assert isinstance(sft.dataset, PackedDataset) and isinstance(pretrain.dataset, PackedDataset)
+    assert sorted(len(sft.dataset[i]["input_ids"]) for i in range(2)) == [11, 11]  # 7 + 4 and 6 + 5
+    learned = sum(label != X for i in range(len(pretrain.dataset)) for label in pretrain.dataset[i]["labels"])
+    assert learned == 18
+
+
+def test_without_packing_the_rows_are_the_dataset():
+    split = build(packing="none")
+
+    assert split.dataset is split.rows
+
+
+def test_a_window_cuts_overlapping_pieces():
+    split = build("pretrain", packing="none", window={"size": 4, "step": 2})
+
+    assert [len(split.dataset[i]["input_ids"]) for i in range(len(split.dataset))] == [4, 4, 3, 4, 4, 4, 4, 3]
+
+
+def test_rows_are_accounted_for():
+    split = build(max_length=6, overflow="drop", max_dropped=0.5)
+
+    assert split.fates == Counter({"used": 3, "dropped: longer than max_length": 1})
+
+
+def test_too_many_dropped_rows_are_an_error_that_lists_the_first():
+    assert refusal(max_length=4, overflow="drop") == (
+        "say.jsonl: 3 of 4 rows cannot be trained on within data.max_length=4; "
+        "got say.jsonl:2 (longer than max_length); say.jsonl:3 (longer than max_length); "
+        "say.jsonl:4 (longer than max_length); "
+        "fix: raise data.max_length, mend the rows, or allow it by data.max_dropped=0.75"
+    )
+
+
+def test_all_rows_dropped_are_an_error_whatever_is_allowed():
+    assert refusal(max_length=2, max_dropped=1.0).startswith("say.jsonl: 4 of 4 rows cannot be trained on")
+
+
+@pytest.mark.parametrize(("dropped", "allowed"), [(1, 0.25), (2, 0.5), (3, 0.75), (0, 0.0)])
+def test_the_share_that_is_allowed_is_inclusive(dropped, allowed):
+    fates = [Fate("dropped", "no target token")] * dropped + [Fate("used")] * (4 - dropped)
+
+    check_dropped(numbered(4), fates, data=build_recipe(max_dropped=allowed).data)
+
+
+def test_an_error_in_a_row_is_named_by_its_place(tmp_path):
+    write_jsonl(tmp_path / "say.jsonl", [*RECORDS, {**RECORDS[0], "label": "<|endoftext|>"}])
+
+    assert refusal(special_tokens_in_text="error").startswith("say.jsonl:5: the text holds a control token")
+
+
+def test_overflow_error_names_the_row():
+    assert refusal(max_length=6, overflow="error").startswith(
+        "say.jsonl:4: longer than max_length=6; got 7 tokens"
+    )
+
+
+def test_a_tokenizer_can_be_trained_on_every_kind_of_example():
+    examples = [
+        TextExample("a"),
+        PromptExample("b", "c"),
+        ChatExample([{"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]),
+        SegmentsExample([Segment("f", False), Segment("g", True)]),
+        {"input_ids": [1], "labels": [1]},
+    ]
+
+    assert list(texts_of(examples)) == ["a", "b", "c", "d", "e", "f", "g"]

@@ -1,0 +1,155 @@
+"""Rows of one length: whole examples by best fit, or one stream that is cut."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from helpers import EOS, X, byte_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_clm.data.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.packing import PackedDataset, best_fit_rows, stream_rows
+from hf_clm.schema import PromptExample, TextExample
+
+TOKENIZER = byte_tokenizer()
+DOCUMENTS = [TextExample("aaa"), TextExample("b"), TextExample("cccc")]  # 4, 2 and 5 tokens
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_length", "rows"),
+    [
+        ([], 10, []),
+        ([10], 10, [[0]]),
+        ([4, 6], 10, [[1, 0]]),
+        ([6, 6, 4], 10, [[0], [1, 2]]),
+        ([7, 5, 3, 2], 10, [[0, 2], [1, 3]]),
+        ([5, 8, 2, 5], 10, [[1, 2], [0, 3]]),  # 2 goes to the fullest row that has room: 8, not 5 + 5
+        ([3, 6, 5, 4], 10, [[1, 3], [2, 0]]),
+        ([1, 1, 1], 2, [[0, 1], [2]]),
+    ],
+)
+def test_best_fit_puts_an_example_into_the_fullest_row_that_has_room(lengths, max_length, rows):
+    assert best_fit_rows(lengths, max_length) == rows
+    assert best_fit_rows(np.array(lengths, dtype=np.int64), max_length) == rows
+
+
+@given(st.lists(st.integers(1, 20), max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_best_fit_keeps_every_example_once_and_no_row_is_too_long(lengths):
+    rows = best_fit_rows(lengths, 20)
+
+    assert Counter(example for row in rows for example in row) == Counter(range(len(lengths)))
+    assert all(0 < sum(lengths[example] for example in row) <= 20 for row in rows)
+    half_empty = sum(sum(lengths[example] for example in row) <= 10 for row in rows)
+    assert half_empty <= 1  # two of them would have been one
+
+
+def test_best_fit_refuses_an_example_that_is_longer_than_a_row():
+    with pytest.raises(AssertionError):
+        best_fit_rows([3, 11], 10)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_length", "rows"),
+    [
+        ([], 4, []),
+        ([4], 4, [[(0, 0, 4)]]),
+        ([2, 2], 4, [[(0, 0, 2), (1, 0, 2)]]),
+        ([6], 4, [[(0, 0, 4)], [(0, 3, 6)]]),  # token 3 is read again: label 4 needs it
+        ([3, 5], 6, [[(0, 0, 3), (1, 0, 3)], [(1, 2, 5)]]),
+        ([3, 2], 4, [[(0, 0, 3)], [(1, 0, 2)]]),  # the one place left would hold a token without a label
+        ([2, 9, 2], 4, [[(0, 0, 2), (1, 0, 2)], [(1, 1, 5)], [(1, 4, 8)], [(1, 7, 9), (2, 0, 2)]]),
+        ([3], 2, [[(0, 0, 2)], [(0, 1, 3)]]),
+    ],
+)
+def test_a_stream_is_cut_where_a_row_is_full(lengths, max_length, rows):
+    assert stream_rows(lengths, max_length) == rows
+
+
+@given(st.lists(st.integers(2, 40), max_size=30), st.integers(2, 16))
+@settings(max_examples=150, deadline=None)
+def test_a_stream_learns_each_label_once_and_fills_its_rows(lengths, max_length):
+    rows = stream_rows(lengths, max_length)
+
+    learned = [
+        (document, token) for row in rows for document, start, stop in row for token in range(start + 1, stop)
+    ]
+    assert learned == [
+        (document, token) for document, length in enumerate(lengths) for token in range(1, length)
+    ]
+    sizes = [sum(stop - start for _, start, stop in row) for row in rows]
+    assert all(size in (max_length - 1, max_length) for size in sizes[:-1])
+    assert max(sizes, default=0) <= max_length
+
+
+def test_a_stream_of_rows_of_one_token_is_refused():
+    with pytest.raises(AssertionError, match="a row of one token has no label"):
+        stream_rows([3], 1)
+
+
+def test_a_packed_row_holds_whole_documents_whose_positions_start_again():
+    packed = PackedDataset(PretrainDataset(DOCUMENTS, TOKENIZER), max_length=7)
+
+    assert len(packed) == 2
+    assert packed[0] == {
+        "input_ids": [*b"cccc", EOS, ord("b"), EOS],
+        "labels": [X, *b"ccc", EOS, X, EOS],
+        "position_ids": [0, 1, 2, 3, 4, 0, 1],
+    }
+    assert packed[1] == {
+        "input_ids": [*b"aaa", EOS],
+        "labels": [X, *b"aa", EOS],
+        "position_ids": [0, 1, 2, 3],
+    }
+
+
+def test_a_streamed_row_goes_on_with_the_token_before_the_cut_unlabelled():
+    packed = PackedDataset(PretrainDataset(DOCUMENTS, TOKENIZER), max_length=8, packing="stream")
+
+    assert [packed[0], packed[1]] == [
+        {
+            "input_ids": [*b"aaa", EOS, ord("b"), EOS, *b"cc"],
+            "labels": [X, *b"aa", EOS, X, EOS, X, ord("c")],
+            "position_ids": [0, 1, 2, 3, 0, 1, 0, 1],
+        },
+        {"input_ids": [*b"ccc", EOS], "labels": [X, *b"cc", EOS], "position_ids": [0, 1, 2, 3]},
+    ]
+    assert packed.pieces == [[(0, 0, 4), (1, 0, 2), (2, 0, 2)], [(2, 1, 5)]]
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "stream"])
+@given(texts=st.lists(st.text("ab", min_size=1, max_size=15), min_size=1, max_size=12))
+@settings(max_examples=40, deadline=None)
+def test_packing_changes_no_label(packing, texts):
+    dataset = PretrainDataset([TextExample(text) for text in texts], TOKENIZER)
+
+    rows = list(PackedDataset(dataset, max_length=16, packing=packing))
+
+    packed = Counter(label for row in rows for label in row["labels"] if label != X)
+    letters = "".join(text[1:] for text in texts)  # the first of each has nothing before it
+    assert packed == Counter({**Counter(letters.encode()), EOS: len(texts)})
+
+
+def test_the_masked_prompts_of_packed_rows_stay_masked():
+    dataset = SFTDataset([PromptExample("pp", "q"), PromptExample("r", "s")], TOKENIZER)
+
+    assert PackedDataset(dataset, max_length=8)[0]["labels"] == [X, X, ord("q"), EOS, X, ord("s"), EOS]
+
+
+@pytest.mark.parametrize(
+    ("packing", "max_length", "fill"), [("best_fit", 7, 11 / 14), ("stream", 8, 12 / 16)]
+)
+def test_fill_is_the_share_of_the_places_that_hold_a_token(packing, max_length, fill):
+    packed = PackedDataset(PretrainDataset(DOCUMENTS, TOKENIZER), max_length=max_length, packing=packing)
+
+    assert packed.fill == fill
+
+
+def test_packed_rows_are_indexed_like_a_list():
+    packed = PackedDataset(PretrainDataset(DOCUMENTS, TOKENIZER), max_length=7)
+
+    assert packed[-1]["input_ids"] == [*b"aaa", EOS]
+    assert len(list(packed)) == 2
+    with pytest.raises(IndexError):
+        packed[2]
