@@ -1,9 +1,12 @@
 """Attention inside each document of a packed row, as one function of ``transformers.AttentionInterface``.
 
-No mask function is registered beside it, so the model builds no mask: a packed row is told apart by ``cu_seq_lens``
-alone, and rows without it (padded on the right) need none, because a causal model never looks to the right.
+No mask function is registered beside it, so the model builds no mask: a packed row is told apart by
+``cu_seq_lens`` alone, and rows without it (padded on the right) need none, because a causal model never looks
+to the right.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,14 +31,16 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of each document on its own.
 
-    B = batch size (1 for packed rows), T = tokens, H = query heads, K = key heads (H is a multiple), E = head width.
+    B = batch size (1 for packed rows), T = tokens, H = query heads, K = key heads (H is a multiple),
+    E = head width.
 
-    Args (as transformers calls it): query (B, H, T, E); key, value (B, K, T, E); attention_mask, ignored; keywords
-        scaling, dropout, sliding_window (tokens), cu_seq_lens_q (documents + 1,) int32.
+    Args (as transformers calls it): query (B, H, T, E); key, value (B, K, T, E); attention_mask, ignored;
+        keywords scaling, dropout, sliding_window (tokens), cu_seq_lens_q (documents + 1,) int32.
 
-    Returns (B, T, H, E) and None for the weights. Raises ModelError for what it does not compute: soft-capping, sinks.
+    Returns (B, T, H, E) and None for the weights. Raises ModelError for what it does not compute:
+    soft-capping, sinks.
     """
-    key, value = args[0], args[1]
+    states = (query, args[0], args[1])
     _check_supported(kwargs)
     options = {
         "dropout": kwargs.get("dropout", 0.0),
@@ -44,19 +49,19 @@ def packed_attention(
     }
     bounds = kwargs.get("cu_seq_lens_q")
     if bounds is None:
-        return _causal(query, key, value, **options).transpose(1, 2), None
+        return _causal(states, **options).transpose(1, 2), None
     if query.is_cuda and not options["dropout"]:
-        return _varlen(query, key, value, bounds, int(kwargs["max_length_q"]), **options), None
+        longest = int(kwargs["max_length_q"])
+        return _varlen(
+            states, bounds, longest=longest, scale=options["scale"], window=options["window"]
+        ), None
     starts = bounds.tolist()
-    documents = [
-        _causal(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], **options)
-        for a, b in zip(starts[:-1], starts[1:], strict=True)
-    ]
+    documents = [_causal([part[:, :, a:b] for part in states], **options) for a, b in pairwise(starts)]
     return torch.cat(documents, dim=2).transpose(1, 2), None
 
 
 def use_for_generation(model: PreTrainedModel) -> None:
-    """Switches a packed model to ``sdpa``: generation has a KV cache and pads on the left, and needs a mask."""
+    """Switches a packed model to ``sdpa``: its KV cache and left padding need a mask."""
     if model.config._attn_implementation == NAME:
         model.set_attn_implementation("sdpa")
 
@@ -68,36 +73,55 @@ def use_for_training(model: PreTrainedModel, attention: str) -> None:
 
 
 def _causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float, scale: float | None, window: int | None
+    states: Sequence[torch.Tensor], *, dropout: float, scale: float | None, window: int | None
 ) -> torch.Tensor:
-    """(B, H, T, E) for one document, or for rows that hold one document each."""
+    """(B, H, T, E) for rows that hold one document each. ``states``: query, key, value."""
+    query, key, value = states
     tokens = query.shape[2]
     mask = None
     if window is not None and tokens > window:
-        distance = torch.arange(tokens, device=query.device)[:, None] - torch.arange(tokens, device=query.device)
+        distance = torch.arange(tokens, device=query.device)[:, None] - torch.arange(
+            tokens, device=query.device
+        )
         mask = (distance >= 0) & (distance < window)
     grouped = query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=grouped,
     )
 
 
 def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int, **options: Any
+    states: Sequence[torch.Tensor],
+    bounds: torch.Tensor,
+    *,
+    longest: int,
+    scale: float | None,
+    window: int | None,
 ) -> torch.Tensor:
     """The fused kernel of torch for many documents in one call; a window of (-1, 0) is plain causal."""
     from torch.nn.attention.varlen import varlen_attn  # CUDA only
 
+    query, key, value = states
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:  # grouped heads are an argument of the kernel from torch 2.12 on only
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    window = (-1 if options["window"] is None else options["window"] - 1, 0)
-    flat = [states[0].transpose(0, 1).contiguous() for states in (query, key, value)]
-    return varlen_attn(*flat, bounds, bounds, longest, longest, scale=options["scale"], window_size=window)[None]
+    sides = (-1 if window is None else window - 1, 0)
+    q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
+    output: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=sides)
+    return output[None]
 
 
 def _check_supported(kwargs: dict[str, Any]) -> None:
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             what = f"the packed attention does not compute this model's {name!r}"
-            raise ModelError(what, where="model.attention", got=NAME, fix="set model.attention to sdpa or eager")
+            raise ModelError(
+                what, where="model.attention", got=NAME, fix="set model.attention to sdpa or eager"
+            )

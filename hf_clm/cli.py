@@ -3,13 +3,15 @@
 import argparse
 import errno
 import json
+import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
-from hf_clm.errors import DataError, ExitCode, RecipeError, UserError, did_you_mean
+from hf_clm.errors import ExitCode, RecipeError, UserError, did_you_mean
+from hf_clm.schema import Format
 
 ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -29,14 +31,14 @@ def main(words: Sequence[str] | None = None) -> int:
         COMMANDS[words[0]](words[1:])
         return ExitCode.DONE
     except UserError as error:
-        return _fail(str(error), error.exit_code, shows_traceback)
+        return _fail(str(error), error.exit_code, shows_traceback=shows_traceback)
     except KeyboardInterrupt:
-        return _fail("interrupted", ExitCode.INTERRUPTED, shows_traceback)
+        return _fail("interrupted", ExitCode.INTERRUPTED, shows_traceback=shows_traceback)
     except OSError as error:
         if error.errno not in ENVIRONMENT_ERRORS:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror}", ExitCode.ENVIRONMENT, shows_traceback)
+        return _fail(f"{where}{error.strerror}", ExitCode.ENVIRONMENT, shows_traceback=shows_traceback)
 
 
 def help_text() -> str:
@@ -92,7 +94,12 @@ def run_generate(words: list[str]) -> None:
     answers = generate_from_run(options)
     for prompt, answer in answers:
         if options.json:
-            entry = {"prompt": prompt, "text": answer.text, "tokens": answer.tokens, "stopped": answer.stopped}
+            entry = {
+                "prompt": prompt,
+                "text": answer.text,
+                "tokens": answer.tokens,
+                "stopped": answer.stopped,
+            }
             print(json.dumps(entry, ensure_ascii=False))
         elif len(answers) == 1:
             print(answer.text)
@@ -105,11 +112,17 @@ def run_evaluate(words: list[str]) -> None:
     parser = _Parser("hf-clm evaluate")
     parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
     parser.add_argument("data", help="a file, a glob, a folder, or a dataset on the Hub")
-    parser.add_argument("--format", help="of the data; default: told from the keys, or the run's own")
-    parser.add_argument("--stage", choices=("pretrain", "sft"), help="what counts as target; default: the run's own")
-    parser.add_argument("--max_length", type=int, help="tokens in a row; default: the run's own")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows at once; changes no figure (%(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="of a generated answer (%(default)s)")
+    parser.add_argument("--format", choices=get_args(Format), help="of the data; default: told from the keys")
+    parser.add_argument(
+        "--stage", choices=("pretrain", "sft"), help="what counts as target; default: the run's own"
+    )
+    parser.add_argument("--max_length", type=_at_least(2), help="tokens in a row; default: the run's own")
+    parser.add_argument(
+        "--batch_size", type=_at_least(1), default=8, help="rows at once; changes no figure (%(default)s)"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=_at_least(1), help="of an answer; default: 256, or what fits"
+    )
     parser.add_argument("--no_generate", action="store_true", help="leave out the generated answers")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -130,10 +143,12 @@ def run_train_tokenizer(words: list[str]) -> None:
     parser = _Parser("hf-clm train-tokenizer")
     parser.add_argument("data", nargs="+", help="files, globs, folders, or datasets on the Hub")
     parser.add_argument("--output_dir", required=True, help="the folder to write")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="tokens (%(default)s)")
-    parser.add_argument("--min_frequency", type=int, default=2, help="of a pair that is merged (%(default)s)")
+    parser.add_argument("--vocab_size", type=_at_least(258), default=4096, help="tokens (%(default)s)")
+    parser.add_argument(
+        "--min_frequency", type=_at_least(1), default=2, help="of a pair that is merged (%(default)s)"
+    )
     parser.add_argument("--pad_token", default="<|pad|>", help="(%(default)s)")
-    parser.add_argument("--format", help="of the data; default: told from the keys")
+    parser.add_argument("--format", choices=get_args(Format), help="of the data; default: told from the keys")
     options = parser.parse_args(words)
     from hf_clm.config import Data, Source
     from hf_clm.data.build import load_examples, texts_of
@@ -165,7 +180,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         known = [option for action in self._actions for option in action.option_strings]
         unknown = next((word for word in message.split() if word.startswith("--")), "")
-        raise RecipeError(message + (did_you_mean(unknown, known) if unknown not in known else ""), where=self.prog)
+        raise RecipeError(
+            message + (did_you_mean(unknown, known) if unknown not in known else ""), where=self.prog
+        )
 
 
 def _generate_parser() -> _Parser:
@@ -174,20 +191,45 @@ def _generate_parser() -> _Parser:
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--input", default="", help="the input that belongs to an instruction")
     parser.add_argument("--file", help="prompts: a txt file with one a line, or records in the run's format")
-    parser.add_argument("--raw", action="store_true", help="take the prompt as it is, without the run's format")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="(%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
-    parser.add_argument("--top_k", type=int, help="sample among the k likeliest tokens")
-    parser.add_argument("--top_p", type=float, help="sample among the likeliest tokens of this total probability")
-    parser.add_argument("--num_beams", type=int, default=1, help="beam search (%(default)s)")
-    parser.add_argument("--no_repeat_ngram_size", type=int, default=0, help="repeat no n tokens (0: off)")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="(%(default)s)")
-    parser.add_argument("--stop", action="append", default=[], help="a text that ends the answer; may be repeated")
-    parser.add_argument("--batch_size", type=int, default=16, help="prompts at once (%(default)s)")
+    parser.add_argument(
+        "--raw", action="store_true", help="take the prompt as it is, without the run's format"
+    )
+    parser.add_argument("--max_new_tokens", type=_at_least(1), help="default: 256, or what fits")
+    parser.add_argument("--temperature", type=_at_least(0.0), default=0.0, help="0 is greedy (%(default)s)")
+    parser.add_argument("--top_k", type=_at_least(1), help="sample among the k likeliest tokens")
+    parser.add_argument(
+        "--top_p",
+        type=_at_least(0.0, most=1.0),
+        help="sample among the likeliest tokens of this total probability",
+    )
+    parser.add_argument("--num_beams", type=_at_least(1), default=1, help="beam search (%(default)s)")
+    parser.add_argument(
+        "--no_repeat_ngram_size", type=_at_least(0), default=0, help="repeat no n tokens (0: off)"
+    )
+    parser.add_argument("--repetition_penalty", type=_at_least(0.01), default=1.0, help="(%(default)s)")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="a text that ends the answer; may be repeated"
+    )
+    parser.add_argument("--batch_size", type=_at_least(1), default=16, help="prompts at once (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     return parser
+
+
+def _at_least(least: float, *, most: float = math.inf) -> Callable[[str], float]:
+    """Reads a number of the kind of ``least`` that is neither smaller than it nor greater than ``most``."""
+    kind = type(least)
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most:
+            expected = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value"
+    return read
 
 
 def _recipe_words(words: list[str], command: str) -> tuple[str | None, list[str]]:
@@ -195,7 +237,9 @@ def _recipe_words(words: list[str], command: str) -> tuple[str | None, list[str]
     if "-h" in words or "--help" in words:
         return None, []
     if not words or words[0].startswith("-"):
-        raise RecipeError("needs a recipe", where=f"hf-clm {command}", fix=f"hf-clm {command} RECIPE [--key value ...]")
+        raise RecipeError(
+            "needs a recipe", where=f"hf-clm {command}", fix=f"hf-clm {command} RECIPE [--key value ...]"
+        )
     return words[0], words[1:]
 
 
@@ -207,7 +251,7 @@ def _quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _fail(message: str, code: int, shows_traceback: bool) -> int:
+def _fail(message: str, code: int, *, shows_traceback: bool) -> int:
     """Prints the error once: on rank 0, or where the environment of one machine is at fault."""
     rank = os.environ.get("RANK", "0")
     if shows_traceback:

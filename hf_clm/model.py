@@ -3,7 +3,13 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_clm import attention as packed
@@ -15,7 +21,9 @@ from hf_clm.tokenizer import max_token_id, unique_ids
 WHERE = "model.name_or_path"
 
 
-def load_config(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_config(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
     """The configuration of a causal language model. Raises ModelError if it is another kind of model."""
     options = load_options(name_or_path, revision=revision, where=WHERE)
     with loading(name_or_path, where="model"):
@@ -29,14 +37,15 @@ def load_config(name_or_path: str, *, revision: str | None = None, trust_remote_
 
 
 def build_config(settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    """The configuration of a new model: ``settings`` as in its config class, vocabulary and ids from the tokenizer.
+    """The configuration of a new model: ``settings`` as in its config class, ids from the tokenizer.
 
     Raises ModelError for an unknown ``model_type`` or a setting that its config class does not have.
     """
     settings = {"vocab_size": max_token_id(tokenizer) + 1, **settings}
     model_type = settings.pop("model_type", None)
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        fix = f"name one that has a causal language model{did_you_mean(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}"
+        near = did_you_mean(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        fix = f"name one that has a causal language model{near}"
         raise ModelError("unknown model type", where="model.config.model_type", got=repr(model_type), fix=fix)
     default = AutoConfig.for_model(model_type)
     names = {*default.to_dict(), *default.attribute_map}
@@ -73,9 +82,11 @@ def load_model(
     Raises ModelError if weights are missing, of another shape, or not safetensors.
     """
     packed.register()
-    config = load_config(name_or_path, revision=revision, trust_remote_code=options.get("trust_remote_code", False))
+    config = load_config(
+        name_or_path, revision=revision, trust_remote_code=options.get("trust_remote_code", False)
+    )
     with loading(name_or_path, where="model"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
             config=config,
             dtype=getattr(torch, dtype),
@@ -85,16 +96,23 @@ def load_model(
             output_loading_info=True,
             **load_options(name_or_path, revision=revision, where=WHERE),
         )
+    model, report = loaded
     missing = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
     if missing:
         what = f"the files lack {len(missing)} weights that the configuration names, {missing[0]} first"
-        raise ModelError(what, where=f"{WHERE} {name_or_path}", fix="use the configuration that belongs to the weights")
+        raise ModelError(
+            what, where=f"{WHERE} {name_or_path}", fix="use the configuration that belongs to the weights"
+        )
     fit_to_tokenizer(model, tokenizer)
     return model
 
 
 def init_model(
-    config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, *, dtype: str = "float32", attention: str = packed.NAME
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    dtype: str = "float32",
+    attention: str = packed.NAME,
 ) -> PreTrainedModel:
     """A model with random weights. Draws from torch's global random state: seed it first."""
     packed.register()
@@ -106,7 +124,7 @@ def init_model(
 
 
 def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Changes the model: embeddings for every token, the tokenizer's pad and stop tokens, a generation config that saves."""
+    """Changes the model: a row for every token, the tokenizer's pad and stop tokens, savable settings."""
     grow_embeddings(model, max_token_id(tokenizer) + 1)
     model.loss_type = "ForCausalLM"  # GPT-2 names none, warns of it, and breaks the graph under torch.compile
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -124,11 +142,12 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
 
 def grow_embeddings(model: PreTrainedModel, tokens: int) -> None:
     """Gives the model at least ``tokens`` rows; new rows are the mean of the old ones. Never shrinks it."""
-    old = model.get_input_embeddings().weight.shape[0]
+    old = model.get_input_embeddings().get_parameter("weight").shape[0]
     if tokens <= old:
         return
     model.resize_token_embeddings(tokens, mean_resizing=False)
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
-                layer.weight[old:] = layer.weight[:old].mean(dim=0)
+                weight = layer.get_parameter("weight")
+                weight[old:] = weight[:old].mean(dim=0)

@@ -102,12 +102,13 @@ def control_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 def control_pattern(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
     """A regular expression that finds any control token of the tokenizer."""
-    return _compile(tuple(control_tokens(tokenizer)))
+    return _control_pattern(tokenizer, len(tokenizer))
 
 
-@lru_cache(maxsize=16)
-def _compile(tokens: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+@lru_cache(maxsize=4)
+def _control_pattern(tokenizer: PreTrainedTokenizerFast, size: int) -> re.Pattern[str]:
+    """Once for a tokenizer of this ``size``: it is asked for at every text."""
+    return re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)")
 
 
 def max_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -122,6 +123,12 @@ def unique_ids(ids: Iterable[int | None]) -> list[int]:
 
 def bos_token(tokenizer: PreTrainedTokenizerFast) -> str | None:
     """The start token, if the tokenizer puts it before every text (Llama does; GPT-2 and Qwen do not)."""
-    if tokenizer.bos_token is None or tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
+    return _bos_token(tokenizer, tokenizer.bos_token)
+
+
+@lru_cache(maxsize=4)
+def _bos_token(tokenizer: PreTrainedTokenizerFast, token: str | None) -> str | None:
+    """Once for a tokenizer with this start token."""
+    if token is None or tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
         return None
-    return str(tokenizer.bos_token)
+    return str(token)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from hf_clm.config import Data, Recipe, Source
 from hf_clm.data.datasets import PretrainDataset, SFTDataset
 from hf_clm.data.formats import check_same_schema, to_example, unknown_keys
 from hf_clm.data.labels import Fate
+from hf_clm.data.ledger import find_duplicates
 from hf_clm.data.packing import PackedDataset
 from hf_clm.data.sources import ReadOptions, ReadReport, read_records
 from hf_clm.errors import DataError
@@ -39,6 +40,7 @@ class Examples:
     report: ReadReport = field(default_factory=ReadReport)
     formats: set[Format] = field(default_factory=set)
     unknown_keys: set[str] = field(default_factory=set)
+    duplicates: list[str] = field(default_factory=list)  # rows left out because an earlier one is the same
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -47,7 +49,7 @@ class Examples:
         """The examples with these numbers."""
         chosen = list(numbers)
         examples, places = [self.examples[i] for i in chosen], [self.places[i] for i in chosen]
-        return Examples(examples, places, self.report, self.formats, self.unknown_keys)
+        return Examples(examples, places, self.report, self.formats, self.unknown_keys, self.duplicates)
 
 
 @dataclass
@@ -104,7 +106,15 @@ def load_examples(sources: Iterable[Source], data: Data) -> Examples:
         raise DataError(
             "no example to train on", where=", ".join(source.path for source in sources), got=read
         )
-    return found
+    return drop_duplicates(found) if data.duplicates == "drop" else found
+
+
+def drop_duplicates(examples: Examples) -> Examples:
+    """Without the examples that equal an earlier one; their places are kept in ``duplicates``."""
+    earlier = find_duplicates(examples.examples)
+    kept = examples.select(number for number, first in enumerate(earlier) if first is None)
+    places = zip(examples.places, earlier, strict=True)
+    return replace(kept, duplicates=[place for place, first in places if first is not None])
 
 
 def split_examples(examples: Examples, eval_fraction: float, *, seed: int) -> tuple[Examples, Examples]:

@@ -1,8 +1,8 @@
 """The ledger: what became of every input row and where it sits; the totals balance or the run stops."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -116,17 +116,15 @@ def check_balance(ledger: Ledger, rows: TokenizedRows, *, packed: PackedDataset 
             raise DataError(what, where="data.packing", fix="report this as a bug of hf_clm")
 
 
-def write_ledger(ledger: Ledger, path: Path, *, split: str) -> None:
-    """Writes a parquet file of one row an input row."""
+def write_ledgers(ledgers: Mapping[str, Ledger], path: Path) -> None:
+    """Writes a parquet file of one row an input row; ``ledgers`` by split (train, eval)."""
     import pyarrow
     from pyarrow import parquet
 
-    columns: dict[str, list[Any]] = {name: [] for name in LedgerRow.__dataclass_fields__}
-    for row in ledger.rows:
-        for name in columns:
-            columns[name].append(getattr(row, name))
-    table = pyarrow.table({"split": [split] * len(ledger.rows), **columns})
-    parquet.write_table(table, path)
+    rows = [(split, row) for split, ledger in ledgers.items() for row in ledger.rows]
+    names = [field.name for field in fields(LedgerRow)]
+    columns = {name: [getattr(row, name) for _, row in rows] for name in names}
+    parquet.write_table(pyarrow.table({"split": [split for split, _ in rows], **columns}), path)
 
 
 def find_duplicates(examples: Iterable[Example | TokenizedExample]) -> list[int | None]:

@@ -26,11 +26,11 @@ def evaluate_run(options: Namespace) -> dict[str, float]:
     if len(dataset) == 0:
         raise DataError("no example has a target that fits", where=options.data, fix="raise --max_length")
     dropped = sum(fate.kind == "dropped" for fate in dataset.rows.fates)
-    likelihood = measure_likelihood(run.model, run.tokenizer, dataset, batch_size=options.batch_size)
+    likelihood = measure_likelihood(run.model, run.tokenizer, dataset=dataset, batch_size=options.batch_size)
     result = {"examples": len(examples), "dropped": dropped, **likelihood.to_json()}
     written = [example for example in examples if not isinstance(example, dict)]
     if stage == "sft" and not options.no_generate:
         settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
-        answers = measure_answers(run.model, run.tokenizer, written, **settings)
+        answers = measure_answers(run.model, run.tokenizer, examples=written, **settings)
         result.update(answers.to_json() if answers else {})
     return result

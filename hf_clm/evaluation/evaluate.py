@@ -16,7 +16,7 @@ from hf_clm.schema import ChatExample, Example, PromptExample
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Sums over all target tokens of a dataset. ``nll`` in nats; ``text_bytes`` of the decoded targets, UTF-8."""
+    """Sums over all target tokens. ``nll`` in nats; ``text_bytes`` of the decoded targets, UTF-8."""
 
     rows: int
     target_tokens: int
@@ -40,11 +40,11 @@ class Likelihood:
 def measure_likelihood(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    dataset: SFTDataset | PretrainDataset,
     *,
+    dataset: SFTDataset | PretrainDataset,
     batch_size: int = 8,
 ) -> Likelihood:
-    """The likelihood of every target token; the same for every ``batch_size`` (rows), because sums are divided once."""
+    """The likelihood of every target token; divided once, so ``batch_size`` (rows) changes nothing."""
     model.eval()
     collate = DataCollatorForPackedCausalLM()
     targets = correct = text_bytes = 0
@@ -70,11 +70,15 @@ class Answers:
     stopped: int
 
     def to_json(self) -> dict[str, float]:
-        return {"asked": self.asked, "exact_match": self.exact / self.asked, "stopped": self.stopped / self.asked}
+        return {
+            "asked": self.asked,
+            "exact_match": self.exact / self.asked,
+            "stopped": self.stopped / self.asked,
+        }
 
 
 def measure_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], **options: Any
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, examples: Sequence[Example], **options: Any
 ) -> Answers | None:
     """Generates an answer for each example that has a prompt; None where none has.
 
@@ -84,13 +88,15 @@ def measure_answers(
     pairs = [pair for pair in map(to_question, examples) if pair is not None]
     if not pairs:
         return None
-    answers = generate(model, tokenizer, [prompt for prompt, _ in pairs], **options)
-    exact = sum(answer.stopped and answer.text == text for answer, (_, text) in zip(answers, pairs, strict=True))
+    answers = generate(model, tokenizer, prompts=[prompt for prompt, _ in pairs], **options)
+    exact = sum(
+        answer.stopped and answer.text == text for answer, (_, text) in zip(answers, pairs, strict=True)
+    )
     return Answers(len(pairs), exact, sum(answer.stopped for answer in answers))
 
 
 def to_question(example: Example) -> tuple[Example, str] | None:
-    """The prompt and the target text of an example; None where it has no one prompt (a document, segments)."""
+    """The prompt and the target text of an example; None where there is none (documents, segments)."""
     if isinstance(example, PromptExample):
         return PromptExample(example.prompt, ""), example.completion
     if isinstance(example, ChatExample) and example.messages[-1]["role"] == "assistant":
@@ -99,7 +105,7 @@ def to_question(example: Example) -> tuple[Example, str] | None:
 
 
 def _target_text(labels: list[int], tokenizer: PreTrainedTokenizerFast) -> str:
-    return tokenizer.decode([label for label in labels if label >= 0], skip_special_tokens=True)
+    return str(tokenizer.decode([label for label in labels if label >= 0], skip_special_tokens=True))
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

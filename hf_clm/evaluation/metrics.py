@@ -25,14 +25,17 @@ def token_counts(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(B, T - 1) float32: the negative log-likelihood (nats) of labels t+1 by logits t; 0 where there is no label.
+    """(B, T - 1) float32: the negative log-likelihood (nats) of labels t+1 by logits t; 0 without a label.
 
     logits (B, T, V); labels (B, T) int64. Computed in chunks, so that no float32 copy of all logits is made.
     """
     flat, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     chunks = zip(flat.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
-    options = {"ignore_index": IGNORE_INDEX, "reduction": "none"}
-    return torch.cat([cross_entropy(part.float(), target, **options) for part, target in chunks]).view(len(labels), -1)
+    nll = [
+        cross_entropy(part.float(), target, ignore_index=IGNORE_INDEX, reduction="none")
+        for part, target in chunks
+    ]
+    return torch.cat(nll).view(len(labels), -1)
 
 
 def unigram_entropy(labels: np.ndarray) -> float:
@@ -46,7 +49,7 @@ def unigram_entropy(labels: np.ndarray) -> float:
 
 
 def bits_per_byte(nll: float, text_bytes: int) -> float:
-    """A sum of negative log-likelihoods (nats) as bits per byte of the UTF-8 text: independent of the tokenizer."""
+    """Summed nats as bits per byte of the UTF-8 text: comparable between tokenizers."""
     return nll / math.log(2) / max(1, text_bytes)
 
 

@@ -1,7 +1,7 @@
 """``hf-clm generate``: prompts from the command line or a file, rendered as the run was trained."""
 
 from argparse import Namespace
-from typing import Any
+from typing import Any, cast
 
 from transformers import set_seed
 
@@ -10,15 +10,17 @@ from hf_clm.data.sources import ReadOptions, ReadReport, read_records
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.generation.generate import Generated, generate, to_prompt_example
 from hf_clm.generation.load import load_run
-from hf_clm.schema import ChatExample, Example, PromptExample, TextExample
+from hf_clm.schema import ChatExample, Example, Format, PromptExample, TextExample
 
 SETTINGS = ("max_new_tokens", "num_beams", "no_repeat_ngram_size", "repetition_penalty")
 
 
 def generate_from_run(options: Namespace) -> list[tuple[str, Generated]]:
-    """The answers to all prompts, each with the prompt as it was rendered. Raises RecipeError without a prompt."""
+    """Each prompt as it is shown, with its answer. Raises RecipeError without a prompt."""
     if not options.prompt and not options.file:
-        raise RecipeError("needs a prompt", where="hf-clm generate", fix='--prompt "..." or --file prompts.txt')
+        raise RecipeError(
+            "needs a prompt", where="hf-clm generate", fix='--prompt "..." or --file prompts.txt'
+        )
     settings = to_settings(options)
     run = load_run(options.run, attention="sdpa", device=options.device)
     format = "text" if options.raw else run.format
@@ -26,12 +28,12 @@ def generate_from_run(options: Namespace) -> list[tuple[str, Generated]]:
     if options.file:
         prompts += read_prompts(options.file, format)
     set_seed(options.seed)
-    answers = generate(run.model, run.tokenizer, prompts, batch_size=options.batch_size, **settings)
+    answers = generate(run.model, run.tokenizer, prompts=prompts, batch_size=options.batch_size, **settings)
     return [(to_shown(prompt), answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def to_settings(options: Namespace) -> dict[str, Any]:
-    """The words of the command line as settings of ``generate``. Sampling is on where one of its options is given."""
+    """The options as settings of ``generate``. Sampling is on where one of its options is given."""
     samples = options.temperature > 0 or options.top_k is not None or options.top_p is not None
     settings: dict[str, Any] = {name: getattr(options, name) for name in SETTINGS}
     settings["do_sample"] = samples
@@ -46,12 +48,14 @@ def to_settings(options: Namespace) -> dict[str, Any]:
 
 def read_prompts(path: str, format: str) -> list[Example]:
     """Prompts from a txt file, one a line, or from records whose target side may be missing."""
+    prompts: list[Example]
     if path.endswith(".txt"):
         with open(path, encoding="utf-8") as file:
-            prompts: list[Example] = [to_prompt_example(line.rstrip("\n"), format) for line in file if line.strip()]
+            prompts = [to_prompt_example(line.rstrip("\n"), format) for line in file if line.strip()]
     else:
         records = read_records(path, ReadOptions(), ReadReport())
-        prompts = [to_prompt(record.data, format=format, where=record.where) for record in records]
+        known = cast(Format, format)
+        prompts = [to_prompt(record.data, format=known, where=record.where) for record in records]
     if not prompts:
         raise DataError("holds no prompt", where=path)
     return prompts

@@ -12,7 +12,10 @@ from hf_clm.data.formats import to_prompt
 from hf_clm.data.labels import tokenize_batch
 from hf_clm.data.segments import to_prompt_segments
 from hf_clm.errors import RecipeError
+from hf_clm.model import max_positions
 from hf_clm.schema import ChatExample, Example, TextExample
+
+NEW_TOKENS = 256  # unless the caller says otherwise
 
 
 @dataclass(frozen=True)
@@ -27,36 +30,46 @@ class Generated:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[Example | str],
     *,
+    prompts: Sequence[Example | str],
     batch_size: int = 16,
+    max_new_tokens: int | None = None,
     **options: Any,
 ) -> list[Generated]:
     """Continues each prompt; a string is taken as it is, an Example is rendered as in training.
 
     Args:
-        options: of ``transformers.GenerationConfig``: max_new_tokens, do_sample, temperature, top_k, top_p, num_beams,
+        max_new_tokens: None is 256, or what the model has positions for.
+        options: of ``transformers.GenerationConfig``: do_sample, temperature, top_k, top_p, num_beams,
             no_repeat_ngram_size, ...
 
-    Raises RecipeError for options that do not go together, and where prompt and new tokens exceed the model's positions.
+    Raises RecipeError for options that do not go together, and where prompt and new tokens exceed the model's
+    positions.
     """
     examples = [TextExample(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     segments = [to_prompt_segments(example, tokenizer) for example in examples]
-    ids = [example["input_ids"] or [tokenizer.eos_token_id] for example in tokenize_batch(segments, tokenizer)]
-    check_room(model, max(map(len, ids), default=0), options.get("max_new_tokens", 0))
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int), "load_tokenizer requires one"
+    ids = [example["input_ids"] or [eos] for example in tokenize_batch(segments, tokenizer)]
+    longest = max(map(len, ids), default=0)
+    options["max_new_tokens"] = fit_new_tokens(model, longest, max_new_tokens=max_new_tokens)
     was_training, attention = model.training, str(model.config._attn_implementation)
     model.eval()
     use_for_generation(model)
     try:
         batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
-        return [answer for batch in batches for answer in _generate_batch(model, tokenizer, batch, options)]
+        return [
+            answer
+            for batch in batches
+            for answer in _generate_batch(model, tokenizer, batch=batch, options=options)
+        ]
     finally:
         use_for_training(model, attention)
         model.train(was_training)
 
 
 def to_prompt_example(text: str, format: str, *, input_text: str = "") -> Example:
-    """Plain text as the prompt of a record of ``format``: an instruction, a user's turn, or the text itself."""
+    """Plain text as a prompt of ``format``: an instruction, a user's turn, or the text itself."""
     if format == "instruct":
         return to_prompt({"instruct": text, "input": input_text}, format="instruct")
     if format == "alpaca":
@@ -66,41 +79,56 @@ def to_prompt_example(text: str, format: str, *, input_text: str = "") -> Exampl
     return TextExample(text)
 
 
-def check_room(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raises RecipeError where the longest prompt and what is generated do not fit into the model's positions."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+def fit_new_tokens(model: PreTrainedModel, prompt_tokens: int, *, max_new_tokens: int | None) -> int:
+    """How many tokens to generate at most; by default as many as there is room for behind the longest prompt.
+
+    Raises RecipeError where prompt and new tokens do not fit into the model's positions.
+    """
+    limit = max_positions(model.config)
+    if max_new_tokens is None:
+        max_new_tokens = NEW_TOKENS if limit is None else max(1, min(NEW_TOKENS, limit - prompt_tokens))
     if limit is not None and prompt_tokens + max_new_tokens > limit:
         raise RecipeError(
             f"the model has {limit} positions",
             got=f"a prompt of {prompt_tokens} tokens and max_new_tokens {max_new_tokens}",
             fix="shorten the prompt or lower max_new_tokens",
         )
+    return max_new_tokens
 
 
 @torch.no_grad()
 def _generate_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: list[list[int]], options: dict[str, Any]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    batch: list[list[int]],
+    options: dict[str, Any],
 ) -> list[Generated]:
     width = max(map(len, batch))
     pad = tokenizer.pad_token_id
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch], device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
+    decoder: Any = model  # typed without the generate that it has
     settings = {"use_cache": True, "pad_token_id": pad, "tokenizer": tokenizer, **options}
     try:
-        output = model.generate(input_ids=input_ids, attention_mask=mask, **settings)
+        output = decoder.generate(input_ids=input_ids, attention_mask=mask, **settings)
     except ValueError as error:  # transformers' checks of the options
         raise RecipeError(str(error).splitlines()[0], where="generation options") from error
-    answers = [_to_generated(row[width:].tolist(), model, tokenizer) for row in output]
+    stops = _stop_ids(model)
+    answers = [_to_generated(row[width:].tolist(), tokenizer, stops=stops) for row in output]
     return [_cut_at(answer, options.get("stop_strings", [])) for answer in answers]
 
 
-def _to_generated(ids: list[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Generated:
+def _stop_ids(model: PreTrainedModel) -> set[int | None]:
     assert model.generation_config is not None
     stop = model.generation_config.eos_token_id
-    stops = set(stop if isinstance(stop, list) else [stop])
+    return set(stop if isinstance(stop, list) else [stop])
+
+
+def _to_generated(ids: list[int], tokenizer: PreTrainedTokenizerFast, *, stops: set[int | None]) -> Generated:
     end = next((i for i, token in enumerate(ids) if token in stops), None)
     kept = ids[:end] if end is not None else [token for token in ids if token != tokenizer.pad_token_id]
-    return Generated(tokenizer.decode(kept, skip_special_tokens=True), len(kept), end is not None)
+    return Generated(str(tokenizer.decode(kept, skip_special_tokens=True)), len(kept), end is not None)
 
 
 def _cut_at(answer: Generated, stop_strings: list[str]) -> Generated:

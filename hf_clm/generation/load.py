@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.attention import NAME as PACKED
-from hf_clm.errors import ModelError
+from hf_clm.errors import ModelError, RecipeError
 from hf_clm.model import load_model, max_positions
 from hf_clm.tokenizer import load_tokenizer
 
@@ -33,10 +33,12 @@ def load_run(name_or_path: str, *, attention: str = PACKED, device: str | None =
     facts = read_run(name_or_path)
     if facts and facts.get("status") != "done":
         fix = "train it to its end, or name one of its checkpoint-N folders"
-        raise ModelError(f"the run is {facts.get('status')}: it has no final model", where=name_or_path, fix=fix)
+        raise ModelError(
+            f"the run is {facts.get('status')}: it has no final model", where=name_or_path, fix=fix
+        )
     tokenizer = load_tokenizer(name_or_path)
     model = load_model(name_or_path, tokenizer, attention=attention)
-    model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    move_to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return LoadedRun(
         model.eval(),
         tokenizer,
@@ -44,6 +46,14 @@ def load_run(name_or_path: str, *, attention: str = PACKED, device: str | None =
         stage=facts.get("stage") or "sft",
         max_length=facts.get("max_length") or min(max_positions(model.config) or 1024, 4096),
     )
+
+
+def move_to(model: PreTrainedModel, device: str) -> None:
+    """Moves the model. Raises RecipeError where there is no such device."""
+    try:
+        torch.nn.Module.to(model, torch.device(device))
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
+        raise RecipeError("no such device", where="--device", got=repr(device)) from error
 
 
 def read_run(folder: str) -> dict:

@@ -37,7 +37,9 @@ class ProgressCallback(TrainerCallback):
         if self.is_terminal and state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
@@ -52,8 +54,8 @@ class ProgressCallback(TrainerCallback):
             self.bar.set_postfix_str(", ".join(shown))
             return
         left = f"  {self._time_left(state)} left" if "loss" in logs else ""
-        line = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}  {'  '.join(shown)}{left}"
-        write_line(line)
+        step = f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        write_line(f"step {step}  {'  '.join(shown)}{left}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,7 +89,9 @@ class SamplesCallback(TrainerCallback):
     ``generate`` gives one answer for each prompt of ``prompts``, in order.
     """
 
-    def __init__(self, prompts: list[str], generate: Callable[[], list[str]], path: Path, *, every_steps: int | None):
+    def __init__(
+        self, prompts: list[str], generate: Callable[[], list[str]], *, path: Path, every_steps: int | None
+    ):
         self.prompts, self.generate, self.path, self.every_steps = prompts, generate, path, every_steps
         self.last_step = -1
 
@@ -96,7 +100,9 @@ class SamplesCallback(TrainerCallback):
     ) -> None:
         self._sample(state)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.every_steps and state.global_step % self.every_steps == 0:
             self._sample(state)
 

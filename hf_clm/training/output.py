@@ -6,25 +6,42 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_clm.errors import EnvironmentFault, RecipeError
 
 
 def prepare_output_dir(arguments: TrainingArguments, *, overwrite: bool) -> Path:
-    """Makes the output folder; rank 0 moves an older run aside with ``overwrite``, and else refuses to mix with it.
+    """Makes the output folder; rank 0 refuses to mix with an older run, or moves it aside with ``overwrite``.
 
     Raises RecipeError for a folder in use, EnvironmentFault for one that cannot be written.
     """
-    folder = Path(str(arguments.output_dir))
+    folder, goes_on = Path(str(arguments.output_dir)), resume_from(arguments) is not None
     with arguments.main_process_first(desc="preparing the output folder"):
         if arguments.process_index == 0:
-            if _is_in_use(folder) and not arguments.resume_from_checkpoint:
+            if _is_in_use(folder) and not goes_on:
                 if not overwrite:
-                    fix = "name another --output_dir, or --overwrite moves it aside, or --resume_from_checkpoint true goes on"
-                    raise RecipeError("the output folder holds files of an earlier run", where=str(folder), fix=fix)
+                    fix = "another --output_dir; --overwrite moves it; --resume_from_checkpoint true goes on"
+                    raise RecipeError(
+                        "the output folder holds files of an earlier run", where=str(folder), fix=fix
+                    )
                 move_aside(folder)
             _make_writable(folder)
     return folder
+
+
+def resume_from(arguments: TrainingArguments) -> str | None:
+    """The checkpoint to go on from, or None. Raises RecipeError where there is no such checkpoint."""
+    value = str(arguments.resume_from_checkpoint or "false")
+    if value.lower() == "false":
+        return None
+    folder = str(arguments.output_dir)
+    if value.lower() == "true":
+        value = (get_last_checkpoint(folder) if Path(folder).is_dir() else None) or folder
+    if not Path(value, "trainer_state.json").is_file():
+        fix = "leave out --resume_from_checkpoint, or name a checkpoint-N folder"
+        raise RecipeError("no checkpoint to go on from", where=value, fix=fix)
+    return value
 
 
 def move_aside(folder: Path) -> Path:
@@ -51,4 +68,6 @@ def _make_writable(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise EnvironmentFault("cannot write to the output folder", where=str(folder), got=str(error.strerror)) from error
+        raise EnvironmentFault(
+            "cannot write to the output folder", where=str(folder), got=str(error.strerror)
+        ) from error

@@ -16,7 +16,13 @@ def write_loss_plot(metrics: list[dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot()
     axes.plot(_column(train, "epoch"), _column(train, "loss"), label="training", linewidth=1.2)
     if evaluated:
-        axes.plot(_column(evaluated, "epoch"), _column(evaluated, "eval_loss"), "o--", label="evaluation", markersize=4)
+        axes.plot(
+            _column(evaluated, "epoch"),
+            _column(evaluated, "eval_loss"),
+            "o--",
+            label="evaluation",
+            markersize=4,
+        )
     axes.set_xlabel("epoch")
     axes.set_ylabel("loss (nats per token)")
     axes.set_ylim(bottom=0)

@@ -42,7 +42,8 @@ class RunFacts:
         arguments = self.arguments
         if arguments.max_steps > 0:
             return arguments.max_steps
-        per_rank = math.ceil(len(self.train.dataset) / arguments.world_size / arguments.train_batch_size)
+        rounded = math.floor if arguments.dataloader_drop_last else math.ceil
+        per_rank = rounded(len(self.train.dataset) / arguments.world_size / arguments.train_batch_size)
         per_epoch = max(1, math.ceil(per_rank / arguments.gradient_accumulation_steps))
         return math.ceil(arguments.num_train_epochs * per_epoch)
 
@@ -75,7 +76,7 @@ class RunFacts:
             "precision": self.precision,
         }
 
-    def outcome(self, history: list[dict[str, Any]], final: dict[str, float], seconds: float) -> dict[str, Any]:
+    def outcome(self, history: list[dict[str, Any]], final: dict[str, float], *, seconds: float) -> dict[str, Any]:
         """What run.json holds in the end; ``history`` are the log events."""
         first = next((entry for entry in history if "eval_loss" in entry), final)
         last = next((entry for entry in reversed(history) if "tokens_seen" in entry), {"tokens_seen": 0, "step": 0})

@@ -1,4 +1,4 @@
-"""The Trainer, with what it lacks: token accuracy, real tokens, token-weighted evaluation, a stop at a non-finite step."""
+"""The Trainer, with what it lacks: token accuracy, real tokens, token-weighted evaluation, a stop at NaN."""
 
 import math
 import time
@@ -23,9 +23,10 @@ TARGETS, CORRECT, TOKENS = range(3)
 class CLMTrainer(Trainer):
     """A ``transformers.Trainer`` for causal language models.
 
-    Adds to each log event: token_accuracy, tokens_seen, target_tokens_seen, tokens_per_second (real tokens, all
-    processes). Evaluation sums over tokens, so its loss is the same for every batch size. Raises DivergedError
-    before the optimizer step that a NaN or Inf would spoil. Saves no training_args.bin, and a model that uses its KV cache.
+    Adds to each log event: token_accuracy, tokens_seen, target_tokens_seen, tokens_per_second (real tokens of
+    all processes). Evaluation sums over tokens, so its loss is the same for every batch size. Raises
+    DivergedError before the optimizer step that a NaN or Inf would spoil. Saves no training_args.bin, and a
+    model that uses its KV cache.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -35,7 +36,10 @@ class CLMTrainer(Trainer):
         self._step_loss: torch.Tensor | float = 0.0
 
     def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = self._step_loss + loss
@@ -49,19 +53,25 @@ class CLMTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         labels, tokens = inputs["labels"], _real_tokens(inputs)
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        both: Any = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        loss, outputs = both
         if model.training:
             self._counts[:TOKENS] += token_counts(outputs.logits, labels)
             self._counts[TOKENS] += tokens
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """Runs after clipping and before the optimizer step: the last moment at which the weights are sound."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        value = float(self._step_loss if self.args.fp16 else norm)  # fp16 skips steps whose gradients overflow
+        """Runs after clipping and before the optimizer step: the last moment with sound weights."""
+        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
+        value = float(
+            self._step_loss if self.args.fp16 else norm
+        )  # fp16 skips steps whose gradients overflow
         if not math.isfinite(value):
             raise DivergedError(
-                f"step {self.state.global_step + 1}: the loss or its gradient is not finite; the weights were not updated",
+                f"step {self.state.global_step + 1}: the loss or its gradient is not finite;"
+                " the weights were not updated",
                 got=f"loss {float(self._step_loss):g}, gradient norm {float(norm):g}, "
                 f"learning rate {self._get_learning_rate():g}",
                 fix="lower train.learning_rate, raise train.warmup_steps, or look at the data of this step",
@@ -83,10 +93,16 @@ class CLMTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return super().get_eval_dataloader(EvenRows(dataset, self.args.world_size * self.args.eval_batch_size))
+        return super().get_eval_dataloader(
+            EvenRows(dataset, self.args.world_size * self.args.eval_batch_size)
+        )
 
     def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, None, None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -96,11 +112,12 @@ class CLMTrainer(Trainer):
         return None, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """As the Trainer's; loss and token_accuracy are sums over all target tokens of all processes, divided once."""
+        """As the Trainer's; loss and token_accuracy are sums over all targets, divided once."""
         self._eval_sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         with self.untimed():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        nll, targets, correct = self.accelerator.reduce(self._eval_sums, reduction="sum").tolist()
+        sums: Any = self.accelerator.reduce(self._eval_sums, reduction="sum")
+        nll, targets, correct = sums.tolist()
         metrics = {"loss": nll / targets, "token_accuracy": correct / targets, "target_tokens": int(targets)}
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
@@ -120,7 +137,8 @@ class CLMTrainer(Trainer):
 
     def _token_metrics(self) -> dict[str, float]:
         """The counts of all processes since the last log event, and sets them back."""
-        counts = self.accelerator.reduce(self._counts, reduction="sum").tolist()
+        sums: Any = self.accelerator.reduce(self._counts, reduction="sum")
+        counts = sums.tolist()
         now = time.monotonic()
         seconds, self._counted_since = now - self._counted_since, now
         self._counts.zero_()

@@ -1,0 +1,340 @@
+"""The checks before the first step: each looks at the facts and says Ok, or what is wrong, where and how to mend it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
+
+from hf_clm.chat_template import render_chat, render_prompt, stop_token_ids
+from hf_clm.config import Recipe
+from hf_clm.data.build import Split, texts_of
+from hf_clm.data.packing import PackedDataset
+from hf_clm.doctor.memory import MemoryEstimate
+from hf_clm.errors import DataError, EnvironmentFault, ModelError, RecipeError, UserError
+from hf_clm.model import max_positions
+from hf_clm.schema import ChatExample
+from hf_clm.tokenizer import max_token_id, unique_ids
+
+SAMPLE = 200  # examples that are looked at, where all would take too long
+FOREIGN_TOKENIZER = 0.1  # new rows, as a share of a pretrained model's: more are another model's tokenizer
+UNUSED_ROWS = 0.1  # of the embeddings
+BYTES_PER_TOKEN = 1.5  # of UTF-8; 4 is usual in English and in Chinese, 1 is spelling byte by byte
+UNKNOWN_TOKENS = 0.01
+OVERLONG_ROWS = 0.05
+FILL = 0.5
+TIGHT_MEMORY = 0.85  # of what is free: the estimate is good to 15 %
+
+
+@dataclass(frozen=True)
+class Ok:
+    """Nothing to mend; ``what`` was found."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Stops the run as an ``error``; a warning does not."""
+
+    what: str
+    where: str = ""
+    fix: str = ""
+    error: type[UserError] = RecipeError
+    is_warning: bool = False
+
+    def to_error(self) -> UserError:
+        return self.error(self.what, where=self.where, fix=self.fix)
+
+
+Check = Ok | Problem
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the computer has: bytes, physical cores, and what its device can do.
+
+    ``threads``: of torch, in each process. ``is_cached``: the model on the Hub is in the cache.
+    """
+
+    free_disk: int
+    free_memory: int
+    cores: int
+    threads: int
+    gpus: int = 0
+    has_bf16: bool = True
+    is_offline: bool = False
+    is_cached: bool = False
+    is_folder: bool = True
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known before the first step. ``model``: None until it is loaded; ``measured``: bytes, if measured.
+
+    ``config.vocab_size`` is of the files: the model is given more rows where the tokenizer has more ids.
+    """
+
+    recipe: Recipe
+    arguments: TrainingArguments
+    tokenizer: PreTrainedTokenizerFast
+    config: PretrainedConfig
+    train: Split
+    machine: Machine
+    model: PreTrainedModel | None = None
+    estimate: MemoryEstimate | None = None
+    measured: int | None = None
+
+    @property
+    def rows_per_step(self) -> int:
+        arguments = self.arguments
+        return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run; 0 where the Trainer would make none."""
+        arguments = self.arguments
+        rounded = math.floor if arguments.dataloader_drop_last else math.ceil
+        batches = rounded(len(self.train.dataset) / arguments.world_size / arguments.train_batch_size)
+        if batches == 0 or arguments.max_steps > 0:
+            return arguments.max_steps if batches else 0
+        per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
+        return math.ceil(arguments.num_train_epochs * per_epoch)
+
+    @property
+    def embedding_rows(self) -> int:
+        return max(self.config.vocab_size, max_token_id(self.tokenizer) + 1)
+
+
+def run_checks(facts: Facts) -> dict[str, Check]:
+    """Name -> what was found, in the order of CHECKS; without those that do not apply."""
+    found = {name: check(facts) for name, check in CHECKS.items()}
+    return {name: check for name, check in found.items() if check is not None}
+
+
+def check_before_training(facts: Facts) -> list[str]:
+    """The lines of the warnings. Raises the first problem that is more than a warning."""
+    problems = [check for check in run_checks(facts).values() if isinstance(check, Problem)]
+    for problem in problems:
+        if not problem.is_warning:
+            raise problem.to_error()
+    return [str(problem.to_error()) for problem in problems]
+
+
+def check_steps(facts: Facts) -> Check:
+    """The Trainer makes no step, and reports success, where drop_last drops the only batch."""
+    rows, batch = len(facts.train.dataset), facts.arguments.train_batch_size * facts.arguments.world_size
+    if facts.steps == 0:
+        what = f"{rows:,} rows do not fill a batch of {batch} (per device x processes), and drop_last is on"
+        return Problem(what, "data.train", "lower train.per_device_train_batch_size", DataError)
+    return Ok(f"{facts.steps:,} of {facts.rows_per_step} rows each")
+
+
+def check_global_batch(facts: Facts) -> Check:
+    """A batch larger than the data is one step an epoch."""
+    rows = len(facts.train.dataset)
+    if facts.rows_per_step > rows:
+        what = f"a step takes {facts.rows_per_step} rows, and there are {rows}: one step an epoch"
+        fix = "lower train.per_device_train_batch_size or train.gradient_accumulation_steps"
+        return Problem(what, "train.per_device_train_batch_size", fix, is_warning=True)
+    return Ok(f"{facts.rows_per_step} rows, {rows / facts.rows_per_step:,.1f} times in the data")
+
+
+def check_warmup(facts: Facts) -> Check:
+    """The learning rate must reach its value before the run ends."""
+    warmup = facts.arguments.get_warmup_steps(facts.steps)
+    if warmup > facts.steps:
+        what = f"the warm-up of {warmup:,} steps is longer than the run of {facts.steps:,}"
+        return Problem(what, "train.warmup_steps", "lower it, or give a share such as 0.03")
+    return Ok(f"{warmup:,} of {facts.steps:,} steps")
+
+
+def check_saving(facts: Facts) -> Check:
+    """Checkpoints that never come, or at steps that are not evaluated."""
+    arguments, every = facts.arguments, _every(facts, "save")
+    if every is None:
+        return Ok(f"strategy {_strategy(facts, 'save')}")
+    if every > facts.steps:
+        what = f"a checkpoint every {every:,} steps, and the run has {facts.steps:,}: none before the end"
+        return Problem(what, "train.save_steps", "lower it", is_warning=True)
+    evaluated = _every(facts, "eval")
+    if evaluated and every % evaluated:
+        what = f"checkpoints every {every:,} steps are not all evaluated (every {evaluated:,})"
+        return Problem(what, "train.save_steps", "make it a multiple of train.eval_steps", is_warning=True)
+    return Ok(f"every {every:,} steps, the last {arguments.save_total_limit or 'of all'} kept")
+
+
+def check_evaluation(facts: Facts) -> Check:
+    """An evaluation that never comes."""
+    every = _every(facts, "eval")
+    if every is not None and every > facts.steps:
+        what = f"an evaluation every {every:,} steps, and the run has {facts.steps:,}"
+        return Problem(what, "train.eval_steps", "lower it", is_warning=True)
+    return Ok(f"every {every:,} steps" if every else f"strategy {_strategy(facts, 'eval')}")
+
+
+def check_logging(facts: Facts) -> Check:
+    """A run that says nothing of its loss."""
+    every, strategy = _every(facts, "logging"), _strategy(facts, "logging")
+    is_silent = every is not None and every > facts.steps and not facts.arguments.logging_first_step
+    if strategy == "no" or is_silent:
+        what = "the loss is never logged"
+        return Problem(what, "train.logging_steps", f"set it to {max(1, facts.steps // 20)}", is_warning=True)
+    return Ok(f"every {every:,} steps" if every else f"strategy {strategy}")
+
+
+def check_vocabulary(facts: Facts) -> Check:
+    """A tokenizer of another model, or rows that no token uses."""
+    ids, rows = max_token_id(facts.tokenizer) + 1, facts.config.vocab_size
+    new, unused = max(0, ids - rows), max(0, rows - ids)
+    if facts.recipe.model.init == "pretrained" and new > FOREIGN_TOKENIZER * rows:
+        what = f"the tokenizer has {ids:,} ids, the pretrained model {rows:,} rows: it belongs to another model"
+        return Problem(what, "tokenizer.name_or_path", "leave it out: the model's own is used", ModelError)
+    if unused > UNUSED_ROWS * rows:
+        what = f"{unused:,} of {rows:,} rows of the embeddings belong to no token"
+        fix = "leave vocab_size out of model.config, or use the tokenizer of the model"
+        return Problem(what, "model.config", fix, ModelError, is_warning=True)
+    return Ok(f"{ids:,} ids, {max(rows, ids):,} rows" + (f" ({new:,} new)" if new else ""))
+
+
+def check_token_ids(facts: Facts) -> Check:
+    """Ids in the data that have no row: tokenized elsewhere, with another vocabulary."""
+    ids = facts.train.rows.rows.input_ids
+    low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
+    if low < 0 or high >= facts.embedding_rows:
+        what = f"token id {low if low < 0 else high} has no row in embeddings of {facts.embedding_rows:,}"
+        return Problem(what, "data.train", "tokenize the data with this model's tokenizer", DataError)
+    return Ok(f"0 to {high:,} in the data")
+
+
+def check_special_tokens(facts: Facts) -> Check:
+    """The end token is learned, the pad token never: they must not be one, and must have rows."""
+    tokenizer = facts.tokenizer
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
+    fix = "name another in tokenizer.pad_token"
+    if ids["pad"] is None or ids["eos"] is None or ids["pad"] == ids["eos"]:
+        what = f"the pad token (id {ids['pad']}) must be there and not be the end token (id {ids['eos']})"
+        return Problem(what, "tokenizer.pad_token", fix, ModelError)
+    outside = [name for name, id in ids.items() if id is not None and not 0 <= id < facts.embedding_rows]
+    if outside:
+        what = f"the {outside[0]} token (id {ids[outside[0]]}) has no row in the embeddings"
+        return Problem(what, "tokenizer", "load the tokenizer with hf_clm.load_tokenizer", ModelError)
+    return Ok(", ".join(f"{name} {id}" for name, id in ids.items() if id is not None))
+
+
+def check_bytes_per_token(facts: Facts) -> Check | None:
+    """A tokenizer that spells the text byte by byte makes rows long and learning slow."""
+    texts = list(islice(texts_of(facts.train.examples.examples[:SAMPLE]), 5 * SAMPLE))
+    if not texts:
+        return None
+    tokens = sum(map(len, facts.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    rate = sum(len(text.encode("utf-8", "replace")) for text in texts) / max(1, tokens)
+    if rate < BYTES_PER_TOKEN:
+        what = f"a token holds {rate:.1f} bytes of the text; 3 to 4 are usual"
+        fix = "use a tokenizer of the text's language, or train one: tokenizer.train"
+        return Problem(what, "tokenizer", fix, ModelError, is_warning=True)
+    return Ok(f"{rate:.1f}")
+
+
+def check_unknown_tokens(facts: Facts) -> Check | None:
+    """Text that the tokenizer cannot spell is lost."""
+    unknown = facts.tokenizer.unk_token_id
+    if unknown is None or unknown == facts.tokenizer.eos_token_id:  # GPT-2 names its end token so
+        return None
+    share = float((facts.train.rows.rows.input_ids == unknown).mean())
+    if share == 0:
+        return Ok("none")
+    what = f"{share:.2%} of the tokens are {facts.tokenizer.unk_token}: the tokenizer cannot spell the text"
+    fix = "use a tokenizer that can (byte-level BPE spells everything)"
+    return Problem(what, "tokenizer", fix, ModelError, is_warning=share <= UNKNOWN_TOKENS)
+
+
+def check_template(facts: Facts) -> Check | None:
+    """What is trained on is, byte by byte, what ``tokenizer.apply_chat_template`` renders."""
+    examples = facts.train.examples.examples[:SAMPLE]
+    chats = [example.messages for example in examples if isinstance(example, ChatExample)]
+    for messages in chats:
+        plain = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+        last = max((i for i, turn in enumerate(plain) if turn["role"] == "assistant"), default=len(plain))
+        try:
+            ours = [render_chat(messages, facts.tokenizer), render_prompt(messages[:last], facts.tokenizer)]
+        except UserError as error:
+            return Problem(error.what, error.where or "tokenizer.chat_template", error.fix, type(error))
+        theirs = [
+            facts.tokenizer.apply_chat_template(plain, tokenize=False),
+            facts.tokenizer.apply_chat_template(plain[:last], tokenize=False, add_generation_prompt=True),
+        ]
+        if ["".join(segment.text for segment in segments) for segments in ours] != theirs:
+            what = f"a chat is not rendered as by the tokenizer itself: {plain[0]['content'][:40]!r}"
+            return Problem(what, "tokenizer.chat_template", "set it to chatml", ModelError)
+    return Ok(f"{len(chats):,} chats rendered as by the tokenizer itself") if chats else None
+
+
+def check_stop_is_learned(facts: Facts) -> Check:
+    """A model that never sees a learned stop token never stops."""
+    labels, stops = facts.train.rows.rows.labels, stop_token_ids(facts.tokenizer)
+    count = int(np.isin(labels, stops).sum())
+    if count == 0:
+        names = ", ".join(map(str, facts.tokenizer.convert_ids_to_tokens(stops)))
+        is_own = facts.train.examples.formats <= {"tokenized"}  # the user's own labels
+        fix = "put one at the end of each target" if is_own else "raise data.max_length"
+        return Problem(f"no label is a stop token ({names})", "data.train", fix, DataError, is_warning=is_own)
+    return Ok(f"{count:,} stop tokens among the labels")
+
+
+def check_positions(facts: Facts) -> Check:
+    """A row longer than the model's positions."""
+    longest, limit = facts.recipe.data.max_length, max_positions(facts.config)
+    if limit is not None and longest > limit:
+        what = f"data.max_length {longest} is over the model's {limit} positions"
+        return Problem(what, "data.max_length", f"set it to {limit} or less", ModelError)
+    return Ok(f"rows of {longest:,} tokens, {limit or 'any number of'} positions")
+
+
+def check_overlong(facts: Facts) -> Check:
+    """Rows that lose a part by data.max_length; a split row loses nothing."""
+    fates = facts.train.rows.rows.fates
+    lost = sum(fate.kind == "cut" or "max_length" in fate.reason for fate in fates)
+    if lost > OVERLONG_ROWS * len(fates):
+        what = f"{lost:,} of {len(fates):,} rows are over max_length and lose a part"
+        return Problem(what, "data.max_length", "raise it", DataError, is_warning=True)
+    return Ok(f"{lost:,} of {len(fates):,} rows over max_length")
+
+
+def check_fill(facts: Facts) -> Check | None:
+    """Rows that are half empty, where the rows are packed by best fit."""
+    packed = facts.train.dataset
+    if not isinstance(packed, PackedDataset) or len(packed) < 2:
+        return None
+    if packed.fill < FILL:
+        what = f"the packed rows are {packed.fill:.0%} full"
+        return Problem(what, "data.max_length", "lower it to a multiple of the usual length", is_warning=True)
+    return Ok(f"{packed.fill:.0%} full")
+
+
+def check_stop_tokens(facts: Facts) -> Check | None:
+    """Generation must stop where training ends a target, and never at a pad token."""
+    settings = facts.model.generation_config if facts.model is not None else None
+    if settings is None:
+        return None
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    known, stops = unique_ids(ends), stop_token_ids(facts.tokenizer)
+    wrong = [id for id in stops if id not in known] or [id for id in known if id == settings.pad_token_id]
+    if wrong:
+        what = f"generation_config stops at {known}, training at {stops}, and the pad token is {settings.pad_token_id}"
+        return Problem(what, "generation_config.eos_token_id", "load the model with hf_clm.load_model", ModelError)
+    return Ok(f"generation stops at {', '.join(map(str, known))}")
+
+
+def _every(facts: Facts, kind: str) -> int | None:
+    """The steps between two events; None where they do not go by steps."""
+    steps = getattr(facts.arguments, f"{kind}_steps")
+    if _strategy(facts, kind) != "steps" or not steps:
+        return None
+    return math.ceil(steps * facts.steps) if steps < 1 else int(steps)
+
+
+def _strategy(facts: Facts, kind: str) -> str:
+    return str(getattr(facts.arguments, f"{kind}_strategy").value)

@@ -1,0 +1,308 @@
+"""How much memory a step takes: by arithmetic from the configuration, and measured.
+
+Four moments of a micro-step hold the most; the largest of them, on top of weights and optimizer, is the peak:
+
+    loss   | activations | logits x 3 (log-softmax, its gradient, the gradient of the logits)
+    head   | activations | logits x 1 | gradient of the output embedding
+    layer  | activations | what the backward of one layer needs besides
+    end    | gradients   | input embedding, once more where it is tied (its two gradients are added up)
+"""
+
+import contextlib
+import ctypes
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+FLOAT32 = 4  # bytes
+# Bytes that an optimizer keeps for each byte of trained weights; 2 (Adam's two averages) for all others.
+OPTIMIZER_STATES = {
+    "sgd": 0.0,
+    "adafactor": 0.02,
+    "adamw_bnb_8bit": 0.5,
+    "adamw_8bit": 0.5,
+    "lion_32bit": 1.0,
+}
+# On a CPU freed blocks leave holes in the heap (shares of the activations, measured). GPT-2's GELU frees four
+# blocks a layer, if they are small enough for the heap; the loss fills some of these holes. MKL keeps buffers.
+HEAP_HOLES, GELU_HOLES, LARGEST_HEAP_BLOCK = 0.15, 0.45, 32 * 2**20
+LIBRARY_BUFFERS = 16_000_000
+WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """One forward and backward.
+
+    Args:
+        tokens: of the micro-batch, padding included.
+        longest: tokens of the longest document (of the row, where rows are padded).
+        logits_tokens: positions whose logits are computed; None: all.
+        eval_tokens: of a batch of the evaluation, which computes its logits in one piece.
+        dtype: of the weights; ``autocast``: of the products, None without autocast.
+        accumulates: the gradients of an earlier micro-step are alive.
+        checkpointing: only the input of each layer is kept.
+        frozen: no gradients and no optimizer for the weights.
+        device: cpu or cuda.
+    """
+
+    tokens: int
+    longest: int
+    logits_tokens: int | None = None
+    eval_tokens: int = 0
+    dtype: str = "float32"
+    autocast: str | None = None
+    optimizer: str = "adamw_torch_fused"
+    attention: str = "packed"
+    accumulates: bool = False
+    checkpointing: bool = False
+    frozen: bool = False
+    device: str = "cpu"
+
+    @property
+    def weight_bytes(self) -> int:
+        return FLOAT32 if self.dtype == "float32" else 2
+
+    @property
+    def product_bytes(self) -> int:
+        return 2 if self.autocast else self.weight_bytes
+
+    @property
+    def logits_positions(self) -> int:
+        return self.tokens if self.logits_tokens is None else self.logits_tokens
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes. Each part at its largest; ``total`` is the most that is alive at one time, less than the sum.
+
+    ``is_rough``: the model is of a family that was never measured.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    total: int
+    is_rough: bool = False
+
+    @property
+    def growth(self) -> int:
+        """Of one micro-step, over the loaded model and the optimizer: what ``measure_memory`` measures."""
+        return self.total - self.weights - self.optimizer
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the arithmetic needs of a model; ``parameters`` counts a tied embedding once."""
+
+    layers: int
+    width: int
+    heads: int
+    queries: int  # width of all query heads together
+    keys: int  # width of all key heads together
+    inner: int  # width inside the MLP
+    vocabulary: int
+    is_tied: bool
+    parameters: int
+    dropouts: int  # in a layer, without that of the attention
+    drops_attention: bool
+
+
+def estimate_memory(config: PretrainedConfig, step: MicroStep) -> MemoryEstimate:
+    """The memory of training by arithmetic. ``config.vocab_size`` must be the rows the embeddings will have.
+
+    Builds the model without memory (on torch's meta device) to count its weights. Raises what ``from_config``
+    raises for a model that transformers does not know.
+    """
+    sizes = _to_sizes(config)
+    weights = sizes.parameters * step.weight_bytes
+    gradients = 0 if step.frozen else weights
+    optimizer = round(gradients * OPTIMIZER_STATES.get(step.optimizer, 2.0))
+    activations = _activation_bytes(config, sizes, step=step)
+    logits = step.logits_positions * sizes.vocabulary * FLOAT32
+    peak = _peak(sizes, step, activations=activations, logits=logits, gradients=gradients)
+    if step.device == "cpu":
+        is_in_heap = step.tokens * sizes.inner * step.product_bytes < LARGEST_HEAP_BLOCK
+        is_gelu = config.model_type == "gpt2" and is_in_heap
+        gelu = GELU_HOLES * activations - 3 * logits if is_gelu else 0
+        peak += LIBRARY_BUFFERS + round(max(HEAP_HOLES * activations, gelu))
+    is_rough = config.model_type not in LAYERS
+    total = weights + optimizer + peak
+    return MemoryEstimate(weights, gradients, optimizer, activations, 3 * logits, total, is_rough)
+
+
+def measure_memory(
+    model: PreTrainedModel, batch: dict[str, Any], *, autocast: str | None = None, micro_steps: int = 1
+) -> int | None:
+    """Runs forward and backward and returns the bytes that they needed at most over the loaded model.
+
+    The growth of the resident memory on a CPU, of the allocated memory on a GPU; None on a CPU that is not
+    Linux's. Changes neither the weights nor the random state; leaves no gradients.
+
+    Args:
+        batch: of a collator, on any device; the longest one, if the answer is to hold for the run.
+        autocast: as in MicroStep.
+        micro_steps: 2 where gradients are accumulated: the second finds those of the first.
+    """
+    device = model.device
+    if device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
+        return None
+    moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    short = {key: moved[key][:1, :WARM_UP_TOKENS] for key in ("input_ids", "labels")}
+    was_training = model.training
+    model.train()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            _run(
+                model, short, autocast=autocast
+            )  # loads kernels and reads weights that are still on the disk
+            model.zero_grad(set_to_none=True)
+            before = _reset_peak(device)
+            for _ in range(micro_steps):
+                _run(model, moved, autocast=autocast)
+            return _peak_bytes(device) - before
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device; on a CPU within the limit of the container too.
+
+    A large number where the system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [_status_bytes("/proc/meminfo", "MemAvailable")]
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free.append(limit - used)
+    return min((count for count in free if count is not None), default=sys.maxsize)
+
+
+def _activation_bytes(config: PretrainedConfig, sizes: _Sizes, *, step: MicroStep) -> int:
+    """What all layers keep for the backward, and the weights that autocast has cast."""
+    layer = _layer_bytes(config, sizes, step=step) * step.tokens
+    kept = layer * sizes.layers
+    if step.checkpointing:
+        kept = sizes.layers * sizes.width * step.weight_bytes * step.tokens + layer
+    stem = sizes.width * (2 * step.weight_bytes + step.product_bytes) * step.tokens  # embedding, last norm
+    products = sizes.parameters - (0 if sizes.is_tied else sizes.width * sizes.vocabulary)
+    return kept + stem + (products * step.product_bytes if step.autocast else 0)
+
+
+def _peak(sizes: _Sizes, step: MicroStep, *, activations: int, logits: int, gradients: int) -> int:
+    """The largest of the moments drawn above, and of an evaluation batch."""
+    low = step.product_bytes
+    held = activations + (gradients if step.accumulates else 0)
+    embedding = 0 if step.frozen else sizes.width * sizes.vocabulary * step.weight_bytes
+    cast = embedding // 2 if low < step.weight_bytes else 0
+    copies = (2 if sizes.is_tied else 0) + (1 if step.accumulates else 0)
+    return max(
+        held + 3 * logits,
+        held + logits * low // FLOAT32 + embedding + cast,
+        held + (embedding if sizes.is_tied else 0) + 3 * sizes.inner * low * step.tokens,
+        gradients + embedding * copies,
+        step.eval_tokens * sizes.vocabulary * (FLOAT32 + (low if step.autocast else 0)),
+    )
+
+
+def _to_sizes(config: PretrainedConfig) -> _Sizes:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config = config.get_text_config()
+    width, heads = config.hidden_size, config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or width // heads
+    drops = [getattr(config, name, 0.0) for name in ("resid_pdrop", "attn_pdrop", "attention_dropout")]
+    return _Sizes(
+        layers=config.num_hidden_layers,
+        width=width,
+        heads=heads,
+        queries=heads * head_width,
+        keys=(getattr(config, "num_key_value_heads", None) or heads) * head_width,
+        inner=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width,
+        vocabulary=config.vocab_size,
+        is_tied=bool(config.tie_word_embeddings),
+        parameters=model.num_parameters(),
+        dropouts=2 if drops[0] else 0,
+        drops_attention=bool(drops[1] or drops[2]),
+    )
+
+
+def _layer_bytes(config: PretrainedConfig, sizes: _Sizes, *, step: MicroStep) -> int:
+    """What one layer keeps for its backward, bytes for each token."""
+    low = step.product_bytes
+    linear = LAYERS.get(config.model_type, _llama_layer)(sizes, low=low, weight=step.weight_bytes)
+    linear += sizes.dropouts * sizes.width * (low if step.device == "cpu" else 1)
+    scores = sizes.heads * step.longest
+    if step.attention == "eager":
+        return linear + scores * (low + FLOAT32)
+    if step.device == "cpu" and sizes.drops_attention:  # the plain kernel: scores, mask, product
+        return linear + sizes.queries * low + 3 * scores * low
+    return linear + sizes.heads * FLOAT32
+
+
+def _gpt2_layer(sizes: _Sizes, *, low: int, weight: int) -> int:
+    """2 residual sums, 2 norms, query, key, value, attention and its copy, 5 of the MLP."""
+    return sizes.width * (2 * weight + (2 + 3 + 2) * low) + 5 * sizes.inner * low
+
+
+def _llama_layer(sizes: _Sizes, *, low: int, weight: int) -> int:
+    """2 norms with the sums before them, query, key, value, attention and its copy, 4 of the MLP."""
+    if weight == 2:
+        norms = 2 * sizes.width * (FLOAT32 + 2 + 2)  # computed in float32
+    elif low == 2:
+        norms = 2 * sizes.width * 2 * FLOAT32 + 5 * sizes.width * low  # a cast for each product
+    else:
+        norms = 2 * sizes.width * 3 * FLOAT32
+    return norms + low * (3 * sizes.queries + 2 * sizes.keys + 4 * sizes.inner)
+
+
+def _run(model: PreTrainedModel, batch: dict[str, Any], *, autocast: str | None) -> None:
+    dtype = getattr(torch, autocast) if autocast else None
+    with torch.autocast(model.device.type, dtype=dtype, enabled=autocast is not None):
+        loss = model(**batch, use_cache=False).loss
+    loss.backward()
+
+
+def _reset_peak(device: torch.device) -> int:
+    """Starts a new peak; returns the bytes in use."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(AttributeError, OSError):  # glibc only: gives back what is free
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # see proc(5): VmHWM counts from here
+    return _status_bytes("/proc/self/status", "VmRSS") or 0
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status_bytes("/proc/self/status", "VmHWM") or 0
+
+
+def _status_bytes(path: str, name: str) -> int | None:
+    """A line such as ``VmHWM:   1234 kB`` as bytes; None without such a file or line."""
+    with contextlib.suppress(OSError):
+        lines = Path(path).read_text().splitlines()
+        found = [line.split() for line in lines if line.startswith(f"{name}:")]
+        return int(found[0][1]) * 1024 if found else None
+    return None
+
+
+LAYERS: dict[str, Callable[..., int]] = {
+    "gpt2": _gpt2_layer,
+    "llama": _llama_layer,
+    "mistral": _llama_layer,
+    "qwen2": _llama_layer,
+}

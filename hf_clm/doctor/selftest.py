@@ -1,0 +1,158 @@
+"""Proves on the real model, data and kernel that how rows are batched changes neither loss nor gradient."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.data.labels import count_targets, slice_example
+from hf_clm.errors import ModelError
+from hf_clm.evaluation.metrics import token_nll
+from hf_clm.schema import TokenizedExample
+
+BUDGET_FLOP = 2e11  # a second or two on two CPU cores
+PASSES = 5  # forward and backward passes over the documents
+DOCUMENTS = 4
+SHORTEST, LONGEST = 8, 256  # tokens taken of a document
+
+# Largest relative difference that rounding explains, by the type that the model computes in.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two ways to the same number; ``name`` says what is wrong where they differ."""
+
+    name: str
+    value: float
+    reference: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return abs(self.value - self.reference) <= self.tolerance * max(abs(self.reference), 1e-6)
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What was compared, on how many documents and tokens."""
+
+    comparisons: list[Comparison]
+    documents: int
+    tokens: int
+    seconds: float
+
+    def require(self) -> None:
+        """Raises ModelError unless all comparisons hold."""
+        for comparison in self.comparisons:
+            if not comparison.holds:
+                raise ModelError(
+                    f"the self-test of the loss fails: {comparison.name}",
+                    where="model.attention",
+                    got=f"{comparison.value:.6g} instead of {comparison.reference:.6g}"
+                    f" (tolerance {comparison.tolerance:g})",
+                    fix="set model.attention to sdpa or eager, or data.packing to none",
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """For run.json."""
+        return asdict(self)
+
+
+def self_test(
+    model: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+    *,
+    pad_token_id: int,
+    autocast: torch.dtype | None = None,
+) -> SelfTest:
+    """Compares one batch, one document at a time, and padding; and changes a document beside the others.
+
+    The model must be on its device. Its gradients are None afterwards, its mode is as before.
+
+    Args:
+        autocast: the type of autocast in training; None is without.
+    """
+    started = time.monotonic()
+    documents = choose_documents(examples, model.num_parameters())
+    was_training = model.training
+    model.eval()  # dropout draws other numbers for another batch
+    total = sum(map(count_targets, documents))
+    packed, padded = DataCollatorForPackedCausalLM(), DataCollatorForCausalLM(pad_token_id)
+    with torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
+        together = _measure(model, [packed(documents)], targets=total)
+        alone = _measure(model, [packed([document]) for document in documents], targets=total)
+        wide = _measure(model, [padded(documents)], targets=total)
+        own = _sum_nll(model, packed(documents)) / total
+        beside = _change_beside(model, documents, collate=packed)
+    model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    loss = TOLERANCES[autocast or model.dtype]
+    gradient = 10 * loss
+    comparisons = [
+        Comparison("one document at a time gives another loss", alone[0], together[0], loss),
+        Comparison("one document at a time gives another gradient", alone[1], together[1], gradient),
+        Comparison("padded rows give another loss", wide[0], together[0], loss),
+        Comparison("padded rows give another gradient", wide[1], together[1], gradient),
+        Comparison("the model's loss is not the cross entropy of the targets", together[0], own, loss),
+        Comparison("a document changes with its neighbour in a row", *beside, loss),
+    ]
+    tokens = sum(len(document["input_ids"]) for document in documents)
+    return SelfTest(comparisons, len(documents), tokens, time.monotonic() - started)
+
+
+def choose_documents(examples: Sequence[TokenizedExample], parameters: int) -> list[TokenizedExample]:
+    """A few documents of different lengths: the ends of the first ones, as long as the time allows."""
+    tokens = BUDGET_FLOP / (6 * parameters * PASSES)
+    length = int(min(LONGEST, max(SHORTEST, tokens / DOCUMENTS)))
+    chosen = []
+    for number in range(min(len(examples), DOCUMENTS)):
+        example = examples[number]
+        end = len(example["input_ids"])
+        document = slice_example(example, start=max(0, end - length + number), stop=end)
+        if count_targets(document):
+            chosen.append(document)
+    return chosen
+
+
+def _measure(
+    model: PreTrainedModel, batches: Sequence[dict[str, Any]], *, targets: int
+) -> tuple[float, float]:
+    """The loss of accumulated batches over all ``targets``, and the norm of its gradient."""
+    model.zero_grad(set_to_none=True)
+    items = torch.tensor(targets, device=model.device)
+    loss = 0.0
+    for batch in batches:
+        part = model(**_on(model, batch), use_cache=False, num_items_in_batch=items).loss
+        part.backward()
+        loss += float(part.detach())
+    norms = [weight.grad.float().norm() for weight in model.parameters() if weight.grad is not None]
+    return loss, float(torch.stack(norms).norm())
+
+
+@torch.no_grad()
+def _sum_nll(model: PreTrainedModel, batch: dict[str, Any], *, start: int = 0) -> float:
+    """The negative log-likelihood of the labels behind position ``start``, by plain cross entropy."""
+    inputs = _on(model, batch)
+    labels = inputs.pop("labels")
+    nll = token_nll(model(**inputs, use_cache=False).logits, labels)
+    return float(nll[:, start:].double().sum())
+
+
+def _change_beside(
+    model: PreTrainedModel, documents: list[TokenizedExample], *, collate: Callable[..., dict[str, Any]]
+) -> tuple[float, float]:
+    """The loss of all documents but the first, with another first document, and with the first as it is."""
+    first = documents[0]
+    other: TokenizedExample = {"input_ids": first["input_ids"][::-1], "labels": first["labels"]}
+    batches = [collate([head, *documents[1:]]) for head in (other, first)]
+    changed, kept = (_sum_nll(model, batch, start=len(first["input_ids"])) for batch in batches)
+    return changed + 1.0, kept + 1.0  # of one document alone nothing is behind the first
+
+
+def _on(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}

@@ -1,0 +1,173 @@
+"""``hf-clm inspect``: a recipe or a run becomes a view of the rows that its training is given."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from heapq import nlargest
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast, TrainingArguments
+
+from hf_clm.attention import NAME as PACKED
+from hf_clm.config import Recipe, load_recipe
+from hf_clm.data.build import Examples, Split, build_split, load_splits
+from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.data.packing import PackedDataset
+from hf_clm.errors import RecipeError
+from hf_clm.inspector.documents import Collator, Reader, inspect_rows, whole_lengths
+from hf_clm.inspector.page import Charts, write_page
+from hf_clm.inspector.rows import Row
+from hf_clm.inspector.terminal import legend, to_lines, wrap_text
+from hf_clm.tokenizer import load_tokenizer
+from hf_clm.training.run import build_tokenizer, training_arguments
+
+HTML_ROWS = 10_000  # a page with more opens too slowly
+LISTED_DROPS = 5
+
+
+@dataclass(frozen=True)
+class View:
+    """What to show of a split, and how. ``worst`` looks at all rows and shows those with the worst flags."""
+
+    rows: int = 5
+    html: str | None = None
+    split: str = "train"
+    color: str = "auto"
+    worst: bool = False
+
+
+def inspect(target: str, overrides: list[str], *, view: View) -> str:
+    """The text to print; writes the page too if the view names one.
+
+    Raises RecipeError for a folder that is no run, or a split that the recipe does not have.
+    """
+    recipe = load_recipe(_recipe_path(target), overrides)
+    arguments = training_arguments(recipe)
+    train, evaluation = load_splits(recipe, arguments.seed)
+    examples = train if view.split == "train" else evaluation
+    if examples is None:
+        fix = "set data.eval or data.eval_fraction, or --split train"
+        raise RecipeError("the recipe has no eval set", where=target, fix=fix)
+    tokenizer = _tokenizer(recipe, train, arguments=arguments, target=target)
+    split = build_split(examples, recipe, tokenizer=tokenizer, stage=recipe.stage)
+    batch_size = arguments.train_batch_size if view.split == "train" else arguments.eval_batch_size
+    reader = Reader(split, tokenizer, recipe=recipe)
+    found = inspect_rows(split, reader, collate=_collator(recipe, tokenizer), batch_size=batch_size)
+    wanted = max(HTML_ROWS, view.rows) if view.html else view.rows
+    rows = nlargest(wanted, found, key=_severity) if view.worst else list(islice(found, wanted))
+    charts = to_charts(split, tokenizer, recipe=recipe, batch_size=batch_size)
+    facts = to_facts(split, charts, shown=len(rows))
+    lines = _text(rows[: view.rows], facts, reader=reader, colors=_wants_colors(view.color))
+    if view.html:
+        write_page(
+            view.html, rows, vocabulary=reader.vocabulary, facts={"from": target, **facts}, charts=charts
+        )
+        lines.append(f"wrote {view.html}: {len(rows):,} of {len(split.dataset):,} rows")
+    return "\n".join(lines)
+
+
+def to_facts(split: Split, charts: Charts, *, shown: int) -> dict[str, str]:
+    """The counts of a split, by name, as they are printed."""
+    rows = split.rows.rows
+    places = zip(split.examples.places, rows.fates, strict=True)
+    drops = [f"{place} ({fate.reason})" for place, fate in places if fate.kind == "dropped"]
+    targets = split.target_tokens
+    over, longest = charts.lengths > charts.max_length, charts.lengths.max(initial=0)
+    facts = {
+        "rows": f"{len(split.dataset):,} ({shown:,} shown), of {len(split.rows):,} documents",
+        "tokens": f"{split.tokens:,}, {targets:,} targets ({targets / split.tokens:.1%})",
+        "examples": ", ".join(f"{count:,} {fate}" for fate, count in split.fates.most_common()),
+        "length": f"median {np.median(charts.lengths):,.0f}, longest {longest:,}; "
+        f"{over.mean():.1%} over max_length {charts.max_length:,}",
+        "fill": ", ".join(f"{name} {share:.1%}" for name, share in charts.fills.items()),
+    }
+    if drops:
+        facts["dropped"] = "; ".join(drops[:LISTED_DROPS]) + ("; ..." if len(drops) > LISTED_DROPS else "")
+    if rows.control_texts:
+        spelled = Counter(rows.control_texts).most_common(LISTED_DROPS)
+        facts["control tokens in text"] = ", ".join(f"{text!r} × {count:,}" for text, count in spelled)
+    return facts
+
+
+def to_charts(split: Split, tokenizer: PreTrainedTokenizerFast, *, recipe: Recipe, batch_size: int) -> Charts:
+    """The lengths before cutting, and the fill of padded batches against that of the rows as they are."""
+    lengths = whole_lengths(split, tokenizer, recipe=recipe)
+    fills = {
+        f"padded in batches of {batch_size}": padded_fill(
+            split.rows.rows.lengths, recipe.data.max_length, batch_size=batch_size
+        )
+    }
+    if isinstance(split.dataset, PackedDataset):
+        fills["packed"] = split.dataset.fill
+    return Charts(lengths, recipe.data.max_length, fills)
+
+
+def padded_fill(lengths: np.ndarray, max_length: int, *, batch_size: int) -> float:
+    """The share of real tokens if rows of at most ``max_length`` were padded to their batch's longest."""
+    starts = (range(0, length, max_length) for length in lengths.tolist())
+    rows = np.array(
+        [
+            min(max_length, length - i)
+            for length, its in zip(lengths.tolist(), starts, strict=True)
+            for i in its
+        ]
+    )
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return float(rows.sum() / sum(len(batch) * batch.max() for batch in batches))
+
+
+def _recipe_path(target: str) -> str:
+    if not Path(target).is_dir():
+        return target
+    path = Path(target, "recipe.yaml")
+    if not path.is_file():
+        raise RecipeError(
+            "holds no recipe.yaml: not a run's folder", where=target, fix="name a recipe or a run"
+        )
+    return str(path)
+
+
+def _tokenizer(
+    recipe: Recipe, train: Examples, *, arguments: TrainingArguments, target: str
+) -> PreTrainedTokenizerFast:
+    """The run's; a tokenizer that a recipe trains is written to no output folder."""
+    if recipe.tokenizer.train is None:
+        return build_tokenizer(recipe, train, arguments=arguments)
+    if Path(target).is_dir():
+        return load_tokenizer(target, pad_token=recipe.tokenizer.pad_token)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.output_dir = folder
+        return build_tokenizer(recipe, train, arguments=arguments)
+
+
+def _collator(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Collator:
+    """The one that training uses."""
+    if recipe.resolved_packing != "none" or recipe.model.attention == PACKED:
+        return DataCollatorForPackedCausalLM()
+    assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer gives it one"
+    return DataCollatorForCausalLM(tokenizer.pad_token_id)
+
+
+def _severity(row: Row) -> tuple[int, ...]:
+    return row.severity
+
+
+def _wants_colors(choice: str) -> bool:
+    if choice != "auto":
+        return choice == "always"
+    is_off = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not is_off
+
+
+def _text(rows: list[Row], facts: dict[str, str], *, reader: Reader, colors: bool) -> list[str]:
+    width = shutil.get_terminal_size((80, 24)).columns
+    lines = [line for name, value in facts.items() for line in wrap_text(f"{name}: {value}", width=width)]
+    lines += ["", *legend(width=width, colors=colors)]
+    for row in rows:
+        lines += ["", *to_lines(row, reader.vocabulary, width=width, colors=colors)]
+    return lines

@@ -1,0 +1,211 @@
+"""What a document's example tells of it: its place, who speaks, what was cut, what is wrong.
+
+Nothing here decides what is shown as a token or as trained: that comes from the batch.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from hf_clm.chat_template import stop_token_ids
+from hf_clm.config import Recipe
+from hf_clm.data.build import Examples, Split
+from hf_clm.data.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.packing import PackedDataset, Piece
+from hf_clm.data.segments import control_texts, to_document
+from hf_clm.errors import ModelError
+from hf_clm.inspector.roles import Spelling, Turn, spell_example
+from hf_clm.inspector.rows import Document, Row, Vocabulary, to_rows
+from hf_clm.schema import IGNORE_INDEX, ChatExample
+
+REACH = 64  # characters on either side of a border that can matter to a token across it
+CACHED_EXAMPLES = 64  # a stream's rows hold many pieces of one example
+
+Collator = Callable[[list[Any]], Mapping[str, Any]]
+
+
+def inspect_rows(split: Split, reader: "Reader", *, collate: Collator, batch_size: int) -> Iterator[Row]:
+    """Every row that training takes from ``split``, in order, out of batches made by its collator."""
+    dataset = split.dataset
+    for first in range(0, len(dataset), batch_size):
+        numbers = range(first, min(first + batch_size, len(dataset)))
+        batch = collate([dataset[i] for i in numbers])
+        pieces = [_pieces(split, i) for i in numbers]
+        lengths = [sum(stop - start for _, start, stop in row) for row in pieces]
+        for row, its in zip(to_rows(batch, lengths, first_number=first), pieces, strict=True):
+            yield reader.annotate(row, its)
+
+
+def whole_dataset(
+    split: Split, examples: Examples, *, tokenizer: PreTrainedTokenizerFast, recipe: Recipe
+) -> SFTDataset | PretrainDataset:
+    """The examples tokenized as in the split, with nothing cut off or split."""
+    data = recipe.data
+    options: dict[str, Any] = {"special_tokens_in_text": data.special_tokens_in_text}
+    if isinstance(split.rows, PretrainDataset):
+        return PretrainDataset(examples.examples, tokenizer, **options)
+    return SFTDataset(examples.examples, tokenizer, train_on=data.train_on, **options)
+
+
+def whole_lengths(split: Split, tokenizer: PreTrainedTokenizerFast, *, recipe: Recipe) -> np.ndarray:
+    """(N,) int64, tokens of each example that has a target, before anything was cut off or split."""
+    rows = split.rows.rows
+    is_whole = np.array([fate.kind == "used" for fate in rows.fates], dtype=bool)
+    others = split.examples.select(np.flatnonzero(~is_whole).tolist())
+    whole = whole_dataset(split, others, tokenizer=tokenizer, recipe=recipe)
+    return np.concatenate([rows.lengths[is_whole[rows.sources]], whole.rows.lengths])
+
+
+def merged_borders(spelling: Spelling, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The tokens that would span a border between read-only text and a target, were both tokenized as one."""
+    merged = []
+    for (left, _), (right, _) in pairwise(spelling):
+        head = left[-REACH:]
+        text = head + right[:REACH]
+        end = 0
+        for _, stop in tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets:
+            if end < len(head) < stop:  # from `end`: some tokenizers leave a leading space out of the offsets
+                merged.append(text[end:stop])
+            end = max(end, stop)
+    return merged
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """An example in full: its tokens, its turns by token, and the flags that its text shows."""
+
+    place: str
+    is_chat: bool
+    ids: np.ndarray
+    is_target: np.ndarray
+    turns: list[Turn]
+    flags: dict[str, str]
+
+
+class Reader:
+    """Knows the examples of a split. Keeps which documents it has seen, to find duplicates."""
+
+    def __init__(self, split: Split, tokenizer: PreTrainedTokenizerFast, *, recipe: Recipe):
+        self.split, self.tokenizer, self.recipe = split, tokenizer, recipe
+        self.vocabulary = Vocabulary(tokenizer)
+        self.stop_ids = _stop_ids(tokenizer)
+        self._places: dict[bytes, str] = {}
+        self._first_rows = np.searchsorted(split.rows.rows.sources, np.arange(len(split.examples)))
+        self._whole = lru_cache(maxsize=CACHED_EXAMPLES)(self._load_whole)
+
+    def annotate(self, row: Row, pieces: Sequence[Piece]) -> Row:
+        """The row with what is known of its documents; ``pieces`` says what was packed into it."""
+        starts = np.cumsum([0, *(stop - start for _, start, stop in pieces)])
+        numbers = [
+            int(np.searchsorted(starts, document.start, side="right")) - 1 for document in row.documents
+        ]
+        documents = [
+            self._examine(row, document, piece=pieces[number])
+            for document, number in zip(row.documents, numbers, strict=True)
+        ]
+        return replace(row, documents=tuple(documents))
+
+    def _examine(self, row: Row, document: Document, *, piece: Piece) -> Document:
+        number, start, _ = piece
+        source = int(self.split.rows.rows.sources[number])
+        whole = self._whole(source)
+        before = self._offset(number, whole=whole) + start
+        after = max(0, len(whole.ids) - before - (document.stop - document.start))
+        found = replace(document, place=whole.place, before=before, after=after)
+        flags = dict(self._token_flags(row, found, whole=whole))
+        if self.split.rows.rows.fates[source].kind == "cut":
+            flags |= dict(_cut_flags(found, whole))
+        return replace(found, flags=flags | whole.flags, roles=tuple(_roles(found, whole.turns)))
+
+    def _token_flags(self, row: Row, document: Document, *, whole: _Whole) -> Iterator[tuple[str, str]]:
+        """The flags that the tokens in the batch show by themselves."""
+        tokens = slice(document.start, document.stop)
+        ids, trained = row.input_ids[tokens], row.trained[tokens]
+        if not trained.any():
+            yield "nothing trained", ""
+        ends = np.flatnonzero(trained & ~np.append(trained[1:], False))
+        if document.after and whole.is_target[-document.after :].any():  # the last target goes on elsewhere
+            ends = ends[ends < len(ids) - 1] if whole.is_chat else ends[:0]
+        ends = ends if whole.is_chat else ends[-1:]
+        if unstopped := [end for end in ends if ids[end] not in self.stop_ids]:
+            yield "lost stop token", f"the target that ends at token {unstopped[0]} of the document"
+        earlier = self._places.setdefault(ids.tobytes(), document.place)
+        if earlier is not document.place:
+            yield "duplicate", f"of {earlier}"
+
+    def _load_whole(self, source: int) -> _Whole:
+        examples, rows = self.split.examples, self.split.rows.rows
+        if rows.fates[source].kind == "used":
+            tokens = rows[int(self._first_rows[source])]
+        else:
+            alone = examples.select([source])
+            tokens = whole_dataset(self.split, alone, tokenizer=self.tokenizer, recipe=self.recipe)[0]
+        ids, is_target = np.asarray(tokens["input_ids"]), np.asarray(tokens["labels"]) != IGNORE_INDEX
+        place, example = examples.places[source], examples.examples[source]
+        if isinstance(example, dict):
+            return _Whole(place, False, ids, is_target, [], {})
+        learns_all = isinstance(self.split.rows, PretrainDataset)
+        example = to_document(example) if learns_all else example
+        spelling, turns = spell_example(
+            example,
+            self.tokenizer,
+            train_on="everything" if learns_all else self.recipe.data.train_on,
+            spelled=[self.vocabulary.to_bytes(token_id) for token_id in ids.tolist()],
+        )
+        flags = {}
+        if controls := control_texts(example, self.tokenizer):
+            flags["control text"] = ", ".join(map(repr, dict.fromkeys(controls)))
+        if merged := merged_borders(spelling, self.tokenizer):
+            flags["merged border"] = ", ".join(map(repr, merged))
+        return _Whole(place, isinstance(example, ChatExample), ids, is_target, turns, flags)
+
+    def _offset(self, number: int, *, whole: _Whole) -> int:
+        """The token of the whole example at which a tokenized row begins."""
+        data, rows = self.recipe.data, self.split.rows.rows
+        source, ids = int(rows.sources[number]), np.asarray(rows[number]["input_ids"])
+        kind = rows.fates[source].kind
+        if kind == "cut" and self.recipe.resolved_overflow == "keep_target":
+            return len(whole.ids) - len(ids)
+        if kind != "split":
+            return 0
+        stride = data.window.step if data.window else data.max_length - 1
+        sibling = number - int(self._first_rows[source])
+        starts = range(sibling * stride, len(whole.ids), stride)  # pieces without a target were left out
+        return next((i for i in starts if np.array_equal(whole.ids[i : i + len(ids)], ids)), 0)
+
+
+def _pieces(split: Split, number: int) -> list[Piece]:
+    if isinstance(split.dataset, PackedDataset):
+        return split.dataset.pieces[number]
+    return [(number, 0, int(split.rows.rows.lengths[number]))]
+
+
+def _stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Where generation stops; the end token alone where the chat template cannot be read."""
+    try:
+        return stop_token_ids(tokenizer)
+    except ModelError:
+        assert isinstance(tokenizer.eos_token_id, int), "load_tokenizer refuses one without"
+        return [tokenizer.eos_token_id]
+
+
+def _cut_flags(document: Document, whole: _Whole) -> Iterator[tuple[str, str]]:
+    lost = whole.is_target[len(whole.ids) - document.after :].sum()
+    if lost:
+        yield "cut answer", f"{lost:,} of {whole.is_target.sum():,} target tokens are gone"
+    if document.before:
+        yield "cut prompt", f"the first {document.before:,} tokens are gone"
+
+
+def _roles(document: Document, turns: list[Turn]) -> Iterator[Turn]:
+    """The turns by token of the row; who spoke at the document's first token speaks from there on."""
+    length = document.stop - document.start
+    inside = [(start - document.before, role) for start, role in turns]
+    for (start, role), (stop, _) in pairwise([*inside, (length, "")]):
+        if max(start, 0) < min(stop, length):
+            yield document.start + max(0, start), role

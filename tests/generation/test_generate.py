@@ -1,0 +1,254 @@
+"""generate: prompts rendered as in training, stopped as in training, in batches that do not show."""
+
+import pytest
+import torch
+from helpers import EOS, IM_END, PAD, byte_tokenizer, tiny_model
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_clm.errors import RecipeError
+from hf_clm.generation.generate import Generated, fit_new_tokens, generate, to_prompt_example
+from hf_clm.model import fit_to_tokenizer
+from hf_clm.schema import ChatExample, PromptExample, TextExample
+from hf_clm.tokenizer import use_chat_template
+
+OPTIONS = {"max_new_tokens": 8, "do_sample": False}
+
+
+def build_model(kind: str = "qwen2", **settings) -> PreTrainedModel:
+    model = tiny_model(kind, **settings)
+    fit_to_tokenizer(model, byte_tokenizer())
+    return model
+
+
+def counting_model(last: int = ord("e"), stop: int = EOS) -> PreTrainedModel:
+    """A GPT-2 made by hand that answers each byte with the next one, and ``last`` with ``stop``."""
+    model = build_model("gpt2", n_layer=1, n_embd=260, n_head=1, tie_word_embeddings=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.transformer.ln_f.weight.fill_(1.0)
+        model.transformer.wte.weight.copy_(torch.eye(260))
+        for token in range(259):
+            model.lm_head.weight[stop if token == last else token + 1, token] = 1.0
+    return model
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    use_chat_template(tokenizer, "chatml")
+    return tokenizer
+
+
+def seen(model: PreTrainedModel, monkeypatch) -> list[list[list[int]]]:
+    """The input ids that the model is asked to continue, batch by batch."""
+    batches, original = [], model.generate
+
+    def recorded(**kwargs):
+        batches.append(kwargs["input_ids"].tolist())
+        return original(**kwargs)
+
+    monkeypatch.setattr(model, "generate", recorded)
+    return batches
+
+
+def test_the_answer_ends_at_the_stop_token_and_does_not_hold_it():
+    assert generate(counting_model(), byte_tokenizer(), prompts=["a"], **OPTIONS) == [
+        Generated("bcde", 4, True)
+    ]
+
+
+def test_an_answer_that_is_cut_is_not_said_to_have_stopped():
+    answers = generate(counting_model(), byte_tokenizer(), prompts=["a"], max_new_tokens=2, do_sample=False)
+
+    assert answers == [Generated("bc", 2, False)]
+
+
+def test_answers_come_in_the_order_of_the_prompts_whatever_their_length():
+    prompts = ["d", "xxxxxc", "a", "b", "12345678a"]
+
+    answers = generate(counting_model(), byte_tokenizer(), prompts=prompts, batch_size=2, **OPTIONS)
+
+    assert [answer.text for answer in answers] == ["e", "de", "bcde", "cde", "bcde"]
+    assert [answer.tokens for answer in answers] == [1, 2, 4, 3, 4]
+
+
+def test_no_prompt_gives_no_answer():
+    assert generate(counting_model(), byte_tokenizer(), prompts=[], **OPTIONS) == []
+
+
+def test_a_prompt_is_padded_on_the_left_and_never_ends_in_a_stop_token(monkeypatch):
+    model = counting_model()
+    batches = seen(model, monkeypatch)
+
+    generate(model, byte_tokenizer(), prompts=["abc", "a"], **OPTIONS)
+
+    assert batches == [[[97, 98, 99], [PAD, PAD, 97]]]
+
+
+def test_an_instruction_is_asked_as_it_was_learned(monkeypatch):
+    model = counting_model()
+    batches = seen(model, monkeypatch)
+
+    generate(
+        model, byte_tokenizer(), prompts=[PromptExample("hi\n", "an answer is not given away")], **OPTIONS
+    )
+
+    assert batches == [[[104, 105, 10]]]
+
+
+def test_a_chat_opens_the_turn_of_the_assistant_and_stops_at_its_end(monkeypatch):
+    model, tokenizer = counting_model(last=ord("\n"), stop=IM_END), chat_tokenizer()
+    fit_to_tokenizer(model, tokenizer)
+    batches = seen(model, monkeypatch)
+
+    answers = generate(
+        model, tokenizer, prompts=[ChatExample([{"role": "user", "content": "hi"}])], **OPTIONS
+    )
+
+    assert tokenizer.decode(batches[0][0]).endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    assert answers == [Generated("", 0, True)]
+
+
+def test_control_tokens_in_a_prompt_are_plain_text(monkeypatch):
+    model = counting_model()
+    batches = seen(model, monkeypatch)
+
+    generate(model, byte_tokenizer(), prompts=["<|pad|>"], **OPTIONS)
+
+    assert batches == [[list(b"<|pad|>")]]
+
+
+def test_an_empty_prompt_begins_after_the_end_of_another_text(monkeypatch):
+    model = counting_model()
+    batches = seen(model, monkeypatch)
+
+    generate(model, byte_tokenizer(), prompts=["", "a"], **OPTIONS)
+
+    assert batches == [[[EOS], [97]]]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
+def test_the_batch_a_prompt_is_in_changes_no_answer(kind):
+    model, prompts = build_model(kind), ["a", "bcd", "a much longer prompt", "ef"]
+
+    answers = [
+        generate(model, byte_tokenizer(), prompts=prompts, batch_size=size, **OPTIONS)
+        for size in (1, 2, 3, 4)
+    ]
+
+    assert answers[1:] == [answers[0]] * 3
+
+
+def test_sampling_repeats_with_the_seed():
+    model, answers = build_model(), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        answers.append(generate(model, byte_tokenizer(), prompts=["a"], max_new_tokens=16, do_sample=True))
+
+    assert answers[0] == answers[1]
+    assert answers[0] != answers[2]
+
+
+@pytest.mark.parametrize("option", [{"top_k": 1}, {"top_p": 1e-6, "top_k": 0}])
+def test_sampling_among_one_token_is_greedy(option):
+    model = build_model()
+
+    sampled = generate(model, byte_tokenizer(), prompts=["a"], max_new_tokens=8, do_sample=True, **option)
+
+    assert sampled == generate(model, byte_tokenizer(), prompts=["a"], **OPTIONS)
+
+
+def test_no_repeat_ngram_size_repeats_none():
+    model = counting_model(last=0)
+    with torch.no_grad():  # a, b, a, b, ...
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[ord("b"), ord("a")] = model.lm_head.weight[ord("a"), ord("b")] = 1.0
+
+    plain = generate(model, byte_tokenizer(), prompts=["a"], **OPTIONS)[0].text
+    without = generate(model, byte_tokenizer(), prompts=["a"], no_repeat_ngram_size=2, **OPTIONS)[0].text
+
+    assert plain == "babababa"
+    assert without.startswith("ba") and not without.startswith("bab")
+
+
+def test_beams_find_an_answer_at_least_as_likely_as_greedy():
+    model = build_model()
+    prompt = list(b"abc")
+
+    def likelihood(text_ids: list[int]) -> float:
+        logits = model(torch.tensor([prompt + text_ids])).logits[0].log_softmax(-1)
+        return sum(float(logits[len(prompt) - 1 + i, token].detach()) for i, token in enumerate(text_ids))
+
+    ids = torch.tensor([prompt])
+    greedy = model.generate(ids, attention_mask=torch.ones_like(ids), **OPTIONS)[0, 3:].tolist()
+    beams = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=4, **OPTIONS)[0, 3:].tolist()
+    answer = generate(model, byte_tokenizer(), prompts=["abc"], num_beams=4, **OPTIONS)[0]
+
+    assert answer.text == byte_tokenizer().decode([i for i in beams if i < EOS])
+    assert likelihood(beams) >= likelihood(greedy) - 1e-4
+
+
+def test_a_stop_text_ends_the_answer_before_itself():
+    answers = generate(counting_model(), byte_tokenizer(), prompts=["a", "c"], stop_strings=["d"], **OPTIONS)
+
+    assert [answer.text for answer in answers] == ["bc", ""]
+    assert [answer.stopped for answer in answers] == [True, True]
+
+
+def test_what_is_after_the_end_of_a_stopped_row_is_not_part_of_it():
+    """The first row stops at once and is padded until the second one is done."""
+    answers = generate(counting_model(), byte_tokenizer(), prompts=["e", "a"], **OPTIONS)
+
+    assert answers == [Generated("", 0, True), Generated("bcde", 4, True)]
+
+
+def test_options_that_do_not_exist_are_one_line():
+    with pytest.raises(RecipeError) as error:
+        generate(build_model(), byte_tokenizer(), prompts=["a"], max_new_tokens=2, top_kk=3)
+
+    assert str(error.value).startswith("generation options: ")
+    assert "top_kk" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers():
+    with pytest.raises(RecipeError) as error:
+        generate(
+            build_model(max_position_embeddings=16),
+            byte_tokenizer(),
+            prompts=["a", "123456789"],
+            max_new_tokens=8,
+        )
+
+    assert str(error.value) == (
+        "the model has 16 positions; got a prompt of 9 tokens and max_new_tokens 8; "
+        "fix: shorten the prompt or lower max_new_tokens"
+    )
+
+
+@pytest.mark.parametrize(
+    ("positions", "asked", "given"), [(16, 8, 8), (16, 3, 3), (16, None, 8), (300, None, 256), (9, None, 1)]
+)
+def test_the_answer_gets_what_was_asked_for_or_what_there_is_room_for(positions, asked, given):
+    model = tiny_model(max_position_embeddings=positions)
+
+    assert fit_new_tokens(model, 8, max_new_tokens=asked) == given
+
+
+def test_a_prompt_that_fills_the_positions_is_refused():
+    with pytest.raises(RecipeError, match="the model has 16 positions; got a prompt of 16 tokens"):
+        fit_new_tokens(tiny_model(max_position_embeddings=16), 16, max_new_tokens=None)
+
+
+@pytest.mark.parametrize(
+    ("format", "example"),
+    [
+        ("text", TextExample("hi")),
+        ("prompt_completion", TextExample("hi")),
+        ("instruct", PromptExample("hi\nin\n", "")),
+        ("messages", ChatExample([{"role": "user", "content": "hi"}])),
+        ("sharegpt", ChatExample([{"role": "user", "content": "hi"}])),
+    ],
+)
+def test_plain_text_becomes_a_prompt_of_the_format_that_was_learned(format, example):
+    assert to_prompt_example("hi", format, input_text="in") == example

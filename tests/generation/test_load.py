@@ -1,0 +1,93 @@
+"""Opening a run, one of its checkpoints, or any other folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import byte_tokenizer, save_folder, tiny_model
+
+from hf_clm.errors import EnvironmentFault, ModelError
+from hf_clm.generation.load import load_run, read_run
+from hf_clm.tokenizer import use_chat_template
+
+FACTS = {"status": "done", "format": "instruct", "stage": "pretrain", "max_length": 77}
+
+
+def build_run(folder: Path, facts: dict) -> Path:
+    save_folder(folder, tiny_model(), byte_tokenizer())
+    save_folder(folder / "checkpoint-5", tiny_model(seed=1), byte_tokenizer())
+    (folder / "run.json").write_text(json.dumps(facts))
+    return folder
+
+
+def test_a_run_says_how_it_was_trained(tmp_path):
+    run = load_run(str(build_run(tmp_path, FACTS)), device="cpu")
+
+    assert (run.format, run.stage, run.max_length) == ("instruct", "pretrain", 77)
+    assert run.model.training is False
+    assert run.model.dtype == torch.float32
+
+
+def test_a_checkpoint_knows_what_its_run_knows_even_while_the_run_goes_on(tmp_path):
+    folder = build_run(tmp_path, FACTS | {"status": "running"})
+
+    run = load_run(str(folder / "checkpoint-5"), device="cpu")
+
+    assert (run.format, run.stage, run.max_length) == ("instruct", "pretrain", 77)
+    assert torch.equal(
+        run.model.get_input_embeddings().weight, tiny_model(seed=1).get_input_embeddings().weight
+    )
+
+
+def test_a_run_that_is_not_done_has_no_final_model(tmp_path):
+    folder = build_run(tmp_path, FACTS | {"status": "running"})
+
+    with pytest.raises(ModelError) as error:
+        load_run(str(folder))
+
+    assert str(error.value) == (
+        f"{folder}: the run is running: it has no final model; "
+        "fix: train it to its end, or name one of its checkpoint-N folders"
+    )
+
+
+def test_another_folder_is_read_as_text_with_the_room_that_the_model_has(tmp_path):
+    folder = save_folder(tmp_path / "a", tiny_model(max_position_embeddings=99), byte_tokenizer())
+
+    run = load_run(folder, device="cpu")
+
+    assert (run.format, run.stage, run.max_length) == ("text", "sft", 99)
+
+
+def test_a_folder_with_a_chat_template_is_read_as_messages(tmp_path):
+    tokenizer = byte_tokenizer()
+    use_chat_template(tokenizer, "chatml")
+
+    run = load_run(save_folder(tmp_path / "a", tiny_model(), tokenizer), device="cpu")
+
+    assert (run.format, run.max_length) == ("messages", 4096)
+
+
+def test_only_a_checkpoint_folder_looks_at_its_parent(tmp_path):
+    folder = build_run(tmp_path, FACTS)
+    (folder / "other").mkdir()
+
+    assert read_run(str(folder / "other")) == {}
+    assert read_run(str(folder))["format"] == "instruct"
+    assert read_run("a/name-on-the-hub") == {}
+
+
+def test_a_folder_that_is_not_there_is_one_line():
+    with pytest.raises(ModelError, match="no such folder"):
+        load_run("./runs/nope")
+
+
+def test_a_name_that_cannot_be_fetched_is_a_fault_of_the_environment(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    with pytest.raises(EnvironmentFault) as error:
+        load_run("some-organisation/some-model-nobody-has")
+
+    assert "hf download some-organisation/some-model-nobody-has" in str(error.value)

@@ -1,0 +1,185 @@
+"""Two processes are one run: the same figures, one set of files, each line printed once."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+
+from hf_clm.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+# 16 rows to learn, of unequal length, and 5 to evaluate, which do not divide by 2 processes x 2 rows.
+RECORDS = [{"instruct": f"say {n}", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 17)]
+HELD_OUT = [{"instruct": f"tell {n}", "input": "", "label": "ab" * n} for n in range(1, 6)]
+RECIPE = """\
+stage: sft
+model: {name_or_path: model}
+data:
+  train: [{path: train.jsonl, format: instruct}]
+  eval: [{path: eval.jsonl, format: instruct}]
+  max_length: 64
+  packing: none
+samples: {prompts: [say 2], max_new_tokens: 3}
+train:
+  output_dir: run
+  num_train_epochs: 2
+  learning_rate: 1e-2
+  logging_steps: 1
+  eval_strategy: steps
+  eval_steps: 4
+  save_strategy: steps
+  save_steps: 4
+  use_cpu: true
+"""
+BATCH, EVAL_BATCH = ["--per_device_train_batch_size"], ["--per_device_eval_batch_size"]
+FILES = {
+    *(
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ),
+    *(
+        "recipe.yaml",
+        "run.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "loss.png",
+        "checkpoint-4",
+        "checkpoint-8",
+    ),
+}
+
+
+def prepare(folder: Path, recipe: str = RECIPE) -> Path:
+    folder.mkdir()
+    save_folder(folder / "model", tiny_model(), byte_tokenizer())
+    write_jsonl(folder / "train.jsonl", RECORDS)
+    write_jsonl(folder / "eval.jsonl", HELD_OUT)
+    (folder / "recipe.yaml").write_text(recipe)
+    return folder
+
+
+def launch(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    """Two processes with 2 rows each."""
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*command, "-m", "hf_clm", "train", "recipe.yaml", *BATCH, "2", *EVAL_BATCH, "2"],
+        cwd=folder,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def accelerate() -> list[str]:
+    where = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", free_port()]
+    return [
+        str(BIN / "accelerate"),
+        "launch",
+        "--multi_gpu",
+        *where,
+        *("--mixed_precision", "no"),
+        "--dynamo_backend=no",
+    ]
+
+
+def torchrun() -> list[str]:
+    return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port()]
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """One process with the global batch of the two."""
+    folder = prepare(tmp_path_factory.mktemp("processes") / "alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", "recipe.yaml", *BATCH, "4", *EVAL_BATCH, "4"]) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path, alone):
+    folder = prepare(tmp_path / "two")
+
+    done = launch(accelerate(), folder)
+
+    assert done.returncode == 0, done.stderr
+    one, two = read_metrics(alone), read_metrics(folder)
+    assert [entry["step"] for entry in two] == [entry["step"] for entry in one]
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert [e[key] for e in two if key in e] == pytest.approx(
+            [e[key] for e in one if key in e], rel=1e-5
+        ), key
+    for key in (
+        "tokens_seen",
+        "target_tokens_seen",
+        "learning_rate",
+        "token_accuracy",
+        "eval_token_accuracy",
+    ):
+        assert [e[key] for e in two if key in e] == [e[key] for e in one if key in e], key
+    assert {e["eval_target_tokens"] for e in two if "eval_loss" in e} == {35}  # 2 + 4 + ... + 10, 5 ends
+    assert {path.name for path in (folder / "run").iterdir()} == FILES
+    assert [path.name for path in (folder / "run").rglob("*.bin")] == []
+    facts = json.loads((folder / "run" / "run.json").read_text())
+    assert (facts["processes"], facts["rows_per_step"], facts["steps"], facts["steps_done"]) == (2, 4, 8, 8)
+    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    shown = [
+        line for line in lines if line.startswith(("stage", "step", "sample", "done", "written", "next"))
+    ]
+    # 3 of the start, 8 steps, 3 evaluations, 2 samples, 3 of the end
+    assert len(shown) == len(set(shown)) == 19
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_trains_the_tokenizer_once_and_both_processes_load_it(tmp_path):
+    sizes = "{model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 2, n_positions: 64}"
+    scratch = f"model: {{init: scratch, config: {sizes}}}"
+    recipe = RECIPE.replace(
+        "model: {name_or_path: model}", f"{scratch}\ntokenizer: {{train: {{vocab_size: 270}}}}"
+    )
+    folder = prepare(tmp_path / "two", recipe)
+
+    done = launch(torchrun(), folder)
+
+    assert done.returncode == 0, done.stderr
+    assert [entry["step"] for entry in read_metrics(folder) if "loss" in entry] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.slow
+def test_an_error_is_printed_once_and_no_process_waits_for_the_others(tmp_path):
+    folder = prepare(tmp_path / "two")
+    (folder / "run").mkdir()
+    (folder / "run" / "mine.txt").touch()
+
+    done = launch(torchrun(), folder)
+
+    lines = [
+        line
+        for line in done.stderr.splitlines()
+        if "run: the output folder holds files of an earlier run" in line
+    ]
+    assert done.returncode != 0
+    assert [line.startswith("error: ") for line in lines] == [True]

@@ -1,0 +1,71 @@
+"""A run that was cut in two ends in the same weights, bit by bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+from safetensors.torch import load_file
+
+from hf_clm.config import Recipe
+from hf_clm.training.run import train
+
+RECORDS = [{"instruct": f"say {n}", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 14)]
+
+
+def build_recipe(folder: Path, *, dropout: float = 0.1, **settings: Any) -> Recipe:
+    """13 rows, 2 x 2 a step: 10 steps reach into the third epoch; dropout everywhere."""
+    model = tiny_model("gpt2", resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
+    source = {"path": write_jsonl(folder / "say.jsonl", RECORDS), "format": "instruct"}
+    defaults = {"output_dir": str(folder / "run"), "use_cpu": True, "max_steps": 10, "learning_rate": 1e-2}
+    defaults |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
+    defaults |= {"save_strategy": "steps", "save_steps": 5, "dataloader_num_workers": 0}
+    return Recipe.model_validate(
+        {
+            "stage": "sft",
+            "model": {"name_or_path": save_folder(folder / "model", model, byte_tokenizer())},
+            "data": {"train": [source], "max_length": 64, "packing": "none"},
+            "train": defaults | settings,
+        }
+    )
+
+
+def read_logs(folder: Path) -> dict[int, dict[str, Any]]:
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {entry["step"]: entry for entry in entries if "loss" in entry}
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor"])
+def test_five_steps_and_five_more_are_ten(tmp_path, optim):
+    train(build_recipe(tmp_path, optim=optim))
+    checkpoint = str(tmp_path / "run" / "checkpoint-5")
+    torch.manual_seed(987)  # what a new process would not have in common with the old one
+
+    train(
+        build_recipe(
+            tmp_path, optim=optim, output_dir=str(tmp_path / "second"), resume_from_checkpoint=checkpoint
+        )
+    )
+
+    whole = load_file(tmp_path / "run" / "model.safetensors")
+    resumed = load_file(tmp_path / "second" / "model.safetensors")
+    started = load_file(tmp_path / "run" / "checkpoint-5" / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not all(torch.equal(whole[name], started[name]) for name in whole)
+    logs, again = read_logs(tmp_path / "run"), read_logs(tmp_path / "second")
+    assert sorted(again) == [6, 7, 8, 9, 10]
+    for step, entry in again.items():
+        for key in ("loss", "grad_norm", "learning_rate", "tokens_seen", "target_tokens_seen"):
+            assert entry[key] == logs[step][key], (step, key)
+
+
+def test_dropout_is_on_in_this_test(tmp_path):
+    """Else the test above would say nothing of the random state."""
+    train(build_recipe(tmp_path, max_steps=1, save_strategy="no"))
+    train(
+        build_recipe(tmp_path, dropout=0.0, max_steps=1, save_strategy="no", output_dir=str(tmp_path / "b"))
+    )
+
+    assert read_logs(tmp_path / "run")[1]["loss"] != read_logs(tmp_path / "b")[1]["loss"]

@@ -1,0 +1,541 @@
+"""The command line: words in, lines and an exit code out."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+from transformers import TrainingArguments
+
+from hf_clm.attention import NAME, register
+from hf_clm.cli import COMMANDS, main
+from hf_clm.data.collators import DataCollatorForPackedCausalLM
+from hf_clm.data.datasets import SFTDataset
+from hf_clm.data.formats import to_example
+from hf_clm.training.trainer import CLMTrainer
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = [
+    {"instruct": "one", "input": "", "label": "first"},
+    {"instruct": "two", "input": "x", "label": "second"},
+    {"instruct": "three", "input": "", "label": "third answer"},
+    {"instruct": "four", "input": "", "label": "四"},
+]
+RECIPE = """\
+stage: sft
+model: {name_or_path: model}
+data:
+  train: [{path: say.jsonl, format: instruct}]
+  max_length: 64
+train: {output_dir: run, use_cpu: true, max_steps: 2, save_strategy: "no"}
+"""
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory) -> str:
+    """A run's folder, with a model that knows the four records by heart."""
+    folder, tokenizer, model = (
+        tmp_path_factory.mktemp("learned"),
+        byte_tokenizer(),
+        tiny_model(hidden_size=64),
+    )
+    register()
+    model.set_attn_implementation(NAME)
+    rows = SFTDataset([to_example(record, format="instruct", where="here") for record in RECORDS], tokenizer)
+    settings = {"use_cpu": True, "max_steps": 60, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
+    settings |= {
+        "save_strategy": "no",
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
+    arguments = TrainingArguments(str(folder), logging_strategy="no", **settings)
+    CLMTrainer(model, arguments, data_collator=DataCollatorForPackedCausalLM(), train_dataset=rows).train()
+    save_folder(folder, model, tokenizer)
+    facts = {"status": "done", "format": "instruct", "stage": "sft", "max_length": 64}
+    (folder / "run.json").write_text(json.dumps(facts))
+    return str(folder)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A working directory with a recipe, its data and its model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    write_jsonl(tmp_path / "say.jsonl", RECORDS)
+    save_folder(tmp_path / "model", tiny_model(), byte_tokenizer())
+    return tmp_path
+
+
+def failure(words: list[str], capsys) -> tuple[int, str]:
+    """The exit code, and what stderr holds: one line, and no traceback."""
+    capsys.readouterr()
+    code = main(words)
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and shown.startswith("error: "), shown
+    return code, shown.removeprefix("error: ").rstrip("\n")
+
+
+def generated(words: list[str], capsys) -> list[str]:
+    capsys.readouterr()
+    assert main(["generate", *words, "--device", "cpu"]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+# --- help and mistakes
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
+def test_help_lists_every_command(words, capsys):
+    assert main(words) == 0
+
+    shown = capsys.readouterr().out
+    for name in ("train", "config", "generate", "evaluate", "train-tokenizer"):
+        assert f"hf-clm {name} " in shown
+
+
+@pytest.mark.parametrize("name", ["train", "config"])
+def test_help_of_a_recipe_command_lists_the_keys_of_a_recipe(name, capsys):
+    assert main([name, "--help"]) == 0
+
+    shown = capsys.readouterr().out
+    assert "--data.max_length" in shown and "--model.name_or_path" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("generate", "--top_p"), ("evaluate", "--batch_size"), ("train-tokenizer", "--vocab_size")],
+)
+def test_help_of_another_command_lists_its_options(name, option, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([name, "--help"])
+
+    assert exit.value.code == 0
+    assert option in capsys.readouterr().out
+
+
+def test_these_are_all_the_commands():
+    assert set(COMMANDS) == {"train", "config", "generate", "evaluate", "train-tokenizer"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["trian"],
+            "no such command; got 'trian'; fix: one of train, config, generate, evaluate, train-tokenizer",
+        ),
+        (["trian"], "did you mean 'train'?"),
+        (["train"], "hf-clm train: needs a recipe; fix: hf-clm train RECIPE [--key value ...]"),
+        (["train", "--learning_rate", "1"], "hf-clm train: needs a recipe"),
+        (["train", "nope.yaml"], "nope.yaml"),
+        (["train", "recipe.yaml", "--learning_rat", "1"], "unknown option --learning_rat"),
+        (["train", "recipe.yaml", "--learning_rat", "1"], "did you mean 'learning_rate'?"),
+        (
+            ["config", "recipe.yaml", "--data.packin", "none"],
+            "data.packin is not a key of a recipe; did you mean 'packing'?",
+        ),
+        (["generate"], "hf-clm generate: the following arguments are required: run"),
+        (["generate", "run"], 'hf-clm generate: needs a prompt; fix: --prompt "..." or --file prompts.txt'),
+        (["generate", "run", "--promt", "x"], "did you mean '--prompt'?"),
+        (["generate", "run", "--prom", "x"], "did you mean '--prompt'?"),
+        (
+            ["generate", "run", "--top_k", "many"],
+            "hf-clm generate: argument --top_k: invalid int value: 'many'",
+        ),
+        (["evaluate", "run", "x", "--format", "instrct"], "argument --format: invalid choice: 'instrct'"),
+        (["evaluate", "run", "x", "--batch_size", "0"], "argument --batch_size: expected 1 or more, got 0"),
+        (["evaluate", "run"], "hf-clm evaluate: the following arguments are required: data"),
+        (
+            ["evaluate", "run", "x", "--stage", "sftt"],
+            "hf-clm evaluate: argument --stage: invalid choice: 'sftt'",
+        ),
+        (
+            ["train-tokenizer", "x.txt"],
+            "hf-clm train-tokenizer: the following arguments are required: --output_dir",
+        ),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(words, message, capsys, place):
+    code, shown = failure(words, capsys)
+
+    assert code == 2
+    assert message in shown
+
+
+def test_a_typo_in_a_recipe_names_its_line(capsys, place):
+    (place / "recipe.yaml").write_text(RECIPE.replace("max_length", "max_lenght"))
+
+    code, shown = failure(["train", "recipe.yaml"], capsys)
+
+    assert code == 2
+    assert shown.startswith("recipe.yaml:5: ")
+    assert "max_length" in shown
+
+
+def test_traceback_shows_where_an_error_arose(capsys, place):
+    assert main(["train", "nope.yaml", "--traceback"]) == 2
+
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown
+    assert shown.splitlines()[-1].startswith("error: ")
+
+
+def break_data(place: Path) -> None:
+    (place / "say.jsonl").write_text('{"instruct": "a", "input": "", "label": 5}\n')
+
+
+def break_model(place: Path) -> None:
+    (place / "model" / "model.safetensors").write_bytes(b"")
+
+
+def break_folder(place: Path) -> None:
+    (place / "run").mkdir()
+    (place / "run" / "mine.txt").touch()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "options", "code", "message"),
+    [
+        (break_folder, [], 2, "run: the output folder holds files of an earlier run"),
+        (break_data, [], 3, "say.jsonl:1: "),
+        (break_model, [], 4, "model model: cannot be loaded: "),
+        (None, ["--learning_rate", "1e30", "--max_steps", "5"], 5, "the loss or its gradient is not finite"),
+        (None, ["--output_dir", "say.jsonl/run"], 6, "say.jsonl/run: cannot write to the output folder"),
+        (None, ["--data.max_length", "4"], 3, "4 of 4 rows cannot be trained on within data.max_length=4"),
+    ],
+)
+def test_each_kind_of_fault_has_its_exit_code(break_it, options, code, message, capsys, place):
+    if break_it:
+        break_it(place)
+
+    found, shown = failure(["train", "recipe.yaml", *options], capsys)
+
+    assert found == code
+    assert message in shown
+
+
+def test_an_interrupted_command_ends_with_130(capsys, monkeypatch):
+    def interrupt(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "config", interrupt)
+
+    assert failure(["config"], capsys) == (130, "interrupted")
+
+
+def test_a_full_disk_is_one_line(capsys, monkeypatch):
+    def fill(words):
+        raise OSError(28, "No space left on device", "run/model.safetensors")
+
+    monkeypatch.setitem(COMMANDS, "config", fill)
+
+    assert failure(["config"], capsys) == (6, "run/model.safetensors: No space left on device")
+
+
+def test_other_processes_of_a_run_leave_the_message_to_the_first(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+
+    assert main(["trian"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def fastest(words: list[str], cwd: Path) -> tuple[float, int]:
+    """The shortest of three wall times, seconds, and the exit code."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        settings = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-m", "hf_clm", *words], cwd=cwd, env=settings, capture_output=True
+        )
+        times.append(time.perf_counter() - started)
+    return min(times), done.returncode
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--help"], 0),
+        (["trian"], 2),
+        (["train", "--help"], 0),
+        (["train", "recipe.yaml", "--learning_rat", "1"], 2),
+    ],
+)
+def test_help_and_typos_answer_at_once(words, code, place):
+    seconds, found = fastest(words, place)
+
+    assert found == code
+    assert seconds < 1.0  # 0.5 on a machine that does nothing else
+
+
+# --- config and train-tokenizer
+
+
+def test_config_prints_each_value_and_where_it_came_from(capsys, place):
+    assert main(["config", "recipe.yaml", "--learning_rate", "1e-4"]) == 0
+
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in capsys.readouterr().out.splitlines()}
+    assert rows["stage"] == ['"sft"', "recipe.yaml:1"]
+    assert [part.strip() for part in rows["train.learning_rate"]] == ["0.0001", "command line"]
+    assert rows["data.max_length"] == ["64", "recipe.yaml:5"]
+    assert rows["data.strict"] == ["false", "default"]
+
+
+def test_train_tokenizer_writes_a_folder_that_can_be_loaded(capsys, place):
+    words = [
+        "train-tokenizer",
+        "say.jsonl",
+        "--output_dir",
+        "tok",
+        "--vocab_size",
+        "260",
+        "--format",
+        "instruct",
+    ]
+    assert main(words) == 0
+
+    assert capsys.readouterr().out == "260 tokens from 4 records, written to tok\n"
+    assert (place / "tok" / "tokenizer.json").is_file()
+
+
+def test_train_writes_where_it_is_told_to(capsys, place):
+    assert main(["train", "recipe.yaml", "--data.train", "say.jsonl", "--output_dir", "elsewhere"]) == 0
+
+    assert (place / "elsewhere" / "model.safetensors").is_file()
+    assert not (place / "run").exists()
+
+
+# --- generate
+
+
+def test_one_prompt_prints_its_answer_alone(learned, capsys):
+    assert generated([learned, "--prompt", "one"], capsys) == ["first"]
+
+
+def test_the_input_of_an_instruction_is_an_option(learned, capsys):
+    assert generated([learned, "--prompt", "two", "--input", "x"], capsys) == ["second"]
+
+
+def test_several_prompts_are_shown_with_their_answers(learned, capsys):
+    lines = generated([learned, "--prompt", "one", "--prompt", "four"], capsys)
+
+    assert lines == ["> one", "first", "", "> four", "四", ""]
+
+
+def test_json_is_one_object_a_prompt(learned, capsys):
+    lines = generated([learned, "--prompt", "one", "--prompt", "four", "--json"], capsys)
+
+    assert [json.loads(line) for line in lines] == [
+        {"prompt": "one", "text": "first", "tokens": 5, "stopped": True},
+        {"prompt": "four", "text": "四", "tokens": 3, "stopped": True},
+    ]
+    assert "四" in lines[1]
+
+
+def test_prompts_come_from_a_text_file_one_a_line(learned, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\n\nthree\n")
+
+    lines = generated([learned, "--file", str(tmp_path / "prompts.txt")], capsys)
+
+    assert lines == ["> one", "first", "", "> three", "third answer", ""]
+
+
+def test_prompts_come_from_records_with_or_without_their_targets(learned, capsys, tmp_path):
+    path = write_jsonl(tmp_path / "prompts.jsonl", [{"instruct": "two", "input": "x"}, RECORDS[0]])
+
+    lines = generated([learned, "--file", path, "--json"], capsys)
+
+    assert [json.loads(line)["text"] for line in lines] == ["second", "first"]
+
+
+def test_a_file_without_a_prompt_is_an_error(learned, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n\n")
+
+    code, shown = failure(["generate", learned, "--file", str(tmp_path / "prompts.txt")], capsys)
+
+    assert (code, shown) == (3, f"{tmp_path / 'prompts.txt'}: holds no prompt")
+
+
+def test_a_raw_prompt_is_continued_as_it_is(learned, capsys):
+    assert generated([learned, "--raw", "--prompt", "one\nfir"], capsys) == ["st"]
+
+
+def test_a_stop_text_ends_the_answer(learned, capsys):
+    assert generated([learned, "--prompt", "three", "--stop", " ans"], capsys) == ["third"]
+
+
+def test_max_new_tokens_cuts_the_answer(learned, capsys):
+    lines = generated([learned, "--prompt", "three", "--max_new_tokens", "3", "--json"], capsys)
+
+    assert json.loads(lines[0]) == {"prompt": "three", "text": "thi", "tokens": 3, "stopped": False}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--num_beams", "3"],
+        ["--temperature", "0.01"],
+        ["--temperature", "5", "--top_k", "1"],
+        ["--temperature", "5", "--top_p", "0.000001"],
+        ["--no_repeat_ngram_size", "3"],
+        ["--batch_size", "1"],
+    ],
+)
+def test_what_was_learned_by_heart_is_answered_in_every_mode(learned, capsys, options):
+    assert generated([learned, "--prompt", "one", *options], capsys) == ["first"]
+
+
+def test_sampling_repeats_with_the_seed(learned, capsys):
+    words = [learned, "--prompt", "unknown", "--temperature", "3", "--max_new_tokens", "20", "--json"]
+
+    answers = [generated([*words, "--seed", seed], capsys) for seed in ("1", "1", "2")]
+
+    assert answers[0] == answers[1]
+    assert answers[0] != answers[2]
+
+
+def test_by_default_an_answer_may_be_as_long_as_the_model_has_room(capsys, tmp_path):
+    folder = save_folder(tmp_path, tiny_model(max_position_embeddings=32), byte_tokenizer())
+
+    lines = generated([folder, "--prompt", "x" * 30, "--json"], capsys)
+
+    assert json.loads(lines[0])["tokens"] == 2
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(capsys, tmp_path):
+    folder = save_folder(tmp_path, tiny_model(max_position_embeddings=32), byte_tokenizer())
+
+    code, shown = failure(["generate", folder, "--prompt", "x" * 30, "--max_new_tokens", "3"], capsys)
+
+    assert code == 2
+    assert shown.startswith(
+        "the model has 32 positions; got a prompt of 30 tokens and max_new_tokens 3; fix: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num_beams", "0"], "argument --num_beams: expected 1 or more, got 0"),
+        (["--max_new_tokens", "-1"], "argument --max_new_tokens: expected 1 or more, got -1"),
+        (["--top_p", "2"], "argument --top_p: expected 0.0 to 1.0, got 2"),
+        (["--top_k", "0"], "argument --top_k: expected 1 or more, got 0"),
+        (["--temperature", "-1"], "argument --temperature: expected 0.0 or more, got -1"),
+        (["--temperature", "nan"], "argument --temperature: expected 0.0 or more, got nan"),
+        (["--temperature", "warm"], "argument --temperature: invalid float value: 'warm'"),
+        (["--batch_size", "0"], "argument --batch_size: expected 1 or more, got 0"),
+        (["--device", "gpu"], "--device: no such device; got 'gpu'"),
+    ],
+)
+def test_values_out_of_range_are_one_line(learned, capsys, options, message):
+    code, shown = failure(["generate", learned, "--prompt", "one", *options], capsys)
+
+    assert code == 2
+    assert message in shown
+
+
+def test_a_folder_without_a_run_is_read_as_text(capsys, tmp_path):
+    folder = save_folder(tmp_path, tiny_model(), byte_tokenizer())
+
+    lines = generated([folder, "--prompt", "a", "--max_new_tokens", "2", "--json"], capsys)
+
+    assert json.loads(lines[0])["prompt"] == "a"
+
+
+# --- evaluate
+
+
+def evaluated(words: list[str], capsys) -> dict[str, float]:
+    capsys.readouterr()
+    assert main(["evaluate", *words, "--json", "--device", "cpu"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_model_that_learned_its_data_answers_all_of_it(learned, capsys, tmp_path):
+    found = evaluated([learned, write_jsonl(tmp_path / "say.jsonl", RECORDS)], capsys)
+
+    assert list(found) == [
+        *(
+            "examples",
+            "dropped",
+            "rows",
+            "target_tokens",
+            "loss",
+            "perplexity",
+            "bits_per_byte",
+            "token_accuracy",
+        ),
+        *("asked", "exact_match", "stopped"),
+    ]
+    assert (found["examples"], found["dropped"], found["rows"]) == (4, 0, 4)
+    assert found["target_tokens"] == 30  # first, second, third answer, 四: 5 + 6 + 12 + 3 bytes, and 4 ends
+    assert (found["token_accuracy"], found["exact_match"], found["stopped"]) == (1.0, 1.0, 1.0)
+    assert 0 < found["loss"] < 0.1
+
+
+def test_answers_that_differ_are_counted(learned, capsys, tmp_path):
+    records = [*RECORDS[:3], {"instruct": "four", "input": "", "label": "五"}]
+
+    found = evaluated([learned, write_jsonl(tmp_path / "say.jsonl", records)], capsys)
+
+    assert (found["asked"], found["exact_match"], found["stopped"]) == (4, 0.75, 1.0)
+
+
+def test_the_batch_size_changes_no_figure(learned, capsys, tmp_path):
+    path = write_jsonl(tmp_path / "say.jsonl", RECORDS)
+
+    figures = [evaluated([learned, path, "--batch_size", size], capsys) for size in ("1", "3", "8")]
+
+    assert figures[1] == pytest.approx(figures[0], rel=1e-6)
+    assert figures[2] == pytest.approx(figures[0], rel=1e-6)
+
+
+def test_stage_pretrain_evaluates_the_whole_text_and_asks_nothing(learned, capsys, tmp_path):
+    found = evaluated([learned, write_jsonl(tmp_path / "say.jsonl", RECORDS), "--stage", "pretrain"], capsys)
+
+    # 4 + 6 + 6 + 5 bytes of prompts, 26 of answers, 4 ends; less the 4 first bytes, which follow nothing
+    assert found["target_tokens"] == 47
+    assert "exact_match" not in found
+
+
+def test_generation_can_be_left_out(learned, capsys, tmp_path):
+    found = evaluated([learned, write_jsonl(tmp_path / "say.jsonl", RECORDS), "--no_generate"], capsys)
+
+    assert "exact_match" not in found
+
+
+def test_without_json_each_figure_is_a_line(learned, capsys, tmp_path):
+    capsys.readouterr()
+
+    assert main(["evaluate", learned, write_jsonl(tmp_path / "say.jsonl", RECORDS), "--no_generate"]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["examples", "4"]
+    assert lines[3].split() == ["target_tokens", "30"]
+    assert lines[7].split() == ["token_accuracy", "1.0000"]
+
+
+def test_rows_that_do_not_fit_are_counted(learned, capsys, tmp_path):
+    path = write_jsonl(tmp_path / "say.jsonl", RECORDS)
+
+    found = evaluated([learned, path, "--max_length", "8", "--no_generate"], capsys)
+
+    assert (found["dropped"], found["rows"]) == (1, 3)  # "third answer" and its end need 13
+
+
+def test_data_without_a_target_that_fits_are_an_error(learned, capsys, tmp_path):
+    path = write_jsonl(tmp_path / "say.jsonl", RECORDS)
+
+    code, shown = failure(["evaluate", learned, path, "--max_length", "2"], capsys)
+
+    assert (code, shown) == (3, f"{path}: no example has a target that fits; fix: raise --max_length")
+
+
+def test_the_tests_leave_torch_as_they_found_it():
+    assert torch.is_grad_enabled()

@@ -1,0 +1,310 @@
+"""Folders as save_pretrained writes them, opened by load_model; and models from scratch."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import EOS, IM_END, PAD, byte_tokenizer, save_folder, tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hf_clm.errors import ExitCode, ModelError
+from hf_clm.model import build_config, grow_embeddings, init_model, load_config, load_model, max_positions
+from hf_clm.tokenizer import load_tokenizer, use_chat_template
+
+NEW_PAD = "[PAD]"
+NEW_PAD_ID = 260  # the first id after those of the byte tokenizer
+
+
+def set_config(folder: str, **values) -> None:
+    path = Path(folder, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def refusal(folder: str, **options) -> str:
+    with pytest.raises(ModelError) as error:
+        load_model(folder, byte_tokenizer(), **options)
+    assert error.value.exit_code == ExitCode.MODEL
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+@pytest.mark.parametrize(
+    ("pad", "rows", "expected"),
+    [
+        ("<|pad|>", 260, (260, PAD)),  # has its own pad token: nothing to do
+        (None, 260, (261, NEW_PAD_ID)),  # none, and no spare row: grows by one
+        (None, 272, (272, NEW_PAD_ID)),  # none, and spare rows, as Qwen2.5 has: does not grow
+        ("<|endoftext|>", 260, (261, NEW_PAD_ID)),  # pad is the end token, as everybody sets GPT-2's
+    ],
+)
+def test_a_folder_gets_a_pad_token_of_its_own_and_reopens_everywhere(
+    tmp_path, kind, tied, pad, rows, expected
+):
+    rows_after, pad_id = expected
+    source = tiny_model(kind, vocab_size=rows, tie_word_embeddings=tied)
+    folder = save_folder(tmp_path / "source", source, byte_tokenizer(pad=pad))
+    old = source.get_input_embeddings().weight
+
+    tokenizer = load_tokenizer(folder, pad_token=NEW_PAD)
+    model = load_model(folder, tokenizer)
+    saved = save_folder(tmp_path / "saved", model, tokenizer)
+    reopened = AutoModelForCausalLM.from_pretrained(saved)
+    table, head = reopened.get_input_embeddings().weight, reopened.get_output_embeddings().weight
+
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (pad_id, EOS)
+    assert table.shape == head.shape == (rows_after, 32)
+    assert torch.equal(table[:rows], old)
+    assert (table.data_ptr() == head.data_ptr()) is tied
+    assert (reopened.config.vocab_size, reopened.config.pad_token_id) == (rows_after, pad_id)
+    assert reopened.generation_config.pad_token_id == pad_id
+    assert reopened.generation_config.eos_token_id == [EOS]
+    assert AutoTokenizer.from_pretrained(saved).pad_token_id == pad_id
+    assert reopened.generate(torch.tensor([[65, 66]]), max_new_tokens=3).shape[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_a_new_row_is_the_mean_of_the_old_ones_in_table_and_head(kind):
+    model = tiny_model(kind, tie_word_embeddings=False)
+    table = model.get_input_embeddings().weight.detach().clone()
+    head = model.get_output_embeddings().weight.detach().clone()
+
+    grow_embeddings(model, 262)
+
+    new_table, new_head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert new_table.shape == new_head.shape == (262, 32)
+    assert torch.equal(new_table[:260], table)
+    assert torch.equal(new_head[:260], head)
+    assert torch.allclose(new_table[260:], table.mean(dim=0).expand(2, -1), atol=1e-7)
+    assert torch.allclose(new_head[260:], head.mean(dim=0).expand(2, -1), atol=1e-7)
+
+
+def test_embeddings_never_shrink():
+    model = tiny_model(vocab_size=300)
+
+    grow_embeddings(model, 260)
+
+    assert model.get_input_embeddings().weight.shape[0] == 300
+
+
+def test_the_model_stops_at_every_stop_token_that_tokenizer_template_and_folder_name(tmp_path):
+    source = tiny_model()
+    source.generation_config.eos_token_id = [258, EOS]
+    folder = save_folder(tmp_path / "source", source, byte_tokenizer())
+    tokenizer = load_tokenizer(folder)
+    use_chat_template(tokenizer, "chatml")
+
+    settings = load_model(folder, tokenizer).generation_config
+
+    assert settings.eos_token_id == [EOS, IM_END, 258]
+    assert (settings.pad_token_id, settings.bos_token_id) == (PAD, None)
+
+
+def test_a_pad_token_never_stops_generation(tmp_path):
+    source = tiny_model()
+    source.generation_config.eos_token_id = [EOS, PAD]  # Qwen2.5's chat models name their pad token as an end
+    folder = save_folder(tmp_path / "source", source, byte_tokenizer())
+
+    assert load_model(folder, load_tokenizer(folder)).generation_config.eos_token_id == [EOS]
+
+
+def test_sampling_settings_without_sampling_do_not_keep_the_model_from_being_saved(tmp_path):
+    folder = save_folder(tmp_path / "source", tiny_model(), byte_tokenizer())
+    Path(folder, "generation_config.json").write_text(
+        '{"eos_token_id": 256, "temperature": 0.7, "top_p": 0.8}'
+    )
+    model = load_model(folder, load_tokenizer(folder))
+
+    model.save_pretrained(tmp_path / "saved")
+
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+
+
+def test_weights_saved_in_bfloat16_are_loaded_as_float32(tmp_path):
+    folder = save_folder(tmp_path / "source", tiny_model().to(torch.bfloat16), byte_tokenizer())
+
+    assert {p.dtype for p in load_model(folder, byte_tokenizer()).parameters()} == {torch.float32}
+    assert {p.dtype for p in load_model(folder, byte_tokenizer(), dtype="bfloat16").parameters()} == {
+        torch.bfloat16
+    }
+
+
+def test_weights_that_the_files_lack_are_refused(tmp_path):
+    folder = save_folder(tmp_path / "source", tiny_model(), byte_tokenizer())
+    set_config(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3)
+
+    assert "the files lack 12 weights that the configuration names, model.layers.2" in refusal(folder)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    folder = save_folder(tmp_path / "source", tiny_model(), byte_tokenizer())
+    set_config(folder, intermediate_size=48)
+
+    assert refusal(folder).startswith(("model.name_or_path", "model "))
+
+
+def test_a_head_that_is_tied_is_not_missing(tmp_path):
+    folder = save_folder(tmp_path / "source", tiny_model(tie_word_embeddings=True), byte_tokenizer())
+
+    assert load_model(folder, byte_tokenizer()).get_output_embeddings().weight.shape == (260, 32)
+
+
+def test_an_encoder_is_refused(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    folder = save_folder(tmp_path / "bert", BertModel(BertConfig(vocab_size=260, **sizes)), byte_tokenizer())
+
+    assert refusal(folder) == f"model.name_or_path {folder}: not a causal language model; got BertModel"
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    config = T5Config(vocab_size=260, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    folder = save_folder(tmp_path / "t5", T5ForConditionalGeneration(config), byte_tokenizer())
+
+    assert refusal(folder).endswith("not a causal language model; got T5ForConditionalGeneration")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "gpt3"}, "model.config.model_type: unknown model type; got 'gpt3'; fix: "),
+        ({"model_type": "qwen22"}, "did you mean 'qwen2'?"),
+        ({}, "model.config.model_type: unknown model type; got None"),
+        (
+            {"model_type": "gpt2", "n_layers": 2},
+            "model.config.n_layers: GPT2Config has no such setting; did you mean 'n_layer'?",
+        ),
+        (
+            {"model_type": "qwen2", "hidden_sizes": 2},
+            "model.config.hidden_sizes: Qwen2Config has no such setting; did you mean 'hidden_size'?",
+        ),
+    ],
+)
+def test_a_wrong_setting_of_a_new_model_is_named_with_the_nearest_right_one(settings, message):
+    with pytest.raises(ModelError) as error:
+        build_config(settings, byte_tokenizer())
+
+    assert message in str(error.value)
+
+
+def test_sizes_that_do_not_divide_are_one_line():
+    settings = {"model_type": "gpt2", "n_embd": 30, "n_head": 4, "n_layer": 1}
+    with pytest.raises(ModelError) as error:
+        init_model(build_config(settings, byte_tokenizer()), byte_tokenizer())
+
+    assert str(error.value).startswith("model.config gpt2: cannot be loaded: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_new_model_takes_vocabulary_and_ids_from_the_tokenizer():
+    settings = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64}
+
+    model = init_model(build_config(settings, byte_tokenizer()), byte_tokenizer())
+
+    config = model.config
+    assert (config.vocab_size, config.eos_token_id, config.pad_token_id) == (260, EOS, PAD)
+    assert max_positions(config) == 64
+    assert model.dtype == torch.float32
+    assert settings == {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64}
+
+
+def test_a_new_model_is_the_same_for_the_same_seed():
+    config = build_config({"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}, byte_tokenizer())
+    tables = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        tables.append(init_model(config, byte_tokenizer()).get_input_embeddings().weight)
+
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[0], tables[2])
+
+
+def bin_folder(folder: Path, content: object) -> str:
+    save_folder(folder, tiny_model(), byte_tokenizer())
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+    return str(folder)
+
+
+def test_pickled_weights_are_refused_unless_allowed(tmp_path):
+    folder = bin_folder(tmp_path / "bin", tiny_model().state_dict())
+
+    assert "safetensors" in refusal(folder)
+    assert (
+        load_model(folder, byte_tokenizer(), allow_bin=True).num_parameters() == tiny_model().num_parameters()
+    )
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.mkdir, ("exploited",)
+
+
+def test_a_pickle_that_runs_code_is_refused_even_where_pickled_weights_are_allowed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = bin_folder(tmp_path / "bin", Exploit())
+
+    with pytest.raises(ModelError):
+        load_model(folder, byte_tokenizer(), allow_bin=True)
+
+    assert not (tmp_path / "exploited").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a safetensors file", b"version https://git-lfs.github.com/spec/v1\n"]
+)
+def test_a_broken_weights_file_is_one_line_that_names_the_folder(tmp_path, content):
+    folder = save_folder(tmp_path / "source", tiny_model(), byte_tokenizer())
+    Path(folder, "model.safetensors").write_bytes(content)
+
+    assert refusal(folder).startswith(f"model {folder}: cannot be loaded: ")
+
+
+def test_a_truncated_weights_file_is_one_line(tmp_path):
+    folder = save_folder(tmp_path / "source", tiny_model(), byte_tokenizer())
+    path = Path(folder, "model.safetensors")
+    path.write_bytes(path.read_bytes()[:-1000])
+
+    assert refusal(folder).startswith(f"model {folder}: cannot be loaded: ")
+
+
+def test_a_folder_without_a_configuration_is_one_line(tmp_path):
+    folder = save_folder(tmp_path / "source", tiny_model(), byte_tokenizer())
+    Path(folder, "config.json").unlink()
+
+    assert refusal(folder).startswith(f"model {folder}: cannot be loaded: ")
+
+
+@pytest.mark.parametrize("name", ["./nope", "/nope/at/all", "runs/sft/nope"])
+def test_a_missing_folder_is_said_to_be_one(name):
+    assert refusal(name) == (
+        f"model.name_or_path: no such folder; got {name!r}; fix: a Hub id has the form 'organisation/name'"
+    )
+
+
+def test_code_of_others_is_refused_without_a_question(tmp_path):
+    folder = save_folder(tmp_path / "source", tiny_model(), byte_tokenizer())
+    set_config(
+        folder, model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.EvilLM"}
+    )
+    Path(folder, "evil.py").write_text("raise SystemExit('it ran')")
+
+    assert refusal(folder).startswith(
+        f"model {folder}: comes with code of its own; fix: read the code, then set"
+    )
+
+
+def test_load_config_reads_a_folder_without_loading_its_weights(tmp_path):
+    folder = save_folder(tmp_path / "source", tiny_model(max_position_embeddings=77), byte_tokenizer())
+    Path(folder, "model.safetensors").unlink()
+
+    assert max_positions(load_config(folder)) == 77

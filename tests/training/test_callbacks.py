@@ -1,0 +1,138 @@
+"""The lines of a run, and the files that grow with it."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_clm.training.callbacks import (
+    MetricsCallback,
+    ProgressCallback,
+    SamplesCallback,
+    append_json,
+    to_duration,
+)
+
+LOG = {
+    "loss": 1.25,
+    "grad_norm": 0.5,
+    "learning_rate": 0.001,
+    "token_accuracy": 0.5,
+    "tokens_per_second": 1234.6,
+}
+
+
+def event(callback, name: str, *, step: int, logs: dict | None = None, is_main: bool = True) -> None:
+    state = TrainerState(global_step=step, max_steps=200, is_world_process_zero=is_main)
+    getattr(callback, name)(SimpleNamespace(spec=TrainingArguments), state, TrainerControl(), logs=logs)
+
+
+def test_a_log_event_is_one_line_with_the_time_left(capsys, monkeypatch):
+    clock = iter([1000.0, 1010.0])  # 10 seconds for 50 of 200 steps: 30 more
+    monkeypatch.setattr("hf_clm.training.callbacks.time.monotonic", lambda: next(clock))
+    callback = ProgressCallback(is_terminal=False)
+
+    event(callback, "on_train_begin", step=0)
+    event(callback, "on_log", step=50, logs=LOG)
+
+    assert capsys.readouterr().out == (
+        "step  50/200  loss 1.2500  accuracy 50.0%  lr 1.00e-03  grad norm 0.50  tokens/s 1,235  30s left\n"
+    )
+
+
+def test_an_evaluation_is_one_line(capsys):
+    event(
+        ProgressCallback(is_terminal=False),
+        "on_log",
+        step=200,
+        logs={"eval_loss": 2.0, "eval_token_accuracy": 0.25},
+    )
+
+    assert capsys.readouterr().out == "step 200/200  eval loss 2.0000  eval accuracy 25.0%\n"
+
+
+@pytest.mark.parametrize(
+    ("logs", "is_main"), [(LOG, False), ({"train_runtime": 3.0, "train_loss": 1.0}, True)]
+)
+def test_other_processes_and_the_sums_of_the_trainer_are_not_shown(capsys, logs, is_main):
+    event(ProgressCallback(is_terminal=False), "on_log", step=1, logs=logs, is_main=is_main)
+
+    assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_gets_a_bar_instead_of_lines(capsys):
+    callback = ProgressCallback(is_terminal=True)
+
+    event(callback, "on_train_begin", step=0)
+    event(callback, "on_step_end", step=50)
+    event(callback, "on_log", step=50, logs=LOG)
+    event(callback, "on_train_end", step=200)
+
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "50/200" in shown.err and "loss 1.2500" in shown.err
+
+
+def test_metrics_are_one_json_object_a_line_and_rank_0_writes_them(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+
+    event(MetricsCallback(path), "on_log", step=3, logs={"loss": 1.5})
+    event(MetricsCallback(path), "on_log", step=3, logs={"loss": 9.0}, is_main=False)
+    event(MetricsCallback(path), "on_log", step=4, logs={"eval_loss": 2.0})
+
+    assert path.read_text() == '{"step": 3, "loss": 1.5}\n{"step": 4, "eval_loss": 2.0}\n'
+
+
+def test_samples_are_taken_once_a_step(tmp_path, capsys):
+    path = tmp_path / "samples.jsonl"
+    callback = SamplesCallback(["春", "b"], lambda: ["答", "B"], path=path, every_steps=2)
+
+    event(callback, "on_train_begin", step=0)
+    for step in (1, 2, 3, 4):
+        event(callback, "on_step_end", step=step)
+    event(callback, "on_train_end", step=4)
+
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(entry["step"], entry["prompt"], entry["text"]) for entry in entries] == [
+        (0, "春", "答"),
+        (0, "b", "B"),
+        (2, "春", "答"),
+        (2, "b", "B"),
+        (4, "春", "答"),
+        (4, "b", "B"),
+    ]
+    assert capsys.readouterr().out.splitlines()[0] == "  sample at step 0: '春' -> '答'"
+
+
+def test_without_an_interval_samples_are_taken_before_and_after_only(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    callback = SamplesCallback(["a"], lambda: ["A"], path=path, every_steps=None)
+
+    event(callback, "on_train_begin", step=0)
+    event(callback, "on_step_end", step=1)
+    event(callback, "on_train_end", step=2)
+
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 2]
+
+
+def test_text_is_written_as_it_is_read(tmp_path):
+    append_json(tmp_path / "x.jsonl", {"text": "床前明月光\n"})
+
+    assert (tmp_path / "x.jsonl").read_text(encoding="utf-8") == '{"text": "床前明月光\\n"}\n'
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (75, "1m15s"),
+        (3599, "59m59s"),
+        (3600, "1h00m"),
+        (7384, "2h03m"),
+    ],
+)
+def test_a_duration_is_short(seconds, text):
+    assert to_duration(seconds) == text

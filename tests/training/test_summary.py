@@ -1,0 +1,125 @@
+"""The counts that a run announces, on sets small enough to count by hand."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers import byte_tokenizer, tiny_model, write_jsonl
+from transformers import TrainingArguments
+
+from hf_clm.config import Recipe
+from hf_clm.data.build import build_split, load_splits
+from hf_clm.training.summary import RunFacts, end_lines, start_lines, versions
+
+# "say N\n" and N letters and the end token: 8, 9, 10 and 11 tokens, of which 2, 3, 4 and 5 are learned.
+RECORDS = [{"instruct": f"say {n}", "input": "", "label": "x" * n} for n in range(1, 5)]
+
+
+def build_facts(folder: Path, *, data: dict[str, Any] | None = None, **settings: Any) -> RunFacts:
+    source = {"path": write_jsonl(folder / "say.jsonl", RECORDS), "format": "instruct"}
+    data = {"train": [source], "max_length": 32, "packing": "none"} | (data or {})
+    content = {"stage": "sft", "model": {"name_or_path": "some/model"}, "data": data}
+    recipe = Recipe.model_validate({**content, "train": {"output_dir": str(folder / "run")}})
+    splits = [
+        build_split(examples, recipe, tokenizer=byte_tokenizer(), stage=recipe.stage) if examples else None
+        for examples in load_splits(recipe, 0)
+    ]
+    arguments = TrainingArguments(str(folder / "run"), use_cpu=True, **settings)
+    return RunFacts(recipe, arguments, tiny_model(), splits[0], splits[1], 0.5)
+
+
+def with_processes(facts: RunFacts, count: int) -> RunFacts:
+    arguments = SimpleNamespace(
+        **{name: getattr(facts.arguments, name) for name in FIELDS} | {"world_size": count}
+    )
+    return RunFacts(facts.recipe, arguments, facts.model, facts.train, facts.evaluation, 0.5)
+
+
+FIELDS = (
+    *("train_batch_size", "gradient_accumulation_steps", "max_steps"),
+    *("dataloader_drop_last", "num_train_epochs"),
+)
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings", "rows_per_step", "steps"),
+    [
+        (1, {"per_device_train_batch_size": 2, "num_train_epochs": 1}, 2, 2),
+        (1, {"per_device_train_batch_size": 3, "num_train_epochs": 1}, 3, 2),
+        (1, {"per_device_train_batch_size": 3, "num_train_epochs": 1, "dataloader_drop_last": True}, 3, 1),
+        (
+            1,
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "num_train_epochs": 2},
+            3,
+            4,
+        ),
+        (1, {"per_device_train_batch_size": 8, "num_train_epochs": 2.5}, 8, 3),
+        (2, {"per_device_train_batch_size": 1, "num_train_epochs": 3}, 2, 6),
+        (2, {"per_device_train_batch_size": 3, "num_train_epochs": 1}, 6, 1),
+        (2, {"per_device_train_batch_size": 2, "max_steps": 7}, 4, 7),
+    ],
+)
+def test_steps_follow_from_rows_batches_and_processes(tmp_path, processes, settings, rows_per_step, steps):
+    facts = with_processes(build_facts(tmp_path, **settings), processes)
+
+    assert (facts.rows_per_step, facts.steps) == (rows_per_step, steps)
+
+
+def test_tokens_of_a_step_are_those_of_an_average_row(tmp_path):
+    assert build_facts(tmp_path, per_device_train_batch_size=2).tokens_per_step == 19.0  # 38 tokens in 4 rows
+    assert build_facts(tmp_path, per_device_train_batch_size=64).tokens_per_step == 38.0  # there are no more
+
+
+def test_run_json_begins_with_what_goes_in(tmp_path):
+    content = build_facts(tmp_path, per_device_train_batch_size=2, max_steps=3).to_json()
+
+    assert content["train"] == {
+        "files": [str(tmp_path / "say.jsonl")],
+        "input_rows": 4,
+        "fates": {"used": 4},
+        "rows": 4,
+        "tokens": 38,
+        "target_tokens": 14,
+    }
+    assert (content["evaluation"], content["unigram_entropy"]) == (None, 0.5)
+    assert (content["model"], content["parameters"]) == ("some/model", 35360)
+
+
+def test_rows_that_are_cut_or_dropped_are_said_at_the_start(tmp_path):
+    facts = build_facts(tmp_path, data={"max_length": 9, "overflow": "drop", "max_dropped": 0.5})
+
+    assert facts.train.fates == {"used": 2, "dropped: longer than max_length": 2}
+    text = "\n".join(start_lines(facts))
+    assert "2 dropped: longer than max_length" in text
+    assert "17 tokens" in text and "5 targets" in text
+
+
+def test_packed_rows_are_counted(tmp_path):
+    facts = build_facts(tmp_path, data={"packing": "best_fit", "max_length": 20})
+
+    assert "2 packed rows" in "\n".join(start_lines(facts))  # 11 + 9 and 10 + 8
+
+
+def test_held_out_rows_are_counted_and_named_at_the_end(tmp_path):
+    facts = build_facts(tmp_path, data={"eval_fraction": 0.25})
+    outcome = facts.outcome(
+        [
+            {"step": 0, "eval_loss": 3.0, "eval_token_accuracy": 0.0},
+            {"step": 7, "loss": 1.5, "tokens_seen": 700},
+        ],
+        {"eval_loss": 1.0, "eval_token_accuracy": 0.5},
+        seconds=2.0,
+    )
+
+    assert outcome["tokens_per_second"] == 350.0
+    assert (outcome["steps_done"], outcome["tokens_seen"]) == (7, 700)
+    assert (outcome["loss_before"], outcome["loss_after"]) == (3.0, 1.0)
+    assert (outcome["token_accuracy_before"], outcome["token_accuracy_after"]) == (0.0, 0.5)
+    text = "\n".join(end_lines(facts, facts.to_json() | outcome))
+    assert "held-out data" in text and "3.0000 -> 1.0000" in text
+
+
+def test_versions_are_those_of_what_computes():
+    assert {"python", "hf_clm", "torch", "transformers", "tokenizers"} <= set(versions())
+    assert versions()["hf_clm"] == "0.1.0"
