@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup sft pretrain generate test test-peers test-fast lint format clean
+.PHONY: help setup sft pretrain generate test test-peers test-browser test-fast lint format clean
 
 VENV := .venv
 BIN = $(VENV)/bin
@@ -26,7 +26,7 @@ POEMS := runs/sft-poems
 answers = $(if $(RUN),RUN,$(if $(filter-out recipes/sft/poems.yaml,$(RECIPE))$(findstring output_dir,$(ARGS)),,POEMS))
 
 help:  ## List the targets
-	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo 'GPUS=2 trains on two GPUs; PYTHON=/path/to/python sets up with that Python, VENV=folder elsewhere.'
 	@echo 'PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup gets the smaller CPU build of torch.'
@@ -44,13 +44,21 @@ generate: $(READY)  ## Let a trained model answer. RUN=runs/sft-poems PROMPT="..
 	$(call ask,RUN) $(ARGS)
 
 test: lint  ## Format, lint, types and all tests that need no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 300 -m 'not gpu' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 300 -m 'not gpu and not browser' $(ARGS)
 
 test-peers: $(VENV)/.setup-peers  ## Compare with TRL; installs it. ARGS="-k labels"
 	$(BIN)/python -m pytest -m peer $(ARGS)
 
+test-browser: $(VENV)/.setup-browser  ## The label inspector's page in headless Chromium; installs both. ARGS="-k phone"
+	@command -v chromium >/dev/null || { \
+	    root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	    { command -v apt-get && $${root:-true} $${root:+-n true}; } >/dev/null 2>&1 \
+	        || { echo 'error: found no chromium; fix: install it, on Debian with sudo apt-get install chromium' >&2; exit 6; }; \
+	    $$root apt-get update && $$root apt-get install -y --no-install-recommends chromium; }
+	$(BIN)/python -m pytest -m browser $(ARGS)
+
 test-fast: $(READY)  ## The tests that take seconds. ARGS="-k labels"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not peer and not gpu' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not peer and not gpu and not browser' $(ARGS)
 
 lint: $(READY)  ## Format, lint and types, checked and not changed
 	$(BIN)/ruff format --check .
@@ -93,4 +101,8 @@ $(READY): pyproject.toml constraints.txt
 
 $(VENV)/.setup-peers: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,peers]'
+	touch $@
+
+$(VENV)/.setup-browser: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt playwright
 	touch $@

@@ -28,8 +28,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if words[0] not in COMMANDS:
             fix = f"one of {', '.join(COMMANDS)}{did_you_mean(words[0], COMMANDS)}"
             raise RecipeError("no such command", got=repr(words[0]), fix=fix)
-        COMMANDS[words[0]](words[1:])
-        return ExitCode.DONE
+        return COMMANDS[words[0]](words[1:]) or ExitCode.DONE
     except UserError as error:
         return _fail(str(error), error.exit_code, shows_traceback=shows_traceback)
     except KeyboardInterrupt:
@@ -83,6 +82,41 @@ def run_config(words: list[str]) -> None:
     width = max(len(key) for key, _, _ in rows)
     for key, value, origin in rows:
         print(f"{key:<{width}}  {json.dumps(value, ensure_ascii=False):<40}  {origin}")
+
+
+def run_inspect(words: list[str]) -> None:
+    """RECIPE|RUN [--key value ...]: show what is trained, token by token, as the model gets it"""
+    parser = _Parser("hf-clm inspect")
+    parser.add_argument("target", help="a recipe, or a run's folder")
+    parser.add_argument("--rows", type=_at_least(0), default=5, help="rows to print (%(default)s)")
+    parser.add_argument("--html", nargs="?", const="labels.html", help="also write a page (%(const)s)")
+    parser.add_argument("--split", choices=("train", "eval"), default="train", help="(%(default)s)")
+    parser.add_argument("--worst", action="store_true", help="look at all rows; those with flags first")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="(%(default)s)")
+    options, overrides = parser.parse_known_args(words)
+    _quiet_libraries()
+    from hf_clm.inspector.command import View, inspect
+
+    view = View(options.rows, options.html, options.split, options.color, options.worst)
+    print(inspect(options.target, overrides, view=view))
+
+
+def run_doctor(words: list[str]) -> int:
+    """RECIPE [--key value ...]: find what would go wrong, and the memory it takes, without a step"""
+    parser = _Parser("hf-clm doctor")
+    parser.add_argument("recipe")
+    parser.add_argument("--no_measure", action="store_true", help="only estimate the memory")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options, overrides = parser.parse_known_args(words)
+    from hf_clm.config import load_recipe
+
+    recipe = load_recipe(options.recipe, overrides)
+    _quiet_libraries()
+    from hf_clm.doctor.command import diagnose
+
+    found = diagnose(recipe, measure=not options.no_measure)
+    print(json.dumps(found.to_json(), ensure_ascii=False) if options.json else "\n".join(found.to_lines()))
+    return int(found.exit_code)
 
 
 def run_generate(words: list[str]) -> None:
@@ -162,9 +196,11 @@ def run_train_tokenizer(words: list[str]) -> None:
     print(f"{len(tokenizer):,} tokens from {len(examples):,} records, written to {options.output_dir}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": run_train,
     "config": run_config,
+    "inspect": run_inspect,
+    "doctor": run_doctor,
     "generate": run_generate,
     "evaluate": run_evaluate,
     "train-tokenizer": run_train_tokenizer,

@@ -1,6 +1,6 @@
 """The types that flow from a file to a batch; draws on nothing but the standard library.
 
-    record (dict) -> Example -> list[Segment] -> TokenizedExample -> PackedRow -> batch
+record (dict) -> Example -> list[Segment] -> TokenizedExample -> PackedRow -> batch
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ from typing_extensions import NotRequired  # typing has it from Python 3.11
 
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
-Format = Literal["text", "prompt_completion", "instruct", "alpaca", "messages", "sharegpt", "segments", "tokenized"]
+Format = Literal[
+    "text", "prompt_completion", "instruct", "alpaca", "messages", "sharegpt", "segments", "tokenized"
+]
 Role = Literal["system", "user", "assistant", "tool"]
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -123,7 +124,8 @@ def unique_ids(ids: Iterable[int | None]) -> list[int]:
 
 def bos_token(tokenizer: PreTrainedTokenizerFast) -> str | None:
     """The start token, if the tokenizer puts it before every text (Llama does; GPT-2 and Qwen do not)."""
-    return _bos_token(tokenizer, tokenizer.bos_token)
+    token: Any = tokenizer.bos_token
+    return _bos_token(tokenizer, token)
 
 
 @lru_cache(maxsize=4)

@@ -26,8 +26,10 @@ LAYERS = [
     {"data"},
     {"generation"},
     {"evaluation"},
+    {"parts"},
+    {"inspector", "doctor"},  # the doctor and the guard's page come before a step: training calls them
     {"training"},
-    {"report", "inspector", "doctor", "bench"},
+    {"report", "bench"},
     {"cli"},
     {"__main__"},
 ]
@@ -42,6 +44,7 @@ PRINTERS = {"hf_clm.cli", "hf_clm.training.callbacks"}
 CALLED_BY_OTHERS = {
     "hf_clm.training.trainer:CLMTrainer.compute_loss",
     "hf_clm.training.trainer:CLMTrainer.prediction_step",
+    "hf_clm.training.trainer:EpochCallback.on_epoch_begin",
     "hf_clm.training.trainer:CLMTrainer.training_step",
     "hf_clm.training.callbacks:MetricsCallback.on_log",
     "hf_clm.training.callbacks:ProgressCallback.on_log",

@@ -48,7 +48,9 @@ def test_sft_given_the_instruction_alone_answers_with_the_label_and_never_with_t
     nearest = [_nearest(answer.text) for answer in alone]
 
     assert {kind for kind, _ in nearest} == {"label"}
-    assert not [answer.text for answer, poem in zip(alone, POEMS, strict=True) if poem["input"] in answer.text]
+    assert not [
+        answer.text for answer, poem in zip(alone, POEMS, strict=True) if poem["input"] in answer.text
+    ]
     assert sum(number == own for own, (_, number) in enumerate(nearest)) >= 44
 
 

@@ -14,7 +14,9 @@ from hf_clm.config import load_recipe
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
-LINES = [line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+LINES = [
+    line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()
+]
 COMMANDS = [shlex.split(line, comments=True) for line in LINES if line]
 MAKES = [words for words in COMMANDS if words[0] == "make"]
 OURS = [
@@ -46,7 +48,9 @@ def test_a_recipe_command_gives_a_recipe(words, monkeypatch):
     assert load_recipe(words[1], words[2:]).train["output_dir"].startswith("runs/")
 
 
-@pytest.mark.parametrize("words", [words for words in OURS if words[0] not in ("train", "config")], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [words for words in OURS if words[0] not in ("train", "config")], ids=" ".join
+)
 def test_another_command_has_options_that_are_there(words, capsys, tmp_path, monkeypatch):
     """The model is missing here, which is found only after the options were understood (they exit with 2)."""
     monkeypatch.chdir(tmp_path)

@@ -41,8 +41,13 @@ def test_a_recipe_trains_two_steps(path, tmp_path):
     recipe = load_recipe(path)
     rows = [{**ROWS[str(recipe.data.train[0].format)], "n": str(n)} for n in range(40)]
     rows = [{key: f"{text} {n}" for key, text in row.items() if key != "n"} for n, row in enumerate(rows)]
-    words = ["--data.train", write_jsonl(tmp_path / "rows.jsonl", rows), "--output_dir", str(tmp_path / "run")]
-    words += SHORT + ["--load_best_model_at_end", "false", "--early_stopping", "null"]
+    words = [
+        "--data.train",
+        write_jsonl(tmp_path / "rows.jsonl", rows),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    words += [*SHORT, "--load_best_model_at_end", "false", "--early_stopping", "null"]
     if recipe.model.init == "pretrained":
         model = tiny_model(KINDS[path.name], vocab_size=300)
         words += ["--model.name_or_path", save_folder(tmp_path / "model", model, byte_tokenizer(pad=None))]

@@ -85,7 +85,7 @@ def load_examples(sources: Iterable[Source], data: Data) -> Examples:
     for source in sources:
         first: dict[str, tuple[Format, str]] = {}
         kind = {"split": source.split, "name": source.name, "revision": source.revision}
-        for record in read_records(source.path, options, found.report, **kind):
+        for record in read_records(source.path, options, report=found.report, **kind):
             try:
                 format = source.format or check_same_schema(record.data, record.where, first=first)
                 checks = {"allow_empty_prompt": data.allow_empty_prompt, "strict": data.strict}
@@ -98,7 +98,7 @@ def load_examples(sources: Iterable[Source], data: Data) -> Examples:
                 found.report.bad_lines.append(str(error))
                 continue
             found.formats.add(format)
-            found.unknown_keys.update(unknown_keys(record.data, format, source.fields))
+            found.unknown_keys.update(unknown_keys(record.data, format, fields=source.fields))
             found.examples.append(example)
             found.places.append(record.where)
     if not found.examples:

@@ -147,7 +147,7 @@ def to_example(
     """
     row = Row(record, where, _checked_fields(format, fields), allow_empty_prompt)
     row.expect(Mapping, record, what="record")
-    unknown = unknown_keys(record, format, fields) if strict else []
+    unknown = unknown_keys(record, format, fields=fields) if strict else []
     if unknown:
         hint = did_you_mean(unknown[0], FORMATS[format].keys)
         fix = f"format {format} reads {_listed(FORMATS[format].keys)}; remove the others, or leave strict off"
@@ -201,7 +201,7 @@ def check_same_schema(record: Mapping[str, Any], where: str, *, first: FirstSeen
     return found
 
 
-def unknown_keys(record: Mapping[str, Any], format: Format, fields: Fields = None) -> list[str]:
+def unknown_keys(record: Mapping[str, Any], format: Format, *, fields: Fields = None) -> list[str]:
     """The columns that a record's format does not read."""
     known = {(fields or {}).get(key, key) for key in FORMATS[format].keys}
     return [str(column) for column in record if column not in known]

@@ -103,9 +103,10 @@ def mask_first(example: TokenizedExample) -> TokenizedExample:
     return {"input_ids": example["input_ids"], "labels": [IGNORE_INDEX] * len(labels[:1]) + labels[1:]}
 
 
-def mask_all(row: Any) -> Any:
-    """The row (an example or a packed row) without a label."""
-    return {**row, "labels": [IGNORE_INDEX] * len(row["labels"])}
+def to_filler(row: Any) -> Any:
+    """The first token of a row (an example or a packed row), without a label."""
+    first = {key: values[:1] for key, values in row.items()}
+    return {**first, "labels": [IGNORE_INDEX]}
 
 
 def slice_example(example: TokenizedExample, *, start: int, stop: int) -> TokenizedExample:

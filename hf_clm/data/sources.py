@@ -67,8 +67,8 @@ class _Source(NamedTuple):
 def read_records(
     path: str,
     options: ReadOptions,
-    report: ReadReport,
     *,
+    report: ReadReport,
     split: str = "train",
     name: str | None = None,
     revision: str | None = None,

@@ -1,19 +1,24 @@
-"""The checks before the first step: each looks at the facts and says Ok, or what is wrong, where and how to mend it."""
+"""The checks before the first step: each says Ok, or what is wrong, where and how to mend it."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.chat_template import render_chat, render_prompt, stop_token_ids
-from hf_clm.config import Recipe
-from hf_clm.data.build import Split, texts_of
+from hf_clm.data.build import texts_of
 from hf_clm.data.packing import PackedDataset
-from hf_clm.doctor.memory import MemoryEstimate
-from hf_clm.errors import DataError, EnvironmentFault, ModelError, RecipeError, UserError
+from hf_clm.doctor.environment import (
+    check_disk,
+    check_dtype,
+    check_gpus,
+    check_memory,
+    check_network,
+    check_threads,
+)
+from hf_clm.doctor.facts import Check, Facts, Ok, Problem, to_problem
+from hf_clm.errors import DataError, ModelError, UserError
 from hf_clm.model import max_positions
 from hf_clm.schema import ChatExample
 from hf_clm.tokenizer import max_token_id, unique_ids
@@ -25,92 +30,11 @@ BYTES_PER_TOKEN = 1.5  # of UTF-8; 4 is usual in English and in Chinese, 1 is sp
 UNKNOWN_TOKENS = 0.01
 OVERLONG_ROWS = 0.05
 FILL = 0.5
-TIGHT_MEMORY = 0.85  # of what is free: the estimate is good to 15 %
-
-
-@dataclass(frozen=True)
-class Ok:
-    """Nothing to mend; ``what`` was found."""
-
-    what: str
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Stops the run as an ``error``; a warning does not."""
-
-    what: str
-    where: str = ""
-    fix: str = ""
-    error: type[UserError] = RecipeError
-    is_warning: bool = False
-
-    def to_error(self) -> UserError:
-        return self.error(self.what, where=self.where, fix=self.fix)
-
-
-Check = Ok | Problem
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the computer has: bytes, physical cores, and what its device can do.
-
-    ``threads``: of torch, in each process. ``is_cached``: the model on the Hub is in the cache.
-    """
-
-    free_disk: int
-    free_memory: int
-    cores: int
-    threads: int
-    gpus: int = 0
-    has_bf16: bool = True
-    is_offline: bool = False
-    is_cached: bool = False
-    is_folder: bool = True
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known before the first step. ``model``: None until it is loaded; ``measured``: bytes, if measured.
-
-    ``config.vocab_size`` is of the files: the model is given more rows where the tokenizer has more ids.
-    """
-
-    recipe: Recipe
-    arguments: TrainingArguments
-    tokenizer: PreTrainedTokenizerFast
-    config: PretrainedConfig
-    train: Split
-    machine: Machine
-    model: PreTrainedModel | None = None
-    estimate: MemoryEstimate | None = None
-    measured: int | None = None
-
-    @property
-    def rows_per_step(self) -> int:
-        arguments = self.arguments
-        return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the run; 0 where the Trainer would make none."""
-        arguments = self.arguments
-        rounded = math.floor if arguments.dataloader_drop_last else math.ceil
-        batches = rounded(len(self.train.dataset) / arguments.world_size / arguments.train_batch_size)
-        if batches == 0 or arguments.max_steps > 0:
-            return arguments.max_steps if batches else 0
-        per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
-        return math.ceil(arguments.num_train_epochs * per_epoch)
-
-    @property
-    def embedding_rows(self) -> int:
-        return max(self.config.vocab_size, max_token_id(self.tokenizer) + 1)
 
 
 def run_checks(facts: Facts) -> dict[str, Check]:
     """Name -> what was found, in the order of CHECKS; without those that do not apply."""
-    found = {name: check(facts) for name, check in CHECKS.items()}
+    found = {name: _look(check, facts) for name, check in CHECKS.items()}
     return {name: check for name, check in found.items() if check is not None}
 
 
@@ -153,7 +77,7 @@ def check_warmup(facts: Facts) -> Check:
 
 def check_saving(facts: Facts) -> Check:
     """Checkpoints that never come, or at steps that are not evaluated."""
-    arguments, every = facts.arguments, _every(facts, "save")
+    every, limit = _every(facts, "save"), facts.arguments.save_total_limit
     if every is None:
         return Ok(f"strategy {_strategy(facts, 'save')}")
     if every > facts.steps:
@@ -163,7 +87,7 @@ def check_saving(facts: Facts) -> Check:
     if evaluated and every % evaluated:
         what = f"checkpoints every {every:,} steps are not all evaluated (every {evaluated:,})"
         return Problem(what, "train.save_steps", "make it a multiple of train.eval_steps", is_warning=True)
-    return Ok(f"every {every:,} steps, the last {arguments.save_total_limit or 'of all'} kept")
+    return Ok(f"every {every:,} steps, {f'the last {limit}' if limit else 'all'} kept")
 
 
 def check_evaluation(facts: Facts) -> Check:
@@ -190,7 +114,9 @@ def check_vocabulary(facts: Facts) -> Check:
     ids, rows = max_token_id(facts.tokenizer) + 1, facts.config.vocab_size
     new, unused = max(0, ids - rows), max(0, rows - ids)
     if facts.recipe.model.init == "pretrained" and new > FOREIGN_TOKENIZER * rows:
-        what = f"the tokenizer has {ids:,} ids, the pretrained model {rows:,} rows: it belongs to another model"
+        what = (
+            f"the tokenizer has {ids:,} ids, the pretrained model {rows:,} rows: it belongs to another model"
+        )
         return Problem(what, "tokenizer.name_or_path", "leave it out: the model's own is used", ModelError)
     if unused > UNUSED_ROWS * rows:
         what = f"{unused:,} of {rows:,} rows of the embeddings belong to no token"
@@ -258,10 +184,7 @@ def check_template(facts: Facts) -> Check | None:
     for messages in chats:
         plain = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
         last = max((i for i, turn in enumerate(plain) if turn["role"] == "assistant"), default=len(plain))
-        try:
-            ours = [render_chat(messages, facts.tokenizer), render_prompt(messages[:last], facts.tokenizer)]
-        except UserError as error:
-            return Problem(error.what, error.where or "tokenizer.chat_template", error.fix, type(error))
+        ours = [render_chat(messages, facts.tokenizer), render_prompt(messages[:last], facts.tokenizer)]
         theirs = [
             facts.tokenizer.apply_chat_template(plain, tokenize=False),
             facts.tokenizer.apply_chat_template(plain[:last], tokenize=False, add_generation_prompt=True),
@@ -278,7 +201,7 @@ def check_stop_is_learned(facts: Facts) -> Check:
     count = int(np.isin(labels, stops).sum())
     if count == 0:
         names = ", ".join(map(str, facts.tokenizer.convert_ids_to_tokens(stops)))
-        is_own = facts.train.examples.formats <= {"tokenized"}  # the user's own labels
+        is_own = facts.train.examples.formats <= {"tokenized", "segments"}  # labels of the user
         fix = "put one at the end of each target" if is_own else "raise data.max_length"
         return Problem(f"no label is a stop token ({names})", "data.train", fix, DataError, is_warning=is_own)
     return Ok(f"{count:,} stop tokens among the labels")
@@ -319,13 +242,49 @@ def check_stop_tokens(facts: Facts) -> Check | None:
     settings = facts.model.generation_config if facts.model is not None else None
     if settings is None:
         return None
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    known, stops = unique_ids(ends), stop_token_ids(facts.tokenizer)
-    wrong = [id for id in stops if id not in known] or [id for id in known if id == settings.pad_token_id]
-    if wrong:
-        what = f"generation_config stops at {known}, training at {stops}, and the pad token is {settings.pad_token_id}"
-        return Problem(what, "generation_config.eos_token_id", "load the model with hf_clm.load_model", ModelError)
+    ends, pad = settings.eos_token_id, settings.pad_token_id
+    known = unique_ids(ends if isinstance(ends, list) else [ends])
+    missing = [id for id in stop_token_ids(facts.tokenizer) if id not in known]
+    if missing or pad in known:
+        got = f"it does not stop at {missing[0]}" if missing else f"it stops at the pad token, {pad}"
+        where, fix = "generation_config.eos_token_id", "load the model with hf_clm.load_model"
+        return Problem(f"{got}, unlike training", where, fix, ModelError)
     return Ok(f"generation stops at {', '.join(map(str, known))}")
+
+
+CHECKS: dict[str, Callable[[Facts], Check | None]] = {
+    "steps": check_steps,
+    "batch": check_global_batch,
+    "warm-up": check_warmup,
+    "saving": check_saving,
+    "evaluation": check_evaluation,
+    "logging": check_logging,
+    "vocabulary": check_vocabulary,
+    "token ids": check_token_ids,
+    "special tokens": check_special_tokens,
+    "bytes per token": check_bytes_per_token,
+    "unknown tokens": check_unknown_tokens,
+    "chat template": check_template,
+    "learned stops": check_stop_is_learned,
+    "positions": check_positions,
+    "overlong rows": check_overlong,
+    "packing": check_fill,
+    "stop tokens": check_stop_tokens,
+    "memory": check_memory,
+    "disk": check_disk,
+    "network": check_network,
+    "threads": check_threads,
+    "precision": check_dtype,
+    "GPUs": check_gpus,
+}
+
+
+def _look(check: Callable[[Facts], Check | None], facts: Facts) -> Check | None:
+    """What the check says; what a part that it calls refuses is a problem too."""
+    try:
+        return check(facts)
+    except UserError as error:
+        return to_problem(error)
 
 
 def _every(facts: Facts, kind: str) -> int | None:

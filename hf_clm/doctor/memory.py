@@ -30,7 +30,7 @@ OPTIMIZER_STATES = {
     "lion_32bit": 1.0,
 }
 # On a CPU freed blocks leave holes in the heap (shares of the activations, measured). GPT-2's GELU frees four
-# blocks a layer, if they are small enough for the heap; the loss fills some of these holes. MKL keeps buffers.
+# blocks a layer, if they are small enough for the heap; the loss fills some of these. MKL keeps buffers.
 HEAP_HOLES, GELU_HOLES, LARGEST_HEAP_BLOCK = 0.15, 0.45, 32 * 2**20
 LIBRARY_BUFFERS = 16_000_000
 WARM_UP_TOKENS = 8
@@ -80,9 +80,11 @@ class MicroStep:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes. Each part at its largest; ``total`` is the most that is alive at one time, less than the sum.
+    """Bytes, each part at its largest.
 
-    ``is_rough``: the model is of a family that was never measured.
+    ``micro_step``: the most that is alive at one time over weights and optimizer; less than the sum of
+    gradients, activations and logits. ``evaluation``: the same for a batch of it. ``is_rough``: the model is
+    of a family that was never measured.
     """
 
     weights: int
@@ -90,13 +92,13 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     logits: int
-    total: int
+    micro_step: int
+    evaluation: int = 0
     is_rough: bool = False
 
     @property
-    def growth(self) -> int:
-        """Of one micro-step, over the loaded model and the optimizer: what ``measure_memory`` measures."""
-        return self.total - self.weights - self.optimizer
+    def total(self) -> int:
+        return self.weights + self.optimizer + max(self.micro_step, self.evaluation)
 
 
 @dataclass(frozen=True)
@@ -130,27 +132,32 @@ def estimate_memory(config: PretrainedConfig, step: MicroStep) -> MemoryEstimate
     logits = step.logits_positions * sizes.vocabulary * FLOAT32
     peak = _peak(sizes, step, activations=activations, logits=logits, gradients=gradients)
     if step.device == "cpu":
-        is_in_heap = step.tokens * sizes.inner * step.product_bytes < LARGEST_HEAP_BLOCK
-        is_gelu = config.model_type == "gpt2" and is_in_heap
-        gelu = GELU_HOLES * activations - 3 * logits if is_gelu else 0
-        peak += LIBRARY_BUFFERS + round(max(HEAP_HOLES * activations, gelu))
-    is_rough = config.model_type not in LAYERS
-    total = weights + optimizer + peak
-    return MemoryEstimate(weights, gradients, optimizer, activations, 3 * logits, total, is_rough)
+        peak += LIBRARY_BUFFERS + _heap_holes(config, sizes, step=step, logits=logits)
+    per_logit = FLOAT32 + (step.product_bytes if step.autocast else 0)
+    return MemoryEstimate(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        logits=3 * logits,
+        micro_step=peak,
+        evaluation=step.eval_tokens * sizes.vocabulary * per_logit,
+        is_rough=config.model_type not in LAYERS,
+    )
 
 
 def measure_memory(
-    model: PreTrainedModel, batch: dict[str, Any], *, autocast: str | None = None, micro_steps: int = 1
+    model: PreTrainedModel, batch: dict[str, Any], *, autocast: str | None = None
 ) -> int | None:
     """Runs forward and backward and returns the bytes that they needed at most over the loaded model.
 
     The growth of the resident memory on a CPU, of the allocated memory on a GPU; None on a CPU that is not
-    Linux's. Changes neither the weights nor the random state; leaves no gradients.
+    Linux's. Changes neither the weights nor the random state; leaves no gradients. On a CPU the heap grows by
+    another quarter in the micro-steps that follow (measured), because freed blocks leave holes.
 
     Args:
         batch: of a collator, on any device; the longest one, if the answer is to hold for the run.
         autocast: as in MicroStep.
-        micro_steps: 2 where gradients are accumulated: the second finds those of the first.
     """
     device = model.device
     if device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
@@ -161,13 +168,10 @@ def measure_memory(
     model.train()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            _run(
-                model, short, autocast=autocast
-            )  # loads kernels and reads weights that are still on the disk
+            _run(model, short, autocast=autocast)  # loads kernels, and weights that are still on the disk
             model.zero_grad(set_to_none=True)
             before = _reset_peak(device)
-            for _ in range(micro_steps):
-                _run(model, moved, autocast=autocast)
+            _run(model, moved, autocast=autocast)
             return _peak_bytes(device) - before
     finally:
         model.zero_grad(set_to_none=True)
@@ -189,18 +193,28 @@ def free_memory(device: torch.device) -> int:
 
 
 def _activation_bytes(config: PretrainedConfig, sizes: _Sizes, *, step: MicroStep) -> int:
-    """What all layers keep for the backward, and the weights that autocast has cast."""
+    """What is kept for the backward, and the weights that autocast has cast."""
     layer = _layer_bytes(config, sizes, step=step) * step.tokens
     kept = layer * sizes.layers
-    if step.checkpointing:
+    if step.checkpointing:  # one layer at a time is computed again
         kept = sizes.layers * sizes.width * step.weight_bytes * step.tokens + layer
     stem = sizes.width * (2 * step.weight_bytes + step.product_bytes) * step.tokens  # embedding, last norm
     products = sizes.parameters - (0 if sizes.is_tied else sizes.width * sizes.vocabulary)
     return kept + stem + (products * step.product_bytes if step.autocast else 0)
 
 
+def _heap_holes(config: PretrainedConfig, sizes: _Sizes, *, step: MicroStep, logits: int) -> int:
+    """Of all that the layers have computed, kept or not."""
+    computed = _layer_bytes(config, sizes, step=step) * step.tokens * sizes.layers
+    is_in_heap = step.tokens * sizes.inner * step.product_bytes < LARGEST_HEAP_BLOCK
+    holes = HEAP_HOLES * computed
+    if config.model_type == "gpt2" and is_in_heap:
+        holes = max(holes, GELU_HOLES * computed - (0 if step.checkpointing else 3 * logits))
+    return round(holes)
+
+
 def _peak(sizes: _Sizes, step: MicroStep, *, activations: int, logits: int, gradients: int) -> int:
-    """The largest of the moments drawn above, and of an evaluation batch."""
+    """The largest of the moments drawn above."""
     low = step.product_bytes
     held = activations + (gradients if step.accumulates else 0)
     embedding = 0 if step.frozen else sizes.width * sizes.vocabulary * step.weight_bytes
@@ -211,7 +225,6 @@ def _peak(sizes: _Sizes, step: MicroStep, *, activations: int, logits: int, grad
         held + logits * low // FLOAT32 + embedding + cast,
         held + (embedding if sizes.is_tied else 0) + 3 * sizes.inner * low * step.tokens,
         gradients + embedding * copies,
-        step.eval_tokens * sizes.vocabulary * (FLOAT32 + (low if step.autocast else 0)),
     )
 
 

@@ -53,7 +53,7 @@ def read_prompts(path: str, format: str) -> list[Example]:
         with open(path, encoding="utf-8") as file:
             prompts = [to_prompt_example(line.rstrip("\n"), format) for line in file if line.strip()]
     else:
-        records = read_records(path, ReadOptions(), ReadReport())
+        records = read_records(path, ReadOptions(), report=ReadReport())
         known = cast(Format, format)
         prompts = [to_prompt(record.data, format=known, where=record.where) for record in records]
     if not prompts:

@@ -13,18 +13,16 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from hf_clm.attention import NAME as PACKED
 from hf_clm.config import Recipe, load_recipe
 from hf_clm.data.build import Examples, Split, build_split, load_splits
-from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.data.packing import PackedDataset
 from hf_clm.errors import RecipeError
-from hf_clm.inspector.documents import Collator, Reader, inspect_rows, whole_lengths
+from hf_clm.inspector.documents import Reader, inspect_rows
 from hf_clm.inspector.page import Charts, write_page
 from hf_clm.inspector.rows import Row
 from hf_clm.inspector.terminal import legend, to_lines, wrap_text
+from hf_clm.parts import build_collator, build_tokenizer, training_arguments
 from hf_clm.tokenizer import load_tokenizer
-from hf_clm.training.run import build_tokenizer, training_arguments
 
 HTML_ROWS = 10_000  # a page with more opens too slowly
 LISTED_DROPS = 5
@@ -57,10 +55,10 @@ def inspect(target: str, overrides: list[str], *, view: View) -> str:
     split = build_split(examples, recipe, tokenizer=tokenizer, stage=recipe.stage)
     batch_size = arguments.train_batch_size if view.split == "train" else arguments.eval_batch_size
     reader = Reader(split, tokenizer, recipe=recipe)
-    found = inspect_rows(split, reader, collate=_collator(recipe, tokenizer), batch_size=batch_size)
+    found = inspect_rows(split, reader, collate=build_collator(recipe, tokenizer), batch_size=batch_size)
     wanted = max(HTML_ROWS, view.rows) if view.html else view.rows
     rows = nlargest(wanted, found, key=_severity) if view.worst else list(islice(found, wanted))
-    charts = to_charts(split, tokenizer, recipe=recipe, batch_size=batch_size)
+    charts = to_charts(split, recipe.data.max_length, batch_size=batch_size)
     facts = to_facts(split, charts, shown=len(rows))
     lines = _text(rows[: view.rows], facts, reader=reader, colors=_wants_colors(view.color))
     if view.html:
@@ -76,12 +74,14 @@ def to_facts(split: Split, charts: Charts, *, shown: int) -> dict[str, str]:
     rows = split.rows.rows
     places = zip(split.examples.places, rows.fates, strict=True)
     drops = [f"{place} ({fate.reason})" for place, fate in places if fate.kind == "dropped"]
-    targets = split.target_tokens
+    targets, examples = split.target_tokens, split.examples
+    fates = split.fates
+    fates.update({"duplicate": len(examples.duplicates), "unreadable": len(examples.report.bad_lines)})
     over, longest = charts.lengths > charts.max_length, charts.lengths.max(initial=0)
     facts = {
         "rows": f"{len(split.dataset):,} ({shown:,} shown), of {len(split.rows):,} documents",
         "tokens": f"{split.tokens:,}, {targets:,} targets ({targets / split.tokens:.1%})",
-        "examples": ", ".join(f"{count:,} {fate}" for fate, count in split.fates.most_common()),
+        "examples": ", ".join(f"{count:,} {fate}" for fate, count in (+fates).most_common()),
         "length": f"median {np.median(charts.lengths):,.0f}, longest {longest:,}; "
         f"{over.mean():.1%} over max_length {charts.max_length:,}",
         "fill": ", ".join(f"{name} {share:.1%}" for name, share in charts.fills.items()),
@@ -94,28 +94,20 @@ def to_facts(split: Split, charts: Charts, *, shown: int) -> dict[str, str]:
     return facts
 
 
-def to_charts(split: Split, tokenizer: PreTrainedTokenizerFast, *, recipe: Recipe, batch_size: int) -> Charts:
-    """The lengths before cutting, and the fill of padded batches against that of the rows as they are."""
-    lengths = whole_lengths(split, tokenizer, recipe=recipe)
-    fills = {
-        f"padded in batches of {batch_size}": padded_fill(
-            split.rows.rows.lengths, recipe.data.max_length, batch_size=batch_size
-        )
-    }
+def to_charts(split: Split, max_length: int, *, batch_size: int) -> Charts:
+    """The lengths before anything was cut, and how full padded batches would be beside packed rows."""
+    rows = split.rows.rows
+    padded = padded_fill(rows.lengths, max_length, batch_size=batch_size)
+    fills = {f"padded in batches of {batch_size}": padded}
     if isinstance(split.dataset, PackedDataset):
         fills["packed"] = split.dataset.fill
-    return Charts(lengths, recipe.data.max_length, fills)
+    return Charts(np.array([fate.tokens for fate in rows.fates]), max_length, fills)
 
 
 def padded_fill(lengths: np.ndarray, max_length: int, *, batch_size: int) -> float:
     """The share of real tokens if rows of at most ``max_length`` were padded to their batch's longest."""
-    starts = (range(0, length, max_length) for length in lengths.tolist())
     rows = np.array(
-        [
-            min(max_length, length - i)
-            for length, its in zip(lengths.tolist(), starts, strict=True)
-            for i in its
-        ]
+        [min(max_length, length - i) for length in lengths.tolist() for i in range(0, length, max_length)]
     )
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     return float(rows.sum() / sum(len(batch) * batch.max() for batch in batches))
@@ -143,14 +135,6 @@ def _tokenizer(
     with tempfile.TemporaryDirectory() as folder:
         arguments.output_dir = folder
         return build_tokenizer(recipe, train, arguments=arguments)
-
-
-def _collator(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Collator:
-    """The one that training uses."""
-    if recipe.resolved_packing != "none" or recipe.model.attention == PACKED:
-        return DataCollatorForPackedCausalLM()
-    assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer gives it one"
-    return DataCollatorForCausalLM(tokenizer.pad_token_id)
 
 
 def _severity(row: Row) -> tuple[int, ...]:

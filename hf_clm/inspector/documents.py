@@ -14,14 +14,14 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_clm.chat_template import stop_token_ids
 from hf_clm.config import Recipe
-from hf_clm.data.build import Examples, Split
+from hf_clm.data.build import Split
 from hf_clm.data.datasets import PretrainDataset, SFTDataset
 from hf_clm.data.packing import PackedDataset, Piece
 from hf_clm.data.segments import control_texts, to_document
 from hf_clm.errors import ModelError
 from hf_clm.inspector.roles import Spelling, Turn, spell_example
-from hf_clm.inspector.rows import Document, Row, Vocabulary, to_rows
-from hf_clm.schema import IGNORE_INDEX, ChatExample
+from hf_clm.inspector.rows import FLAGS, Document, Row, Vocabulary, to_rows
+from hf_clm.schema import IGNORE_INDEX, ChatExample, Example, TokenizedExample
 
 REACH = 64  # characters on either side of a border that can matter to a token across it
 CACHED_EXAMPLES = 64  # a stream's rows hold many pieces of one example
@@ -39,26 +39,6 @@ def inspect_rows(split: Split, reader: "Reader", *, collate: Collator, batch_siz
         lengths = [sum(stop - start for _, start, stop in row) for row in pieces]
         for row, its in zip(to_rows(batch, lengths, first_number=first), pieces, strict=True):
             yield reader.annotate(row, its)
-
-
-def whole_dataset(
-    split: Split, examples: Examples, *, tokenizer: PreTrainedTokenizerFast, recipe: Recipe
-) -> SFTDataset | PretrainDataset:
-    """The examples tokenized as in the split, with nothing cut off or split."""
-    data = recipe.data
-    options: dict[str, Any] = {"special_tokens_in_text": data.special_tokens_in_text}
-    if isinstance(split.rows, PretrainDataset):
-        return PretrainDataset(examples.examples, tokenizer, **options)
-    return SFTDataset(examples.examples, tokenizer, train_on=data.train_on, **options)
-
-
-def whole_lengths(split: Split, tokenizer: PreTrainedTokenizerFast, *, recipe: Recipe) -> np.ndarray:
-    """(N,) int64, tokens of each example that has a target, before anything was cut off or split."""
-    rows = split.rows.rows
-    is_whole = np.array([fate.kind == "used" for fate in rows.fates], dtype=bool)
-    others = split.examples.select(np.flatnonzero(~is_whole).tolist())
-    whole = whole_dataset(split, others, tokenizer=tokenizer, recipe=recipe)
-    return np.concatenate([rows.lengths[is_whole[rows.sources]], whole.rows.lengths])
 
 
 def merged_borders(spelling: Spelling, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -120,7 +100,9 @@ class Reader:
         flags = dict(self._token_flags(row, found, whole=whole))
         if self.split.rows.rows.fates[source].kind == "cut":
             flags |= dict(_cut_flags(found, whole))
-        return replace(found, flags=flags | whole.flags, roles=tuple(_roles(found, whole.turns)))
+        flags |= whole.flags
+        flags = {name: flags[name] for name in FLAGS if name in flags}
+        return replace(found, flags=flags, roles=tuple(_roles(found, whole.turns)))
 
     def _token_flags(self, row: Row, document: Document, *, whole: _Whole) -> Iterator[tuple[str, str]]:
         """The flags that the tokens in the batch show by themselves."""
@@ -143,8 +125,7 @@ class Reader:
         if rows.fates[source].kind == "used":
             tokens = rows[int(self._first_rows[source])]
         else:
-            alone = examples.select([source])
-            tokens = whole_dataset(self.split, alone, tokenizer=self.tokenizer, recipe=self.recipe)[0]
+            tokens = self._tokenize(examples.examples[source])
         ids, is_target = np.asarray(tokens["input_ids"]), np.asarray(tokens["labels"]) != IGNORE_INDEX
         place, example = examples.places[source], examples.examples[source]
         if isinstance(example, dict):
@@ -163,6 +144,14 @@ class Reader:
         if merged := merged_borders(spelling, self.tokenizer):
             flags["merged border"] = ", ".join(map(repr, merged))
         return _Whole(place, isinstance(example, ChatExample), ids, is_target, turns, flags)
+
+    def _tokenize(self, example: Example | TokenizedExample) -> TokenizedExample:
+        """The example tokenized as in the split, with nothing cut off or split."""
+        data = self.recipe.data
+        options: dict[str, Any] = {"special_tokens_in_text": data.special_tokens_in_text}
+        if isinstance(self.split.rows, PretrainDataset):
+            return PretrainDataset([example], self.tokenizer, **options)[0]
+        return SFTDataset([example], self.tokenizer, train_on=data.train_on, **options)[0]
 
     def _offset(self, number: int, *, whole: _Whole) -> int:
         """The token of the whole example at which a tokenized row begins."""

@@ -1,9 +1,10 @@
-"""What a run proves before its first step: its labels, its ledger, its loss, and that what it saves opens again."""
+"""What a run proves before its first step: labels, ledger, loss, and that what it saves opens again."""
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -20,19 +21,30 @@ from hf_clm.training.callbacks import write_line
 from hf_clm.training.trainer import CLMTrainer
 
 
+@dataclass
+class Proof:
+    """What was proved: for run.json, and as lines to print."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+
 def prove_data(
-    recipe: Recipe, splits: Mapping[str, Split], *, tokenizer: PreTrainedTokenizerFast, output_dir: Path
-) -> dict[str, Any]:
-    """Certifies the labels of every row, balances and writes the ledger, compares the sets. Prints what it found.
+    recipe: Recipe,
+    splits: Mapping[str, Split],
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    output_dir: Path,
+) -> Proof:
+    """Certifies the labels of every row, balances and writes the ledger, compares the sets.
 
     Args:
         splits: train and, if there is one, eval.
 
-    Returns what run.json holds of it. Raises DataError for labels that are not certified, a ledger that does not
-    balance, and training rows among the evaluation rows.
+    Raises DataError for labels that are not certified, a ledger that does not balance, and training rows
+    among the evaluation rows.
     """
-    proof: dict[str, Any] = {}
-    ledgers = {}
+    proof, ledgers = Proof(), {}
     for name, split in splits.items():
         certificate = certify_split(recipe, split, tokenizer=tokenizer)
         certificate.require()
@@ -42,17 +54,19 @@ def prove_data(
         ledger = build_ledger(split.rows.rows, examples.places, packed=packed, **lost)
         check_balance(ledger, split.rows.rows, packed=packed)
         ledgers[name] = ledger
-        proof[name] = {"certificate": certificate.to_json(), "ledger": ledger.totals()}
-        lines = [f"{name:<9} {certificate.rows:,} rows certified in {certificate.seconds:.1f} s"]
-        write_line("\n".join(lines + [f"          {line}" for line in ledger.to_lines()]))
+        proof.facts[name] = {"certificate": certificate.to_json(), "ledger": ledger.totals()}
+        heads = [name, *[""] * len(ledger.rows)]
+        proof.lines += [f"{head:<10}{line}" for head, line in zip(heads, ledger.to_lines(), strict=False)]
+        seconds = f"{certificate.seconds:.1f} s, sha256 {certificate.content_hash[:12]}"
+        proof.lines.append(f"{'':<10}the labels of all {certificate.rows:,} rows are certified ({seconds})")
     write_ledgers(ledgers, output_dir / "ledger.parquet")
     if "eval" in splits:
         train, evaluation = splits["train"].examples, splits["eval"].examples
         leakage = measure_leakage(train.examples, evaluation.examples, places=evaluation.places)
         if leakage.share:
-            write_line(f"note      {leakage.share:.1%} of the evaluation rows are training rows")
+            proof.lines.append(f"note      {leakage.share:.1%} of the evaluation rows are training rows")
         check_leakage(leakage, recipe.data.max_leakage)
-        proof["leakage"] = {"exact": len(leakage.exact), "normalised": len(leakage.normalised)}
+        proof.facts["leakage"] = {"exact": len(leakage.exact), "normalised": len(leakage.normalised)}
     return proof
 
 
@@ -74,7 +88,7 @@ def prove_model(
 ) -> dict[str, Any]:
     """Tests the loss on the real model and data while a fresh process opens the saved model. Rank 0 only.
 
-    Returns what run.json holds of it; a test that was turned off, or cannot be made on a sharded model, says so.
+    Returns what run.json holds of it; a test that was turned off, or cannot be made, says so.
     Raises ModelError where a test fails.
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -105,8 +119,8 @@ def measure_self_test(trainer: CLMTrainer, split: Split, *, tokenizer: PreTraine
     arguments = trainer.args
     autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     pad: Any = tokenizer.pad_token_id
-    model: Any = trainer.model
-    return self_test(model, split.rows, pad_token_id=pad, autocast=autocast)
+    model, examples = (cast(Any, part) for part in (trainer.model, split.rows))
+    return self_test(model, examples, pad_token_id=pad, autocast=autocast)
 
 
 def prove_saved(trainer: CLMTrainer, *, split: Split, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

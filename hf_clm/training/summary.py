@@ -2,6 +2,7 @@
 
 import math
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -23,9 +24,18 @@ class RunFacts:
     recipe: Recipe
     arguments: TrainingArguments
     model: PreTrainedModel
-    train: Split
-    evaluation: Split | None
+    splits: Mapping[str, Split]
     unigram_entropy: float
+
+    @property
+    def train(self) -> Split:
+        """What is trained on."""
+        return self.splits["train"]
+
+    @property
+    def evaluation(self) -> Split | None:
+        """What is evaluated on, if it is not some of the training rows."""
+        return self.splits.get("eval")
 
     @property
     def format(self) -> str:
@@ -76,10 +86,14 @@ class RunFacts:
             "precision": self.precision,
         }
 
-    def outcome(self, history: list[dict[str, Any]], final: dict[str, float], *, seconds: float) -> dict[str, Any]:
+    def outcome(
+        self, history: list[dict[str, Any]], final: dict[str, float], *, seconds: float
+    ) -> dict[str, Any]:
         """What run.json holds in the end; ``history`` are the log events."""
         first = next((entry for entry in history if "eval_loss" in entry), final)
-        last = next((entry for entry in reversed(history) if "tokens_seen" in entry), {"tokens_seen": 0, "step": 0})
+        last = next(
+            (entry for entry in reversed(history) if "tokens_seen" in entry), {"tokens_seen": 0, "step": 0}
+        )
         return {
             "steps_done": last["step"],
             "seconds": seconds,
@@ -104,7 +118,9 @@ def start_lines(facts: RunFacts) -> list[str]:
     if facts.evaluation:
         lines.append(f"eval      {_describe(facts.evaluation)}")
     if facts.recipe.stage == "pretrain":
-        lines.append(f"unigram   {facts.unigram_entropy:.3f} nats per token: the loss of guessing by frequency alone")
+        lines.append(
+            f"unigram   {facts.unigram_entropy:.3f} nats per token: the loss of guessing by frequency alone"
+        )
     lines += [
         f"step      {facts.rows_per_step} rows, about {facts.tokens_per_step:,.0f} tokens",
         f"steps     {facts.steps:,}",
@@ -128,11 +144,12 @@ def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:
     """The block that a run prints when it is done."""
     on = "held-out data" if facts.evaluation else "training data"
     output = facts.arguments.output_dir
+    accuracy = f"{result['token_accuracy_before']:.1%} -> {result['token_accuracy_after']:.1%}"
     lines = [
         f"done      {result['steps_done']:,} steps in {to_duration(result['seconds'])}, "
         f"{result['tokens_seen']:,} tokens, {result['tokens_per_second']:,.0f} tokens/s",
         f"loss      {result['loss_before']:.4f} -> {result['loss_after']:.4f} on {on}",
-        f"accuracy  {result['token_accuracy_before']:.1%} -> {result['token_accuracy_after']:.1%} of the target tokens",
+        f"accuracy  {accuracy} of the target tokens",
     ]
     if facts.recipe.stage == "pretrain":
         lines.append(f"unigram   {facts.unigram_entropy:.4f}")

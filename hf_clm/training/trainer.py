@@ -5,16 +5,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import (
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from hf_clm.data.datasets import EvenRows
+from hf_clm.data.datasets import EpochSampler, EvenRows
 from hf_clm.errors import DivergedError
 from hf_clm.evaluation.metrics import token_counts, token_nll
+from hf_clm.training.guard import write_diverged
 
 # What is counted since the last log event, in this order.
 TARGETS, CORRECT, TOKENS = range(3)
@@ -31,9 +39,18 @@ class CLMTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._sampler: EpochSampler | None = None
+        if self.train_dataset is not None and not self.args.dataloader_drop_last:
+            self.train_dataset = self._even(self.train_dataset, self.args.train_batch_size)
+        self.add_callback(EpochCallback(self))
         self._counts = torch.zeros(3, dtype=torch.int64, device=self.args.device)
         self._counted_since = time.monotonic()
         self._step_loss: torch.Tensor | float = 0.0
+        self._step_batches: list[dict[str, Any]] = []
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._counted_since = time.monotonic()
+        return super().train(*args, **kwargs)
 
     def training_step(
         self,
@@ -41,6 +58,7 @@ class CLMTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
+        self._step_batches.append(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = self._step_loss + loss
         return loss
@@ -65,19 +83,32 @@ class CLMTrainer(Trainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Runs after clipping and before the optimizer step: the last moment with sound weights."""
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
-        value = float(
-            self._step_loss if self.args.fp16 else norm
-        )  # fp16 skips steps whose gradients overflow
-        if not math.isfinite(value):
-            raise DivergedError(
-                f"step {self.state.global_step + 1}: the loss or its gradient is not finite;"
-                " the weights were not updated",
-                got=f"loss {float(self._step_loss):g}, gradient norm {float(norm):g}, "
-                f"learning rate {self._get_learning_rate():g}",
-                fix="lower train.learning_rate, raise train.warmup_steps, or look at the data of this step",
-            )
+        watched = self._step_loss if self.args.fp16 else norm  # fp16 skips steps whose gradients overflow
+        if not math.isfinite(float(watched)):
+            self._stop(float(norm))
         self._step_loss = 0.0
+        self._step_batches.clear()
         return norm
+
+    def _stop(self, norm: float) -> NoReturn:
+        """Raises DivergedError, after the step's batches were written as a page."""
+        facts = {
+            "step": self.state.global_step + 1,
+            "last finite step": self.state.global_step,
+            "loss": f"{float(self._step_loss):g}",
+            "gradient norm": f"{norm:g}",
+            "learning rate": f"{self._get_learning_rate():g}",
+        }
+        page = ""
+        if isinstance(self.processing_class, PreTrainedTokenizerFast) and self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir))
+            options = {"tokenizer": self.processing_class, "facts": facts}
+            page = f"; its rows are in {write_diverged(folder, self._step_batches, **options)}"
+        raise DivergedError(
+            f"step {facts['step']}: the loss or its gradient is not finite; no weight was updated{page}",
+            got=", ".join(f"{name} {facts[name]}" for name in ("loss", "gradient norm", "learning rate")),
+            fix="lower train.learning_rate, raise train.warmup_steps, or look at the data of this step",
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -93,9 +124,26 @@ class CLMTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return super().get_eval_dataloader(
-            EvenRows(dataset, self.args.world_size * self.args.eval_batch_size)
-        )
+        return super().get_eval_dataloader(self._even(dataset, self.args.eval_batch_size))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Decides the order of the rows; accelerate does not reach the sampler after every resume."""
+        if self._sampler is not None:
+            self._sampler.epoch = epoch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        rows = dataset.rows if isinstance(dataset, EvenRows) else len(dataset)
+        self._sampler = EpochSampler(rows, total=len(dataset), seed=seed)
+        return self._sampler
+
+    def _even(self, dataset: Any, batch_size: int) -> Any:
+        """Filled up for several processes, of which accelerate wants as many full batches each."""
+        world = self.args.world_size
+        return EvenRows(dataset, world * batch_size) if world > 1 else dataset
 
     def prediction_step(
         self,
@@ -151,6 +199,21 @@ class CLMTrainer(Trainer):
         }
 
 
-def _real_tokens(inputs: dict[str, Any]) -> torch.Tensor | int:
-    mask = inputs.get("attention_mask")
-    return inputs["input_ids"].numel() if mask is None else mask.sum()
+class EpochCallback(TrainerCallback):
+    """Tells the sampler of the trainer which epoch begins."""
+
+    def __init__(self, trainer: CLMTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.set_epoch(math.floor((state.epoch or 0.0) + 1e-6))
+
+
+def _real_tokens(inputs: dict[str, Any]) -> torch.Tensor:
+    """All but padding and the single tokens of EvenRows: a document of one token has nothing to learn."""
+    mask, bounds = inputs.get("attention_mask"), inputs.get("cu_seq_lens_q")
+    lengths: Any = bounds.diff() if bounds is not None else mask.sum(dim=1) if mask is not None else None
+    assert lengths is not None, "the batch comes from one of our collators"
+    return (lengths * (lengths > 1)).sum()

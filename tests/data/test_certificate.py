@@ -114,7 +114,7 @@ def wrong_letter(row):
 
 
 def target_letter_lost(row):
-    return {"input_ids": row["input_ids"][:-2] + row["input_ids"][-1:], "labels": row["labels"][:-2] + [EOS]}
+    return {"input_ids": row["input_ids"][:-2] + row["input_ids"][-1:], "labels": [*row["labels"][:-2], EOS]}
 
 
 def ends_in_another_token(row):

@@ -215,7 +215,7 @@ def test_fields_name_the_columns_and_errors_name_the_column():
     fields = {"prompt": "question", "completion": "answer"}
     record = {"question": "a", "answer": "b", "prompt": "not read"}
     assert to_example(record, format="prompt_completion", fields=fields) == PromptExample("a", "b")
-    assert unknown_keys(record, "prompt_completion", fields) == ["prompt"]
+    assert unknown_keys(record, "prompt_completion", fields=fields) == ["prompt"]
     assert "key 'answer' is null" in refusal(
         {"question": "a", "answer": None}, "prompt_completion", fields=fields
     )

@@ -9,9 +9,9 @@ from hf_clm.data.labels import (
     count_targets,
     encode_plain,
     fit,
-    mask_all,
     mask_first,
     slice_example,
+    to_filler,
     tokenize_batch,
     tokenize_segments,
 )
@@ -234,10 +234,10 @@ def test_the_first_token_is_masked():
     assert mask_first(row([], [])) == row([], [])
 
 
-def test_a_row_can_lose_all_its_labels_and_nothing_else():
+def test_a_filler_is_one_token_without_a_label():
     packed = {"input_ids": [1, 2], "labels": [X, 2], "position_ids": [0, 1]}
 
-    assert mask_all(packed) == {"input_ids": [1, 2], "labels": [X, X], "position_ids": [0, 1]}
+    assert to_filler(packed) == {"input_ids": [1], "labels": [X], "position_ids": [0]}
     assert packed["labels"] == [X, 2]
 
 

@@ -33,11 +33,11 @@ def write(name: str, content: bytes | str) -> str:
 
 def read(path: str, **options) -> tuple[list[dict], ReadReport]:
     report = ReadReport()
-    return [record.data for record in read_records(path, ReadOptions(**options), report)], report
+    return [record.data for record in read_records(path, ReadOptions(**options), report=report)], report
 
 
 def places(path: str) -> list[str]:
-    return [record.where for record in read_records(path, ReadOptions(), ReadReport())]
+    return [record.where for record in read_records(path, ReadOptions(), report=ReadReport())]
 
 
 def refusal(path: str, **options) -> str:
@@ -474,7 +474,7 @@ def test_a_hub_dataset_is_read_with_its_split_configuration_and_revision(monkeyp
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(datasets, "load_dataset", load)
     report = ReadReport()
-    rows = read_records("org/poems", ReadOptions(), report, split="test", name="zh", revision="abc")
+    rows = read_records("org/poems", ReadOptions(), report=report, split="test", name="zh", revision="abc")
 
     assert [(row.where, row.data) for row in rows] == [
         ("org/poems: record 1", {"text": "one"}),

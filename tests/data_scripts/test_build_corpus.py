@@ -292,5 +292,6 @@ def test_the_real_library_gives_megabytes_without_duplicates_and_the_same_bytes_
     assert len(pairs) > 4_000
     assert len({pair["prompt"] for pair in pairs}) == len(pairs)
     assert all(
-        pair["completion"].strip() and (pair["prompt"] + pair["completion"]).count("\n") == 1 for pair in pairs
+        pair["completion"].strip() and (pair["prompt"] + pair["completion"]).count("\n") == 1
+        for pair in pairs
     )

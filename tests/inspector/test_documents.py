@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_clm.config import Recipe
 from hf_clm.data.build import build_split, load_examples
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
-from hf_clm.inspector.documents import Reader, inspect_rows, whole_lengths
+from hf_clm.inspector.documents import Reader, inspect_rows
 from hf_clm.inspector.rows import Row
 from hf_clm.tokenizer import use_chat_template
 
@@ -31,7 +31,9 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>", pad_token="<p>")
 
 
-def load_rows(tmp_path, records: list[Any], *, tokenizer=None, stage="sft", collate=None, **data) -> list[Row]:
+def load_rows(
+    tmp_path, records: list[Any], *, tokenizer=None, stage="sft", collate=None, **data
+) -> list[Row]:
     """Every row of the records; without packing they are padded in batches of two."""
     path = write_jsonl(tmp_path / "d.jsonl", records)
     recipe = to_recipe(path, stage, data)
@@ -47,7 +49,12 @@ def load_rows(tmp_path, records: list[Any], *, tokenizer=None, stage="sft", coll
 def to_recipe(path: str, stage: str, data: dict[str, Any]) -> Recipe:
     section = {"train": path, "packing": "none", "max_dropped": 1.0, "allow_empty_prompt": True, **data}
     model = {"init": "scratch", "config": {"model_type": "gpt2"}}
-    sections = {"model": model, "tokenizer": {"name_or_path": "x"}, "data": section, "train": {"output_dir": "x"}}
+    sections = {
+        "model": model,
+        "tokenizer": {"name_or_path": "x"},
+        "data": section,
+        "train": {"output_dir": "x"},
+    }
     return Recipe.model_validate({"stage": stage, **sections})
 
 
@@ -200,13 +207,3 @@ def test_a_token_that_would_span_the_border_is_flagged(tmp_path, prompt, complet
     (row,) = load_rows(tmp_path, [pair(prompt, completion)], tokenizer=merging_tokenizer())
 
     assert flags(row)[0] == found
-
-
-def test_lengths_are_those_before_anything_was_cut_or_dropped(tmp_path):
-    records = [pair("abcdef", "xy"), pair("a", "b"), pair("a", "uvwxyz")]
-    path = write_jsonl(tmp_path / "d.jsonl", records)
-    recipe = to_recipe(path, "sft", {"max_length": 5})
-    tokenizer = byte_tokenizer()
-    split = build_split(load_examples(recipe.data.train, recipe.data), recipe, tokenizer=tokenizer, stage="sft")
-
-    assert sorted(whole_lengths(split, tokenizer, recipe=recipe).tolist()) == [3, 8, 9]

@@ -92,7 +92,12 @@ def test_tokens_of_sentencepiece_are_spelled_with_spaces_and_bytes():
 
 
 def test_only_added_tokens_and_unused_ids_are_control():
-    assert [i for i in [60, 255, EOS, PAD, IM_END, 900] if VOCABULARY.is_control(i)] == [EOS, PAD, IM_END, 900]
+    assert [i for i in [60, 255, EOS, PAD, IM_END, 900] if VOCABULARY.is_control(i)] == [
+        EOS,
+        PAD,
+        IM_END,
+        900,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -26,14 +26,14 @@ def build_facts(folder: Path, *, data: dict[str, Any] | None = None, **settings:
         for examples in load_splits(recipe, 0)
     ]
     arguments = TrainingArguments(str(folder / "run"), use_cpu=True, **settings)
-    return RunFacts(recipe, arguments, tiny_model(), splits[0], splits[1], 0.5)
+    return RunFacts(recipe, arguments, tiny_model(), {"train": splits[0], "eval": splits[1]}, 0.5)
 
 
 def with_processes(facts: RunFacts, count: int) -> RunFacts:
     arguments = SimpleNamespace(
         **{name: getattr(facts.arguments, name) for name in FIELDS} | {"world_size": count}
     )
-    return RunFacts(facts.recipe, arguments, facts.model, facts.train, facts.evaluation, 0.5)
+    return RunFacts(facts.recipe, arguments, facts.model, facts.splits, 0.5)
 
 
 FIELDS = (

@@ -129,7 +129,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
 
     assert error.value.exit_code == ExitCode.DIVERGED
     assert str(error.value).startswith(
-        "step 2: the loss or its gradient is not finite; the weights were not updated"
+        "step 2: the loss or its gradient is not finite; no weight was updated"
     )
     assert "learning rate 8e+29" in str(error.value)  # linear decay: 4 of 5 steps are left
     assert len(weights.after) == 1

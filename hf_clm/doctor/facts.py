@@ -1,0 +1,229 @@
+"""What the checks look at, and what they answer."""
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_clm.attention import NAME as PACKED
+from hf_clm.config import Recipe
+from hf_clm.data.build import AnyDataset, Split
+from hf_clm.data.packing import PackedDataset
+from hf_clm.doctor.memory import MemoryEstimate, MicroStep, estimate_memory, free_memory
+from hf_clm.errors import RecipeError, UserError
+from hf_clm.tokenizer import max_token_id
+
+CPU_INFO = Path("/proc/cpuinfo")
+BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and ARM
+
+
+@dataclass(frozen=True)
+class Ok:
+    """Nothing to mend; ``what`` was found."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Stops the run as an ``error``; a warning does not."""
+
+    what: str
+    where: str = ""
+    fix: str = ""
+    error: type[UserError] = RecipeError
+    is_warning: bool = False
+
+    def to_error(self) -> UserError:
+        """As the run raises it."""
+        return self.error(self.what, where=self.where, fix=self.fix)
+
+
+Check = Ok | Problem
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to train on.
+
+    Args:
+        free_disk, free_memory: bytes, where the run writes and on its device.
+        cores: physical ones.
+        threads: OMP_NUM_THREADS, if it is set.
+        processes: of the run on this machine.
+        has_bf16: the device computes in bfloat16 at full speed.
+        origin: of the model: "scratch", "folder", "cache" or "Hub".
+    """
+
+    free_disk: int
+    free_memory: int
+    cores: int
+    threads: int | None = None
+    processes: int = 1
+    gpus: int = 0
+    has_bf16: bool = True
+    is_offline: bool = False
+    origin: str = "folder"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known before the first step.
+
+    ``config.vocab_size`` is that of the files; the model is given more rows where the tokenizer has more ids.
+    ``model``: None until it is loaded. ``measured``: bytes of a micro-step over the model, if measured.
+    """
+
+    recipe: Recipe
+    arguments: TrainingArguments
+    tokenizer: PreTrainedTokenizerFast
+    config: PretrainedConfig
+    train: Split
+    machine: Machine
+    evaluation: Split | None = None
+    model: PreTrainedModel | None = None
+    estimate: MemoryEstimate | None = None
+    measured: int | None = None
+
+    @property
+    def rows_per_step(self) -> int:
+        arguments = self.arguments
+        return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run; 0 where the Trainer would make none."""
+        arguments = self.arguments
+        rounded = math.floor if arguments.dataloader_drop_last else math.ceil
+        batches = rounded(len(self.train.dataset) / arguments.world_size / arguments.train_batch_size)
+        if batches == 0 or arguments.max_steps > 0:
+            return arguments.max_steps if batches else 0
+        per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
+        return math.ceil(arguments.num_train_epochs * per_epoch)
+
+    @property
+    def embedding_rows(self) -> int:
+        return max(self.config.vocab_size, max_token_id(self.tokenizer) + 1)
+
+
+def build_facts(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    config: PretrainedConfig,
+    splits: Mapping[str, Split],
+    model: PreTrainedModel | None = None,
+) -> Facts:
+    """With the machine and the memory estimate; None for that where transformers does not know the model.
+
+    ``splits``: train and, if there is one, eval.
+    """
+    machine = read_machine(recipe, arguments)
+    facts = Facts(recipe, arguments, tokenizer, config, splits["train"], machine, splits.get("eval"), model)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return facts
+    sized = deepcopy(config)
+    sized.vocab_size = facts.embedding_rows
+    return replace(facts, estimate=estimate_memory(sized, to_micro_step(facts)))
+
+
+def to_micro_step(facts: Facts) -> MicroStep:
+    """The largest micro-batch of the run."""
+    arguments, recipe = facts.arguments, facts.recipe
+    evaluated = facts.evaluation or facts.train
+    return MicroStep(
+        tokens=_batch_tokens(facts.train.dataset, arguments.train_batch_size, recipe=recipe),
+        longest=min(int(facts.train.rows.rows.lengths.max()), recipe.data.max_length),
+        eval_tokens=_batch_tokens(evaluated.dataset, arguments.eval_batch_size, recipe=recipe),
+        dtype=recipe.model.dtype,
+        autocast="bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None,
+        optimizer=str(getattr(arguments.optim, "value", arguments.optim)),
+        attention=recipe.model.attention,
+        accumulates=arguments.gradient_accumulation_steps > 1,
+        checkpointing=bool(getattr(arguments, "activation_checkpointing", arguments.gradient_checkpointing)),
+        device=arguments.device.type,
+    )
+
+
+def longest_rows(dataset: AnyDataset, count: int) -> list[int]:
+    """The numbers of the rows with the most tokens."""
+    return np.argsort(-row_tokens(dataset), kind="stable")[:count].tolist()
+
+
+def row_tokens(dataset: AnyDataset) -> np.ndarray:
+    """(N,) int64, the tokens of each of N rows, without making them."""
+    if isinstance(dataset, PackedDataset):
+        return np.array([sum(stop - start for _, start, stop in row) for row in dataset.pieces])
+    return dataset.rows.lengths
+
+
+def read_machine(recipe: Recipe, arguments: TrainingArguments) -> Machine:
+    """What this process sees of its machine."""
+    folder = Path(str(arguments.output_dir)).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    device = arguments.device
+    return Machine(
+        free_disk=shutil.disk_usage(existing).free,
+        free_memory=free_memory(device),
+        cores=_physical_cores(),
+        threads=int(threads) if threads.isdigit() else None,
+        processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        gpus=torch.cuda.device_count(),
+        has_bf16=torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16(),
+        is_offline=os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"),
+        origin=_origin(recipe),
+    )
+
+
+def to_problem(error: UserError) -> Problem:
+    """An error that a part of the program raised, as a finding."""
+    what = f"{error.what}; got {error.got}" if error.got else error.what
+    return Problem(what, error.where, error.fix, type(error))
+
+
+def _batch_tokens(dataset: AnyDataset, rows: int, *, recipe: Recipe) -> int:
+    longest = np.sort(row_tokens(dataset))[-rows:]
+    is_padded = recipe.resolved_packing == "none" and recipe.model.attention != PACKED
+    return int(longest.max() * len(longest) if is_padded else longest.sum())
+
+
+def _physical_cores() -> int:
+    """Hyperthreads count once; only what this process may use."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not CPU_INFO.exists():
+        return usable
+    blocks = [dict(map(_key_value, block.splitlines())) for block in CPU_INFO.read_text().split("\n\n")]
+    cores = {(block.get("physical id"), block.get("core id")) for block in blocks if "core id" in block}
+    return min(usable, len(cores) or usable)
+
+
+def _cpu_has_bf16() -> bool:
+    text = CPU_INFO.read_text() if CPU_INFO.exists() else ""
+    return any(flag in text.split() for flag in BF16_FLAGS)
+
+
+def _key_value(line: str) -> tuple[str, str]:
+    key, _, value = line.partition(":")
+    return key.strip(), value.strip()
+
+
+def _origin(recipe: Recipe) -> str:
+    name = recipe.model.name_or_path
+    if name is None:
+        return "scratch"
+    if Path(name).expanduser().is_dir():
+        return "folder"
+    from huggingface_hub import try_to_load_from_cache  # 0.3 s to import; not needed for a local folder
+
+    found = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
+    return "cache" if isinstance(found, str) else "Hub"

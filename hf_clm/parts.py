@@ -1,0 +1,110 @@
+"""The parts of a run, each from the recipe: arguments, tokenizer, configuration, model, collator."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_clm.attention import NAME as PACKED
+from hf_clm.config import Recipe, training_values
+from hf_clm.data.build import Examples, texts_of
+from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.errors import ModelError, RecipeError
+from hf_clm.model import build_config, init_model, load_config, load_model, max_positions
+from hf_clm.tokenizer import add_pad_token, load_tokenizer, use_chat_template
+from hf_clm.train_tokenizer import train_bpe
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """TrainingArguments of the recipe; bf16 autocast where the GPU has it and the recipe is silent."""
+    values = training_values(recipe)
+    on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
+    if on_gpu and torch.cuda.is_bf16_supported() and not values.get("fp16"):
+        values.setdefault("bf16", True)
+    values.setdefault("dataloader_pin_memory", on_gpu)  # else a warning on every run on a CPU
+    try:
+        arguments = TrainingArguments(**values, eval_on_start=values.pop("eval_on_start", True))
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(str(error).splitlines()[0], where="train") from error
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel cannot split a packed row: use a launcher
+    return arguments
+
+
+def build_tokenizer(
+    recipe: Recipe, examples: Examples, *, arguments: TrainingArguments
+) -> PreTrainedTokenizerFast:
+    """Loads the tokenizer, or trains it on the training texts: once, on rank 0; the others load that."""
+    section = recipe.tokenizer
+    if section.train is None:
+        name = section.name_or_path or recipe.model.name_or_path
+        assert name is not None, "config.py requires one of them"
+        return load_tokenizer(
+            name,
+            pad_token=section.pad_token,
+            eos_token=section.eos_token,
+            chat_template=section.chat_template,
+            revision=recipe.model.revision if section.name_or_path is None else None,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+    folder = str(arguments.output_dir)
+    with arguments.main_process_first(desc="training the tokenizer"):
+        if arguments.process_index == 0:
+            options = {"vocab_size": section.train.vocab_size, "min_frequency": section.train.min_frequency}
+            trained = train_bpe(texts_of(examples.examples), pad_token=section.pad_token, **options)
+            if section.chat_template:
+                use_chat_template(trained, section.chat_template)
+            trained.save_pretrained(folder)
+        tokenizer = load_tokenizer(folder, pad_token=section.pad_token)
+    add_pad_token(tokenizer, section.pad_token)
+    return tokenizer
+
+
+def build_model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    """The model's configuration. Raises ModelError where a row is longer than its positions."""
+    model = recipe.model
+    if model.init == "scratch" and model.config:
+        config = build_config(model.config, tokenizer)
+    else:
+        assert model.name_or_path is not None, "config.py requires one of them"
+        options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+        config = load_config(model.name_or_path, **options)
+    limit = max_positions(config)
+    if limit is not None and recipe.data.max_length > limit:
+        what = f"{recipe.data.max_length} is over the model's {limit} positions"
+        raise ModelError(what, where="data.max_length", fix=f"set it to {limit} or less")
+    return config
+
+
+def build_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, config: PretrainedConfig, seed: int
+) -> PreTrainedModel:
+    """The model: random weights drawn from ``seed``, or loaded ones."""
+    section = recipe.model
+    if section.init == "scratch":
+        set_seed(seed)
+        return init_model(config, tokenizer, dtype=section.dtype, attention=section.attention)
+    assert section.name_or_path is not None, "config.py requires it"
+    return load_model(
+        section.name_or_path,
+        tokenizer,
+        dtype=section.dtype,
+        attention=section.attention,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        allow_bin=section.allow_bin,
+    )
+
+
+def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Callable[..., dict[str, Any]]:
+    """Rows laid one behind the other; padded only where nothing is packed and the attention is another."""
+    if recipe.resolved_packing == "none" and recipe.model.attention != PACKED:
+        assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer gives it one"
+        return DataCollatorForCausalLM(tokenizer.pad_token_id)
+    return DataCollatorForPackedCausalLM()
