@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.attention import NAME as PACKED
 from hf_clm.errors import ModelError, RecipeError
+from hf_clm.hub import load_options
 from hf_clm.model import load_model, max_positions
 from hf_clm.tokenizer import load_tokenizer
 
@@ -36,6 +37,7 @@ def load_run(name_or_path: str, *, attention: str = PACKED, device: str | None =
         raise ModelError(
             f"the run is {facts.get('status')}: it has no final model", where=name_or_path, fix=fix
         )
+    load_options(name_or_path, revision=None, where="run or model")  # one message for what is not there
     tokenizer = load_tokenizer(name_or_path)
     model = load_model(name_or_path, tokenizer, attention=attention)
     move_to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))

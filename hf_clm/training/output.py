@@ -2,13 +2,17 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_clm.errors import EnvironmentFault, RecipeError
+from hf_clm.errors import DivergedError, EnvironmentFault, RecipeError
+
+FAILURES: dict[type[BaseException], str] = {DivergedError: "diverged", KeyboardInterrupt: "interrupted"}
 
 
 def prepare_output_dir(arguments: TrainingArguments, *, overwrite: bool) -> Path:
@@ -55,6 +59,19 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+@contextmanager
+def recording_failure(path: Path, *, is_main: bool) -> Iterator[None]:
+    """Writes into run.json how a run ended that did not end well: diverged, interrupted or failed."""
+    try:
+        yield
+    except BaseException as error:
+        if is_main and path.is_file():
+            status = FAILURES.get(type(error), "failed")
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, {**facts, "status": status, "error": str(error).splitlines()[:1]})
+        raise
 
 
 def _is_in_use(folder: Path) -> bool:

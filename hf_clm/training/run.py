@@ -28,7 +28,7 @@ from hf_clm.parts import (
     training_arguments,
 )
 from hf_clm.training.callbacks import MetricsCallback, ProgressCallback, SamplesCallback, write_line
-from hf_clm.training.output import prepare_output_dir, resume_from, write_json
+from hf_clm.training.output import prepare_output_dir, recording_failure, resume_from, write_json
 from hf_clm.training.plots import write_loss_plot
 from hf_clm.training.proof import Proof, prove_data, prove_model, prove_saved
 from hf_clm.training.summary import RunFacts, end_lines, start_lines, versions
@@ -70,8 +70,9 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     if recipe.samples:
         trainer.add_callback(build_samples(recipe, trainer, tokenizer=tokenizer, format=facts.format))
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=resume_from(arguments))
-    return finish(trainer, facts, proof=proof.facts, seconds=time.monotonic() - started)
+    with recording_failure(output_dir / "run.json", is_main=arguments.process_index == 0):
+        trainer.train(resume_from_checkpoint=resume_from(arguments))
+        return finish(trainer, facts, proof=proof.facts, seconds=time.monotonic() - started)
 
 
 def build_trainer(

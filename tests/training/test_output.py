@@ -5,8 +5,14 @@ import json
 import pytest
 from transformers import TrainingArguments
 
-from hf_clm.errors import EnvironmentFault, ExitCode, RecipeError
-from hf_clm.training.output import move_aside, prepare_output_dir, resume_from, write_json
+from hf_clm.errors import DivergedError, EnvironmentFault, ExitCode, RecipeError
+from hf_clm.training.output import (
+    move_aside,
+    prepare_output_dir,
+    recording_failure,
+    resume_from,
+    write_json,
+)
 
 
 def arguments(folder, **settings) -> TrainingArguments:
@@ -130,3 +136,18 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
         write_json(path, {"status": object()})
 
     assert json.loads(path.read_text()) == {"status": "running"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(DivergedError("NaN"), "diverged"), (KeyboardInterrupt(), "interrupted"), (OSError("disk"), "failed")],
+)
+def test_how_a_run_ended_stands_in_run_json(error, status, tmp_path):
+    path = tmp_path / "run.json"
+    write_json(path, {"status": "running", "steps": 7})
+
+    with pytest.raises(type(error)), recording_failure(path, is_main=True):
+        raise error
+
+    facts = json.loads(path.read_text())
+    assert (facts["status"], facts["steps"]) == (status, 7)
