@@ -17,7 +17,7 @@ class ExitCode(IntEnum):
 
 
 class UserError(Exception):
-    """Something a user can fix: where, what, what was got, how to fix; shown as one line, without a traceback."""
+    """What a user can fix: where, what, what was got, how to fix; shown as one line, without a traceback."""
 
     exit_code = ExitCode.RECIPE
 

@@ -28,9 +28,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
     if on_gpu and torch.cuda.is_bf16_supported() and not values.get("fp16"):
         values.setdefault("bf16", True)
+    values.setdefault("eval_on_start", True)  # the loss before, to compare with the loss after
     values.setdefault("dataloader_pin_memory", on_gpu)  # else a warning on every run on a CPU
     try:
-        arguments = TrainingArguments(**values, eval_on_start=values.pop("eval_on_start", True))
+        arguments = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(str(error).splitlines()[0], where="train") from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel cannot split a packed row: use a launcher

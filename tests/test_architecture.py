@@ -45,6 +45,7 @@ CALLED_BY_OTHERS = {
     "hf_clm.training.trainer:CLMTrainer.compute_loss",
     "hf_clm.training.trainer:CLMTrainer.prediction_step",
     "hf_clm.training.trainer:EpochCallback.on_epoch_begin",
+    "hf_clm.training.trainer:EpochCallback.on_step_end",
     "hf_clm.training.trainer:CLMTrainer.training_step",
     "hf_clm.training.callbacks:MetricsCallback.on_log",
     "hf_clm.training.callbacks:ProgressCallback.on_log",

@@ -113,8 +113,6 @@ class _Stage:
 
 
 def _collect(recipe: Recipe, stage: _Stage, *, loads_model: bool) -> Facts:
-    from hf_clm.parts import build_model, build_model_config, build_tokenizer, training_arguments
-
     arguments = training_arguments(recipe)
     stage.name = "data"
     examples, held_out = load_splits(recipe, arguments.seed)

@@ -17,7 +17,8 @@ from transformers import (
 
 from hf_clm.config import Recipe, recipe_to_yaml
 from hf_clm.data.build import Split, build_split, load_splits
-from hf_clm.errors import DataError
+from hf_clm.doctor.checks import check_before_training
+from hf_clm.doctor.facts import build_facts
 from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.generation.generate import generate, to_prompt_example
 from hf_clm.parts import (
@@ -48,11 +49,12 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     splits = {"train": build_split(train_examples, recipe, **options)}
     if eval_examples:
         splits["eval"] = build_split(eval_examples, recipe, **options)
-    check_steps(arguments, splits["train"])
-    proof = Proof()
+    known = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
+    proof = Proof(lines=[f"warning   {line}" for line in check_before_training(known)])
     with arguments.main_process_first(desc="proving the data"):
         if arguments.process_index == 0:
-            proof = prove_data(recipe, splits, tokenizer=tokenizer, output_dir=output_dir)
+            found = prove_data(recipe, splits, tokenizer=tokenizer, output_dir=output_dir)
+            proof = Proof(found.facts, found.lines + proof.lines)
     model = build_model(recipe, tokenizer, config=config, seed=arguments.seed)
 
     trainer = build_trainer(model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits)
@@ -119,14 +121,6 @@ def build_samples(
 
     path = Path(str(trainer.args.output_dir)) / "samples.jsonl"
     return SamplesCallback(section.prompts, answers, path=path, every_steps=section.every_steps)
-
-
-def check_steps(arguments: TrainingArguments, split: Split) -> None:
-    """Raises DataError where the Trainer would make no step and report success."""
-    rows, batch = len(split.dataset), arguments.train_batch_size * arguments.world_size
-    if arguments.dataloader_drop_last and rows < batch:
-        what = f"{rows} rows do not fill a batch of {batch} (per device x processes), and drop_last is on"
-        raise DataError(what, where="data.train", fix="lower train.per_device_train_batch_size")
 
 
 def finish(trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -200,7 +200,7 @@ class CLMTrainer(Trainer):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the sampler of the trainer which epoch begins."""
+    """Tells the sampler which epoch begins, and logs the last step, whatever ``logging_steps`` is."""
 
     def __init__(self, trainer: CLMTrainer):
         self.trainer = trainer
@@ -209,6 +209,11 @@ class EpochCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.set_epoch(math.floor((state.epoch or 0.0) + 1e-6))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_log |= state.global_step >= state.max_steps
 
 
 def _real_tokens(inputs: dict[str, Any]) -> torch.Tensor:

@@ -1,0 +1,426 @@
+"""Every check before the first step, both ways: what it accepts and what it refuses."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from helpers import EOS, IM_END, PAD, byte_tokenizer, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, TrainingArguments
+
+from hf_clm.config import Recipe
+from hf_clm.data.build import Examples, build_split
+from hf_clm.doctor import checks
+from hf_clm.doctor.facts import Facts, Machine, Ok, Problem
+from hf_clm.doctor.memory import MemoryEstimate
+from hf_clm.errors import DataError, EnvironmentFault, ExitCode
+from hf_clm.schema import ChatExample, PromptExample
+from hf_clm.tokenizer import use_chat_template
+
+GIB = 2**30
+MACHINE = Machine(free_disk=100 * GIB, free_memory=100 * GIB, cores=8)
+# 24 GiB to train: 4 of weights, 8 of the optimizer, 12 for a micro-step.
+ESTIMATE = MemoryEstimate(4 * GIB, 4 * GIB, 8 * GIB, 6 * GIB, 2 * GIB, micro_step=12 * GIB, evaluation=GIB)
+# 8 rows: "say\n" is read (4 tokens), 1 to 8 letters and the end token are learned.
+ROWS = [PromptExample("say\n", "x" * n) for n in range(1, 9)]
+CHAT = [ChatExample([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}])]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Knows two words."""
+    vocab = {"<eos>": 0, "<pad>": 1, "<unk>": 2, "alpha": 3, "beta": 4}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    use_chat_template(tokenizer, "chatml")
+    return tokenizer
+
+
+def build_facts(
+    rows: list[Any] | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    machine: dict[str, Any] | None = None,
+    **sections: Any,
+) -> Facts:
+    """A run over ROWS, 2 rows a step: 4 steps an epoch, 12 in all. Sections: model, data, train, ..."""
+    examples, tokenizer = Examples(list(rows or ROWS)), tokenizer or byte_tokenizer()
+    kinds = {dict: "tokenized", ChatExample: "messages", PromptExample: "instruct"}
+    examples.formats = {kinds[type(row)] for row in examples.examples}
+    examples.places = [f"rows.jsonl:{number}" for number in range(len(examples))]
+    settings = {"output_dir": "runs/x", "use_cpu": True, "per_device_train_batch_size": 2}
+    settings |= {"logging_steps": 1, "report_to": "none", "save_strategy": "no"}
+    settings |= sections.get("train", {})
+    if sections.get("evaluated"):
+        settings["eval_strategy"] = "steps"
+    content = {
+        "stage": "sft",
+        "model": {"name_or_path": "some/model"} | sections.get("model", {}),
+        "data": {"train": ["rows.jsonl"], "eval": ["rows.jsonl"], "max_length": 64, "packing": "none"}
+        | sections.get("data", {}),
+        "train": settings,
+    }
+    recipe = Recipe.model_validate(content)
+    return Facts(
+        recipe,
+        TrainingArguments(**settings),
+        tokenizer,
+        tiny_model(**sections.get("config", {})).config,
+        build_split(examples, recipe, tokenizer=tokenizer, stage="sft"),
+        replace(MACHINE, **(machine or {})),
+        estimate=ESTIMATE,
+        model=sections.get("loaded"),
+        measured=sections.get("measured"),
+    )
+
+
+def stopping_at(ids: list[int], *, pad: int = PAD) -> Any:
+    """A model whose generation stops at these ids."""
+    model = tiny_model()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = ids, pad
+    return model
+
+
+# The name of a check, what differs from the run above, what is found.
+ACCEPTED: list[tuple[str, dict[str, Any], str]] = [
+    ("steps", {}, "12 steps of 2 rows"),
+    ("steps", {"train": {"max_steps": 5}}, "5 steps of 2 rows"),
+    (
+        "steps",
+        {"train": {"dataloader_drop_last": True, "per_device_train_batch_size": 8}},
+        "3 steps of 8 rows",
+    ),
+    ("steps", {"train": {"gradient_accumulation_steps": 3}}, "6 steps of 6 rows"),
+    ("batch", {}, "2 rows, 4.0 times in the data"),
+    ("warm-up", {"train": {"warmup_steps": 0.25}}, "3 of 12 steps"),
+    ("warm-up", {"train": {"warmup_steps": 12}}, "12 of 12 steps"),
+    ("saving", {}, "strategy no"),
+    ("saving", {"train": {"save_strategy": "steps", "save_steps": 4}}, "every 4 steps, all kept"),
+    ("saving", {"train": {"save_strategy": "steps", "save_steps": 0.5}}, "every 6 steps, all kept"),
+    ("evaluation", {}, "strategy no"),
+    ("logging", {}, "every 1 steps"),
+    ("logging", {"train": {"logging_steps": 50, "logging_first_step": True}}, "every 50 steps"),
+    ("vocabulary", {}, "260 ids, 260 rows"),
+    ("vocabulary", {"config": {"vocab_size": 258}}, "260 ids, 260 rows (2 new)"),
+    ("token ids", {}, "0 to 256 in the data"),
+    ("special tokens", {}, "eos 256, pad 257"),
+    (
+        "bytes per token",
+        {"rows": [PromptExample("alpha", "beta")], "tokenizer": word_tokenizer()},
+        "4.5 bytes of the text in a token",
+    ),
+    ("unknown tokens", {"rows": [PromptExample("alpha", "beta")], "tokenizer": word_tokenizer()}, "none"),
+    (
+        "chat template",
+        {"rows": CHAT, "tokenizer": chat_tokenizer()},
+        "1 chats rendered as by the tokenizer itself",
+    ),
+    ("learned stops", {}, "8 stop tokens among the labels"),
+    ("positions", {"config": {"max_position_embeddings": 64}}, "rows of 64 tokens, 64 positions"),
+    ("overlong rows", {}, "0 of 8 rows over max_length"),
+    ("packing", {"data": {"max_length": 13, "packing": "best_fit"}}, "84% full"),  # 76 tokens, 7 rows of 13
+    ("stop tokens", {"loaded": stopping_at([EOS, 0])}, "generation stops at 256, 0"),
+    ("memory", {"machine": {"free_memory": 28 * GIB}}, "24.00 GiB needed, 28.00 GiB free"),
+    (
+        "memory",
+        {"machine": {"free_memory": 24 * GIB}, "loaded": tiny_model()},
+        "24.00 GiB needed, 28.00 GiB free",
+    ),
+    ("memory", {"machine": {"free_memory": 13 * GIB}, "measured": 1}, "13.00 GiB needed, 13.00 GiB free"),
+    ("disk", {}, "0 checkpoints and the model take 4.00 GiB, 100.00 GiB are free"),
+    ("network", {}, "the model is a folder here"),
+    (
+        "network",
+        {"machine": {"origin": "cache", "is_offline": True}},
+        "the model comes from the cache, HF_HUB_OFFLINE is set",
+    ),
+    ("threads", {}, "8 cores, OMP_NUM_THREADS is not set"),
+    ("threads", {"machine": {"threads": 8}}, "1 x 8 threads on 8 physical cores"),
+    ("precision", {}, "float32 weights on cpu"),
+    ("precision", {"train": {"bf16": True}}, "float32 weights, bfloat16 autocast on cpu"),
+    ("GPUs", {}, "none here"),
+]
+
+# The same, and what is said, the exit code, and whether it is a warning.
+RECIPE, DATA, MODEL, ENVIRONMENT = ExitCode.RECIPE, ExitCode.DATA, ExitCode.MODEL, ExitCode.ENVIRONMENT
+OFFLINE = {"machine": {"origin": "Hub", "is_offline": True}}
+PUSH = {"train": {"push_to_hub": True}, "machine": {"is_offline": True}}
+FULL_DISK = {
+    "machine": {"free_disk": 39 * GIB},
+    "train": {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2},
+}
+REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
+    (
+        "steps",
+        {"train": {"dataloader_drop_last": True, "per_device_train_batch_size": 16}},
+        "8 rows do not fill a batch of 16 (per device x processes), and drop_last is on",
+        DATA,
+        False,
+    ),
+    (
+        "batch",
+        {"train": {"gradient_accumulation_steps": 8}},
+        "a step takes 16 rows, and there are 8: one step an epoch",
+        RECIPE,
+        True,
+    ),
+    (
+        "warm-up",
+        {"train": {"warmup_steps": 13}},
+        "the warm-up of 13 steps is longer than the run of 12",
+        RECIPE,
+        False,
+    ),
+    (
+        "saving",
+        {"train": {"save_strategy": "steps", "save_steps": 13}},
+        "a checkpoint every 13 steps, and the run has 12: none before the end",
+        RECIPE,
+        True,
+    ),
+    (
+        "saving",
+        {"train": {"save_strategy": "steps", "save_steps": 5, "eval_steps": 2}, "evaluated": True},
+        "checkpoints every 5 steps are not all evaluated (every 2)",
+        RECIPE,
+        True,
+    ),
+    (
+        "evaluation",
+        {"train": {"eval_steps": 13}, "evaluated": True},
+        "an evaluation every 13 steps, and the run has 12",
+        RECIPE,
+        True,
+    ),
+    ("logging", {"train": {"logging_strategy": "no"}}, "the loss is never logged", RECIPE, True),
+    (
+        "logging",
+        {"train": {"logging_steps": 13, "logging_first_step": False}},
+        "the loss is never logged",
+        RECIPE,
+        True,
+    ),
+    (
+        "vocabulary",
+        {"config": {"vocab_size": 200}},
+        "the tokenizer has 260 ids, the pretrained model 200 rows: it belongs to another model",
+        MODEL,
+        False,
+    ),
+    (
+        "vocabulary",
+        {"config": {"vocab_size": 300}},
+        "40 of 300 rows of the embeddings belong to no token",
+        MODEL,
+        True,
+    ),
+    (
+        "token ids",
+        {"rows": [{"input_ids": [1, 400], "labels": [1, 400]}]},
+        "token id 400 has no row in embeddings of 260",
+        DATA,
+        False,
+    ),
+    (
+        "special tokens",
+        {"tokenizer": byte_tokenizer(pad="<|endoftext|>")},
+        "the pad token (id 256) must be there and not be the end token (id 256)",
+        MODEL,
+        False,
+    ),
+    ("bytes per token", {}, "a token holds 1.0 bytes of the text; 3 to 4 are usual", MODEL, True),
+    (
+        "unknown tokens",
+        {"rows": [PromptExample("alpha", "gamma beta")], "tokenizer": word_tokenizer()},
+        "25.00% of the tokens are <unk>: the tokenizer cannot spell the text",
+        MODEL,
+        False,
+    ),
+    (
+        "unknown tokens",
+        {
+            "rows": [PromptExample("alpha", "beta " * 197 + "gamma")],
+            "tokenizer": word_tokenizer(),
+            "data": {"max_length": 200},
+        },
+        "0.50% of the tokens are <unk>: the tokenizer cannot spell the text",
+        MODEL,
+        True,
+    ),
+    (
+        "learned stops",
+        {"rows": [{"input_ids": [1, 2], "labels": [1, 2]}]},
+        "no label is a stop token (<|endoftext|>)",
+        DATA,
+        True,  # the user's own labels
+    ),
+    (
+        "learned stops",
+        {"rows": [PromptExample("say\n", "xxx")], "data": {"max_length": 5, "overflow": "truncate"}},
+        "no label is a stop token (<|endoftext|>)",
+        DATA,
+        False,
+    ),
+    (
+        "positions",
+        {"config": {"max_position_embeddings": 63}},
+        "data.max_length 64 is over the model's 63 positions",
+        MODEL,
+        False,
+    ),
+    (
+        "overlong rows",
+        {"data": {"max_length": 12}},
+        "1 of 8 rows are over max_length and lose a part",
+        DATA,
+        True,
+    ),
+    (
+        "packing",
+        {"data": {"max_length": 50, "packing": "best_fit"}, "rows": [PromptExample("p", "x" * 24)] * 2},
+        "the packed rows are 52% full",
+        RECIPE,
+        True,
+    ),
+    ("stop tokens", {"loaded": stopping_at([0])}, "it does not stop at 256, unlike training", MODEL, False),
+    (
+        "stop tokens",
+        {"loaded": stopping_at([EOS, PAD])},
+        "it stops at the pad token, 257, unlike training",
+        MODEL,
+        False,
+    ),
+    (
+        "memory",
+        {"machine": {"free_memory": 20 * GIB}},
+        "24.00 GiB needed, 20.00 GiB free",
+        ENVIRONMENT,
+        False,
+    ),
+    ("memory", {"machine": {"free_memory": 23 * GIB}}, "24.00 GiB needed, 23.00 GiB free", ENVIRONMENT, True),
+    (
+        "memory",
+        {"machine": {"free_memory": 23 * GIB}, "measured": 12 * GIB},
+        "24.00 GiB needed, 23.00 GiB free",
+        ENVIRONMENT,
+        False,
+    ),
+    ("disk", FULL_DISK, "3 checkpoints and the model take 40.00 GiB, 39.00 GiB are free", ENVIRONMENT, False),
+    ("network", OFFLINE, "'some/model' is not in the cache, and HF_HUB_OFFLINE is set", ENVIRONMENT, False),
+    ("network", PUSH, "the model is to be pushed to the Hub, and HF_HUB_OFFLINE is set", ENVIRONMENT, False),
+    (
+        "threads",
+        {"machine": {"threads": 8, "processes": 2}},
+        "2 x 8 threads on 8 physical cores",
+        ENVIRONMENT,
+        True,
+    ),
+    ("threads", {"machine": {"threads": 1}}, "1 x 1 threads on 8 physical cores", ENVIRONMENT, True),
+    (
+        "precision",
+        {"model": {"dtype": "float16"}},
+        "weights in float16 cannot be trained: their gradients overflow",
+        RECIPE,
+        False,
+    ),
+    ("precision", {"model": {"dtype": "bfloat16"}}, "weights in bfloat16 lose small updates", RECIPE, True),
+    (
+        "precision",
+        {"train": {"bf16": True}, "machine": {"has_bf16": False}},
+        "this cpu has no bfloat16 of its own: slower than float32",
+        RECIPE,
+        True,
+    ),
+    ("precision", {"train": {"fp16": True}}, "float16 autocast needs a GPU", RECIPE, False),
+    ("GPUs", {"machine": {"gpus": 4}}, "0 of 4 GPUs used", ENVIRONMENT, True),
+]
+
+
+def look(name: str, changes: dict[str, Any]) -> Any:
+    return checks.CHECKS[name](
+        build_facts(changes.get("rows"), **{k: v for k, v in changes.items() if k != "rows"})
+    )
+
+
+@pytest.mark.parametrize(("name", "changes", "what"), ACCEPTED)
+def test_what_is_in_order_is_accepted(name, changes, what):
+    assert look(name, changes) == Ok(what)
+
+
+@pytest.mark.parametrize(("name", "changes", "what", "code", "is_warning"), REFUSED)
+def test_what_is_wrong_is_named_with_a_fix(name, changes, what, code, is_warning):
+    found = look(name, changes)
+
+    assert isinstance(found, Problem)
+    assert (found.what, found.error.exit_code, found.is_warning) == (what, code, is_warning)
+    assert found.where and found.fix
+
+
+def test_every_check_is_tried_both_ways():
+    both = {name for name, *_ in ACCEPTED} & {name for name, *_ in REFUSED}
+
+    assert set(checks.CHECKS) - both == {"chat template"}  # refused below
+    assert len(checks.CHECKS) == 23
+
+
+def test_a_chat_that_is_rendered_otherwise_than_by_the_tokenizer_is_refused(monkeypatch):
+    tokenizer = chat_tokenizer()
+    facts = build_facts(CHAT, tokenizer=tokenizer)
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *args, **kwargs: "another text")
+
+    assert checks.check_template(facts) == Problem(
+        "a chat is not rendered as by the tokenizer itself: 'Hi'",
+        "tokenizer.chat_template",
+        "set it to chatml",
+        checks.ModelError,
+    )
+
+
+def test_a_tokenizer_without_a_chat_template_is_a_problem_of_the_template_check():
+    facts = replace(build_facts(CHAT, tokenizer=chat_tokenizer()), tokenizer=byte_tokenizer())
+
+    found = checks.run_checks(facts)["chat template"]
+
+    assert isinstance(found, Problem)
+    assert found.what == "has no chat template, and the data are chats"
+    assert found.error.exit_code == ExitCode.MODEL
+
+
+def test_checks_that_do_not_apply_are_left_out():
+    left_out = {"unknown tokens", "chat template", "packing", "stop tokens"}
+
+    assert set(checks.CHECKS) - set(checks.run_checks(build_facts())) == left_out
+
+
+def test_before_training_the_first_problem_is_raised_as_its_error():
+    facts = build_facts(machine={"free_memory": GIB, "free_disk": GIB})
+
+    with pytest.raises(EnvironmentFault, match=r"^memory: 24\.00 GiB needed, 1\.00 GiB free; fix: lower"):
+        checks.check_before_training(facts)
+
+
+def test_before_training_a_data_problem_comes_before_one_of_the_machine():
+    facts = build_facts([{"input_ids": [1, 400], "labels": [1, 400]}], machine={"free_memory": GIB})
+
+    with pytest.raises(DataError, match="token id 400"):
+        checks.check_before_training(facts)
+
+
+def test_before_training_warnings_are_lines():
+    assert checks.check_before_training(build_facts()) == [
+        "tokenizer: a token holds 1.0 bytes of the text; 3 to 4 are usual;"
+        " fix: use a tokenizer of the text's language, or train one: tokenizer.train"
+    ]
+
+
+def test_the_stop_token_of_a_chat_counts_as_learned():
+    facts = build_facts(CHAT, tokenizer=chat_tokenizer())
+
+    assert IM_END in facts.train.rows.rows.labels
+    assert EOS not in facts.train.rows.rows.labels
+    assert checks.check_stop_is_learned(facts) == Ok("1 stop tokens among the labels")

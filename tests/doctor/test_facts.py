@@ -1,0 +1,138 @@
+"""What the checks look at: the largest micro-batch of a run, and the machine."""
+
+from typing import Any
+
+import pytest
+from helpers import byte_tokenizer, tiny_model
+from transformers import TrainingArguments
+
+from hf_clm.config import Recipe
+from hf_clm.data.build import Examples, Split, build_split
+from hf_clm.doctor import facts
+from hf_clm.doctor.facts import build_facts, longest_rows, read_machine, row_tokens, to_micro_step, to_problem
+from hf_clm.errors import DataError
+from hf_clm.schema import PromptExample
+
+# Two hyperthreads on each of two cores.
+CPU_INFO = "\n\n".join(
+    f"processor\t: {number}\nphysical id\t: 0\ncore id\t\t: {number // 2}\nflags\t\t: fpu {flag}"
+    for number, flag in enumerate(["avx512_bf16"] * 4)
+)
+
+
+def build_recipe(**sections: Any) -> tuple[Recipe, TrainingArguments]:
+    train = {"output_dir": "runs/x", "use_cpu": True, "per_device_train_batch_size": 2} | sections.get(
+        "train", {}
+    )
+    content = {
+        "stage": "sft",
+        "model": {"name_or_path": "some/model"} | sections.get("model", {}),
+        "data": {"train": ["rows.jsonl"], "max_length": 16, "packing": "none"} | sections.get("data", {}),
+        "train": train,
+    }
+    return Recipe.model_validate(content), TrainingArguments(**train)
+
+
+def build_rows(recipe: Recipe) -> Split:
+    """Rows of 6, 13, 9 and 7 tokens."""
+    rows = [PromptExample("say\n", "x" * count) for count in (1, 8, 4, 2)]
+    examples = Examples(list(rows), [f"rows.jsonl:{number}" for number in range(4)])
+    return build_split(examples, recipe, tokenizer=byte_tokenizer(), stage="sft")
+
+
+def test_the_tokens_of_a_row_are_those_of_its_documents():
+    plain, packed = build_rows(build_recipe()[0]), build_rows(build_recipe(data={"packing": "best_fit"})[0])
+
+    assert row_tokens(plain.dataset).tolist() == [6, 13, 9, 7]
+    assert row_tokens(packed.dataset).tolist() == [13, 16, 6]
+
+
+def test_the_longest_rows_come_first():
+    assert longest_rows(build_rows(build_recipe()[0]).dataset, 2) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("sections", "field", "value"),
+    [
+        ({}, "tokens", 22),  # 13 + 9, one behind the other
+        ({"model": {"attention": "sdpa"}}, "tokens", 26),  # padded: 2 x 13
+        ({"data": {"packing": "best_fit"}}, "tokens", 29),  # 16 + 13
+        ({"train": {"per_device_train_batch_size": 8}}, "tokens", 35),
+        ({}, "longest", 13),
+        ({}, "eval_tokens", 35),  # 8 rows, of 4
+        ({"train": {"bf16": True}}, "autocast", "bfloat16"),
+        ({}, "autocast", None),
+        ({"train": {"optim": "sgd"}}, "optimizer", "sgd"),
+        ({"train": {"gradient_accumulation_steps": 2}}, "accumulates", True),
+        ({"model": {"dtype": "bfloat16"}}, "dtype", "bfloat16"),
+        ({}, "device", "cpu"),
+    ],
+)
+def test_the_largest_micro_batch_of_a_run(sections, field, value):
+    recipe, arguments = build_recipe(**sections)
+    parts = {"tokenizer": byte_tokenizer(), "config": tiny_model().config}
+
+    found = build_facts(recipe, arguments, splits={"train": build_rows(recipe)}, **parts)
+
+    assert getattr(to_micro_step(found), field) == value
+
+
+def test_the_estimate_counts_the_rows_that_the_tokenizer_needs():
+    """260 ids for 250 rows: 10 rows of 32 float32 more, in and out."""
+    recipe, arguments = build_recipe()
+    parts: dict[str, Any] = {"tokenizer": byte_tokenizer(), "splits": {"train": build_rows(recipe)}}
+    config = tiny_model(vocab_size=250).config
+
+    small = build_facts(recipe, arguments, config=config, **parts).estimate
+    right = build_facts(recipe, arguments, config=tiny_model().config, **parts).estimate
+
+    assert small == right
+    assert config.vocab_size == 250
+
+
+def test_a_model_that_transformers_does_not_know_is_not_estimated():
+    recipe, arguments = build_recipe()
+    config = tiny_model().config
+    config.model_type = "my-own"
+
+    found = build_facts(
+        recipe, arguments, tokenizer=byte_tokenizer(), config=config, splits={"train": build_rows(recipe)}
+    )
+
+    assert found.estimate is None
+
+
+def test_the_machine_is_read_from_the_environment(monkeypatch, tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text(CPU_INFO)
+    monkeypatch.setattr(facts, "CPU_INFO", info)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2, 3})
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    machine = read_machine(*build_recipe(train={"output_dir": str(tmp_path / "not" / "there")}))
+
+    assert (machine.cores, machine.threads, machine.processes) == (2, 3, 2)
+    assert (machine.is_offline, machine.has_bf16, machine.origin) == (True, True, "Hub")
+    assert machine.free_disk > 0
+
+
+def test_an_unset_environment_and_a_folder(monkeypatch, tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text(CPU_INFO.replace("avx512_bf16", "avx2"))
+    monkeypatch.setattr(facts, "CPU_INFO", info)
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+
+    machine = read_machine(*build_recipe(model={"name_or_path": str(tmp_path)}))
+
+    assert (machine.threads, machine.processes, machine.is_offline) == (None, 1, False)
+    assert (machine.has_bf16, machine.origin) == (False, "folder")
+
+
+def test_an_error_becomes_a_problem_with_what_was_got():
+    found = to_problem(DataError("too long", where="a.jsonl:3", got="9 tokens", fix="cut it"))
+
+    assert found == facts.Problem("too long; got 9 tokens", "a.jsonl:3", "cut it", DataError)
+    assert str(found.to_error()) == "a.jsonl:3: too long; got 9 tokens; fix: cut it"
