@@ -191,6 +191,7 @@ class _Origins:
     """Where each key was given; two of them are always equal, so recipes compare by what they say."""
 
     places: dict[str, str] = field(default_factory=dict, compare=False)
+    file: str = field(default="", compare=False)
 
 
 class _Faults(ValueError):
@@ -239,6 +240,11 @@ class Recipe(_Section):
         return self
 
     @property
+    def file(self) -> str:
+        """Where the recipe was read; empty for one made in Python."""
+        return self._origins.file
+
+    @property
     def resolved_overflow(self) -> str:
         return self.data.overflow or ("keep_target" if self.stage == "sft" else "split")
 
@@ -267,6 +273,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             faults = _to_faults(error)
         else:
             recipe._origins.places.update(places)
+            recipe._origins.file = str(path)
             return recipe
     first, more = faults[0], f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     what, got = (first.what, first.got + more) if first.got else (first.what + more, "")

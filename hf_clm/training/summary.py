@@ -71,6 +71,7 @@ class RunFacts:
     def to_json(self) -> dict[str, Any]:
         """What run.json holds from the start on."""
         return {
+            "recipe": self.recipe.file,
             "stage": self.recipe.stage,
             "max_length": self.recipe.data.max_length,
             "format": self.format,
@@ -111,7 +112,7 @@ def start_lines(facts: RunFacts) -> list[str]:
     arguments, model, train = facts.arguments, facts.model, facts.train
     origin = "random weights" if facts.recipe.model.init == "scratch" else facts.recipe.model.name_or_path
     lines = [
-        f"stage     {facts.recipe.stage}",
+        f"recipe    {facts.recipe.file or 'made in Python'}, stage {facts.recipe.stage}",
         f"model     {type(model).__name__}, {origin}, {model.num_parameters():,} parameters",
         f"data      {_describe(train)}",
     ]
