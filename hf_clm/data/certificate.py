@@ -232,7 +232,7 @@ class _TextChecker:
     ):
         self.rows, self.examples, self.tokenizer, self.options = rows, examples, tokenizer, options
         self.backend = tokenizer.backend_tokenizer
-        self.pattern = control_pattern(tokenizer)
+        self.pattern, self.control_texts = control_pattern(tokenizer), tuple(control_tokens(tokenizer))
         own = tokenizer.get_added_vocab()
         is_control = np.isin(rows.input_ids, np.array([own[token] for token in control_tokens(tokenizer)]))
         self.controls = np.add.reduceat(is_control, rows.offsets[:-1], dtype=np.int64)
@@ -314,7 +314,7 @@ class _TextChecker:
         targets = [text for text, learned in expected if learned]
         for text, end in zip(targets, ends, strict=False):
             last = int(self.rows.input_ids[end - 1])
-            closed = [match.end() for match in self.pattern.finditer(text)][-1:] == [len(text)]
+            closed = text.endswith(self.control_texts)
             if closed and len(targets) == len(ends) and last not in self.options.stop_ids:
                 stops = self.tokenizer.convert_ids_to_tokens(list(self.options.stop_ids))
                 yield number, "stop", f"one of {stops}", repr(self.tokenizer.convert_ids_to_tokens(last))
@@ -322,17 +322,10 @@ class _TextChecker:
     def _check_control(self, number: int, expected: list[Run], *, parts: list[Part]) -> Iterator[Finding]:
         """Counts the control tokens and, for a share of the rows, encodes the texts again."""
         example: Any = self.examples[int(self.rows.sources[number])]
-        spelled = [] if self.options.special_tokens_in_text == "allow" else _spelled(example, self.pattern)
-        own = sum(len(self.pattern.findall(text)) for text, _ in expected) - len(spelled)
-        found = int(self.controls[number])
+        own, found = self._own_controls(example, expected), int(self.controls[number])
         if found != own:
             yield number, "control", f"{own} control tokens", str(found)
-        elif (
-            not spelled
-            and number % self.every == 0
-            and not self.strips_space
-            and not _has_unlearned(example, expected)
-        ):
+        elif number % self.every == 0 and self._encodes_alike(example, expected):
             self.encoded_again += 1
             again = self.backend.encode_batch([text for text, _ in expected], add_special_tokens=False)
             for (a, b, learned), (text, _), encoding in zip(parts, expected, again, strict=True):
@@ -343,6 +336,20 @@ class _TextChecker:
                         f"the ids of {text[-40:]!r}",
                         "other ids",
                     )
+
+    def _own_controls(self, example: Example, expected: list[Run]) -> int:
+        """The control tokens that are not the user's: of the template, or the start token and the stop."""
+        if self.options.special_tokens_in_text == "allow":
+            return sum(len(self.pattern.findall(text)) for text, _ in expected)
+        if isinstance(example, ChatExample):
+            found = sum(len(self.pattern.findall(text)) for text, _ in expected)
+            return found - len(_spelled(example, self.pattern))
+        return (bos_token(self.tokenizer) is not None) + expected[-1][1]
+
+    def _encodes_alike(self, example: Example, expected: list[Run]) -> bool:
+        """Whether the plain text of each run must give its ids: not where a part of it is kept apart."""
+        is_apart = self.strips_space or _has_unlearned(example, expected)
+        return not is_apart and not _spelled(example, self.pattern)
 
 
 def _spelled(example: Example, pattern: re.Pattern[str]) -> list[str]:

@@ -21,6 +21,10 @@ SHOWN = {
 }
 
 
+# Figures rather than a bar: in 80 columns there is room for one of them.
+BAR = "step {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]{postfix}"
+
+
 class ProgressCallback(TrainerCallback):
     """A progress bar on a terminal, else one line a log event. Rank 0 only."""
 
@@ -35,7 +39,8 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         self.started, self.first_step = time.monotonic(), state.global_step
         if self.is_terminal and state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+            steps = {"total": state.max_steps, "initial": state.global_step}
+            self.bar = tqdm(**steps, dynamic_ncols=True, bar_format=BAR)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

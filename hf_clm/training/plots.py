@@ -25,7 +25,8 @@ def write_loss_plot(metrics: list[dict[str, Any]], path: Path) -> None:
         )
     axes.set_xlabel("epoch")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_ylim(bottom=0)
+    highest = max(_column(train, "loss") + _column(evaluated, "eval_loss"))
+    axes.set_ylim(0, 1.05 * highest)
     axes.grid(alpha=0.3)
     axes.legend()
     last = train[-1]
