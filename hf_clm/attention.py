@@ -38,7 +38,7 @@ def packed_attention(
         keywords scaling, dropout, sliding_window (tokens), cu_seq_lens_q (documents + 1,) int32.
 
     Returns (B, T, H, E) and None for the weights. Raises ModelError for what it does not compute:
-    soft-capping, sinks.
+    soft-capping, sinks, a KV cache.
     """
     states = (query, args[0], args[1])
     _check_supported(kwargs)
@@ -48,9 +48,17 @@ def packed_attention(
         "window": kwargs.get("sliding_window"),
     }
     bounds = kwargs.get("cu_seq_lens_q")
+    if query.shape[2] != args[0].shape[2]:
+        raise ModelError(
+            "the packed attention is for training: it has no mask for a KV cache",
+            where="generate",
+            fix='use hf_clm.generate, or call model.set_attn_implementation("sdpa") first',
+        )
     if bounds is None:
         return _causal(states, **options).transpose(1, 2), None
-    if query.is_cuda and not options["dropout"]:
+    dtype = _compute_dtype(query)
+    if query.is_cuda and not options["dropout"] and dtype != torch.float32:
+        states = tuple(part.to(dtype) for part in states)  # rotary embeddings give float32 under autocast
         longest = int(kwargs["max_length_q"])
         return _varlen(
             states, bounds, longest=longest, scale=options["scale"], window=options["window"]
@@ -116,6 +124,12 @@ def _varlen(
     q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
     output: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=sides)
     return output[None]
+
+
+def _compute_dtype(query: torch.Tensor) -> torch.dtype:
+    """What attention computes in; the fused kernel takes no float32."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
 def _check_supported(kwargs: dict[str, Any]) -> None:

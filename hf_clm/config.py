@@ -1,7 +1,6 @@
 """The recipe: one YAML file and the words of the command line become one frozen, checked ``Recipe``."""
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -19,7 +18,8 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from hf_clm.errors import RecipeError, did_you_mean
+from hf_clm.errors import RecipeError
+from hf_clm.recipe_faults import data_faults, model_faults
 from hf_clm.recipe_text import (
     COMMAND_LINE,
     accepted_types,
@@ -230,7 +230,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _check_together(self) -> "Recipe":
         has_eval = bool(self.data.eval or self.data.eval_fraction)
-        faults = [*_model_faults(self), *_data_faults(self)]
+        faults = [*model_faults(self), *data_faults(self)]
         faults += check_train_combination(self.train, has_eval=has_eval, defaults=TRAIN_DEFAULTS)
         if self.early_stopping and not self.train.get("load_best_model_at_end"):
             what = "early_stopping needs train.load_best_model_at_end: true and an eval set"
@@ -316,40 +316,6 @@ def recipe_help() -> str:
     return "\n".join(lines)
 
 
-def _model_faults(recipe: Recipe) -> Iterator[Fault]:
-    model, tokenizer = recipe.model, recipe.tokenizer
-    if not model.name_or_path and not (model.init == "scratch" and "model_type" in model.config):
-        yield Fault("model.name_or_path", "model needs name_or_path, or init: scratch with config.model_type")
-    elif model.init == "scratch" and not (tokenizer.name_or_path or tokenizer.train or model.name_or_path):
-        yield Fault("model.init", "a model from scratch needs tokenizer.name_or_path or tokenizer.train")
-    if tokenizer.train and (tokenizer.name_or_path or model.init == "pretrained"):
-        other = "tokenizer.name_or_path" if tokenizer.name_or_path else "a pretrained model"
-        yield Fault("tokenizer.train", f"tokenizer.train and {other} exclude each other")
-    pinned = re.fullmatch("[0-9a-f]{40}", model.revision or "") or Path(model.name_or_path or "-").is_dir()
-    if model.trust_remote_code and not pinned:
-        what = "model.trust_remote_code runs the code of others"
-        yield Fault("model.trust_remote_code", what, fix="pin model.revision to a commit (40 hex digits)")
-    template = tokenizer.chat_template
-    if template and template not in SHIPPED_TEMPLATES and not template.endswith(".jinja"):
-        got = f"{template!r}{did_you_mean(template, SHIPPED_TEMPLATES)}"
-        what = "tokenizer.chat_template: expected one of chatml, plain, or a .jinja file"
-        yield Fault("tokenizer.chat_template", what, got=got)
-
-
-def _data_faults(recipe: Recipe) -> Iterator[Fault]:
-    data, window = recipe.data, recipe.data.window
-    if data.eval and data.eval_fraction:
-        yield Fault("data.eval_fraction", "data.eval and data.eval_fraction exclude each other")
-    if recipe.stage == "sft" and data.packing == "stream":
-        what = "data.packing: stream cuts rows, so a target would lose its prompt"
-        yield Fault("data.packing", what, fix="best_fit or none for stage sft")
-    if window and recipe.resolved_packing != "none":
-        yield Fault("data.window", "data.window needs data.packing: none", got=recipe.resolved_packing)
-    if window and not window.step <= window.size <= data.max_length:
-        what = "data.window: expected step <= size <= data.max_length"
-        yield Fault("data.window", what, got=f"{window.step}, {window.size}, {data.max_length}")
-
-
 def _to_faults(error: ValidationError) -> list[Fault]:
     known = [key for key, _ in list_keys(Recipe)] + [f"train.{name}" for name in load_trainer_fields()]
     faults = []
@@ -390,6 +356,3 @@ def _help_lines(key: str, info: FieldInfo) -> list[str]:
         return [""]
     default = "required" if info.is_required() else f"default {shorten(info.default)}"
     return [f"  {key}  {to_type_text(info.annotation)}  ({default})", f"      {info.description}"]
-
-
-SHIPPED_TEMPLATES = ("chatml", "plain")

@@ -10,7 +10,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from hf_clm import attention as packed
 from hf_clm.chat_template import stop_token_ids
@@ -63,6 +66,15 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def check_attention(config: PretrainedConfig, attention: str) -> None:
+    """Raises ModelError where the model would not use the packed attention, so that documents mix."""
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # None: code of the model's own
+    if attention == packed.NAME and not getattr(known, "_supports_attention_backend", known is None):
+        got = f"{packed.NAME!r} for {config.model_type}"
+        fix = "set model.attention to eager or sdpa, and data.packing to none"
+        raise ModelError("this model has an attention of its own", where="model.attention", got=got, fix=fix)
+
+
 def load_model(
     name_or_path: str,
     tokenizer: PreTrainedTokenizerFast,
@@ -85,6 +97,7 @@ def load_model(
     config = load_config(
         name_or_path, revision=revision, trust_remote_code=options.get("trust_remote_code", False)
     )
+    check_attention(config, attention)
     with loading(name_or_path, where="model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
@@ -116,6 +129,7 @@ def init_model(
 ) -> PreTrainedModel:
     """A model with random weights. Draws from torch's global random state: seed it first."""
     packed.register()
+    check_attention(config, attention)
     options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
     with loading(config.model_type, where="model.config"):
         model = AutoModelForCausalLM.from_config(config, **options)

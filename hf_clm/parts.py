@@ -18,7 +18,7 @@ from hf_clm.data.build import Examples, texts_of
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.model import build_config, init_model, load_config, load_model, max_positions
-from hf_clm.tokenizer import add_pad_token, load_tokenizer, use_chat_template
+from hf_clm.tokenizer import load_tokenizer, use_chat_template
 from hf_clm.train_tokenizer import train_bpe
 
 
@@ -26,7 +26,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     """TrainingArguments of the recipe; bf16 autocast where the GPU has it and the recipe is silent."""
     values = training_values(recipe)
     on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
-    if on_gpu and torch.cuda.is_bf16_supported() and not values.get("fp16"):
+    if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) and not values.get("fp16"):
         values.setdefault("bf16", True)
     values.setdefault("eval_on_start", True)  # the loss before, to compare with the loss after
     values.setdefault("dataloader_pin_memory", on_gpu)  # else a warning on every run on a CPU
@@ -36,6 +36,13 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         raise RecipeError(str(error).splitlines()[0], where="train") from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel cannot split a packed row: use a launcher
     return arguments
+
+
+def resolve(recipe: Recipe, arguments: TrainingArguments) -> Recipe:
+    """The recipe with what its run decided: our defaults of the Trainer, the precision, the packing."""
+    values = {**training_values(recipe), "bf16": arguments.bf16}
+    data = recipe.data.model_copy(update={"packing": recipe.resolved_packing})
+    return recipe.model_copy(update={"train": values, "data": data, "overwrite": False})
 
 
 def build_tokenizer(
@@ -55,16 +62,14 @@ def build_tokenizer(
             trust_remote_code=recipe.model.trust_remote_code,
         )
     folder = str(arguments.output_dir)
-    with arguments.main_process_first(desc="training the tokenizer"):
+    with arguments.main_process_first(local=False, desc="training the tokenizer"):
         if arguments.process_index == 0:
             options = {"vocab_size": section.train.vocab_size, "min_frequency": section.train.min_frequency}
             trained = train_bpe(texts_of(examples.examples), pad_token=section.pad_token, **options)
             if section.chat_template:
                 use_chat_template(trained, section.chat_template)
             trained.save_pretrained(folder)
-        tokenizer = load_tokenizer(folder, pad_token=section.pad_token)
-    add_pad_token(tokenizer, section.pad_token)
-    return tokenizer
+        return load_tokenizer(folder, pad_token=section.pad_token)
 
 
 def build_model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:

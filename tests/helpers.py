@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from hf_clm.config import Recipe
+
 X = -100  # no label
 CONTROL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 EOS, PAD, IM_START, IM_END = 256, 257, 258, 259
@@ -106,6 +108,31 @@ def write_jsonl(path: Path, records: list[Any]) -> str:
         "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
     )
     return str(path)
+
+
+def build_recipe(folder: Path, records: list[Any], **changes: Any) -> Recipe:
+    """A run over the records in ``folder/run``, 2 rows a step, with a tiny model; ``changes`` by section.
+
+    The round trip, which starts a process of a few seconds, is off.
+    """
+    model = changes.get("model", {}).get("name_or_path")
+    sections: dict[str, Any] = {
+        "stage": "sft",
+        "model": {"name_or_path": model or save_folder(folder / "model", tiny_model(), byte_tokenizer())},
+        "data": {"train": [write_jsonl(folder / "rows.jsonl", records)], "max_length": 64, "packing": "none"},
+        "doctor": {"round_trip": "off"},
+        "train": {
+            "output_dir": str(folder / "run"),
+            "use_cpu": True,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+        },
+    }
+    for name, change in changes.items():
+        sections[name] = {**sections.get(name, {}), **change} if isinstance(change, dict) else change
+    return Recipe.model_validate(sections)
 
 
 def _byte_letters() -> list[str]:

@@ -20,7 +20,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 LAYERS = [
     {"errors"},
     {"schema"},
-    {"trainer_fields", "recipe_text"},
+    {"trainer_fields", "recipe_text", "recipe_faults"},
     {"config"},
     {"hub", "tokenizer", "train_tokenizer", "chat_template", "attention", "model"},
     {"data"},

@@ -32,6 +32,7 @@ model: {name_or_path: model}
 data:
   train: [{path: say.jsonl, format: instruct}]
   max_length: 64
+doctor: {round_trip: "off"}
 train: {output_dir: run, use_cpu: true, max_steps: 2, save_strategy: "no"}
 """
 
@@ -120,7 +121,7 @@ def test_help_of_another_command_lists_its_options(name, option, capsys):
 
 
 def test_these_are_all_the_commands():
-    assert set(COMMANDS) == {"train", "config", "generate", "evaluate", "train-tokenizer"}
+    assert " ".join(COMMANDS) == "train config inspect doctor generate evaluate train-tokenizer"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_these_are_all_the_commands():
     [
         (
             ["trian"],
-            "no such command; got 'trian'; fix: one of train, config, generate, evaluate, train-tokenizer",
+            "no such command; got 'trian'; fix: one of train, config, inspect, doctor, generate, evaluate, ",
         ),
         (["trian"], "did you mean 'train'?"),
         (["train"], "hf-clm train: needs a recipe; fix: hf-clm train RECIPE [--key value ...]"),

@@ -148,7 +148,7 @@ def test_a_model_from_scratch_and_every_section_can_be_given():
     recipe = load("""\
 stage: pretrain
 model: {init: scratch, config: {model_type: gpt2, n_layer: 2}}
-tokenizer: {train: {vocab_size: 512}, eos_token: "<|endoftext|>", chat_template: chatml}
+tokenizer: {train: {vocab_size: 512}, chat_template: chatml}
 data:
   train: [{path: a.jsonl, format: text, fields: {text: body}}]
   eval: b.jsonl
@@ -296,7 +296,7 @@ def test_a_wrong_key_or_value_is_named_with_its_line(old, new, message):
             "packing: stream",
             "data.packing: stream cuts rows, so a target would lose its prompt; fix: best_fit or none",
         ),
-        ("window: {size: 8, step: 4}", "data.window needs data.packing: none; got best_fit"),
+        ("window: {size: 8, step: 4}", "data.window is for stage pretrain: it would cut targets"),
         ("window: {size: 8}", "data.window.step is missing"),
     ],
 )
@@ -425,11 +425,36 @@ def test_a_key_from_a_yaml_merge_has_the_line_where_it_is_written():
             "data.eval and data.eval_fraction exclude each other",
         ),
         (
-            ["--data.packing=none", "--data.window={size: 8, step: 9}"],
+            ["--stage=pretrain", "--data.window={size: 8, step: 4}"],
+            "data.window needs data.packing: none; got stream",
+        ),
+        (
+            ["--stage=pretrain", "--data.overflow=drop"],
+            "data.overflow says nothing where a stream cuts documents at the end of a row; "
+            "fix: leave it out, or set data.packing to none or best_fit",
+        ),
+        (
+            ["--stage=pretrain", "--data.train_on=last_turn"],
+            "data.train_on is for stage sft: pretraining learns everything",
+        ),
+        (
+            ["--use_liger_kernel"],
+            "train.use_liger_kernel gives no logits, of which the token accuracy is counted; fix: leave it out",
+        ),
+        (
+            ["--neftune_noise_alpha=5"],
+            "train.neftune_noise_alpha is scaled by the length of a row, and packed rows hold many texts; "
+            "fix: set data.packing to none, or leave it out",
+        ),
+        (
+            ["--stage=pretrain", "--data.packing=none", "--data.window={size: 8, step: 9}"],
             "data.window: expected step <= size <= data.max_length; got 9, 8, 1024",
         ),
         (
-            ["--data.packing=none", "--data.window={size: 80, step: 9}", "--data.max_length=64"],
+            [
+                *("--stage=pretrain", "--data.packing=none"),
+                *("--data.window={size: 80, step: 9}", "--data.max_length=64"),
+            ],
             "data.window: expected step <= size <= data.max_length; got 9, 80, 64",
         ),
         (["--early_stopping={}"], "early_stopping needs train.load_best_model_at_end: true and an eval set"),

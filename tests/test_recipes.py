@@ -18,6 +18,7 @@ ROWS = {
     "prompt_completion": {"prompt": "def area(circle):\n", "completion": "The area of a circle."},
 }
 SHORT = ["--max_steps", "2", "--save_strategy", "no", "--eval_strategy", "no", "--use_cpu", "--bf16", "false"]
+SHORT += ["--doctor.round_trip", "off"]
 
 
 def test_all_recipes_are_found():
@@ -39,7 +40,7 @@ def test_a_recipe_loads_and_its_stage_is_its_folder(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_recipe_trains_two_steps(path, tmp_path):
     recipe = load_recipe(path)
-    rows = [{**ROWS[str(recipe.data.train[0].format)], "n": str(n)} for n in range(40)]
+    rows = [{**ROWS[str(recipe.data.train[0].format)], "n": str(n)} for n in range(100)]
     rows = [{key: f"{text} {n}" for key, text in row.items() if key != "n"} for n, row in enumerate(rows)]
     words = [
         "--data.train",

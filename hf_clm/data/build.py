@@ -128,10 +128,10 @@ def split_examples(examples: Examples, eval_fraction: float, *, seed: int) -> tu
         raise DataError(what, where="data.eval_fraction", fix="raise it, or name data.eval")
     order = np.random.default_rng(seed).permutation(len(examples))
     chosen = set(order[:held_out].tolist())
-    return (
-        examples.select(i for i in range(len(examples)) if i not in chosen),
-        examples.select(sorted(chosen)),
-    )
+    kept, held = (i for i in range(len(examples)) if i not in chosen), sorted(chosen)
+    # what was lost in reading is counted once, with the training part
+    evaluation = replace(examples.select(held), report=ReadReport(files=examples.report.files), duplicates=[])
+    return examples.select(kept), evaluation
 
 
 def load_splits(recipe: Recipe, seed: int) -> tuple[Examples, Examples | None]:

@@ -59,6 +59,7 @@ CHECKS = {
     "stop": "a whole target ends in a token that generation stops at, and a cut one does not",
     "control": "no control token comes from the text",
     "start": "no row begins with two start tokens",
+    "rendered": "the template renders every message",
     "padding": "no pad token stands among the tokens",
 }
 
@@ -271,6 +272,7 @@ class _TextChecker:
     def _check_row(
         self, number: int, expected: list[Run], *, parts: list[Part], decoded: list[Run]
     ) -> Iterator[Finding]:
+        yield from self._check_rendered(number, expected)
         fate = self.rows.fates[int(self.rows.sources[number])].kind
         pairs = self._pairs(expected, decoded, fate=fate)
         if any(want != got for want, got in pairs) and self.backend.normalizer:
@@ -307,6 +309,17 @@ class _TextChecker:
         """Without the space that SentencePiece puts before a text, or behind its start token."""
         bos = bos_token(self.tokenizer) or ""
         return run[0].removeprefix(bos).lstrip(" "), run[1]
+
+    def _check_rendered(self, number: int, expected: list[Run]) -> Iterator[Finding]:
+        """A template may drop a message in silence; the text of each must stand in the conversation."""
+        example: Any = self.examples[int(self.rows.sources[number])]
+        messages = example.messages if isinstance(example, ChatExample) else []
+        whole = "".join(text for text, _ in expected)
+        for content, times in Counter(turn["content"].strip() for turn in messages).items():
+            if whole.count(content) < times:
+                found = f"{whole.count(content)} of {times} in the rendered conversation"
+                yield number, "rendered", f"the message {content[:60]!r}", found
+                return
 
     def _check_stops(self, number: int, expected: list[Run], *, parts: list[Part]) -> Iterator[Finding]:
         """A learned stretch whose text ends in a control token ends in one that generation stops at."""

@@ -14,6 +14,7 @@ from hf_clm.errors import DataError
 from hf_clm.schema import ChatExample, Example, PromptExample, SegmentsExample, TextExample, TokenizedExample
 
 SHOWN = 3  # rows in an error
+COMPARED = 500  # packed rows that are compared with their pieces, token by token
 FATES = ("used", "cut", "split", "duplicate", "dropped", "unreadable")
 
 
@@ -114,6 +115,7 @@ def check_balance(ledger: Ledger, rows: TokenizedRows, *, packed: PackedDataset 
         if kept != int((rows.labels >= 0).sum()):
             what = f"packing keeps {kept:,} labels of {int((rows.labels >= 0).sum()):,}"
             raise DataError(what, where="data.packing", fix="report this as a bug of hf_clm")
+        _check_packed(packed, rows)
 
 
 def write_ledgers(ledgers: Mapping[str, Ledger], path: Path) -> None:
@@ -198,6 +200,26 @@ def text_key(example: Example | TokenizedExample) -> tuple[str, ...]:
 
 def _normalised(key: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(" ".join(part.casefold().split()) for part in key)
+
+
+def _check_packed(packed: PackedDataset, rows: TokenizedRows) -> None:
+    """Raises DataError where a packed row is not its pieces, token by token, each with its own positions."""
+    for number in np.unique(np.linspace(0, len(packed) - 1, COMPARED, dtype=np.int64)).tolist():
+        row, pieces = packed[number], packed.pieces[number]
+        spans = [slice(rows.offsets[at] + first, rows.offsets[at] + last) for at, first, last in pieces]
+        ids, labels = (
+            np.concatenate([part[span] for span in spans]) for part in (rows.input_ids, rows.labels)
+        )
+        places = np.concatenate([np.arange(last - first) for _, first, last in pieces])
+        given = np.asarray(row["labels"])
+        is_same = (
+            np.array_equal(row["input_ids"], ids)
+            and np.array_equal(row["position_ids"], places)
+            and np.array_equal(np.maximum(given, -1), np.where(places > 0, np.maximum(labels, -1), -1))
+        )
+        if not is_same:
+            what = f"packed row {number:,} is not its {len(pieces)} documents with positions that begin again"
+            raise DataError(what, where="data.packing", fix="report this as a bug of hf_clm")
 
 
 def _labels_in(packed: PackedDataset, rows: TokenizedRows, *, pieces: Sequence[tuple[int, int, int]]) -> int:

@@ -1,5 +1,6 @@
 """Proves on the real model, data and kernel that how rows are batched changes neither loss nor gradient."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,9 @@ SHORTEST, LONGEST = 8, 256  # tokens taken of a document
 
 # Largest relative difference that rounding explains, by the type that the model computes in.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+NEIGHBOUR = (
+    1e-5  # the same sums in the same order: where documents are apart, the difference is 0 in any type
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class SelfTest:
 
     def require(self) -> None:
         """Raises ModelError unless all comparisons hold."""
+        if not all(math.isfinite(comparison.reference) for comparison in self.comparisons):
+            got = f"loss {self.comparisons[0].reference:g}, gradient norm {self.comparisons[1].reference:g}"
+            what = "the model's loss on this data, or its gradient, is not finite"
+            raise ModelError(what, where="model", got=got, fix="try another model.dtype, or another model")
         for comparison in self.comparisons:
             if not comparison.holds:
                 raise ModelError(
@@ -70,7 +78,7 @@ def self_test(
     pad_token_id: int,
     autocast: torch.dtype | None = None,
 ) -> SelfTest:
-    """Compares one batch, one document at a time, and padding; and changes a document beside the others.
+    """Compares a packed row, one document at a time, and padding; and changes a document beside the others.
 
     The model must be on its device. Its gradients are None afterwards, its mode is as before.
 
@@ -83,15 +91,16 @@ def self_test(
     model.eval()  # dropout draws other numbers for another batch
     total = sum(map(count_targets, documents))
     packed, padded = DataCollatorForPackedCausalLM(), DataCollatorForCausalLM(pad_token_id)
+    row = packed([to_packed_row(documents)])
     with torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
-        together = _measure(model, [packed(documents)], targets=total)
+        together = _measure(model, [row], targets=total)
         alone = _measure(model, [packed([document]) for document in documents], targets=total)
         wide = _measure(model, [padded(documents)], targets=total)
-        own = _sum_nll(model, packed(documents)) / total
+        own = _sum_nll(model, row) / total
         beside = _change_beside(model, documents, collate=packed)
     model.zero_grad(set_to_none=True)
     model.train(was_training)
-    loss = TOLERANCES[autocast or model.dtype]
+    labels, loss = int((row["labels"] >= 0).sum()), TOLERANCES[autocast or model.dtype]
     gradient = 10 * loss
     comparisons = [
         Comparison("one document at a time gives another loss", alone[0], together[0], loss),
@@ -99,24 +108,29 @@ def self_test(
         Comparison("padded rows give another loss", wide[0], together[0], loss),
         Comparison("padded rows give another gradient", wide[1], together[1], gradient),
         Comparison("the model's loss is not the cross entropy of the targets", together[0], own, loss),
-        Comparison("a document changes with its neighbour in a row", *beside, loss),
+        Comparison("a document changes with its neighbour in a row", *beside, NEIGHBOUR),
+        Comparison("a batch has other labels than its rows", labels, total, 0.0),
     ]
     tokens = sum(len(document["input_ids"]) for document in documents)
     return SelfTest(comparisons, len(documents), tokens, time.monotonic() - started)
 
 
 def choose_documents(examples: Sequence[TokenizedExample], parameters: int) -> list[TokenizedExample]:
-    """A few documents of different lengths: the ends of the first ones, as long as the time allows."""
+    """A few documents of different lengths: of the first ones, what leads to the last label."""
     tokens = BUDGET_FLOP / (6 * parameters * PASSES)
     length = int(min(LONGEST, max(SHORTEST, tokens / DOCUMENTS)))
     chosen = []
     for number in range(min(len(examples), DOCUMENTS)):
         example = examples[number]
-        end = len(example["input_ids"])
-        document = slice_example(example, start=max(0, end - length + number), stop=end)
-        if count_targets(document):
-            chosen.append(document)
+        end = max(i for i, label in enumerate(example["labels"]) if label >= 0) + 1
+        chosen.append(slice_example(example, start=max(0, end - length + number), stop=end))
     return chosen
+
+
+def to_packed_row(documents: Sequence[TokenizedExample]) -> dict[str, list[int]]:
+    """The documents one behind the other, with positions that begin again: as ``PackedDataset`` does it."""
+    row = {key: [i for document in documents for i in document[key]] for key in ("input_ids", "labels")}
+    return {**row, "position_ids": [i for document in documents for i in range(len(document["input_ids"]))]}
 
 
 def _measure(
@@ -147,9 +161,10 @@ def _change_beside(
     model: PreTrainedModel, documents: list[TokenizedExample], *, collate: Callable[..., dict[str, Any]]
 ) -> tuple[float, float]:
     """The loss of all documents but the first, with another first document, and with the first as it is."""
-    first = documents[0]
-    other: TokenizedExample = {"input_ids": first["input_ids"][::-1], "labels": first["labels"]}
-    batches = [collate([head, *documents[1:]]) for head in (other, first)]
+    first, size = documents[0], model.config.get_text_config().vocab_size
+    ids = [(token + 1) % size for token in first["input_ids"]]
+    other: TokenizedExample = {"input_ids": ids, "labels": first["labels"]}
+    batches = [collate([to_packed_row([head, *documents[1:]])]) for head in (other, first)]
     changed, kept = (_sum_nll(model, batch, start=len(first["input_ids"])) for batch in batches)
     return changed + 1.0, kept + 1.0  # of one document alone nothing is behind the first
 

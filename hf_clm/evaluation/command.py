@@ -1,8 +1,10 @@
 """``hf-clm evaluate``: a run and a data file become one table of figures."""
 
 from argparse import Namespace
+from pathlib import Path
+from typing import Any
 
-from hf_clm.config import Data, Source
+from hf_clm.config import Data, Recipe, Source, load_recipe
 from hf_clm.data.build import load_examples
 from hf_clm.data.datasets import PretrainDataset, SFTDataset
 from hf_clm.errors import DataError
@@ -13,24 +15,49 @@ from hf_clm.generation.load import load_run
 def evaluate_run(options: Namespace) -> dict[str, float]:
     """Likelihood of the targets and, where the examples have prompts, exact match of greedy answers.
 
+    The data are read and labelled as in the run's recipe: its eval set gives the eval loss of its training.
     Raises DataError where no example has a target.
     """
-    sources = [Source(path=options.data, format=options.format)]
-    examples = load_examples(sources, Data(train=sources)).examples
+    recipe = read_recipe(options.run)
+    data = to_data(options, recipe)
+    examples = load_examples(data.train, data).examples
     run = load_run(options.run, device=options.device)
-    stage, max_length = options.stage or run.stage, options.max_length or run.max_length
+    stage, policy = options.stage or run.stage, {"special_tokens_in_text": data.special_tokens_in_text}
+    settings: dict[str, Any] = {"max_length": options.max_length or run.max_length, **policy}
     if stage == "pretrain":
-        dataset = PretrainDataset(examples, run.tokenizer, max_length=max_length)
+        dataset = PretrainDataset(examples, run.tokenizer, **settings)
     else:
-        dataset = SFTDataset(examples, run.tokenizer, max_length=max_length)
+        settings["overflow"] = recipe.resolved_overflow if recipe and recipe.stage == "sft" else "keep_target"
+        dataset = SFTDataset(examples, run.tokenizer, train_on=data.train_on, **settings)
     if len(dataset) == 0:
         raise DataError("no example has a target that fits", where=options.data, fix="raise --max_length")
     dropped = sum(fate.kind == "dropped" for fate in dataset.rows.fates)
-    likelihood = measure_likelihood(run.model, run.tokenizer, dataset=dataset, batch_size=options.batch_size)
+    sizes = {"dataset": dataset, "batch_size": options.batch_size}
+    likelihood = measure_likelihood(run.model, run.tokenizer, **sizes)
     result = {"examples": len(examples), "dropped": dropped, **likelihood.to_json()}
     written = [example for example in examples if not isinstance(example, dict)]
     if stage == "sft" and not options.no_generate:
-        settings = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
-        answers = measure_answers(run.model, run.tokenizer, examples=written, **settings)
+        limits = {"max_new_tokens": options.max_new_tokens, "do_sample": False, **policy}
+        answers = measure_answers(run.model, run.tokenizer, examples=written, **limits)
         result.update(answers.to_json() if answers else {})
     return result
+
+
+def read_recipe(run: str) -> Recipe | None:
+    """The recipe of a run's folder; None for another model."""
+    path = Path(run).expanduser() / "recipe.yaml"
+    return load_recipe(path) if path.is_file() else None
+
+
+def to_data(options: Namespace, recipe: Recipe | None) -> Data:
+    """The data section to read ``options.data`` with: the run's, but for its sources.
+
+    Format and columns are those that all sources of the run share, unless ``--format`` names another.
+    """
+    if recipe is None:
+        return Data(train=[Source(path=options.data, format=options.format)])
+    known = {(source.format, tuple(source.fields.items())) for source in recipe.data.train}
+    format: Any
+    format, fields = known.pop() if len(known) == 1 and not options.format else (options.format, ())
+    source = Source(path=options.data, format=format, fields=dict(fields))
+    return recipe.data.model_copy(update={"train": [source], "duplicates": "keep"})

@@ -28,6 +28,7 @@ def generate_from_run(options: Namespace) -> list[tuple[str, Generated]]:
     if options.file:
         prompts += read_prompts(options.file, format)
     set_seed(options.seed)
+    settings["special_tokens_in_text"] = run.special_tokens_in_text
     answers = generate(run.model, run.tokenizer, prompts=prompts, batch_size=options.batch_size, **settings)
     return [(to_shown(prompt), answer) for prompt, answer in zip(prompts, answers, strict=True)]
 

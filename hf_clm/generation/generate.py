@@ -34,12 +34,14 @@ def generate(
     prompts: Sequence[Example | str],
     batch_size: int = 16,
     max_new_tokens: int | None = None,
+    special_tokens_in_text: str = "encode_as_text",
     **options: Any,
 ) -> list[Generated]:
     """Continues each prompt; a string is taken as it is, an Example is rendered as in training.
 
     Args:
         max_new_tokens: None is 256, or what the model has positions for.
+        special_tokens_in_text: as in training.
         options: of ``transformers.GenerationConfig``: do_sample, temperature, top_k, top_p, num_beams,
             no_repeat_ngram_size, ...
 
@@ -47,22 +49,26 @@ def generate(
     positions.
     """
     examples = [TextExample(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    segments = [to_prompt_segments(example, tokenizer) for example in examples]
+    rendering = {"special_tokens_in_text": special_tokens_in_text}
+    segments = [to_prompt_segments(example, tokenizer, **rendering) for example in examples]
     eos = tokenizer.eos_token_id
     assert isinstance(eos, int), "load_tokenizer requires one"
     ids = [example["input_ids"] or [eos] for example in tokenize_batch(segments, tokenizer)]
-    longest = max(map(len, ids), default=0)
-    options["max_new_tokens"] = fit_new_tokens(model, longest, max_new_tokens=max_new_tokens)
+    order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # a long prompt shortens no other
     was_training, attention = model.training, str(model.config._attn_implementation)
     model.eval()
     use_for_generation(model)
     try:
-        batches = [ids[start : start + batch_size] for start in range(0, len(ids), batch_size)]
-        return [
-            answer
-            for batch in batches
-            for answer in _generate_batch(model, tokenizer, batch=batch, options=options)
-        ]
+        answers = {}
+        for start in range(0, len(ids), batch_size):
+            numbers = order[start : start + batch_size]
+            batch = [ids[number] for number in numbers]
+            room = fit_new_tokens(model, len(batch[-1]), max_new_tokens=max_new_tokens)
+            found = _generate_batch(
+                model, tokenizer, batch=batch, options={**options, "max_new_tokens": room}
+            )
+            answers |= zip(numbers, found, strict=True)
+        return [answers[number] for number in range(len(ids))]
     finally:
         use_for_training(model, attention)
         model.train(was_training)

@@ -23,6 +23,7 @@ class LoadedRun:
     format: str
     stage: str
     max_length: int
+    special_tokens_in_text: str = "encode_as_text"
 
 
 def load_run(name_or_path: str, *, attention: str = PACKED, device: str | None = None) -> LoadedRun:
@@ -47,6 +48,7 @@ def load_run(name_or_path: str, *, attention: str = PACKED, device: str | None =
         format=facts.get("format") or ("messages" if tokenizer.chat_template else "text"),
         stage=facts.get("stage") or "sft",
         max_length=facts.get("max_length") or min(max_positions(model.config) or 1024, 4096),
+        special_tokens_in_text=facts.get("special_tokens_in_text") or "encode_as_text",
     )
 
 

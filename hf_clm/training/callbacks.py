@@ -39,7 +39,7 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         self.started, self.first_step = time.monotonic(), state.global_step
         if self.is_terminal and state.is_world_process_zero:
-            steps = {"total": state.max_steps, "initial": state.global_step}
+            steps: dict[str, Any] = {"total": state.max_steps, "initial": state.global_step}
             self.bar = tqdm(**steps, dynamic_ncols=True, bar_format=BAR)
 
     def on_step_end(

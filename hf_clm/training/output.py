@@ -12,6 +12,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_clm.errors import DivergedError, EnvironmentFault, RecipeError
 
+# What is written before everything is proved: the tokenizer that a run trains, and its ledger.
+BEFORE_A_RUN = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "ledger.parquet"}
 FAILURES: dict[type[BaseException], str] = {DivergedError: "diverged", KeyboardInterrupt: "interrupted"}
 
 
@@ -21,7 +23,7 @@ def prepare_output_dir(arguments: TrainingArguments, *, overwrite: bool) -> Path
     Raises RecipeError for a folder in use, EnvironmentFault for one that cannot be written.
     """
     folder, goes_on = Path(str(arguments.output_dir)), resume_from(arguments) is not None
-    with arguments.main_process_first(desc="preparing the output folder"):
+    with arguments.main_process_first(local=False, desc="preparing the output folder"):
         if arguments.process_index == 0:
             if _is_in_use(folder) and not goes_on:
                 if not overwrite:
@@ -75,7 +77,10 @@ def recording_failure(path: Path, *, is_main: bool) -> Iterator[None]:
 
 
 def _is_in_use(folder: Path) -> bool:
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    """Whether more lies there than a run leaves behind that was refused before its first step."""
+    if folder.is_dir():
+        return any(entry.name not in BEFORE_A_RUN for entry in folder.iterdir())
+    return folder.exists()
 
 
 def _make_writable(folder: Path) -> None:

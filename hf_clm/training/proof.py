@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
@@ -13,30 +14,31 @@ from hf_clm.chat_template import stop_token_ids
 from hf_clm.config import Recipe
 from hf_clm.data.build import Split
 from hf_clm.data.certificate import Certificate, LabelOptions, certify
-from hf_clm.data.ledger import build_ledger, check_balance, check_leakage, measure_leakage, write_ledgers
+from hf_clm.data.labels import tokenize_segments
+from hf_clm.data.ledger import Ledger, build_ledger, check_balance, check_leakage, measure_leakage
 from hf_clm.data.packing import PackedDataset
+from hf_clm.data.segments import to_prompt_segments
 from hf_clm.doctor.round_trip import FOLDER, RoundTrip, start_round_trip
 from hf_clm.doctor.selftest import SelfTest, self_test
+from hf_clm.errors import DataError, ModelError
+from hf_clm.evaluation.evaluate import to_question
 from hf_clm.training.callbacks import write_line
 from hf_clm.training.trainer import CLMTrainer
+
+COMPARED = 50  # rows whose prompt is rendered again as for generation
 
 
 @dataclass
 class Proof:
-    """What was proved: for run.json, and as lines to print."""
+    """What was proved: for run.json, as lines to print, and for ledger.parquet."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
+    ledgers: dict[str, Ledger] = field(default_factory=dict)
 
 
-def prove_data(
-    recipe: Recipe,
-    splits: Mapping[str, Split],
-    *,
-    tokenizer: PreTrainedTokenizerFast,
-    output_dir: Path,
-) -> Proof:
-    """Certifies the labels of every row, balances and writes the ledger, compares the sets.
+def prove_data(recipe: Recipe, splits: Mapping[str, Split], *, tokenizer: PreTrainedTokenizerFast) -> Proof:
+    """Certifies the labels of every row, balances the ledger, compares the sets.
 
     Args:
         splits: train and, if there is one, eval.
@@ -44,7 +46,7 @@ def prove_data(
     Raises DataError for labels that are not certified, a ledger that does not balance, and training rows
     among the evaluation rows.
     """
-    proof, ledgers = Proof(), {}
+    proof = Proof()
     for name, split in splits.items():
         certificate = certify_split(recipe, split, tokenizer=tokenizer)
         certificate.require()
@@ -53,13 +55,14 @@ def prove_data(
         lost = {"unreadable": examples.report.bad_lines, "duplicates": examples.duplicates}
         ledger = build_ledger(split.rows.rows, examples.places, packed=packed, **lost)
         check_balance(ledger, split.rows.rows, packed=packed)
-        ledgers[name] = ledger
+        proof.ledgers[name] = ledger
         proof.facts[name] = {"certificate": certificate.to_json(), "ledger": ledger.totals()}
         heads = [name, *[""] * len(ledger.rows)]
         proof.lines += [f"{head:<10}{line}" for head, line in zip(heads, ledger.to_lines(), strict=False)]
         seconds = f"{certificate.seconds:.1f} s, sha256 {certificate.content_hash[:12]}"
         proof.lines.append(f"{'':<10}the labels of all {certificate.rows:,} rows are certified ({seconds})")
-    write_ledgers(ledgers, output_dir / "ledger.parquet")
+        if recipe.stage == "sft" and (compared := check_prompts(recipe, split, tokenizer=tokenizer)):
+            proof.lines.append(f"{'':<10}the first {compared} prompts are what generate is given")
     if "eval" in splits:
         train, evaluation = splits["train"].examples, splits["eval"].examples
         leakage = measure_leakage(train.examples, evaluation.examples, places=evaluation.places)
@@ -68,6 +71,29 @@ def prove_data(
         check_leakage(leakage, recipe.data.max_leakage)
         proof.facts["leakage"] = {"exact": len(leakage.exact), "normalised": len(leakage.normalised)}
     return proof
+
+
+def check_prompts(recipe: Recipe, split: Split, *, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Compares, for the first rows, the ids before the last target with those that ``generate`` is given.
+
+    Returns how many were compared. Raises DataError for the first that differs.
+    """
+    rows, examples = split.rows.rows, split.examples
+    compared = 0
+    for number, example in enumerate(examples.examples[:COMPARED]):
+        question = None if isinstance(example, dict) else to_question(example)
+        if question is None or rows.fates[number].kind != "used":
+            continue
+        policy = recipe.data.special_tokens_in_text
+        segments = to_prompt_segments(question[0], tokenizer, special_tokens_in_text=policy)
+        given = tokenize_segments(segments, tokenizer)["input_ids"]
+        found = rows[int(np.flatnonzero(rows.sources == number)[0])]["input_ids"][: len(given)]
+        if found != given:
+            what = "the prompt in training is not the one that generate is given"
+            got = repr(tokenizer.decode(found)[-60:])
+            raise DataError(what, where=examples.places[number], got=got, fix="mend the chat template")
+        compared += 1
+    return compared
 
 
 def certify_split(recipe: Recipe, split: Split, *, tokenizer: PreTrainedTokenizerFast) -> Certificate:
@@ -93,11 +119,14 @@ def prove_model(
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return {"self_test": "off: the model is sharded", "round_trip": "off: the model is sharded"}
+    check_stops(trainer, tokenizer)
     proof: dict[str, Any] = {"self_test": "off", "round_trip": recipe.doctor.round_trip}
     folder = Path(str(trainer.args.output_dir)) / FOLDER
     trip: RoundTrip | None = None
     try:
-        if recipe.doctor.round_trip == "start":
+        if recipe.model.trust_remote_code and recipe.doctor.round_trip != "off":
+            proof["round_trip"] = "off: the model brings its own code"
+        elif recipe.doctor.round_trip == "start":
             trainer.save_model(str(folder), _internal_call=True)
             trip = start_round_trip(folder, split.dataset[0]["input_ids"])
         if recipe.doctor.self_test:
@@ -112,6 +141,16 @@ def prove_model(
             trip.process.kill()
         shutil.rmtree(folder, ignore_errors=True)
     return proof
+
+
+def check_stops(trainer: CLMTrainer, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises ModelError where a stop token that is learned is not one that generation stops at."""
+    model: Any = trainer.model
+    known = model.generation_config.eos_token_id
+    missing = set(stop_token_ids(tokenizer)) - set(known if isinstance(known, list) else [known])
+    if missing:
+        got = f"{known} without {sorted(missing)}"
+        raise ModelError("generation does not stop where training ends a text", where="eos_token_id", got=got)
 
 
 def measure_self_test(trainer: CLMTrainer, split: Split, *, tokenizer: PreTrainedTokenizerFast) -> SelfTest:

@@ -17,8 +17,10 @@ from transformers import (
 
 from hf_clm.config import Recipe, recipe_to_yaml
 from hf_clm.data.build import Split, build_split, load_splits
+from hf_clm.data.ledger import write_ledgers
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
+from hf_clm.errors import RecipeError
 from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.generation.generate import generate, to_prompt_example
 from hf_clm.parts import (
@@ -26,6 +28,7 @@ from hf_clm.parts import (
     build_model,
     build_model_config,
     build_tokenizer,
+    resolve,
     training_arguments,
 )
 from hf_clm.training.callbacks import MetricsCallback, ProgressCallback, SamplesCallback, write_line
@@ -51,21 +54,23 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
         splits["eval"] = build_split(eval_examples, recipe, **options)
     known = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
     proof = Proof(lines=[f"warning   {line}" for line in check_before_training(known)])
-    with arguments.main_process_first(desc="proving the data"):
+    with arguments.main_process_first(local=False, desc="proving the data"):
         if arguments.process_index == 0:
-            found = prove_data(recipe, splits, tokenizer=tokenizer, output_dir=output_dir)
-            proof = Proof(found.facts, found.lines + proof.lines)
+            warnings, proof = proof.lines, prove_data(recipe, splits, tokenizer=tokenizer)
+            proof.lines += warnings
     model = build_model(recipe, tokenizer, config=config, seed=arguments.seed)
 
     trainer = build_trainer(model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits)
     facts = RunFacts(recipe, arguments, model, splits, unigram_entropy(splits["train"].rows.rows.labels))
-    with arguments.main_process_first(desc="proving the model"):
+    with arguments.main_process_first(local=False, desc="proving the model"):
         if arguments.process_index == 0:
             write_line("\n".join([*start_lines(facts), *proof.lines]))
             proof.facts |= prove_model(trainer, recipe, split=splits["train"], tokenizer=tokenizer)
             trainer.add_callback(ProgressCallback(is_terminal=is_terminal))
             trainer.add_callback(MetricsCallback(output_dir / "metrics.jsonl"))
-            (output_dir / "recipe.yaml").write_text(recipe_to_yaml(recipe), encoding="utf-8")
+            write_ledgers(proof.ledgers, output_dir / "ledger.parquet")
+            text = recipe_to_yaml(resolve(recipe, arguments))
+            (output_dir / "recipe.yaml").write_text(text, encoding="utf-8")
             write_json(
                 output_dir / "run.json", {"status": "running", **facts.to_json(), "proof": proof.facts}
             )
@@ -109,15 +114,22 @@ def build_samples(
     """Generates the recipe's sample prompts, rendered as the training data are."""
     section = recipe.samples
     assert section is not None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        what = "rank 0 cannot generate from a sharded model alone"
+        raise RecipeError(
+            what, where="samples", fix="set samples to null, and use hf-clm generate afterwards"
+        )
     prompts = [to_prompt_example(prompt, format) for prompt in section.prompts]
     options: dict[str, Any] = {"max_new_tokens": section.max_new_tokens, "do_sample": section.temperature > 0}
+    options["special_tokens_in_text"] = recipe.data.special_tokens_in_text
     if section.temperature > 0:
         options["temperature"] = section.temperature
 
     def answers() -> list[str]:
         with trainer.untimed():
             model = trainer.accelerator.unwrap_model(trainer.model)
-            return [answer.text for answer in generate(model, tokenizer, prompts=prompts, **options)]
+            found = generate(model, tokenizer, prompts=prompts, **options)
+            return [answer.text for answer in found]
 
     path = Path(str(trainer.args.output_dir)) / "samples.jsonl"
     return SamplesCallback(section.prompts, answers, path=path, every_steps=section.every_steps)
@@ -134,12 +146,19 @@ def finish(trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], secon
     result = {
         "status": "done",
         **facts.to_json(),
-        **facts.outcome(history, final, seconds=seconds),
+        **facts.outcome(
+            history,
+            final,
+            seconds=seconds,
+            steps=trainer.state.global_step,
+            tokens_per_second=trainer.tokens_per_second,
+        ),
         "versions": versions(),
         "proof": proof,
     }
     if trainer.is_world_process_zero():
-        if facts.recipe.doctor.round_trip == "end":
+        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if facts.recipe.doctor.round_trip == "end" and not is_sharded:
             tokenizer: Any = trainer.processing_class
             proof["round_trip"] = prove_saved(trainer, split=facts.splits["train"], tokenizer=tokenizer)
         lines = (output_dir / "metrics.jsonl").read_text("utf-8").splitlines()

@@ -40,7 +40,7 @@ class RunFacts:
     @property
     def format(self) -> str:
         """The format of the training data; prompts given as plain text are rendered in it."""
-        return sorted(self.train.examples.formats)[0]
+        return self.recipe.data.train[0].format or sorted(self.train.examples.formats)[0]
 
     @property
     def rows_per_step(self) -> int:
@@ -74,6 +74,7 @@ class RunFacts:
             "recipe": self.recipe.file,
             "stage": self.recipe.stage,
             "max_length": self.recipe.data.max_length,
+            "special_tokens_in_text": self.recipe.data.special_tokens_in_text,
             "format": self.format,
             "model": self.recipe.model.name_or_path or self.model.config.model_type,
             "parameters": self.model.num_parameters(),
@@ -88,7 +89,13 @@ class RunFacts:
         }
 
     def outcome(
-        self, history: list[dict[str, Any]], final: dict[str, float], *, seconds: float
+        self,
+        history: list[dict[str, Any]],
+        final: dict[str, float],
+        *,
+        seconds: float,
+        steps: int,
+        tokens_per_second: float,
     ) -> dict[str, Any]:
         """What run.json holds in the end; ``history`` are the log events."""
         first = next((entry for entry in history if "eval_loss" in entry), final)
@@ -96,10 +103,10 @@ class RunFacts:
             (entry for entry in reversed(history) if "tokens_seen" in entry), {"tokens_seen": 0, "step": 0}
         )
         return {
-            "steps_done": last["step"],
+            "steps_done": steps,
             "seconds": seconds,
             "tokens_seen": last["tokens_seen"],
-            "tokens_per_second": last["tokens_seen"] / seconds,
+            "tokens_per_second": tokens_per_second,
             "loss_before": first["eval_loss"],
             "loss_after": final["eval_loss"],
             "token_accuracy_before": first["eval_token_accuracy"],
@@ -136,6 +143,8 @@ def start_lines(facts: RunFacts) -> list[str]:
         "control tokens in the text read as plain text": sum(train.rows.rows.control_texts.values()),
     }
     lines += [f"note      {count:,} {what}" for what, count in notes.items() if count]
+    if len(train.examples.formats) > 1:
+        lines.append(f"note      several formats; prompts given as text are rendered as {facts.format}")
     if train.examples.unknown_keys:
         lines.append(f"note      keys not used: {', '.join(sorted(train.examples.unknown_keys))}")
     return lines

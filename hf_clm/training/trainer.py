@@ -45,6 +45,7 @@ class CLMTrainer(Trainer):
         self.add_callback(EpochCallback(self))
         self._counts = torch.zeros(3, dtype=torch.int64, device=self.args.device)
         self._counted_since = time.monotonic()
+        self._timed = (0, 0.0)  # tokens and seconds of this session, without evaluation, samples and saving
         self._step_loss: torch.Tensor | float = 0.0
         self._step_batches: list[dict[str, Any]] = []
 
@@ -83,8 +84,11 @@ class CLMTrainer(Trainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Runs after clipping and before the optimizer step: the last moment with sound weights."""
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
-        watched = self._step_loss if self.args.fp16 else norm  # fp16 skips steps whose gradients overflow
-        if not math.isfinite(float(watched)):
+        watched = float(norm)
+        if self.args.fp16:  # it skips steps whose gradients overflow; each process knows its own loss
+            total: Any = self.accelerator.reduce(torch.as_tensor(self._step_loss), reduction="sum")
+            watched = float(total)
+        if not math.isfinite(watched):
             self._stop(float(norm))
         self._step_loss = 0.0
         self._step_batches.clear()
@@ -100,7 +104,8 @@ class CLMTrainer(Trainer):
             "learning rate": f"{self._get_learning_rate():g}",
         }
         page = ""
-        if isinstance(self.processing_class, PreTrainedTokenizerFast) and self.is_world_process_zero():
+        is_ours = self.is_world_process_zero() or not math.isfinite(float(self._step_loss))
+        if isinstance(self.processing_class, PreTrainedTokenizerFast) and is_ours:
             folder = Path(str(self.args.output_dir))
             options = {"tokenizer": self.processing_class, "facts": facts}
             page = f"; its rows are in {write_diverged(folder, self._step_batches, **options)}"
@@ -114,6 +119,12 @@ class CLMTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._token_metrics())
         super().log(logs, start_time)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens of all processes in a second of training, up to the last log event."""
+        tokens, seconds = self._timed
+        return tokens / max(seconds, 1e-9)
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
@@ -142,8 +153,8 @@ class CLMTrainer(Trainer):
 
     def _even(self, dataset: Any, batch_size: int) -> Any:
         """Filled up for several processes, of which accelerate wants as many full batches each."""
-        world = self.args.world_size
-        return EvenRows(dataset, world * batch_size) if world > 1 else dataset
+        is_uneven = self.args.world_size > 1 or self.args.dataloader_drop_last
+        return EvenRows(dataset, self.args.world_size * batch_size) if is_uneven else dataset
 
     def prediction_step(
         self,
@@ -190,6 +201,7 @@ class CLMTrainer(Trainer):
         now = time.monotonic()
         seconds, self._counted_since = now - self._counted_since, now
         self._counts.zero_()
+        self._timed = (self._timed[0] + counts[TOKENS], self._timed[1] + seconds)
         before = next((entry for entry in reversed(self.state.log_history) if "tokens_seen" in entry), {})
         return {
             "token_accuracy": counts[CORRECT] / max(1, counts[TARGETS]),
@@ -200,7 +212,7 @@ class CLMTrainer(Trainer):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the sampler which epoch begins, and logs the last step, whatever ``logging_steps`` is."""
+    """Tells the sampler which epoch begins; logs at the last step, and where a run may stop or go on."""
 
     def __init__(self, trainer: CLMTrainer):
         self.trainer = trainer
@@ -213,7 +225,8 @@ class EpochCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        control.should_log |= state.global_step >= state.max_steps
+        ends = state.global_step >= state.max_steps or control.should_training_stop
+        control.should_log |= ends or control.should_evaluate or control.should_save
 
 
 def _real_tokens(inputs: dict[str, Any]) -> torch.Tensor:

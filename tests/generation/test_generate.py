@@ -82,7 +82,7 @@ def test_a_prompt_is_padded_on_the_left_and_never_ends_in_a_stop_token(monkeypat
 
     generate(model, byte_tokenizer(), prompts=["abc", "a"], **OPTIONS)
 
-    assert batches == [[[97, 98, 99], [PAD, PAD, 97]]]
+    assert batches == [[[PAD, PAD, 97], [97, 98, 99]]]  # the shortest first: a long prompt shortens no other
 
 
 def test_an_instruction_is_asked_as_it_was_learned(monkeypatch):

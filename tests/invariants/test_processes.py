@@ -26,6 +26,7 @@ data:
   eval: [{path: eval.jsonl, format: instruct}]
   max_length: 64
   packing: none
+doctor: {round_trip: "off"}
 samples: {prompts: [say 2], max_new_tokens: 3}
 train:
   output_dir: run
@@ -52,6 +53,7 @@ FILES = {
         "run.json",
         "metrics.jsonl",
         "samples.jsonl",
+        "ledger.parquet",
         "loss.png",
         "checkpoint-4",
         "checkpoint-8",
@@ -146,7 +148,7 @@ def test_two_processes_train_as_one(tmp_path, alone):
     assert (facts["processes"], facts["rows_per_step"], facts["steps"], facts["steps_done"]) == (2, 4, 8, 8)
     lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     shown = [
-        line for line in lines if line.startswith(("stage", "step", "sample", "done", "written", "next"))
+        line for line in lines if line.startswith(("recipe", "step", "sample", "done", "written", "next"))
     ]
     # 3 of the start, 8 steps, 3 evaluations, 2 samples, 3 of the end
     assert len(shown) == len(set(shown)) == 19

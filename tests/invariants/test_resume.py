@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
-from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+from helpers import byte_tokenizer, save_folder, tiny_model
 from safetensors.torch import load_file
 
 from hf_clm.config import Recipe
@@ -18,18 +19,10 @@ RECORDS = [{"instruct": f"say {n}", "input": "", "label": "xyz"[: n % 3 + 1] * n
 def build_recipe(folder: Path, *, dropout: float = 0.1, **settings: Any) -> Recipe:
     """13 rows, 2 x 2 a step: 10 steps reach into the third epoch; dropout everywhere."""
     model = tiny_model("gpt2", resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
-    source = {"path": write_jsonl(folder / "say.jsonl", RECORDS), "format": "instruct"}
-    defaults = {"output_dir": str(folder / "run"), "use_cpu": True, "max_steps": 10, "learning_rate": 1e-2}
-    defaults |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
+    name = save_folder(folder / "model", model, byte_tokenizer())
+    defaults = {"max_steps": 10, "learning_rate": 1e-2, "gradient_accumulation_steps": 2}
     defaults |= {"save_strategy": "steps", "save_steps": 5, "dataloader_num_workers": 0}
-    return Recipe.model_validate(
-        {
-            "stage": "sft",
-            "model": {"name_or_path": save_folder(folder / "model", model, byte_tokenizer())},
-            "data": {"train": [source], "max_length": 64, "packing": "none"},
-            "train": defaults | settings,
-        }
-    )
+    return helpers.build_recipe(folder, RECORDS, model={"name_or_path": name}, train=defaults | settings)
 
 
 def read_logs(folder: Path) -> dict[int, dict[str, Any]]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
 from helpers import EOS, PAD, byte_tokenizer, save_folder, tiny_model, write_jsonl
@@ -30,6 +31,7 @@ FILES = {
         "run.json",
         "metrics.jsonl",
         "samples.jsonl",
+        "ledger.parquet",
         "loss.png",
         "checkpoint-4",
         "checkpoint-8",
@@ -37,17 +39,10 @@ FILES = {
 }
 
 
-def build_recipe(folder: Path, *, data: dict[str, Any] | None = None, **sections: Any) -> Recipe:
-    """A run of 8 steps over the records, 2 at a time; ``train`` and other sections on top."""
-    path = write_jsonl(folder / "say.jsonl", RECORDS)
-    model = save_folder(folder / "model", tiny_model(), byte_tokenizer())
-    settings = {"output_dir": str(folder / "run"), "use_cpu": True, "per_device_train_batch_size": 2}
-    settings |= {"num_train_epochs": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no"}
-    source = {"path": path, "format": "instruct"}
-    content = {"stage": "sft", "model": {"name_or_path": model}} | sections
-    content["data"] = {"train": [source], "max_length": 64, "packing": "none"} | (data or {})
-    content["train"] = settings | sections.get("train", {})
-    return Recipe.model_validate(content)
+def build_recipe(folder: Path, **changes: Any) -> Recipe:
+    """A run of 8 steps over the records, 2 at a time."""
+    settings = {"num_train_epochs": 2, **changes.pop("train", {})}
+    return helpers.build_recipe(folder, RECORDS, train=settings, **changes)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

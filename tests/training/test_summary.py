@@ -110,6 +110,8 @@ def test_held_out_rows_are_counted_and_named_at_the_end(tmp_path):
         ],
         {"eval_loss": 1.0, "eval_token_accuracy": 0.5},
         seconds=2.0,
+        steps=7,
+        tokens_per_second=350.0,
     )
 
     assert outcome["tokens_per_second"] == 350.0

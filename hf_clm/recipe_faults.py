@@ -1,0 +1,62 @@
+"""What no single key of a recipe shows: keys that exclude each other, or say nothing together."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hf_clm.errors import did_you_mean
+from hf_clm.trainer_fields import Fault
+
+SHIPPED_TEMPLATES = ("chatml", "plain")
+
+
+def model_faults(recipe: Any) -> Iterator[Fault]:
+    """What is wrong between the model and the tokenizer of a ``config.Recipe``."""
+    model, tokenizer = recipe.model, recipe.tokenizer
+    if not model.name_or_path and not (model.init == "scratch" and "model_type" in model.config):
+        yield Fault("model.name_or_path", "model needs name_or_path, or init: scratch with config.model_type")
+    elif model.init == "scratch" and not (tokenizer.name_or_path or tokenizer.train or model.name_or_path):
+        yield Fault("model.init", "a model from scratch needs tokenizer.name_or_path or tokenizer.train")
+    if tokenizer.train and (tokenizer.name_or_path or model.init == "pretrained"):
+        other = "tokenizer.name_or_path" if tokenizer.name_or_path else "a pretrained model"
+        yield Fault("tokenizer.train", f"tokenizer.train and {other} exclude each other")
+    if tokenizer.train and tokenizer.eos_token:
+        yield Fault("tokenizer.eos_token", "a tokenizer that is trained ends its texts with <|endoftext|>")
+    pinned = re.fullmatch("[0-9a-f]{40}", model.revision or "") or Path(model.name_or_path or "-").is_dir()
+    if model.trust_remote_code and not pinned:
+        what = "model.trust_remote_code runs the code of others"
+        yield Fault("model.trust_remote_code", what, fix="pin model.revision to a commit (40 hex digits)")
+    template = tokenizer.chat_template
+    if template and template not in SHIPPED_TEMPLATES and not template.endswith(".jinja"):
+        got = f"{template!r}{did_you_mean(template, SHIPPED_TEMPLATES)}"
+        what = "tokenizer.chat_template: expected one of chatml, plain, or a .jinja file"
+        yield Fault("tokenizer.chat_template", what, got=got)
+
+
+def data_faults(recipe: Any) -> Iterator[Fault]:
+    """What is wrong between the data, the stage and the Trainer's fields of a ``config.Recipe``."""
+    data, window = recipe.data, recipe.data.window
+    if data.eval and data.eval_fraction:
+        yield Fault("data.eval_fraction", "data.eval and data.eval_fraction exclude each other")
+    if recipe.stage == "sft" and data.packing == "stream":
+        what = "data.packing: stream cuts rows, so a target would lose its prompt"
+        yield Fault("data.packing", what, fix="best_fit or none for stage sft")
+    if window and recipe.stage == "sft":
+        yield Fault("data.window", "data.window is for stage pretrain: it would cut targets")
+    if data.overflow and recipe.resolved_packing == "stream":
+        what = "data.overflow says nothing where a stream cuts documents at the end of a row"
+        yield Fault("data.overflow", what, fix="leave it out, or set data.packing to none or best_fit")
+    if recipe.stage == "pretrain" and data.train_on not in ("all_turns", "everything"):
+        yield Fault("data.train_on", "data.train_on is for stage sft: pretraining learns everything")
+    if recipe.train.get("use_liger_kernel"):
+        what = "train.use_liger_kernel gives no logits, of which the token accuracy is counted"
+        yield Fault("train.use_liger_kernel", what, fix="leave it out")
+    if recipe.train.get("neftune_noise_alpha") and recipe.resolved_packing != "none":
+        what = "train.neftune_noise_alpha is scaled by the length of a row, and packed rows hold many texts"
+        yield Fault("train.neftune_noise_alpha", what, fix="set data.packing to none, or leave it out")
+    if window and recipe.resolved_packing != "none":
+        yield Fault("data.window", "data.window needs data.packing: none", got=recipe.resolved_packing)
+    if window and not window.step <= window.size <= data.max_length:
+        what = "data.window: expected step <= size <= data.max_length"
+        yield Fault("data.window", what, got=f"{window.step}, {window.size}, {data.max_length}")

@@ -1,0 +1,261 @@
+"""The round trip: what was saved is opened with plain transformers, and every difference is named.
+
+Most tests run the script of the fresh process in this one: to start Python and torch takes seconds.
+"""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from helpers import EOS, IM_END, PAD, byte_tokenizer, save_folder, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_clm.attention import NAME
+from hf_clm.doctor import round_trip
+from hf_clm.doctor.round_trip import start_round_trip
+from hf_clm.errors import ExitCode, ModelError
+from hf_clm.model import load_model
+from hf_clm.tokenizer import use_chat_template
+from hf_clm.training.run import train
+
+PROMPT = [*b"say 3\n"]
+RECORDS = [{"instruct": f"say {n}", "input": "", "label": "x" * n} for n in range(1, 5)]
+
+
+class InThisProcess:
+    """In the place of ``subprocess.Popen``: runs ``python -c SCRIPT`` when it is asked for the output."""
+
+    def __init__(self, words: list[str], **pipes: Any):
+        assert words[:2] == [sys.executable, "-c"]
+        self.script, self.given, self.returncode, self.stdin = words[2], "", None, self
+
+    def write(self, text: str) -> None:
+        self.given = text
+
+    def close(self) -> None: ...
+
+    def communicate(self) -> tuple[str, str]:
+        shown, errors = io.StringIO(), ""
+        self.returncode = 0
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+            patch.setattr(sys, "stdin", io.StringIO(self.given))
+            try:
+                exec(self.script, {})
+            except Exception:
+                self.returncode, errors = 1, traceback.format_exc()
+        return shown.getvalue(), errors
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+
+@pytest.fixture
+def at_once(monkeypatch) -> None:
+    monkeypatch.setattr(round_trip.subprocess, "Popen", InThisProcess)
+
+
+def build(folder: Path, *, kind: str = "qwen2", template: str | None = None):
+    """A saved model, and the model and tokenizer that were saved."""
+    tokenizer = byte_tokenizer()
+    if template:
+        use_chat_template(tokenizer, template)
+    source = save_folder(folder / "source", tiny_model(kind), tokenizer)
+    model = load_model(source, tokenizer, dtype="float32", attention=NAME).train()
+    saved = folder / "saved"
+    save_folder(saved, model, tokenizer)
+    return saved, model, tokenizer
+
+
+def compare(saved: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return start_round_trip(saved, PROMPT).finish(model, tokenizer)
+
+
+# --- what is right
+
+
+@pytest.mark.parametrize("template", [None, "chatml", "plain"])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
+def test_a_saved_model_is_the_model(kind, template, tmp_path, at_once):
+    saved, model, tokenizer = build(tmp_path, kind=kind, template=template)
+
+    found = compare(saved, model, tokenizer)
+
+    assert found["logit_difference"] < 1e-5
+    assert found["compared"] == ["config_pad", "eos", "pad", "sample", "stop", "template", "use_cache"]
+
+
+def test_the_model_goes_on_as_it_was(tmp_path, at_once):
+    saved, model, tokenizer = build(tmp_path)
+
+    compare(saved, model, tokenizer)
+
+    assert model.training
+    assert model.config._attn_implementation == NAME
+
+
+def test_a_fresh_process_sees_the_same(tmp_path):
+    saved, model, tokenizer = build(tmp_path, template="chatml")
+
+    found = compare(saved, model, tokenizer)
+
+    assert found["logit_difference"] < 1e-5
+    assert found["seconds"] > 0
+
+
+# --- what differs
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | changes), encoding="utf-8")
+
+
+def pad_becomes_eos(saved: Path) -> None:
+    edit_json(saved / "tokenizer_config.json", pad_token="<|endoftext|>")
+
+
+def pad_of_the_config_becomes_eos(saved: Path) -> None:
+    edit_json(saved / "config.json", pad_token_id=EOS)
+
+
+def end_token_becomes_another(saved: Path) -> None:
+    edit_json(saved / "tokenizer_config.json", eos_token="<|im_end|>")
+
+
+def stop_tokens_lost(saved: Path) -> None:
+    edit_json(saved / "generation_config.json", eos_token_id=[EOS])
+
+
+def cache_off(saved: Path) -> None:
+    edit_json(saved / "config.json", use_cache=False)
+
+
+def template_changed(saved: Path) -> None:
+    path = saved / "chat_template.jinja"
+    path.write_text(path.read_text().replace("message.role + '", "message.role + ':"))
+
+
+def template_lost(saved: Path) -> None:
+    (saved / "chat_template.jinja").unlink()
+
+
+def token_added(saved: Path) -> None:
+    """One that the sample text holds."""
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    tokenizer.add_tokens(["world"])
+    tokenizer.save_pretrained(saved)
+
+
+def weight_changed(saved: Path) -> None:
+    weights = load_file(saved / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] += 10.0
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+
+
+def weight_not_a_number(saved: Path) -> None:
+    weights = load_file(saved / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+
+
+BROKEN = {
+    pad_becomes_eos: f"another pad; got {EOS} instead of {PAD}",
+    pad_of_the_config_becomes_eos: f"another config_pad; got {EOS} instead of {PAD}",
+    end_token_becomes_another: f"another eos; got {IM_END} instead of {EOS}",
+    stop_tokens_lost: f"another stop; got [{EOS}] instead of [{EOS}, {IM_END}]",
+    cache_off: "another use_cache; got False instead of True",
+    template_changed: "another template; got '<|im_start|>user",
+    template_lost: "another template; got None instead of '<|im_start|>user",
+    token_added: "another sample; got [72, 101, 108, 108, 111, 44, 32, 260, 46",
+    weight_changed: "other logits; got a relative difference of ",
+    weight_not_a_number: "other logits; got a relative difference of nan",
+}
+
+
+@pytest.mark.parametrize(
+    ("breaks", "message"), BROKEN.items(), ids=lambda value: getattr(value, "__name__", "")
+)
+def test_each_difference_is_named(breaks, message, tmp_path, at_once):
+    saved, model, tokenizer = build(tmp_path, template="chatml")
+    breaks(saved)
+
+    with pytest.raises(ModelError) as error:
+        compare(saved, model, tokenizer)
+
+    assert error.value.exit_code == ExitCode.MODEL
+    assert str(error.value).startswith("round trip: the saved model ")
+    assert message in str(error.value)
+
+
+def test_a_folder_that_does_not_open_is_said_with_the_reason(tmp_path, at_once):
+    saved, model, tokenizer = build(tmp_path)
+    (saved / "config.json").unlink()
+
+    with pytest.raises(ModelError) as error:
+        compare(saved, model, tokenizer)
+
+    assert str(error.value).startswith("round trip: the saved model does not open with from_pretrained; got ")
+    assert str(saved) in str(error.value)
+
+
+# --- in a run
+
+
+def proof_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())["proof"]
+
+
+def test_a_run_opens_its_model_before_the_first_step_and_cleans_up(tmp_path, at_once, capsys):
+    train(helpers.build_recipe(tmp_path, RECORDS, doctor={"round_trip": "start"}, train={"max_steps": 1}))
+
+    lines = capsys.readouterr().out.splitlines()
+    opened = next(number for number, line in enumerate(lines) if line.startswith("opens     with plain"))
+    assert opened < next(number for number, line in enumerate(lines) if line.startswith("step 1/1"))
+    assert proof_of(tmp_path / "run")["round_trip"]["logit_difference"] < 1e-5
+    assert not (tmp_path / "run" / ".round-trip").exists()
+
+
+def test_a_run_can_open_its_model_at_the_end_instead(tmp_path, at_once, capsys):
+    train(helpers.build_recipe(tmp_path, RECORDS, doctor={"round_trip": "end"}, train={"max_steps": 1}))
+
+    lines = capsys.readouterr().out.splitlines()
+    opened = next(number for number, line in enumerate(lines) if line.startswith("opens     with plain"))
+    assert opened > next(number for number, line in enumerate(lines) if line.startswith("step 1/1"))
+    assert proof_of(tmp_path / "run")["round_trip"]["logit_difference"] < 1e-5
+
+
+def test_a_run_whose_saved_model_differs_stops_before_the_first_step(tmp_path, at_once, monkeypatch):
+    monkeypatch.setattr(round_trip, "SCRIPT", round_trip.SCRIPT.replace("model.config.use_cache", "False"))
+
+    with pytest.raises(ModelError) as error:
+        train(helpers.build_recipe(tmp_path, RECORDS, doctor={"round_trip": "start"}))
+
+    assert str(error.value) == "round trip: the saved model has another use_cache; got False instead of True"
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / ".round-trip").exists()
+
+
+def test_the_process_does_not_outlive_a_run_that_fails_meanwhile(tmp_path, monkeypatch):
+    started = []
+
+    class Slow(subprocess.Popen):
+        def __init__(self, words: list[str], **pipes: Any):
+            super().__init__([sys.executable, "-c", "input(); input()"], **pipes)
+            started.append(self)
+
+    monkeypatch.setattr(round_trip.subprocess, "Popen", Slow)
+    monkeypatch.setattr("hf_clm.attention.pairwise", lambda starts: [(starts[0], starts[-1])])
+    with pytest.raises(ModelError):
+        train(helpers.build_recipe(tmp_path, RECORDS, doctor={"round_trip": "start"}))
+
+    assert started[0].wait(timeout=20) != 0
+    assert not (tmp_path / "run" / ".round-trip").exists()

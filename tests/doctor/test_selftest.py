@@ -1,0 +1,328 @@
+"""The self-test of the loss: it passes on what is right, and each break of it is named."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from helpers import EOS, PAD, X, byte_tokenizer, save_folder, tiny_model
+from transformers import PreTrainedModel
+
+from hf_clm.attention import NAME, register
+from hf_clm.data import collators
+from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.doctor.selftest import SelfTest, choose_documents, self_test, to_packed_row
+from hf_clm.errors import ExitCode, ModelError
+from hf_clm.training.run import train
+
+# "say N\n" is read, N letters and the end token are learned: 8, 9, 10, 11, 12 tokens.
+ROWS = [
+    {"input_ids": [*b"say %d\n" % n, *b"x" * n, EOS], "labels": [X] * 6 + [*b"x" * n, EOS]}
+    for n in range(1, 6)
+]
+RECORDS = [{"instruct": f"say {n}", "input": "", "label": "x" * n} for n in range(1, 7)]
+
+ALONE = "one document at a time gives another loss"
+PADDED = "padded rows give another loss"
+ENTROPY = "the model's loss is not the cross entropy of the targets"
+NEIGHBOUR = "a document changes with its neighbour in a row"
+LABELS = "a batch has other labels than its rows"
+
+
+def build_model(kind: str = "qwen2", attention: str = NAME, **settings: Any) -> PreTrainedModel:
+    register()
+    model = tiny_model(kind, **settings)
+    model.set_attn_implementation(attention)
+    return model
+
+
+def run(model: PreTrainedModel, *, autocast: torch.dtype | None = None) -> SelfTest:
+    return self_test(model, ROWS, pad_token_id=PAD, autocast=autocast)
+
+
+def failed(result: SelfTest) -> set[str]:
+    return {comparison.name for comparison in result.comparisons if not comparison.holds}
+
+
+# --- what is right
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("attention", [NAME, "sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
+def test_right_models_pass(kind, attention, autocast):
+    result = run(build_model(kind, attention), autocast=autocast)
+
+    result.require()
+    assert failed(result) == set()
+    assert (result.documents, result.tokens) == (4, 8 + 9 + 10 + 11)
+    content = result.to_json()
+    assert [len(content["comparisons"]), content["comparisons"][0]["name"]] == [7, ALONE]
+
+
+def test_a_tiny_model_takes_less_than_5_seconds():
+    assert 0 < run(build_model("gpt2")).seconds < 5
+
+
+def test_gradients_mode_and_random_state_are_left_as_they_were():
+    model = build_model("gpt2", resid_pdrop=0.5).train()
+    before = torch.get_rng_state()
+
+    run(model).require()
+
+    assert all(weight.grad is None for weight in model.parameters())
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_training_after_it_is_training_without_it(tmp_path):
+    """With dropout, which a random number drawn by the test would change."""
+    model = tiny_model("gpt2", resid_pdrop=0.3, embd_pdrop=0.3)
+    name = save_folder(tmp_path / "model", model, byte_tokenizer())
+    losses = []
+    for on in (True, False):
+        settings = {"output_dir": str(tmp_path / f"run-{on}"), "max_steps": 3}
+        doctor = {"self_test": on, "round_trip": "off"}
+        train(
+            helpers.build_recipe(
+                tmp_path, RECORDS, model={"name_or_path": name}, doctor=doctor, train=settings
+            )
+        )
+        lines = (tmp_path / f"run-{on}" / "metrics.jsonl").read_text().splitlines()
+        losses.append([entry["loss"] for line in lines if "loss" in (entry := json.loads(line))])
+
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]
+
+
+def test_only_what_leads_to_the_last_label_is_taken_and_every_document_has_one():
+    """Of a large model few tokens: 4 to 8 a document; what follows the last label would teach nothing."""
+    rows = [{"input_ids": [*range(20, 60)], "labels": [X] * 12 + [32, 33] + [X] * 26} for _ in range(6)]
+
+    documents = choose_documents(rows, 2_000_000_000)
+
+    assert [document["input_ids"] for document in documents] == [
+        [26, 27, 28, 29, 30, 31, 32, 33],
+        [27, 28, 29, 30, 31, 32, 33],
+        [28, 29, 30, 31, 32, 33],
+        [29, 30, 31, 32, 33],
+    ]
+    assert all(document["labels"][-2:] == [32, 33] for document in documents)
+
+
+def test_a_packed_row_counts_the_positions_of_each_document():
+    assert to_packed_row(
+        [{"input_ids": [5, 6], "labels": [X, 6]}, {"input_ids": [7, 8, 9], "labels": [X, X, 9]}]
+    ) == {
+        "input_ids": [5, 6, 7, 8, 9],
+        "labels": [X, 6, X, X, 9],
+        "position_ids": [0, 1, 0, 1, 2],
+    }
+
+
+# --- what is broken
+
+
+def one_document(monkeypatch, model) -> None:
+    """The kernel of LLaMA-Factory without neat_packing: documents see each other."""
+    monkeypatch.setattr("hf_clm.attention.pairwise", lambda starts: [(starts[0], starts[-1])])
+
+
+def borders_shifted(monkeypatch, model) -> None:
+    def shifted(starts):
+        return pairwise([starts[0], *(start + 1 for start in starts[1:-1]), starts[-1]])
+
+    monkeypatch.setattr("hf_clm.attention.pairwise", shifted)
+
+
+def edit_packed(monkeypatch, **changes) -> None:
+    """The packed collator with changed values; None removes one."""
+    collate = DataCollatorForPackedCausalLM.__call__
+
+    def broken(self, examples):
+        batch = collate(self, examples)
+        batch |= {key: change(batch) for key, change in changes.items() if change}
+        return {key: value for key, value in batch.items() if changes.get(key, True)}
+
+    monkeypatch.setattr(DataCollatorForPackedCausalLM, "__call__", broken)
+
+
+def bounds_dropped(monkeypatch, model) -> None:
+    edit_packed(monkeypatch, cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None, max_length_k=None)
+
+
+def positions_run_on(monkeypatch, model) -> None:
+    edit_packed(monkeypatch, position_ids=lambda batch: torch.arange(batch["input_ids"].shape[1])[None])
+
+
+def positions_of_packed_rows_ignored(monkeypatch, model) -> None:
+    """Then two rows of a batch are kept apart, but not the documents of a row."""
+    import numpy as np
+
+    monkeypatch.setattr(collators, "_positions", lambda example: np.arange(len(example["input_ids"])))
+
+
+def last_label_dropped(monkeypatch, model) -> None:
+    """Of each document, however many there are: so that all ways to batch them agree."""
+    edit_packed(
+        monkeypatch, labels=lambda batch: without_ends(batch["labels"], batch["cu_seq_lens_q"][1:] - 1)
+    )
+    pad = DataCollatorForCausalLM.__call__
+
+    def broken(self, examples):
+        batch = pad(self, examples)
+        for row, length in enumerate(batch["attention_mask"].sum(dim=1)):
+            batch["labels"][row, length - 1] = X
+        return batch
+
+    monkeypatch.setattr(DataCollatorForCausalLM, "__call__", broken)
+
+
+def without_ends(labels: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    labels = labels.clone()
+    labels[0, ends] = X
+    return labels
+
+
+def padding_labelled(monkeypatch, model) -> None:
+    monkeypatch.setattr(collators, "IGNORE_INDEX", PAD)
+
+
+def labels_shifted_twice(monkeypatch, model) -> None:
+    """The collator shifts, and the loss shifts again."""
+    flat = collators._flat
+
+    def broken(examples, key):
+        return flat(examples, key).roll(-1, dims=1) if key == "labels" else flat(examples, key)
+
+    monkeypatch.setattr(collators, "_flat", broken)
+
+
+def loss_averages_each_micro_batch(monkeypatch, model) -> None:
+    def mean(logits, labels, vocab_size, **kwargs):
+        return torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+        )
+
+    model.loss_function = mean
+
+
+def loss_does_not_shift(monkeypatch, model) -> None:
+    def unshifted(logits, labels, vocab_size, num_items_in_batch, **kwargs):
+        flat = logits.flatten(0, 1).float()
+        return torch.nn.functional.cross_entropy(flat, labels.flatten(), reduction="sum") / num_items_in_batch
+
+    model.loss_function = unshifted
+
+
+def nan_shown_as_0(monkeypatch, model) -> None:
+    own = model.loss_function
+    model.loss_function = lambda *args, **kwargs: own(*args, **kwargs).nan_to_num() * 0.0
+
+
+# What breaks, the model and its attention, and what the self-test says of it.
+BROKEN = [
+    (one_document, "gpt2", NAME, {ALONE, NEIGHBOUR}),
+    (one_document, "qwen2", NAME, {ALONE, NEIGHBOUR}),
+    (one_document, "llama", NAME, {ALONE, NEIGHBOUR}),
+    (borders_shifted, "qwen2", NAME, {ALONE}),
+    (bounds_dropped, "qwen2", NAME, {ALONE, NEIGHBOUR}),
+    (positions_run_on, "gpt2", NAME, {ALONE}),
+    (positions_run_on, "qwen2", "sdpa", {ALONE, NEIGHBOUR}),
+    (positions_of_packed_rows_ignored, "llama", NAME, {ALONE, NEIGHBOUR}),
+    (last_label_dropped, "qwen2", NAME, {LABELS}),
+    (padding_labelled, "qwen2", NAME, {PADDED}),
+    (padding_labelled, "gpt2", "sdpa", {PADDED}),
+    (labels_shifted_twice, "qwen2", NAME, {PADDED}),
+    (loss_averages_each_micro_batch, "qwen2", NAME, {ALONE}),
+    (loss_does_not_shift, "qwen2", NAME, {ENTROPY}),
+    (nan_shown_as_0, "qwen2", NAME, {ENTROPY}),
+]
+
+
+@pytest.mark.parametrize(
+    ("breaks", "kind", "attention", "found"), BROKEN, ids=[f"{b[0].__name__}-{b[1]}-{b[2]}" for b in BROKEN]
+)
+def test_each_break_is_named(breaks, kind, attention, found, monkeypatch):
+    model = build_model(kind, attention)
+    breaks(monkeypatch, model)
+
+    result = run(model)
+
+    assert found <= failed(result)
+    with pytest.raises(ModelError) as error:
+        result.require()
+    assert error.value.exit_code == ExitCode.MODEL
+    assert str(error.value).startswith("model.attention: the self-test of the loss fails: ")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
+def test_documents_that_see_each_other_are_found_below_the_noise_of_bfloat16(kind, monkeypatch):
+    """Untrained weights attend to everything alike, so the loss hardly moves; but it must not move at all."""
+    model = build_model(kind)
+    one_document(monkeypatch, model)
+
+    assert failed(run(model, autocast=torch.bfloat16)) >= {NEIGHBOUR}
+
+
+def test_the_message_gives_both_numbers_and_the_tolerance(monkeypatch):
+    model = build_model()
+    last_label_dropped(monkeypatch, model)
+
+    with pytest.raises(ModelError) as error:
+        run(model).require()
+
+    assert str(error.value) == (
+        "model.attention: the self-test of the loss fails: a batch has other labels than its rows; "
+        "got 10 instead of 14 (tolerance 0); "
+        "fix: set model.attention to sdpa or eager, or data.packing to none"
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_called_so(value):
+    model = build_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7, 7] = value
+
+    with pytest.raises(ModelError) as error:
+        run(model).require()
+
+    assert str(error.value).startswith(
+        "model: the model's loss on this data, or its gradient, is not finite; got loss "
+    )
+
+
+# --- in a run
+
+
+def test_a_run_stops_before_its_first_step_and_leaves_no_metrics(tmp_path, monkeypatch, capsys):
+    one_document(monkeypatch, None)
+
+    with pytest.raises(ModelError) as error:
+        train(helpers.build_recipe(tmp_path, RECORDS))
+
+    assert str(error.value).startswith(f"model.attention: the self-test of the loss fails: {ALONE}; got ")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert "step 1/" not in capsys.readouterr().out
+
+
+def test_what_was_proved_or_turned_off_stands_in_run_json(tmp_path):
+    for on in (True, False):
+        settings = {"output_dir": str(tmp_path / f"run-{on}"), "max_steps": 1}
+        doctor = {"self_test": on, "round_trip": "off"}
+        train(helpers.build_recipe(tmp_path, RECORDS, doctor=doctor, train=settings))
+
+    proved, off = (read_proof(tmp_path / f"run-{on}") for on in (True, False))
+    assert (proved["self_test"]["documents"], len(proved["self_test"]["comparisons"])) == (4, 7)
+    assert (off["self_test"], off["round_trip"]) == ("off", "off")
+    assert proved["train"]["certificate"]["valid"] is True
+    assert proved["train"]["ledger"]["used"]["rows"] == 6
+
+
+def read_proof(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())["proof"]

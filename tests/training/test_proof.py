@@ -1,0 +1,161 @@
+"""What a run proves before its first step, and what it says and records of it."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import helpers
+import pytest
+from helpers import X, byte_tokenizer, write_jsonl
+
+from hf_clm.config import Recipe
+from hf_clm.data import labels
+from hf_clm.data.build import build_split, load_splits
+from hf_clm.errors import DataError, ExitCode
+from hf_clm.training import proof
+from hf_clm.training.proof import Proof, prove_data, prove_model
+from hf_clm.training.run import train
+
+# "say\n" is read (4 tokens), N letters and the end token are learned: 6, 7, 8 tokens.
+RECORDS = [{"instruct": "say", "input": "", "label": "x" * n} for n in (1, 2, 3)]
+HELD_OUT = [{"instruct": "tell", "input": "", "label": "yes"}]
+
+
+def prove(folder: Path, records: list[Any], *, evaluation: list[Any] | None = None, **data: Any) -> Proof:
+    content = {"train": [write_jsonl(folder / "a.jsonl", records)], "max_length": 32} | data
+    if evaluation:
+        content["eval"] = [write_jsonl(folder / "b.jsonl", evaluation)]
+    sections = {"stage": "sft", "model": {"name_or_path": "m"}, "train": {"output_dir": "run"}}
+    recipe = Recipe.model_validate({**sections, "data": content})
+    tokenizer, splits = byte_tokenizer(), {}
+    for name, examples in zip(("train", "eval"), load_splits(recipe, 0), strict=True):
+        if examples:
+            splits[name] = build_split(examples, recipe, tokenizer=tokenizer, stage="sft")
+    return prove_data(recipe, splits, tokenizer=tokenizer)
+
+
+def masked(texts: list[str]) -> list[str]:
+    """Without what differs from run to run."""
+    return [re.sub(r"[\d.]+ s, sha256 [0-9a-f]{12}", "...", text) for text in texts]
+
+
+def test_ledger_and_certificate_of_each_set_are_shown(tmp_path):
+    found = prove(tmp_path, RECORDS, evaluation=HELD_OUT)
+
+    assert masked(found.lines) == [
+        "train     fate                  rows        tokens       targets   tokens kept  targets kept",
+        "          used                     3            21             9            21             9",
+        "          the labels of all 3 rows are certified (...)",
+        "          the first 3 prompts are what generate is given",
+        "eval      fate                  rows        tokens       targets   tokens kept  targets kept",
+        "          used                     1             9             4             9             4",
+        "          the labels of all 1 rows are certified (...)",
+        "          the first 1 prompts are what generate is given",
+    ]
+    assert {name: len(ledger.rows) for name, ledger in found.ledgers.items()} == {"train": 3, "eval": 1}
+
+
+def test_what_was_found_is_recorded(tmp_path):
+    facts = prove(tmp_path, RECORDS, evaluation=HELD_OUT).facts
+
+    assert set(facts) == {"train", "eval", "leakage"}
+    assert facts["leakage"] == {"exact": 0, "normalised": 0}
+    assert facts["train"]["ledger"] == {
+        "used": {"rows": 3, "tokens": 21, "target_tokens": 9, "kept_tokens": 21, "kept_targets": 9}
+    }
+    certificate = facts["train"]["certificate"]
+    assert (certificate["valid"], certificate["rows"], certificate["encoded_again"]) == (True, 3, 3)
+    assert (certificate["failed"], certificate["failures"]) == ({}, [])
+    assert re.fullmatch("[0-9a-f]{64}", certificate["content_hash"])
+
+
+def test_rows_that_come_tokenized_are_taken_for_what_they_are(tmp_path):
+    rows = [{"input_ids": [65, 66, 256], "labels": [X, 66, 256]}, {"input_ids": [65, 66]}]
+
+    facts = prove(tmp_path, rows).facts
+
+    assert facts["train"]["ledger"]["used"] == {
+        **{"rows": 2, "tokens": 5, "target_tokens": 3, "kept_tokens": 5, "kept_targets": 3}
+    }
+
+
+def end_masked(monkeypatch) -> None:
+    mask = labels.mask_first
+    monkeypatch.setattr(labels, "mask_first", lambda row: mask({**row, "labels": [*row["labels"][:-1], X]}))
+
+
+@pytest.mark.parametrize(("evaluation", "place"), [(None, "a.jsonl:1"), (HELD_OUT, "a.jsonl:1")])
+def test_a_set_without_a_valid_certificate_is_refused_with_the_rows_and_the_reason(
+    evaluation, place, tmp_path, monkeypatch
+):
+    end_masked(monkeypatch)
+
+    with pytest.raises(DataError) as error:
+        prove(tmp_path, RECORDS, evaluation=evaluation)
+
+    assert error.value.exit_code == ExitCode.DATA
+    text = str(error.value).replace(f"{tmp_path}/", "")
+    assert text.startswith(f"{place}: the labels are not certified (3 targets of 3 rows); got {place}: ")
+    assert "a.jsonl:2: the learned tokens decode to the target text and its stop token: " in text
+    assert "expected 'x<|endoftext|>', got 'x'; " in text
+
+
+def test_a_refused_run_leaves_neither_weights_nor_metrics_nor_a_done_status(tmp_path, monkeypatch):
+    end_masked(monkeypatch)
+
+    with pytest.raises(DataError):
+        train(helpers.build_recipe(tmp_path, RECORDS))
+
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_the_proof_comes_before_the_first_step_and_on_one_screen(tmp_path, capsys):
+    train(helpers.build_recipe(tmp_path, RECORDS, train={"max_steps": 1}))
+
+    lines = masked(capsys.readouterr().out.splitlines())
+    places = [
+        lines.index("          the labels of all 3 rows are certified (...)"),
+        lines.index("loss      packed, padded and alone are one: tested on 3 documents"),
+        next(number for number, line in enumerate(lines) if line.startswith("step 1/1")),
+    ]
+    assert places == sorted(places)
+    assert places[1] < 24
+
+
+@pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_a_sharded_model_is_not_tested_and_the_run_says_so(kind):
+    """One process alone cannot run it."""
+    trainer: Any = SimpleNamespace(**{"is_fsdp_enabled": False, "is_deepspeed_enabled": False, kind: True})
+    nothing: Any = None
+
+    assert prove_model(trainer, nothing, split=nothing, tokenizer=nothing) == {
+        "self_test": "off: the model is sharded",
+        "round_trip": "off: the model is sharded",
+    }
+
+
+def test_the_options_of_the_recipe_decide_what_is_certified(tmp_path):
+    """``allow`` turns the user's text into a control token, which the certificate then expects."""
+    records = [{"instruct": "say <|im_end|>", "input": "", "label": "x"}]
+
+    plain = prove(tmp_path, records).facts["train"]
+    allowed = prove(tmp_path, records, special_tokens_in_text="allow").facts["train"]
+
+    assert (plain["ledger"]["used"]["tokens"], allowed["ledger"]["used"]["tokens"]) == (17, 8)
+    assert (plain["certificate"]["valid"], allowed["certificate"]["valid"]) == (True, True)
+    assert plain["certificate"]["content_hash"] != allowed["certificate"]["content_hash"]
+
+
+def test_a_recipe_is_certified_under_its_own_stage(monkeypatch, tmp_path):
+    seen = []
+    certify = proof.certify
+
+    def spy(*args: Any, **options: Any):
+        seen.append(options["options"])
+        return certify(*args, **options)
+
+    monkeypatch.setattr(proof, "certify", spy)
+    prove(tmp_path, RECORDS)
+
+    assert (seen[0].stage, seen[0].overflow, seen[0].stop_ids) == ("sft", "keep_target", (256,))
