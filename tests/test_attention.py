@@ -169,3 +169,12 @@ def test_switching_to_generation_and_back_touches_only_the_packed_attention():
 
     assert in_generation == ["sdpa", "eager"]
     assert packed.config._attn_implementation == "packed"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_generation_that_goes_round_us_is_refused_rather_than_wrong(kind, tmp_path):
+    """A step with a KV cache has one query and many keys; a causal mask would show it the first key only."""
+    model = load_model(save_folder(tmp_path / kind, tiny_model(kind), byte_tokenizer()), byte_tokenizer())
+
+    with pytest.raises(ModelError, match="it has no mask for a KV cache"):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3)

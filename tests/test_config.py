@@ -439,7 +439,8 @@ def test_a_key_from_a_yaml_merge_has_the_line_where_it_is_written():
         ),
         (
             ["--use_liger_kernel"],
-            "train.use_liger_kernel gives no logits, of which the token accuracy is counted; fix: leave it out",
+            "train.use_liger_kernel gives no logits, of which the token accuracy is counted; "
+            "fix: leave it out",
         ),
         (
             ["--neftune_noise_alpha=5"],

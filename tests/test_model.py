@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import EOS, IM_END, PAD, byte_tokenizer, save_folder, tiny_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
@@ -17,7 +18,15 @@ from transformers import (
 )
 
 from hf_clm.errors import ExitCode, ModelError
-from hf_clm.model import build_config, grow_embeddings, init_model, load_config, load_model, max_positions
+from hf_clm.model import (
+    build_config,
+    check_attention,
+    grow_embeddings,
+    init_model,
+    load_config,
+    load_model,
+    max_positions,
+)
 from hf_clm.tokenizer import load_tokenizer, use_chat_template
 
 NEW_PAD = "[PAD]"
@@ -308,3 +317,18 @@ def test_load_config_reads_a_folder_without_loading_its_weights(tmp_path):
     Path(folder, "model.safetensors").unlink()
 
     assert max_positions(load_config(folder)) == 77
+
+
+@pytest.mark.parametrize("kind", ["bloom", "codegen", "gptj"])
+def test_a_model_with_an_attention_of_its_own_does_not_take_the_packed_one(kind):
+    """It would go on with its own, and the documents of a packed row would see each other."""
+    config = AutoConfig.for_model(kind)
+
+    with pytest.raises(ModelError, match="this model has an attention of its own"):
+        check_attention(config, "packed")
+    check_attention(config, "eager")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "qwen3", "llama", "mistral", "gemma", "phi", "opt"])
+def test_models_of_the_field_take_the_packed_attention(kind):
+    check_attention(AutoConfig.for_model(kind), "packed")

@@ -1,6 +1,8 @@
 """From the data section of a recipe to datasets, with everything counted."""
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -244,3 +246,18 @@ def test_a_tokenizer_can_be_trained_on_every_kind_of_example():
     ]
 
     assert list(texts_of(examples)) == ["a", "b", "c", "d", "e", "f", "g"]
+
+
+def test_lines_lost_in_reading_do_not_count_against_the_part_that_is_held_out():
+    """2 bad lines are 2 % of 100 rows, and would be 20 % of the 10 that are held out."""
+    lines = [json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) for n in range(98)] + ["{", "["]
+    Path("rows.jsonl").write_text("\n".join(lines))
+    data = {"skip_bad_lines": True, "eval_fraction": 0.1, "max_dropped": 0.05}
+    recipe = build_recipe(train=[{"path": "rows.jsonl", "format": "prompt_completion"}], **data)
+
+    train, held_out = load_splits(recipe, 0)
+
+    assert held_out is not None
+    assert (len(train), len(held_out)) == (88, 10)
+    assert (len(train.report.bad_lines), held_out.report.bad_lines) == (2, [])
+    build_split(held_out, recipe, tokenizer=byte_tokenizer(), stage="sft")

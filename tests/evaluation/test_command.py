@@ -1,0 +1,52 @@
+"""``hf-clm evaluate`` reads and labels data as the run did, so it gives the run's own eval loss."""
+
+from argparse import Namespace
+
+import pytest
+from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+
+from hf_clm.config import load_recipe
+from hf_clm.evaluation.command import evaluate_run
+from hf_clm.tokenizer import use_chat_template
+from hf_clm.training.run import train
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}] * 2
+HELD_OUT = [
+    {"talk": [*CHAT, {"role": "user", "content": "So?"}, {"role": "assistant", "content": "x" * n}]}
+    for n in (1, 5)
+]
+RECIPE = """\
+stage: sft
+model: {name_or_path: model}
+data:
+  train: [{path: train.jsonl, format: messages, fields: {messages: talk}}]
+  eval: [{path: eval.jsonl, format: messages, fields: {messages: talk}}]
+  max_length: 400
+  train_on: last_turn
+  special_tokens_in_text: allow
+doctor: {round_trip: "off", self_test: false}
+train: {output_dir: run, max_steps: 1, use_cpu: true, save_strategy: "no"}
+"""
+
+
+@pytest.mark.parametrize("drop_last", ["false", "true"])
+def test_the_eval_set_of_a_run_gives_its_eval_loss(drop_last, tmp_path, monkeypatch):
+    """With the columns, the turns and the policy of the recipe; 2 rows do not fill an eval batch of 8."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = byte_tokenizer()
+    use_chat_template(tokenizer, "chatml")
+    save_folder(tmp_path / "model", tiny_model(max_position_embeddings=512), tokenizer)
+    write_jsonl(tmp_path / "train.jsonl", [{"talk": CHAT}] * 20)
+    write_jsonl(tmp_path / "eval.jsonl", HELD_OUT)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+
+    result = train(
+        load_recipe("recipe.yaml", ["--dataloader_drop_last", drop_last, "--per_device_train_batch_size=2"])
+    )
+    options = {"run": "run", "data": "eval.jsonl", "format": None, "stage": None, "max_length": None}
+    options |= {"batch_size": 2, "max_new_tokens": 4, "no_generate": False, "device": "cpu"}
+    found = evaluate_run(Namespace(**options))
+
+    assert found["target_tokens"] == 1 + 5 + 2  # two last turns, each with its stop token
+    assert found["loss"] == pytest.approx(result["loss_after"], rel=1e-5)
+    assert found["asked"] == 2
