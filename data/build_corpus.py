@@ -163,7 +163,8 @@ def build_pairs(modules: list[Module]) -> list[dict[str, str]]:
                 continue
             prompt = f"class {entry.owner}: {entry.signature}" if entry.owner else entry.signature
             source = ".".join(part for part in (module.name, entry.owner, entry.name) if part)
-            pair = {"prompt": f"{prompt}\n", "completion": _first_paragraph(entry.docstring), "source": source}
+            paragraph = _first_paragraph(entry.docstring)
+            pair = {"prompt": f"{prompt}\n", "completion": paragraph, "source": source}
             pairs.setdefault(prompt, pair)
     return list(pairs.values())
 

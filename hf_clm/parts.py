@@ -1,6 +1,8 @@
 """The parts of a run, each from the recipe: arguments, tokenizer, configuration, model, collator."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +71,9 @@ def build_tokenizer(
             if section.chat_template:
                 use_chat_template(trained, section.chat_template)
             trained.save_pretrained(folder)
+            # AutoTokenizer splits the text as this type of model does: from now on, not only once it is saved
+            kind = recipe.model.config.get("model_type") or _named_config(recipe).model_type
+            Path(folder, "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
         return load_tokenizer(folder, pad_token=section.pad_token)
 
 
@@ -78,9 +83,7 @@ def build_model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Pr
     if model.init == "scratch" and model.config:
         config = build_config(model.config, tokenizer)
     else:
-        assert model.name_or_path is not None, "config.py requires one of them"
-        options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-        config = load_config(model.name_or_path, **options)
+        config = _named_config(recipe)
     limit = max_positions(config)
     if limit is not None and recipe.data.max_length > limit:
         what = f"{recipe.data.max_length} is over the model's {limit} positions"
@@ -114,3 +117,10 @@ def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Callab
         assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer gives it one"
         return DataCollatorForCausalLM(tokenizer.pad_token_id)
     return DataCollatorForPackedCausalLM()
+
+
+def _named_config(recipe: Recipe) -> PretrainedConfig:
+    model = recipe.model
+    assert model.name_or_path is not None, "config.py requires it where there is no model_type"
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    return load_config(model.name_or_path, **options)

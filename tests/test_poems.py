@@ -26,7 +26,7 @@ def answers(tmp_path_factory):
 def _train_and_ask(folder: str, stage: str):
     words = ["--stage", stage, "--output_dir", folder, "--logging_steps", "200"]
     words += ["--doctor.round_trip", "off"]
-    words += ["--data.train.path", str(ROOT / "data/sft/poems.jsonl")]
+    words += ["--data.train", str(ROOT / "data/sft/poems.jsonl")]
     train(load_recipe(ROOT / "recipes/sft/poems.yaml", words))
     run = load_run(folder)
     whole = [to_prompt_example(poem["instruct"], "instruct", input_text=poem["input"]) for poem in POEMS]

@@ -12,8 +12,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_clm.errors import DivergedError, EnvironmentFault, RecipeError
 
-# What is written before everything is proved: the tokenizer that a run trains, and its ledger.
-BEFORE_A_RUN = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "ledger.parquet"}
+# What is written before everything is proved: the tokenizer that a run trains, and its type.
+BEFORE_A_RUN = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 FAILURES: dict[type[BaseException], str] = {DivergedError: "diverged", KeyboardInterrupt: "interrupted"}
 
 

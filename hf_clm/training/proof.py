@@ -57,8 +57,8 @@ def prove_data(recipe: Recipe, splits: Mapping[str, Split], *, tokenizer: PreTra
         check_balance(ledger, split.rows.rows, packed=packed)
         proof.ledgers[name] = ledger
         proof.facts[name] = {"certificate": certificate.to_json(), "ledger": ledger.totals()}
-        heads = [name, *[""] * len(ledger.rows)]
-        proof.lines += [f"{head:<10}{line}" for head, line in zip(heads, ledger.to_lines(), strict=False)]
+        first, *others = ledger.to_lines()
+        proof.lines += [f"{name:<10}{first}", *(f"{'':<10}{line}" for line in others)]
         seconds = f"{certificate.seconds:.1f} s, sha256 {certificate.content_hash[:12]}"
         proof.lines.append(f"{'':<10}the labels of all {certificate.rows:,} rows are certified ({seconds})")
         if recipe.stage == "sft" and (compared := check_prompts(recipe, split, tokenizer=tokenizer)):

@@ -184,6 +184,46 @@ def test_other_ids_for_the_same_text_are_caught(monkeypatch):
     assert dict(certificate.failed) == {"prompt": 1}
 
 
+# ChatML that renders the turns of two roles only.
+DEAF = """\
+{%- for message in messages if message.role in ('user', 'assistant') -%}
+{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+
+
+@pytest.mark.parametrize(
+    ("turns", "failures"),
+    [
+        ([("user", "Hi"), ("assistant", "Yo")], []),
+        ([("user", "  Hi\n"), ("assistant", "Yo "), ("user", "Hi")], []),
+        ([("system", " "), ("user", "Hi"), ("assistant", "Yo")], []),
+        (
+            [("system", "Be nice."), ("user", "Hi"), ("assistant", "Yo")],
+            [("the message 'Be nice.'", "0 of 1 in the rendered conversation")],
+        ),
+        (
+            [("user", "Hi"), ("assistant", "5"), ("tool", "21 C"), ("tool", "3 C"), ("assistant", "Warm.")],
+            [("the message '21 C'", "0 of 1 in the rendered conversation")],
+        ),
+        (
+            [("user", "Hi"), ("assistant", "Yo"), ("tool", "Hi"), ("assistant", "Bye")],
+            [("the message 'Hi'", "1 of 2 in the rendered conversation")],
+        ),
+    ],
+)
+def test_a_message_that_the_template_drops_is_caught(turns, failures):
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = DEAF
+    example = ChatExample([{"role": role, "content": content} for role, content in turns])
+
+    certificate = prove([example], tokenizer)
+
+    assert [(f.expected, f.got) for f in certificate.failures if f.check == "rendered"] == failures
+    assert certificate.is_valid == (not failures)
+
+
 def test_a_control_token_from_the_text_is_caught(monkeypatch):
     protected = "hf_clm.data.segments.mark_control_text"
     monkeypatch.setattr(protected, lambda text, tokenizer: text)

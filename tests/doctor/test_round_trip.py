@@ -224,6 +224,27 @@ def test_a_run_opens_its_model_before_the_first_step_and_cleans_up(tmp_path, at_
     assert not (tmp_path / "run" / ".round-trip").exists()
 
 
+SMALL = {"num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "tokens"),
+    [("gpt2", {"n_embd": 16, "n_head": 2}, 1), ("llama", SMALL, 1), ("qwen2", SMALL, 4)],
+)
+def test_a_tokenizer_of_its_own_splits_a_text_as_it_will_once_it_is_saved(
+    kind, sizes, tokens, tmp_path, at_once
+):
+    """AutoTokenizer gives a Qwen2 model Qwen2's rules, by which each digit stands alone."""
+    model = {"init": "scratch", "config": {"model_type": kind, **sizes}}
+    records = [{"instruct": f"count {n}", "input": "", "label": "1234 1234"} for n in range(8)]
+    settings = {"model": model, "tokenizer": {"train": {"vocab_size": 300}}, "train": {"max_steps": 1}}
+
+    train(helpers.build_recipe(tmp_path, records, doctor={"round_trip": "start"}, **settings))
+
+    assert proof_of(tmp_path / "run")["round_trip"]["logit_difference"] < 1e-5
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "run")("1234")["input_ids"]) == tokens
+
+
 def test_a_run_can_open_its_model_at_the_end_instead(tmp_path, at_once, capsys):
     train(helpers.build_recipe(tmp_path, RECORDS, doctor={"round_trip": "end"}, train={"max_steps": 1}))
 

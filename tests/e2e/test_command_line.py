@@ -94,6 +94,9 @@ def test_pretrain_then_fine_tune_then_answer(tmp_path):
     assert "random weights" in base and "sample at step 10" in base
     assert facts["loss_after"] < facts["unigram_entropy"] < facts["loss_before"]
     assert "runs/base" in tuned
+    proof = json.loads((tmp_path / "runs" / "answers" / "run.json").read_text())["proof"]
+    assert (proof["train"]["certificate"]["valid"], proof["self_test"]["documents"]) == (True, 4)
+    assert proof["round_trip"]["logit_difference"] < 1e-5
     assert [json.loads(line)["text"] for line in answers.splitlines()] == [*ANSWERS.values()]
     assert (figures["exact_match"], figures["stopped"], figures["token_accuracy"]) == (1.0, 1.0, 1.0)
     assert plain == "Sky and sea.\n"

@@ -277,7 +277,11 @@ def run(folder: Path, *, records: list[Any] = RECORDS, **changes: Any) -> dict[s
     return train(recipe)
 
 
-@pytest.mark.parametrize("changes", [{}, {"records": CHATS}, PACKED, CUT, PRETRAIN], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"records": CHATS}, PACKED, CUT, PRETRAIN],
+    ids=["plain", "chats", "packed", "cut", "stream"],
+)
 def test_nothing_is_refused_where_nothing_is_broken(changes, tmp_path):
     assert run(tmp_path, **changes)["steps_done"] == 1
 

@@ -1,4 +1,4 @@
-"""What went wrong for users of other trainers, each built again: here it trains right, or is refused with the row.
+"""What went wrong for users of other trainers, built again: here it trains right, or is refused with the row.
 
 Every test names one public report; ``owner/name#number`` is an issue there.
 """
@@ -135,7 +135,7 @@ def test_the_end_of_a_turn_is_learned_however_far_from_the_text():
 
 
 def test_a_pad_token_that_is_the_end_token_is_replaced_and_no_label_is_lost(tmp_path):
-    """huggingface/trl#1414, transformers#48016: pad == eos masks every end, or breaks batched inference later."""
+    """huggingface/trl#1414, transformers#48016: pad == eos masks every end, or breaks batches later."""
     tokenizer = byte_tokenizer(pad="<|endoftext|>")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == EOS
     model = save(tmp_path, tokenizer=tokenizer)
@@ -187,7 +187,7 @@ def test_rows_of_which_all_labels_are_masked_are_refused_by_name(record, packing
     ("overflow", "reason"), [("truncate", "no target token is left"), ("keep_target", "no whole target fits")]
 )
 def test_a_row_that_loses_its_answer_to_max_length_is_refused_by_name(overflow, reason, tmp_path):
-    """TRL cuts from the right, drops what is left without an answer and does not count it; packed it keeps it."""
+    """TRL cuts from the right, and drops what is left without an answer uncounted, or packs it."""
     long = {"instruct": "p" * 40, "input": "", "label": "x" * 40}
 
     with pytest.raises(DataError) as error:
@@ -207,7 +207,7 @@ def test_a_long_prompt_is_cut_and_the_answer_is_kept():
 
 
 def test_the_border_is_found_where_the_template_is_no_string_of_tokens():
-    """huggingface/trl#588, #1820: '### Response:' has other ids in its context, is not found, all is masked."""
+    """huggingface/trl#588, #1820: '### Response:' has other ids in its place; all is masked."""
     tokenizer = byte_tokenizer(merges=[("Ċ", "#"), (":", "Ċ"), ("Ċ", "A")])
     record = {"instruction": "Say A.", "input": "", "output": "A or B"}
 
@@ -229,7 +229,7 @@ def test_the_prompt_of_training_is_the_prompt_of_generation_id_by_id():
 
 
 def test_an_answer_that_looks_like_the_template_is_learned_whole():
-    """axolotl compares with a dummy message: of the answer ``[[1, 2], [3, 4]]`` it trains ``1, 2], [3, 4``."""
+    """axolotl compares with a dummy message, and of ``[[1, 2], [3, 4]]`` trains only ``1, 2], [3, 4``."""
     tokenizer = chat_tokenizer(UNMARKED)
     chat = ChatExample([TURNS[0], {"role": "assistant", "content": "[[1, 2], [3, 4]]"}])
 
@@ -240,7 +240,7 @@ def test_an_answer_that_looks_like_the_template_is_learned_whole():
 
 
 def test_a_template_without_generation_marks_still_learns_the_answers():
-    """transformers#34172: without {% generation %} the assistant mask is all zeros, with a warning at best."""
+    """transformers#34172: without {% generation %} the assistant mask is all zeros."""
     tokenizer = chat_tokenizer(UNMARKED)
 
     assert learned(SFTDataset([ChatExample(TURNS)], tokenizer)[0], tokenizer) == [
@@ -350,12 +350,12 @@ def test_a_text_that_begins_with_a_start_token_of_its_own_is_refused_with_the_ro
 
 
 def test_added_tokens_are_saved_with_a_row_each_and_open_without_resizing(tmp_path):
-    """hiyouga/LLaMA-Factory#7997, huggingface/peft#1457, #2898: a model with added tokens cannot be reloaded."""
+    """hiyouga/LLaMA-Factory#7997, huggingface/peft#1457, #2898: added tokens, no reload."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<think>", "</think>"])
     model = save(tmp_path, tokenizer=tokenizer)  # 260 rows for 262 tokens
 
-    train(helpers.build_recipe(tmp_path, RECORDS, model=model, train={"max_steps": 1, "learning_rate": 0.0}))
+    train(helpers.build_recipe(tmp_path, RECORDS, model=model, train={"max_steps": 1, "learning_rate": 1e-9}))
 
     reopened = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     rows = reopened.get_input_embeddings().weight
@@ -410,8 +410,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_never_shown_as_0(tmp_path
     with pytest.raises(DivergedError) as error:
         train(helpers.build_recipe(tmp_path, RECORDS, train={"learning_rate": 1e30, "max_steps": 5}))
 
-    assert str(error.value).startswith("step 2: the loss or its gradient is not finite")
-    assert [round(loss, 1) for loss in read_losses(tmp_path / "run")] == [5.6]
+    assert str(error.value).startswith("step 3: the loss or its gradient is not finite")
+    assert [round(loss, 1) for loss in read_losses(tmp_path / "run")] == [5.6, 5.5]
     assert "loss 0.0000" not in capsys.readouterr().out
 
 

@@ -151,3 +151,15 @@ def test_how_a_run_ended_stands_in_run_json(error, status, tmp_path):
 
     facts = json.loads(path.read_text())
     assert (facts["status"], facts["steps"]) == (status, 7)
+
+
+def test_what_a_refused_start_leaves_behind_does_not_block_the_next(tmp_path):
+    """A run that trains its tokenizer writes it before the data are proved."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).touch()
+
+    assert prepare_output_dir(arguments(tmp_path), overwrite=False) == tmp_path
+
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(RecipeError, match="holds files of an earlier run"):
+        prepare_output_dir(arguments(tmp_path), overwrite=False)

@@ -12,7 +12,8 @@ from helpers import X, byte_tokenizer, write_jsonl
 from hf_clm.config import Recipe
 from hf_clm.data import labels
 from hf_clm.data.build import build_split, load_splits
-from hf_clm.errors import DataError, ExitCode
+from hf_clm.errors import DataError, ExitCode, ModelError
+from hf_clm.schema import Segment
 from hf_clm.training import proof
 from hf_clm.training.proof import Proof, prove_data, prove_model
 from hf_clm.training.run import train
@@ -54,6 +55,32 @@ def test_ledger_and_certificate_of_each_set_are_shown(tmp_path):
         "          the first 1 prompts are what generate is given",
     ]
     assert {name: len(ledger.rows) for name, ledger in found.ledgers.items()} == {"train": 3, "eval": 1}
+
+
+def test_the_whole_table_is_shown_of_a_set_of_one_row(tmp_path):
+    records = [RECORDS[0], RECORDS[0], {"instruct": "say", "input": "", "label": 7}]
+
+    found = prove(tmp_path, records, duplicates="drop", skip_bad_lines=True, max_dropped=0.5)
+
+    table = [line.split()[:2] for line in found.lines[1:4]]
+    assert table == [["used", "1"], ["duplicate", "1"], ["unreadable", "1"]]
+
+
+def test_a_prompt_that_generate_is_not_given_is_refused_with_the_row(tmp_path, monkeypatch):
+    """As a renderer of inference would that adds a space."""
+    render = proof.to_prompt_segments
+
+    def spaced(*args: Any, **options: Any):
+        return [*render(*args, **options), Segment(" ", is_target=False)]
+
+    monkeypatch.setattr(proof, "to_prompt_segments", spaced)
+    with pytest.raises(DataError) as error:
+        prove(tmp_path, RECORDS)
+
+    assert str(error.value) == (
+        f"{tmp_path / 'a.jsonl'}:1: the prompt in training is not the one that generate is given; "
+        "got 'say\\nx'; fix: mend the chat template"
+    )
 
 
 def test_what_was_found_is_recorded(tmp_path):
@@ -108,6 +135,14 @@ def test_a_refused_run_leaves_neither_weights_nor_metrics_nor_a_done_status(tmp_
         train(helpers.build_recipe(tmp_path, RECORDS))
 
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_after_a_refusal_the_same_folder_takes_the_mended_run(tmp_path, monkeypatch):
+    with monkeypatch.context() as broken, pytest.raises(ModelError):
+        broken.setattr("hf_clm.attention.pairwise", lambda starts: [(starts[0], starts[-1])])
+        train(helpers.build_recipe(tmp_path, RECORDS))
+
+    assert train(helpers.build_recipe(tmp_path, RECORDS, train={"max_steps": 1}))["status"] == "done"
 
 
 def test_the_proof_comes_before_the_first_step_and_on_one_screen(tmp_path, capsys):

@@ -1,0 +1,206 @@
+"""No text of a user becomes a control token: for each added and special token of several vocabularies.
+
+A record may hold a token whole, in pieces, over adjacent segments or fields, in a role or in a key.
+After tokenizing there are the control tokens of the format or the template, and no other.
+"""
+
+from typing import Any
+
+import pytest
+from helpers import byte_tokenizer, sentencepiece_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from hf_clm.data.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.formats import to_example
+from hf_clm.data.labels import tokenize_segments
+from hf_clm.data.segments import to_prompt_segments
+from hf_clm.errors import DataError
+from hf_clm.tokenizer import control_tokens, use_chat_template
+
+# With special=False: tokens that decoding keeps, as a user adds them for markup or tools.
+ADDED = ["<think>", "</think>", "[TOOL]", "<|tool|>"]
+KINDS = ["bytes", "bytes merged", "pieces"]
+
+
+def build(kind: str) -> PreTrainedTokenizerFast:
+    merges = [("<", "|"), ("|", ">"), ("<|", "i")] if kind == "bytes merged" else []
+    tokenizer = (
+        sentencepiece_tokenizer(merged=["<|", "|>"]) if kind == "pieces" else byte_tokenizer(merges=merges)
+    )
+    tokenizer.add_tokens(ADDED)
+    use_chat_template(tokenizer, "chatml")
+    return tokenizer
+
+
+TOKENIZERS = {kind: build(kind) for kind in KINDS}
+EVERY = [(kind, token) for kind in KINDS for token in control_tokens(TOKENIZERS[kind])]
+LIMITS = settings(max_examples=40, deadline=None)
+
+
+def controls(row: Any, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The control tokens among the ids of a row."""
+    ids = {tokenizer.get_added_vocab()[token]: token for token in control_tokens(tokenizer)}
+    return [ids[i] for i in row["input_ids"] if i in ids]
+
+
+def tokenize(record: Any, format: Any, tokenizer: PreTrainedTokenizerFast, *, stage: str = "sft") -> Any:
+    make = {"sft": SFTDataset, "pretrain": PretrainDataset}[stage]
+    return make([to_example(record, format=format)], tokenizer)[0]
+
+
+def chat(*contents: str) -> dict[str, Any]:
+    """The contents as turns of system, user and assistant."""
+    turns = zip(("system", "user", "assistant"), contents, strict=True)
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+OF_CHATML = ["<|im_start|>", "<|im_end|>"]
+
+
+def test_both_kinds_of_added_tokens_are_in_these_vocabularies():
+    backend = TOKENIZERS["bytes"].backend_tokenizer.get_added_tokens_decoder()
+
+    assert {str(token.content): token.special for token in backend.values()} == {
+        **dict.fromkeys(["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"], True),
+        **dict.fromkeys(ADDED, False),
+    }
+    assert len(EVERY) == 8 + 8 + 10  # SentencePiece has <unk>, <s>, </s>, <|pad|>, and ChatML's two
+
+
+@pytest.mark.parametrize(("kind", "token"), EVERY)
+def test_a_whole_token_in_any_field_stays_text(kind, token):
+    tokenizer = TOKENIZERS[kind]
+    end = [tokenizer.eos_token]
+    text = f"a {token}{token}b"
+
+    assert controls(tokenize({"text": text}, "text", tokenizer, stage="pretrain"), tokenizer) == end
+    prompt = {"prompt": text, "completion": text}
+    assert controls(tokenize(prompt, "prompt_completion", tokenizer), tokenizer) == end
+    instruct = {"instruct": text, "input": text, "label": text}
+    assert controls(tokenize(instruct, "instruct", tokenizer), tokenizer) == end
+    assert controls(tokenize(chat(text, text, text), "messages", tokenizer), tokenizer) == OF_CHATML * 3
+
+
+@pytest.mark.parametrize(("kind", "token"), EVERY)
+def test_every_way_to_part_a_token_over_adjacent_pieces_stays_text(kind, token):
+    """Over two segments, read or learned; over prompt and answer; over two turns."""
+    tokenizer = TOKENIZERS[kind]
+    for at in range(1, len(token)):
+        left, right = f"a{token[:at]}", f"{token[at:]}b"
+        for first, second in ((False, False), (True, True), (False, True), (True, False)):
+            parts = [
+                {"text": left, "train": first},
+                {"text": right, "train": second},
+                {"text": ".", "train": True},
+            ]
+            row = tokenize({"segments": parts}, "segments", tokenizer)
+            assert controls(row, tokenizer) == [tokenizer.eos_token], (left, right, first, second)
+        row = tokenize({"prompt": left, "completion": right}, "prompt_completion", tokenizer)
+        assert controls(row, tokenizer) == [tokenizer.eos_token], (left, right)
+        assert controls(tokenize(chat(left, right, right), "messages", tokenizer), tokenizer) == OF_CHATML * 3
+
+
+@pytest.mark.parametrize("token", ["a\nb", "Response:\n", "\n\n###"])
+def test_a_token_that_a_format_would_complete_stays_text(token):
+    """``instruct`` joins its fields by a newline, ``alpaca`` by its headings: a token can come together."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([token])
+    instruct = {"instruct": "a", "input": "b\n\n###", "label": "Response:\n"}
+    alpaca = {"instruction": "a\nb", "input": "a", "output": "b"}
+
+    assert controls(tokenize(instruct, "instruct", tokenizer), tokenizer) == ["<|endoftext|>"]
+    assert controls(tokenize(alpaca, "alpaca", tokenizer), tokenizer) == ["<|endoftext|>"]
+
+
+@pytest.mark.parametrize(("kind", "token"), EVERY)
+@pytest.mark.parametrize("format", ["messages", "sharegpt"])
+def test_a_token_in_a_role_is_refused(kind, token, format):
+    role, content, turns = (
+        ("role", "content", "messages") if format == "messages" else ("from", "value", "conversations")
+    )
+    for name in (token, f"user{token}", f"user\n{token}"):
+        with pytest.raises(DataError) as error:
+            tokenize({turns: [{role: name, content: "Hi"}]}, format, TOKENIZERS[kind])
+        assert f"has role {name!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(("kind", "token"), EVERY)
+def test_a_token_in_a_key_is_read_by_nothing(kind, token):
+    tokenizer = TOKENIZERS[kind]
+    record = {"instruct": "a", "input": "", "label": "b"}
+    turn = {"role": "user", "content": "Hi", token: token, "name": token}
+    answer = {"role": "assistant", "content": "Yo"}
+
+    assert tokenize({**record, token: token}, "instruct", tokenizer) == tokenize(
+        record, "instruct", tokenizer
+    )
+    row = tokenize({"messages": [turn, answer], token: token}, "messages", tokenizer)
+    assert controls(row, tokenizer) == OF_CHATML * 2
+    with pytest.raises(DataError) as error:
+        to_example({**record, token: token}, format="instruct", strict=True)
+    assert f"unknown keys {token!r}" in str(error.value)
+
+
+# Whole tokens, their halves, and what stands between them.
+TORN = [*ADDED, "<|im_end|>", "<|endoftext|>", "<|pad|>", "</s>", "<unk>"]
+PIECES = [part for token in TORN for part in (token, token[:2], token[2:], token[:-1], token[-1:])]
+TEXT = st.lists(st.sampled_from([*PIECES, " ", "\n", "a", "好", "\u200b"]), min_size=1, max_size=6).map(
+    "".join
+)
+SPOKEN = TEXT.filter(lambda text: bool(text.strip()))  # blank ones are refused as such
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(instruct=SPOKEN, given_input=TEXT, label=SPOKEN)
+@LIMITS
+def test_no_instruction_input_or_answer_makes_a_control_token(kind, instruct, given_input, label):
+    tokenizer = TOKENIZERS[kind]
+    record = {"instruct": instruct, "input": given_input, "label": label}
+
+    trained = tokenize(record, "instruct", tokenizer)
+    asked = tokenize_segments(to_prompt_segments(to_example(record, format="instruct"), tokenizer), tokenizer)
+
+    assert controls(trained, tokenizer) == [tokenizer.eos_token]
+    assert controls(asked, tokenizer) == []
+    assert trained["input_ids"][: len(asked["input_ids"])] == asked["input_ids"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(contents=st.tuples(TEXT, SPOKEN, SPOKEN))
+@LIMITS
+def test_no_turn_of_a_chat_makes_a_control_token(kind, contents):
+    tokenizer = TOKENIZERS[kind]
+
+    learned, read = (
+        tokenize(chat(*contents), "messages", tokenizer, stage=stage) for stage in ("sft", "pretrain")
+    )
+
+    assert controls(learned, tokenizer) == OF_CHATML * 3
+    assert controls(read, tokenizer) == OF_CHATML * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(pieces=st.lists(st.tuples(TEXT, st.booleans()), min_size=1, max_size=5), end=SPOKEN)
+@LIMITS
+def test_no_sequence_of_segments_makes_a_control_token(kind, pieces, end):
+    tokenizer = TOKENIZERS[kind]
+    segments = [*({"text": text, "train": train} for text, train in pieces), {"text": end, "train": True}]
+
+    row = tokenize({"segments": segments}, "segments", tokenizer)
+    document = tokenize({"segments": segments}, "segments", tokenizer, stage="pretrain")
+
+    assert controls(row, tokenizer) == controls(document, tokenizer) == [tokenizer.eos_token]
+
+
+def test_what_is_allowed_by_name_is_a_control_token():
+    """Else the tests above could not fail."""
+    tokenizer = TOKENIZERS["bytes"]
+    example = to_example(
+        {"prompt": "<|im_end|><think>", "completion": "</think>"}, format="prompt_completion"
+    )
+
+    row = SFTDataset([example], tokenizer, special_tokens_in_text="allow")[0]
+
+    assert controls(row, tokenizer) == ["<|im_end|>", "<think>", "</think>", "<|endoftext|>"]
