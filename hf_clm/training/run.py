@@ -52,12 +52,12 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     splits = {"train": build_split(train_examples, recipe, **options)}
     if eval_examples:
         splits["eval"] = build_split(eval_examples, recipe, **options)
-    known = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
-    proof = Proof(lines=[f"warning   {line}" for line in check_before_training(known)])
+    proof = Proof()
     with arguments.main_process_first(local=False, desc="proving the data"):
         if arguments.process_index == 0:
-            warnings, proof = proof.lines, prove_data(recipe, splits, tokenizer=tokenizer)
-            proof.lines += warnings
+            proof = prove_data(recipe, splits, tokenizer=tokenizer)
+    known = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
+    proof.lines += [f"warning   {line}" for line in check_before_training(known)]
     model = build_model(recipe, tokenizer, config=config, seed=arguments.seed)
 
     trainer = build_trainer(model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits)
