@@ -133,7 +133,9 @@ def prove_model(
             result = measure_self_test(trainer, split, tokenizer=tokenizer)
             result.require()
             proof["self_test"] = result.to_json()
-            write_line(f"loss      packed, padded and alone are one: tested on {result.documents} documents")
+            write_line(
+                f"tested    one loss and gradient packed, padded and alone ({result.documents} documents)"
+            )
         if trip is not None:
             proof["round_trip"] = finish_round_trip(trainer, trip, tokenizer=tokenizer)
     finally:

@@ -151,7 +151,7 @@ def test_the_proof_comes_before_the_first_step_and_on_one_screen(tmp_path, capsy
     lines = masked(capsys.readouterr().out.splitlines())
     places = [
         lines.index("          the labels of all 3 rows are certified (...)"),
-        lines.index("loss      packed, padded and alone are one: tested on 3 documents"),
+        lines.index("tested    one loss and gradient packed, padded and alone (3 documents)"),
         next(number for number, line in enumerate(lines) if line.startswith("step 1/1")),
     ]
     assert places == sorted(places)
