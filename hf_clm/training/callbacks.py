@@ -81,6 +81,12 @@ class MetricsCallback(TrainerCallback):
     def __init__(self, path: Path):
         self.path = path
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            drop_after(self.path, state.global_step)
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -103,7 +109,10 @@ class SamplesCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._sample(state)
+        if state.is_world_process_zero:
+            drop_after(self.path, state.global_step)
+        if state.global_step == 0:
+            self._sample(state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -123,6 +132,14 @@ class SamplesCallback(TrainerCallback):
         for prompt, text in zip(self.prompts, self.generate(), strict=True):
             append_json(self.path, {"step": state.global_step, "prompt": prompt, "text": text})
             write_line(f"  sample at step {state.global_step}: {prompt!r} -> {text!r}")
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Drops what an interrupted run wrote behind the checkpoint it goes on from: the steps come again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")
 
 
 def append_json(path: Path, entry: dict[str, Any]) -> None:

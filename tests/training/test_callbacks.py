@@ -11,6 +11,7 @@ from hf_clm.training.callbacks import (
     ProgressCallback,
     SamplesCallback,
     append_json,
+    drop_after,
     to_duration,
 )
 
@@ -136,3 +137,12 @@ def test_text_is_written_as_it_is_read(tmp_path):
 )
 def test_a_duration_is_short(seconds, text):
     assert to_duration(seconds) == text
+
+
+def test_lines_behind_the_checkpoint_are_dropped_and_so_is_half_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 4, "loss": 2.0}\n{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+
+    drop_after(path, 4)
+
+    assert path.read_text() == '{"step": 4, "loss": 2.0}\n'
