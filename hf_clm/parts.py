@@ -1,6 +1,7 @@
 """The parts of a run, each from the recipe: arguments, tokenizer, configuration, model, collator."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,21 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         raise RecipeError(str(error).splitlines()[0], where="train") from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel cannot split a packed row: use a launcher
     return arguments
+
+
+def rows_per_step(arguments: TrainingArguments) -> int:
+    """The global batch: rows that all processes take in one optimizer step."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+def count_steps(arguments: TrainingArguments, rows: int) -> int:
+    """Optimizer steps that the Trainer makes over so many rows; 0 where it would make none."""
+    rounded = math.floor if arguments.dataloader_drop_last else math.ceil
+    batches = rounded(rows / arguments.world_size / arguments.train_batch_size)
+    if batches == 0 or arguments.max_steps > 0:
+        return arguments.max_steps if batches else 0
+    per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
+    return math.ceil(arguments.num_train_epochs * per_epoch)
 
 
 def resolve(recipe: Recipe, arguments: TrainingArguments) -> Recipe:

@@ -1,6 +1,5 @@
 """What the checks look at, and what they answer."""
 
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from hf_clm.data.build import AnyDataset, Split
 from hf_clm.data.packing import PackedDataset
 from hf_clm.doctor.memory import MemoryEstimate, MicroStep, estimate_memory, free_memory
 from hf_clm.errors import RecipeError, UserError
+from hf_clm.parts import count_steps, rows_per_step
 from hf_clm.tokenizer import max_token_id
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -95,19 +95,12 @@ class Facts:
 
     @property
     def rows_per_step(self) -> int:
-        arguments = self.arguments
-        return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        return rows_per_step(self.arguments)
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the run; 0 where the Trainer would make none."""
-        arguments = self.arguments
-        rounded = math.floor if arguments.dataloader_drop_last else math.ceil
-        batches = rounded(len(self.train.dataset) / arguments.world_size / arguments.train_batch_size)
-        if batches == 0 or arguments.max_steps > 0:
-            return arguments.max_steps if batches else 0
-        per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
-        return math.ceil(arguments.num_train_epochs * per_epoch)
+        return count_steps(self.arguments, len(self.train.dataset))
 
     @property
     def embedding_rows(self) -> int:

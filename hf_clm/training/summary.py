@@ -1,6 +1,5 @@
 """What a run says of itself: at its start, at its end, and in run.json."""
 
-import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hf_clm.config import Recipe
 from hf_clm.data.build import Split
+from hf_clm.parts import count_steps, rows_per_step
 from hf_clm.training.callbacks import to_duration
 
 PACKAGES = ("hf_clm", "torch", "transformers", "accelerate", "datasets", "tokenizers")
@@ -44,18 +44,11 @@ class RunFacts:
 
     @property
     def rows_per_step(self) -> int:
-        arguments = self.arguments
-        return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        return rows_per_step(self.arguments)
 
     @property
     def steps(self) -> int:
-        arguments = self.arguments
-        if arguments.max_steps > 0:
-            return arguments.max_steps
-        rounded = math.floor if arguments.dataloader_drop_last else math.ceil
-        per_rank = rounded(len(self.train.dataset) / arguments.world_size / arguments.train_batch_size)
-        per_epoch = max(1, math.ceil(per_rank / arguments.gradient_accumulation_steps))
-        return math.ceil(arguments.num_train_epochs * per_epoch)
+        return count_steps(self.arguments, len(self.train.dataset))
 
     @property
     def tokens_per_step(self) -> float:
