@@ -135,6 +135,26 @@ def build_recipe(folder: Path, records: list[Any], **changes: Any) -> Recipe:
     return Recipe.model_validate(sections)
 
 
+def prove_records(
+    folder: Path, records: list[Any], *, evaluation: list[Any] | None = None, **data: Any
+) -> Any:
+    """The Proof of SFT records in ``a.jsonl``, evaluated on ``b.jsonl``; ``data`` changes the section."""
+    from hf_clm.config import Recipe  # in here: most tests need none of it
+    from hf_clm.data.build import build_split, load_splits
+    from hf_clm.training.proof import prove_data
+
+    content = {"train": [write_jsonl(folder / "a.jsonl", records)], "max_length": 32} | data
+    if evaluation:
+        content["eval"] = [write_jsonl(folder / "b.jsonl", evaluation)]
+    sections = {"stage": "sft", "model": {"name_or_path": "m"}, "train": {"output_dir": "run"}}
+    recipe = Recipe.model_validate({**sections, "data": content})
+    tokenizer, splits = byte_tokenizer(), {}
+    for name, examples in zip(("train", "eval"), load_splits(recipe, 0), strict=True):
+        if examples:
+            splits[name] = build_split(examples, recipe, tokenizer=tokenizer, stage="sft")
+    return prove_data(recipe, splits, tokenizer=tokenizer)
+
+
 def _byte_letters() -> list[str]:
     """The letter that byte-level BPE writes for each byte (GPT-2's table: printable bytes as they are)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

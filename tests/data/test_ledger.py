@@ -2,15 +2,12 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import byte_tokenizer, write_jsonl
+from helpers import byte_tokenizer, prove_records
 from pyarrow import parquet
 
-from hf_clm.config import Recipe
-from hf_clm.data.build import build_split, load_splits
 from hf_clm.data.datasets import PretrainDataset, SFTDataset
 from hf_clm.data.ledger import (
     Ledger,
@@ -25,7 +22,7 @@ from hf_clm.data.ledger import (
 from hf_clm.data.packing import PackedDataset
 from hf_clm.errors import DataError, ExitCode
 from hf_clm.schema import ChatExample, PromptExample, Segment, SegmentsExample, TextExample
-from hf_clm.training.proof import Proof, prove_data
+from hf_clm.training.proof import Proof
 
 # "say\n" is read (4 tokens); 2, 4, 8 and 20 letters and the end token are learned: 7, 9, 13 and 25 tokens.
 EXAMPLES = [PromptExample("say\n", "x" * n) for n in (2, 4, 8, 20)]
@@ -282,27 +279,14 @@ def test_leakage_is_exact_or_but_for_case_and_white_space():
 RECORDS = [{"instruct": "say", "input": "", "label": "x" * n} for n in (1, 2, 2, 3, 1)]
 
 
-def prove(folder: Path, records: list[Any], *, evaluation: list[Any] | None = None, **data: Any) -> Proof:
-    content = {"train": [write_jsonl(folder / "say.jsonl", records)], "max_length": 32} | data
-    if evaluation:
-        content["eval"] = [write_jsonl(folder / "eval.jsonl", evaluation)]
-    sections = {"stage": "sft", "model": {"name_or_path": "m"}, "train": {"output_dir": "run"}}
-    recipe = Recipe.model_validate({**sections, "data": content})
-    tokenizer, splits = byte_tokenizer(), {}
-    for name, examples in zip(("train", "eval"), load_splits(recipe, 0), strict=True):
-        if examples:
-            splits[name] = build_split(examples, recipe, tokenizer=tokenizer, stage="sft")
-    return prove_data(recipe, splits, tokenizer=tokenizer)
-
-
 def lines_of(proof: Proof) -> list[int]:
     """The line in the file of each training row in the ledger."""
     return [int(row.source.rpartition(":")[2]) for row in proof.ledgers["train"].rows]
 
 
 def test_duplicates_are_kept_by_default_and_left_out_on_request(tmp_path):
-    kept = prove(tmp_path, RECORDS)
-    dropped = prove(tmp_path, RECORDS, duplicates="drop")
+    kept = prove_records(tmp_path, RECORDS)
+    dropped = prove_records(tmp_path, RECORDS, duplicates="drop")
 
     assert {fate: total["rows"] for fate, total in kept.facts["train"]["ledger"].items()} == {"used": 5}
     assert {fate: total["rows"] for fate, total in dropped.facts["train"]["ledger"].items()} == {
@@ -315,7 +299,7 @@ def test_duplicates_are_kept_by_default_and_left_out_on_request(tmp_path):
 def test_lines_that_cannot_be_read_are_counted(tmp_path):
     records = [*RECORDS[:2], {"instruct": "say", "input": "", "label": 7}]
 
-    proof = prove(tmp_path, records, skip_bad_lines=True, max_dropped=0.5)
+    proof = prove_records(tmp_path, records, skip_bad_lines=True, max_dropped=0.5)
 
     assert {fate: total["rows"] for fate, total in proof.facts["train"]["ledger"].items()} == {
         "used": 2,
@@ -328,16 +312,16 @@ def test_training_rows_among_the_evaluation_rows_are_an_error_over_max_leakage(t
     evaluation = [RECORDS[0], *({"instruct": "tell", "input": "", "label": "y" * n} for n in (1, 2, 3))]
 
     with pytest.raises(DataError) as error:
-        prove(tmp_path, RECORDS, evaluation=evaluation)
+        prove_records(tmp_path, RECORDS, evaluation=evaluation)
 
     assert str(error.value).startswith(
         "data.eval: 25.0% of the evaluation rows are training rows (1 exactly, 0 but for case and white "
-        f"space); got {tmp_path / 'eval.jsonl'}:1; fix: "
+        f"space); got {tmp_path / 'b.jsonl'}:1; fix: "
     )
 
 
 def test_allowed_leakage_is_said_and_recorded(tmp_path):
-    proof = prove(tmp_path, RECORDS, evaluation=RECORDS[:2], max_leakage=1.0)
+    proof = prove_records(tmp_path, RECORDS, evaluation=RECORDS[:2], max_leakage=1.0)
 
     assert "note      100.0% of the evaluation rows are training rows" in proof.lines
     assert proof.facts["leakage"] == {"exact": 2, "normalised": 0}

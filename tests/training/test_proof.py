@@ -1,39 +1,23 @@
 """What a run proves before its first step, and what it says and records of it."""
 
 import re
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import helpers
 import pytest
-from helpers import X, byte_tokenizer, write_jsonl
+from helpers import X, prove_records
 
-from hf_clm.config import Recipe
 from hf_clm.data import labels
-from hf_clm.data.build import build_split, load_splits
 from hf_clm.errors import DataError, ExitCode, ModelError
 from hf_clm.schema import Segment
 from hf_clm.training import proof
-from hf_clm.training.proof import Proof, prove_data, prove_model
+from hf_clm.training.proof import prove_model
 from hf_clm.training.run import train
 
 # "say\n" is read (4 tokens), N letters and the end token are learned: 6, 7, 8 tokens.
 RECORDS = [{"instruct": "say", "input": "", "label": "x" * n} for n in (1, 2, 3)]
 HELD_OUT = [{"instruct": "tell", "input": "", "label": "yes"}]
-
-
-def prove(folder: Path, records: list[Any], *, evaluation: list[Any] | None = None, **data: Any) -> Proof:
-    content = {"train": [write_jsonl(folder / "a.jsonl", records)], "max_length": 32} | data
-    if evaluation:
-        content["eval"] = [write_jsonl(folder / "b.jsonl", evaluation)]
-    sections = {"stage": "sft", "model": {"name_or_path": "m"}, "train": {"output_dir": "run"}}
-    recipe = Recipe.model_validate({**sections, "data": content})
-    tokenizer, splits = byte_tokenizer(), {}
-    for name, examples in zip(("train", "eval"), load_splits(recipe, 0), strict=True):
-        if examples:
-            splits[name] = build_split(examples, recipe, tokenizer=tokenizer, stage="sft")
-    return prove_data(recipe, splits, tokenizer=tokenizer)
 
 
 def masked(texts: list[str]) -> list[str]:
@@ -42,7 +26,7 @@ def masked(texts: list[str]) -> list[str]:
 
 
 def test_ledger_and_certificate_of_each_set_are_shown(tmp_path):
-    found = prove(tmp_path, RECORDS, evaluation=HELD_OUT)
+    found = prove_records(tmp_path, RECORDS, evaluation=HELD_OUT)
 
     assert masked(found.lines) == [
         "train     fate                  rows        tokens       targets   tokens kept  targets kept",
@@ -60,7 +44,7 @@ def test_ledger_and_certificate_of_each_set_are_shown(tmp_path):
 def test_the_whole_table_is_shown_of_a_set_of_one_row(tmp_path):
     records = [RECORDS[0], RECORDS[0], {"instruct": "say", "input": "", "label": 7}]
 
-    found = prove(tmp_path, records, duplicates="drop", skip_bad_lines=True, max_dropped=0.5)
+    found = prove_records(tmp_path, records, duplicates="drop", skip_bad_lines=True, max_dropped=0.5)
 
     table = [line.split()[:2] for line in found.lines[1:4]]
     assert table == [["used", "1"], ["duplicate", "1"], ["unreadable", "1"]]
@@ -75,7 +59,7 @@ def test_a_prompt_that_generate_is_not_given_is_refused_with_the_row(tmp_path, m
 
     monkeypatch.setattr(proof, "to_prompt_segments", spaced)
     with pytest.raises(DataError) as error:
-        prove(tmp_path, RECORDS)
+        prove_records(tmp_path, RECORDS)
 
     assert str(error.value) == (
         f"{tmp_path / 'a.jsonl'}:1: the prompt in training is not the one that generate is given; "
@@ -84,7 +68,7 @@ def test_a_prompt_that_generate_is_not_given_is_refused_with_the_row(tmp_path, m
 
 
 def test_what_was_found_is_recorded(tmp_path):
-    facts = prove(tmp_path, RECORDS, evaluation=HELD_OUT).facts
+    facts = prove_records(tmp_path, RECORDS, evaluation=HELD_OUT).facts
 
     assert set(facts) == {"train", "eval", "leakage"}
     assert facts["leakage"] == {"exact": 0, "normalised": 0}
@@ -100,7 +84,7 @@ def test_what_was_found_is_recorded(tmp_path):
 def test_rows_that_come_tokenized_are_taken_for_what_they_are(tmp_path):
     rows = [{"input_ids": [65, 66, 256], "labels": [X, 66, 256]}, {"input_ids": [65, 66]}]
 
-    facts = prove(tmp_path, rows).facts
+    facts = prove_records(tmp_path, rows).facts
 
     assert facts["train"]["ledger"]["used"] == {
         **{"rows": 2, "tokens": 5, "target_tokens": 3, "kept_tokens": 5, "kept_targets": 3}
@@ -119,7 +103,7 @@ def test_a_set_without_a_valid_certificate_is_refused_with_the_rows_and_the_reas
     end_masked(monkeypatch)
 
     with pytest.raises(DataError) as error:
-        prove(tmp_path, RECORDS, evaluation=evaluation)
+        prove_records(tmp_path, RECORDS, evaluation=evaluation)
 
     assert error.value.exit_code == ExitCode.DATA
     text = str(error.value).replace(f"{tmp_path}/", "")
@@ -174,8 +158,8 @@ def test_the_options_of_the_recipe_decide_what_is_certified(tmp_path):
     """``allow`` turns the user's text into a control token, which the certificate then expects."""
     records = [{"instruct": "say <|im_end|>", "input": "", "label": "x"}]
 
-    plain = prove(tmp_path, records).facts["train"]
-    allowed = prove(tmp_path, records, special_tokens_in_text="allow").facts["train"]
+    plain = prove_records(tmp_path, records).facts["train"]
+    allowed = prove_records(tmp_path, records, special_tokens_in_text="allow").facts["train"]
 
     assert (plain["ledger"]["used"]["tokens"], allowed["ledger"]["used"]["tokens"]) == (17, 8)
     assert (plain["certificate"]["valid"], allowed["certificate"]["valid"]) == (True, True)
@@ -191,6 +175,6 @@ def test_a_recipe_is_certified_under_its_own_stage(monkeypatch, tmp_path):
         return certify(*args, **options)
 
     monkeypatch.setattr(proof, "certify", spy)
-    prove(tmp_path, RECORDS)
+    prove_records(tmp_path, RECORDS)
 
     assert (seen[0].stage, seen[0].overflow, seen[0].stop_ids) == ("sft", "keep_target", (256,))
