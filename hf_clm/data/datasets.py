@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.data.labels import Fate, count_targets, fit, mask_first, slice_example, to_filler, tokenize_batch
+from hf_clm.data.labels import Fate, count_targets, fit, mask_first, slice_example, tokenize_batch
 from hf_clm.data.segments import control_texts, to_document, to_segments
 from hf_clm.errors import DataError
 from hf_clm.schema import Example, TokenizedExample
@@ -119,43 +119,6 @@ class PretrainDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> TokenizedExample:
         return self.rows[index]
-
-
-class EvenRows(torch.utils.data.Dataset):
-    """A dataset filled up with unlabelled rows of one token to a multiple of ``multiple``.
-
-    So many processes see each row exactly once: where rows do not divide, accelerate repeats some.
-    """
-
-    def __init__(self, dataset: Any, multiple: int):
-        self.dataset = dataset
-        self.rows = len(dataset)
-        self.length = -(-self.rows // multiple) * multiple
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Any:
-        number = range(self.length)[index]
-        is_filler = number >= self.rows
-        return to_filler(self.dataset[0]) if is_filler else self.dataset[number]
-
-
-class EpochSampler(torch.utils.data.Sampler[int]):
-    """Every row once an epoch, in an order that (seed, epoch) alone decide; fillers of EvenRows come last.
-
-    So the order is the same for every number of processes, and after a resume.
-    """
-
-    def __init__(self, rows: int, *, total: int, seed: int):
-        self.rows, self.total, self.seed, self.epoch = rows, total, seed, 0
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __iter__(self) -> Iterator[int]:
-        yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.rows).tolist()
-        yield from range(self.rows, self.total)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from hf_clm.data.datasets import EpochSampler, EvenRows
+from hf_clm.data.sampling import EpochSampler, EvenRows
 from hf_clm.errors import DivergedError
 from hf_clm.evaluation.metrics import token_counts, token_nll
 from hf_clm.training.guard import write_diverged

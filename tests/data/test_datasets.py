@@ -3,8 +3,7 @@
 import pytest
 from helpers import EOS, IM_END, X, byte_tokenizer
 
-from hf_clm.data.collators import DataCollatorForCausalLM
-from hf_clm.data.datasets import EpochSampler, EvenRows, PretrainDataset, SFTDataset
+from hf_clm.data.datasets import PretrainDataset, SFTDataset
 from hf_clm.data.labels import Fate
 from hf_clm.errors import DataError
 from hf_clm.schema import ChatExample, PromptExample, Segment, SegmentsExample, TextExample, TokenizedExample
@@ -212,28 +211,3 @@ def test_pretraining_learns_a_turn_that_sft_only_reads():
 
     assert SFTDataset([ChatExample(messages)], TOKENIZER).rows.fates == [Fate("dropped", "no target token")]
     assert PretrainDataset([ChatExample(messages)], TOKENIZER)[0]["labels"][-3:] == [*b"Yo", IM_END]
-
-
-@pytest.mark.parametrize(("multiple", "length"), [(1, 3), (2, 4), (3, 3), (4, 4), (8, 8)])
-def test_even_rows_fill_up_with_rows_that_have_no_label(multiple, length):
-    dataset = SFTDataset([TextExample("a"), TextExample("b"), TextExample("c")], TOKENIZER)
-
-    rows = list(EvenRows(dataset, multiple))
-
-    assert len(EvenRows(dataset, multiple)) == len(rows) == length
-    assert rows[:3] == [row([letter, EOS], [X, EOS]) for letter in b"abc"]
-    assert rows[3:] == [row([ord("a")], [X])] * (length - 3)
-    assert DataCollatorForCausalLM(0)(rows)["labels"].ne(X).sum().item() == 3
-
-
-def test_an_epoch_has_every_row_once_and_the_fillers_last():
-    sampler = EpochSampler(5, total=8, seed=7)
-    orders = []
-    for sampler.epoch in (0, 1, 0):
-        orders.append(list(sampler))
-
-    assert len(sampler) == 8
-    assert [sorted(order[:5]) for order in orders] == [[0, 1, 2, 3, 4]] * 3
-    assert [order[5:] for order in orders] == [[5, 6, 7]] * 3
-    assert orders[0] == orders[2] != orders[1]
-    assert list(EpochSampler(5, total=5, seed=7)) == orders[0][:5]

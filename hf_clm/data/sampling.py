@@ -1,0 +1,46 @@
+"""The order of the rows, and how they divide among processes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_clm.data.labels import to_filler
+
+
+class EvenRows(torch.utils.data.Dataset):
+    """A dataset filled up with unlabelled rows of one token to a multiple of ``multiple``.
+
+    So many processes see each row exactly once: where rows do not divide, accelerate repeats some.
+    """
+
+    def __init__(self, dataset: Any, multiple: int):
+        self.dataset = dataset
+        self.rows = len(dataset)
+        self.length = -(-self.rows // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Any:
+        number = range(self.length)[index]
+        is_filler = number >= self.rows
+        return to_filler(self.dataset[0]) if is_filler else self.dataset[number]
+
+
+class EpochSampler(torch.utils.data.Sampler[int]):
+    """Every row once an epoch, in an order that (seed, epoch) alone decide; fillers of EvenRows come last.
+
+    So the order is the same for every number of processes, and after a resume.
+    """
+
+    def __init__(self, rows: int, *, total: int, seed: int):
+        self.rows, self.total, self.seed, self.epoch = rows, total, seed, 0
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.rows).tolist()
+        yield from range(self.rows, self.total)

@@ -1,0 +1,40 @@
+"""The order of the rows, and how they divide among processes."""
+
+import pytest
+from helpers import EOS, X, byte_tokenizer
+
+from hf_clm.data.collators import DataCollatorForCausalLM
+from hf_clm.data.datasets import SFTDataset
+from hf_clm.data.sampling import EpochSampler, EvenRows
+from hf_clm.schema import TextExample, TokenizedExample
+
+TOKENIZER = byte_tokenizer()
+
+
+def row(ids: list[int], labels: list[int]) -> TokenizedExample:
+    return {"input_ids": ids, "labels": labels}
+
+
+@pytest.mark.parametrize(("multiple", "length"), [(1, 3), (2, 4), (3, 3), (4, 4), (8, 8)])
+def test_even_rows_fill_up_with_rows_that_have_no_label(multiple, length):
+    dataset = SFTDataset([TextExample("a"), TextExample("b"), TextExample("c")], TOKENIZER)
+
+    rows = list(EvenRows(dataset, multiple))
+
+    assert len(EvenRows(dataset, multiple)) == len(rows) == length
+    assert rows[:3] == [row([letter, EOS], [X, EOS]) for letter in b"abc"]
+    assert rows[3:] == [row([ord("a")], [X])] * (length - 3)
+    assert DataCollatorForCausalLM(0)(rows)["labels"].ne(X).sum().item() == 3
+
+
+def test_an_epoch_has_every_row_once_and_the_fillers_last():
+    sampler = EpochSampler(5, total=8, seed=7)
+    orders = []
+    for sampler.epoch in (0, 1, 0):
+        orders.append(list(sampler))
+
+    assert len(sampler) == 8
+    assert [sorted(order[:5]) for order in orders] == [[0, 1, 2, 3, 4]] * 3
+    assert [order[5:] for order in orders] == [[5, 6, 7]] * 3
+    assert orders[0] == orders[2] != orders[1]
+    assert list(EpochSampler(5, total=5, seed=7)) == orders[0][:5]
