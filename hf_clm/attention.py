@@ -6,7 +6,6 @@ to the right.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,9 +62,10 @@ def packed_attention(
         return _varlen(
             states, bounds, longest=longest, scale=options["scale"], window=options["window"]
         ), None
-    starts = bounds.tolist()
-    documents = [_causal([part[:, :, a:b] for part in states], **options) for a, b in pairwise(starts)]
-    return torch.cat(documents, dim=2).transpose(1, 2), None
+    # split, not slices: the gradient of each slice would be as long as the whole row
+    lengths = [length for length in bounds.diff().tolist() if length]
+    documents = zip(*(part.split(lengths, dim=2) for part in states), strict=True)
+    return torch.cat([_causal(document, **options) for document in documents], dim=2).transpose(1, 2), None
 
 
 def use_for_generation(model: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from hf_clm.errors import RecipeError
-from hf_clm.recipe_faults import data_faults, model_faults
+from hf_clm.recipe_faults import data_faults, model_faults, token_budget_faults
 from hf_clm.recipe_text import (
     COMMAND_LINE,
     accepted_types,
@@ -137,6 +137,8 @@ class Data(_Section):
     """For an example over max_length; default: keep_target for sft, split for pretrain."""
     packing: Literal["none", "best_fit", "stream"] | None = None
     """Default: best_fit for sft, stream (rows are cut, no token is lost) for pretrain."""
+    tokens_per_batch: int | None = Field(default=None, ge=2)
+    """The size of a micro-batch in tokens, filled with whole examples; with packing none."""
     window: Window | None = None
     """Overlapping pieces of long documents; with packing none."""
     train_on: Literal["all_turns", "last_turn", "everything"] = "all_turns"
@@ -230,7 +232,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _check_together(self) -> "Recipe":
         has_eval = bool(self.data.eval or self.data.eval_fraction)
-        faults = [*model_faults(self), *data_faults(self)]
+        faults = [*model_faults(self), *data_faults(self), *token_budget_faults(self)]
         faults += check_train_combination(self.train, has_eval=has_eval, defaults=TRAIN_DEFAULTS)
         if self.early_stopping and not self.train.get("load_best_model_at_end"):
             what = "early_stopping needs train.load_best_model_at_end: true and an eval set"
@@ -281,8 +283,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def training_values(recipe: Recipe) -> dict[str, Any]:
-    """What ``transformers.TrainingArguments`` is given."""
-    return TRAIN_DEFAULTS | recipe.train
+    """What ``transformers.TrainingArguments`` is given; of a token budget, the row is the micro-batch."""
+    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
+    return TRAIN_DEFAULTS | (dict.fromkeys(sizes, 1) if recipe.data.tokens_per_batch else {}) | recipe.train
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -296,7 +299,8 @@ def describe_recipe(recipe: Recipe) -> list[tuple[str, Any, str]]:
     """(dotted key, value, origin): "default", "hf_clm default", "command line" or "recipes/x.yaml:9"."""
     places = recipe._origins.places
     values = recipe.model_dump()
-    values["train"] |= {key: value for key, value in TRAIN_DEFAULTS.items() if key not in recipe.train}
+    defaults = training_values(recipe)
+    values["train"] |= {key: value for key, value in defaults.items() if key not in recipe.train}
 
     def origin(key: str) -> str:
         may_be_short = key.startswith("data.") and key.endswith(".path")  # data.train: my.jsonl

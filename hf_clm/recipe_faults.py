@@ -60,3 +60,21 @@ def data_faults(recipe: Any) -> Iterator[Fault]:
     if window and not window.step <= window.size <= data.max_length:
         what = "data.window: expected step <= size <= data.max_length"
         yield Fault("data.window", what, got=f"{window.step}, {window.size}, {data.max_length}")
+
+
+def token_budget_faults(recipe: Any) -> Iterator[Fault]:
+    """What does not go together with ``data.tokens_per_batch`` of a ``config.Recipe``."""
+    key, data = "data.tokens_per_batch", recipe.data
+    if data.tokens_per_batch is None:
+        return
+    if recipe.resolved_packing != "none":
+        yield Fault(key, f"{key} needs data.packing: none", got=recipe.resolved_packing)
+    if recipe.model.attention != "packed":
+        yield Fault(key, f"{key} needs model.attention: packed", got=recipe.model.attention)
+    if data.tokens_per_batch < data.max_length:
+        got = f"{data.tokens_per_batch}, {data.max_length}"
+        yield Fault(key, f"{key} is below data.max_length, so an example may not fit", got=got)
+    size = recipe.train.get("per_device_train_batch_size", 1)
+    if size != 1:
+        what = f"train.per_device_train_batch_size must be 1 beside {key}, which is the size of a micro-batch"
+        yield Fault("train.per_device_train_batch_size", what, got=str(size), fix="leave it out")

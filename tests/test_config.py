@@ -144,6 +144,22 @@ def test_training_values_are_our_defaults_under_what_was_given():
     assert set(TRAIN_DEFAULTS) <= set(load_trainer_fields())
 
 
+def test_a_token_budget_is_the_micro_batch_so_a_batch_is_one_row_by_default():
+    budget = ["--data.packing=none", "--data.tokens_per_batch=2048"]
+
+    for words in (budget, [*budget, "--per_device_train_batch_size=1"]):
+        recipe = load(BASE, *words)
+        values = training_values(recipe)
+        rows = {key: (value, origin) for key, value, origin in describe_recipe(recipe)}
+        assert values["per_device_train_batch_size"] == values["per_device_eval_batch_size"] == 1
+        assert rows["train.per_device_eval_batch_size"] == (1, "hf_clm default")
+    assert "per_device_train_batch_size" not in training_values(load())
+    assert (
+        training_values(load(BASE, *budget, "--per_device_eval_batch_size=4"))["per_device_eval_batch_size"]
+        == 4
+    )
+
+
 def test_a_model_from_scratch_and_every_section_can_be_given():
     recipe = load("""\
 stage: pretrain
@@ -457,6 +473,27 @@ def test_a_key_from_a_yaml_merge_has_the_line_where_it_is_written():
                 *("--data.window={size: 80, step: 9}", "--data.max_length=64"),
             ],
             "data.window: expected step <= size <= data.max_length; got 9, 80, 64",
+        ),
+        (
+            ["--data.tokens_per_batch=2048"],
+            "data.tokens_per_batch needs data.packing: none; got best_fit",
+        ),
+        (
+            ["--stage=pretrain", "--data.packing=stream", "--data.tokens_per_batch=2048"],
+            "data.tokens_per_batch needs data.packing: none; got stream",
+        ),
+        (
+            ["--data.packing=none", "--data.tokens_per_batch=2048", "--model.attention=sdpa"],
+            "data.tokens_per_batch needs model.attention: packed; got sdpa",
+        ),
+        (
+            ["--data.packing=none", "--data.tokens_per_batch=512"],
+            "data.tokens_per_batch is below data.max_length, so an example may not fit; got 512, 1024",
+        ),
+        (
+            ["--data.packing=none", "--data.tokens_per_batch=2048", "--per_device_train_batch_size=4"],
+            "train.per_device_train_batch_size must be 1 beside data.tokens_per_batch, which is the size of "
+            "a micro-batch; got 4; fix: leave it out",
         ),
         (["--early_stopping={}"], "early_stopping needs train.load_best_model_at_end: true and an eval set"),
         (["--output_dir="], "train.output_dir is missing; fix: --output_dir runs/NAME"),

@@ -163,7 +163,9 @@ def build_split(
     except DataError as error:
         raise error if error.row is None else error.at(examples.places[error.row]) from error
     check_dropped(examples, rows.rows.fates, data=data)
-    packed = rows if packing == "none" else PackedDataset(rows, max_length=data.max_length, packing=packing)
+    capacity = data.tokens_per_batch if packing == "none" else data.max_length
+    kind = "stream" if packing == "stream" else "best_fit"
+    packed = PackedDataset(rows, max_length=capacity, packing=kind) if capacity else rows
     return Split(rows, packed, examples)
 
 

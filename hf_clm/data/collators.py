@@ -1,6 +1,7 @@
 """Rows -> one batch. The only place where padding becomes -100."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,44 +45,118 @@ class DataCollatorForCausalLM:
         return {key: torch.from_numpy(value) for key, value in batch.items()}
 
 
+@dataclass(frozen=True)
+class StaticShape:
+    """One shape for all batches, so that a compiled model is compiled once.
+
+    tokens            of every batch; what the rows leave free is padding
+    documents         of a batch at most, padding not counted
+    max_length        tokens of a document at most
+    targets_multiple  the number of targets is rounded up to a multiple of it
+    """
+
+    tokens: int
+    documents: int
+    max_length: int
+    targets_multiple: int = 1
+
+    @property
+    def bounds(self) -> int:
+        """The length of ``cu_seq_lens``: padding too is cut into documents of at most ``max_length``."""
+        return self.documents - (-self.tokens // self.max_length) + 1
+
+
 class DataCollatorForPackedCausalLM:
     """Lays rows one behind the other: no padding, no attention mask.
 
-    T = tokens of all rows, D = documents in them. A row is a packed row (``position_ids`` restart at each
-    document) or a ``TokenizedExample``, which is one document.
+    T = tokens of all rows, D = documents in them, N = targets. A row is a packed row (``position_ids``
+    restart at each document) or a ``TokenizedExample``, which is one document.
+
+    Args:
+        with_targets: for a model whose forward takes ``logits_to_keep``: it then computes the same loss from
+            the logits at the targets alone.
+        static: pads every batch to this shape.
+        pad_token_id: of that padding.
 
     Returns (from a call):
-        input_ids, labels  (1, T) int64; the first label of each document is -100 already
+        input_ids, labels  (1, T) int64; the first label of each document is -100
         position_ids       (1, T) int64, counted from 0 in each document
-        cu_seq_lens_q, _k  (D + 1,) int32, where each document starts, and T
-        max_length_q, _k   int, the longest document
+        cu_seq_lens_q, _k  (D + 1,) int32, where each document starts, and T; repeats T to a static length
+        max_length_q, _k   int, the longest document; a static one is that of the shape
+    and with targets:
+        logits_to_keep     (N,) int64, the positions whose next token has a label
+        shift_labels       (1, N) int64, these labels; -100 for what fills up, and for the one of no target
+    and with a static shape:
+        padding_tokens     int, how many of the last tokens are padding
+
+    Raises ValueError where a batch does not fit into the static shape.
     """
 
+    def __init__(
+        self, *, with_targets: bool = False, static: StaticShape | None = None, pad_token_id: int = 0
+    ):
+        self.with_targets = with_targets
+        self.static = static
+        self.pad_token_id = pad_token_id
+
     def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
-        position_ids = np.concatenate([_positions(example) for example in examples])
-        starts = np.flatnonzero(position_ids == 0)
-        bounds = np.append(starts, position_ids.size).astype(np.int32)
-        cu_seq_lens = torch.from_numpy(bounds)
-        max_length = int(np.diff(bounds).max())
-        return {
-            "input_ids": _flat(examples, "input_ids"),
-            "labels": _flat(examples, "labels"),
-            "position_ids": torch.from_numpy(position_ids)[None],
-            "cu_seq_lens_q": cu_seq_lens,
-            "cu_seq_lens_k": cu_seq_lens,
-            "max_length_q": max_length,
-            "max_length_k": max_length,
-        }
+        positions = [_positions(example) for example in examples]
+        real = sum(map(len, positions))
+        total = self.static.tokens if self.static else real
+        if real > total:
+            raise ValueError(f"{real} tokens in a batch of {total} at most")
+        input_ids, labels, position_ids = arrays = np.empty((3, total), dtype=np.int64)
+        np.concatenate([example["input_ids"] for example in examples], out=input_ids[:real])
+        np.concatenate([example["labels"] for example in examples], out=labels[:real])
+        np.concatenate(positions, out=position_ids[:real])
+        starts = np.flatnonzero(position_ids[:real] == 0)
+        labels[starts] = IGNORE_INDEX  # the token before it is of another document
+        batch: dict[str, Any] = {}
+        if self.static:
+            input_ids[real:], labels[real:] = self.pad_token_id, IGNORE_INDEX
+            position_ids[real:] = np.arange(total - real) % self.static.max_length
+            batch["padding_tokens"] = total - real
+        names = ("input_ids", "labels", "position_ids")
+        batch |= {name: torch.from_numpy(array)[None] for name, array in zip(names, arrays, strict=True)}
+        batch |= _bounds(starts, real, total=total, static=self.static)
+        if self.with_targets:
+            batch |= _targets(labels, multiple=self.static.targets_multiple if self.static else 1)
+        return batch
 
 
-def _flat(examples: Sequence[Any], key: str) -> torch.Tensor:
-    return torch.from_numpy(
-        np.concatenate([np.asarray(example[key], dtype=np.int64) for example in examples])
-    )[None]
+def _bounds(starts: np.ndarray, real: int, *, total: int, static: StaticShape | None) -> dict[str, Any]:
+    """Where the documents start and end, as the attention functions of transformers take it."""
+    if static is None:
+        bounds = np.append(starts, total).astype(np.int32)
+        longest = int(np.diff(bounds).max())
+    else:
+        if len(starts) > static.documents:
+            raise ValueError(f"{len(starts)} documents in a batch of {static.documents} at most")
+        bounds, longest = np.full(static.bounds, total, dtype=np.int32), static.max_length
+        padding = np.arange(real, total, static.max_length)
+        bounds[: len(starts)] = starts
+        bounds[len(starts) : len(starts) + len(padding)] = padding
+    cu_seq_lens = torch.from_numpy(bounds)
+    return {
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
-def _positions(example: Any) -> np.ndarray:
+def _targets(labels: np.ndarray, *, multiple: int) -> dict[str, torch.Tensor]:
+    """The positions that predict a label, and these labels; at least one, so that there is a loss."""
+    found = np.flatnonzero(labels[1:] != IGNORE_INDEX)
+    count = -(-max(1, len(found)) // multiple) * multiple
+    logits_to_keep, shift_labels = np.zeros(count, dtype=np.int64), np.full((1, count), IGNORE_INDEX)
+    logits_to_keep[: len(found)], shift_labels[0, : len(found)] = found, labels[found + 1]
+    return {
+        "logits_to_keep": torch.from_numpy(logits_to_keep),
+        "shift_labels": torch.from_numpy(shift_labels),
+    }
+
+
+def _positions(example: Any) -> Any:
     positions = example.get("position_ids")
-    return (
-        np.arange(len(example["input_ids"])) if positions is None else np.asarray(positions, dtype=np.int64)
-    )
+    return np.arange(len(example["input_ids"])) if positions is None else positions

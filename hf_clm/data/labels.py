@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -101,6 +102,11 @@ def mask_first(example: TokenizedExample) -> TokenizedExample:
     """The example with its first label masked: nothing precedes it, alone or in a packed row."""
     labels = example["labels"]
     return {"input_ids": example["input_ids"], "labels": [IGNORE_INDEX] * len(labels[:1]) + labels[1:]}
+
+
+def mask_places(labels: np.ndarray, places: np.ndarray) -> None:
+    """Masks the labels at ``places``, in the array that is given."""
+    labels[places] = IGNORE_INDEX
 
 
 def to_filler(row: Any) -> Any:

@@ -3,12 +3,14 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hf_clm.data.datasets import TokenizedRows
+from hf_clm.data.labels import Fate
 from hf_clm.data.packing import PackedDataset
 from hf_clm.errors import DataError
 from hf_clm.schema import ChatExample, Example, PromptExample, SegmentsExample, TextExample, TokenizedExample
@@ -76,44 +78,42 @@ def build_ledger(
     duplicates: Sequence[str] = (),
 ) -> Ledger:
     """Enters every input row. ``places`` names them ("poems.jsonl:17")."""
-    held_in: dict[int, list[int]] = defaultdict(list)  # tokenized row -> the rows that are trained on
-    for number, pieces in enumerate(packed.pieces if packed else []):
-        for example, _, _ in pieces:
-            held_in[example].append(number)
-    of_source: dict[int, list[int]] = defaultdict(list)
-    for number, source in enumerate(rows.sources.tolist()):
-        of_source[source].append(number)
-    entries = []
-    targets = np.concatenate([[0], np.cumsum(rows.labels >= 0)])
-    for source, (place, fate) in enumerate(zip(places, rows.fates, strict=True)):
-        own = of_source.get(source, [])
-        sits = [at for number in own for at in (held_in[number] if packed else [number])]
-        spans = [(int(rows.offsets[number]), int(rows.offsets[number + 1])) for number in own]
-        kept = sum(b - a for a, b in spans), sum(int(targets[b] - targets[a]) for a, b in spans)
-        sizes = (fate.tokens, fate.target_tokens, *kept)
-        entries.append(LedgerRow(source, place, fate.kind, fate.reason, *sizes, rows=sits))
+    assert (np.diff(rows.sources) >= 0).all(), "tokenized in the order of the input"
+    first = np.searchsorted(
+        rows.sources, np.arange(len(places) + 1)
+    )  # the tokenized rows of source i are first[i]:first[i + 1]
+    spans = rows.offsets[first]
+    if packed is None:
+        held_in, seats = np.arange(len(rows)), first
+    else:  # pieces in the order of their examples; those of one example by row
+        pieces = packed.pieces
+        order = np.argsort(pieces.examples, kind="stable")
+        held_in = np.repeat(np.arange(len(pieces)), np.diff(pieces.offsets))[order]
+        seats = np.searchsorted(pieces.examples[order], first)
+    kept_tokens, kept_targets = np.diff(spans).tolist(), np.diff(_targets_before(rows)[spans]).tolist()
+    sits = [held_in[a:b].tolist() for a, b in pairwise(seats.tolist())]
+    entries = [
+        LedgerRow(source, place, fate.kind, fate.reason, fate.tokens, fate.target_tokens, *kept)
+        for source, (place, fate, *kept) in enumerate(
+            zip(places, rows.fates, kept_tokens, kept_targets, sits, strict=True)
+        )
+    ]
     return Ledger(entries, list(unreadable), list(duplicates))
 
 
 def check_balance(ledger: Ledger, rows: TokenizedRows, *, packed: PackedDataset | None) -> None:
     """Raises DataError unless no row loses a token or a label that its fate does not name."""
     for row in ledger.rows:
-        fate = rows.fates[row.row]
-        whole = row.tokens - fate.cut_tokens
-        holds = {
-            "used": (row.kept_tokens, row.kept_targets) == (whole, row.target_tokens),
-            "cut": row.kept_tokens == whole and 0 < row.kept_targets <= row.target_tokens,
-            "split": fate.reason == "windows" or row.kept_targets == row.target_tokens,
-            "dropped": row.kept_tokens == 0,
-        }
-        if not holds[row.fate] or (row.kept_tokens > 0) != bool(row.rows):
+        if not _is_balanced(row, rows.fates[row.row]):
             what = f"the ledger does not balance: {row.fate}, {row.kept_tokens} of {row.tokens} tokens kept"
             got = f"{row.kept_targets} of {row.target_tokens} labels, rows {row.rows}"
             raise DataError(what, where=row.source, got=got, fix="report this as a bug of hf_clm")
     if packed is not None:
-        kept = sum(_labels_in(packed, rows, pieces=pieces) for pieces in packed.pieces)
-        if kept != int((rows.labels >= 0).sum()):
-            what = f"packing keeps {kept:,} labels of {int((rows.labels >= 0).sum()):,}"
+        before, pieces = _targets_before(rows), packed.pieces
+        begins = rows.offsets[pieces.examples]  # the first token of a piece has no label in its row
+        kept = int((before[begins + pieces.stops] - before[begins + pieces.starts + 1]).sum())
+        if kept != before[-1]:
+            what = f"packing keeps {kept:,} labels of {before[-1]:,}"
             raise DataError(what, where="data.packing", fix="report this as a bug of hf_clm")
         _check_packed(packed, rows)
 
@@ -222,8 +222,23 @@ def _check_packed(packed: PackedDataset, rows: TokenizedRows) -> None:
             raise DataError(what, where="data.packing", fix="report this as a bug of hf_clm")
 
 
-def _labels_in(packed: PackedDataset, rows: TokenizedRows, *, pieces: Sequence[tuple[int, int, int]]) -> int:
-    """Labels of a packed row: those of its pieces, but for the first token of each."""
-    starts = [int(rows.offsets[example]) for example, _, _ in pieces]
-    spans = [(at + first + 1, at + last) for at, (_, first, last) in zip(starts, pieces, strict=True)]
-    return int(sum(np.count_nonzero(rows.labels[a:b] >= 0) for a, b in spans))
+def _is_balanced(row: LedgerRow, fate: Fate) -> bool:
+    """Whether the row kept what its fate says, and sits somewhere if it kept anything."""
+    if (row.kept_tokens > 0) != bool(row.rows):
+        return False
+    whole = row.tokens - fate.cut_tokens
+    match row.fate:
+        case "used":
+            return (row.kept_tokens, row.kept_targets) == (whole, row.target_tokens)
+        case "cut":
+            return row.kept_tokens == whole and 0 < row.kept_targets <= row.target_tokens
+        case "split":
+            return fate.reason == "windows" or row.kept_targets == row.target_tokens
+    return row.kept_tokens == 0
+
+
+def _targets_before(rows: TokenizedRows) -> np.ndarray:
+    """(S + 1,) integers, how many of S tokens have a label before each, and in all."""
+    found = np.zeros(len(rows.labels) + 1, dtype=np.int32 if len(rows.labels) < 2**31 else np.int64)
+    np.cumsum(rows.labels >= 0, out=found[1:])
+    return found

@@ -5,24 +5,68 @@ stream     | doc 1 ..| doc 2 ........| doc 3 ...|   every row full; a document g
            |(doc 3) ...| doc 4 ..| doc 5 .......|
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
 import torch
 
 from hf_clm.data.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.labels import mask_places
 
 Piece = tuple[int, int, int]  # example, first token, past the last token
 
 
 class PackedRow(TypedDict):
-    """Documents one behind the other; ``position_ids`` count from 0 in each."""
+    """Documents one behind the other; ``position_ids`` count from 0 in each. T = tokens of the row.
 
-    input_ids: list[int]
-    labels: list[int]
-    position_ids: list[int]
+    input_ids, labels  (T,) int32
+    position_ids       (T,) int64
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Which tokens of which examples are in each row; as a sequence, a list of ``Piece`` a row.
+
+    P = pieces, R = rows.
+
+        examples, starts, stops  (P,) int64: tokens starts[p]:stops[p] of example examples[p]
+        offsets                  (R + 1,) int64: row r holds the pieces offsets[r]:offsets[r + 1]
+    """
+
+    examples: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> list[Piece]:
+        part = self.of_row(index)
+        columns = (self.examples, self.starts, self.stops)
+        return list(zip(*(column[part].tolist() for column in columns), strict=True))
+
+    def __iter__(self) -> Iterator[list[Piece]]:
+        return (self[row] for row in range(len(self)))
+
+    def of_row(self, index: int) -> slice:
+        """Where a row's pieces lie in the arrays; takes negative numbers, raises IndexError past the end."""
+        row = range(len(self))[index]
+        return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+
+    @property
+    def row_tokens(self) -> np.ndarray:
+        """(R,) int64, the tokens of each row."""
+        ends = np.concatenate([[0], np.cumsum(self.stops - self.starts, dtype=np.int64)])
+        return np.diff(ends[self.offsets])
 
 
 class PackedDataset(torch.utils.data.Dataset):
@@ -31,85 +75,162 @@ class PackedDataset(torch.utils.data.Dataset):
     Args:
         packing: ``best_fit`` keeps every example whole; ``stream`` cuts where a row is full. Then the next
             row begins with the token before the cut, unlabelled, so that each label is learned exactly once.
+        pieces: of this dataset, packed before; None packs it now.
     """
 
-    def __init__(self, dataset: SFTDataset | PretrainDataset, *, max_length: int, packing: str = "best_fit"):
-        lengths = dataset.rows.lengths
+    def __init__(
+        self,
+        dataset: SFTDataset | PretrainDataset,
+        *,
+        max_length: int,
+        packing: str = "best_fit",
+        pieces: Pieces | None = None,
+    ):
         self.dataset = dataset
         self.max_length = max_length
-        self.pieces: list[list[Piece]] = (
-            stream_rows(lengths, max_length)
-            if packing == "stream"
-            else [[(i, 0, int(lengths[i])) for i in row] for row in best_fit_rows(lengths, max_length)]
-        )
+        if pieces is None:
+            pack = stream_rows if packing == "stream" else best_fit_rows
+            pieces = pack(dataset.rows.lengths, max_length)
+        self.pieces = pieces
 
     def __len__(self) -> int:
         return len(self.pieces)
 
     def __getitem__(self, index: int) -> PackedRow:
-        row: PackedRow = {"input_ids": [], "labels": [], "position_ids": []}
-        for example, start, stop in self.pieces[index]:
-            document = self.dataset.rows.piece(example, start=start, stop=stop)
-            row["input_ids"] += document["input_ids"]
-            row["labels"] += document["labels"]
-            row["position_ids"] += range(stop - start)
-        return row
+        pieces, rows = self.pieces, self.dataset.rows
+        part = pieces.of_row(index)
+        begins = rows.offsets[pieces.examples[part]]
+        firsts, lasts = begins + pieces.starts[part], begins + pieces.stops[part]
+        spans = [slice(first, last) for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)]
+        sizes = lasts - firsts
+        starts = np.cumsum(sizes) - sizes
+        labels = np.concatenate([rows.labels[span] for span in spans])
+        mask_places(labels, starts)  # nothing precedes the first token of a piece
+        return {
+            "input_ids": np.concatenate([rows.input_ids[span] for span in spans]),
+            "labels": labels,
+            "position_ids": np.arange(len(labels)) - np.repeat(starts, sizes),
+        }
 
     @property
     def fill(self) -> float:
         """The share of the rows' places that hold a token."""
-        tokens = sum(stop - start for row in self.pieces for _, start, stop in row)
-        return tokens / (len(self) * self.max_length)
+        return int(self.pieces.row_tokens.sum()) / (len(self) * self.max_length)
 
 
-def best_fit_rows(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[int]]:
+def best_fit_rows(lengths: Sequence[int] | np.ndarray, max_length: int) -> Pieces:
     """Best-fit decreasing: each example, longest first, goes into the fullest row that still has room for it.
 
-    Returns the examples of each row; every example exactly once. ``max_length`` must not be under any length.
+    Every example is in exactly one row. ``max_length`` must not be under any length.
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    rows: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # free places -> rows with just that many
-    rooms: list[int] = []  # the keys of with_room, sorted
-    for example in order.tolist():
-        length = int(lengths[example])
-        assert length <= max_length, (length, max_length)
-        at = bisect_left(rooms, length)
-        if at == len(rooms):
-            rows.append([example])
-            row, room = len(rows) - 1, max_length
-        else:
-            room = rooms[at]
-            row = with_room[room].pop()
-            rows[row].append(example)
-            if not with_room[room]:
-                del with_room[room], rooms[at]
-        if room > length:
-            if room - length not in with_room:
-                insort(rooms, room - length)
-            with_room.setdefault(room - length, []).append(row)
-    return rows
+    sizes = np.asarray(lengths, dtype=np.int64)
+    assert sizes.size == 0 or 0 < sizes.min() <= sizes.max() <= max_length, (sizes, max_length)
+    counts = np.bincount(sizes, minlength=max_length + 1)
+    shelves = Shelves(max_length)
+    used = np.flatnonzero(counts)[::-1]
+    placed = [rows for length in used.tolist() for rows in shelves.place(length, int(counts[length]))]
+    examples = _stable_order(max_length - sizes)
+    rows = np.concatenate(placed) if placed else np.zeros(0, dtype=np.int64)
+    examples = examples[_stable_order(rows)]
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=shelves.rows))]).astype(np.int64)
+    return Pieces(examples, np.zeros_like(examples), sizes[examples], offsets)
 
 
-def stream_rows(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[Piece]]:
+class Shelves:
+    """The open rows by their free places, so that one step fills many rows that have the same room.
+
+    Of all rows, those of the least sufficient room are taken first. One that takes an example of ``length``
+    has even less room, so it is taken again until the rest is below ``length``: ``room // length`` examples
+    go into each at once. A visited room is empty afterwards, but for the last one: few steps for each length.
+    """
+
+    def __init__(self, max_length: int):
+        self.max_length = max_length
+        self.rows = 0
+        self.counts = np.zeros(max_length + 1, dtype=np.int64)  # open rows by their room
+        self._open: dict[int, list[np.ndarray]] = defaultdict(list)  # room -> the rows, in several arrays
+
+    def place(self, length: int, count: int) -> Iterator[np.ndarray]:
+        """The row of each of ``count`` examples, in several arrays. Lengths must come in decreasing order."""
+        for room in (np.flatnonzero(self.counts[length:]) + length).tolist():
+            if count == 0:
+                return
+            rows = self._take(room, min(int(self.counts[room]), -(-count // (room // length))))
+            yield self._fill(rows, room, length=length, count=count)
+            count = max(0, count - len(rows) * (room // length))
+        if count:
+            rows = np.arange(self.rows, self.rows - (-count // (self.max_length // length)))
+            self.rows += len(rows)
+            yield self._fill(rows, self.max_length, length=length, count=count)
+
+    def _fill(self, rows: np.ndarray, room: int, *, length: int, count: int) -> np.ndarray:
+        """Puts the examples into rows of one room, each as full as it can be, the last with what is left."""
+        each = room // length
+        left = min(count, each * len(rows)) - each * (len(rows) - 1)
+        self._put(rows[:-1], room - each * length)
+        self._put(rows[-1:], room - left * length)
+        return np.repeat(rows, each)[:count]
+
+    def _take(self, room: int, count: int) -> np.ndarray:
+        self.counts[room] -= count
+        taken, held = [], self._open[room]
+        while count:
+            rows = held.pop()
+            if len(rows) > count:
+                held.append(rows[:-count])
+            taken.append(rows[-count:])
+            count -= len(taken[-1])
+        return np.concatenate(taken)
+
+    def _put(self, rows: np.ndarray, room: int) -> None:
+        if len(rows) and room:
+            self.counts[room] += len(rows)
+            self._open[room].append(rows)
+
+
+def stream_rows(lengths: Sequence[int] | np.ndarray, max_length: int) -> Pieces:
     """Cuts the documents, one behind the other, into rows of ``max_length`` tokens; the last may be shorter.
 
     So may be, by one, a row before a document: its first token alone has no label and would be read twice.
     """
     assert max_length > 1, "a row of one token has no label"
-    rows: list[list[Piece]] = [[]]
-    room = max_length
-    for document, length in enumerate(np.asarray(lengths).tolist()):
-        start = 0
-        while start < length - 1 or start == 0:
-            stop = min(length, start + room)
-            if stop - start > 1 or length == 1:  # one token alone has no label: start in the next row
-                rows[-1].append((document, start, stop))
-                room -= stop - start
-                start = stop if stop == length else stop - 1
-            else:
-                room = 0
-            if room == 0:
-                rows.append([])
-                room = max_length
-    return [row for row in rows if row]
+    sizes = np.asarray(lengths, dtype=np.int64)
+    assert sizes.size == 0 or sizes.min() > 0, "a document without a token"
+    ends = np.cumsum(sizes)
+    heads = ends - sizes  # where each document begins in the stream
+    total = int(ends[-1]) if sizes.size else 0
+    cuts = _cut_stream(heads, total, max_length=max_length)
+    firsts = np.sort(np.concatenate([heads, cuts]))
+    firsts = firsts[np.diff(firsts, prepend=-1) > 0]
+    lasts = np.append(firsts[1:], total)
+    documents = np.searchsorted(heads, firsts, side="right") - 1
+    begins = heads[documents]
+    is_kept = (firsts > begins) | (lasts - firsts > 1) | (sizes[documents] == 1)
+    firsts, lasts, documents, begins = (a[is_kept] for a in (firsts, lasts, documents, begins))
+    offsets = np.append(np.searchsorted(firsts, cuts), len(firsts)).astype(np.int64)
+    return Pieces(documents, np.maximum(firsts - begins - 1, 0), lasts - begins, offsets)
+
+
+def _cut_stream(heads: np.ndarray, total: int, *, max_length: int) -> np.ndarray:
+    """The token of the stream that each row begins with; the one it reads again does not count.
+
+    A row takes ``max_length`` tokens where it begins with a document, else one less: it reads one again.
+    So rows are equally far apart up to the next document that begins a row, which is the next of those with
+    the same remainder: one step for each of these documents, not for each row.
+    """
+    step, stride = max_length - 1, total + 1
+    keys = np.sort(heads % step * stride + heads)  # by remainder, then by place
+    rows, at = [np.zeros(0, dtype=np.int64)], 0
+    while at < total:
+        group = at % step * stride
+        found = int(np.searchsorted(keys, group + at))
+        head = min(int(keys[found]) - group, total) if found < len(keys) else total
+        rows.append(np.arange(at, min(head + 1, total), step))
+        at = head + max_length
+    return np.concatenate(rows)
+
+
+def _stable_order(keys: np.ndarray) -> np.ndarray:
+    """``np.argsort(keys, kind="stable")`` for keys from 0 on: sorts (key, position) as one number, fast."""
+    bits = len(keys).bit_length()
+    return np.sort(keys << bits | np.arange(len(keys))) & ((1 << bits) - 1)

@@ -1,14 +1,23 @@
 """Batches in literals."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from helpers import PAD, X
+from helpers import PAD, X, tiny_model
+from transformers import PreTrainedModel
 
-from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.attention import NAME, register
+from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
 
 SHORT = {"input_ids": [1, 2], "labels": [X, 2]}
 LONG = {"input_ids": [3, 4, 5], "labels": [X, X, 5]}
 PACKED = {"input_ids": [1, 2, 3, 4, 5], "labels": [X, 2, X, 4, 5], "position_ids": [0, 1, 0, 1, 2]}
+
+
+def plain(batch: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.tolist() if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
 def test_short_rows_are_padded_on_the_right():
@@ -63,6 +72,145 @@ def test_an_example_that_is_not_packed_is_one_document():
     assert batch["position_ids"].tolist() == [[0, 1, 2]]
     assert batch["cu_seq_lens_q"].tolist() == [0, 3]
     assert batch["max_length_q"] == 3
+
+
+def test_the_first_label_of_a_document_is_masked_where_a_row_still_has_it():
+    """It would be learned from the document before."""
+    batch = DataCollatorForPackedCausalLM()(
+        [{**PACKED, "labels": [1, 2, 3, 4, 5]}, {"input_ids": [6, 7], "labels": [6, 7]}]
+    )
+
+    assert batch["labels"].tolist() == [[X, 2, X, 4, 5, X, 7]]
+
+
+def test_rows_of_arrays_give_the_batch_of_rows_of_lists_and_stay_as_they_were():
+    """Read-only, as from a memory map."""
+    rows = [{key: np.array(values, dtype=np.int32) for key, values in row.items()} for row in (PACKED, SHORT)]
+    for values in (values for row in rows for values in row.values()):
+        values.flags.writeable = False
+
+    batch = DataCollatorForPackedCausalLM(with_targets=True)(rows)
+
+    assert plain(batch) == plain(DataCollatorForPackedCausalLM(with_targets=True)([PACKED, SHORT]))
+
+
+def test_documents_of_one_token_are_documents():
+    row = {"input_ids": [7, 8, 9, 9], "labels": [X, X, X, 9], "position_ids": [0, 0, 0, 1]}
+
+    batch = DataCollatorForPackedCausalLM(with_targets=True)([row, {"input_ids": [5], "labels": [X]}])
+
+    assert batch["cu_seq_lens_q"].tolist() == [0, 1, 2, 4, 5]
+    assert (batch["logits_to_keep"].tolist(), batch["shift_labels"].tolist()) == ([2], [[9]])
+
+
+# --- targets
+
+
+def test_targets_are_the_positions_before_a_label_and_these_labels():
+    batch = DataCollatorForPackedCausalLM(with_targets=True)([PACKED, SHORT])
+
+    assert batch["labels"].tolist() == [[X, 2, X, 4, 5, X, 2]]
+    assert batch["logits_to_keep"].tolist() == [0, 2, 3, 5]
+    assert batch["shift_labels"].tolist() == [[2, 4, 5, 2]]
+    assert {batch[key].dtype for key in ("logits_to_keep", "shift_labels")} == {torch.int64}
+
+
+def test_a_batch_without_a_label_has_one_position_without_a_label():
+    """Fillers: without any position a model could not compute a loss."""
+    batch = DataCollatorForPackedCausalLM(with_targets=True)([{"input_ids": [4], "labels": [X]}] * 2)
+    loss = tiny_model()(**batch, use_cache=False, num_items_in_batch=1).loss
+
+    assert (batch["logits_to_keep"].tolist(), batch["shift_labels"].tolist()) == ([0], [[X]])
+    assert loss.item() == 0.0
+
+
+def loss_and_gradients(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[float, list[torch.Tensor]]:
+    model.zero_grad()
+    inputs = {key: value for key, value in batch.items() if key != "padding_tokens"}
+    loss = model(**inputs, use_cache=False).loss
+    loss.backward()
+    return loss.item(), [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("attention", [NAME, "sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
+def test_a_model_gives_the_same_loss_and_gradients_for_labels_targets_and_a_static_shape(kind, attention):
+    register()
+    model = tiny_model(kind)
+    model.set_attn_implementation(attention)
+    ids = [(7 * i) % 250 for i in range(12)]
+    rows = [PACKED, {"input_ids": ids, "labels": [X] * 6 + ids[6:]}]
+    shape = StaticShape(tokens=40, documents=5, max_length=12, targets_multiple=8)
+
+    loss, gradients = loss_and_gradients(model, DataCollatorForPackedCausalLM()(rows))
+    for collator in (
+        DataCollatorForPackedCausalLM(with_targets=True),
+        DataCollatorForPackedCausalLM(static=shape, pad_token_id=PAD),
+        DataCollatorForPackedCausalLM(with_targets=True, static=shape, pad_token_id=PAD),
+    ):
+        other, others = loss_and_gradients(model, collator(rows))
+        assert other == pytest.approx(loss, rel=1e-6)
+        for one, two in zip(gradients, others, strict=True):
+            assert torch.allclose(one, two, rtol=1e-5, atol=1e-7)
+
+
+# --- static shapes
+
+
+def test_a_static_batch_is_filled_with_padding_documents_of_at_most_max_length():
+    shape = StaticShape(tokens=12, documents=4, max_length=3, targets_multiple=4)
+
+    batch = DataCollatorForPackedCausalLM(with_targets=True, static=shape, pad_token_id=PAD)([PACKED, SHORT])
+
+    assert plain(batch) == {
+        "input_ids": [[1, 2, 3, 4, 5, 1, 2, PAD, PAD, PAD, PAD, PAD]],
+        "labels": [[X, 2, X, 4, 5, X, 2, X, X, X, X, X]],
+        "position_ids": [[0, 1, 0, 1, 2, 0, 1, 0, 1, 2, 0, 1]],
+        "cu_seq_lens_q": [0, 2, 5, 7, 10, 12, 12, 12, 12],  # 4 documents, 12 / 3 of padding, and the end
+        "cu_seq_lens_k": [0, 2, 5, 7, 10, 12, 12, 12, 12],
+        "max_length_q": 3,
+        "max_length_k": 3,
+        "logits_to_keep": [0, 2, 3, 5],
+        "shift_labels": [[2, 4, 5, 2]],
+        "padding_tokens": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "bounds", "padding"),
+    [
+        ([SHORT], [0, 2, 6, 7, 7, 7], 5),
+        ([SHORT, SHORT, LONG], [0, 2, 4, 7, 7, 7], 0),  # full: no padding
+        ([LONG, LONG], [0, 3, 6, 7, 7, 7], 1),
+    ],
+)
+def test_every_batch_of_a_static_shape_has_the_same_shapes(rows, bounds, padding):
+    shape = StaticShape(tokens=7, documents=3, max_length=4, targets_multiple=4)
+
+    batch = DataCollatorForPackedCausalLM(with_targets=True, static=shape)(rows)
+
+    assert batch["cu_seq_lens_q"].tolist() == bounds
+    assert batch["padding_tokens"] == padding
+    assert {key: tuple(value.shape) for key, value in batch.items() if torch.is_tensor(value)} == {
+        **dict.fromkeys(("input_ids", "labels", "position_ids"), (1, 7)),
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), (6,)),
+        "logits_to_keep": (4,),
+        "shift_labels": (1, 4),
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([SHORT, SHORT, SHORT], "3 documents in a batch of 2 at most"),
+        ([LONG, LONG, SHORT], "8 tokens in a batch of 6 at most"),
+    ],
+)
+def test_a_batch_that_does_not_fit_a_static_shape_is_refused(rows, message):
+    collator = DataCollatorForPackedCausalLM(static=StaticShape(tokens=6, documents=2, max_length=6))
+
+    with pytest.raises(ValueError, match=message):
+        collator(rows)
 
 
 def test_the_padding_collator_refuses_packed_rows():

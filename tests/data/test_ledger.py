@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import byte_tokenizer, prove_records
 from pyarrow import parquet
@@ -19,7 +20,7 @@ from hf_clm.data.ledger import (
     measure_leakage,
     write_ledgers,
 )
-from hf_clm.data.packing import PackedDataset
+from hf_clm.data.packing import PackedDataset, Pieces
 from hf_clm.errors import DataError, ExitCode
 from hf_clm.schema import ChatExample, PromptExample, Segment, SegmentsExample, TextExample
 from hf_clm.training.proof import Proof
@@ -200,7 +201,8 @@ def packed_stream() -> tuple[Any, PackedDataset]:
 )
 def test_packing_that_loses_or_repeats_a_label_is_refused(pieces, message):
     rows, packed = packed_stream()
-    packed.pieces = pieces
+    columns = [np.array(column) for column in zip(*(piece for row in pieces for piece in row), strict=True)]
+    packed.pieces = Pieces(*columns, np.cumsum([0, *map(len, pieces)]))
 
     assert message in refusal(build_ledger(rows, PLACES[:2], packed=packed), rows, packed)
 

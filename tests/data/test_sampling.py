@@ -3,8 +3,9 @@
 import pytest
 from helpers import EOS, X, byte_tokenizer
 
-from hf_clm.data.collators import DataCollatorForCausalLM
+from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.data.datasets import SFTDataset
+from hf_clm.data.packing import PackedDataset
 from hf_clm.data.sampling import EpochSampler, EvenRows
 from hf_clm.schema import TextExample, TokenizedExample
 
@@ -25,6 +26,20 @@ def test_even_rows_fill_up_with_rows_that_have_no_label(multiple, length):
     assert rows[:3] == [row([letter, EOS], [X, EOS]) for letter in b"abc"]
     assert rows[3:] == [row([ord("a")], [X])] * (length - 3)
     assert DataCollatorForCausalLM(0)(rows)["labels"].ne(X).sum().item() == 3
+
+
+def test_a_batch_of_fillers_alone_is_documents_of_one_token_and_one_position_without_a_label():
+    """What the last processes get where the packed rows do not divide."""
+    packed = PackedDataset(SFTDataset([TextExample("ab"), TextExample("c")], TOKENIZER), max_length=8)
+    rows = list(EvenRows(packed, 3))
+
+    batch = DataCollatorForPackedCausalLM(with_targets=True)(rows[1:])
+
+    assert len(packed) == 1
+    assert batch["input_ids"].tolist() == [[ord("a"), ord("a")]]
+    assert batch["labels"].tolist() == [[X, X]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 1, 2]
+    assert (batch["logits_to_keep"].tolist(), batch["shift_labels"].tolist()) == ([0], [[X]])
 
 
 def test_an_epoch_has_every_row_once_and_the_fillers_last():

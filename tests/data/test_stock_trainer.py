@@ -99,6 +99,18 @@ def test_a_stock_trainer_gets_the_same_losses_from_packed_rows(tmp_path):
     assert packed_losses == pytest.approx(padded_losses, rel=1e-3)
 
 
+def test_a_stock_trainer_counts_targets_as_it_counts_labels(tmp_path):
+    """The rows have 6, 5, 26 and 4 targets, so the two micro-batches of a step never weigh the same."""
+    dataset = SFTDataset(EXAMPLES, byte_tokenizer())
+    options = {"remove_unused_columns": False, "gradient_accumulation_steps": 2}
+
+    by_labels = losses(stock_trainer(tmp_path, dataset, DataCollatorForPackedCausalLM(), **options))
+    targets = DataCollatorForPackedCausalLM(with_targets=True)
+    by_targets = losses(stock_trainer(tmp_path, dataset, targets, **options))
+
+    assert by_targets == pytest.approx(by_labels, rel=1e-5)
+
+
 def test_a_stock_trainer_learns_from_a_pretrain_dataset_cut_into_a_stream(tmp_path):
     stream = PackedDataset(PretrainDataset(EXAMPLES, byte_tokenizer()), max_length=16, packing="stream")
 

@@ -194,12 +194,7 @@ def padding_labelled(monkeypatch, model) -> None:
 
 def labels_shifted_twice(monkeypatch, model) -> None:
     """The collator shifts, and the loss shifts again."""
-    flat = collators._flat
-
-    def broken(examples, key):
-        return flat(examples, key).roll(-1, dims=1) if key == "labels" else flat(examples, key)
-
-    monkeypatch.setattr(collators, "_flat", broken)
+    edit_packed(monkeypatch, labels=lambda batch: batch["labels"].roll(-1, dims=1))
 
 
 def loss_averages_each_micro_batch(monkeypatch, model) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import helpers
 import numpy as np
 import pytest
+import torch
 from helpers import EOS, PAD, X, byte_tokenizer, save_folder, tiny_model
 
 from hf_clm.data import collators, datasets, labels, packing, segments
-from hf_clm.data.packing import PackedDataset
+from hf_clm.data.packing import PackedDataset, Piece, Pieces
 from hf_clm.errors import DataError, ModelError
 from hf_clm.schema import Segment
 from hf_clm.training.run import train
@@ -154,15 +155,27 @@ def only_the_first_turn_learned(patch: pytest.MonkeyPatch) -> None:
 # --- packing.py
 
 
+def edit_pieces(
+    patch: pytest.MonkeyPatch, packer: str, change: Callable[[list[list[Piece]]], list[list[Piece]]]
+) -> None:
+    """The pieces of each row as they were packed -> as they are used."""
+    pack = getattr(packing, packer)
+
+    def edited(*args):
+        rows = change(list(pack(*args)))
+        columns = [np.array(column) for column in zip(*(piece for row in rows for piece in row), strict=True)]
+        return Pieces(*columns, np.cumsum([0, *map(len, rows)]))
+
+    patch.setattr(packing, packer, edited)
+
+
 def packing_drops_a_document(patch: pytest.MonkeyPatch) -> None:
     """A row that is full is closed before its last document is put in."""
-    fit = packing.best_fit_rows
-    patch.setattr(packing, "best_fit_rows", lambda *args: [row[: max(1, len(row) - 1)] for row in fit(*args)])
+    edit_pieces(patch, "best_fit_rows", lambda rows: [row[: max(1, len(row) - 1)] for row in rows])
 
 
 def packing_repeats_a_document(patch: pytest.MonkeyPatch) -> None:
-    fit = packing.best_fit_rows
-    patch.setattr(packing, "best_fit_rows", lambda *args: [*fit(*args), [0]])
+    edit_pieces(patch, "best_fit_rows", lambda rows: [*rows, rows[0][:1]])
 
 
 def positions_run_on_in_a_row(patch: pytest.MonkeyPatch) -> None:
@@ -171,19 +184,18 @@ def positions_run_on_in_a_row(patch: pytest.MonkeyPatch) -> None:
 
     def broken(self, index):
         row = read(self, index)
-        return {**row, "position_ids": list(range(len(row["input_ids"])))}
+        return {**row, "position_ids": np.arange(len(row["input_ids"]))}
 
     patch.setattr(PackedDataset, "__getitem__", broken)
 
 
 def stream_loses_the_label_at_a_border(patch: pytest.MonkeyPatch) -> None:
     """The next row begins behind the cut: its first token, which nothing precedes, is never learned."""
-    cut = packing.stream_rows
 
-    def apart(*args):
-        return [[(n, start + (start > 0), stop) for n, start, stop in row] for row in cut(*args)]
+    def apart(rows):
+        return [[(n, start + (start > 0), stop) for n, start, stop in row] for row in rows]
 
-    patch.setattr(packing, "stream_rows", apart)
+    edit_pieces(patch, "stream_rows", apart)
 
 
 # --- collators.py
@@ -197,26 +209,24 @@ def collator_ignores_the_positions_of_a_row(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(collators, "_positions", lambda example: np.arange(len(example["input_ids"])))
 
 
+def edit_batch(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """The labels of a packed batch -> what the model is given."""
+    collate = collators.DataCollatorForPackedCausalLM.__call__
+
+    def edited(self, examples):
+        batch = collate(self, examples)
+        return {**batch, "labels": change(batch["labels"])}
+
+    patch.setattr(collators.DataCollatorForPackedCausalLM, "__call__", edited)
+
+
 def collator_shifts_the_labels(patch: pytest.MonkeyPatch) -> None:
     """And the loss shifts them again."""
-    flat = collators._flat
-
-    def shifted(examples, key):
-        return flat(examples, key).roll(-1, dims=1) if key == "labels" else flat(examples, key)
-
-    patch.setattr(collators, "_flat", shifted)
+    edit_batch(patch, lambda labels: labels.roll(-1, dims=1))
 
 
 def collator_drops_the_last_label(patch: pytest.MonkeyPatch) -> None:
-    flat = collators._flat
-
-    def dropped(examples, key):
-        values = flat(examples, key)
-        if key == "labels":
-            values[0, -1] = X
-        return values
-
-    patch.setattr(collators, "_flat", dropped)
+    edit_batch(patch, lambda labels: torch.cat([labels[:, :-1], torch.full_like(labels[:, -1:], X)], dim=1))
 
 
 def padding_on_the_left(patch: pytest.MonkeyPatch) -> None:
@@ -257,7 +267,7 @@ MUTATIONS = [
     (positions_run_on_in_a_row, PACKED, "is not its 2 documents with positions that begin again"),
     (positions_run_on_in_a_row, PRETRAIN, "documents with positions that begin again"),
     (stream_loses_the_label_at_a_border, PRETRAIN, "data.packing: packing keeps "),
-    (padding_trained, {}, f"{LOSS}: padded rows give another loss"),
+    (padding_trained, {}, f"{LOSS}: one document at a time gives another loss"),
     (padding_on_the_left, {}, f"{LOSS}: padded rows give another loss"),
     (collator_ignores_the_positions_of_a_row, PACKED, f"{LOSS}: one document at a time gives another loss"),
     (collator_shifts_the_labels, PACKED, f"{LOSS}: "),

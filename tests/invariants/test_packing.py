@@ -1,14 +1,17 @@
 """Packed rows, padded rows and one document at a time: the same total loss and the same gradients."""
 
+import json
+
 import pytest
 import torch
-from helpers import X, byte_tokenizer, tiny_model
+from helpers import X, build_recipe, byte_tokenizer, tiny_model
 from transformers import PreTrainedModel
 
 from hf_clm.attention import NAME, register
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.data.datasets import PretrainDataset, SFTDataset
 from hf_clm.data.packing import PackedDataset
+from hf_clm.training.run import train
 
 # Documents of 4 to 19 tokens; the last 1 to 8 of each are learned.
 DOCUMENTS = [
@@ -65,6 +68,45 @@ def test_packed_padded_and_single_rows_are_the_same_training(kind):
     assert one_by_one[1] == 80  # 1 + 2 + 2 + 3 + 3 + ... + 8 + 8 + 9
     assert_same(padded, one_by_one)
     assert_same(in_rows, one_by_one)
+
+
+@pytest.mark.parametrize("tokens", [24, 64, 500])
+def test_batches_of_a_token_budget_are_the_same_training_as_rows(tokens):
+    """16 documents of 4 to 19 tokens, 184 in all: in 8, 3 or 1 micro-batches."""
+    model = build_model("qwen2")
+    dataset = SFTDataset(DOCUMENTS, byte_tokenizer(), max_length=24)
+    budget = PackedDataset(dataset, max_length=tokens)
+    collate = DataCollatorForPackedCausalLM()
+
+    by_rows = loss_and_gradients(model, [collate([dataset[i]]) for i in range(16)])
+    by_tokens = loss_and_gradients(model, [collate([row]) for row in budget])
+
+    assert len(budget) == {24: 8, 64: 3, 500: 1}[tokens]
+    assert_same(by_tokens, by_rows)
+
+
+def test_a_run_of_a_token_budget_has_the_loss_of_one_by_rows_and_of_packed_rows(tmp_path):
+    """The whole set is one step: however it is batched, its loss is a mean over the same targets."""
+    records = [{"instruct": f"Say {n}.", "input": "", "label": "n" * n} for n in range(1, 12)]
+    kinds = {
+        "rows": {"packing": "none"},
+        "packed": {"packing": "best_fit"},
+        "budget": {"packing": "none", "tokens_per_batch": 70},
+    }
+    found = {}
+    for name, data in kinds.items():
+        steps = {"num_train_epochs": 1, "gradient_accumulation_steps": 100}
+        settings = {"output_dir": str(tmp_path / name), **steps}
+        if name == "budget":
+            settings["per_device_train_batch_size"] = 1
+        train(build_recipe(tmp_path, records, data=data, train=settings, doctor={"self_test": False}))
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        (found[name],) = [entry for line in lines if "loss" in (entry := json.loads(line))]
+
+    assert [entry["target_tokens_seen"] for entry in found.values()] == [77, 77, 77]  # 66 letters, 11 ends
+    assert found["budget"]["loss"] == pytest.approx(found["rows"]["loss"], rel=1e-5)
+    assert found["packed"]["loss"] == pytest.approx(found["rows"]["loss"], rel=1e-5)
+    assert found["budget"]["grad_norm"] == pytest.approx(found["rows"]["grad_norm"], rel=1e-4)
 
 
 def test_a_stream_learns_every_token_of_the_documents_once():
