@@ -6,6 +6,7 @@ to the right.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def packed_attention(
             states, bounds, longest=longest, scale=options["scale"], window=options["window"]
         ), None
     # split, not slices: the gradient of each slice would be as long as the whole row
-    lengths = [length for length in bounds.diff().tolist() if length]
+    lengths = [stop - start for start, stop in pairwise(bounds.tolist()) if stop > start]
     documents = zip(*(part.split(lengths, dim=2) for part in states), strict=True)
     return torch.cat([_causal(document, **options) for document in documents], dim=2).transpose(1, 2), None
 

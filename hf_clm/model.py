@@ -1,5 +1,6 @@
 """Loads or initialises a causal language model that fits its tokenizer."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ def check_attention(config: PretrainedConfig, attention: str) -> None:
         got = f"{packed.NAME!r} for {config.model_type}"
         fix = "set model.attention to eager or sdpa, and data.packing to none"
         raise ModelError("this model has an attention of its own", where="model.attention", got=got, fix=fix)
+
+
+def takes_targets(model: PreTrainedModel) -> bool:
+    """Whether a batch may hold ``logits_to_keep``: without it the head computes every position."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def load_model(

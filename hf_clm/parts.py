@@ -127,12 +127,14 @@ def build_model(
     )
 
 
-def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Callable[..., dict[str, Any]]:
+def build_collator(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, with_targets: bool = False
+) -> Callable[..., dict[str, Any]]:
     """Rows laid one behind the other; padded only where nothing is packed and the attention is another."""
     if recipe.resolved_packing == "none" and recipe.model.attention != PACKED:
         assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer gives it one"
         return DataCollatorForCausalLM(tokenizer.pad_token_id)
-    return DataCollatorForPackedCausalLM()
+    return DataCollatorForPackedCausalLM(with_targets=with_targets)
 
 
 def _named_config(recipe: Recipe) -> PretrainedConfig:

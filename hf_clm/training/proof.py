@@ -128,7 +128,7 @@ def prove_model(
             proof["round_trip"] = "off: the model brings its own code"
         elif recipe.doctor.round_trip == "start":
             trainer.save_model(str(folder), _internal_call=True)
-            trip = start_round_trip(folder, split.dataset[0]["input_ids"])
+            trip = start_round_trip(folder, [*map(int, split.dataset[0]["input_ids"])])
         if recipe.doctor.self_test:
             result = measure_self_test(trainer, split, tokenizer=tokenizer)
             result.require()
@@ -166,7 +166,7 @@ def measure_self_test(trainer: CLMTrainer, split: Split, *, tokenizer: PreTraine
 
 def prove_saved(trainer: CLMTrainer, *, split: Split, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """The round trip of the final model (``doctor.round_trip: end``)."""
-    trip = start_round_trip(Path(str(trainer.args.output_dir)), split.dataset[0]["input_ids"])
+    trip = start_round_trip(Path(str(trainer.args.output_dir)), [*map(int, split.dataset[0]["input_ids"])])
     return finish_round_trip(trainer, trip, tokenizer=tokenizer)
 
 

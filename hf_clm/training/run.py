@@ -23,6 +23,7 @@ from hf_clm.doctor.facts import build_facts
 from hf_clm.errors import RecipeError
 from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.generation.generate import generate, to_prompt_example
+from hf_clm.model import takes_targets
 from hf_clm.parts import (
     build_collator,
     build_model,
@@ -96,7 +97,7 @@ def build_trainer(
     trainer = CLMTrainer(
         model=model,
         args=arguments,
-        data_collator=build_collator(recipe, tokenizer),
+        data_collator=build_collator(recipe, tokenizer, with_targets=takes_targets(model)),
         train_dataset=train_split.dataset,
         eval_dataset=eval_split.dataset if eval_split else some,
         processing_class=tokenizer,

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -21,11 +21,15 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_clm.data.sampling import EpochSampler, EvenRows
 from hf_clm.errors import DivergedError
-from hf_clm.evaluation.metrics import token_counts, token_nll
+from hf_clm.evaluation.metrics import token_nll
+from hf_clm.schema import IGNORE_INDEX
 from hf_clm.training.guard import write_diverged
+from hf_clm.training.loss import LossOptions, TargetLoss, TokenFigures, use_target_loss, why_not
 
 # What is counted since the last log event, in this order.
 TARGETS, CORRECT, TOKENS = range(3)
+# What the collator makes for a TargetLoss; the loss of a model itself takes the labels of all positions.
+OF_TARGETS = ("logits_to_keep", "shift_labels")
 
 
 class CLMTrainer(Trainer):
@@ -34,11 +38,21 @@ class CLMTrainer(Trainer):
     Adds to each log event: token_accuracy, tokens_seen, target_tokens_seen, tokens_per_second (real tokens of
     all processes). Evaluation sums over tokens, so its loss is the same for every batch size. Raises
     DivergedError before the optimizer step that a NaN or Inf would spoil. Saves no training_args.bin, and a
-    model that uses its KV cache.
+    model that uses its KV cache. Computes the loss at the targets only (``training/loss.py``), unless the
+    model needs its own (``own_loss`` says why).
+
+    Args:
+        z_loss: see LossOptions.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, z_loss: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        model: Any = self.accelerator.unwrap_model(self.model)
+        self.own_loss = why_not(model)  # the reason for the model's own loss, or empty
+        self.target_loss: TargetLoss | None = None
+        if not self.own_loss:
+            smoothing, self.label_smoother = self.args.label_smoothing_factor, None
+            self.target_loss = use_target_loss(model, LossOptions(smoothing, z_loss))
         self._sampler: EpochSampler | None = None
         if self.train_dataset is not None and not self.args.dataloader_drop_last:
             self.train_dataset = self._even(self.train_dataset, self.args.train_batch_size)
@@ -71,15 +85,29 @@ class CLMTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        labels, tokens = inputs["labels"], _real_tokens(inputs)
-        both: Any = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
-        loss, outputs = both
+        loss, outputs, figures = self._measure(model, inputs, items=num_items_in_batch)
         if model.training:
-            self._counts[:TOKENS] += token_counts(outputs.logits, labels)
-            self._counts[TOKENS] += tokens
+            self._counts[TARGETS] += figures.is_target.sum()
+            self._counts[CORRECT] += figures.correct.sum()
+            self._counts[TOKENS] += _real_tokens(inputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _measure(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *, items: torch.Tensor | int | None
+    ) -> tuple[torch.Tensor, Any, TokenFigures]:
+        """The loss as the Trainer normalises it, the model's outputs, and the figures of each target."""
+        left_out = ("padding_tokens", *(OF_TARGETS if self.target_loss is None else ()))
+        batch: Any = {key: value for key, value in inputs.items() if key not in left_out}
+        options: Any = {"return_outputs": True, "num_items_in_batch": items}
+        if self.target_loss is None:
+            labels = batch["labels"]  # label smoothing takes them out of the batch
+            loss, outputs = cast(Any, super().compute_loss(model, batch, **options))
+            return loss, outputs, logit_figures(outputs.logits, labels)
+        with self.target_loss.measuring():
+            loss, outputs = cast(Any, super().compute_loss(model, batch, **options))
+        figures = self.target_loss.figures
+        assert figures is not None, "the model computed no loss"
+        return loss, outputs, figures
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Runs after clipping and before the optimizer step: the last moment with sound weights."""
@@ -165,9 +193,9 @@ class CLMTrainer(Trainer):
     ) -> tuple[torch.Tensor | None, None, None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
-        nll, counts = token_nll(logits, inputs["labels"]), token_counts(logits, inputs["labels"])
-        self._eval_sums += torch.cat([nll.double().sum()[None], counts.double()])
+            figures = self._measure(model, inputs, items=None)[2]
+        sums = (figures.nll.double().sum(), figures.is_target.sum(), figures.correct.sum())
+        self._eval_sums += torch.stack([part.double() for part in sums])
         return None, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -234,4 +262,12 @@ def _real_tokens(inputs: dict[str, Any]) -> torch.Tensor:
     mask, bounds = inputs.get("attention_mask"), inputs.get("cu_seq_lens_q")
     lengths: Any = bounds.diff() if bounds is not None else mask.sum(dim=1) if mask is not None else None
     assert lengths is not None, "the batch comes from one of our collators"
-    return (lengths * (lengths > 1)).sum()
+    return (lengths * (lengths > 1)).sum() - inputs.get("padding_tokens", 0)
+
+
+def logit_figures(logits: torch.Tensor, labels: torch.Tensor) -> TokenFigures:
+    """The figures of a loss that was computed from all logits (B, T, V); labels (B, T), unshifted."""
+    targets = labels[:, 1:]
+    is_target = targets != IGNORE_INDEX
+    correct = (logits[:, :-1].argmax(dim=-1) == targets) & is_target
+    return TokenFigures(token_nll(logits, labels), correct, is_target)

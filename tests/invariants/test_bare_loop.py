@@ -110,5 +110,6 @@ def test_the_trainer_is_a_bare_loop(tmp_path, kind, name, factor):
     for key in ("loss", "grad_norm", "learning_rate"):
         assert [log[key] for log in logs] == pytest.approx([log[key] for log in expected], rel=1e-5), key
     for (parameter, weight), other in zip(model.named_parameters(), same.parameters(), strict=True):
-        assert torch.allclose(weight, other, atol=1e-5), parameter
+        # Adam divides a gradient by its own size: what rounding leaves of one near zero becomes a step
+        assert torch.allclose(weight, other, atol=5e-5), parameter
     assert logs[-1]["loss"] < logs[0]["loss"]

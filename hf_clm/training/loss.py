@@ -1,0 +1,292 @@
+"""The loss at the target positions only, in chunks, with its gradients computed on the way: no (T, V) logits.
+
+stock   hidden (T, H) -> logits (T, V) -> a float32 copy -> log-softmax -> gradients, all of them at once
+here    hidden (N, H) of the N targets -> logits of a chunk -> its loss and its gradients -> the next chunk
+
+The head keeps its place in the model and its weight. While a TargetLoss is ``measuring``, the head hands on
+the hidden states, and ``model.loss_function`` (transformers lets us set it) applies the weight to them. Both
+happen inside the model's forward, where DDP and FSDP2 expect a weight to be used. At any other time the model
+is stock.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from hf_clm.schema import IGNORE_INDEX
+
+CHUNK_TOKENS = {"cpu": 1024}  # rows of logits in one matrix product
+CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}  # of a chunk's logits: fewer rows where the vocabulary is large
+BLOCK_TOKENS = {"cpu": 32}  # rows in one softmax: as much as a core's cache holds; elsewhere a whole chunk
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Terms beside the likelihood.
+
+    label_smoothing: e, for targets that are (1 - e) one-hot and e uniform.
+    z_loss: weight of the squared logsumexp, which keeps logits from drifting (PaLM, arXiv:2204.02311).
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class TokenFigures:
+    """What one pass found of N places: ``nll`` (N,) float32, nats; ``correct``, ``is_target`` (N,) bool."""
+
+    nll: torch.Tensor
+    correct: torch.Tensor
+    is_target: torch.Tensor
+
+
+class TargetLoss:
+    """The loss of one model. After a forward, ``figures`` holds what was found of each target."""
+
+    def __init__(self, model: PreTrainedModel, options: LossOptions):
+        self.stock: Any = model.loss_function
+        self.head: Any = model.get_output_embeddings()
+        self.options = options
+        self.is_measuring = False
+        self.figures: TokenFigures | None = None
+        self._deferred: torch.Tensor | None = None
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Inside, the model's forward computes this loss, and its ``logits`` are hidden states."""
+        self.is_measuring, self.figures = True, None
+        try:
+            yield
+        finally:
+            self.is_measuring, self._deferred = False, None
+
+    def defer(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head returns while measuring."""
+        if not torch.compiler.is_compiling():
+            self._deferred = hidden
+        return hidden
+
+    def __call__(self, logits: torch.Tensor, labels: Any = None, **kwargs: Any) -> torch.Tensor:
+        """As a model calls its loss_function; ``shift_labels`` (1, N) come from the collator.
+
+        Returns the sum over the targets, divided by ``num_items_in_batch`` (targets of the whole step) or,
+        where that is not given, by the targets of the batch.
+        """
+        if not self.is_measuring:
+            return self.stock(logits, labels, **kwargs)
+        if not torch.compiler.is_compiling():
+            assert logits is self._deferred, "the model does more with its logits: see why_not"
+        measure: Any = self._measure  # the decorator hides its parameters
+        return measure(logits, labels, kwargs)
+
+    @torch.compiler.disable  # its shapes change with every batch
+    def _measure(self, *inputs: Any) -> torch.Tensor:
+        hidden, labels, options = inputs
+        shifted, items = options.get("shift_labels"), options.get("num_items_in_batch")
+        if shifted is not None:
+            rows, targets = hidden.flatten(0, -2), shifted.flatten()
+        else:
+            at = labels[:, 1:] != IGNORE_INDEX
+            rows, targets = hidden[:, :-1][at], labels[:, 1:][at]
+        total, nll, correct = measure_targets(
+            rows, self.head.weight, self.head.bias, targets=targets, options=self.options
+        )
+        is_target = targets != IGNORE_INDEX
+        self.figures = TokenFigures(nll, correct, is_target)
+        return total / (is_target.sum().clamp(min=1) if items is None else items)
+
+
+class DeferringHead(torch.nn.Linear):
+    """A head that leaves its matrix product to the loss while that is measuring."""
+
+    target_loss: TargetLoss
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.target_loss.defer(input) if self.target_loss.is_measuring else super().forward(input)
+
+
+def use_target_loss(model: PreTrainedModel, options: LossOptions | None = None) -> TargetLoss:
+    """Changes the model: its loss becomes a TargetLoss, its head a DeferringHead with the same weight.
+
+    ``why_not`` must have found no reason against it.
+    """
+    loss = model._loss_function if isinstance(getattr(model, "_loss_function", None), TargetLoss) else None
+    loss = loss or TargetLoss(model, LossOptions())
+    loss.options = options or LossOptions()
+    loss.head.__class__ = DeferringHead
+    loss.head.target_loss = loss
+    model.loss_function = loss
+    return loss
+
+
+def why_not(model: PreTrainedModel) -> str:
+    """Why a model needs its own loss; empty where TargetLoss equals it. Runs the model on two tokens."""
+    head: Any = model.get_output_embeddings()
+    if type(head) not in (torch.nn.Linear, DeferringHead):
+        return f"its head is {type(head).__name__}, no plain matrix product"
+    if hasattr(head.weight, "ds_id"):
+        return "DeepSpeed ZeRO-3 gathers a weight inside its own layer only"
+    seen: list[torch.Tensor] = []
+    hook = head.register_forward_hook(lambda module, given, found: seen.append(found))
+    stock, was_training = model.loss_function, model.training
+
+    def compare(logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(logits)
+        return logits.new_zeros(())
+
+    tokens = torch.zeros((1, 2), dtype=torch.int64, device=head.weight.device)
+    try:
+        model.loss_function = compare
+        model.eval()
+        with torch.no_grad():
+            model(input_ids=tokens, labels=tokens, use_cache=False)
+    finally:
+        hook.remove()
+        model.loss_function = stock
+        model.train(was_training)
+    is_plain = len(seen) == 2 and seen[0] is seen[1]
+    return "" if is_plain else "it does more with its logits than a matrix product"
+
+
+def measure_targets(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    targets: torch.Tensor,
+    options: LossOptions,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The summed loss () float32; of each target its nll (N,) float32, and whether it was guessed (N,) bool.
+
+    hidden (N, H); weight (V, H); bias (V,) or None; targets (N,) int64, -100 where there is none. Only the
+    sum has a gradient. Computes in the autocast dtype where autocast is on; softmax and sums are float32.
+    """
+    if torch.is_grad_enabled():
+        return _TargetLossFunction.apply(hidden, weight, bias, targets, options)
+    found = _measure_chunks(hidden, (weight, bias), targets, options=options, needs=(False, False, False))
+    return found.total, found.nll, found.correct
+
+
+class _TargetLossFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden, weight, bias, targets, options = inputs
+        needs = tuple(ctx.needs_input_grad[:3])
+        found = _measure_chunks(hidden, (weight, bias), targets, options=options, needs=needs)
+        ctx.gradients, ctx.dtypes = (
+            found.gradients,
+            [part if part is None else part.dtype for part in inputs[:3]],
+        )
+        ctx.mark_non_differentiable(found.nll, found.correct)
+        return found.total, found.nll, found.correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Any) -> tuple[torch.Tensor | None, ...]:
+        both = zip(ctx.gradients, ctx.dtypes, strict=True)
+        scaled = [part if part is None else part.mul_(outputs[0]).to(dtype) for part, dtype in both]
+        ctx.gradients = None  # as large as the head: not kept while the rest of the model goes backward
+        return (*scaled, None, None)
+
+
+@dataclass
+class _Found:
+    total: torch.Tensor
+    nll: torch.Tensor
+    correct: torch.Tensor
+    gradients: list[
+        torch.Tensor | None
+    ]  # of the sum, by hidden, weight and bias; None where it is not needed
+
+
+def _measure_chunks(
+    hidden: torch.Tensor,
+    head: tuple[torch.Tensor, torch.Tensor | None],
+    targets: torch.Tensor,
+    *,
+    options: LossOptions,
+    needs: tuple[bool, ...],
+) -> _Found:
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    is_target, at = targets != IGNORE_INDEX, targets.clamp(min=0)
+    loss, nll = (hidden.new_empty(len(at), dtype=torch.float32) for _ in range(2))
+    best = torch.empty_like(at)
+    with torch.autocast(kind, enabled=False):
+        weight, bias = head[0].to(dtype), None if head[1] is None else head[1].to(dtype)
+        # zeros where there is no target: such a row then adds nothing to the gradient of the weight
+        rows = hidden.to(dtype) * is_target[:, None]
+        by_hidden = torch.empty_like(rows) if needs[0] else None
+        by_weight, by_bias = (
+            torch.zeros_like(part, dtype=torch.float32) if part is not None and need else None
+            for part, need in zip(head, needs[1:], strict=True)
+        )
+        for chunk in _chunks(len(rows), weight):
+            logits = torch.nn.functional.linear(rows[chunk], weight, bias)
+            for block in _blocks(chunk, kind):
+                part = logits[block.start - chunk.start : block.stop - chunk.start]
+                loss[block], nll[block], best[block] = _to_gradient(part, at[block], options)
+            if by_hidden is not None:
+                torch.mm(logits, weight, out=by_hidden[chunk])
+            if by_weight is not None:
+                _add_product(by_weight, logits.T, rows[chunk])
+            if by_bias is not None:
+                by_bias += logits.T.float() @ is_target[chunk].float()
+        if by_hidden is not None:
+            by_hidden *= is_target[:, None]
+    return _Found(
+        (loss * is_target).sum(), nll * is_target, (best == at) & is_target, [by_hidden, by_weight, by_bias]
+    )
+
+
+def _to_gradient(
+    logits: torch.Tensor, at: torch.Tensor, options: LossOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Turns the logits (n, V), in place, into the gradient of the loss.
+
+    Returns loss and negative log-likelihood (n,), and the token with the largest logit (n,).
+    """
+    smoothing, column = options.label_smoothing, at[:, None]
+    top, best = logits.max(dim=-1)
+    softmax = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    # the largest share is at least 1 / V: its logarithm is safe where that of the target's share is not
+    log_sum = top.float() - softmax.gather(1, best[:, None])[:, 0].log()
+    nll = log_sum - logits.gather(1, column)[:, 0].float()
+    loss = nll
+    if smoothing:
+        loss = (1 - smoothing) * nll + smoothing * (log_sum - logits.mean(dim=-1, dtype=torch.float32))
+        softmax -= smoothing / logits.shape[-1]
+    if options.z_loss:
+        loss = loss + options.z_loss * log_sum**2
+        softmax += 2 * options.z_loss * log_sum[:, None] * torch.softmax(logits, dim=-1, dtype=torch.float32)
+    softmax.scatter_add_(1, column, softmax.new_full(column.shape, smoothing - 1))
+    logits.copy_(softmax)
+    return loss, nll, best
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Adds a matrix product to a float32 sum."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _chunks(rows: int, weight: torch.Tensor) -> Iterator[slice]:
+    kind = weight.device.type
+    by_size = CHUNK_BYTES.get(kind, CHUNK_BYTES["cpu"]) // (weight.shape[0] * weight.element_size())
+    return _slices(0, rows, size=max(1, min(CHUNK_TOKENS.get(kind, rows), by_size)))
+
+
+def _blocks(chunk: slice, kind: str) -> Iterator[slice]:
+    return _slices(chunk.start, chunk.stop, size=BLOCK_TOKENS.get(kind, max(1, chunk.stop - chunk.start)))
+
+
+def _slices(first: int, last: int, *, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, last)) for start in range(first, last, size))
