@@ -63,10 +63,7 @@ def packed_attention(
         return _varlen(
             states, bounds, longest=longest, scale=options["scale"], window=options["window"]
         ), None
-    # split, not slices: the gradient of each slice would be as long as the whole row
-    lengths = [stop - start for start, stop in pairwise(bounds.tolist()) if stop > start]
-    documents = zip(*(part.split(lengths, dim=2) for part in states), strict=True)
-    return torch.cat([_causal(document, **options) for document in documents], dim=2).transpose(1, 2), None
+    return _document_by_document(states, bounds, options=options).to(dtype).transpose(1, 2), None
 
 
 def use_for_generation(model: PreTrainedModel) -> None:
@@ -79,6 +76,21 @@ def use_for_training(model: PreTrainedModel, attention: str) -> None:
     """Switches the model (back) to ``attention``."""
     if model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)
+
+
+def _document_by_document(
+    states: Sequence[torch.Tensor], bounds: torch.Tensor, *, options: dict[str, Any]
+) -> torch.Tensor:
+    """(1, H, T, E), one call of SDPA a document; on a CPU in float32, as its bfloat16 kernel is slower."""
+    device = states[0].device
+    if device.type == "cpu":
+        states = [part.float() for part in states]
+    # split, not slices: the gradient of each slice would be as long as the whole row
+    lengths = [stop - start for start, stop in pairwise(bounds.tolist()) if stop > start]
+    documents = zip(*(part.split(lengths, dim=2) for part in states), strict=True)
+    autocasts = torch.is_autocast_enabled(device.type) and device.type != "cpu"
+    with torch.autocast(device.type, enabled=autocasts):
+        return torch.cat([_causal(document, **options) for document in documents], dim=2)
 
 
 def _causal(

@@ -1,6 +1,7 @@
 """Loads or initialises a causal language model that fits its tokenizer."""
 
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from hf_clm.errors import ModelError, did_you_mean
 from hf_clm.hub import load_options, loading
 from hf_clm.tokenizer import max_token_id, unique_ids
 
+LOGGER = logging.getLogger(__name__)
 WHERE = "model.name_or_path"
+LAYERS = {"full_attention", "sliding_attention"}  # what the packed attention computes
 
 
 def load_config(
@@ -67,13 +70,76 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def check_attention(config: PretrainedConfig, attention: str) -> None:
-    """Raises ModelError where the model would not use the packed attention, so that documents mix."""
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # None: code of the model's own
-    if attention == packed.NAME and not getattr(known, "_supports_attention_backend", known is None):
-        got = f"{packed.NAME!r} for {config.model_type}"
-        fix = "set model.attention to eager or sdpa, and data.packing to none"
-        raise ModelError("this model has an attention of its own", where="model.attention", got=got, fix=fix)
+def why_not_packed(config: PretrainedConfig) -> str:
+    """Why a model of this configuration cannot take the packed attention; empty where nothing is known."""
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if known is None:
+        return f"{type(config).__name__} comes with code of its own"
+    name = known.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    if not (known._supports_attention_backend and known._can_set_attn_implementation()):
+        return f"{name} has an attention of its own"
+    others = set(getattr(config.get_text_config(), "layer_types", None) or ()) - LAYERS
+    return f"{name} has layers of another kind, {', '.join(sorted(others))}" if others else ""
+
+
+def settle_attention(model: PreTrainedModel, reason: str = "") -> None:
+    """Changes the model: ``sdpa``, or else ``eager``, where its packed attention would mix documents.
+
+    Logs what the model has in place of the packed attention; ``reason``: why it was not loaded with that.
+
+    Raises ModelError where the documents of a packed row are not apart with these either.
+    """
+    fault = packing_fault(model)
+    if fault and model.config._attn_implementation == packed.NAME:
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        reason, fault = fault, packing_fault(model)
+    name = str(model.config._attn_implementation)
+    if fault:
+        fix = f"set model.attention to {name}, and data.packing to none"
+        raise ModelError(fault, where="model.attention", got=f"{packed.NAME} ({reason})", fix=fix)
+    if reason:
+        LOGGER.warning("attention %s: %s", name, reason)
+
+
+@torch.no_grad()
+def packing_fault(model: PreTrainedModel) -> str:
+    """What is wrong with packed rows under the model's attention; empty if each document is as if alone.
+
+    Runs the model on 8 tokens, together and apart. Finds nothing where the weights are not there yet.
+    """
+    takes = inspect.signature(model.forward).parameters
+    if "cu_seq_lens_q" not in takes and all(part.kind != part.VAR_KEYWORD for part in takes.values()):
+        return f"{type(model).__name__} does not take packed rows"
+    if any(weight.is_meta or hasattr(weight, "ds_id") for weight in model.parameters()):
+        return ""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.device(model.device):
+            together, alone = _together_and_alone(model)
+    except ModelError as error:  # of the packed attention
+        return error.what
+    finally:
+        model.train(was_training)
+    difference = float((together - alone).abs().max() / alone.abs().max())
+    if not difference > (1e-3 if alone.dtype == torch.float32 else 5e-2):
+        return ""
+    name = model.config._attn_implementation
+    return f"with {name} attention {type(model).__name__} mixes the documents of a packed row"
+
+
+def _together_and_alone(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits (1, 8, vocabulary) of two documents in one row, and of each in a row of its own."""
+    size = model.config.get_text_config().vocab_size
+    documents = [torch.arange(first, first + length)[None] % size for first, length in ((1, 5), (11, 3))]
+    bounds = torch.tensor([0, 5, 8], dtype=torch.int32)
+    row = {
+        "input_ids": torch.cat(documents, dim=1),
+        "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]]),
+        **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 5, "max_length_k": 5},
+    }
+    alone = [model(input_ids=part, use_cache=False).logits for part in documents]
+    return model(**row, use_cache=False).logits, torch.cat(alone, dim=1)
 
 
 def takes_targets(model: PreTrainedModel) -> bool:
@@ -94,22 +160,23 @@ def load_model(
 
     Args:
         dtype: of the weights. Weights that are trained in bfloat16 hardly move at small learning rates.
-        attention: ``packed``, or any attention of transformers.
+        attention: any attention of transformers, or ``packed``; a model that cannot take that gets sdpa or
+            eager, which is logged, if these keep the documents of a packed row apart too.
         options: ``trust_remote_code``; ``allow_bin`` accepts pickled weights.
 
-    Raises ModelError if weights are missing, of another shape, or not safetensors.
+    Raises ModelError if weights are missing, of another shape, or not safetensors; and as settle_attention.
     """
     packed.register()
     config = load_config(
         name_or_path, revision=revision, trust_remote_code=options.get("trust_remote_code", False)
     )
-    check_attention(config, attention)
+    reason = why_not_packed(config) if attention == packed.NAME else ""
     with loading(name_or_path, where="model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
             config=config,
             dtype=getattr(torch, dtype),
-            attn_implementation=attention,
+            attn_implementation=None if reason else attention,  # None: sdpa, or else eager
             use_safetensors=None if options.get("allow_bin") else True,
             trust_remote_code=options.get("trust_remote_code", False),
             output_loading_info=True,
@@ -123,6 +190,8 @@ def load_model(
             what, where=f"{WHERE} {name_or_path}", fix="use the configuration that belongs to the weights"
         )
     fit_to_tokenizer(model, tokenizer)
+    if attention == packed.NAME:
+        settle_attention(model, reason)
     return model
 
 
@@ -135,11 +204,13 @@ def init_model(
 ) -> PreTrainedModel:
     """A model with random weights. Draws from torch's global random state: seed it first."""
     packed.register()
-    check_attention(config, attention)
-    options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+    reason = why_not_packed(config) if attention == packed.NAME else ""
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": None if reason else attention}
     with loading(config.model_type, where="model.config"):
         model = AutoModelForCausalLM.from_config(config, **options)
     fit_to_tokenizer(model, tokenizer)
+    if attention == packed.NAME:
+        settle_attention(model, reason)
     return model
 
 

@@ -167,9 +167,9 @@ def tokenize_rows(
     numbered = enumerate(examples)
     options = {"train_on": train_on, "special_tokens_in_text": special_tokens_in_text}
     while batch := list(islice(numbered, BATCH_ROWS)):
-        written = [example for _, example in batch if not isinstance(example, dict)]
-        found.update(text for example in written for text in control_texts(example, tokenizer))
-        tokenized = _tokenize_mixed(batch, tokenizer, options=options)
+        spelling = _find_spelling(batch, tokenizer)
+        found.update(text for example in spelling.values() for text in control_texts(example, tokenizer))
+        tokenized = _tokenize_mixed(batch, tokenizer, spelling=set(spelling), options=options)
         for (number, _), example in zip(batch, tokenized, strict=True):
             with _named(number):
                 pieces, fate = fitter(example)

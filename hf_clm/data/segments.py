@@ -1,10 +1,19 @@
 """Example -> segments: what is learned, what is read, and which control tokens are the user's own words."""
 
+from collections.abc import Iterable
 from itertools import groupby
 
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.chat_template import BORDER, mark_control_text, render_chat, render_prompt, split_marked
+from hf_clm.chat_template import (
+    BORDER,
+    MARK_END,
+    MARK_START,
+    mark_control_text,
+    render_chat,
+    render_prompt,
+    split_marked,
+)
 from hf_clm.errors import DataError
 from hf_clm.schema import ChatExample, Example, PromptExample, Segment, SegmentsExample, TextExample
 from hf_clm.tokenizer import bos_token, control_pattern
@@ -70,6 +79,23 @@ def control_texts(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[
     else:
         texts = [segment.text for segment in _join(_text_segments(example))]
     return [found for text in texts for found in control_pattern(tokenizer).findall(text)]
+
+
+def may_spell_control(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> bool:
+    """False where no text holds a control token or a mark of one: one search for many texts.
+
+    True may be a false alarm, where two neighbours spell one together.
+    """
+    joined = "\n".join(texts)
+    is_marked = MARK_START in joined or MARK_END in joined
+    return is_marked or control_pattern(tokenizer).search(joined) is not None
+
+
+def whole_text(example: Example) -> str:
+    """All of an example's own text, in order."""
+    if isinstance(example, ChatExample):
+        return "\n".join(message["content"] for message in example.messages)
+    return "".join(segment.text for segment in _text_segments(example))
 
 
 def check_no_control_text(example: Example, tokenizer: PreTrainedTokenizerFast) -> None:
