@@ -20,17 +20,22 @@ from hf_clm.config import Recipe, training_values
 from hf_clm.data.build import Examples, texts_of
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.errors import ModelError, RecipeError
+from hf_clm.hardware import bf16_instructions
 from hf_clm.model import build_config, init_model, load_config, load_model, max_positions
 from hf_clm.tokenizer import load_tokenizer, use_chat_template
 from hf_clm.train_tokenizer import train_bpe
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """TrainingArguments of the recipe; bf16 autocast where the GPU has it and the recipe is silent."""
+    """TrainingArguments of the recipe; bf16 autocast where the device has it and the recipe is silent."""
     values = training_values(recipe)
     on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
-    if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) and not values.get("fp16"):
+    on_cpu = bool(values.get("use_cpu")) or not torch.accelerator.is_available()
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if (has_bf16 or (on_cpu and bf16_instructions())) and not values.get("fp16"):
         values.setdefault("bf16", True)
+    if on_cpu and values.get("bf16"):
+        values["use_cpu"] = True  # else TrainingArguments asks for a GPU
     values.setdefault("eval_on_start", True)  # the loss before, to compare with the loss after
     values.setdefault("dataloader_pin_memory", on_gpu)  # else a warning on every run on a CPU
     try:

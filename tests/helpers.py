@@ -124,6 +124,7 @@ def build_recipe(folder: Path, records: list[Any], **changes: Any) -> Recipe:
         "train": {
             "output_dir": str(folder / "run"),
             "use_cpu": True,
+            "bf16": False,  # on every machine the same numbers
             "per_device_train_batch_size": 2,
             "learning_rate": 1e-3,
             "logging_steps": 1,

@@ -1,6 +1,7 @@
 """One run, from a recipe to a folder that ``from_pretrained`` opens. Read this first."""
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from hf_clm.doctor.facts import build_facts
 from hf_clm.errors import RecipeError
 from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.generation.generate import generate, to_prompt_example
+from hf_clm.hardware import settle_cpu
 from hf_clm.model import takes_targets
 from hf_clm.parts import (
     build_collator,
@@ -45,6 +47,8 @@ EVALUATED_ROWS = 64  # of the training data, where there is no eval set: they sh
 def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     """Trains, saves, returns what run.json holds. Raises UserError before the first step."""
     arguments = training_arguments(recipe)
+    if arguments.device.type == "cpu":
+        settle_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     output_dir = prepare_output_dir(arguments, overwrite=recipe.overwrite)
     train_examples, eval_examples = load_splits(recipe, arguments.seed)
     tokenizer = build_tokenizer(recipe, train_examples, arguments=arguments)
@@ -152,7 +156,7 @@ def finish(trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], secon
             final,
             seconds=seconds,
             steps=trainer.state.global_step,
-            tokens_per_second=trainer.tokens_per_second,
+            speed={"tokens_per_second": trainer.tokens_per_second, "mfu": trainer.mfu},
         ),
         "versions": versions(),
         "proof": proof,

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hf_clm.config import Recipe
 from hf_clm.data.build import Split
+from hf_clm.hardware import bf16_instructions
 from hf_clm.parts import count_steps, rows_per_step
 from hf_clm.training.callbacks import to_duration
 
@@ -61,6 +62,16 @@ class RunFacts:
         weights = str(self.model.dtype).removeprefix("torch.")
         return f"{weights} weights, {autocast} autocast" if autocast else weights
 
+    @property
+    def device(self) -> str:
+        """The device with what was chosen on it and how to choose otherwise."""
+        kind, chosen = self.arguments.device.type, ""
+        if kind == "cpu":
+            kind = f"cpu with {torch.get_num_threads()} threads"
+            if self.arguments.bf16 and "bf16" not in self.recipe.train:
+                chosen = f" (this CPU has {bf16_instructions()}; --bf16 false turns it off)"
+        return f"{self.arguments.world_size} x {kind}, {self.precision}{chosen}"
+
     def to_json(self) -> dict[str, Any]:
         """What run.json holds from the start on."""
         return {
@@ -88,9 +99,9 @@ class RunFacts:
         *,
         seconds: float,
         steps: int,
-        tokens_per_second: float,
+        speed: Mapping[str, float],
     ) -> dict[str, Any]:
-        """What run.json holds in the end; ``history`` are the log events."""
+        """What run.json holds in the end; ``speed``: tokens_per_second and mfu."""
         first = next((entry for entry in history if "eval_loss" in entry), final)
         last = next(
             (entry for entry in reversed(history) if "tokens_seen" in entry), {"tokens_seen": 0, "step": 0}
@@ -99,7 +110,7 @@ class RunFacts:
             "steps_done": steps,
             "seconds": seconds,
             "tokens_seen": last["tokens_seen"],
-            "tokens_per_second": tokens_per_second,
+            **speed,
             "loss_before": first["eval_loss"],
             "loss_after": final["eval_loss"],
             "token_accuracy_before": first["eval_token_accuracy"],
@@ -125,7 +136,7 @@ def start_lines(facts: RunFacts) -> list[str]:
     lines += [
         f"step      {facts.rows_per_step} rows, about {facts.tokens_per_step:,.0f} tokens",
         f"steps     {facts.steps:,}",
-        f"device    {arguments.world_size} x {arguments.device.type}, {facts.precision}",
+        f"device    {facts.device}",
         f"output    {arguments.output_dir}",
     ]
     read = train.examples.report
@@ -147,10 +158,11 @@ def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:
     """The block that a run prints when it is done."""
     on = "held-out data" if facts.evaluation else "training data"
     output = facts.arguments.output_dir
+    speed = f"{result['tokens_per_second']:,.0f} tokens/s ({result['mfu']:.0%} MFU)"
     accuracy = f"{result['token_accuracy_before']:.1%} -> {result['token_accuracy_after']:.1%}"
     lines = [
         f"done      {result['steps_done']:,} steps in {to_duration(result['seconds'])}, "
-        f"{result['tokens_seen']:,} tokens, {result['tokens_per_second']:,.0f} tokens/s",
+        f"{result['tokens_seen']:,} tokens, {speed}",
         f"loss      {result['loss_before']:.4f} -> {result['loss_after']:.4f} on {on}",
         f"accuracy  {accuracy} of the target tokens",
     ]

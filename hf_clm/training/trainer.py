@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -22,12 +23,14 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from hf_clm.data.sampling import EpochSampler, EvenRows
 from hf_clm.errors import DivergedError
 from hf_clm.evaluation.metrics import token_nll
+from hf_clm.flops import count_flops
+from hf_clm.hardware import measure_peak, nominal_peak
 from hf_clm.schema import IGNORE_INDEX
 from hf_clm.training.guard import write_diverged
 from hf_clm.training.loss import LossOptions, TargetLoss, TokenFigures, use_target_loss, why_not
 
 # What is counted since the last log event, in this order.
-TARGETS, CORRECT, TOKENS = range(3)
+TARGETS, CORRECT, TOKENS, PAIRS = range(4)
 # What the collator makes for a TargetLoss; the loss of a model itself takes the labels of all positions.
 OF_TARGETS = ("logits_to_keep", "shift_labels")
 
@@ -57,13 +60,16 @@ class CLMTrainer(Trainer):
         if self.train_dataset is not None and not self.args.dataloader_drop_last:
             self.train_dataset = self._even(self.train_dataset, self.args.train_batch_size)
         self.add_callback(EpochCallback(self))
-        self._counts = torch.zeros(3, dtype=torch.int64, device=self.args.device)
+        self._counts = torch.zeros(4, dtype=torch.int64, device=self.args.device)
         self._counted_since = time.monotonic()
         self._timed = (0, 0.0)  # tokens and seconds of this session, without evaluation, samples and saving
+        self._computed = 0.0  # FLOP in that time
+        self._flops = count_flops(model)
         self._step_loss: torch.Tensor | float = 0.0
         self._step_batches: list[dict[str, Any]] = []
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        assert self.peak_flops > 0  # measured now, not in the first steps
         self._counted_since = time.monotonic()
         return super().train(*args, **kwargs)
 
@@ -89,7 +95,9 @@ class CLMTrainer(Trainer):
         if model.training:
             self._counts[TARGETS] += figures.is_target.sum()
             self._counts[CORRECT] += figures.correct.sum()
-            self._counts[TOKENS] += _real_tokens(inputs)
+            tokens, pairs = _count_tokens(inputs)
+            self._counts[TOKENS] += tokens
+            self._counts[PAIRS] += pairs
         return (loss, outputs) if return_outputs else loss
 
     def _measure(
@@ -153,6 +161,22 @@ class CLMTrainer(Trainer):
         """Real tokens of all processes in a second of training, up to the last log event."""
         tokens, seconds = self._timed
         return tokens / max(seconds, 1e-9)
+
+    @cached_property
+    def peak_flops(self) -> float:
+        """FLOP/s of all processes: the maker's figure where it is known, else a large matrix product's."""
+        kind = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        peak = nominal_peak(self.args.device) or measure_peak(self.args.device, kind)
+        return peak * self.args.world_size
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOP utilisation up to the last log event: what real tokens need, by the peak."""
+        return self._computed / max(self._timed[1], 1e-9) / self.peak_flops
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """0: they are counted with the tokens, where the Trainer leaves out head and attention."""
+        return 0
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
@@ -230,12 +254,17 @@ class CLMTrainer(Trainer):
         seconds, self._counted_since = now - self._counted_since, now
         self._counts.zero_()
         self._timed = (self._timed[0] + counts[TOKENS], self._timed[1] + seconds)
+        heads = counts[TARGETS] if self.target_loss else counts[TOKENS]
+        flops = self._flops.of(tokens=counts[TOKENS], targets=heads, pairs=counts[PAIRS])
+        self._computed += flops
+        self.state.total_flos += flops
         before = next((entry for entry in reversed(self.state.log_history) if "tokens_seen" in entry), {})
         return {
             "token_accuracy": counts[CORRECT] / max(1, counts[TARGETS]),
             "tokens_seen": before.get("tokens_seen", 0) + counts[TOKENS],
             "target_tokens_seen": before.get("target_tokens_seen", 0) + counts[TARGETS],
             "tokens_per_second": counts[TOKENS] / seconds,
+            "mfu": flops / seconds / self.peak_flops,
         }
 
 
@@ -257,12 +286,18 @@ class EpochCallback(TrainerCallback):
         control.should_log |= ends or control.should_evaluate or control.should_save
 
 
-def _real_tokens(inputs: dict[str, Any]) -> torch.Tensor:
-    """All but padding and the single tokens of EvenRows: a document of one token has nothing to learn."""
+def _count_tokens(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Real tokens, and pairs of which one attends to the other.
+
+    Not counted are padding and the single tokens of EvenRows: a document of one token has nothing to learn.
+    """
     mask, bounds = inputs.get("attention_mask"), inputs.get("cu_seq_lens_q")
     lengths: Any = bounds.diff() if bounds is not None else mask.sum(dim=1) if mask is not None else None
     assert lengths is not None, "the batch comes from one of our collators"
-    return (lengths * (lengths > 1)).sum() - inputs.get("padding_tokens", 0)
+    lengths = (lengths * (lengths > 1)).long()
+    tokens, pairs = lengths.sum(), (lengths * (lengths + 1) // 2).sum()
+    padding = inputs.get("padding_tokens", 0)
+    return tokens - padding, pairs
 
 
 def logit_figures(logits: torch.Tensor, labels: torch.Tensor) -> TokenFigures:

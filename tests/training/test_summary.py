@@ -111,10 +111,10 @@ def test_held_out_rows_are_counted_and_named_at_the_end(tmp_path):
         {"eval_loss": 1.0, "eval_token_accuracy": 0.5},
         seconds=2.0,
         steps=7,
-        tokens_per_second=350.0,
+        speed={"tokens_per_second": 350.0, "mfu": 0.4},
     )
 
-    assert outcome["tokens_per_second"] == 350.0
+    assert (outcome["tokens_per_second"], outcome["mfu"]) == (350.0, 0.4)
     assert (outcome["steps_done"], outcome["tokens_seen"]) == (7, 700)
     assert (outcome["loss_before"], outcome["loss_after"]) == (3.0, 1.0)
     assert (outcome["token_accuracy_before"], outcome["token_accuracy_after"]) == (0.0, 0.5)

@@ -1,0 +1,82 @@
+"""What is read of the machine, and what is set."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_clm import hardware
+
+
+def test_bfloat16_needs_matrix_instructions(monkeypatch):
+    found = {"amx": False, "avx512": False}
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: found["amx"])
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: found["avx512"])
+
+    assert hardware.bf16_instructions() == ""
+    found["avx512"] = True
+    assert hardware.bf16_instructions() == "avx512_bf16"
+    found["amx"] = True
+    assert hardware.bf16_instructions() == "amx_bf16"
+
+
+@pytest.mark.parametrize(
+    ("siblings", "quota", "cores"),
+    [
+        ({"0": "0,4", "1": "1,5", "4": "0,4", "5": "1,5"}, "max 100000", 2),
+        ({"0": "0", "1": "1", "4": "4", "5": "5"}, "max 100000", 4),
+        ({"0": "0", "1": "1", "4": "4", "5": "5"}, "150000 100000", 2),
+        ({"0": "0", "1": "1", "4": "4", "5": "5"}, "20000 100000", 1),
+        ({}, "", 4),
+    ],
+)
+def test_cores_are_physical_and_within_the_containers_share(monkeypatch, siblings, quota, cores):
+    def read(path: str) -> str:
+        if path.endswith("cpu.max"):
+            return quota
+        return siblings.get(path.split("/cpu/cpu")[1].split("/")[0], "")
+
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: {0, 1, 4, 5}, raising=False)
+    monkeypatch.setattr(hardware.torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(hardware, "_read", read)
+
+    assert hardware.usable_cores() == cores
+
+
+def test_a_named_number_of_threads_wins(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(hardware, "keep_memory", lambda: True)
+    monkeypatch.setattr(hardware, "usable_cores", lambda: 6)
+    chosen = []
+    monkeypatch.setattr(hardware.torch, "set_num_threads", chosen.append)
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    hardware.settle_cpu(2)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    hardware.settle_cpu(2)
+
+    assert chosen == [3] and torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is of glibc")
+def test_kept_memory_is_not_paid_for_again():
+    code = (
+        "import resource, sys, torch\n"
+        "from hf_clm.hardware import keep_memory\n"
+        "assert sys.argv[1] == 'stock' or keep_memory()\n"
+        "torch.ones(2**24)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(5): torch.ones(2**24)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+
+    def faults(kind: str) -> int:
+        return int(subprocess.run([sys.executable, "-c", code, kind], capture_output=True, check=True).stdout)
+
+    assert faults("stock") > 5 * 16_000 > 2 * faults("kept")  # 64 MB are 16,384 pages
+
+
+def test_the_measured_peak_is_that_of_a_matrix_product():
+    assert hardware.measure_peak(torch.device("cpu"), torch.float32, seconds=0.05) > 1e8
+    assert hardware.nominal_peak(torch.device("cpu")) is None
