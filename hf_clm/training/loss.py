@@ -72,14 +72,14 @@ class TargetLoss:
             self._deferred = hidden
         return hidden
 
-    def __call__(self, logits: torch.Tensor, labels: Any = None, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, labels: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As a model calls its loss_function; ``shift_labels`` (1, N) come from the collator.
 
         Returns the sum over the targets, divided by ``num_items_in_batch`` (targets of the whole step) or,
         where that is not given, by the targets of the batch.
         """
         if not self.is_measuring:
-            return self.stock(logits, labels, **kwargs)
+            return self.stock(logits, labels, *args, **kwargs)
         if not torch.compiler.is_compiling():
             assert logits is self._deferred, "the model does more with its logits: see why_not"
         measure: Any = self._measure  # the decorator hides its parameters
@@ -95,7 +95,7 @@ class TargetLoss:
             at = labels[:, 1:] != IGNORE_INDEX
             rows, targets = hidden[:, :-1][at], labels[:, 1:][at]
         total, nll, correct = measure_targets(
-            rows, self.head.weight, self.head.bias, targets=targets, options=self.options
+            rows, self.head.weight, bias=self.head.bias, targets=targets, options=self.options
         )
         is_target = targets != IGNORE_INDEX
         self.figures = TokenFigures(nll, correct, is_target)
@@ -116,6 +116,7 @@ def use_target_loss(model: PreTrainedModel, options: LossOptions | None = None) 
 
     ``why_not`` must have found no reason against it.
     """
+    model = _without_adapters(model)
     loss = model._loss_function if isinstance(getattr(model, "_loss_function", None), TargetLoss) else None
     loss = loss or TargetLoss(model, LossOptions())
     loss.options = options or LossOptions()
@@ -127,9 +128,10 @@ def use_target_loss(model: PreTrainedModel, options: LossOptions | None = None) 
 
 def why_not(model: PreTrainedModel) -> str:
     """Why a model needs its own loss; empty where TargetLoss equals it. Runs the model on two tokens."""
+    model = _without_adapters(model)
     head: Any = model.get_output_embeddings()
     if type(head) not in (torch.nn.Linear, DeferringHead):
-        return f"its head is {type(head).__name__}, no plain matrix product"
+        return f"its head is a {type(head).__module__}.{type(head).__name__}, no plain matrix product"
     if hasattr(head.weight, "ds_id"):
         return "DeepSpeed ZeRO-3 gathers a weight inside its own layer only"
     seen: list[torch.Tensor] = []
@@ -154,11 +156,16 @@ def why_not(model: PreTrainedModel) -> str:
     return "" if is_plain else "it does more with its logits than a matrix product"
 
 
+def _without_adapters(model: Any) -> PreTrainedModel:
+    """The model itself, whose forward calls its loss_function; PEFT wraps it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def measure_targets(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
     *,
+    bias: torch.Tensor | None,
     targets: torch.Tensor,
     options: LossOptions,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -169,7 +176,9 @@ def measure_targets(
     """
     if torch.is_grad_enabled():
         return _TargetLossFunction.apply(hidden, weight, bias, targets, options)
-    found = _measure_chunks(hidden, (weight, bias), targets, options=options, needs=(False, False, False))
+    found = _measure_chunks(
+        hidden, (weight, bias), targets=targets, options=options, needs=(False, False, False)
+    )
     return found.total, found.nll, found.correct
 
 
@@ -178,7 +187,7 @@ class _TargetLossFunction(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden, weight, bias, targets, options = inputs
         needs = tuple(ctx.needs_input_grad[:3])
-        found = _measure_chunks(hidden, (weight, bias), targets, options=options, needs=needs)
+        found = _measure_chunks(hidden, (weight, bias), targets=targets, options=options, needs=needs)
         ctx.gradients, ctx.dtypes = (
             found.gradients,
             [part if part is None else part.dtype for part in inputs[:3]],
@@ -208,8 +217,8 @@ class _Found:
 def _measure_chunks(
     hidden: torch.Tensor,
     head: tuple[torch.Tensor, torch.Tensor | None],
-    targets: torch.Tensor,
     *,
+    targets: torch.Tensor,
     options: LossOptions,
     needs: tuple[bool, ...],
 ) -> _Found:
@@ -231,11 +240,11 @@ def _measure_chunks(
             logits = torch.nn.functional.linear(rows[chunk], weight, bias)
             for block in _blocks(chunk, kind):
                 part = logits[block.start - chunk.start : block.stop - chunk.start]
-                loss[block], nll[block], best[block] = _to_gradient(part, at[block], options)
+                loss[block], nll[block], best[block] = _to_gradient(part, at[block], options=options)
             if by_hidden is not None:
                 torch.mm(logits, weight, out=by_hidden[chunk])
             if by_weight is not None:
-                _add_product(by_weight, logits.T, rows[chunk])
+                _add_product(logits.T, rows[chunk], total=by_weight)
             if by_bias is not None:
                 by_bias += logits.T.float() @ is_target[chunk].float()
         if by_hidden is not None:
@@ -246,7 +255,7 @@ def _measure_chunks(
 
 
 def _to_gradient(
-    logits: torch.Tensor, at: torch.Tensor, options: LossOptions
+    logits: torch.Tensor, at: torch.Tensor, *, options: LossOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Turns the logits (n, V), in place, into the gradient of the loss.
 
@@ -270,8 +279,8 @@ def _to_gradient(
     return loss, nll, best
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Adds a matrix product to a float32 sum."""
+def _add_product(left: torch.Tensor, right: torch.Tensor, *, total: torch.Tensor) -> None:
+    """Adds a matrix product to ``total``, a float32 sum."""
     if left.dtype == torch.float32:
         total.addmm_(left, right)
     else:

@@ -17,6 +17,9 @@ from hf_clm.data import collators
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.doctor.selftest import SelfTest, choose_documents, self_test, to_packed_row
 from hf_clm.errors import ExitCode, ModelError
+from hf_clm.training import loss
+from hf_clm.training import run as run_module
+from hf_clm.training.loss import LossOptions, use_target_loss
 from hf_clm.training.run import train
 
 # "say N\n" is read, N letters and the end token are learned: 8, 9, 10, 11, 12 tokens.
@@ -31,6 +34,7 @@ PADDED = "padded rows give another loss"
 ENTROPY = "the model's loss is not the cross entropy of the targets"
 NEIGHBOUR = "a document changes with its neighbour in a row"
 LABELS = "a batch has other labels than its rows"
+OF_TRAINING = {"the loss of training is not the model's", "the gradient of training is not the model's"}
 
 
 def build_model(kind: str = "qwen2", attention: str = NAME, **settings: Any) -> PreTrainedModel:
@@ -292,11 +296,106 @@ def test_a_loss_that_is_not_finite_is_called_so(value):
     )
 
 
+# --- the loss of training
+
+
+def last_chunk_dropped(monkeypatch) -> None:
+    """Of chunks of 4 targets; 14 are compared."""
+    chunks = loss._chunks
+    monkeypatch.setitem(loss.CHUNK_TOKENS, "cpu", 4)
+    monkeypatch.setattr(loss, "_chunks", lambda rows, weight: [*chunks(rows, weight)][:-1])
+
+
+def chunk_counted_twice(monkeypatch) -> None:
+    """In the gradient of the head; the loss is right."""
+    add = loss._add_product
+    monkeypatch.setattr(loss, "_add_product", lambda left, right, total: add(2 * left, right, total=total))
+
+
+def mean_of_the_micro_batch(monkeypatch) -> None:
+    """As a loss that does not know the number of targets of the whole step."""
+    measure = loss.measure_targets
+
+    def mean(*head, targets, **options):
+        total, nll, correct = measure(*head, targets=targets, **options)
+        return total / len(targets), nll, correct
+
+    monkeypatch.setattr(loss, "measure_targets", mean)
+
+
+def targets_shifted_twice(monkeypatch) -> None:
+    measure = loss.measure_targets
+    monkeypatch.setattr(
+        loss,
+        "measure_targets",
+        lambda *head, targets, **options: measure(*head, targets=targets.roll(-1), **options),
+    )
+
+
+def training_self_test(model: PreTrainedModel, **options: Any) -> SelfTest:
+    measuring = use_target_loss(model, LossOptions()).measuring
+    return self_test(model, ROWS, pad_token_id=PAD, measuring=measuring, **options)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
+def test_the_loss_of_training_is_compared_with_the_models_own(kind, autocast):
+    result = training_self_test(build_model(kind), autocast=autocast)
+
+    result.require()
+    assert {comparison.name for comparison in result.comparisons[7:]} == OF_TRAINING
+
+
+@pytest.mark.parametrize(
+    "breaks", [last_chunk_dropped, chunk_counted_twice, mean_of_the_micro_batch, targets_shifted_twice]
+)
+def test_a_broken_loss_of_training_is_named(breaks, monkeypatch):
+    breaks(monkeypatch)
+
+    result = training_self_test(build_model())
+
+    assert failed(result) and failed(result) <= OF_TRAINING
+    with pytest.raises(ModelError, match=r"^model: the self-test of the loss fails: the \w+ of training"):
+        result.require()
+
+
 # --- in a run
 
 
+@pytest.mark.parametrize("breaks", [last_chunk_dropped, chunk_counted_twice])
+def test_a_run_with_a_broken_loss_makes_no_step(breaks, tmp_path, monkeypatch, capsys):
+    breaks(monkeypatch)
+
+    with pytest.raises(ModelError, match="of training is not the model's"):
+        train(helpers.build_recipe(tmp_path, RECORDS))
+
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert "step 1/" not in capsys.readouterr().out
+
+
+def test_label_smoothing_is_no_difference(tmp_path):
+    """The model's own loss has none: the likelihoods are compared, and the run goes on with the smoothing."""
+    losses = {}
+    for smoothing in (0.0, 0.5):
+        folder = tmp_path / f"run-{smoothing}"
+        settings = {"output_dir": str(folder), "max_steps": 1, "label_smoothing_factor": smoothing}
+        train(helpers.build_recipe(tmp_path, RECORDS, train=settings))
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        losses[smoothing] = next(entry["loss"] for line in lines if "loss" in (entry := json.loads(line)))
+        assert len(read_proof(folder)["self_test"]["comparisons"]) == 9
+
+    assert losses[0.0] != losses[0.5]
+
+
 def test_a_run_stops_before_its_first_step_and_leaves_no_metrics(tmp_path, monkeypatch, capsys):
-    one_document(monkeypatch, None)
+    """A kernel that breaks after the model was loaded: one that is broken before is not used at all."""
+    build_trainer = run_module.build_trainer
+
+    def breaking(*args, **options):
+        one_document(monkeypatch, None)
+        return build_trainer(*args, **options)
+
+    monkeypatch.setattr(run_module, "build_trainer", breaking)
 
     with pytest.raises(ModelError) as error:
         train(helpers.build_recipe(tmp_path, RECORDS))
@@ -313,7 +412,7 @@ def test_what_was_proved_or_turned_off_stands_in_run_json(tmp_path):
         train(helpers.build_recipe(tmp_path, RECORDS, doctor=doctor, train=settings))
 
     proved, off = (read_proof(tmp_path / f"run-{on}") for on in (True, False))
-    assert (proved["self_test"]["documents"], len(proved["self_test"]["comparisons"])) == (4, 7)
+    assert (proved["self_test"]["documents"], len(proved["self_test"]["comparisons"])) == (4, 9)
     assert (off["self_test"], off["round_trip"]) == ("off", "off")
     assert proved["train"]["certificate"]["valid"] is True
     assert proved["train"]["ledger"]["used"]["rows"] == 6
