@@ -70,6 +70,21 @@ def run_train(words: list[str]) -> None:
     train(loaded, is_terminal=sys.stderr.isatty())
 
 
+def run_prepare(words: list[str]) -> None:
+    """RECIPE [--key value ...]: tokenize, pack and prove the data once; train finds them ready"""
+    from hf_clm.config import load_recipe, recipe_help
+
+    recipe, overrides = _recipe_words(words, "prepare")
+    if recipe is None:
+        print(recipe_help())
+        return
+    loaded = load_recipe(recipe, overrides)
+    _quiet_libraries()
+    from hf_clm.training.prepare import prepare_recipe
+
+    print("\n".join(prepare_recipe(loaded)))
+
+
 def run_config(words: list[str]) -> None:
     """RECIPE [--key value ...]: print every value of a recipe and where it came from"""
     from hf_clm.config import describe_recipe, load_recipe, recipe_help
@@ -198,6 +213,7 @@ def run_train_tokenizer(words: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": run_train,
+    "prepare": run_prepare,
     "config": run_config,
     "inspect": run_inspect,
     "doctor": run_doctor,

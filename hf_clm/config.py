@@ -161,6 +161,8 @@ class Data(_Section):
     """For a NUL character in a text."""
     allow_empty_prompt: bool = False
     """Learn completions that follow nothing."""
+    cache_dir: str | None = "~/.cache/hf_clm"
+    """Where prepared data are kept; null: nowhere. HF_CLM_CACHE in the environment moves the default."""
 
 
 class Samples(_Section):
@@ -186,6 +188,11 @@ class Doctor(_Section):
     """Before the first step, prove on the real model and data that batching changes no loss."""
     round_trip: Literal["start", "end", "off"] = "start"
     """When the saved model is opened in a fresh process and compared."""
+
+
+class Loss(_Section):
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared log of the softmax's sum, which keeps logits from drifting; 1e-4 is usual."""
 
 
 @dataclass
@@ -214,6 +221,8 @@ class Recipe(_Section):
     """Text generated during training; null: none."""
     early_stopping: EarlyStopping | None = None
     """null: train to the end."""
+    loss: Loss = Loss()
+    """Terms beside the likelihood; see also train.label_smoothing_factor."""
     doctor: Doctor = Doctor()
     """Checks on the real model and data."""
     train: dict[str, Any] = {}

@@ -2,7 +2,9 @@
 
 import json
 import math
+import tempfile
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,16 @@ def build_tokenizer(
             kind = recipe.model.config.get("model_type") or _named_config(recipe).model_type
             Path(folder, "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
         return load_tokenizer(folder, pad_token=section.pad_token)
+
+
+def build_tokenizer_aside(
+    recipe: Recipe, examples: Examples, *, arguments: TrainingArguments
+) -> PreTrainedTokenizerFast:
+    """The same, but a tokenizer that is trained is written to no output folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        aside = copy(arguments)
+        aside.output_dir = folder
+        return build_tokenizer(recipe, examples, arguments=aside)
 
 
 def build_model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:

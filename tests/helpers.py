@@ -119,7 +119,12 @@ def build_recipe(folder: Path, records: list[Any], **changes: Any) -> Recipe:
     sections: dict[str, Any] = {
         "stage": "sft",
         "model": {"name_or_path": model or save_folder(folder / "model", tiny_model(), byte_tokenizer())},
-        "data": {"train": [write_jsonl(folder / "rows.jsonl", records)], "max_length": 64, "packing": "none"},
+        "data": {
+            "train": [write_jsonl(folder / "rows.jsonl", records)],
+            "max_length": 64,
+            "packing": "none",
+            "cache_dir": None,  # a test of a broken part must not find what the whole one made
+        },
         "doctor": {"round_trip": "off"},
         "train": {
             "output_dir": str(folder / "run"),

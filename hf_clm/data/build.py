@@ -1,19 +1,20 @@
 """From the data section of a recipe to the datasets that a Trainer takes, and the count of what was read."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Data, Recipe, Source
-from hf_clm.data.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.datasets import PretrainDataset, SFTDataset, TokenizedDataset
 from hf_clm.data.formats import check_same_schema, to_example, unknown_keys
 from hf_clm.data.labels import Fate
 from hf_clm.data.ledger import find_duplicates
-from hf_clm.data.packing import PackedDataset
+from hf_clm.data.packing import PackedDataset, Pieces
 from hf_clm.data.sources import ReadOptions, ReadReport, read_records
 from hf_clm.errors import DataError
 from hf_clm.schema import (
@@ -28,15 +29,15 @@ from hf_clm.schema import (
 
 SHOWN_DROPS = 3  # an error lists the first few rows, not thousands
 
-AnyDataset = SFTDataset | PretrainDataset | PackedDataset
+AnyDataset = TokenizedDataset | PackedDataset
 
 
 @dataclass
 class Examples:
     """Checked examples with the place each came from."""
 
-    examples: list[Example | TokenizedExample] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
+    examples: Sequence[Example | TokenizedExample] = field(default_factory=list)
+    places: Sequence[str] = field(default_factory=list)
     report: ReadReport = field(default_factory=ReadReport)
     formats: set[Format] = field(default_factory=set)
     unknown_keys: set[str] = field(default_factory=set)
@@ -56,7 +57,7 @@ class Examples:
 class Split:
     """A tokenized set (``rows``) and what is trained on (``dataset``; the same without packing)."""
 
-    rows: SFTDataset | PretrainDataset
+    rows: TokenizedDataset
     dataset: AnyDataset
     examples: Examples
 
@@ -68,7 +69,7 @@ class Split:
     def target_tokens(self) -> int:
         return int((self.rows.rows.labels >= 0).sum())
 
-    @property
+    @cached_property
     def fates(self) -> Counter[str]:
         """How many input rows were used, cut, split or dropped (and why)."""
         return Counter(
@@ -78,7 +79,8 @@ class Split:
 
 def load_examples(sources: Iterable[Source], data: Data) -> Examples:
     """Reads and checks every record. Raises DataError with file and line for the first that is wrong."""
-    found = Examples()
+    examples, places = [], []
+    found = Examples(examples, places)
     options = ReadOptions(
         skip_bad_lines=data.skip_bad_lines, max_line_bytes=data.max_line_bytes, nul=data.nul
     )
@@ -99,8 +101,8 @@ def load_examples(sources: Iterable[Source], data: Data) -> Examples:
                 continue
             found.formats.add(format)
             found.unknown_keys.update(unknown_keys(record.data, format, fields=source.fields))
-            found.examples.append(example)
-            found.places.append(record.where)
+            examples.append(example)
+            places.append(record.where)
     if not found.examples:
         read = f"{found.report.records} records read, {len(found.report.bad_lines)} skipped"
         raise DataError(
@@ -163,10 +165,17 @@ def build_split(
     except DataError as error:
         raise error if error.row is None else error.at(examples.places[error.row]) from error
     check_dropped(examples, rows.rows.fates, data=data)
-    capacity = data.tokens_per_batch if packing == "none" else data.max_length
+    return Split(rows, pack_rows(rows, recipe), examples)
+
+
+def pack_rows(
+    rows: TokenizedDataset, recipe: Recipe, *, pieces: Pieces | None = None
+) -> TokenizedDataset | PackedDataset:
+    """What is trained on: the rows themselves, or packed ones; ``pieces`` if they were packed before."""
+    packing = recipe.resolved_packing
+    capacity = recipe.data.tokens_per_batch if packing == "none" else recipe.data.max_length
     kind = "stream" if packing == "stream" else "best_fit"
-    packed = PackedDataset(rows, max_length=capacity, packing=kind) if capacity else rows
-    return Split(rows, packed, examples)
+    return PackedDataset(rows, max_length=capacity, packing=kind, pieces=pieces) if capacity else rows
 
 
 def check_dropped(examples: Examples, fates: list[Fate], *, data: Data) -> None:

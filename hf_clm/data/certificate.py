@@ -263,9 +263,9 @@ class _TextChecker:
         """The stretches of a row with and without labels; the first token goes with the text it is of."""
         start, stop = int(self.rows.offsets[number]), int(self.rows.offsets[number + 1])
         learned = self.rows.labels[start:stop] >= 0
-        is_whole = self.rows.fates[int(self.rows.sources[number])].kind == "used"
-        if learned.size > 1:
-            learned[0] = expected[0][1] if is_whole else learned[1]
+        fate = self.rows.fates[int(self.rows.sources[number])].kind
+        if learned.size > 1 and not self._keeps_targets(fate):  # that cut leaves a token of the prompt
+            learned[0] = expected[0][1] if fate == "used" else learned[1]
         borders = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), learned.size]
         return [(start + a, start + b, bool(learned[a])) for a, b in pairwise(borders)]
 

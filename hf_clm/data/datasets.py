@@ -1,7 +1,7 @@
 """Map-style datasets of TokenizedExample: every row tokenized, fitted to ``max_length`` and accounted for."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.data.labels import Fate, count_targets, fit, mask_first, slice_example, tokenize_batch
-from hf_clm.data.segments import control_texts, to_document, to_segments
+from hf_clm.data.segments import control_texts, may_spell_control, to_document, to_segments, whole_text
 from hf_clm.errors import DataError
 from hf_clm.schema import Example, TokenizedExample
 
@@ -56,7 +56,20 @@ class TokenizedRows:
         return np.diff(self.offsets)
 
 
-class SFTDataset(torch.utils.data.Dataset):
+class TokenizedDataset(torch.utils.data.Dataset):
+    """Rows that are tokenized already: ``dataset[i]`` is a TokenizedExample."""
+
+    def __init__(self, rows: TokenizedRows):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> TokenizedExample:
+        return self.rows[index]
+
+
+class SFTDataset(TokenizedDataset):
     """Rows of which only the targets are learned: completions, assistant turns, segments marked ``train``.
 
     Args:
@@ -79,16 +92,10 @@ class SFTDataset(torch.utils.data.Dataset):
     ):
         fitter = Fitter(max_length, overflow)
         options = {"train_on": train_on, "special_tokens_in_text": special_tokens_in_text}
-        self.rows = tokenize_rows(examples, tokenizer, fitter=fitter, **options)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> TokenizedExample:
-        return self.rows[index]
+        super().__init__(tokenize_rows(examples, tokenizer, fitter=fitter, **options))
 
 
-class PretrainDataset(torch.utils.data.Dataset):
+class PretrainDataset(TokenizedDataset):
     """Documents that are learned whole, whatever kind of example they come as.
 
     Args:
@@ -112,13 +119,7 @@ class PretrainDataset(torch.utils.data.Dataset):
         fitter = Fitter(max_length, overflow) if window is None else WindowFitter(*window)
         documents = (_learn_all(example) for example in examples)
         options = {"train_on": "everything", "special_tokens_in_text": special_tokens_in_text}
-        self.rows = tokenize_rows(documents, tokenizer, fitter=fitter, **options)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> TokenizedExample:
-        return self.rows[index]
+        super().__init__(tokenize_rows(documents, tokenizer, fitter=fitter, **options))
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def tokenize_rows(
     while batch := list(islice(numbered, BATCH_ROWS)):
         spelling = _find_spelling(batch, tokenizer)
         found.update(text for example in spelling.values() for text in control_texts(example, tokenizer))
-        tokenized = _tokenize_mixed(batch, tokenizer, spelling=set(spelling), options=options)
+        tokenized = _tokenize_mixed(batch, tokenizer, spelling=spelling, options=options)
         for (number, _), example in zip(batch, tokenized, strict=True):
             with _named(number):
                 pieces, fate = fitter(example)
@@ -187,18 +188,38 @@ def _tokenize_mixed(
     batch: Sequence[tuple[int, Example | TokenizedExample]],
     tokenizer: PreTrainedTokenizerFast,
     *,
+    spelling: Container[int],
     options: dict[str, str],
 ) -> list[TokenizedExample]:
-    """Tokenizes what is text and takes as it is what is tokenized already, in the order of the batch."""
+    """Tokenizes what is text and takes as it is what is tokenized already, in the order of the batch.
+
+    ``spelling``: the numbers of the examples in which control tokens must be looked for.
+    """
     segments = {}
+    unsearched = {**options, "special_tokens_in_text": "allow"}
     for number, example in batch:
         if not isinstance(example, dict):
             with _named(number):
-                segments[number] = to_segments(example, tokenizer, **options)
+                chosen = options if number in spelling else unsearched
+                segments[number] = to_segments(example, tokenizer, **chosen)
     tokenized = dict(zip(segments, tokenize_batch(list(segments.values()), tokenizer), strict=True))
     return [
         mask_first(example) if isinstance(example, dict) else tokenized[number] for number, example in batch
     ]
+
+
+def _find_spelling(
+    batch: Sequence[tuple[int, Example | TokenizedExample]], tokenizer: PreTrainedTokenizerFast
+) -> dict[int, Example]:
+    """The examples of a batch that may spell a control token: one search where, as mostly, none does."""
+    texts = {number: whole_text(example) for number, example in batch if not isinstance(example, dict)}
+    if not may_spell_control(texts.values(), tokenizer):
+        return {}
+    return {
+        number: example
+        for number, example in batch
+        if not isinstance(example, dict) and may_spell_control([texts[number]], tokenizer)
+    }
 
 
 def _learn_all(example: Example | TokenizedExample) -> Example | TokenizedExample:

@@ -13,7 +13,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 
-from hf_clm.data.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.datasets import TokenizedDataset
 from hf_clm.data.labels import mask_places
 
 Piece = tuple[int, int, int]  # example, first token, past the last token
@@ -80,7 +80,7 @@ class PackedDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        dataset: SFTDataset | PretrainDataset,
+        dataset: TokenizedDataset,
         *,
         max_length: int,
         packing: str = "best_fit",

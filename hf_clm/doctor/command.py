@@ -1,15 +1,14 @@
 """``hf-clm doctor``: everything that can be found out about a run without making a step."""
 
-import tempfile
 import time
-from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from hf_clm.config import Recipe
-from hf_clm.data.build import build_split, load_splits
+from hf_clm.data.build import Examples
+from hf_clm.data.cache import load_early, read_splits
 from hf_clm.doctor.checks import run_checks
 from hf_clm.doctor.facts import Check, Facts, Problem, build_facts, longest_rows, to_micro_step, to_problem
 from hf_clm.doctor.memory import MemoryEstimate, measure_memory
@@ -18,7 +17,7 @@ from hf_clm.parts import (
     build_collator,
     build_model,
     build_model_config,
-    build_tokenizer,
+    build_tokenizer_aside,
     training_arguments,
 )
 
@@ -115,18 +114,13 @@ class _Stage:
 def _collect(recipe: Recipe, stage: _Stage, *, loads_model: bool) -> Facts:
     arguments = training_arguments(recipe)
     stage.name = "data"
-    examples, held_out = load_splits(recipe, arguments.seed)
+    loaded = load_early(recipe, arguments.seed)
     stage.name = "tokenizer"
-    with tempfile.TemporaryDirectory() as folder:  # a tokenizer that is trained is written to output_dir
-        aside = copy(arguments)
-        aside.output_dir = folder
-        tokenizer = build_tokenizer(recipe, examples, arguments=aside)
+    tokenizer = build_tokenizer_aside(recipe, loaded.get("train", Examples()), arguments=arguments)
     stage.name = "model"
     config = build_model_config(recipe, tokenizer)
     stage.name = "data"
-    splits = {"train": build_split(examples, recipe, tokenizer=tokenizer, stage=recipe.stage)}
-    if held_out:
-        splits["eval"] = build_split(held_out, recipe, tokenizer=tokenizer, stage=recipe.stage)
+    splits = read_splits(recipe, tokenizer, seed=arguments.seed, loaded=loaded)
     facts = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
     if loads_model and facts.estimate is not None:
         stage.name = "model"

@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from heapq import nlargest
@@ -14,14 +13,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.config import Recipe, load_recipe
-from hf_clm.data.build import Examples, Split, build_split, load_splits
+from hf_clm.data.build import Examples, Split
+from hf_clm.data.cache import load_early, read_splits
 from hf_clm.data.packing import PackedDataset
 from hf_clm.errors import RecipeError
 from hf_clm.inspector.documents import Reader, inspect_rows
 from hf_clm.inspector.page import Charts, write_page
 from hf_clm.inspector.rows import Row
 from hf_clm.inspector.terminal import legend, to_lines, wrap_text
-from hf_clm.parts import build_collator, build_tokenizer, training_arguments
+from hf_clm.parts import build_collator, build_tokenizer_aside, training_arguments
 from hf_clm.tokenizer import load_tokenizer
 
 HTML_ROWS = 10_000  # a page with more opens too slowly
@@ -46,13 +46,11 @@ def inspect(target: str, overrides: list[str], *, view: View) -> str:
     """
     recipe = load_recipe(_recipe_path(target), overrides)
     arguments = training_arguments(recipe)
-    train, evaluation = load_splits(recipe, arguments.seed)
-    examples = train if view.split == "train" else evaluation
-    if examples is None:
+    if view.split == "eval" and not (recipe.data.eval or recipe.data.eval_fraction):
         fix = "set data.eval or data.eval_fraction, or --split train"
         raise RecipeError("the recipe has no eval set", where=target, fix=fix)
-    tokenizer = _tokenizer(recipe, train, arguments=arguments, target=target)
-    split = build_split(examples, recipe, tokenizer=tokenizer, stage=recipe.stage)
+    tokenizer = _tokenizer(recipe, arguments=arguments, target=target)
+    split = read_splits(recipe, tokenizer, seed=arguments.seed)[view.split]
     batch_size = arguments.train_batch_size if view.split == "train" else arguments.eval_batch_size
     reader = Reader(split, tokenizer, recipe=recipe)
     found = inspect_rows(split, reader, collate=build_collator(recipe, tokenizer), batch_size=batch_size)
@@ -75,7 +73,7 @@ def to_facts(split: Split, charts: Charts, *, shown: int) -> dict[str, str]:
     places = zip(split.examples.places, rows.fates, strict=True)
     drops = [f"{place} ({fate.reason})" for place, fate in places if fate.kind == "dropped"]
     targets, examples = split.target_tokens, split.examples
-    fates = split.fates
+    fates = Counter(split.fates)
     fates.update({"duplicate": len(examples.duplicates), "unreadable": len(examples.report.bad_lines)})
     over, longest = charts.lengths > charts.max_length, charts.lengths.max(initial=0)
     facts = {
@@ -124,17 +122,12 @@ def _recipe_path(target: str) -> str:
     return str(path)
 
 
-def _tokenizer(
-    recipe: Recipe, train: Examples, *, arguments: TrainingArguments, target: str
-) -> PreTrainedTokenizerFast:
-    """The run's; a tokenizer that a recipe trains is written to no output folder."""
-    if recipe.tokenizer.train is None:
-        return build_tokenizer(recipe, train, arguments=arguments)
-    if Path(target).is_dir():
+def _tokenizer(recipe: Recipe, *, arguments: TrainingArguments, target: str) -> PreTrainedTokenizerFast:
+    """The run's own, if the run trained it."""
+    if recipe.tokenizer.train is not None and Path(target).is_dir():
         return load_tokenizer(target, pad_token=recipe.tokenizer.pad_token)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments.output_dir = folder
-        return build_tokenizer(recipe, train, arguments=arguments)
+    loaded = load_early(recipe, arguments.seed)
+    return build_tokenizer_aside(recipe, loaded.get("train", Examples()), arguments=arguments)
 
 
 def _severity(row: Row) -> tuple[int, ...]:

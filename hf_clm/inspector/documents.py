@@ -130,7 +130,7 @@ class Reader:
         place, example = examples.places[source], examples.examples[source]
         if isinstance(example, dict):
             return _Whole(place, False, ids, is_target, [], {})
-        learns_all = isinstance(self.split.rows, PretrainDataset)
+        learns_all = self.recipe.stage == "pretrain"
         example = to_document(example) if learns_all else example
         spelling, turns = spell_example(
             example,
@@ -149,7 +149,7 @@ class Reader:
         """The example tokenized as in the split, with nothing cut off or split."""
         data = self.recipe.data
         options: dict[str, Any] = {"special_tokens_in_text": data.special_tokens_in_text}
-        if isinstance(self.split.rows, PretrainDataset):
+        if self.recipe.stage == "pretrain":
             return PretrainDataset([example], self.tokenizer, **options)[0]
         return SFTDataset([example], self.tokenizer, train_on=data.train_on, **options)[0]
 

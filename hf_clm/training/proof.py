@@ -1,8 +1,10 @@
 """What a run proves before its first step: labels, ledger, loss, and that what it saves opens again."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +25,7 @@ from hf_clm.doctor.selftest import SelfTest, self_test
 from hf_clm.errors import DataError, ModelError
 from hf_clm.evaluation.evaluate import to_question
 from hf_clm.training.callbacks import write_line
+from hf_clm.training.loss import LossOptions, TargetLoss
 from hf_clm.training.trainer import CLMTrainer
 
 COMPARED = 50  # rows whose prompt is rendered again as for generation
@@ -161,7 +164,19 @@ def measure_self_test(trainer: CLMTrainer, split: Split, *, tokenizer: PreTraine
     autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     pad: Any = tokenizer.pad_token_id
     model, examples = (cast(Any, part) for part in (trainer.model, split.rows))
-    return self_test(model, examples, pad_token_id=pad, autocast=autocast)
+    measuring = partial(_measuring_likelihood, trainer.target_loss) if trainer.target_loss else None
+    return self_test(model, examples, pad_token_id=pad, autocast=autocast, measuring=measuring)
+
+
+@contextmanager
+def _measuring_likelihood(loss: TargetLoss) -> Iterator[None]:
+    """The loss of training without the terms beside the likelihood, which the model's own has not."""
+    options, loss.options = loss.options, LossOptions()
+    try:
+        with loss.measuring():
+            yield
+    finally:
+        loss.options = options
 
 
 def prove_saved(trainer: CLMTrainer, *, split: Split, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from hf_clm.config import Recipe, recipe_to_yaml
-from hf_clm.data.build import Split, build_split, load_splits
-from hf_clm.data.ledger import write_ledgers
+from hf_clm.data.build import Examples, Split
+from hf_clm.data.cache import load_early
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
 from hf_clm.errors import RecipeError
@@ -37,7 +37,8 @@ from hf_clm.parts import (
 from hf_clm.training.callbacks import MetricsCallback, ProgressCallback, SamplesCallback, write_line
 from hf_clm.training.output import prepare_output_dir, recording_failure, resume_from, write_json
 from hf_clm.training.plots import write_loss_plot
-from hf_clm.training.proof import Proof, prove_data, prove_model, prove_saved
+from hf_clm.training.prepare import prepare
+from hf_clm.training.proof import prove_model, prove_saved
 from hf_clm.training.summary import RunFacts, end_lines, start_lines, versions
 from hf_clm.training.trainer import CLMTrainer
 
@@ -50,17 +51,11 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     if arguments.device.type == "cpu":
         settle_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     output_dir = prepare_output_dir(arguments, overwrite=recipe.overwrite)
-    train_examples, eval_examples = load_splits(recipe, arguments.seed)
-    tokenizer = build_tokenizer(recipe, train_examples, arguments=arguments)
+    loaded = load_early(recipe, arguments.seed)
+    tokenizer = build_tokenizer(recipe, loaded.get("train", Examples()), arguments=arguments)
     config = build_model_config(recipe, tokenizer)
-    options = {"tokenizer": tokenizer, "stage": recipe.stage}
-    splits = {"train": build_split(train_examples, recipe, **options)}
-    if eval_examples:
-        splits["eval"] = build_split(eval_examples, recipe, **options)
-    proof = Proof()
-    with arguments.main_process_first(local=False, desc="proving the data"):
-        if arguments.process_index == 0:
-            proof = prove_data(recipe, splits, tokenizer=tokenizer)
+    prepared = prepare(recipe, tokenizer, arguments=arguments, loaded=loaded)
+    splits, proof = prepared.splits, prepared.proof
     known = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
     proof.lines += [f"warning   {line}" for line in check_before_training(known)]
     model = build_model(recipe, tokenizer, config=config, seed=arguments.seed)
@@ -73,7 +68,7 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
             proof.facts |= prove_model(trainer, recipe, split=splits["train"], tokenizer=tokenizer)
             trainer.add_callback(ProgressCallback(is_terminal=is_terminal))
             trainer.add_callback(MetricsCallback(output_dir / "metrics.jsonl"))
-            write_ledgers(proof.ledgers, output_dir / "ledger.parquet")
+            prepared.write_ledger(output_dir / "ledger.parquet")
             text = recipe_to_yaml(resolve(recipe, arguments))
             (output_dir / "recipe.yaml").write_text(text, encoding="utf-8")
             write_json(
@@ -105,6 +100,7 @@ def build_trainer(
         train_dataset=train_split.dataset,
         eval_dataset=eval_split.dataset if eval_split else some,
         processing_class=tokenizer,
+        z_loss=recipe.loss.z_loss,
     )
     trainer.remove_callback(PrinterCallback)
     if recipe.early_stopping:

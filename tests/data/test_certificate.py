@@ -66,6 +66,13 @@ def test_rows_that_were_cut_are_certified(overflow):
     assert certificate.rows == {"keep_target": 3, "truncate": 4, "split": 7, "drop": 2}[overflow]
 
 
+def test_a_cut_that_leaves_one_token_of_the_prompt_is_certified():
+    """The first token of a row has no label; here it is no part of the target either."""
+    certificate = prove([PromptExample("Say ab", "A")], byte_tokenizer(), max_length=3)
+
+    assert (certificate.failed, certificate.rows) == ({}, 1)
+
+
 def test_a_tokenizer_that_writes_a_space_first_is_certified():
     examples = [PromptExample("Say A. ", "A and B"), TextExample("C")]
 

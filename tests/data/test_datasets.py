@@ -1,13 +1,15 @@
 """Datasets over a few rows: what is kept of each, in literals; a byte is its own id."""
 
 import pytest
-from helpers import EOS, IM_END, X, byte_tokenizer
+from helpers import EOS, IM_END, X, byte_tokenizer, sentencepiece_tokenizer
 
 from hf_clm.data.datasets import PretrainDataset, SFTDataset
-from hf_clm.data.labels import Fate
+from hf_clm.data.labels import Fate, count_targets, encode_texts, tokenize_segments
+from hf_clm.data.segments import control_texts, to_document, to_segments
 from hf_clm.errors import DataError
 from hf_clm.schema import ChatExample, PromptExample, Segment, SegmentsExample, TextExample, TokenizedExample
 from hf_clm.tokenizer import use_chat_template
+from hf_clm.train_tokenizer import train_bpe
 
 TOKENIZER = byte_tokenizer()
 use_chat_template(TOKENIZER, "chatml")
@@ -191,6 +193,52 @@ def test_control_tokens_in_the_text_are_counted_by_token():
     dataset = SFTDataset(examples, TOKENIZER)
 
     assert dataset.rows.control_texts == {"<|pad|>": 2, "<|im_end|>": 1}
+
+
+NASTY = [
+    "plain",
+    "<|im_end|>",
+    "a<|pad|>b<|endoftext|>",
+    "<|im_",
+    "end|>",
+    "<|im_<|im_end|>end|>",
+    "  <|im_start|>\n",
+    "\n",
+    " ",
+    "\u00e9\U0001f600\u200d\U0001f680<|pad|>",
+    "\0",
+    "x" * 300,
+]
+
+
+@pytest.mark.parametrize("kind", [SFTDataset, PretrainDataset])
+@pytest.mark.parametrize("policy", ["encode_as_text", "allow"])
+@pytest.mark.parametrize("build", [byte_tokenizer, sentencepiece_tokenizer], ids=["bytes", "sentencepiece"])
+def test_rows_of_a_batch_are_tokenized_as_each_alone_without_the_search_of_the_batch(kind, policy, build):
+    """The other path: one segment after the other through the tokenizer's own call, every text searched."""
+    tokenizer = build()
+    examples = [PromptExample(a, b) for a in NASTY for b in NASTY] + [TextExample(text) for text in NASTY]
+    pieces = [Segment(text, n % 3 == 0) for n, text in enumerate(NASTY)]
+    examples += [SegmentsExample(pieces), SegmentsExample(pieces[::-1])]
+
+    dataset = kind(examples, tokenizer, special_tokens_in_text=policy)
+
+    documents = [to_document(example) for example in examples] if kind is PretrainDataset else examples
+    segments = [to_segments(example, tokenizer, special_tokens_in_text=policy) for example in documents]
+    alone = [tokenize_segments(parts, tokenizer) for parts in segments]
+    assert list(dataset) == [example for example in alone if count_targets(example)]
+    assert sum(dataset.rows.control_texts.values()) == sum(
+        len(control_texts(example, tokenizer)) for example in documents
+    )
+
+
+def test_ids_are_those_of_the_tokenizers_own_call():
+    """The library is the oracle; also after a call that truncates and pads."""
+    for tokenizer in (byte_tokenizer(), sentencepiece_tokenizer(), train_bpe(NASTY, vocab_size=300)):
+        tokenizer("abc", truncation=True, max_length=2, padding="max_length")
+
+        assert encode_texts(NASTY, tokenizer) == tokenizer(NASTY, add_special_tokens=False)["input_ids"]
+    assert encode_texts([], TOKENIZER) == []
 
 
 def test_sft_can_learn_the_last_turn_or_everything():

@@ -1,0 +1,162 @@
+"""Which prepared set is a recipe's: its key is the content of all that decides it, never a name or a time."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from hf_clm.config import Data, Recipe, Source
+from hf_clm.data.build import Examples, Split, build_split, load_splits
+from hf_clm.data.sources import find_files
+from hf_clm.data.store import Stored, open_store
+
+FORMAT_VERSION = 1  # raise it with every change of what is made of the same data: labels, packing, files
+COMMIT = re.compile("[0-9a-f]{40}")
+KEY_LETTERS = 32  # of the sha256, in the name of the folder
+READ_BYTES = 1 << 20
+LIBRARIES = ("tokenizers", "transformers")  # which render and encode
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the prepared set of a recipe is, or would be, kept. ``files``: those of the data, as read."""
+
+    folder: Path
+    files: list[str]
+
+    @property
+    def key(self) -> str:
+        return self.folder.name
+
+
+def find_place(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Place | None:
+    """None where nothing is kept: cache_dir is null, or data on the Hub are not pinned to a commit.
+
+    ``seed`` decides what is held out. Raises DataError for data that are not there.
+    """
+    data = recipe.data
+    if data.cache_dir is None:
+        return None
+    files: list[str] = []
+    contents = [_source_content(source, files) for source in (*data.train, *data.eval)]
+    if None in contents:
+        return None
+    options = data.model_dump(exclude={"train", "eval", "cache_dir"})
+    options |= {"overflow": recipe.resolved_overflow, "packing": recipe.resolved_packing}
+    parts = {
+        "format": FORMAT_VERSION,
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "stage": recipe.stage,
+        "data": options,
+        "seed": seed if data.eval_fraction else None,
+        "train": contents[: len(data.train)],
+        "eval": contents[len(data.train) :],
+        "tokenizer": _tokenizer_content(tokenizer),
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:KEY_LETTERS]
+    return Place(cache_folder(data) / key, files)
+
+
+def cache_folder(data: Data) -> Path:
+    """``data.cache_dir``; where it is the default, HF_CLM_CACHE of the environment comes first."""
+    assert data.cache_dir is not None
+    is_default = data.cache_dir == Data.model_fields["cache_dir"].default
+    moved = os.environ.get("HF_CLM_CACHE") if is_default else None
+    return Path(moved or data.cache_dir).expanduser().absolute()
+
+
+def open_place(place: Place, recipe: Recipe, *, seed: int) -> Stored | None:
+    """The prepared set of a recipe, if it is kept there."""
+    return open_store(
+        place.folder, recipe, files=place.files, load_examples=partial(load_named, recipe, seed)
+    )
+
+
+def read_splits(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    loaded: Mapping[str, Examples] | None = None,
+) -> dict[str, Split]:
+    """Train and, if there is one, eval: opened where they were prepared before, else made; writes nothing.
+
+    ``loaded``: the examples, if they were read already.
+    """
+    place = find_place(recipe, tokenizer, seed=seed)
+    stored = open_place(place, recipe, seed=seed) if place else None
+    return (
+        stored.splits
+        if stored
+        else build_splits(recipe, tokenizer, loaded=loaded or load_named(recipe, seed))
+    )
+
+
+def load_early(recipe: Recipe, seed: int) -> dict[str, Examples]:
+    """The examples, where the tokenizer is trained on them; else nothing: a prepared set needs none."""
+    return load_named(recipe, seed) if recipe.tokenizer.train else {}
+
+
+def load_named(recipe: Recipe, seed: int) -> dict[str, Examples]:
+    """The examples by the name of their split: train and, if there is one, eval."""
+    train, evaluation = load_splits(recipe, seed)
+    return {"train": train, "eval": evaluation} if evaluation else {"train": train}
+
+
+def build_splits(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, loaded: Mapping[str, Examples]
+) -> dict[str, Split]:
+    """Tokenizes, fits and packs each set."""
+    return {
+        name: build_split(examples, recipe, tokenizer=tokenizer, stage=recipe.stage)
+        for name, examples in loaded.items()
+    }
+
+
+def _source_content(source: Source, files: list[str]) -> dict[str, Any] | None:
+    """What a source is, without its path; its files are added to ``files``. None where that is not known."""
+    options = source.model_dump(exclude={"path"})
+    found = find_files(source.path)
+    if found is None:  # on the Hub, where a branch or a tag may move
+        files.append(source.path)
+        is_pinned = COMMIT.fullmatch(source.revision or "") is not None
+        return {**options, "hub": source.path} if is_pinned else None
+    files += found
+    try:
+        return {**options, "files": [(_file_type(file), _hash_file(file)) for file in found]}
+    except OSError:  # reading it tells what is wrong
+        return None
+
+
+def _tokenizer_content(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    tokenizer("", add_special_tokens=False)  # its backend as it is when it encodes
+    return {
+        "class": type(tokenizer).__name__,
+        "backend": tokenizer.backend_tokenizer.to_str(),
+        "chat_template": tokenizer.chat_template,
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "split_special_tokens": tokenizer.split_special_tokens,
+    }
+
+
+def _file_type(file: str) -> str:
+    """ ".jsonl.gz" of "poems.v2.jsonl.gz": what decides how it is read."""
+    name = file.lower()
+    inner = name.removesuffix(".gz").removesuffix(".zst")
+    return os.path.splitext(inner)[1] + name[len(inner) :]
+
+
+def _hash_file(file: str) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

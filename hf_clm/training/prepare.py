@@ -1,0 +1,145 @@
+"""Prepares the data of a run once: read, tokenized, packed, proved, kept for every run on the same content.
+
+content of data, tokenizer and options -> key -> folder    there: opened     not there: prepared and written
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast, TrainingArguments
+
+from hf_clm.config import Recipe
+from hf_clm.data.build import Examples, Split
+from hf_clm.data.cache import Place, build_splits, find_place, load_early, load_named, open_place
+from hf_clm.data.ledger import write_ledgers
+from hf_clm.data.packing import PackedDataset
+from hf_clm.data.store import Stored, require_writable, write_store
+from hf_clm.errors import RecipeError
+from hf_clm.parts import build_model_config, build_tokenizer_aside, training_arguments
+from hf_clm.training.proof import Proof, prove_data
+
+POLL_SECONDS = 0.2
+SHOWN_LETTERS = 12  # of a key
+
+
+@dataclass
+class Prepared:
+    """The data of a run and what was proved of them; ``stored``: the folder they are in, if they are kept."""
+
+    splits: dict[str, Split]
+    proof: Proof
+    stored: Stored | None = None
+
+    def write_ledger(self, path: Path) -> None:
+        """Writes ledger.parquet."""
+        if self.stored:
+            self.stored.write_ledger(path)
+        else:
+            write_ledgers(self.proof.ledgers, path)
+
+
+def prepare(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    arguments: TrainingArguments,
+    loaded: Mapping[str, Examples] | None = None,
+) -> Prepared:
+    """Opens what was prepared of the same content before, or prepares, proves and keeps it.
+
+    The first process of a machine prepares and the others look for its folder: without a barrier, so that a
+    long preparation runs into no time limit of the process group. Where nothing is kept, each prepares.
+
+    Args:
+        loaded: the examples, if they were read already.
+
+    Raises DataError for data that cannot be read or are not proved, EnvironmentFault for a cache that cannot
+    be written.
+    """
+    started = time.monotonic()
+    place = find_place(recipe, tokenizer, seed=arguments.seed)
+    if place is None:
+        return _prepare_unkept(recipe, tokenizer, arguments=arguments, loaded=loaded)
+    stored = open_place(place, recipe, seed=arguments.seed)
+    is_from_cache = stored is not None
+    if stored is None and arguments.local_process_index == 0:
+        _prepare_into(place, recipe, tokenizer=tokenizer, seed=arguments.seed, loaded=loaded)
+    while stored is None:
+        stored = open_place(place, recipe, seed=arguments.seed)
+        time.sleep(0 if stored else POLL_SECONDS)
+    seconds, key = time.monotonic() - started, place.key[:SHOWN_LETTERS]
+    said = f"read from cache (key {key})" if is_from_cache else f"in {seconds:.1f} s, kept in {place.folder}"
+    proof = Proof(stored.proof["facts"], [f"prepared  {said}", *stored.proof["lines"]])
+    proof.facts["prepared"] = {"key": place.key, "from_cache": is_from_cache, "seconds": seconds}
+    return Prepared(stored.splits, proof, stored)
+
+
+def prepare_recipe(recipe: Recipe) -> list[str]:
+    """``hf-clm prepare``: what was prepared or found, as lines to print.
+
+    Raises RecipeError where nothing would be kept.
+    """
+    started = time.monotonic()
+    arguments = training_arguments(recipe)
+    loaded = load_early(recipe, arguments.seed)
+    tokenizer = build_tokenizer_aside(recipe, loaded.get("train", Examples()), arguments=arguments)
+    build_model_config(recipe, tokenizer)  # refuses rows that are longer than the model's positions
+    if find_place(recipe, tokenizer, seed=arguments.seed) is None:
+        fix = "name a folder in data.cache_dir; pin data on the Hub by a commit as their revision"
+        raise RecipeError("nothing would be kept", where=recipe.file or "data.cache_dir", fix=fix)
+    prepared = prepare(recipe, tokenizer, arguments=arguments, loaded=loaded)
+    assert prepared.stored is not None
+    lines = [line for name, split in prepared.splits.items() for line in _describe(name, split)]
+    size = f"{prepared.stored.size_bytes / 1e6:,.1f} MB in {prepared.stored.folder}"
+    return [
+        *prepared.proof.lines,
+        *lines,
+        f"{'stored':<10}{size}",
+        f"{'time':<10}{time.monotonic() - started:.1f} s",
+    ]
+
+
+def _prepare_into(
+    place: Place,
+    recipe: Recipe,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    loaded: Mapping[str, Examples] | None,
+) -> None:
+    require_writable(place.folder.parent)
+    splits = build_splits(recipe, tokenizer, loaded=loaded or load_named(recipe, seed))
+    proof = prove_data(recipe, splits, tokenizer=tokenizer)
+    write_store(
+        place.folder,
+        splits,
+        files=place.files,
+        proof={"facts": proof.facts, "lines": proof.lines},
+        write_ledger=lambda path: write_ledgers(proof.ledgers, path),
+    )
+
+
+def _prepare_unkept(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    arguments: TrainingArguments,
+    loaded: Mapping[str, Examples] | None,
+) -> Prepared:
+    started, proof = time.monotonic(), Proof()
+    splits = build_splits(recipe, tokenizer, loaded=loaded or load_named(recipe, arguments.seed))
+    with arguments.main_process_first(local=False, desc="proving the data"):
+        if arguments.process_index == 0:
+            proof = prove_data(recipe, splits, tokenizer=tokenizer)
+    is_off = recipe.data.cache_dir is None
+    why = "data.cache_dir is null" if is_off else "data on the Hub without a commit as their revision"
+    proof.lines.insert(0, f"prepared  in {time.monotonic() - started:.1f} s, not kept ({why})")
+    return Prepared(splits, proof)
+
+
+def _describe(name: str, split: Split) -> list[str]:
+    rows = f"{len(split.dataset):,} rows, {split.tokens:,} tokens, {split.target_tokens:,} targets"
+    filled = f", {split.dataset.fill:.1%} full" if isinstance(split.dataset, PackedDataset) else ""
+    return [f"{name:<10}{rows}{filled}"]
