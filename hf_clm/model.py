@@ -2,6 +2,8 @@
 
 import inspect
 import logging
+import re
+import sys
 from typing import Any
 
 import torch
@@ -25,7 +27,10 @@ from hf_clm.tokenizer import max_token_id, unique_ids
 
 LOGGER = logging.getLogger(__name__)
 WHERE = "model.name_or_path"
-LAYERS = {"full_attention", "sliding_attention"}  # what the packed attention computes
+PACKED_LAYERS = {"full_attention", "sliding_attention"}
+MASKED_LAYERS = PACKED_LAYERS | {
+    "chunked_attention"
+}  # in others, such as a convolution, text flows past a mask
 
 
 def load_config(
@@ -78,27 +83,33 @@ def why_not_packed(config: PretrainedConfig) -> str:
     name = known.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     if not (known._supports_attention_backend and known._can_set_attn_implementation()):
         return f"{name} has an attention of its own"
-    others = set(getattr(config.get_text_config(), "layer_types", None) or ()) - LAYERS
-    return f"{name} has layers of another kind, {', '.join(sorted(others))}" if others else ""
+    if others := _kinds_of_layers(config) - PACKED_LAYERS:
+        return f"{name} has layers of another kind, {', '.join(sorted(others))}"
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    source = inspect.getsource(sys.modules[known.__module__])
+    if window and not re.search(r"sliding_window=(self|getattr)\b", source):
+        return f"{name} tells its window of {window} tokens to the mask only"
+    return ""
 
 
 def settle_attention(model: PreTrainedModel, reason: str = "") -> None:
     """Changes the model: ``sdpa``, or else ``eager``, where its packed attention would mix documents.
 
-    Logs what the model has in place of the packed attention; ``reason``: why it was not loaded with that.
-
-    Raises ModelError where the documents of a packed row are not apart with these either.
+    Logs what it has in place of the packed attention; ``reason``: why it was not loaded with that. Raises
+    ModelError as ``check_packing``.
     """
-    fault = packing_fault(model)
-    if fault and model.config._attn_implementation == packed.NAME:
+    if not reason and (reason := packing_fault(model)):
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-        reason, fault = fault, packing_fault(model)
-    name = str(model.config._attn_implementation)
-    if fault:
-        fix = f"set model.attention to {name}, and data.packing to none"
-        raise ModelError(fault, where="model.attention", got=f"{packed.NAME} ({reason})", fix=fix)
     if reason:
-        LOGGER.warning("attention %s: %s", name, reason)
+        LOGGER.warning("attention %s: %s", model.config._attn_implementation, reason)
+        check_packing(model)
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Raises ModelError where the documents of a packed row would not be as each alone."""
+    if fault := packing_fault(model):
+        fix = f"set model.attention to {model.config._attn_implementation}, and data.packing to none"
+        raise ModelError(fault, where="model.attention", fix=fix)
 
 
 @torch.no_grad()
@@ -110,6 +121,8 @@ def packing_fault(model: PreTrainedModel) -> str:
     takes = inspect.signature(model.forward).parameters
     if "cu_seq_lens_q" not in takes and all(part.kind != part.VAR_KEYWORD for part in takes.values()):
         return f"{type(model).__name__} does not take packed rows"
+    if others := _kinds_of_layers(model.config) - MASKED_LAYERS:
+        return f"no mask keeps documents apart in layers of {', '.join(sorted(others))}"
     if any(weight.is_meta or hasattr(weight, "ds_id") for weight in model.parameters()):
         return ""
     was_training = model.training
@@ -122,10 +135,14 @@ def packing_fault(model: PreTrainedModel) -> str:
     finally:
         model.train(was_training)
     difference = float((together - alone).abs().max() / alone.abs().max())
-    if not difference > (1e-3 if alone.dtype == torch.float32 else 5e-2):
+    if not difference > (1e-4 if alone.dtype == torch.float32 else 5e-2):
         return ""
     name = model.config._attn_implementation
-    return f"with {name} attention {type(model).__name__} mixes the documents of a packed row"
+    return f"with {name} attention a packed row of {type(model).__name__} is not as its documents alone"
+
+
+def _kinds_of_layers(config: PretrainedConfig) -> set[str]:
+    return set(getattr(config.get_text_config(), "layer_types", None) or ())
 
 
 def _together_and_alone(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +181,7 @@ def load_model(
             eager, which is logged, if these keep the documents of a packed row apart too.
         options: ``trust_remote_code``; ``allow_bin`` accepts pickled weights.
 
-    Raises ModelError if weights are missing, of another shape, or not safetensors; and as settle_attention.
+    Raises ModelError if weights are missing, of another shape, or not safetensors, or as settle_attention.
     """
     packed.register()
     config = load_config(

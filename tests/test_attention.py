@@ -1,15 +1,17 @@
-"""The packed attention: documents in one row are alone in it, and nothing but speed depends on it."""
+"""The packed attention: what it refuses, how it is switched and compiled, and runs that fall back from it."""
 
 import pytest
 import torch
-from helpers import EOS, PAD, byte_tokenizer, save_folder, tiny_model
+from helpers import EOS, PAD, build_recipe, byte_tokenizer, save_folder, tiny_model
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_clm.attention import NAME, packed_attention, register, use_for_generation, use_for_training
-from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.errors import ModelError
 from hf_clm.generation.generate import generate
 from hf_clm.model import load_model
+from hf_clm.training.run import train
 
 DOCUMENTS = [list(range(10, 17)), list(range(40, 43)), [99], list(range(60, 82))]
 ROWS = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in DOCUMENTS]
@@ -29,39 +31,8 @@ def alone(model: PreTrainedModel) -> list[torch.Tensor]:
     return [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in DOCUMENTS]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_packed_row_gives_the_logits_of_its_documents_alone(kind):
-    model = packed_model(kind)
-    batch = DataCollatorForPackedCausalLM()(ROWS)
-    batch.pop("labels")
-
-    packed = model(**batch, use_cache=False).logits[0]
-
-    assert torch.allclose(packed, torch.cat(alone(model)), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_packed_row_gives_the_gradients_of_its_documents_alone(kind):
-    model = packed_model(kind)
-    batch = DataCollatorForPackedCausalLM()(ROWS)
-    labels = batch.pop("labels")[0]
-    cross_entropy = torch.nn.functional.cross_entropy
-
-    cross_entropy(model(**batch, use_cache=False).logits[0, :-1], labels[1:], reduction="sum").backward()
-    packed = [parameter.grad.clone() for parameter in model.parameters()]
-    model.zero_grad()
-    for logits, ids in zip(alone(model), DOCUMENTS, strict=True):
-        cross_entropy(logits[:-1], torch.tensor(ids[1:], dtype=torch.int64), reduction="sum").backward()
-
-    assert all(
-        torch.allclose(a, p.grad, atol=2e-5, rtol=1e-4)
-        for a, p in zip(packed, model.parameters(), strict=True)
-    )
-    assert sum(float(gradient.abs().sum()) for gradient in packed) > 1
-
-
 def test_without_the_bounds_a_packed_row_would_leak():
-    """The tests above see a leak: plain causal attention over the same row differs."""
+    """Plain causal attention over the same row differs."""
     model = packed_model("qwen2")
     batch = DataCollatorForPackedCausalLM()(ROWS)
 
@@ -82,28 +53,6 @@ def test_a_row_padded_on_the_right_gives_the_logits_of_its_document_alone(kind):
 
     for row, logits in zip(padded, alone(model), strict=True):
         assert torch.allclose(row[: len(logits)], logits, atol=1e-5, rtol=0)
-
-
-def mistral(window: int | None) -> PreTrainedModel:
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    from transformers import MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(0)
-    sizes |= {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 260, "sliding_window": window}
-    return MistralForCausalLM(MistralConfig(**sizes)).eval()
-
-
-def test_a_sliding_window_is_that_of_the_eager_attention_in_each_document():
-    register()
-    model = mistral(window=4)
-    model.set_attn_implementation(NAME)
-    batch = DataCollatorForPackedCausalLM()(ROWS)
-    batch.pop("labels")
-
-    packed = model(**batch, use_cache=False).logits[0]
-
-    assert torch.allclose(packed, torch.cat(alone(model)), atol=1e-5, rtol=0)
-    assert not torch.allclose(packed, torch.cat(alone(mistral(window=None))), atol=1e-3)
 
 
 def test_dropout_drops_in_training_only():
@@ -178,3 +127,79 @@ def test_generation_that_goes_round_us_is_refused_rather_than_wrong(kind, tmp_pa
 
     with pytest.raises(ModelError, match="it has no mask for a KV cache"):
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3)
+
+
+def frames_compiled(model: PreTrainedModel, batches: list[dict]) -> tuple[list[int], dict[str, int]]:
+    """How many graphs were compiled after each batch, and where one broke off."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    after = []
+    for batch in batches:
+        compiled(**batch, use_cache=False).loss.backward()
+        after.append(counter.frame_count)
+    return after, dict(counters["graph_break"])
+
+
+def static_batches(model: PreTrainedModel) -> list[dict]:
+    """Five batches of one shape; other documents, as many targets."""
+    model.loss_type = "ForCausalLM"  # as load_model sets it
+    shape = StaticShape(tokens=64, documents=8, max_length=32, targets_multiple=64)
+    collate = DataCollatorForPackedCausalLM(with_targets=True, static=shape, pad_token_id=PAD)
+    batches = [collate(ROWS[first:] + ROWS[:first]) for first in (0, 1, 2, 3, 0)]
+    batches.append(collate(ROWS[:2]))
+    for batch in batches:
+        batch.pop("padding_tokens")
+    return batches
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_a_compiled_model_takes_dense_rows_of_one_shape_in_one_graph(kind):
+    """What is compiled on CUDA for packed rows too, where one kernel takes all documents."""
+    model = packed_model(kind).train()
+    bounds = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    dense = [{k: v for k, v in batch.items() if k not in bounds} for batch in static_batches(model)]
+
+    after, breaks = frames_compiled(model, dense)
+
+    assert after == [1, 1, 1, 1, 1, 1]
+    assert breaks == {}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_a_compiled_model_is_not_compiled_again_for_other_documents(kind):
+    """On a CPU the attention itself, document by document, is left out of the graphs."""
+    model = packed_model(kind).train()
+
+    after, _ = frames_compiled(model, static_batches(model))
+
+    assert after[0] > 1
+    assert after[1:] == after[:1] * 5
+
+
+def test_a_run_goes_on_with_the_attention_that_its_model_fell_back_to(tmp_path, caplog):
+    settings = {"model_type": "codegen", "n_layer": 1, "n_head": 4, "n_embd": 32, "rotary_dim": 4}
+    tokenizer = {"name_or_path": save_folder(tmp_path / "tokenizer", tiny_model(), byte_tokenizer())}
+    changes = {"model": {"init": "scratch", "config": settings, "name_or_path": None}, "tokenizer": tokenizer}
+
+    result = train(build_recipe(tmp_path, [{"text": "abcdef"}] * 4, data={"packing": "best_fit"}, **changes))
+
+    assert result["status"] == "done"
+    assert caplog.messages == ["attention eager: CodeGen has an attention of its own"]
+
+
+@pytest.mark.parametrize("attention", ["packed", "eager"])
+def test_a_run_whose_model_reads_past_its_documents_does_not_begin(tmp_path, attention):
+    """Bloom has no positions, but a bias by distance, and makes its mask without them."""
+    settings = {"model_type": "bloom", "n_layer": 1, "n_head": 4, "hidden_size": 32}
+    tokenizer = {"name_or_path": save_folder(tmp_path / "tokenizer", tiny_model(), byte_tokenizer())}
+    model = {"init": "scratch", "config": settings, "name_or_path": None, "attention": attention}
+    records = [{"text": letters * 8} for letters in ("abc", "def", "ghi", "jkl")]
+    recipe = build_recipe(tmp_path, records, model=model, data={"packing": "best_fit"}, tokenizer=tokenizer)
+
+    with pytest.raises(
+        ModelError, match="with eager attention a packed row of BloomForCausalLM is not as its"
+    ):
+        train(recipe)

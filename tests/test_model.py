@@ -3,29 +3,32 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import EOS, IM_END, PAD, byte_tokenizer, save_folder, tiny_model
+from helpers import EOS, IM_END, PAD, X, byte_tokenizer, save_folder, tiny_model
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
     BertModel,
+    PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+from hf_clm.data.collators import DataCollatorForPackedCausalLM
 from hf_clm.errors import ExitCode, ModelError
 from hf_clm.model import (
     build_config,
-    check_attention,
+    check_packing,
     grow_embeddings,
     init_model,
     load_config,
     load_model,
     max_positions,
+    packing_fault,
 )
 from hf_clm.tokenizer import load_tokenizer, use_chat_template
 
@@ -319,16 +322,194 @@ def test_load_config_reads_a_folder_without_loading_its_weights(tmp_path):
     assert max_positions(load_config(folder)) == 77
 
 
-@pytest.mark.parametrize("kind", ["bloom", "codegen", "gptj"])
-def test_a_model_with_an_attention_of_its_own_does_not_take_the_packed_one(kind):
-    """It would go on with its own, and the documents of a packed row would see each other."""
-    config = AutoConfig.for_model(kind)
+SMALL = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+}
+OLD = {"n_layer": 2, "n_head": 4, "n_embd": 32, "rotary_dim": 4}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LFM2 = {"layer_types": ["conv", "full_attention"]}
+MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+FALLEN_BACK = {
+    "codegen": (OLD, "attention eager: CodeGen has an attention of its own"),
+    "stablelm": (SMALL, "attention sdpa: StableLm has an attention of its own"),
+    "gemma2": (SMALL, "attention eager: the packed attention does not compute this model's 'softcap'"),
+    "granite_swa": (SMALL, "attention eager: the packed attention does not compute this model's 's_aux'"),
+    "llama4_text": (
+        SMALL | EXPERTS | {"intermediate_size_mlp": 64},
+        "attention sdpa: Llama4 has layers of another kind, chunked_attention",
+    ),
+    "phimoe": (
+        SMALL | EXPERTS | {"sliding_window": 4},
+        "attention sdpa: Phimoe tells its window of 4 tokens to the mask only",
+    ),
+    "nemotron": (  # supports it by its class, and does not hand on what keeps documents apart
+        SMALL,
+        "attention sdpa: with packed attention a packed row of NemotronForCausalLM is not as its documents "
+        "alone",
+    ),
+}
+REFUSED = {
+    "bloom": (
+        {"n_layer": 2, "n_head": 4, "hidden_size": 32},
+        "a packed row of BloomForCausalLM is not as its",
+    ),
+    "gpt_oss": (
+        SMALL | EXPERTS,
+        "with eager attention a packed row of GptOssForCausalLM is not as its documents",
+    ),
+    "roberta": (
+        {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "is_decoder": True},
+        "a packed row of RobertaForCausalLM is not as its documents alone",
+    ),
+    "mamba": (MAMBA, "no mask keeps documents apart in layers of linear_attention"),
+    "lfm2": (SMALL | LFM2, "no mask keeps documents apart in layers of conv"),
+}
 
-    with pytest.raises(ModelError, match="this model has an attention of its own"):
-        check_attention(config, "packed")
-    check_attention(config, "eager")
+
+def new_model(kind: str, settings: dict[str, Any], **options) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return init_model(
+        build_config({"model_type": kind, **settings}, byte_tokenizer()), byte_tokenizer(), **options
+    )
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "qwen3", "llama", "mistral", "gemma", "phi", "opt"])
-def test_models_of_the_field_take_the_packed_attention(kind):
-    check_attention(AutoConfig.for_model(kind), "packed")
+@torch.no_grad()
+def leak(model: PreTrainedModel) -> float:
+    """How much a packed row differs from its documents alone, in parts of the largest logit."""
+    documents = [list(range(10, 22)), [99], list(range(40, 43))]
+    rows = [{"input_ids": ids, "labels": [X, *ids[1:]]} for ids in documents]
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.normal_(0, 0.2)
+    together = model(**DataCollatorForPackedCausalLM()(rows), use_cache=False).logits[0]
+    model.set_attn_implementation("eager")
+    alone = torch.cat([model(torch.tensor([ids]), use_cache=False).logits[0] for ids in documents])
+    return float((together - alone).abs().max() / alone.abs().max())
+
+
+@pytest.mark.parametrize("kind", FALLEN_BACK)
+def test_a_model_that_cannot_take_the_packed_attention_gets_another_which_is_said(kind, caplog):
+    settings, message = FALLEN_BACK[kind]
+
+    model = new_model(kind, settings)
+
+    assert caplog.messages == [message]
+    assert message.startswith(f"attention {model.config._attn_implementation}: ")
+    assert leak(model) < 1e-5
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_model_whose_documents_no_attention_keeps_apart_is_refused(kind):
+    settings, message = REFUSED[kind]
+
+    with pytest.raises(ModelError) as error:
+        new_model(kind, settings)
+
+    assert message in str(error.value)
+    assert str(error.value).startswith("model.attention: ")
+    assert "fix: set model.attention to " in str(error.value)
+    assert str(error.value).endswith(", and data.packing to none")
+
+
+def test_another_attention_that_is_asked_for_is_taken_as_it_is(caplog):
+    settings, _ = REFUSED["bloom"]
+
+    model = new_model("bloom", settings, attention="eager")
+
+    assert model.config._attn_implementation == "eager"
+    assert caplog.messages == []
+    with pytest.raises(ModelError, match="a packed row of BloomForCausalLM is not as its documents alone"):
+        check_packing(model)
+    assert leak(model) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
+def test_models_of_the_field_have_the_packed_attention_without_a_word(kind, tmp_path, caplog):
+    model = load_model(save_folder(tmp_path, tiny_model(kind), byte_tokenizer()), byte_tokenizer())
+
+    assert model.config._attn_implementation == "packed"
+    assert caplog.messages == []
+    assert leak(model) < 1e-5
+
+
+def test_a_saved_model_falls_back_as_a_new_one_does(tmp_path, caplog):
+    settings, message = FALLEN_BACK["stablelm"]
+    folder = save_folder(tmp_path, new_model("stablelm", settings, attention="sdpa"), byte_tokenizer())
+
+    model = load_model(folder, byte_tokenizer())
+
+    assert caplog.messages == [message]
+    assert leak(model) < 1e-5
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class Apart(LlamaForCausalLM):
+    config_class = OwnConfig
+
+class Mixing(LlamaForCausalLM):
+    config_class = OwnConfig
+    def forward(self, input_ids=None, position_ids=None, **kwargs):
+        return super().forward(input_ids=input_ids, **kwargs)
+
+class Narrow(LlamaForCausalLM):
+    config_class = OwnConfig
+    def forward(self, input_ids=None, attention_mask=None, labels=None, use_cache=None):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+"""
+
+
+def own_folder(folder: Path, name: str) -> str:
+    save_folder(folder, tiny_model("llama"), byte_tokenizer())
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": f"own.{name}"}
+    set_config(str(folder), model_type="own", auto_map=auto_map, architectures=[f"{name}ForCausalLM"])
+    (folder / "own.py").write_text(OWN_CODE)
+    return str(folder)
+
+
+def test_a_model_with_code_of_its_own_is_given_the_attention_of_transformers(tmp_path, caplog):
+    folder = own_folder(tmp_path / "apart", "Apart")
+
+    model = load_model(folder, byte_tokenizer(), trust_remote_code=True)
+
+    assert "attention sdpa: OwnConfig comes with code of its own" in caplog.messages
+    assert leak(model) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Mixing", "with sdpa attention a packed row of Mixing is not as its documents alone"),
+        ("Narrow", "Narrow does not take packed rows"),
+    ],
+)
+def test_a_model_that_ignores_positions_is_refused(tmp_path, name, message):
+    folder = own_folder(tmp_path / name, name)
+
+    assert refusal(folder, trust_remote_code=True) == (
+        f"model.attention: {message}; fix: set model.attention to sdpa, and data.packing to none"
+    )
+
+
+def test_looking_at_packed_rows_leaves_the_model_as_it_was():
+    model = tiny_model("llama").train()
+
+    assert packing_fault(model) == ""
+
+    assert model.training
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_of_weights_that_are_not_there_yet_nothing_is_said():
+    with torch.device("meta"):
+        model = tiny_model("llama")
+
+    assert packing_fault(model) == ""
