@@ -38,6 +38,7 @@ train:
   save_strategy: steps
   save_steps: 4
   use_cpu: true
+  bf16: false
 """
 BATCH, EVAL_BATCH = ["--per_device_train_batch_size"], ["--per_device_eval_batch_size"]
 FILES = {
