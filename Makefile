@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup sft pretrain generate test test-peers test-browser test-fast lint format clean
+.PHONY: help setup sft pretrain generate test test-peers test-browser bench-peers test-fast lint format clean
 
 VENV := .venv
 BIN = $(VENV)/bin
@@ -48,6 +48,9 @@ test: lint  ## Format, lint, types and all tests that need no GPU
 
 test-peers: $(VENV)/.setup-peers  ## Compare with TRL; installs it. ARGS="-k labels"
 	$(BIN)/python -m pytest -m peer $(ARGS)
+
+bench-peers: $(VENV)/.setup-peers  ## Compare speed, memory and loss with the Trainer and TRL on this CPU; 25 minutes. ARGS="--quick"
+	$(BIN)/python tests/benchmarks/peers.py $(ARGS)
 
 test-browser: $(VENV)/.setup-browser  ## The label inspector's page in headless Chromium; installs both. ARGS="-k phone"
 	@command -v chromium >/dev/null || { \

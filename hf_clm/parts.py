@@ -3,11 +3,12 @@
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     PretrainedConfig,
@@ -19,13 +20,16 @@ from transformers import (
 
 from hf_clm.attention import NAME as PACKED
 from hf_clm.config import Recipe, training_values
-from hf_clm.data.build import Examples, texts_of
-from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.data.build import AnyDataset, Examples, texts_of
+from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
+from hf_clm.data.packing import PackedDataset
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.hardware import bf16_instructions
 from hf_clm.model import build_config, init_model, load_config, load_model, max_positions
 from hf_clm.tokenizer import load_tokenizer, use_chat_template
 from hf_clm.train_tokenizer import train_bpe
+
+STATIC_TARGETS = 256  # the number of targets is rounded up to a multiple of it
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -145,13 +149,32 @@ def build_model(
 
 
 def build_collator(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, with_targets: bool = False
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    with_targets: bool = False,
+    static: StaticShape | None = None,
 ) -> Callable[..., dict[str, Any]]:
     """Rows laid one behind the other; padded only where nothing is packed and the attention is another."""
+    assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer gives it one"
     if recipe.resolved_packing == "none" and recipe.model.attention != PACKED:
-        assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer gives it one"
         return DataCollatorForCausalLM(tokenizer.pad_token_id)
-    return DataCollatorForPackedCausalLM(with_targets=with_targets)
+    options: dict[str, Any] = {"with_targets": with_targets, "static": static}
+    return DataCollatorForPackedCausalLM(**options, pad_token_id=tokenizer.pad_token_id)
+
+
+def static_shape(datasets: Sequence[AnyDataset], arguments: TrainingArguments) -> StaticShape:
+    """One shape that holds every batch of the datasets, so that torch.compile compiles once."""
+    rows = max(arguments.train_batch_size, arguments.eval_batch_size)
+    longest, documents = 1, rows
+    for dataset in datasets:
+        if isinstance(dataset, PackedDataset):
+            fullest = np.sort(np.diff(dataset.pieces.offsets))[-rows:]
+            longest, documents = max(longest, dataset.max_length), max(documents, int(fullest.sum()))
+        else:
+            longest = max(longest, int(dataset.rows.lengths.max()))
+    # every process may have rows of one token that only fill up
+    return StaticShape(rows * longest, documents + rows, longest, targets_multiple=STATIC_TARGETS)
 
 
 def _named_config(recipe: Recipe) -> PretrainedConfig:

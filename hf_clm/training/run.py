@@ -32,6 +32,7 @@ from hf_clm.parts import (
     build_model_config,
     build_tokenizer,
     resolve,
+    static_shape,
     training_arguments,
 )
 from hf_clm.training.callbacks import MetricsCallback, ProgressCallback, SamplesCallback, write_line
@@ -93,10 +94,12 @@ def build_trainer(
     """The Trainer over the packed rows; without an eval set it evaluates on some of the training rows."""
     train_split, eval_split = splits["train"], splits.get("eval")
     some = torch.utils.data.Subset(train_split.dataset, range(min(EVALUATED_ROWS, len(train_split.dataset))))
+    datasets = [split.dataset for split in splits.values()]
+    static = static_shape(datasets, arguments) if arguments.torch_compile else None
     trainer = CLMTrainer(
         model=model,
         args=arguments,
-        data_collator=build_collator(recipe, tokenizer, with_targets=takes_targets(model)),
+        data_collator=build_collator(recipe, tokenizer, with_targets=takes_targets(model), static=static),
         train_dataset=train_split.dataset,
         eval_dataset=eval_split.dataset if eval_split else some,
         processing_class=tokenizer,

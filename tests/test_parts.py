@@ -1,0 +1,74 @@
+"""The parts of a run: what the recipe leaves to the machine, and one shape for a compiled model."""
+
+import pytest
+import torch
+from helpers import build_recipe, byte_tokenizer
+from transformers import TrainingArguments
+
+from hf_clm.data.collators import DataCollatorForPackedCausalLM, StaticShape
+from hf_clm.data.datasets import SFTDataset
+from hf_clm.data.packing import PackedDataset
+from hf_clm.parts import static_shape, training_arguments
+from hf_clm.schema import TextExample
+from hf_clm.training.run import train
+
+ROWS = [
+    {"text": "to be or not to be"},
+    {"text": "that is the question"},
+    {"text": "whether"},
+    {"text": "it is"},
+]
+
+
+@pytest.mark.parametrize(
+    ("instructions", "given", "expected"),
+    [
+        ("avx512_bf16", {}, True),
+        ("", {}, False),
+        ("avx512_bf16", {"bf16": False}, False),
+        ("avx512_bf16", {"fp16": True}, False),
+        ("", {"bf16": True}, True),
+    ],
+)
+def test_bfloat16_is_the_default_where_the_cpu_has_it(tmp_path, monkeypatch, instructions, given, expected):
+    monkeypatch.setattr("hf_clm.parts.bf16_instructions", lambda: instructions)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    recipe = build_recipe(tmp_path, ROWS, stage="pretrain")
+    values = {key: value for key, value in recipe.train.items() if key != "bf16"}
+
+    arguments = training_arguments(recipe.model_copy(update={"train": values | given}))
+
+    assert arguments.bf16 is expected
+
+
+def test_one_shape_holds_the_fullest_batch(tmp_path):
+    texts = ["a", "b", "c", "d", "eeeeeee", "ffffffff"]  # with the stop token 2, 2, 2, 2, 8 and 9 tokens
+    dataset = SFTDataset([TextExample(text) for text in texts], byte_tokenizer())
+    packed = PackedDataset(dataset, max_length=10)
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, per_device_train_batch_size=2, per_device_eval_batch_size=1
+    )
+
+    shape = static_shape([packed], arguments)
+
+    assert sorted(map(len, packed.pieces)) == [1, 2, 3]  # 9; 8 + 2; 2 + 2 + 2
+    assert shape == StaticShape(tokens=20, documents=7, max_length=10, targets_multiple=256)
+    batch = DataCollatorForPackedCausalLM(with_targets=True, static=shape)([packed[0], packed[1]])
+    assert batch["input_ids"].shape == (1, 20)
+    assert static_shape([dataset], arguments) == StaticShape(18, 4, 9, targets_multiple=256)
+
+
+def test_a_compiled_run_learns_what_a_plain_one_does(tmp_path):
+    losses = []
+    for name in ("plain", "compiled"):
+        folder = tmp_path / name
+        folder.mkdir()
+        compiled = {"torch_compile": name == "compiled", "torch_compile_backend": "aot_eager"}
+        settings = {"max_steps": 3, **(compiled if name == "compiled" else {})}
+        result = train(
+            build_recipe(folder, ROWS, stage="pretrain", data={"packing": "best_fit"}, train=settings)
+        )
+        losses.append((result["loss_before"], result["loss_after"]))
+
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][1] < losses[0][0]
