@@ -55,7 +55,7 @@ def packed_attention(
             fix='use hf_clm.generate, or call model.set_attn_implementation("sdpa") first',
         )
     if bounds is None:
-        return _causal(states, **options).transpose(1, 2), None
+        return _causal(states, **options).transpose(1, 2).contiguous(), None
     dtype = _compute_dtype(query)
     if query.is_cuda and not options["dropout"] and dtype != torch.float32:
         states = tuple(part.to(dtype) for part in states)  # rotary embeddings give float32 under autocast
@@ -63,7 +63,7 @@ def packed_attention(
         return _varlen(
             states, bounds, longest=longest, scale=options["scale"], window=options["window"]
         ), None
-    return _document_by_document(states, bounds, options=options).to(dtype).transpose(1, 2), None
+    return _document_by_document(states, bounds, options=options).to(dtype), None
 
 
 def use_for_generation(model: PreTrainedModel) -> None:
@@ -78,10 +78,11 @@ def use_for_training(model: PreTrainedModel, attention: str) -> None:
         model.set_attn_implementation(attention)
 
 
+@torch.compiler.disable  # else a graph is compiled for the lengths of every batch
 def _document_by_document(
     states: Sequence[torch.Tensor], bounds: torch.Tensor, *, options: dict[str, Any]
 ) -> torch.Tensor:
-    """(1, H, T, E), one call of SDPA a document; on a CPU in float32, as its bfloat16 kernel is slower."""
+    """(1, T, H, E), one call of SDPA a document; on a CPU in float32, as its bfloat16 kernel is slower."""
     device = states[0].device
     if device.type == "cpu":
         states = [part.float() for part in states]
@@ -90,7 +91,7 @@ def _document_by_document(
     documents = zip(*(part.split(lengths, dim=2) for part in states), strict=True)
     autocasts = torch.is_autocast_enabled(device.type) and device.type != "cpu"
     with torch.autocast(device.type, enabled=autocasts):
-        return torch.cat([_causal(document, **options) for document in documents], dim=2)
+        return torch.cat([_causal(document, **options).transpose(1, 2) for document in documents], dim=1)
 
 
 def _causal(

@@ -98,8 +98,13 @@ def settle_attention(model: PreTrainedModel, reason: str = "") -> None:
     Logs what it has in place of the packed attention; ``reason``: why it was not loaded with that. Raises
     ModelError as ``check_packing``.
     """
-    if not reason and (reason := packing_fault(model)):
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    if not reason:
+        try:
+            reason, other = packing_fault(model), "sdpa" if model._supports_sdpa else "eager"
+        except ModelError as error:  # caps or sinks: sdpa leaves them out, without a word
+            reason, other = error.what, "eager"
+        if reason:
+            model.set_attn_implementation(other)
     if reason:
         LOGGER.warning("attention %s: %s", model.config._attn_implementation, reason)
         check_packing(model)
@@ -116,7 +121,8 @@ def check_packing(model: PreTrainedModel) -> None:
 def packing_fault(model: PreTrainedModel) -> str:
     """What is wrong with packed rows under the model's attention; empty if each document is as if alone.
 
-    Runs the model on 8 tokens, together and apart. Finds nothing where the weights are not there yet.
+    Runs the model on 8 tokens, together and apart. Finds nothing where the weights are not there yet. Raises
+    ModelError as the packed attention does.
     """
     takes = inspect.signature(model.forward).parameters
     if "cu_seq_lens_q" not in takes and all(part.kind != part.VAR_KEYWORD for part in takes.values()):
@@ -130,8 +136,6 @@ def packing_fault(model: PreTrainedModel) -> str:
     try:
         with torch.device(model.device):
             together, alone = _together_and_alone(model)
-    except ModelError as error:  # of the packed attention
-        return error.what
     finally:
         model.train(was_training)
     difference = float((together - alone).abs().max() / alone.abs().max())

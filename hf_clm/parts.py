@@ -25,7 +25,7 @@ from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPacked
 from hf_clm.data.packing import PackedDataset
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.hardware import bf16_instructions
-from hf_clm.model import build_config, init_model, load_config, load_model, max_positions
+from hf_clm.model import build_config, check_packing, init_model, load_config, load_model, max_positions
 from hf_clm.tokenizer import load_tokenizer, use_chat_template
 from hf_clm.train_tokenizer import train_bpe
 
@@ -135,17 +135,21 @@ def build_model(
     section = recipe.model
     if section.init == "scratch":
         set_seed(seed)
-        return init_model(config, tokenizer, dtype=section.dtype, attention=section.attention)
-    assert section.name_or_path is not None, "config.py requires it"
-    return load_model(
-        section.name_or_path,
-        tokenizer,
-        dtype=section.dtype,
-        attention=section.attention,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-        allow_bin=section.allow_bin,
-    )
+        model = init_model(config, tokenizer, dtype=section.dtype, attention=section.attention)
+    else:
+        assert section.name_or_path is not None, "config.py requires it"
+        model = load_model(
+            section.name_or_path,
+            tokenizer,
+            dtype=section.dtype,
+            attention=section.attention,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            allow_bin=section.allow_bin,
+        )
+    if recipe.resolved_packing != "none" and section.attention != PACKED:  # else load_model has looked
+        check_packing(model)
+    return model
 
 
 def build_collator(

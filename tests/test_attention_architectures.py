@@ -49,6 +49,7 @@ CONFIGS = {
         **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "first_k_dense_replace": 2},
     },
     "qwen3_moe": EXPERTS,
+    "jetmoe": {**SIZES, "kv_channels": 8, "num_local_experts": 2, "num_experts_per_tok": 2},  # takes views
 }
 every_architecture = pytest.mark.parametrize("kind", CONFIGS)
 

@@ -25,7 +25,7 @@ data:
   train_on: last_turn
   special_tokens_in_text: allow
 doctor: {round_trip: "off", self_test: false}
-train: {output_dir: run, max_steps: 1, use_cpu: true, save_strategy: "no"}
+train: {output_dir: run, max_steps: 1, use_cpu: true, bf16: false, save_strategy: "no"}
 """
 
 
