@@ -49,9 +49,6 @@ test: lint  ## Format, lint, types and all tests that need no GPU
 test-peers: $(VENV)/.setup-peers  ## Compare with TRL; installs it. ARGS="-k labels"
 	$(BIN)/python -m pytest -m peer $(ARGS)
 
-bench-peers: $(VENV)/.setup-peers  ## Compare speed, memory and loss with the Trainer and TRL on this CPU; 25 minutes. ARGS="--quick"
-	$(BIN)/python tests/benchmarks/peers.py $(ARGS)
-
 test-browser: $(VENV)/.setup-browser  ## The label inspector's page in headless Chromium; installs both. ARGS="-k phone"
 	@command -v chromium >/dev/null || { \
 	    root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
@@ -59,6 +56,9 @@ test-browser: $(VENV)/.setup-browser  ## The label inspector's page in headless 
 	        || { echo 'error: found no chromium; fix: install it, on Debian with sudo apt-get install chromium' >&2; exit 6; }; \
 	    $$root apt-get update && $$root apt-get install -y --no-install-recommends chromium; }
 	$(BIN)/python -m pytest -m browser $(ARGS)
+
+bench-peers: $(VENV)/.setup-peers  ## Compare speed, memory and loss with the Trainer and TRL on this CPU; 25 minutes. ARGS="--quick"
+	$(BIN)/python tests/benchmarks/peers.py $(ARGS)
 
 test-fast: $(READY)  ## The tests that take seconds. ARGS="-k labels"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not peer and not gpu and not browser' $(ARGS)

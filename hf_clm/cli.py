@@ -187,6 +187,24 @@ def run_evaluate(words: list[str]) -> None:
         print(f"{key:<16} {value:,}" if isinstance(value, int) else f"{key:<16} {value:.4f}")
 
 
+def run_bench(words: list[str]) -> None:
+    """RECIPE [--key value ...]: measure the speed of a recipe on this machine; nothing it trains is kept"""
+    parser = _Parser("hf-clm bench")
+    parser.add_argument("recipe")
+    parser.add_argument("--steps", type=_at_least(5), default=30, help="to measure (%(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    options, overrides = parser.parse_known_args(words)
+    from hf_clm.bench.command import bench, writable
+    from hf_clm.config import load_recipe
+
+    recipe = load_recipe(options.recipe, overrides)
+    path = writable(options.json) if options.json else None
+    found = bench(recipe, steps=options.steps, say=lambda line: print(line, flush=True))
+    print("\n".join(found.to_lines()))
+    if path:
+        path.write_text(json.dumps(found.to_json(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
 def run_train_tokenizer(words: list[str]) -> None:
     """DATA... --output_dir FOLDER: train a byte-level BPE tokenizer"""
     parser = _Parser("hf-clm train-tokenizer")
@@ -219,6 +237,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "doctor": run_doctor,
     "generate": run_generate,
     "evaluate": run_evaluate,
+    "bench": run_bench,
     "train-tokenizer": run_train_tokenizer,
 }
 

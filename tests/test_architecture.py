@@ -47,6 +47,8 @@ CALLED_BY_OTHERS = {
     "hf_clm.training.trainer:EpochCallback.on_epoch_begin",
     "hf_clm.training.trainer:EpochCallback.on_step_end",
     "hf_clm.training.trainer:CLMTrainer.training_step",
+    "hf_clm.bench.measure:WindowCallback.on_log",
+    "hf_clm.bench.measure:WindowCallback.on_step_end",
     "hf_clm.training.callbacks:MetricsCallback.on_log",
     "hf_clm.training.callbacks:MetricsCallback.on_train_begin",
     "hf_clm.training.callbacks:ProgressCallback.on_log",

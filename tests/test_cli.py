@@ -121,7 +121,7 @@ def test_help_of_another_command_lists_its_options(name, option, capsys):
 
 
 def test_these_are_all_the_commands():
-    assert " ".join(COMMANDS) == "train prepare config inspect doctor generate evaluate train-tokenizer"
+    assert " ".join(COMMANDS) == "train prepare config inspect doctor generate evaluate bench train-tokenizer"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_these_are_all_the_commands():
     [
         (
             ["trian"],
-            "no such command; got 'trian'; fix: one of train, prepare, config, inspect, doctor, generate, evaluate, ",
+            "no such command; got 'trian'; fix: one of train, prepare, config, inspect, doctor, generate, ",
         ),
         (["trian"], "did you mean 'train'?"),
         (["train"], "hf-clm train: needs a recipe; fix: hf-clm train RECIPE [--key value ...]"),

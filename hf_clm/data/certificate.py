@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.data.datasets import TokenizedRows
+from hf_clm.data.datasets import TokenizedRows, rare_collection
 from hf_clm.errors import DataError
 from hf_clm.schema import ChatExample, Example, PromptExample, SegmentsExample, TextExample, TokenizedExample
 from hf_clm.tokenizer import bos_token, control_pattern, control_tokens
@@ -110,6 +110,7 @@ class LabelOptions:
     stop_ids: tuple[int, ...] = ()
 
 
+@rare_collection()
 def certify(
     rows: TokenizedRows,
     examples: Sequence[AnyExample],

@@ -1,9 +1,11 @@
 """Datasets over a few rows: what is kept of each, in literals; a byte is its own id."""
 
+import gc
+
 import pytest
 from helpers import EOS, IM_END, X, byte_tokenizer, sentencepiece_tokenizer
 
-from hf_clm.data.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.datasets import PretrainDataset, SFTDataset, rare_collection
 from hf_clm.data.labels import Fate, count_targets, encode_texts, tokenize_segments
 from hf_clm.data.segments import control_texts, to_document, to_segments
 from hf_clm.errors import DataError
@@ -230,6 +232,16 @@ def test_rows_of_a_batch_are_tokenized_as_each_alone_without_the_search_of_the_b
     assert sum(dataset.rows.control_texts.values()) == sum(
         len(control_texts(example, tokenizer)) for example in documents
     )
+
+
+def test_garbage_is_collected_as_before_after_an_error():
+    before = gc.get_threshold()
+
+    with pytest.raises(DataError), rare_collection():
+        assert gc.get_threshold()[0] == 50_000
+        raise DataError("no")
+
+    assert gc.get_threshold() == before
 
 
 def test_ids_are_those_of_the_tokenizers_own_call():

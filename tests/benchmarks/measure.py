@@ -1,0 +1,231 @@
+"""One arm in a process of its own: its speed, or its loss. Called by the driver; the result is plain data."""
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from arms import Arm, Job, build_trainer
+from cases import IGNORE, Case, build_config, build_rows
+
+THREADS = (2, 1)  # of the two windows of a run
+WARM_UP_STEPS = 2
+HELD_OUT_ROWS = 24
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a child does. ``seconds``: the least that a window lasts. ``seed``: of the order of the rows."""
+
+    case: Case
+    arm: Arm
+    precision: str
+    seed: int = 0
+    seconds: float = 1.5
+
+
+@dataclass
+class Counter:
+    """Real and target tokens that went through the model, whatever the collator made of them."""
+
+    tokens: int = 0
+    targets: int = 0
+
+    def count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the model."""
+        mask, shifted = kwargs.get("attention_mask"), kwargs.get("shift_labels")
+        self.tokens += kwargs["input_ids"].numel() if mask is None else int(mask.sum())
+        labels = kwargs["labels"][:, 1:] if shifted is None else shifted
+        self.targets += int((labels != IGNORE).sum())
+
+
+@dataclass
+class Moment:
+    """The clocks and the counters at the end of a step."""
+
+    wall: float
+    cpu: float
+    tokens: int
+    targets: int
+    step: int
+
+
+@dataclass
+class Window:
+    """What happened between two moments."""
+
+    start: Moment
+    end: Moment
+
+    def figures(self, threads: int) -> dict[str, float]:
+        """Tokens a second; a CPU second counts every thread of the process."""
+        start, end = self.start, self.end
+        steps, tokens = end.step - start.step, end.tokens - start.tokens
+        return {
+            "threads": threads,
+            "steps": steps,
+            "tokens_per_second": tokens / (end.wall - start.wall),
+            "tokens_per_cpu_second": tokens / (end.cpu - start.cpu),
+            "target_tokens_per_second": (end.targets - start.targets) / (end.wall - start.wall),
+            "step_seconds": (end.wall - start.wall) / steps,
+            "tokens_per_step": tokens / steps,
+        }
+
+
+@dataclass
+class Clock:
+    """Ends a run after one window for each number of threads."""
+
+    task: Task
+    counter: Counter
+    windows: list[Window] = field(default_factory=list)
+    start: Moment | None = None
+
+    def step_ended(self, step: int) -> bool:
+        """True where all windows are full."""
+        import torch
+
+        now = Moment(
+            time.perf_counter(), time.process_time(), self.counter.tokens, self.counter.targets, step
+        )
+        if self.start is None:
+            self.start = now if step == WARM_UP_STEPS else None
+            return False
+        is_long = now.wall - self.start.wall >= self.task.seconds
+        if is_long and (step - self.start.step) % self.task.case.steps == 0:
+            self.windows.append(Window(self.start, now))
+            self.start = now
+            if len(self.windows) < len(THREADS):
+                torch.set_num_threads(THREADS[len(self.windows)])
+        return len(self.windows) == len(THREADS)
+
+
+def measure_speed(task: Task) -> dict[str, Any]:
+    """Tokens a second on two threads and on one, and the peak of the memory."""
+    import torch
+
+    torch.set_num_threads(THREADS[0])
+    at_start = _resident_bytes()
+    counter = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        values = {"seed": task.seed, "max_steps": 100_000, "logging_steps": 10}
+        job = Job(task.case, build_rows(task.case), task.precision, Path(folder), values, sampled=True)
+        trainer = build_trainer(task.arm, job)
+        trainer.model.register_forward_pre_hook(counter.count, with_kwargs=True)
+        clock = Clock(task, counter)
+        trainer.add_callback(_at_step_end(clock.step_ended))
+        trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    windows = [window.figures(threads) for window, threads in zip(clock.windows, THREADS, strict=True)]
+    return {
+        "windows": windows,
+        "peak_bytes": peak,
+        "peak_above_imports_bytes": peak - at_start,
+        "first_losses": logged[:1],
+        "bf16": trainer.args.bf16,
+    }
+
+
+def measure_loss(task: Task) -> dict[str, Any]:
+    """The mean loss of a target token with weights that stand still, and what an epoch of learning gives."""
+    import torch
+
+    torch.set_num_threads(1)
+    rows = build_rows(task.case)
+    seen, learned = Counter(), Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        values = {"seed": task.seed, "num_train_epochs": 1, "logging_steps": 1}
+        job = Job(task.case, rows[:-HELD_OUT_ROWS], task.precision, Path(folder), values)
+        still = _epoch_loss(task, job, seen, values={"learning_rate": 0.0})
+        moving = _epoch_loss(task, job, learned, values={})
+        held_out = _loss_alone(moving[1].model, rows[-HELD_OUT_ROWS:])
+    return {
+        "tokens": seen.tokens,
+        "target_tokens": seen.targets,
+        "still_loss": still[0],
+        "epoch_loss": moving[0],
+        "steps": moving[1].state.global_step,
+        "bf16": moving[1].args.bf16,
+        "held_out_loss": held_out,
+    }
+
+
+def measure_alone(task: Task) -> dict[str, Any]:
+    """What ``still_loss`` must be: each row alone through the untrained model, without any Trainer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = build_rows(task.case)[:-HELD_OUT_ROWS]
+    model = AutoModelForCausalLM.from_config(build_config(task.case))
+    return {
+        "tokens": sum(len(row["input_ids"]) for row in rows),
+        "target_tokens": sum(label != IGNORE for row in rows for label in row["labels"]),
+        "still_loss": _loss_alone(model, rows),
+    }
+
+
+def _epoch_loss(task: Task, job: Job, counter: Counter, *, values: dict[str, Any]) -> tuple[float, Any]:
+    """The mean over the target tokens of an epoch, from the losses that the Trainer logs of its steps."""
+    trainer = build_trainer(task.arm, Job(**vars(job) | {"values": job.values | values}))
+    hook = trainer.model.register_forward_pre_hook(counter.count, with_kwargs=True)
+    targets = [0]
+    trainer.add_callback(_at_step_end(lambda step: targets.append(counter.targets)))
+    trainer.train()
+    hook.remove()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    total = sum(loss * (end - start) for loss, (start, end) in zip(losses, pairwise(targets), strict=True))
+    return total / counter.targets, trainer
+
+
+def _loss_alone(model: Any, rows: Any) -> float:
+    """The mean over the target tokens of rows that are run alone, by the model's own loss."""
+    import torch
+
+    model.eval()
+    model.set_attn_implementation("eager")
+    total, targets = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            ids, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            total += float(torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum"))
+            targets += int((labels[:, 1:] != IGNORE).sum())
+    return total / targets
+
+
+def _at_step_end(action: Callable[[int], bool | None]) -> Any:
+    """A callback; training stops where the action returns True."""
+    from transformers import TrainerCallback
+
+    class AtStepEnd(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop |= bool(action(state.global_step))
+
+    return AtStepEnd()
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize()
+
+
+def run_child(measure: Any, task: Task, path: str) -> None:
+    """Runs in the child: what it prints goes to ``path``, its last line is the result as JSON."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
+    warnings.simplefilter("ignore")
+    result = measure(task)
+    print(json.dumps(result), flush=True)

@@ -1,0 +1,223 @@
+"""``hf-clm bench``: the search for the fastest micro-batch, what is printed, measured and left behind."""
+
+import json
+import pickle
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import build_recipe, tiny_model
+
+from hf_clm.bench import command, measure
+from hf_clm.bench.command import bench, find_fastest, with_values
+from hf_clm.bench.results import Bench, Start, Task, Trial, start_lines, to_flops
+from hf_clm.cli import main
+from hf_clm.config import recipe_to_yaml
+from hf_clm.errors import DataError, EnvironmentFault
+from hf_clm.flops import count_flops
+
+# "ask\n" and "answer" with the end token: 4 + 7 tokens, of which 7 are learned.
+RECORDS = [{"prompt": "ask\n", "completion": "answer"}] * 8
+START = Start(
+    device="1 x cpu with 2 threads, float32 weights",
+    precision="bfloat16",
+    roofline={"float32": 1e11, "bfloat16": 4e11},
+    nominal=None,
+    micro_batch=4,
+    accumulation=2,
+    examples=1000,
+    rows=90,
+    tokens=90_000,
+    target_tokens=30_000,
+    fill=0.985,
+    text_bytes=4_000_000,
+    collate_seconds=25e-6,
+    rows_per_second=12_000,
+    seconds={"import": 3.0, "read": 0.5, "tokenize": 2.0, "first step": 0.25},
+    versions={"torch": "2.13.0"},
+)
+
+
+def trial(rows: int, speed: float, **changes) -> Trial:
+    figures = {"tokens_per_second": speed, "target_tokens_per_second": speed / 3, "flops_per_second": 1e11}
+    return Trial(rows, max(1, 8 // rows), step_seconds=0.5, peak_bytes=2**30, **(figures | changes))
+
+
+def attempts(speeds: dict[int, float], **changes) -> Callable[[int], Trial]:
+    """A speed of 0 is a micro-batch that does not fit; rows that are not named must not be tried."""
+    return lambda rows: trial(rows, speeds[rows], **changes) if speeds[rows] else Trial(rows, 1, "too large")
+
+
+@pytest.mark.parametrize(
+    ("speeds", "first", "most", "tried", "stopped"),
+    [
+        ({4: 10, 8: 20, 16: 20.5}, 4, 99, [4, 8, 16], "16 rows at once are not faster than 8"),
+        ({4: 10, 8: 10, 2: 12, 1: 11}, 4, 99, [4, 8, 2, 1], "8 rows at once are not faster than 4"),
+        ({4: 10, 8: 0, 2: 9}, 4, 99, [4, 8, 2], "8 rows at once: too large"),
+        ({4: 0, 2: 0, 1: 5}, 4, 99, [4, 2, 1], "4 rows at once: too large"),
+        ({4: 10, 8: 20}, 4, 15, [4, 8], "the data are 15 rows"),
+        ({1: 10, 2: 5}, 1, 99, [1, 2], "2 rows at once are not faster than 1"),
+    ],
+)
+def test_more_rows_at_once_are_tried_while_that_is_faster_and_else_fewer(speeds, first, most, tried, stopped):
+    trials, why = find_fastest(attempts(speeds), first, most=most)
+
+    assert [one.rows for one in trials] == tried
+    assert why == stopped
+
+
+def test_rows_that_might_not_fit_into_the_memory_of_the_machine_are_not_tried():
+    """A peak of 1 GiB, 1.9 GiB free: twice the rows may take 2."""
+    trials, why = find_fastest(attempts({1: 10}, limit_bytes=int(1.9 * 2**30)), 1, most=99)
+
+    assert [one.rows for one in trials] == [1]
+    assert why == "2 rows at once might not fit into the memory"
+
+
+def test_the_report_names_the_fastest_by_more_than_the_noise():
+    found = Bench("r.yaml", START, [trial(4, 1000), trial(8, 1500), trial(16, 0, failure="out of memory")])
+
+    assert found.fastest.rows == 8
+    assert Bench("r.yaml", START, [trial(4, 1000), trial(2, 1020)]).fastest.rows == 4
+    assert found.to_json()["trials"][0]["mfu"] == {"measured": 0.25, "nominal": None}
+    assert found.to_json()["start"]["tokenize_bytes_per_second"] == 2e6
+    assert found.to_lines()[1:5] == [
+        "rows at once  rows a step  s a step  tokens/s  targets/s  per second    MFU  peak MiB",
+        "           4            8     0.500     1,000        333   100 GFLOP  25.0%     1,024",
+        "           8            8     0.500     1,500        500   100 GFLOP  25.0%     1,024",
+        "          16  out of memory",
+    ]
+    assert (
+        "fastest   --per_device_train_batch_size 8 --gradient_accumulation_steps 1 (1.50x)"
+        in found.to_lines()
+    )
+
+
+def test_the_start_is_shown_part_by_part():
+    assert start_lines(START) == [
+        "device    1 x cpu with 2 threads, float32 weights",
+        "peak      100 GFLOP/s in float32, 400 GFLOP/s in bfloat16",
+        "data      1,000 examples, 90,000 tokens (30,000 targets) in 90 rows, 98.5% full",
+        "input     tokenize 2.00 MB/s, collate 25 us a batch, 12,000 rows/s",
+        "start     5.8 s: import 3.00, read 0.50, tokenize 2.00, first step 0.25",
+    ]
+    assert [to_flops(count) for count in (1.5e9, 4.1e11, 9.89e14)] == ["1.5 GFLOP", "410 GFLOP", "989 TFLOP"]
+
+
+@pytest.fixture
+def quiet(tmp_path, monkeypatch):
+    """A recipe of 8 rows, 2 at once, as the bench gives it to a child; the process keeps its settings."""
+    monkeypatch.setattr(measure, "settle_cpu", lambda processes: None)
+    monkeypatch.setattr(measure, "PEAK_SECONDS", 0.05)
+    monkeypatch.setattr(measure, "INPUT_SECONDS", 0.05)
+    recipe = build_recipe(tmp_path, RECORDS, data={"cache_dir": str(tmp_path / "kept")})
+    return with_values(recipe, command.QUIET | {"output_dir": str(tmp_path / "run")})
+
+
+def test_the_start_of_a_run_is_measured_in_parts_and_its_data_are_kept_for_the_trials(quiet, tmp_path):
+    start = measure.measure_start(Task(quiet, 0, time.time() - 2.0))
+
+    assert (start.examples, start.rows, start.tokens, start.target_tokens) == (8, 8, 88, 56)
+    assert (start.micro_batch, start.accumulation, start.fill, start.text_bytes) == (2, 1, None, 80)
+    assert list(start.seconds) == [
+        *("import", "read", "tokenizer", "tokenize", "pack", "prove", "keep"),
+        *("load model", "test model", "first step"),
+    ]
+    assert start.seconds["import"] > 2.0 and min(start.seconds.values()) >= 0
+    assert list(start.roofline) == [start.precision] == ["float32"]
+    assert start.roofline["float32"] > 1e8 and start.rows_per_second > 100
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
+def test_a_trial_counts_tokens_targets_and_flop_of_a_step(quiet):
+    result = measure.measure_speed(Task(quiet, 5, time.time()))
+
+    assert (result.rows, result.accumulation, result.failure) == (2, 1, "")
+    assert result.target_tokens_per_second / result.tokens_per_second == pytest.approx(7 / 11)
+    assert result.step_seconds * result.tokens_per_second == pytest.approx(22)
+    flops = count_flops(tiny_model()).of(tokens=11, targets=7, pairs=66) / 11  # the head at the targets only
+    assert result.flops_per_second / result.tokens_per_second == pytest.approx(flops)
+    assert result.peak_bytes > 2**20 and result.limit_bytes is not None
+
+
+def test_the_command_measures_and_leaves_nothing_but_its_json(tmp_path, monkeypatch, capsys):
+    """A token budget is one micro-batch: two children."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    data, train = {"tokens_per_batch": 33, "max_length": 32}, {"per_device_train_batch_size": 1}
+    recipe = build_recipe(tmp_path, RECORDS, data=data, train=train)
+    (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    before = {path.name for path in tmp_path.iterdir()}
+    capsys.readouterr()
+
+    code = main(["bench", str(tmp_path / "recipe.yaml"), "--steps", "5", "--json", str(tmp_path / "b.json")])
+
+    shown = capsys.readouterr()
+    assert (code, shown.err) == (0, "")
+    assert "(56 targets) in 3 rows, 88.9% full" in shown.out
+    assert "data.tokens_per_batch decides the micro-batch" in shown.out
+    assert {path.name for path in tmp_path.iterdir()} - before == {"b.json"}
+    assert list((tmp_path / "temporary").iterdir()) == []
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert [one["rows"] for one in found["trials"]] == [1]
+    assert found["start"]["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("code", "stderr", "error"),
+    [
+        (-9, b"", EnvironmentFault),
+        (1, b"torch.OutOfMemoryError: CUDA out of memory.", EnvironmentFault),
+        (1, b"ZeroDivisionError", RuntimeError),
+    ],
+)
+def test_a_child_that_ends_without_a_result_ran_out_of_memory_or_is_a_bug(
+    tmp_path, monkeypatch, code, stderr, error
+):
+    monkeypatch.setattr(
+        subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, code, b"", stderr)
+    )
+
+    with pytest.raises(error):
+        bench(build_recipe(tmp_path, RECORDS), steps=5, say=print)
+
+
+def test_what_a_user_can_fix_comes_out_of_the_child_whole(tmp_path, monkeypatch):
+    wrong = DataError("no such file", where="rows.jsonl", fix="name one that is there")
+
+    def run(words, **_):
+        with open(words[-1], "wb") as file:
+            pickle.dump(wrong, file)
+        return subprocess.CompletedProcess(words, 0, b"", b"")
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+    with pytest.raises(
+        DataError, match=r"^rows\.jsonl: no such file; fix: name one that is there$"
+    ) as caught:
+        bench(build_recipe(tmp_path, RECORDS), steps=5, say=print)
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "said"),
+    [
+        (["--json", "missing/b.json"], {}, "--json: cannot be written; got missing/b.json"),
+        (["--steps", "1"], {}, "expected 5 or more, got 1"),
+        ([], {"WORLD_SIZE": "2"}, "bench measures one process"),
+    ],
+)
+def test_a_wrong_call_is_refused_before_anything_is_measured(
+    tmp_path, monkeypatch, capsys, words, environment, said
+):
+    monkeypatch.setattr(subprocess, "run", None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_to_yaml(build_recipe(tmp_path, RECORDS)))
+
+    assert main(["bench", str(path), *words]) == 2
+    assert said in capsys.readouterr().err
