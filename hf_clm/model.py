@@ -151,11 +151,13 @@ def _kinds_of_layers(config: PretrainedConfig) -> set[str]:
 
 def _together_and_alone(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits (1, 8, vocabulary) of two documents in one row, and of each in a row of its own."""
-    size = model.config.get_text_config().vocab_size
-    documents = [torch.arange(first, first + length)[None] % size for first, length in ((1, 5), (11, 3))]
+    text = model.config.get_text_config()
+    # a pad token at either end of a row makes GPT-2 warn of padding
+    tokens = torch.tensor([token for token in range(9) if token != text.pad_token_id][:8]) % text.vocab_size
+    documents = tokens[None].split([5, 3], dim=1)
     bounds = torch.tensor([0, 5, 8], dtype=torch.int32)
     row = {
-        "input_ids": torch.cat(documents, dim=1),
+        "input_ids": tokens[None],
         "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]]),
         **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 5, "max_length_k": 5},
     }
