@@ -52,9 +52,11 @@ def data_faults(recipe: Any) -> Iterator[Fault]:
     if recipe.train.get("use_liger_kernel"):
         what = "train.use_liger_kernel gives no logits, of which the token accuracy is counted"
         yield Fault("train.use_liger_kernel", what, fix="leave it out")
-    if recipe.train.get("neftune_noise_alpha") and recipe.resolved_packing != "none":
+    is_flat = recipe.resolved_packing != "none" or recipe.model.attention == "packed"
+    if recipe.train.get("neftune_noise_alpha") and is_flat:
         what = "train.neftune_noise_alpha is scaled by the length of a row, and packed rows hold many texts"
-        yield Fault("train.neftune_noise_alpha", what, fix="set data.packing to none, or leave it out")
+        fix = "set data.packing to none and model.attention to sdpa, or leave it out"
+        yield Fault("train.neftune_noise_alpha", what, fix=fix)
     if window and recipe.resolved_packing != "none":
         yield Fault("data.window", "data.window needs data.packing: none", got=recipe.resolved_packing)
     if window and not window.step <= window.size <= data.max_length:

@@ -22,7 +22,7 @@ LAYERS = [
     {"schema", "hardware", "flops"},
     {"trainer_fields", "recipe_text", "recipe_faults"},
     {"config"},
-    {"hub", "tokenizer", "train_tokenizer", "chat_template", "attention", "model"},
+    {"hub", "tokenizer", "train_tokenizer", "chat_template", "attention", "loss", "model"},
     {"data"},
     {"generation"},
     {"evaluation"},

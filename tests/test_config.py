@@ -461,7 +461,7 @@ def test_a_key_from_a_yaml_merge_has_the_line_where_it_is_written():
         (
             ["--neftune_noise_alpha=5"],
             "train.neftune_noise_alpha is scaled by the length of a row, and packed rows hold many texts; "
-            "fix: set data.packing to none, or leave it out",
+            "fix: set data.packing to none and model.attention to sdpa, or leave it out",
         ),
         (
             ["--stage=pretrain", "--data.packing=none", "--data.window={size: 8, step: 9}"],

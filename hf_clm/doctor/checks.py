@@ -233,7 +233,8 @@ def check_fill(facts: Facts) -> Check | None:
         return None
     if packed.fill < FILL:
         what = f"the packed rows are {packed.fill:.0%} full"
-        return Problem(what, "data.max_length", "set it to a multiple of the usual length", is_warning=True)
+        key = "tokens_per_batch" if facts.recipe.data.tokens_per_batch else "max_length"
+        return Problem(what, f"data.{key}", "set it to a multiple of the usual length", is_warning=True)
     return Ok(f"{packed.fill:.0%} full")
 
 

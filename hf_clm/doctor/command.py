@@ -13,6 +13,8 @@ from hf_clm.doctor.checks import run_checks
 from hf_clm.doctor.facts import Check, Facts, Problem, build_facts, longest_rows, to_micro_step, to_problem
 from hf_clm.doctor.memory import MemoryEstimate, measure_memory
 from hf_clm.errors import ExitCode, UserError
+from hf_clm.loss import use_target_loss, why_not
+from hf_clm.model import takes_targets
 from hf_clm.parts import (
     build_collator,
     build_model,
@@ -134,8 +136,10 @@ def _measure(facts: Facts) -> int | None:
     assert model is not None and facts.estimate is not None
     step = to_micro_step(facts)
     rows = [dataset[number] for number in longest_rows(dataset, arguments.train_batch_size)]
-    batch = build_collator(facts.recipe, facts.tokenizer)(rows)
+    batch = build_collator(facts.recipe, facts.tokenizer, with_targets=takes_targets(model))(rows)
     torch.nn.Module.to(model, arguments.device)
+    if not why_not(model):
+        use_target_loss(model)
     if step.checkpointing:
         model.activation_checkpointing_enable()
     measured = measure_memory(model, batch, autocast=step.autocast)

@@ -22,6 +22,8 @@ from hf_clm.parts import count_steps, rows_per_step
 from hf_clm.tokenizer import max_token_id
 
 CPU_INFO = Path("/proc/cpuinfo")
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # that the estimate needs
+OF_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of models that keep their own loss
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and ARM
 
 
@@ -116,13 +118,14 @@ def build_facts(
     splits: Mapping[str, Split],
     model: PreTrainedModel | None = None,
 ) -> Facts:
-    """With the machine and the memory estimate; None for that where transformers does not know the model.
+    """With the machine and the memory estimate; None for that where the model is unknown, or no transformer.
 
     ``splits``: train and, if there is one, eval.
     """
     machine = read_machine(recipe, arguments)
     facts = Facts(recipe, arguments, tokenizer, config, splits["train"], machine, splits.get("eval"), model)
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    is_transformer = all(hasattr(config.get_text_config(), name) for name in SIZES)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not is_transformer:
         return facts
     sized = deepcopy(config)
     sized.vocab_size = facts.embedding_rows
@@ -136,6 +139,7 @@ def to_micro_step(facts: Facts) -> MicroStep:
     return MicroStep(
         tokens=_batch_tokens(facts.train.dataset, arguments.train_batch_size, recipe=recipe),
         longest=min(int(facts.train.rows.rows.lengths.max()), recipe.data.max_length),
+        chunked_loss=all(getattr(facts.config, name, None) in (None, 1) for name in OF_LOGITS),
         eval_tokens=_batch_tokens(evaluated.dataset, arguments.eval_batch_size, recipe=recipe),
         dtype=recipe.model.dtype,
         autocast="bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None,

@@ -4,6 +4,7 @@ Four moments of a micro-step hold the most; the largest of them, on top of weigh
 
     loss   | activations | logits x 3 (log-softmax, its gradient, the gradient of the logits)
     head   | activations | logits x 1 | gradient of the output embedding
+    both   | activations | logits of a chunk | gradients of the embedding and the targets (hf_clm/loss.py)
     layer  | activations | what the backward of one layer needs besides
     end    | gradients   | input embedding, once more where it is tied (its two gradients are added up)
 """
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from hf_clm.loss import BLOCK_TOKENS, TargetLoss, chunk_rows
 
 FLOAT32 = 4  # bytes
 # Bytes that an optimizer keeps for each byte of trained weights; 2 (Adam's two averages) for all others.
@@ -43,8 +46,8 @@ class MicroStep:
     Args:
         tokens: of the micro-batch, padding included.
         longest: tokens of the longest document (of the row, where rows are padded).
-        logits_tokens: positions whose logits are computed; None: all.
-        eval_tokens: of a batch of the evaluation, which computes its logits in one piece.
+        chunked_loss: the loss of hf_clm/loss.py; else the model's own, with the logits of all tokens.
+        eval_tokens: of a batch of the evaluation.
         dtype: of the weights; ``autocast``: of the products, None without autocast.
         accumulates: the gradients of an earlier micro-step are alive.
         checkpointing: only the input of each layer is kept.
@@ -54,7 +57,7 @@ class MicroStep:
 
     tokens: int
     longest: int
-    logits_tokens: int | None = None
+    chunked_loss: bool = False
     eval_tokens: int = 0
     dtype: str = "float32"
     autocast: str | None = None
@@ -72,10 +75,6 @@ class MicroStep:
     @property
     def product_bytes(self) -> int:
         return 2 if self.autocast else self.weight_bytes
-
-    @property
-    def logits_positions(self) -> int:
-        return self.tokens if self.logits_tokens is None else self.logits_tokens
 
 
 @dataclass(frozen=True)
@@ -129,19 +128,18 @@ def estimate_memory(config: PretrainedConfig, step: MicroStep) -> MemoryEstimate
     gradients = 0 if step.frozen else weights
     optimizer = round(gradients * OPTIMIZER_STATES.get(step.optimizer, 2.0))
     activations = _activation_bytes(config, sizes, step=step)
-    logits = step.logits_positions * sizes.vocabulary * FLOAT32
+    logits = _logits_bytes(sizes, step, tokens=step.tokens)
     peak = _peak(sizes, step, activations=activations, logits=logits, gradients=gradients)
     if step.device == "cpu":
         peak += LIBRARY_BUFFERS + _heap_holes(config, sizes, step=step, logits=logits)
-    per_logit = FLOAT32 + (step.product_bytes if step.autocast else 0)
     return MemoryEstimate(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
-        logits=3 * logits,
+        logits=logits,
         micro_step=peak,
-        evaluation=step.eval_tokens * sizes.vocabulary * per_logit,
+        evaluation=_evaluation_bytes(sizes, step),
         is_rough=config.model_type not in LAYERS,
     )
 
@@ -152,7 +150,8 @@ def measure_memory(
     """Runs forward and backward and returns the bytes that they needed at most over the loaded model.
 
     The growth of the resident memory on a CPU, of the allocated memory on a GPU; None on a CPU that is not
-    Linux's. Changes neither the weights nor the random state; leaves no gradients. On a CPU the heap grows by
+    Linux's. Changes neither the weights nor the random state; leaves no gradients. The loss is the
+    model's, a TargetLoss if it has one (``use_target_loss``). On a CPU the heap grows by
     another quarter in the micro-steps that follow (measured), because freed blocks leave holes.
 
     Args:
@@ -164,14 +163,17 @@ def measure_memory(
         return None
     moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
     short = {key: moved[key][:1, :WARM_UP_TOKENS] for key in ("input_ids", "labels")}
+    loss = model.loss_function
+    measuring = loss.measuring if isinstance(loss, TargetLoss) else contextlib.nullcontext
+    options: dict[str, Any] = {"autocast": autocast, "measuring": measuring}
     was_training = model.training
     model.train()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            _run(model, short, autocast=autocast)  # loads kernels, and weights that are still on the disk
+            _run(model, short, **options)  # loads kernels, and weights that are still on the disk
             model.zero_grad(set_to_none=True)
             before = _reset_peak(device)
-            _run(model, moved, autocast=autocast)
+            _run(model, moved, **options)
             return _peak_bytes(device) - before
     finally:
         model.zero_grad(set_to_none=True)
@@ -209,7 +211,7 @@ def _heap_holes(config: PretrainedConfig, sizes: _Sizes, *, step: MicroStep, log
     is_in_heap = step.tokens * sizes.inner * step.product_bytes < LARGEST_HEAP_BLOCK
     holes = HEAP_HOLES * computed
     if config.model_type == "gpt2" and is_in_heap:
-        holes = max(holes, GELU_HOLES * computed - (0 if step.checkpointing else 3 * logits))
+        holes = max(holes, GELU_HOLES * computed - (0 if step.checkpointing else logits))
     return round(holes)
 
 
@@ -220,12 +222,37 @@ def _peak(sizes: _Sizes, step: MicroStep, *, activations: int, logits: int, grad
     embedding = 0 if step.frozen else sizes.width * sizes.vocabulary * step.weight_bytes
     cast = embedding // 2 if low < step.weight_bytes else 0
     copies = (2 if sizes.is_tied else 0) + (1 if step.accumulates else 0)
+    if step.chunked_loss:
+        moments = [held + logits + _deferred_bytes(sizes, step) + embedding + 2 * cast]
+    else:
+        moments = [held + logits, held + logits // 3 * low // FLOAT32 + embedding + cast]
     return max(
-        held + 3 * logits,
-        held + logits * low // FLOAT32 + embedding + cast,
+        *moments,
         held + (embedding if sizes.is_tied else 0) + 3 * sizes.inner * low * step.tokens,
         gradients + embedding * copies,
     )
+
+
+def _logits_bytes(sizes: _Sizes, step: MicroStep, *, tokens: int) -> int:
+    """Logits at their most, with all that the loss makes of them."""
+    if not step.chunked_loss:
+        return 3 * tokens * sizes.vocabulary * FLOAT32
+    low = step.product_bytes
+    rows = chunk_rows(tokens, sizes.vocabulary, device=step.device, itemsize=low)
+    block = min(rows, BLOCK_TOKENS.get(step.device, rows))
+    return sizes.vocabulary * (rows * low + block * FLOAT32)
+
+
+def _deferred_bytes(sizes: _Sizes, step: MicroStep) -> int:
+    """The hidden states of the targets, at most all tokens, and their gradient."""
+    return 2 * step.tokens * sizes.width * step.product_bytes
+
+
+def _evaluation_bytes(sizes: _Sizes, step: MicroStep) -> int:
+    """The loss of a batch of the evaluation; a model's own takes the logits in one piece."""
+    if step.eval_tokens and step.chunked_loss:
+        return _logits_bytes(sizes, step, tokens=step.eval_tokens)
+    return step.eval_tokens * sizes.vocabulary * (FLOAT32 + (step.product_bytes if step.autocast else 0))
 
 
 def _to_sizes(config: PretrainedConfig) -> _Sizes:
@@ -256,6 +283,8 @@ def _layer_bytes(config: PretrainedConfig, sizes: _Sizes, *, step: MicroStep) ->
     linear = LAYERS.get(config.model_type, _llama_layer)(sizes, low=low, weight=step.weight_bytes)
     linear += sizes.dropouts * sizes.width * (low if step.device == "cpu" else 1)
     scores = sizes.heads * step.longest
+    if step.device == "cpu" and step.attention == "packed":  # computes in float32
+        linear += 2 * (sizes.queries + sizes.keys) * (FLOAT32 - low)
     if step.attention == "eager":
         return linear + scores * (low + FLOAT32)
     if step.device == "cpu" and sizes.drops_attention:  # the plain kernel: scores, mask, product
@@ -279,9 +308,11 @@ def _llama_layer(sizes: _Sizes, *, low: int, weight: int) -> int:
     return norms + low * (3 * sizes.queries + 2 * sizes.keys + 4 * sizes.inner)
 
 
-def _run(model: PreTrainedModel, batch: dict[str, Any], *, autocast: str | None) -> None:
+def _run(
+    model: PreTrainedModel, batch: dict[str, Any], *, autocast: str | None, measuring: Callable[..., Any]
+) -> None:
     dtype = getattr(torch, autocast) if autocast else None
-    with torch.autocast(model.device.type, dtype=dtype, enabled=autocast is not None):
+    with torch.autocast(model.device.type, dtype=dtype, enabled=autocast is not None), measuring():
         loss = model(**batch, use_cache=False).loss
     loss.backward()
 

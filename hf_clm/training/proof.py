@@ -24,8 +24,8 @@ from hf_clm.doctor.round_trip import FOLDER, RoundTrip, start_round_trip
 from hf_clm.doctor.selftest import SelfTest, self_test
 from hf_clm.errors import DataError, ModelError
 from hf_clm.evaluation.evaluate import to_question
+from hf_clm.loss import LossOptions, TargetLoss
 from hf_clm.training.callbacks import write_line
-from hf_clm.training.loss import LossOptions, TargetLoss
 from hf_clm.training.trainer import CLMTrainer
 
 COMPARED = 50  # rows whose prompt is rendered again as for generation

@@ -90,6 +90,7 @@ class RunFacts:
             "processes": self.arguments.world_size,
             "device": str(self.arguments.device),
             "precision": self.precision,
+            "attention": self.model.config._attn_implementation,  # not always that of the recipe
         }
 
     def outcome(

@@ -25,9 +25,9 @@ from hf_clm.errors import DivergedError
 from hf_clm.evaluation.metrics import token_nll
 from hf_clm.flops import count_flops
 from hf_clm.hardware import measure_peak, nominal_peak
+from hf_clm.loss import LossOptions, TargetLoss, TokenFigures, use_target_loss, why_not
 from hf_clm.schema import IGNORE_INDEX
 from hf_clm.training.guard import write_diverged
-from hf_clm.training.loss import LossOptions, TargetLoss, TokenFigures, use_target_loss, why_not
 
 # What is counted since the last log event, in this order.
 TARGETS, CORRECT, TOKENS, PAIRS = range(4)
@@ -41,7 +41,7 @@ class CLMTrainer(Trainer):
     Adds to each log event: token_accuracy, tokens_seen, target_tokens_seen, tokens_per_second (real tokens of
     all processes). Evaluation sums over tokens, so its loss is the same for every batch size. Raises
     DivergedError before the optimizer step that a NaN or Inf would spoil. Saves no training_args.bin, and a
-    model that uses its KV cache. Computes the loss at the targets only (``training/loss.py``), unless the
+    model that uses its KV cache. Computes the loss at the targets only (``hf_clm/loss.py``), unless the
     model needs its own (``own_loss`` says why).
 
     Args:

@@ -208,8 +208,8 @@ PRETRAIN_ARMS = {
     "rows": Arm("Trainer, full rows", "stock", stock, (1, PACKED_ROWS)),
     "trl": Arm("TRL, full rows", "trl", trl, (1, PACKED_ROWS)),
     "trl-default": Arm("TRL, as it comes", "trl", trl, (PACKED_ROWS, 1), precisions=DEFAULT),
-    "ours": SFT_ARMS["ours"],
-    "ours-default": SFT_ARMS["ours-default"],
+    "ours": Arm("hf_clm", "ours", ours, (1, PACKED_ROWS)),
+    "ours-default": Arm("hf_clm, as it comes", "ours", ours, (1, PACKED_ROWS), precisions=DEFAULT),
 }
 ONE_ROUND = {"pad", "trl-bfd-3", "trl-flat"}  # never a peer's best
 ONE_CASE = ONE_ROUND | {"ours-glibc", "trl-group"}

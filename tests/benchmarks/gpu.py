@@ -184,7 +184,7 @@ def run_bare(case: Case, *, plan: Plan, rows: list[dict[str, Any]]) -> tuple[Wat
     """Our attention and loss without a Trainer."""
     import torch
 
-    from hf_clm.training.loss import use_target_loss
+    from hf_clm.loss import use_target_loss
 
     device = torch.device("cpu" if plan.is_miniature else "cuda")
     model, watch, collate = (

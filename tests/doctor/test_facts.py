@@ -4,12 +4,20 @@ from typing import Any
 
 import pytest
 from helpers import byte_tokenizer, tiny_model
-from transformers import TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 
 from hf_clm.config import Recipe
 from hf_clm.data.build import Examples, Split, build_split
 from hf_clm.doctor import facts
-from hf_clm.doctor.facts import build_facts, longest_rows, read_machine, row_tokens, to_micro_step, to_problem
+from hf_clm.doctor.facts import (
+    Facts,
+    build_facts,
+    longest_rows,
+    read_machine,
+    row_tokens,
+    to_micro_step,
+    to_problem,
+)
 from hf_clm.errors import DataError
 from hf_clm.schema import PromptExample
 
@@ -136,3 +144,40 @@ def test_an_error_becomes_a_problem_with_what_was_got():
 
     assert found == facts.Problem("too long; got 9 tokens", "a.jsonl:3", "cut it", DataError)
     assert str(found.to_error()) == "a.jsonl:3: too long; got 9 tokens; fix: cut it"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "is_chunked"),
+    [
+        ("qwen2", {}, True),
+        ("gemma2", {"final_logit_softcapping": 30.0}, False),
+        ("granite", {"logits_scaling": 8.0}, False),
+        ("granite", {"logits_scaling": 1.0}, True),
+    ],
+)
+def test_a_model_that_does_more_with_its_logits_needs_the_memory_of_all_of_them(kind, settings, is_chunked):
+    recipe, arguments = build_recipe()
+    config = AutoConfig.for_model(kind, **settings)
+
+    found = Facts(
+        recipe,
+        arguments,
+        byte_tokenizer(),
+        config,
+        build_rows(recipe),
+        read_machine(recipe, arguments),
+    )
+
+    assert to_micro_step(found).chunked_loss is is_chunked
+
+
+def test_the_memory_of_a_model_without_attention_is_not_estimated():
+    recipe, arguments = build_recipe()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 512}
+    config = AutoConfig.for_model("mamba", **sizes)
+
+    found = build_facts(
+        recipe, arguments, tokenizer=byte_tokenizer(), config=config, splits={"train": build_rows(recipe)}
+    )
+
+    assert found.estimate is None

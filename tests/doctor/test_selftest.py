@@ -12,14 +12,14 @@ import torch
 from helpers import EOS, PAD, X, byte_tokenizer, save_folder, tiny_model
 from transformers import PreTrainedModel
 
+from hf_clm import loss
 from hf_clm.attention import NAME, register
 from hf_clm.data import collators
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.doctor.selftest import SelfTest, choose_documents, self_test, to_packed_row
 from hf_clm.errors import ExitCode, ModelError
-from hf_clm.training import loss
+from hf_clm.loss import LossOptions, use_target_loss
 from hf_clm.training import run as run_module
-from hf_clm.training.loss import LossOptions, use_target_loss
 from hf_clm.training.run import train
 
 # "say N\n" is read, N letters and the end token are learned: 8, 9, 10, 11, 12 tokens.

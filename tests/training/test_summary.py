@@ -83,6 +83,7 @@ def test_run_json_begins_with_what_goes_in(tmp_path):
         "target_tokens": 14,
     }
     assert (content["evaluation"], content["unigram_entropy"]) == (None, 0.5)
+    assert content["attention"] == "sdpa"
     assert (content["model"], content["parameters"]) == ("some/model", 35360)
 
 

@@ -22,6 +22,7 @@ from hf_clm.schema import IGNORE_INDEX
 
 CHUNK_TOKENS = {"cpu": 1024}  # rows of logits in one matrix product
 CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}  # of a chunk's logits: fewer rows where the vocabulary is large
+ADDED_ROWS = {"cpu": 2**14}  # rows of the weight's gradient that are added at once: a CPU adds a float32 copy
 BLOCK_TOKENS = {"cpu": 32}  # rows in one softmax: as much as a core's cache holds; elsewhere a whole chunk
 
 
@@ -156,6 +157,12 @@ def why_not(model: PreTrainedModel) -> str:
     return "" if is_plain else "it does more with its logits than a matrix product"
 
 
+def chunk_rows(rows: int, vocabulary: int, *, device: str, itemsize: int) -> int:
+    """How many of ``rows`` have logits at one time; ``itemsize``: bytes of a logit."""
+    by_size = CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (vocabulary * itemsize)
+    return max(1, min(rows, CHUNK_TOKENS.get(device, rows), by_size))
+
+
 def _without_adapters(model: Any) -> PreTrainedModel:
     """The model itself, whose forward calls its loss_function; PEFT wraps it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -247,6 +254,7 @@ def _measure_chunks(
                 _add_product(logits.T, rows[chunk], total=by_weight)
             if by_bias is not None:
                 by_bias += logits.T.float() @ is_target[chunk].float()
+            del logits, part  # before the next chunk's are made
         if by_hidden is not None:
             by_hidden *= is_target[:, None]
     return _Found(
@@ -284,13 +292,14 @@ def _add_product(left: torch.Tensor, right: torch.Tensor, *, total: torch.Tensor
     if left.dtype == torch.float32:
         total.addmm_(left, right)
     else:
-        total += left @ right
+        product = left @ right
+        for rows in _slices(0, len(total), size=ADDED_ROWS.get(total.device.type, len(total))):
+            total[rows] += product[rows]
 
 
 def _chunks(rows: int, weight: torch.Tensor) -> Iterator[slice]:
-    kind = weight.device.type
-    by_size = CHUNK_BYTES.get(kind, CHUNK_BYTES["cpu"]) // (weight.shape[0] * weight.element_size())
-    return _slices(0, rows, size=max(1, min(CHUNK_TOKENS.get(kind, rows), by_size)))
+    size = chunk_rows(rows, weight.shape[0], device=weight.device.type, itemsize=weight.element_size())
+    return _slices(0, rows, size=size)
 
 
 def _blocks(chunk: slice, kind: str) -> Iterator[slice]:

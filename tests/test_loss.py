@@ -19,10 +19,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_clm import loss as module
 from hf_clm.attention import NAME, register
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
-from hf_clm.training import loss as module
-from hf_clm.training.loss import (
+from hf_clm.loss import (
     DeferringHead,
     LossOptions,
     TargetLoss,
@@ -546,7 +546,7 @@ def test_a_compiled_model_has_the_same_gradients_and_is_not_compiled_again(name)
 PEAK = """
 import resource, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from hf_clm.training.loss import use_target_loss
+from hf_clm.loss import use_target_loss
 
 torch.manual_seed(0)
 sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 64}
@@ -572,7 +572,7 @@ def test_a_large_vocabulary_takes_under_a_quarter_of_the_stock_memory():
     found = {}
     for arm in ("stock", "targets"):
         command = [sys.executable, "-c", PEAK, arm]
-        root = Path(__file__).resolve().parents[2]
+        root = Path(__file__).resolve().parents[1]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
         found[arm] = [float(word) for word in done.stdout.split()]
 

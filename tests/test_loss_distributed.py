@@ -11,9 +11,9 @@ import torch
 from helpers import X, tiny_model
 
 from hf_clm.data.collators import DataCollatorForCausalLM
-from hf_clm.training.loss import use_target_loss, why_not
+from hf_clm.loss import use_target_loss, why_not
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 HEADS = {"tied": True, "untied": False}
 # Of each process two rows: 2 + 1 and 5 + 4 targets, so that a mean of means would be off.
 ROWS = [
