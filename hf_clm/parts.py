@@ -1,5 +1,6 @@
 """The parts of a run, each from the recipe: arguments, tokenizer, configuration, model, collator."""
 
+import importlib.util
 import json
 import math
 import tempfile
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -18,12 +20,13 @@ from transformers import (
     set_seed,
 )
 
+from hf_clm.adapters import add_adapters, find_new_tokens
 from hf_clm.attention import NAME as PACKED
 from hf_clm.config import Recipe, training_values
 from hf_clm.data.build import AnyDataset, Examples, texts_of
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.data.packing import PackedDataset
-from hf_clm.errors import ModelError, RecipeError
+from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.hardware import bf16_instructions
 from hf_clm.model import build_config, check_packing, init_model, load_config, load_model, max_positions
 from hf_clm.tokenizer import load_tokenizer, use_chat_template
@@ -129,27 +132,38 @@ def build_model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Pr
 
 
 def build_model(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, config: PretrainedConfig, seed: int
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    config: PretrainedConfig,
+    arguments: TrainingArguments,
 ) -> PreTrainedModel:
-    """The model: random weights drawn from ``seed``, or loaded ones."""
+    """The model: random weights drawn from ``train.seed``, or loaded ones; with adapters for lora."""
     section = recipe.model
     if section.init == "scratch":
-        set_seed(seed)
+        set_seed(arguments.seed)
         model = init_model(config, tokenizer, dtype=section.dtype, attention=section.attention)
     else:
         assert section.name_or_path is not None, "config.py requires it"
         model = load_model(
             section.name_or_path,
             tokenizer,
-            dtype=section.dtype,
+            dtype=weights_dtype(recipe, arguments),
             attention=section.attention,
             revision=section.revision,
+            quantization=_quantization(recipe),
             trust_remote_code=section.trust_remote_code,
             allow_bin=section.allow_bin,
         )
     if recipe.resolved_packing != "none" and section.attention != PACKED:  # else load_model has looked
         check_packing(model)
-    return model
+    return _with_adapters(recipe, model, tokenizer=tokenizer, seed=arguments.seed) if recipe.lora else model
+
+
+def weights_dtype(recipe: Recipe, arguments: TrainingArguments) -> str:
+    """Of the model's weights: those that are frozen need no more bits than they are computed with."""
+    is_silent = "dtype" not in recipe.model.model_fields_set
+    return "bfloat16" if recipe.lora and is_silent and arguments.bf16 else recipe.model.dtype
 
 
 def build_collator(
@@ -179,6 +193,47 @@ def static_shape(datasets: Sequence[AnyDataset], arguments: TrainingArguments) -
             longest = max(longest, int(dataset.rows.lengths.max()))
     # every process may have rows of one token that only fill up
     return StaticShape(rows * longest, documents + rows, longest, targets_multiple=STATIC_TARGETS)
+
+
+def _with_adapters(
+    recipe: Recipe, model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerFast, seed: int
+) -> PreTrainedModel:
+    section, base, revision = recipe.lora, recipe.model.name_or_path, recipe.model.revision
+    assert section is not None and base is not None, "config.py requires it"
+    set_seed(seed)
+    return add_adapters(
+        model,
+        base=base,
+        revision=revision,
+        new_tokens=find_new_tokens(tokenizer, base, revision=revision),
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=section.target_modules,
+        modules_to_save=section.modules_to_save or None,
+        use_dora=section.use_dora,
+        use_rslora=section.use_rslora,
+    )
+
+
+def _quantization(recipe: Recipe) -> Any:
+    """The 4 bits of QLoRA (arXiv:2305.14314). Raises EnvironmentFault without a GPU or the package."""
+    if recipe.lora is None or recipe.lora.quantize is None:
+        return None
+    if not torch.cuda.is_available():
+        fix = "set it to null: a frozen bfloat16 model is small too"
+        raise EnvironmentFault("needs a CUDA device", where="lora.quantize", got="4bit", fix=fix)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise EnvironmentFault(
+            "needs the package bitsandbytes", where="lora.quantize", fix="pip install 'hf_clm[qlora]'"
+        )
+    kind = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=kind,
+    )
 
 
 def _named_config(recipe: Recipe) -> PretrainedConfig:
