@@ -29,7 +29,7 @@ from hf_clm.data.packing import PackedDataset
 from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.hardware import bf16_instructions
 from hf_clm.model import build_config, check_packing, init_model, load_config, load_model, max_positions
-from hf_clm.tokenizer import load_tokenizer, use_chat_template
+from hf_clm.tokenizer import load_tokenizer, max_token_id, use_chat_template
 from hf_clm.train_tokenizer import train_bpe
 
 STATIC_TARGETS = 256  # the number of targets is rounded up to a multiple of it
@@ -157,7 +157,10 @@ def build_model(
         )
     if recipe.resolved_packing != "none" and section.attention != PACKED:  # else load_model has looked
         check_packing(model)
-    return _with_adapters(recipe, model, tokenizer=tokenizer, seed=arguments.seed) if recipe.lora else model
+    if recipe.lora is None:
+        return model
+    set_seed(arguments.seed)
+    return _with_adapters(recipe, model, new_tokens=_new_tokens(recipe, tokenizer, config=config))
 
 
 def weights_dtype(recipe: Recipe, arguments: TrainingArguments) -> str:
@@ -195,17 +198,24 @@ def static_shape(datasets: Sequence[AnyDataset], arguments: TrainingArguments) -
     return StaticShape(rows * longest, documents + rows, longest, targets_multiple=STATIC_TARGETS)
 
 
-def _with_adapters(
-    recipe: Recipe, model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerFast, seed: int
-) -> PreTrainedModel:
-    section, base, revision = recipe.lora, recipe.model.name_or_path, recipe.model.revision
+def _new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, config: PretrainedConfig) -> list[int]:
+    """The tokens that the trained model has never seen; of a tokenizer not its own, those without a row."""
+    base = recipe.model.name_or_path
+    assert base is not None, "config.py requires it"
+    if recipe.tokenizer.name_or_path is None:
+        return find_new_tokens(tokenizer, base, revision=recipe.model.revision)
+    rows = config.get_text_config().vocab_size
+    return [id for id in range(rows, max_token_id(tokenizer) + 1) if id != tokenizer.pad_token_id]
+
+
+def _with_adapters(recipe: Recipe, model: PreTrainedModel, *, new_tokens: list[int]) -> PreTrainedModel:
+    section, base = recipe.lora, recipe.model.name_or_path
     assert section is not None and base is not None, "config.py requires it"
-    set_seed(seed)
     return add_adapters(
         model,
         base=base,
-        revision=revision,
-        new_tokens=find_new_tokens(tokenizer, base, revision=revision),
+        revision=recipe.model.revision,
+        new_tokens=new_tokens,
         r=section.r,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,

@@ -148,6 +148,19 @@ def test_tokens_that_the_base_has_are_not_new_and_the_pad_token_is_never_learned
     assert find_new_tokens(load_tokenizer(base), base, revision=None) == []
 
 
+def test_of_another_tokenizer_the_tokens_without_a_row_are_new(tmp_path):
+    """The base has 257 rows and no tokenizer; 258 and 259 are those of the chat, 257 the pad token."""
+    base = build_base(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "base" / file).unlink()
+
+    train(build_recipe(tmp_path, base=base, tokenizer={"name_or_path": str(tmp_path / "other")}))
+
+    rows = {name: list(weight.shape) for name, weight in load_saved(tmp_path / "run").items()}
+    assert sorted(shape for name, shape in rows.items() if "lora" not in name) == [[2, 32], [2, 32]]
+
+
 def test_two_steps_and_one_more_are_three(tmp_path):
     dropout = {"dropout": 0.3}
     steps = {"save_strategy": "steps", "save_steps": 2}
