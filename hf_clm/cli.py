@@ -187,6 +187,24 @@ def run_evaluate(words: list[str]) -> None:
         print(f"{key:<16} {value:,}" if isinstance(value, int) else f"{key:<16} {value:.4f}")
 
 
+def run_merge(words: list[str]) -> None:
+    """RUN --output_dir FOLDER: write a plain model of a LoRA run, and prove that it is the same"""
+    parser = _Parser("hf-clm merge")
+    parser.add_argument("run", help="the folder of a run with lora, or one of its checkpoints")
+    parser.add_argument("--output_dir", required=True, help="the folder to write")
+    kinds = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=kinds, help="of the merged weights; default: the base model's")
+    parser.add_argument(
+        "--tolerance", type=_at_least(0.0), help="largest difference, as a share of the largest logit"
+    )
+    parser.add_argument("--prompts", help="compare on these, as --file of generate; default: the run's data")
+    options = parser.parse_args(words)
+    _quiet_libraries()
+    from hf_clm.merge import merge
+
+    print("\n".join(merge(options)))
+
+
 def run_bench(words: list[str]) -> None:
     """RECIPE [--key value ...]: measure the speed of a recipe on this machine; nothing it trains is kept"""
     parser = _Parser("hf-clm bench")
@@ -237,6 +255,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "doctor": run_doctor,
     "generate": run_generate,
     "evaluate": run_evaluate,
+    "merge": run_merge,
     "bench": run_bench,
     "train-tokenizer": run_train_tokenizer,
 }

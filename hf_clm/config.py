@@ -165,6 +165,25 @@ class Data(_Section):
     """Where prepared data are kept; null: nowhere. HF_CLM_CACHE in the environment moves the default."""
 
 
+class Lora(_Section):
+    r: int = Field(default=16, ge=1)
+    """Rank of the updates."""
+    alpha: int = Field(default=32, ge=1)
+    """The updates are scaled by alpha / r."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of what goes into an update."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Which layers are updated: all but the head, or the ends of their names, such as q_proj."""
+    modules_to_save: list[str] = []
+    """Modules that are trained whole, and saved with the adapter."""
+    use_dora: bool = False
+    """Train the size of each update apart from its direction."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r), for large r."""
+    quantize: Literal["4bit"] | None = None
+    """Keep the frozen model in 4 bits (QLoRA); on a GPU, with the extra qlora."""
+
+
 class Samples(_Section):
     prompts: list[str] = Field(min_length=1)
     """Each is continued during training."""
@@ -217,6 +236,8 @@ class Recipe(_Section):
     model: Model
     tokenizer: Tokenizer = Tokenizer()
     data: Data
+    lora: Lora | None = None
+    """Train small updates of a frozen model; null: train the model."""
     samples: Samples | None = None
     """Text generated during training; null: none."""
     early_stopping: EarlyStopping | None = None

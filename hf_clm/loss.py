@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from hf_clm.model import without_adapters
 from hf_clm.schema import IGNORE_INDEX
 
 CHUNK_TOKENS = {"cpu": 1024}  # rows of logits in one matrix product
@@ -117,7 +118,7 @@ def use_target_loss(model: PreTrainedModel, options: LossOptions | None = None) 
 
     ``why_not`` must have found no reason against it.
     """
-    model = _without_adapters(model)
+    model = without_adapters(model)
     loss = model._loss_function if isinstance(getattr(model, "_loss_function", None), TargetLoss) else None
     loss = loss or TargetLoss(model, LossOptions())
     loss.options = options or LossOptions()
@@ -129,7 +130,7 @@ def use_target_loss(model: PreTrainedModel, options: LossOptions | None = None) 
 
 def why_not(model: PreTrainedModel) -> str:
     """Why a model needs its own loss; empty where TargetLoss equals it. Runs the model on two tokens."""
-    model = _without_adapters(model)
+    model = without_adapters(model)
     head: Any = model.get_output_embeddings()
     if type(head) not in (torch.nn.Linear, DeferringHead):
         return f"its head is a {type(head).__module__}.{type(head).__name__}, no plain matrix product"
@@ -161,11 +162,6 @@ def chunk_rows(rows: int, vocabulary: int, *, device: str, itemsize: int) -> int
     """How many of ``rows`` have logits at one time; ``itemsize``: bytes of a logit."""
     by_size = CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (vocabulary * itemsize)
     return max(1, min(rows, CHUNK_TOKENS.get(device, rows), by_size))
-
-
-def _without_adapters(model: Any) -> PreTrainedModel:
-    """The model itself, whose forward calls its loss_function; PEFT wraps it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def measure_targets(

@@ -167,7 +167,17 @@ def _together_and_alone(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Ten
 
 def takes_targets(model: PreTrainedModel) -> bool:
     """Whether a batch may hold ``logits_to_keep``: without it the head computes every position."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    return "logits_to_keep" in inspect.signature(without_adapters(model).forward).parameters
+
+
+def without_adapters(model: Any) -> PreTrainedModel:
+    """The model itself, whose forward calls its loss_function; peft wraps it."""
+    return model.get_base_model() if is_adapted(model) else model
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether the model is a ``peft.PeftModel``."""
+    return hasattr(model, "get_base_model")
 
 
 def load_model(
@@ -177,7 +187,7 @@ def load_model(
     dtype: str = "float32",
     attention: str = packed.NAME,
     revision: str | None = None,
-    **options: bool,
+    **options: Any,
 ) -> PreTrainedModel:
     """Loads weights and makes the model agree with the tokenizer (``fit_to_tokenizer``).
 
@@ -185,7 +195,8 @@ def load_model(
         dtype: of the weights. Weights that are trained in bfloat16 hardly move at small learning rates.
         attention: any attention of transformers, or ``packed``; a model that cannot take that gets sdpa or
             eager, which is logged, if these keep the documents of a packed row apart too.
-        options: ``trust_remote_code``; ``allow_bin`` accepts pickled weights.
+        options: ``trust_remote_code``; ``allow_bin`` accepts pickled weights; ``quantization``, a
+            quantization_config of transformers.
 
     Raises ModelError if weights are missing, of another shape, or not safetensors, or as settle_attention.
     """
@@ -202,6 +213,7 @@ def load_model(
             attn_implementation=None if reason else attention,  # None: sdpa, or else eager
             use_safetensors=None if options.get("allow_bin") else True,
             trust_remote_code=options.get("trust_remote_code", False),
+            quantization_config=options.get("quantization"),
             output_loading_info=True,
             **load_options(name_or_path, revision=revision, where=WHERE),
         )

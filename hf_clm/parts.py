@@ -1,5 +1,6 @@
 """The parts of a run, each from the recipe: arguments, tokenizer, configuration, model, collator."""
 
+import importlib.util
 import json
 import math
 import tempfile
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -18,15 +20,16 @@ from transformers import (
     set_seed,
 )
 
+from hf_clm.adapters import add_adapters, find_new_tokens
 from hf_clm.attention import NAME as PACKED
 from hf_clm.config import Recipe, training_values
 from hf_clm.data.build import AnyDataset, Examples, texts_of
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.data.packing import PackedDataset
-from hf_clm.errors import ModelError, RecipeError
+from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.hardware import bf16_instructions
 from hf_clm.model import build_config, check_packing, init_model, load_config, load_model, max_positions
-from hf_clm.tokenizer import load_tokenizer, use_chat_template
+from hf_clm.tokenizer import load_tokenizer, max_token_id, use_chat_template
 from hf_clm.train_tokenizer import train_bpe
 
 STATIC_TARGETS = 256  # the number of targets is rounded up to a multiple of it
@@ -129,27 +132,41 @@ def build_model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Pr
 
 
 def build_model(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, config: PretrainedConfig, seed: int
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    config: PretrainedConfig,
+    arguments: TrainingArguments,
 ) -> PreTrainedModel:
-    """The model: random weights drawn from ``seed``, or loaded ones."""
+    """The model: random weights drawn from ``train.seed``, or loaded ones; with adapters for lora."""
     section = recipe.model
     if section.init == "scratch":
-        set_seed(seed)
+        set_seed(arguments.seed)
         model = init_model(config, tokenizer, dtype=section.dtype, attention=section.attention)
     else:
         assert section.name_or_path is not None, "config.py requires it"
         model = load_model(
             section.name_or_path,
             tokenizer,
-            dtype=section.dtype,
+            dtype=weights_dtype(recipe, arguments),
             attention=section.attention,
             revision=section.revision,
+            quantization=_quantization(recipe),
             trust_remote_code=section.trust_remote_code,
             allow_bin=section.allow_bin,
         )
     if recipe.resolved_packing != "none" and section.attention != PACKED:  # else load_model has looked
         check_packing(model)
-    return model
+    if recipe.lora is None:
+        return model
+    set_seed(arguments.seed)
+    return _with_adapters(recipe, model, new_tokens=_new_tokens(recipe, tokenizer, config=config))
+
+
+def weights_dtype(recipe: Recipe, arguments: TrainingArguments) -> str:
+    """Of the model's weights: those that are frozen need no more bits than they are computed with."""
+    is_silent = "dtype" not in recipe.model.model_fields_set
+    return "bfloat16" if recipe.lora and is_silent and arguments.bf16 else recipe.model.dtype
 
 
 def build_collator(
@@ -179,6 +196,54 @@ def static_shape(datasets: Sequence[AnyDataset], arguments: TrainingArguments) -
             longest = max(longest, int(dataset.rows.lengths.max()))
     # every process may have rows of one token that only fill up
     return StaticShape(rows * longest, documents + rows, longest, targets_multiple=STATIC_TARGETS)
+
+
+def _new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, config: PretrainedConfig) -> list[int]:
+    """The tokens that the trained model has never seen; of a tokenizer not its own, those without a row."""
+    base = recipe.model.name_or_path
+    assert base is not None, "config.py requires it"
+    if recipe.tokenizer.name_or_path is None:
+        return find_new_tokens(tokenizer, base, revision=recipe.model.revision)
+    rows = config.get_text_config().vocab_size
+    return [id for id in range(rows, max_token_id(tokenizer) + 1) if id != tokenizer.pad_token_id]
+
+
+def _with_adapters(recipe: Recipe, model: PreTrainedModel, *, new_tokens: list[int]) -> PreTrainedModel:
+    section, base = recipe.lora, recipe.model.name_or_path
+    assert section is not None and base is not None, "config.py requires it"
+    return add_adapters(
+        model,
+        base=base,
+        revision=recipe.model.revision,
+        new_tokens=new_tokens,
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=section.target_modules,
+        modules_to_save=section.modules_to_save or None,
+        use_dora=section.use_dora,
+        use_rslora=section.use_rslora,
+    )
+
+
+def _quantization(recipe: Recipe) -> Any:
+    """The 4 bits of QLoRA (arXiv:2305.14314). Raises EnvironmentFault without a GPU or the package."""
+    if recipe.lora is None or recipe.lora.quantize is None:
+        return None
+    if not torch.cuda.is_available():
+        fix = "set it to null: a frozen bfloat16 model is small too"
+        raise EnvironmentFault("needs a CUDA device", where="lora.quantize", got="4bit", fix=fix)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise EnvironmentFault(
+            "needs the package bitsandbytes", where="lora.quantize", fix="pip install 'hf_clm[qlora]'"
+        )
+    kind = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=kind,
+    )
 
 
 def _named_config(recipe: Recipe) -> PretrainedConfig:

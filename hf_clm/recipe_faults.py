@@ -23,6 +23,9 @@ def model_faults(recipe: Any) -> Iterator[Fault]:
         yield Fault("tokenizer.train", f"tokenizer.train and {other} exclude each other")
     if tokenizer.train and tokenizer.eos_token:
         yield Fault("tokenizer.eos_token", "a tokenizer that is trained ends its texts with <|endoftext|>")
+    if recipe.lora and model.init == "scratch":
+        what = "lora freezes the model, which has to be a trained one"
+        yield Fault("lora", what, fix="set model.init to pretrained, or leave lora out")
     pinned = re.fullmatch("[0-9a-f]{40}", model.revision or "") or Path(model.name_or_path or "-").is_dir()
     if model.trust_remote_code and not pinned:
         what = "model.trust_remote_code runs the code of others"

@@ -22,14 +22,14 @@ LAYERS = [
     {"schema", "hardware", "flops"},
     {"trainer_fields", "recipe_text", "recipe_faults"},
     {"config"},
-    {"hub", "tokenizer", "train_tokenizer", "chat_template", "attention", "loss", "model"},
+    {"hub", "tokenizer", "train_tokenizer", "chat_template", "attention", "loss", "model", "adapters"},
     {"data"},
     {"generation"},
     {"evaluation"},
     {"parts"},
     {"inspector", "doctor"},  # the doctor and the guard's page come before a step: training calls them
     {"training"},
-    {"report", "bench"},
+    {"report", "bench", "merge"},
     {"cli"},
     {"__main__"},
 ]

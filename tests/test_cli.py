@@ -121,7 +121,10 @@ def test_help_of_another_command_lists_its_options(name, option, capsys):
 
 
 def test_these_are_all_the_commands():
-    assert " ".join(COMMANDS) == "train prepare config inspect doctor generate evaluate bench train-tokenizer"
+    assert (
+        " ".join(COMMANDS)
+        == "train prepare config inspect doctor generate evaluate merge bench train-tokenizer"
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,12 @@ from hf_clm.training.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-KINDS = {"qwen2.5-0.5b.yaml": "qwen2", "gpt2.yaml": "gpt2", "docstrings.yaml": "gpt2"}
+KINDS = {
+    "qwen2.5-0.5b.yaml": "qwen2",
+    "lora-qwen2.5-0.5b.yaml": "qwen2",
+    "gpt2.yaml": "gpt2",
+    "docstrings.yaml": "gpt2",
+}
 ROWS = {
     "text": {"text": "The with statement wraps a block. " * 4},
     "instruct": {"instruct": "Go on.", "input": "The lamp turns,", "label": "and boats come home."},
@@ -27,6 +32,7 @@ def test_all_recipes_are_found():
         "pretrain/qwen2.5-0.5b.yaml",
         "sft/docstrings.yaml",
         "sft/gpt2.yaml",
+        "sft/lora-qwen2.5-0.5b.yaml",
         "sft/poems.yaml",
         "sft/qwen2.5-0.5b.yaml",
     }

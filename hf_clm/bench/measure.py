@@ -98,7 +98,7 @@ def measure_start(task: Task) -> Start:
     with timing("keep"):
         _keep(recipe, splits, tokenizer=tokenizer, proof=proof, seed=arguments.seed)
     with timing("load model"):
-        model = build_model(recipe, tokenizer, config=config, seed=arguments.seed)
+        model = build_model(recipe, tokenizer, config=config, arguments=arguments)
         trainer = build_trainer(model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits)
     train = splits["train"]
     with timing("test model"):
@@ -142,7 +142,7 @@ def measure_speed(task: Task) -> Trial:
     tokenizer = build_tokenizer_aside(recipe, loaded.get("train", Examples()), arguments=arguments)
     config = build_model_config(recipe, tokenizer)
     splits = prepare(recipe, tokenizer, arguments=arguments, loaded=loaded).splits
-    model = build_model(recipe, tokenizer, config=config, seed=arguments.seed)
+    model = build_model(recipe, tokenizer, config=config, arguments=arguments)
     arguments.max_steps = (WINDOWS + 1) * -(-task.steps // WINDOWS)
     trainer = build_trainer(model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits)
     windows = WindowCallback(arguments.max_steps // (WINDOWS + 1))

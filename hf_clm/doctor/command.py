@@ -126,7 +126,7 @@ def _collect(recipe: Recipe, stage: _Stage, *, loads_model: bool) -> Facts:
     facts = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
     if loads_model and facts.estimate is not None:
         stage.name = "model"
-        model = build_model(recipe, tokenizer, config=config, seed=arguments.seed)
+        model = build_model(recipe, tokenizer, config=config, arguments=arguments)
         facts = replace(facts, model=model)
     return facts
 

@@ -18,7 +18,7 @@ from hf_clm.data.build import AnyDataset, Split
 from hf_clm.data.packing import PackedDataset
 from hf_clm.doctor.memory import MemoryEstimate, MicroStep, estimate_memory, free_memory
 from hf_clm.errors import RecipeError, UserError
-from hf_clm.parts import count_steps, rows_per_step
+from hf_clm.parts import count_steps, rows_per_step, weights_dtype
 from hf_clm.tokenizer import max_token_id
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -141,7 +141,8 @@ def to_micro_step(facts: Facts) -> MicroStep:
         longest=min(int(facts.train.rows.rows.lengths.max()), recipe.data.max_length),
         chunked_loss=all(getattr(facts.config, name, None) in (None, 1) for name in OF_LOGITS),
         eval_tokens=_batch_tokens(evaluated.dataset, arguments.eval_batch_size, recipe=recipe),
-        dtype=recipe.model.dtype,
+        dtype=weights_dtype(recipe, arguments),
+        frozen=recipe.lora is not None,  # what adapters take is little
         autocast="bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None,
         optimizer=str(getattr(arguments.optim, "value", arguments.optim)),
         attention=recipe.model.attention,

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hf_clm.adapters import is_adapter, load_adapted
 from hf_clm.attention import NAME as PACKED
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.hub import load_options
@@ -27,7 +28,8 @@ class LoadedRun:
 
 
 def load_run(name_or_path: str, *, attention: str = PACKED, device: str | None = None) -> LoadedRun:
-    """Loads a run's folder, any other folder, or a model of the Hub, in float32.
+    """Loads a run's folder, any other folder, or a model of the Hub, in float32; adapters with
+    the model that they belong to.
 
     Without a run.json the format is ``messages`` where the tokenizer has a chat template, else ``text``.
     Raises ModelError for a run that has not written its model yet.
@@ -40,7 +42,8 @@ def load_run(name_or_path: str, *, attention: str = PACKED, device: str | None =
         )
     load_options(name_or_path, revision=None, where="run or model")  # one message for what is not there
     tokenizer = load_tokenizer(name_or_path)
-    model = load_model(name_or_path, tokenizer, attention=attention)
+    load = load_adapted if is_adapter(name_or_path) else load_model
+    model = load(name_or_path, tokenizer, attention=attention)
     move_to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return LoadedRun(
         model.eval(),

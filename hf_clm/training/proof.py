@@ -25,6 +25,7 @@ from hf_clm.doctor.selftest import SelfTest, self_test
 from hf_clm.errors import DataError, ModelError
 from hf_clm.evaluation.evaluate import to_question
 from hf_clm.loss import LossOptions, TargetLoss
+from hf_clm.model import is_adapted
 from hf_clm.training.callbacks import write_line
 from hf_clm.training.trainer import CLMTrainer
 
@@ -129,9 +130,11 @@ def prove_model(
     try:
         if recipe.model.trust_remote_code and recipe.doctor.round_trip != "off":
             proof["round_trip"] = "off: the model brings its own code"
+        elif recipe.lora and recipe.lora.quantize and recipe.doctor.round_trip != "off":
+            proof["round_trip"] = "off: the model is in 4 bits"
         elif recipe.doctor.round_trip == "start":
             trainer.save_model(str(folder), _internal_call=True)
-            trip = start_round_trip(folder, [*map(int, split.dataset[0]["input_ids"])])
+            trip = _open(trainer, folder, split=split)
         if recipe.doctor.self_test:
             result = measure_self_test(trainer, split, tokenizer=tokenizer)
             result.require()
@@ -181,7 +184,7 @@ def _measuring_likelihood(loss: TargetLoss) -> Iterator[None]:
 
 def prove_saved(trainer: CLMTrainer, *, split: Split, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """The round trip of the final model (``doctor.round_trip: end``)."""
-    trip = start_round_trip(Path(str(trainer.args.output_dir)), [*map(int, split.dataset[0]["input_ids"])])
+    trip = _open(trainer, Path(str(trainer.args.output_dir)), split=split)
     return finish_round_trip(trainer, trip, tokenizer=tokenizer)
 
 
@@ -189,8 +192,14 @@ def finish_round_trip(
     trainer: CLMTrainer, trip: RoundTrip, *, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, Any]:
     """Compares, and prints that the saved model opens."""
-    found = trip.finish(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
-    write_line(
-        "opens     with plain from_pretrained in a fresh process, with the same logits, tokens and template"
-    )
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    found = trip.finish(model, tokenizer)
+    how = "peft" if is_adapted(model) else "from_pretrained"
+    write_line(f"opens     with plain {how} in a fresh process, with the same logits, tokens and template")
     return found
+
+
+def _open(trainer: CLMTrainer, folder: Path, *, split: Split) -> RoundTrip:
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    dtype = str(model.dtype).removeprefix("torch.") if is_adapted(model) else "auto"
+    return start_round_trip(folder, [*map(int, split.dataset[0]["input_ids"])], dtype=dtype)

@@ -59,7 +59,7 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     splits, proof = prepared.splits, prepared.proof
     known = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
     proof.lines += [f"warning   {line}" for line in check_before_training(known)]
-    model = build_model(recipe, tokenizer, config=config, seed=arguments.seed)
+    model = build_model(recipe, tokenizer, config=config, arguments=arguments)
 
     trainer = build_trainer(model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits)
     facts = RunFacts(recipe, arguments, model, splits, unigram_entropy(splits["train"].rows.rows.labels))

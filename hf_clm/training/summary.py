@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from hf_clm.config import Recipe
 from hf_clm.data.build import Split
 from hf_clm.hardware import bf16_instructions
+from hf_clm.model import without_adapters
 from hf_clm.parts import count_steps, rows_per_step
 from hf_clm.training.callbacks import to_duration
 
@@ -57,6 +58,11 @@ class RunFacts:
         return self.train.tokens / len(self.train.dataset) * min(self.rows_per_step, len(self.train.dataset))
 
     @property
+    def trained_parameters(self) -> int:
+        """All of the model, or those of its adapters."""
+        return self.model.num_parameters(only_trainable=True)
+
+    @property
     def precision(self) -> str:
         autocast = "bfloat16" if self.arguments.bf16 else "float16" if self.arguments.fp16 else None
         weights = str(self.model.dtype).removeprefix("torch.")
@@ -82,6 +88,7 @@ class RunFacts:
             "format": self.format,
             "model": self.recipe.model.name_or_path or self.model.config.model_type,
             "parameters": self.model.num_parameters(),
+            "trained_parameters": self.trained_parameters,
             "train": _count(self.train),
             "evaluation": _count(self.evaluation) if self.evaluation else None,
             "unigram_entropy": self.unigram_entropy,
@@ -123,11 +130,15 @@ def start_lines(facts: RunFacts) -> list[str]:
     """The block that a run prints before its first step."""
     arguments, model, train = facts.arguments, facts.model, facts.train
     origin = "random weights" if facts.recipe.model.init == "scratch" else facts.recipe.model.name_or_path
+    kind = type(without_adapters(model)).__name__
     lines = [
         f"recipe    {facts.recipe.file or 'made in Python'}, stage {facts.recipe.stage}",
-        f"model     {type(model).__name__}, {origin}, {model.num_parameters():,} parameters",
+        f"model     {kind}, {origin}, {model.num_parameters():,} parameters",
         f"data      {_describe(train)}",
     ]
+    if facts.recipe.lora:
+        trained = facts.trained_parameters
+        lines.append(f"lora      {trained:,} parameters are trained, {trained / model.num_parameters():.2%}")
     if facts.evaluation:
         lines.append(f"eval      {_describe(facts.evaluation)}")
     if facts.recipe.stage == "pretrain":
@@ -158,7 +169,7 @@ def start_lines(facts: RunFacts) -> list[str]:
 def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:
     """The block that a run prints when it is done."""
     on = "held-out data" if facts.evaluation else "training data"
-    output = facts.arguments.output_dir
+    output, saved = facts.arguments.output_dir, "adapters" if facts.recipe.lora else "model"
     speed = f"{result['tokens_per_second']:,.0f} tokens/s ({result['mfu']:.0%} MFU)"
     accuracy = f"{result['token_accuracy_before']:.1%} -> {result['token_accuracy_after']:.1%}"
     lines = [
@@ -171,7 +182,7 @@ def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:
         lines.append(f"unigram   {facts.unigram_entropy:.4f}")
     return [
         *lines,
-        f"written   {output}: the model, recipe.yaml, run.json, metrics.jsonl, loss.png",
+        f"written   {output}: the {saved}, recipe.yaml, run.json, metrics.jsonl, loss.png",
         f'next      hf-clm generate {output} --prompt "..."',
     ]
 

@@ -26,6 +26,7 @@ from hf_clm.evaluation.metrics import token_nll
 from hf_clm.flops import count_flops
 from hf_clm.hardware import measure_peak, nominal_peak
 from hf_clm.loss import LossOptions, TargetLoss, TokenFigures, use_target_loss, why_not
+from hf_clm.model import is_adapted
 from hf_clm.schema import IGNORE_INDEX
 from hf_clm.training.guard import write_diverged
 
@@ -239,12 +240,21 @@ class CLMTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        config = self.accelerator.unwrap_model(self.model).config
-        config.use_cache = True  # off in training only; a saved False would make generation slow
+        model: Any = self.accelerator.unwrap_model(self.model)
+        folder = output_dir or str(self.args.output_dir)
+        if is_adapted(model):
+            # "auto" would save all embeddings where one pad token was added
+            model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+            (Path(folder) / "README.md").unlink(missing_ok=True)  # a form that nobody filled in
+            model.generation_config.save_pretrained(folder)
+            if isinstance(self.processing_class, PreTrainedTokenizerFast):
+                self.processing_class.save_pretrained(folder)
+            return
+        model.config.use_cache = True  # off in training only; a saved False would make generation slow
         super()._save(output_dir, state_dict)
-        config.use_cache = self.args.use_cache
+        model.config.use_cache = self.args.use_cache
         if self.args.should_save:  # it is a pickle, and would carry hub_token in clear
-            (Path(output_dir or str(self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)
+            (Path(folder) / "training_args.bin").unlink(missing_ok=True)
 
     def _token_metrics(self) -> dict[str, float]:
         """The counts of all processes since the last log event, and sets them back."""

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+from safetensors.torch import load_file
 
 from hf_clm.cli import main
 
@@ -186,3 +188,22 @@ def test_an_error_is_printed_once_and_no_process_waits_for_the_others(tmp_path):
     ]
     assert done.returncode != 0
     assert [line.startswith("error: ") for line in lines] == [True]
+
+
+@pytest.mark.slow
+def test_two_processes_train_adapters_as_one(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    recipe = RECIPE + "lora: {r: 4}\n"
+    alone, two = prepare(tmp_path / "alone", recipe), prepare(tmp_path / "two", recipe)
+
+    done = launch(torchrun(), two)
+    monkeypatch.chdir(alone)
+    assert main(["train", "recipe.yaml", *BATCH, "4", *EVAL_BATCH, "4"]) == 0
+
+    assert done.returncode == 0, done.stderr
+    losses = [[entry["loss"] for entry in read_metrics(folder) if "loss" in entry] for folder in (alone, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    one, other = (load_file(folder / "run" / "adapter_model.safetensors") for folder in (alone, two))
+    assert sorted(one) == sorted(other)
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,107 @@
+"""``hf-clm merge``: one plain model that answers as base and adapters do, or none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from hf_clm.cli import main
+from hf_clm.training.run import train
+
+peft = pytest.importorskip("peft")
+
+RECORDS = [{"prompt": f"say {letter}\n", "completion": letter * 3} for letter in "abcdefgh"]
+
+
+def build_run(folder: Path, **lora: Any) -> Path:
+    """Adapters that change the answers of a float32 base."""
+    base = save_folder(folder / "base", tiny_model(), byte_tokenizer())
+    settings = {"max_steps": 10, "learning_rate": 3e-2}
+    recipe = helpers.build_recipe(
+        folder, RECORDS, model={"name_or_path": base}, lora={"r": 4, **lora}, train=settings
+    )
+    train(recipe)
+    return folder / "run"
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}])
+def test_the_merged_model_is_base_and_adapters_by_plain_peft(tmp_path, capsys, lora):
+    run, output = build_run(tmp_path, **lora), tmp_path / "deep" / "merged"
+    ids = torch.tensor([[*b"say c\n"]])
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        untrained = base(input_ids=ids).logits
+        expected = peft.PeftModel.from_pretrained(base, run).eval()(input_ids=ids).logits
+    capsys.readouterr()
+
+    assert main(["merge", str(run), "--output_dir", str(output)]) == 0
+
+    printed = capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert float((found - untrained).abs().max()) > 0.1
+    proof = json.loads((output / "merge.json").read_text())
+    assert (proof["prompts"], proof["greedy_agreement"], proof["dtype"]) == (8, 1.0, "float32")
+    assert proof["largest_logit_difference"] < 1e-5
+    assert proof["compared_on"] == str(tmp_path / "rows.jsonl")
+    assert "8 prompts" in printed and "8 greedy answers are the same" in printed
+    assert sorted(path.name for path in output.parent.iterdir()) == ["merged"]
+    assert oct(output.stat().st_mode)[-3:] == "755"
+
+
+def test_the_merged_model_knows_the_format_of_the_run(tmp_path, capsys):
+    run, output = build_run(tmp_path), tmp_path / "merged"
+    main(["merge", str(run), "--output_dir", str(output)])
+    capsys.readouterr()
+
+    assert main(["generate", str(run), "--prompt", "say c\n", "--max_new_tokens", "3"]) == 0
+    adapted = capsys.readouterr().out
+    assert main(["generate", str(output), "--prompt", "say c\n", "--max_new_tokens", "3"]) == 0
+
+    assert capsys.readouterr().out == adapted
+
+
+def test_a_model_over_the_tolerance_is_not_written(tmp_path, capsys):
+    run, output = build_run(tmp_path), tmp_path / "merged"
+    words = ["merge", str(run), "--output_dir", str(output), "--dtype", "bfloat16", "--tolerance", "1e-7"]
+
+    assert main(words) == 4
+
+    error = capsys.readouterr().err
+    assert f"{run}: the merged model is not the same; got a logit differs by" in error
+    assert "of the largest, over 1e-07; fix: a --dtype of more bits, or another --tolerance" in error
+    assert [path.name for path in tmp_path.iterdir() if "merged" in path.name] == []
+
+
+def test_prompts_of_a_file_serve_where_the_data_are_gone(tmp_path, capsys):
+    run, output = build_run(tmp_path), tmp_path / "merged"
+    (tmp_path / "rows.jsonl").unlink()
+    words = ["merge", str(run), "--output_dir", str(output)]
+
+    assert main(words) == 3
+    assert "rows.jsonl" in capsys.readouterr().err
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "say a\n"}, {"prompt": "say b\n"}])
+    assert main([*words, "--prompts", prompts]) == 0
+
+    assert json.loads((output / "merge.json").read_text())["prompts"] == 2
+
+
+def test_a_folder_without_adapters_and_an_output_that_exists_are_refused(tmp_path, capsys):
+    save_folder(tmp_path / "plain", tiny_model(), byte_tokenizer())
+    (tmp_path / "merged").mkdir()
+
+    assert main(["merge", str(tmp_path / "plain"), "--output_dir", str(tmp_path / "new")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'plain'}: holds no adapters; fix: name the folder of a run with lora\n"
+    )
+    (tmp_path / "plain" / "adapter_config.json").write_text("{}")
+    assert main(["merge", str(tmp_path / "plain"), "--output_dir", str(tmp_path / "merged")]) == 2
+    assert "merged: exists; fix: name another --output_dir" in capsys.readouterr().err
