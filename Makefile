@@ -57,7 +57,7 @@ test-browser: $(VENV)/.setup-browser  ## The label inspector's page in headless 
 	    $$root apt-get update && $$root apt-get install -y --no-install-recommends chromium; }
 	$(BIN)/python -m pytest -m browser $(ARGS)
 
-bench-peers: $(VENV)/.setup-peers  ## Compare speed, memory and loss with the Trainer and TRL on this CPU; 25 minutes. ARGS="--quick"
+bench-peers: $(VENV)/.setup-peers  ## Compare speed, memory and loss with the Trainer and TRL on this CPU; 45 minutes. ARGS="--quick"
 	$(BIN)/python tests/benchmarks/peers.py $(ARGS)
 
 test-fast: $(READY)  ## The tests that take seconds. ARGS="-k labels"
