@@ -74,7 +74,9 @@ def resolve(recipe: Recipe, arguments: TrainingArguments) -> Recipe:
     """The recipe with what its run decided: our defaults of the Trainer, the precision, the packing."""
     values = {**training_values(recipe), "bf16": arguments.bf16}
     data = recipe.data.model_copy(update={"packing": recipe.resolved_packing})
-    return recipe.model_copy(update={"train": values, "data": data, "overwrite": False})
+    model = recipe.model.model_copy(update={"dtype": weights_dtype(recipe, arguments)})
+    decided = {"model": model, "train": values, "data": data}
+    return recipe.model_copy(update={**decided, "overwrite": False})
 
 
 def build_tokenizer(

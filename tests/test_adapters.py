@@ -18,7 +18,7 @@ from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.generation.generate import generate
 from hf_clm.generation.load import load_run
 from hf_clm.model import is_adapted, takes_targets, without_adapters
-from hf_clm.parts import training_arguments, weights_dtype
+from hf_clm.parts import resolve, training_arguments, weights_dtype
 from hf_clm.tokenizer import load_tokenizer
 from hf_clm.training.run import train
 
@@ -195,6 +195,8 @@ def test_the_base_is_bfloat16_under_autocast_and_the_adapters_are_float32(tmp_pa
 
     assert weights_dtype(recipe, arguments) == "bfloat16"
     assert weights_dtype(recipe.model_copy(update={"lora": None}), arguments) == "float32"
+    again = Recipe.model_validate(resolve(recipe, arguments).model_dump())  # as recipe.yaml keeps it
+    assert weights_dtype(again, arguments) == again.model.dtype == "bfloat16"
     explicit = build_recipe(tmp_path, model={"dtype": "float32"}, train={"bf16": True})
     assert weights_dtype(explicit, arguments) == "float32"
     assert weights_dtype(build_recipe(tmp_path), training_arguments(build_recipe(tmp_path))) == "float32"
