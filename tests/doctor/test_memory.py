@@ -23,7 +23,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, logging
 from hf_clm.attention import register
 from hf_clm.data.collators import DataCollatorForPackedCausalLM
 from hf_clm.doctor.memory import MicroStep, estimate_memory, measure_memory
-from hf_clm.hardware import keep_memory
 from hf_clm.loss import use_target_loss
 
 logging.set_verbosity_error()
@@ -36,7 +35,6 @@ model = AutoModelForCausalLM.from_config(config, attn_implementation="packed", d
 model.loss_type = "ForCausalLM"
 if step.chunked_loss:
     use_target_loss(model)
-    keep_memory()
 rows = [{"input_ids": [7] * step.longest, "labels": [7] * step.longest}] * (step.tokens // step.longest)
 batch = DataCollatorForPackedCausalLM(with_targets=step.chunked_loss)(rows)
 measured = measure_memory(model, batch, autocast=step.autocast)
