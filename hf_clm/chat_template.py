@@ -92,12 +92,25 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
         return [end]
 
 
-def mark_control_text(text: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Wraps every control token that ``text`` spells, so that ``split_marked`` makes plain text of it."""
+def mark_control_text(text: str, tokenizer: PreTrainedTokenizerFast, *, own: Sequence[Span] = ()) -> str:
+    """Wraps every control token that ``text`` spells, so that ``split_marked`` makes plain text of it.
+
+    Args:
+        own: stretches of the text that are no user's: a token that lies in one of them stays a token.
+    """
     if MARK_START in text or MARK_END in text:
         fix = "remove it; no valid text contains one"
         raise DataError("the text holds a noncharacter (U+FDD0 or U+FDD1)", fix=fix)
-    return control_pattern(tokenizer).sub(lambda match: f"{MARK_START}{match[0]}{MARK_END}", text)
+
+    def mark(match: re.Match[str]) -> str:
+        return match[0] if lies_in(match, own) else f"{MARK_START}{match[0]}{MARK_END}"
+
+    return control_pattern(tokenizer).sub(mark, text)
+
+
+def lies_in(match: re.Match[str], spans: Sequence[Span]) -> bool:
+    """Whether one of the stretches holds the whole match."""
+    return any(start <= match.start() and match.end() <= end for start, end in spans)
 
 
 def split_marked(text: str, *, is_target: bool) -> list[Segment]:

@@ -37,6 +37,7 @@ from hf_clm.recipe_text import (
     to_value,
 )
 from hf_clm.schema import Format
+from hf_clm.template import Template
 from hf_clm.trainer_fields import (
     TRAIN_DEFAULTS,
     V4_NAMES,
@@ -90,6 +91,8 @@ class Tokenizer(_Section):
     """Added when the tokenizer has none of its own, or when it equals EOS."""
     eos_token: str | None = None
     """Default: the tokenizer's."""
+    control_tokens: list[str] = []
+    """Added where the tokenizer has not got them; a template writes them."""
     chat_template: str | None = None
     """chatml, plain, or a .jinja file; default: the tokenizer's."""
 
@@ -101,6 +104,8 @@ class Source(_Section):
     """Default: told from the keys of the first record."""
     fields: dict[str, str] = {}
     """The format's key -> the column in the file."""
+    template: Template | None = None
+    """In place of a format: {prompt: "{column} ...", completion: ..., labels: {0: no}}, or {text: ...}."""
     split: str = "train"
     """Of a dataset on the Hub."""
     name: str | None = None
@@ -378,7 +383,9 @@ def _with_known_format(value: Any, old: Any) -> Any:
     """A path alone gets the format and the columns that all the recipe's sources share."""
     paths = value if isinstance(value, list) else [value]
     sources = [source for source in _to_sources(old or []) if isinstance(source, dict)]
-    known = [{key: source[key] for key in ("format", "fields") if key in source} for source in sources]
+    known = [
+        {key: source[key] for key in ("format", "fields", "template") if key in source} for source in sources
+    ]
     is_shared = bool(known) and all(item == known[0] for item in known)
     if is_shared and all(isinstance(path, str) for path in paths):
         return [{"path": path, **known[0]} for path in paths]

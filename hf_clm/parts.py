@@ -29,7 +29,7 @@ from hf_clm.data.packing import PackedDataset
 from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.hardware import bf16_instructions
 from hf_clm.model import build_config, check_packing, init_model, load_config, load_model, max_positions
-from hf_clm.tokenizer import load_tokenizer, max_token_id, use_chat_template
+from hf_clm.tokenizer import add_control_tokens, load_tokenizer, max_token_id, use_chat_template
 from hf_clm.train_tokenizer import train_bpe
 
 STATIC_TARGETS = 256  # the number of targets is rounded up to a multiple of it
@@ -87,7 +87,7 @@ def build_tokenizer(
     if section.train is None:
         name = section.name_or_path or recipe.model.name_or_path
         assert name is not None, "config.py requires one of them"
-        return load_tokenizer(
+        loaded = load_tokenizer(
             name,
             pad_token=section.pad_token,
             eos_token=section.eos_token,
@@ -95,11 +95,14 @@ def build_tokenizer(
             revision=recipe.model.revision if section.name_or_path is None else None,
             trust_remote_code=recipe.model.trust_remote_code,
         )
+        add_control_tokens(loaded, section.control_tokens)
+        return loaded
     folder = str(arguments.output_dir)
     with arguments.main_process_first(local=False, desc="training the tokenizer"):
         if arguments.process_index == 0:
             options = {"vocab_size": section.train.vocab_size, "min_frequency": section.train.min_frequency}
             trained = train_bpe(texts_of(examples.examples), pad_token=section.pad_token, **options)
+            add_control_tokens(trained, section.control_tokens)
             if section.chat_template:
                 use_chat_template(trained, section.chat_template)
             trained.save_pretrained(folder)

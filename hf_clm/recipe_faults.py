@@ -40,6 +40,7 @@ def model_faults(recipe: Any) -> Iterator[Fault]:
 def data_faults(recipe: Any) -> Iterator[Fault]:
     """What is wrong between the data, the stage and the Trainer's fields of a ``config.Recipe``."""
     data, window = recipe.data, recipe.data.window
+    yield from source_faults(recipe)
     if data.eval and data.eval_fraction:
         yield Fault("data.eval_fraction", "data.eval and data.eval_fraction exclude each other")
     if recipe.stage == "sft" and data.packing == "stream":
@@ -65,6 +66,17 @@ def data_faults(recipe: Any) -> Iterator[Fault]:
     if window and not window.step <= window.size <= data.max_length:
         what = "data.window: expected step <= size <= data.max_length"
         yield Fault("data.window", what, got=f"{window.step}, {window.size}, {data.max_length}")
+
+
+def source_faults(recipe: Any) -> Iterator[Fault]:
+    """What is wrong between the keys of a source of a ``config.Recipe``."""
+    for name in ("train", "eval"):
+        for number, source in enumerate(getattr(recipe.data, name)):
+            key = f"data.{name}.{number}"
+            if source.template and (source.format or source.fields):
+                other = "format" if source.format else "fields"
+                what = f"a template names the columns itself: {other} says nothing beside it"
+                yield Fault(f"{key}.{other}", what, fix="leave it out")
 
 
 def token_budget_faults(recipe: Any) -> Iterator[Fault]:

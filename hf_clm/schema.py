@@ -29,11 +29,13 @@ class Segment:
     """A piece of text that is either learned (a target) or only read.
 
     ``is_plain`` marks text of the user that spells a control token: it is encoded as ordinary text.
+    ``is_own`` marks text of the recipe's template: a control token in it is that token.
     """
 
     text: str
     is_target: bool
     is_plain: bool = False
+    is_own: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,13 @@ def add_pad_token(tokenizer: PreTrainedTokenizerFast, pad_token: str) -> None:
     tokenizer.add_special_tokens({"pad_token": pad_token})
 
 
+def add_control_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Iterable[str]) -> None:
+    """Adds each of ``tokens`` that is none of the tokenizer's: one id, which no text of a user gives."""
+    known = set(control_tokens(tokenizer))
+    missing = [token for token in tokens if token not in known]
+    tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
+
+
 def use_chat_template(tokenizer: PreTrainedTokenizerFast, name_or_file: str) -> None:
     """Gives the tokenizer a chat template (``load_chat_template``) and the tokens a shipped one needs."""
     tokenizer.chat_template = load_chat_template(name_or_file)

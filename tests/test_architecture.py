@@ -20,7 +20,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 LAYERS = [
     {"errors"},
     {"schema", "hardware", "flops"},
-    {"trainer_fields", "recipe_text", "recipe_faults"},
+    {"trainer_fields", "recipe_text", "recipe_faults", "template"},
     {"config"},
     {"hub", "tokenizer", "train_tokenizer", "chat_template", "attention", "loss", "model", "adapters"},
     {"data"},

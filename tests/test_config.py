@@ -62,6 +62,7 @@ def test_a_minimal_recipe_has_the_documented_defaults():
         "path": "poems.jsonl",
         "format": None,
         "fields": {},
+        "template": None,
         "split": "train",
         "name": None,
         "revision": None,

@@ -5,10 +5,11 @@ import torch
 from helpers import build_recipe, byte_tokenizer
 from transformers import TrainingArguments
 
+from hf_clm.data.cache import load_named
 from hf_clm.data.collators import DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.data.datasets import SFTDataset
 from hf_clm.data.packing import PackedDataset
-from hf_clm.parts import static_shape, training_arguments
+from hf_clm.parts import build_tokenizer, static_shape, training_arguments
 from hf_clm.schema import TextExample
 from hf_clm.training.run import train
 
@@ -72,3 +73,17 @@ def test_a_compiled_run_learns_what_a_plain_one_does(tmp_path):
 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][1] < losses[0][0]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_tokens_of_a_template_stand_in_the_tokenizer_that_is_loaded_or_trained(trained, tmp_path):
+    sizes = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 64}
+    changes: dict = {"model": {"name_or_path": None, "init": "scratch", "config": sizes}} if trained else {}
+    section = {"control_tokens": ["<sep>"], "train": {"vocab_size": 300} if trained else None}
+    recipe = build_recipe(tmp_path, ROWS, stage="pretrain", tokenizer=section, **changes)
+    arguments = training_arguments(recipe)
+
+    tokenizer = build_tokenizer(recipe, load_named(recipe, 0)["train"], arguments=arguments)
+
+    assert tokenizer.decode(tokenizer("<sep>")["input_ids"]) == "<sep>"
+    assert len(tokenizer("<sep>")["input_ids"]) == 1

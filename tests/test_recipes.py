@@ -15,11 +15,18 @@ KINDS = {
     "qwen2.5-0.5b.yaml": "qwen2",
     "lora-qwen2.5-0.5b.yaml": "qwen2",
     "gpt2.yaml": "gpt2",
+    "mrpc.yaml": "gpt2",
     "docstrings.yaml": "gpt2",
 }
 ROWS = {
     "text": {"text": "The with statement wraps a block. " * 4},
     "instruct": {"instruct": "Go on.", "input": "The lamp turns,", "label": "and boats come home."},
+    "template": {
+        "sentence1": "The lamp turns.",
+        "sentence2": "A lamp is turning.",
+        "title": "Lamp",
+        "content": "On.",
+    },
     "prompt_completion": {"prompt": "def area(circle):\n", "completion": "The area of a circle."},
 }
 SHORT = ["--max_steps", "2", "--save_strategy", "no", "--eval_strategy", "no", "--use_cpu", "--bf16", "false"]
@@ -33,6 +40,7 @@ def test_all_recipes_are_found():
         "sft/docstrings.yaml",
         "sft/gpt2.yaml",
         "sft/lora-qwen2.5-0.5b.yaml",
+        "sft/mrpc.yaml",
         "sft/poems.yaml",
         "sft/qwen2.5-0.5b.yaml",
     }
@@ -46,14 +54,17 @@ def test_a_recipe_loads_and_its_stage_is_its_folder(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_recipe_trains_two_steps(path, tmp_path):
     recipe = load_recipe(path)
-    rows = [{**ROWS[str(recipe.data.train[0].format)], "n": str(n)} for n in range(100)]
-    rows = [{key: f"{text} {n}" for key, text in row.items() if key != "n"} for n, row in enumerate(rows)]
+    first = recipe.data.train[0]
+    texts = ROWS["template" if first.template else str(first.format)]
+    label = {"label": "1"} if first.template else {}
+    rows = [{key: f"{text} {n}" for key, text in texts.items()} | label for n in range(100)]
     words = [
         "--data.train",
         write_jsonl(tmp_path / "rows.jsonl", rows),
         "--output_dir",
         str(tmp_path / "run"),
     ]
+    words += ["--data.eval", "[]"] if recipe.data.eval else []
     words += [*SHORT, "--load_best_model_at_end", "false", "--early_stopping", "null"]
     if recipe.model.init == "pretrained":
         model = tiny_model(KINDS[path.name], vocab_size=300)

@@ -9,6 +9,7 @@ from transformers import AddedToken, AutoTokenizer, ByT5Tokenizer
 
 from hf_clm.errors import ModelError
 from hf_clm.tokenizer import (
+    add_control_tokens,
     add_pad_token,
     bos_token,
     control_pattern,
@@ -235,3 +236,14 @@ def test_unique_ids_keep_their_order_and_drop_none():
 )
 def test_a_start_token_counts_where_the_tokenizer_writes_it(tokenizer, token):
     assert bos_token(tokenizer) == token
+
+
+def test_control_tokens_are_added_once_and_take_one_id_each():
+    tokenizer = byte_tokenizer()
+
+    add_control_tokens(tokenizer, ["<sep>", "<|im_end|>", "<mask>"])
+    add_control_tokens(tokenizer, ["<sep>"])
+
+    assert tokenizer("a<sep><mask>")["input_ids"] == [97, 260, 261]
+    assert len(tokenizer) == 262
+    assert control_pattern(tokenizer).findall("<sep> <sep") == ["<sep>"]

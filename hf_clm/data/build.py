@@ -4,18 +4,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Data, Recipe, Source
 from hf_clm.data.datasets import PretrainDataset, SFTDataset, TokenizedDataset
-from hf_clm.data.formats import check_same_schema, to_example, unknown_keys
+from hf_clm.data.formats import FirstSeen, check_same_schema, to_example, unknown_keys
 from hf_clm.data.labels import Fate
 from hf_clm.data.ledger import find_duplicates
 from hf_clm.data.packing import PackedDataset, Pieces
-from hf_clm.data.sources import ReadOptions, ReadReport, read_records
+from hf_clm.data.sources import ReadOptions, ReadReport, Record, read_records
+from hf_clm.data.templating import to_template_example
 from hf_clm.errors import DataError
 from hf_clm.schema import (
     ChatExample,
@@ -39,7 +40,7 @@ class Examples:
     examples: Sequence[Example | TokenizedExample] = field(default_factory=list)
     places: Sequence[str] = field(default_factory=list)
     report: ReadReport = field(default_factory=ReadReport)
-    formats: set[Format] = field(default_factory=set)
+    formats: set[str] = field(default_factory=set)
     unknown_keys: set[str] = field(default_factory=set)
     duplicates: list[str] = field(default_factory=list)  # rows left out because an earlier one is the same
 
@@ -85,22 +86,19 @@ def load_examples(sources: Iterable[Source], data: Data) -> Examples:
         skip_bad_lines=data.skip_bad_lines, max_line_bytes=data.max_line_bytes, nul=data.nul
     )
     for source in sources:
-        first: dict[str, tuple[Format, str]] = {}
+        first: FirstSeen = {}
         kind = {"split": source.split, "name": source.name, "revision": source.revision}
         for record in read_records(source.path, options, report=found.report, **kind):
             try:
-                format = source.format or check_same_schema(record.data, record.where, first=first)
-                checks = {"allow_empty_prompt": data.allow_empty_prompt, "strict": data.strict}
-                example = to_example(
-                    record.data, format=format, fields=source.fields, where=record.where, **checks
-                )
+                format, example = read_example(record, source, data=data, first=first)
+                unknown = unknown_columns(record, source, format=format)
             except DataError as error:
                 if not data.skip_bad_lines:
                     raise
                 found.report.bad_lines.append(str(error))
                 continue
             found.formats.add(format)
-            found.unknown_keys.update(unknown_keys(record.data, format, fields=source.fields))
+            found.unknown_keys.update(unknown)
             examples.append(example)
             places.append(record.where)
     if not found.examples:
@@ -109,6 +107,25 @@ def load_examples(sources: Iterable[Source], data: Data) -> Examples:
             "no example to train on", where=", ".join(source.path for source in sources), got=read
         )
     return drop_duplicates(found) if data.duplicates == "drop" else found
+
+
+def read_example(
+    record: Record, source: Source, *, data: Data, first: FirstSeen
+) -> tuple[str, Example | TokenizedExample]:
+    """The format of a record and what is learned from it. ``first``: see check_same_schema."""
+    if source.template:
+        return "template", to_template_example(record.data, source.template, where=record.where)
+    format = source.format or check_same_schema(record.data, record.where, first=first)
+    checks = {"allow_empty_prompt": data.allow_empty_prompt, "strict": data.strict}
+    options: dict[str, Any] = {"fields": source.fields, "where": record.where, **checks}
+    return format, to_example(record.data, format=format, **options)
+
+
+def unknown_columns(record: Record, source: Source, *, format: str) -> list[str]:
+    """The columns of a record that nothing reads. A template takes those that it names."""
+    if source.template:
+        return []
+    return unknown_keys(record.data, cast(Format, format), fields=source.fields)
 
 
 def drop_duplicates(examples: Examples) -> Examples:

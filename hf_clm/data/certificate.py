@@ -22,6 +22,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.data.datasets import TokenizedRows, rare_collection
+from hf_clm.data.spelling import spelled_by_template, spelled_by_user, writes_end
 from hf_clm.errors import DataError
 from hf_clm.schema import ChatExample, Example, PromptExample, SegmentsExample, TextExample, TokenizedExample
 from hf_clm.tokenizer import bos_token, control_pattern, control_tokens
@@ -183,7 +184,8 @@ def expected_runs(
     else:
         assert isinstance(example, SegmentsExample), type(example)
         pieces = [(segment.text, segment.is_target) for segment in example.segments if segment.text]
-        stop = [(end, True)] if pieces and (pieces[-1][1] or options.stage == "pretrain") else []
+        is_learned = pieces and (pieces[-1][1] or options.stage == "pretrain")
+        stop = [(end, True)] if is_learned and not writes_end(example, end) else []
         runs = [(bos, False), *pieces, *stop]
     if options.stage == "pretrain" and not isinstance(example, ChatExample):
         runs = [(bos, False), ("".join(text for text, _ in runs).removeprefix(bos), True)]
@@ -357,25 +359,15 @@ class _TextChecker:
             return sum(len(self.pattern.findall(text)) for text, _ in expected)
         if isinstance(example, ChatExample):
             found = sum(len(self.pattern.findall(text)) for text, _ in expected)
-            return found - len(_spelled(example, self.pattern))
-        return (bos_token(self.tokenizer) is not None) + expected[-1][1]
+            return found - len(spelled_by_user(example, self.pattern))
+        own = spelled_by_template(example, self.pattern)
+        stop = expected[-1][1] and not writes_end(example, str(self.tokenizer.eos_token))
+        return (bos_token(self.tokenizer) is not None) + stop + len(own)
 
     def _encodes_alike(self, example: Example, expected: list[Run]) -> bool:
         """Whether the plain text of each run must give its ids: not where a part of it is kept apart."""
         is_apart = self.strips_space or _has_unlearned(example, expected)
-        return not is_apart and not _spelled(example, self.pattern)
-
-
-def _spelled(example: Example, pattern: re.Pattern[str]) -> list[str]:
-    """The control tokens that the user wrote himself."""
-    if isinstance(example, ChatExample):
-        texts = [message["content"] for message in example.messages]
-    elif isinstance(example, SegmentsExample):
-        groups = groupby(example.segments, key=lambda segment: segment.is_target)
-        texts = ["".join(segment.text for segment in group) for _, group in groups]
-    else:
-        texts = [example.text] if isinstance(example, TextExample) else [example.prompt, example.completion]
-    return [token for text in texts for token in pattern.findall(text)]
+        return not is_apart and not spelled_by_user(example, self.pattern)
 
 
 def _has_unlearned(example: Example, expected: list[Run]) -> bool:

@@ -1,7 +1,9 @@
 """Example -> segments: what is learned, what is read, and which control tokens are the user's own words."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import groupby
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
@@ -9,6 +11,8 @@ from hf_clm.chat_template import (
     BORDER,
     MARK_END,
     MARK_START,
+    Span,
+    lies_in,
     mark_control_text,
     render_chat,
     render_prompt,
@@ -39,10 +43,10 @@ def to_segments(
     if isinstance(example, ChatExample):
         mark = None if allow else (lambda text: mark_control_text(text, tokenizer))
         return render_chat(example.messages, tokenizer, train_on=train_on, mark=mark)
-    segments = _join(_text_segments(example))
-    if not allow:
-        segments = [piece for segment in segments for piece in _protect(segment, tokenizer)]
-    stop = [Segment(str(tokenizer.eos_token), True)] if segments and segments[-1].is_target else []
+    runs = _join(_text_segments(example))
+    segments = [piece for run in runs for piece in ([run.segment] if allow else _protect(run, tokenizer))]
+    is_open = bool(runs) and runs[-1].segment.is_target and not runs[-1].ends_in(str(tokenizer.eos_token))
+    stop = [Segment(str(tokenizer.eos_token), True)] if is_open else []
     return _opening(tokenizer) + segments + stop
 
 
@@ -57,11 +61,11 @@ def to_prompt_segments(
     if isinstance(example, ChatExample):
         mark = None if allow else (lambda text: mark_control_text(text, tokenizer))
         return render_prompt(example.messages, tokenizer, mark=mark)
-    segments = _join(_text_segments(example))
-    if not isinstance(example, TextExample) and segments and segments[-1].is_target:
-        segments.pop()
-    read = [Segment(segment.text, is_target=False) for segment in segments]
-    pieces = [[segment] if allow else _protect(segment, tokenizer) for segment in read]
+    runs = _join(_text_segments(example))
+    if not isinstance(example, TextExample) and runs and runs[-1].segment.is_target:
+        runs.pop()
+    read = [_Run(Segment(run.segment.text, is_target=False), run.own) for run in runs]
+    pieces = [[run.segment] if allow else _protect(run, tokenizer) for run in read]
     return _opening(tokenizer) + [part for piece in pieces for part in (BORDER, *piece)]
 
 
@@ -69,6 +73,8 @@ def to_document(example: Example) -> Example:
     """The example as pretraining sees it: one text, of which everything is learned. A chat stays a chat."""
     if isinstance(example, ChatExample):
         return ChatExample([{"role": turn["role"], "content": turn["content"]} for turn in example.messages])
+    if isinstance(example, SegmentsExample) and any(segment.is_own for segment in example.segments):
+        return SegmentsExample([replace(segment, is_target=True) for segment in example.segments])
     return TextExample("".join(segment.text for segment in _text_segments(example)))
 
 
@@ -76,9 +82,14 @@ def control_texts(example: Example, tokenizer: PreTrainedTokenizerFast) -> list[
     """Every control token that the user's text spells, in order."""
     if isinstance(example, ChatExample):
         texts = [message["content"] for message in example.messages]
-    else:
-        texts = [segment.text for segment in _join(_text_segments(example))]
-    return [found for text in texts for found in control_pattern(tokenizer).findall(text)]
+        return [found for text in texts for found in control_pattern(tokenizer).findall(text)]
+    runs, pattern = _join(_text_segments(example)), control_pattern(tokenizer)
+    return [
+        match[0]
+        for run in runs
+        for match in pattern.finditer(run.segment.text)
+        if not lies_in(match, run.own)
+    ]
 
 
 def may_spell_control(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -115,15 +126,35 @@ def _text_segments(example: Example) -> list[Segment]:
     return list(example.segments)
 
 
-def _join(segments: list[Segment]) -> list[Segment]:
+class _Run(NamedTuple):
+    """Neighbours of one kind as one segment, and where the recipe's template wrote in it."""
+
+    segment: Segment
+    own: list[Span]
+
+    def ends_in(self, token: str) -> bool:
+        """Whether the template itself closes the run with ``token``."""
+        text = self.segment.text
+        starts = [start for start, end in self.own if end == len(text)]
+        return text.endswith(token) and any(start <= len(text) - len(token) for start in starts)
+
+
+def _join(segments: list[Segment]) -> list[_Run]:
     """Joins equal neighbours: how the user cut a text changes no id and hides no control token."""
-    runs = groupby(segments, key=lambda segment: segment.is_target)
-    joined = [Segment("".join(segment.text for segment in run), is_target) for is_target, run in runs]
-    return [segment for segment in joined if segment.text]
+    runs = []
+    for is_target, group in groupby(segments, key=lambda segment: segment.is_target):
+        text, own = "", []
+        for segment in group:
+            if segment.is_own:
+                own.append((len(text), len(text) + len(segment.text)))
+            text += segment.text
+        runs.append(_Run(Segment(text, is_target), own))
+    return [run for run in runs if run.segment.text]
 
 
-def _protect(segment: Segment, tokenizer: PreTrainedTokenizerFast) -> list[Segment]:
-    return split_marked(mark_control_text(segment.text, tokenizer), is_target=segment.is_target)
+def _protect(run: _Run, tokenizer: PreTrainedTokenizerFast) -> list[Segment]:
+    marked = mark_control_text(run.segment.text, tokenizer, own=run.own)
+    return split_marked(marked, is_target=run.segment.is_target)
 
 
 def _opening(tokenizer: PreTrainedTokenizerFast) -> list[Segment]:

@@ -1,6 +1,7 @@
 """The checks before the first step: each says Ok, or what is wrong, where and how to mend it."""
 
 import math
+import re
 from collections.abc import Callable
 from itertools import islice
 
@@ -21,7 +22,7 @@ from hf_clm.doctor.facts import Check, Facts, Ok, Problem, to_problem
 from hf_clm.errors import DataError, ModelError, UserError
 from hf_clm.model import max_positions
 from hf_clm.schema import ChatExample
-from hf_clm.tokenizer import max_token_id, unique_ids
+from hf_clm.tokenizer import control_tokens, max_token_id, unique_ids
 
 SAMPLE = 200  # examples that are looked at, where all would take too long
 FOREIGN_TOKENIZER = 0.1  # new rows, as a share of a pretrained model's: more are another model's tokenizer
@@ -29,6 +30,7 @@ UNUSED_ROWS = 0.1  # of the embeddings
 BYTES_PER_TOKEN = 1.5  # of UTF-8; 4 is usual in English and in Chinese, 1 is spelling byte by byte
 UNKNOWN_TOKENS = 0.01
 OVERLONG_ROWS = 0.05
+TOKEN_LIKE = re.compile(r"<\|?\w+\|?>|\[[A-Z]+\]")  # <sep>, <|eot|>, [SEP]
 FILL = 0.75  # best fit cannot leave two rows half empty: under 0.5 it never gets
 
 
@@ -195,6 +197,19 @@ def check_template(facts: Facts) -> Check | None:
     return Ok(f"{len(chats):,} chats rendered as by the tokenizer itself") if chats else None
 
 
+def check_template_tokens(facts: Facts) -> Check | None:
+    """To a tokenizer without it, the ``<sep>`` of a template is five letters."""
+    sources = [*facts.recipe.data.train, *facts.recipe.data.eval]
+    texts = [text for source in sources if source.template for text in source.template.own_texts]
+    spelled = sorted({token for text in texts for token in TOKEN_LIKE.findall(text)})
+    missing = [token for token in spelled if token not in control_tokens(facts.tokenizer)]
+    if missing:
+        what = f"the template writes {', '.join(missing)}, which is plain text to this tokenizer"
+        fix = f"tokenizer.control_tokens: [{', '.join(missing)}], unless plain text is meant"
+        return Problem(what, "data.train", fix, is_warning=True)
+    return Ok(f"{', '.join(spelled) or 'none'}") if texts else None
+
+
 def check_stop_is_learned(facts: Facts) -> Check:
     """A model that never sees a learned stop token never stops."""
     labels, stops = facts.train.rows.rows.labels, stop_token_ids(facts.tokenizer)
@@ -266,6 +281,7 @@ CHECKS: dict[str, Callable[[Facts], Check | None]] = {
     "bytes per token": check_bytes_per_token,
     "unknown tokens": check_unknown_tokens,
     "chat template": check_template,
+    "template tokens": check_template_tokens,
     "learned stops": check_stop_is_learned,
     "positions": check_positions,
     "overlong rows": check_overlong,

@@ -56,8 +56,8 @@ def to_data(options: Namespace, recipe: Recipe | None) -> Data:
     """
     if recipe is None:
         return Data(train=[Source(path=options.data, format=options.format)])
-    known = {(source.format, tuple(source.fields.items())) for source in recipe.data.train}
-    format: Any
-    format, fields = known.pop() if len(known) == 1 and not options.format else (options.format, ())
-    source = Source(path=options.data, format=format, fields=dict(fields))
+    keys = ("format", "fields", "template")
+    first, *others = ({key: getattr(source, key) for key in keys} for source in recipe.data.train)
+    is_shared = all(other == first for other in others) and not options.format
+    source = Source(path=options.data, **(first if is_shared else {"format": options.format}))
     return recipe.data.model_copy(update={"train": [source], "duplicates": "keep"})

@@ -11,7 +11,7 @@ from hf_clm.data.collators import DataCollatorForPackedCausalLM
 from hf_clm.data.datasets import PretrainDataset, SFTDataset
 from hf_clm.evaluation.metrics import bits_per_byte, perplexity, token_counts, token_nll
 from hf_clm.generation.generate import generate
-from hf_clm.schema import ChatExample, Example, PromptExample
+from hf_clm.schema import ChatExample, Example, PromptExample, SegmentsExample
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,18 @@ def measure_answers(
 
 
 def to_question(example: Example) -> tuple[Example, str] | None:
-    """The prompt and the target text of an example; None where there is none (documents, segments)."""
+    """The prompt and the target text of an example; None where it has no prompt or ends in no target."""
     if isinstance(example, PromptExample):
         return PromptExample(example.prompt, ""), example.completion
     if isinstance(example, ChatExample) and example.messages[-1]["role"] == "assistant":
         return ChatExample(example.messages[:-1]), example.messages[-1]["content"]
+    if isinstance(example, SegmentsExample):
+        ends = [number for number, segment in enumerate(example.segments) if not segment.is_target]
+        read, learned = (
+            (example.segments[: ends[-1] + 1], example.segments[ends[-1] + 1 :]) if ends else ([], [])
+        )
+        text = "".join(segment.text for segment in learned)
+        return (SegmentsExample(read), text) if read and text else None
     return None
 
 

@@ -6,11 +6,14 @@ from typing import Any, cast
 from transformers import set_seed
 
 from hf_clm.data.formats import to_prompt
-from hf_clm.data.sources import ReadOptions, ReadReport, read_records
+from hf_clm.data.segments import whole_text
+from hf_clm.data.sources import ReadOptions, ReadReport, Record, read_records
+from hf_clm.data.templating import to_template_prompt
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.generation.generate import Generated, generate, to_prompt_example
 from hf_clm.generation.load import load_run
-from hf_clm.schema import ChatExample, Example, Format, PromptExample, TextExample
+from hf_clm.schema import ChatExample, Example, Format, PromptExample, SegmentsExample, TextExample
+from hf_clm.template import Template
 
 SETTINGS = ("max_new_tokens", "num_beams", "no_repeat_ngram_size", "repetition_penalty")
 
@@ -23,10 +26,11 @@ def generate_from_run(options: Namespace) -> list[tuple[str, Generated]]:
         )
     settings = to_settings(options)
     run = load_run(options.run, attention="sdpa", device=options.device)
-    format = "text" if options.raw else run.format
-    prompts = [to_prompt_example(text, format, input_text=options.input) for text in options.prompt]
+    format, template = ("text", None) if options.raw else (run.format, run.template)
+    shape: dict[str, Any] = {"template": template}
+    prompts = [to_prompt_example(text, format, input_text=options.input, **shape) for text in options.prompt]
     if options.file:
-        prompts += read_prompts(options.file, format)
+        prompts += read_prompts(options.file, format, **shape)
     set_seed(options.seed)
     settings["special_tokens_in_text"] = run.special_tokens_in_text
     answers = generate(run.model, run.tokenizer, prompts=prompts, batch_size=options.batch_size, **settings)
@@ -47,24 +51,33 @@ def to_settings(options: Namespace) -> dict[str, Any]:
     return settings
 
 
-def read_prompts(path: str, format: str) -> list[Example]:
+def read_prompts(path: str, format: str, *, template: Template | None = None) -> list[Example]:
     """Prompts from a txt file, one a line, or from records whose target side may be missing."""
     prompts: list[Example]
     if path.endswith(".txt"):
         with open(path, encoding="utf-8") as file:
-            prompts = [to_prompt_example(line.rstrip("\n"), format) for line in file if line.strip()]
+            lines = [line.rstrip("\n") for line in file if line.strip()]
+        prompts = [to_prompt_example(line, format, template=template) for line in lines]
     else:
         records = read_records(path, ReadOptions(), report=ReadReport())
-        known = cast(Format, format)
-        prompts = [to_prompt(record.data, format=known, where=record.where) for record in records]
+        prompts = [to_record_prompt(record, format, template=template) for record in records]
     if not prompts:
         raise DataError("holds no prompt", where=path)
     return prompts
+
+
+def to_record_prompt(record: Record, format: str, *, template: Template | None) -> Example:
+    """A record whose target side may be missing, as a prompt."""
+    if template:
+        return to_template_prompt(record.data, template, where=record.where)
+    return to_prompt(record.data, format=cast(Format, format), where=record.where)
 
 
 def to_shown(prompt: Example) -> str:
     """The prompt as one text, to print beside its answer."""
     if isinstance(prompt, ChatExample):
         return prompt.messages[-1]["content"]
+    if isinstance(prompt, SegmentsExample):
+        return whole_text(prompt).rstrip("\n")
     assert isinstance(prompt, PromptExample | TextExample), type(prompt)
     return prompt.prompt.rstrip("\n") if isinstance(prompt, PromptExample) else prompt.text

@@ -11,9 +11,11 @@ from hf_clm.attention import use_for_generation, use_for_training
 from hf_clm.data.formats import to_prompt
 from hf_clm.data.labels import tokenize_batch
 from hf_clm.data.segments import to_prompt_segments
+from hf_clm.data.templating import to_template_words
 from hf_clm.errors import RecipeError
 from hf_clm.model import max_positions
 from hf_clm.schema import ChatExample, Example, TextExample
+from hf_clm.template import Template
 
 NEW_TOKENS = 256  # unless the caller says otherwise
 
@@ -74,8 +76,15 @@ def generate(
         model.train(was_training)
 
 
-def to_prompt_example(text: str, format: str, *, input_text: str = "") -> Example:
-    """Plain text as a prompt of ``format``: an instruction, a user's turn, or the text itself."""
+def to_prompt_example(
+    text: str, format: str, *, input_text: str = "", template: Template | None = None
+) -> Example:
+    """Plain text as a prompt of ``format``: an instruction, a user's turn, or the text itself.
+
+    With a ``template`` the text is its first column, and ``input_text`` the second.
+    """
+    if template is not None:
+        return to_template_words(text, template, input_text=input_text)
     if format == "instruct":
         return to_prompt({"instruct": text, "input": input_text}, format="instruct")
     if format == "alpaca":

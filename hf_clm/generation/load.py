@@ -12,6 +12,7 @@ from hf_clm.attention import NAME as PACKED
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.hub import load_options
 from hf_clm.model import load_model, max_positions
+from hf_clm.template import Template
 from hf_clm.tokenizer import load_tokenizer
 
 
@@ -25,6 +26,7 @@ class LoadedRun:
     stage: str
     max_length: int
     special_tokens_in_text: str = "encode_as_text"
+    template: Template | None = None
 
 
 def load_run(name_or_path: str, *, attention: str = PACKED, device: str | None = None) -> LoadedRun:
@@ -52,6 +54,7 @@ def load_run(name_or_path: str, *, attention: str = PACKED, device: str | None =
         stage=facts.get("stage") or "sft",
         max_length=facts.get("max_length") or min(max_positions(model.config) or 1024, 4096),
         special_tokens_in_text=facts.get("special_tokens_in_text") or "encode_as_text",
+        template=Template.model_validate(facts["template"]) if facts.get("template") else None,
     )
 
 

@@ -76,7 +76,7 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
                 output_dir / "run.json", {"status": "running", **facts.to_json(), "proof": proof.facts}
             )
     if recipe.samples:
-        trainer.add_callback(build_samples(recipe, trainer, tokenizer=tokenizer, format=facts.format))
+        trainer.add_callback(build_samples(facts, trainer, tokenizer=tokenizer))
     started = time.monotonic()
     with recording_failure(output_dir / "run.json", is_main=arguments.process_index == 0):
         trainer.train(resume_from_checkpoint=resume_from(arguments))
@@ -113,17 +113,18 @@ def build_trainer(
 
 
 def build_samples(
-    recipe: Recipe, trainer: CLMTrainer, *, tokenizer: PreTrainedTokenizerFast, format: str
+    facts: RunFacts, trainer: CLMTrainer, *, tokenizer: PreTrainedTokenizerFast
 ) -> SamplesCallback:
     """Generates the recipe's sample prompts, rendered as the training data are."""
-    section = recipe.samples
+    recipe, section = facts.recipe, facts.recipe.samples
     assert section is not None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         what = "rank 0 cannot generate from a sharded model alone"
         raise RecipeError(
             what, where="samples", fix="set samples to null, and use hf-clm generate afterwards"
         )
-    prompts = [to_prompt_example(prompt, format) for prompt in section.prompts]
+    shape: dict[str, Any] = {"template": facts.template}
+    prompts = [to_prompt_example(prompt, facts.format, **shape) for prompt in section.prompts]
     options: dict[str, Any] = {"max_new_tokens": section.max_new_tokens, "do_sample": section.temperature > 0}
     options["special_tokens_in_text"] = recipe.data.special_tokens_in_text
     if section.temperature > 0:

@@ -14,6 +14,7 @@ from hf_clm.data.build import Split
 from hf_clm.hardware import bf16_instructions
 from hf_clm.model import without_adapters
 from hf_clm.parts import count_steps, rows_per_step
+from hf_clm.template import Template
 from hf_clm.training.callbacks import to_duration
 
 PACKAGES = ("hf_clm", "torch", "transformers", "accelerate", "datasets", "tokenizers")
@@ -42,7 +43,13 @@ class RunFacts:
     @property
     def format(self) -> str:
         """The format of the training data; prompts given as plain text are rendered in it."""
-        return self.recipe.data.train[0].format or sorted(self.train.examples.formats)[0]
+        source = self.recipe.data.train[0]
+        return "template" if source.template else source.format or sorted(self.train.examples.formats)[0]
+
+    @property
+    def template(self) -> Template | None:
+        """The template of the first source, if it has one: prompts given as plain text are rendered in it."""
+        return self.recipe.data.train[0].template
 
     @property
     def rows_per_step(self) -> int:
@@ -86,6 +93,7 @@ class RunFacts:
             "max_length": self.recipe.data.max_length,
             "special_tokens_in_text": self.recipe.data.special_tokens_in_text,
             "format": self.format,
+            "template": self.template.model_dump() if self.template else None,
             "model": self.recipe.model.name_or_path or self.model.config.model_type,
             "parameters": self.model.num_parameters(),
             "trained_parameters": self.trained_parameters,

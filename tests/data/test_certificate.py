@@ -233,7 +233,7 @@ def test_a_message_that_the_template_drops_is_caught(turns, failures):
 
 def test_a_control_token_from_the_text_is_caught(monkeypatch):
     protected = "hf_clm.data.segments.mark_control_text"
-    monkeypatch.setattr(protected, lambda text, tokenizer: text)
+    monkeypatch.setattr(protected, lambda text, tokenizer, own: text)
 
     certificate = prove([PromptExample("Say <|im_end|>\n", "A")], byte_tokenizer())
 

@@ -86,6 +86,11 @@ def stopping_at(ids: list[int], *, pad: int = PAD) -> Any:
     return model
 
 
+def templated(text: str) -> dict[str, Any]:
+    """A source with a template, as a change of the run above."""
+    return {"data": {"train": [{"path": "rows.jsonl", "template": {"text": text}}]}}
+
+
 # The name of a check, what differs from the run above, what is found.
 ACCEPTED: list[tuple[str, dict[str, Any], str]] = [
     ("steps", {}, "12 steps of 2 rows"),
@@ -108,6 +113,8 @@ ACCEPTED: list[tuple[str, dict[str, Any], str]] = [
     ("vocabulary", {}, "260 ids, 260 rows"),
     ("vocabulary", {"config": {"vocab_size": 258}}, "260 ids, 260 rows (2 new)"),
     ("token ids", {}, "0 to 256 in the data"),
+    ("template tokens", templated("{a}<|endoftext|>"), "<|endoftext|>"),
+    ("template tokens", templated("{a} < {b} > {c}"), "none"),
     ("special tokens", {}, "eos 256, pad 257"),
     (
         "bytes per token",
@@ -337,6 +344,13 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
         True,
     ),
     ("precision", {"train": {"fp16": True}}, "float16 autocast needs a GPU", RECIPE, False),
+    (
+        "template tokens",
+        templated("{a}<sep>{b}[SEP]<sep>"),
+        "the template writes <sep>, [SEP], which is plain text to this tokenizer",
+        RECIPE,
+        True,
+    ),
     ("GPUs", {"machine": {"gpus": 4}}, "0 of 4 GPUs used", ENVIRONMENT, True),
 ]
 
@@ -365,7 +379,7 @@ def test_every_check_is_tried_both_ways():
     both = {name for name, *_ in ACCEPTED} & {name for name, *_ in REFUSED}
 
     assert set(checks.CHECKS) - both == {"chat template"}  # refused below
-    assert len(checks.CHECKS) == 23
+    assert len(checks.CHECKS) == 24
 
 
 def test_a_chat_that_is_rendered_otherwise_than_by_the_tokenizer_is_refused(monkeypatch):
@@ -392,7 +406,7 @@ def test_a_tokenizer_without_a_chat_template_is_a_problem_of_the_template_check(
 
 
 def test_checks_that_do_not_apply_are_left_out():
-    left_out = {"unknown tokens", "chat template", "packing", "stop tokens"}
+    left_out = {"unknown tokens", "chat template", "template tokens", "packing", "stop tokens"}
 
     assert set(checks.CHECKS) - set(checks.run_checks(build_facts())) == left_out
 

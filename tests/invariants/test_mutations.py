@@ -116,7 +116,7 @@ def end_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 
 def control_text_not_protected(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(segments, "mark_control_text", lambda text, tokenizer: text)
+    patch.setattr(segments, "mark_control_text", lambda text, tokenizer, own: text)
 
 
 def answer_stripped(patch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,100 @@
+"""Records to Examples by the template of their source: what the template writes, and what the record says.
+
+{title}<sep>{content}    a record    ->  title | <sep> | content      <sep> is a token here, and plain text
+                                                                      where a title spells it
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from hf_clm.errors import DataError, did_you_mean
+from hf_clm.schema import Segment, SegmentsExample
+from hf_clm.template import Part, Template, split_template, to_cell
+
+Record = Mapping[str, Any]
+
+
+def to_template_example(record: Record, template: Template, *, where: str = "") -> SegmentsExample:
+    """A record as its template renders it: the prompt is read, completion or text are learned.
+
+    Raises DataError for a column that is not there or empty, and for a value without a label.
+    """
+    cells = with_title(record)
+    if template.completion is None:
+        return SegmentsExample(_fill(template.shown, cells, where=where, is_target=True))
+    read = _fill(template.shown, cells, where=where, is_target=False)
+    learned = _fill(template.completion, cells, where=where, is_target=True, labels=template.labels)
+    return SegmentsExample(read + learned)
+
+
+def to_template_prompt(record: Record, template: Template, *, where: str = "") -> SegmentsExample:
+    """The prompt of a record, as training renders it.
+
+    Of a text what lies before its first column without a value: title and ``<sep>`` where there is a title
+    only. A text that has all its columns ends with the last one, to be continued there.
+    """
+    cells = with_title(record)
+    if template.completion is not None:
+        return SegmentsExample(_fill(template.shown, cells, where=where, is_target=False))
+    parts = split_template(template.shown)
+    columns = [number for number, part in enumerate(parts) if part.is_column]
+    missing = (number for number in columns if not _has(cells, parts[number].text))
+    end = next(missing, columns[-1] + 1)
+    kept = [_to_segment(part, cells, where=where) for part in parts[:end]]
+    if end <= columns[0]:
+        raise _no_column(parts[columns[0]].text, cells, where=where)
+    return SegmentsExample([replace(segment, is_target=False) for segment in kept])
+
+
+def to_template_words(text: str, template: Template, *, input_text: str = "") -> SegmentsExample:
+    """The prompt for words from the command line: the first column, and ``input_text`` the second."""
+    words = [text, *([input_text] if input_text else [])]
+    return to_template_prompt(dict(zip(template.columns, words, strict=False)), template, where="--prompt")
+
+
+def with_title(record: Record) -> Record:
+    """A record that is a text alone has also a ``title``, its first line, and a ``content``, the rest."""
+    if set(record) != {"text"} or not isinstance(record["text"], str):
+        return record
+    title, _, content = record["text"].strip().partition("\n")
+    return {**record, "title": title.strip(), "content": content.strip()}
+
+
+def _fill(
+    text: str, cells: Record, *, where: str, is_target: bool, labels: Mapping[str, str] | None = None
+) -> list[Segment]:
+    segments = [_to_segment(part, cells, where=where, labels=labels) for part in split_template(text)]
+    return [replace(segment, is_target=is_target) for segment in segments]
+
+
+def _to_segment(part: Part, cells: Record, *, where: str, labels: Mapping[str, str] | None = None) -> Segment:
+    """The template's own text, or what the record says in the column of that name."""
+    text = part.text
+    if not part.is_column:
+        return Segment(text, is_target=True, is_own=True)
+    if text not in cells:
+        raise _no_column(text, cells, where=where)
+    cell = cells[text]
+    if not isinstance(cell, str | int | float):
+        what = f"column {text!r}: expected text or a number"
+        raise DataError(what, where=where, got="null" if cell is None else type(cell).__name__)
+    word = to_cell(cell)
+    if labels and word not in labels:
+        fix = f"add it to the template's labels, which name {', '.join(map(repr, labels))}"
+        raise DataError(f"column {text!r} has a value without a label", where=where, got=repr(word), fix=fix)
+    word = labels[word] if labels else word
+    if not word.strip():
+        what = f"column {text!r} is empty"
+        raise DataError(what, where=where, got=repr(word), fix="fill it in, or remove the record")
+    return Segment(word, is_target=True)
+
+
+def _has(cells: Record, column: str) -> bool:
+    return bool(to_cell(cells.get(column) or "").strip())
+
+
+def _no_column(column: str, cells: Record, *, where: str) -> DataError:
+    known = ", ".join(repr(name) for name in cells) or "none"
+    hint = did_you_mean(column, [str(name) for name in cells])
+    return DataError(f"the template names a column {column!r}", where=where, got=f"columns {known}{hint}")
