@@ -14,7 +14,7 @@ from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPacked
 from hf_clm.data.labels import count_targets, slice_example
 from hf_clm.errors import ModelError
 from hf_clm.evaluation.metrics import token_nll
-from hf_clm.model import takes_targets
+from hf_clm.model import max_positions, takes_targets
 from hf_clm.schema import TokenizedExample
 
 BUDGET_FLOP = 2e11  # a second or two on two CPU cores
@@ -96,7 +96,8 @@ def self_test(
             with the model's own; None where they are the same.
     """
     started = time.monotonic()
-    documents = choose_documents(examples, model.num_parameters())
+    limit = max_positions(model.config)
+    documents = choose_documents(examples, model.num_parameters(), positions=limit)
     was_training = model.training
     model.eval()  # dropout draws other numbers for another batch
     total = sum(map(count_targets, documents))
@@ -131,10 +132,16 @@ def self_test(
     return SelfTest(comparisons, len(documents), tokens, time.monotonic() - started)
 
 
-def choose_documents(examples: Sequence[TokenizedExample], parameters: int) -> list[TokenizedExample]:
-    """A few documents of different lengths: of the first ones, what leads to the last label."""
+def choose_documents(
+    examples: Sequence[TokenizedExample], parameters: int, *, positions: int | None = None
+) -> list[TokenizedExample]:
+    """A few documents of different lengths: of the first ones, what leads to the last label.
+
+    Args:
+        positions: of the model, tokens: a row of a stream may be longer; None states no limit.
+    """
     tokens = BUDGET_FLOP / (6 * parameters * PASSES)
-    length = int(min(LONGEST, max(SHORTEST, tokens / DOCUMENTS)))
+    length = int(min(LONGEST, max(SHORTEST, tokens / DOCUMENTS), positions or LONGEST))
     chosen = []
     for number in range(min(len(examples), DOCUMENTS)):
         example = examples[number]

@@ -118,6 +118,13 @@ def test_only_what_leads_to_the_last_label_is_taken_and_every_document_has_one()
     assert all(document["labels"][-2:] == [32, 33] for document in documents)
 
 
+def test_a_document_is_no_longer_than_the_positions_of_the_model():
+    rows = [{"input_ids": [*range(20, 60)], "labels": [X, *range(21, 60)]}]
+
+    assert choose_documents(rows, 2_000, positions=3) == [{"input_ids": [57, 58, 59], "labels": [X, 58, 59]}]
+    assert len(choose_documents(rows, 2_000)[0]["input_ids"]) == 40
+
+
 def test_a_packed_row_counts_the_positions_of_each_document():
     assert to_packed_row(
         [{"input_ids": [5, 6], "labels": [X, 6]}, {"input_ids": [7, 8, 9], "labels": [X, X, 9]}]
