@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from hf_clm.errors import ExitCode, RecipeError, UserError, did_you_mean
-from hf_clm.schema import Format
+from hf_clm.schema import Format, TokenizerKind
 
 ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -224,10 +224,11 @@ def run_bench(words: list[str]) -> None:
 
 
 def run_train_tokenizer(words: list[str]) -> None:
-    """DATA... --output_dir FOLDER: train a byte-level BPE tokenizer"""
+    """DATA... --output_dir FOLDER: train a tokenizer"""
     parser = _Parser("hf-clm train-tokenizer")
     parser.add_argument("data", nargs="+", help="files, globs, folders, or datasets on the Hub")
     parser.add_argument("--output_dir", required=True, help="the folder to write")
+    parser.add_argument("--kind", choices=get_args(TokenizerKind), default="bpe", help="(%(default)s)")
     parser.add_argument("--vocab_size", type=_at_least(258), default=4096, help="tokens (%(default)s)")
     parser.add_argument(
         "--min_frequency", type=_at_least(1), default=2, help="of a pair that is merged (%(default)s)"
@@ -237,12 +238,12 @@ def run_train_tokenizer(words: list[str]) -> None:
     options = parser.parse_args(words)
     from hf_clm.config import Data, Source
     from hf_clm.data.build import load_examples, texts_of
-    from hf_clm.train_tokenizer import train_bpe
+    from hf_clm.train_tokenizer import train_tokenizer
 
     sources = [Source(path=path, format=options.format) for path in options.data]
     examples = load_examples(sources, Data(train=sources))
-    sizes = {"vocab_size": options.vocab_size, "min_frequency": options.min_frequency}
-    tokenizer = train_bpe(texts_of(examples.examples), pad_token=options.pad_token, **sizes)
+    chosen = {name: getattr(options, name) for name in ("kind", "vocab_size", "min_frequency", "pad_token")}
+    tokenizer = train_tokenizer(texts_of(examples.examples), **chosen)
     tokenizer.save_pretrained(options.output_dir)
     print(f"{len(tokenizer):,} tokens from {len(examples):,} records, written to {options.output_dir}")
 

@@ -36,7 +36,7 @@ from hf_clm.recipe_text import (
     to_type_text,
     to_value,
 )
-from hf_clm.schema import Format
+from hf_clm.schema import Format, TokenizerKind
 from hf_clm.template import Template
 from hf_clm.trainer_fields import (
     TRAIN_DEFAULTS,
@@ -76,17 +76,19 @@ class Model(_Section):
 
 
 class TokenizerTraining(_Section):
+    kind: TokenizerKind = "bpe"
+    """Byte-level BPE; SentencePiece's Unigram, with bytes for what is rare; every character a token."""
     vocab_size: int = Field(default=4096, ge=260)
-    """Number of tokens, the 256 bytes and the special ones included."""
+    """Number of tokens, the 256 bytes and the special ones included; not for characters."""
     min_frequency: int = Field(default=2, ge=1)
-    """How often a pair must occur to become a token."""
+    """How often a pair must occur to become a token of a bpe."""
 
 
 class Tokenizer(_Section):
     name_or_path: str | None = None
     """Default: the model's."""
     train: TokenizerTraining | None = None
-    """Train a byte-level BPE on data.train instead of loading one."""
+    """Train one on data.train instead of loading one."""
     pad_token: str = "<|pad|>"
     """Added when the tokenizer has none of its own, or when it equals EOS."""
     eos_token: str | None = None
@@ -383,9 +385,8 @@ def _with_known_format(value: Any, old: Any) -> Any:
     """A path alone gets the format and the columns that all the recipe's sources share."""
     paths = value if isinstance(value, list) else [value]
     sources = [source for source in _to_sources(old or []) if isinstance(source, dict)]
-    known = [
-        {key: source[key] for key in ("format", "fields", "template") if key in source} for source in sources
-    ]
+    shared = ("format", "fields", "template")
+    known = [{key: source[key] for key in shared if key in source} for source in sources]
     is_shared = bool(known) and all(item == known[0] for item in known)
     if is_shared and all(isinstance(path, str) for path in paths):
         return [{"path": path, **known[0]} for path in paths]

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.hardware import bf16_instructions
 from hf_clm.model import build_config, check_packing, init_model, load_config, load_model, max_positions
 from hf_clm.tokenizer import add_control_tokens, load_tokenizer, max_token_id, use_chat_template
-from hf_clm.train_tokenizer import train_bpe
+from hf_clm.train_tokenizer import train_tokenizer
 
 STATIC_TARGETS = 256  # the number of targets is rounded up to a multiple of it
 
@@ -80,14 +80,18 @@ def resolve(recipe: Recipe, arguments: TrainingArguments) -> Recipe:
 
 
 def build_tokenizer(
-    recipe: Recipe, examples: Examples, *, arguments: TrainingArguments
+    recipe: Recipe, loaded: Mapping[str, Examples], *, arguments: TrainingArguments
 ) -> PreTrainedTokenizerFast:
-    """Loads the tokenizer, or trains it on the training texts: once, on rank 0; the others load that."""
+    """Loads the tokenizer, or trains it on the training texts: once, on rank 0; the others load that.
+
+    ``loaded``: the examples by the name of their split. Characters are those of all splits: a letter that the
+    evaluation alone holds could not be spelled, and gives nothing away.
+    """
     section = recipe.tokenizer
     if section.train is None:
         name = section.name_or_path or recipe.model.name_or_path
         assert name is not None, "config.py requires one of them"
-        loaded = load_tokenizer(
+        tokenizer = load_tokenizer(
             name,
             pad_token=section.pad_token,
             eos_token=section.eos_token,
@@ -95,13 +99,14 @@ def build_tokenizer(
             revision=recipe.model.revision if section.name_or_path is None else None,
             trust_remote_code=recipe.model.trust_remote_code,
         )
-        add_control_tokens(loaded, section.control_tokens)
-        return loaded
+        add_control_tokens(tokenizer, section.control_tokens)
+        return tokenizer
     folder = str(arguments.output_dir)
     with arguments.main_process_first(local=False, desc="training the tokenizer"):
         if arguments.process_index == 0:
-            options = {"vocab_size": section.train.vocab_size, "min_frequency": section.train.min_frequency}
-            trained = train_bpe(texts_of(examples.examples), pad_token=section.pad_token, **options)
+            splits = loaded.values() if section.train.kind == "characters" else [loaded["train"]]
+            texts = (text for examples in splits for text in texts_of(examples.examples))
+            trained = train_tokenizer(texts, pad_token=section.pad_token, **section.train.model_dump())
             add_control_tokens(trained, section.control_tokens)
             if section.chat_template:
                 use_chat_template(trained, section.chat_template)
@@ -109,17 +114,22 @@ def build_tokenizer(
             # AutoTokenizer splits the text as this type of model does: from now on, not only once it is saved
             kind = recipe.model.config.get("model_type") or _named_config(recipe).model_type
             Path(folder, "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
-        return load_tokenizer(folder, pad_token=section.pad_token)
+        tokenizer = load_tokenizer(folder, pad_token=section.pad_token)
+    if section.train.kind != "bpe" and type(tokenizer) is not PreTrainedTokenizerFast:
+        what = f"transformers opens it as {type(tokenizer).__name__}, which splits text in its own way"
+        fix = "choose a model_type such as gpt2 or llama, or kind: bpe"
+        raise ModelError(what, where="tokenizer.train.kind", got=section.train.kind, fix=fix)
+    return tokenizer
 
 
 def build_tokenizer_aside(
-    recipe: Recipe, examples: Examples, *, arguments: TrainingArguments
+    recipe: Recipe, loaded: Mapping[str, Examples], *, arguments: TrainingArguments
 ) -> PreTrainedTokenizerFast:
     """The same, but a tokenizer that is trained is written to no output folder."""
     with tempfile.TemporaryDirectory() as folder:
         aside = copy(arguments)
         aside.output_dir = folder
-        return build_tokenizer(recipe, examples, arguments=aside)
+        return build_tokenizer(recipe, loaded, arguments=aside)
 
 
 def build_model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:

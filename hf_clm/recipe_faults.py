@@ -21,6 +21,7 @@ def model_faults(recipe: Any) -> Iterator[Fault]:
     if tokenizer.train and (tokenizer.name_or_path or model.init == "pretrained"):
         other = "tokenizer.name_or_path" if tokenizer.name_or_path else "a pretrained model"
         yield Fault("tokenizer.train", f"tokenizer.train and {other} exclude each other")
+    yield from _unused_sizes(tokenizer.train)
     if tokenizer.train and tokenizer.eos_token:
         yield Fault("tokenizer.eos_token", "a tokenizer that is trained ends its texts with <|endoftext|>")
     if recipe.lora and model.init == "scratch":
@@ -95,3 +96,12 @@ def token_budget_faults(recipe: Any) -> Iterator[Fault]:
     if size != 1:
         what = f"train.per_device_train_batch_size must be 1 beside {key}, which is the size of a micro-batch"
         yield Fault("train.per_device_train_batch_size", what, got=str(size), fix="leave it out")
+
+
+def _unused_sizes(section: Any) -> Iterator[Fault]:
+    """Sizes that the kind of a ``config.TokenizerTraining`` does not have."""
+    unused = {"characters": ("vocab_size", "min_frequency"), "unigram": ("min_frequency",)}
+    for name in unused.get(section.kind, ()) if section else ():
+        if getattr(section, name) != type(section).model_fields[name].default:
+            key = f"tokenizer.train.{name}"
+            yield Fault(key, f"{key} says nothing to kind: {section.kind}", fix="leave it out")

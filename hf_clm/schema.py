@@ -13,6 +13,7 @@ IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy's default ignore_index
 Format = Literal[
     "text", "prompt_completion", "instruct", "alpaca", "messages", "sharegpt", "segments", "tokenized"
 ]
+TokenizerKind = Literal["bpe", "unigram", "characters"]
 Role = Literal["system", "user", "assistant", "tool"]
 
 

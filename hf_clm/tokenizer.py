@@ -130,6 +130,26 @@ def _max_token_id(tokenizer: PreTrainedTokenizerFast, size: int) -> int:
     return max(tokenizer.get_vocab().values())
 
 
+def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The id of what the tokenizer cannot spell; None where it spells everything, as bytes do."""
+    model: Any = tokenizer.backend_tokenizer.model
+    token = getattr(model, "unk_token", None)
+    if token is None or getattr(model, "byte_fallback", False):
+        return None
+    found = tokenizer.backend_tokenizer.token_to_id(token)
+    return None if found == tokenizer.eos_token_id else found
+
+
+def find_unknown(text: str, tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """The first part of ``text`` that the tokenizer has no token for; None where it spells the whole."""
+    unknown = unknown_id(tokenizer)
+    if unknown is None:
+        return None
+    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    parts = (text[slice(*encoding.offsets[at])] for at, id in enumerate(encoding.ids) if id == unknown)
+    return next((part for part in parts if part != tokenizer.unk_token), None)
+
+
 def unique_ids(ids: Iterable[int | None]) -> list[int]:
     """The ids in their order, each once, without None."""
     return list(dict.fromkeys(i for i in ids if i is not None))

@@ -1,17 +1,53 @@
-"""Trains a byte-level BPE tokenizer: an ordinary folder that ``AutoTokenizer`` opens."""
+"""Trains a tokenizer on texts: an ordinary folder that ``AutoTokenizer`` opens.
 
+bpe         frequent pairs of bytes are merged again and again (GPT-2, Llama 3, Qwen)
+unigram     the likeliest pieces of words, and bytes for all else (SentencePiece; arXiv:1804.10959)
+characters  every character is a token
+"""
+
+import json
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.errors import DataError
 
 END = "<|endoftext|>"
+UNKNOWN = "<|unk|>"
+VOCAB_SIZE = 4096
+MIN_FREQUENCY = 2
+# A word with the space before it, or white space; the spaces stay in the pieces, so none is lost or added.
+WORDS = r" ?\S+|\s+(?!\S)|\s+"
+BYTE_PIECE = r"<(?=0x[0-9A-F]{2}>)"  # a text that spells the name of a byte's piece must not become that byte
+RARE = 10.0  # nats by which a byte is less likely than the rarest piece
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    *,
+    kind: str = "bpe",
+    vocab_size: int = VOCAB_SIZE,
+    min_frequency: int = MIN_FREQUENCY,
+    pad_token: str = "<|pad|>",
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of one of the kinds above; ``characters`` has as many tokens as the texts need.
+
+    Raises DataError if there is no text.
+    """
+    if kind == "characters":
+        return train_characters(texts, pad_token=pad_token)
+    if kind == "unigram":
+        return train_unigram(texts, vocab_size=vocab_size, pad_token=pad_token)
+    return train_bpe(texts, vocab_size=vocab_size, min_frequency=min_frequency, pad_token=pad_token)
 
 
 def train_bpe(
-    texts: Iterable[str], *, vocab_size: int = 4096, min_frequency: int = 2, pad_token: str = "<|pad|>"
+    texts: Iterable[str],
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    min_frequency: int = MIN_FREQUENCY,
+    pad_token: str = "<|pad|>",
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with ``<|endoftext|>`` as start and end token and a pad token of its own.
 
@@ -34,10 +70,66 @@ def train_bpe(
     )
     seen = _Counted(texts)
     tokenizer.train_from_iterator(seen, trainer)
-    if seen.letters == 0:
-        raise DataError("no text to train a tokenizer on", where="tokenizer.train")
-    tokens = {"bos_token": END, "eos_token": END, "unk_token": END, "pad_token": pad_token}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **tokens)
+    seen.require()
+    return _to_fast(tokenizer, pad_token=pad_token)
+
+
+def train_characters(texts: Iterable[str], *, pad_token: str = "<|pad|>") -> PreTrainedTokenizerFast:
+    """Every character (Unicode code point) of the texts is a token; the control tokens come first.
+
+    Another character is ``<|unk|>``: preparing data and ``generate`` refuse it. A text is its tokens, one
+    behind the other: nothing is normalised, so that it comes back as it was.
+
+    Raises DataError if there is no text.
+    """
+    seen = _Counted(texts)
+    letters = sorted({letter for text in seen for letter in text})
+    seen.require()
+    vocab = {token: number for number, token in enumerate([END, pad_token, UNKNOWN, *letters])}
+    # BPE without merges: the one model that takes a text letter by letter without cutting it into words first
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
+    tokenizer.decoder = decoders.Fuse()
+    return _to_fast(tokenizer, pad_token=pad_token, unk_token=UNKNOWN)
+
+
+def train_unigram(
+    texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE, pad_token: str = "<|pad|>"
+) -> PreTrainedTokenizerFast:
+    """A Unigram tokenizer that spells a letter without a piece by its bytes, so that every text comes back.
+
+    Trained again, it has the same pieces, but scores that differ by up to 0.001: the library's trainer
+    follows the order of a hash table, which is another one every time.
+
+    Args:
+        vocab_size: with the 256 bytes and the two control tokens; a small corpus may give fewer.
+
+    Raises DataError if there is no text.
+    """
+    seen = _Counted(list(texts))
+    letters = len({letter for text in seen for letter in text})
+    seen.require()
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    specials, room = [END, pad_token], vocab_size - 256
+    # the trainer keeps every letter: where there is no room for all, the rarest are cut off again
+    size = max(room, letters + len(specials) + 1)
+    options = {"vocab_size": size, "special_tokens": specials, "unk_token": END, "show_progress": False}
+    tokenizer.train_from_iterator(seen.texts, trainers.UnigramTrainer(**options))
+    learned = [(piece, score) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    pieces = sorted(learned[len(specials) :], key=lambda piece: -piece[1])[: room - len(specials)]
+    rare = min((score for _, score in pieces), default=0.0) - RARE
+    spelled = [(f"<0x{byte:02X}>", rare) for byte in range(256)]
+    whole = [*((token, 0.0) for token in specials), *spelled, *pieces]
+    spelling = Tokenizer(models.Unigram(whole, unk_id=0, byte_fallback=True))
+    parts = [pre_tokenizers.Split(Regex(part), "isolated") for part in (BYTE_PIECE, WORDS)]
+    spelling.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    spelling.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return _to_fast(spelling, pad_token=pad_token)
+
+
+def _to_fast(tokenizer: Tokenizer, *, pad_token: str, unk_token: str = END) -> PreTrainedTokenizerFast:
+    names = {"bos_token": END, "eos_token": END, "unk_token": unk_token, "pad_token": pad_token}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
 
 
 class _Counted:
@@ -51,3 +143,8 @@ class _Counted:
         for text in self.texts:
             self.letters += len(text)
             yield text
+
+    def require(self) -> None:
+        """Raises DataError where there was no letter."""
+        if self.letters == 0:
+            raise DataError("no text to train a tokenizer on", where="tokenizer.train")

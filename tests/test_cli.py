@@ -308,6 +308,16 @@ def test_train_tokenizer_writes_a_folder_that_can_be_loaded(capsys, place):
     assert (place / "tok" / "tokenizer.json").is_file()
 
 
+def test_train_tokenizer_takes_the_kind(capsys, place, tmp_path):
+    (tmp_path / "abc.txt").write_text("abba cab\n", encoding="utf-8")
+    words = ["train-tokenizer", str(tmp_path / "abc.txt"), "--output_dir", "tok", "--kind", "characters"]
+    assert main(words) == 0
+
+    assert (
+        capsys.readouterr().out == "8 tokens from 1 records, written to tok\n"
+    )  # 3 of control, "\n", " ", abc
+
+
 def test_train_writes_where_it_is_told_to(capsys, place):
     assert main(["train", "recipe.yaml", "--data.train", "say.jsonl", "--output_dir", "elsewhere"]) == 0
 

@@ -425,6 +425,18 @@ def test_a_key_from_a_yaml_merge_has_the_line_where_it_is_written():
             "tokenizer.train and tokenizer.name_or_path exclude each other",
         ),
         (
+            ["--model.init=scratch", "--tokenizer.train={kind: characters, vocab_size: 300}"],
+            "tokenizer.train.vocab_size says nothing to kind: characters; fix: leave it out",
+        ),
+        (
+            ["--model.init=scratch", "--tokenizer.train={kind: unigram, min_frequency: 3}"],
+            "tokenizer.train.min_frequency says nothing to kind: unigram",
+        ),
+        (
+            ["--model.init=scratch", "--tokenizer.train.kind", "character"],
+            "tokenizer.train.kind: expected one of bpe, unigram, characters; got 'character'; did you mean",
+        ),
+        (
             ["--model.trust_remote_code"],
             "model.trust_remote_code runs the code of others; fix: pin model.revision",
         ),

@@ -30,7 +30,7 @@ from transformers import (
 
 from hf_clm.bench.results import Start, Task, Trial
 from hf_clm.config import Recipe
-from hf_clm.data.build import Examples, Split, pack_rows, texts_of
+from hf_clm.data.build import Split, pack_rows, texts_of
 from hf_clm.data.cache import build_splits, find_place, load_early, load_named
 from hf_clm.data.ledger import write_ledgers
 from hf_clm.data.packing import PackedDataset
@@ -85,7 +85,7 @@ def measure_start(task: Task) -> Start:
     with timing("read"):
         loaded = load_named(recipe, arguments.seed)
     with timing("tokenizer"):
-        tokenizer = build_tokenizer_aside(recipe, loaded["train"], arguments=arguments)
+        tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)
         config = build_model_config(recipe, tokenizer)
     with timing("tokenize"):
         splits = build_splits(recipe, tokenizer, loaded=loaded)
@@ -139,7 +139,7 @@ def measure_speed(task: Task) -> Trial:
     on_cpu = arguments.device.type == "cpu"
     limit = free_memory(arguments.device) if on_cpu else None
     loaded = load_early(recipe, arguments.seed)
-    tokenizer = build_tokenizer_aside(recipe, loaded.get("train", Examples()), arguments=arguments)
+    tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)
     config = build_model_config(recipe, tokenizer)
     splits = prepare(recipe, tokenizer, arguments=arguments, loaded=loaded).splits
     model = build_model(recipe, tokenizer, config=config, arguments=arguments)

@@ -10,11 +10,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Data, Recipe, Source
-from hf_clm.data.datasets import PretrainDataset, SFTDataset, TokenizedDataset
+from hf_clm.data.datasets import PretrainDataset, SFTDataset, TokenizedDataset, TokenizedRows
 from hf_clm.data.formats import FirstSeen, check_same_schema, to_example, unknown_keys
 from hf_clm.data.labels import Fate
 from hf_clm.data.ledger import find_duplicates
 from hf_clm.data.packing import PackedDataset, Pieces
+from hf_clm.data.segments import whole_text
 from hf_clm.data.sources import ReadOptions, ReadReport, Record, read_records
 from hf_clm.data.templating import to_template_example
 from hf_clm.errors import DataError
@@ -27,7 +28,9 @@ from hf_clm.schema import (
     TextExample,
     TokenizedExample,
 )
+from hf_clm.tokenizer import find_unknown, unique_ids, unknown_id
 
+SHOWN_LETTERS = 8  # of a word that the tokenizer cannot spell
 SHOWN_DROPS = 3  # an error lists the first few rows, not thousands
 
 AnyDataset = TokenizedDataset | PackedDataset
@@ -181,8 +184,29 @@ def build_split(
             rows = SFTDataset(examples.examples, tokenizer, train_on=data.train_on, **options)
     except DataError as error:
         raise error if error.row is None else error.at(examples.places[error.row]) from error
+    check_spelled(examples, rows.rows, tokenizer=tokenizer)
     check_dropped(examples, rows.rows.fates, data=data)
     return Split(rows, pack_rows(rows, recipe), examples)
+
+
+def check_spelled(examples: Examples, rows: TokenizedRows, *, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises DataError for the first example with a character that the tokenizer has no token for."""
+    unknown = unknown_id(tokenizer)
+    if unknown is None:
+        return
+    places = np.flatnonzero(rows.input_ids == unknown)
+    for number in unique_ids(rows.sources[np.searchsorted(rows.offsets, places, side="right") - 1].tolist()):
+        example = examples.examples[number]
+        found = None if isinstance(example, dict) else find_unknown(whole_text(example), tokenizer)
+        if found is not None:
+            raise unspelled(found, where=examples.places[number])
+
+
+def unspelled(text: str, *, where: str) -> DataError:
+    """The error for ``text``, which the tokenizer has no token for."""
+    codes = " ".join(f"U+{ord(letter):04X}" for letter in text[:SHOWN_LETTERS])
+    fix = "take it out, or add a text that holds it to those that the tokenizer is trained on"
+    return DataError("the tokenizer has no token for it", where=where, got=f"{text!r} ({codes})", fix=fix)
 
 
 def pack_rows(

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from hf_clm.config import Recipe
-from hf_clm.data.build import Examples
 from hf_clm.data.cache import load_early, read_splits
 from hf_clm.doctor.checks import run_checks
 from hf_clm.doctor.facts import Check, Facts, Problem, build_facts, longest_rows, to_micro_step, to_problem
@@ -118,7 +117,7 @@ def _collect(recipe: Recipe, stage: _Stage, *, loads_model: bool) -> Facts:
     stage.name = "data"
     loaded = load_early(recipe, arguments.seed)
     stage.name = "tokenizer"
-    tokenizer = build_tokenizer_aside(recipe, loaded.get("train", Examples()), arguments=arguments)
+    tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)
     stage.name = "model"
     config = build_model_config(recipe, tokenizer)
     stage.name = "data"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_clm.config import Data, Recipe, Source, load_recipe
-from hf_clm.data.build import load_examples
+from hf_clm.data.build import check_spelled, load_examples
 from hf_clm.data.datasets import PretrainDataset, SFTDataset
 from hf_clm.errors import DataError
 from hf_clm.evaluation.evaluate import measure_answers, measure_likelihood
@@ -20,7 +20,8 @@ def evaluate_run(options: Namespace) -> dict[str, float]:
     """
     recipe = read_recipe(options.run)
     data = to_data(options, recipe)
-    examples = load_examples(data.train, data).examples
+    read = load_examples(data.train, data)
+    examples = read.examples
     run = load_run(options.run, device=options.device)
     stage, policy = options.stage or run.stage, {"special_tokens_in_text": data.special_tokens_in_text}
     settings: dict[str, Any] = {"max_length": options.max_length or run.max_length, **policy}
@@ -29,6 +30,7 @@ def evaluate_run(options: Namespace) -> dict[str, float]:
     else:
         settings["overflow"] = recipe.resolved_overflow if recipe and recipe.stage == "sft" else "keep_target"
         dataset = SFTDataset(examples, run.tokenizer, train_on=data.train_on, **settings)
+    check_spelled(read, dataset.rows, tokenizer=run.tokenizer)
     if len(dataset) == 0:
         raise DataError("no example has a target that fits", where=options.data, fix="raise --max_length")
     dropped = sum(fate.kind == "dropped" for fate in dataset.rows.fates)

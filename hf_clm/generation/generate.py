@@ -8,14 +8,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.attention import use_for_generation, use_for_training
+from hf_clm.data.build import unspelled
 from hf_clm.data.formats import to_prompt
 from hf_clm.data.labels import tokenize_batch
-from hf_clm.data.segments import to_prompt_segments
+from hf_clm.data.segments import to_prompt_segments, whole_text
 from hf_clm.data.templating import to_template_words
 from hf_clm.errors import RecipeError
 from hf_clm.model import max_positions
 from hf_clm.schema import ChatExample, Example, TextExample
 from hf_clm.template import Template
+from hf_clm.tokenizer import find_unknown
 
 NEW_TOKENS = 256  # unless the caller says otherwise
 
@@ -48,9 +50,10 @@ def generate(
             no_repeat_ngram_size, ...
 
     Raises RecipeError for options that do not go together, and where prompt and new tokens exceed the model's
-    positions.
+    positions; DataError for a prompt that the tokenizer cannot spell.
     """
     examples = [TextExample(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    check_prompts(examples, tokenizer)
     rendering = {"special_tokens_in_text": special_tokens_in_text}
     segments = [to_prompt_segments(example, tokenizer, **rendering) for example in examples]
     eos = tokenizer.eos_token_id
@@ -92,6 +95,13 @@ def to_prompt_example(
     if format in ("messages", "sharegpt"):
         return ChatExample([{"role": "user", "content": text}])
     return TextExample(text)
+
+
+def check_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises DataError for the first prompt with a character that the tokenizer has no token for."""
+    for number, example in enumerate(examples, start=1):
+        if (found := find_unknown(whole_text(example), tokenizer)) is not None:
+            raise unspelled(found, where=f"prompt {number}")
 
 
 def fit_new_tokens(model: PreTrainedModel, prompt_tokens: int, *, max_new_tokens: int | None) -> int:

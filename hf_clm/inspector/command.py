@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.config import Recipe, load_recipe
-from hf_clm.data.build import Examples, Split
+from hf_clm.data.build import Split
 from hf_clm.data.cache import load_early, read_splits
 from hf_clm.data.packing import PackedDataset
 from hf_clm.errors import RecipeError
@@ -127,7 +127,7 @@ def _tokenizer(recipe: Recipe, *, arguments: TrainingArguments, target: str) -> 
     if recipe.tokenizer.train is not None and Path(target).is_dir():
         return load_tokenizer(target, pad_token=recipe.tokenizer.pad_token)
     loaded = load_early(recipe, arguments.seed)
-    return build_tokenizer_aside(recipe, loaded.get("train", Examples()), arguments=arguments)
+    return build_tokenizer_aside(recipe, loaded, arguments=arguments)
 
 
 def _severity(row: Row) -> tuple[int, ...]:

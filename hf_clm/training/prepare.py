@@ -84,7 +84,7 @@ def prepare_recipe(recipe: Recipe) -> list[str]:
     started = time.monotonic()
     arguments = training_arguments(recipe)
     loaded = load_early(recipe, arguments.seed)
-    tokenizer = build_tokenizer_aside(recipe, loaded.get("train", Examples()), arguments=arguments)
+    tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)
     build_model_config(recipe, tokenizer)  # refuses rows that are longer than the model's positions
     if find_place(recipe, tokenizer, seed=arguments.seed) is None:
         fix = "name a folder in data.cache_dir; pin data on the Hub by a commit as their revision"

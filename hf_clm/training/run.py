@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_clm.config import Recipe, recipe_to_yaml
-from hf_clm.data.build import Examples, Split
+from hf_clm.data.build import Split
 from hf_clm.data.cache import load_early
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
@@ -53,7 +53,7 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
         settle_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     output_dir = prepare_output_dir(arguments, overwrite=recipe.overwrite)
     loaded = load_early(recipe, arguments.seed)
-    tokenizer = build_tokenizer(recipe, loaded.get("train", Examples()), arguments=arguments)
+    tokenizer = build_tokenizer(recipe, loaded, arguments=arguments)
     config = build_model_config(recipe, tokenizer)
     prepared = prepare(recipe, tokenizer, arguments=arguments, loaded=loaded)
     splits, proof = prepared.splits, prepared.proof

@@ -23,6 +23,7 @@ from hf_clm.data.labels import Fate
 from hf_clm.data.packing import PackedDataset
 from hf_clm.errors import DataError, ExitCode
 from hf_clm.schema import ChatExample, PromptExample, Segment, SegmentsExample, TextExample
+from hf_clm.train_tokenizer import train_characters
 
 # "a\n" and N letters and the end token: 4, 5, 6, 7 tokens, of which 2, 3, 4, 5 are learned.
 RECORDS = [{"instruct": "a", "input": "", "label": "x" * n} for n in range(1, 5)]
@@ -234,6 +235,33 @@ def test_overflow_error_names_the_row():
     assert refusal(max_length=6, overflow="error").startswith(
         "say.jsonl:4: longer than max_length=6; got 7 tokens"
     )
+
+
+def test_a_character_without_a_token_is_named_with_its_row(tmp_path):
+    write_jsonl(tmp_path / "poem.jsonl", [{"text": "abba"}, {"text": "bad 雪"}])
+    recipe = build_recipe("pretrain", train=[{"path": "poem.jsonl"}])
+    examples = load_splits(recipe, 42)[0]
+
+    with pytest.raises(DataError) as error:
+        build_split(examples, recipe, tokenizer=train_characters(["abba", "bd "]), stage="pretrain")
+
+    assert str(error.value) == (
+        "poem.jsonl:2: the tokenizer has no token for it; got '雪' (U+96EA); "
+        "fix: take it out, or add a text that holds it to those that the tokenizer is trained on"
+    )
+    whole = build_split(examples, recipe, tokenizer=train_characters(["ab", "d 雪"]), stage="pretrain")
+    assert whole.tokens == 4 + 1 + 5 + 1
+
+
+def test_the_name_of_the_unknown_token_in_a_text_is_no_unknown_character(tmp_path):
+    write_jsonl(tmp_path / "poem.jsonl", [{"text": "a <|unk|> b"}])
+    recipe = build_recipe("pretrain", train=[{"path": "poem.jsonl"}])
+    tokenizer = train_characters(["ab <|unk>"])
+
+    split = build_split(load_splits(recipe, 42)[0], recipe, tokenizer=tokenizer, stage="pretrain")
+
+    assert split.tokens == len("a <|unk|> b") + 1
+    assert tokenizer.unk_token_id not in split.rows[0]["input_ids"]
 
 
 def test_a_tokenizer_can_be_trained_on_every_kind_of_example():

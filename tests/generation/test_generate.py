@@ -5,11 +5,12 @@ import torch
 from helpers import EOS, IM_END, PAD, byte_tokenizer, tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_clm.errors import RecipeError
+from hf_clm.errors import DataError, RecipeError
 from hf_clm.generation.generate import Generated, fit_new_tokens, generate, to_prompt_example
 from hf_clm.model import fit_to_tokenizer
 from hf_clm.schema import ChatExample, PromptExample, TextExample
 from hf_clm.tokenizer import use_chat_template
+from hf_clm.train_tokenizer import train_characters
 
 OPTIONS = {"max_new_tokens": 8, "do_sample": False}
 
@@ -209,6 +210,13 @@ def test_options_that_do_not_exist_are_one_line():
     assert str(error.value).startswith("generation options: ")
     assert "top_kk" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_prompt_that_cannot_be_spelled_is_refused_with_the_character():
+    tokenizer = train_characters(["abc"])
+
+    with pytest.raises(DataError, match=r"^prompt 2: the tokenizer has no token for it; got 'f' \(U\+0066\)"):
+        generate(build_model(), tokenizer, prompts=["ab", "café"])
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers():

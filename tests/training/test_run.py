@@ -310,6 +310,34 @@ def test_a_model_from_scratch_learns_a_tokenizer_of_its_own(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.vocab_size == len(tokenizer)
 
 
+def test_a_model_can_learn_characters_and_spells_those_that_only_the_evaluation_holds(tmp_path):
+    config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64}
+    rows = write_jsonl(tmp_path / "train.jsonl", [{"text": "abba"}, {"text": "bad"}])
+    held = write_jsonl(tmp_path / "held.jsonl", [{"text": "Zoë"}])
+
+    train(
+        build_recipe(
+            tmp_path,
+            stage="pretrain",
+            model={"init": "scratch", "config": config},
+            tokenizer={"train": {"kind": "characters"}},
+            data={"train": [rows], "eval": [held]},
+            train={"max_steps": 1},
+        )
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert tokenizer.convert_ids_to_tokens(range(3, len(tokenizer))) == ["Z", "a", "b", "d", "o", "ë"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.vocab_size == 9
+
+
+def test_a_type_of_model_whose_tokenizers_split_text_in_their_own_way_is_refused(tmp_path):
+    model = {"init": "scratch", "config": {"model_type": "qwen2"}}
+
+    with pytest.raises(ModelError, match=r"^tokenizer.train.kind: transformers opens it as Qwen2Tokenizer"):
+        train(build_recipe(tmp_path, model=model, tokenizer={"train": {"kind": "characters"}}))
+
+
 def test_a_scratch_model_of_a_named_configuration_keeps_to_its_positions(tmp_path):
     folder = save_folder(tmp_path / "shape", tiny_model(max_position_embeddings=48), byte_tokenizer())
 
