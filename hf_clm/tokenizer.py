@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from hf_clm.errors import ModelError, did_you_mean
 from hf_clm.hub import load_options, loading
 
+UNKNOWN = "<|unk|>"  # of a tokenizer of characters
 SHIPPED_TEMPLATES = Path(__file__).parent / "chat_templates"
 # A turn must end in one token, or nothing can stop at it.
 TEMPLATE_TOKENS = {"chatml": ["<|im_start|>", "<|im_end|>"]}
@@ -131,13 +132,13 @@ def _max_token_id(tokenizer: PreTrainedTokenizerFast, size: int) -> int:
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The id of what the tokenizer cannot spell; None where it spells everything, as bytes do."""
-    model: Any = tokenizer.backend_tokenizer.model
-    token = getattr(model, "unk_token", None)
-    if token is None or getattr(model, "byte_fallback", False):
-        return None
-    found = tokenizer.backend_tokenizer.token_to_id(token)
-    return None if found == tokenizer.eos_token_id else found
+    """The id that stands for every character without a token, in a tokenizer of characters; None in others.
+
+    A tokenizer of words or pieces that was made elsewhere may have met rare characters as unknown all along:
+    there the doctor tells how many they are.
+    """
+    is_of_characters = tokenizer.unk_token == UNKNOWN
+    return tokenizer.backend_tokenizer.token_to_id(UNKNOWN) if is_of_characters else None
 
 
 def find_unknown(text: str, tokenizer: PreTrainedTokenizerFast) -> str | None:

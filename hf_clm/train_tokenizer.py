@@ -12,9 +12,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.errors import DataError
+from hf_clm.tokenizer import UNKNOWN
 
 END = "<|endoftext|>"
-UNKNOWN = "<|unk|>"
 VOCAB_SIZE = 4096
 MIN_FREQUENCY = 2
 # A word with the space before it, or white space; the spaces stay in the pieces, so none is lost or added.

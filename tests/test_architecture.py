@@ -20,7 +20,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 LAYERS = [
     {"errors"},
     {"schema", "hardware", "flops"},
-    {"trainer_fields", "recipe_text", "recipe_faults", "template"},
+    {"trainer_fields", "recipe_text", "recipe_faults", "template", "recipe_sections"},
     {"config"},
     {"hub", "tokenizer", "train_tokenizer", "chat_template", "attention", "loss", "model", "adapters"},
     {"data"},
@@ -34,7 +34,14 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
-LIGHT = ["hf_clm.errors", "hf_clm.schema", "hf_clm.trainer_fields", "hf_clm.recipe_text", "hf_clm.config"]
+LIGHT = [
+    "hf_clm.errors",
+    "hf_clm.schema",
+    "hf_clm.trainer_fields",
+    "hf_clm.recipe_text",
+    "hf_clm.recipe_sections",
+    "hf_clm.config",
+]
 HEAVY = {"torch", "transformers", "datasets"}
 WRITERS_OF_MASKS = {"hf_clm.schema", "hf_clm.data.labels", "hf_clm.data.collators"}
 READING_KEYWORDS = {"ignore_index", "may_be"}

@@ -10,8 +10,6 @@ from hf_clm.config import (
     Samples,
     Source,
     Tokenizer,
-    TokenizerTraining,
-    Window,
     describe_recipe,
     load_recipe,
     recipe_help,
@@ -19,6 +17,7 @@ from hf_clm.config import (
     training_values,
 )
 from hf_clm.errors import ExitCode, RecipeError
+from hf_clm.recipe_sections import TokenizerTraining, Window
 from hf_clm.trainer_fields import load_trainer_fields
 
 BASE = """\

@@ -83,7 +83,7 @@ def test_the_tokens_of_a_template_stand_in_the_tokenizer_that_is_loaded_or_train
     recipe = build_recipe(tmp_path, ROWS, stage="pretrain", tokenizer=section, **changes)
     arguments = training_arguments(recipe)
 
-    tokenizer = build_tokenizer(recipe, load_named(recipe, 0)["train"], arguments=arguments)
+    tokenizer = build_tokenizer(recipe, load_named(recipe, 0), arguments=arguments)
 
     assert tokenizer.decode(tokenizer("<sep>")["input_ids"]) == "<sep>"
     assert len(tokenizer("<sep>")["input_ids"]) == 1

@@ -1,0 +1,182 @@
+"""The sections of a recipe: every key with its type, default and meaning. ``train`` is of transformers."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from hf_clm.schema import Format, TokenizerKind
+from hf_clm.template import Template
+
+
+class Section(BaseModel):
+    """Frozen, and strict about types and names of keys."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class Model(Section):
+    name_or_path: str | None = None
+    """A model on the Hub or a folder."""
+    revision: str | None = None
+    """A branch, tag or commit on the Hub."""
+    init: Literal["pretrained", "scratch"] = "pretrained"
+    """Start from trained weights or from random ones."""
+    config: dict[str, Any] = {}
+    """For scratch: {model_type: gpt2, n_layer: 4, ...}."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the trained weights; small updates are lost below float32."""
+    attention: str = "packed"
+    """packed, sdpa, eager, flash_attention_2, ..."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model; needs a commit as revision, or a folder."""
+    allow_bin: bool = False
+    """Load pickled weights where there are no safetensors."""
+
+
+class TokenizerTraining(Section):
+    kind: TokenizerKind = "bpe"
+    """Byte-level BPE; SentencePiece's Unigram, with bytes for what is rare; every character a token."""
+    vocab_size: int = Field(default=4096, ge=260)
+    """Number of tokens, the 256 bytes and the special ones included; not for characters."""
+    min_frequency: int = Field(default=2, ge=1)
+    """How often a pair must occur to become a token of a bpe."""
+
+
+class Tokenizer(Section):
+    name_or_path: str | None = None
+    """Default: the model's."""
+    train: TokenizerTraining | None = None
+    """Train one on data.train instead of loading one."""
+    pad_token: str = "<|pad|>"
+    """Added when the tokenizer has none of its own, or when it equals EOS."""
+    eos_token: str | None = None
+    """Default: the tokenizer's."""
+    control_tokens: list[str] = []
+    """Added where the tokenizer has not got them; a template writes them."""
+    chat_template: str | None = None
+    """chatml, plain, or a .jinja file; default: the tokenizer's."""
+
+
+class Source(Section):
+    path: str
+    """A file, a glob, a folder, or a dataset on the Hub."""
+    format: Format | None = None
+    """Default: told from the keys of the first record."""
+    fields: dict[str, str] = {}
+    """The format's key -> the column in the file."""
+    template: Template | None = None
+    """In place of a format: {prompt: "{column} ...", completion: ..., labels: {0: no}}, or {text: ...}."""
+    split: str = "train"
+    """Of a dataset on the Hub."""
+    name: str | None = None
+    """The configuration of a dataset on the Hub."""
+    revision: str | None = None
+    """A branch, tag or commit on the Hub."""
+
+
+class Window(Section):
+    size: int = Field(ge=2)
+    """Tokens in a window."""
+    step: int = Field(ge=1)
+    """Tokens from the start of a window to the start of the next."""
+
+
+def to_sources(value: Any) -> Any:
+    """A path alone, or a list in which some are, as a list of sources."""
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+Sources = Annotated[list[Source], BeforeValidator(to_sources)]
+
+
+class Data(Section):
+    train: Sources = Field(min_length=1)
+    """A path, a list of paths, or a list of sources."""
+    eval: Sources = []
+    """Its own sources; or see eval_fraction."""
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """The share of the training examples held out, chosen by train.seed."""
+    max_length: int = Field(default=1024, ge=2)
+    """Tokens in a row."""
+    overflow: Literal["keep_target", "truncate", "drop", "error", "split"] | None = None
+    """For an example over max_length; default: keep_target for sft, split for pretrain."""
+    packing: Literal["none", "best_fit", "stream"] | None = None
+    """Default: best_fit for sft, stream (rows are cut, no token is lost) for pretrain."""
+    tokens_per_batch: int | None = Field(default=None, ge=2)
+    """The size of a micro-batch in tokens, filled with whole examples; with packing none."""
+    window: Window | None = None
+    """Overlapping pieces of long documents; with packing none."""
+    train_on: Literal["all_turns", "last_turn", "everything"] = "all_turns"
+    """Which parts of a conversation are learned."""
+    special_tokens_in_text: Literal["encode_as_text", "error", "allow"] = "encode_as_text"
+    """For text in a record that spells a control token."""
+    max_dropped: float = Field(default=0.01, ge=0, le=1)
+    """The largest share of examples that may be dropped."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Whether rows that are exactly equal to an earlier one are learned again."""
+    max_leakage: float = Field(default=0.01, ge=0, le=1)
+    """The largest share of evaluation rows that may be training rows."""
+    skip_bad_lines: bool = False
+    """Count and list unreadable lines instead of stopping."""
+    max_line_bytes: int = Field(default=8_388_608, ge=1)
+    """The longest line that is read."""
+    strict: bool = False
+    """Unknown keys of a record are errors."""
+    nul: Literal["warn", "error"] = "warn"
+    """For a NUL character in a text."""
+    allow_empty_prompt: bool = False
+    """Learn completions that follow nothing."""
+    cache_dir: str | None = "~/.cache/hf_clm"
+    """Where prepared data are kept; null: nowhere. HF_CLM_CACHE in the environment moves the default."""
+
+
+class Lora(Section):
+    r: int = Field(default=16, ge=1)
+    """Rank of the updates."""
+    alpha: int = Field(default=32, ge=1)
+    """The updates are scaled by alpha / r."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of what goes into an update."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Which layers are updated: all but the head, or the ends of their names, such as q_proj."""
+    modules_to_save: list[str] = []
+    """Modules that are trained whole, and saved with the adapter."""
+    use_dora: bool = False
+    """Train the size of each update apart from its direction."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r), for large r."""
+    quantize: Literal["4bit"] | None = None
+    """Keep the frozen model in 4 bits (QLoRA); on a GPU, with the extra qlora."""
+
+
+class Samples(Section):
+    prompts: list[str] = Field(min_length=1)
+    """Each is continued during training."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Default: before and after training only."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """The longest answer."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 is greedy."""
+
+
+class EarlyStopping(Section):
+    patience: int = Field(default=3, ge=1)
+    """Evaluations without improvement before the run stops."""
+    threshold: float = Field(default=0.0, ge=0)
+    """The smallest change that counts as improvement."""
+
+
+class Doctor(Section):
+    self_test: bool = True
+    """Before the first step, prove on the real model and data that batching changes no loss."""
+    round_trip: Literal["start", "end", "off"] = "start"
+    """When the saved model is opened in a fresh process and compared."""
+
+
+class Loss(Section):
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared log of the softmax's sum, which keeps logits from drifting; 1e-4 is usual."""
