@@ -30,7 +30,7 @@ from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.hardware import bf16_instructions
 from hf_clm.model import build_config, check_packing, init_model, load_config, load_model, max_positions
 from hf_clm.tokenizer import add_control_tokens, load_tokenizer, max_token_id, use_chat_template
-from hf_clm.train_tokenizer import train_tokenizer
+from hf_clm.train_tokenizer import END, train_tokenizer
 
 STATIC_TARGETS = 256  # the number of targets is rounded up to a multiple of it
 
@@ -106,7 +106,8 @@ def build_tokenizer(
         if arguments.process_index == 0:
             splits = loaded.values() if section.train.kind == "characters" else [loaded["train"]]
             texts = (text for examples in splits for text in texts_of(examples.examples))
-            trained = train_tokenizer(texts, pad_token=section.pad_token, **section.train.model_dump())
+            names = {"pad_token": section.pad_token, "eos_token": section.eos_token or END}
+            trained = train_tokenizer(texts, **names, **section.train.model_dump())
             add_control_tokens(trained, section.control_tokens)
             if section.chat_template:
                 use_chat_template(trained, section.chat_template)

@@ -22,8 +22,8 @@ def model_faults(recipe: Any) -> Iterator[Fault]:
         other = "tokenizer.name_or_path" if tokenizer.name_or_path else "a pretrained model"
         yield Fault("tokenizer.train", f"tokenizer.train and {other} exclude each other")
     yield from _unused_sizes(tokenizer.train)
-    if tokenizer.train and tokenizer.eos_token:
-        yield Fault("tokenizer.eos_token", "a tokenizer that is trained ends its texts with <|endoftext|>")
+    if tokenizer.train and tokenizer.eos_token == tokenizer.pad_token:
+        yield Fault("tokenizer.eos_token", "tokenizer.eos_token and tokenizer.pad_token are the same")
     if recipe.lora and model.init == "scratch":
         what = "lora freezes the model, which has to be a trained one"
         yield Fault("lora", what, fix="set model.init to pretrained, or leave lora out")

@@ -52,7 +52,7 @@ class Tokenizer(Section):
     pad_token: str = "<|pad|>"
     """Added when the tokenizer has none of its own, or when it equals EOS."""
     eos_token: str | None = None
-    """Default: the tokenizer's."""
+    """Default: the tokenizer's; <|endoftext|> of one that is trained."""
     control_tokens: list[str] = []
     """Added where the tokenizer has not got them; a template writes them."""
     chat_template: str | None = None
@@ -98,7 +98,9 @@ class Data(Section):
     eval: Sources = []
     """Its own sources; or see eval_fraction."""
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """The share of the training examples held out, chosen by train.seed."""
+    """The share of the training examples held out, chosen by train.seed; of a single text its end."""
+    eval_train_rows: int = Field(default=0, ge=0)
+    """So many of the training rows are evaluated too, without dropout: eval_train_loss in the logs."""
     max_length: int = Field(default=1024, ge=2)
     """Tokens in a row."""
     overflow: Literal["keep_target", "truncate", "drop", "error", "split"] | None = None
@@ -157,6 +159,8 @@ class Samples(Section):
     """Each is continued during training."""
     every_steps: int | None = Field(default=None, ge=1)
     """Default: before and after training only."""
+    every_epoch: bool = False
+    """At the end of each epoch."""
     max_new_tokens: int = Field(default=64, ge=1)
     """The longest answer."""
     temperature: float = Field(default=0.0, ge=0)

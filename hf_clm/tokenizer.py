@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_clm.errors import ModelError, did_you_mean
 from hf_clm.hub import load_options, loading
+from hf_clm.sentencepiece_file import load_sentencepiece
 
 UNKNOWN = "<|unk|>"  # of a tokenizer of characters
 SHIPPED_TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -30,6 +31,7 @@ def load_tokenizer(
     """Loads a fast tokenizer whose pad token differs from its end token.
 
     Args:
+        name_or_path: of a folder or a repository, or of a SentencePiece file (``.model``).
         pad_token: added when the tokenizer has none, or one that equals its end token; else its own is kept.
         eos_token: replaces the end token.
         chat_template: a shipped name (``chatml``, ``plain``) or a ``.jinja`` file; None keeps its own.
@@ -37,11 +39,13 @@ def load_tokenizer(
     Raises ModelError if there is no such tokenizer, it is not a fast one, or it has no end token.
     """
     name_or_path = os.path.expanduser(name_or_path)
-    options = load_options(name_or_path, revision=revision, where="tokenizer.name_or_path")
-    with loading(name_or_path, where="tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path, trust_remote_code=trust_remote_code, **options
-        )
+    if name_or_path.endswith(".model") and Path(name_or_path).is_file():
+        tokenizer = load_sentencepiece(name_or_path)
+    else:
+        options = load_options(name_or_path, revision=revision, where="tokenizer.name_or_path")
+        with loading(name_or_path, where="tokenizer"):
+            options |= {"trust_remote_code": trust_remote_code}
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         got = type(tokenizer).__name__
         raise ModelError("not a fast tokenizer (tokenizer.json)", where="tokenizer", got=got)

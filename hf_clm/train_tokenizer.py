@@ -30,16 +30,18 @@ def train_tokenizer(
     vocab_size: int = VOCAB_SIZE,
     min_frequency: int = MIN_FREQUENCY,
     pad_token: str = "<|pad|>",
+    eos_token: str = END,
 ) -> PreTrainedTokenizerFast:
     """A tokenizer of one of the kinds above; ``characters`` has as many tokens as the texts need.
 
     Raises DataError if there is no text.
     """
     if kind == "characters":
-        return train_characters(texts, pad_token=pad_token)
+        return train_characters(texts, pad_token=pad_token, eos_token=eos_token)
+    names = {"pad_token": pad_token, "eos_token": eos_token}
     if kind == "unigram":
-        return train_unigram(texts, vocab_size=vocab_size, pad_token=pad_token)
-    return train_bpe(texts, vocab_size=vocab_size, min_frequency=min_frequency, pad_token=pad_token)
+        return train_unigram(texts, vocab_size=vocab_size, **names)
+    return train_bpe(texts, vocab_size=vocab_size, min_frequency=min_frequency, **names)
 
 
 def train_bpe(
@@ -48,8 +50,9 @@ def train_bpe(
     vocab_size: int = VOCAB_SIZE,
     min_frequency: int = MIN_FREQUENCY,
     pad_token: str = "<|pad|>",
+    eos_token: str = END,
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with ``<|endoftext|>`` as start and end token and a pad token of its own.
+    """A byte-level BPE tokenizer with one start and end token and a pad token of its own.
 
     Args:
         vocab_size: with the 256 bytes and the two control tokens; a small corpus may give fewer.
@@ -64,17 +67,19 @@ def train_bpe(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=[END, pad_token],
+        special_tokens=[eos_token, pad_token],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     seen = _Counted(texts)
     tokenizer.train_from_iterator(seen, trainer)
     seen.require()
-    return _to_fast(tokenizer, pad_token=pad_token)
+    return _to_fast(tokenizer, pad_token=pad_token, eos_token=eos_token)
 
 
-def train_characters(texts: Iterable[str], *, pad_token: str = "<|pad|>") -> PreTrainedTokenizerFast:
+def train_characters(
+    texts: Iterable[str], *, pad_token: str = "<|pad|>", eos_token: str = END
+) -> PreTrainedTokenizerFast:
     """Every character (Unicode code point) of the texts is a token; the control tokens come first.
 
     Another character is ``<|unk|>``: preparing data and ``generate`` refuse it. A text is its tokens, one
@@ -85,15 +90,19 @@ def train_characters(texts: Iterable[str], *, pad_token: str = "<|pad|>") -> Pre
     seen = _Counted(texts)
     letters = sorted({letter for text in seen for letter in text})
     seen.require()
-    vocab = {token: number for number, token in enumerate([END, pad_token, UNKNOWN, *letters])}
+    vocab = {token: number for number, token in enumerate([eos_token, pad_token, UNKNOWN, *letters])}
     # BPE without merges: the one model that takes a text letter by letter without cutting it into words first
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
     tokenizer.decoder = decoders.Fuse()
-    return _to_fast(tokenizer, pad_token=pad_token, unk_token=UNKNOWN)
+    return _to_fast(tokenizer, pad_token=pad_token, eos_token=eos_token, unk_token=UNKNOWN)
 
 
 def train_unigram(
-    texts: Iterable[str], *, vocab_size: int = VOCAB_SIZE, pad_token: str = "<|pad|>"
+    texts: Iterable[str],
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    pad_token: str = "<|pad|>",
+    eos_token: str = END,
 ) -> PreTrainedTokenizerFast:
     """A Unigram tokenizer that spells a letter without a piece by its bytes, so that every text comes back.
 
@@ -110,10 +119,10 @@ def train_unigram(
     seen.require()
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), "isolated")
-    specials, room = [END, pad_token], vocab_size - 256
+    specials, room = [eos_token, pad_token], vocab_size - 256
     # the trainer keeps every letter: where there is no room for all, the rarest are cut off again
     size = max(room, letters + len(specials) + 1)
-    options = {"vocab_size": size, "special_tokens": specials, "unk_token": END, "show_progress": False}
+    options = {"vocab_size": size, "special_tokens": specials, "unk_token": eos_token, "show_progress": False}
     tokenizer.train_from_iterator(seen.texts, trainers.UnigramTrainer(**options))
     learned = [(piece, score) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
     pieces = sorted(learned[len(specials) :], key=lambda piece: -piece[1])[: room - len(specials)]
@@ -124,11 +133,14 @@ def train_unigram(
     parts = [pre_tokenizers.Split(Regex(part), "isolated") for part in (BYTE_PIECE, WORDS)]
     spelling.pre_tokenizer = pre_tokenizers.Sequence(parts)
     spelling.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    return _to_fast(spelling, pad_token=pad_token)
+    return _to_fast(spelling, pad_token=pad_token, eos_token=eos_token)
 
 
-def _to_fast(tokenizer: Tokenizer, *, pad_token: str, unk_token: str = END) -> PreTrainedTokenizerFast:
-    names = {"bos_token": END, "eos_token": END, "unk_token": unk_token, "pad_token": pad_token}
+def _to_fast(
+    tokenizer: Tokenizer, *, pad_token: str, eos_token: str, unk_token: str | None = None
+) -> PreTrainedTokenizerFast:
+    names = {"bos_token": eos_token, "eos_token": eos_token, "pad_token": pad_token}
+    names["unk_token"] = unk_token or eos_token  # of a tokenizer that falls back to bytes, never given
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
 
 

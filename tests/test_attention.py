@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import EOS, PAD, build_recipe, byte_tokenizer, save_folder, tiny_model
 from torch._dynamo.testing import CompileCounter
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_clm.attention import NAME, packed_attention, register, use_for_generation, use_for_training
@@ -29,6 +30,32 @@ def alone(model: PreTrainedModel) -> list[torch.Tensor]:
     """The logits of each document, by the eager attention."""
     model.set_attn_implementation("eager")
     return [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in DOCUMENTS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [4, 4, 3, 5, 5, 4], [2]])
+def test_neighbours_of_one_length_are_computed_together_as_each_alone(kind, lengths, monkeypatch):
+    model = packed_model(kind)
+    documents = [torch.arange(3, 3 + length)[None] * 7 % 250 for length in lengths]
+    alone = torch.cat([model(input_ids=part, use_cache=False).logits for part in documents], dim=1)
+    calls = []
+    monkeypatch.setattr(
+        "hf_clm.attention.scaled_dot_product_attention",
+        lambda query, *args, **options: (
+            calls.append(query.shape[0]) or scaled_dot_product_attention(query, *args, **options)
+        ),
+    )
+
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 5, "max_length_k": 5}
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    together = model(
+        input_ids=torch.cat(documents, dim=1), position_ids=positions, use_cache=False, **bounds
+    ).logits
+
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
+    runs = {3: [3], 6: [2, 1, 2, 1], 1: [1]}[len(lengths)]
+    assert calls == runs * model.config.num_hidden_layers
 
 
 def test_without_the_bounds_a_packed_row_would_leak():

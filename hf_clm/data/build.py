@@ -142,8 +142,14 @@ def drop_duplicates(examples: Examples) -> Examples:
 def split_examples(examples: Examples, eval_fraction: float, *, seed: int) -> tuple[Examples, Examples]:
     """Holds out a share of the examples, chosen by ``seed``; both parts keep the order of the files.
 
-    Raises DataError where one of the parts would be empty.
+    Of a single text the end is held out; both parts are documents then. Raises DataError where one of the
+    parts would be empty.
     """
+    alone = examples.examples[0] if len(examples) == 1 else None
+    if isinstance(alone, TextExample):
+        cut = round(len(alone.text) * (1 - eval_fraction))
+        if alone.text[:cut].strip() and alone.text[cut:].strip():
+            return split_text(examples, alone.text, cut=cut)
     held_out = round(len(examples) * eval_fraction)
     if not 0 < held_out < len(examples):
         what = f"eval_fraction {eval_fraction} of {len(examples)} examples leaves {held_out} to evaluate on"
@@ -151,9 +157,18 @@ def split_examples(examples: Examples, eval_fraction: float, *, seed: int) -> tu
     order = np.random.default_rng(seed).permutation(len(examples))
     chosen = set(order[:held_out].tolist())
     kept, held = (i for i in range(len(examples)) if i not in chosen), sorted(chosen)
-    # what was lost in reading is counted once, with the training part
-    evaluation = replace(examples.select(held), report=ReadReport(files=examples.report.files), duplicates=[])
-    return examples.select(kept), evaluation
+    return examples.select(kept), without_report(examples.select(held))
+
+
+def split_text(examples: Examples, text: str, *, cut: int) -> tuple[Examples, Examples]:
+    """A single text up to the character ``cut``, and the rest."""
+    parts = [replace(examples, examples=[TextExample(part)]) for part in (text[:cut], text[cut:])]
+    return parts[0], without_report(parts[1])
+
+
+def without_report(examples: Examples) -> Examples:
+    """The part that is held out: what was lost in reading is counted once, with the training part."""
+    return replace(examples, report=ReadReport(files=examples.report.files), duplicates=[])
 
 
 def load_splits(recipe: Recipe, seed: int) -> tuple[Examples, Examples | None]:

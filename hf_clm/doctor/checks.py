@@ -22,7 +22,7 @@ from hf_clm.doctor.facts import Check, Facts, Ok, Problem, to_problem
 from hf_clm.errors import DataError, ModelError, UserError
 from hf_clm.model import max_positions
 from hf_clm.schema import ChatExample
-from hf_clm.tokenizer import control_tokens, max_token_id, unique_ids
+from hf_clm.tokenizer import control_tokens, max_token_id, unique_ids, unknown_id
 
 SAMPLE = 200  # examples that are looked at, where all would take too long
 FOREIGN_TOKENIZER = 0.1  # new rows, as a share of a pretrained model's: more are another model's tokenizer
@@ -154,6 +154,8 @@ def check_special_tokens(facts: Facts) -> Check:
 
 def check_bytes_per_token(facts: Facts) -> Check | None:
     """A tokenizer that spells the text byte by byte makes rows long and learning slow."""
+    if unknown_id(facts.tokenizer) is not None:
+        return Ok("a character in a token")
     texts = list(islice(texts_of(facts.train.examples.examples[:SAMPLE]), 5 * SAMPLE))
     if not texts:
         return None

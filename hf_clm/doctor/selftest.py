@@ -196,8 +196,9 @@ def _change_beside(
     model: PreTrainedModel, documents: list[TokenizedExample], *, collate: Callable[..., dict[str, Any]]
 ) -> tuple[float, float]:
     """The loss of all documents but the first, with another first document, and with the first as it is."""
-    first, size = documents[0], model.config.get_text_config().vocab_size
-    ids = [(token + 1) % size for token in first["input_ids"]]
+    first, text = documents[0], model.config.get_text_config()
+    others = [token for token in range(text.vocab_size) if token != text.pad_token_id]  # GPT-2 warns of a pad
+    ids = [others[(token + 1) % len(others)] for token in first["input_ids"]]
     other: TokenizedExample = {"input_ids": ids, "labels": first["labels"]}
     batches = [collate([to_packed_row([head, *documents[1:]])]) for head in (other, first)]
     changed, kept = (_sum_nll(model, batch, start=len(first["input_ids"])) for batch in batches)

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ SHOWN = {
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
     "eval_loss": ("eval loss", "{:.4f}"),
     "eval_token_accuracy": ("eval accuracy", "{:.1%}"),
+    "eval_train_loss": ("loss of training rows", "{:.4f}"),
+    "eval_train_token_accuracy": ("accuracy", "{:.1%}"),
 }
 
 
@@ -52,7 +55,7 @@ class ProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         logs = kwargs["logs"]
-        if not state.is_world_process_zero or not (logs.keys() & {"loss", "eval_loss"}):
+        if not state.is_world_process_zero or not (logs.keys() & {"loss", "eval_loss", "eval_train_loss"}):
             return
         shown = [f"{name} {form.format(logs[key])}" for key, (name, form) in SHOWN.items() if key in logs]
         if self.bar is not None and "loss" in logs:
@@ -95,15 +98,22 @@ class MetricsCallback(TrainerCallback):
 
 
 class SamplesCallback(TrainerCallback):
-    """Generates from fixed prompts before training, every ``every_steps`` steps and at the end. Rank 0 only.
+    """Generates from fixed prompts before training, during it as asked for, and at the end. Rank 0 only.
 
     ``generate`` gives one answer for each prompt of ``prompts``, in order.
     """
 
     def __init__(
-        self, prompts: list[str], generate: Callable[[], list[str]], *, path: Path, every_steps: int | None
+        self,
+        prompts: list[str],
+        generate: Callable[[], list[str]],
+        *,
+        path: Path,
+        every_steps: int | None = None,
+        every_epoch: bool = False,
     ):
-        self.prompts, self.generate, self.path, self.every_steps = prompts, generate, path, every_steps
+        self.prompts, self.generate, self.path = prompts, generate, path
+        self.every_steps, self.every_epoch = every_steps, every_epoch
         self.last_step = -1
 
     def on_train_begin(
@@ -120,6 +130,12 @@ class SamplesCallback(TrainerCallback):
         if self.every_steps and state.global_step % self.every_steps == 0:
             self._sample(state)
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.every_epoch:
+            self._sample(state)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -132,6 +148,53 @@ class SamplesCallback(TrainerCallback):
         for prompt, text in zip(self.prompts, self.generate(), strict=True):
             append_json(self.path, {"step": state.global_step, "prompt": prompt, "text": text})
             write_line(f"  sample at step {state.global_step}: {prompt!r} -> {text!r}")
+
+
+class EpochMeansCallback(TrainerCallback):
+    """Logs the mean loss and accuracy of the steps of an epoch, where an epoch has a log event of its own.
+
+    On all processes, as a log event sums over them; rank 0 writes.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        is_long = state.global_step / max(state.epoch or 0.0, 1e-9) > max(1, state.logging_steps - 0.5)
+        control.should_log |= is_long and args.logging_strategy == "steps"
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if "loss" not in kwargs["logs"] or not state.is_world_process_zero:
+            return
+        if means := epoch_means(state.log_history):
+            append_json(self.path, {"step": state.global_step, **means})
+            loss, accuracy = means["epoch_loss"], means["epoch_token_accuracy"]
+            write_line(f"epoch {means['epoch']:.0f}  mean loss {loss:.4f}  accuracy {accuracy:.1%}")
+
+
+def epoch_means(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the log events of the epoch that the last one ends; {} where they are not just the epoch's steps.
+
+    An event's loss is the mean over the steps since the event before, its accuracy that of their targets.
+    """
+    events = [{"step": 0, "epoch": 0.0, "target_tokens_seen": 0}, *(e for e in history if "loss" in e)]
+    epoch = round(events[-1]["epoch"])
+    before = next((i for i, event in enumerate(events) if abs(event["epoch"] - (epoch - 1)) < 1e-6), None)
+    if before is None or epoch < 1 or abs(events[-1]["epoch"] - epoch) > 1e-6:
+        return {}
+    steps = targets = 0
+    loss = correct = 0.0
+    for last, event in pairwise(events[before:]):
+        steps += (more := event["step"] - last["step"])
+        targets += (learned := event["target_tokens_seen"] - last["target_tokens_seen"])
+        loss, correct = loss + more * event["loss"], correct + learned * event["token_accuracy"]
+    if steps < 2 or not targets:
+        return {}
+    return {"epoch": float(epoch), "epoch_loss": loss / steps, "epoch_token_accuracy": correct / targets}
 
 
 def drop_after(path: Path, step: int) -> None:

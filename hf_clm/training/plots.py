@@ -1,11 +1,11 @@
-"""loss.png: training and evaluation loss over epochs, with the tokens seen on a second axis."""
+"""loss.png and loss.pdf: training and evaluation loss over epochs, with the tokens seen on a second axis."""
 
 from pathlib import Path
 from typing import Any
 
 
-def write_loss_plot(metrics: list[dict[str, Any]], path: Path) -> None:
-    """Draws the entries of ``metrics.jsonl``. Writes nothing where there is no loss yet."""
+def write_loss_plots(metrics: list[dict[str, Any]], folder: Path) -> None:
+    """Draws the entries of ``metrics.jsonl`` as picture and as PDF. Nothing where there is no loss yet."""
     from matplotlib.figure import Figure  # half a second to import, and no global state as pyplot has
 
     train = [entry for entry in metrics if "loss" in entry]
@@ -23,6 +23,9 @@ def write_loss_plot(metrics: list[dict[str, Any]], path: Path) -> None:
             label="evaluation",
             markersize=4,
         )
+    if watched := [entry for entry in metrics if "eval_train_loss" in entry]:
+        points = _column(watched, "epoch"), _column(watched, "eval_train_loss")
+        axes.plot(*points, "s:", label="training rows, evaluated", markersize=3)
     axes.set_xlabel("epoch")
     axes.set_ylabel("loss (nats per token)")
     highest = max(_column(train, "loss") + _column(evaluated, "eval_loss"))
@@ -34,7 +37,8 @@ def write_loss_plot(metrics: list[dict[str, Any]], path: Path) -> None:
         rate = last["tokens_seen"] / last["epoch"]
         top = axes.secondary_xaxis("top", functions=(lambda x: x * rate, lambda x: x / rate))
         top.set_xlabel("tokens seen")
-    figure.savefig(path, dpi=130)
+    for name in ("loss.png", "loss.pdf"):
+        figure.savefig(folder / name, dpi=130)
 
 
 def _column(entries: list[dict[str, Any]], key: str) -> list[float]:

@@ -35,9 +35,15 @@ from hf_clm.parts import (
     static_shape,
     training_arguments,
 )
-from hf_clm.training.callbacks import MetricsCallback, ProgressCallback, SamplesCallback, write_line
+from hf_clm.training.callbacks import (
+    EpochMeansCallback,
+    MetricsCallback,
+    ProgressCallback,
+    SamplesCallback,
+    write_line,
+)
 from hf_clm.training.output import prepare_output_dir, recording_failure, resume_from, write_json
-from hf_clm.training.plots import write_loss_plot
+from hf_clm.training.plots import write_loss_plots
 from hf_clm.training.prepare import prepare
 from hf_clm.training.proof import prove_model, prove_saved
 from hf_clm.training.summary import RunFacts, end_lines, start_lines, versions
@@ -75,6 +81,7 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
             write_json(
                 output_dir / "run.json", {"status": "running", **facts.to_json(), "proof": proof.facts}
             )
+    trainer.add_callback(EpochMeansCallback(output_dir / "metrics.jsonl"))
     if recipe.samples:
         trainer.add_callback(build_samples(facts, trainer, tokenizer=tokenizer))
     started = time.monotonic()
@@ -93,7 +100,7 @@ def build_trainer(
 ) -> CLMTrainer:
     """The Trainer over the packed rows; without an eval set it evaluates on some of the training rows."""
     train_split, eval_split = splits["train"], splits.get("eval")
-    some = torch.utils.data.Subset(train_split.dataset, range(min(EVALUATED_ROWS, len(train_split.dataset))))
+    watched = recipe.data.eval_train_rows
     datasets = [split.dataset for split in splits.values()]
     static = static_shape(datasets, arguments) if arguments.torch_compile else None
     trainer = CLMTrainer(
@@ -101,15 +108,21 @@ def build_trainer(
         args=arguments,
         data_collator=build_collator(recipe, tokenizer, with_targets=takes_targets(model), static=static),
         train_dataset=train_split.dataset,
-        eval_dataset=eval_split.dataset if eval_split else some,
+        eval_dataset=eval_split.dataset if eval_split else first_rows(train_split, EVALUATED_ROWS),
         processing_class=tokenizer,
         z_loss=recipe.loss.z_loss,
+        watched_rows=first_rows(train_split, watched) if watched else None,
     )
     trainer.remove_callback(PrinterCallback)
     if recipe.early_stopping:
         patience, threshold = recipe.early_stopping.patience, recipe.early_stopping.threshold
         trainer.add_callback(EarlyStoppingCallback(patience, threshold))
     return trainer
+
+
+def first_rows(split: Split, count: int) -> torch.utils.data.Subset:
+    """The first rows of what is trained on, or all where there are fewer."""
+    return torch.utils.data.Subset(split.dataset, range(min(count, len(split.dataset))))
 
 
 def build_samples(
@@ -137,11 +150,12 @@ def build_samples(
             return [answer.text for answer in found]
 
     path = Path(str(trainer.args.output_dir)) / "samples.jsonl"
-    return SamplesCallback(section.prompts, answers, path=path, every_steps=section.every_steps)
+    every: dict[str, Any] = {"every_steps": section.every_steps, "every_epoch": section.every_epoch}
+    return SamplesCallback(section.prompts, answers, path=path, **every)
 
 
 def finish(trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Evaluates, saves the model, run.json and loss.png, and prints what was reached."""
+    """Evaluates, saves the model, run.json and the plots, and prints what was reached."""
     output_dir = Path(str(trainer.args.output_dir))
     history, arguments = trainer.state.log_history, trainer.args
     last = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
@@ -167,7 +181,7 @@ def finish(trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], secon
             tokenizer: Any = trainer.processing_class
             proof["round_trip"] = prove_saved(trainer, split=facts.splits["train"], tokenizer=tokenizer)
         lines = (output_dir / "metrics.jsonl").read_text("utf-8").splitlines()
-        write_loss_plot([json.loads(line) for line in lines], output_dir / "loss.png")
+        write_loss_plots([json.loads(line) for line in lines], output_dir)
         write_json(output_dir / "run.json", result)
         write_line("\n".join(end_lines(facts, result)))
     return result

@@ -190,7 +190,7 @@ def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:
         lines.append(f"unigram   {facts.unigram_entropy:.4f}")
     return [
         *lines,
-        f"written   {output}: the {saved}, recipe.yaml, run.json, metrics.jsonl, loss.png",
+        f"written   {output}: the {saved}, recipe.yaml, run.json, metrics.jsonl, loss.png, loss.pdf",
         f'next      hf-clm generate {output} --prompt "..."',
     ]
 

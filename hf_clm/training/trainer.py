@@ -34,6 +34,7 @@ from hf_clm.training.guard import write_diverged
 TARGETS, CORRECT, TOKENS, PAIRS = range(4)
 # What the collator makes for a TargetLoss; the loss of a model itself takes the labels of all positions.
 OF_TARGETS = ("logits_to_keep", "shift_labels")
+WATCHED = "eval_train"
 
 
 class CLMTrainer(Trainer):
@@ -47,10 +48,12 @@ class CLMTrainer(Trainer):
 
     Args:
         z_loss: see LossOptions.
+        watched_rows: rows of the training data that are evaluated after each evaluation (eval_train_loss).
     """
 
-    def __init__(self, *args: Any, z_loss: float = 0.0, **kwargs: Any):
+    def __init__(self, *args: Any, z_loss: float = 0.0, watched_rows: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.watched_rows = watched_rows
         model: Any = self.accelerator.unwrap_model(self.model)
         self.own_loss = why_not(model)  # the reason for the model's own loss, or empty
         self.target_loss: TargetLoss | None = None
@@ -208,6 +211,21 @@ class CLMTrainer(Trainer):
         """Filled up for several processes, of which accelerate wants as many full batches each."""
         is_uneven = self.args.world_size > 1 or self.args.dataloader_drop_last
         return EvenRows(dataset, self.args.world_size * batch_size) if is_uneven else dataset
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As the Trainer's; behind the evaluation set it evaluates the watched training rows."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.watched_rows is None or eval_dataset is not None:
+            return metrics
+        rows = self.get_eval_dataloader(self.watched_rows)
+        watched: Any = self.evaluation_loop(rows, "training rows", metric_key_prefix=WATCHED).metrics
+        self.log(watched)
+        return {**metrics, **watched}
 
     def prediction_step(
         self,

@@ -145,6 +145,21 @@ def test_a_share_is_held_out_by_the_seed_and_keeps_the_order():
     assert other.places != held_out.places
 
 
+def test_of_a_single_text_the_end_is_held_out_as_a_document_of_its_own():
+    read = Examples([TextExample("abcdefghij")], ["book.txt"])
+
+    train, held_out = split_examples(read, 0.3, seed=0)
+
+    assert (train.examples, held_out.examples) == ([TextExample("abcdefg")], [TextExample("hij")])
+    assert train.places == held_out.places == ["book.txt"]
+
+
+@pytest.mark.parametrize("example", [PromptExample("a", "b"), TextExample("abc       ")])
+def test_a_single_example_that_cannot_be_divided_is_an_error(example):
+    with pytest.raises(DataError, match="leaves 0 to evaluate on"):
+        split_examples(Examples([example], ["x:1"]), 0.3, seed=0)
+
+
 @pytest.mark.parametrize(("count", "fraction"), [(10, 0.01), (1, 0.5), (3, 0.99)])
 def test_a_share_that_leaves_a_part_empty_is_an_error(count, fraction):
     with pytest.raises(DataError) as error:

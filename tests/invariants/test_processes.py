@@ -58,6 +58,7 @@ FILES = {
         "samples.jsonl",
         "ledger.parquet",
         "loss.png",
+        "loss.pdf",
         "checkpoint-4",
         "checkpoint-8",
     ),

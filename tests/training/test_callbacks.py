@@ -12,6 +12,7 @@ from hf_clm.training.callbacks import (
     SamplesCallback,
     append_json,
     drop_after,
+    epoch_means,
     to_duration,
 )
 
@@ -115,6 +116,56 @@ def test_without_an_interval_samples_are_taken_before_and_after_only(tmp_path):
     event(callback, "on_train_end", step=2)
 
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 2]
+
+
+def test_samples_are_taken_at_the_end_of_each_epoch_where_asked_for(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    callback = SamplesCallback(["a"], lambda: ["A"], path=path, every_epoch=True)
+
+    event(callback, "on_train_begin", step=0)
+    for step in (3, 6):
+        event(callback, "on_step_end", step=step)
+        event(callback, "on_epoch_end", step=step)
+    event(callback, "on_train_end", step=6)
+
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 3, 6]
+
+
+def log_event(step: int, epoch: float, *, loss: float, accuracy: float, targets: int) -> dict:
+    return {
+        "step": step,
+        "epoch": epoch,
+        "loss": loss,
+        "token_accuracy": accuracy,
+        "target_tokens_seen": targets,
+    }
+
+
+FIRST = log_event(1, 0.25, loss=8.0, accuracy=0.0, targets=10)
+SECOND = log_event(4, 1.0, loss=4.0, accuracy=0.5, targets=40)
+THIRD = log_event(6, 1.5, loss=3.0, accuracy=0.5, targets=50)
+FOURTH = log_event(8, 2.0, loss=1.0, accuracy=1.0, targets=80)
+
+
+@pytest.mark.parametrize(
+    ("history", "means"),
+    [
+        # one step of loss 8 and three of 4; 10 targets of accuracy 0 and 30 of one half
+        ([FIRST, SECOND], (1.0, 5.0, 0.375)),
+        # two steps of 3 and two of 1; 10 targets of one half and 30 of 1
+        ([FIRST, SECOND, {"eval_loss": 9.0, "epoch": 1.0}, THIRD, FOURTH], (2.0, 2.0, 0.875)),
+        ([FIRST], None),  # in the middle of an epoch
+        ([THIRD, FOURTH], None),  # the epoch began before these events
+        (
+            [log_event(1, 1.0, loss=1.0, accuracy=1.0, targets=9)],
+            None,
+        ),  # an epoch of one step is its own mean
+    ],
+)
+def test_the_means_of_an_epoch_weigh_steps_and_targets(history, means):
+    expected = dict(zip(("epoch", "epoch_loss", "epoch_token_accuracy"), means, strict=True)) if means else {}
+
+    assert epoch_means(history) == expected
 
 
 def test_text_is_written_as_it_is_read(tmp_path):

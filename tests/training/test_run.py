@@ -33,6 +33,7 @@ FILES = {
         "samples.jsonl",
         "ledger.parquet",
         "loss.png",
+        "loss.pdf",
         "checkpoint-4",
         "checkpoint-8",
     ),

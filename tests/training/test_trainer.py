@@ -197,3 +197,25 @@ def test_time_spent_elsewhere_is_not_counted_as_training(tmp_path, monkeypatch):
     assert metrics["tokens_per_second"] == 3.0
     assert metrics["token_accuracy"] == 0.5
     assert metrics["mfu"] == trainer.mfu == 35_000 / 8 / 1e6
+
+
+def test_watched_training_rows_are_evaluated_behind_the_evaluation_set(tmp_path):
+    trainer = build_trainer(tmp_path, model_that_predicts_id_0(), ROWS)
+    trainer.watched_rows = [ROWS[1]]
+
+    metrics = trainer.evaluate()
+
+    assert (metrics["eval_token_accuracy"], metrics["eval_target_tokens"]) == (0.75, 4)
+    assert (metrics["eval_train_token_accuracy"], metrics["eval_train_target_tokens"]) == (1.0, 1)
+    assert metrics["eval_train_loss"] == pytest.approx(5.560682, abs=1e-5)  # ln 260
+    assert [set(entry) & {"eval_loss", "eval_train_loss"} for entry in trainer.state.log_history] == [
+        {"eval_loss"},
+        {"eval_train_loss"},
+    ]
+
+
+def test_other_rows_are_evaluated_without_the_watched_ones(tmp_path):
+    trainer = build_trainer(tmp_path, model_that_predicts_id_0(), ROWS)
+    trainer.watched_rows = [ROWS[1]]
+
+    assert "eval_train_loss" not in trainer.evaluate([ROWS[0]])

@@ -1,0 +1,79 @@
+"""A SentencePiece ``.model`` file as an ordinary fast tokenizer, with the file's ids and normalisation.
+
+Source: ``ModelProto`` of github.com/google/sentencepiece, src/sentencepiece_model.proto
+"""
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import generate_merges
+
+from hf_clm.errors import ModelError
+
+SPACE = "\u2581"  # how a space is written in a piece
+UNIGRAM, BPE = 1, 2
+CONTROL, USER_DEFINED = 3, 4
+
+
+def load_sentencepiece(path: str) -> PreTrainedTokenizerFast:
+    """Opens the file; its pieces keep their ids, and its control and user-defined pieces are control tokens.
+
+    What stands between two control tokens is read as a text of its own, with a space put before it where the
+    file asks for one.
+
+    Raises ModelError without the package, for a file that is none, and for a model of words or characters.
+    """
+    proto = _read(path)
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    tokenizer = Tokenizer(_to_model(proto, pieces, where=path))
+    tokenizer.normalizer = _to_normalizer(proto.normalizer_spec)
+    if proto.trainer_spec.split_by_whitespace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}*[^{SPACE}]*"), "isolated")
+    has_prefix = proto.normalizer_spec.add_dummy_prefix
+    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if has_prefix else [])])
+    own = [piece.piece for piece in proto.pieces if piece.type in (CONTROL, USER_DEFINED)]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in own])
+    ids = {name: getattr(proto.trainer_spec, f"{name}_id") for name in ("bos", "eos", "unk", "pad")}
+    named = {f"{name}_token": pieces[number][0] for name, number in ids.items() if number >= 0}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **named)
+
+
+def _read(path: str) -> Any:
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError as error:
+        what, fix = "needs the package sentencepiece", "pip install 'hf_clm[sentencepiece]'"
+        raise ModelError(what, where=f"tokenizer {path}", fix=fix) from error
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
+    try:
+        proto.ParseFromString(Path(path).read_bytes())
+    except Exception as error:  # protobuf's own DecodeError, which moves with its releases
+        raise ModelError("is no SentencePiece model", where=f"tokenizer {path}") from error
+    if not proto.pieces:
+        raise ModelError("is no SentencePiece model", where=f"tokenizer {path}", got="no pieces")
+    return proto
+
+
+def _to_model(proto: Any, pieces: list[tuple[str, float]], *, where: str) -> Any:
+    spec = proto.trainer_spec
+    if spec.model_type == UNIGRAM:
+        return models.Unigram(pieces, unk_id=spec.unk_id, byte_fallback=spec.byte_fallback)
+    if spec.model_type == BPE:
+        vocab = {piece: number for number, (piece, _) in enumerate(pieces)}
+        options = {"unk_token": spec.unk_piece, "fuse_unk": True, "byte_fallback": spec.byte_fallback}
+        return models.BPE(vocab=vocab, merges=generate_merges(vocab), **options)
+    raise ModelError("is a model of words or characters; expected Unigram or BPE", where=f"tokenizer {where}")
+
+
+def _to_normalizer(spec: Any) -> Any:
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(" "))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
