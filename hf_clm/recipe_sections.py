@@ -68,6 +68,8 @@ class Source(Section):
     """The format's key -> the column in the file."""
     template: Template | None = None
     """In place of a format: {prompt: "{column} ...", completion: ..., labels: {0: no}}, or {text: ...}."""
+    limit: int | None = Field(default=None, ge=1)
+    """Read the first so many records only."""
     split: str = "train"
     """Of a dataset on the Hub."""
     name: str | None = None

@@ -17,6 +17,7 @@ KINDS = {
     "gpt2.yaml": "gpt2",
     "mrpc.yaml": "gpt2",
     "docstrings.yaml": "gpt2",
+    "five-poems.yaml": "qwen2",
 }
 ROWS = {
     "text": {"text": "The with statement wraps a block. " * 4},
@@ -35,9 +36,13 @@ SHORT += ["--doctor.round_trip", "off"]
 
 def test_all_recipes_are_found():
     assert {f"{path.parent.name}/{path.name}" for path in RECIPES} == {
+        "pretrain/book.yaml",
+        "pretrain/char-gpt.yaml",
+        "pretrain/essays-zh.yaml",
         "pretrain/python-docs.yaml",
         "pretrain/qwen2.5-0.5b.yaml",
         "sft/docstrings.yaml",
+        "sft/five-poems.yaml",
         "sft/gpt2.yaml",
         "sft/lora-qwen2.5-0.5b.yaml",
         "sft/mrpc.yaml",
@@ -49,6 +54,11 @@ def test_all_recipes_are_found():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_recipe_loads_and_its_stage_is_its_folder(path):
     assert load_recipe(path).stage == path.parent.name
+
+
+def save_tokenizer(folder: Path) -> str:
+    byte_tokenizer(pad=None).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -70,6 +80,10 @@ def test_a_recipe_trains_two_steps(path, tmp_path):
         model = tiny_model(KINDS[path.name], vocab_size=300)
         words += ["--model.name_or_path", save_folder(tmp_path / "model", model, byte_tokenizer(pad=None))]
         words += ["--data.max_length", "256"]
+    elif recipe.model.config["model_type"] == "gpt2":
+        words += ["--model.config.n_layer", "1", "--model.config.n_embd", "16", "--model.config.n_head", "2"]
+    if recipe.tokenizer.name_or_path:
+        words += ["--tokenizer.name_or_path", save_tokenizer(tmp_path / "tokenizer")]
 
     result = train(load_recipe(path, words))
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -91,7 +92,8 @@ def load_examples(sources: Iterable[Source], data: Data) -> Examples:
     for source in sources:
         first: FirstSeen = {}
         kind = {"split": source.split, "name": source.name, "revision": source.revision}
-        for record in read_records(source.path, options, report=found.report, **kind):
+        records = read_records(source.path, options, report=found.report, **kind)
+        for record in islice(records, source.limit):
             try:
                 format, example = read_example(record, source, data=data, first=first)
                 unknown = unknown_columns(record, source, format=format)

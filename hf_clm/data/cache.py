@@ -49,7 +49,7 @@ def find_place(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int)
     contents = [_source_content(source, files) for source in (*data.train, *data.eval)]
     if None in contents:
         return None
-    options = data.model_dump(exclude={"train", "eval", "cache_dir"})
+    options = data.model_dump(exclude={"train", "eval", "cache_dir", "eval_train_rows"})
     options |= {"overflow": recipe.resolved_overflow, "packing": recipe.resolved_packing}
     parts = {
         "format": FORMAT_VERSION,

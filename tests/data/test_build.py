@@ -145,6 +145,18 @@ def test_a_share_is_held_out_by_the_seed_and_keeps_the_order():
     assert other.places != held_out.places
 
 
+def test_a_limit_reads_the_first_records_of_its_source_only(tmp_path):
+    write_jsonl(tmp_path / "more.jsonl", RECORDS)
+    (tmp_path / "more.jsonl").open("a").write("a broken line that is never reached\n")
+
+    found = load_splits(
+        build_recipe(train=[{"path": "more.jsonl", "limit": 2}, {"path": "more.jsonl", "limit": 1}]), 0
+    )
+
+    assert found[0].places == ["more.jsonl:1", "more.jsonl:2", "more.jsonl:1"]
+    assert found[0].report.records == 3
+
+
 def test_of_a_single_text_the_end_is_held_out_as_a_document_of_its_own():
     read = Examples([TextExample("abcdefghij")], ["book.txt"])
 
