@@ -157,34 +157,14 @@ def run_generate(words: list[str]) -> None:
 
 
 def run_evaluate(words: list[str]) -> None:
-    """RUN DATA: loss, perplexity, bits per byte, token accuracy, exact match of generated answers"""
-    parser = _Parser("hf-clm evaluate")
-    parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
-    parser.add_argument("data", help="a file, a glob, a folder, or a dataset on the Hub")
-    parser.add_argument("--format", choices=get_args(Format), help="of the data; default: told from the keys")
-    parser.add_argument(
-        "--stage", choices=("pretrain", "sft"), help="what counts as target; default: the run's own"
-    )
-    parser.add_argument("--max_length", type=_at_least(2), help="tokens in a row; default: the run's own")
-    parser.add_argument(
-        "--batch_size", type=_at_least(1), default=8, help="rows at once; changes no figure (%(default)s)"
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=_at_least(1), help="of an answer; default: 256, or what fits"
-    )
-    parser.add_argument("--no_generate", action="store_true", help="leave out the generated answers")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(words)
+    """RUN DATA...: loss, perplexity, bits per byte, token accuracy, answers or choices"""
+    options = _evaluate_parser().parse_args(words)
     _quiet_libraries()
     from hf_clm.evaluation.command import evaluate_run
+    from hf_clm.evaluation.table import to_lines
 
-    result = evaluate_run(options)
-    if options.json:
-        print(json.dumps(result, ensure_ascii=False))
-        return
-    for key, value in result.items():
-        print(f"{key:<16} {value:,}" if isinstance(value, int) else f"{key:<16} {value:.4f}")
+    found = evaluate_run(options).to_json()
+    print(json.dumps(found, ensure_ascii=False) if options.json else "\n".join(to_lines(found)))
 
 
 def run_merge(words: list[str]) -> None:
@@ -305,6 +285,30 @@ def _generate_parser() -> _Parser:
     parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    return parser
+
+
+def _evaluate_parser() -> _Parser:
+    parser = _Parser("hf-clm evaluate")
+    parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
+    parser.add_argument("data", nargs="+", help="files, globs, folders, or datasets on the Hub")
+    parser.add_argument("--format", choices=get_args(Format), help="of the data; default: told from the keys")
+    parser.add_argument(
+        "--stage", choices=("pretrain", "sft"), help="what counts as target; default: the run's own"
+    )
+    parser.add_argument("--max_length", type=_at_least(2), help="tokens in a row; default: the run's own")
+    parser.add_argument(
+        "--batch_size", type=_at_least(1), default=8, help="rows at once; changes no figure (%(default)s)"
+    )
+    parser.add_argument("--choices", help="yes,no: which of them is likeliest; of two the first is positive")
+    by = "compare the sum of a choice's log-probabilities, or the mean a token (%(default)s)"
+    parser.add_argument("--choices_by", choices=("sum", "mean"), default="sum", help=by)
+    parser.add_argument(
+        "--max_new_tokens", type=_at_least(1), help="of an answer; default: 256, or what fits"
+    )
+    parser.add_argument("--no_generate", action="store_true", help="leave out the generated answers")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 

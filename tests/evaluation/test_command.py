@@ -43,9 +43,16 @@ def test_the_eval_set_of_a_run_gives_its_eval_loss(drop_last, tmp_path, monkeypa
     result = train(
         load_recipe("recipe.yaml", ["--dataloader_drop_last", drop_last, "--per_device_train_batch_size=2"])
     )
-    options = {"run": "run", "data": "eval.jsonl", "format": None, "stage": None, "max_length": None}
+    options = {
+        "run": "run",
+        "data": ["eval.jsonl"],
+        "choices": None,
+        "format": None,
+        "stage": None,
+        "max_length": None,
+    }
     options |= {"batch_size": 2, "max_new_tokens": 4, "no_generate": False, "device": "cpu"}
-    found = evaluate_run(Namespace(**options))
+    found = evaluate_run(Namespace(**options)).to_json()
 
     assert found["target_tokens"] == 1 + 5 + 2  # two last turns, each with its stop token
     assert found["loss"] == pytest.approx(result["loss_after"], rel=1e-5)
