@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from hf_clm.errors import ExitCode, RecipeError, UserError, did_you_mean
@@ -159,11 +160,16 @@ def run_generate(words: list[str]) -> None:
 def run_evaluate(words: list[str]) -> None:
     """RUN DATA...: loss, perplexity, bits per byte, token accuracy, answers or choices"""
     options = _evaluate_parser().parse_args(words)
+    page = _writable(options.html, "--html") if options.html else None
     _quiet_libraries()
     from hf_clm.evaluation.command import evaluate_run
     from hf_clm.evaluation.table import to_lines
+    from hf_clm.inspector.losses import write_losses
 
-    found = evaluate_run(options).to_json()
+    evaluation = evaluate_run(options)
+    found = evaluation.to_json()
+    if page:
+        write_losses(page, evaluation, title=f"{options.run} on {', '.join(options.data)}", rows=options.rows)
     print(json.dumps(found, ensure_ascii=False) if options.json else "\n".join(to_lines(found)))
 
 
@@ -192,11 +198,11 @@ def run_bench(words: list[str]) -> None:
     parser.add_argument("--steps", type=_at_least(5), default=30, help="to measure (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     options, overrides = parser.parse_known_args(words)
-    from hf_clm.bench.command import bench, writable
+    from hf_clm.bench.command import bench
     from hf_clm.config import load_recipe
 
     recipe = load_recipe(options.recipe, overrides)
-    path = writable(options.json) if options.json else None
+    path = _writable(options.json, "--json") if options.json else None
     found = bench(recipe, steps=options.steps, say=lambda line: print(line, flush=True))
     print("\n".join(found.to_lines()))
     if path:
@@ -307,6 +313,10 @@ def _evaluate_parser() -> _Parser:
         "--max_new_tokens", type=_at_least(1), help="of an answer; default: 256, or what fits"
     )
     parser.add_argument("--no_generate", action="store_true", help="leave out the generated answers")
+    parser.add_argument(
+        "--html", metavar="FILE", help="also write a page: the loss of each token, worst rows first"
+    )
+    parser.add_argument("--rows", type=_at_least(1), default=20, help="rows on the page (%(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -325,6 +335,15 @@ def _at_least(least: float, *, most: float = math.inf) -> Callable[[str], float]
 
     read.__name__ = kind.__name__  # argparse says "invalid int value"
     return read
+
+
+def _writable(name: str, option: str) -> Path:
+    """The path of a file to write. Raises RecipeError now for one that could not be written after minutes."""
+    path = Path(name)
+    if path.is_dir() or not path.parent.is_dir():
+        fix = "name a file in a folder that is there"
+        raise RecipeError("cannot be written", where=option, got=name, fix=fix)
+    return path
 
 
 def _recipe_words(words: list[str], command: str) -> tuple[str | None, list[str]]:

@@ -93,6 +93,34 @@ def measure_rows(
     return list(zip(*parts, strict=True))
 
 
+@dataclass(frozen=True, eq=False)
+class Guesses:
+    """What a model expected at each target of a row.
+
+    n = targets, A = alternatives.
+
+        nll        (n,) float32, nats
+        rank       (n,) int64, of the target among all tokens: 1 for the likeliest
+        likeliest  (n, A) int64, the likeliest tokens, best first
+        shares     (n, A) float32, their probabilities
+    """
+
+    nll: np.ndarray
+    rank: np.ndarray
+    likeliest: np.ndarray
+    shares: np.ndarray
+
+
+def guess_row(model: PreTrainedModel, row: TokenizedExample, *, alternatives: int) -> Guesses:
+    """What the model expects at the targets of one row."""
+    logits, targets = target_logits(model, [row])
+    own = logits.gather(1, targets[:, None])
+    rank = (logits > own).sum(dim=1) + 1
+    shares, likeliest = torch.softmax(logits.float(), dim=1).topk(min(alternatives, logits.shape[1]), dim=1)
+    figures = (target_nll(logits, targets), rank, likeliest, shares)
+    return Guesses(*(figure.cpu().numpy() for figure in figures))
+
+
 @torch.no_grad()
 def target_logits(
     model: PreTrainedModel, rows: Sequence[TokenizedExample]
