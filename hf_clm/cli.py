@@ -312,7 +312,10 @@ def _evaluate_parser() -> _Parser:
     parser.add_argument(
         "--max_new_tokens", type=_at_least(1), help="of an answer; default: 256, or what fits"
     )
-    parser.add_argument("--no_generate", action="store_true", help="leave out the generated answers")
+    answers = parser.add_mutually_exclusive_group()
+    asks = "also with choices; adds chrF and BLEU (extra eval), and prompt, target and answer to --json"
+    answers.add_argument("--generate", action="store_true", help=asks)
+    answers.add_argument("--no_generate", action="store_true", help="leave out the generated answers")
     parser.add_argument(
         "--html", metavar="FILE", help="also write a page: the loss of each token, worst rows first"
     )

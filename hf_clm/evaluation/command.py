@@ -12,7 +12,7 @@ from hf_clm.config import Data, Recipe, Source, load_recipe
 from hf_clm.data.build import Examples, check_spelled, load_examples
 from hf_clm.data.datasets import PretrainDataset, SFTDataset
 from hf_clm.errors import DataError
-from hf_clm.evaluation.answers import Answers, measure_answers
+from hf_clm.evaluation.answers import Answers, load_metrics, measure_answers
 from hf_clm.evaluation.choices import Verdicts, choice_rows, find_expected, measure_choices, to_choices
 from hf_clm.evaluation.evaluate import Likelihood, measure_likelihood
 from hf_clm.generation.load import LoadedRun, load_run
@@ -32,12 +32,18 @@ class Evaluation:
     answers: Answers | None
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, then those of each file where there are several."""
+        """All figures, then those of each file where there are several, and what was generated if asked."""
         found = self.figures(np.ones(len(self.read), dtype=bool))
         files = np.array([LINE.sub("", place) for place in self.read.places])
         names = list(dict.fromkeys(files.tolist()))
         if len(names) > 1:
             found["sources"] = {name: self.figures(files == name) for name in names}
+        if self.answers and self.answers.metrics:
+            found["samples"] = [
+                {"where": self.read.places[sample.number], "prompt": sample.prompt, "target": sample.target}
+                | {"generated": sample.text, "exact": sample.is_exact, "stopped": sample.stopped}
+                for sample in self.answers.samples
+            ]
         return found
 
     def figures(self, chosen: np.ndarray) -> dict[str, Any]:
@@ -59,6 +65,7 @@ def evaluate_run(options: Namespace) -> Evaluation:
     The data are read and labelled as in the run's recipe: its eval set gives the eval loss of its training.
     Raises DataError where no example has a target, or one has none of the choices.
     """
+    metrics = load_metrics() if options.generate else {}
     choices = to_choices(options.choices) if options.choices is not None else []
     recipe = read_recipe(options.run)
     data = to_data(options, recipe)
@@ -77,10 +84,13 @@ def evaluate_run(options: Namespace) -> Evaluation:
         ways = {"by": options.choices_by, "batch_size": options.batch_size}
         scores = measure_choices(run.model, rows, choices=len(choices), **ways)
         verdicts = Verdicts(choices, expected, scores)
-    elif stage == "sft" and not options.no_generate:
-        limits = {"max_new_tokens": options.max_new_tokens, "do_sample": False}
+    if options.generate or (stage == "sft" and not choices and not options.no_generate):
+        limits = {"max_new_tokens": options.max_new_tokens, "do_sample": False, "metrics": metrics}
         limits["special_tokens_in_text"] = data.special_tokens_in_text
         answers = measure_answers(run.model, run.tokenizer, examples=read.examples, **limits)
+    if options.generate and not answers:
+        where = ", ".join(read.report.files[:2])
+        raise DataError("no example has a prompt to answer", where=where, fix="leave out --generate")
     return Evaluation(run, read, dataset, likelihood, verdicts, answers)
 
 

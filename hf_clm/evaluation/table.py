@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Of the figures of one file, those that stand in its line.
-OF_FILE = ("examples", "loss", "bits_per_byte", "token_accuracy", "accuracy", "f1", "exact_match")
+OF_FILE = ("examples", "loss", "bits_per_byte", "token_accuracy", "accuracy", "f1", "exact_match", "chrf")
 
 Table = tuple[list[str], list[list[str]]]  # head, rows; the first column holds names
 

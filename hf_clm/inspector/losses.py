@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hf_clm.evaluation.answers import Sample
 from hf_clm.evaluation.command import Evaluation
 from hf_clm.evaluation.evaluate import Guesses, guess_row, target_places
 from hf_clm.evaluation.table import to_figures, to_tables
@@ -24,11 +25,15 @@ NATS = 0.5
 
 
 def write_losses(path: Path, evaluation: Evaluation, *, title: str, rows: int) -> None:
-    """Writes the page: all figures, and the ``rows`` rows with the largest mean loss."""
+    """Writes the page: all figures, and up to ``rows`` answers and rows, the worst first."""
     found = evaluation.to_json()
     parts = [f'<h1>Losses</h1><p class="quiet">{_text(title)}</p>', _figures(to_figures(found))]
     for name, table in to_tables(found).items():
         parts += [f"<h2>{name.capitalize()}</h2>", _table(*table)]
+    if evaluation.answers:
+        samples = sorted(evaluation.answers.samples, key=lambda sample: sample.is_exact)[:rows]
+        title = f"{len(samples):,} of {len(evaluation.answers.samples):,} answers, those that differ first"
+        parts += [f"<h2>{title}</h2>", _samples(samples)]
     losses = evaluation.likelihood.row_losses
     worst = np.argsort(-losses, kind="stable")[:rows].tolist()
     parts += [f"<h2>{len(worst):,} of {len(losses):,} rows, the largest mean loss first</h2>", _legend()]
@@ -54,6 +59,21 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     body = ("".join(f"<td>{_text(cell)}</td>" for cell in row) for row in rows)
     lines = "".join(f"<tr>{cells}</tr>" for cells in body)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _samples(samples: Iterable[Sample]) -> str:
+    rows = []
+    for sample in samples:
+        marks = "good" if sample.is_exact else "bad"
+        end = "" if sample.stopped else " …"  # the model gave no stop token
+        cells = {"prompt": sample.prompt, "target": sample.target, "generated": sample.text + end}
+        columns = (
+            f'<td data-name="{name}" class="{marks if name == "generated" else ""}">{_text(cell)}</td>'
+            for name, cell in cells.items()
+        )
+        rows.append(f"<tr>{''.join(columns)}</tr>")
+    head = "<thead><tr><th>prompt</th><th>target</th><th>generated</th></tr></thead>"
+    return f'<table class="samples">{head}<tbody>{"".join(rows)}</tbody></table>'
 
 
 def _legend() -> str:

@@ -51,7 +51,13 @@ def test_the_eval_set_of_a_run_gives_its_eval_loss(drop_last, tmp_path, monkeypa
         "stage": None,
         "max_length": None,
     }
-    options |= {"batch_size": 2, "max_new_tokens": 4, "no_generate": False, "device": "cpu"}
+    options |= {
+        "batch_size": 2,
+        "max_new_tokens": 4,
+        "generate": False,
+        "no_generate": False,
+        "device": "cpu",
+    }
     found = evaluate_run(Namespace(**options)).to_json()
 
     assert found["target_tokens"] == 1 + 5 + 2  # two last turns, each with its stop token

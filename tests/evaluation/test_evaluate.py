@@ -1,4 +1,4 @@
-"""Likelihood and exact match, against sums and answers written out here."""
+"""Likelihood, against sums written out here; what is asked of an example."""
 
 import math
 
@@ -9,9 +9,7 @@ from helpers import EOS, X, byte_tokenizer, tiny_model
 
 from hf_clm.attention import NAME, register
 from hf_clm.data.datasets import PretrainDataset, SFTDataset
-from hf_clm.evaluation.answers import measure_answers
 from hf_clm.evaluation.evaluate import Likelihood, measure_likelihood, target_kinds, to_question
-from hf_clm.generation.generate import Generated
 from hf_clm.schema import ChatExample, PromptExample, Segment, SegmentsExample, TextExample
 
 EXAMPLES = [PromptExample("ab", "cd"), PromptExample("a", "é"), PromptExample("abcdefgh", "ijklmnop")]
@@ -92,26 +90,6 @@ def test_first_content_and_stop_are_told_by_their_place(labels, kinds):
     found = target_kinds(np.array(labels), [EOS])
 
     assert [("first", "content", "stop")[kind] for kind in found] == kinds
-
-
-def test_an_answer_is_exact_if_it_equals_the_target_and_stops(monkeypatch):
-    asked = []
-
-    def answers(model, tokenizer, *, prompts, **options):
-        asked.extend(prompts)
-        return [Generated("cd", 2, True), Generated("é", 1, False), Generated("ijk", 3, True)]
-
-    monkeypatch.setattr("hf_clm.evaluation.answers.generate", answers)
-
-    found = measure_answers(tiny_model(), byte_tokenizer(), examples=[*EXAMPLES, TextExample("no question")])
-
-    assert asked == [PromptExample("ab", ""), PromptExample("a", ""), PromptExample("abcdefgh", "")]
-    assert found is not None
-    assert found.to_json() == {"asked": 3, "exact_match": 1 / 3, "stopped": 2 / 3}
-
-
-def test_documents_ask_nothing():
-    assert measure_answers(tiny_model(), byte_tokenizer(), examples=[TextExample("a")]) is None
 
 
 def test_the_question_of_a_chat_is_all_but_its_last_turn():
