@@ -34,6 +34,8 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """All figures, then those of each file where there are several, and what was generated if asked."""
         found = self.figures(np.ones(len(self.read), dtype=bool))
+        if self.read.report.bad_lines:  # data.skip_bad_lines of the run
+            found["skipped"] = len(self.read.report.bad_lines)
         files = np.array([LINE.sub("", place) for place in self.read.places])
         names = list(dict.fromkeys(files.tolist()))
         if len(names) > 1:

@@ -96,7 +96,7 @@ def _row(place: str, row: TokenizedExample, *, guesses: Guesses, vocabulary: Voc
         shown = _text(text).replace("\n", "↵\n")
         own = [token for token in range(start, stop) if token in order]
         if own:
-            heat = min(HEATS - 1, int(max(guesses.nll[order[token]] for token in own) / NATS))
+            heat = _heat(max(float(guesses.nll[order[token]]) for token in own))
             tips = [_tip(ids[token], order[token], guesses=guesses, vocabulary=vocabulary) for token in own]
             tip = _text("\n".join(tips))
             shown = f'<span class="t h{heat}" tabindex="0" title="{tip}">{shown}</span>'
@@ -104,6 +104,10 @@ def _row(place: str, row: TokenizedExample, *, guesses: Guesses, vocabulary: Voc
     counts = f"mean loss {guesses.nll.mean():.3f} of {len(order):,} targets"
     head = f'<h3>{_text(place)} <span class="quiet">{counts}</span></h3>'
     return f'<article class="row">{head}<div class="tokens">{"".join(pieces)}</div></article>'
+
+
+def _heat(nll: float) -> int:
+    return int(nll / NATS) if nll < HEATS * NATS else HEATS - 1  # NaN is the hottest too
 
 
 def _tip(token: int, number: int, *, guesses: Guesses, vocabulary: Vocabulary) -> str:

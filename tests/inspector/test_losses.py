@@ -135,3 +135,15 @@ def test_ranks_count_the_tokens_that_are_likelier():
     assert found.nll.tolist() == pytest.approx([np.log(260)] * 2)
     assert found.shares.shape == (2, 2)
     assert found.shares[0].tolist() == pytest.approx([1 / 260] * 2)
+
+
+def test_a_model_that_is_broken_is_all_hot(folder):
+    model = tiny_model("gpt2", n_positions=256)
+    torch.nn.init.constant_(model.get_input_embeddings().weight, float("nan"))
+    broken = save_folder(folder / "broken", model, byte_tokenizer())
+    page = folder / "broken.html"
+    words = ["evaluate", broken, str(folder / "rows.jsonl"), "--html", str(page), "--no_generate"]
+
+    assert main([*words, "--device", "cpu"]) == 0
+
+    assert {kind for _, _, kind in Page(page.read_text(encoding="utf-8")).tokens} == {"t h9"}
