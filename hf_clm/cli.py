@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from hf_clm.errors import ExitCode, RecipeError, UserError, did_you_mean
@@ -157,34 +158,19 @@ def run_generate(words: list[str]) -> None:
 
 
 def run_evaluate(words: list[str]) -> None:
-    """RUN DATA: loss, perplexity, bits per byte, token accuracy, exact match of generated answers"""
-    parser = _Parser("hf-clm evaluate")
-    parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
-    parser.add_argument("data", help="a file, a glob, a folder, or a dataset on the Hub")
-    parser.add_argument("--format", choices=get_args(Format), help="of the data; default: told from the keys")
-    parser.add_argument(
-        "--stage", choices=("pretrain", "sft"), help="what counts as target; default: the run's own"
-    )
-    parser.add_argument("--max_length", type=_at_least(2), help="tokens in a row; default: the run's own")
-    parser.add_argument(
-        "--batch_size", type=_at_least(1), default=8, help="rows at once; changes no figure (%(default)s)"
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=_at_least(1), help="of an answer; default: 256, or what fits"
-    )
-    parser.add_argument("--no_generate", action="store_true", help="leave out the generated answers")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args(words)
+    """RUN DATA...: loss, perplexity, bits per byte, token accuracy, answers or choices"""
+    options = _evaluate_parser().parse_args(words)
+    page = _writable(options.html, "--html") if options.html else None
     _quiet_libraries()
     from hf_clm.evaluation.command import evaluate_run
+    from hf_clm.evaluation.table import to_lines
+    from hf_clm.inspector.losses import write_losses
 
-    result = evaluate_run(options)
-    if options.json:
-        print(json.dumps(result, ensure_ascii=False))
-        return
-    for key, value in result.items():
-        print(f"{key:<16} {value:,}" if isinstance(value, int) else f"{key:<16} {value:.4f}")
+    evaluation = evaluate_run(options)
+    found = evaluation.to_json()
+    if page:
+        write_losses(page, evaluation, title=f"{options.run} on {', '.join(options.data)}", rows=options.rows)
+    print(json.dumps(found, ensure_ascii=False) if options.json else "\n".join(to_lines(found)))
 
 
 def run_merge(words: list[str]) -> None:
@@ -212,11 +198,11 @@ def run_bench(words: list[str]) -> None:
     parser.add_argument("--steps", type=_at_least(5), default=30, help="to measure (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     options, overrides = parser.parse_known_args(words)
-    from hf_clm.bench.command import bench, writable
+    from hf_clm.bench.command import bench
     from hf_clm.config import load_recipe
 
     recipe = load_recipe(options.recipe, overrides)
-    path = writable(options.json) if options.json else None
+    path = _writable(options.json, "--json") if options.json else None
     found = bench(recipe, steps=options.steps, say=lambda line: print(line, flush=True))
     print("\n".join(found.to_lines()))
     if path:
@@ -308,6 +294,37 @@ def _generate_parser() -> _Parser:
     return parser
 
 
+def _evaluate_parser() -> _Parser:
+    parser = _Parser("hf-clm evaluate")
+    parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
+    parser.add_argument("data", nargs="+", help="files, globs, folders, or datasets on the Hub")
+    parser.add_argument("--format", choices=get_args(Format), help="of the data; default: told from the keys")
+    parser.add_argument(
+        "--stage", choices=("pretrain", "sft"), help="what counts as target; default: the run's own"
+    )
+    parser.add_argument("--max_length", type=_at_least(2), help="tokens in a row; default: the run's own")
+    parser.add_argument(
+        "--batch_size", type=_at_least(1), default=8, help="rows at once; changes no figure (%(default)s)"
+    )
+    parser.add_argument("--choices", help="yes,no: which of them is likeliest; of two the first is positive")
+    by = "compare the sum of a choice's log-probabilities, or the mean a token (%(default)s)"
+    parser.add_argument("--choices_by", choices=("sum", "mean"), default="sum", help=by)
+    parser.add_argument(
+        "--max_new_tokens", type=_at_least(1), help="of an answer; default: 256, or what fits"
+    )
+    answers = parser.add_mutually_exclusive_group()
+    asks = "also with choices; adds chrF and BLEU (extra eval), and prompt, target and answer to --json"
+    answers.add_argument("--generate", action="store_true", help=asks)
+    answers.add_argument("--no_generate", action="store_true", help="leave out the generated answers")
+    parser.add_argument(
+        "--html", metavar="FILE", help="also write a page: the loss of each token, worst rows first"
+    )
+    parser.add_argument("--rows", type=_at_least(1), default=20, help="rows on the page (%(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
 def _at_least(least: float, *, most: float = math.inf) -> Callable[[str], float]:
     """Reads a number of the kind of ``least`` that is neither smaller than it nor greater than ``most``."""
     kind = type(least)
@@ -321,6 +338,15 @@ def _at_least(least: float, *, most: float = math.inf) -> Callable[[str], float]
 
     read.__name__ = kind.__name__  # argparse says "invalid int value"
     return read
+
+
+def _writable(name: str, option: str) -> Path:
+    """The path of a file to write. Raises RecipeError now for one that could not be written after minutes."""
+    path = Path(name)
+    if path.is_dir() or not path.parent.is_dir():
+        fix = "name a file in a folder that is there"
+        raise RecipeError("cannot be written", where=option, got=name, fix=fix)
+    return path
 
 
 def _recipe_words(words: list[str], command: str) -> tuple[str | None, list[str]]:

@@ -485,6 +485,7 @@ def test_a_model_that_learned_its_data_answers_all_of_it(learned, capsys, tmp_pa
             "bits_per_byte",
             "token_accuracy",
         ),
+        *("loss_first", "loss_content", "loss_stop"),
         *("asked", "exact_match", "stopped"),
     ]
     assert (found["examples"], found["dropped"], found["rows"]) == (4, 0, 4)

@@ -14,7 +14,7 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 KINDS = {
     "qwen2.5-0.5b.yaml": "qwen2",
     "lora-qwen2.5-0.5b.yaml": "qwen2",
-    "gpt2.yaml": "gpt2",
+    "gpt2-alpaca.yaml": "gpt2",
     "mrpc.yaml": "gpt2",
     "docstrings.yaml": "gpt2",
     "five-poems.yaml": "qwen2",
@@ -22,6 +22,7 @@ KINDS = {
 ROWS = {
     "text": {"text": "The with statement wraps a block. " * 4},
     "instruct": {"instruct": "Go on.", "input": "The lamp turns,", "label": "and boats come home."},
+    "alpaca": {"instruction": "Name three colours.", "input": "", "output": "Red, blue and green."},
     "template": {
         "sentence1": "The lamp turns.",
         "sentence2": "A lamp is turning.",
@@ -43,7 +44,7 @@ def test_all_recipes_are_found():
         "pretrain/qwen2.5-0.5b.yaml",
         "sft/docstrings.yaml",
         "sft/five-poems.yaml",
-        "sft/gpt2.yaml",
+        "sft/gpt2-alpaca.yaml",
         "sft/lora-qwen2.5-0.5b.yaml",
         "sft/mrpc.yaml",
         "sft/poems.yaml",

@@ -67,15 +67,6 @@ def bench(recipe: Recipe, *, steps: int, say: Callable[[str], Any]) -> Bench:
         return Bench(recipe.file, start, trials, stopped)
 
 
-def writable(name: str) -> Path:
-    """The path of a file to write. Raises RecipeError now for one that could not be written after minutes."""
-    path = Path(name)
-    if path.is_dir() or not path.parent.is_dir():
-        fix = "name a file in a folder that is there"
-        raise RecipeError("cannot be written", where="--json", got=name, fix=fix)
-    return path
-
-
 def find_fastest(attempt: Callable[[int], Trial], rows: int, *, most: int) -> tuple[list[Trial], str]:
     """Doubles the rows at once while that is faster; where it never is, halves them while that is.
 

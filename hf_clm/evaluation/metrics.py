@@ -27,15 +27,23 @@ def token_counts(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """(B, T - 1) float32: the negative log-likelihood (nats) of labels t+1 by logits t; 0 without a label.
 
-    logits (B, T, V); labels (B, T) int64. Computed in chunks, so that no float32 copy of all logits is made.
+    logits (B, T, V); labels (B, T) int64.
     """
-    flat, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    chunks = zip(flat.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+    return target_nll(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).view(len(labels), -1)
+
+
+@torch.no_grad()
+def target_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(N,) float32: the negative log-likelihood (nats) of each target; 0 where there is none.
+
+    logits (N, V); targets (N,) int64. Computed in chunks, so that no float32 copy of all logits is made.
+    """
+    chunks = zip(logits.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
     nll = [
         cross_entropy(part.float(), target, ignore_index=IGNORE_INDEX, reduction="none")
         for part, target in chunks
     ]
-    return torch.cat(nll).view(len(labels), -1)
+    return torch.cat(nll)
 
 
 def unigram_entropy(labels: np.ndarray) -> float:

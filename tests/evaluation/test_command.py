@@ -1,10 +1,12 @@
 """``hf-clm evaluate`` reads and labels data as the run did, so it gives the run's own eval loss."""
 
+import json
 from argparse import Namespace
 
 import pytest
 from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 
+from hf_clm.cli import main
 from hf_clm.config import load_recipe
 from hf_clm.evaluation.command import evaluate_run
 from hf_clm.tokenizer import use_chat_template
@@ -43,10 +45,40 @@ def test_the_eval_set_of_a_run_gives_its_eval_loss(drop_last, tmp_path, monkeypa
     result = train(
         load_recipe("recipe.yaml", ["--dataloader_drop_last", drop_last, "--per_device_train_batch_size=2"])
     )
-    options = {"run": "run", "data": "eval.jsonl", "format": None, "stage": None, "max_length": None}
-    options |= {"batch_size": 2, "max_new_tokens": 4, "no_generate": False, "device": "cpu"}
-    found = evaluate_run(Namespace(**options))
+    options = {
+        "run": "run",
+        "data": ["eval.jsonl"],
+        "choices": None,
+        "format": None,
+        "stage": None,
+        "max_length": None,
+    }
+    options |= {
+        "batch_size": 2,
+        "max_new_tokens": 4,
+        "generate": False,
+        "no_generate": False,
+        "device": "cpu",
+    }
+    found = evaluate_run(Namespace(**options)).to_json()
 
     assert found["target_tokens"] == 1 + 5 + 2  # two last turns, each with its stop token
     assert found["loss"] == pytest.approx(result["loss_after"], rel=1e-5)
     assert found["asked"] == 2
+
+
+def test_lines_that_the_run_skips_are_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = byte_tokenizer()
+    use_chat_template(tokenizer, "chatml")
+    save_folder(tmp_path / "run", tiny_model(max_position_embeddings=512), tokenizer)
+    (tmp_path / "recipe.yaml").write_text(
+        RECIPE.replace("  max_length", "  skip_bad_lines: true\n  max_length")
+    )
+    (tmp_path / "recipe.yaml").rename(tmp_path / "run" / "recipe.yaml")
+    write_jsonl(tmp_path / "eval.jsonl", [*HELD_OUT, {"talk": []}])
+
+    assert main(["evaluate", "run", "eval.jsonl", "--no_generate", "--device", "cpu", "--json"]) == 0
+
+    found = json.loads(capsys.readouterr().out)
+    assert (found["examples"], found["skipped"]) == (2, 1)

@@ -1,15 +1,15 @@
-"""Likelihood and exact match, against sums and answers written out here."""
+"""Likelihood, against sums written out here; what is asked of an example."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from helpers import EOS, byte_tokenizer, tiny_model
+from helpers import EOS, X, byte_tokenizer, tiny_model
 
 from hf_clm.attention import NAME, register
 from hf_clm.data.datasets import PretrainDataset, SFTDataset
-from hf_clm.evaluation.evaluate import Answers, Likelihood, measure_answers, measure_likelihood, to_question
-from hf_clm.generation.generate import Generated
+from hf_clm.evaluation.evaluate import Likelihood, measure_likelihood, target_kinds, to_question
 from hf_clm.schema import ChatExample, PromptExample, Segment, SegmentsExample, TextExample
 
 EXAMPLES = [PromptExample("ab", "cd"), PromptExample("a", "é"), PromptExample("abcdefgh", "ijklmnop")]
@@ -39,13 +39,11 @@ def test_likelihood_is_the_sum_over_targets_for_any_batch_size(batch_size):
 
     found = measure_likelihood(packed_model(), byte_tokenizer(), dataset=dataset, batch_size=batch_size)
 
-    assert (found.rows, found.target_tokens, found.text_bytes) == (
-        3,
-        15,
-        12,
-    )  # cd, é (2 bytes), 8 letters, 3 ends
+    assert found.tokens.tolist() == [[1, 1, 1], [1, 1, 1], [1, 7, 1]]  # first, content, stop
+    assert found.text_bytes.tolist() == [2, 2, 8]
     by_hand = nll_by_hand([(b"ab", b"cd"), (b"a", "é".encode()), (b"abcdefgh", b"ijklmnop")])
-    assert found.nll == pytest.approx(by_hand, rel=1e-6)
+    assert found.nll.sum() == pytest.approx(by_hand, rel=1e-6)
+    assert found.row_losses[1] == pytest.approx(nll_by_hand([(b"a", "é".encode())]) / 3, rel=1e-5)
 
 
 def test_a_pretraining_set_counts_the_whole_text():
@@ -53,43 +51,45 @@ def test_a_pretraining_set_counts_the_whole_text():
 
     found = measure_likelihood(packed_model(), byte_tokenizer(), dataset=dataset)
 
-    assert (found.rows, found.target_tokens) == (2, 5)  # b, c, end; e, end
-    assert found.nll == pytest.approx(nll_by_hand([(b"a", b"bc"), (b"d", b"e")]), rel=1e-6)
+    assert found.tokens.tolist() == [[1, 1, 1], [1, 0, 1]]  # b, c, end; e, end
+    assert found.nll.sum() == pytest.approx(nll_by_hand([(b"a", b"bc"), (b"d", b"e")]), rel=1e-6)
 
 
 def test_the_figures_are_divided_once():
-    figures = Likelihood(
-        rows=2, target_tokens=4, correct_tokens=3, nll=8 * math.log(2), text_bytes=2
-    ).to_json()
+    """Two rows of one first, no or one further, and one stop token."""
+    nll = np.array([[2.0, 0.0, 1.0], [1.0, 3.0, 1.0]]) * math.log(2)
+    counts = np.array([[1, 0, 1], [1, 1, 1]])
+    found = Likelihood(nll, counts, np.array([1, 3]), np.array([1, 3]))
 
-    assert figures == {
+    assert found.to_json() == {
         "rows": 2,
-        "target_tokens": 4,
-        "loss": pytest.approx(2 * math.log(2)),
-        "perplexity": pytest.approx(4.0),
-        "bits_per_byte": pytest.approx(4.0),
-        "token_accuracy": 0.75,
+        "target_tokens": 5,
+        "loss": pytest.approx(8 / 5 * math.log(2)),
+        "perplexity": pytest.approx(2**1.6),
+        "bits_per_byte": pytest.approx(2.0),
+        "token_accuracy": 0.8,
+        "loss_first": pytest.approx(1.5 * math.log(2)),
+        "loss_content": pytest.approx(3 * math.log(2)),
+        "loss_stop": pytest.approx(math.log(2)),
     }
+    assert "loss_content" not in found.select(np.array([0])).to_json()
+    assert found.select(np.array([False, False])).to_json() == {"rows": 0, "target_tokens": 0}
 
 
-def test_an_answer_is_exact_if_it_equals_the_target_and_stops(monkeypatch):
-    asked = []
+@pytest.mark.parametrize(
+    ("labels", "kinds"),
+    [
+        ([X, X, 65, 66, 67, EOS], ["first", "content", "content", "stop"]),
+        ([X, 65, EOS, X, 66, EOS], ["first", "stop", "first", "stop"]),
+        ([X, X, EOS], ["stop"]),  # an empty answer
+        ([X, 65, EOS, 66, 67], ["first", "content", "content", "content"]),  # a stop token in the text; cut
+        ([X, X, 65], ["first"]),
+    ],
+)
+def test_first_content_and_stop_are_told_by_their_place(labels, kinds):
+    found = target_kinds(np.array(labels), [EOS])
 
-    def answers(model, tokenizer, *, prompts, **options):
-        asked.extend(prompts)
-        return [Generated("cd", 2, True), Generated("é", 1, False), Generated("ijk", 3, True)]
-
-    monkeypatch.setattr("hf_clm.evaluation.evaluate.generate", answers)
-
-    found = measure_answers(tiny_model(), byte_tokenizer(), examples=[*EXAMPLES, TextExample("no question")])
-
-    assert asked == [PromptExample("ab", ""), PromptExample("a", ""), PromptExample("abcdefgh", "")]
-    assert found == Answers(asked=3, exact=1, stopped=2)
-    assert found.to_json() == {"asked": 3, "exact_match": 1 / 3, "stopped": 2 / 3}
-
-
-def test_documents_ask_nothing():
-    assert measure_answers(tiny_model(), byte_tokenizer(), examples=[TextExample("a")]) is None
+    assert [("first", "content", "stop")[kind] for kind in found] == kinds
 
 
 def test_the_question_of_a_chat_is_all_but_its_last_turn():

@@ -189,6 +189,32 @@ def test_beams_find_an_answer_at_least_as_likely_as_greedy():
     assert likelihood(beams) >= likelihood(greedy) - 1e-4
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_beams_in_a_batch_give_each_prompt_the_answer_that_it_gets_alone(kind):
+    """Padded on the left, some stopping early; plain transformers continues each prompt by itself."""
+    model = build_model(kind, seed=1, tie_word_embeddings=False)
+    with torch.no_grad():  # far from uniform, and inclined to stop
+        head = model.get_output_embeddings().weight
+        head *= 40
+        head[EOS] *= 2
+    prompts = ["a", "the lamp turns", "boats", "12345678901234567890"]
+    beams = {"num_beams": 5, "no_repeat_ngram_size": 2, "max_new_tokens": 12, "do_sample": False}
+
+    answers = generate(model, byte_tokenizer(), prompts=prompts, **beams)
+
+    alone = []
+    for prompt in prompts:
+        ids = torch.tensor([[*prompt.encode()]])
+        ends = {"eos_token_id": EOS, "pad_token_id": PAD}
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), **beams, **ends)
+        new = output[0, len(prompt) :].tolist()
+        end = new.index(EOS) if EOS in new else len(new)
+        letters = [token for token in new[:end] if token < EOS]
+        alone.append((byte_tokenizer().decode(letters), EOS in new))
+    assert [(answer.text, answer.stopped) for answer in answers] == alone
+    assert {answer.stopped for answer in answers} == {True, False}
+
+
 def test_a_stop_text_ends_the_answer_before_itself():
     answers = generate(counting_model(), byte_tokenizer(), prompts=["a", "c"], stop_strings=["d"], **OPTIONS)
 

@@ -1,0 +1,72 @@
+"""The page of losses in a headless Chromium. `make test-browser` installs what this needs."""
+
+import shutil
+
+import pytest
+from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+
+from hf_clm.cli import main
+
+CHROMIUM = shutil.which("chromium")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+INJECTED = "</script><img src=x onerror=\"document.title='injected'\">"
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: make test-browser installs it"),
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("losses")
+    model = save_folder(folder / "model", tiny_model("gpt2", n_positions=256), byte_tokenizer())
+    rows = [{"prompt": f"{INJECTED} {n}", "completion": "long" * n + INJECTED} for n in range(1, 6)]
+    words = [write_jsonl(folder / "rows.jsonl", rows), write_jsonl(folder / "others.jsonl", rows[:2])]
+    page = folder / "losses.html"
+    assert (
+        main(["evaluate", model, *words, "--html", str(page), "--max_new_tokens", "8", "--device", "cpu"])
+        == 0
+    )
+    return page
+
+
+@pytest.fixture(params=[(390, "dark"), (1280, "light")], ids=["phone", "desk"])
+def page(request, path):
+    """The page, opened from disk; its test fails if it reports an error or asks for anything else."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="make test-browser installs playwright")
+    width, scheme = request.param
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        asked, errors = [], []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.goto(path.as_uri())
+        yield page
+        assert (asked, errors) == ([path.as_uri()], [])
+        browser.close()
+
+
+def test_the_page_fits_its_window_and_runs_nothing(page):
+    assert page.title() == "Losses"
+    assert page.locator("img").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"]
+
+
+def test_a_tap_shows_what_was_expected(page):
+    token = page.locator(".tokens .t").first
+    shown = "element => getComputedStyle(element, '::after').content"
+
+    assert token.evaluate(shown) == "none"
+    token.click()
+
+    assert "loss" in token.evaluate(shown)
+    assert "rank" in token.get_attribute("title")
+
+
+def test_a_larger_loss_is_hotter(page):
+    colour = "element => getComputedStyle(element).backgroundColor"
+    swatches = page.locator(".legend .t")
+
+    assert len({swatch.evaluate(colour) for swatch in swatches.all()}) == 4

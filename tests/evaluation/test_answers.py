@@ -1,0 +1,152 @@
+"""Generated answers: compared with their targets, listed, and the figures of a metric library."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+
+from hf_clm.cli import main
+from hf_clm.evaluation.answers import Answers, Sample, load_metrics, measure_answers
+from hf_clm.generation.generate import Generated
+from hf_clm.schema import PromptExample, TextExample
+
+EXAMPLES = [
+    PromptExample("ab", "cd"),
+    TextExample("no question"),
+    PromptExample("a", "é"),
+    PromptExample("b", "ij"),
+]
+GENERATED = [Generated("cd", 2, True), Generated("é", 1, False), Generated("ijk", 3, True)]
+
+
+def answer_with(generated, monkeypatch) -> list:
+    """Puts these answers in the place of a model's; returns what will have been asked."""
+    asked = []
+
+    def generate(model, tokenizer, *, prompts, **options):
+        asked.extend(prompts)
+        return generated
+
+    monkeypatch.setattr("hf_clm.evaluation.answers.generate", generate)
+    return asked
+
+
+def test_an_answer_is_exact_if_it_equals_the_target_and_stops(monkeypatch):
+    asked = answer_with(GENERATED, monkeypatch)
+
+    found = measure_answers(tiny_model(), byte_tokenizer(), examples=EXAMPLES, metrics={})
+
+    assert found is not None
+    assert asked == [PromptExample("ab", ""), PromptExample("a", ""), PromptExample("b", "")]
+    assert found.to_json() == {"asked": 3, "exact_match": 1 / 3, "stopped": 2 / 3}
+    assert found.samples[1] == Sample(2, "a", "é", "é", False)
+    assert found.select(np.array([True, True, False, False])).to_json() == {
+        "asked": 1,
+        "exact_match": 1.0,
+        "stopped": 1.0,
+    }
+    assert found.select(np.array([False, True, False, False])).to_json() == {"asked": 0}
+
+
+def test_documents_ask_nothing():
+    assert measure_answers(tiny_model(), byte_tokenizer(), examples=[TextExample("a")], metrics={}) is None
+
+
+def to_answers(*pairs: tuple[str, str]) -> Answers:
+    samples = [Sample(n, "?", target, text, True) for n, (target, text) in enumerate(pairs)]
+    return Answers(samples, load_metrics())
+
+
+def test_chrf_and_bleu_are_those_of_the_whole_set():
+    """``abc`` for ``abd``: 2 of 3 letters, 1 of 2 pairs, 0 of 1 triple agree, so F is their mean, 7 / 18."""
+    assert to_answers(("abd", "abc")).to_json()["chrf"] == pytest.approx(100 * 7 / 18)
+    exact = to_answers(("yes", "yes"), ("a b c d e", "a b c d e")).to_json()
+    assert (exact["chrf"], exact["bleu"]) == (pytest.approx(100), pytest.approx(100))
+    assert to_answers(("yes", "no")).to_json()["chrf"] == 0.0
+
+
+def test_short_answers_are_not_held_against_for_having_no_4_grams():
+    assert to_answers(("yes", "yes")).to_json()["bleu"] == pytest.approx(100)
+
+
+def test_without_the_package_the_error_names_the_extra_before_anything_is_opened(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
+
+    assert main(["evaluate", "no-run", "no-data", "--generate"]) == 6
+    assert capsys.readouterr().err == (
+        "error: --generate: needs the package sacrebleu; fix: pip install 'hf_clm[eval]'\n"
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_folder(tmp_path / "model", tiny_model(), byte_tokenizer())
+
+
+def test_samples_stand_in_the_json_and_on_the_page(folder, tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": "ab", "completion": "cd"}, {"prompt": "<i>", "completion": "é"}]
+    paths = [write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "b.jsonl", rows[:1])]
+    answer_with([Generated("cd", 2, True), Generated("<b>", 1, False), Generated("cx", 2, True)], monkeypatch)
+    page = tmp_path / "page.html"
+    words = ["evaluate", folder, *paths, "--generate", "--html", str(page), "--device", "cpu"]
+
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(words) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    assert found["samples"][1] == {
+        "where": f"{paths[0]}:2",
+        "prompt": "<i>",
+        "target": "é",
+        "generated": "<b>",
+        "exact": False,
+        "stopped": False,
+    }
+    assert (found["asked"], found["exact_match"]) == (3, 1 / 3)
+    assert {file: own["exact_match"] for file, own in found["sources"].items()} == {
+        paths[0]: 0.5,
+        paths[1]: 0.0,
+    }
+    assert lines[-3][-2:] == ["exact_match", "chrf"]
+    text = page.read_text(encoding="utf-8")
+    assert "<h2>3 of 3 answers, those that differ first</h2>" in text
+    places = [
+        text.index(f'class="{kind}">{shown}</td>')
+        for kind, shown in (("bad", "&lt;b&gt; …"), ("bad", "cx"), ("good", "cd"))
+    ]
+    assert places == sorted(places)
+
+
+def test_documents_have_nothing_to_generate(folder, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "abc"}])
+
+    assert main(["evaluate", folder, path, "--generate", "--device", "cpu"]) == 3
+    assert (
+        f"error: {path}: no example has a prompt to answer; fix: leave out --generate"
+        in capsys.readouterr().err
+    )
+
+
+def test_choices_generate_nothing_unless_asked(folder, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "ab", "completion": "c"}])
+    words = [
+        "evaluate",
+        folder,
+        path,
+        "--choices",
+        "c,d",
+        "--max_new_tokens",
+        "2",
+        "--device",
+        "cpu",
+        "--json",
+    ]
+
+    assert main(words) == 0
+    assert "asked" not in json.loads(capsys.readouterr().out)
+    assert main([*words, "--generate"]) == 0
+    assert json.loads(capsys.readouterr().out)["asked"] == 1
+    assert main([*words, "--generate", "--no_generate"]) == 2

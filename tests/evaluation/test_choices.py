@@ -1,0 +1,330 @@
+"""Choices, against loops of plain transformers and tables that a reader can count."""
+
+import json
+import math
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import EOS, PAD, byte_tokenizer, save_folder, tiny_model, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from hf_clm.attention import NAME, register
+from hf_clm.cli import main
+from hf_clm.config import load_recipe
+from hf_clm.data.build import Examples
+from hf_clm.errors import DataError, RecipeError
+from hf_clm.evaluation.choices import (
+    Verdicts,
+    choice_rows,
+    find_expected,
+    measure_choices,
+    to_choices,
+    with_answer,
+)
+from hf_clm.evaluation.command import evaluate_run
+from hf_clm.schema import ChatExample, PromptExample, Segment, SegmentsExample, TextExample
+from hf_clm.tokenizer import use_chat_template
+from hf_clm.training.run import train
+
+CHOICES = ["yes", "no", "maybe"]
+PROMPTS = ["Is it?", "a", "Does the lamp turn at night? Answer:"]
+
+
+def packed_model(**settings):
+    register()
+    model = tiny_model(**settings)
+    model.set_attn_implementation(NAME)
+    return model
+
+
+def read_examples(examples) -> Examples:
+    return Examples(examples, [f"a.jsonl:{number}" for number in range(1, len(examples) + 1)])
+
+
+def to_rows(examples, *, choices=CHOICES, max_length=64, tokenizer=None):
+    settings = {"max_length": max_length, "special_tokens_in_text": "encode_as_text"}
+    return choice_rows(read_examples(examples), tokenizer or byte_tokenizer(), choices=choices, **settings)
+
+
+def log_probabilities(prompt: bytes, choice: bytes) -> list[float]:
+    """Of the bytes of the choice and the end token behind them, each predicted from all before it."""
+    model, ids, found = tiny_model(), [*prompt], []
+    for token in [*choice, EOS]:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
+        found.append(float(torch.log_softmax(logits, dim=-1)[token]))
+        ids.append(token)
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_a_score_is_the_sum_over_the_tokens_of_the_choice_and_its_stop_token(batch_size):
+    rows = to_rows([PromptExample(prompt, "yes") for prompt in PROMPTS])
+
+    found = measure_choices(packed_model(), rows, choices=3, by="sum", batch_size=batch_size)
+
+    by_hand = [[sum(log_probabilities(p.encode(), c.encode())) for c in CHOICES] for p in PROMPTS]
+    assert found.shape == (3, 3)
+    assert found == pytest.approx(np.array(by_hand), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_or_the_mean_a_token(batch_size):
+    rows = to_rows([PromptExample("Is it?", "yes")])
+
+    found = measure_choices(packed_model(), rows, choices=3, by="mean", batch_size=batch_size)
+
+    by_hand = [
+        sum(log_probabilities(b"Is it?", choice.encode())) / count
+        for choice, count in zip(CHOICES, (4, 3, 6), strict=True)
+    ]
+    assert found[0].tolist() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_a_model_that_computes_all_logits_gives_the_same_scores(monkeypatch):
+    rows = to_rows([PromptExample(prompt, "yes") for prompt in PROMPTS])
+    found = measure_choices(packed_model(), rows, choices=3, by="sum", batch_size=4)
+    monkeypatch.setattr("hf_clm.evaluation.evaluate.takes_targets", lambda model: False)
+
+    assert measure_choices(packed_model(), rows, choices=3, by="sum", batch_size=4) == pytest.approx(found)
+
+
+def test_the_word_of_a_template_is_replaced_and_what_stands_around_it_stays():
+    own = {"is_target": True, "is_own": True}
+    prompt = [Segment("Lamp?", False), Segment(" A:", False, is_own=True)]
+    example = SegmentsExample([*prompt, Segment(" ", **own), Segment("no", True), Segment(".", **own)])
+
+    rows = to_rows([example], choices=["no", "yes"])
+
+    assert find_expected(read_examples([example]), ["yes", "no"]).tolist() == [1]
+    assert [bytes(i for i in row["input_ids"] if i < 256) for row in rows] == [
+        b"Lamp? A: no.",
+        b"Lamp? A: yes.",
+    ]
+    assert [[label for label in row["labels"] if label >= 0] for row in rows] == [
+        [*b" no.", EOS],
+        [*b" yes.", EOS],
+    ]
+
+
+def test_the_last_turn_of_a_chat_and_the_last_target_of_segments_are_what_is_chosen():
+    chat = ChatExample(
+        [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Ho"},
+            {"role": "user", "content": "So?"},
+            {"role": "assistant", "content": "no"},
+        ]
+    )
+    segments = SegmentsExample(
+        [Segment("a", False), Segment("b", True), Segment("c", False), Segment("no", True)]
+    )
+    tokenizer = byte_tokenizer()
+    use_chat_template(tokenizer, "chatml")
+    model = packed_model(max_position_embeddings=512)
+
+    rows = to_rows([chat, segments], choices=["no", "yes"], max_length=400, tokenizer=tokenizer)
+    found = measure_choices(model, rows, choices=2, by="sum", batch_size=8)
+
+    assert [sum(label >= 0 for label in row["labels"]) for row in rows] == [3, 4, 4, 5]
+    assert found[1].tolist() == pytest.approx(
+        [sum(log_probabilities(b"abc", b"no")), sum(log_probabilities(b"abc", b"yes"))], rel=1e-5
+    )
+    assert with_answer(chat, "yes") == ChatExample(
+        [*chat.messages[:-1], {"role": "assistant", "content": "yes"}]
+    )
+
+
+def test_a_long_prompt_is_cut_at_one_place_for_all_choices():
+    rows = to_rows([PromptExample("0123456789", "yes")], choices=["yes", "no"], max_length=8)
+
+    assert [row["input_ids"] for row in rows] == [[*b"6789yes", EOS], [*b"6789no", EOS]]
+
+
+def test_choices_that_leave_no_room_for_a_prompt_are_an_error():
+    with pytest.raises(
+        DataError, match=r"^a.jsonl:1: no prompt fits beside the choices within 4 tokens; fix"
+    ):
+        to_rows([PromptExample("ab", "yes")], choices=["yes", "no"], max_length=4)
+
+
+@pytest.mark.parametrize("text", ["yes", "", "yes,", "yes,yes", "yes, "])
+def test_fewer_than_two_choices_are_refused(text):
+    with pytest.raises(RecipeError, match="--choices: expected two or more different choices; got"):
+        to_choices(text)
+
+
+def test_a_completion_that_is_no_choice_names_its_line():
+    examples = read_examples([PromptExample("a", "yes"), PromptExample("a", "maybe")])
+
+    with pytest.raises(DataError) as error:
+        find_expected(examples, ["yes", "no"])
+
+    assert str(error.value) == (
+        "a.jsonl:2: the completion is none of the choices; got 'maybe'; fix: --choices names 'yes', 'no'"
+    )
+
+
+@pytest.mark.parametrize(
+    "example",
+    [TextExample("a"), PromptExample("", "yes"), {"input_ids": [1, 2], "labels": [-100, 2]}],
+    ids=["document", "no prompt", "tokenized"],
+)
+def test_a_record_without_prompt_and_completion_has_nothing_to_choose(example):
+    with pytest.raises(DataError, match=r"^a.jsonl:1: has no prompt and completion to choose"):
+        find_expected(read_examples([example]), ["yes", "no"])
+
+
+def test_a_choice_is_no_two_columns():
+    own = Segment(" and ", True, is_own=True)
+    example = SegmentsExample([Segment("a", False), Segment("b", True), own, Segment("c", True)])
+
+    with pytest.raises(RecipeError, match="a choice cannot stand for several columns of a completion"):
+        find_expected(read_examples([example]), ["b", "c"])
+
+
+def to_verdicts(choices: str, expected: str, chosen: str) -> Verdicts:
+    """One letter a choice, and one an example."""
+    scores = [[0.0 if choice == one else -1.0 for choice in choices] for one in chosen]
+    return Verdicts([*choices], np.array([choices.index(one) for one in expected]), np.array(scores))
+
+
+def test_of_two_choices_the_first_is_positive():
+    """Right: 2 of 3 y, 1 of 2 n. F1 of y: 2 * 2 / (2 * 2 + 1 + 1)."""
+    found = to_verdicts("yn", "yyynn", "yynyn").to_json()
+
+    assert found == {
+        "accuracy": 0.6,
+        "majority": 0.6,
+        "f1": pytest.approx(2 / 3),
+        "f1_of": "y",
+        "confusion": {"y": {"y": 2, "n": 1}, "n": {"y": 1, "n": 1}},
+    }
+
+
+def test_of_more_choices_f1_is_the_mean():
+    """F1 of a: 2 / (2 + 0 + 1), of b: 2 / (2 + 1 + 0), of c, which nobody names: 0."""
+    found = to_verdicts("abc", "aab", "abb").to_json()
+
+    assert (found["f1"], found["f1_of"]) == (pytest.approx(4 / 9), "macro")
+
+
+# --- a run
+
+TEMPLATE = """\
+stage: sft
+model: {init: scratch, config: {model_type: gpt2, n_layer: 2, n_head: 2, n_embd: 32, n_positions: 64}}
+tokenizer: {name_or_path: letters}
+data:
+  train:
+    - path: train.tsv
+      template: {prompt: "{first} {second}\\nPlant?", completion: " {label}", labels: {0: no, 1: yes}}
+  max_length: 64
+doctor: {round_trip: "off", self_test: false}
+train:
+  {output_dir: run, max_steps: 60, learning_rate: 1.0e-2, per_device_train_batch_size: 8, use_cpu: true,
+   bf16: false, save_strategy: "no", logging_steps: 60, eval_on_start: false}
+"""
+WORDS = ["tree", "boat", "moss", "gate"]
+PAIRS = [(first, second, int(first in ("tree", "moss"))) for first in WORDS for second in WORDS]  # 8 of each
+
+
+def write_pairs(path, pairs) -> str:
+    lines = ["first\tsecond\tlabel", *("\t".join(map(str, pair)) for pair in pairs)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run that learned whether the first of two words is a plant."""
+    folder = tmp_path_factory.mktemp("choices")
+    byte_tokenizer().save_pretrained(folder / "letters")
+    write_pairs(folder / "train.tsv", PAIRS)
+    (folder / "recipe.yaml").write_text(TEMPLATE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(load_recipe("recipe.yaml"))
+    return folder
+
+
+def to_options(folder, *data: str, **changes) -> Namespace:
+    values = {
+        "run": str(folder / "run"),
+        "data": list(data),
+        "format": None,
+        "stage": None,
+        "max_length": None,
+    }
+    values |= {"batch_size": 8, "choices": "yes,no", "choices_by": "sum", "max_new_tokens": 4}
+    return Namespace(**values | {"generate": False, "no_generate": True, "device": "cpu"} | changes)
+
+
+def test_a_small_model_learns_yes_and_no(folder):
+    found = evaluate_run(to_options(folder, str(folder / "train.tsv"))).to_json()
+
+    assert (found["accuracy"], found["majority"], found["f1"], found["f1_of"]) == (1.0, 0.5, 1.0, "yes")
+    assert found["confusion"] == {"yes": {"yes": 8, "no": 0}, "no": {"yes": 0, "no": 8}}
+    assert found["token_accuracy"] == 1.0
+
+
+def test_the_command_agrees_with_plain_transformers(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "run").eval()
+    found = evaluate_run(to_options(folder, str(folder / "train.tsv")))
+
+    assert found.verdicts is not None
+    for number in (0, 1, 7):
+        first, second, _ = PAIRS[number]
+        prompt = [*f"{first} {second}\nPlant?".encode()]
+        for choice, score in zip((b" yes", b" no"), found.verdicts.scores[number].tolist(), strict=True):
+            ids = torch.tensor([[*prompt, *choice, EOS]])
+            labels = torch.tensor([[-100] * len(prompt) + [*choice, EOS]])
+            with torch.no_grad():
+                loss = float(model(input_ids=ids, labels=labels).loss)
+            assert score == pytest.approx(-loss * (len(choice) + 1), rel=1e-4, abs=1e-5)
+
+
+def test_figures_of_each_file_stand_beside_those_of_all(folder, capsys):
+    right = write_pairs(folder / "right.tsv", PAIRS[2:6])
+    wrong = write_pairs(
+        folder / "wrong.tsv", [(first, second, 1 - label) for first, second, label in PAIRS[:4]]
+    )
+    words = ["evaluate", str(folder / "run"), right, wrong, "--choices", "yes,no", "--device", "cpu"]
+
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(words) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    assert (found["examples"], found["accuracy"]) == (8, 0.5)
+    assert {file: (own["examples"], own["accuracy"]) for file, own in found["sources"].items()} == {
+        right: (4, 1.0),
+        wrong: (4, 0.0),
+    }
+    assert found["loss"] == pytest.approx(sum(own["loss"] for own in found["sources"].values()) / 2, rel=0.2)
+    assert ["is", "yes", "2", "0"] in lines and ["is", "no", "4", "2"] in lines
+    assert [line[0] for line in lines[-3:]] == ["file", right, wrong]
+
+
+def test_a_value_that_is_no_choice_stops_before_the_model_is_opened(folder, capsys):
+    words = ["evaluate", str(folder / "run"), str(folder / "train.tsv"), "--choices", "yes,nope"]
+
+    assert main(words) == 3
+    shown = capsys.readouterr().err
+    assert "train.tsv: record 5: the completion is none of the choices; got 'no'" in shown
+    assert "did you mean 'nope'?" in shown
+
+
+def test_a_formatless_model_compares_completions_as_they_are_written(tmp_path, capsys):
+    folder = save_folder(tmp_path / "model", tiny_model(), byte_tokenizer())
+    rows = [{"prompt": "a:", "completion": " yes"}, {"prompt": "b:", "completion": " no"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+
+    assert main(["evaluate", folder, path, "--choices", " yes, no", "--device", "cpu", "--json"]) == 0
+
+    found = json.loads(capsys.readouterr().out)
+    assert sum(sum(row.values()) for row in found["confusion"].values()) == 2
+    assert math.isfinite(found["loss"]) and PAD != EOS
