@@ -156,6 +156,20 @@ def run_generate(words: list[str]) -> None:
             print(f"> {prompt}\n{answer.text}\n")
 
 
+def run_chat(words: list[str]) -> None:
+    """RUN: talk with a model, with the prompt format and stop tokens of its training"""
+    from hf_clm.generation.options import add_chat_options
+
+    parser = _Parser("hf-clm chat")
+    add_chat_options(parser, number=_at_least)
+    options = parser.parse_args(words)
+    _quiet_libraries()
+    from hf_clm.generation.chat import chat
+
+    sign = "> " if sys.stdin.isatty() else ""
+    chat(options, read=lambda: input(sign), write=lambda text: print(text, end="", flush=True))
+
+
 def run_evaluate(words: list[str]) -> None:
     """RUN DATA: loss, perplexity, bits per byte, token accuracy, exact match of generated answers"""
     parser = _Parser("hf-clm evaluate")
@@ -254,6 +268,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "inspect": run_inspect,
     "doctor": run_doctor,
     "generate": run_generate,
+    "chat": run_chat,
     "evaluate": run_evaluate,
     "merge": run_merge,
     "bench": run_bench,
