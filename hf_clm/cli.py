@@ -2,6 +2,8 @@
 
 import argparse
 import errno
+import importlib.util
+import io
 import json
 import math
 import os
@@ -166,7 +168,11 @@ def run_chat(words: list[str]) -> None:
     _quiet_libraries()
     from hf_clm.generation.chat import chat
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # chat says which text is not UTF-8
     sign = "> " if sys.stdin.isatty() else ""
+    if sign and importlib.util.find_spec("readline"):
+        importlib.import_module("readline")  # input() then has a history, and arrow keys move in the line
     chat(options, read=lambda: input(sign), write=lambda text: print(text, end="", flush=True))
 
 

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from collections.abc import Callable
 
-from hf_clm.errors import RecipeError, UserError, did_you_mean
+from hf_clm.errors import DataError, RecipeError, UserError, did_you_mean
 from hf_clm.generation.generate import fit_new_tokens, to_prompt_example, to_prompt_ids
 from hf_clm.generation.load import LoadedRun, load_run
 from hf_clm.generation.stream import Answer, Sampling, stream_answers, to_sampling
@@ -95,12 +95,19 @@ def _read_text(read: Callable[[], str]) -> str:
     return text
 
 
+def check_unicode(text: str) -> None:
+    """Raises DataError for a text with half a character (a surrogate), which no tokenizer takes."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise DataError("the text is not UTF-8", got=repr(text[:40]))
+
+
 def _reply(talk: Conversation, text: str, *, write: Callable[[str], None]) -> bool:
     """Does what a command says, or answers; True where Ctrl-C ended the answer."""
     try:
         if text.startswith("/"):
             write(_command(talk, text) + "\n")
         elif text.strip():
+            check_unicode(text)
             answer = talk.answer(text, write)
             ends = {"length": "\n(cut: --max_new_tokens allows more)\n", "": "\n(stopped)\n"}
             write(ends.get(answer.finish, "\n"))
