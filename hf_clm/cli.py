@@ -176,6 +176,19 @@ def run_chat(words: list[str]) -> None:
     chat(options, read=lambda: input(sign), write=lambda text: print(text, end="", flush=True))
 
 
+def run_serve(words: list[str]) -> None:
+    """RUN: answer over HTTP as OpenAI's API does, with a page for a browser"""
+    from hf_clm.generation.options import add_serve_options
+
+    parser = _Parser("hf-clm serve")
+    add_serve_options(parser, number=_at_least)
+    options = parser.parse_args(words)
+    _quiet_libraries()
+    from hf_clm.generation.serve import serve
+
+    serve(options, say=lambda line: print(line, flush=True))
+
+
 def run_evaluate(words: list[str]) -> None:
     """RUN DATA: loss, perplexity, bits per byte, token accuracy, exact match of generated answers"""
     parser = _Parser("hf-clm evaluate")
@@ -275,6 +288,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "doctor": run_doctor,
     "generate": run_generate,
     "chat": run_chat,
+    "serve": run_serve,
     "evaluate": run_evaluate,
     "merge": run_merge,
     "bench": run_bench,

@@ -9,7 +9,6 @@ from hf_clm.generation.load import LoadedRun, load_run
 from hf_clm.generation.stream import Answer, Sampling, stream_answers, to_sampling
 from hf_clm.schema import ChatExample, Example, Message, Role
 
-CHATS = ("messages", "sharegpt")  # the formats that have turns
 COMMANDS = {
     "/help": "this list",
     "/reset": "forget the conversation",
@@ -33,7 +32,7 @@ class Conversation:
 
     def begin(self, system: str) -> None:
         """Forgets everything. Raises RecipeError for a system message where there are no turns."""
-        if system and self.run.format not in CHATS:
+        if system and not self.run.has_turns:
             fix = "leave it out, or put it into the text"
             raise RecipeError(f"a run of format {self.run.format} has no system message", fix=fix)
         self._system: list[Message] = [_message("system", system)] if system else []
@@ -47,7 +46,7 @@ class Conversation:
         """Answers ``text``; Ctrl-C ends the answer where it is. Raises UserError for a prompt it refuses."""
         run, turns = self.run, [*self.messages, _message("user", text)]
         prompt: Example = ChatExample(turns)
-        if run.format not in CHATS:
+        if not run.has_turns:
             prompt = to_prompt_example(text, run.format)
         ids = to_prompt_ids([prompt], run.tokenizer, special_tokens_in_text=run.special_tokens_in_text)[0]
         room = fit_new_tokens(run.model, len(ids), max_new_tokens=self.max_new_tokens)
@@ -56,7 +55,7 @@ class Conversation:
             stream_answers(run.model, run.tokenizer, answers=[answer])
         except KeyboardInterrupt:
             answer.is_cancelled = True
-        if answer.text.strip() and run.format in CHATS:  # a turn without a word is in no training set
+        if answer.text.strip() and run.has_turns:  # a turn without a word is in no training set
             self.messages = [*turns, _message("assistant", answer.text)]
         return answer
 
@@ -69,7 +68,7 @@ def chat(options: Namespace, *, read: Callable[[], str], write: Callable[[str], 
     sampling = to_sampling(options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     run = load_run(options.run, attention="sdpa", device=options.device)
     talk = Conversation(run, sampling, system=options.system, max_new_tokens=options.max_new_tokens)
-    if run.format not in CHATS:
+    if not run.has_turns:
         write(f"({NOTES.get(run.format, CONTINUES)})\n")
     was_interrupted = False
     while True:

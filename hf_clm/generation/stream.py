@@ -51,7 +51,8 @@ class Answer:
     """One answer while it is generated.
 
     ``finish`` says why it ended: "stop" (a stop token or a stop text, of which neither is in ``text``) or
-    "length"; it is empty while the answer is under way and where it was cancelled.
+    "length"; it is empty while the answer is under way and where it was cancelled. ``on_end`` is called after
+    the last text, unless it was cancelled.
     """
 
     def __init__(
@@ -62,10 +63,11 @@ class Answer:
         max_new_tokens: int,
         stop: Sequence[str] = (),
         emit: Callable[[str], None],
+        on_end: Callable[[], None] = lambda: None,
     ):
         self.prompt_ids, self.sampling, self.max_new_tokens = prompt_ids, sampling, max_new_tokens
         self.text, self.finish, self.tokens, self.is_cancelled = "", "", 0, False
-        self._stop, self._emit, self._held = stop, emit, ""
+        self._stop, self._emit, self._on_end, self._held = stop, emit, on_end, ""
 
     @property
     def is_done(self) -> bool:
@@ -76,19 +78,24 @@ class Answer:
         text = self._held + text
         ends = [text.find(stop) for stop in self._stop if stop in text]
         if ends:
-            self.finish = "stop"
             self._held, text = "", text[: min(ends)]
+            self._show(text)
+            self._finish("stop")
         else:
             kept = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
             self._held, text = text[kept:], text[:kept]
-        self._show(text)
+            self._show(text)
 
     def end(self, reason: str, rest: str = "") -> None:
-        """Emits what was held back."""
+        """Emits what was held back, and ends."""
         self.add(rest)
         if not self.finish:
-            self.finish = reason
             self._show(self._held)
+            self._finish(reason)
+
+    def _finish(self, reason: str) -> None:
+        self.finish = reason
+        self._on_end()
 
     def _show(self, text: str) -> None:
         if text:
@@ -193,7 +200,7 @@ class _Deliver(StoppingCriteria):
 
 def _warped(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """(1, V) scores with transformers' own temperature, top_k and top_p."""
-    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
+    warpers: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
