@@ -2,6 +2,8 @@
 
 import argparse
 import errno
+import importlib.util
+import io
 import json
 import math
 import os
@@ -157,6 +159,37 @@ def run_generate(words: list[str]) -> None:
             print(f"> {prompt}\n{answer.text}\n")
 
 
+def run_chat(words: list[str]) -> None:
+    """RUN: talk with a model, with the prompt format and stop tokens of its training"""
+    from hf_clm.generation.options import add_chat_options
+
+    parser = _Parser("hf-clm chat")
+    add_chat_options(parser, number=_at_least)
+    options = parser.parse_args(words)
+    _quiet_libraries()
+    from hf_clm.generation.chat import chat
+
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # chat says which text is not UTF-8
+    sign = "> " if sys.stdin.isatty() else ""
+    if sign and importlib.util.find_spec("readline"):
+        importlib.import_module("readline")  # input() then has a history, and arrow keys move in the line
+    chat(options, read=lambda: input(sign), write=lambda text: print(text, end="", flush=True))
+
+
+def run_serve(words: list[str]) -> None:
+    """RUN: answer over HTTP as OpenAI's API does, with a page for a browser"""
+    from hf_clm.generation.options import add_serve_options
+
+    parser = _Parser("hf-clm serve")
+    add_serve_options(parser, number=_at_least)
+    options = parser.parse_args(words)
+    _quiet_libraries()
+    from hf_clm.generation.serve import serve
+
+    serve(options, say=lambda line: print(line, flush=True))
+
+
 def run_evaluate(words: list[str]) -> None:
     """RUN DATA...: loss, perplexity, bits per byte, token accuracy, answers or choices"""
     options = _evaluate_parser().parse_args(words)
@@ -241,6 +274,8 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "inspect": run_inspect,
     "doctor": run_doctor,
     "generate": run_generate,
+    "chat": run_chat,
+    "serve": run_serve,
     "evaluate": run_evaluate,
     "merge": run_merge,
     "bench": run_bench,

@@ -67,6 +67,7 @@ CALLED_BY_OTHERS = {
     "hf_clm.training.trainer:CLMTrainer.training_step",
     "hf_clm.bench.measure:WindowCallback.on_log",
     "hf_clm.bench.measure:WindowCallback.on_step_end",
+    "hf_clm.generation.gate:Gate.__call__",
     "hf_clm.training.callbacks:EpochMeansCallback.on_epoch_end",
     "hf_clm.training.callbacks:EpochMeansCallback.on_log",
     "hf_clm.training.callbacks:MetricsCallback.on_log",

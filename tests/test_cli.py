@@ -123,7 +123,7 @@ def test_help_of_another_command_lists_its_options(name, option, capsys):
 def test_these_are_all_the_commands():
     assert (
         " ".join(COMMANDS)
-        == "train prepare config inspect doctor generate evaluate merge bench train-tokenizer"
+        == "train prepare config inspect doctor generate chat serve evaluate merge bench train-tokenizer"
     )
 
 

@@ -53,12 +53,7 @@ def generate(
     positions; DataError for a prompt that the tokenizer cannot spell.
     """
     examples = [TextExample(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    check_prompts(examples, tokenizer)
-    rendering = {"special_tokens_in_text": special_tokens_in_text}
-    segments = [to_prompt_segments(example, tokenizer, **rendering) for example in examples]
-    eos = tokenizer.eos_token_id
-    assert isinstance(eos, int), "load_tokenizer requires one"
-    ids = [example["input_ids"] or [eos] for example in tokenize_batch(segments, tokenizer)]
+    ids = to_prompt_ids(examples, tokenizer, special_tokens_in_text=special_tokens_in_text)
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # a long prompt shortens no other
     was_training, attention = model.training, str(model.config._attn_implementation)
     model.eval()
@@ -77,6 +72,21 @@ def generate(
     finally:
         use_for_training(model, attention)
         model.train(was_training)
+
+
+def to_prompt_ids(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, *, special_tokens_in_text: str
+) -> list[list[int]]:
+    """The ids that the model continues, of each prompt; an empty one is what follows the end of a text.
+
+    Raises DataError for a prompt that the tokenizer cannot spell.
+    """
+    check_prompts(examples, tokenizer)
+    rendering = {"special_tokens_in_text": special_tokens_in_text}
+    segments = [to_prompt_segments(example, tokenizer, **rendering) for example in examples]
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int), "load_tokenizer requires one"
+    return [example["input_ids"] or [eos] for example in tokenize_batch(segments, tokenizer)]
 
 
 def to_prompt_example(
@@ -121,6 +131,24 @@ def fit_new_tokens(model: PreTrainedModel, prompt_tokens: int, *, max_new_tokens
     return max_new_tokens
 
 
+def to_left_padded(batch: Sequence[list[int]], pad: int, *, device: torch.device) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask``, both (B, T) int64, T the longest prompt; padding comes first."""
+    width = max(map(len, batch))
+    rows = [[pad] * (width - len(ids)) + ids for ids in batch]
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in batch]
+    return {
+        "input_ids": torch.tensor(rows, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
+def stop_ids(model: PreTrainedModel) -> set[int | None]:
+    """The ids at which the model's answers end."""
+    assert model.generation_config is not None
+    stop = model.generation_config.eos_token_id
+    return set(stop if isinstance(stop, list) else [stop])
+
+
 @torch.no_grad()
 def _generate_batch(
     model: PreTrainedModel,
@@ -129,25 +157,17 @@ def _generate_batch(
     batch: list[list[int]],
     options: dict[str, Any],
 ) -> list[Generated]:
-    width = max(map(len, batch))
-    pad = tokenizer.pad_token_id
-    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch], device=model.device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
+    pad: Any = tokenizer.pad_token_id
+    prompts = to_left_padded(batch, pad, device=model.device)
     decoder: Any = model  # typed without the generate that it has
     settings = {"use_cache": True, "pad_token_id": pad, "tokenizer": tokenizer, **options}
     try:
-        output = decoder.generate(input_ids=input_ids, attention_mask=mask, **settings)
+        output = decoder.generate(**prompts, **settings)
     except ValueError as error:  # transformers' checks of the options
         raise RecipeError(str(error).splitlines()[0], where="generation options") from error
-    stops = _stop_ids(model)
+    stops, width = stop_ids(model), prompts["input_ids"].shape[1]
     answers = [_to_generated(row[width:].tolist(), tokenizer, stops=stops) for row in output]
     return [_cut_at(answer, options.get("stop_strings", [])) for answer in answers]
-
-
-def _stop_ids(model: PreTrainedModel) -> set[int | None]:
-    assert model.generation_config is not None
-    stop = model.generation_config.eos_token_id
-    return set(stop if isinstance(stop, list) else [stop])
 
 
 def _to_generated(ids: list[int], tokenizer: PreTrainedTokenizerFast, *, stops: set[int | None]) -> Generated:

@@ -28,6 +28,11 @@ class LoadedRun:
     special_tokens_in_text: str = "encode_as_text"
     template: Template | None = None
 
+    @property
+    def has_turns(self) -> bool:
+        """True where the model learned conversations."""
+        return self.format in ("messages", "sharegpt")
+
 
 def load_run(name_or_path: str, *, attention: str = PACKED, device: str | None = None) -> LoadedRun:
     """Loads a run's folder, any other folder, or a model of the Hub, in float32; adapters with

@@ -1,0 +1,261 @@
+"""hf-clm chat: in a terminal and through a pipe, with a model that knows its conversations by heart."""
+
+import io
+import os
+import pty
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from by_heart import learn_by_heart
+from helpers import byte_tokenizer, save_folder, tiny_model
+
+from hf_clm.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def turns(*contents: str, system: str = "") -> dict:
+    messages = [{"role": "system", "content": system}] if system else []
+    roles = ["user", "assistant"] * len(contents)
+    messages += [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+    return {"messages": messages}
+
+
+CHATS = [
+    turns("hi", "hello", "again", "hello twice"),
+    turns("again", "what?", "hi", "now hello"),
+    turns("hi", "HELLO", "again", "HELLO TWICE", system="loud"),
+    turns("茶?", "🐉 é 茶"),
+    turns("<|im_end|>", "just text"),
+]
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory) -> str:
+    return learn_by_heart(tmp_path_factory.mktemp("chatty"), CHATS, format="messages", steps=120)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> str:
+    records = [
+        {"instruct": "one\ntwo", "input": "", "label": "first\nsecond"},
+        {"instruct": "x", "label": "y"},
+    ]
+    return learn_by_heart(tmp_path_factory.mktemp("taught"), records, format="instruct")
+
+
+@pytest.fixture
+def talk(monkeypatch, capsys):
+    """What is printed for these lines of the standard input."""
+
+    def printed(run: str, lines: str | bytes, *options: str) -> list[str]:
+        given = lines if isinstance(lines, bytes) else lines.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+        capsys.readouterr()
+        assert main(["chat", run, "--device", "cpu", *options]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return printed
+
+
+class Terminal:
+    """``hf-clm chat`` in a pseudo-terminal."""
+
+    def __init__(self, run: str, *options: str):
+        self._master, slave = pty.openpty()
+        words = [sys.executable, "-m", "hf_clm", "chat", run, "--device", "cpu", *options]
+        self.process = subprocess.Popen(
+            words, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            preexec_fn=_take_terminal, env={**os.environ, "TERM": "dumb"},
+        )  # fmt: skip
+        os.close(slave)
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def wait_for(self, text: str) -> str:
+        """Reads until ``text`` is shown; returns what came before it."""
+        while text not in self.shown:
+            assert select.select([self._master], [], [], 60)[0], f"no {text!r} after {self.shown!r}"
+            self.shown += os.read(self._master, 4096).decode().replace("\r\n", "\n")
+        before, _, self.shown = self.shown.partition(text)
+        return before
+
+    def interrupt(self) -> None:
+        """Ctrl-C, once the process waits for a line."""
+        state = Path(f"/proc/{self.process.pid}/stat")
+        while state.read_text().rpartition(") ")[2][0] != "S":
+            os.sched_yield()
+        self.type("\x03")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+def _take_terminal() -> None:
+    """Makes the terminal that of the new session, so that Ctrl-C reaches it."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture
+def terminal():
+    opened: list[Terminal] = []
+
+    def open_terminal(run: str, *options: str) -> Terminal:
+        opened.append(Terminal(run, *options))
+        return opened[-1]
+
+    yield open_terminal
+    for one in opened:
+        one.close()
+
+
+def test_an_answer_depends_on_what_was_said_before(chatty, talk):
+    assert talk(chatty, "hi\nagain\n") == ["hello", "hello twice"]
+    assert talk(chatty, "again\nhi\n") == ["what?", "now hello"]
+
+
+def test_reset_forgets_what_was_said_but_not_the_system_message(chatty, talk):
+    assert talk(chatty, "again\n/reset\nhi\nagain\n")[1:] == [
+        "(the conversation is forgotten)",
+        "hello",
+        "hello twice",
+    ]
+    assert talk(chatty, "hi\n/reset\nhi\n", "--system", "loud")[::2] == ["HELLO", "HELLO"]
+
+
+def test_the_system_message_can_be_changed(chatty, talk):
+    lines = talk(chatty, "hi\n/system loud\nhi\nagain\n/system\nhi\n/quit\nagain\n")
+
+    assert lines == [
+        "hello",
+        "(begun anew with this system message)",
+        "HELLO",
+        "HELLO TWICE",
+        "(begun anew without one)",
+        "hello",
+    ]
+
+
+def test_what_is_typed_stays_plain_text(chatty, talk):
+    assert talk(chatty, "<|im_end|>\n/reset\n茶?\n")[::2] == ["just text", "🐉 é 茶"]
+
+
+def test_an_instruction_may_have_several_lines_and_is_answered_alone(taught, talk):
+    lines = talk(taught, "one\\\ntwo\n\nx\none\\\ntwo\n")
+
+    assert lines == [
+        "(this run learned single instructions: each line is one, and is answered alone)",
+        *["first", "second", "y", "first", "second"],
+    ]
+
+
+def test_a_model_without_a_template_continues_the_text(tmp_path, talk):
+    folder = save_folder(tmp_path / "model", tiny_model(), byte_tokenizer())
+
+    lines = talk(folder, "abc\n", "--max_new_tokens", "1")
+
+    assert lines[0] == "(this model learned no conversations: each text is continued as it is)"
+    assert lines[-1] == "(cut: --max_new_tokens allows more)"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "/rest",
+            "error: no such command; got '/rest'; fix: one of /help, /reset, /system, /quit; did you mean",
+        ),
+        ("/system be kind", "error: a run of format instruct has no system message; fix: leave it out"),
+        ("\ufdd0", "error: the text holds a noncharacter (U+FDD0 or U+FDD1); fix: remove it"),
+        (b"\xff", "error: the text is not UTF-8"),
+    ],
+)
+def test_a_mistake_is_one_line_and_the_talk_goes_on(taught, talk, line, message):
+    line = line if isinstance(line, bytes) else line.encode()
+
+    lines = talk(taught, line + b"\nx\n")
+
+    assert lines[1].startswith(message)
+    assert lines[2:] == ["y"]
+
+
+def test_a_conversation_that_fills_the_positions_is_refused_not_cut(tmp_path, talk):
+    records = [turns("hi", "hello")]
+    folder = learn_by_heart(tmp_path, records, format="messages", max_position_embeddings=40)
+
+    lines = talk(folder, "hi\nhi\n/reset\nhi\n")
+
+    assert lines[0] == lines[-1] == "hello"
+    assert lines[1].startswith("error: the model has 40 positions; got a prompt of ")
+
+
+def test_help_lists_the_commands(taught, talk):
+    shown = talk(taught, "/help\n")[1:]
+
+    assert [line.split()[0] for line in shown] == ["/help", "/reset", "/system", "/quit"]
+
+
+def test_a_run_without_a_model_is_an_error(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"status": "running"}')
+
+    assert main(["chat", str(tmp_path)]) == 4
+    assert "the run is running: it has no final model" in capsys.readouterr().err
+
+
+def test_the_lines_of_a_pipe_are_answered(taught):
+    words = [sys.executable, "-m", "hf_clm", "chat", taught]
+    done = subprocess.run(words, cwd=ROOT, input="x\n", capture_output=True, text=True, check=False)
+
+    assert (done.stdout.splitlines()[1:], done.stderr) == (["y"], "")
+
+
+def test_in_a_terminal_the_answer_stands_under_the_question(chatty, terminal):
+    screen = terminal(chatty)
+
+    screen.wait_for("> ")
+    screen.type("hi\n")
+
+    assert screen.wait_for("\n> ") == "hi\nhello"
+    screen.type("/quit\n")
+    assert screen.process.wait(timeout=60) == 0
+
+
+def test_ctrl_c_stops_the_answer_and_twice_leaves(tmp_path, terminal):
+    endless = tiny_model("gpt2", n_layer=1, n_positions=100_000, tie_word_embeddings=False)
+    with torch.no_grad():
+        endless.transformer.ln_f.bias.fill_(1.0)
+        endless.lm_head.weight[ord("z")] = 9.0
+    screen = terminal(save_folder(tmp_path / "model", endless, byte_tokenizer()), "--max_new_tokens", "90000")
+
+    screen.wait_for("> ")
+    screen.type("abc\n")
+    screen.wait_for("abc\nzzz")
+    screen.type("\x03")
+    screen.wait_for("\n(stopped)\n> ")
+    screen.interrupt()
+
+    assert screen.process.wait(timeout=60) == 0
+
+
+def test_ctrl_c_at_the_question_says_how_to_leave(taught, terminal):
+    screen = terminal(taught)
+
+    screen.wait_for("> ")
+    screen.interrupt()
+    screen.wait_for("(Ctrl-C again, or /quit, leaves)\n> ")
+    screen.type("x\n")
+    assert screen.wait_for("\n> ") == "x\ny"
+    screen.type("\x04")
+
+    assert screen.process.wait(timeout=60) == 0

@@ -1,0 +1,595 @@
+"""hf-clm serve in a process of its own: OpenAI's client, curl, limits, many clients, clients that leave."""
+
+import asyncio
+import http.client
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import openai
+import pytest
+import torch
+from by_heart import learn_by_heart
+from helpers import byte_tokenizer, save_folder, tiny_model
+from served import Server, served
+
+from hf_clm.cli import main
+from hf_clm.generation.load import LoadedRun
+from hf_clm.generation.protocol import ApiError
+from hf_clm.generation.serve import is_local, load_page
+from hf_clm.generation.stream import Answer, Sampling
+from hf_clm.generation.worker import Ticket, Worker
+
+KEY = "s3cret"
+WITH_KEY = {"Authorization": f"Bearer {KEY}"}
+SQUARES = {f"{n} squared": f"{n} times {n} is {n * n}" for n in range(50)}
+
+
+def chat(*contents: str, system: str = "") -> list[dict[str, str]]:
+    """Turns of user and assistant, one after the other."""
+    roles = ["user", "assistant"] * len(contents)
+    first = [{"role": "system", "content": system}] if system else []
+    return first + [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+
+
+CHATS = [
+    chat("hi", "hello", "again", "hello twice"),
+    chat("hi", "HELLO", system="loud"),
+    chat("tea?", "茶 🐉 é!"),
+    chat("count", "one two three four"),
+    chat("<|im_end|>", "just text"),
+]
+
+
+def endless_model() -> Any:
+    """Says z for ever."""
+    model = tiny_model("gpt2", n_layer=1, n_positions=100_000, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[ord("z")] = 9.0
+    return model
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory) -> Iterator[Server]:
+    """Knows CHATS by heart."""
+    records = [{"messages": messages} for messages in CHATS]
+    folder = tmp_path_factory.mktemp("chatty")
+    with served(learn_by_heart(folder, records, format="messages", steps=120), "--name", "chatty") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory) -> Iterator[Server]:
+    """Learned 50 instructions by heart."""
+    records = [{"instruct": question, "label": answer} for question, answer in SQUARES.items()]
+    folder = tmp_path_factory.mktemp("squares")
+    run = learn_by_heart(folder, records, format="instruct", steps=220, hidden_size=80)
+    with served(run, "--name", "squares") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory) -> Iterator[Server]:
+    """Never ends an answer, takes one at a time, lets one wait, and asks for a key."""
+    folder = save_folder(tmp_path_factory.mktemp("endless"), endless_model(), byte_tokenizer())
+    options = ["--name", "endless", "--max_new_tokens", "90000", "--max_prompt_tokens", "50"]
+    options += ["--batch_size", "1", "--max_waiting", "1", "--max_body_bytes", "2000"]
+    with served(folder, *options, HF_CLM_API_KEY=KEY) as server:
+        yield server
+
+
+def client(server: Server, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def ask(server: Server, text: str, **options: Any) -> Any:
+    messages = chat(text) if isinstance(text, str) else text
+    return client(server).chat.completions.create(model="chatty", messages=messages, **options)
+
+
+def request(
+    server: Server, path: str, body: Any = None, *, method: str = "", **headers: str
+) -> tuple[int, str]:
+    """Status and text of a plain request; underscores in the names of headers are dashes."""
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+    content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    named = {name.replace("_", "-"): value.encode() for name, value in headers.items()}
+    connection.request(method or ("GET" if body is None else "POST"), path, content, named)
+    reply = connection.getresponse()
+    text = reply.read().decode()
+    connection.close()
+    return reply.status, text
+
+
+def error_of(server: Server, path: str, body: Any = None, **headers: str) -> tuple[int, str, str]:
+    """Status, code and message of a refusal."""
+    status, text = request(server, path, body, **headers)
+    error = json.loads(text)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return status, error["code"], error["message"]
+
+
+def metrics(server: Server, **headers: str) -> dict[str, float]:
+    lines = request(server, "/metrics", **headers)[1].splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+
+
+# --- OpenAI's client
+
+
+def test_a_chat_is_answered(chatty):
+    reply = ask(chatty, "hi")
+
+    assert reply.choices[0].message.content == "hello"
+    assert (reply.choices[0].finish_reason, reply.model, reply.object) == (
+        "stop",
+        "chatty",
+        "chat.completion",
+    )
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (21, 5, 26)
+
+
+def test_what_was_said_before_and_the_system_message_count(chatty):
+    assert ask(chatty, chat("hi", "hello", "again")).choices[0].message.content == "hello twice"
+    assert ask(chatty, chat("hi", system="loud")).choices[0].message.content == "HELLO"
+
+
+def test_a_chat_is_streamed_in_whole_characters(chatty):
+    chunks = list(ask(chatty, "tea?", stream=True, stream_options={"include_usage": True}))
+
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
+    assert pieces == ["", "茶", " ", "🐉", " ", "é", "!", None]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-3:-1]] == [None, "stop"]
+    assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], 12)
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_completion_continues_the_text_as_it_is(squares):
+    reply = client(squares).completions.create(model="squares", prompt="7 squared\n7 times")
+
+    assert (reply.choices[0].text, reply.choices[0].finish_reason) == (" 7 is 49", "stop")
+
+
+def test_a_completion_is_streamed(squares):
+    chunks = list(client(squares).completions.create(model="squares", prompt=["7 squared\n"], stream=True))
+
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "7 times 7 is 49"
+    assert len(chunks) == 16  # a byte each, and the end
+
+
+def test_an_instruction_is_asked_as_it_was_learned(squares):
+    reply = client(squares).chat.completions.create(model="squares", messages=chat("7 squared"))
+
+    assert reply.choices[0].message.content == "7 times 7 is 49"
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "finish"),
+    [
+        ({"max_tokens": 3}, "one", "length"),
+        ({"max_completion_tokens": 5}, "one t", "length"),
+        ({"stop": " three"}, "one two", "stop"),
+        ({"stop": ["four", "two"]}, "one ", "stop"),
+        ({"stop": ["five"]}, "one two three four", "stop"),
+        ({"temperature": 0}, "one two three four", "stop"),
+        ({"n": 1, "frequency_penalty": 0, "user": "x", "logprobs": False}, "one two three four", "stop"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_options_do_what_they_say(chatty, options, text, finish, stream):
+    reply = ask(chatty, "count", stream=stream, **options)
+
+    if stream:
+        chunks = list(reply)
+        shown, end = "".join(chunk.choices[0].delta.content or "" for chunk in chunks), chunks[-1].choices[0]
+    else:
+        shown, end = reply.choices[0].message.content, reply.choices[0]
+    assert (shown, end.finish_reason) == (text, finish)
+
+
+def test_a_seed_repeats_an_answer_and_top_p_0_is_greedy(chatty):
+    def drawn(**options: Any) -> str:
+        settings = {"temperature": 2.0, "max_tokens": 12, **options}
+        return ask(chatty, "unknown", **settings).choices[0].message.content
+
+    assert drawn(seed=1) == drawn(seed=1)
+    assert len({drawn(seed=seed) for seed in range(8)}) > 1
+    assert len({drawn() for _ in range(8)}) > 1
+    assert drawn(top_p=1e-9) == drawn(temperature=0)
+
+
+def test_text_that_spells_a_control_token_stays_text(chatty):
+    assert ask(chatty, "<|im_end|>").choices[0].message.content == "just text"
+
+
+def test_the_one_model_is_listed(chatty):
+    assert [model.id for model in client(chatty).models.list()] == ["chatty"]
+    assert client(chatty).models.retrieve("chatty").owned_by == "hf_clm"
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-4' here; the one model is 'chatty'"):
+        client(chatty).chat.completions.create(model="gpt-4", messages=chat("hi"))
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"n": 2}, "n: 2 is not served; leave it out, or give 1"),
+        ({"logprobs": True}, "logprobs: true is not served; leave it out, or give false"),
+        ({"tools": [{"type": "function"}]}, 'tools: [{"type": "function"}] is not served'),
+        ({"temprature": 1}, "unknown key 'temprature'; did you mean 'temperature'?"),
+        ({"temperature": 3}, "temperature: Input should be less than or equal to 2"),
+        ({"top_p": 0}, "top_p: Input should be greater than 0"),
+        ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
+        ({"max_tokens": 9999}, "max_tokens may be 1,024 at most; got 9,999"),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
+        ({"messages": []}, "messages: List should have at least 1 item"),
+        ({"messages": "hi"}, "messages: Input should be a valid array"),
+        (
+            {"messages": [{"role": "usr", "content": "hi"}]},
+            "message 1 has role 'usr'; fix: one of system, user",
+        ),
+        ({"messages": chat("hi", "hello")}, "the last message is an answer already"),
+        ({"messages": chat("\ufdd0")}, "the text holds a noncharacter"),
+    ],
+)
+def test_a_wrong_request_is_refused_with_the_reason(chatty, body, message):
+    status, _, shown = error_of(chatty, "/v1/chat/completions", {"messages": chat("hi"), **body})
+
+    assert status == 400
+    assert shown.startswith(message)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"", b"[]", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b"\xff\xfe"]
+)
+def test_what_is_no_request_is_refused(chatty, content):
+    status, text = request(chatty, "/v1/chat/completions", content)
+
+    assert status == 400
+    assert json.loads(text)["error"]["type"] == "invalid_request_error"
+
+
+def test_a_conversation_is_refused_where_none_was_learned(squares):
+    with pytest.raises(openai.BadRequestError, match=r"learned no conversations \(its format is instruct\)"):
+        client(squares).chat.completions.create(model="squares", messages=chat("1 squared", "x", "2 squared"))
+
+
+def test_several_prompts_are_refused(squares):
+    with pytest.raises(openai.BadRequestError, match="one prompt a request is served; got 2"):
+        client(squares).completions.create(model="squares", prompt=["a", "b"])
+
+
+def test_unknown_places_are_refused_in_the_same_shape(chatty):
+    assert error_of(chatty, "/v1/embeddings", {})[:2] == (404, "no_such_url")
+    assert error_of(chatty, "/v1/chat/completions")[:2] == (405, "no_such_url")
+
+
+def test_a_prompt_over_the_limit_is_refused_with_the_numbers(endless):
+    with pytest.raises(openai.BadRequestError) as error:
+        client(endless, KEY).completions.create(model="endless", prompt="a" * 51)
+
+    assert error.value.code == "context_length_exceeded"
+    assert "the prompt has 51 tokens, and 50 are allowed" in str(error.value)
+
+
+def test_prompt_and_answer_must_fit_into_the_positions(tmp_path):
+    folder = save_folder(tmp_path, tiny_model(max_position_embeddings=64), byte_tokenizer())
+    with served(folder) as server:
+        status, code, shown = error_of(server, "/v1/completions", {"prompt": "a" * 60, "max_tokens": 5})
+
+    assert (status, code) == (400, "context_length_exceeded")
+    assert shown.startswith("the model has 64 positions; got a prompt of 60 tokens and max_new_tokens 5")
+
+
+@pytest.mark.parametrize("given", ["", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer"])
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/generate?prompt=a", "/v1/nope"])
+def test_without_the_key_nothing_is_told(endless, given, path):
+    headers = {"Authorization": given} if given else {}
+
+    assert error_of(endless, path, **headers)[:2] == (401, "invalid_api_key")
+
+
+def test_the_key_opens_and_the_page_needs_none(endless):
+    assert [model.id for model in client(endless, KEY).models.list()] == ["endless"]
+    assert [request(endless, path)[0] for path in ("/", "/health")] == [200, 200]
+    with pytest.raises(openai.AuthenticationError):
+        client(endless, "wrong").models.list()
+
+
+def test_a_body_over_the_limit_is_refused_with_a_length_or_in_chunks(endless):
+    whole = error_of(endless, "/v1/completions", {"prompt": "a" * 2000}, **WITH_KEY)
+
+    connection = http.client.HTTPConnection(urlsplit(endless.url).netloc, timeout=60)
+    parts = (part for part in [b'{"prompt": "', *[b"a" * 100] * 30, b'"}'])
+    connection.request("POST", "/v1/completions", parts, WITH_KEY)
+    reply = connection.getresponse()
+
+    assert whole == (413, "request_too_large", "a request may have 2,000 bytes")
+    assert (reply.status, json.loads(reply.read())["error"]["code"]) == (413, "request_too_large")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "evil.example:80", "Origin": "http://evil.example:80"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec_Fetch_Site": "cross-site"}, 403),
+        ({"Sec_Fetch_Site": "same-origin"}, 200),
+        ({}, 200),
+    ],
+)
+def test_pages_of_other_sites_are_refused(chatty, headers, status):
+    assert request(chatty, "/v1/models", **headers)[0] == status
+
+
+# --- the simple way
+
+
+def test_generate_takes_a_query_or_a_body(squares):
+    expected = {
+        "text": "7 times 7 is 49",
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 10, "completion_tokens": 15, "total_tokens": 25},
+    }
+    place = f"/generate?prompt={quote('7 squared')}"
+
+    assert json.loads(request(squares, place)[1]) == expected
+    assert json.loads(request(squares, place, b"")[1]) == expected
+    assert json.loads(request(squares, "/generate", {"prompt": "7 squared"})[1]) == expected
+    assert json.loads(request(squares, f"{place}&max_tokens=3&temperature=0&stop=x")[1])["text"] == "7 t"
+    assert json.loads(request(squares, f"{place}&stop=i&stop=m")[1])["text"] == "7 t"
+    assert error_of(squares, "/generate")[2] == "prompt: Field required"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+def test_curl_gets_an_answer_and_a_stream(squares):
+    def curl(*words: str) -> str:
+        done = subprocess.run(["curl", "-sS", "-N", *words], capture_output=True, text=True, check=True)
+        return done.stdout
+
+    body = json.dumps({"messages": chat("7 squared"), "stream": True, "max_tokens": 2})
+    events = curl(f"{squares.url}/v1/chat/completions", "-d", body).split("\n\n")
+
+    assert json.loads(curl(f"{squares.url}/generate?prompt=7%20squared"))["text"] == "7 times 7 is 49"
+    texts = [json.loads(event.removeprefix("data: "))["choices"][0]["delta"] for event in events[:-2]]
+    assert texts == [{"role": "assistant", "content": ""}, {"content": "7"}, {"content": " "}, {}]
+    assert events[-2:] == ["data: [DONE]", ""]
+
+
+# --- many clients
+
+
+def test_50_clients_at_once_each_get_their_own_answer(squares):
+    """Half of them stream, some sample with a seed; none is lost, and none gets another's answer."""
+
+    async def answer(api: openai.AsyncOpenAI, number: int) -> str:
+        options: dict[str, Any] = {"model": "squares", "messages": chat(f"{number} squared")}
+        if number % 5 == 0:
+            options |= {"temperature": 0.01, "seed": number}
+        if number % 2:
+            return (await api.chat.completions.create(**options)).choices[0].message.content or ""
+        chunks = await api.chat.completions.create(**options, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+    async def answers() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{squares.url}/v1", api_key="x", max_retries=0) as api:
+            return await asyncio.gather(*(answer(api, number) for number in range(50)))
+
+    assert asyncio.run(answers()) == list(SQUARES.values())
+
+
+def test_a_full_queue_says_so_and_clients_that_leave_free_it(endless):
+    """One is generated, one waits, the third is refused; when the first two leave, their places are free."""
+    body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 90000}).encode()
+    first, second = (http.client.HTTPConnection(urlsplit(endless.url).netloc, timeout=60) for _ in range(2))
+
+    first.request("POST", "/v1/completions", body, WITH_KEY)
+    assert first.getresponse().read(6) == b"data: "
+    second.request("POST", "/v1/completions", body.replace(b"true", b"false"), WITH_KEY)
+    wait_until(lambda: metrics(endless, **WITH_KEY)["hf_clm_waiting"] == 1)
+    third = error_of(endless, "/v1/completions", {"prompt": "a"}, **WITH_KEY)
+    second.close()
+    wait_until(lambda: metrics(endless, **WITH_KEY)["hf_clm_waiting"] == 0)
+    first.close()
+    wait_until(lambda: metrics(endless, **WITH_KEY)["hf_clm_generating"] == 0)
+
+    assert third == (429, "queue_full", "1 requests are waiting already; try again later")
+    assert metrics(endless, **WITH_KEY)['hf_clm_answers_total{finish="cancelled"}'] == 1
+    assert json.loads(request(endless, "/generate?prompt=a&max_tokens=2", **WITH_KEY)[1])["text"] == "zz"
+
+
+def test_a_client_that_leaves_while_it_waits_for_the_whole_ends_its_generation(endless):
+    cancelled = metrics(endless, **WITH_KEY).get('hf_clm_answers_total{finish="cancelled"}', 0)
+    connection = http.client.HTTPConnection(urlsplit(endless.url).netloc, timeout=60)
+
+    connection.request(
+        "POST",
+        "/generate",
+        b'{"prompt": "a", "max_tokens": 90000}',
+        WITH_KEY,
+    )
+    wait_until(lambda: metrics(endless, **WITH_KEY)["hf_clm_generating"] == 1)
+    connection.close()
+    wait_until(lambda: metrics(endless, **WITH_KEY)["hf_clm_generating"] == 0)
+
+    assert metrics(endless, **WITH_KEY)['hf_clm_answers_total{finish="cancelled"}'] == cancelled + 1
+
+
+def test_metrics_count(squares):
+    before = metrics(squares)
+    request(squares, "/generate?prompt=7%20squared")
+    request(squares, "/nowhere")
+    wait_until(lambda: metrics(squares)["hf_clm_batches_total"] > before.get("hf_clm_batches_total", 0))
+    after = metrics(squares)
+
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    assert grown['hf_clm_answers_total{finish="stop"}'] == 1
+    assert (grown["hf_clm_prompt_tokens_total"], grown["hf_clm_generated_tokens_total"]) == (10, 15)
+    assert grown['hf_clm_replies_total{status="404"}'] == 1
+    assert (after["hf_clm_waiting"], after["hf_clm_generating"]) == (0, 0)
+
+
+# --- beginning and end
+
+
+@pytest.mark.parametrize("with_signal", [signal.SIGTERM, signal.SIGINT])
+def test_what_is_under_way_is_answered_before_the_server_ends(tmp_path, with_signal):
+    with served(save_folder(tmp_path, endless_model(), byte_tokenizer())) as server:
+        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+        connection.request("POST", "/v1/completions", b'{"prompt": "a", "stream": true, "max_tokens": 600}')
+        reply = connection.getresponse()
+        begun = reply.read(6)
+        code, printed = server.stop(with_signal)
+        text = (begun + reply.read()).decode()
+
+    assert text.count('"text": "z"') == 600
+    assert text.endswith("data: [DONE]\n\n")
+    assert (code, printed) == (0, "stopped\n")
+
+
+def failure(words: list[str], capsys: Any) -> tuple[int, str]:
+    return main(["serve", *words]), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.com", ""])
+def test_other_machines_may_only_connect_with_a_key(host, capsys, monkeypatch):
+    monkeypatch.delenv("HF_CLM_API_KEY", raising=False)
+
+    code, shown = failure(["run", "--host", host], capsys)
+
+    assert code == 2
+    assert shown.startswith("error: --host: other machines can connect, so it needs an API key; ")
+
+
+def test_an_address_in_use_is_an_error_before_the_model_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, shown = failure(["run", "--port", str(taken.getsockname()[1])], capsys)
+
+    assert code == 6
+    assert "cannot listen: Address already in use" in shown
+
+
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
+def test_a_missing_package_names_the_extra(package, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+
+    assert failure(["run"], capsys) == (
+        6,
+        f"error: serve needs the package {package}; fix: pip install 'hf_clm[serve]'\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("10.0.0.1", False),
+        ("localhost.evil.example", False),
+    ],
+)
+def test_an_address_of_this_machine_alone_is_told_from_others(host, expected):
+    assert is_local(host) is expected
+
+
+def test_the_page_may_load_nothing_and_run_nothing_else():
+    page, headers = load_page()
+
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in headers["Content-Security-Policy"]
+    assert "innerHTML" not in page and "://" not in page
+
+
+# --- faults
+
+
+def broken_run(error: Exception) -> LoadedRun:
+    """A model whose first generation fails."""
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    original = model.generate
+
+    def generate(**options: Any) -> Any:
+        model.generate = original
+        raise error
+
+    model.generate = generate
+    return LoadedRun(model, tokenizer, format="text", stage="sft", max_length=64)
+
+
+def asked(worker: Worker) -> Ticket:
+    ticket = Ticket(lambda emit, on_end: Answer([97], Sampling(), max_new_tokens=3, emit=emit, on_end=on_end))
+    worker.submit(ticket)
+    return ticket
+
+
+def test_a_generation_that_fails_fails_its_own_requests_alone():
+    async def both() -> tuple[str, int]:
+        worker = Worker(broken_run(RuntimeError("out of memory\nat 0x1")), batch_size=1, max_waiting=9)
+        running = asyncio.create_task(worker.run())
+        first, second = asked(worker), asked(worker)
+        with pytest.raises(ApiError) as error:
+            [piece async for piece in first]
+        [piece async for piece in second]
+        worker.close()
+        await running
+        return str(error.value), second.answer.tokens
+
+    assert asyncio.run(both()) == ("the generation failed: out of memory", 3)
+
+
+def test_after_a_fault_of_our_own_nobody_waits_for_ever():
+    async def both() -> list[int]:
+        worker = Worker(broken_run(KeyError("ours")), batch_size=1, max_waiting=9)
+        running = asyncio.create_task(worker.run())
+        statuses = []
+        for ticket in (asked(worker), asked(worker)):
+            with pytest.raises(ApiError) as error:
+                [piece async for piece in ticket]
+            statuses.append(error.value.status)
+        with pytest.raises(ApiError, match="the server is stopping"):
+            worker.check_open()
+        with pytest.raises(KeyError):
+            await running
+        return statuses
+
+    assert asyncio.run(both()) == [503, 503]
+
+
+def test_requests_that_do_not_fit_beside_each_other_are_generated_apart():
+    """64 positions: a prompt of 40 with 20 new tokens leaves no room for 30 new ones beside it."""
+
+    async def batches() -> list[int]:
+        model = tiny_model(max_position_embeddings=64)
+        worker = Worker(LoadedRun(model, byte_tokenizer(), "text", "sft", 64), batch_size=8, max_waiting=9)
+        for prompt, new in ((40, 20), (4, 20), (4, 30), (4, 30)):
+            worker.submit(
+                Ticket(
+                    lambda emit, on_end, p=prompt, n=new: Answer(
+                        [97] * p, Sampling(), max_new_tokens=n, emit=emit
+                    )
+                )
+            )
+        return [len(worker._next_batch()), len(worker._next_batch())]
+
+    assert asyncio.run(batches()) == [2, 2]

@@ -1,0 +1,260 @@
+"""Answers as they come: whole characters, stop texts, seeds; several in a batch as each alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import EOS, byte_tokenizer, sentencepiece_tokenizer, tiny_model
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_clm.generation.generate import generate
+from hf_clm.generation.stream import Answer, Sampling, TextStream, stream_answers, to_sampling
+from hf_clm.model import fit_to_tokenizer
+
+GREEDY = Sampling()
+
+
+def speaking_model(text: str | bytes) -> PreTrainedModel:
+    """A GPT-2 made by hand that says the bytes of ``text``, whatever it is asked, and then stops.
+
+    Its token at position p depends on p alone: the prompt's last byte is taken to stand at position 0.
+    """
+    spoken = [*(text.encode() if isinstance(text, str) else text), EOS]
+    size = len(spoken)
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": size, "n_positions": size}
+    model = tiny_model("gpt2", tie_word_embeddings=False, **sizes)
+    fit_to_tokenizer(model, byte_tokenizer())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.transformer.ln_f.weight.fill_(1.0)
+        model.transformer.wpe.weight.copy_(torch.eye(size))
+        for position, token in enumerate(spoken):
+            model.lm_head.weight[token, position] = 1.0
+    return model
+
+
+def random_model(kind: str = "qwen2") -> PreTrainedModel:
+    model = tiny_model(kind)
+    fit_to_tokenizer(model, byte_tokenizer())
+    return model
+
+
+def streamed(
+    model: PreTrainedModel,
+    prompts: list[str],
+    *,
+    sampling: list[Sampling] | None = None,
+    max_new_tokens: int = 64,
+    stop: tuple[str, ...] = (),
+) -> tuple[list[Answer], list[list[str]]]:
+    """The answers and their pieces as they came."""
+    pieces: list[list[str]] = [[] for _ in prompts]
+    answers = [
+        Answer(list(prompt.encode()), how, max_new_tokens=max_new_tokens, stop=stop, emit=came.append)
+        for prompt, how, came in zip(prompts, sampling or [GREEDY] * len(prompts), pieces, strict=True)
+    ]
+    stream_answers(model, byte_tokenizer(), answers=answers)
+    return answers, pieces
+
+
+# --- text
+
+
+def test_each_token_is_a_piece_and_the_stop_token_is_none():
+    (answer,), pieces = streamed(speaking_model("so it is"), ["?"])
+
+    assert pieces == [["s", "o", " ", "i", "t", " ", "i", "s"]]
+    assert (answer.text, answer.tokens, answer.finish) == ("so it is", 8, "stop")
+
+
+def test_a_character_comes_when_all_its_bytes_are_there():
+    _, pieces = streamed(speaking_model("a茶🐉é."), ["?"])
+
+    assert pieces == [["a", "茶", "🐉", "é", "."]]
+
+
+def test_bytes_that_become_no_character_come_at_the_end():
+    (answer,), pieces = streamed(speaking_model(b"ab\xf0\x9f"), ["?"])
+
+    assert pieces == [["a", "b", "\ufffd"]]
+    assert answer.finish == "stop"
+
+
+def test_bytes_that_become_no_character_come_with_the_next_one():
+    _, pieces = streamed(speaking_model(b"a\xffb"), ["?"])
+
+    assert pieces == [["a", "\ufffdb"]]
+
+
+def test_an_answer_that_is_cut_says_so():
+    (answer,), _ = streamed(speaking_model("so it is"), ["?"], max_new_tokens=3)
+
+    assert (answer.text, answer.tokens, answer.finish) == ("so ", 3, "length")
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        byte_tokenizer(merges=[("Ã", "©"), ("Ġ", "t"), ("è", "Į")]),  # é, a space and t, two bytes of 茶
+        sentencepiece_tokenizer(merged=["▁the", "▁t", "he"]),
+        sentencepiece_tokenizer(prepend="normalizer"),
+    ],
+    ids=["bytes", "sentencepiece", "llama2"],
+)
+@pytest.mark.parametrize(
+    "text", ["the  the\n the", "  café 茶 茶🐉 the ", "a\u0301 \u200d👩\u200d🚀 the\ufffd!", " "]
+)
+def test_the_pieces_together_are_what_the_tokens_decode_to(tokenizer: PreTrainedTokenizerFast, text):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    stream = TextStream(tokenizer)
+
+    pieces = [stream.push(token) for token in ids]
+
+    assert "".join(pieces) + stream.rest() == tokenizer.decode(ids)
+
+
+def test_control_tokens_are_no_text():
+    stream = TextStream(byte_tokenizer())
+
+    assert [stream.push(token) for token in (ord("a"), 258, ord(" "), 257, ord("b"))] == [
+        "a",
+        "",
+        " ",
+        "",
+        "b",
+    ]
+
+
+# --- stop texts
+
+
+@pytest.mark.parametrize(
+    ("stop", "pieces"),
+    [
+        (("it",), ["s", "o", " "]),
+        (("o it",), ["s"]),
+        (("is", "it"), ["s", "o", " "]),
+        (("itch",), ["s", "o", " ", "it ", "is"]),  # "it" might have become "itch"
+        (("so it is not",), ["so it is"]),
+        (("s",), []),
+    ],
+)
+def test_a_stop_text_is_never_shown_not_even_its_beginning(stop, pieces):
+    (answer,), came = streamed(speaking_model("so it is"), ["?"], stop=stop)
+
+    assert came == [pieces]
+    assert answer.finish == "stop"
+
+
+def test_a_stop_text_may_end_inside_a_token():
+    """The token that ends the stop text brings more, which is not shown."""
+    pieces: list[str] = []
+    answer = Answer([1], GREEDY, max_new_tokens=9, stop=["\n"], emit=pieces.append)
+
+    for text in ("one", " two\nthree"):
+        answer.add(text)
+
+    assert pieces == ["one", " two"]
+    assert answer.finish == "stop"
+
+
+# --- batches
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
+def test_answers_in_a_batch_are_those_that_generate_gives(kind):
+    model, prompts = random_model(kind), ["a", "bcd", "a much longer prompt", "ef"]
+
+    answers, pieces = streamed(model, prompts, max_new_tokens=12)
+
+    expected = generate(model, byte_tokenizer(), prompts=prompts, max_new_tokens=12)
+    assert [(answer.text, answer.tokens) for answer in answers] == [
+        (one.text, one.tokens) for one in expected
+    ]
+    assert ["".join(came) for came in pieces] == [one.text for one in expected]
+
+
+def test_each_answer_of_a_batch_has_its_own_length():
+    model, answers = random_model(), []
+    for tokens in (3, 9, 1):
+        answers.append(Answer([97], GREEDY, max_new_tokens=tokens, emit=lambda text: None))
+
+    stream_answers(model, byte_tokenizer(), answers=answers)
+
+    assert [answer.tokens for answer in answers] == [3, 9, 1]
+
+
+def test_a_cancelled_answer_ends_and_leaves_the_others_alone():
+    pieces: list[str] = []
+
+    def emit(text: str) -> None:
+        pieces.append(text)
+        answers[0].is_cancelled = len(pieces) == 2
+
+    answers = [Answer([63], GREEDY, max_new_tokens=64, emit=one) for one in (emit, lambda text: None)]
+    stream_answers(speaking_model("so it is"), byte_tokenizer(), answers=answers)
+
+    assert pieces == ["s", "o"]
+    assert (answers[0].finish, answers[0].tokens) == ("", 2)
+    assert (answers[1].finish, answers[1].text) == ("stop", "so it is")
+
+
+# --- sampling
+
+
+def sampled(model: PreTrainedModel, seed: int, **settings: Any) -> list[int]:
+    """The bytes that plain transformers draws after ``a``."""
+    torch.manual_seed(seed)
+    ids = torch.tensor([[97]])
+    with torch.no_grad():
+        options = {"do_sample": True, "max_new_tokens": 12, "top_k": 0, **settings}
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, 1:].tolist()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.7}, {"temperature": 1.5, "top_p": 0.6}, {"temperature": 1.0, "top_k": 5}]
+)
+def test_a_seed_draws_what_transformers_draws_alone_and_in_a_batch(settings):
+    model = random_model()
+    how = Sampling(seed=7, **settings)
+
+    alone, _ = streamed(model, ["a"], sampling=[how], max_new_tokens=12)
+    others = [GREEDY, how, Sampling(2.0, seed=1)]
+    together, _ = streamed(model, ["longer", "a", "b"], sampling=others, max_new_tokens=12)
+
+    expected = byte_tokenizer().decode(sampled(model, 7, **settings), skip_special_tokens=True)
+    assert alone[0].text == together[1].text == expected
+
+
+def test_without_a_seed_no_two_answers_are_the_same():
+    how = [Sampling(2.0)] * 4
+
+    answers, _ = streamed(random_model(), ["a"] * 4, sampling=how, max_new_tokens=32)
+
+    assert len({answer.text for answer in answers}) == 4
+
+
+def test_sampling_leaves_torchs_own_random_state_alone():
+    model = random_model()
+    before = torch.get_rng_state()
+
+    streamed(model, ["a"], sampling=[Sampling(1.0, seed=3)], max_new_tokens=4)
+
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings"),
+    [
+        ((None, None, None), Sampling(0.0, 0, 1.0, 5)),
+        ((0.5, None, None), Sampling(0.5, 0, 1.0, 5)),
+        ((None, None, 0.9), Sampling(1.0, 0, 0.9, 5)),
+        ((None, 3, None), Sampling(1.0, 3, 1.0, 5)),
+        ((0.0, None, 0.9), Sampling(0.0, 0, 0.9, 5)),
+    ],
+)
+def test_what_is_not_asked_for_is_greedy(asked, settings):
+    temperature, top_k, top_p = asked
+
+    assert to_sampling(temperature, top_k=top_k, top_p=top_p, seed=5) == settings
