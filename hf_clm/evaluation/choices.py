@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hf_clm.data.build import Examples
 from hf_clm.data.datasets import SFTDataset
 from hf_clm.data.labels import slice_example
-from hf_clm.errors import DataError, RecipeError, did_you_mean
+from hf_clm.errors import DataError, ModelError, RecipeError, did_you_mean
 from hf_clm.evaluation.evaluate import measure_rows, target_places, target_starts, to_question
 from hf_clm.schema import ChatExample, Example, PromptExample, Segment, SegmentsExample, TokenizedExample
 
@@ -125,6 +125,7 @@ def measure_choices(
     """(N, ``choices``) float64: the log-probability of each choice, the sum over its tokens or the ``mean``.
 
     rows: of ``choice_rows``. Rows of several examples share a pass; ``batch_size`` (rows) changes nothing.
+    Raises ModelError where one is NaN.
     """
     scores = []
     for start in range(0, len(rows), batch_size):
@@ -132,6 +133,8 @@ def measure_choices(
         for row, (nll, _) in zip(batch, measure_rows(model, batch), strict=True):
             own = nll[_last_target(row) :].astype(np.float64)
             scores.append(-own.mean() if by == "mean" else -own.sum())
+    if np.isnan(scores).any():
+        raise ModelError("its log-probabilities are NaN: it prefers none of the choices", where="--choices")
     return np.array(scores).reshape(-1, choices)
 
 

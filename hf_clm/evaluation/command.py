@@ -16,6 +16,7 @@ from hf_clm.evaluation.answers import Answers, load_metrics, measure_answers
 from hf_clm.evaluation.choices import Verdicts, choice_rows, find_expected, measure_choices, to_choices
 from hf_clm.evaluation.evaluate import Likelihood, measure_likelihood
 from hf_clm.generation.load import LoadedRun, load_run
+from hf_clm.hub import load_options
 
 LINE = re.compile(r":[0-9]+$|: record [0-9]+$")  # of a place, behind its file
 
@@ -69,6 +70,7 @@ def evaluate_run(options: Namespace) -> Evaluation:
     """
     metrics = load_metrics() if options.generate else {}
     choices = to_choices(options.choices) if options.choices is not None else []
+    load_options(options.run, revision=None, where="run or model")  # what is not there is said at once
     recipe = read_recipe(options.run)
     data = to_data(options, recipe)
     read = load_examples(data.train, data)

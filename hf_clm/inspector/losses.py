@@ -35,7 +35,7 @@ def write_losses(path: Path, evaluation: Evaluation, *, title: str, rows: int) -
         title = f"{len(samples):,} of {len(evaluation.answers.samples):,} answers, those that differ first"
         parts += [f"<h2>{title}</h2>", _samples(samples)]
     losses = evaluation.likelihood.row_losses
-    worst = np.argsort(-losses, kind="stable")[:rows].tolist()
+    worst = np.argsort(-np.nan_to_num(losses, nan=np.inf), kind="stable")[:rows].tolist()
     parts += [f"<h2>{len(worst):,} of {len(losses):,} rows, the largest mean loss first</h2>", _legend()]
     vocabulary = Vocabulary(evaluation.run.tokenizer)
     for number in worst:

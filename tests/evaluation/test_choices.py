@@ -14,7 +14,7 @@ from hf_clm.attention import NAME, register
 from hf_clm.cli import main
 from hf_clm.config import load_recipe
 from hf_clm.data.build import Examples
-from hf_clm.errors import DataError, RecipeError
+from hf_clm.errors import DataError, ModelError, RecipeError
 from hf_clm.evaluation.choices import (
     Verdicts,
     choice_rows,
@@ -89,6 +89,14 @@ def test_a_model_that_computes_all_logits_gives_the_same_scores(monkeypatch):
     monkeypatch.setattr("hf_clm.evaluation.evaluate.takes_targets", lambda model: False)
 
     assert measure_choices(packed_model(), rows, choices=3, by="sum", batch_size=4) == pytest.approx(found)
+
+
+def test_a_broken_model_prefers_nothing():
+    model = packed_model()
+    torch.nn.init.constant_(model.get_input_embeddings().weight, float("nan"))
+
+    with pytest.raises(ModelError, match="--choices: its log-probabilities are NaN"):
+        measure_choices(model, to_rows([PromptExample("a", "yes")]), choices=3, by="sum", batch_size=4)
 
 
 def test_the_word_of_a_template_is_replaced_and_what_stands_around_it_stays():

@@ -82,3 +82,8 @@ def test_lines_that_the_run_skips_are_counted(tmp_path, monkeypatch, capsys):
 
     found = json.loads(capsys.readouterr().out)
     assert (found["examples"], found["skipped"]) == (2, 1)
+
+
+def test_a_run_that_is_not_there_is_said_before_its_data_are_read(capsys):
+    assert main(["evaluate", "./no-run", "no-data.jsonl"]) == 4
+    assert capsys.readouterr().err.startswith("error: run or model: no such folder; got './no-run'; fix:")
