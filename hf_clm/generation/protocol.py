@@ -3,9 +3,9 @@
 import json
 import time
 import uuid
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from hf_clm.data.formats import to_prompt
 from hf_clm.errors import did_you_mean
@@ -44,6 +44,16 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def _listed(value: Any) -> Any:
+    """One text is a list of one; null is none."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+StopText = Annotated[str, Field(min_length=1, max_length=200)]  # looked for at every token
+
+
 class StreamOptions(BaseModel):
     """``stream_options``."""
 
@@ -63,17 +73,13 @@ class Body(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | list[str] | None = None
+    stop: Annotated[list[StopText], Field(max_length=16), BeforeValidator(_listed)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
 
     @property
     def new_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def stops(self) -> list[str]:
-        return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if stop]
 
     @property
     def sampling(self) -> Sampling:
@@ -114,15 +120,14 @@ class ChatBody(Body):
 class CompletionBody(Body):
     """``POST /v1/completions``: the text is continued as it is."""
 
-    prompt: str | list[str]
+    prompt: Annotated[list[str], BeforeValidator(_listed)]
 
     def to_example(self, run: LoadedRun) -> Example:
         """The text. Raises ApiError for several."""
-        texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        if len(texts) != 1:
-            what = f"one prompt a request is served; got {len(texts)}"
+        if len(self.prompt) != 1:
+            what = f"one prompt a request is served; got {len(self.prompt)}"
             raise ApiError(400, what, code="unsupported_value", param="prompt")
-        return TextExample(texts[0])
+        return TextExample(self.prompt[0])
 
 
 class GenerateBody(Body):
@@ -132,7 +137,10 @@ class GenerateBody(Body):
     input: str = ""
 
     def to_example(self, run: LoadedRun) -> Example:
-        """The prompt in the run's own format."""
+        """The prompt in the run's own format. Raises ApiError for a stream."""
+        if self.stream:
+            what = "/generate does not stream; /v1/completions and /v1/chat/completions do"
+            raise ApiError(400, what, code="unsupported_value", param="stream")
         return to_prompt_example(self.prompt, run.format, input_text=self.input, template=run.template)
 
 

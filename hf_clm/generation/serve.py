@@ -28,6 +28,7 @@ from hf_clm.model import max_positions
 PAGE = Path(__file__).with_name("page.html")
 KEY_VARIABLE = "HF_CLM_API_KEY"
 PROMPT_TOKENS = 4096  # unless the caller says otherwise, or the model has fewer positions
+NOT_KEPT = {"Cache-Control": "no-store"}
 GRACE_SECONDS = 30  # for answers that are under way when the server is stopped
 
 
@@ -107,7 +108,7 @@ def build_app(options: Namespace, key: str, *, started: Callable[[], None]) -> G
     positions = max_positions(run.model.config)
     prompt_tokens = options.max_prompt_tokens or min(PROMPT_TOKENS, (positions or PROMPT_TOKENS + 1) - 1)
     worker = Worker(run, batch_size=options.batch_size, max_waiting=options.max_waiting)
-    name = options.name or Path(options.run.rstrip("/")).name
+    name = options.name or Path(options.run).resolve().name
     service = Service(run, worker, name=name, limits=Limits(prompt_tokens, options.max_new_tokens))
 
     @asynccontextmanager
@@ -159,7 +160,7 @@ def _to_endpoint(reply: Reply) -> Any:
     async def endpoint(request: Any) -> Any:
         content = await reply(request)
         if isinstance(content, AsyncIterator):
-            return StreamingResponse(content, media_type="text/event-stream")
+            return StreamingResponse(content, media_type="text/event-stream", headers=NOT_KEPT)
         return PlainTextResponse(content) if isinstance(content, str) else JSONResponse(content)
 
     return endpoint

@@ -82,8 +82,8 @@ class Service:
         return self._model()
 
     async def health(self, request: Any) -> Any:
-        """``GET /health``: 200 while requests are taken."""
-        self._worker.check_open()
+        """``GET /health``: 200 until the server stops."""
+        self._worker.check_alive()
         return {"status": "ok"}
 
     async def metrics(self, request: Any) -> str:
@@ -109,10 +109,10 @@ class Service:
     async def _ask(self, request: Any, body: Body) -> Ticket:
         """Queues the request's answer, which ends where the client leaves. Raises ApiError over a limit."""
         self._check_name(body.model or self._name)
-        self._worker.check_open()
+        self._worker.check_room()
         async with self._reading:
             ids = await asyncio.to_thread(self._to_ids, body)
-        settings = {"max_new_tokens": self._fit(ids, body.new_tokens), "stop": body.stops}
+        settings = {"max_new_tokens": self._fit(ids, body.new_tokens), "stop": body.stop}
         ticket = Ticket(lambda emit, on_end: Answer(ids, body.sampling, emit=emit, on_end=on_end, **settings))
         self._worker.submit(ticket)
         ticket.watch(self._leave_with(request, ticket))

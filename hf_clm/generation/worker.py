@@ -66,17 +66,21 @@ class Worker:
         self.batch: list[Ticket] = []
         self.counts: Counts = defaultdict(float)
 
-    def check_open(self) -> None:
-        """Raises ApiError where nothing is taken: the queue is full, or the server is stopping."""
+    def check_alive(self) -> None:
+        """Raises ApiError where the server is stopping, or has stopped at a fault of its own."""
         if self._is_closing:
             raise STOPPING
+
+    def check_room(self) -> None:
+        """Raises ApiError where nothing is taken: as ``check_alive``, or where the queue is full."""
+        self.check_alive()
         if len(self.waiting) >= self._max_waiting:
             what = f"{len(self.waiting)} requests are waiting already; try again later"
             raise ApiError(429, what, code="queue_full")
 
     def submit(self, ticket: Ticket) -> None:
         """Queues it. Raises ApiError where the queue is full."""
-        self.check_open()
+        self.check_room()
         self.waiting.append(ticket)
         self._has_work.set()
 

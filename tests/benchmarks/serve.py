@@ -2,8 +2,8 @@
 
     python tests/benchmarks/serve.py [--clients 50] [--rounds 4] [--batch_size 1 8]
 
-A tiny Qwen2 learns 50 answers by heart first, so every reply can be checked: a lost or mixed-up one ends it.
-Half of the clients stream. The model costs little, so this measures the server, and what batches save.
+A tiny Qwen2 learns 50 answers by heart first, so that every reply can be checked: a lost or mixed-up one ends
+it. Half of the clients stream. The model costs little, so this measures the server, and what batches save.
 """
 
 import argparse
