@@ -27,9 +27,9 @@ LAYERS = [
     {"generation"},
     {"evaluation"},
     {"parts"},
-    {"inspector", "doctor"},  # the doctor and the guard's page come before a step: training calls them
+    {"inspector", "doctor", "report"},  # checks before a step, and the pages of a run: training calls them
     {"training"},
-    {"report", "bench", "merge"},
+    {"bench", "merge"},
     {"cli"},
     {"__main__"},
 ]
@@ -55,6 +55,8 @@ CALLED_BY_OTHERS = {
     "hf_clm.training.callbacks:ProgressCallback.on_step_end",
     "hf_clm.training.callbacks:ProgressCallback.on_train_begin",
     "hf_clm.training.callbacks:ProgressCallback.on_train_end",
+    "hf_clm.training.callbacks:ReportCallback.on_log",
+    "hf_clm.training.callbacks:ReportCallback.on_train_begin",
     "hf_clm.training.callbacks:SamplesCallback.on_step_end",
     "hf_clm.training.callbacks:SamplesCallback.on_train_begin",
     "hf_clm.training.callbacks:SamplesCallback.on_train_end",

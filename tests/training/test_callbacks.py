@@ -75,14 +75,37 @@ def test_a_terminal_gets_a_bar_instead_of_lines(capsys):
     assert "50/200" in shown.err and "loss 1.2500" in shown.err
 
 
-def test_metrics_are_one_json_object_a_line_and_rank_0_writes_them(tmp_path):
+def test_metrics_are_one_json_object_a_line_and_rank_0_writes_them(tmp_path, monkeypatch):
+    clock = iter([90.0, 100.0, 102.5, 110.0])
+    monkeypatch.setattr("hf_clm.training.callbacks.time.monotonic", lambda: next(clock))
     path = tmp_path / "metrics.jsonl"
+    callback = MetricsCallback(path, measure_memory=lambda: 4096)
 
-    event(MetricsCallback(path), "on_log", step=3, logs={"loss": 1.5})
-    event(MetricsCallback(path), "on_log", step=3, logs={"loss": 9.0}, is_main=False)
-    event(MetricsCallback(path), "on_log", step=4, logs={"eval_loss": 2.0})
+    event(callback, "on_train_begin", step=0)
+    event(callback, "on_log", step=3, logs={"loss": 1.5})
+    event(callback, "on_log", step=3, logs={"loss": 9.0}, is_main=False)
+    event(callback, "on_log", step=4, logs={"eval_loss": 2.0})
 
-    assert path.read_text() == '{"step": 3, "loss": 1.5}\n{"step": 4, "eval_loss": 2.0}\n'
+    assert path.read_text().splitlines() == [
+        '{"step": 3, "loss": 1.5, "seconds": 2.5, "peak_memory_bytes": 4096}',
+        '{"step": 4, "eval_loss": 2.0, "seconds": 10.0, "peak_memory_bytes": 4096}',
+    ]
+
+
+def test_the_seconds_of_a_resumed_run_go_on(tmp_path, monkeypatch):
+    clock = iter([90.0, 100.0, 103.0])
+    monkeypatch.setattr("hf_clm.training.callbacks.time.monotonic", lambda: next(clock))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 4, "seconds": 7.0}\n{"step": 5, "seconds": 9.0}\n')
+    callback = MetricsCallback(path, measure_memory=lambda: 0)
+
+    event(callback, "on_train_begin", step=4)
+    event(callback, "on_log", step=5, logs={})
+
+    assert path.read_text().splitlines() == [
+        '{"step": 4, "seconds": 7.0}',
+        '{"step": 5, "seconds": 10.0, "peak_memory_bytes": 0}',
+    ]
 
 
 def test_samples_are_taken_once_a_step(tmp_path, capsys):
@@ -143,6 +166,12 @@ def test_lines_behind_the_checkpoint_are_dropped_and_so_is_half_a_line(tmp_path)
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 4, "loss": 2.0}\n{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
 
-    drop_after(path, 4)
-
+    assert drop_after(path, 4) == [{"step": 4, "loss": 2.0}]
     assert path.read_text() == '{"step": 4, "loss": 2.0}\n'
+
+
+def test_a_line_separator_in_a_sample_does_not_end_its_line(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    append_json(path, {"step": 1, "text": "a\u2028b\x85c"})
+
+    assert drop_after(path, 1) == [{"step": 1, "text": "a\u2028b\x85c"}]

@@ -33,6 +33,8 @@ FILES = {
         "samples.jsonl",
         "ledger.parquet",
         "loss.png",
+        "label_rows.jsonl",
+        "report.html",
         "checkpoint-4",
         "checkpoint-8",
     ),
