@@ -187,6 +187,31 @@ def run_evaluate(words: list[str]) -> None:
         print(f"{key:<16} {value:,}" if isinstance(value, int) else f"{key:<16} {value:.4f}")
 
 
+def run_report(words: list[str]) -> None:
+    """RUN: write a run's report.html again, as far as an interrupted run came"""
+    parser = _Parser("hf-clm report")
+    parser.add_argument("run", help="the folder of a run")
+    options = parser.parse_args(words)
+    from hf_clm.report.page import write_report
+
+    record = write_report(options.run)
+    counts = f"{len(record.metrics):,} log events, {len(record.samples):,} samples, status {record.status}"
+    print(f"wrote {record.folder / 'report.html'}: {counts}")
+    if record.unreadable:
+        print(f"note: {record.unreadable} lines of the logs are no JSON and left out")
+
+
+def run_compare(words: list[str]) -> None:
+    """RUN RUN [RUN ...]: figures side by side, what tells the recipes apart, and the curves in one page"""
+    parser = _Parser("hf-clm compare")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
+    parser.add_argument("--html", default="compare.html", help="the page to write (%(default)s)")
+    options = parser.parse_args(words)
+    from hf_clm.report.compare import compare
+
+    print("\n".join([*compare(options.runs, path=options.html).to_lines(), "", f"wrote {options.html}"]))
+
+
 def run_merge(words: list[str]) -> None:
     """RUN --output_dir FOLDER: write a plain model of a LoRA run, and prove that it is the same"""
     parser = _Parser("hf-clm merge")
@@ -255,6 +280,8 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "doctor": run_doctor,
     "generate": run_generate,
     "evaluate": run_evaluate,
+    "report": run_report,
+    "compare": run_compare,
     "merge": run_merge,
     "bench": run_bench,
     "train-tokenizer": run_train_tokenizer,

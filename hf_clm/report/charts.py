@@ -32,6 +32,13 @@ class Rule(NamedTuple):
     value: float
 
 
+class Axis(NamedTuple):
+    """What runs from left to right: "step", "time", and how its values are written."""
+
+    name: str
+    to_text: Callable[[float], str]
+
+
 class Tick(NamedTuple):
     """A place on an axis, in percent, and what stands there."""
 
@@ -88,13 +95,7 @@ class _Scale(NamedTuple):
         return (value - self.low) / (self.high - self.low)
 
 
-def draw(
-    style: Style,
-    series: Sequence[Series],
-    *,
-    x_text: Callable[[float], str],
-    rule: Rule | None = None,
-) -> Chart | None:
+def draw(style: Style, series: Sequence[Series], *, axis: Axis, rule: Rule | None = None) -> Chart | None:
     """The chart of the series that have points; None where none has."""
     numbered = [(number, one) for number, one in enumerate(series) if one.points]
     if not numbered:
@@ -110,11 +111,11 @@ def draw(
     x_steps = [x for x in nice_ticks(x_scale.low, x_scale.high) if x_scale.low <= x <= x_scale.high]
     return Chart(
         style.title,
-        style.note,
-        x_ticks=[Tick(round(100 * x_scale.place(x), 2), x_text(x)) for x in x_steps],
+        ", ".join([*filter(None, [style.note]), f"by {axis.name}"]),
+        x_ticks=[Tick(round(100 * x_scale.place(x), 2), axis.to_text(x)) for x in x_steps],
         y_ticks=[Tick(round(100 - 100 * y_scale.place(y), 2), style.to_text(y)) for y in y_steps],
         lines=[_to_line(number, one, x_scale=x_scale, y_scale=y_scale) for number, one in numbered],
-        readings=_to_readings(numbered, x_scale, x_text=x_text, y_text=style.to_text),
+        readings=_to_readings(numbered, x_scale, axis=axis, y_text=style.to_text),
         rule=round(100 - 100 * y_scale.place(rule.value), 2) if rule is not None and is_near else None,
         rule_text="" if rule is None else rule.name + ("" if is_near else ", far above"),
     )
@@ -159,11 +160,7 @@ def _to_line(number: int, series: Series, *, x_scale: _Scale, y_scale: _Scale) -
 
 
 def _to_readings(
-    numbered: Sequence[tuple[int, Series]],
-    scale: _Scale,
-    *,
-    x_text: Callable[[float], str],
-    y_text: Callable[[float], str],
+    numbered: Sequence[tuple[int, Series]], scale: _Scale, *, axis: Axis, y_text: Callable[[float], str]
 ) -> list[Reading]:
     """The last value of each series in each of BINS parts of the plot."""
     last: dict[int, dict[int, Point]] = {}
@@ -176,7 +173,7 @@ def _to_readings(
         Reading(
             round(place * width, 3),
             round(width, 3),
-            x_text(max(x for x, _ in found.values())),
+            f"{axis.name} {axis.to_text(max(x for x, _ in found.values()))}",
             [(number, names[number], y_text(y)) for number, (_, y) in sorted(found.items())],
         )
         for place, found in sorted(last.items())

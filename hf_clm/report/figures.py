@@ -12,6 +12,11 @@ def to_short(value: float) -> str:
     return f"{value / unit:.4g}{name}"
 
 
+def to_loss(value: float) -> str:
+    """``4.62416`` -> ``"4.6242"``."""
+    return f"{value:.4f}"
+
+
 def to_count(value: float) -> str:
     """``29110`` -> ``"29,110"``."""
     return f"{value:,.0f}"

@@ -9,8 +9,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_clm.report.charts import Chart, Rule, Series, Style, draw
-from hf_clm.report.figures import to_count, to_duration, to_gigabytes, to_percent, to_short
+from hf_clm.report.charts import Axis, Chart, Rule, Series, Style, draw
+from hf_clm.report.figures import to_count, to_duration, to_gigabytes, to_loss, to_percent, to_short
 from hf_clm.report.record import Entries, RunRecord, final_figures, is_number, load_record, points
 
 FOLDER = Path(__file__).parent
@@ -18,16 +18,17 @@ REFRESH_SECONDS = 10
 SHOWN_STEPS = 5  # of the samples, side by side
 SHOWN_LETTERS = 12  # of a hash
 
-LOSS = Style("Loss", "nats per target token, by step", to_short)
-ACCURACY = Style("Token accuracy", "share of target tokens, by step", to_percent, from_zero=True)
-GRADIENT = Style("Gradient norm", "before clipping, by step", to_short, from_zero=True)
+STEP = Axis("step", to_count)
+LOSS = Style("Loss", "nats per target token", to_short)
+ACCURACY = Style("Token accuracy", "share of target tokens", to_percent, from_zero=True)
+GRADIENT = Style("Gradient norm", "before clipping", to_short, from_zero=True)
 # Charts of one series: its key in a log event.
 SINGLE = {
-    "learning_rate": Style("Learning rate", "by step", to_short, from_zero=True),
-    "tokens_per_second": Style("Throughput", "real tokens a second, by step", to_short, from_zero=True),
-    "mfu": Style("MFU", "share of the machine's peak, by step", to_percent, from_zero=True),
-    "peak_memory_bytes": Style("Memory", "the most held so far, by step", to_gigabytes, from_zero=True),
-    "padding_share": Style("Padding", "share of the places in a batch, by step", to_percent, from_zero=True),
+    "learning_rate": Style("Learning rate", "", to_short, from_zero=True),
+    "tokens_per_second": Style("Throughput", "real tokens a second", to_short, from_zero=True),
+    "mfu": Style("MFU", "share of the machine's peak", to_percent, from_zero=True),
+    "peak_memory_bytes": Style("Memory", "the most held so far", to_gigabytes, from_zero=True),
+    "padding_share": Style("Padding", "share of the places in a batch", to_percent, from_zero=True),
 }
 
 
@@ -111,7 +112,7 @@ def render(template: str, **content: Any) -> str:
 def to_charts(record: RunRecord) -> list[Chart]:
     """What the log events show over the steps; a chart without a point is left out."""
     at_step = partial(points, record.metrics)
-    facts, by_step = record.facts, partial(draw, x_text=to_count)
+    facts, by_step = record.facts, partial(draw, axis=STEP)
     entropy, clip = facts.get("unigram_entropy"), facts.get("max_grad_norm")
     guess = Rule("guessing by frequency", entropy) if is_number(entropy) and _learns_all(facts) else None
     level = Rule(f"clipped at {to_short(clip)}", clip) if is_number(clip) and clip > 0 else None
@@ -142,14 +143,6 @@ def _learns_all(facts: Mapping[str, Any]) -> bool:
     return facts.get("stage") == "pretrain"
 
 
-def _part(content: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    """A mapping inside mappings; empty where there is none."""
-    for key in keys:
-        found = content.get(key)
-        content = found if isinstance(found, dict) else {}
-    return dict(content)
-
-
 def _about(record: RunRecord) -> Iterator[tuple[str, str]]:
     facts = record.facts
     names = {"recipe": "recipe", "stage": "stage", "model": "model", "format": "format", "started": "started"}
@@ -160,10 +153,10 @@ def _about(record: RunRecord) -> Iterator[tuple[str, str]]:
         trained = facts.get("trained_parameters")
         part = f", {trained:,} trained" if is_number(trained) and trained != facts["parameters"] else ""
         yield "parameters", f"{facts['parameters']:,}{part}"
-    machine = [str(facts[key]) for key in ("device", "precision", "attention") if facts.get(key)]
-    if machine:
-        processes = facts.get("processes", 1)
-        yield "computed on", ", ".join([f"{processes} x {machine[0]}", *machine[1:]])
+    if facts.get("device"):
+        machine = [f"{facts.get('processes', 1)} x {facts['device']}", facts.get("precision")]
+        attention = f"{facts['attention']} attention" if facts.get("attention") else ""
+        yield "computed on", ", ".join(str(part) for part in [*machine, attention] if part)
     if record.unreadable:
         yield "unreadable", f"{record.unreadable} lines of the logs are no JSON and left out"
 
@@ -171,7 +164,7 @@ def _about(record: RunRecord) -> Iterator[tuple[str, str]]:
 def _tiles(record: RunRecord) -> Iterator[Tile]:
     facts, figures = record.facts, final_figures(record)
     evaluated = "held-out data" if facts.get("evaluation") else "some training rows"
-    for name, key, form in (("Loss", "loss", to_short), ("Token accuracy", "token_accuracy", to_percent)):
+    for name, key, form in (("Loss", "loss", to_loss), ("Token accuracy", "token_accuracy", to_percent)):
         if f"{key}_after" in figures:
             before, after = figures[f"{key}_before"], figures[f"{key}_after"]
             yield Tile(name, f"{form(before)} → {form(after)}", evaluated)
@@ -198,7 +191,7 @@ def _work_tiles(record: RunRecord, figures: Mapping[str, float]) -> Iterator[Til
         yield Tile("Memory", to_gigabytes(figures["peak_memory_bytes"]), "at its peak")
     padding = points(record.metrics, "padding_share")[-1:]
     note = f"{to_percent(padding[0][1])} padding" if padding else ""
-    fill = _part(record.facts, "train").get("packing_fill")
+    fill = record.part("train").get("packing_fill")
     if is_number(fill):
         yield Tile("Packed rows", f"{to_percent(fill)} full", note)
     elif note:
@@ -227,30 +220,31 @@ def _samples(samples: Entries) -> dict[str, Any] | None:
 
 
 def _proof(record: RunRecord) -> Section:
-    proof, facts = _part(record.facts, "proof"), []
+    facts = []
     for split in ("train", "eval"):
-        if certificate := _part(proof, split, "certificate"):
+        if certificate := record.part("proof", split, "certificate"):
             said = "are certified" if certificate.get("valid") else "are NOT certified"
             digest = str(certificate.get("content_hash"))[:SHOWN_LETTERS]
-            facts.append(
-                (f"labels, {split}", f"all {certificate.get('rows'):,} rows {said}, sha256 {digest}")
-            )
-    if test := _part(proof, "self_test"):
+            rows = f"all {_to_text(certificate.get('rows'))} rows {said}, sha256 {digest}"
+            facts.append((f"labels, {split}", rows))
+    if test := record.part("proof", "self_test"):
         said = "one loss and gradient packed, padded and one document at a time"
         facts.append(("loss", f"{said} ({test.get('documents')} documents)"))
-    if trip := _part(proof, "round_trip"):
+    if trip := record.part("proof", "round_trip"):
         said = "opens in a fresh process with the same logits, tokens and template"
         facts.append(("saved model", f"{said}; largest difference of a logit {trip.get('logit_difference')}"))
-    off = {"loss": proof.get("self_test"), "saved model": proof.get("round_trip")}
-    facts += [(name, f"not tested ({said})") for name, said in off.items() if isinstance(said, str)]
-    if leakage := _part(proof, "leakage"):
+    proof = record.part("proof")
+    for name, key in (("loss", "self_test"), ("saved model", "round_trip")):
+        if isinstance(proof.get(key), str):
+            facts.append((name, "tested at the end" if proof[key] == "end" else f"not tested: {proof[key]}"))
+    if leakage := record.part("proof", "leakage"):
         facts.append(("leakage", ", ".join(f"{count} {kind}" for kind, count in leakage.items())))
     return Section("Certificate", facts)
 
 
 def _self_test(record: RunRecord) -> Section:
     """What was compared before the first step; each line names what a difference would have meant."""
-    found = _part(record.facts, "proof", "self_test").get("comparisons") or []
+    found = record.part("proof", "self_test").get("comparisons") or []
     rows = [[str(one.get("name")), *(_to_text(one.get(key)) for key in COMPARED)] for one in found]
     tables = [Table(["what a difference would mean", *COMPARED], rows, numeric=True)] if rows else []
     return Section("Self-test of the loss", tables=tables, folded=True)
@@ -260,6 +254,8 @@ COMPARED = ("value", "reference", "tolerance")
 
 
 def _to_text(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.6g}" if is_number(value) else str(value)
 
 
@@ -267,13 +263,16 @@ def _ledger(record: RunRecord) -> Section:
     """What was read, and what became of every input row."""
     tables, facts = [], []
     for split, key in (("train", "train"), ("evaluation", "eval")):
-        if files := _part(record.facts, split).get("files"):
+        if files := record.part(split).get("files"):
             facts.append((f"{key} files", ", ".join(map(str, files))))
-        if counts := _part(record.facts, split):
+        if counts := record.part(split):
             names = [name for name in COUNTED if is_number(counts.get(name))]
             facts.append((key, ", ".join(f"{counts[name]:,} {COUNTED[name]}" for name in names)))
-        totals = _part(record.facts, "proof", key, "ledger")
-        rows = [[fate, *(to_count(_part(totals, fate).get(name, 0)) for name in KEPT)] for fate in totals]
+        rows = [
+            [fate, *(_to_text(total.get(name, 0)) for name in KEPT)]
+            for fate, total in record.part("proof", key, "ledger").items()
+            if isinstance(total, dict)
+        ]
         if rows:
             heads = [f"{key}: fate", *(name.replace("_", " ") for name in KEPT)]
             tables.append(Table(heads, rows, numeric=True))
@@ -282,7 +281,7 @@ def _ledger(record: RunRecord) -> Section:
 
 COUNTED = {
     "input_rows": "input rows",
-    "rows": "rows trained on",
+    "rows": "rows",
     "tokens": "tokens",
     "target_tokens": "of them targets",
 }
@@ -291,7 +290,7 @@ KEPT = ("rows", "tokens", "target_tokens", "kept_tokens", "kept_targets")
 
 def _recipe(record: RunRecord) -> Section:
     """What was given, with its place, then what was not."""
-    origins = _part(record.facts, "origins")
+    origins = record.part("origins")
     rows = [
         (key, json.dumps(value, ensure_ascii=False, default=str), str(origins.get(key, _unsaid(key))))
         for key, value in record.recipe.items()
@@ -314,5 +313,5 @@ def _unsaid(key: str) -> str:
 
 
 def _versions(record: RunRecord) -> Section:
-    versions = _part(record.facts, "versions")
+    versions = record.part("versions")
     return Section("Versions", [(name, str(value)) for name, value in versions.items()], folded=True)

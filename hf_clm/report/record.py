@@ -39,6 +39,14 @@ class RunRecord:
     def status(self) -> str:
         return str(self.facts.get("status", "unknown"))
 
+    def part(self, *keys: str) -> dict[str, Any]:
+        """A mapping inside those of run.json; empty where there is none."""
+        content = self.facts
+        for key in keys:
+            found = content.get(key)
+            content = found if isinstance(found, dict) else {}
+        return content
+
 
 def load_record(folder: str | Path) -> RunRecord:
     """Reads a run's folder. Raises RecipeError where it holds no run.json that can be read."""
