@@ -198,7 +198,7 @@ def run_report(words: list[str]) -> None:
     counts = f"{len(record.metrics):,} log events, {len(record.samples):,} samples, status {record.status}"
     print(f"wrote {record.folder / 'report.html'}: {counts}")
     if record.unreadable:
-        print(f"note: {record.unreadable} lines of the logs are no JSON and left out")
+        print(f"left out: unreadable lines of its logs: {record.unreadable}")
 
 
 def run_compare(words: list[str]) -> None:

@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from statistics import fmean
 from typing import NamedTuple
 
 from hf_clm.report.record import Point
 
 UNITS = 1000  # of a path, across and down
 BINS = 60  # where the pointer reads a value
-BUCKETS = 250  # of a line, each with its lowest and highest point
+BUCKETS = 250  # of a line with more points: their mean, and in a band the lowest and highest
 LOW = 0.4  # a lowest value under this share of the highest has its axis begin at 0
 
 
@@ -47,11 +48,12 @@ class Tick(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A drawn series: its number, for the colour, its name, its path, and the path of its dots."""
+    """A drawn series: its number, for the colour, its name, and the paths of its line, band and dots."""
 
     number: int
     name: str
     path: str
+    band: str
     dots: str
 
 
@@ -135,28 +137,35 @@ def nice_ticks(low: float, high: float, *, from_zero: bool = False) -> list[floa
     return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
 
-def thin(points: Sequence[Point]) -> list[Point]:
-    """At most two points a bucket: its lowest and its highest, so that no spike is lost."""
+def thin(points: Sequence[Point]) -> list[list[Point]]:
+    """The points in at most BUCKETS groups of neighbours; each alone where they are not many more."""
     if len(points) <= 2 * BUCKETS:
-        return list(points)
+        return [[point] for point in points]
     low, high = points[0][0], points[-1][0]
     size = (high - low) / BUCKETS or 1.0
-    kept: list[Point] = []
-    for _, bucket in groupby(points, key=lambda point: min(BUCKETS - 1, int((point[0] - low) / size))):
-        some = list(bucket)
-        ends = {min(some, key=lambda point: point[1]), max(some, key=lambda point: point[1])}
-        kept += sorted(ends)
-    return kept
+    groups = groupby(points, key=lambda point: min(BUCKETS - 1, int((point[0] - low) / size)))
+    return [list(group) for _, group in groups]
 
 
 def _to_line(number: int, series: Series, *, x_scale: _Scale, y_scale: _Scale) -> Line:
-    places = [
-        f"{round(UNITS * x_scale.place(x))} {round(UNITS * (1 - y_scale.place(y)))}"
-        for x, y in thin(series.points)
-    ]
+    def to_path(found: list[Point]) -> list[str]:
+        return [
+            f"{round(UNITS * x_scale.place(x))} {round(UNITS * (1 - y_scale.place(y)))}" for x, y in found
+        ]
+
+    groups = thin(series.points)
+    across = [fmean(x for x, _ in group) for group in groups]
+    levels = [[y for _, y in group] for group in groups]
+    places = to_path([*zip(across, map(fmean, levels), strict=True)])
+    lows, highs = (to_path([*zip(across, map(end, levels), strict=True)]) for end in (min, max))
     is_dotted = series.dots or len(places) == 1
-    dots = "".join(f"M{place}h0" for place in places) if is_dotted else ""  # a round cap makes it a dot
-    return Line(number, series.name, "M" + "L".join(places), dots)
+    return Line(
+        number,
+        series.name,
+        path="M" + "L".join(places),
+        band="M" + "L".join(highs + lows[::-1]) + "z" if len(groups) < len(series.points) else "",
+        dots="".join(f"M{place}h0" for place in places) if is_dotted else "",  # a round cap makes it a dot
+    )
 
 
 def _to_readings(

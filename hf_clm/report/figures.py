@@ -23,8 +23,8 @@ def to_count(value: float) -> str:
 
 
 def to_percent(value: float) -> str:
-    """``0.15195`` -> ``"15.2%"``, ``0.5`` -> ``"50%"``."""
-    return f"{100 * value:.1f}".removesuffix(".0") + "%"
+    """``0.15195`` -> ``"15.2%"``, ``0.0025`` -> ``"0.25%"``."""
+    return f"{100 * value:.3g}%"
 
 
 def to_gigabytes(value: float) -> str:

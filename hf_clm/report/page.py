@@ -92,12 +92,12 @@ def build_report(record: RunRecord, *, refresh_seconds: int | None = None) -> st
         title=record.name,
         refresh_seconds=refresh_seconds,
         status=record.status,
-        error=" ".join(map(str, record.facts.get("error") or [])),
+        error=_error(record),
         about=list(_about(record)),
         tiles=list(_tiles(record)),
         charts=to_charts(record),
         samples=_samples(record.samples),
-        label_rows=record.label_rows,
+        label_rows=[row for row in record.label_rows if row.keys() >= LABELLED],
         sections=[section for section in sections if section.facts or section.tables],
     )
 
@@ -143,6 +143,14 @@ def _learns_all(facts: Mapping[str, Any]) -> bool:
     return facts.get("stage") == "pretrain"
 
 
+LABELLED = {"row", "place", "tokens", "targets", "shown", "flags", "turns"}
+
+
+def _error(record: RunRecord) -> str:
+    said = record.facts.get("error") or ""
+    return " ".join(map(str, said)) if isinstance(said, list) else str(said)
+
+
 def _about(record: RunRecord) -> Iterator[tuple[str, str]]:
     facts = record.facts
     names = {"recipe": "recipe", "stage": "stage", "model": "model", "format": "format", "started": "started"}
@@ -158,7 +166,7 @@ def _about(record: RunRecord) -> Iterator[tuple[str, str]]:
         attention = f"{facts['attention']} attention" if facts.get("attention") else ""
         yield "computed on", ", ".join(str(part) for part in [*machine, attention] if part)
     if record.unreadable:
-        yield "unreadable", f"{record.unreadable} lines of the logs are no JSON and left out"
+        yield "left out", f"unreadable lines of its logs: {record.unreadable}"
 
 
 def _tiles(record: RunRecord) -> Iterator[Tile]:

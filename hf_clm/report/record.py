@@ -85,9 +85,7 @@ def points(entries: Iterable[dict[str, Any]], key: str, *, over: str = "step") -
 
 def is_number(value: Any) -> TypeGuard[float]:
     """True for an int or float that can be drawn: finite, and neither huge nor all but 0; a bool is none."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return value == 0 or TINY < abs(value) < HUGE
+    return type(value) in (int, float) and (value == 0 or TINY < abs(value) < HUGE)
 
 
 def final_figures(record: RunRecord) -> dict[str, float]:
@@ -97,12 +95,11 @@ def final_figures(record: RunRecord) -> dict[str, float]:
     """
     found = {}
     for key, logged in FIGURES.items():
-        values = [value for _, value in points(record.metrics, logged)]
+        entries = record.metrics if key.endswith("_before") else reversed(record.metrics)
+        seen = next((entry[logged] for entry in entries if is_number(entry.get(logged))), None)
         said = record.facts.get(key)
-        if is_number(said) and not (key == "seconds" and values):
-            found[key] = said
-        elif values:
-            found[key] = values[0] if key.endswith("_before") else values[-1]
+        value = seen if key == "seconds" and seen is not None else said if is_number(said) else seen
+        found |= {} if value is None else {key: value}
     return found
 
 
