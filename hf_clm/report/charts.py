@@ -34,10 +34,11 @@ class Rule(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """What runs from left to right: "step", "time", and how its values are written."""
+    """What runs from left to right, how its values are written, and the smallest distance of its ticks."""
 
     name: str
     to_text: Callable[[float], str]
+    least: float = 0.0
 
 
 class Tick(NamedTuple):
@@ -110,7 +111,9 @@ def draw(style: Style, series: Sequence[Series], *, axis: Axis, rule: Rule | Non
     y_scale = _Scale(y_steps[0], y_steps[-1])
     across = [x for _, one in numbered for x, _ in one.points]
     x_scale = _Scale(min(0.0, *across), max(across) if max(across) > 0 else 1.0)
-    x_steps = [x for x in nice_ticks(x_scale.low, x_scale.high) if x_scale.low <= x <= x_scale.high]
+    x_steps = [
+        x for x in nice_ticks(x_scale.low, x_scale.high, least=axis.least) if x_scale.low <= x <= x_scale.high
+    ]
     return Chart(
         style.title,
         ", ".join([*filter(None, [style.note]), f"by {axis.name}"]),
@@ -123,8 +126,11 @@ def draw(style: Style, series: Sequence[Series], *, axis: Axis, rule: Rule | Non
     )
 
 
-def nice_ticks(low: float, high: float, *, from_zero: bool = False) -> list[float]:
-    """About five round numbers, the first at or below ``low`` and the last at or above ``high``."""
+def nice_ticks(low: float, high: float, *, from_zero: bool = False, least: float = 0.0) -> list[float]:
+    """About five round numbers, the first at or below ``low`` and the last at or above ``high``.
+
+    Their distance is a multiple of ``least``, if that is not 0.
+    """
     if from_zero or 0 < low < LOW * high:
         low = min(0.0, low)
     largest = max(abs(low), abs(high))
@@ -132,7 +138,8 @@ def nice_ticks(low: float, high: float, *, from_zero: bool = False) -> list[floa
         low, high = (low - largest / 10, high + largest / 10) if largest else (0.0, 1.0)
     rough = (high - low) / 4
     size = 10 ** math.floor(math.log10(rough))
-    step = next(size * times for times in (1, 2, 2.5, 5, 10) if size * times >= rough * (1 - 1e-9))
+    steps = [size * times for times in (1, 2, 2.5, 5, 10, 20, 50, 100) if size * times >= rough * (1 - 1e-9)]
+    step = next((step for step in steps if not least or step % least == 0), least)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 

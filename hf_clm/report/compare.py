@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,11 @@ from hf_clm.errors import RecipeError
 from hf_clm.report.charts import Axis, Chart, Series, Style, draw
 from hf_clm.report.figures import to_count, to_duration, to_gigabytes, to_loss, to_percent, to_short
 from hf_clm.report.page import LOSS, SHOWN_LETTERS, SINGLE, STEP, Section, Table, render, write_page
-from hf_clm.report.record import RunRecord, final_figures, load_record, points
+from hf_clm.report.record import Entries, RunRecord, final_figures, is_number, load_record, points
 
 EVALUATION = Style("Evaluation loss", "nats per target token", to_short)
-# What lies below the curves: its key in a log event.
-AXES = {
-    "step": STEP,
-    "tokens_seen": Axis("tokens", to_short),
-    "seconds": Axis("time", to_duration),
-}
+TOKENS = Axis("tokens", to_short, least=1)
+HOUR, MINUTE = 3600, 60
 SHOWN = {
     "loss_before": ("loss before", to_loss),
     "loss_after": ("loss after", to_loss),
@@ -86,28 +81,44 @@ def to_names(records: Sequence[RunRecord]) -> list[str]:
 
 
 def to_charts(records: Sequence[RunRecord], names: Sequence[str]) -> list[Chart]:
-    """Both losses over steps, tokens and time, then accuracy, speed and learning rate over steps."""
-
-    def overlay(style: Style, key: str, over: str = "step") -> Chart | None:
-        one = partial(_series, key=key, over=over)
-        return draw(style, [one(*pair) for pair in zip(names, records, strict=True)], axis=AXES[over])
-
-    found = [overlay(LOSS, "loss", over) for over in AXES]
-    found += [overlay(EVALUATION, "eval_loss", over) for over in AXES]
-    found.append(overlay(SINGLE["tokens_per_second"], "tokens_per_second"))
-    found.append(overlay(SINGLE["learning_rate"], "learning_rate"))
+    """Both losses over steps, tokens and time, then speed and learning rate over steps."""
+    unit, seconds = _time_unit(records)
+    axes = {"step": STEP, "tokens_seen": TOKENS, "time": Axis(unit, to_short)}
+    metrics = [_with_axes(record.metrics, seconds=seconds) for record in records]
+    found = []
+    for key, over, style in OVERLAID:
+        lines = [
+            Series(name, points(entries, key, over=over), dots=key == "eval_loss")
+            for name, entries in zip(names, metrics, strict=True)
+        ]
+        found.append(draw(style, lines, axis=axes[over]))
     return [chart for chart in found if chart]
 
 
-def _series(name: str, record: RunRecord, *, key: str, over: str) -> Series:
-    entries = record.metrics
-    if over == "tokens_seen":  # an evaluation happens at the tokens of the training before it
-        seen = 0
-        entries = []
-        for entry in record.metrics:
-            seen = entry.get(over, seen)
-            entries.append({**entry, over: seen})
-    return Series(name, points(entries, key, over=over), dots=key == "eval_loss")
+# The charts: what is drawn, over what, and how.
+OVERLAID = [
+    *(("loss", over, LOSS) for over in ("step", "tokens_seen", "time")),
+    *(("eval_loss", over, EVALUATION) for over in ("step", "tokens_seen", "time")),
+    *((key, "step", SINGLE[key]) for key in ("tokens_per_second", "learning_rate")),
+]
+
+
+def _time_unit(records: Sequence[RunRecord]) -> tuple[str, int]:
+    """In which the longest run has a number that can be read, and its seconds."""
+    longest = max(final_figures(record).get("seconds", 0) for record in records)
+    units = {"hours": HOUR, "minutes": MINUTE}
+    return next((unit for unit in units.items() if longest > 2 * unit[1]), ("seconds", 1))
+
+
+def _with_axes(metrics: Entries, *, seconds: int) -> Entries:
+    """Each log event with its time, and an evaluation with the tokens of the training before it."""
+    counted: dict[str, Any] = {"tokens_seen": 0} if points(metrics, "tokens_seen") else {}
+    found = []
+    for entry in metrics:
+        counted |= {key: entry[key] for key in counted if key in entry}
+        time = {"time": entry["seconds"] / seconds} if is_number(entry.get("seconds")) else {}
+        found.append({**entry, **counted, **time})
+    return found
 
 
 def _figures(records: Sequence[RunRecord]) -> Iterator[list[str]]:

@@ -18,7 +18,7 @@ REFRESH_SECONDS = 10
 SHOWN_STEPS = 5  # of the samples, side by side
 SHOWN_LETTERS = 12  # of a hash
 
-STEP = Axis("step", to_count)
+STEP = Axis("step", to_count, least=1)
 LOSS = Style("Loss", "nats per target token", to_short)
 ACCURACY = Style("Token accuracy", "share of target tokens", to_percent, from_zero=True)
 GRADIENT = Style("Gradient norm", "before clipping", to_short, from_zero=True)
