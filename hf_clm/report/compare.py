@@ -66,7 +66,6 @@ def compare(folders: Sequence[str], *, path: str) -> Comparison:
         "compare.html",
         title=" and ".join(names),
         refresh_seconds=None,
-        names=names,
         charts=to_charts(records, names),
         sections=sections,
     )
