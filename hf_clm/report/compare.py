@@ -130,23 +130,25 @@ def _figures(records: Sequence[RunRecord]) -> Iterator[list[str]]:
 
 def _differences(records: Sequence[RunRecord]) -> Iterator[list[str]]:
     """Keys of the recipes that differ, without the folder's name; then data, machine and versions."""
-    contents = [_to_content(record) for record in records]
-    keys = dict.fromkeys(key for content in contents for key in content)
-    for key in keys:
-        values = [content.get(key, ABSENT) for content in contents]
-        if len(set(values)) > 1:
-            yield [key, *values]
+    for to_content in (_recipe, _circumstances):
+        contents = [to_content(record) for record in records]
+        for key in dict.fromkeys(key for content in contents for key in content):
+            values = [content.get(key, ABSENT) for content in contents]
+            if len(set(values)) > 1:
+                yield [key, *values]
 
 
-def _to_content(record: RunRecord) -> dict[str, str]:
-    recipe = {key: value for key, value in record.recipe.items() if key != "train.output_dir"}
-    facts, proof = record.facts, record.part("proof", "train", "certificate")
-    digest = str(proof["content_hash"])[:SHOWN_LETTERS] if "content_hash" in proof else None
-    known: dict[str, Any] = {"content of data": digest}
-    known |= {name: facts.get(name) for name in ("device", "processes", "precision", "attention")}
-    known |= {f"version of {name}": value for name, value in record.part("versions").items()}
-    said = {key: json.dumps(value, ensure_ascii=False) for key, value in recipe.items()}
-    return said | {key: str(value) for key, value in known.items() if value is not None}
+def _recipe(record: RunRecord) -> dict[str, str]:
+    given = {key: value for key, value in record.recipe.items() if key != "train.output_dir"}
+    return {key: json.dumps(value, ensure_ascii=False, default=str) for key, value in given.items()}
+
+
+def _circumstances(record: RunRecord) -> dict[str, str]:
+    found = {name: record.facts.get(name) for name in ("device", "processes", "precision", "attention")}
+    found |= {f"version of {name}": value for name, value in record.part("versions").items()}
+    digest = record.part("proof", "train", "certificate").get("content_hash")
+    said = {"content of data": str(digest)[:SHOWN_LETTERS]} if digest else {}
+    return said | {key: str(value) for key, value in found.items() if value is not None}
 
 
 def _to_lines(rows: Sequence[Sequence[str]], *, is_numeric: bool) -> list[str]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -95,12 +96,19 @@ def final_figures(record: RunRecord) -> dict[str, float]:
     """
     found = {}
     for key, logged in FIGURES.items():
-        entries = record.metrics if key.endswith("_before") else reversed(record.metrics)
-        seen = next((entry[logged] for entry in entries if is_number(entry.get(logged))), None)
+        seen = _logged(record.metrics, logged, of=key)
         said = record.facts.get(key)
         value = seen if key == "seconds" and seen is not None else said if is_number(said) else seen
         found |= {} if value is None else {key: value}
     return found
+
+
+def _logged(metrics: Entries, key: str, *, of: str) -> float | None:
+    """The last value, or the first of a figure before training; one alone is no figure after it."""
+    entries = metrics if of.endswith("_before") else reversed(metrics)
+    found = islice((entry[key] for entry in entries if is_number(entry.get(key))), 2)
+    first = next(found, None)
+    return None if of.endswith("_after") and next(found, None) is None else first
 
 
 # A figure of run.json -> the key in a log event.

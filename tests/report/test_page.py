@@ -137,6 +137,16 @@ def test_a_running_run_says_how_far_it_is_and_how_long_it_takes(tmp_path):
     assert texts[place + 5] == "about 10s left"  # 40 steps in 5 seconds, 80 to go
 
 
+def test_before_its_second_evaluation_a_run_shows_its_training_loss(tmp_path):
+    metrics = [{"step": 0, "eval_loss": 7.0}, {"step": 5, "loss": 5.0}]
+    facts = {"status": "running", "loss_after": None}
+
+    texts = read(write_run(tmp_path / "run", facts=facts, metrics=metrics)).texts
+
+    place = texts.index("Loss")
+    assert texts[place : place + 3] == ["Loss", "5.0000", "training data"]
+
+
 def test_a_run_that_failed_says_why(tmp_path):
     facts = {"status": "diverged", "error": ["step 7: the loss is not finite"]}
 

@@ -124,6 +124,14 @@ def test_the_figures_are_those_of_run_json_and_else_of_the_last_log_events(tmp_p
     assert found["seconds"] == 9.0  # run.json does not count what was before a resume
 
 
+def test_the_evaluation_before_training_is_not_one_after_it(tmp_path):
+    metrics = [{"step": 0, "eval_loss": 7.0}, {"step": 5, "loss": 5.0}]
+
+    found = final_figures(load_record(write_run(tmp_path / "a", metrics=metrics)))
+
+    assert found == {"loss_before": 7.0, "training_loss": 5.0, "steps_done": 5}
+
+
 def test_a_part_of_run_json_that_is_no_mapping_is_empty(tmp_path):
     record = load_record(write_run(tmp_path / "r", facts={"proof": {"train": "off"}, "a": {"b": {"c": 1}}}))
 
