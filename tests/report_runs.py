@@ -65,7 +65,6 @@ FACTS: dict[str, Any] = {
     },
 }
 LABEL_ROW: dict[str, Any] = {
-    "row": 0,
     "place": "poems.jsonl:9",
     "tokens": 9,
     "targets": 3,

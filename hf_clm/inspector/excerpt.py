@@ -1,4 +1,4 @@
-"""The first rows of a set as JSON lines: what the report of a run shows of its labels."""
+"""The first documents of a set as JSON lines: what the report of a run shows of its labels."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -6,30 +6,29 @@ from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from hf_clm.inspector.documents import Collator, Reader, inspect_rows
-from hf_clm.inspector.rows import Document, Row, Vocabulary, escape, to_atoms
+from hf_clm.data.store import HEAD
+from hf_clm.inspector.documents import Collator, Reader
+from hf_clm.inspector.rows import Document, Row, Vocabulary, escape, to_atoms, to_rows
 
-ROWS = 2
-TOKENS = 800  # of a row: a packed row of 32k tokens is not for a page that shows other things
+DOCUMENTS = 5
+TOKENS = 400  # that are shown of each
+LONGEST = 50_000  # tokens: a whole book would be tokenized again
 
 
 def write_excerpt(path: Path, reader: Reader, *, collate: Collator) -> None:
-    """Writes one line a document of the first rows that training takes from the reader's split."""
-    rows = islice(inspect_rows(reader.split, reader, collate=collate, batch_size=1), ROWS)
+    """Writes a line for each of the first documents of the reader's split, packed or not."""
+    rows = islice(_first_rows(reader, collate=collate), DOCUMENTS)
     entries = to_entries(rows, reader.vocabulary)
     text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     path.write_bytes(text.encode("utf-8", errors="backslashreplace"))
 
 
 def to_entries(rows: Iterable[Row], vocabulary: Vocabulary) -> Iterator[dict[str, Any]]:
-    """A document's row, place, counts, flags, and its turns: [[role, [[style, text], ...]], ...]."""
+    """A document's place, counts, flags, and its turns: [[role, [[style, text], ...]], ...]."""
     for row in rows:
         for document in row.documents:
-            if document.start >= TOKENS:
-                break
-            stop = min(document.stop, TOKENS)
+            stop = min(document.stop, document.start + TOKENS)
             yield {
-                "row": row.number,
                 "place": document.place,
                 "tokens": document.stop - document.start,
                 "targets": int(row.trained[document.start : document.stop].sum()),
@@ -37,6 +36,16 @@ def to_entries(rows: Iterable[Row], vocabulary: Vocabulary) -> Iterator[dict[str
                 "flags": dict(document.flags),
                 "turns": list(_to_turns(row, document, stop=stop, vocabulary=vocabulary)),
             }
+
+
+def _first_rows(reader: Reader, *, collate: Collator) -> Iterator[Row]:
+    """Of the examples that are kept with a prepared set: the others would all be read again."""
+    dataset, rows = reader.split.rows, reader.split.rows.rows
+    for number, source in enumerate(rows.sources[:HEAD].tolist()):
+        if source < HEAD and rows.fates[source].tokens <= LONGEST:
+            length = int(rows.lengths[number])
+            (row,) = to_rows(collate([dataset[number]]), [length], first_number=number)
+            yield reader.annotate(row, [(number, 0, length)])
 
 
 def _to_turns(row: Row, document: Document, *, stop: int, vocabulary: Vocabulary) -> Iterator[list[Any]]:

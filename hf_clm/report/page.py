@@ -17,6 +17,7 @@ FOLDER = Path(__file__).parent
 REFRESH_SECONDS = 10
 SHOWN_STEPS = 5  # of the samples, side by side
 SHOWN_LETTERS = 12  # of a hash
+LABELLED = {"place", "tokens", "targets", "shown", "flags", "turns"}  # what a label row must have
 
 STEP = Axis("step", to_count, least=1)
 LOSS = Style("Loss", "nats per target token", to_short)
@@ -114,15 +115,15 @@ def to_charts(record: RunRecord) -> list[Chart]:
     at_step = partial(points, record.metrics)
     facts, by_step = record.facts, partial(draw, axis=STEP)
     entropy, clip = facts.get("unigram_entropy"), facts.get("max_grad_norm")
-    guess = Rule("guessing by frequency", entropy) if is_number(entropy) and _learns_all(facts) else None
+    learns_all = facts.get("stage") == "pretrain"
+    guess = Rule("guessing by frequency", entropy) if is_number(entropy) and learns_all else None
     level = Rule(f"clipped at {to_short(clip)}", clip) if is_number(clip) and clip > 0 else None
-    evaluated = "held-out data" if facts.get("evaluation") else "some training rows"
-    losses = [Series("training", at_step("loss")), Series(evaluated, at_step("eval_loss"), dots=True)]
-    accuracies = [
-        Series("training", at_step("token_accuracy")),
-        Series(evaluated, at_step("eval_token_accuracy"), dots=True),
-    ]
-    found = [by_step(LOSS, losses, rule=guess), by_step(ACCURACY, accuracies)]
+
+    def both(key: str) -> list[Series]:
+        evaluation = Series(_evaluated(record), at_step(f"eval_{key}"), dots=True)
+        return [Series("training", at_step(key)), evaluation]
+
+    found = [by_step(LOSS, both("loss"), rule=guess), by_step(ACCURACY, both("token_accuracy"))]
     found.append(by_step(GRADIENT, [Series("gradient norm", at_step("grad_norm"))], rule=level))
     for key, style in SINGLE.items():
         values = at_step(key)
@@ -139,24 +140,19 @@ def _environment() -> Any:
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 
 
-def _learns_all(facts: Mapping[str, Any]) -> bool:
-    return facts.get("stage") == "pretrain"
-
-
-LABELLED = {"row", "place", "tokens", "targets", "shown", "flags", "turns"}
-
-
 def _error(record: RunRecord) -> str:
     said = record.facts.get("error") or ""
     return " ".join(map(str, said)) if isinstance(said, list) else str(said)
 
 
+def _evaluated(record: RunRecord) -> str:
+    return "held-out data" if record.facts.get("evaluation") else "some training rows"
+
+
 def _about(record: RunRecord) -> Iterator[tuple[str, str]]:
     facts = record.facts
-    names = {"recipe": "recipe", "stage": "stage", "model": "model", "format": "format", "started": "started"}
-    for key, name in names.items():
-        if facts.get(key):
-            yield name, str(facts[key])
+    names = ("recipe", "stage", "model", "format", "started")
+    yield from ((name, str(facts[name])) for name in names if facts.get(name))
     if is_number(facts.get("parameters")):
         trained = facts.get("trained_parameters")
         part = f", {trained:,} trained" if is_number(trained) and trained != facts["parameters"] else ""
@@ -171,11 +167,10 @@ def _about(record: RunRecord) -> Iterator[tuple[str, str]]:
 
 def _tiles(record: RunRecord) -> Iterator[Tile]:
     facts, figures = record.facts, final_figures(record)
-    evaluated = "held-out data" if facts.get("evaluation") else "some training rows"
     for name, key, form in (("Loss", "loss", to_loss), ("Token accuracy", "token_accuracy", to_percent)):
-        if f"{key}_after" in figures:
+        if {f"{key}_before", f"{key}_after"} <= set(figures):
             before, after = figures[f"{key}_before"], figures[f"{key}_after"]
-            yield Tile(name, f"{form(before)} → {form(after)}", evaluated)
+            yield Tile(name, f"{form(before)} → {form(after)}", _evaluated(record))
         elif f"training_{key}" in figures:
             yield Tile(name, form(figures[f"training_{key}"]), "training data")
     if "steps_done" in figures:

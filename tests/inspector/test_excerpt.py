@@ -4,31 +4,44 @@ import json
 
 import numpy as np
 import pytest
-from helpers import EOS, PAD, X, build_recipe, byte_tokenizer
+from helpers import PAD, X, build_recipe, byte_tokenizer
 
 from hf_clm.data.build import build_split, load_examples
+from hf_clm.data.store import HEAD
 from hf_clm.inspector.documents import Reader
 from hf_clm.inspector.excerpt import to_entries, write_excerpt
 from hf_clm.inspector.rows import Document, Row, Vocabulary
-from hf_clm.parts import build_collator
+from hf_clm.parts import build_collator, training_arguments
 from hf_clm.tokenizer import use_chat_template
+from hf_clm.training.prepare import prepare
 
 VOCABULARY = Vocabulary(byte_tokenizer())
 
 
+def read(folder, records, *, stage="sft", data=None):
+    """A reader of the records, and the collator of their recipe."""
+    train = {"per_device_train_batch_size": 1}
+    recipe = build_recipe(folder, records, stage=stage, data=data or {}, train=train)
+    tokenizer = byte_tokenizer()
+    use_chat_template(tokenizer, "chatml")
+    examples = load_examples(recipe.data.train, recipe.data)
+    split = build_split(examples, recipe, tokenizer=tokenizer, stage=stage)
+    return Reader(split, tokenizer, recipe=recipe), build_collator(recipe, tokenizer)
+
+
+def read_lines(folder):
+    return [json.loads(line) for line in (folder / "x.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def test_a_document_is_its_counts_and_its_turns_in_runs_of_one_style(tmp_path):
     records = [{"instruct": f"ask {n}", "input": "", "label": "ok"} for n in range(3)]
-    recipe = build_recipe(tmp_path, records)
-    examples = load_examples(recipe.data.train, recipe.data)
-    tokenizer = byte_tokenizer()
-    reader = Reader(build_split(examples, recipe, tokenizer=tokenizer, stage="sft"), tokenizer, recipe=recipe)
+    reader, collate = read(tmp_path, records)
 
-    write_excerpt(tmp_path / "x.jsonl", reader, collate=build_collator(recipe, tokenizer))
+    write_excerpt(tmp_path / "x.jsonl", reader, collate=collate)
 
-    lines = (tmp_path / "x.jsonl").read_text().splitlines()
-    assert len(lines) == 2
-    assert json.loads(lines[1]) == {
-        "row": 1,
+    entries = read_lines(tmp_path)
+    assert len(entries) == 3
+    assert entries[1] == {
         "place": f"{tmp_path}/rows.jsonl:2",
         "tokens": 9,
         "targets": 3,
@@ -41,14 +54,41 @@ def test_a_document_is_its_counts_and_its_turns_in_runs_of_one_style(tmp_path):
     }
 
 
-def test_a_long_row_is_shown_to_its_800th_token():
-    ids = np.array([65] * 799 + [66] * 9 + [EOS])
-    row = Row(0, ids, ids, (Document(0, 799), Document(799, 808), Document(808, 809)))
+def test_a_long_document_is_shown_to_its_400th_token():
+    ids = np.array([65] * 399 + [66] * 9)
+    row = Row(0, ids, ids, (Document(0, 408),))
 
-    entries = list(to_entries([row], VOCABULARY))
+    (entry,) = to_entries([row], VOCABULARY)
 
-    assert [(entry["tokens"], entry["shown"]) for entry in entries] == [(799, 799), (9, 1)]
-    assert entries[1]["turns"] == [["", [["trained", "B"]]]]
+    assert (entry["tokens"], entry["targets"], entry["shown"]) == (408, 408, 400)
+    assert entry["turns"] == [["", [["trained", "A" * 399 + "B"]]]]
+
+
+def test_five_documents_are_shown_and_none_that_takes_long_to_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_clm.inspector.excerpt.LONGEST", 10)
+    labels = ["ok", "y" * 20, "ok", "ok", "ok", "ok", "ok"]
+    reader, collate = read(tmp_path, [{"instruct": "ask", "input": "", "label": text} for text in labels])
+
+    write_excerpt(tmp_path / "x.jsonl", reader, collate=collate)
+
+    assert [entry["place"].rpartition(":")[2] for entry in read_lines(tmp_path)] == ["1", "3", "4", "5", "6"]
+
+
+def test_a_prepared_set_is_not_read_again(tmp_path):
+    """Only its first examples are kept with it; packing lays others into its first rows."""
+    records = [{"instruct": "ask", "input": "", "label": "y" * (n % 40 + 1)} for n in range(HEAD + 50)]
+    recipe = build_recipe(tmp_path, records, data={"packing": "best_fit", "cache_dir": str(tmp_path / "c")})
+    tokenizer = byte_tokenizer()
+    arguments = training_arguments(recipe)
+    prepare(recipe, tokenizer, arguments=arguments)
+    again = prepare(recipe, tokenizer, arguments=arguments)
+    (tmp_path / "rows.jsonl").unlink()
+    reader = Reader(again.splits["train"], tokenizer, recipe=recipe)
+
+    write_excerpt(tmp_path / "x.jsonl", reader, collate=build_collator(recipe, tokenizer))
+
+    assert again.proof.facts["prepared"]["from_cache"] is True
+    assert [entry["targets"] for entry in read_lines(tmp_path)] == [2, 3, 4, 5, 6]
 
 
 def test_what_steers_text_is_spelled_and_padding_is_left_out():
@@ -78,17 +118,11 @@ SETTINGS = [
 @pytest.mark.parametrize(("stage", "record", "data"), SETTINGS)
 def test_every_kind_of_set_has_first_rows(tmp_path, stage, record, data):
     """A run writes them before its first step: what fails here would stop it."""
-    recipe = build_recipe(tmp_path, [record] * 5, stage=stage, data=data)
-    tokenizer = byte_tokenizer()
-    use_chat_template(tokenizer, "chatml")
-    split = build_split(
-        load_examples(recipe.data.train, recipe.data), recipe, tokenizer=tokenizer, stage=stage
-    )
-    reader = Reader(split, tokenizer, recipe=recipe)
+    reader, collate = read(tmp_path, [record] * 5, stage=stage, data=data)
 
-    write_excerpt(tmp_path / "x.jsonl", reader, collate=build_collator(recipe, tokenizer))
+    write_excerpt(tmp_path / "x.jsonl", reader, collate=collate)
 
-    entries = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert {entry["row"] for entry in entries} <= {0, 1}
-    assert entries[0]["turns"]
+    entries = read_lines(tmp_path)
+    assert len(entries) == 5
+    assert all(entry["turns"] for entry in entries)
     assert sum(entry["targets"] for entry in entries) > 0

@@ -163,7 +163,7 @@ def test_the_report_shows_the_whole_run(run):
         *("Loss", "Token accuracy", "Gradient norm", "Learning rate", "Throughput", "MFU", "Memory"),
     ]
     assert re.findall("step ([0-9])</span>", text) == ["0", "4", "8"]  # the samples
-    assert text.count('<span class="t trained control">&lt;|endoftext|&gt;</span>') == 2  # two label rows
+    assert text.count('<span class="t trained control">&lt;|endoftext|&gt;</span>') == 5  # the label rows
     assert "the labels of all" not in text and "all 8 rows are certified, sha256 " in text
 
 
