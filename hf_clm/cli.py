@@ -1,19 +1,17 @@
 """The command line: each subcommand loads a recipe or a run, calls one function, and prints."""
 
-import argparse
 import errno
 import importlib.util
 import io
 import json
-import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from hf_clm.errors import ExitCode, RecipeError, UserError, did_you_mean
+from hf_clm.options import Parser, add_evaluate_options, add_generate_options, at_least, writable
 from hf_clm.schema import Format, TokenizerKind
 
 ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -104,9 +102,9 @@ def run_config(words: list[str]) -> None:
 
 def run_inspect(words: list[str]) -> None:
     """RECIPE|RUN [--key value ...]: show what is trained, token by token, as the model gets it"""
-    parser = _Parser("hf-clm inspect")
+    parser = _parser("inspect")
     parser.add_argument("target", help="a recipe, or a run's folder")
-    parser.add_argument("--rows", type=_at_least(0), default=5, help="rows to print (%(default)s)")
+    parser.add_argument("--rows", type=at_least(0), default=5, help="rows to print (%(default)s)")
     parser.add_argument("--html", nargs="?", const="labels.html", help="also write a page (%(const)s)")
     parser.add_argument("--split", choices=("train", "eval"), default="train", help="(%(default)s)")
     parser.add_argument("--worst", action="store_true", help="look at all rows; those with flags first")
@@ -121,7 +119,7 @@ def run_inspect(words: list[str]) -> None:
 
 def run_doctor(words: list[str]) -> int:
     """RECIPE [--key value ...]: find what would go wrong, and the memory it takes, without a step"""
-    parser = _Parser("hf-clm doctor")
+    parser = _parser("doctor")
     parser.add_argument("recipe")
     parser.add_argument("--no_measure", action="store_true", help="only estimate the memory")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -139,7 +137,9 @@ def run_doctor(words: list[str]) -> int:
 
 def run_generate(words: list[str]) -> None:
     """RUN --prompt TEXT: let a model answer, with the prompt format and stop tokens of its training"""
-    options = _generate_parser().parse_args(words)
+    parser = _parser("generate")
+    add_generate_options(parser)
+    options = parser.parse_args(words)
     _quiet_libraries()
     from hf_clm.generation.command import generate_from_run
 
@@ -163,8 +163,8 @@ def run_chat(words: list[str]) -> None:
     """RUN: talk with a model, with the prompt format and stop tokens of its training"""
     from hf_clm.generation.options import add_chat_options
 
-    parser = _Parser("hf-clm chat")
-    add_chat_options(parser, number=_at_least)
+    parser = _parser("chat")
+    add_chat_options(parser, number=at_least)
     options = parser.parse_args(words)
     _quiet_libraries()
     from hf_clm.generation.chat import chat
@@ -181,8 +181,8 @@ def run_serve(words: list[str]) -> None:
     """RUN: answer over HTTP as OpenAI's API does, with a page for a browser"""
     from hf_clm.generation.options import add_serve_options
 
-    parser = _Parser("hf-clm serve")
-    add_serve_options(parser, number=_at_least)
+    parser = _parser("serve")
+    add_serve_options(parser, number=at_least)
     options = parser.parse_args(words)
     _quiet_libraries()
     from hf_clm.generation.serve import serve
@@ -192,8 +192,10 @@ def run_serve(words: list[str]) -> None:
 
 def run_evaluate(words: list[str]) -> None:
     """RUN DATA...: loss, perplexity, bits per byte, token accuracy, answers or choices"""
-    options = _evaluate_parser().parse_args(words)
-    page = _writable(options.html, "--html") if options.html else None
+    parser = _parser("evaluate")
+    add_evaluate_options(parser)
+    options = parser.parse_args(words)
+    page = writable(options.html, "--html") if options.html else None
     _quiet_libraries()
     from hf_clm.evaluation.command import evaluate_run
     from hf_clm.evaluation.table import to_lines
@@ -206,15 +208,40 @@ def run_evaluate(words: list[str]) -> None:
     print(json.dumps(found, ensure_ascii=False) if options.json else "\n".join(to_lines(found)))
 
 
+def run_report(words: list[str]) -> None:
+    """RUN: write a run's report.html again, as far as an interrupted run came"""
+    parser = _parser("report")
+    parser.add_argument("run", help="the folder of a run")
+    options = parser.parse_args(words)
+    from hf_clm.report.page import write_report
+
+    record = write_report(options.run)
+    counts = f"{len(record.metrics):,} log events, {len(record.samples):,} samples, status {record.status}"
+    print(f"wrote {record.folder / 'report.html'}: {counts}")
+    if record.unreadable:
+        print(f"left out: unreadable lines of its logs: {record.unreadable}")
+
+
+def run_compare(words: list[str]) -> None:
+    """RUN RUN [RUN ...]: figures side by side, what tells the recipes apart, and the curves in one page"""
+    parser = _parser("compare")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
+    parser.add_argument("--html", default="compare.html", help="the page to write (%(default)s)")
+    options = parser.parse_args(words)
+    from hf_clm.report.compare import compare
+
+    print("\n".join([*compare(options.runs, path=options.html).to_lines(), "", f"wrote {options.html}"]))
+
+
 def run_merge(words: list[str]) -> None:
     """RUN --output_dir FOLDER: write a plain model of a LoRA run, and prove that it is the same"""
-    parser = _Parser("hf-clm merge")
+    parser = _parser("merge")
     parser.add_argument("run", help="the folder of a run with lora, or one of its checkpoints")
     parser.add_argument("--output_dir", required=True, help="the folder to write")
     kinds = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=kinds, help="of the merged weights; default: the base model's")
     parser.add_argument(
-        "--tolerance", type=_at_least(0.0), help="largest difference, as a share of the largest logit"
+        "--tolerance", type=at_least(0.0), help="largest difference, as a share of the largest logit"
     )
     parser.add_argument("--prompts", help="compare on these, as --file of generate; default: the run's data")
     options = parser.parse_args(words)
@@ -226,16 +253,16 @@ def run_merge(words: list[str]) -> None:
 
 def run_bench(words: list[str]) -> None:
     """RECIPE [--key value ...]: measure the speed of a recipe on this machine; nothing it trains is kept"""
-    parser = _Parser("hf-clm bench")
+    parser = _parser("bench")
     parser.add_argument("recipe")
-    parser.add_argument("--steps", type=_at_least(5), default=30, help="to measure (%(default)s)")
+    parser.add_argument("--steps", type=at_least(5), default=30, help="to measure (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     options, overrides = parser.parse_known_args(words)
     from hf_clm.bench.command import bench
     from hf_clm.config import load_recipe
 
     recipe = load_recipe(options.recipe, overrides)
-    path = _writable(options.json, "--json") if options.json else None
+    path = writable(options.json, "--json") if options.json else None
     found = bench(recipe, steps=options.steps, say=lambda line: print(line, flush=True))
     print("\n".join(found.to_lines()))
     if path:
@@ -244,13 +271,13 @@ def run_bench(words: list[str]) -> None:
 
 def run_train_tokenizer(words: list[str]) -> None:
     """DATA... --output_dir FOLDER: train a tokenizer"""
-    parser = _Parser("hf-clm train-tokenizer")
+    parser = _parser("train-tokenizer")
     parser.add_argument("data", nargs="+", help="files, globs, folders, or datasets on the Hub")
     parser.add_argument("--output_dir", required=True, help="the folder to write")
     parser.add_argument("--kind", choices=get_args(TokenizerKind), default="bpe", help="(%(default)s)")
-    parser.add_argument("--vocab_size", type=_at_least(258), default=4096, help="tokens (%(default)s)")
+    parser.add_argument("--vocab_size", type=at_least(258), default=4096, help="tokens (%(default)s)")
     parser.add_argument(
-        "--min_frequency", type=_at_least(1), default=2, help="of a pair that is merged (%(default)s)"
+        "--min_frequency", type=at_least(1), default=2, help="of a pair that is merged (%(default)s)"
     )
     parser.add_argument("--pad_token", default="<|pad|>", help="(%(default)s)")
     parser.add_argument("--format", choices=get_args(Format), help="of the data; default: told from the keys")
@@ -277,111 +304,16 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "chat": run_chat,
     "serve": run_serve,
     "evaluate": run_evaluate,
+    "report": run_report,
+    "compare": run_compare,
     "merge": run_merge,
     "bench": run_bench,
     "train-tokenizer": run_train_tokenizer,
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Without abbreviations, and with our one-line errors."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, description=(COMMANDS[prog.split()[1]].__doc__ or ""), allow_abbrev=False)
-
-    def error(self, message: str) -> Any:
-        known = [option for action in self._actions for option in action.option_strings]
-        unknown = next((word for word in message.split() if word.startswith("--")), "")
-        raise RecipeError(
-            message + (did_you_mean(unknown, known) if unknown not in known else ""), where=self.prog
-        )
-
-
-def _generate_parser() -> _Parser:
-    parser = _Parser("hf-clm generate")
-    parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
-    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    parser.add_argument("--input", default="", help="the input that belongs to an instruction")
-    parser.add_argument("--file", help="prompts: a txt file with one a line, or records in the run's format")
-    parser.add_argument(
-        "--raw", action="store_true", help="take the prompt as it is, without the run's format"
-    )
-    parser.add_argument("--max_new_tokens", type=_at_least(1), help="default: 256, or what fits")
-    parser.add_argument("--temperature", type=_at_least(0.0), default=0.0, help="0 is greedy (%(default)s)")
-    parser.add_argument("--top_k", type=_at_least(1), help="sample among the k likeliest tokens")
-    parser.add_argument(
-        "--top_p",
-        type=_at_least(0.0, most=1.0),
-        help="sample among the likeliest tokens of this total probability",
-    )
-    parser.add_argument("--num_beams", type=_at_least(1), default=1, help="beam search (%(default)s)")
-    parser.add_argument(
-        "--no_repeat_ngram_size", type=_at_least(0), default=0, help="repeat no n tokens (0: off)"
-    )
-    parser.add_argument("--repetition_penalty", type=_at_least(0.01), default=1.0, help="(%(default)s)")
-    parser.add_argument(
-        "--stop", action="append", default=[], help="a text that ends the answer; may be repeated"
-    )
-    parser.add_argument("--batch_size", type=_at_least(1), default=16, help="prompts at once (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
-    return parser
-
-
-def _evaluate_parser() -> _Parser:
-    parser = _Parser("hf-clm evaluate")
-    parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
-    parser.add_argument("data", nargs="+", help="files, globs, folders, or datasets on the Hub")
-    parser.add_argument("--format", choices=get_args(Format), help="of the data; default: told from the keys")
-    parser.add_argument(
-        "--stage", choices=("pretrain", "sft"), help="what counts as target; default: the run's own"
-    )
-    parser.add_argument("--max_length", type=_at_least(2), help="tokens in a row; default: the run's own")
-    parser.add_argument(
-        "--batch_size", type=_at_least(1), default=8, help="rows at once; changes no figure (%(default)s)"
-    )
-    parser.add_argument("--choices", help="yes,no: which of them is likeliest; of two the first is positive")
-    by = "compare the sum of a choice's log-probabilities, or the mean a token (%(default)s)"
-    parser.add_argument("--choices_by", choices=("sum", "mean"), default="sum", help=by)
-    parser.add_argument(
-        "--max_new_tokens", type=_at_least(1), help="of an answer; default: 256, or what fits"
-    )
-    answers = parser.add_mutually_exclusive_group()
-    asks = "also with choices; adds chrF and BLEU (extra eval), and prompt, target and answer to --json"
-    answers.add_argument("--generate", action="store_true", help=asks)
-    answers.add_argument("--no_generate", action="store_true", help="leave out the generated answers")
-    parser.add_argument(
-        "--html", metavar="FILE", help="also write a page: the loss of each token, worst rows first"
-    )
-    parser.add_argument("--rows", type=_at_least(1), default=20, help="rows on the page (%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser
-
-
-def _at_least(least: float, *, most: float = math.inf) -> Callable[[str], float]:
-    """Reads a number of the kind of ``least`` that is neither smaller than it nor greater than ``most``."""
-    kind = type(least)
-
-    def read(text: str) -> float:
-        value = kind(text)
-        if not least <= value <= most:
-            expected = f"{least} or more" if most == math.inf else f"{least} to {most}"
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
-        return value
-
-    read.__name__ = kind.__name__  # argparse says "invalid int value"
-    return read
-
-
-def _writable(name: str, option: str) -> Path:
-    """The path of a file to write. Raises RecipeError now for one that could not be written after minutes."""
-    path = Path(name)
-    if path.is_dir() or not path.parent.is_dir():
-        fix = "name a file in a folder that is there"
-        raise RecipeError("cannot be written", where=option, got=name, fix=fix)
-    return path
+def _parser(command: str) -> Parser:
+    return Parser(f"hf-clm {command}", COMMANDS[command].__doc__ or "")
 
 
 def _recipe_words(words: list[str], command: str) -> tuple[str | None, list[str]]:

@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import resource
+import sys
 import time
 from pathlib import Path
 
@@ -56,6 +58,14 @@ def measure_peak(device: torch.device, dtype: torch.dtype, *, seconds: float = 0
         _synchronize(device)
         count += 1
     return count * 2 * size**3 / max(elapsed, 1e-9)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process held at most so far: on the device, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kib = 1 if sys.platform == "darwin" else 1024  # getrusage(2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
 
 
 def settle_cpu(local_processes: int) -> None:

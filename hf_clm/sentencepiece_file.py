@@ -3,6 +3,7 @@
 Source: ``ModelProto`` of github.com/google/sentencepiece, src/sentencepiece_model.proto
 """
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,11 @@ def load_sentencepiece(path: str) -> PreTrainedTokenizerFast:
 
 def _read(path: str) -> Any:
     try:
-        from sentencepiece import sentencepiece_model_pb2
+        library: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     except ImportError as error:
         what, fix = "needs the package sentencepiece", "pip install 'hf_clm[sentencepiece]'"
         raise ModelError(what, where=f"tokenizer {path}", fix=fix) from error
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
+    proto = library.ModelProto()
     try:
         proto.ParseFromString(Path(path).read_bytes())
     except Exception as error:  # protobuf's own DecodeError, which moves with its releases

@@ -20,7 +20,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 LAYERS = [
     {"errors"},
     {"schema", "hardware", "flops"},
-    {"trainer_fields", "recipe_text", "recipe_faults", "template", "recipe_sections"},
+    {"trainer_fields", "recipe_text", "recipe_faults", "template", "recipe_sections", "options"},
     {"config"},
     {
         "hub",
@@ -37,9 +37,9 @@ LAYERS = [
     {"generation"},
     {"evaluation"},
     {"parts"},
-    {"inspector", "doctor"},  # the doctor and the guard's page come before a step: training calls them
+    {"inspector", "doctor", "report"},  # checks before a step, and the pages of a run: training calls them
     {"training"},
-    {"report", "bench", "merge"},
+    {"bench", "merge"},
     {"cli"},
     {"__main__"},
 ]
@@ -77,6 +77,8 @@ CALLED_BY_OTHERS = {
     "hf_clm.training.callbacks:ProgressCallback.on_train_begin",
     "hf_clm.training.callbacks:ProgressCallback.on_train_end",
     "hf_clm.training.callbacks:SamplesCallback.on_epoch_end",
+    "hf_clm.training.callbacks:ReportCallback.on_log",
+    "hf_clm.training.callbacks:ReportCallback.on_train_begin",
     "hf_clm.training.callbacks:SamplesCallback.on_step_end",
     "hf_clm.training.callbacks:SamplesCallback.on_train_begin",
     "hf_clm.training.callbacks:SamplesCallback.on_train_end",

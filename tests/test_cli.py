@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+from report_runs import write_run
 from transformers import TrainingArguments
 
 from hf_clm.attention import NAME, register
@@ -121,10 +122,8 @@ def test_help_of_another_command_lists_its_options(name, option, capsys):
 
 
 def test_these_are_all_the_commands():
-    assert (
-        " ".join(COMMANDS)
-        == "train prepare config inspect doctor generate chat serve evaluate merge bench train-tokenizer"
-    )
+    expected = "train prepare config inspect doctor generate chat serve evaluate report compare merge"
+    assert " ".join(COMMANDS) == f"{expected} bench train-tokenizer"
 
 
 @pytest.mark.parametrize(
@@ -554,3 +553,62 @@ def test_data_without_a_target_that_fits_are_an_error(learned, capsys, tmp_path)
 
 def test_the_tests_leave_torch_as_they_found_it():
     assert torch.is_grad_enabled()
+
+
+# --- report, compare
+
+
+def test_a_report_is_written_again_of_a_run_that_was_killed_as_it_wrote(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", facts={"status": "running"})
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "lo')
+
+    assert main(["report", str(folder)]) == 0
+
+    assert capsys.readouterr().out.splitlines() == [
+        f"wrote {folder / 'report.html'}: 42 log events, 14 samples, status running",
+        "left out: unreadable lines of its logs: 1",
+    ]
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert 'http-equiv="refresh"' not in text
+
+
+def test_runs_are_compared_in_the_terminal_and_in_a_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        write_run(tmp_path / name, facts={"loss_after": {"a": 1.25, "b": 1.5}[name]})
+
+    assert main(["compare", "a", "b"]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert "loss after             1.2500   1.5000" in lines
+    assert lines[-1] == "wrote compare.html"
+    assert (tmp_path / "compare.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["report", "."], ".: holds no run.json: not a run's folder; fix: name the output folder of a run"),
+        (["report", "nowhere"], "nowhere: no such folder; fix: name the output folder of a run"),
+        (["compare", "a"], "hf-clm compare: needs at least two runs; fix: hf-clm compare RUN RUN [RUN ...]"),
+        (["compare", "nowhere", "."], "nowhere: no such folder; fix: name the output folder of a run"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_one_line(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_a_report_needs_nothing_heavy(tmp_path):
+    folder = write_run(tmp_path / "run")
+    code = (
+        f"import sys; from hf_clm.cli import main; main(['report', {str(folder)!r}]); "
+        "print(sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert done.stdout.splitlines()[-1] == "[]"

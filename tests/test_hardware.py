@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,3 +73,17 @@ def test_glibc_takes_the_settings():
 def test_the_measured_peak_is_that_of_a_matrix_product():
     assert hardware.measure_peak(torch.device("cpu"), torch.float32, seconds=0.05) > 1e8
     assert hardware.nominal_peak(torch.device("cpu")) is None
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
+def test_the_peak_of_the_memory_rises_with_what_is_held_and_stays():
+    status = Path("/proc/self/status").read_text().splitlines()
+    resident = next(line for line in status if line.startswith("VmRSS"))
+    before = hardware.peak_memory(torch.device("cpu"))
+
+    held = b"x" * (before - int(resident.split()[1]) * 1024 + 64_000_000)
+    during = hardware.peak_memory(torch.device("cpu"))
+    del held
+
+    assert 40_000_000 < during - before < 90_000_000
+    assert hardware.peak_memory(torch.device("cpu")) == during

@@ -5,7 +5,6 @@ Both are made of the parts of a run, and train with its CLMTrainer.
 
 import math
 import pickle
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ from hf_clm.data.packing import PackedDataset
 from hf_clm.data.store import write_store
 from hf_clm.doctor.memory import free_memory
 from hf_clm.errors import UserError
-from hf_clm.hardware import measure_peak, nominal_peak, settle_cpu
+from hf_clm.hardware import measure_peak, nominal_peak, peak_memory, settle_cpu
 from hf_clm.parts import build_model, build_model_config, build_tokenizer_aside, training_arguments
 from hf_clm.training.prepare import prepare
 from hf_clm.training.proof import Proof, prove_data, prove_model
@@ -150,7 +149,6 @@ def measure_speed(task: Task) -> Trial:
     trainer.train()
     found = [_to_figures(before, after) for before, after in pairwise(windows.logs)]
     middle = sorted(found, key=lambda figures: figures["tokens_per_second"])[len(found) // 2]
-    kib = 1 if sys.platform == "darwin" else 1024  # of getrusage
     return Trial(
         arguments.train_batch_size,
         arguments.gradient_accumulation_steps,
@@ -158,9 +156,7 @@ def measure_speed(task: Task) -> Trial:
         tokens_per_second=middle["tokens_per_second"],
         target_tokens_per_second=middle["target_tokens_per_second"],
         flops_per_second=middle["mfu"] * trainer.peak_flops,
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
-        if on_cpu
-        else torch.cuda.max_memory_allocated(arguments.device),
+        peak_bytes=peak_memory(arguments.device),
         limit_bytes=limit,
     )
 

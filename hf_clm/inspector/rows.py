@@ -27,6 +27,7 @@ FLAGS = {
     "merged border": "tokenized as one string, a token would span prompt and target",
 }
 FORMATS_OF_TEXT = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories of Unicode that steer a terminal or hide text
+Atom = tuple[str, str]  # text, style
 JOINERS = "\u200c\u200d"  # inside emoji and Persian words; they steer nothing
 
 
@@ -155,6 +156,19 @@ class Vocabulary:
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):  # SentencePiece's byte fallback
             return bytes.fromhex(byte[1])
         return token.replace("▁", " ").encode()
+
+
+def to_atoms(row: Row, tokens: tuple[int, int], *, vocabulary: Vocabulary) -> Iterator[Atom]:
+    """The whole characters of tokens ``first`` to ``last``, as trained, read or mixed, maybe a control."""
+    first, last = tokens
+    trained = row.trained
+    ids = row.input_ids[first:last].tolist()
+    for start, stop, text in vocabulary.to_groups(ids):
+        part = trained[first + start : first + stop]
+        style = "trained" if part.all() else "mixed" if part.any() else "read"
+        if vocabulary.is_control(ids[start]):
+            style += " control"
+        yield text, style
 
 
 def escape(text: str, also: str = "") -> str:

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from itertools import groupby, pairwise
 
-from hf_clm.inspector.rows import Document, Row, Vocabulary, escape
+from hf_clm.inspector.rows import Atom, Document, Row, Vocabulary, escape, to_atoms
 
 RESET = "\x1b[0m"
 # Underlined is what is trained, whatever its colour: so trained white space shows.
@@ -27,8 +27,6 @@ STYLES = {
 }
 TRAINED, MIXED, CONTROL, NEWLINE = "⟦⟧", "⦃⦄", "⟪⟫", "↵"
 RESERVED = TRAINED + MIXED + CONTROL + NEWLINE  # escaped where content holds one
-
-Atom = tuple[str, str]  # text, style
 
 
 def to_lines(row: Row, vocabulary: Vocabulary, *, width: int, colors: bool) -> list[str]:
@@ -102,14 +100,7 @@ def _document_blocks(
 
 
 def _token_atoms(row: Row, tokens: tuple[int, int], *, vocabulary: Vocabulary) -> Iterator[Atom]:
-    first, last = tokens
-    trained = row.trained
-    ids = row.input_ids[first:last].tolist()
-    for start, stop, text in vocabulary.to_groups(ids):
-        part = trained[first + start : first + stop]
-        style = "trained" if part.all() else "mixed" if part.any() else "read"
-        if vocabulary.is_control(ids[start]):
-            style += " control"
+    for text, style in to_atoms(row, tokens, vocabulary=vocabulary):
         yield _shown(text), style
 
 

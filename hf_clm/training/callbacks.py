@@ -1,4 +1,4 @@
-"""What a run shows and writes while it trains: progress, metrics.jsonl, samples.jsonl."""
+"""What a run shows and writes while it trains: progress, metrics.jsonl, samples.jsonl, report.html."""
 
 import json
 import time
@@ -9,6 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_clm.errors import UserError
+from hf_clm.report.figures import to_duration
 
 # What a progress line shows of a log event, and how.
 SHOWN = {
@@ -23,6 +26,9 @@ SHOWN = {
     "eval_train_token_accuracy": ("accuracy", "{:.1%}"),
 }
 
+
+BUDGET = 0.01  # of the time of training, for the report
+GROWTH = 1.5  # a page takes at most so much longer than the one before it
 
 # Figures rather than a bar: in 80 columns there is room for one of them.
 BAR = "step {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]{postfix}"
@@ -79,22 +85,30 @@ class ProgressCallback(TrainerCallback):
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends one JSON object a log event to ``metrics.jsonl``. Rank 0 only."""
+    """Appends one JSON object a log event to ``metrics.jsonl``. Rank 0 only.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Adds the seconds of training, counted on where a run was resumed, and what ``measure_memory`` returns:
+    the bytes that the process held at most so far.
+    """
+
+    def __init__(self, path: Path, *, measure_memory: Callable[[], int]):
+        self.path, self.measure_memory = path, measure_memory
+        self.started = time.monotonic()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            drop_after(self.path, state.global_step)
+            earlier = drop_after(self.path, state.global_step)
+            self.started = time.monotonic() - max((entry.get("seconds", 0) for entry in earlier), default=0)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            append_json(self.path, {"step": state.global_step, **kwargs["logs"]})
+            seconds = round(time.monotonic() - self.started, 3)
+            added = {"seconds": seconds, "peak_memory_bytes": self.measure_memory()}
+            append_json(self.path, {"step": state.global_step, **kwargs["logs"], **added})
 
 
 class SamplesCallback(TrainerCallback):
@@ -197,12 +211,61 @@ def epoch_means(history: list[dict[str, Any]]) -> dict[str, float]:
     return {"epoch": float(epoch), "epoch_loss": loss / steps, "epoch_token_accuracy": correct / targets}
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Drops what an interrupted run wrote behind the checkpoint it goes on from: the steps come again."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+class ReportCallback(TrainerCallback):
+    """Writes the page of a run when training begins, at log events, and when it is closed. Rank 0 only.
+
+    At log events it holds back until all writing since training began is at most BUDGET of the time since.
+    A page that cannot be written (a full disk) is said once and stops nothing.
+    """
+
+    def __init__(self, write: Callable[[], object], *, is_main: bool):
+        self.write, self.is_main = write, is_main
+        self.started = self.spent = self.last = 0.0  # seconds
+        self.has_failed = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.started = time.monotonic()
+        self._write()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        expected = self.spent + GROWTH * self.last
+        if expected <= BUDGET * (time.monotonic() - self.started):
+            self._write()
+
+    def close(self) -> None:
+        """Writes the last page, also of a run that failed: run.json says by now how it ended."""
+        self._write()
+
+    def _write(self) -> None:
+        if not self.is_main:
+            return
+        began = time.monotonic()
+        try:
+            self.write()
+        except (OSError, UserError) as error:
+            if not self.has_failed:
+                write_line(f"warning   the report is not written, and training goes on: {error}")
+            self.has_failed = True
+        self.last = time.monotonic() - began
+        self.spent += self.last
+
+
+def drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops what an interrupted run wrote behind the checkpoint it goes on from: the steps come again.
+
+    Returns the entries that stay.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # splitlines would cut at U+2028 too
+    entries = [(line, json.loads(line)) for line in lines]
+    kept = [(line, entry) for line, entry in entries if entry["step"] <= step]
+    path.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
+    return [entry for _, entry in kept]
 
 
 def append_json(path: Path, entry: dict[str, Any]) -> None:
@@ -214,12 +277,3 @@ def append_json(path: Path, entry: dict[str, Any]) -> None:
 def write_line(line: str) -> None:
     """Prints a line without breaking a progress bar."""
     tqdm.write(line)
-
-
-def to_duration(seconds: float) -> str:
-    """``75`` -> ``"1m15s"``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

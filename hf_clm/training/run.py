@@ -4,6 +4,8 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from hf_clm.doctor.facts import build_facts
 from hf_clm.errors import RecipeError
 from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.generation.generate import generate, to_prompt_example
-from hf_clm.hardware import settle_cpu
+from hf_clm.hardware import peak_memory, settle_cpu
+from hf_clm.inspector.documents import Reader
+from hf_clm.inspector.excerpt import write_excerpt
 from hf_clm.model import takes_targets
 from hf_clm.parts import (
     build_collator,
@@ -35,10 +39,12 @@ from hf_clm.parts import (
     static_shape,
     training_arguments,
 )
+from hf_clm.report.page import write_report
 from hf_clm.training.callbacks import (
     EpochMeansCallback,
     MetricsCallback,
     ProgressCallback,
+    ReportCallback,
     SamplesCallback,
     write_line,
 )
@@ -46,7 +52,7 @@ from hf_clm.training.output import prepare_output_dir, recording_failure, resume
 from hf_clm.training.plots import write_loss_plots
 from hf_clm.training.prepare import prepare
 from hf_clm.training.proof import prove_model, prove_saved
-from hf_clm.training.summary import RunFacts, end_lines, start_lines, versions
+from hf_clm.training.summary import RunFacts, end_lines, start_lines
 from hf_clm.training.trainer import CLMTrainer
 
 EVALUATED_ROWS = 64  # of the training data, where there is no eval set: they show a loss before and after
@@ -55,6 +61,7 @@ EVALUATED_ROWS = 64  # of the training data, where there is no eval set: they sh
 def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     """Trains, saves, returns what run.json holds. Raises UserError before the first step."""
     arguments = training_arguments(recipe)
+    is_main = arguments.process_index == 0
     if arguments.device.type == "cpu":
         settle_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     output_dir = prepare_output_dir(arguments, overwrite=recipe.overwrite)
@@ -70,12 +77,16 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     trainer = build_trainer(model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits)
     facts = RunFacts(recipe, arguments, model, splits, unigram_entropy(splits["train"].rows.rows.labels))
     with arguments.main_process_first(local=False, desc="proving the model"):
-        if arguments.process_index == 0:
+        if is_main:
             write_line("\n".join([*start_lines(facts), *proof.lines]))
             proof.facts |= prove_model(trainer, recipe, split=splits["train"], tokenizer=tokenizer)
             trainer.add_callback(ProgressCallback(is_terminal=is_terminal))
-            trainer.add_callback(MetricsCallback(output_dir / "metrics.jsonl"))
+            memory = partial(peak_memory, arguments.device)
+            trainer.add_callback(MetricsCallback(output_dir / "metrics.jsonl", measure_memory=memory))
             prepared.write_ledger(output_dir / "ledger.parquet")
+            reader = Reader(splits["train"], tokenizer, recipe=recipe)
+            collate = build_collator(recipe, tokenizer)
+            write_excerpt(output_dir / "label_rows.jsonl", reader, collate=collate)
             text = recipe_to_yaml(resolve(recipe, arguments))
             (output_dir / "recipe.yaml").write_text(text, encoding="utf-8")
             write_json(
@@ -84,8 +95,10 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     trainer.add_callback(EpochMeansCallback(output_dir / "metrics.jsonl"))
     if recipe.samples:
         trainer.add_callback(build_samples(facts, trainer, tokenizer=tokenizer))
+    report = ReportCallback(partial(write_report, output_dir, is_live=True), is_main=is_main)
+    trainer.add_callback(report)
     started = time.monotonic()
-    with recording_failure(output_dir / "run.json", is_main=arguments.process_index == 0):
+    with closing(report), recording_failure(output_dir / "run.json", is_main=is_main):
         trainer.train(resume_from_checkpoint=resume_from(arguments))
         return finish(trainer, facts, proof=proof.facts, seconds=time.monotonic() - started)
 
@@ -172,7 +185,6 @@ def finish(trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], secon
             steps=trainer.state.global_step,
             speed={"tokens_per_second": trainer.tokens_per_second, "mfu": trainer.mfu},
         ),
-        "versions": versions(),
         "proof": proof,
     }
     if trainer.is_world_process_zero():

@@ -2,20 +2,22 @@
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_clm.config import Recipe
+from hf_clm.config import Recipe, describe_recipe
 from hf_clm.data.build import Split
+from hf_clm.data.packing import PackedDataset
 from hf_clm.hardware import bf16_instructions
 from hf_clm.model import without_adapters
 from hf_clm.parts import count_steps, rows_per_step
+from hf_clm.report.figures import to_duration
 from hf_clm.template import Template
-from hf_clm.training.callbacks import to_duration
 
 PACKAGES = ("hf_clm", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 
@@ -29,6 +31,7 @@ class RunFacts:
     model: PreTrainedModel
     splits: Mapping[str, Split]
     unigram_entropy: float
+    started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     @property
     def train(self) -> Split:
@@ -86,9 +89,12 @@ class RunFacts:
         return f"{self.arguments.world_size} x {kind}, {self.precision}{chosen}"
 
     def to_json(self) -> dict[str, Any]:
-        """What run.json holds from the start on."""
+        """What run.json holds from the start on; ``origins`` lacks the keys that nobody gave."""
+        origins = {key: origin for key, _, origin in describe_recipe(self.recipe) if origin != "default"}
         return {
+            "started": self.started,
             "recipe": self.recipe.file,
+            "origins": origins,
             "stage": self.recipe.stage,
             "max_length": self.recipe.data.max_length,
             "special_tokens_in_text": self.recipe.data.special_tokens_in_text,
@@ -106,6 +112,8 @@ class RunFacts:
             "device": str(self.arguments.device),
             "precision": self.precision,
             "attention": self.model.config._attn_implementation,  # not always that of the recipe
+            "max_grad_norm": self.arguments.max_grad_norm,
+            "versions": versions(),
         }
 
     def outcome(
@@ -190,7 +198,7 @@ def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:
         lines.append(f"unigram   {facts.unigram_entropy:.4f}")
     return [
         *lines,
-        f"written   {output}: the {saved}, recipe.yaml, run.json, metrics.jsonl, loss.png, loss.pdf",
+        f"written   {output}: the {saved}, recipe.yaml, run.json, metrics.jsonl, loss.png, report.html",
         f'next      hf-clm generate {output} --prompt "..."',
     ]
 
@@ -208,6 +216,7 @@ def _describe(split: Split) -> str:
 
 
 def _count(split: Split) -> dict[str, Any]:
+    packed = {"packing_fill": split.dataset.fill} if isinstance(split.dataset, PackedDataset) else {}
     return {
         "files": split.examples.report.files,
         "input_rows": len(split.examples),
@@ -215,4 +224,5 @@ def _count(split: Split) -> dict[str, Any]:
         "rows": len(split.dataset),
         "tokens": split.tokens,
         "target_tokens": split.target_tokens,
+        **packed,
     }

@@ -31,7 +31,7 @@ from hf_clm.schema import IGNORE_INDEX
 from hf_clm.training.guard import write_diverged
 
 # What is counted since the last log event, in this order.
-TARGETS, CORRECT, TOKENS, PAIRS = range(4)
+TARGETS, CORRECT, TOKENS, PAIRS, PLACES = range(5)
 # What the collator makes for a TargetLoss; the loss of a model itself takes the labels of all positions.
 OF_TARGETS = ("logits_to_keep", "shift_labels")
 WATCHED = "eval_train"
@@ -41,10 +41,10 @@ class CLMTrainer(Trainer):
     """A ``transformers.Trainer`` for causal language models.
 
     Adds to each log event: token_accuracy, tokens_seen, target_tokens_seen, tokens_per_second (real tokens of
-    all processes). Evaluation sums over tokens, so its loss is the same for every batch size. Raises
-    DivergedError before the optimizer step that a NaN or Inf would spoil. Saves no training_args.bin, and a
-    model that uses its KV cache. Computes the loss at the targets only (``hf_clm/loss.py``), unless the
-    model needs its own (``own_loss`` says why).
+    all processes), padding_share. Evaluation sums over tokens, so its loss is the same for every batch size.
+    Raises DivergedError before the optimizer step that a NaN or Inf would spoil. Saves no training_args.bin,
+    and a model that uses its KV cache. Computes the loss at the targets only (``hf_clm/loss.py``), unless
+    the model needs its own (``own_loss`` says why).
 
     Args:
         z_loss: see LossOptions.
@@ -64,7 +64,7 @@ class CLMTrainer(Trainer):
         if self.train_dataset is not None and not self.args.dataloader_drop_last:
             self.train_dataset = self._even(self.train_dataset, self.args.train_batch_size)
         self.add_callback(EpochCallback(self))
-        self._counts = torch.zeros(4, dtype=torch.int64, device=self.args.device)
+        self._counts = torch.zeros(5, dtype=torch.int64, device=self.args.device)
         self._counted_since = time.monotonic()
         self._timed = (0, 0.0)  # tokens and seconds of this session, without evaluation, samples and saving
         self._computed = 0.0  # FLOP in that time
@@ -102,6 +102,7 @@ class CLMTrainer(Trainer):
             tokens, pairs = _count_tokens(inputs)
             self._counts[TOKENS] += tokens
             self._counts[PAIRS] += pairs
+            self._counts[PLACES] += inputs["input_ids"].numel()
         return (loss, outputs) if return_outputs else loss
 
     def _measure(
@@ -293,6 +294,7 @@ class CLMTrainer(Trainer):
             "target_tokens_seen": before.get("target_tokens_seen", 0) + counts[TARGETS],
             "tokens_per_second": counts[TOKENS] / seconds,
             "mfu": flops / seconds / self.peak_flops,
+            "padding_share": 1 - counts[TOKENS] / max(1, counts[PLACES]),
         }
 
 

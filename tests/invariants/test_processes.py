@@ -59,6 +59,8 @@ FILES = {
         "ledger.parquet",
         "loss.png",
         "loss.pdf",
+        "label_rows.jsonl",
+        "report.html",
         "checkpoint-4",
         "checkpoint-8",
     ),

@@ -9,6 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from hf_clm.training.callbacks import (
     MetricsCallback,
     ProgressCallback,
+    ReportCallback,
     SamplesCallback,
     append_json,
     drop_after,
@@ -76,14 +77,37 @@ def test_a_terminal_gets_a_bar_instead_of_lines(capsys):
     assert "50/200" in shown.err and "loss 1.2500" in shown.err
 
 
-def test_metrics_are_one_json_object_a_line_and_rank_0_writes_them(tmp_path):
+def test_metrics_are_one_json_object_a_line_and_rank_0_writes_them(tmp_path, monkeypatch):
+    clock = iter([90.0, 100.0, 102.5, 110.0])
+    monkeypatch.setattr("hf_clm.training.callbacks.time.monotonic", lambda: next(clock))
     path = tmp_path / "metrics.jsonl"
+    callback = MetricsCallback(path, measure_memory=lambda: 4096)
 
-    event(MetricsCallback(path), "on_log", step=3, logs={"loss": 1.5})
-    event(MetricsCallback(path), "on_log", step=3, logs={"loss": 9.0}, is_main=False)
-    event(MetricsCallback(path), "on_log", step=4, logs={"eval_loss": 2.0})
+    event(callback, "on_train_begin", step=0)
+    event(callback, "on_log", step=3, logs={"loss": 1.5})
+    event(callback, "on_log", step=3, logs={"loss": 9.0}, is_main=False)
+    event(callback, "on_log", step=4, logs={"eval_loss": 2.0})
 
-    assert path.read_text() == '{"step": 3, "loss": 1.5}\n{"step": 4, "eval_loss": 2.0}\n'
+    assert path.read_text().splitlines() == [
+        '{"step": 3, "loss": 1.5, "seconds": 2.5, "peak_memory_bytes": 4096}',
+        '{"step": 4, "eval_loss": 2.0, "seconds": 10.0, "peak_memory_bytes": 4096}',
+    ]
+
+
+def test_the_seconds_of_a_resumed_run_go_on(tmp_path, monkeypatch):
+    clock = iter([90.0, 100.0, 103.0])
+    monkeypatch.setattr("hf_clm.training.callbacks.time.monotonic", lambda: next(clock))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 4, "seconds": 7.0}\n{"step": 5, "seconds": 9.0}\n')
+    callback = MetricsCallback(path, measure_memory=lambda: 0)
+
+    event(callback, "on_train_begin", step=4)
+    event(callback, "on_log", step=5, logs={})
+
+    assert path.read_text().splitlines() == [
+        '{"step": 4, "seconds": 7.0}',
+        '{"step": 5, "seconds": 10.0, "peak_memory_bytes": 0}',
+    ]
 
 
 def test_samples_are_taken_once_a_step(tmp_path, capsys):
@@ -194,6 +218,83 @@ def test_lines_behind_the_checkpoint_are_dropped_and_so_is_half_a_line(tmp_path)
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 4, "loss": 2.0}\n{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
 
-    drop_after(path, 4)
-
+    assert drop_after(path, 4) == [{"step": 4, "loss": 2.0}]
     assert path.read_text() == '{"step": 4, "loss": 2.0}\n'
+
+
+def test_a_line_separator_in_a_sample_does_not_end_its_line(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    append_json(path, {"step": 1, "text": "a\u2028b\x85c"})
+
+    assert drop_after(path, 1) == [{"step": 1, "text": "a\u2028b\x85c"}]
+
+
+class Clock:
+    """Time that passes where the test says so."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr("hf_clm.training.callbacks.time.monotonic", lambda: self.now)
+
+    def pass_seconds(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_the_report_takes_at_most_one_hundredth_of_the_time(monkeypatch):
+    """Log events every 0.3 seconds; a page takes 0.1 seconds at first, and 10 % longer each time."""
+    clock, written = Clock(monkeypatch), []
+
+    def write():
+        clock.pass_seconds(0.1 * 1.1 ** len(written))
+        written.append(clock.now - 1000)
+
+    callback = ReportCallback(write, is_main=True)
+    event(callback, "on_train_begin", step=0)
+    spent = 0.1
+    for step in range(1, 3000):
+        clock.pass_seconds(0.3)
+        pages = len(written)
+        event(callback, "on_log", step=step)
+        spent += sum(0.1 * 1.1**page for page in range(pages, len(written)))
+        if len(written) > 1:
+            assert spent <= 0.01 * (clock.now - 1000)
+
+    assert written[0] == pytest.approx(0.1)
+    assert 24 < written[1] < 26  # 0.1 seconds were spent, and 0.15 are expected
+    assert len(written) == 23  # 1.1^23 - 1 = 7.95 of 907 seconds; with 1.5 x 0.81 it would be too much
+
+
+def test_the_last_page_is_written_whatever_it_takes(monkeypatch):
+    clock, written = Clock(monkeypatch), []
+    callback = ReportCallback(lambda: written.append(clock.now), is_main=True)
+
+    event(callback, "on_train_begin", step=0)
+    callback.close()
+
+    assert written == [1000.0, 1000.0]
+
+
+def test_other_processes_write_no_report():
+    callback = ReportCallback(lambda: pytest.fail("written"), is_main=False)
+
+    event(callback, "on_train_begin", step=0, is_main=False)
+    event(callback, "on_log", step=1, is_main=False)
+    callback.close()
+
+
+def test_a_full_disk_is_said_once_and_stops_nothing(monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+
+    def write():
+        raise OSError(28, "No space left on device", "run/report.html")
+
+    callback = ReportCallback(write, is_main=True)
+    event(callback, "on_train_begin", step=0)
+    clock.pass_seconds(60)
+    event(callback, "on_log", step=1)
+    callback.close()
+
+    assert capsys.readouterr().out == (
+        "warning   the report is not written, and training goes on: "
+        "[Errno 28] No space left on device: 'run/report.html'\n"
+    )

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_clm.config import Recipe, load_recipe
 from hf_clm.errors import DataError, ExitCode, ModelError, RecipeError
+from hf_clm.training import run as run_module
 from hf_clm.training.run import train
 
 # "say N\n", 6 tokens, is read; N letters and the end are learned: 8 x 6 + 36 + 8 = 92 tokens, 44 targets.
@@ -34,6 +36,8 @@ FILES = {
         "ledger.parquet",
         "loss.png",
         "loss.pdf",
+        "label_rows.jsonl",
+        "report.html",
         "checkpoint-4",
         "checkpoint-8",
     ),
@@ -149,6 +153,50 @@ def test_the_loss_is_drawn(run):
 
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert (int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")) == (1040, 585)
+
+
+def test_the_report_shows_the_whole_run(run):
+    text = (run[0] / "report.html").read_text(encoding="utf-8")
+
+    assert '<span class="status done">done</span>' in text
+    assert 'http-equiv="refresh"' not in text
+    assert re.findall("<figcaption><b>(.*?)</b>", text) == [
+        *("Loss", "Token accuracy", "Gradient norm", "Learning rate", "Throughput", "MFU", "Memory"),
+    ]
+    assert re.findall("step ([0-9])</span>", text) == ["0", "4", "8"]  # the samples
+    assert text.count('<span class="t trained control">&lt;|endoftext|&gt;</span>') == 5  # the label rows
+    assert "the labels of all" not in text and "all 8 rows are certified, sha256 " in text
+
+
+def test_the_report_is_written_from_the_start_and_says_how_a_run_ended(tmp_path, monkeypatch):
+    pages = []
+
+    def interrupt(self, *args, **options):
+        pages.append((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_clm.training.trainer.CLMTrainer.training_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(build_recipe(tmp_path))
+
+    last = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    for text, status, refreshes in ((pages[0], "running", True), (last, "interrupted", False)):
+        assert f'<span class="status {status}">{status}</span>' in text
+        assert ('http-equiv="refresh"' in text) is refreshes
+
+
+def test_a_report_that_cannot_be_written_stops_no_run(tmp_path, capsys, monkeypatch):
+    def fail(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_module, "write_report", fail)
+
+    result = train(build_recipe(tmp_path, train={"max_steps": 2}))
+
+    assert result["status"] == "done"
+    assert capsys.readouterr().out.count("the report is not written, and training goes on") == 1
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_the_start_says_what_will_be_done(run):

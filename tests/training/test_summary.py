@@ -1,5 +1,6 @@
 """The counts that a run announces, on sets small enough to count by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 from helpers import byte_tokenizer, tiny_model, write_jsonl
 from transformers import TrainingArguments
 
-from hf_clm.config import Recipe
+from hf_clm.config import Recipe, load_recipe
 from hf_clm.data.build import build_split, load_splits
 from hf_clm.training.summary import RunFacts, end_lines, start_lines, versions
 
@@ -85,6 +86,22 @@ def test_run_json_begins_with_what_goes_in(tmp_path):
     assert (content["evaluation"], content["unigram_entropy"]) == (None, 0.5)
     assert content["attention"] == "sdpa"
     assert (content["model"], content["parameters"]) == ("some/model", 35360)
+    assert content["max_grad_norm"] == 1.0
+    assert content["versions"]["python"].startswith("3.")
+    assert content["started"].endswith("+00:00")
+
+
+def test_run_json_says_where_each_value_of_the_recipe_was_given(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("stage: sft\nmodel: {name_or_path: m}\ndata: {train: a.jsonl}\ntrain: {output_dir: o}\n")
+    facts = replace(build_facts(tmp_path), recipe=load_recipe(path, ["--data.max_length", "64"]))
+
+    origins = facts.to_json()["origins"]
+
+    assert origins["stage"] == f"{path}:1"
+    assert origins["data.max_length"] == "command line"
+    assert origins["train.lr_scheduler_type"] == "hf_clm default"
+    assert "data.overflow" not in origins
 
 
 def test_rows_that_are_cut_or_dropped_are_said_at_the_start(tmp_path):
@@ -100,6 +117,7 @@ def test_packed_rows_are_counted(tmp_path):
     facts = build_facts(tmp_path, data={"packing": "best_fit", "max_length": 20})
 
     assert "2 packed rows" in "\n".join(start_lines(facts))  # 11 + 9 and 10 + 8
+    assert facts.to_json()["train"]["packing_fill"] == 38 / 40
 
 
 def test_held_out_rows_are_counted_and_named_at_the_end(tmp_path):

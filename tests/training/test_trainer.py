@@ -186,7 +186,7 @@ def test_time_spent_elsewhere_is_not_counted_as_training(tmp_path, monkeypatch):
     trainer = build_trainer(tmp_path, tiny_model(), ROWS)
     monkeypatch.setattr("hf_clm.training.trainer.time.monotonic", lambda: next(clock))
     trainer._counted_since = next(clock)
-    trainer._counts += torch.tensor([4, 2, 24, 50])
+    trainer._counts += torch.tensor([4, 2, 24, 50, 32])
     trainer.peak_flops = 1e6
     trainer._flops = FlopCount(per_token=1000, per_target=2500, per_pair=20)
 
@@ -196,6 +196,7 @@ def test_time_spent_elsewhere_is_not_counted_as_training(tmp_path, monkeypatch):
 
     assert metrics["tokens_per_second"] == 3.0
     assert metrics["token_accuracy"] == 0.5
+    assert metrics["padding_share"] == 0.25  # 24 of 32 places
     assert metrics["mfu"] == trainer.mfu == 35_000 / 8 / 1e6
 
 

@@ -1,0 +1,108 @@
+"""The options of commands, with errors of one line."""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+from hf_clm.errors import RecipeError, did_you_mean
+from hf_clm.schema import Format
+
+
+class Parser(argparse.ArgumentParser):
+    """Without abbreviations, and with our one-line errors."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> Any:
+        """Raises RecipeError, with the nearest option for one that is not known."""
+        known = [option for action in self._actions for option in action.option_strings]
+        unknown = next((word for word in message.split() if word.startswith("--")), "")
+        raise RecipeError(
+            message + (did_you_mean(unknown, known) if unknown not in known else ""), where=self.prog
+        )
+
+
+def add_generate_options(parser: Parser) -> None:
+    """Those of ``hf-clm generate``."""
+    parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--input", default="", help="the input that belongs to an instruction")
+    parser.add_argument("--file", help="prompts: a txt file with one a line, or records in the run's format")
+    parser.add_argument(
+        "--raw", action="store_true", help="take the prompt as it is, without the run's format"
+    )
+    parser.add_argument("--max_new_tokens", type=at_least(1), help="default: 256, or what fits")
+    parser.add_argument("--temperature", type=at_least(0.0), default=0.0, help="0 is greedy (%(default)s)")
+    parser.add_argument("--top_k", type=at_least(1), help="sample among the k likeliest tokens")
+    parser.add_argument(
+        "--top_p",
+        type=at_least(0.0, most=1.0),
+        help="sample among the likeliest tokens of this total probability",
+    )
+    parser.add_argument("--num_beams", type=at_least(1), default=1, help="beam search (%(default)s)")
+    parser.add_argument(
+        "--no_repeat_ngram_size", type=at_least(0), default=0, help="repeat no n tokens (0: off)"
+    )
+    parser.add_argument("--repetition_penalty", type=at_least(0.01), default=1.0, help="(%(default)s)")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="a text that ends the answer; may be repeated"
+    )
+    parser.add_argument("--batch_size", type=at_least(1), default=16, help="prompts at once (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+
+
+def add_evaluate_options(parser: Parser) -> None:
+    """Those of ``hf-clm evaluate``."""
+    parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
+    parser.add_argument("data", nargs="+", help="files, globs, folders, or datasets on the Hub")
+    parser.add_argument("--format", choices=get_args(Format), help="of the data; default: told from the keys")
+    parser.add_argument(
+        "--stage", choices=("pretrain", "sft"), help="what counts as target; default: the run's own"
+    )
+    parser.add_argument("--max_length", type=at_least(2), help="tokens in a row; default: the run's own")
+    parser.add_argument(
+        "--batch_size", type=at_least(1), default=8, help="rows at once; changes no figure (%(default)s)"
+    )
+    parser.add_argument("--choices", help="yes,no: which of them is likeliest; of two the first is positive")
+    by = "compare the sum of a choice's log-probabilities, or the mean a token (%(default)s)"
+    parser.add_argument("--choices_by", choices=("sum", "mean"), default="sum", help=by)
+    parser.add_argument("--max_new_tokens", type=at_least(1), help="of an answer; default: 256, or what fits")
+    answers = parser.add_mutually_exclusive_group()
+    asks = "also with choices; adds chrF and BLEU (extra eval), and prompt, target and answer to --json"
+    answers.add_argument("--generate", action="store_true", help=asks)
+    answers.add_argument("--no_generate", action="store_true", help="leave out the generated answers")
+    parser.add_argument(
+        "--html", metavar="FILE", help="also write a page: the loss of each token, worst rows first"
+    )
+    parser.add_argument("--rows", type=at_least(1), default=20, help="rows on the page (%(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def at_least(least: float, *, most: float = math.inf) -> Callable[[str], float]:
+    """Reads a number of the kind of ``least`` that is neither smaller than it nor greater than ``most``."""
+    kind = type(least)
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most:
+            expected = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value"
+    return read
+
+
+def writable(name: str, option: str) -> Path:
+    """The path of a file to write. Raises RecipeError now for one that could not be written after minutes."""
+    path = Path(name)
+    if path.is_dir() or not path.parent.is_dir():
+        fix = "name a file in a folder that is there"
+        raise RecipeError("cannot be written", where=option, got=name, fix=fix)
+    return path
