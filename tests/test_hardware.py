@@ -1,5 +1,6 @@
 """What is read of the machine, and what is set."""
 
+import mmap
 import platform
 import subprocess
 import sys
@@ -81,9 +82,11 @@ def test_the_peak_of_the_memory_rises_with_what_is_held_and_stays():
     resident = next(line for line in status if line.startswith("VmRSS"))
     before = hardware.peak_memory(torch.device("cpu"))
 
-    held = b"x" * (before - int(resident.split()[1]) * 1024 + 64_000_000)
-    during = hardware.peak_memory(torch.device("cpu"))
-    del held
+    chunks = (before - int(resident.split()[1]) * 1024) // 1_000_000 + 64
+    with mmap.mmap(-1, chunks * 1_000_000) as held:  # new pages: malloc would reuse what was freed
+        for _ in range(chunks):
+            held.write(b"x" * 1_000_000)
+        during = hardware.peak_memory(torch.device("cpu"))
 
     assert 40_000_000 < during - before < 90_000_000
     assert hardware.peak_memory(torch.device("cpu")) == during
