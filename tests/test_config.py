@@ -60,6 +60,7 @@ def test_a_minimal_recipe_has_the_documented_defaults():
     assert recipe.data.train[0].model_dump() == {
         "path": "poems.jsonl",
         "format": None,
+        "limit": None,
         "fields": {},
         "template": None,
         "split": "train",
