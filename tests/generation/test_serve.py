@@ -476,6 +476,25 @@ def test_what_is_under_way_is_answered_before_the_server_ends(tmp_path, with_sig
     assert (code, printed) == (0, "stopped\n")
 
 
+def test_what_takes_too_long_is_told_so_when_the_server_ends(tmp_path):
+    folder = save_folder(tmp_path, endless_model(), byte_tokenizer())
+    with served(folder, "--max_new_tokens", "90000", "--grace_seconds", "0.1") as server:
+        connections = [http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60) for _ in range(2)]
+        body = b'{"prompt": "a", "max_tokens": 90000, "stream": true}'
+        connections[0].request("POST", "/v1/completions", body)
+        streamed = connections[0].getresponse()
+        streamed.read(6)
+        connections[1].request("POST", "/v1/completions", body.replace(b"true", b"false"))
+        wait_until(lambda: metrics(server)["hf_clm_waiting"] == 1)
+        code, printed = server.stop()
+        whole = connections[1].getresponse()
+        replies = [streamed.read().decode().rpartition("data: ")[2], whole.read().decode()]
+
+    assert [json.loads(reply)["error"]["code"] for reply in replies] == ["server_stopping"] * 2
+    assert whole.status == 503
+    assert (code, printed) == (0, "stopped\n")
+
+
 def failure(words: list[str], capsys: Any) -> tuple[int, str]:
     return main(["serve", *words]), capsys.readouterr().err
 
