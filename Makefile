@@ -49,7 +49,7 @@ test: lint  ## Format, lint, types and all tests that need no GPU
 test-peers: $(VENV)/.setup-peers  ## Compare with TRL; installs it. ARGS="-k labels"
 	$(BIN)/python -m pytest -m peer $(ARGS)
 
-test-browser: $(VENV)/.setup-browser  ## The pages of inspect, report and compare in headless Chromium; installs both. ARGS="-k phone"
+test-browser: $(VENV)/.setup-browser  ## The pages of inspect, report, compare, evaluate and serve in headless Chromium; installs both. ARGS="-k phone"
 	@command -v chromium >/dev/null || { \
 	    root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	    { command -v apt-get && $${root:-true} $${root:+-n true}; } >/dev/null 2>&1 \

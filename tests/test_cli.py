@@ -111,7 +111,13 @@ def test_help_of_a_recipe_command_lists_the_keys_of_a_recipe(name, capsys):
 
 @pytest.mark.parametrize(
     ("name", "option"),
-    [("generate", "--top_p"), ("evaluate", "--batch_size"), ("train-tokenizer", "--vocab_size")],
+    [
+        ("generate", "--top_p"),
+        ("chat", "--system"),
+        ("serve", "--max_waiting"),
+        ("evaluate", "--batch_size"),
+        ("train-tokenizer", "--vocab_size"),
+    ],
 )
 def test_help_of_another_command_lists_its_options(name, option, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -153,6 +159,8 @@ def test_these_are_all_the_commands():
         ),
         (["evaluate", "run", "x", "--format", "instrct"], "argument --format: invalid choice: 'instrct'"),
         (["evaluate", "run", "x", "--batch_size", "0"], "argument --batch_size: expected 1 or more, got 0"),
+        (["chat"], "hf-clm chat: the following arguments are required: run"),
+        (["serve", "run", "--port", "70000"], "argument --port: expected 0 to 65535, got 70000"),
         (["evaluate", "run"], "hf-clm evaluate: the following arguments are required: data"),
         (
             ["evaluate", "run", "x", "--stage", "sftt"],

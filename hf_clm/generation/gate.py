@@ -46,7 +46,8 @@ class Gate:
     def _check(self, path: str, headers: dict[str, bytes]) -> None:
         host, origin = (headers.get(name, b"").decode("latin-1") for name in ("host", "origin"))
         if not self._key and _hostname(host) not in self._hosts:
-            raise ApiError(403, f"this server is not called {host!r}", code="wrong_host")
+            what = f"this server is not called {host!r}; with an API key it answers to any name"
+            raise ApiError(403, what, code="wrong_host")
         is_foreign = headers.get("sec-fetch-site") == b"cross-site" and path != "/"
         if is_foreign or (origin and origin.partition("://")[2] != host):
             raise ApiError(403, "pages of other sites may not ask", code="cross_site")

@@ -48,4 +48,10 @@ def add_serve_options(parser: ArgumentParser, *, number: Callable[..., Callable[
     parser.add_argument(
         "--batch_size", type=number(1), default=8, help="answers generated at once (%(default)s)"
     )
+    parser.add_argument(
+        "--grace_seconds",
+        type=number(0.0),
+        default=20.0,
+        help="for answers under way at its end (%(default)s)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")

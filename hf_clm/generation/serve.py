@@ -19,7 +19,7 @@ from typing import Any
 
 from hf_clm.errors import EnvironmentFault, RecipeError
 from hf_clm.generation.gate import Gate
-from hf_clm.generation.load import load_run
+from hf_clm.generation.load import LoadedRun, load_run
 from hf_clm.generation.protocol import ApiError
 from hf_clm.generation.service import Limits, Reply, Service
 from hf_clm.generation.worker import Worker
@@ -29,45 +29,39 @@ PAGE = Path(__file__).with_name("page.html")
 KEY_VARIABLE = "HF_CLM_API_KEY"
 PROMPT_TOKENS = 4096  # unless the caller says otherwise, or the model has fewer positions
 NOT_KEPT = {"Cache-Control": "no-store"}
-GRACE_SECONDS = 30  # for answers that are under way when the server is stopped
 
 
 def serve(options: Namespace, *, say: Callable[[str], None]) -> None:
-    """Answers until Ctrl-C or SIGTERM; what is under way then is answered to its end.
+    """Answers until Ctrl-C or SIGTERM, and then, for ``grace_seconds``, what is under way.
 
     Raises RecipeError for an address of other machines without a key; EnvironmentFault where the packages
     are missing or the address is taken.
     """
-    uvicorn = import_uvicorn()
+    check_packages()
     key = options.api_key or os.environ.get(KEY_VARIABLE, "")
     check_key(options.host, key)
     with listen(options.host, options.port) as listener:
-        app = build_app(options, key, started=lambda: say(f"serving at {to_url(listener)} (Ctrl-C stops)"))
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=GRACE_SECONDS,
-            )
-        )
-        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has stopped
+        run = load_run(options.run, attention="sdpa", device=options.device)
+        worker = Worker(run, batch_size=options.batch_size, max_waiting=options.max_waiting)
+        app = build_app(options, key, worker=worker, run=run)
+        url = to_url(listener)
+        server = build_server(app, worker, grace_seconds=options.grace_seconds)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; uvicorn raises both at its end
+        say(f"serving at {url} (Ctrl-C stops)")  # who connects from now on waits for the server's first turn
         with suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
     say("stopped")
 
 
-def import_uvicorn() -> Any:
-    """The server. Raises EnvironmentFault where it or FastAPI is not installed."""
+def check_packages() -> None:
+    """Raises EnvironmentFault where FastAPI or uvicorn is not installed."""
     try:
         import fastapi
         import uvicorn
     except ImportError as error:
         fix = "pip install 'hf_clm[serve]'"
         raise EnvironmentFault(f"serve needs the package {error.name}", fix=fix) from error
-    assert fastapi
-    return uvicorn
+    assert fastapi and uvicorn
 
 
 def check_key(host: str, key: str) -> None:
@@ -102,19 +96,29 @@ def to_url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def build_app(options: Namespace, key: str, *, started: Callable[[], None]) -> Gate:
-    """The ASGI app: loads the model, and calls ``started`` when it takes requests."""
-    run = load_run(options.run, attention="sdpa", device=options.device)
+def build_server(app: Gate, worker: Worker, *, grace_seconds: float) -> Any:
+    """A server that, when it is told to stop, lets answers end by themselves for ``grace_seconds``."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().call_later(grace_seconds, worker.close)
+            await super().shutdown(sockets)
+
+    quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
+    return Server(uvicorn.Config(app, proxy_headers=False, **quiet))
+
+
+def build_app(options: Namespace, key: str, *, worker: Worker, run: LoadedRun) -> Gate:
+    """The ASGI app of a run."""
     positions = max_positions(run.model.config)
     prompt_tokens = options.max_prompt_tokens or min(PROMPT_TOKENS, (positions or PROMPT_TOKENS + 1) - 1)
-    worker = Worker(run, batch_size=options.batch_size, max_waiting=options.max_waiting)
     name = options.name or Path(options.run).resolve().name
     service = Service(run, worker, name=name, limits=Limits(prompt_tokens, options.max_new_tokens))
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         running = asyncio.create_task(worker.run())
-        started()
         yield
         worker.close()
         await running

@@ -37,6 +37,11 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
 
+    @property
+    def is_greedy(self) -> bool:
+        """True also for a temperature so low that logits divided by it have no number."""
+        return self.temperature < 1e-6
+
 
 def to_sampling(
     temperature: float | None, *, top_k: int | None, top_p: float | None, seed: int | None
@@ -161,7 +166,7 @@ class _Choose(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """(B, V) scores, V the vocabulary; in a sampled row all but the drawn token are -inf."""
         for row, answer in enumerate(self._answers):
-            if answer.sampling.temperature > 0 and not answer.is_done:
+            if not answer.sampling.is_greedy and not answer.is_done:
                 left = _warped(scores[row : row + 1], answer.sampling)
                 if row not in self._states:
                     self._states[row] = _random_state(answer.sampling.seed, scores.device)

@@ -119,8 +119,7 @@ def run_recipe(file: str, *, steps: int, words: list[str]) -> dict[str, float]:
         command = [sys.executable, "-m", "hf_clm", "train", str(RECIPE), "--data.train", file, *run]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         found = json.loads(Path(folder, "run", "run.json").read_text("utf-8"))
-    first, last = found["eval_loss"]["first"], found["eval_loss"]["last"]
-    return {"seconds": found["seconds"], "first": first, "validation": last}
+    return {"seconds": found["seconds"], "first": found["loss_before"], "validation": found["loss_after"]}
 
 
 def main() -> None:

@@ -410,6 +410,8 @@ def test_a_full_queue_says_so_and_clients_that_leave_free_it(endless):
     body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 90000}).encode()
     first, second = (http.client.HTTPConnection(urlsplit(endless.url).netloc, timeout=60) for _ in range(2))
 
+    cancelled = metrics(endless, **WITH_KEY).get('hf_clm_answers_total{finish="cancelled"}', 0)
+
     first.request("POST", "/v1/completions", body, WITH_KEY)
     assert first.getresponse().read(6) == b"data: "
     second.request("POST", "/v1/completions", body.replace(b"true", b"false"), WITH_KEY)
@@ -423,7 +425,7 @@ def test_a_full_queue_says_so_and_clients_that_leave_free_it(endless):
 
     assert health == (200, '{"status":"ok"}')
     assert third == (429, "queue_full", "1 requests are waiting already; try again later")
-    assert metrics(endless, **WITH_KEY)['hf_clm_answers_total{finish="cancelled"}'] == 1
+    assert metrics(endless, **WITH_KEY)['hf_clm_answers_total{finish="cancelled"}'] == cancelled + 1
     assert json.loads(request(endless, "/generate?prompt=a&max_tokens=2", **WITH_KEY)[1])["text"] == "zz"
 
 
@@ -473,6 +475,25 @@ def test_what_is_under_way_is_answered_before_the_server_ends(tmp_path, with_sig
 
     assert text.count('"text": "z"') == 600
     assert text.endswith("data: [DONE]\n\n")
+    assert (code, printed) == (0, "stopped\n")
+
+
+def test_what_takes_too_long_is_told_so_when_the_server_ends(tmp_path):
+    folder = save_folder(tmp_path, endless_model(), byte_tokenizer())
+    with served(folder, "--max_new_tokens", "90000", "--grace_seconds", "0.1") as server:
+        connections = [http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60) for _ in range(2)]
+        body = b'{"prompt": "a", "max_tokens": 90000, "stream": true}'
+        connections[0].request("POST", "/v1/completions", body)
+        streamed = connections[0].getresponse()
+        streamed.read(6)
+        connections[1].request("POST", "/v1/completions", body.replace(b"true", b"false"))
+        wait_until(lambda: metrics(server)["hf_clm_waiting"] == 1)
+        code, printed = server.stop()
+        whole = connections[1].getresponse()
+        replies = [streamed.read().decode().rpartition("data: ")[2], whole.read().decode()]
+
+    assert [json.loads(reply)["error"]["code"] for reply in replies] == ["server_stopping"] * 2
+    assert whole.status == 503
     assert (code, printed) == (0, "stopped\n")
 
 

@@ -227,6 +227,16 @@ def test_a_seed_draws_what_transformers_draws_alone_and_in_a_batch(settings):
     assert alone[0].text == together[1].text == expected
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-6, 1e-38, 1e-320])
+def test_the_lowest_temperatures_are_greedy(temperature):
+    greedy, cold = (
+        streamed(random_model(), ["a"], sampling=[how], max_new_tokens=8)[0][0].text
+        for how in (GREEDY, Sampling(temperature, top_k=5, top_p=1e-320))
+    )
+
+    assert cold == greedy
+
+
 def test_without_a_seed_no_two_answers_are_the_same():
     how = [Sampling(2.0)] * 4
 
