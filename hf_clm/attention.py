@@ -16,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from hf_clm.errors import ModelError
 
 NAME = "packed"
+SHORT = 64  # tokens: up to here SDPA on a CPU is slower than two matrix products
 
 
 def register() -> None:
@@ -89,6 +90,8 @@ def _document_by_document(
         states = [part.float() for part in states]
     lengths = [stop - start for start, stop in pairwise(bounds.tolist()) if stop > start]
     runs = [(length, len(list(group))) for length, group in groupby(lengths)]
+    if len(runs) == 1 and device.type == "cpu":
+        return _equally_long(states, documents=len(lengths), **options)
     # split, not slices: the gradient of each slice would be as long as the whole row
     parts = zip(*(part.split([n * length for length, n in runs], dim=2) for part in states), strict=True)
     autocasts = torch.is_autocast_enabled(device.type) and device.type != "cpu"
@@ -102,7 +105,26 @@ def _document_by_document(
 def _equally_long(states: Sequence[torch.Tensor], *, documents: int, **options: Any) -> torch.Tensor:
     """(1, T, H, E) for as many documents, one behind the other, as a batch of rows in one call."""
     rows = [part.unflatten(2, (documents, -1))[0].transpose(0, 1) for part in states]
-    return _causal(rows, **options).transpose(1, 2).flatten(0, 1)[None]
+    is_short = rows[0].device.type == "cpu" and rows[0].shape[2] <= SHORT
+    found = (_by_products if is_short else _causal)(rows, **options)
+    return found.transpose(1, 2).flatten(0, 1)[None]
+
+
+def _by_products(
+    states: Sequence[torch.Tensor], *, dropout: float, scale: float | None, window: int | None
+) -> torch.Tensor:
+    """As ``_causal``, with the scores of all pairs: on a CPU faster, where documents are short."""
+    query, key, value = states
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+    tokens, width = query.shape[2:]
+    hidden = torch.full((tokens, tokens), float("-inf"), device=query.device)
+    mask = hidden.triu(1) if window is None else hidden.triu(1) + hidden.tril(-window)
+    heads = [part.flatten(0, 1) for part in (query, key.transpose(2, 3), value)]
+    alpha = width**-0.5 if scale is None else scale
+    weights = torch.baddbmm(mask, heads[0], heads[1], alpha=alpha).softmax(dim=-1)
+    if dropout:
+        weights = torch.nn.functional.dropout(weights, dropout)
+    return torch.bmm(weights, heads[2]).unflatten(0, query.shape[:2])
 
 
 def _causal(

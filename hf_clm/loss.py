@@ -25,6 +25,7 @@ CHUNK_TOKENS = {"cpu": 1024}  # rows of logits in one matrix product
 CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}  # of a chunk's logits: fewer rows where the vocabulary is large
 ADDED_ROWS = {"cpu": 2**14}  # rows of the weight's gradient that are added at once: a CPU adds a float32 copy
 BLOCK_TOKENS = {"cpu": 32}  # rows in one softmax: as much as a core's cache holds; elsewhere a whole chunk
+BLOCK_LOGITS = 2**18  # of a softmax at least: a vocabulary of characters takes more rows
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def _measure_chunks(
         )
         for chunk in _chunks(len(rows), weight):
             logits = torch.nn.functional.linear(rows[chunk], weight, bias)
-            for block in _blocks(chunk, kind):
+            for block in _blocks(chunk, kind, vocabulary=weight.shape[0]):
                 part = logits[block.start - chunk.start : block.stop - chunk.start]
                 loss[block], nll[block], best[block] = _to_gradient(part, at[block], options=options)
             if by_hidden is not None:
@@ -298,8 +299,9 @@ def _chunks(rows: int, weight: torch.Tensor) -> Iterator[slice]:
     return _slices(0, rows, size=size)
 
 
-def _blocks(chunk: slice, kind: str) -> Iterator[slice]:
-    return _slices(chunk.start, chunk.stop, size=BLOCK_TOKENS.get(kind, max(1, chunk.stop - chunk.start)))
+def _blocks(chunk: slice, kind: str, *, vocabulary: int) -> Iterator[slice]:
+    size = BLOCK_TOKENS.get(kind, max(1, chunk.stop - chunk.start))
+    return _slices(chunk.start, chunk.stop, size=max(size, BLOCK_LOGITS // vocabulary))
 
 
 def _slices(first: int, last: int, *, size: int) -> Iterator[slice]:

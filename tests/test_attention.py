@@ -4,10 +4,18 @@ import pytest
 import torch
 from helpers import EOS, PAD, build_recipe, byte_tokenizer, save_folder, tiny_model
 from torch._dynamo.testing import CompileCounter
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_clm.attention import NAME, packed_attention, register, use_for_generation, use_for_training
+from hf_clm.attention import (
+    NAME,
+    _by_products,
+    _causal,
+    _equally_long,
+    packed_attention,
+    register,
+    use_for_generation,
+    use_for_training,
+)
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.errors import ModelError
 from hf_clm.generation.generate import generate
@@ -39,12 +47,12 @@ def test_neighbours_of_one_length_are_computed_together_as_each_alone(kind, leng
     documents = [torch.arange(3, 3 + length)[None] * 7 % 250 for length in lengths]
     alone = torch.cat([model(input_ids=part, use_cache=False).logits for part in documents], dim=1)
     calls = []
-    monkeypatch.setattr(
-        "hf_clm.attention.scaled_dot_product_attention",
-        lambda query, *args, **options: (
-            calls.append(query.shape[0]) or scaled_dot_product_attention(query, *args, **options)
-        ),
-    )
+
+    def counted(states, *, documents, **options):
+        calls.append(documents)
+        return _equally_long(states, documents=documents, **options)
+
+    monkeypatch.setattr("hf_clm.attention._equally_long", counted)
 
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 5, "max_length_k": 5}
@@ -56,6 +64,33 @@ def test_neighbours_of_one_length_are_computed_together_as_each_alone(kind, leng
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
     runs = {3: [3], 6: [2, 1, 2, 1], 1: [1]}[len(lengths)]
     assert calls == runs * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_short_documents_by_products_are_those_of_sdpa(heads, window, scale):
+    torch.manual_seed(0)
+    shapes = [(3, 4, 9, 8), (3, heads, 9, 8), (3, heads, 9, 8)]
+    states = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    options = {"dropout": 0.0, "scale": scale, "window": window}
+
+    found, expected = _by_products(states, **options), _causal(states, **options)
+    factor = torch.randn_like(expected)
+
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    gradients = [torch.autograd.grad((part * factor).sum(), states) for part in (found, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_of_products_drops_and_keeps_the_mean():
+    torch.manual_seed(0)
+    states = [torch.randn(400, 2, 6, 4), torch.randn(400, 2, 6, 4), torch.ones(400, 2, 6, 4)]
+
+    found = _by_products(states, dropout=0.5, scale=None, window=None)
+
+    assert found[:, :, 0].unique().tolist() == [0.0, 2.0]  # one weight, dropped or doubled
+    assert found.mean().item() == pytest.approx(1.0, abs=0.05)
 
 
 def test_without_the_bounds_a_packed_row_would_leak():
