@@ -35,6 +35,9 @@ def add_generate_options(parser: Parser) -> None:
         "--raw", action="store_true", help="take the prompt as it is, without the run's format"
     )
     parser.add_argument("--max_new_tokens", type=at_least(1), help="default: 256, or what fits")
+    parser.add_argument(
+        "--slide", action="store_true", help="go on past the model's positions, rereading half of them"
+    )
     parser.add_argument("--temperature", type=at_least(0.0), default=0.0, help="0 is greedy (%(default)s)")
     parser.add_argument("--top_k", type=at_least(1), help="sample among the k likeliest tokens")
     parser.add_argument(

@@ -15,7 +15,7 @@ from hf_clm.generation.load import load_run
 from hf_clm.schema import ChatExample, Example, Format, PromptExample, SegmentsExample, TextExample
 from hf_clm.template import Template
 
-SETTINGS = ("max_new_tokens", "num_beams", "no_repeat_ngram_size", "repetition_penalty")
+SETTINGS = ("max_new_tokens", "slide", "num_beams", "no_repeat_ngram_size", "repetition_penalty")
 
 
 def generate_from_run(options: Namespace) -> list[tuple[str, Generated]]:

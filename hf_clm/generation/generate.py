@@ -47,7 +47,8 @@ def generate(
         max_new_tokens: None is 256, or what the model has positions for.
         special_tokens_in_text: as in training.
         options: of ``transformers.GenerationConfig``: do_sample, temperature, top_k, top_p, num_beams,
-            no_repeat_ngram_size, ...
+            no_repeat_ngram_size, ...; and slide: go on past the model's positions, in stretches that each
+            reread the last half of them.
 
     Raises RecipeError for options that do not go together, and where prompt and new tokens exceed the model's
     positions; DataError for a prompt that the tokenizer cannot spell.
@@ -55,6 +56,7 @@ def generate(
     examples = [TextExample(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     ids = to_prompt_ids(examples, tokenizer, special_tokens_in_text=special_tokens_in_text)
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # a long prompt shortens no other
+    answer_batch = _slide_batch if options.pop("slide", False) else _generate_batch
     was_training, attention = model.training, str(model.config._attn_implementation)
     model.eval()
     use_for_generation(model)
@@ -63,9 +65,8 @@ def generate(
         for start in range(0, len(ids), batch_size):
             numbers = order[start : start + batch_size]
             batch = [ids[number] for number in numbers]
-            room = fit_new_tokens(model, len(batch[-1]), max_new_tokens=max_new_tokens)
-            found = _generate_batch(
-                model, tokenizer, batch=batch, options={**options, "max_new_tokens": room}
+            found = answer_batch(
+                model, tokenizer, batch=batch, options={**options, "max_new_tokens": max_new_tokens}
             )
             answers |= zip(numbers, found, strict=True)
         return [answers[number] for number in range(len(ids))]
@@ -126,7 +127,7 @@ def fit_new_tokens(model: PreTrainedModel, prompt_tokens: int, *, max_new_tokens
         raise RecipeError(
             f"the model has {limit} positions",
             got=f"a prompt of {prompt_tokens} tokens and max_new_tokens {max_new_tokens}",
-            fix="shorten the prompt or lower max_new_tokens",
+            fix="shorten the prompt or lower max_new_tokens; hf-clm generate --slide goes on past them",
         )
     return max_new_tokens
 
@@ -157,6 +158,49 @@ def _generate_batch(
     batch: list[list[int]],
     options: dict[str, Any],
 ) -> list[Generated]:
+    room = fit_new_tokens(model, max(map(len, batch)), max_new_tokens=options["max_new_tokens"])
+    found = _generate_ids(model, tokenizer, batch=batch, options={**options, "max_new_tokens": room})
+    stops = stop_ids(model)
+    answers = [_to_generated(ids, tokenizer, stops=stops) for ids in found]
+    return [_cut_at(answer, options.get("stop_strings", [])) for answer in answers]
+
+
+def _slide_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    batch: list[list[int]],
+    options: dict[str, Any],
+) -> list[Generated]:
+    """Answers of any length. What looks back (no_repeat_ngram_size, ...) sees what a stretch rereads."""
+    limit, stops, ends = max_positions(model.config), stop_ids(model), options.get("stop_strings", [])
+    left = options["max_new_tokens"] or NEW_TOKENS
+    if options.get("num_beams", 1) > 1:
+        raise RecipeError("slide and num_beams exclude each other", where="generation options")
+    found: list[list[int]] = [[] for _ in batch]
+    answers: list[Generated] = [Generated("", 0, False) for _ in batch]
+    going = list(range(len(batch)))
+    while going and left:
+        read = [batch[number] + found[number] for number in going]
+        read = [ids if limit is None or len(ids) < limit else ids[-(limit // 2) :] for ids in read]
+        room = left if limit is None else min(left, limit - max(map(len, read)))
+        new = _generate_ids(model, tokenizer, batch=read, options={**options, "max_new_tokens": room})
+        left -= room
+        for number, ids in zip(going, new, strict=True):
+            found[number] += ids
+            answers[number] = _cut_at(_to_generated(found[number], tokenizer, stops=stops), ends)
+        going = [number for number in going if not answers[number].stopped]
+    return answers
+
+
+def _generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    batch: list[list[int]],
+    options: dict[str, Any],
+) -> list[list[int]]:
+    """What follows each prompt; behind a stop token padding."""
     pad: Any = tokenizer.pad_token_id
     prompts = to_left_padded(batch, pad, device=model.device)
     decoder: Any = model  # typed without the generate that it has
@@ -165,9 +209,7 @@ def _generate_batch(
         output = decoder.generate(**prompts, **settings)
     except ValueError as error:  # transformers' checks of the options
         raise RecipeError(str(error).splitlines()[0], where="generation options") from error
-    stops, width = stop_ids(model), prompts["input_ids"].shape[1]
-    answers = [_to_generated(row[width:].tolist(), tokenizer, stops=stops) for row in output]
-    return [_cut_at(answer, options.get("stop_strings", [])) for answer in answers]
+    return [row[prompts["input_ids"].shape[1] :].tolist() for row in output]
 
 
 def _to_generated(ids: list[int], tokenizer: PreTrainedTokenizerFast, *, stops: set[int | None]) -> Generated:

@@ -21,9 +21,9 @@ def build_model(kind: str = "qwen2", **settings) -> PreTrainedModel:
     return model
 
 
-def counting_model(last: int = ord("e"), stop: int = EOS) -> PreTrainedModel:
+def counting_model(last: int = ord("e"), stop: int = EOS, **settings) -> PreTrainedModel:
     """A GPT-2 made by hand that answers each byte with the next one, and ``last`` with ``stop``."""
-    model = build_model("gpt2", n_layer=1, n_embd=260, n_head=1, tie_word_embeddings=False)
+    model = build_model("gpt2", n_layer=1, n_embd=260, n_head=1, tie_word_embeddings=False, **settings)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -256,7 +256,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers():
 
     assert str(error.value) == (
         "the model has 16 positions; got a prompt of 9 tokens and max_new_tokens 8; "
-        "fix: shorten the prompt or lower max_new_tokens"
+        "fix: shorten the prompt or lower max_new_tokens; hf-clm generate --slide goes on past them"
     )
 
 
@@ -286,3 +286,40 @@ def test_a_prompt_that_fills_the_positions_is_refused():
 )
 def test_plain_text_becomes_a_prompt_of_the_format_that_was_learned(format, example):
     assert to_prompt_example("hi", format, input_text="in") == example
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_slide_goes_on_past_the_positions_and_rereads_half_of_them(kind):
+    """By hand: 16 positions; a prompt of 3 leaves 13, and then each stretch reads 8 tokens and writes 8."""
+    positions = {"gpt2": "n_positions", "qwen2": "max_position_embeddings"}[kind]
+    model = tiny_model(kind, **{positions: 16}, eos_token_id=None)
+    model.generation_config.eos_token_id = PAD  # never the likeliest here
+    expected = {}
+    for prompt, rooms in (("abc", [13, 8, 8, 1]), ("hello", [11, 8, 8, 3])):
+        ids = list(prompt.encode())
+        for room in rooms:
+            read = torch.tensor([ids if len(ids) < 16 else ids[-8:]])
+            plain = {"attention_mask": torch.ones_like(read), "pad_token_id": PAD, "do_sample": False}
+            ids += model.generate(read, max_new_tokens=room, **plain)[0, read.shape[1] :].tolist()
+        assert PAD not in ids
+        expected[prompt] = byte_tokenizer().decode(ids[len(prompt) :], skip_special_tokens=True)
+
+    options = {"max_new_tokens": 30, "do_sample": False, "slide": True}
+    answers = [generate(model, byte_tokenizer(), prompts=[prompt], **options)[0] for prompt in expected]
+
+    assert [(answer.text, answer.tokens, answer.stopped) for answer in answers] == [
+        (text, 30, False) for text in expected.values()
+    ]
+
+
+def test_slide_stops_where_the_model_does_and_takes_a_prompt_longer_than_the_positions():
+    model = counting_model(n_positions=4)
+
+    answers = generate(model, byte_tokenizer(), prompts=["a", "xxxxxxxxxc"], slide=True, **OPTIONS)
+
+    assert answers == [Generated("bcde", 4, True), Generated("de", 2, True)]
+
+
+def test_slide_and_beams_exclude_each_other():
+    with pytest.raises(RecipeError, match="slide and num_beams exclude each other"):
+        generate(build_model(), byte_tokenizer(), prompts=["a"], slide=True, num_beams=2)
