@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from hf_clm.errors import RecipeError
 from hf_clm.recipe_faults import data_faults, model_faults, token_budget_faults
 from hf_clm.recipe_sections import (
+    Card,
     Data,
     Doctor,
     EarlyStopping,
@@ -82,6 +83,8 @@ class Recipe(Section):
     """null: train to the end."""
     loss: Loss = Loss()
     """Terms beside the likelihood; see also train.label_smoothing_factor."""
+    card: Card = Card()
+    """The model card, README.md of the output folder."""
     doctor: Doctor = Doctor()
     """Checks on the real model and data."""
     train: dict[str, Any] = Field(default={})

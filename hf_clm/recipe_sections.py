@@ -176,6 +176,15 @@ class EarlyStopping(Section):
     """The smallest change that counts as improvement."""
 
 
+class Card(Section):
+    license: str | None = None
+    """Of the model, as the Hub names it: apache-2.0, mit, ..."""
+    language: list[str] = []
+    """Of the texts: [en], [zh], ..."""
+    data_samples: int = Field(default=0, ge=0)
+    """So many training examples are shown in the card; the report is pushed to the Hub too then."""
+
+
 class Doctor(Section):
     self_test: bool = True
     """Before the first step, prove on the real model and data that batching changes no loss."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
 from hf_clm.config import Recipe, recipe_to_yaml
 from hf_clm.data.build import Split
 from hf_clm.data.cache import load_early
+from hf_clm.data.segments import whole_text
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
 from hf_clm.errors import RecipeError
@@ -48,10 +50,12 @@ from hf_clm.training.callbacks import (
     SamplesCallback,
     write_line,
 )
+from hf_clm.training.card import write_card
 from hf_clm.training.output import prepare_output_dir, recording_failure, resume_from, write_json
 from hf_clm.training.plots import write_loss_plots
-from hf_clm.training.prepare import prepare
+from hf_clm.training.prepare import Prepared, prepare
 from hf_clm.training.proof import prove_model, prove_saved
+from hf_clm.training.publish import check_can_push
 from hf_clm.training.summary import RunFacts, end_lines, start_lines
 from hf_clm.training.trainer import CLMTrainer
 
@@ -62,6 +66,7 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     """Trains, saves, returns what run.json holds. Raises UserError before the first step."""
     arguments = training_arguments(recipe)
     is_main = arguments.process_index == 0
+    check_can_push(arguments)
     if arguments.device.type == "cpu":
         settle_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     output_dir = prepare_output_dir(arguments, overwrite=recipe.overwrite)
@@ -78,20 +83,12 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     facts = RunFacts(recipe, arguments, model, splits, unigram_entropy(splits["train"].rows.rows.labels))
     with arguments.main_process_first(local=False, desc="proving the model"):
         if is_main:
-            write_line("\n".join([*start_lines(facts), *proof.lines]))
-            proof.facts |= prove_model(trainer, recipe, split=splits["train"], tokenizer=tokenizer)
             trainer.add_callback(ProgressCallback(is_terminal=is_terminal))
             memory = partial(peak_memory, arguments.device)
             trainer.add_callback(MetricsCallback(output_dir / "metrics.jsonl", measure_memory=memory))
-            prepared.write_ledger(output_dir / "ledger.parquet")
-            reader = Reader(splits["train"], tokenizer, recipe=recipe)
-            collate = build_collator(recipe, tokenizer)
-            write_excerpt(output_dir / "label_rows.jsonl", reader, collate=collate)
-            text = recipe_to_yaml(resolve(recipe, arguments))
-            (output_dir / "recipe.yaml").write_text(text, encoding="utf-8")
-            write_json(
-                output_dir / "run.json", {"status": "running", **facts.to_json(), "proof": proof.facts}
-            )
+            write_line("\n".join([*start_lines(facts), *proof.lines]))
+            proof.facts |= prove_model(trainer, recipe, split=splits["train"], tokenizer=tokenizer)
+            write_start(facts, prepared, tokenizer=tokenizer)
     trainer.add_callback(EpochMeansCallback(output_dir / "metrics.jsonl"))
     if recipe.samples:
         trainer.add_callback(build_samples(facts, trainer, tokenizer=tokenizer))
@@ -100,7 +97,10 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     started = time.monotonic()
     with closing(report), recording_failure(output_dir / "run.json", is_main=is_main):
         trainer.train(resume_from_checkpoint=resume_from(arguments))
-        return finish(trainer, facts, proof=proof.facts, seconds=time.monotonic() - started)
+        result = finish(trainer, facts, proof=proof.facts, seconds=time.monotonic() - started)
+    if arguments.push_to_hub:  # the run is done, whatever the Hub says
+        trainer.push_run(with_data=recipe.card.data_samples > 0)
+    return result
 
 
 def build_trainer(
@@ -136,6 +136,18 @@ def build_trainer(
 def first_rows(split: Split, count: int) -> torch.utils.data.Subset:
     """The first rows of what is trained on, or all where there are fewer."""
     return torch.utils.data.Subset(split.dataset, range(min(count, len(split.dataset))))
+
+
+def write_start(facts: RunFacts, prepared: Prepared, *, tokenizer: PreTrainedTokenizerFast) -> None:
+    """What the output folder holds before the first step: ledger, first rows, recipe, run.json."""
+    recipe, folder = facts.recipe, Path(str(facts.arguments.output_dir))
+    prepared.write_ledger(folder / "ledger.parquet")
+    reader = Reader(facts.train, tokenizer, recipe=recipe)
+    write_excerpt(folder / "label_rows.jsonl", reader, collate=build_collator(recipe, tokenizer))
+    text = recipe_to_yaml(resolve(recipe, facts.arguments))
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    start = {"status": "running", **facts.to_json(), "proof": prepared.proof.facts}
+    write_json(folder / "run.json", start)
 
 
 def build_samples(
@@ -174,7 +186,7 @@ def finish(trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], secon
     last = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
     is_known = last.get("step") == trainer.state.global_step and not arguments.load_best_model_at_end
     final = last if is_known else trainer.evaluate()
-    trainer.save_model(str(output_dir))
+    trainer.save_model(str(output_dir), _internal_call=True)  # pushed when everything is written
     result = {
         "status": "done",
         **facts.to_json(),
@@ -194,6 +206,11 @@ def finish(trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], secon
             proof["round_trip"] = prove_saved(trainer, split=facts.splits["train"], tokenizer=tokenizer)
         lines = (output_dir / "metrics.jsonl").read_text("utf-8").splitlines()
         write_loss_plots([json.loads(line) for line in lines], output_dir)
+        section = facts.recipe.card
+        first = islice(facts.train.examples.examples, section.data_samples)
+        texts = [whole_text(example) for example in first if not isinstance(example, dict)]
+        about: dict[str, Any] = {"license": section.license, "language": section.language, "samples": texts}
+        write_card(output_dir, result, **about)
         write_json(output_dir / "run.json", result)
         write_line("\n".join(end_lines(facts, result)))
     return result

@@ -101,6 +101,7 @@ class RunFacts:
             "format": self.format,
             "template": self.template.model_dump() if self.template else None,
             "model": self.recipe.model.name_or_path or self.model.config.model_type,
+            "from_scratch": self.recipe.model.init == "scratch",
             "parameters": self.model.num_parameters(),
             "trained_parameters": self.trained_parameters,
             "train": _count(self.train),
@@ -198,7 +199,7 @@ def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:
         lines.append(f"unigram   {facts.unigram_entropy:.4f}")
     return [
         *lines,
-        f"written   {output}: the {saved}, recipe.yaml, run.json, metrics.jsonl, loss.png, report.html",
+        f"written   {output}: the {saved}, recipe.yaml, run.json, metrics.jsonl, report.html, README.md",
         f'next      hf-clm generate {output} --prompt "..."',
     ]
 

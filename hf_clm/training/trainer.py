@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils.hub import PushInProgress
 
 from hf_clm.data.sampling import EpochSampler, EvenRows
 from hf_clm.errors import DivergedError
@@ -29,6 +30,7 @@ from hf_clm.loss import LossOptions, TargetLoss, TokenFigures, use_target_loss, 
 from hf_clm.model import is_adapted
 from hf_clm.schema import IGNORE_INDEX
 from hf_clm.training.guard import write_diverged
+from hf_clm.training.publish import push_checkpoint, push_folder, talking_to_the_hub
 
 # What is counted since the last log event, in this order.
 TARGETS, CORRECT, TOKENS, PAIRS, PLACES = range(5)
@@ -253,6 +255,39 @@ class CLMTrainer(Trainer):
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
         return output
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As the Trainer's. Raises EnvironmentFault where the repository cannot be made."""
+        with talking_to_the_hub():
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> None:
+        """Uploads the output folder without training texts. Raises EnvironmentFault where that fails."""
+        self.save_model(_internal_call=True)
+        self.push_run(with_data=False, message=commit_message or "")
+
+    def push_run(self, *, with_data: bool, message: str = "End of training") -> None:
+        """Uploads the output folder as it is; ``with_data``: with the pages that show training texts."""
+        if self.is_world_process_zero():
+            self._finish_current_push()
+            options: dict[str, Any] = {"repo_id": self.hub_model_id, "arguments": self.args}
+            push_folder(Path(str(self.args.output_dir)), with_data=with_data, message=message, **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Uploads in the background. The Trainer's own would push its arguments, token included."""
+        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if not self.is_world_process_zero() or (is_busy and not self.args.hub_always_push):
+            return
+        folder = Path(checkpoint_folder)
+        places = {"every_save": [None], "checkpoint": [None, "last-checkpoint"]}
+        places["all_checkpoints"] = [None, folder.name]
+        options: dict[str, Any] = {"repo_id": self.hub_model_id, "arguments": self.args}
+        jobs = [
+            push_checkpoint(folder, path_in_repo=place, **options)
+            for place in places.get(str(getattr(self.args.hub_strategy, "value", self.args.hub_strategy)), [])
+        ]
+        many: Any = jobs  # typed as one
+        self.push_in_progress = PushInProgress(many) if jobs else None
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.untimed():

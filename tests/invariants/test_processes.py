@@ -59,6 +59,7 @@ FILES = {
         "ledger.parquet",
         "loss.png",
         "loss.pdf",
+        "README.md",
         "label_rows.jsonl",
         "report.html",
         "checkpoint-4",

@@ -36,6 +36,7 @@ FILES = {
         "ledger.parquet",
         "loss.png",
         "loss.pdf",
+        "README.md",
         "label_rows.jsonl",
         "report.html",
         "checkpoint-4",

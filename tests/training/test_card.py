@@ -1,0 +1,107 @@
+"""The model card: what run.json says, and nothing that it does not."""
+
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from hf_clm.training.card import base_model, write_card
+
+HASH = "ab" * 32
+RUN = {
+    "stage": "sft",
+    "model": "Qwen/Qwen2.5-0.5B",
+    "from_scratch": False,
+    "format": "instruct",
+    "parameters": 1000,
+    "trained_parameters": 1000,
+    "train": {
+        "files": ["/home/ann/secret/poems.jsonl"],
+        "input_rows": 48,
+        "tokens": 2911,
+        "target_tokens": 1099,
+        "fates": {"used": 47, "dropped: too | long": 1},
+    },
+    "evaluation": None,
+    "steps_done": 18,
+    "tokens_seen": 8733,
+    "tokens_per_second": 4297.4,
+    "seconds": 5400.0,
+    "processes": 1,
+    "device": "cpu",
+    "precision": "float32",
+    "loss_before": 6.958,
+    "loss_after": 5.8523,
+    "token_accuracy_before": 0.002,
+    "token_accuracy_after": 0.076,
+    "proof": {"train": {"certificate": {"content_hash": HASH}}},
+    "versions": {"python": "3.11", "torch": "2.13"},
+}
+
+
+def card_of(folder: Path, run: dict, **about) -> tuple[dict, str]:
+    """The front matter, and what follows it."""
+    (folder / "recipe.yaml").write_text("stage: sft\n", encoding="utf-8")
+    write_card(folder, run, **about)
+    _, front, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return YAML(typ="safe").load(front), text
+
+
+def test_the_front_matter_says_what_the_hub_reads(tmp_path):
+    front, _ = card_of(tmp_path, RUN, license="apache-2.0", language=["zh"])
+
+    assert front == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["hf_clm", "sft"],
+        "base_model": "Qwen/Qwen2.5-0.5B",
+        "base_model_relation": "finetune",
+        "license": "apache-2.0",
+        "language": ["zh"],
+    }
+
+
+def test_adapters_name_their_base_and_open_with_peft(tmp_path):
+    front, text = card_of(tmp_path, {**RUN, "trained_parameters": 10})
+
+    assert (front["library_name"], front["base_model_relation"]) == ("peft", "adapter")
+    assert front["tags"] == ["hf_clm", "sft", "lora"]
+    assert "AutoPeftModelForCausalLM.from_pretrained" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({}, "Qwen/Qwen2.5-0.5B"),
+        ({"from_scratch": True}, None),
+        ({"model": "/home/ann/qwen"}, None),
+        ({"model": "./qwen"}, None),
+        ({"model": "tests"}, None),
+    ],
+)
+def test_a_folder_of_somebodys_machine_is_no_base_model(change, name, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+
+    assert base_model({**RUN, **change}) == name
+
+
+def test_the_text_holds_the_figures_and_the_hash_and_names_files_without_their_folders(tmp_path):
+    _, text = card_of(tmp_path, RUN)
+
+    for line in (
+        "48 records with 1,099 learned tokens of 2,911, 18 steps",
+        "| loss on training data, nats a token | 6.9580 -> 5.8523 |",
+        "| token accuracy | 0.2% -> 7.6% |",
+        "| hours | 1.50 |",
+        f"| train | poems.jsonl | 1 dropped: too \\| long, 47 used | `{HASH}` |",
+        "![loss](loss.png)",
+        "python 3.11, torch 2.13",
+    ):
+        assert line in text
+    assert "/home/ann" not in text and "Examples" not in text
+
+
+def test_examples_are_shown_where_they_are_asked_for_and_cannot_end_their_fence(tmp_path):
+    _, text = card_of(tmp_path, RUN, samples=["a ```` fence\n# no heading"])
+
+    assert "## Examples of the data\n\n`````\na ```` fence\n# no heading\n`````" in text

@@ -1,0 +1,135 @@
+"""What is pushed to the Hub, in the place of which stands a list of what it was given."""
+
+import json
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from helpers import build_recipe
+from huggingface_hub.utils import filter_repo_objects
+
+from hf_clm.errors import EnvironmentFault, ExitCode
+from hf_clm.training.run import train
+
+ROWS = [{"instruct": f"say {n}", "input": "", "label": str(n)} for n in range(4)]
+ALWAYS = {
+    *("README.md", "config.json", "generation_config.json", "model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json", "recipe.yaml", "run.json", "metrics.jsonl"),
+    *("loss.png", "loss.pdf"),
+}
+
+
+class FakeHub:
+    """Records the files of each upload, as the patterns leave them."""
+
+    uploads: list[tuple[str | None, set[str], str]]
+    fails = False
+
+    def __init__(self, token: str | None = None):
+        pass
+
+    def whoami(self) -> dict:
+        return {"name": "ann"}
+
+    def create_repo(self, name: str, **options):
+        return type("Url", (), {"repo_id": f"ann/{name}"})()
+
+    def upload_folder(
+        self, *, folder_path, ignore_patterns, path_in_repo=None, run_as_future=False, **options
+    ):
+        if self.fails:
+            raise RuntimeError("502 Bad Gateway\nand more")
+        assert options["repo_id"] == "ann/run"
+        names = [
+            str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()
+        ]
+        kept = set(filter_repo_objects(names, ignore_patterns=ignore_patterns))
+        status = (
+            json.loads((Path(folder_path) / "run.json").read_text("utf-8"))["status"]
+            if "run.json" in kept
+            else ""
+        )
+        FakeHub.uploads.append((path_in_repo, kept, facts.get("status", "")))
+        done: Future = Future()
+        done.set_result(None)
+        return done
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    FakeHub.uploads, FakeHub.fails = [], False
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    monkeypatch.setattr("transformers.trainer.hf_api", FakeHub)
+    return FakeHub
+
+
+def push(folder: Path, *, card: dict | None = None, **settings) -> dict:
+    settings = {"push_to_hub": True, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, **settings}
+    return train(build_recipe(folder, ROWS, card=card or {}, train=settings))
+
+
+def test_at_the_end_the_whole_run_is_pushed_once_without_texts_of_the_data(hub, tmp_path):
+    push(tmp_path, hub_strategy="end")
+
+    assert hub.uploads == [(None, ALWAYS, "done")]
+    assert "say 1" not in "".join(
+        (tmp_path / "run" / name).read_text("utf-8") for name in ("README.md", "run.json", "metrics.jsonl")
+    )
+
+
+def test_with_examples_in_the_card_the_report_goes_too(hub, tmp_path):
+    push(tmp_path, hub_strategy="end", card={"data_samples": 1})
+
+    assert hub.uploads == [(None, ALWAYS | {"report.html", "label_rows.jsonl"}, "done")]
+    assert "say 0" in (tmp_path / "run" / "README.md").read_text("utf-8")
+
+
+def test_every_save_pushes_the_model_of_its_checkpoint_and_never_the_arguments(hub, tmp_path):
+    push(tmp_path, hub_strategy="every_save")
+
+    model = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert hub.uploads[:-1] == [(None, model, "")] * 2
+    assert hub.uploads[-1] == (None, ALWAYS, "done")
+
+
+def test_the_last_checkpoint_is_pushed_whole_where_it_is_asked_for(hub, tmp_path):
+    push(tmp_path, hub_strategy="checkpoint")
+
+    places = [place for place, _, _ in hub.uploads]
+    assert places == [None, "last-checkpoint", None, "last-checkpoint", None]
+    whole = hub.uploads[1][1]
+    assert {"optimizer.pt", "trainer_state.json", "model.safetensors"} <= whole
+    assert "training_args.bin" not in whole
+
+
+def test_a_push_that_fails_loses_nothing_and_says_how_to_go_on(hub, tmp_path):
+    hub.fails = True
+
+    with pytest.raises(EnvironmentFault) as error:
+        push(tmp_path, hub_strategy="end")
+
+    run = tmp_path / "run"
+    assert str(error.value).startswith("ann/run: the push failed: 502 Bad Gateway; fix: the run is whole in ")
+    assert error.value.exit_code == ExitCode.ENVIRONMENT
+    assert json.loads((run / "run.json").read_text("utf-8"))["status"] == "done"
+    assert (run / "model.safetensors").is_file()
+
+
+def test_nobody_logged_in_is_found_before_anything_is_read(hub, tmp_path, monkeypatch):
+    def refuse(self):
+        raise OSError("Token is required")
+
+    monkeypatch.setattr(FakeHub, "whoami", refuse)
+
+    with pytest.raises(
+        EnvironmentFault, match=r"^train.push_to_hub: the Hub refuses: Token is required; fix: run"
+    ):
+        push(tmp_path)
+
+    assert not (tmp_path / "run").exists()
