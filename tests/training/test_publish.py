@@ -40,15 +40,10 @@ class FakeHub:
         if self.fails:
             raise RuntimeError("502 Bad Gateway\nand more")
         assert options["repo_id"] == "ann/run"
-        names = [
-            str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()
-        ]
+        folder = Path(folder_path)
+        names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
         kept = set(filter_repo_objects(names, ignore_patterns=ignore_patterns))
-        status = (
-            json.loads((Path(folder_path) / "run.json").read_text("utf-8"))["status"]
-            if "run.json" in kept
-            else ""
-        )
+        facts = json.loads((folder / "run.json").read_text("utf-8")) if "run.json" in kept else {}
         FakeHub.uploads.append((path_in_repo, kept, facts.get("status", "")))
         done: Future = Future()
         done.set_result(None)
