@@ -1,0 +1,26 @@
+"""What a tracker is given; the event file is read back by TensorBoard's own reader."""
+
+import pytest
+from helpers import build_recipe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hf_clm.training.run import train
+
+ROWS = [{"instruct": f"say {n}", "input": "", "label": str(n)} for n in range(4)]
+
+
+def test_tensorboard_gets_the_figures_of_each_log_event(tmp_path):
+    recipe = build_recipe(tmp_path, ROWS, train={"report_to": "tensorboard", "max_steps": 3})
+
+    result = train(recipe)
+
+    found: dict[str, dict[int, float]] = {}
+    for folder in {file.parent for file in (tmp_path / "run").rglob("events.out.*")}:
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
+    assert {"train/loss", "train/token_accuracy", "train/tokens_per_second", "train/mfu"} <= set(found)
+    assert sorted(found["train/loss"]) == [1, 2, 3]
+    assert found["eval/loss"][3] == pytest.approx(result["loss_after"], rel=1e-6)  # float32 there
+    assert found["train/tokens_seen"][3] == result["tokens_seen"]
