@@ -179,6 +179,15 @@ def build_samples(
     return SamplesCallback(section.prompts, answers, path=path, **every)
 
 
+def shown_examples(facts: RunFacts) -> list[str]:
+    """The training texts that the recipe wants in the model card."""
+    count = facts.recipe.card.data_samples
+    if not count:
+        return []  # those of a prepared set would be read again
+    first = islice(facts.train.examples.examples, count)
+    return [whole_text(example) for example in first if not isinstance(example, dict)]
+
+
 def finish(trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Evaluates, saves the model, run.json and the plots, and prints what was reached."""
     output_dir = Path(str(trainer.args.output_dir))
@@ -207,10 +216,8 @@ def finish(trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], secon
         lines = (output_dir / "metrics.jsonl").read_text("utf-8").splitlines()
         write_loss_plots([json.loads(line) for line in lines], output_dir)
         section = facts.recipe.card
-        first = islice(facts.train.examples.examples, section.data_samples)
-        texts = [whole_text(example) for example in first if not isinstance(example, dict)]
-        about: dict[str, Any] = {"license": section.license, "language": section.language, "samples": texts}
-        write_card(output_dir, result, **about)
+        about: dict[str, Any] = {"license": section.license, "language": section.language}
+        write_card(output_dir, result, samples=shown_examples(facts), **about)
         write_json(output_dir / "run.json", result)
         write_line("\n".join(end_lines(facts, result)))
     return result
