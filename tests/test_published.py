@@ -78,7 +78,7 @@ def test_the_book_trains_gpt2_and_watches_both_losses(tmp_path, monkeypatch):
 
     result = train(load_recipe(RECIPES / "pretrain/book.yaml", [*words, "--samples.max_new_tokens", "2"]))
 
-    assert result["parameters"] == 12 * 7087872 + (50258 + 257) * 768 + 2 * 768
+    assert result["parameters"] == 12 * 7087872 + (2 * 50258 + 257) * 768 + 2 * 768
     assert result["train"]["rows"] == 15  # 3,700 letters in rows of 256
     entries = metrics(tmp_path / "run")
     assert [entry["step"] for entry in entries if "eval_loss" in entry] == [0, 5]
