@@ -90,8 +90,6 @@ def _document_by_document(
         states = [part.float() for part in states]
     lengths = [stop - start for start, stop in pairwise(bounds.tolist()) if stop > start]
     runs = [(length, len(list(group))) for length, group in groupby(lengths)]
-    if len(runs) == 1 and device.type == "cpu":
-        return _equally_long(states, documents=len(lengths), **options)
     # split, not slices: the gradient of each slice would be as long as the whole row
     parts = zip(*(part.split([n * length for length, n in runs], dim=2) for part in states), strict=True)
     autocasts = torch.is_autocast_enabled(device.type) and device.type != "cpu"
@@ -99,7 +97,7 @@ def _document_by_document(
         found = [
             _equally_long(part, documents=n, **options) for part, (_, n) in zip(parts, runs, strict=True)
         ]
-        return torch.cat(found, dim=1)
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
 def _equally_long(states: Sequence[torch.Tensor], *, documents: int, **options: Any) -> torch.Tensor:

@@ -71,6 +71,7 @@ CALLED_BY_OTHERS = {
     "hf_clm.generation.gate:Gate.__call__",
     "hf_clm.training.callbacks:EpochMeansCallback.on_epoch_end",
     "hf_clm.training.callbacks:EpochMeansCallback.on_log",
+    "hf_clm.training.callbacks:LastEvaluationCallback.on_step_end",
     "hf_clm.training.callbacks:MetricsCallback.on_log",
     "hf_clm.training.callbacks:MetricsCallback.on_train_begin",
     "hf_clm.training.callbacks:ProgressCallback.on_log",

@@ -83,6 +83,19 @@ def test_short_documents_by_products_are_those_of_sdpa(heads, window, scale):
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [[6, 6, 6], [6, 4, 100]])
+def test_under_autocast_a_cpu_computes_attention_in_float32(lengths):
+    torch.manual_seed(0)
+    states = [torch.randn(1, 2, sum(lengths), 8) for _ in range(3)]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    expected = packed_attention(torch.nn.Module(), *states, cu_seq_lens_q=bounds)[0]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = packed_attention(torch.nn.Module(), *states, cu_seq_lens_q=bounds)[0]
+
+    assert torch.equal(found, expected.bfloat16())  # rounded once, at the end
+
+
 def test_dropout_of_products_drops_and_keeps_the_mean():
     torch.manual_seed(0)
     states = [torch.randn(400, 2, 6, 4), torch.randn(400, 2, 6, 4), torch.ones(400, 2, 6, 4)]

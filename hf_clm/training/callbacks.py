@@ -190,6 +190,18 @@ class EpochMeansCallback(TrainerCallback):
             write_line(f"epoch {means['epoch']:.0f}  mean loss {loss:.4f}  accuracy {accuracy:.1%}")
 
 
+class LastEvaluationCallback(TrainerCallback):
+    """Evaluates at the last step, inside the training: a tracker would begin a second run for it afterwards.
+
+    On all processes.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_evaluate |= state.global_step >= state.max_steps or control.should_training_stop
+
+
 def epoch_means(history: list[dict[str, Any]]) -> dict[str, float]:
     """Of the log events of the epoch that the last one ends; {} where they are not just the epoch's steps.
 

@@ -44,6 +44,7 @@ from hf_clm.parts import (
 from hf_clm.report.page import write_report
 from hf_clm.training.callbacks import (
     EpochMeansCallback,
+    LastEvaluationCallback,
     MetricsCallback,
     ProgressCallback,
     ReportCallback,
@@ -89,6 +90,7 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
             write_line("\n".join([*start_lines(facts), *proof.lines]))
             proof.facts |= prove_model(trainer, recipe, split=splits["train"], tokenizer=tokenizer)
             write_start(facts, prepared, tokenizer=tokenizer)
+    trainer.add_callback(LastEvaluationCallback())
     trainer.add_callback(EpochMeansCallback(output_dir / "metrics.jsonl"))
     if recipe.samples:
         trainer.add_callback(build_samples(facts, trainer, tokenizer=tokenizer))

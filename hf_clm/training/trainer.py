@@ -348,8 +348,6 @@ class EpochCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         ends = state.global_step >= state.max_steps or control.should_training_stop
-        # inside the training still: a tracker would begin a second run for what comes behind it
-        control.should_evaluate |= ends and self.trainer.eval_dataset is not None
         control.should_log |= ends or control.should_evaluate or control.should_save
 
 
