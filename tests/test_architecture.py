@@ -61,7 +61,6 @@ PRINTERS = {"hf_clm.cli", "hf_clm.training.callbacks"}
 CALLED_BY_OTHERS = {
     "hf_clm.training.trainer:CLMTrainer.compute_loss",
     "hf_clm.training.trainer:CLMTrainer.evaluate",
-    "hf_clm.training.trainer:CLMTrainer.init_hf_repo",
     "hf_clm.training.trainer:CLMTrainer.prediction_step",
     "hf_clm.training.trainer:EpochCallback.on_epoch_begin",
     "hf_clm.training.trainer:EpochCallback.on_step_end",
