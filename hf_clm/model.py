@@ -236,14 +236,22 @@ def init_model(
     *,
     dtype: str = "float32",
     attention: str = packed.NAME,
+    embedding_std: float | None = None,
 ) -> PreTrainedModel:
-    """A model with random weights. Draws from torch's global random state: seed it first."""
+    """A model with random weights. Draws from torch's global random state: seed it first.
+
+    Args:
+        embedding_std: of the embeddings of tokens and positions; None is that of the architecture.
+    """
     packed.register()
     reason = why_not_packed(config) if attention == packed.NAME else ""
     options = {"dtype": getattr(torch, dtype), "attn_implementation": None if reason else attention}
     with loading(config.model_type, where="model.config"):
         model = AutoModelForCausalLM.from_config(config, **options)
     fit_to_tokenizer(model, tokenizer)
+    for module in model.modules():
+        if embedding_std is not None and isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=embedding_std)
     if attention == packed.NAME:
         settle_attention(model, reason)
     return model

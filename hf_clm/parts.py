@@ -158,7 +158,8 @@ def build_model(
     section = recipe.model
     if section.init == "scratch":
         set_seed(arguments.seed)
-        model = init_model(config, tokenizer, dtype=section.dtype, attention=section.attention)
+        options: dict[str, Any] = {"dtype": section.dtype, "attention": section.attention}
+        model = init_model(config, tokenizer, embedding_std=section.embedding_std, **options)
     else:
         assert section.name_or_path is not None, "config.py requires it"
         model = load_model(

@@ -25,6 +25,8 @@ class Model(Section):
     """Start from trained weights or from random ones."""
     config: dict[str, Any] = {}
     """For scratch: {model_type: gpt2, n_layer: 4, ...}."""
+    embedding_std: float | None = Field(default=None, gt=0)
+    """For scratch: of the first embeddings; 1.0 is PyTorch's own, and learns small texts by heart faster."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the trained weights; small updates are lost below float32."""
     attention: str = "packed"

@@ -513,3 +513,15 @@ def test_of_weights_that_are_not_there_yet_nothing_is_said():
         model = tiny_model("llama")
 
     assert packing_fault(model) == ""
+
+
+@pytest.mark.parametrize(("std", "low", "high"), [(None, 0.015, 0.025), (1.0, 0.95, 1.05)])
+def test_the_first_embeddings_have_the_spread_that_is_asked_for(std, low, high):
+    sizes = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 64}
+    config = build_config(sizes | {"tie_word_embeddings": False}, byte_tokenizer())
+
+    model = init_model(config, byte_tokenizer(), embedding_std=std)
+
+    assert low < model.transformer.wte.weight.std() < high
+    assert low < model.transformer.wpe.weight.std() < high
+    assert 0.015 < model.lm_head.weight.std() < 0.025
