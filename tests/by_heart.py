@@ -18,7 +18,13 @@ from hf_clm.training.trainer import CLMTrainer
 
 
 def learn_by_heart(
-    folder: Path, records: list[dict[str, Any]], *, format: Format, steps: int = 60, **sizes: Any
+    folder: Path,
+    records: list[dict[str, Any]],
+    *,
+    format: Format,
+    steps: int = 60,
+    learning_rate: float = 1e-2,
+    **sizes: Any,
 ) -> str:
     """Trains on all the records at each step; returns the folder."""
     tokenizer = byte_tokenizer()
@@ -34,7 +40,7 @@ def learn_by_heart(
         str(folder),
         use_cpu=True,
         max_steps=steps,
-        learning_rate=1e-2,
+        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         per_device_train_batch_size=len(records),
         remove_unused_columns=False,

@@ -131,7 +131,7 @@ def test_a_model_of_words_is_refused(tmp_path):
 
 def test_without_the_package_its_extra_is_named(tmp_path, monkeypatch):
     file = train(tmp_path / "x.model")
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
 
     with pytest.raises(
         ModelError, match=r"needs the package sentencepiece; fix: pip install 'hf_clm\[sentencepiece\]'"

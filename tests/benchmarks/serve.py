@@ -60,7 +60,9 @@ def main() -> None:
     options = parser.parse_args()
     records = [{"instruct": question, "label": answer} for question, answer in SQUARES.items()]
     with tempfile.TemporaryDirectory() as folder:
-        run = learn_by_heart(Path(folder), records, format="instruct", steps=250, hidden_size=80)
+        run = learn_by_heart(
+            Path(folder), records, format="instruct", steps=350, learning_rate=3e-3, hidden_size=128
+        )
         for size in options.batch_size:
             words = ["--name", "squares", "--batch_size", str(size), "--max_waiting", str(options.clients)]
             with served(run, *words) as server:
