@@ -207,10 +207,13 @@ def epoch_means(history: list[dict[str, Any]]) -> dict[str, float]:
 
     An event's loss is the mean over the steps since the event before, its accuracy that of their targets.
     """
+    last = history[-1]["epoch"]
+    epoch = round(last)
+    if epoch < 1 or abs(last - epoch) > 1e-6:  # the usual case, at every event of a long history
+        return {}
     events = [{"step": 0, "epoch": 0.0, "target_tokens_seen": 0}, *(e for e in history if "loss" in e)]
-    epoch = round(events[-1]["epoch"])
     before = next((i for i, event in enumerate(events) if abs(event["epoch"] - (epoch - 1)) < 1e-6), None)
-    if before is None or epoch < 1 or abs(events[-1]["epoch"] - epoch) > 1e-6:
+    if before is None:
         return {}
     steps = targets = 0
     loss = correct = 0.0
