@@ -121,7 +121,8 @@ def to_charts(record: RunRecord) -> list[Chart]:
 
     def both(key: str) -> list[Series]:
         evaluation = Series(_evaluated(record), at_step(f"eval_{key}"), dots=True)
-        return [Series("training", at_step(key)), evaluation]
+        watched = Series("training rows, evaluated", at_step(f"eval_train_{key}"), dots=True)
+        return [Series("training", at_step(key)), evaluation, *([watched] if watched.points else [])]
 
     found = [by_step(LOSS, both("loss"), rule=guess), by_step(ACCURACY, both("token_accuracy"))]
     found.append(by_step(GRADIENT, [Series("gradient norm", at_step("grad_norm"))], rule=level))
