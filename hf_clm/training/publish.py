@@ -9,9 +9,10 @@ from transformers import TrainingArguments
 
 from hf_clm.errors import EnvironmentFault, UserError
 
-# training_args.bin is a pickle that holds hub_token in clear; the pages and rows show training texts.
-NEVER = ["_*", ".*", "checkpoint-*", "training_args.bin", "*.html", "ledger.parquet", "label_rows.jsonl"]
-WITH_DATA = ("report.html", "label_rows.jsonl")  # only where card.data_samples asks for it
+# training_args.bin is a pickle that holds hub_token in clear.
+NEVER = ["_*", ".*", "checkpoint-*", "training_args.bin", "ledger.parquet"]
+SHOWING_DATA = ["*.html", "label_rows.jsonl"]
+WITH_DATA = {"report.html", "label_rows.jsonl"}  # of these, where card.data_samples asks for it
 LOGIN = "run `hf auth login` where there is a network; or leave out push_to_hub, and use `hf upload` later"
 STATE = ["optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin"]
 
@@ -44,11 +45,8 @@ def push_folder(
 ) -> None:
     """Uploads a finished run. Raises EnvironmentFault, with the way to do it by hand."""
     assert repo_id, "the Trainer made the repository"
-    ignored = [pattern for pattern in NEVER if pattern != "label_rows.jsonl" or not with_data]
-    if with_data:
-        ignored = [pattern for pattern in ignored if pattern != "*.html"]
-        ignored += [page.name for page in folder.glob("*.html") if page.name not in WITH_DATA]
-
+    shown = {path.name for pattern in SHOWING_DATA for path in folder.glob(pattern)}
+    ignored = [*NEVER, *sorted(shown - WITH_DATA if with_data else shown)]
     from huggingface_hub import HfApi
 
     by_hand = f"the run is whole in {folder}; push it by `hf upload {repo_id} {folder} --exclude '*.html'`"

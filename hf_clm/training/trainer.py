@@ -18,7 +18,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput
 from transformers.utils.hub import PushInProgress
 
 from hf_clm.data.sampling import EpochSampler, EvenRows
@@ -284,7 +284,7 @@ class CLMTrainer(Trainer):
         options: dict[str, Any] = {"repo_id": self.hub_model_id, "arguments": self.args}
         jobs = [
             push_checkpoint(folder, path_in_repo=place, **options)
-            for place in places.get(str(getattr(self.args.hub_strategy, "value", self.args.hub_strategy)), [])
+            for place in places.get(HubStrategy(self.args.hub_strategy).value, [])
         ]
         many: Any = jobs  # typed as one
         self.push_in_progress = PushInProgress(many) if jobs else None
