@@ -1,6 +1,5 @@
-"""labels.html in a headless Chromium. `make test-browser` installs what this needs."""
+"""labels.html in a headless Chromium."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,23 +9,9 @@ from helpers import EOS, PAD, X, byte_tokenizer
 from hf_clm.inspector.page import Charts, write_page
 from hf_clm.inspector.rows import Document, Row, Vocabulary
 
-CHROMIUM = shutil.which("chromium")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 INJECTED = "<script>document.title = 'injected'</script><img src=x onerror=\"document.title='injected'\">"
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: make test-browser installs it"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="make test-browser installs playwright")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
+pytestmark = pytest.mark.browser
 
 
 def to_row(number: int, text: str, *, read: int, place: str = "a.jsonl:1", padding: int = 0, **known) -> Row:

@@ -1,20 +1,13 @@
-"""The page of losses in a headless Chromium. `make test-browser` installs what this needs."""
-
-import shutil
+"""The page of losses in a headless Chromium."""
 
 import pytest
 from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 
 from hf_clm.cli import main
 
-CHROMIUM = shutil.which("chromium")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 INJECTED = "</script><img src=x onerror=\"document.title='injected'\">"
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: make test-browser installs it"),
-]
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +25,17 @@ def path(tmp_path_factory):
 
 
 @pytest.fixture(params=[(390, "dark"), (1280, "light")], ids=["phone", "desk"])
-def page(request, path):
+def page(request, path, browser):
     """The page, opened from disk; its test fails if it reports an error or asks for anything else."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="make test-browser installs playwright")
     width, scheme = request.param
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        asked, errors = [], []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.goto(path.as_uri())
-        yield page
-        assert (asked, errors) == ([path.as_uri()], [])
-        browser.close()
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    asked, errors = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.goto(path.as_uri())
+    yield page
+    page.close()
+    assert (asked, errors) == ([path.as_uri()], [])
 
 
 def test_the_page_fits_its_window_and_runs_nothing(page):

@@ -1,6 +1,5 @@
-"""report.html and compare.html in a headless Chromium. `make test-browser` installs what this needs."""
+"""report.html and compare.html in a headless Chromium."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,6 @@ from report_runs import EVIL, to_metrics, write_run
 from hf_clm.report.compare import compare
 from hf_clm.report.page import write_report
 
-CHROMIUM = shutil.which("chromium")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 # Pairs of labels of one axis, or of one caption, that lie on each other.
 OVERLAPS = """() => [...document.querySelectorAll('svg.x, svg.y, figcaption')].flatMap(axis => {
   const labels = [...axis.querySelectorAll('text, b, span')];
@@ -48,19 +45,7 @@ FAINT = """() => {
     .map(node => [node.textContent.slice(0, 40), contrast(node)]);
 }"""
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: make test-browser installs it"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="make test-browser installs playwright")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
