@@ -11,7 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from hf_clm.errors import ExitCode, RecipeError, UserError, did_you_mean
-from hf_clm.options import Parser, add_evaluate_options, add_generate_options, at_least, writable
+from hf_clm.options import (
+    Parser,
+    add_chat_options,
+    add_evaluate_options,
+    add_generate_options,
+    add_serve_options,
+    at_least,
+    writable,
+)
 from hf_clm.schema import Format, TokenizerKind
 
 ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -161,10 +169,8 @@ def run_generate(words: list[str]) -> None:
 
 def run_chat(words: list[str]) -> None:
     """RUN: talk with a model, with the prompt format and stop tokens of its training"""
-    from hf_clm.generation.options import add_chat_options
-
     parser = _parser("chat")
-    add_chat_options(parser, number=at_least)
+    add_chat_options(parser)
     options = parser.parse_args(words)
     _quiet_libraries()
     from hf_clm.generation.chat import chat
@@ -179,10 +185,8 @@ def run_chat(words: list[str]) -> None:
 
 def run_serve(words: list[str]) -> None:
     """RUN: answer over HTTP as OpenAI's API does, with a page for a browser"""
-    from hf_clm.generation.options import add_serve_options
-
     parser = _parser("serve")
-    add_serve_options(parser, number=at_least)
+    add_serve_options(parser)
     options = parser.parse_args(words)
     _quiet_libraries()
     from hf_clm.generation.serve import serve

@@ -3,6 +3,7 @@
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -60,7 +61,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Body(BaseModel):
+class Body(BaseModel, ABC):
     """What every request may hold. ``model_extra`` has the rest, for ``check_extras``."""
 
     model_config = ConfigDict(extra="allow")
@@ -85,9 +86,9 @@ class Body(BaseModel):
     def sampling(self) -> Sampling:
         return to_sampling(self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
 
+    @abstractmethod
     def to_example(self, run: LoadedRun) -> Example:
         """What the model is to continue."""
-        raise NotImplementedError
 
     @property
     def reports_usage(self) -> bool:
