@@ -52,11 +52,13 @@ from hf_clm.training.callbacks import (
     write_line,
 )
 from hf_clm.training.card import write_card
+from hf_clm.training.lock import locked
 from hf_clm.training.output import prepare_output_dir, recording_failure, resume_from, write_json
 from hf_clm.training.plots import write_loss_plots
 from hf_clm.training.prepare import Prepared, prepare
 from hf_clm.training.proof import prove_model, prove_saved
 from hf_clm.training.publish import check_can_push
+from hf_clm.training.signals import stoppable
 from hf_clm.training.summary import RunFacts, end_lines, start_lines
 from hf_clm.training.trainer import CLMTrainer
 
@@ -64,8 +66,17 @@ EVALUATED_ROWS = 64  # of the training data, where there is no eval set: they sh
 
 
 def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
-    """Trains, saves, returns what run.json holds. Raises UserError before the first step."""
+    """Trains, saves, returns what run.json holds. Raises UserError before the first step.
+
+    Raises Preempted, a SystemExit, where SIGTERM, SIGUSR1 or SIGINT stopped it behind a checkpoint.
+    """
     arguments = training_arguments(recipe)
+    with locked(Path(str(arguments.output_dir)), is_main=arguments.process_index == 0):
+        return train_locked(recipe, arguments, is_terminal=is_terminal)
+
+
+def train_locked(recipe: Recipe, arguments: TrainingArguments, *, is_terminal: bool) -> dict[str, Any]:
+    """The run itself, in a folder that no other run writes to."""
     is_main = arguments.process_index == 0
     check_can_push(arguments)
     if arguments.device.type == "cpu":
@@ -97,7 +108,7 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     report = ReportCallback(partial(write_report, output_dir, is_live=True), is_main=is_main)
     trainer.add_callback(report)
     started = time.monotonic()
-    with closing(report), recording_failure(output_dir / "run.json", is_main=is_main):
+    with stoppable(trainer), closing(report), recording_failure(output_dir / "run.json", is_main=is_main):
         trainer.train(resume_from_checkpoint=resume_from(arguments))
         result = finish(trainer, facts, proof=proof.facts, seconds=time.monotonic() - started)
     if arguments.push_to_hub:  # the run is done, whatever the Hub says
