@@ -69,7 +69,7 @@ class Preempted(SystemExit):
         self.reason, self.step, self.steps, self.checkpoint = reason, step, steps, checkpoint
 
     def __str__(self) -> str:
-        done = f"stopped   by {self.reason} at step {self.step:,} of {self.steps:,}"
+        done = f"stopped by {self.reason} at step {self.step:,} of {self.steps:,}"
         return f"{done}; saved in {self.checkpoint}; --resume_from_checkpoint true goes on from there"
 
     def to_json(self) -> dict[str, Any]:

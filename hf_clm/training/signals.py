@@ -48,7 +48,7 @@ class Stop:
         self.is_launched = any(mark in os.environ for mark in MARKS_OF_A_LAUNCHER)
         self.is_listening = False
         self._parent = os.getppid()
-        self._asked_at = self._interrupted_at = 0.0
+        self._handled_at = 0.0
 
     def agree(self, device: torch.device) -> int:
         """The strongest reason of all processes, on all of them. Each must call it."""
@@ -60,28 +60,24 @@ class Stop:
         torch.distributed.all_reduce(strongest, op=torch.distributed.ReduceOp.MAX)
         return int(strongest)
 
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Remembers a signal; Python calls this between two of its own operations."""
+        self.reason = self.reason or REASONS.index(SIGNALS[number])
+        before, self._handled_at = self._handled_at, time.monotonic()
+        if before and number == signal.SIGINT and not self._is_repeat(self._handled_at - before):
+            raise KeyboardInterrupt
+
     def listen(self, reader: int) -> None:
-        """Reads numbers of signals from a pipe until a 0; Python's handlers wait for a library to return."""
+        """Reads signals from a pipe, at once, until a 0: says the first, ends the process with a second."""
+        began = 0.0
         while number := os.read(reader, 1)[0]:
-            if number not in SIGNALS:
-                continue
-            now, name = time.monotonic(), SIGNALS[number]
-            if not self.reason:
-                self.reason, self._asked_at = REASONS.index(name), now
+            name, now = SIGNALS.get(number), time.monotonic()
+            if name and not began:
+                began = now
                 self._say(f"{name}: the run saves and stops at the end of this step; once more ends it now")
-            elif number != signal.SIGINT and not self._is_repeat(now - self._asked_at):
+            elif name and number != signal.SIGINT and not self._is_repeat(now - began):
                 self._say(f"{name} again: the run ends now; its earlier checkpoints are as they were")
                 os._exit(128 + number)
-
-    def remember(self, number: int, frame: FrameType | None) -> None:
-        """The handler of all signals, for the second SIGINT; ``listen`` has the others."""
-        if number != signal.SIGINT:
-            return
-        before, self._interrupted_at = self._interrupted_at, time.monotonic()
-        if not before and self.reason not in (0, REASONS.index("SIGINT")):
-            before = self._asked_at
-        if before and not self._is_repeat(self._interrupted_at - before):
-            raise KeyboardInterrupt
 
     def leave(self) -> None:
         """In a forked process, such as a worker that loads data: the signals of a terminal are not for it."""
@@ -162,7 +158,7 @@ def listening(stop: Stop) -> Iterator[Stop]:
     os.register_at_fork(after_in_child=stop.leave)
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, stop.remember) for number in heard}
+    handlers = {number: signal.signal(number, stop.handle) for number in heard}
     stop.is_listening = True
     try:
         yield stop
