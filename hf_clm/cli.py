@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
-from hf_clm.errors import ExitCode, RecipeError, UserError, did_you_mean
+from hf_clm.errors import ExitCode, Preempted, RecipeError, UserError, did_you_mean
 from hf_clm.options import (
     Parser,
     add_chat_options,
@@ -39,6 +39,8 @@ def main(words: Sequence[str] | None = None) -> int:
             fix = f"one of {', '.join(COMMANDS)}{did_you_mean(words[0], COMMANDS)}"
             raise RecipeError("no such command", got=repr(words[0]), fix=fix)
         return COMMANDS[words[0]](words[1:]) or ExitCode.DONE
+    except Preempted as stopped:
+        return int(stopped.code or 0)
     except UserError as error:
         return _fail(str(error), error.exit_code, shows_traceback=shows_traceback)
     except KeyboardInterrupt:

@@ -8,19 +8,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hf_clm.errors import DivergedError, EnvironmentFault
+from hf_clm.errors import DivergedError, EnvironmentFault, Preempted
 from hf_clm.training.checkpoints import reach, read_seal, sync
+from hf_clm.training.lock import LOCK, keep_lock
 
 # What is written before everything is proved: the tokenizer that a run trains, and its type.
-BEFORE_A_RUN = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", ".lock"}
+BEFORE_A_RUN = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", LOCK}
 FINAL = ".final"  # the model of a run that is done, until all of it lies there
-FAILURES: dict[type[BaseException], str] = {DivergedError: "diverged", KeyboardInterrupt: "interrupted"}
+FAILURES: dict[type[BaseException], str] = {
+    DivergedError: "diverged",
+    KeyboardInterrupt: "interrupted",
+    Preempted: "preempted",
+}
 
 
 def move_aside(folder: Path) -> Path:
     """Renames a folder to ``NAME.old-1``, or the next number that is free."""
     number = next(n for n in range(1, 1_000_000) if not Path(f"{folder}.old-{n}").exists())
-    return folder.rename(f"{folder}.old-{number}")
+    moved = folder.rename(f"{folder}.old-{number}")
+    keep_lock(moved, folder)
+    return moved
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -37,14 +44,16 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def recording_failure(path: Path, *, is_main: bool) -> Iterator[None]:
-    """Writes into run.json how a run ended that did not end well: diverged, interrupted or failed."""
+    """Writes into run.json how a run ended that was not done: diverged, interrupted, preempted or failed."""
     try:
         yield
     except BaseException as error:
         if is_main and path.is_file():
             status = FAILURES.get(type(error), "failed")
             facts = json.loads(path.read_text(encoding="utf-8"))
-            write_json(path, {**facts, "status": status, "error": str(error).splitlines()[:1]})
+            ending = error.to_json() if isinstance(error, Preempted) else {}
+            error_line = str(error).splitlines()[:1]
+            write_json(path, {**facts, "status": status, "error": error_line, **ending})
         raise
 
 

@@ -53,11 +53,13 @@ from hf_clm.training.callbacks import (
 )
 from hf_clm.training.card import write_card
 from hf_clm.training.checkpoints import reach, seal
+from hf_clm.training.lock import locked
 from hf_clm.training.output import FINAL, publish, recording_failure, write_json, write_text
 from hf_clm.training.plots import write_loss_plots
 from hf_clm.training.prepare import Prepared, prepare
 from hf_clm.training.proof import prove_model, prove_saved
 from hf_clm.training.publish import check_can_push
+from hf_clm.training.signals import stoppable
 from hf_clm.training.start import Start, has_ended, prepare_start
 from hf_clm.training.summary import RunFacts, end_lines, seal_facts, start_lines
 from hf_clm.training.trainer import CLMTrainer
@@ -68,9 +70,16 @@ EVALUATED_ROWS = 64  # of the training data, where there is no eval set: they sh
 def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     """Trains, saves, returns what run.json holds; a run that is done is left as it is.
 
-    Raises UserError before the first step.
+    Raises UserError before the first step; Preempted, a SystemExit, where SIGTERM, SIGUSR1 or SIGINT stopped
+    it behind a checkpoint.
     """
     arguments = training_arguments(recipe)
+    with locked(Path(str(arguments.output_dir)), is_main=arguments.process_index == 0):
+        return train_locked(recipe, arguments, is_terminal=is_terminal)
+
+
+def train_locked(recipe: Recipe, arguments: TrainingArguments, *, is_terminal: bool) -> dict[str, Any]:
+    """The run, in a folder that no other run writes to."""
     check_can_push(arguments)
     if arguments.device.type == "cpu":
         settle_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -113,7 +122,7 @@ def train_from(
         arguments.eval_on_start = False  # it was evaluated when it began
         trainer.overridden = frozenset(c.key for c in start.changes if c.fate == "overridden")
     started = time.monotonic()
-    with closing(report), recording_failure(start.folder / "run.json", is_main=is_main):
+    with stoppable(trainer), closing(report), recording_failure(start.folder / "run.json", is_main=is_main):
         if start.checkpoint and has_ended(start.checkpoint, facts.steps):
             trainer.restore(start.checkpoint)
         else:
