@@ -8,7 +8,7 @@ The rows were tokenized before, each once; an epoch is a list of their numbers, 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import ceil, floor
@@ -145,10 +145,11 @@ def mix_rows(
             fix = "raise its weight, its epochs or data.mixing.size"
             got = f"{float(amounts[number]):.3g} {options.by}"
             raise DataError("its share is less than half a row", where=sources[number], got=got, fix=fix)
-    shares = _to_shares(drawn, pools, sources=sources, counts=counts, asked=(options.by, amounts))
     order = np.random.default_rng([seed, PURPOSE, len(sources), 0])
     chosen = order.permutation(np.concatenate(drawn))
     times = np.bincount(chosen, minlength=len(origins)).astype(np.int64)
+    asked = dict(zip(sources, amounts, strict=True))
+    shares = _to_shares(pools, times, asked=asked, counts=counts, by=options.by)
     return Mix(options.by, options.replacement, _expand(firsts, chosen), times, shares)
 
 
@@ -243,28 +244,29 @@ def _to_pools(origins: np.ndarray, is_kept: np.ndarray, *, sources: Sequence[str
 
 
 def _to_shares(
-    drawn: Sequence[np.ndarray],
     pools: Sequence[np.ndarray],
+    times: np.ndarray,
     *,
-    sources: Sequence[str],
-    counts: dict[str, np.ndarray],
-    asked: tuple[str, Sequence[Fraction]],
+    asked: Mapping[str, Fraction],
+    counts: Mapping[str, np.ndarray],
+    by: str,
 ) -> list[Share]:
-    by, amounts = asked
-    reached = [int(counts[by][rows].sum()) for rows in drawn]
+    """What was drawn of each pool; ``asked``: the amount of each source, by its name."""
+    drawn = [{name: int(sizes[pool] @ times[pool]) for name, sizes in counts.items()} for pool in pools]
+    whole = sum(one[by] for one in drawn)
     return [
         Share(
             source=name,
-            asked=float(amounts[number] / sum(amounts)),
-            drawn=reached[number] / sum(reached),
-            rows_there=len(pools[number]),
-            rows=len(drawn[number]),
-            rows_left_out=len(pools[number]) - len(np.unique(drawn[number])),
-            passes=len(drawn[number]) / len(pools[number]),
-            tokens=int(counts["tokens"][drawn[number]].sum()),
-            target_tokens=int(counts["target_tokens"][drawn[number]].sum()),
+            asked=float(amount / sum(asked.values())),
+            drawn=one[by] / whole,
+            rows_there=len(pool),
+            rows=one["rows"],
+            rows_left_out=int((times[pool] == 0).sum()),
+            passes=one["rows"] / len(pool),
+            tokens=one["tokens"],
+            target_tokens=one["target_tokens"],
         )
-        for number, name in enumerate(sources)
+        for (name, amount), pool, one in zip(asked.items(), pools, drawn, strict=True)
     ]
 
 
