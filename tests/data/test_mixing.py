@@ -1,6 +1,7 @@
 """Sources that share an epoch: how much of each, which rows, and that the seed alone decides."""
 
 import json
+import math
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import byte_tokenizer, write_jsonl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -32,7 +33,9 @@ from hf_clm.errors import DataError, RecipeError
 from hf_clm.inspector.command import View, inspect
 from hf_clm.parts import training_arguments
 from hf_clm.training.prepare import prepare
+from hf_clm.training.proof import prove_mix
 from hf_clm.training.run import train
+from hf_clm.training.summary import guessing_loss
 
 SEED = 42
 
@@ -131,6 +134,7 @@ def test_with_replacement_some_rows_come_twice_before_all_came():
     assert 328 < 1000 - len(set(rows.tolist())) < 408
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30),
     amount=st.fractions(min_value=0, max_value=4000),
@@ -147,6 +151,7 @@ def test_no_row_comes_twice_before_all_came_and_the_amount_is_met_within_half_a_
     assert abs(sum(sizes[row] for row in rows) - amount) <= Fraction(max(sizes), 2)
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30),
     amount=st.fractions(min_value=0, max_value=4000),
@@ -158,6 +163,7 @@ def test_with_replacement_the_amount_is_met_within_half_a_row(sizes, amount, see
     assert abs(sum(sizes[row] for row in rows) - amount) <= Fraction(max(sizes), 2)
 
 
+@settings(deadline=None)
 @given(
     totals=st.lists(st.integers(1, 500), min_size=1, max_size=5),
     data=st.data(),
@@ -279,10 +285,24 @@ def letters(split: Split) -> Counter[str]:
     return Counter(chr(letter) for row in rows for letter in row if letter < 128)
 
 
-@pytest.mark.parametrize("packing", ["none", "best_fit"])
+def test_the_example_of_the_readme(tmp_path):
+    """Weights 3 and 1 and 8 rows: one pass over all 4 rows and a half, and 2 of 3 rows."""
+    mix = build(build_recipe(tmp_path, {"weight": 3}, {"weight": 1}, mixing={"size": 8})).mix
+
+    assert mix is not None
+    assert [share.rows for share in mix.shares] == [6, 2]
+    assert [share.rows_left_out for share in mix.shares] == [0, 1]
+    assert [(share.asked, share.drawn) for share in mix.shares] == [(0.75, 0.75), (0.25, 0.25)]
+    assert sorted(mix.times[:4].tolist()) == [1, 1, 2, 2]
+    assert sorted(mix.times[4:].tolist()) == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "packing", [{"packing": "none"}, {"packing": "best_fit"}, {"packing": "none", "tokens_per_batch": 48}]
+)
 def test_the_rows_hold_what_was_drawn(tmp_path, packing):
     """3 passes of a, whose labels are 10 letters, and 2 of b, whose labels are 33."""
-    split = build(build_recipe(tmp_path, {"epochs": 3}, {"epochs": 2}, packing=packing))
+    split = build(build_recipe(tmp_path, {"epochs": 3}, {"epochs": 2}, **packing))
 
     assert letters(split) == {"x": 30, "y": 66, "a": 12, "b": 6, "\n": 18}
     assert (split.tokens, split.target_tokens) == (3 * 22 + 2 * 42, 3 * 14 + 2 * 36)
@@ -296,6 +316,26 @@ def test_a_stream_holds_what_was_drawn(tmp_path):
 
     assert sum(row["labels"][1:].tolist().count(ord("y")) for row in split.dataset) == 66
     assert (split.tokens, split.target_tokens) == (3 * 22 + 2 * 42, 3 * 18 + 2 * 39)
+
+
+def test_packed_rows_that_lack_a_drawn_row_are_found(tmp_path):
+    """The packer is told that the first row was drawn once more than it was."""
+    split = build(build_recipe(tmp_path, {"epochs": 3}, {"epochs": 2}, packing="best_fit"))
+    assert split.mix is not None
+    assert prove_mix(split) == ["mixed     the packed rows hold each label as often as its row was drawn"]
+
+    split.mix.times[0] += 1
+
+    with pytest.raises(DataError, match=r"packing keeps 114 labels of 116"):
+        prove_mix(split)
+
+
+def test_the_loss_of_guessing_counts_a_label_as_often_as_it_is_drawn(tmp_path):
+    """x: 30 labels, y: 66, the end token: 18, of 114."""
+    split = build(build_recipe(tmp_path, {"epochs": 3}, {"epochs": 2}))
+
+    shares = [30 / 114, 66 / 114, 18 / 114]
+    assert guessing_loss(split) == pytest.approx(-sum(share * math.log(share) for share in shares))
 
 
 def test_without_weights_epochs_and_mixing_nothing_is_drawn(tmp_path):
@@ -423,6 +463,7 @@ def test_the_ledger_says_how_often_each_row_is_drawn_and_where(tmp_path, packing
     ledger = parquet.read_table(tmp_path / "ledger.parquet").to_pylist()
     assert [row["times"] for row in ledger] == [3, 3, 3, 3, 2, 2, 2, 1]
     assert [row["split"] for row in ledger] == ["train"] * 7 + ["eval"]
+    assert sum(row["times"] * row["kept_tokens"] for row in ledger[:7]) == 3 * 22 + 2 * 42
     dataset = prepared.splits["train"].dataset
     rows: Any = [list(dataset[number]["input_ids"]) for number in range(len(dataset))]
     for entry in ledger[4:7]:  # the last row of b is "b\n" with 12 letters
