@@ -15,7 +15,7 @@ from hf_clm.data.datasets import PretrainDataset, SFTDataset, TokenizedDataset, 
 from hf_clm.data.formats import FirstSeen, check_same_schema, to_example, unknown_keys
 from hf_clm.data.labels import Fate
 from hf_clm.data.ledger import find_duplicates
-from hf_clm.data.mixing import DrawnDataset, Mix, MixOptions, mix_rows
+from hf_clm.data.mixing import DrawnDataset, Mix, MixOptions, mix_rows, require_sources
 from hf_clm.data.packing import PackedDataset, Pieces
 from hf_clm.data.segments import whole_text
 from hf_clm.data.sources import ReadOptions, ReadReport, Record, read_records
@@ -194,12 +194,14 @@ def without_report(examples: Examples) -> Examples:
 
 def load_splits(recipe: Recipe, seed: int) -> tuple[Examples, Examples | None]:
     """The training examples and, if the recipe asks for them, those to evaluate on."""
-    train = load_examples(recipe.data.train, recipe.data)
+    train, evaluation = load_examples(recipe.data.train, recipe.data), None
     if recipe.data.eval:
-        return train, load_examples(recipe.data.eval, recipe.data)
-    if recipe.data.eval_fraction:
-        return split_examples(train, recipe.data.eval_fraction, seed=seed)
-    return train, None
+        evaluation = load_examples(recipe.data.eval, recipe.data)
+    elif recipe.data.eval_fraction:
+        train, evaluation = split_examples(train, recipe.data.eval_fraction, seed=seed)
+    if mix_options(recipe.data):
+        require_sources(train.origins, [source.path for source in recipe.data.train])
+    return train, evaluation
 
 
 def build_split(

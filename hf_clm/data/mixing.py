@@ -133,7 +133,8 @@ def mix_rows(
         "tokens": np.diff(rows.offsets[firsts]),
         "target_tokens": np.diff(np.concatenate([[0], np.cumsum(count_row_targets(rows))])[firsts]),
     }
-    pools = _to_pools(origins, counts["rows"], sources=sources)
+    pools = [np.flatnonzero((origins == number) & (counts["rows"] > 0)) for number in range(len(sources))]
+    require_sources(origins[counts["rows"] > 0], sources)
     sizes = [counts[options.by][pool] for pool in pools]
     amounts = to_amounts([int(size.sum()) for size in sizes], options)
     wanted = apportion(amounts) if options.by == "rows" and not options.epochs else amounts
@@ -151,6 +152,14 @@ def mix_rows(
     asked = dict(zip(sources, amounts, strict=True))
     shares = _to_shares(pools, times, asked=asked, counts=counts, by=options.by)
     return Mix(options.by, options.replacement, _expand(firsts, chosen), times, shares)
+
+
+def require_sources(origins: np.ndarray, sources: Sequence[str]) -> None:
+    """Raises DataError for a source that none of the examples come from."""
+    for number, name in enumerate(sources):
+        if not (origins == number).any():
+            fix = "take it out of data.train; are its rows duplicates, dropped or held out?"
+            raise DataError("has no row to draw", where=name, fix=fix)
 
 
 def to_amounts(totals: Sequence[int], options: MixOptions) -> list[Fraction]:
@@ -232,15 +241,6 @@ def count_row_targets(rows: TokenizedRows) -> np.ndarray:
             learned, offsets[:-1] - offsets[0], dtype=np.int64
         )
     return counts
-
-
-def _to_pools(origins: np.ndarray, is_kept: np.ndarray, *, sources: Sequence[str]) -> list[np.ndarray]:
-    """The examples of each source that can be drawn."""
-    pools = [np.flatnonzero((origins == number) & (is_kept > 0)) for number in range(len(sources))]
-    for name, pool in zip(sources, pools, strict=True):
-        if not len(pool):
-            raise DataError("has no row to draw", where=name, fix="take it out of data.train")
-    return pools
 
 
 def _to_shares(

@@ -280,8 +280,9 @@ def _ledger(record: RunRecord) -> Section:
         if rows:
             heads = [f"{key}: fate", *(name.replace("_", " ") for name in KEPT)]
             tables.append(Table(heads, rows, numeric=True))
-    if shares := record.part("mixing").get("sources"):
-        rows = [[str(one.get("source")), *(_to_text(one.get(key)) for key in DRAWN)] for one in shares]
+    shares = [share for share in record.part("mixing").get("sources") or [] if isinstance(share, dict)]
+    if shares:
+        rows = [[str(share.get("source")), *(_to_text(share.get(key)) for key in DRAWN)] for share in shares]
         heads = [f"mixed by {record.part('mixing').get('by')}", *(key.replace("_", " ") for key in DRAWN)]
         tables.append(Table(heads, rows, numeric=True))
     return Section("Ledger", facts, tables)

@@ -508,7 +508,26 @@ def test_a_source_without_a_row_is_refused(tmp_path):
     sizes = {"max_length": 12, "overflow": "drop", "max_dropped": 0.5}
     recipe = build_recipe(tmp_path, {"weight": 1}, {"weight": 1}, **sizes)
 
-    assert refusal(recipe) == "b.jsonl: has no row to draw; fix: take it out of data.train"
+    assert refusal(recipe).startswith("b.jsonl: has no row to draw; fix: take it out of data.train; ")
+
+
+def test_a_source_that_only_repeats_another_is_refused_before_tokenizing(tmp_path):
+    recipe = build_recipe(tmp_path, {"weight": 1}, {"weight": 1}, duplicates="drop")
+    write_jsonl(tmp_path / "b.jsonl", SHORT[:2])
+
+    with pytest.raises(DataError, match=r"b\.jsonl: has no row to draw"):
+        load_named(recipe, SEED)
+
+
+def test_a_path_that_is_given_twice_is_told_apart(tmp_path):
+    recipe = build_recipe(tmp_path, {"epochs": 1}, {"epochs": 2})
+    again = [recipe.data.train[0], recipe.data.train[0].model_copy(update={"epochs": 0.5})]
+    data = recipe.data.model_copy(update={"train": again})
+
+    mix = build(recipe.model_copy(update={"data": data})).mix
+
+    assert mix is not None
+    assert [(share.source, share.rows) for share in mix.shares] == [("a.jsonl (1)", 4), ("a.jsonl (2)", 2)]
 
 
 @pytest.mark.parametrize(
