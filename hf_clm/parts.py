@@ -210,7 +210,7 @@ def static_shape(datasets: Sequence[AnyDataset], arguments: TrainingArguments) -
             fullest = np.sort(np.diff(dataset.pieces.offsets))[-rows:]
             longest, documents = max(longest, dataset.max_length), max(documents, int(fullest.sum()))
         else:
-            longest = max(longest, int(dataset.rows.lengths.max()))
+            longest = max(longest, int(dataset.lengths.max()))
     # every process may have rows of one token that only fill up
     return StaticShape(rows * longest, documents + rows, longest, targets_multiple=STATIC_TARGETS)
 

@@ -43,6 +43,7 @@ def data_faults(recipe: Any) -> Iterator[Fault]:
     """What is wrong between the data, the stage and the Trainer's fields of a ``config.Recipe``."""
     data, window = recipe.data, recipe.data.window
     yield from source_faults(recipe)
+    yield from mixing_faults(data)
     if data.eval and data.eval_fraction:
         yield Fault("data.eval_fraction", "data.eval and data.eval_fraction exclude each other")
     if recipe.stage == "sft" and data.packing == "stream":
@@ -81,6 +82,29 @@ def source_faults(recipe: Any) -> Iterator[Fault]:
                 yield Fault(f"{key}.{other}", what, fix="leave it out")
 
 
+def mixing_faults(data: Any) -> Iterator[Fault]:
+    """What is wrong between ``mixing`` and the weights and epochs of the sources of a ``config.Data``."""
+    for key in ("weight", "epochs"):
+        for number, source in enumerate(data.eval):
+            if getattr(source, key) is not None:
+                what = f"{key} says nothing to a source of data.eval, which is evaluated whole"
+                yield Fault(f"data.eval.{number}.{key}", what, fix="leave it out")
+    weighted = [number for number, source in enumerate(data.train) if source.weight is not None]
+    repeated = [number for number, source in enumerate(data.train) if source.epochs is not None]
+    if weighted and repeated:
+        what = "weight and epochs are two ways to say how much of a source is read"
+        yield Fault(f"data.train.{repeated[0]}.epochs", what, fix="give all sources weights, or none")
+    elif weighted and len(data.train) == 1:
+        what = "weight says nothing to the only source"
+        yield Fault("data.train.0.weight", what, fix="leave it out, or say epochs")
+    elif 0 < len(weighted) < len(data.train):
+        missing = next(number for number in range(len(data.train)) if number not in weighted)
+        what = f"data.train.{missing} has no weight, and data.train.{weighted[0]} has one"
+        yield Fault(f"data.train.{missing}", what, got=data.train[missing].path, fix="give each source one")
+    if data.mixing:
+        yield from _unused_mixing(data.mixing, has_weights=bool(weighted), has_epochs=bool(repeated))
+
+
 def token_budget_faults(recipe: Any) -> Iterator[Fault]:
     """What does not go together with ``data.tokens_per_batch`` of a ``config.Recipe``."""
     key, data = "data.tokens_per_batch", recipe.data
@@ -97,6 +121,21 @@ def token_budget_faults(recipe: Any) -> Iterator[Fault]:
     if size != 1:
         what = f"train.per_device_train_batch_size must be 1 beside {key}, which is the size of a micro-batch"
         yield Fault("train.per_device_train_batch_size", what, got=str(size), fix="leave it out")
+
+
+def _unused_mixing(mixing: Any, *, has_weights: bool, has_epochs: bool) -> Iterator[Fault]:
+    """Keys of a ``config.Mixing`` that say nothing beside other keys."""
+    said = "weights" if has_weights else "epochs"
+    if mixing.temperature != 1 and (has_weights or has_epochs):
+        what = f"data.mixing.temperature makes shares of sizes, and the sources have {said}"
+        yield Fault("data.mixing.temperature", what, fix=f"leave it out, or the {said}")
+    for key in ("size", "stopping_strategy"):
+        if has_epochs and getattr(mixing, key) is not None:
+            what = f"data.mixing.{key} says nothing where the sources have epochs: they make the size"
+            yield Fault(f"data.mixing.{key}", what, fix="leave it out, or give weights")
+    if mixing.size is not None and mixing.stopping_strategy:
+        what = "data.mixing.size and data.mixing.stopping_strategy exclude each other"
+        yield Fault("data.mixing.stopping_strategy", what)
 
 
 def _unused_sizes(section: Any) -> Iterator[Fault]:

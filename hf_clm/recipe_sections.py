@@ -72,12 +72,29 @@ class Source(Section):
     """In place of a format: {prompt: "{column} ...", completion: ..., labels: {0: no}}, or {text: ...}."""
     limit: int | None = Field(default=None, ge=1)
     """Read the first so many records only."""
+    weight: float | None = Field(default=None, gt=0)
+    """Its share of an epoch, beside the weights of the other sources; see data.mixing."""
+    epochs: float | None = Field(default=None, gt=0)
+    """How often one epoch of the run reads it: 2, 0.5, ...; in place of weights; default beside others: 1."""
     split: str = "train"
     """Of a dataset on the Hub."""
     name: str | None = None
     """The configuration of a dataset on the Hub."""
     revision: str | None = None
     """A branch, tag or commit on the Hub."""
+
+
+class Mixing(Section):
+    by: Literal["rows", "tokens", "target_tokens"] = "rows"
+    """What shares and sizes count: records, their tokens, or those of them that are learned."""
+    temperature: float = Field(default=1.0, ge=0.1)
+    """Without weights, a source of n has a share in proportion to n ** (1 / temperature)."""
+    replacement: bool = False
+    """Draw every row anew; else all rows of a source come before one of them comes again."""
+    size: int | None = Field(default=None, ge=1)
+    """Of an epoch, in what by counts; default: all sources together."""
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] | None = None
+    """In place of size: an epoch ends when the first source, or each, was read once."""
 
 
 class Window(Section):
@@ -103,6 +120,8 @@ class Data(Section):
     """Its own sources; or see eval_fraction."""
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     """The share of the training examples held out, chosen by train.seed; of a single text its end."""
+    mixing: Mixing | None = None
+    """How the sources of train share an epoch; null: by their weights or epochs, or every row once."""
     eval_train_rows: int = Field(default=0, ge=0)
     """So many of the training rows are evaluated too, without dropout: eval_train_loss in the logs."""
     max_length: int = Field(default=1024, ge=2)

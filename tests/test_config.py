@@ -63,6 +63,8 @@ def test_a_minimal_recipe_has_the_documented_defaults():
         "limit": None,
         "fields": {},
         "template": None,
+        "weight": None,
+        "epochs": None,
         "split": "train",
         "name": None,
         "revision": None,

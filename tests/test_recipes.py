@@ -40,6 +40,7 @@ def test_all_recipes_are_found():
         "pretrain/book.yaml",
         "pretrain/char-gpt.yaml",
         "pretrain/essays-zh.yaml",
+        "pretrain/mixed.yaml",
         "pretrain/python-docs.yaml",
         "pretrain/qwen2.5-0.5b.yaml",
         "sft/docstrings.yaml",

@@ -29,7 +29,7 @@ from transformers import (
 
 from hf_clm.bench.results import Start, Task, Trial
 from hf_clm.config import Recipe
-from hf_clm.data.build import Split, pack_rows, texts_of
+from hf_clm.data.build import Split, mix_splits, pack_rows, texts_of
 from hf_clm.data.cache import build_splits, find_place, load_early, load_named
 from hf_clm.data.ledger import write_ledgers
 from hf_clm.data.packing import PackedDataset
@@ -96,6 +96,7 @@ def measure_start(task: Task) -> Start:
         proof = prove_data(recipe, splits, tokenizer=tokenizer)
     with timing("keep"):
         _keep(recipe, splits, tokenizer=tokenizer, proof=proof, seed=arguments.seed)
+    splits = mix_splits(splits, recipe, seed=arguments.seed)
     with timing("load model"):
         model = build_model(recipe, tokenizer, config=config, arguments=arguments)
         trainer = build_trainer(model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits)

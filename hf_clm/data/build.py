@@ -1,9 +1,9 @@
 """From the data section of a recipe to the datasets that a Trainer takes, and the count of what was read."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, cast
 
@@ -15,11 +15,13 @@ from hf_clm.data.datasets import PretrainDataset, SFTDataset, TokenizedDataset, 
 from hf_clm.data.formats import FirstSeen, check_same_schema, to_example, unknown_keys
 from hf_clm.data.labels import Fate
 from hf_clm.data.ledger import find_duplicates
+from hf_clm.data.mixing import DrawnDataset, Mix, MixOptions, mix_rows, require_sources
 from hf_clm.data.packing import PackedDataset, Pieces
 from hf_clm.data.segments import whole_text
 from hf_clm.data.sources import ReadOptions, ReadReport, Record, read_records
 from hf_clm.data.templating import to_template_example
 from hf_clm.errors import DataError
+from hf_clm.recipe_sections import Mixing
 from hf_clm.schema import (
     ChatExample,
     Example,
@@ -34,12 +36,12 @@ from hf_clm.tokenizer import find_unknown, unique_ids, unknown_id
 SHOWN_LETTERS = 8  # of a word that the tokenizer cannot spell
 SHOWN_DROPS = 3  # an error lists the first few rows, not thousands
 
-AnyDataset = TokenizedDataset | PackedDataset
+AnyDataset = TokenizedDataset | PackedDataset | DrawnDataset
 
 
 @dataclass
 class Examples:
-    """Checked examples with the place each came from."""
+    """Checked examples with the place each came from; ``origins`` (N,): its source's number in the recipe."""
 
     examples: Sequence[Example | TokenizedExample] = field(default_factory=list)
     places: Sequence[str] = field(default_factory=list)
@@ -47,6 +49,7 @@ class Examples:
     formats: set[str] = field(default_factory=set)
     unknown_keys: set[str] = field(default_factory=set)
     duplicates: list[str] = field(default_factory=list)  # rows left out because an earlier one is the same
+    origins: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int32), compare=False)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -55,23 +58,37 @@ class Examples:
         """The examples with these numbers."""
         chosen = list(numbers)
         examples, places = [self.examples[i] for i in chosen], [self.places[i] for i in chosen]
-        return Examples(examples, places, self.report, self.formats, self.unknown_keys, self.duplicates)
+        origins = self.origins[chosen] if len(self.origins) else self.origins
+        return replace(self, examples=examples, places=places, origins=origins)
 
 
 @dataclass
 class Split:
-    """A tokenized set (``rows``) and what is trained on (``dataset``; the same without packing)."""
+    """A tokenized set (``rows``) and what is trained on (``dataset``; the same without packing).
+
+    ``mix``: which of the rows an epoch holds, and how often; None: each once.
+    """
 
     rows: TokenizedDataset
     dataset: AnyDataset
     examples: Examples
+    mix: Mix | None = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(D,) int64, tokens of each tokenized row of an epoch."""
+        return self.rows.lengths if self.mix is None else self.rows.lengths[self.mix.numbers]
 
     @property
     def tokens(self) -> int:
-        return int(self.rows.rows.lengths.sum())
+        """Of an epoch."""
+        return int(self.lengths.sum())
 
     @property
     def target_tokens(self) -> int:
+        """Of an epoch."""
+        if self.mix is not None:
+            return sum(share.target_tokens for share in self.mix.shares)
         return int((self.rows.rows.labels >= 0).sum())
 
     @cached_property
@@ -84,12 +101,12 @@ class Split:
 
 def load_examples(sources: Iterable[Source], data: Data) -> Examples:
     """Reads and checks every record. Raises DataError with file and line for the first that is wrong."""
-    examples, places = [], []
+    examples, places, origins = [], [], []
     found = Examples(examples, places)
     options = ReadOptions(
         skip_bad_lines=data.skip_bad_lines, max_line_bytes=data.max_line_bytes, nul=data.nul
     )
-    for source in sources:
+    for number, source in enumerate(sources):
         first: FirstSeen = {}
         kind = {"split": source.split, "name": source.name, "revision": source.revision}
         records = read_records(source.path, options, report=found.report, **kind)
@@ -106,11 +123,13 @@ def load_examples(sources: Iterable[Source], data: Data) -> Examples:
             found.unknown_keys.update(unknown)
             examples.append(example)
             places.append(record.where)
+            origins.append(number)
     if not found.examples:
         read = f"{found.report.records} records read, {len(found.report.bad_lines)} skipped"
         raise DataError(
             "no example to train on", where=", ".join(source.path for source in sources), got=read
         )
+    found.origins = np.array(origins, dtype=np.int32)
     return drop_duplicates(found) if data.duplicates == "drop" else found
 
 
@@ -175,12 +194,14 @@ def without_report(examples: Examples) -> Examples:
 
 def load_splits(recipe: Recipe, seed: int) -> tuple[Examples, Examples | None]:
     """The training examples and, if the recipe asks for them, those to evaluate on."""
-    train = load_examples(recipe.data.train, recipe.data)
+    train, evaluation = load_examples(recipe.data.train, recipe.data), None
     if recipe.data.eval:
-        return train, load_examples(recipe.data.eval, recipe.data)
-    if recipe.data.eval_fraction:
-        return split_examples(train, recipe.data.eval_fraction, seed=seed)
-    return train, None
+        evaluation = load_examples(recipe.data.eval, recipe.data)
+    elif recipe.data.eval_fraction:
+        train, evaluation = split_examples(train, recipe.data.eval_fraction, seed=seed)
+    if mix_options(recipe.data):
+        require_sources(train.origins, [source.path for source in recipe.data.train])
+    return train, evaluation
 
 
 def build_split(
@@ -227,13 +248,49 @@ def unspelled(text: str, *, where: str) -> DataError:
 
 
 def pack_rows(
-    rows: TokenizedDataset, recipe: Recipe, *, pieces: Pieces | None = None
-) -> TokenizedDataset | PackedDataset:
-    """What is trained on: the rows themselves, or packed ones; ``pieces`` if they were packed before."""
+    rows: TokenizedDataset,
+    recipe: Recipe,
+    *,
+    pieces: Pieces | None = None,
+    numbers: np.ndarray | None = None,
+) -> AnyDataset:
+    """What is trained on: the rows themselves, or packed ones; ``pieces`` if they were packed before.
+
+    ``numbers``: of the rows that an epoch holds, in their order; None: each once.
+    """
     packing = recipe.resolved_packing
     capacity = recipe.data.tokens_per_batch if packing == "none" else recipe.data.max_length
     kind = "stream" if packing == "stream" else "best_fit"
-    return PackedDataset(rows, max_length=capacity, packing=kind, pieces=pieces) if capacity else rows
+    if capacity:
+        return PackedDataset(rows, max_length=capacity, packing=kind, pieces=pieces, numbers=numbers)
+    return rows if numbers is None else DrawnDataset(rows, numbers)
+
+
+def mix_splits(splits: Mapping[str, Split], recipe: Recipe, *, seed: int) -> dict[str, Split]:
+    """The splits with the training rows drawn and packed as the recipe mixes its sources, if it does.
+
+    Raises DataError for a source of which no row can be drawn, or none would be.
+    """
+    options = mix_options(recipe.data)
+    if options is None:
+        return dict(splits)
+    train = splits["train"]
+    paths = [source.path for source in recipe.data.train]
+    names = [path if paths.count(path) == 1 else f"{path} ({at})" for at, path in enumerate(paths, 1)]
+    mix = mix_rows(train.rows.rows, train.examples.origins, sources=names, options=options, seed=seed)
+    dataset = pack_rows(train.rows, recipe, numbers=mix.numbers)
+    return {**splits, "train": replace(train, dataset=dataset, mix=mix)}
+
+
+def mix_options(data: Data) -> MixOptions | None:
+    """How the sources are mixed; None where every row is read once."""
+    weights = [source.weight for source in data.train if source.weight is not None]
+    has_epochs = any(source.epochs is not None for source in data.train)
+    if not (weights or has_epochs or data.mixing):
+        return None
+    epochs = [source.epochs or 1.0 for source in data.train] if has_epochs else None
+    section = data.mixing or Mixing()
+    return MixOptions(weights=weights or None, epochs=epochs, **section.model_dump())
 
 
 def check_dropped(examples: Examples, fates: list[Fate], *, data: Data) -> None:

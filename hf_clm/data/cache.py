@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Data, Recipe, Source
-from hf_clm.data.build import Examples, Split, build_split, load_splits
+from hf_clm.data.build import Examples, Split, build_split, load_splits, mix_options, mix_splits
 from hf_clm.data.sources import find_files
 from hf_clm.data.store import Stored, open_store
 
@@ -49,7 +49,7 @@ def find_place(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int)
     contents = [_source_content(source, files) for source in (*data.train, *data.eval)]
     if None in contents:
         return None
-    options = data.model_dump(exclude={"train", "eval", "cache_dir", "eval_train_rows"})
+    options = data.model_dump(exclude={"train", "eval", "cache_dir", "eval_train_rows", "mixing"})
     options |= {"overflow": recipe.resolved_overflow, "packing": recipe.resolved_packing}
     parts = {
         "format": FORMAT_VERSION,
@@ -61,6 +61,8 @@ def find_place(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int)
         "eval": contents[len(data.train) :],
         "tokenizer": _tokenizer_content(tokenizer),
     }
+    if mix_options(data):  # drawn after the set is opened, so that shares may change; it knows its sources
+        parts["has_origins"] = True
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:KEY_LETTERS]
     return Place(cache_folder(data) / key, files)
 
@@ -87,17 +89,20 @@ def read_splits(
     seed: int,
     loaded: Mapping[str, Examples] | None = None,
 ) -> dict[str, Split]:
-    """Train and, if there is one, eval: opened where they were prepared before, else made; writes nothing.
+    """Train, mixed, and, if there is one, eval: opened where they were prepared before, else made.
+
+    Writes nothing.
 
     ``loaded``: the examples, if they were read already.
     """
     place = find_place(recipe, tokenizer, seed=seed)
     stored = open_place(place, recipe, seed=seed) if place else None
-    return (
+    splits = (
         stored.splits
         if stored
         else build_splits(recipe, tokenizer, loaded=loaded or load_named(recipe, seed))
     )
+    return mix_splits(splits, recipe, seed=seed)
 
 
 def load_early(recipe: Recipe, seed: int) -> dict[str, Examples]:
@@ -114,7 +119,7 @@ def load_named(recipe: Recipe, seed: int) -> dict[str, Examples]:
 def build_splits(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, loaded: Mapping[str, Examples]
 ) -> dict[str, Split]:
-    """Tokenizes, fits and packs each set."""
+    """Tokenizes, fits and packs each set, every row once."""
     return {
         name: build_split(examples, recipe, tokenizer=tokenizer, stage=recipe.stage)
         for name, examples in loaded.items()
@@ -123,7 +128,7 @@ def build_splits(
 
 def _source_content(source: Source, files: list[str]) -> dict[str, Any] | None:
     """What a source is, without its path; its files are added to ``files``. None where that is not known."""
-    options = source.model_dump(exclude={"path"})
+    options = source.model_dump(exclude={"path", "weight", "epochs"})
     found = find_files(source.path)
     if found is None:  # on the Hub, where a branch or a tag may move
         files.append(source.path)

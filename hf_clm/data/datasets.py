@@ -70,6 +70,11 @@ class TokenizedDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> TokenizedExample:
         return self.rows[index]
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) int64, tokens of each row."""
+        return self.rows.lengths
+
 
 class SFTDataset(TokenizedDataset):
     """Rows of which only the targets are learned: completions, assistant turns, segments marked ``train``.

@@ -11,6 +11,7 @@ import numpy as np
 
 from hf_clm.data.datasets import TokenizedRows
 from hf_clm.data.labels import Fate
+from hf_clm.data.mixing import DrawnDataset
 from hf_clm.data.packing import PackedDataset
 from hf_clm.errors import DataError
 from hf_clm.schema import ChatExample, Example, PromptExample, SegmentsExample, TextExample, TokenizedExample
@@ -79,17 +80,9 @@ def build_ledger(
 ) -> Ledger:
     """Enters every input row. ``places`` names them ("poems.jsonl:17")."""
     assert (np.diff(rows.sources) >= 0).all(), "tokenized in the order of the input"
-    first = np.searchsorted(
-        rows.sources, np.arange(len(places) + 1)
-    )  # the tokenized rows of source i are first[i]:first[i + 1]
+    first = _first_rows(rows, len(places))
     spans = rows.offsets[first]
-    if packed is None:
-        held_in, seats = np.arange(len(rows)), first
-    else:  # pieces in the order of their examples; those of one example by row
-        pieces = packed.pieces
-        order = np.argsort(pieces.examples, kind="stable")
-        held_in = np.repeat(np.arange(len(pieces)), np.diff(pieces.offsets))[order]
-        seats = np.searchsorted(pieces.examples[order], first)
+    held_in, seats = (np.arange(len(rows)), first) if packed is None else _find_seats(packed, first)
     kept_tokens, kept_targets = np.diff(spans).tolist(), np.diff(_targets_before(rows)[spans]).tolist()
     sits = [held_in[a:b].tolist() for a, b in pairwise(seats.tolist())]
     entries = [
@@ -109,13 +102,19 @@ def check_balance(ledger: Ledger, rows: TokenizedRows, *, packed: PackedDataset 
             got = f"{row.kept_targets} of {row.target_tokens} labels, rows {row.rows}"
             raise DataError(what, where=row.source, got=got, fix="report this as a bug of hf_clm")
     if packed is not None:
-        before, pieces = _targets_before(rows), packed.pieces
-        begins = rows.offsets[pieces.examples]  # the first token of a piece has no label in its row
-        kept = int((before[begins + pieces.stops] - before[begins + pieces.starts + 1]).sum())
-        if kept != before[-1]:
-            what = f"packing keeps {kept:,} labels of {before[-1]:,}"
-            raise DataError(what, where="data.packing", fix="report this as a bug of hf_clm")
-        _check_packed(packed, rows)
+        check_packing(packed, rows, times=np.ones(len(rows), dtype=np.int64))
+
+
+def check_packing(packed: PackedDataset, rows: TokenizedRows, *, times: np.ndarray) -> None:
+    """Raises DataError unless the packed rows hold each label as often as ``times`` says of its row."""
+    before, pieces = _targets_before(rows), packed.pieces
+    begins = rows.offsets[pieces.examples]  # the first token of a piece has no label in its row
+    kept = int((before[begins + pieces.stops] - before[begins + pieces.starts + 1]).sum())
+    wanted = int((np.diff(before[rows.offsets]) * times).sum())
+    if kept != wanted:
+        what = f"packing keeps {kept:,} labels of {wanted:,}"
+        raise DataError(what, where="data.packing", fix="report this as a bug of hf_clm")
+    _check_packed(packed, rows)
 
 
 def write_ledgers(ledgers: Mapping[str, Ledger], path: Path) -> None:
@@ -127,6 +126,27 @@ def write_ledgers(ledgers: Mapping[str, Ledger], path: Path) -> None:
     names = [field.name for field in fields(LedgerRow)]
     columns = {name: [getattr(row, name) for _, row in rows] for name in names}
     parquet.write_table(pyarrow.table({"split": [split for split, _ in rows], **columns}), path)
+
+
+def add_draws(
+    path: Path, dataset: PackedDataset | DrawnDataset, *, rows: TokenizedRows, times: np.ndarray
+) -> None:
+    """Writes a ledger again: the ``rows`` of each training example as drawn, and how many ``times`` it was.
+
+    An evaluation row is read once, if it is not dropped.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    table = parquet.read_table(path)
+    held_in, seats = _find_seats(dataset, _first_rows(rows, len(times)))
+    kind = pyarrow.list_(pyarrow.int64())
+    others = table.column("rows").slice(len(times)).cast(kind)
+    drawn = pyarrow.ListArray.from_arrays(seats.astype(np.int32), held_in)
+    once = [int(bool(held)) for held in others.to_pylist()]
+    seen = pyarrow.chunked_array([drawn, *others.chunks], type=kind)
+    table = table.set_column(table.column_names.index("rows"), "rows", seen)
+    parquet.write_table(table.append_column("times", pyarrow.array([*times.tolist(), *once])), path)
 
 
 def find_duplicates(examples: Iterable[Example | TokenizedExample]) -> list[int | None]:
@@ -200,6 +220,22 @@ def text_key(example: Example | TokenizedExample) -> tuple[str, ...]:
 
 def _normalised(key: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(" ".join(part.casefold().split()) for part in key)
+
+
+def _first_rows(rows: TokenizedRows, examples: int) -> np.ndarray:
+    """(E + 1,) integers for E examples: the tokenized rows of example i are first[i]:first[i + 1]."""
+    return np.searchsorted(rows.sources, np.arange(examples + 1))
+
+
+def _find_seats(dataset: PackedDataset | DrawnDataset, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that hold example i are held_in[seats[i]:seats[i + 1]], in their order."""
+    if isinstance(dataset, PackedDataset):
+        pieces = dataset.pieces
+        held, holders = pieces.examples, np.repeat(np.arange(len(pieces)), np.diff(pieces.offsets))
+    else:
+        held, holders = dataset.numbers, np.arange(len(dataset))
+    order = np.argsort(held, kind="stable")
+    return holders[order], np.searchsorted(held[order], first)
 
 
 def _check_packed(packed: PackedDataset, rows: TokenizedRows) -> None:

@@ -7,7 +7,7 @@ stream     | doc 1 ..| doc 2 ........| doc 3 ...|   every row full; a document g
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import numpy as np
@@ -76,6 +76,7 @@ class PackedDataset(torch.utils.data.Dataset):
         packing: ``best_fit`` keeps every example whole; ``stream`` cuts where a row is full. Then the next
             row begins with the token before the cut, unlabelled, so that each label is learned exactly once.
         pieces: of this dataset, packed before; None packs it now.
+        numbers: the examples to pack, in this order, some maybe more than once; None: each once.
     """
 
     def __init__(
@@ -85,12 +86,16 @@ class PackedDataset(torch.utils.data.Dataset):
         max_length: int,
         packing: str = "best_fit",
         pieces: Pieces | None = None,
+        numbers: np.ndarray | None = None,
     ):
         self.dataset = dataset
         self.max_length = max_length
         if pieces is None:
             pack = stream_rows if packing == "stream" else best_fit_rows
-            pieces = pack(dataset.rows.lengths, max_length)
+            lengths = dataset.rows.lengths
+            pieces = pack(lengths if numbers is None else lengths[numbers], max_length)
+            if numbers is not None:
+                pieces = replace(pieces, examples=numbers[pieces.examples])
         self.pieces = pieces
 
     def __len__(self) -> int:

@@ -206,6 +206,7 @@ def _split_json(split: Split) -> dict[str, Any]:
         "formats": sorted(examples.formats),
         "unknown_keys": sorted(examples.unknown_keys),
         "duplicates": examples.duplicates,
+        "origins": _to_runs(examples.origins),
         "control_texts": rows.control_texts,
         "head": [e if isinstance(e, dict) else asdict(e) for e in examples.examples[:HEAD]],
     }
@@ -241,7 +242,16 @@ def _read_examples(folder: Path, name: str, *, content: dict[str, Any], names: M
     stored: Any = LazyList(len(places), to_places)
     found = Examples([], stored, report, set(content["formats"]), set(content["unknown_keys"]))
     found.duplicates = list(map(rename, content["duplicates"]))
+    runs = np.array(content.get("origins", []), dtype=np.int32).reshape(-1, 2)
+    found.origins = np.repeat(runs[:, 0], runs[:, 1])
     return found
+
+
+def _to_runs(origins: np.ndarray) -> list[list[int]]:
+    """[0, 0, 0, 1] as [[0, 3], [1, 1]]."""
+    firsts = np.flatnonzero(np.diff(origins, prepend=-1))
+    counts = np.diff(firsts, append=len(origins))
+    return np.stack([origins[firsts], counts], axis=1).tolist()
 
 
 def _read_pieces(folder: Path, name: str) -> Pieces | None:

@@ -161,7 +161,7 @@ def row_tokens(dataset: AnyDataset) -> np.ndarray:
     """(N,) int64, the tokens of each of N rows, without making them."""
     if isinstance(dataset, PackedDataset):
         return dataset.pieces.row_tokens
-    return dataset.rows.lengths
+    return dataset.lengths
 
 
 def read_machine(recipe: Recipe, arguments: TrainingArguments) -> Machine:

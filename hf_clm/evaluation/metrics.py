@@ -46,12 +46,15 @@ def target_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.cat(nll)
 
 
-def unigram_entropy(labels: np.ndarray) -> float:
+def unigram_entropy(labels: np.ndarray, times: np.ndarray | None = None) -> float:
     """The entropy (nats per token) of the label frequencies: the loss of a model that knows only those.
 
     labels: any shape, int; negative where there is no label. 0.0 without any label.
+    times: of the same shape, how often each label counts; None: once.
     """
-    counts = np.bincount(labels[labels >= 0].astype(np.int64)).astype(np.float64)
+    learned = labels >= 0
+    weights = None if times is None else times[learned]
+    counts = np.bincount(labels[learned].astype(np.int64), weights=weights).astype(np.float64)
     shares = counts[counts > 0] / max(1.0, counts.sum())
     return float(-(shares * np.log(shares)).sum())
 

@@ -77,13 +77,16 @@ def to_facts(split: Split, charts: Charts, *, shown: int) -> dict[str, str]:
     fates.update({"duplicate": len(examples.duplicates), "unreadable": len(examples.report.bad_lines)})
     over, longest = charts.lengths > charts.max_length, charts.lengths.max(initial=0)
     facts = {
-        "rows": f"{len(split.dataset):,} ({shown:,} shown), of {len(split.rows):,} documents",
+        "rows": f"{len(split.dataset):,} ({shown:,} shown), of {len(split.lengths):,} documents",
         "tokens": f"{split.tokens:,}, {targets:,} targets ({targets / split.tokens:.1%})",
         "examples": ", ".join(f"{count:,} {fate}" for fate, count in (+fates).most_common()),
         "length": f"median {np.median(charts.lengths):,.0f}, longest {longest:,}; "
         f"{over.mean():.1%} over max_length {charts.max_length:,}",
         "fill": ", ".join(f"{name} {share:.1%}" for name, share in charts.fills.items()),
     }
+    if split.mix:
+        shares = [f"{one.source} {one.drawn:.1%} ({one.asked:.1%} asked)" for one in split.mix.shares]
+        facts["mixing"] = ", ".join(shares)
     if drops:
         facts["dropped"] = "; ".join(drops[:LISTED_DROPS]) + ("; ..." if len(drops) > LISTED_DROPS else "")
     if rows.control_texts:
@@ -95,7 +98,7 @@ def to_facts(split: Split, charts: Charts, *, shown: int) -> dict[str, str]:
 def to_charts(split: Split, max_length: int, *, batch_size: int) -> Charts:
     """The lengths before anything was cut, and how full padded batches would be beside packed rows."""
     rows = split.rows.rows
-    padded = padded_fill(rows.lengths, max_length, batch_size=batch_size)
+    padded = padded_fill(split.lengths, max_length, batch_size=batch_size)
     fills = {f"padded in batches of {batch_size}": padded}
     if isinstance(split.dataset, PackedDataset):
         fills["packed"] = split.dataset.fill

@@ -171,7 +171,8 @@ class Reader:
 def _pieces(split: Split, number: int) -> list[Piece]:
     if isinstance(split.dataset, PackedDataset):
         return split.dataset.pieces[number]
-    return [(number, 0, int(split.rows.rows.lengths[number]))]
+    row = number if split.mix is None else int(split.mix.numbers[number])
+    return [(row, 0, int(split.rows.lengths[row]))]
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -280,9 +280,15 @@ def _ledger(record: RunRecord) -> Section:
         if rows:
             heads = [f"{key}: fate", *(name.replace("_", " ") for name in KEPT)]
             tables.append(Table(heads, rows, numeric=True))
+    shares = [share for share in record.part("mixing").get("sources") or [] if isinstance(share, dict)]
+    if shares:
+        rows = [[str(share.get("source")), *(_to_text(share.get(key)) for key in DRAWN)] for share in shares]
+        heads = [f"mixed by {record.part('mixing').get('by')}", *(key.replace("_", " ") for key in DRAWN)]
+        tables.append(Table(heads, rows, numeric=True))
     return Section("Ledger", facts, tables)
 
 
+DRAWN = ("asked", "drawn", "rows_there", "rows", "rows_left_out", "passes", "tokens", "target_tokens")
 COUNTED = {
     "input_rows": "input rows",
     "rows": "rows",

@@ -116,7 +116,20 @@ def data(run: Mapping[str, Any]) -> str:
         fates = ", ".join(f"{count:,} {fate}" for fate, count in sorted(counts["fates"].items()))
         parts.append((name, shown, fates, f"`{certificate['content_hash']}`" if certificate else "none"))
     lines = _to_table(("", "files", "rows", "sha256 of the certified labels"), parts)
-    return f"{lines}\n\nThe labels of every row were proved on an independent path before the first step."
+    proved = "The labels of every row were proved on an independent path before the first step."
+    return "\n\n".join([lines, *mixing(run), proved])
+
+
+def mixing(run: Mapping[str, Any]) -> list[str]:
+    """What each source gave to an epoch, as a paragraph and a table; nothing where none was weighed."""
+    if "mixing" not in run:
+        return []
+    by = run["mixing"]["by"].replace("_", " ")
+    rows = [
+        (os.path.basename(one["source"].rstrip("/")), f"{one['drawn']:.1%}", f"{one['passes']:.2f}")
+        for one in run["mixing"]["sources"]
+    ]
+    return ["An epoch was mixed of these sources:", _to_table(("", f"share of the {by}", "passes"), rows)]
 
 
 def _to_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,14 +11,15 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.config import Recipe
-from hf_clm.data.build import Examples, Split
+from hf_clm.data.build import Examples, Split, mix_splits
 from hf_clm.data.cache import Place, build_splits, find_place, load_early, load_named, open_place
-from hf_clm.data.ledger import write_ledgers
+from hf_clm.data.datasets import TokenizedDataset
+from hf_clm.data.ledger import add_draws, write_ledgers
 from hf_clm.data.packing import PackedDataset
 from hf_clm.data.store import Stored, require_writable, write_store
 from hf_clm.errors import RecipeError
 from hf_clm.parts import build_model_config, build_tokenizer_aside, training_arguments
-from hf_clm.training.proof import Proof, prove_data
+from hf_clm.training.proof import Proof, prove_data, prove_mix
 
 POLL_SECONDS = 0.2
 SHOWN_LETTERS = 12  # of a key
@@ -33,11 +34,14 @@ class Prepared:
     stored: Stored | None = None
 
     def write_ledger(self, path: Path) -> None:
-        """Writes ledger.parquet."""
+        """Writes ledger.parquet; where sources are mixed, it says how often each row is drawn."""
         if self.stored:
             self.stored.write_ledger(path)
         else:
             write_ledgers(self.proof.ledgers, path)
+        train = self.splits["train"]
+        if train.mix and not isinstance(train.dataset, TokenizedDataset):
+            add_draws(path, train.dataset, rows=train.rows.rows, times=train.mix.times)
 
 
 def prepare(
@@ -73,7 +77,9 @@ def prepare(
     said = f"read from cache (key {key})" if is_from_cache else f"in {seconds:.1f} s, kept in {place.folder}"
     proof = Proof(stored.proof["facts"], [f"prepared  {said}", *stored.proof["lines"]])
     proof.facts["prepared"] = {"key": place.key, "from_cache": is_from_cache, "seconds": seconds}
-    return Prepared(stored.splits, proof, stored)
+    splits = mix_splits(stored.splits, recipe, seed=arguments.seed)
+    proof.lines += prove_mix(splits["train"]) if arguments.process_index == 0 else []
+    return Prepared(splits, proof, stored)
 
 
 def prepare_recipe(recipe: Recipe) -> list[str]:
@@ -136,10 +142,13 @@ def _prepare_unkept(
     is_off = recipe.data.cache_dir is None
     why = "data.cache_dir is null" if is_off else "data on the Hub without a commit as their revision"
     proof.lines.insert(0, f"prepared  in {time.monotonic() - started:.1f} s, not kept ({why})")
+    splits = mix_splits(splits, recipe, seed=arguments.seed)
+    proof.lines += prove_mix(splits["train"]) if arguments.process_index == 0 else []
     return Prepared(splits, proof)
 
 
 def _describe(name: str, split: Split) -> list[str]:
     rows = f"{len(split.dataset):,} rows, {split.tokens:,} tokens, {split.target_tokens:,} targets"
     filled = f", {split.dataset.fill:.1%} full" if isinstance(split.dataset, PackedDataset) else ""
-    return [f"{name:<10}{rows}{filled}"]
+    mixed = split.mix.to_lines() if split.mix else []
+    return [f"{name:<10}{rows}{filled}", *(f"{'':<10}{line}" for line in mixed)]

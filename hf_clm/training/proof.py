@@ -17,7 +17,14 @@ from hf_clm.config import Recipe
 from hf_clm.data.build import Split
 from hf_clm.data.certificate import Certificate, LabelOptions, certify
 from hf_clm.data.labels import tokenize_segments
-from hf_clm.data.ledger import Ledger, build_ledger, check_balance, check_leakage, measure_leakage
+from hf_clm.data.ledger import (
+    Ledger,
+    build_ledger,
+    check_balance,
+    check_leakage,
+    check_packing,
+    measure_leakage,
+)
 from hf_clm.data.packing import PackedDataset
 from hf_clm.data.segments import to_prompt_segments
 from hf_clm.doctor.round_trip import FOLDER, RoundTrip, start_round_trip
@@ -75,6 +82,18 @@ def prove_data(recipe: Recipe, splits: Mapping[str, Split], *, tokenizer: PreTra
         check_leakage(leakage, recipe.data.max_leakage)
         proof.facts["leakage"] = {"exact": len(leakage.exact), "normalised": len(leakage.normalised)}
     return proof
+
+
+def prove_mix(split: Split) -> list[str]:
+    """Checks that the packed rows hold each label as often as its row was drawn; the line to print.
+
+    Raises DataError where they do not.
+    """
+    rows, mix = split.rows.rows, split.mix
+    if mix is None or not isinstance(split.dataset, PackedDataset):
+        return []
+    check_packing(split.dataset, rows, times=mix.times[rows.sources])
+    return [f"{'mixed':<10}the packed rows hold each label as often as its row was drawn"]
 
 
 def check_prompts(recipe: Recipe, split: Split, *, tokenizer: PreTrainedTokenizerFast) -> int:

@@ -26,7 +26,6 @@ from hf_clm.data.segments import whole_text
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
 from hf_clm.errors import RecipeError
-from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.generation.generate import generate, to_prompt_example
 from hf_clm.hardware import peak_memory, settle_cpu
 from hf_clm.inspector.documents import Reader
@@ -61,7 +60,7 @@ from hf_clm.training.proof import prove_model, prove_saved
 from hf_clm.training.publish import check_can_push
 from hf_clm.training.signals import stoppable
 from hf_clm.training.start import Start, has_ended, prepare_start
-from hf_clm.training.summary import RunFacts, end_lines, seal_facts, start_lines
+from hf_clm.training.summary import RunFacts, end_lines, guessing_loss, seal_facts, start_lines
 from hf_clm.training.trainer import CLMTrainer
 
 EVALUATED_ROWS = 64  # of the training data, where there is no eval set: they show a loss before and after
@@ -106,7 +105,7 @@ def train_from(
     model = build_model(recipe, tokenizer, config=config, arguments=arguments)
 
     trainer = build_trainer(model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits)
-    facts = RunFacts(recipe, arguments, model, splits, unigram_entropy(splits["train"].rows.rows.labels))
+    facts = RunFacts(recipe, arguments, model, splits, guessing_loss(splits["train"]))
     is_main = arguments.process_index == 0
     with arguments.main_process_first(local=False, desc="proving the model"):
         if is_main:

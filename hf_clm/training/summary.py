@@ -7,12 +7,14 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.config import Recipe, describe_recipe
 from hf_clm.data.build import Split
 from hf_clm.data.packing import PackedDataset
+from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.hardware import bf16_instructions
 from hf_clm.model import without_adapters
 from hf_clm.parts import count_steps, resolve, rows_per_step
@@ -117,6 +119,7 @@ class RunFacts:
             "attention": self.model.config._attn_implementation,  # not always that of the recipe
             "max_grad_norm": self.arguments.max_grad_norm,
             "versions": versions(),
+            **({"mixing": self.train.mix.to_json()} if self.train.mix else {}),
         }
 
     def outcome(
@@ -163,6 +166,14 @@ def seal_facts(
     }
 
 
+def guessing_loss(split: Split) -> float:
+    """The entropy (nats per token) of the labels of an epoch: the loss of guessing by frequency alone."""
+    rows, mix = split.rows.rows, split.mix
+    if mix is None:
+        return unigram_entropy(rows.labels)
+    return unigram_entropy(rows.labels, np.repeat(mix.times[rows.sources], rows.lengths))
+
+
 def start_lines(facts: RunFacts) -> list[str]:
     """The block that a run prints before its first step."""
     arguments, model, train = facts.arguments, facts.model, facts.train
@@ -173,6 +184,9 @@ def start_lines(facts: RunFacts) -> list[str]:
         f"model     {kind}, {origin}, {model.num_parameters():,} parameters",
         f"data      {_describe(train)}",
     ]
+    if train.mix:
+        first, *others = train.mix.to_lines()
+        lines += [f"mixing    {first}", *(f"{'':<10}{line}" for line in others)]
     if facts.recipe.lora:
         trained = facts.trained_parameters
         lines.append(f"lora      {trained:,} parameters are trained, {trained / model.num_parameters():.2%}")
@@ -231,7 +245,8 @@ def versions() -> dict[str, str]:
 
 
 def _describe(split: Split) -> str:
-    packed = f" in {len(split.dataset):,} packed rows" if split.dataset is not split.rows else ""
+    is_packed = isinstance(split.dataset, PackedDataset)
+    packed = f" in {len(split.dataset):,} packed rows" if is_packed else ""
     fates = ", ".join(f"{count:,} {fate}" for fate, count in sorted(split.fates.items()))
     return f"{fates}; {split.tokens:,} tokens ({split.target_tokens:,} targets){packed}"
 

@@ -211,3 +211,30 @@ def test_two_processes_train_adapters_as_one(tmp_path, monkeypatch):
     assert sorted(one) == sorted(other)
     for name, weight in one.items():
         torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_same_rows_of_mixed_sources(tmp_path, monkeypatch):
+    """14 and 5 rows, weighed 1 to 1 until each was read once: 28 rows an epoch, packed."""
+    sources = "[{path: train.jsonl, weight: 1}, {path: eval.jsonl, weight: 1}]"
+    recipe = RECIPE.replace("[{path: train.jsonl, format: instruct}]", sources)
+    recipe = recipe.replace(
+        "eval: [{path: eval.jsonl, format: instruct}]", "mixing: {stopping_strategy: all_exhausted}"
+    )
+    recipe = recipe.replace("packing: none", "packing: best_fit")
+    recipe = recipe.replace("eval_strategy: steps\n  eval_steps: 4\n", 'eval_strategy: "no"\n')
+    alone, two = prepare(tmp_path / "alone", recipe), prepare(tmp_path / "two", recipe)
+
+    done = launch(torchrun(), two)
+    monkeypatch.chdir(alone)
+    assert main(["train", "recipe.yaml", *BATCH, "4", *EVAL_BATCH, "4"]) == 0
+
+    assert done.returncode == 0, done.stderr
+    mixed = [json.loads((folder / "run" / "run.json").read_text())["mixing"] for folder in (alone, two)]
+    assert mixed[0] == mixed[1]
+    assert [share["rows"] for share in mixed[0]["sources"]] == [14, 14]
+    assert [share["rows_left_out"] for share in mixed[0]["sources"]] == [0, 0]
+    one, other = ([e for e in read_metrics(folder) if "loss" in e] for folder in (alone, two))
+    for key in ("step", "tokens_seen", "target_tokens_seen"):
+        assert [entry[key] for entry in other] == [entry[key] for entry in one], key
+    assert [e["loss"] for e in other] == pytest.approx([e["loss"] for e in one], rel=1e-5)
