@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup sft pretrain generate test test-peers test-browser bench-peers test-fast lint format clean
+.PHONY: help setup sft pretrain generate test soak test-peers test-browser bench-peers test-fast lint format clean
 
 VENV := .venv
 BIN = $(VENV)/bin
@@ -59,6 +59,9 @@ test-browser: $(VENV)/.setup-browser  ## The pages of inspect, report, compare, 
 
 bench-peers: $(VENV)/.setup-peers  ## Compare speed, memory and loss with the Trainer and TRL on this CPU; 45 minutes. ARGS="--quick"
 	$(BIN)/python tests/benchmarks/peers.py $(ARGS)
+
+soak: $(READY)  ## Kill runs 200 times at random, and compare each with one that was left alone; 10 minutes. KILLS=50
+	HF_CLM_SOAK_KILLS=$(if $(KILLS),$(call text,KILLS),200) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/invariants/test_soak.py $(ARGS)
 
 test-fast: $(READY)  ## The tests that take seconds. ARGS="-k labels"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not peer and not gpu and not browser' $(ARGS)

@@ -34,6 +34,7 @@ from hf_clm.training.changes import (
 from hf_clm.training.checkpoints import (
     drop_broken,
     drop_later,
+    find_checkpoints,
     newest_sealed,
     read_seal,
     require_sound,
@@ -122,6 +123,9 @@ def _tidy(recipe: Recipe, arguments: TrainingArguments) -> None:
             write_line(line)
         shutil.rmtree(folder / FINAL, ignore_errors=True)
         return
+    newest = find_checkpoints(folder)[-1:]
+    if word == "must" and newest and read_seal(newest[0]):
+        require_sound(newest[0])
     publish(folder)
     for line in drop_broken(folder):
         write_line(line)

@@ -70,6 +70,20 @@ def test_a_damaged_checkpoint_is_named_moved_aside_and_the_one_before_is_taken(t
     assert (run / "checkpoint-10.broken" / "optimizer.pt").is_file()
 
 
+def test_must_refuses_a_damaged_checkpoint_and_moves_nothing(tmp_path):
+    run = begun(tmp_path, 9, 10)
+    (run / "checkpoint-10" / "optimizer.pt").write_bytes(b"optimizeR")
+
+    with pytest.raises(RecipeError) as error:
+        start(tmp_path, resume_from_checkpoint="must")
+
+    assert str(error.value) == (
+        f"{run / 'checkpoint-10'}: cannot go on from this checkpoint: optimizer.pt is not what was saved "
+        "(sha256); fix: hf-clm checkpoints RUN lists those that are whole"
+    )
+    assert (run / "checkpoint-10").is_dir()
+
+
 def test_a_run_without_a_checkpoint_begins_again(tmp_path):
     run = begun(tmp_path)
 

@@ -1,0 +1,68 @@
+"""A run that is killed between two saves goes on exactly: weights, order of data, dropout, log events."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runs import dropout_recipe, finish_run, read_metrics, same_weights, start_run
+
+KILLED_AT = 5
+CASES: dict[str, dict[str, Any]] = {
+    # 13 rows, 2 a batch: 7 batches an epoch
+    "in the first epoch": {"train": {"save_steps": 3}},
+    "accumulation across epochs": {"train": {"save_steps": 3, "gradient_accumulation_steps": 2}},
+    "at the end of an epoch": {"train": {"save_steps": 4, "gradient_accumulation_steps": 2}},
+    "workers": {"train": {"save_steps": 3, "dataloader_num_workers": 2, "gradient_accumulation_steps": 2}},
+    "packed": {"data": {"packing": "best_fit"}, "train": {"save_steps": 3}},
+    "a stream": {
+        "stage": "pretrain",
+        "data": {"packing": "stream", "max_length": 16},
+        "train": {"save_steps": 3},
+    },
+    "saves between log events": {"train": {"save_steps": 3, "logging_steps": 2}},
+    "evaluation and the best": {
+        "data": {"eval_fraction": 0.3},
+        "train": {"save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True},
+    },
+}
+
+
+def kill_after(folder: Path, step: int, **changes: Any) -> int:
+    """Kills a run once metrics.jsonl has a log event of ``step``; returns its last event's step."""
+    process = start_run(folder, **changes)
+    path = folder / "run" / "metrics.jsonl"
+    while process.is_alive():
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        steps = [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+        if max(steps, default=0) >= step:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.001)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (folder / "out.txt").read_text()
+    return max(steps)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_is_killed_between_saves_goes_on_exactly(tmp_path, case):
+    changes = CASES[case]
+    changes = {**changes, "train": {"max_steps": 400, "learning_rate": 1e-3, **changes["train"]}}
+    changes["train"] |= {"max_steps": 12}
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    dropout_recipe(tmp_path / "whole", **changes)
+    shutil.copytree(tmp_path / "whole" / "model", tmp_path / "cut" / "model")
+
+    assert finish_run(tmp_path / "whole", **changes) == 0, (tmp_path / "whole" / "out.txt").read_text()
+    kill_after(tmp_path / "cut", KILLED_AT, **changes)
+    assert finish_run(tmp_path / "cut", **changes) == 0, (tmp_path / "cut" / "out.txt").read_text()
+
+    assert "goes on   from" in (tmp_path / "cut" / "out.txt").read_text()
+    assert same_weights(tmp_path / "cut" / "run", tmp_path / "whole" / "run")
+    assert read_metrics(tmp_path / "cut" / "run") == read_metrics(tmp_path / "whole" / "run")

@@ -1,0 +1,121 @@
+"""What resume_override names is applied for real: to the optimizer, to the schedule, to the data."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_clm.errors import ModelError, RecipeError
+from hf_clm.training.run import train
+from runs import RECORDS, dropout_recipe
+
+LINEAR = {"save_steps": 4, "lr_scheduler_type": "linear", "warmup_steps": 0}
+MORE = LINEAR | {"max_steps": 8}
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory) -> Path:
+    """4 of 4 steps with a learning rate that falls from 0.01 to 0 over them."""
+    folder = tmp_path_factory.mktemp("half")
+    train(dropout_recipe(folder, train=LINEAR | {"max_steps": 4}))
+    return folder
+
+
+@pytest.fixture
+def place(half, tmp_path, monkeypatch) -> Path:
+    """A copy of it: another folder, and files whose times lie in the future."""
+    shutil.copytree(half / "run", tmp_path / "run")
+    later = time.time() + 1e6
+    for path in (tmp_path / "run").rglob("*"):
+        os.utime(path, (later, later))
+    (tmp_path / "model").symlink_to(half / "model")
+    return tmp_path
+
+
+def go_on(place: Path, *keys: str, **changes: Any) -> list[dict[str, Any]]:
+    """The log events of the training that follows."""
+    recipe = dropout_recipe(place, resume_override=[*keys, "model.name_or_path"], **changes)
+    train(recipe)
+    lines = (place / "run" / "metrics.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if "loss" in entry and entry["step"] > 4]
+
+
+def groups(run: Path, step: int) -> list[dict[str, Any]]:
+    return torch.load(run / f"checkpoint-{step}" / "optimizer.pt")["param_groups"]
+
+
+def test_more_steps_stretch_the_schedule(place):
+    events = go_on(place, "max_steps", train=MORE)
+
+    # linear from 0.01 to 0 over 8 steps; the event of step n shows the rate of that step
+    assert [entry["learning_rate"] for entry in events] == pytest.approx([0.005, 0.00375, 0.0025, 0.00125])
+
+
+def test_another_learning_rate_and_weight_decay_reach_the_optimizer(place):
+    settings = MORE | {"learning_rate": 1e-3, "weight_decay": 0.25}
+
+    events = go_on(place, "max_steps", "learning_rate", "weight_decay", train=settings)
+
+    assert [entry["learning_rate"] for entry in events] == pytest.approx(
+        [0.0005, 0.000375, 0.00025, 0.000125]
+    )
+    assert sorted({group["weight_decay"] for group in groups(place / "run", 8)}) == [0.0, 0.25]
+    assert {group["initial_lr"] for group in groups(place / "run", 8)} == {1e-3}
+
+
+def test_another_schedule_is_followed(place):
+    settings = MORE | {"lr_scheduler_type": "constant"}
+
+    events = go_on(place, "max_steps", "lr_scheduler_type", train=settings)
+
+    assert [entry["learning_rate"] for entry in events] == pytest.approx([0.01] * 4)
+
+
+def test_another_optimizer_begins_its_state_anew(place, half):
+    settings = MORE | {"optim": "sgd"}
+
+    go_on(place, "max_steps", "optim", train=settings)
+
+    assert "betas" in groups(half / "run", 4)[0]
+    assert "momentum" in groups(place / "run", 8)[0]
+
+
+def test_a_schedule_that_follows_the_loss_cannot_be_taken_over(place):
+    settings = MORE | {"lr_scheduler_type": "reduce_lr_on_plateau"}
+    settings |= {"eval_strategy": "steps", "eval_steps": 4, "metric_for_best_model": "loss"}
+
+    with pytest.raises(RecipeError, match="nothing can be overridden with the schedule"):
+        go_on(place, "max_steps", "lr_scheduler_type", "data", train=settings, data={"eval_fraction": 0.2})
+
+
+def test_other_data_are_refused_with_both_hashes_and_learned_when_asked_for(place):
+    more = [*RECORDS, {"instruct": "say 14", "input": "", "label": "x"}]
+    settings = MORE
+    recipe = dropout_recipe(place, resume_override=["max_steps", "model.name_or_path"], train=settings)
+    (place / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in more))
+
+    with pytest.raises(RecipeError) as error:
+        train(recipe)
+    train(recipe.model_copy(update={"resume_override": ["max_steps", "model.name_or_path", "data"]}))
+
+    assert "data ('13 rows, sha256 " in str(error.value)
+    assert "now '14 rows, sha256 " in str(error.value)
+    assert "--resume_override data applies" in str(error.value)
+    assert json.loads((place / "run" / "run.json").read_text())["train"]["rows"] == 14
+
+
+def test_weights_of_another_shape_are_one_line(place):
+    from helpers import byte_tokenizer, save_folder, tiny_model
+
+    (place / "model").unlink()
+    save_folder(place / "model", tiny_model("gpt2", n_embd=16), byte_tokenizer())
+
+    with pytest.raises(
+        ModelError, match="its weights do not fit the model of this recipe; got size mismatch"
+    ):
+        go_on(place, "max_steps", train=MORE)

@@ -1,0 +1,73 @@
+"""Kill -9 at random times, again and again: nothing behind the last save is lost, nothing else happens.
+
+HF_CLM_SOAK_KILLS: how many; `make soak` has 200.
+"""
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from hf_clm.training.checkpoints import fault_of, find_checkpoints, read_seal, step_of
+from runs import dropout_recipe, finish_run, read_metrics, same_weights, start_run
+
+KILLS = int(os.environ.get("HF_CLM_SOAK_KILLS", "20"))
+CHANGES: dict[str, Any] = {
+    "train": {"max_steps": 120, "learning_rate": 1e-3, "save_steps": 4, "save_total_limit": 2}
+}
+
+
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint that is as it was saved; 0 where there is none."""
+    sound = [path for path in find_checkpoints(run) if read_seal(path) and not fault_of(path)]
+    if sound:
+        AutoModelForCausalLM.from_pretrained(sound[-1])
+    return step_of(sound[-1]) if sound else 0
+
+
+def started_at(folder: Path) -> int:
+    """The step that the last start of the run went on from; 0 where it began anew."""
+    lines = [
+        line for line in (folder / "out.txt").read_text().splitlines() if line.startswith("goes on   from")
+    ]
+    return step_of(Path(lines[-1].split()[3].rstrip(","))) if lines else 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_random_kills_lose_nothing_behind_the_last_save(tmp_path, capsys):
+    rng = random.Random(0)
+    (tmp_path / "whole").mkdir()
+    dropout_recipe(tmp_path / "whole", **CHANGES)
+    began = time.monotonic()
+    assert finish_run(tmp_path / "whole", **CHANGES) == 0, (tmp_path / "whole" / "out.txt").read_text()
+    longest = time.monotonic() - began
+    kills = finished = steps = 0
+    while kills < KILLS:
+        folder = tmp_path / f"run-{finished}"
+        if not folder.exists():
+            shutil.copytree(tmp_path / "whole" / "model", folder / "model")
+        saved = newest(folder / "run")
+        process = start_run(folder, **CHANGES)
+        process.join(rng.uniform(0.2, longest))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+            assert newest(folder / "run") >= saved
+            steps += newest(folder / "run") - saved
+            continue
+        assert process.exitcode == 0, (folder / "out.txt").read_text()
+        assert started_at(folder) >= saved
+        assert same_weights(folder / "run", tmp_path / "whole" / "run")
+        assert read_metrics(folder / "run") == read_metrics(tmp_path / "whole" / "run")
+        finished += 1
+    with capsys.disabled():
+        print(f"\n{kills} kills, {finished} runs finished, {steps} steps saved between two kills")
+    assert finished > 0
