@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hf_clm.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+ACCELERATE = ROOT / "recipes" / "accelerate"
 # 14 rows to learn, of unequal length, and 5 to evaluate: neither divides by 2 processes x 2 rows.
 RECORDS = [{"instruct": f"say {n}", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 15)]
 HELD_OUT = [{"instruct": f"tell {n}", "input": "", "label": "ab" * n} for n in range(1, 6)]
@@ -77,11 +79,12 @@ def prepare(folder: Path, recipe: str = RECIPE) -> Path:
     return folder
 
 
-def launch(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+def launch(command: list[str], folder: Path, *words: str) -> subprocess.CompletedProcess:
     """Two processes with 2 rows each."""
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    settings["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.run(
-        [*command, "-m", "hf_clm", "train", "recipe.yaml", *BATCH, "2", *EVAL_BATCH, "2"],
+        [*command, "-m", "hf_clm", "train", "recipe.yaml", *BATCH, "2", *EVAL_BATCH, "2", *words],
         cwd=folder,
         env=os.environ | settings,
         capture_output=True,
@@ -91,16 +94,9 @@ def launch(command: list[str], folder: Path) -> subprocess.CompletedProcess:
     )
 
 
-def accelerate() -> list[str]:
-    where = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", free_port()]
-    return [
-        str(BIN / "accelerate"),
-        "launch",
-        "--multi_gpu",
-        *where,
-        *("--mixed_precision", "no"),
-        "--dynamo_backend=no",
-    ]
+def accelerate(name: str) -> list[str]:
+    """With a shipped file; each starts 2 processes and takes a free port."""
+    return [str(BIN / "accelerate"), "launch", "--config_file", str(ACCELERATE / f"{name}.yaml")]
 
 
 def torchrun() -> list[str]:
@@ -117,23 +113,23 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
-    """One process with the global batch of the two."""
-    folder = prepare(tmp_path_factory.mktemp("processes") / "alone")
+@pytest.fixture(scope="module", params=["sft", "pretrain"])
+def runs(request, tmp_path_factory) -> tuple[str, Path, Path, subprocess.CompletedProcess]:
+    """The stage; a run of one process with the global batch of two; a run of two, and how it ended."""
+    stage, folder = request.param, tmp_path_factory.mktemp("processes")
+    recipe = RECIPE.replace("stage: sft", f"stage: {stage}")
+    alone, two = prepare(folder / "alone", recipe), prepare(folder / "two", recipe)
+    done = launch(accelerate("cpu"), two)
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+        patch.chdir(alone)
         assert main(["train", "recipe.yaml", *BATCH, "4", *EVAL_BATCH, "4"]) == 0
-    return folder
+    assert done.returncode == 0, done.stderr
+    return stage, alone, two, done
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path, alone):
-    folder = prepare(tmp_path / "two")
-
-    done = launch(accelerate(), folder)
-
-    assert done.returncode == 0, done.stderr
+def test_two_processes_train_as_one(runs):
+    stage, alone, folder, done = runs
     one, two = read_metrics(alone), read_metrics(folder)
     assert [entry["step"] for entry in two] == [entry["step"] for entry in one]
     for key in ("loss", "grad_norm", "eval_loss"):
@@ -148,7 +144,9 @@ def test_two_processes_train_as_one(tmp_path, alone):
         "eval_token_accuracy",
     ):
         assert [e[key] for e in two if key in e] == [e[key] for e in one if key in e], key
-    assert {e["eval_target_tokens"] for e in two if "eval_loss" in e} == {35}  # 2 + 4 + ... + 10, 5 ends
+    # sft: 2 + 4 + ... + 10, 5 ends; pretrain: 7 letters of each instruction besides, less the first of a text
+    targets = {"sft": 35, "pretrain": 65}[stage]
+    assert {e["eval_target_tokens"] for e in two if "eval_loss" in e} == {targets}
     assert {path.name for path in (folder / "run").iterdir()} == FILES
     assert [path.name for path in (folder / "run").rglob("*.bin")] == []
     facts = json.loads((folder / "run" / "run.json").read_text())
@@ -160,6 +158,38 @@ def test_two_processes_train_as_one(tmp_path, alone):
     # 3 of the start, 8 steps, 3 evaluations, 2 samples, 3 of the end
     assert len(shown) == len(set(shown)) == 19
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_save_the_weights_and_write_the_samples_of_one(runs):
+    _, alone, two, _ = runs
+    one, other = (load_file(folder / "run" / "model.safetensors") for folder in (alone, two))
+    assert sorted(one) == sorted(other)
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-5)
+    texts = [(folder / "run" / "samples.jsonl").read_text().splitlines() for folder in (alone, two)]
+    assert [json.loads(line)["step"] for line in texts[1]] == [0, 8]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_a_checkpoint_to_the_same_weights(runs, tmp_path):
+    _, _, two, _ = runs
+    again = shutil.copytree(two, tmp_path / "again")
+    shutil.rmtree(again / "run" / "checkpoint-8")
+    (again / "run" / "model.safetensors").unlink()
+
+    # without use_cpu accelerate would let each process train alone where there is no GPU
+    words = ["--resume_from_checkpoint", "run/checkpoint-4", "--use_cpu", "false"]
+    done = launch(accelerate("ddp"), again, *words)
+
+    assert done.returncode == 0, done.stderr
+    steps = [entry["step"] for entry in read_metrics(again) if "loss" in entry]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    expected, found = (load_file(folder / "run" / "model.safetensors") for folder in (two, again))
+    assert {name: torch.equal(found[name], weight) for name, weight in expected.items()} == dict.fromkeys(
+        expected, True
+    )
 
 
 @pytest.mark.slow
