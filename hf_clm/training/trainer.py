@@ -31,6 +31,7 @@ from hf_clm.model import is_adapted
 from hf_clm.schema import IGNORE_INDEX
 from hf_clm.training.guard import write_diverged
 from hf_clm.training.publish import push_checkpoint, push_folder, talking_to_the_hub
+from hf_clm.training.spread import saving_whole, settle_precision, without_copies
 
 # What is counted since the last log event, in this order.
 TARGETS, CORRECT, TOKENS, PAIRS, PLACES = range(5)
@@ -55,6 +56,7 @@ class CLMTrainer(Trainer):
 
     def __init__(self, *args: Any, z_loss: float = 0.0, watched_rows: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        settle_precision(self.accelerator)
         self.watched_rows = watched_rows
         model: Any = self.accelerator.unwrap_model(self.model)
         self.own_loss = why_not(model)  # the reason for the model's own loss, or empty
@@ -293,7 +295,14 @@ class CLMTrainer(Trainer):
         with self.untimed():
             super()._save_checkpoint(*args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; whole, also where checkpoints are in parts."""
+        with saving_whole(self.accelerator, output_dir or str(self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:  # the other processes have nothing to add, and gathered nothing
+            return
         model: Any = self.accelerator.unwrap_model(self.model)
         folder = output_dir or str(self.args.output_dir)
         if is_adapted(model):
@@ -305,10 +314,9 @@ class CLMTrainer(Trainer):
                 self.processing_class.save_pretrained(folder)
             return
         model.config.use_cache = True  # off in training only; a saved False would make generation slow
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, without_copies(model, state_dict))
         model.config.use_cache = self.args.use_cache
-        if self.args.should_save:  # it is a pickle, and would carry hub_token in clear
-            (Path(folder) / "training_args.bin").unlink(missing_ok=True)
+        (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle, with hub_token in clear
 
     def _token_metrics(self) -> dict[str, float]:
         """The counts of all processes since the last log event, and sets them back."""
