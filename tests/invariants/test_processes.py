@@ -1,50 +1,17 @@
 """Two processes are one run: the same figures, one set of files, each line printed once."""
 
 import json
-import os
 import shutil
-import socket
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+from launched import BATCH, EVAL_BATCH, RECIPE, accelerate, launch, prepare, read_metrics, torchrun
 from safetensors.torch import load_file
 
 from hf_clm.cli import main
 
-ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
-ACCELERATE = ROOT / "recipes" / "accelerate"
-# 14 rows to learn, of unequal length, and 5 to evaluate: neither divides by 2 processes x 2 rows.
-RECORDS = [{"instruct": f"say {n}", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 15)]
-HELD_OUT = [{"instruct": f"tell {n}", "input": "", "label": "ab" * n} for n in range(1, 6)]
-RECIPE = """\
-stage: sft
-model: {name_or_path: model}
-data:
-  train: [{path: train.jsonl, format: instruct}]
-  eval: [{path: eval.jsonl, format: instruct}]
-  max_length: 64
-  packing: none
-doctor: {round_trip: "off"}
-samples: {prompts: [say 2], max_new_tokens: 3}
-train:
-  output_dir: run
-  num_train_epochs: 2
-  learning_rate: 1e-2
-  logging_steps: 1
-  eval_strategy: steps
-  eval_steps: 4
-  save_strategy: steps
-  save_steps: 4
-  use_cpu: true
-  bf16: false
-"""
-BATCH, EVAL_BATCH = ["--per_device_train_batch_size"], ["--per_device_eval_batch_size"]
 FILES = {
     *(
         "config.json",
@@ -68,49 +35,6 @@ FILES = {
         "checkpoint-8",
     ),
 }
-
-
-def prepare(folder: Path, recipe: str = RECIPE) -> Path:
-    folder.mkdir()
-    save_folder(folder / "model", tiny_model(), byte_tokenizer())
-    write_jsonl(folder / "train.jsonl", RECORDS)
-    write_jsonl(folder / "eval.jsonl", HELD_OUT)
-    (folder / "recipe.yaml").write_text(recipe)
-    return folder
-
-
-def launch(command: list[str], folder: Path, *words: str) -> subprocess.CompletedProcess:
-    """Two processes with 2 rows each."""
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    settings["CUDA_VISIBLE_DEVICES"] = ""
-    return subprocess.run(
-        [*command, "-m", "hf_clm", "train", "recipe.yaml", *BATCH, "2", *EVAL_BATCH, "2", *words],
-        cwd=folder,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
-def accelerate(name: str) -> list[str]:
-    """With a shipped file; each starts 2 processes and takes a free port."""
-    return [str(BIN / "accelerate"), "launch", "--config_file", str(ACCELERATE / f"{name}.yaml")]
-
-
-def torchrun() -> list[str]:
-    return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port()]
-
-
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module", params=["sft", "pretrain"])
@@ -187,9 +111,8 @@ def test_two_processes_go_on_from_a_checkpoint_to_the_same_weights(runs, tmp_pat
     steps = [entry["step"] for entry in read_metrics(again) if "loss" in entry]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
     expected, found = (load_file(folder / "run" / "model.safetensors") for folder in (two, again))
-    assert {name: torch.equal(found[name], weight) for name, weight in expected.items()} == dict.fromkeys(
-        expected, True
-    )
+    same = {name: torch.equal(found[name], weight) for name, weight in expected.items()}
+    assert same == dict.fromkeys(expected, True)
 
 
 @pytest.mark.slow
