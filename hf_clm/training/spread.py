@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.fsdp import StateDictType
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-WHOLE = "FULL_STATE_DICT"
+
+def spreading_plugin(accelerator: Accelerator) -> Any:
+    """Accelerate's settings for FSDP; None where the model is not spread by it."""
+    return getattr(accelerator.state, "fsdp_plugin", None)
 
 
 def settle_precision(accelerator: Accelerator) -> None:
@@ -18,8 +22,8 @@ def settle_precision(accelerator: Accelerator) -> None:
 
     Accelerate would sum them in 16 bits, and round the loss to 3 digits.
     """
-    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
-    policy = plugin.mixed_precision_policy if plugin is not None else None
+    plugin = spreading_plugin(accelerator)
+    policy = getattr(plugin, "mixed_precision_policy", None)
     if policy is not None:
         plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
@@ -30,12 +34,12 @@ def saving_whole(accelerator: Accelerator, folder: str) -> Iterator[None]:
 
     In parts (SHARDED_STATE_DICT) the Trainer would save no model at all. A checkpoint stays in parts.
     """
-    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    plugin = spreading_plugin(accelerator)
     if plugin is None or Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
         yield
         return
     kind = plugin.state_dict_type
-    plugin.state_dict_type = type(kind)[WHOLE]
+    plugin.state_dict_type = StateDictType.FULL_STATE_DICT
     try:
         yield
     finally:
