@@ -11,8 +11,8 @@ P weights, N processes, B processes of a box; bytes of float32 AdamW under bfloa
     zero3          18 P / N           as fsdp2                       weights 2 x 2 P, gradients 2 P
 
 4 P more for ddp: its buckets hold the gradients once more. fsdp2-grad does not give the weights back after
-the forward; fsdp2-hybrid (HSDP) spreads inside a box, with a copy on each box. A ring of n hands on (n - 1) / n
-of the bytes, twice where a sum goes to all (Patarasuk and Yuan, 2009). ZeRO: arXiv:1910.02054.
+the forward; fsdp2-hybrid (HSDP) spreads inside a box, a copy on each. A ring of n hands on (n - 1) / n of the
+bytes, twice where a sum goes to all (Patarasuk and Yuan, 2009). ZeRO: arXiv:1910.02054.
 """
 
 from collections.abc import Callable

@@ -187,6 +187,9 @@ class CLMTrainer(Trainer):
         """0: they are counted with the tokens, where the Trainer leaves out head and attention."""
         return 0
 
+    def store_flos(self) -> None:
+        """Nothing: the Trainer would gather the zeros of all processes at every log event."""
+
     @contextmanager
     def untimed(self) -> Iterator[None]:
         """Leaves what happens inside (evaluation, samples, saving) out of tokens_per_second."""

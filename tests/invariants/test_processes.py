@@ -3,12 +3,26 @@
 import json
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from launched import BATCH, EVAL_BATCH, RECIPE, accelerate, launch, prepare, read_metrics, torchrun
+from helpers import write_jsonl
+from launched import (
+    BATCH,
+    EVAL_BATCH,
+    HELD_OUT,
+    RECIPE,
+    ROOT,
+    accelerate,
+    launch,
+    prepare,
+    read_metrics,
+    torchrun,
+)
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from hf_clm.cli import main
 
@@ -82,6 +96,61 @@ def test_two_processes_train_as_one(runs):
     # 3 of the start, 8 steps, 3 evaluations, 2 samples, 3 of the end
     assert len(shown) == len(set(shown)) == 19
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_evaluation_of_two_processes_is_the_sum_over_rows_of_the_plain_model(runs):
+    """5 rows on 2 processes with 2 rows each: none twice, none left out."""
+    stage, _, two, _ = runs
+    model = AutoModelForCausalLM.from_pretrained(two / "model")
+    total, count = 0.0, 0
+    for n in range(1, 6):
+        prompt, answer = f"tell {n}\n".encode(), ("ab" * n).encode()
+        ids = torch.tensor([[*prompt, *answer, 256]])
+        with torch.no_grad():
+            nll = -model(ids).logits.double().log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        learned = nll[len(prompt) - 1 :] if stage == "sft" else nll
+        total, count = total + float(learned.sum()), count + len(learned)
+
+    first = next(entry for entry in read_metrics(two) if "eval_loss" in entry)
+    assert (first["step"], first["eval_target_tokens"]) == (0, count)
+    assert first["eval_loss"] == pytest.approx(total / count, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_metrics_cross_the_processes_once_a_log_event_and_fewer_rows_than_processes_are_evaluated(tmp_path):
+    folder = prepare(tmp_path / "two")
+    write_jsonl(folder / "eval.jsonl", [HELD_OUT[2]])  # 1 row, 6 letters and the end
+    program = [str(ROOT / "tests" / "counted_run.py")]
+    words = [
+        "--logging_steps",
+        "3",
+        "--samples",
+        "null",
+        "--save_strategy",
+        "no",
+        "--data.eval_train_rows",
+        "3",
+    ]
+
+    done = launch(torchrun(), folder, *words, program=program)
+
+    assert done.returncode == 0, done.stderr
+    metrics = read_metrics(folder)
+    assert {entry["eval_target_tokens"] for entry in metrics if "eval_loss" in entry} == {7}
+    watched = {entry["eval_train_target_tokens"] for entry in metrics if "eval_train_loss" in entry}
+    assert watched == {14}  # xy, xyzxyz, xxx and 3 ends
+    # every third, where an evaluation is, the first and the last; evaluations at 0, 4 and 8
+    assert [entry["step"] for entry in metrics if "loss" in entry] == [1, 3, 4, 6, 8]
+    for rank in range(2):
+        calls = json.loads((folder / f"collectives-{rank}.json").read_text())
+        counts = Counter((name, *shape, dtype.removeprefix("torch.")) for name, shape, dtype in calls)
+        assert counts["all_reduce", 5, "int64"] == 5  # tokens, targets and what is right of them: a log event
+        assert (
+            counts["all_reduce", 3, "float64"] == 6
+        )  # an evaluation, of the held-out rows or the watched ones
+        assert counts["all_gather", 1, "float32"] == 5  # the Trainer's loss: a log event
+        assert counts["all_gather", 1, "int64"] == 8  # the Trainer's count of targets: a step
 
 
 @pytest.mark.slow
