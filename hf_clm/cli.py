@@ -15,6 +15,7 @@ from hf_clm.errors import ExitCode, Preempted, RecipeError, UserError, did_you_m
 from hf_clm.options import (
     Parser,
     add_chat_options,
+    add_doctor_options,
     add_evaluate_options,
     add_generate_options,
     add_serve_options,
@@ -131,12 +132,16 @@ def run_inspect(words: list[str]) -> None:
 def run_doctor(words: list[str]) -> int:
     """RECIPE [--key value ...]: find what would go wrong, and the memory it takes, without a step"""
     parser = _parser("doctor")
-    parser.add_argument("recipe")
-    parser.add_argument("--no_measure", action="store_true", help="only estimate the memory")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_doctor_options(parser)
     options, overrides = parser.parse_known_args(words)
     from hf_clm.config import load_recipe
 
+    if options.plan is not None:
+        return _plan(options.plan, options.recipe, overrides=overrides, as_json=options.json)
+    if options.recipe is None:
+        raise RecipeError(
+            "needs a recipe", where="hf-clm doctor", fix="hf-clm doctor RECIPE [--key value ...]"
+        )
     recipe = load_recipe(options.recipe, overrides)
     _quiet_libraries()
     from hf_clm.doctor.command import diagnose
@@ -332,6 +337,21 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
 
 def _parser(command: str) -> Parser:
     return Parser(f"hf-clm {command}", COMMANDS[command].__doc__ or "")
+
+
+def _plan(text: str, recipe: str | None, *, overrides: list[str], as_json: bool) -> int:
+    """``hf-clm doctor --plan``: of a recipe, or without one of models from 0.5B to 72B."""
+    from hf_clm.config import load_recipe
+    from hf_clm.doctor.cluster import parse_cluster
+
+    cluster = parse_cluster(text)
+    loaded = load_recipe(recipe, overrides) if recipe else None
+    _quiet_libraries()
+    from hf_clm.doctor.plan_text import plan_family, plan_recipe
+
+    lines, found = plan_recipe(loaded, cluster) if loaded else plan_family(cluster)
+    print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(lines))
+    return ExitCode.DONE
 
 
 def _recipe_words(words: list[str], command: str) -> tuple[str | None, list[str]]:

@@ -25,6 +25,19 @@ class Parser(argparse.ArgumentParser):
         )
 
 
+def add_doctor_options(parser: Parser) -> None:
+    """Those of ``hf-clm doctor``."""
+    parser.add_argument("recipe", nargs="?", help="may be left out with --plan")
+    parser.add_argument("--no_measure", action="store_true", help="only estimate the memory")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--plan",
+        metavar="gpus=64,memory=80GB",
+        help="memory and speed on GPUs by arithmetic, and what to take; without a recipe of 0.5B to 72B; "
+        "also node (GPUs of a box), bandwidth, network, host (bytes/s), flops, mfu, length (of a row)",
+    )
+
+
 def add_generate_options(parser: Parser) -> None:
     """Those of ``hf-clm generate``."""
     parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")

@@ -28,6 +28,7 @@ from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPacked
 from hf_clm.data.packing import PackedDataset
 from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.hardware import bf16_instructions
+from hf_clm.launcher import check_spreading, is_one_of_many
 from hf_clm.model import build_config, check_packing, init_model, load_config, load_model, max_positions
 from hf_clm.tokenizer import add_control_tokens, load_tokenizer, max_token_id, use_chat_template
 from hf_clm.train_tokenizer import END, train_tokenizer
@@ -35,16 +36,25 @@ from hf_clm.train_tokenizer import END, train_tokenizer
 STATIC_TARGETS = 256  # the number of targets is rounded up to a multiple of it
 
 
+def check_launch(recipe: Recipe) -> None:
+    """Raises what check_spreading raises, before the processes meet and anything is loaded."""
+    values = training_values(recipe)
+    check_spreading(values, on_cpu=_is_on_cpu(values), has_samples=recipe.samples is not None)
+
+
 def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """TrainingArguments of the recipe; bf16 autocast where the device has it and the recipe is silent."""
+    """TrainingArguments of the recipe; bf16 autocast where the device has it and the recipe is silent.
+
+    Raises what check_spreading raises.
+    """
     values = training_values(recipe)
     on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
-    on_cpu = bool(values.get("use_cpu")) or not torch.accelerator.is_available()
+    on_cpu = _is_on_cpu(values)
     has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if (has_bf16 or (on_cpu and bf16_instructions())) and not values.get("fp16"):
         values.setdefault("bf16", True)
-    if on_cpu and values.get("bf16"):
-        values["use_cpu"] = True  # else TrainingArguments asks for a GPU
+    if on_cpu and (values.get("bf16") or is_one_of_many()):
+        values["use_cpu"] = True  # else TrainingArguments asks for a GPU, and each process would train alone
     values.setdefault("eval_on_start", True)  # the loss before, to compare with the loss after
     values.setdefault("dataloader_pin_memory", on_gpu)  # else a warning on every run on a CPU
     try:
@@ -261,6 +271,10 @@ def _quantization(recipe: Recipe) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=kind,
     )
+
+
+def _is_on_cpu(values: Mapping[str, Any]) -> bool:
+    return bool(values.get("use_cpu")) or not torch.accelerator.is_available()
 
 
 def _named_config(recipe: Recipe) -> PretrainedConfig:

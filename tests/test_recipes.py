@@ -10,7 +10,7 @@ from hf_clm.config import load_recipe
 from hf_clm.training.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("[ps]*/*.yaml"))
 KINDS = {
     "qwen2.5-0.5b.yaml": "qwen2",
     "lora-qwen2.5-0.5b.yaml": "qwen2",

@@ -14,7 +14,7 @@ import ctypes
 import gc
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class ModelSizes:
     """What the arithmetic needs of a model; ``parameters`` counts a tied embedding once."""
 
     layers: int
@@ -123,7 +123,7 @@ def estimate_memory(config: PretrainedConfig, step: MicroStep) -> MemoryEstimate
     Builds the model without memory (on torch's meta device) to count its weights. Raises what ``from_config``
     raises for a model that transformers does not know.
     """
-    sizes = _to_sizes(config)
+    sizes = to_sizes(config, build_on_meta(config))
     weights = sizes.parameters * step.weight_bytes
     gradients = 0 if step.frozen else weights
     optimizer = round(gradients * OPTIMIZER_STATES.get(step.optimizer, 2.0))
@@ -141,6 +141,40 @@ def estimate_memory(config: PretrainedConfig, step: MicroStep) -> MemoryEstimate
         micro_step=peak,
         evaluation=_evaluation_bytes(sizes, step),
         is_rough=config.model_type not in LAYERS,
+    )
+
+
+def estimate_work(config: PretrainedConfig, sizes: ModelSizes, *, step: MicroStep) -> int:
+    """Bytes that a micro-step takes at most besides weights, whole or cast, gradients and optimizer."""
+    kept = _activation_bytes(config, sizes, step=step) - _cast_bytes(sizes, step)
+    logits = _logits_bytes(sizes, step, tokens=step.tokens)
+    return _peak(sizes, replace(step, accumulates=False), activations=kept, logits=logits, gradients=0)
+
+
+def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The model without memory, to be counted."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def to_sizes(config: PretrainedConfig, model: PreTrainedModel) -> ModelSizes:
+    """What the arithmetic needs of a configuration and of its model."""
+    config = config.get_text_config()
+    width, heads = config.hidden_size, config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or width // heads
+    drops = [getattr(config, name, 0.0) for name in ("resid_pdrop", "attn_pdrop", "attention_dropout")]
+    return ModelSizes(
+        layers=config.num_hidden_layers,
+        width=width,
+        heads=heads,
+        queries=heads * head_width,
+        keys=(getattr(config, "num_key_value_heads", None) or heads) * head_width,
+        inner=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width,
+        vocabulary=config.vocab_size,
+        is_tied=bool(config.tie_word_embeddings),
+        parameters=model.num_parameters(),
+        dropouts=2 if drops[0] else 0,
+        drops_attention=bool(drops[1] or drops[2]),
     )
 
 
@@ -194,18 +228,23 @@ def free_memory(device: torch.device) -> int:
     return min((count for count in free if count is not None), default=sys.maxsize)
 
 
-def _activation_bytes(config: PretrainedConfig, sizes: _Sizes, *, step: MicroStep) -> int:
+def _activation_bytes(config: PretrainedConfig, sizes: ModelSizes, *, step: MicroStep) -> int:
     """What is kept for the backward, and the weights that autocast has cast."""
     layer = _layer_bytes(config, sizes, step=step) * step.tokens
     kept = layer * sizes.layers
     if step.checkpointing:  # one layer at a time is computed again
         kept = sizes.layers * sizes.width * step.weight_bytes * step.tokens + layer
     stem = sizes.width * (2 * step.weight_bytes + step.product_bytes) * step.tokens  # embedding, last norm
+    return kept + stem + _cast_bytes(sizes, step)
+
+
+def _cast_bytes(sizes: ModelSizes, step: MicroStep) -> int:
+    """The weights of matrix products that autocast casts, and keeps for the backward."""
     products = sizes.parameters - (0 if sizes.is_tied else sizes.width * sizes.vocabulary)
-    return kept + stem + (products * step.product_bytes if step.autocast else 0)
+    return products * step.product_bytes if step.autocast else 0
 
 
-def _heap_holes(config: PretrainedConfig, sizes: _Sizes, *, step: MicroStep, logits: int) -> int:
+def _heap_holes(config: PretrainedConfig, sizes: ModelSizes, *, step: MicroStep, logits: int) -> int:
     """Of all that the layers have computed, kept or not."""
     computed = _layer_bytes(config, sizes, step=step) * step.tokens * sizes.layers
     is_in_heap = step.tokens * sizes.inner * step.product_bytes < LARGEST_HEAP_BLOCK
@@ -215,7 +254,7 @@ def _heap_holes(config: PretrainedConfig, sizes: _Sizes, *, step: MicroStep, log
     return round(holes)
 
 
-def _peak(sizes: _Sizes, step: MicroStep, *, activations: int, logits: int, gradients: int) -> int:
+def _peak(sizes: ModelSizes, step: MicroStep, *, activations: int, logits: int, gradients: int) -> int:
     """The largest of the moments drawn above."""
     low = step.product_bytes
     held = activations + (gradients if step.accumulates else 0)
@@ -233,7 +272,7 @@ def _peak(sizes: _Sizes, step: MicroStep, *, activations: int, logits: int, grad
     )
 
 
-def _logits_bytes(sizes: _Sizes, step: MicroStep, *, tokens: int) -> int:
+def _logits_bytes(sizes: ModelSizes, step: MicroStep, *, tokens: int) -> int:
     """Logits at their most, with all that the loss makes of them."""
     if not step.chunked_loss:
         return 3 * tokens * sizes.vocabulary * FLOAT32
@@ -243,41 +282,19 @@ def _logits_bytes(sizes: _Sizes, step: MicroStep, *, tokens: int) -> int:
     return sizes.vocabulary * (rows * low + block * FLOAT32)
 
 
-def _deferred_bytes(sizes: _Sizes, step: MicroStep) -> int:
+def _deferred_bytes(sizes: ModelSizes, step: MicroStep) -> int:
     """The hidden states of the targets, at most all tokens, and their gradient."""
     return 2 * step.tokens * sizes.width * step.product_bytes
 
 
-def _evaluation_bytes(sizes: _Sizes, step: MicroStep) -> int:
+def _evaluation_bytes(sizes: ModelSizes, step: MicroStep) -> int:
     """The loss of a batch of the evaluation; a model's own takes the logits in one piece."""
     if step.eval_tokens and step.chunked_loss:
         return _logits_bytes(sizes, step, tokens=step.eval_tokens)
     return step.eval_tokens * sizes.vocabulary * (FLOAT32 + (step.product_bytes if step.autocast else 0))
 
 
-def _to_sizes(config: PretrainedConfig) -> _Sizes:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    config = config.get_text_config()
-    width, heads = config.hidden_size, config.num_attention_heads
-    head_width = getattr(config, "head_dim", None) or width // heads
-    drops = [getattr(config, name, 0.0) for name in ("resid_pdrop", "attn_pdrop", "attention_dropout")]
-    return _Sizes(
-        layers=config.num_hidden_layers,
-        width=width,
-        heads=heads,
-        queries=heads * head_width,
-        keys=(getattr(config, "num_key_value_heads", None) or heads) * head_width,
-        inner=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width,
-        vocabulary=config.vocab_size,
-        is_tied=bool(config.tie_word_embeddings),
-        parameters=model.num_parameters(),
-        dropouts=2 if drops[0] else 0,
-        drops_attention=bool(drops[1] or drops[2]),
-    )
-
-
-def _layer_bytes(config: PretrainedConfig, sizes: _Sizes, *, step: MicroStep) -> int:
+def _layer_bytes(config: PretrainedConfig, sizes: ModelSizes, *, step: MicroStep) -> int:
     """What one layer keeps for its backward, bytes for each token."""
     low = step.product_bytes
     linear = LAYERS.get(config.model_type, _llama_layer)(sizes, low=low, weight=step.weight_bytes)
@@ -292,12 +309,12 @@ def _layer_bytes(config: PretrainedConfig, sizes: _Sizes, *, step: MicroStep) ->
     return linear + sizes.heads * FLOAT32
 
 
-def _gpt2_layer(sizes: _Sizes, *, low: int, weight: int) -> int:
+def _gpt2_layer(sizes: ModelSizes, *, low: int, weight: int) -> int:
     """2 residual sums, 2 norms, query, key, value, attention and its copy, 5 of the MLP."""
     return sizes.width * (2 * weight + (2 + 3 + 2) * low) + 5 * sizes.inner * low
 
 
-def _llama_layer(sizes: _Sizes, *, low: int, weight: int) -> int:
+def _llama_layer(sizes: ModelSizes, *, low: int, weight: int) -> int:
     """2 norms with the sums before them, query, key, value, attention and its copy, 4 of the MLP."""
     if weight == 2:
         norms = 2 * sizes.width * (FLOAT32 + 2 + 2)  # computed in float32

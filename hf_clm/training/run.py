@@ -25,7 +25,6 @@ from hf_clm.data.cache import load_early
 from hf_clm.data.segments import whole_text
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
-from hf_clm.errors import RecipeError
 from hf_clm.generation.generate import generate, to_prompt_example
 from hf_clm.hardware import peak_memory, settle_cpu
 from hf_clm.inspector.documents import Reader
@@ -36,6 +35,7 @@ from hf_clm.parts import (
     build_model,
     build_model_config,
     build_tokenizer,
+    check_launch,
     resolve,
     static_shape,
     training_arguments,
@@ -72,6 +72,7 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     Raises UserError before the first step; Preempted, a SystemExit, where SIGTERM, SIGUSR1 or SIGINT stopped
     it behind a checkpoint.
     """
+    check_launch(recipe)
     arguments = training_arguments(recipe)
     with locked(Path(str(arguments.output_dir)), is_main=arguments.process_index == 0):
         return train_locked(recipe, arguments, is_terminal=is_terminal)
@@ -191,11 +192,6 @@ def build_samples(
     """Generates the recipe's sample prompts, rendered as the training data are."""
     recipe, section = facts.recipe, facts.recipe.samples
     assert section is not None
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        what = "rank 0 cannot generate from a sharded model alone"
-        raise RecipeError(
-            what, where="samples", fix="set samples to null, and use hf-clm generate afterwards"
-        )
     shape: dict[str, Any] = {"template": facts.template}
     prompts = [to_prompt_example(prompt, facts.format, **shape) for prompt in section.prompts]
     options: dict[str, Any] = {"max_new_tokens": section.max_new_tokens, "do_sample": section.temperature > 0}

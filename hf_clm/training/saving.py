@@ -22,6 +22,7 @@ from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.model import is_adapted
 from hf_clm.training.checkpoints import clear_place, fault_of, reach, read_seal, rotate, seal
 from hf_clm.training.publish import push_checkpoint, push_folder, talking_to_the_hub
+from hf_clm.training.spread import saving_whole, without_copies
 
 # Of an optimizer's groups: what a recipe decides, and a checkpoint brings along.
 SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
@@ -74,7 +75,14 @@ class SavingTrainer(Trainer):
             rotate(run, limit=limit, best=self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; whole, also where checkpoints are in parts."""
+        with saving_whole(self.accelerator, output_dir or str(self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:  # the other processes have nothing to add, and gathered nothing
+            return
         model: Any = self.accelerator.unwrap_model(self.model)
         folder = output_dir or str(self.args.output_dir)
         if is_adapted(model):
@@ -84,15 +92,14 @@ class SavingTrainer(Trainer):
             model.generation_config.save_pretrained(folder)
             if isinstance(self.processing_class, PreTrainedTokenizerFast):
                 self.processing_class.save_pretrained(folder)
-            return
-        model.config.use_cache = True  # off in training only; a saved False would make generation slow
-        super()._save(output_dir, state_dict)
-        model.config.use_cache = self.args.use_cache
-        if self.args.should_save:  # it is a pickle, and would carry hub_token in clear
-            (Path(folder) / "training_args.bin").unlink(missing_ok=True)
+        else:
+            model.config.use_cache = True  # off in training only; a saved False would make generation slow
+            super()._save(output_dir, without_copies(model, state_dict))
+            model.config.use_cache = self.args.use_cache
+            (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle, with hub_token in clear
+        reach("after:model")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        reach("after:model")
         super()._save_optimizer_and_scheduler(output_dir)
         reach("after:optimizer")
 
@@ -106,6 +113,13 @@ class SavingTrainer(Trainer):
         except RuntimeError as error:  # of torch, for another shape
             what, got = "its weights do not fit the model of this recipe", str(error).splitlines()[-1].strip()
             raise ModelError(what, where=resume_from_checkpoint, got=got) from error
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raises ModelError for weights that a checkpoint lacks: they would stay what they were."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        lacking = set(load_result.missing_keys) - {*(getattr(model, "all_tied_weights_keys", None) or {})}
+        if lacking and not is_adapted(model):
+            raise ModelError("the checkpoint lacks weights of this model", got=", ".join(sorted(lacking)[:3]))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer's; then what is overridden replaces what the checkpoint brought along.

@@ -32,6 +32,7 @@ from hf_clm.loss import LossOptions, TargetLoss, TokenFigures, use_target_loss, 
 from hf_clm.schema import IGNORE_INDEX
 from hf_clm.training.guard import write_diverged
 from hf_clm.training.saving import SavingTrainer
+from hf_clm.training.spread import settle_precision
 
 # What is counted since the last log event, in this order.
 TARGETS, CORRECT, TOKENS, PAIRS, PLACES = range(5)
@@ -55,6 +56,7 @@ class CLMTrainer(SavingTrainer):
 
     def __init__(self, *args: Any, z_loss: float = 0.0, watched_rows: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        settle_precision(self.accelerator)
         self.watched_rows = watched_rows
         model: Any = self.accelerator.unwrap_model(self.model)
         self.own_loss = why_not(model)  # the reason for the model's own loss, or empty
@@ -186,6 +188,9 @@ class CLMTrainer(SavingTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: they are counted with the tokens, where the Trainer leaves out head and attention."""
         return 0
+
+    def store_flos(self) -> None:
+        """Nothing: the Trainer would gather the zeros of all processes at every log event."""
 
     @contextmanager
     def untimed(self) -> Iterator[None]:

@@ -1,52 +1,31 @@
 """Two processes are one run: the same figures, one set of files, each line printed once."""
 
 import json
-import os
-import re
 import shutil
-import signal
-import socket
 import subprocess
-import sys
-import time
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+from helpers import write_jsonl
+from launched import (
+    BATCH,
+    EVAL_BATCH,
+    HELD_OUT,
+    RECIPE,
+    ROOT,
+    accelerate,
+    launch,
+    prepare,
+    read_metrics,
+    torchrun,
+)
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from hf_clm.cli import main
 
-ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
-# 14 rows to learn, of unequal length, and 5 to evaluate: neither divides by 2 processes x 2 rows.
-RECORDS = [{"instruct": f"say {n}", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 15)]
-HELD_OUT = [{"instruct": f"tell {n}", "input": "", "label": "ab" * n} for n in range(1, 6)]
-RECIPE = """\
-stage: sft
-model: {name_or_path: model}
-data:
-  train: [{path: train.jsonl, format: instruct}]
-  eval: [{path: eval.jsonl, format: instruct}]
-  max_length: 64
-  packing: none
-doctor: {round_trip: "off"}
-samples: {prompts: [say 2], max_new_tokens: 3}
-train:
-  output_dir: run
-  num_train_epochs: 2
-  learning_rate: 1e-2
-  logging_steps: 1
-  eval_strategy: steps
-  eval_steps: 4
-  save_strategy: steps
-  save_steps: 4
-  use_cpu: true
-  bf16: false
-"""
-BATCH, EVAL_BATCH = ["--per_device_train_batch_size"], ["--per_device_eval_batch_size"]
 FILES = {
     *(
         "config.json",
@@ -72,79 +51,23 @@ FILES = {
 }
 
 
-def prepare(folder: Path, recipe: str = RECIPE, **settings: Any) -> Path:
-    """``settings``: of a GPT-2."""
-    folder.mkdir()
-    model = tiny_model("gpt2", **settings) if settings else tiny_model()
-    save_folder(folder / "model", model, byte_tokenizer())
-    write_jsonl(folder / "train.jsonl", RECORDS)
-    write_jsonl(folder / "eval.jsonl", HELD_OUT)
-    (folder / "recipe.yaml").write_text(recipe)
-    return folder
-
-
-def launch(command: list[str], folder: Path) -> subprocess.CompletedProcess:
-    """Two processes with 2 rows each."""
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [*command, "-m", "hf_clm", "train", "recipe.yaml", *BATCH, "2", *EVAL_BATCH, "2"],
-        cwd=folder,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
-def accelerate() -> list[str]:
-    where = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", free_port()]
-    return [
-        str(BIN / "accelerate"),
-        "launch",
-        "--multi_gpu",
-        *where,
-        *("--mixed_precision", "no"),
-        "--dynamo_backend=no",
-    ]
-
-
-def torchrun() -> list[str]:
-    return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port()]
-
-
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
-    """One process with the global batch of the two."""
-    folder = prepare(tmp_path_factory.mktemp("processes") / "alone")
+@pytest.fixture(scope="module", params=["sft", "pretrain"])
+def runs(request, tmp_path_factory) -> tuple[str, Path, Path, subprocess.CompletedProcess]:
+    """The stage; a run of one process with the global batch of two; a run of two, and how it ended."""
+    stage, folder = request.param, tmp_path_factory.mktemp("processes")
+    recipe = RECIPE.replace("stage: sft", f"stage: {stage}")
+    alone, two = prepare(folder / "alone", recipe), prepare(folder / "two", recipe)
+    done = launch(accelerate("cpu"), two)
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+        patch.chdir(alone)
         assert main(["train", "recipe.yaml", *BATCH, "4", *EVAL_BATCH, "4"]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def together(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """Two processes to the end."""
-    folder = prepare(tmp_path_factory.mktemp("processes") / "two")
-    done = launch(accelerate(), folder)
     assert done.returncode == 0, done.stderr
-    return folder, done
+    return stage, alone, two, done
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(together, alone):
-    folder, done = together
+def test_two_processes_train_as_one(runs):
+    stage, alone, folder, done = runs
     one, two = read_metrics(alone), read_metrics(folder)
     assert [entry["step"] for entry in two] == [entry["step"] for entry in one]
     for key in ("loss", "grad_norm", "eval_loss"):
@@ -159,7 +82,9 @@ def test_two_processes_train_as_one(together, alone):
         "eval_token_accuracy",
     ):
         assert [e[key] for e in two if key in e] == [e[key] for e in one if key in e], key
-    assert {e["eval_target_tokens"] for e in two if "eval_loss" in e} == {35}  # 2 + 4 + ... + 10, 5 ends
+    # sft: 2 + 4 + ... + 10, 5 ends; pretrain: 7 letters of each instruction besides, less the first of a text
+    targets = {"sft": 35, "pretrain": 65}[stage]
+    assert {e["eval_target_tokens"] for e in two if "eval_loss" in e} == {targets}
     assert {path.name for path in (folder / "run").iterdir()} == FILES
     assert [path.name for path in (folder / "run").rglob("*.bin")] == []
     facts = json.loads((folder / "run" / "run.json").read_text())
@@ -173,90 +98,90 @@ def test_two_processes_train_as_one(together, alone):
     assert "Traceback" not in done.stderr
 
 
-def cut_off(source: Path, folder: Path) -> Path:
-    """The run as it was between its two saves."""
-    shutil.copytree(source, folder)
-    run = folder / "run"
-    for name in ("run.json", "model.safetensors"):
-        (run / name).unlink()
-    shutil.rmtree(run / "checkpoint-8")
-    return folder
+@pytest.mark.slow
+def test_the_evaluation_of_two_processes_is_the_sum_over_rows_of_the_plain_model(runs):
+    """5 rows on 2 processes with 2 rows each: none twice, none left out."""
+    stage, _, two, _ = runs
+    model = AutoModelForCausalLM.from_pretrained(two / "model")
+    total, count = 0.0, 0
+    for n in range(1, 6):
+        prompt, answer = f"tell {n}\n".encode(), ("ab" * n).encode()
+        ids = torch.tensor([[*prompt, *answer, 256]])
+        with torch.no_grad():
+            nll = -model(ids).logits.double().log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        learned = nll[len(prompt) - 1 :] if stage == "sft" else nll
+        total, count = total + float(learned.sum()), count + len(learned)
 
-
-def check_same_losses(folder: Path, expected: Path) -> None:
-    for key in ("loss", "grad_norm", "eval_loss"):
-        found, wanted = ([e[key] for e in read_metrics(place) if key in e] for place in (folder, expected))
-        assert found == pytest.approx(wanted, rel=1e-5), key
-    for key in ("step", "tokens_seen", "learning_rate"):
-        found, wanted = ([e.get(key) for e in read_metrics(place)] for place in (folder, expected))
-        assert found == wanted, key
+    first = next(entry for entry in read_metrics(two) if "eval_loss" in entry)
+    assert (first["step"], first["eval_target_tokens"]) == (0, count)
+    assert first["eval_loss"] == pytest.approx(total / count, rel=1e-6)
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_with_the_rows_of_one(tmp_path, alone):
-    folder = cut_off(alone, tmp_path / "two")
+def test_metrics_cross_the_processes_once_a_log_event_and_fewer_rows_than_processes_are_evaluated(tmp_path):
+    folder = prepare(tmp_path / "two")
+    write_jsonl(folder / "eval.jsonl", [HELD_OUT[2]])  # 1 row, 6 letters and the end
+    program = [str(ROOT / "tests" / "counted_run.py")]
+    words = [
+        "--logging_steps",
+        "3",
+        "--samples",
+        "null",
+        "--save_strategy",
+        "no",
+        "--data.eval_train_rows",
+        "3",
+    ]
 
-    done = launch(torchrun(), folder)
+    done = launch(torchrun(), folder, *words, program=program)
 
     assert done.returncode == 0, done.stderr
-    assert re.search(r"processes +1 +2 +applied", done.stdout), done.stdout
-    check_same_losses(folder, alone)
+    metrics = read_metrics(folder)
+    assert {entry["eval_target_tokens"] for entry in metrics if "eval_loss" in entry} == {7}
+    watched = {entry["eval_train_target_tokens"] for entry in metrics if "eval_train_loss" in entry}
+    assert watched == {14}  # xy, xyzxyz, xxx and 3 ends
+    # every third, where an evaluation is, the first and the last; evaluations at 0, 4 and 8
+    assert [entry["step"] for entry in metrics if "loss" in entry] == [1, 3, 4, 6, 8]
+    for rank in range(2):
+        calls = json.loads((folder / f"collectives-{rank}.json").read_text())
+        counts = Counter((name, *shape, dtype.removeprefix("torch.")) for name, shape, dtype in calls)
+        assert counts["all_reduce", 5, "int64"] == 5  # tokens, targets and what is right of them: a log event
+        assert (
+            counts["all_reduce", 3, "float64"] == 6
+        )  # an evaluation, of the held-out rows or the watched ones
+        assert counts["all_gather", 1, "float32"] == 5  # the Trainer's loss: a log event
+        assert counts["all_gather", 1, "int64"] == 8  # the Trainer's count of targets: a step
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_with_the_rows_of_two(tmp_path, together, alone, monkeypatch):
-    folder = cut_off(together[0], tmp_path / "one")
-    monkeypatch.chdir(folder)
-
-    assert main(["train", "recipe.yaml", *BATCH, "4", *EVAL_BATCH, "4"]) == 0
-
-    check_same_losses(folder, alone)
-
-
-@pytest.mark.slow
-def test_another_global_batch_is_refused(tmp_path, alone, monkeypatch, capsys):
-    folder = cut_off(alone, tmp_path / "one")
-    monkeypatch.chdir(folder)
-
-    assert main(["train", "recipe.yaml", *BATCH, "2", *EVAL_BATCH, "4"]) == 2
-
-    assert "run/checkpoint-4: not the run of this recipe: global_batch (4, now 2)" in capsys.readouterr().err
+def test_two_processes_save_the_weights_and_write_the_samples_of_one(runs):
+    _, alone, two, _ = runs
+    one, other = (load_file(folder / "run" / "model.safetensors") for folder in (alone, two))
+    assert sorted(one) == sorted(other)
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-5)
+    texts = [(folder / "run" / "samples.jsonl").read_text().splitlines() for folder in (alone, two)]
+    assert [json.loads(line)["step"] for line in texts[1]] == [0, 8]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_killed_go_on_exactly(tmp_path):
-    """With dropout, accumulation and a worker each; kill -9 to the launcher and all its processes at once."""
-    recipe = RECIPE.replace(
-        "save_steps: 4", "save_steps: 2\n  gradient_accumulation_steps: 2\n  dataloader_num_workers: 1"
-    )
-    recipe = recipe.replace("num_train_epochs: 2", "num_train_epochs: 4").replace(
-        "eval_steps: 4", "eval_steps: 2"
-    )
-    whole, cut = (prepare(tmp_path / name, recipe, resid_pdrop=0.1) for name in ("whole", "cut"))
-    done = launch(torchrun(), whole)
-    assert done.returncode == 0, done.stderr
+def test_two_processes_go_on_from_a_checkpoint_to_the_same_weights(runs, tmp_path):
+    _, _, two, _ = runs
+    again = shutil.copytree(two, tmp_path / "again")
+    shutil.rmtree(again / "run" / "checkpoint-8")
+    (again / "run" / "model.safetensors").unlink()
 
-    command = [*torchrun(), "-m", "hf_clm", "train", "recipe.yaml", *BATCH, "2", *EVAL_BATCH, "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    silent: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=cut, env=environment, start_new_session=True, **silent) as process:
-        path = cut / "run" / "metrics.jsonl"
-        while process.poll() is None and not (path.exists() and '"step": 5' in path.read_text()):
-            time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-    assert not (cut / "run" / "model.safetensors").exists()
-    done = launch(torchrun(), cut)
+    # without use_cpu accelerate would let each process train alone where there is no GPU
+    words = ["--resume_from_checkpoint", "run/checkpoint-4", "--use_cpu", "false"]
+    done = launch(accelerate("ddp"), again, *words)
 
     assert done.returncode == 0, done.stderr
-    assert re.search(r"goes on   from run/checkpoint-[246]", done.stdout), done.stdout
-    same = [load_file(place / "run" / "model.safetensors") for place in (whole, cut)]
-    assert all(torch.equal(weight, same[1][name]) for name, weight in same[0].items())
-    left_out = ("seconds", "per_second", "mfu", "peak_memory_bytes", "runtime")
-    found, wanted = (
-        [{k: v for k, v in e.items() if not k.endswith(left_out)} for e in read_metrics(place)]
-        for place in (cut, whole)
-    )
-    assert found == wanted
+    steps = [entry["step"] for entry in read_metrics(again) if "loss" in entry]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    expected, found = (load_file(folder / "run" / "model.safetensors") for folder in (two, again))
+    same = {name: torch.equal(found[name], weight) for name, weight in expected.items()}
+    assert same == dict.fromkeys(expected, True)
 
 
 @pytest.mark.slow
@@ -308,30 +233,3 @@ def test_two_processes_train_adapters_as_one(tmp_path, monkeypatch):
     assert sorted(one) == sorted(other)
     for name, weight in one.items():
         torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_two_processes_draw_the_same_rows_of_mixed_sources(tmp_path, monkeypatch):
-    """14 and 5 rows, weighed 1 to 1 until each was read once: 28 rows an epoch, packed."""
-    sources = "[{path: train.jsonl, weight: 1}, {path: eval.jsonl, weight: 1}]"
-    recipe = RECIPE.replace("[{path: train.jsonl, format: instruct}]", sources)
-    recipe = recipe.replace(
-        "eval: [{path: eval.jsonl, format: instruct}]", "mixing: {stopping_strategy: all_exhausted}"
-    )
-    recipe = recipe.replace("packing: none", "packing: best_fit")
-    recipe = recipe.replace("eval_strategy: steps\n  eval_steps: 4\n", 'eval_strategy: "no"\n')
-    alone, two = prepare(tmp_path / "alone", recipe), prepare(tmp_path / "two", recipe)
-
-    done = launch(torchrun(), two)
-    monkeypatch.chdir(alone)
-    assert main(["train", "recipe.yaml", *BATCH, "4", *EVAL_BATCH, "4"]) == 0
-
-    assert done.returncode == 0, done.stderr
-    mixed = [json.loads((folder / "run" / "run.json").read_text())["mixing"] for folder in (alone, two)]
-    assert mixed[0] == mixed[1]
-    assert [share["rows"] for share in mixed[0]["sources"]] == [14, 14]
-    assert [share["rows_left_out"] for share in mixed[0]["sources"]] == [0, 0]
-    one, other = ([e for e in read_metrics(folder) if "loss" in e] for folder in (alone, two))
-    for key in ("step", "tokens_seen", "target_tokens_seen"):
-        assert [entry[key] for entry in other] == [entry[key] for entry in one], key
-    assert [e["loss"] for e in other] == pytest.approx([e["loss"] for e in one], rel=1e-5)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import (
+from watched import (
     ALONE,
     LIMIT_SECONDS,
     ROOT,

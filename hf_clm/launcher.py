@@ -1,0 +1,77 @@
+"""What a launcher started: how many processes, and over them a model that is whole on each or spread."""
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from hf_clm.errors import EnvironmentFault, RecipeError
+
+# What spreads a model: the key of train, and the variable by which accelerate says it to its processes.
+SPREADERS = {"FSDP": ("fsdp", "ACCELERATE_USE_FSDP"), "DeepSpeed": ("deepspeed", "ACCELERATE_USE_DEEPSPEED")}
+LAUNCH = "accelerate launch --config_file recipes/accelerate/{}.yaml -m hf_clm train RECIPE"
+
+
+def is_one_of_many(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher started this process as one of a group."""
+    return int(environment.get("WORLD_SIZE", "1")) > 1
+
+
+def spreads_with(values: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> str:
+    """FSDP or DeepSpeed where the launcher or the recipe asks for it, else empty.
+
+    values: of the recipe's section ``train``.
+    """
+    asked = (
+        name
+        for name, (key, variable) in SPREADERS.items()
+        if values.get(key) or environment.get(variable, "").lower() in ("1", "true")
+    )
+    return next(asked, "")
+
+
+def check_spreading(
+    values: Mapping[str, Any],
+    environment: Mapping[str, str] = os.environ,
+    *,
+    on_cpu: bool,
+    has_samples: bool = False,
+) -> None:
+    """Raises where a model could not be spread as it was asked for; accelerate would train on all the same.
+
+    On a CPU it takes DDP in the place of FSDP and of DeepSpeed, and says nothing.
+
+    Args:
+        has_samples: the recipe wants samples, which rank 0 cannot generate from its part of a model.
+
+    Raises RecipeError for these, for FSDP without a launcher and for its version 1; EnvironmentFault where
+    DeepSpeed is not installed.
+    """
+    name = spreads_with(values, environment)
+    if not name:
+        return
+    where = f"train.{SPREADERS[name][0]}" if values.get(SPREADERS[name][0]) else "accelerate launch"
+    if on_cpu:
+        what = f"{name} needs GPUs: on a CPU each process would keep the whole model"
+        raise RecipeError(what, where=where, fix=LAUNCH.format("cpu"))
+    if name == "DeepSpeed" and importlib.util.find_spec("deepspeed") is None:
+        fix = "pip install 'hf_clm[deepspeed]'"
+        raise EnvironmentFault("needs the package deepspeed", where=where, fix=fix)
+    if has_samples:
+        what = f"rank 0 cannot generate alone from a model that {name} spreads"
+        raise RecipeError(what, where="samples", fix="set it to null; hf-clm generate works afterwards")
+    if name == "FSDP":
+        _check_fsdp(values, environment, where=where)
+
+
+def _check_fsdp(values: Mapping[str, Any], environment: Mapping[str, str], *, where: str) -> None:
+    config = values.get("fsdp_config")
+    version = environment.get("FSDP_VERSION", "1")
+    if values.get("fsdp"):
+        if "LOCAL_RANK" not in environment:
+            raise RecipeError("needs a launcher", where=where, fix=LAUNCH.format("fsdp2"))
+        named = config if isinstance(config, Mapping) else {}
+        version = str(named.get("version", named.get("fsdp_version", 2)))
+    if version != "2":
+        what = "FSDP of version 1 is not supported"
+        raise RecipeError(what, where=where, got=version, fix="fsdp_version: 2, as in recipes/accelerate")

@@ -1,0 +1,116 @@
+"""Runs of two processes that are cut off go on exactly, and on one process with the same rows; and back."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launched import BATCH, EVAL_BATCH, RECIPE, ROOT, launch, prepare, read_metrics, torchrun
+from safetensors.torch import load_file
+
+from hf_clm.cli import main
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """One process with the global batch of the two."""
+    folder = prepare(tmp_path_factory.mktemp("processes") / "alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", "recipe.yaml", *BATCH, "4", *EVAL_BATCH, "4"]) == 0
+    return folder
+
+
+def cut_off(source: Path, folder: Path) -> Path:
+    """The run as it was between its two saves."""
+    shutil.copytree(source, folder)
+    run = folder / "run"
+    for name in ("run.json", "model.safetensors"):
+        (run / name).unlink()
+    shutil.rmtree(run / "checkpoint-8")
+    return folder
+
+
+def check_same_losses(folder: Path, expected: Path) -> None:
+    for key in ("loss", "grad_norm", "eval_loss"):
+        found, wanted = ([e[key] for e in read_metrics(place) if key in e] for place in (folder, expected))
+        assert found == pytest.approx(wanted, rel=1e-5), key
+    for key in ("step", "tokens_seen", "learning_rate"):
+        found, wanted = ([e.get(key) for e in read_metrics(place)] for place in (folder, expected))
+        assert found == wanted, key
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_the_rows_of_one(tmp_path, alone):
+    folder = cut_off(alone, tmp_path / "two")
+
+    done = launch(torchrun(), folder)
+
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"processes +1 +2 +applied", done.stdout), done.stdout
+    check_same_losses(folder, alone)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_the_rows_of_two(tmp_path, alone, monkeypatch):
+    two = prepare(tmp_path / "two")
+    done = launch(torchrun(), two)
+    assert done.returncode == 0, done.stderr
+    folder = cut_off(two, tmp_path / "one")
+    monkeypatch.chdir(folder)
+
+    assert main(["train", "recipe.yaml", *BATCH, "4", *EVAL_BATCH, "4"]) == 0
+
+    check_same_losses(folder, alone)
+
+
+@pytest.mark.slow
+def test_another_global_batch_is_refused(tmp_path, alone, monkeypatch, capsys):
+    folder = cut_off(alone, tmp_path / "one")
+    monkeypatch.chdir(folder)
+
+    assert main(["train", "recipe.yaml", *BATCH, "2", *EVAL_BATCH, "4"]) == 2
+
+    assert "run/checkpoint-4: not the run of this recipe: global_batch (4, now 2)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on_exactly(tmp_path):
+    """With dropout, accumulation and a worker each; kill -9 to the launcher and all its processes at once."""
+    recipe = RECIPE.replace(
+        "save_steps: 4", "save_steps: 2\n  gradient_accumulation_steps: 2\n  dataloader_num_workers: 1"
+    )
+    recipe = recipe.replace("num_train_epochs: 2", "num_train_epochs: 4").replace(
+        "eval_steps: 4", "eval_steps: 2"
+    )
+    whole, cut = (prepare(tmp_path / name, recipe, kind="gpt2", resid_pdrop=0.1) for name in ("whole", "cut"))
+    done = launch(torchrun(), whole)
+    assert done.returncode == 0, done.stderr
+
+    command = [*torchrun(), "-m", "hf_clm", "train", "recipe.yaml", *BATCH, "2", *EVAL_BATCH, "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    silent: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=cut, env=environment, start_new_session=True, **silent) as process:
+        path = cut / "run" / "metrics.jsonl"
+        while process.poll() is None and not (path.exists() and '"step": 5' in path.read_text()):
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not (cut / "run" / "model.safetensors").exists()
+    done = launch(torchrun(), cut)
+
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"goes on   from run/checkpoint-[246]", done.stdout), done.stdout
+    same = [load_file(place / "run" / "model.safetensors") for place in (whole, cut)]
+    assert all(torch.equal(weight, same[1][name]) for name, weight in same[0].items())
+    left_out = ("seconds", "per_second", "mfu", "peak_memory_bytes", "runtime")
+    found, wanted = (
+        [{k: v for k, v in e.items() if not k.endswith(left_out)} for e in read_metrics(place)]
+        for place in (cut, whole)
+    )
+    assert found == wanted

@@ -1,0 +1,123 @@
+"""The whole run under accelerate's FSDP2, on two processes of a CPU, is the run of one process.
+
+``spread_on_cpu.py`` says how. Without a GPU untested: NCCL, mixed precision of CUDA kernels, offloading.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from launched import ACCELERATE, BATCH, BIN, EVAL_BATCH, RECIPE, ROOT, launch, prepare, read_metrics
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_clm.cli import main
+
+UNSAMPLED = RECIPE.replace("samples: {prompts: [say 2], max_new_tokens: 3}\n", "")
+PROGRAM = [str(ROOT / "tests" / "spread_on_cpu.py")]
+# The model; the recipe's words; what differs from fsdp2.yaml.
+CASES = {
+    "untied": ({}, [], {}),
+    "tied": (
+        {"tie_word_embeddings": True},
+        [],
+        {"activation_checkpointing: false": "activation_checkpointing: true"},
+    ),
+    "in parts": ({"tie_word_embeddings": True}, [], {"FULL_STATE_DICT": "SHARDED_STATE_DICT"}),
+    "lora": ({}, ["--lora", "{r: 4}"], {}),
+}
+
+
+def spread(folder: Path, *words: str, changes: dict[str, str] | None = None) -> Path:
+    """Runs fsdp2.yaml on two processes; with changes of its text."""
+    text = (ACCELERATE / "fsdp2.yaml").read_text()
+    for old, new in (changes or {}).items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / "fsdp2.yaml").write_text(text)
+    command = [str(BIN / "accelerate"), "launch", "--config_file", "fsdp2.yaml"]
+    done = launch(command, folder, *words, program=PROGRAM)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def train_alone(folder: Path, *words: str) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["train", "recipe.yaml", *BATCH, "4", *EVAL_BATCH, "4", *words]) == 0
+    return folder
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = (folder / "run").glob("*model.safetensors")
+    return load_file(path)
+
+
+@pytest.fixture(scope="module")
+def run_once(tmp_path_factory) -> Callable[..., Path]:
+    """Makes each run when the first test needs it: ``(alone or spread, case)`` -> its folder."""
+    folder, found = tmp_path_factory.mktemp("runs"), {}
+
+    def run(how: str, case: str) -> Path:
+        model, words, changes = CASES[case]
+        if how == "alone" and case == "in parts":
+            case = "tied"  # the same for one process
+        if (how, case) not in found:
+            place = prepare(folder / f"{how} {case}", UNSAMPLED, **model)
+            made = train_alone(place, *words) if how == "alone" else spread(place, *words, changes=changes)
+            found[how, case] = made
+        return found[how, case]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_spread_run_is_the_run_of_one_process(run_once, case):
+    if case == "lora":
+        pytest.importorskip("peft")
+    alone, two = run_once("alone", case), run_once("spread", case)
+
+    expected, found = read_metrics(alone), read_metrics(two)
+    for key in ("loss", "grad_norm", "eval_loss", "token_accuracy", "tokens_seen"):
+        values = [entry[key] for entry in expected if key in entry]
+        assert len(values) >= 3, key
+        assert [entry[key] for entry in found if key in entry] == pytest.approx(values, rel=1e-5), key
+    one, other = load_weights(alone), load_weights(two)
+    assert sorted(one) == sorted(other)
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=1e-4)
+    if case != "lora":
+        AutoModelForCausalLM.from_pretrained(two / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["tied", "in parts"])
+def test_a_spread_run_goes_on_exactly(run_once, tmp_path, case):
+    whole = run_once("spread", case)
+    again = shutil.copytree(whole, tmp_path / "again")
+    shutil.rmtree(again / "run" / "checkpoint-8")
+    (again / "run" / "model.safetensors").unlink()
+
+    spread(again, "--resume_from_checkpoint", "run/checkpoint-4", changes=CASES[case][2])
+
+    expected, found = load_weights(whole), load_weights(again)
+    same = {name: torch.equal(found[name], weight) for name, weight in expected.items()}
+    assert same == dict.fromkeys(expected, True)
+
+
+@pytest.mark.slow
+def test_a_spread_run_in_bfloat16_does_not_round_its_loss(tmp_path):
+    words = ["--bf16", "true", "--data.packing", "best_fit"]
+    alone = train_alone(prepare(tmp_path / "alone", UNSAMPLED), *words)
+    two = spread(prepare(tmp_path / "two", UNSAMPLED), *words)
+
+    expected, found = (
+        [entry["loss"] for entry in read_metrics(folder) if "loss" in entry] for folder in (alone, two)
+    )
+    assert found == pytest.approx(expected, rel=1e-3)
+    rounded = torch.tensor(found).bfloat16().tolist()
+    assert [a == b for a, b in zip(found, rounded, strict=True)] == [False] * len(found)
+    assert {weight.dtype for weight in load_weights(two).values()} == {torch.float32}

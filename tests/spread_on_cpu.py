@@ -1,0 +1,35 @@
+"""``hf-clm`` with accelerate's FSDP2 on processes of a CPU: a program, for tests where there is no GPU.
+
+Accelerate spreads a model over GPUs only, and takes DDP on a CPU; what it calls to spread it (torch's
+fully_shard) runs on a CPU too. So its state is told that the processes are those of GPUs in this one point.
+Offloading does not run so: it wants pinned memory.
+"""
+
+import sys
+from typing import Any
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+from hf_clm import parts
+from hf_clm.cli import main
+
+build_state = AcceleratorState.__init__
+
+
+def build_spread_state(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+    """As accelerate does it for processes with GPUs."""
+    is_new = not AcceleratorState._shared_state
+    build_state(self, *args, fsdp_plugin=fsdp_plugin, **options)
+    if is_new and fsdp_plugin is not None:
+        assert self.distributed_type == DistributedType.MULTI_CPU
+        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        self.fsdp_plugin = fsdp_plugin
+        if self.mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self.mixed_precision)
+
+
+if __name__ == "__main__":
+    AcceleratorState.__init__ = build_spread_state
+    parts.check_spreading = lambda *args, **options: None  # it refuses FSDP on a CPU
+    sys.exit(main())
