@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,8 @@ def recording_failure(path: Path, *, is_main: bool) -> Iterator[None]:
             facts = json.loads(path.read_text(encoding="utf-8"))
             ending = error.to_json() if isinstance(error, Preempted) else {}
             error_line = str(error).splitlines()[:1]
-            write_json(path, {**facts, "status": status, "error": error_line, **ending})
+            with suppress(OSError):  # the disk may be what failed
+                write_json(path, {**facts, "status": status, "error": error_line, **ending})
         raise
 
 

@@ -61,6 +61,7 @@ from hf_clm.training.publish import check_can_push
 from hf_clm.training.signals import stoppable
 from hf_clm.training.summary import RunFacts, end_lines, start_lines
 from hf_clm.training.trainer import CLMTrainer
+from hf_clm.training.writing import writing
 
 EVALUATED_ROWS = 64  # of the training data, where there is no eval set: they show a loss before and after
 
@@ -108,7 +109,8 @@ def train_locked(recipe: Recipe, arguments: TrainingArguments, *, is_terminal: b
     report = ReportCallback(partial(write_report, output_dir, is_live=True), is_main=is_main)
     trainer.add_callback(report)
     started = time.monotonic()
-    with stoppable(trainer), closing(report), recording_failure(output_dir / "run.json", is_main=is_main):
+    recording = recording_failure(output_dir / "run.json", is_main=is_main)
+    with stoppable(trainer), closing(report), recording, writing(output_dir):
         trainer.train(resume_from_checkpoint=resume_from(arguments))
         result = finish(trainer, facts, proof=proof.facts, seconds=time.monotonic() - started)
     if arguments.push_to_hub:  # the run is done, whatever the Hub says

@@ -1,12 +1,12 @@
 """A run that is asked to stop: all processes stop at the same step, save once, and say how to go on.
 
-SIGTERM, SIGUSR1, SIGINT   or the end of the launcher
+SIGTERM, SIGUSR1, SIGHUP, SIGINT   or the end of the launcher
      |  only remembered
      v
-the end of a step          all processes agree: the strongest reason of any
+the end of a step                  all processes agree: the strongest reason of any
      |
      v
-one checkpoint             -> Preempted: exit code 75, or 130 after SIGINT
+one checkpoint                     -> Preempted: exit code 75, or 130 after SIGINT
 """
 
 import os
@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -25,8 +25,8 @@ from hf_clm.errors import Preempted
 from hf_clm.training.callbacks import write_line
 
 # From the weakest to the strongest; their places are what the processes compare.
-REASONS = ("", "SIGINT", "SIGUSR1", "SIGTERM", "the end of its launcher")
-SIGNALS = {int(getattr(signal, name)): name for name in REASONS[1:4] if hasattr(signal, name)}
+REASONS = ("", "SIGINT", "SIGHUP", "SIGUSR1", "SIGTERM", "the end of its launcher")
+SIGNALS = {int(getattr(signal, name)): name for name in REASONS[1:5] if hasattr(signal, name)}
 # What accelerate launch and torchrun write into the environment of a process, and nobody by hand.
 MARKS_OF_A_LAUNCHER = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_DYNAMIC")
 REPEAT_SECONDS = 1.0  # a launcher passes a signal on that has also reached its processes themselves
@@ -91,7 +91,8 @@ class Stop:
 
     def _say(self, line: str) -> None:
         if self.shows:
-            os.write(2, f"{line}\n".encode())
+            with suppress(OSError):  # of a terminal that is gone
+                os.write(2, f"{line}\n".encode())
 
 
 class StopCallback(TrainerCallback):

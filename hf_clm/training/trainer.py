@@ -31,6 +31,7 @@ from hf_clm.model import is_adapted
 from hf_clm.schema import IGNORE_INDEX
 from hf_clm.training.guard import write_diverged
 from hf_clm.training.publish import push_checkpoint, push_folder, talking_to_the_hub
+from hf_clm.training.writing import checkpoint_bytes, writing
 
 # What is counted since the last log event, in this order.
 TARGETS, CORRECT, TOKENS, PAIRS, PLACES = range(5)
@@ -290,7 +291,9 @@ class CLMTrainer(Trainer):
         self.push_in_progress = PushInProgress(many) if jobs else None
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self.untimed():
+        model: Any = self.model
+        needed, name = checkpoint_bytes(model, self.optimizer), f"checkpoint-{self.state.global_step}"
+        with self.untimed(), writing(Path(str(self.args.output_dir)), name, needed=needed):
             super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -1,0 +1,84 @@
+"""Faults of the disk while a run writes: each is one line, and half a checkpoint is removed."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from hf_clm.errors import EnvironmentFault
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+FAULTS = FULL | {errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+FIXES = {
+    **dict.fromkeys(FULL, "free some space, or lower train.save_total_limit"),
+    errno.EFBIG: "raise the limit of this shell on the size of a file (ulimit -f)",
+}
+CUT_OFF = "a file was cut off"
+MIB = 2**20
+
+
+@contextmanager
+def writing(folder: Path, part: str = "", *, needed: int = 0) -> Iterator[None]:
+    """What cannot be written inside becomes an EnvironmentFault, and no half of a checkpoint stays.
+
+    Args:
+        folder: the output folder. That it was moved meanwhile is an EnvironmentFault too.
+        part: the checkpoint in it that is written.
+        needed: bytes that it takes.
+    """
+    _require_folder(folder)
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        _require_folder(folder)
+        number = fault_number(error)
+        if number is None:
+            raise
+        path = folder / part
+        if part and path.is_dir() and not (path / "trainer_state.json").exists():  # the last file of a save
+            shutil.rmtree(path, ignore_errors=True)
+        free = f"{_size(shutil.disk_usage(folder).free)} free"
+        space = f"{_size(needed)} needed, {free}" if needed else free
+        raise EnvironmentFault(
+            "cannot be written",
+            where=str(error.filename if isinstance(error, OSError) and error.filename else path),
+            got=f"{os.strerror(number) if number else CUT_OFF} ({space})",
+            fix=f"{FIXES.get(number, 'look at the disk')}; what was saved before is as it was",
+        ) from error
+
+
+def fault_number(error: Exception) -> int | None:
+    """The errno of a fault of the disk, also where another library says it in words; 0 where it says none."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in FAULTS else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(found[1])
+    is_of_torch = isinstance(error, RuntimeError) and re.search("inline_container|StreamWriter", str(error))
+    return 0 if is_of_torch else None
+
+
+def checkpoint_bytes(model: torch.nn.Module, optimizer: Any) -> int:
+    """What a checkpoint of this process takes, without its small files."""
+    states = optimizer.state.values() if optimizer is not None else ()
+    tensors = [*model.parameters(), *(part for state in states for part in state.values())]
+    return sum(part.nbytes for part in tensors if isinstance(part, torch.Tensor))
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        what = (
+            "the output folder was moved or deleted while the run wrote to it; nothing is written elsewhere"
+        )
+        fix = "--resume_from_checkpoint goes on from a checkpoint in the folder that was moved"
+        raise EnvironmentFault(what, where=str(folder), fix=fix)
+
+
+def _size(count: int) -> str:
+    return f"{count / MIB:,.1f} MiB" if count < 1024 * MIB else f"{count / (1024 * MIB):,.1f} GiB"
