@@ -52,6 +52,7 @@ from hf_clm.training.callbacks import (
     write_line,
 )
 from hf_clm.training.card import write_card
+from hf_clm.training.faults import among_others, writing
 from hf_clm.training.lock import locked
 from hf_clm.training.output import prepare_output_dir, recording_failure, resume_from, write_json
 from hf_clm.training.plots import write_loss_plots
@@ -61,7 +62,6 @@ from hf_clm.training.publish import check_can_push
 from hf_clm.training.signals import stoppable
 from hf_clm.training.summary import RunFacts, end_lines, start_lines
 from hf_clm.training.trainer import CLMTrainer
-from hf_clm.training.writing import writing
 
 EVALUATED_ROWS = 64  # of the training data, where there is no eval set: they show a loss before and after
 
@@ -110,7 +110,7 @@ def train_locked(recipe: Recipe, arguments: TrainingArguments, *, is_terminal: b
     trainer.add_callback(report)
     started = time.monotonic()
     recording = recording_failure(output_dir / "run.json", is_main=is_main)
-    with stoppable(trainer), closing(report), recording, writing(output_dir):
+    with stoppable(trainer), closing(report), recording, among_others(), writing(output_dir):
         trainer.train(resume_from_checkpoint=resume_from(arguments))
         result = finish(trainer, facts, proof=proof.facts, seconds=time.monotonic() - started)
     if arguments.push_to_hub:  # the run is done, whatever the Hub says

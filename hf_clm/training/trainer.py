@@ -29,9 +29,9 @@ from hf_clm.hardware import measure_peak, nominal_peak
 from hf_clm.loss import LossOptions, TargetLoss, TokenFigures, use_target_loss, why_not
 from hf_clm.model import is_adapted
 from hf_clm.schema import IGNORE_INDEX
+from hf_clm.training.faults import checkpoint_bytes, writing
 from hf_clm.training.guard import write_diverged
 from hf_clm.training.publish import push_checkpoint, push_folder, talking_to_the_hub
-from hf_clm.training.writing import checkpoint_bytes, writing
 
 # What is counted since the last log event, in this order.
 TARGETS, CORRECT, TOKENS, PAIRS, PLACES = range(5)

@@ -1,4 +1,4 @@
-"""Faults of the disk while a run writes: each is one line, and half a checkpoint is removed."""
+"""Faults of the machine while a run goes on, one line each: its disk, its folder, its other processes."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from hf_clm.errors import EnvironmentFault
+from hf_clm.errors import DivergedError, EnvironmentFault, UserError
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 FAULTS = FULL | {errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
@@ -54,6 +54,30 @@ def writing(folder: Path, part: str = "", *, needed: int = 0) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def among_others() -> Iterator[None]:
+    """What a lost process does to the others becomes an EnvironmentFault; an error of this one is its own.
+
+    A process that dies or raises leaves the others inside of a library, at most for train.ddp_timeout.
+    """
+    try:
+        yield
+    except DivergedError:
+        raise  # of all processes
+    except UserError as error:
+        error.is_of_one_process = True
+        raise
+    except RuntimeError as error:
+        if not _is_of_another(error):
+            raise
+        words = re.search("Connection reset|Connection closed|Broken pipe|Timed out", str(error))
+        raise EnvironmentFault(
+            "another process of this run has ended, or does not answer",
+            got=words[0] if words else type(error).__name__,
+            fix="look for its own error; --resume_from_checkpoint true goes on from the last checkpoint",
+        ) from error
+
+
 def fault_number(error: Exception) -> int | None:
     """The errno of a fault of the disk, also where another library says it in words; 0 where it says none."""
     if isinstance(error, OSError):
@@ -69,6 +93,12 @@ def checkpoint_bytes(model: torch.nn.Module, optimizer: Any) -> int:
     states = optimizer.state.values() if optimizer is not None else ()
     tensors = [*model.parameters(), *(part for state in states for part in state.values())]
     return sum(part.nbytes for part in tensors if isinstance(part, torch.Tensor))
+
+
+def _is_of_another(error: RuntimeError) -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _require_folder(folder: Path) -> None:
