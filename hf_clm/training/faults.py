@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import TrainingArguments
 
 from hf_clm.errors import DivergedError, EnvironmentFault, UserError
 
@@ -76,6 +77,12 @@ def among_others() -> Iterator[None]:
             got=words[0] if words else type(error).__name__,
             fix="look for its own error; --resume_from_checkpoint true goes on from the last checkpoint",
         ) from error
+
+
+def keep_timeout(arguments: TrainingArguments) -> None:
+    """Lets train.ddp_timeout hold on a CPU too, where transformers 5.23 leaves it at 30 minutes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.distributed_c10d._set_pg_timeout(arguments.ddp_timeout_delta)
 
 
 def fault_number(error: Exception) -> int | None:

@@ -52,7 +52,7 @@ from hf_clm.training.callbacks import (
     write_line,
 )
 from hf_clm.training.card import write_card
-from hf_clm.training.faults import among_others, writing
+from hf_clm.training.faults import among_others, keep_timeout, writing
 from hf_clm.training.lock import locked
 from hf_clm.training.output import prepare_output_dir, recording_failure, resume_from, write_json
 from hf_clm.training.plots import write_loss_plots
@@ -82,6 +82,7 @@ def train_locked(recipe: Recipe, arguments: TrainingArguments, *, is_terminal: b
     check_can_push(arguments)
     if arguments.device.type == "cpu":
         settle_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        keep_timeout(arguments)
     output_dir = prepare_output_dir(arguments, overwrite=recipe.overwrite)
     loaded = load_early(recipe, arguments.seed)
     tokenizer = build_tokenizer(recipe, loaded, arguments=arguments)

@@ -79,12 +79,23 @@ class Stop:
                 self._say(f"{name} again: the run ends now; its earlier checkpoints are as they were")
                 os._exit(128 + number)
 
+    def hold(self) -> None:
+        """Before a fork: a signal must not reach the new process while it has the pipe of this one."""
+        if self.is_listening:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def go_on(self) -> None:
+        """After a fork, in this process."""
+        if self.is_listening:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
     def leave(self) -> None:
         """In a forked process, such as a worker that loads data: the signals of a terminal are not for it."""
         if self.is_listening:
             signal.set_wakeup_fd(-1)
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _is_repeat(self, seconds: float) -> bool:
         return self.is_launched and seconds < REPEAT_SECONDS
@@ -156,7 +167,7 @@ def listening(stop: Stop) -> Iterator[Stop]:
     os.set_blocking(writer, False)
     thread = threading.Thread(target=stop.listen, args=(reader,), name="signals", daemon=True)
     thread.start()
-    os.register_at_fork(after_in_child=stop.leave)
+    os.register_at_fork(before=stop.hold, after_in_parent=stop.go_on, after_in_child=stop.leave)
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     handlers = {number: signal.signal(number, stop.handle) for number in heard}

@@ -23,16 +23,7 @@ from launched import (
     wait_for,
 )
 
-SAVING = (
-    "--save_strategy",
-    "steps",
-    "--save_steps",
-    "20",
-    "--logging_steps",
-    "20",
-    "--save_total_limit",
-    "2",
-)
+SAVING = ("--save_strategy", "steps", "--save_steps", "20", "--logging_steps", "20")
 SHORT = ("--max_steps", "3")
 # What a run does in one process of two: its data cannot be read at the third step.
 BROKEN_DATA = """
