@@ -43,9 +43,13 @@ def main(words: Sequence[str] | None = None) -> int:
     except Preempted as stopped:
         return int(stopped.code or 0)
     except UserError as error:
-        return _fail(str(error), error.exit_code, shows_traceback=shows_traceback)
+        is_own = error.is_of_one_process
+        return _fail(str(error), error.exit_code, shows_traceback=shows_traceback, is_own=is_own)
     except KeyboardInterrupt:
         return _fail("interrupted", ExitCode.INTERRUPTED, shows_traceback=shows_traceback)
+    except BrokenPipeError:  # as of `hf-clm inspect RECIPE | head`: nobody reads what is printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.DONE
     except OSError as error:
         if error.errno not in ENVIRONMENT_ERRORS:
             raise
@@ -373,11 +377,11 @@ def _quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _fail(message: str, code: int, *, shows_traceback: bool) -> int:
-    """Prints the error once: on rank 0, or where the environment of one machine is at fault."""
+def _fail(message: str, code: int, *, shows_traceback: bool, is_own: bool = False) -> int:
+    """Prints the error once: on rank 0, or where one process or the environment of a machine is at fault."""
     rank = os.environ.get("RANK", "0")
     if shows_traceback:
         traceback.print_exc()
-    if rank == "0" or code == ExitCode.ENVIRONMENT:
+    if rank == "0" or is_own or code == ExitCode.ENVIRONMENT:
         print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr)
     return int(code)

@@ -78,10 +78,15 @@ def _is_on_hub(name: str, revision: str | None, *, where: str) -> bool:
         raise _unreachable(name, error, where=where) from error
 
 
+def is_offline() -> bool:
+    """Whether the environment keeps the Hub's client off the network."""
+    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+
+
 def _unreachable(name: str, error: Exception, *, where: str) -> EnvironmentFault:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else _first_line(error)
+    reason = "HF_HUB_OFFLINE is set" if is_offline() else _first_line(error)
     return EnvironmentFault(
         f"{name!r} is no folder here, is not in the cache {HF_HUB_CACHE}, and the Hub cannot be reached"
         f" ({reason})",

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,16 @@ def torchrun() -> list[str]:
     return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(port)]
 
 
-def start(folder: Path, launcher: list[str], *words: str, **settings: str) -> subprocess.Popen:
+PROGRAM = ("-m", "hf_clm", "train", "recipe.yaml")
+
+
+def start(
+    folder: Path, launcher: list[str], *words: str, program: Sequence[str] = PROGRAM, **settings: str
+) -> subprocess.Popen:
     """Starts a run in an empty ``run`` folder; its output goes to out.txt and err.txt."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **settings}
-    command = [*launcher, "-m", "hf_clm", "train", "recipe.yaml", *words]
+    command = [*launcher, *program, *words]
     with (folder / "out.txt").open("w") as out, (folder / "err.txt").open("w") as err:
         options: dict[str, Any] = {"cwd": folder, "env": os.environ | ours, "stdout": out, "stderr": err}
         return subprocess.Popen(command, **options)

@@ -18,6 +18,7 @@ from hf_clm.data.build import AnyDataset, Split
 from hf_clm.data.packing import PackedDataset
 from hf_clm.doctor.memory import MemoryEstimate, MicroStep, estimate_memory, free_memory
 from hf_clm.errors import RecipeError, UserError
+from hf_clm.hub import is_offline
 from hf_clm.parts import count_steps, rows_per_step, weights_dtype
 from hf_clm.tokenizer import max_token_id
 
@@ -178,7 +179,7 @@ def read_machine(recipe: Recipe, arguments: TrainingArguments) -> Machine:
         processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         gpus=torch.cuda.device_count(),
         has_bf16=torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16(),
-        is_offline=os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"),
+        is_offline=is_offline(),
         origin=_origin(recipe),
     )
 

@@ -1,6 +1,8 @@
 """What a run shows and writes while it trains: progress, metrics.jsonl, samples.jsonl, report.html."""
 
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -302,5 +304,16 @@ def append_json(path: Path, entry: dict[str, Any]) -> None:
 
 
 def write_line(line: str) -> None:
-    """Prints a line without breaking a progress bar."""
-    tqdm.write(line)
+    """Prints a line without breaking a progress bar; where nobody reads any more, training goes on."""
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except OSError:  # a closed pipe, a terminal that is gone, a full disk
+        drop_output()
+
+
+def drop_output() -> None:
+    """Sends what is still printed nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

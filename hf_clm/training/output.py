@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ def recording_failure(path: Path, *, is_main: bool) -> Iterator[None]:
             facts = json.loads(path.read_text(encoding="utf-8"))
             ending = error.to_json() if isinstance(error, Preempted) else {}
             error_line = str(error).splitlines()[:1]
-            write_json(path, {**facts, "status": status, "error": error_line, **ending})
+            with suppress(OSError):  # the disk may be what failed
+                write_json(path, {**facts, "status": status, "error": error_line, **ending})
         raise
 
 

@@ -52,6 +52,7 @@ from hf_clm.training.callbacks import (
 )
 from hf_clm.training.card import write_card
 from hf_clm.training.checkpoints import reach, seal
+from hf_clm.training.faults import among_others, keep_timeout, writing
 from hf_clm.training.lock import locked
 from hf_clm.training.output import FINAL, publish, recording_failure, write_json, write_text
 from hf_clm.training.plots import write_loss_plots
@@ -83,6 +84,7 @@ def train_locked(recipe: Recipe, arguments: TrainingArguments, *, is_terminal: b
     check_can_push(arguments)
     if arguments.device.type == "cpu":
         settle_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        keep_timeout(arguments)
     start = prepare_start(recipe, arguments)
     if start.result is None:
         return train_from(start, recipe, arguments=arguments, is_terminal=is_terminal)
@@ -122,7 +124,8 @@ def train_from(
         arguments.eval_on_start = False  # it was evaluated when it began
         trainer.overridden = frozenset(c.key for c in start.changes if c.fate == "overridden")
     started = time.monotonic()
-    with stoppable(trainer), closing(report), recording_failure(start.folder / "run.json", is_main=is_main):
+    recording = recording_failure(start.folder / "run.json", is_main=is_main)
+    with stoppable(trainer), closing(report), recording, among_others(), writing(start.folder):
         if start.checkpoint and has_ended(start.checkpoint, facts.steps):
             trainer.restore(start.checkpoint)
         else:

@@ -1,12 +1,12 @@
 """A run that is asked to stop: all processes stop at the same step, save once, and say how to go on.
 
-SIGTERM, SIGUSR1, SIGINT   or the end of the launcher
+SIGTERM, SIGUSR1, SIGHUP, SIGINT   or the end of the launcher
      |  only remembered
      v
-the end of a step          all processes agree: the strongest reason of any
+the end of a step                  all processes agree: the strongest reason of any
      |
      v
-one checkpoint             -> Preempted: exit code 75, or 130 after SIGINT
+one checkpoint                     -> Preempted: exit code 75, or 130 after SIGINT
 """
 
 import os
@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -25,8 +25,8 @@ from hf_clm.errors import Preempted
 from hf_clm.training.callbacks import write_line
 
 # From the weakest to the strongest; their places are what the processes compare.
-REASONS = ("", "SIGINT", "SIGUSR1", "SIGTERM", "the end of its launcher")
-SIGNALS = {int(getattr(signal, name)): name for name in REASONS[1:4] if hasattr(signal, name)}
+REASONS = ("", "SIGINT", "SIGHUP", "SIGUSR1", "SIGTERM", "the end of its launcher")
+SIGNALS = {int(getattr(signal, name)): name for name in REASONS[1:5] if hasattr(signal, name)}
 # What accelerate launch and torchrun write into the environment of a process, and nobody by hand.
 MARKS_OF_A_LAUNCHER = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_DYNAMIC")
 REPEAT_SECONDS = 1.0  # a launcher passes a signal on that has also reached its processes themselves
@@ -79,19 +79,31 @@ class Stop:
                 self._say(f"{name} again: the run ends now; its earlier checkpoints are as they were")
                 os._exit(128 + number)
 
+    def hold(self) -> None:
+        """Before a fork: a signal must not reach the new process while it has the pipe of this one."""
+        if self.is_listening:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def go_on(self) -> None:
+        """After a fork, in this process."""
+        if self.is_listening:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
     def leave(self) -> None:
         """In a forked process, such as a worker that loads data: the signals of a terminal are not for it."""
         if self.is_listening:
             signal.set_wakeup_fd(-1)
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _is_repeat(self, seconds: float) -> bool:
         return self.is_launched and seconds < REPEAT_SECONDS
 
     def _say(self, line: str) -> None:
         if self.shows:
-            os.write(2, f"{line}\n".encode())
+            with suppress(OSError):  # of a terminal that is gone
+                os.write(2, f"{line}\n".encode())
 
 
 class StopCallback(TrainerCallback):
@@ -155,7 +167,7 @@ def listening(stop: Stop) -> Iterator[Stop]:
     os.set_blocking(writer, False)
     thread = threading.Thread(target=stop.listen, args=(reader,), name="signals", daemon=True)
     thread.start()
-    os.register_at_fork(after_in_child=stop.leave)
+    os.register_at_fork(before=stop.hold, after_in_parent=stop.go_on, after_in_child=stop.leave)
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     handlers = {number: signal.signal(number, stop.handle) for number in heard}

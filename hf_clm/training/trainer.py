@@ -30,6 +30,7 @@ from hf_clm.flops import count_flops
 from hf_clm.hardware import measure_peak, nominal_peak
 from hf_clm.loss import LossOptions, TargetLoss, TokenFigures, use_target_loss, why_not
 from hf_clm.schema import IGNORE_INDEX
+from hf_clm.training.faults import checkpoint_bytes, writing
 from hf_clm.training.guard import write_diverged
 from hf_clm.training.saving import SavingTrainer
 from hf_clm.training.spread import settle_precision
@@ -264,7 +265,9 @@ class CLMTrainer(SavingTrainer):
         return output
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self.untimed():
+        model: Any = self.model
+        needed, name = checkpoint_bytes(model, self.optimizer), f"checkpoint-{self.state.global_step}"
+        with self.untimed(), writing(Path(str(self.args.output_dir)), name, needed=needed):
             super()._save_checkpoint(*args, **kwargs)
 
     def _token_metrics(self) -> dict[str, float]:

@@ -73,7 +73,12 @@ def stop(folder: Path, *numbers: int, step: int = 3, **settings: Any) -> tuple[P
 
 @pytest.mark.parametrize(
     ("name", "code"),
-    [("SIGTERM", ExitCode.PREEMPTED), ("SIGUSR1", ExitCode.PREEMPTED), ("SIGINT", ExitCode.INTERRUPTED)],
+    [
+        ("SIGTERM", ExitCode.PREEMPTED),
+        ("SIGUSR1", ExitCode.PREEMPTED),
+        ("SIGHUP", ExitCode.PREEMPTED),
+        ("SIGINT", ExitCode.INTERRUPTED),
+    ],
 )
 def test_a_signal_stops_at_the_end_of_its_step_and_saves_once(tmp_path, capfd, name, code):
     error, signals = stop(tmp_path, getattr(signal, name))
@@ -213,7 +218,7 @@ def test_the_end_of_a_launcher_is_a_reason_and_that_of_a_shell_is_none(monkeypat
 
     monkeypatch.setattr(os, "getppid", lambda: 1)
 
-    assert (of_a_shell.agree(cpu), launched.agree(cpu)) == (0, 4)
+    assert (of_a_shell.agree(cpu), launched.agree(cpu)) == (0, 5)
 
 
 def test_a_forked_process_does_not_pass_its_signals_to_the_run():

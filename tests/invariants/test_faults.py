@@ -1,0 +1,169 @@
+"""Real runs to which something happens: each ends in one line and its exit code, or goes on."""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from watched import (
+    ALONE,
+    LIMIT_SECONDS,
+    ROOT,
+    children,
+    facts,
+    is_alive,
+    prepare,
+    reach_step,
+    start,
+    steps,
+    torchrun,
+    wait_for,
+)
+
+SAVING = ("--save_strategy", "steps", "--save_steps", "20", "--logging_steps", "20")
+SHORT = ("--max_steps", "3")
+# What a run does in one process of two: its data cannot be read at the third step.
+BROKEN_DATA = """
+import os
+from hf_clm.cli import main
+from hf_clm.errors import DataError
+from hf_clm.training.trainer import CLMTrainer
+
+class Broken(CLMTrainer):
+    def get_batch_samples(self, *args, **kwargs):
+        if self.state.global_step == 2 and os.environ["RANK"] == "1":
+            raise DataError("row 7 cannot be read", where="train.jsonl:7")
+        return super().get_batch_samples(*args, **kwargs)
+
+import hf_clm.training.run as run
+run.CLMTrainer = Broken
+raise SystemExit(main(["train", "recipe.yaml"]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return prepare(tmp_path_factory.mktemp("faults") / "work")
+
+
+def errors(folder: Path) -> list[str]:
+    lines = (folder / "err.txt").read_text().splitlines()
+    return [line for line in lines if line.startswith("error")]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those that are whole, in their order."""
+    found = (folder / "run").glob("checkpoint-*/SEALED.json")
+    return sorted((path.parent for path in found), key=lambda path: int(path.name[11:]))
+
+
+def test_a_limit_on_the_size_of_files_ends_a_run_in_one_line_and_the_last_checkpoint_stays(folder):
+    process = start(folder, ALONE, *SAVING)
+    wait_for(lambda: checkpoints(folder) or process.poll() is not None)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))  # the model takes 144,152
+
+    assert process.wait(LIMIT_SECONDS) == 6
+    (error,) = errors(folder)
+    assert f": cannot be written; got {os.strerror(errno.EFBIG)} (0.4 MiB needed, " in error
+    assert "fix: raise the limit of this shell on the size of a file (ulimit -f)" in error
+    assert "Traceback" not in (folder / "err.txt").read_text()
+    assert checkpoints(folder) == sorted((folder / "run").glob("checkpoint-*"))
+    assert facts(folder)["status"] == "failed"
+    assert f"error: {facts(folder)['error'][0]}" == error
+
+
+def test_a_folder_that_is_moved_ends_a_run_and_nothing_is_written_in_its_place(folder):
+    process = start(folder, ALONE, *SAVING)
+    wait_for(lambda: checkpoints(folder) or process.poll() is not None)
+    (folder / "run").rename(folder / "moved")
+
+    assert process.wait(LIMIT_SECONDS) == 6
+    assert errors(folder) == [
+        "error: run: the output folder was moved or deleted while the run wrote to it; nothing is written "
+        "elsewhere; fix: --resume_from_checkpoint goes on from a checkpoint in the folder that was moved"
+    ]
+    assert not (folder / "run").exists()
+    assert list((folder / "moved").glob("checkpoint-*/optimizer.pt"))
+
+
+def test_training_goes_on_where_nobody_reads_what_it_prints(folder):
+    command = [*ALONE, "-m", "hf_clm", "train", "recipe.yaml", *SHORT, "--output_dir", "unread"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(LIMIT_SECONDS) == 0
+
+    assert (folder / "unread" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_written_is_refused_before_the_data_are_read(folder):
+    """/sys takes no folder, from root either."""
+    process = start(folder, ALONE, "--output_dir", "/sys/run", "--data.train", "missing.jsonl")
+
+    assert process.wait(LIMIT_SECONDS) == 6
+    assert errors(folder)[0].startswith("error: /sys/run: cannot write to the output folder; got ")
+
+
+@pytest.mark.slow
+def test_a_hub_that_cannot_be_reached_is_one_line(folder):
+    """Port 9 is closed; the cache is empty."""
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "0"}
+    process = start(folder, ALONE, "--model.name_or_path", "nobody/nothing", **hub)
+
+    assert process.wait(LIMIT_SECONDS) == 6
+    (error,) = errors(folder)
+    assert "'nobody/nothing' is no folder here, is not in the cache" in error
+    assert "the Hub cannot be reached" in error
+    assert "hf download nobody/nothing" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["0", "1"])
+def test_a_process_that_is_killed_ends_the_other(folder, killed):
+    launcher = start(folder, torchrun())
+    reach_step(folder, launcher)
+    of_ranks = children(launcher.pid)
+    os.kill(of_ranks[killed], signal.SIGKILL)
+
+    assert launcher.wait(LIMIT_SECONDS) == 1
+    assert not any(is_alive(child) for child in of_ranks.values())
+    text = (folder / "err.txt").read_text()
+    assert "exitcode  : -9" in text
+    assert "[rank" not in text  # a traceback of the other
+    assert len([line for line in errors(folder) if "another process of this run has ended" in line]) <= 1
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_other_after_the_timeout(folder):
+    launcher = start(folder, torchrun(), "--ddp_timeout", "4", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2")
+    reach_step(folder, launcher)
+    of_ranks = children(launcher.pid)
+    os.kill(of_ranks["1"], signal.SIGSTOP)
+
+    assert launcher.wait(LIMIT_SECONDS) == 1
+    assert not any(is_alive(child) for child in of_ranks.values())
+    assert errors(folder) == [
+        "error: another process of this run has ended, or does not answer; got Timed out; "
+        "fix: look for its own error; the same command goes on from the last checkpoint"
+    ]
+
+
+@pytest.mark.slow
+def test_an_error_in_the_data_of_one_process_is_said_once_and_ends_both(folder):
+    (folder / "broken.py").write_text(BROKEN_DATA)
+    launcher = start(folder, torchrun(), program=("broken.py",))
+
+    assert launcher.wait(LIMIT_SECONDS) == 1
+    assert steps(folder) == [1, 2]
+    own = "error on rank 1: train.jsonl:7: row 7 cannot be read"
+    assert [line for line in errors(folder) if "row 7" in line] == [own]
+    assert "exitcode  : 3" in (folder / "err.txt").read_text()
+    assert "[rank" not in (folder / "err.txt").read_text()

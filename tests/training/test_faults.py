@@ -1,0 +1,131 @@
+"""What a machine does to a run is one line, and half a checkpoint does not stay."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from hf_clm.errors import DataError, DivergedError, EnvironmentFault, ExitCode
+from hf_clm.training.faults import among_others, checkpoint_bytes, writing
+
+OF_RUST = "Error while serializing: I/O error: No space left on device (os error 28)"
+OF_TORCH = "[enforce fail at inline_container.cc:672] . unexpected pos 226368 vs 226260"
+OF_GLOO = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:9: Connection reset by"
+)
+
+
+def fail(folder: Path, error: Exception, part: str = "checkpoint-3", *, needed: int = 0) -> EnvironmentFault:
+    """What becomes of an error in the middle of a save."""
+    with pytest.raises(EnvironmentFault) as found, writing(folder, part, needed=needed):
+        if part:
+            (folder / part).mkdir()
+            (folder / part / "model.safetensors").touch()
+        raise error
+    assert found.value.exit_code == ExitCode.ENVIRONMENT
+    assert found.value.__cause__ is error
+    return found.value
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded"),
+        (SafetensorError(OF_RUST), "No space left on device"),
+        (RuntimeError(OF_TORCH), "a file was cut off"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_half_a_checkpoint_is_removed(tmp_path, monkeypatch, error, reason):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 3 * 2**20}))
+    (tmp_path / "checkpoint-2").mkdir()
+
+    found = fail(tmp_path, error, needed=5 * 2**30)
+
+    got = (
+        f"{tmp_path / 'checkpoint-3'}: cannot be written; got {reason} (5.0 GiB needed, 3.0 MiB free); fix: "
+    )
+    assert str(found).startswith(got)
+    assert str(found).endswith("; what was saved before is as it was")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_the_file_that_cannot_be_written_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+
+    found = fail(tmp_path, PermissionError(errno.EACCES, "Permission denied", str(path)), part="")
+
+    assert found.where == str(path)
+
+
+def test_a_checkpoint_that_has_its_last_file_stays(tmp_path):
+    with pytest.raises(EnvironmentFault), writing(tmp_path, "checkpoint-3"):
+        (tmp_path / "checkpoint-3").mkdir()
+        (tmp_path / "checkpoint-3" / "SEALED.json").touch()
+        raise OSError(errno.EIO, "Input/output error")  # of the deletion of an older one
+
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA out of memory"), FileNotFoundError(2, "no", "train.bin")]
+)
+def test_other_errors_pass(tmp_path, error):
+    with pytest.raises(type(error)) as found, writing(tmp_path):
+        raise error
+
+    assert found.value is error
+
+
+def test_a_folder_that_was_moved_is_not_made_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(EnvironmentFault, match="moved or deleted"), writing(tmp_path / "run"):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run" / "metrics.jsonl").open("a")
+
+    with pytest.raises(EnvironmentFault, match="moved or deleted"), writing(tmp_path / "run", "checkpoint-1"):
+        os.makedirs(tmp_path / "run" / "checkpoint-1")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+
+
+def test_a_checkpoint_takes_weights_and_two_averages_of_each():
+    model = torch.nn.Linear(10, 10, bias=False)  # 100 numbers of 4 bytes
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    assert checkpoint_bytes(model, optimizer) == 400
+
+    model(torch.ones(10)).sum().backward()
+    optimizer.step()
+
+    assert checkpoint_bytes(model, optimizer) == 1204  # and a count of the steps
+
+
+def test_a_lost_process_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(EnvironmentFault) as error, among_others():
+        raise RuntimeError(OF_GLOO)
+
+    assert str(error.value) == (
+        "another process of this run has ended, or does not answer; got Connection reset; "
+        "fix: look for its own error; the same command goes on from the last checkpoint"
+    )
+
+
+def test_one_process_alone_has_lost_none():
+    with pytest.raises(RuntimeError) as error, among_others():
+        raise RuntimeError(OF_GLOO)
+
+    assert str(error.value) == OF_GLOO
+
+
+def test_an_error_of_one_process_is_said_by_it_and_one_of_all_by_the_first():
+    with pytest.raises(DataError) as one, among_others():
+        raise DataError("a row cannot be read")
+    with pytest.raises(DivergedError) as all_of_them, among_others():
+        raise DivergedError("NaN")
+
+    assert (one.value.is_of_one_process, all_of_them.value.is_of_one_process) == (True, False)
