@@ -143,4 +143,4 @@ def test_held_out_rows_are_counted_and_named_at_the_end(tmp_path):
 
 def test_versions_are_those_of_what_computes():
     assert {"python", "hf_clm", "torch", "transformers", "tokenizers"} <= set(versions())
-    assert versions()["hf_clm"] == "0.3.0"
+    assert versions()["hf_clm"] == "0.4.0"
