@@ -109,10 +109,11 @@ def check_packing(packed: PackedDataset, rows: TokenizedRows, *, times: np.ndarr
     """Raises DataError unless the packed rows hold each label as often as ``times`` says of its row."""
     before, pieces = _targets_before(rows), packed.pieces
     begins = rows.offsets[pieces.examples]  # the first token of a piece has no label in its row
-    kept = int((before[begins + pieces.stops] - before[begins + pieces.starts + 1]).sum())
-    wanted = int((np.diff(before[rows.offsets]) * times).sum())
-    if kept != wanted:
-        what = f"packing keeps {kept:,} labels of {wanted:,}"
+    labels = before[begins + pieces.stops] - before[begins + pieces.starts + 1]
+    kept = np.bincount(pieces.examples, weights=labels, minlength=len(rows)).astype(np.int64)
+    wanted = np.diff(before[rows.offsets]) * times
+    if not np.array_equal(kept, wanted):
+        what = f"packing keeps {kept.sum():,} labels of {wanted.sum():,}"
         raise DataError(what, where="data.packing", fix="report this as a bug of hf_clm")
     _check_packed(packed, rows)
 
