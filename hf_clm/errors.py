@@ -1,8 +1,9 @@
-"""The one exception for what a user can fix, and the exit codes of the command line."""
+"""The one exception for what a user can fix, that of a run asked to stop, and the exit codes."""
 
 import difflib
 from collections.abc import Iterable
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -12,7 +13,7 @@ class ExitCode(IntEnum):
     MODEL = 4  # model or tokenizer
     DIVERGED = 5  # non-finite loss
     ENVIRONMENT = 6  # disk, memory, network, permissions
-    PREEMPTED = 75
+    PREEMPTED = 75  # and resumable
     INTERRUPTED = 130
 
 
@@ -55,6 +56,27 @@ class DivergedError(UserError):
 
 class EnvironmentFault(UserError):
     exit_code = ExitCode.ENVIRONMENT
+
+
+class Preempted(SystemExit):
+    """A run that was asked to stop, and did so behind a checkpoint that it goes on from.
+
+    A SystemExit: a script ends with its exit code, and a loop over runs that catches Exception ends too.
+    """
+
+    def __init__(self, reason: str, *, step: int, steps: int, checkpoint: str):
+        super().__init__(int(ExitCode.INTERRUPTED if reason == "SIGINT" else ExitCode.PREEMPTED))
+        self.reason, self.step, self.steps, self.checkpoint = reason, step, steps, checkpoint
+
+    def __str__(self) -> str:
+        done = f"stopped by {self.reason} at step {self.step:,} of {self.steps:,}"
+        return (
+            f"{done}; saved in {self.checkpoint}; the same command goes on from there (without --overwrite)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What run.json says of it."""
+        return {"stopped_by": self.reason, "stopped_at_step": self.step}
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -76,7 +76,7 @@ def resolve(recipe: Recipe, arguments: TrainingArguments) -> Recipe:
     data = recipe.data.model_copy(update={"packing": recipe.resolved_packing})
     model = recipe.model.model_copy(update={"dtype": weights_dtype(recipe, arguments)})
     decided = {"model": model, "train": values, "data": data}
-    return recipe.model_copy(update={**decided, "overwrite": False})
+    return recipe.model_copy(update={**decided, "overwrite": False, "resume_override": []})
 
 
 def build_tokenizer(

@@ -62,6 +62,7 @@ CALLED_BY_OTHERS = {
     "hf_clm.training.trainer:CLMTrainer.compute_loss",
     "hf_clm.training.trainer:CLMTrainer.evaluate",
     "hf_clm.training.trainer:CLMTrainer.prediction_step",
+    "hf_clm.training.saving:BestCheckpointCallback.on_train_begin",
     "hf_clm.training.trainer:EpochCallback.on_epoch_begin",
     "hf_clm.training.trainer:EpochCallback.on_step_end",
     "hf_clm.training.trainer:CLMTrainer.training_step",
@@ -83,6 +84,9 @@ CALLED_BY_OTHERS = {
     "hf_clm.training.callbacks:SamplesCallback.on_step_end",
     "hf_clm.training.callbacks:SamplesCallback.on_train_begin",
     "hf_clm.training.callbacks:SamplesCallback.on_train_end",
+    "hf_clm.training.signals:StopCallback.on_epoch_end",
+    "hf_clm.training.signals:StopCallback.on_save",
+    "hf_clm.training.signals:StopCallback.on_step_end",
 }
 # The exit codes and the errors that carry them.
 SAID_BY_THEIR_NAME = {

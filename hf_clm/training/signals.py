@@ -1,0 +1,173 @@
+"""A run that is asked to stop: all processes stop at the same step, save once, and say how to go on.
+
+SIGTERM, SIGUSR1, SIGINT   or the end of the launcher
+     |  only remembered
+     v
+the end of a step          all processes agree: the strongest reason of any
+     |
+     v
+one checkpoint             -> Preempted: exit code 75, or 130 after SIGINT
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_clm.errors import Preempted
+from hf_clm.training.callbacks import write_line
+
+# From the weakest to the strongest; their places are what the processes compare.
+REASONS = ("", "SIGINT", "SIGUSR1", "SIGTERM", "the end of its launcher")
+SIGNALS = {int(getattr(signal, name)): name for name in REASONS[1:4] if hasattr(signal, name)}
+# What accelerate launch and torchrun write into the environment of a process, and nobody by hand.
+MARKS_OF_A_LAUNCHER = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_DYNAMIC")
+REPEAT_SECONDS = 1.0  # a launcher passes a signal on that has also reached its processes themselves
+
+
+class Stop:
+    """What this process was asked for: a place in REASONS.
+
+    A first signal is remembered. A second SIGINT raises KeyboardInterrupt, any other second signal ends the
+    process at once, even where it waits for another process inside of a library.
+
+    Args:
+        shows: whether a signal is acknowledged on stderr.
+    """
+
+    def __init__(self, *, shows: bool = True):
+        self.shows = shows
+        self.reason = 0
+        self.is_launched = any(mark in os.environ for mark in MARKS_OF_A_LAUNCHER)
+        self.is_listening = False
+        self._parent = os.getppid()
+        self._handled_at = 0.0
+
+    def agree(self, device: torch.device) -> int:
+        """The strongest reason of all processes, on all of them. Each must call it."""
+        if not self.reason and self.is_launched and os.getppid() != self._parent:
+            self.reason = REASONS.index("the end of its launcher")
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self.reason
+        strongest = torch.tensor(self.reason, device=device)
+        torch.distributed.all_reduce(strongest, op=torch.distributed.ReduceOp.MAX)
+        return int(strongest)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Remembers a signal; Python calls this between two of its own operations."""
+        self.reason = self.reason or REASONS.index(SIGNALS[number])
+        before, self._handled_at = self._handled_at, time.monotonic()
+        if before and number == signal.SIGINT and not self._is_repeat(self._handled_at - before):
+            raise KeyboardInterrupt
+
+    def listen(self, reader: int) -> None:
+        """Reads signals from a pipe, at once, until a 0: says the first, ends the process with a second."""
+        began = 0.0
+        while number := os.read(reader, 1)[0]:
+            name, now = SIGNALS.get(number), time.monotonic()
+            if name and not began:
+                began = now
+                self._say(f"{name}: the run saves and stops at the end of this step; once more ends it now")
+            elif name and number != signal.SIGINT and not self._is_repeat(now - began):
+                self._say(f"{name} again: the run ends now; its earlier checkpoints are as they were")
+                os._exit(128 + number)
+
+    def leave(self) -> None:
+        """In a forked process, such as a worker that loads data: the signals of a terminal are not for it."""
+        if self.is_listening:
+            signal.set_wakeup_fd(-1)
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+
+    def _is_repeat(self, seconds: float) -> bool:
+        return self.is_launched and seconds < REPEAT_SECONDS
+
+    def _say(self, line: str) -> None:
+        if self.shows:
+            os.write(2, f"{line}\n".encode())
+
+
+class StopCallback(TrainerCallback):
+    """Saves and ends the training at the step where the processes agree to stop. On all of them, and last.
+
+    An evaluation that is due at this step is made first, so that the resumed run lacks none. The last step
+    ends as ever. Raises Preempted behind the save.
+    """
+
+    def __init__(self, stop: Stop):
+        self.stop = stop
+        self.reason = 0
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        reason = self.stop.agree(args.device)
+        if reason and not control.should_training_stop and state.global_step < state.max_steps:
+            self.reason = reason
+            control.should_save = control.should_training_stop = control.should_log = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.reason:  # save_strategy best, and this step was not: nothing has been saved yet
+            control.should_save, control.should_evaluate = True, False
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.reason:
+            checkpoint = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
+            facts = {"step": state.global_step, "steps": state.max_steps, "checkpoint": checkpoint}
+            raise Preempted(REASONS[self.reason], **facts)
+
+
+@contextmanager
+def stoppable(trainer: Trainer) -> Iterator[None]:
+    """Lets signals stop the training inside, and says so; the handlers of the caller come back afterwards.
+
+    No process leaves before the main one has written everything: a launcher ends the others with the first.
+    """
+    with listening(Stop(shows=trainer.is_world_process_zero())) as stop:
+        trainer.add_callback(StopCallback(stop))
+        try:
+            yield
+        except Preempted as error:
+            if trainer.is_world_process_zero():
+                write_line(str(error))
+            stop.agree(trainer.args.device)
+            raise
+
+
+@contextmanager
+def listening(stop: Stop) -> Iterator[Stop]:
+    """Lets ``stop`` hear the signals, in the main thread only; one that is ignored stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    thread = threading.Thread(target=stop.listen, args=(reader,), name="signals", daemon=True)
+    thread.start()
+    os.register_at_fork(after_in_child=stop.leave)
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, stop.handle) for number in heard}
+    stop.is_listening = True
+    try:
+        yield stop
+    finally:
+        stop.is_listening = False
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(before)
+        os.write(writer, b"\0")
+        thread.join()
+        os.close(reader)
+        os.close(writer)

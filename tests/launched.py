@@ -1,0 +1,118 @@
+"""Runs in processes of their own, watched through their files: for tests of signals and faults."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+ALONE = [sys.executable]
+LIMIT_SECONDS = 120
+RECORDS = [{"instruct": f"say {n}", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 15)]
+# Ends only when it is stopped; saves nothing on its own.
+RECIPE = """\
+stage: sft
+model: {name_or_path: model}
+data:
+  train: [{path: train.jsonl, format: instruct}]
+  max_length: 64
+  packing: none
+doctor: {self_test: false, round_trip: "off"}
+train:
+  output_dir: run
+  max_steps: 100000
+  per_device_train_batch_size: 2
+  logging_steps: 1
+  save_strategy: "no"
+  use_cpu: true
+  bf16: false
+"""
+
+
+def prepare(folder: Path, recipe: str = RECIPE) -> Path:
+    """A folder with a tiny model, 14 rows and a recipe."""
+    folder.mkdir()
+    save_folder(folder / "model", tiny_model(), byte_tokenizer())
+    write_jsonl(folder / "train.jsonl", RECORDS)
+    (folder / "recipe.yaml").write_text(recipe)
+    return folder
+
+
+def accelerate(*words: str) -> list[str]:
+    """One process, or as many as the words say."""
+    plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [str(BIN / "accelerate"), "launch", *(words or ("--cpu", "--num_processes", "1")), *plain]
+
+
+def torchrun() -> list[str]:
+    """Two processes."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(port)]
+
+
+def start(folder: Path, launcher: list[str], *words: str, **settings: str) -> subprocess.Popen:
+    """Starts a run in an empty ``run`` folder; its output goes to out.txt and err.txt."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **settings}
+    command = [*launcher, "-m", "hf_clm", "train", "recipe.yaml", *words]
+    with (folder / "out.txt").open("w") as out, (folder / "err.txt").open("w") as err:
+        options: dict[str, Any] = {"cwd": folder, "env": os.environ | ours, "stdout": out, "stderr": err}
+        return subprocess.Popen(command, **options)
+
+
+def reach_step(folder: Path, process: subprocess.Popen) -> None:
+    """Waits for the first step of a run."""
+    try:
+        wait_for(lambda: steps(folder) or process.poll() is not None)
+        assert steps(folder), (folder / "err.txt").read_text()
+    except AssertionError:
+        process.kill()
+        raise
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Looks until something has come; raises AssertionError where it does not."""
+    end = time.monotonic() + LIMIT_SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that a run has logged."""
+    path = folder / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [entry["step"] for entry in entries if "loss" in entry]
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What run.json says."""
+    return json.loads((folder / "run" / "run.json").read_text())
+
+
+def is_alive(number: int) -> bool:
+    """Whether a process is there and not only its exit code."""
+    path = Path("/proc") / str(number) / "stat"
+    return path.exists() and path.read_text().rsplit(") ", 1)[1][0] not in "ZX"
+
+
+def children(parent: int) -> dict[str, int]:
+    """The processes that a launcher has started, by their rank ("" where there is none)."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        if int(path.read_text().rsplit(") ", 1)[1].split()[1]) == parent:
+            pairs = [pair.split("=", 1) for pair in (path.parent / "environ").read_text().split("\0") if pair]
+            found[dict(pairs).get("RANK", "")] = int(path.parent.name)
+    return found

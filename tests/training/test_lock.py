@@ -1,0 +1,202 @@
+"""Two runs never write to one output folder, and a run that died does not block the next."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_clm.errors import EnvironmentFault, ExitCode, RecipeError
+from hf_clm.training.lock import locked
+from hf_clm.training.output import is_in_use, move_aside
+
+ROOT = Path(__file__).resolve().parents[2]
+# Holds the folder, says so, and waits for its end.
+HOLDER = """
+import os, sys
+from pathlib import Path
+from hf_clm.training.lock import locked
+with locked(Path(sys.argv[1]), is_main=True):
+    if "fork" in sys.argv and os.fork() == 0:
+        sys.stdin.read()  # a worker that outlives its parent
+        os._exit(0)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(folder: Path, *words: str) -> subprocess.Popen:
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder), *words], cwd=ROOT, **pipes)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    return holder
+
+
+def refusal(folder: Path) -> EnvironmentFault:
+    with pytest.raises(EnvironmentFault) as error, locked(folder, is_main=True):
+        pass
+    assert error.value.exit_code == ExitCode.ENVIRONMENT
+    return error.value
+
+
+def leave_lock(folder: Path, *, seconds_ago: float, **holder: Any) -> Path:
+    """What another run has left, or holds on another host."""
+    path = folder / ".lock"
+    path.write_text(json.dumps({"pid": 7, "since": "2026-01-02 03:04:05 UTC", "command": "x", **holder}))
+    then = path.stat().st_mtime - seconds_ago
+    os.utime(path, (then, then))
+    return path
+
+
+def test_the_lock_says_who_holds_the_folder_and_is_gone_afterwards(tmp_path):
+    with locked(tmp_path / "a" / "run", is_main=True):
+        holder = json.loads((tmp_path / "a" / "run" / ".lock").read_text())
+        (tmp_path / "a" / "run" / "run.json").touch()
+
+    assert (holder["pid"], holder["host"]) == (os.getpid(), socket.gethostname())
+    assert sorted(holder) == ["command", "host", "pid", "since"]
+    assert holder["since"].endswith(" UTC")
+    assert [path.name for path in (tmp_path / "a" / "run").iterdir()] == ["run.json"]
+
+
+def test_a_second_run_is_refused_and_leaves_everything_as_it_is(tmp_path):
+    holder = hold(tmp_path)
+    before = (tmp_path / ".lock").read_text()
+
+    error = refusal(tmp_path)
+
+    since = json.loads(before)["since"]
+    assert str(error) == (
+        f"{tmp_path}: locked by pid {holder.pid} on {socket.gethostname()} since {since}, which is still "
+        "running; fix: another --output_dir; or end that run first: SIGTERM lets it save and stop"
+    )
+    assert (tmp_path / ".lock").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    holder.communicate("")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [(), ("fork",)], ids=["alone", "a worker lives on"])
+def test_the_lock_of_a_run_that_was_killed_is_taken_over(tmp_path, capsys, words):
+    holder = hold(tmp_path, *words)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    since = json.loads((tmp_path / ".lock").read_text())["since"]
+
+    with locked(tmp_path, is_main=True):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+    name = f"pid {holder.pid} on {socket.gethostname()} since {since}"
+    assert capsys.readouterr().out == f"lock      taken over from {name}, which is gone\n"
+    holder.communicate("")
+
+
+def test_one_process_does_not_hold_a_folder_twice(tmp_path):
+    with locked(tmp_path, is_main=True):
+        assert "which is still running" in str(refusal(tmp_path))
+        assert (tmp_path / ".lock").exists()
+
+
+def test_a_holder_on_another_host_is_believed_while_its_file_is_young(tmp_path):
+    path = leave_lock(tmp_path, seconds_ago=60, host="elsewhere")
+
+    assert str(refusal(tmp_path)) == (
+        f"{tmp_path}: locked by pid 7 on elsewhere since 2026-01-02 03:04:05 UTC, whose last sign of life is "
+        f"60 s old; fix: another --output_dir, or wait: after 120 s it counts as gone; or delete {path}"
+    )
+
+
+def test_a_holder_on_another_host_without_a_sign_of_life_is_gone(tmp_path, capsys):
+    leave_lock(tmp_path, seconds_ago=121, host="elsewhere")
+
+    with locked(tmp_path, is_main=True):
+        pass
+
+    name = "pid 7 on elsewhere since 2026-01-02 03:04:05 UTC"
+    assert capsys.readouterr().out == f"lock      taken over from {name}, which is gone\n"
+
+
+def test_where_the_file_system_knows_no_locks_the_age_of_the_file_tells(tmp_path, monkeypatch):
+    def no_locks(file, operation):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    leave_lock(tmp_path, seconds_ago=60, host=socket.gethostname())
+    assert "last sign of life is 60 s old" in str(refusal(tmp_path))
+
+    leave_lock(tmp_path, seconds_ago=130, host=socket.gethostname())
+    with locked(tmp_path, is_main=True):
+        assert "last sign of life is 0 s old" in str(refusal(tmp_path))
+
+
+def test_the_holder_touches_the_file_now_and_then(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_clm.training.lock.BEAT_SECONDS", 0.01)
+    with locked(tmp_path, is_main=True):
+        path = tmp_path / ".lock"
+        os.utime(path, (0, 0))
+        while path.stat().st_mtime == 0:
+            pass
+
+
+def test_half_a_lock_file_is_no_lock(tmp_path, capsys):
+    (tmp_path / ".lock").write_text('{"host": "vm", "pi')
+
+    with locked(tmp_path, is_main=True):
+        pass
+
+    assert capsys.readouterr().out == ""
+
+
+def test_a_lock_that_is_another_runs_by_now_stays(tmp_path):
+    """Somebody moved the folder, and another run began in its place."""
+    with locked(tmp_path / "run", is_main=True):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / ".lock").write_text("another's")
+
+    assert (tmp_path / "run" / ".lock").read_text() == "another's"
+
+
+def test_a_lock_does_not_make_a_folder_one_in_use(tmp_path):
+    with locked(tmp_path, is_main=True):
+        assert not is_in_use(tmp_path)
+        (tmp_path / "run.json").touch()
+        assert is_in_use(tmp_path)
+
+
+def test_overwrite_moves_what_is_there_and_keeps_the_lock(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.safetensors").touch()
+
+    with locked(tmp_path / "run", is_main=True):
+        move_aside(tmp_path / "run")
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+        assert [path.name for path in (tmp_path / "run.old-1").iterdir()] == ["model.safetensors"]
+        assert "which is still running" in str(refusal(tmp_path / "run"))
+
+
+def test_only_the_main_process_locks_and_a_refused_run_leaves_no_folder(tmp_path):
+    with locked(tmp_path / "other", is_main=False):
+        assert not (tmp_path / "other").exists()
+
+    with pytest.raises(RecipeError), locked(tmp_path / "new", is_main=True):
+        raise RecipeError("refused")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_under_a_file_is_a_fault_of_the_environment(tmp_path):
+    (tmp_path / "file").touch()
+
+    error = refusal(tmp_path / "file" / "run")
+
+    where = tmp_path / "file" / "run"
+    assert str(error) == f"{where}: cannot write to the output folder; got Not a directory"
