@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Data, Recipe, Source
+from hf_clm.data.arrays import to_fates
 from hf_clm.data.datasets import PretrainDataset, SFTDataset, TokenizedDataset, TokenizedRows
 from hf_clm.data.formats import FirstSeen, check_same_schema, to_example, unknown_keys
 from hf_clm.data.labels import Fate
@@ -46,7 +47,9 @@ class Examples:
     report: ReadReport = field(default_factory=ReadReport)
     formats: set[str] = field(default_factory=set)
     unknown_keys: set[str] = field(default_factory=set)
-    duplicates: list[str] = field(default_factory=list)  # rows left out because an earlier one is the same
+    duplicates: Sequence[str] = field(
+        default_factory=list
+    )  # rows left out because an earlier one is the same
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -72,46 +75,71 @@ class Split:
 
     @property
     def target_tokens(self) -> int:
-        return int((self.rows.rows.labels >= 0).sum())
+        return int(self.label_counts.sum())
+
+    @cached_property
+    def id_counts(self) -> np.ndarray:
+        """(V,) int64, how often each id stands in the set; V is the largest id and one."""
+        return count_ids(self.rows.rows.input_ids)
+
+    @cached_property
+    def label_counts(self) -> np.ndarray:
+        """(V,) int64, how often each id is learned."""
+        return count_ids(self.rows.rows.labels)
 
     @cached_property
     def fates(self) -> Counter[str]:
         """How many input rows were used, cut, split or dropped (and why)."""
-        return Counter(
-            f"{fate.kind}: {fate.reason}" if fate.reason else fate.kind for fate in self.rows.rows.fates
-        )
+        fates = to_fates(self.rows.rows.fates)
+        counts = np.bincount(fates.array[:, 0], minlength=len(fates.kinds)).tolist()
+        names = (f"{kind}: {reason}" if reason else kind for kind, reason in fates.kinds)
+        return Counter(dict(zip(names, counts, strict=True)))
 
 
 def load_examples(sources: Iterable[Source], data: Data) -> Examples:
     """Reads and checks every record. Raises DataError with file and line for the first that is wrong."""
     examples, places = [], []
     found = Examples(examples, places)
-    options = ReadOptions(
-        skip_bad_lines=data.skip_bad_lines, max_line_bytes=data.max_line_bytes, nul=data.nul
-    )
+    options = read_options(data)
     for source in sources:
-        first: FirstSeen = {}
         kind = {"split": source.split, "name": source.name, "revision": source.revision}
         records = read_records(source.path, options, report=found.report, **kind)
-        for record in islice(records, source.limit):
-            try:
-                format, example = read_example(record, source, data=data, first=first)
-                unknown = unknown_columns(record, source, format=format)
-            except DataError as error:
-                if not data.skip_bad_lines:
-                    raise
-                found.report.bad_lines.append(str(error))
-                continue
-            found.formats.add(format)
-            found.unknown_keys.update(unknown)
+        limited = islice(records, source.limit)
+        for place, example in check_records(limited, source, data=data, found=found, first={}):
             examples.append(example)
-            places.append(record.where)
+            places.append(place)
     if not found.examples:
-        read = f"{found.report.records} records read, {len(found.report.bad_lines)} skipped"
-        raise DataError(
-            "no example to train on", where=", ".join(source.path for source in sources), got=read
-        )
+        raise no_example(sources, found.report)
     return drop_duplicates(found) if data.duplicates == "drop" else found
+
+
+def read_options(data: Data) -> ReadOptions:
+    """How the recipe wants files to be read."""
+    return ReadOptions(skip_bad_lines=data.skip_bad_lines, max_line_bytes=data.max_line_bytes, nul=data.nul)
+
+
+def check_records(
+    records: Iterable[Record], source: Source, *, data: Data, found: Examples, first: FirstSeen
+) -> Iterator[tuple[str, Example | TokenizedExample]]:
+    """(place, example) of each record. ``found``: what is learned of them on the way is entered there."""
+    for record in records:
+        try:
+            format, example = read_example(record, source, data=data, first=first)
+            unknown = unknown_columns(record, source, format=format)
+        except DataError as error:
+            if not data.skip_bad_lines:
+                raise
+            found.report.bad_lines.append(str(error))
+            continue
+        found.formats.add(format)
+        found.unknown_keys.update(unknown)
+        yield record.where, example
+
+
+def no_example(sources: Iterable[Source], report: ReadReport) -> DataError:
+    """The error for sources that give nothing to learn."""
+    got = f"{report.records} records read, {len(report.bad_lines)} skipped"
+    return DataError("no example to train on", where=", ".join(source.path for source in sources), got=got)
 
 
 def read_example(
@@ -173,6 +201,11 @@ def without_report(examples: Examples) -> Examples:
     return replace(examples, report=ReadReport(files=examples.report.files), duplicates=[])
 
 
+def count_ids(ids: np.ndarray) -> np.ndarray:
+    """How often each id from 0 on occurs; negative ones do not count."""
+    return np.bincount(ids[ids >= 0])
+
+
 def load_splits(recipe: Recipe, seed: int) -> tuple[Examples, Examples | None]:
     """The training examples and, if the recipe asks for them, those to evaluate on."""
     train = load_examples(recipe.data.train, recipe.data)
@@ -187,6 +220,15 @@ def build_split(
     examples: Examples, recipe: Recipe, *, tokenizer: PreTrainedTokenizerFast, stage: str
 ) -> Split:
     """Tokenizes, fits and packs. Raises DataError where more than ``data.max_dropped`` of it is lost."""
+    rows = tokenize_examples(examples, recipe, tokenizer=tokenizer, stage=stage)
+    check_dropped(examples, rows.rows.fates, data=recipe.data)
+    return Split(rows, pack_rows(rows, recipe), examples)
+
+
+def tokenize_examples(
+    examples: Examples, recipe: Recipe, *, tokenizer: PreTrainedTokenizerFast, stage: str
+) -> TokenizedDataset:
+    """Tokenizes and fits. Raises DataError for the first that cannot be read, or spelled."""
     data, packing = recipe.data, recipe.resolved_packing
     options: dict[str, Any] = {
         "max_length": None if packing == "stream" else data.max_length,  # a stream cuts by itself
@@ -202,8 +244,7 @@ def build_split(
     except DataError as error:
         raise error if error.row is None else error.at(examples.places[error.row]) from error
     check_spelled(examples, rows.rows, tokenizer=tokenizer)
-    check_dropped(examples, rows.rows.fates, data=data)
-    return Split(rows, pack_rows(rows, recipe), examples)
+    return rows
 
 
 def check_spelled(examples: Examples, rows: TokenizedRows, *, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -236,19 +277,17 @@ def pack_rows(
     return PackedDataset(rows, max_length=capacity, packing=kind, pieces=pieces) if capacity else rows
 
 
-def check_dropped(examples: Examples, fates: list[Fate], *, data: Data) -> None:
+def check_dropped(examples: Examples, fates: Sequence[Fate], *, data: Data) -> None:
     """Raises DataError where too many rows, or all of them, cannot be trained on; lists the first."""
-    drops = [
-        (place, fate.reason)
-        for place, fate in zip(examples.places, fates, strict=True)
-        if fate.kind == "dropped"
-    ]
+    known = to_fates(fates)
+    of_drops = [number for number, kind in enumerate(known.kinds) if kind[0] == "dropped"]
+    dropped = np.flatnonzero(np.isin(known.array[:, 0], of_drops))
     bad = examples.report.bad_lines
     total = len(fates) + len(bad)
-    lost = len(drops) + len(bad)
-    if lost <= data.max_dropped * total and len(drops) < len(fates):
+    lost = len(dropped) + len(bad)
+    if lost <= data.max_dropped * total and len(dropped) < len(fates):
         return
-    listed = [f"{place} ({reason})" for place, reason in drops] + bad
+    listed = [f"{examples.places[at]} ({fates[at].reason})" for at in dropped[:SHOWN_DROPS].tolist()] + bad
     raise DataError(
         f"{lost:,} of {total:,} rows cannot be trained on within data.max_length={data.max_length}",
         where=", ".join(examples.report.files[:2]),
