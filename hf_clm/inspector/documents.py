@@ -16,6 +16,7 @@ from hf_clm.chat_template import stop_token_ids
 from hf_clm.config import Recipe
 from hf_clm.data.build import Split
 from hf_clm.data.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.mixing import DrawnDataset
 from hf_clm.data.packing import PackedDataset, Piece
 from hf_clm.data.segments import control_texts, to_document
 from hf_clm.errors import ModelError
@@ -169,10 +170,9 @@ class Reader:
 
 
 def _pieces(split: Split, number: int) -> list[Piece]:
-    if isinstance(split.dataset, PackedDataset):
+    if isinstance(split.dataset, PackedDataset | DrawnDataset):
         return split.dataset.pieces[number]
-    row = number if split.mix is None else int(split.mix.numbers[number])
-    return [(row, 0, int(split.rows.lengths[row]))]
+    return [(number, 0, int(split.rows.lengths[number]))]
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
