@@ -81,7 +81,7 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     model = build_model(recipe, tokenizer, config=config, arguments=arguments)
 
     trainer = build_trainer(model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits)
-    facts = RunFacts(recipe, arguments, model, splits, unigram_entropy(splits["train"].rows.rows.labels))
+    facts = RunFacts(recipe, arguments, model, splits, unigram_entropy(splits["train"].label_counts))
     with arguments.main_process_first(local=False, desc="proving the model"):
         if is_main:
             trainer.add_callback(ProgressCallback(is_terminal=is_terminal))
