@@ -12,6 +12,7 @@ from hf_clm.data.labels import Fate
 
 BLOCK_TOKENS = 1 << 21
 BLOCK_ITEMS = 1 << 16
+TOKENS = 2  # the column of an example's tokens among its numbers in Fates
 
 
 class ArrayWriter:
@@ -95,6 +96,13 @@ def to_fates(fates: Sequence[Fate]) -> Fates:
     numbers = {kind: number for number, kind in enumerate(kinds)}
     rows = [(numbers[f.kind, f.reason], f.cut_tokens, f.tokens, f.target_tokens) for f in fates]
     return Fates(np.array(rows, dtype=np.int64).reshape(-1, 4), kinds)
+
+
+def dropped(fates: Sequence[Fate]) -> np.ndarray:
+    """The numbers of the examples that were dropped."""
+    known = to_fates(fates)
+    kinds = [number for number, kind in enumerate(known.kinds) if kind[0] == "dropped"]
+    return np.flatnonzero(np.isin(known.array[:, 0], kinds))
 
 
 def to_places(places: Sequence[str]) -> Places:

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Data, Recipe, Source
-from hf_clm.data.arrays import to_fates
+from hf_clm.data.arrays import dropped, to_fates
 from hf_clm.data.datasets import PretrainDataset, SFTDataset, TokenizedDataset, TokenizedRows
 from hf_clm.data.formats import FirstSeen, check_same_schema, to_example, unknown_keys
 from hf_clm.data.labels import Fate
@@ -86,7 +86,10 @@ class Split:
     @property
     def tokens(self) -> int:
         """Of an epoch."""
-        return int(self.lengths.sum())
+        if self.mix is not None:
+            return sum(share.tokens for share in self.mix.shares)
+        offsets = self.rows.rows.offsets
+        return int(offsets[-1] - offsets[0])
 
     @property
     def target_tokens(self) -> int:
@@ -355,15 +358,13 @@ def packing_of(recipe: Recipe) -> tuple[int | None, str]:
 
 def check_dropped(examples: Examples, fates: Sequence[Fate], *, data: Data) -> None:
     """Raises DataError where too many rows, or all of them, cannot be trained on; lists the first."""
-    known = to_fates(fates)
-    of_drops = [number for number, kind in enumerate(known.kinds) if kind[0] == "dropped"]
-    dropped = np.flatnonzero(np.isin(known.array[:, 0], of_drops))
+    drops = dropped(fates)
     bad = examples.report.bad_lines
     total = len(fates) + len(bad)
-    lost = len(dropped) + len(bad)
-    if lost <= data.max_dropped * total and len(dropped) < len(fates):
+    lost = len(drops) + len(bad)
+    if lost <= data.max_dropped * total and len(drops) < len(fates):
         return
-    listed = [f"{examples.places[at]} ({fates[at].reason})" for at in dropped[:SHOWN_DROPS].tolist()] + bad
+    listed = [f"{examples.places[at]} ({fates[at].reason})" for at in drops[:SHOWN_DROPS].tolist()] + bad
     raise DataError(
         f"{lost:,} of {total:,} rows cannot be trained on within data.max_length={data.max_length}",
         where=", ".join(examples.report.files[:2]),

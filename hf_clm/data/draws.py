@@ -31,6 +31,20 @@ def check_draws(packed: PackedDataset, rows: TokenizedRows, *, times: np.ndarray
     check_pieces(packed, rows)
 
 
+def count_drawn_labels(rows: TokenizedRows, times: np.ndarray) -> np.ndarray:
+    """(V,) int64, how often each id is learned where each row is read so many ``times``."""
+    counts = np.zeros(0, dtype=np.int64)
+    for first, last in row_blocks(rows.offsets):
+        labels = rows.labels[rows.offsets[first] : rows.offsets[last]]
+        weights = np.repeat(times[first:last], np.diff(rows.offsets[first : last + 1]))
+        is_learned = labels >= 0
+        found = np.bincount(labels[is_learned], weights=weights[is_learned], minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found.astype(np.int64)
+        release(rows.labels)
+    return counts
+
+
 def add_draws(
     path: Path, dataset: PackedDataset | DrawnDataset, *, rows: TokenizedRows, times: np.ndarray
 ) -> None:
