@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Data, Recipe, Source
+from hf_clm.data.arrays import dropped, to_fates
 from hf_clm.data.datasets import PretrainDataset, SFTDataset, TokenizedDataset, TokenizedRows
 from hf_clm.data.formats import FirstSeen, check_same_schema, to_example, unknown_keys
 from hf_clm.data.labels import Fate
@@ -36,6 +37,7 @@ from hf_clm.tokenizer import find_unknown, unique_ids, unknown_id
 SHOWN_LETTERS = 8  # of a word that the tokenizer cannot spell
 SHOWN_DROPS = 3  # an error lists the first few rows, not thousands
 
+AnyExample = Example | TokenizedExample
 AnyDataset = TokenizedDataset | PackedDataset | DrawnDataset
 
 
@@ -48,7 +50,9 @@ class Examples:
     report: ReadReport = field(default_factory=ReadReport)
     formats: set[str] = field(default_factory=set)
     unknown_keys: set[str] = field(default_factory=set)
-    duplicates: list[str] = field(default_factory=list)  # rows left out because an earlier one is the same
+    duplicates: Sequence[str] = field(
+        default_factory=list
+    )  # rows left out because an earlier one is the same
     origins: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int32), compare=False)
 
     def __len__(self) -> int:
@@ -82,55 +86,88 @@ class Split:
     @property
     def tokens(self) -> int:
         """Of an epoch."""
-        return int(self.lengths.sum())
+        if self.mix is not None:
+            return sum(share.tokens for share in self.mix.shares)
+        offsets = self.rows.rows.offsets
+        return int(offsets[-1] - offsets[0])
 
     @property
     def target_tokens(self) -> int:
         """Of an epoch."""
         if self.mix is not None:
             return sum(share.target_tokens for share in self.mix.shares)
-        return int((self.rows.rows.labels >= 0).sum())
+        return int(self.label_counts.sum())
+
+    @cached_property
+    def id_counts(self) -> np.ndarray:
+        """(V,) int64, how often each id stands in the set; V is the largest id and one."""
+        return count_ids(self.rows.rows.input_ids)
+
+    @cached_property
+    def least_id(self) -> int:
+        """0, or a negative id, which no embedding has a row for."""
+        return int(self.rows.rows.input_ids.min(initial=0))
+
+    @cached_property
+    def label_counts(self) -> np.ndarray:
+        """(V,) int64, how often each id is learned."""
+        return count_ids(self.rows.rows.labels)
 
     @cached_property
     def fates(self) -> Counter[str]:
         """How many input rows were used, cut, split or dropped (and why)."""
-        return Counter(
-            f"{fate.kind}: {fate.reason}" if fate.reason else fate.kind for fate in self.rows.rows.fates
-        )
+        fates = to_fates(self.rows.rows.fates)
+        counts = np.bincount(fates.array[:, 0], minlength=len(fates.kinds)).tolist()
+        names = (f"{kind}: {reason}" if reason else kind for kind, reason in fates.kinds)
+        return Counter(dict(zip(names, counts, strict=True)))
 
 
 def load_examples(sources: Iterable[Source], data: Data) -> Examples:
     """Reads and checks every record. Raises DataError with file and line for the first that is wrong."""
     examples, places, origins = [], [], []
     found = Examples(examples, places)
-    options = ReadOptions(
-        skip_bad_lines=data.skip_bad_lines, max_line_bytes=data.max_line_bytes, nul=data.nul
-    )
+    options = read_options(data)
     for number, source in enumerate(sources):
-        first: FirstSeen = {}
         kind = {"split": source.split, "name": source.name, "revision": source.revision}
         records = read_records(source.path, options, report=found.report, **kind)
-        for record in islice(records, source.limit):
-            try:
-                format, example = read_example(record, source, data=data, first=first)
-                unknown = unknown_columns(record, source, format=format)
-            except DataError as error:
-                if not data.skip_bad_lines:
-                    raise
-                found.report.bad_lines.append(str(error))
-                continue
-            found.formats.add(format)
-            found.unknown_keys.update(unknown)
+        limited = islice(records, source.limit)
+        for place, example in check_records(limited, source, data=data, found=found, first={}):
             examples.append(example)
-            places.append(record.where)
+            places.append(place)
             origins.append(number)
     if not found.examples:
-        read = f"{found.report.records} records read, {len(found.report.bad_lines)} skipped"
-        raise DataError(
-            "no example to train on", where=", ".join(source.path for source in sources), got=read
-        )
+        raise no_example(sources, found.report)
     found.origins = np.array(origins, dtype=np.int32)
     return drop_duplicates(found) if data.duplicates == "drop" else found
+
+
+def read_options(data: Data) -> ReadOptions:
+    """How the recipe wants files to be read."""
+    return ReadOptions(skip_bad_lines=data.skip_bad_lines, max_line_bytes=data.max_line_bytes, nul=data.nul)
+
+
+def check_records(
+    records: Iterable[Record], source: Source, *, data: Data, found: Examples, first: FirstSeen
+) -> Iterator[tuple[str, Example | TokenizedExample]]:
+    """(place, example) of each record. ``found``: what is learned of them on the way is entered there."""
+    for record in records:
+        try:
+            format, example = read_example(record, source, data=data, first=first)
+            unknown = unknown_columns(record, source, format=format)
+        except DataError as error:
+            if not data.skip_bad_lines:
+                raise
+            found.report.bad_lines.append(str(error))
+            continue
+        found.formats.add(format)
+        found.unknown_keys.update(unknown)
+        yield record.where, example
+
+
+def no_example(sources: Iterable[Source], report: ReadReport) -> DataError:
+    """The error for sources that give nothing to learn."""
+    got = f"{report.records} records read, {len(report.bad_lines)} skipped"
+    return DataError("no example to train on", where=", ".join(source.path for source in sources), got=got)
 
 
 def read_example(
@@ -167,29 +204,42 @@ def split_examples(examples: Examples, eval_fraction: float, *, seed: int) -> tu
     parts would be empty.
     """
     alone = examples.examples[0] if len(examples) == 1 else None
-    if isinstance(alone, TextExample):
-        cut = round(len(alone.text) * (1 - eval_fraction))
-        if alone.text[:cut].strip() and alone.text[cut:].strip():
-            return split_text(examples, alone.text, cut=cut)
-    held_out = round(len(examples) * eval_fraction)
-    if not 0 < held_out < len(examples):
-        what = f"eval_fraction {eval_fraction} of {len(examples)} examples leaves {held_out} to evaluate on"
-        raise DataError(what, where="data.eval_fraction", fix="raise it, or name data.eval")
-    order = np.random.default_rng(seed).permutation(len(examples))
-    chosen = set(order[:held_out].tolist())
-    kept, held = (i for i in range(len(examples)) if i not in chosen), sorted(chosen)
+    parts = isinstance(alone, TextExample) and split_text(examples, alone.text, fraction=eval_fraction)
+    if parts:
+        return parts
+    is_held_out = hold_out(len(examples), eval_fraction, seed=seed)
+    kept, held = np.flatnonzero(~is_held_out).tolist(), np.flatnonzero(is_held_out).tolist()
     return examples.select(kept), without_report(examples.select(held))
 
 
-def split_text(examples: Examples, text: str, *, cut: int) -> tuple[Examples, Examples]:
-    """A single text up to the character ``cut``, and the rest."""
-    parts = [replace(examples, examples=[TextExample(part)]) for part in (text[:cut], text[cut:])]
-    return parts[0], without_report(parts[1])
+def hold_out(count: int, eval_fraction: float, *, seed: int) -> np.ndarray:
+    """(count,) bool, which examples are held out. Raises DataError where that, or the rest, is nothing."""
+    held_out = round(count * eval_fraction)
+    if not 0 < held_out < count:
+        what = f"eval_fraction {eval_fraction} of {count} examples leaves {held_out} to evaluate on"
+        raise DataError(what, where="data.eval_fraction", fix="raise it, or name data.eval")
+    found = np.zeros(count, dtype=bool)
+    found[np.random.default_rng(seed).permutation(count)[:held_out]] = True
+    return found
+
+
+def split_text(examples: Examples, text: str, *, fraction: float) -> tuple[Examples, Examples] | None:
+    """A single text without its end, and the end; None where one of them would be empty."""
+    cut = round(len(text) * (1 - fraction))
+    if not text[:cut].strip() or not text[cut:].strip():
+        return None
+    kept, held = (replace(examples, examples=[TextExample(part)]) for part in (text[:cut], text[cut:]))
+    return kept, without_report(held)
 
 
 def without_report(examples: Examples) -> Examples:
     """The part that is held out: what was lost in reading is counted once, with the training part."""
     return replace(examples, report=ReadReport(files=examples.report.files), duplicates=[])
+
+
+def count_ids(ids: np.ndarray) -> np.ndarray:
+    """How often each id from 0 on occurs; negative ones do not count."""
+    return np.bincount(ids[ids >= 0])
 
 
 def load_splits(recipe: Recipe, seed: int) -> tuple[Examples, Examples | None]:
@@ -208,6 +258,15 @@ def build_split(
     examples: Examples, recipe: Recipe, *, tokenizer: PreTrainedTokenizerFast, stage: str
 ) -> Split:
     """Tokenizes, fits and packs. Raises DataError where more than ``data.max_dropped`` of it is lost."""
+    rows = tokenize_examples(examples, recipe, tokenizer=tokenizer, stage=stage)
+    check_dropped(examples, rows.rows.fates, data=recipe.data)
+    return Split(rows, pack_rows(rows, recipe), examples)
+
+
+def tokenize_examples(
+    examples: Examples, recipe: Recipe, *, tokenizer: PreTrainedTokenizerFast, stage: str
+) -> TokenizedDataset:
+    """Tokenizes and fits. Raises DataError for the first that cannot be read, or spelled."""
     data, packing = recipe.data, recipe.resolved_packing
     options: dict[str, Any] = {
         "max_length": None if packing == "stream" else data.max_length,  # a stream cuts by itself
@@ -223,8 +282,7 @@ def build_split(
     except DataError as error:
         raise error if error.row is None else error.at(examples.places[error.row]) from error
     check_spelled(examples, rows.rows, tokenizer=tokenizer)
-    check_dropped(examples, rows.rows.fates, data=data)
-    return Split(rows, pack_rows(rows, recipe), examples)
+    return rows
 
 
 def check_spelled(examples: Examples, rows: TokenizedRows, *, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -258,9 +316,7 @@ def pack_rows(
 
     ``numbers``: of the rows that an epoch holds, in their order; None: each once.
     """
-    packing = recipe.resolved_packing
-    capacity = recipe.data.tokens_per_batch if packing == "none" else recipe.data.max_length
-    kind = "stream" if packing == "stream" else "best_fit"
+    capacity, kind = packing_of(recipe)
     if capacity:
         return PackedDataset(rows, max_length=capacity, packing=kind, pieces=pieces, numbers=numbers)
     return rows if numbers is None else DrawnDataset(rows, numbers)
@@ -293,19 +349,22 @@ def mix_options(data: Data) -> MixOptions | None:
     return MixOptions(weights=weights or None, epochs=epochs, **section.model_dump())
 
 
-def check_dropped(examples: Examples, fates: list[Fate], *, data: Data) -> None:
+def packing_of(recipe: Recipe) -> tuple[int | None, str]:
+    """(tokens of a packed row, best_fit or stream); None for rows that are not packed."""
+    packing = recipe.resolved_packing
+    capacity = recipe.data.tokens_per_batch if packing == "none" else recipe.data.max_length
+    return capacity, "stream" if packing == "stream" else "best_fit"
+
+
+def check_dropped(examples: Examples, fates: Sequence[Fate], *, data: Data) -> None:
     """Raises DataError where too many rows, or all of them, cannot be trained on; lists the first."""
-    drops = [
-        (place, fate.reason)
-        for place, fate in zip(examples.places, fates, strict=True)
-        if fate.kind == "dropped"
-    ]
+    drops = dropped(fates)
     bad = examples.report.bad_lines
     total = len(fates) + len(bad)
     lost = len(drops) + len(bad)
     if lost <= data.max_dropped * total and len(drops) < len(fates):
         return
-    listed = [f"{place} ({reason})" for place, reason in drops] + bad
+    listed = [f"{examples.places[at]} ({fates[at].reason})" for at in drops[:SHOWN_DROPS].tolist()] + bad
     raise DataError(
         f"{lost:,} of {total:,} rows cannot be trained on within data.max_length={data.max_length}",
         where=", ".join(examples.report.files[:2]),

@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -14,14 +16,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Data, Recipe, Source
-from hf_clm.data.build import Examples, Split, build_split, load_splits, mix_options, mix_splits
+from hf_clm.data.build import Examples, Split, build_split, load_splits, mix_splits
 from hf_clm.data.sources import find_files
 from hf_clm.data.store import Stored, open_store
 
-FORMAT_VERSION = 1  # raise it with every change of what is made of the same data: labels, packing, files
+FORMAT_VERSION = 2  # raise it with every change of what is made of the same data: labels, packing, files
 COMMIT = re.compile("[0-9a-f]{40}")
 KEY_LETTERS = 32  # of the sha256, in the name of the folder
 READ_BYTES = 1 << 20
+HASHES = ".hashes"  # in the cache: sha256 of large data files that were read before
+REMEMBERED_BYTES = 1 << 26
+SETTLED_NS = 10 * 10**9
 LIBRARIES = ("tokenizers", "transformers")  # which render and encode
 
 
@@ -46,7 +51,8 @@ def find_place(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int)
     if data.cache_dir is None:
         return None
     files: list[str] = []
-    contents = [_source_content(source, files) for source in (*data.train, *data.eval)]
+    folder = cache_folder(data)
+    contents = [_source_content(source, files, folder=folder) for source in (*data.train, *data.eval)]
     if None in contents:
         return None
     options = data.model_dump(exclude={"train", "eval", "cache_dir", "eval_train_rows", "mixing"})
@@ -61,10 +67,8 @@ def find_place(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int)
         "eval": contents[len(data.train) :],
         "tokenizer": _tokenizer_content(tokenizer),
     }
-    if mix_options(data):  # drawn after the set is opened, so that shares may change; it knows its sources
-        parts["has_origins"] = True
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:KEY_LETTERS]
-    return Place(cache_folder(data) / key, files)
+    return Place(folder / key, files)
 
 
 def cache_folder(data: Data) -> Path:
@@ -126,7 +130,7 @@ def build_splits(
     }
 
 
-def _source_content(source: Source, files: list[str]) -> dict[str, Any] | None:
+def _source_content(source: Source, files: list[str], *, folder: Path) -> dict[str, Any] | None:
     """What a source is, without its path; its files are added to ``files``. None where that is not known."""
     options = source.model_dump(exclude={"path", "weight", "epochs"})
     found = find_files(source.path)
@@ -136,7 +140,7 @@ def _source_content(source: Source, files: list[str]) -> dict[str, Any] | None:
         return {**options, "hub": source.path} if is_pinned else None
     files += found
     try:
-        return {**options, "files": [(_file_type(file), _hash_file(file)) for file in found]}
+        return {**options, "files": [(_file_type(file), _hash_once(file, folder)) for file in found]}
     except OSError:  # reading it tells what is wrong
         return None
 
@@ -159,7 +163,39 @@ def _file_type(file: str) -> str:
     return os.path.splitext(inner)[1] + name[len(inner) :]
 
 
-def _hash_file(file: str) -> str:
+def _hash_once(file: str, folder: Path) -> str:
+    """``hash_file``, remembered for a large file as long as nobody writes to it: 20 GB take a minute.
+
+    One that changed a moment ago is read again: the clock of its file system may not tell two changes apart.
+    """
+    seen = _signs(file)
+    if seen["size"] < REMEMBERED_BYTES:
+        return hash_file(file)
+    note = folder / HASHES / hashlib.sha256(seen["path"].encode("utf-8", "surrogateescape")).hexdigest()
+    with suppress(OSError, ValueError, KeyError):
+        known = json.loads(note.read_text(encoding="utf-8"))
+        if known["file"] == seen:
+            return known["sha256"]
+    digest = hash_file(file)
+    if _signs(file) == seen and time.time_ns() - max(seen["modified"], seen["changed"]) > SETTLED_NS:
+        with suppress(OSError):  # then it is read again
+            note.parent.mkdir(parents=True, exist_ok=True)
+            fresh = note.with_suffix(f".{os.getpid()}")
+            fresh.write_text(json.dumps({"file": seen, "sha256": digest}), encoding="utf-8")
+            fresh.replace(note)
+    return digest
+
+
+def _signs(file: str) -> dict[str, Any]:
+    """What a system says of a file; every write to it changes ``changed``, which nobody can set."""
+    found = os.stat(file)
+    times = {"modified": found.st_mtime_ns, "changed": found.st_ctime_ns}
+    path = os.path.realpath(file)
+    return {"path": path, "size": found.st_size, "inode": [found.st_dev, found.st_ino], **times}
+
+
+def hash_file(file: str) -> str:
+    """sha256 of its content."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(READ_BYTES):

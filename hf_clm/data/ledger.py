@@ -1,7 +1,8 @@
 """The ledger: what became of every input row and where it sits; the totals balance or the run stops."""
 
+import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from hf_clm.data.arrays import release, row_blocks
 from hf_clm.data.datasets import TokenizedRows
 from hf_clm.data.labels import Fate
 from hf_clm.data.mixing import DrawnDataset
-from hf_clm.data.packing import PackedDataset
+from hf_clm.data.packing import PackedDataset, is_sorted, stable_order
 from hf_clm.errors import DataError
 from hf_clm.schema import ChatExample, Example, PromptExample, SegmentsExample, TextExample, TokenizedExample
 
+GROUP_ROWS = 1 << 16  # of the file
 SHOWN = 3  # rows in an error
 COMPARED = 500  # packed rows that are compared with their pieces, token by token
 FATES = ("used", "cut", "split", "duplicate", "dropped", "unreadable")
@@ -47,27 +50,53 @@ class Ledger:
     """All rows of one set, and what was read but became none: ``unreadable`` lines, ``duplicates``."""
 
     rows: list[LedgerRow]
-    unreadable: list[str]
-    duplicates: list[str]
+    unreadable: Sequence[str] = ()
+    duplicates: Sequence[str] = ()
 
     def totals(self) -> dict[str, dict[str, int]]:
         """Fate -> rows and ``COUNTS``; only the fates that occur."""
-        found: dict[str, Counter[str]] = defaultdict(Counter)
-        for row in self.rows:
-            found[row.fate].update({"rows": 1, **{name: getattr(row, name) for name in COUNTS}})
-        for fate, places in (("duplicate", self.duplicates), ("unreadable", self.unreadable)):
+        return self._sums().to_json()
+
+    def to_lines(self) -> list[str]:
+        """A small table, with the reasons of what was dropped."""
+        return self._sums().to_lines()
+
+    def _sums(self) -> "Totals":
+        totals = Totals()
+        totals.add(self)
+        return totals
+
+
+class Totals:
+    """What a ledger sums up to, or one that comes in blocks."""
+
+    def __init__(self):
+        self.found: dict[str, Counter[str]] = defaultdict(Counter)
+        self.reasons: Counter[str] = Counter()
+
+    def add(self, ledger: Ledger) -> None:
+        """Counts a ledger in."""
+        for row in ledger.rows:
+            sums = self.found[row.fate]
+            sums["rows"] += 1
+            for name in COUNTS:
+                sums[name] += getattr(row, name)
+        self.reasons.update(row.reason for row in ledger.rows if row.fate == "dropped")
+        for fate, places in (("duplicate", ledger.duplicates), ("unreadable", ledger.unreadable)):
             if places:
-                found[fate]["rows"] = len(places)
-        return {fate: dict(found[fate]) for fate in FATES if fate in found}
+                self.found[fate]["rows"] += len(places)
+
+    def to_json(self) -> dict[str, dict[str, int]]:
+        """Fate -> rows and ``COUNTS``; only the fates that occur."""
+        return {fate: dict(self.found[fate]) for fate in FATES if fate in self.found}
 
     def to_lines(self) -> list[str]:
         """A small table, with the reasons of what was dropped."""
         heads = ("rows", "tokens", "targets", "tokens kept", "targets kept")
         lines = [f"{'fate':<12}" + "".join(f"{head:>14}" for head in heads)]
-        for fate, total in self.totals().items():
+        for fate, total in self.to_json().items():
             lines.append(f"{fate:<12}" + "".join(f"{total.get(key, 0):>14,}" for key in ("rows", *COUNTS)))
-        reasons = Counter(row.reason for row in self.rows if row.fate == "dropped")
-        return lines + [f"  dropped: {count:,} x {reason}" for reason, count in reasons.most_common()]
+        return lines + [f"  dropped: {count:,} x {reason}" for reason, count in self.reasons.most_common()]
 
 
 def build_ledger(
@@ -79,74 +108,131 @@ def build_ledger(
     duplicates: Sequence[str] = (),
 ) -> Ledger:
     """Enters every input row. ``places`` names them ("poems.jsonl:17")."""
-    assert (np.diff(rows.sources) >= 0).all(), "tokenized in the order of the input"
-    first = _first_rows(rows, len(places))
-    spans = rows.offsets[first]
-    held_in, seats = (np.arange(len(rows)), first) if packed is None else _find_seats(packed, first)
-    kept_tokens, kept_targets = np.diff(spans).tolist(), np.diff(_targets_before(rows)[spans]).tolist()
-    sits = [held_in[a:b].tolist() for a, b in pairwise(seats.tolist())]
-    entries = [
-        LedgerRow(source, place, fate.kind, fate.reason, fate.tokens, fate.target_tokens, *kept)
-        for source, (place, fate, *kept) in enumerate(
-            zip(places, rows.fates, kept_tokens, kept_targets, sits, strict=True)
-        )
-    ]
-    return Ledger(entries, list(unreadable), list(duplicates))
+    blocks = ledger_blocks(rows, places, packed=packed)
+    return Ledger([row for block in blocks for row in block.rows], unreadable, duplicates)
+
+
+def ledger_blocks(
+    rows: TokenizedRows, places: Sequence[str], *, packed: PackedDataset | None
+) -> Iterator[Ledger]:
+    """The ledger in blocks of input rows, in order."""
+    first_rows = np.searchsorted(rows.sources, np.arange(len(places) + 1, dtype=rows.sources.dtype))
+    seats = Seats(len(rows), packed)  # the tokenized rows of source i are first_rows[i]:first_rows[i + 1]
+    for first, last in row_blocks(rows.offsets[first_rows]):
+        own = first_rows[first : last + 1]
+        assert (np.diff(rows.sources[own[0] : own[-1]]) >= 0).all(), "tokenized in the order of the input"
+        begin, stop = rows.offsets[own[0]], rows.offsets[own[-1]]
+        before = targets_before(rows.labels[begin:stop])
+        spans = rows.offsets[own]
+        kept = zip(np.diff(spans).tolist(), np.diff(before[spans - begin]).tolist(), strict=True)
+        named = zip(range(first, last), places[first:last], rows.fates[first:last], strict=True)
+        entries = [
+            LedgerRow(source, place, fate.kind, fate.reason, fate.tokens, fate.target_tokens, *its, held)
+            for (source, place, fate), its, held in zip(named, kept, seats.of_sources(own), strict=True)
+        ]
+        release(rows.labels)
+        yield Ledger(entries)
+
+
+class Seats:
+    """Which rows hold a tokenized row: itself, or the packed rows with its pieces."""
+
+    def __init__(self, rows: int, packed: PackedDataset | DrawnDataset | None):
+        self.pieces = packed.pieces if packed is not None else None
+        self.order: np.ndarray | None = None
+        if self.pieces is not None and not is_sorted(self.pieces.examples):
+            self.order = stable_order(self.pieces.examples)  # by example; those of one by row
+        self.rows = rows
+
+    def of_sources(self, first_rows: np.ndarray) -> list[list[int]]:
+        """For each source the rows that hold it; its tokenized rows begin at ``first_rows``."""
+        if self.pieces is None:
+            return [list(range(first, last)) for first, last in pairwise(first_rows.tolist())]
+        examples, order = self.pieces.examples, self.order
+        found = np.searchsorted(examples, first_rows, sorter=order)
+        own = np.arange(found[0], found[-1]) if order is None else order[found[0] : found[-1]]
+        held_in = (np.searchsorted(self.pieces.offsets, own, side="right") - 1).tolist()
+        return [held_in[first:last] for first, last in pairwise((found - found[0]).tolist())]
 
 
 def check_balance(ledger: Ledger, rows: TokenizedRows, *, packed: PackedDataset | None) -> None:
     """Raises DataError unless no row loses a token or a label that its fate does not name."""
-    for row in ledger.rows:
-        if not _is_balanced(row, rows.fates[row.row]):
+    check_entries(ledger, rows.fates)
+    if packed is not None:
+        check_packing(rows, packed)
+
+
+def check_entries(ledger: Ledger, fates: Sequence[Fate]) -> None:
+    """Raises DataError for a row that lost more than its fate says."""
+    first = ledger.rows[0].row if ledger.rows else 0
+    known = fates[first : first + len(ledger.rows)]
+    for row, fate in zip(ledger.rows, known, strict=True):
+        if not _is_balanced(row, fate):
             what = f"the ledger does not balance: {row.fate}, {row.kept_tokens} of {row.tokens} tokens kept"
             got = f"{row.kept_targets} of {row.target_tokens} labels, rows {row.rows}"
             raise DataError(what, where=row.source, got=got, fix="report this as a bug of hf_clm")
-    if packed is not None:
-        check_packing(packed, rows, times=np.ones(len(rows), dtype=np.int64))
 
 
-def check_packing(packed: PackedDataset, rows: TokenizedRows, *, times: np.ndarray) -> None:
-    """Raises DataError unless the packed rows hold each label as often as ``times`` says of its row."""
-    before, pieces = _targets_before(rows), packed.pieces
-    begins = rows.offsets[pieces.examples]  # the first token of a piece has no label in its row
-    kept = int((before[begins + pieces.stops] - before[begins + pieces.starts + 1]).sum())
-    wanted = int((np.diff(before[rows.offsets]) * times).sum())
-    if kept != wanted:
-        what = f"packing keeps {kept:,} labels of {wanted:,}"
+def check_packing(rows: TokenizedRows, packed: PackedDataset) -> None:
+    """Raises DataError where the packed rows do not keep each label once, or are not their pieces."""
+    pieces, kept, labels = packed.pieces, 0, 0
+    order = None if is_sorted(pieces.examples) else stable_order(pieces.examples)
+    for first, last in row_blocks(rows.offsets):
+        bounds = np.searchsorted(pieces.examples, [first, last], sorter=order)
+        own = np.arange(*bounds) if order is None else order[slice(*bounds)]
+        begin = rows.offsets[first]
+        before = targets_before(rows.labels[begin : rows.offsets[last]])
+        begins = rows.offsets[pieces.examples[own]] - begin  # the first token of a piece has no label
+        kept += int((before[begins + pieces.stops[own]] - before[begins + pieces.starts[own] + 1]).sum())
+        labels += int(before[-1])
+        release(rows.labels)
+    if kept != labels:
+        what = f"packing keeps {kept:,} labels of {labels:,}"
         raise DataError(what, where="data.packing", fix="report this as a bug of hf_clm")
-    _check_packed(packed, rows)
+    check_pieces(packed, rows)
+
+
+class LedgerWriter:
+    """A parquet file of one row an input row, written block by block."""
+
+    def __init__(self, path: Path):
+        import pyarrow
+        from pyarrow import parquet
+
+        texts = dict.fromkeys(("split", "source", "fate", "reason"), pyarrow.string())
+        columns = {"split": None, **{field.name: None for field in fields(LedgerRow)}}
+        kinds = {**dict.fromkeys(columns, pyarrow.int64()), **texts, "rows": pyarrow.list_(pyarrow.int64())}
+        self.schema = pyarrow.schema([(name, kinds[name]) for name in columns])
+        self.writer = parquet.ParquetWriter(path, self.schema)
+        self.waiting: list[tuple[str, LedgerRow]] = []
+
+    def append(self, split: str, block: Ledger) -> None:
+        """Writes the rows; those that fill no row group wait for more."""
+        self.waiting += [(split, row) for row in block.rows]
+        while len(self.waiting) >= GROUP_ROWS:
+            self._write_group()
+
+    def close(self) -> None:
+        """Writes what waits and the end of the file."""
+        if self.waiting:
+            self._write_group()
+        self.writer.close()
+
+    def _write_group(self) -> None:
+        import pyarrow
+
+        group, self.waiting = self.waiting[:GROUP_ROWS], self.waiting[GROUP_ROWS:]
+        columns = {name: [getattr(row, name) for _, row in group] for name in self.schema.names[1:]}
+        table = pyarrow.table({"split": [split for split, _ in group], **columns}, schema=self.schema)
+        self.writer.write_table(table)
 
 
 def write_ledgers(ledgers: Mapping[str, Ledger], path: Path) -> None:
     """Writes a parquet file of one row an input row; ``ledgers`` by split (train, eval)."""
-    import pyarrow
-    from pyarrow import parquet
-
-    rows = [(split, row) for split, ledger in ledgers.items() for row in ledger.rows]
-    names = [field.name for field in fields(LedgerRow)]
-    columns = {name: [getattr(row, name) for _, row in rows] for name in names}
-    parquet.write_table(pyarrow.table({"split": [split for split, _ in rows], **columns}), path)
-
-
-def add_draws(
-    path: Path, dataset: PackedDataset | DrawnDataset, *, rows: TokenizedRows, times: np.ndarray
-) -> None:
-    """Writes a ledger again: the ``rows`` of each training example as drawn, and how many ``times`` it was.
-
-    An evaluation row is read once, if it is not dropped.
-    """
-    import pyarrow
-    from pyarrow import parquet
-
-    table = parquet.read_table(path)
-    held_in, seats = _find_seats(dataset, _first_rows(rows, len(times)))
-    kind = pyarrow.list_(pyarrow.int64())
-    others = table.column("rows").slice(len(times)).cast(kind)
-    drawn = pyarrow.ListArray.from_arrays(seats.astype(np.int32), held_in)
-    once = [int(bool(held)) for held in others.to_pylist()]
-    seen = pyarrow.chunked_array([drawn, *others.chunks], type=kind)
-    table = table.set_column(table.column_names.index("rows"), "rows", seen)
-    parquet.write_table(table.append_column("times", pyarrow.array([*times.tolist(), *once])), path)
+    writer = LedgerWriter(path)
+    for split, ledger in ledgers.items():
+        writer.append(split, ledger)
+    writer.close()
 
 
 def find_duplicates(examples: Iterable[Example | TokenizedExample]) -> list[int | None]:
@@ -157,6 +243,26 @@ def find_duplicates(examples: Iterable[Example | TokenizedExample]) -> list[int 
         earlier = first.setdefault(text_key(example), number)
         found.append(earlier if earlier != number else None)
     return found
+
+
+def are_repeated(digests: np.ndarray) -> np.ndarray:
+    """(N,) bool, whether each of N digests, (N, 2) uint64, equals an earlier one."""
+    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: equal ones stay in order
+    is_same = np.zeros(len(order), dtype=bool)
+    is_same[1:] = (digests[order[1:]] == digests[order[:-1]]).all(axis=1)
+    found = np.zeros(len(order), dtype=bool)
+    found[order[is_same]] = True
+    return found
+
+
+def digest(example: Example | TokenizedExample) -> bytes:
+    """16 bytes that stand for an example where memory cannot hold it; equal for equal ones."""
+    return _digest(text_key(example))
+
+
+def loose_digest(example: Example | TokenizedExample) -> bytes:
+    """The same but for case and white space."""
+    return _digest(_normalised(text_key(example)))
 
 
 @dataclass(frozen=True)
@@ -218,27 +324,20 @@ def text_key(example: Example | TokenizedExample) -> tuple[str, ...]:
     return ("tokens", str(example["input_ids"]), str(example["labels"]))
 
 
+def _digest(key: tuple[str, ...]) -> bytes:
+    content = hashlib.blake2b(digest_size=16)
+    for part in key:
+        text = part.encode("utf-8", "surrogatepass")
+        content.update(b"%d:" % len(text))
+        content.update(text)
+    return content.digest()
+
+
 def _normalised(key: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(" ".join(part.casefold().split()) for part in key)
 
 
-def _first_rows(rows: TokenizedRows, examples: int) -> np.ndarray:
-    """(E + 1,) integers for E examples: the tokenized rows of example i are first[i]:first[i + 1]."""
-    return np.searchsorted(rows.sources, np.arange(examples + 1))
-
-
-def _find_seats(dataset: PackedDataset | DrawnDataset, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that hold example i are held_in[seats[i]:seats[i + 1]], in their order."""
-    if isinstance(dataset, PackedDataset):
-        pieces = dataset.pieces
-        held, holders = pieces.examples, np.repeat(np.arange(len(pieces)), np.diff(pieces.offsets))
-    else:
-        held, holders = dataset.numbers, np.arange(len(dataset))
-    order = np.argsort(held, kind="stable")
-    return holders[order], np.searchsorted(held[order], first)
-
-
-def _check_packed(packed: PackedDataset, rows: TokenizedRows) -> None:
+def check_pieces(packed: PackedDataset, rows: TokenizedRows) -> None:
     """Raises DataError where a packed row is not its pieces, token by token, each with its own positions."""
     for number in np.unique(np.linspace(0, len(packed) - 1, COMPARED, dtype=np.int64)).tolist():
         row, pieces = packed[number], packed.pieces[number]
@@ -273,8 +372,8 @@ def _is_balanced(row: LedgerRow, fate: Fate) -> bool:
     return row.kept_tokens == 0
 
 
-def _targets_before(rows: TokenizedRows) -> np.ndarray:
-    """(S + 1,) integers, how many of S tokens have a label before each, and in all."""
-    found = np.zeros(len(rows.labels) + 1, dtype=np.int32 if len(rows.labels) < 2**31 else np.int64)
-    np.cumsum(rows.labels >= 0, out=found[1:])
+def targets_before(labels: np.ndarray) -> np.ndarray:
+    """(S + 1,) int64, how many of S tokens have a label before each, and in all."""
+    found = np.zeros(len(labels) + 1, dtype=np.int64)
+    np.cumsum(labels >= 0, out=found[1:])
     return found

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import cached_property
 from math import ceil, floor
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from hf_clm.data.datasets import TokenizedDataset, TokenizedRows
+from hf_clm.data.packing import Pieces
 from hf_clm.errors import DataError
 from hf_clm.schema import TokenizedExample
 
@@ -114,6 +116,12 @@ class DrawnDataset(torch.utils.data.Dataset):
     def lengths(self) -> np.ndarray:
         """(D,) int64, tokens of each row."""
         return self.dataset.lengths[self.numbers]
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """Each row as the one piece of its own."""
+        starts, ends = np.zeros_like(self.numbers), np.arange(len(self) + 1)
+        return Pieces(self.numbers, starts, self.lengths, ends)
 
 
 def mix_rows(

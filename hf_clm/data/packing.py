@@ -6,7 +6,7 @@ stream     | doc 1 ..| doc 2 ........| doc 3 ...|   every row full; a document g
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -134,9 +134,9 @@ def best_fit_rows(lengths: Sequence[int] | np.ndarray, max_length: int) -> Piece
     shelves = Shelves(max_length)
     used = np.flatnonzero(counts)[::-1]
     placed = [rows for length in used.tolist() for rows in shelves.place(length, int(counts[length]))]
-    examples = _stable_order(max_length - sizes)
+    examples = stable_order(max_length - sizes)
     rows = np.concatenate(placed) if placed else np.zeros(0, dtype=np.int64)
-    examples = examples[_stable_order(rows)]
+    examples = examples[stable_order(rows)]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=shelves.rows))]).astype(np.int64)
     return Pieces(examples, np.zeros_like(examples), sizes[examples], offsets)
 
@@ -198,13 +198,34 @@ def stream_rows(lengths: Sequence[int] | np.ndarray, max_length: int) -> Pieces:
 
     So may be, by one, a row before a document: its first token alone has no label and would be read twice.
     """
+    parts = list(stream_blocks([np.asarray(lengths, dtype=np.int64)], max_length))
+    return Pieces(
+        np.concatenate([part.examples for part in parts]),
+        np.concatenate([part.starts for part in parts]),
+        np.concatenate([part.stops for part in parts]),
+        np.concatenate([part.offsets for part in parts]),
+    )
+
+
+def stream_blocks(blocks: Iterable[np.ndarray], max_length: int) -> Iterator[Pieces]:
+    """``stream_rows`` of lengths that come in blocks; ``offsets`` of the last have the closing one."""
     assert max_length > 1, "a row of one token has no label"
-    sizes = np.asarray(lengths, dtype=np.int64)
-    assert sizes.size == 0 or sizes.min() > 0, "a document without a token"
+    at, example, pieces = 0, 0, 0  # the first row begins at the token ``at`` of the block
+    for sizes in blocks:
+        assert sizes.size == 0 or sizes.min() > 0, "a document without a token"
+        part, at = _stream_block(sizes, at, max_length=max_length)
+        yield Pieces(part.examples + example, part.starts, part.stops, part.offsets + pieces)
+        example, pieces = example + len(sizes), pieces + len(part.examples)
+    nothing = np.zeros(0, dtype=np.int64)
+    yield Pieces(nothing, nothing, nothing, np.array([pieces], dtype=np.int64))
+
+
+def _stream_block(sizes: np.ndarray, at: int, *, max_length: int) -> tuple[Pieces, int]:
+    """The pieces of a block of documents, and the token behind it at which the next row begins."""
     ends = np.cumsum(sizes)
-    heads = ends - sizes  # where each document begins in the stream
+    heads = ends - sizes  # where each document begins in the block
     total = int(ends[-1]) if sizes.size else 0
-    cuts = _cut_stream(heads, total, max_length=max_length)
+    cuts, after = _cut_stream(heads, total, at=at, max_length=max_length)
     firsts = np.sort(np.concatenate([heads, cuts]))
     firsts = firsts[np.diff(firsts, prepend=-1) > 0]
     lasts = np.append(firsts[1:], total)
@@ -212,30 +233,44 @@ def stream_rows(lengths: Sequence[int] | np.ndarray, max_length: int) -> Pieces:
     begins = heads[documents]
     is_kept = (firsts > begins) | (lasts - firsts > 1) | (sizes[documents] == 1)
     firsts, lasts, documents, begins = (a[is_kept] for a in (firsts, lasts, documents, begins))
-    offsets = np.append(np.searchsorted(firsts, cuts), len(firsts)).astype(np.int64)
-    return Pieces(documents, np.maximum(firsts - begins - 1, 0), lasts - begins, offsets)
+    offsets = np.searchsorted(firsts, cuts).astype(np.int64)
+    return Pieces(documents, np.maximum(firsts - begins - 1, 0), lasts - begins, offsets), after - total
 
 
-def _cut_stream(heads: np.ndarray, total: int, *, max_length: int) -> np.ndarray:
-    """The token of the stream that each row begins with; the one it reads again does not count.
+def _cut_stream(heads: np.ndarray, total: int, *, at: int, max_length: int) -> tuple[np.ndarray, int]:
+    """The token of the stream that each row from ``at`` on begins with, and that of the first behind it.
 
-    A row takes ``max_length`` tokens where it begins with a document, else one less: it reads one again.
-    So rows are equally far apart up to the next document that begins a row, which is the next of those with
-    the same remainder: one step for each of these documents, not for each row.
+    The one it reads again does not count. A row takes ``max_length`` tokens where it begins with a document,
+    else one less: it reads one again. So rows are equally far apart up to the next document that begins a
+    row, which is the next of those with the same remainder: one step for each of these documents, not for
+    each row.
     """
     step, stride = max_length - 1, total + 1
     keys = np.sort(heads % step * stride + heads)  # by remainder, then by place
-    rows, at = [np.zeros(0, dtype=np.int64)], 0
+    rows = [np.zeros(0, dtype=np.int64)]
     while at < total:
         group = at % step * stride
         found = int(np.searchsorted(keys, group + at))
-        head = min(int(keys[found]) - group, total) if found < len(keys) else total
-        rows.append(np.arange(at, min(head + 1, total), step))
-        at = head + max_length
-    return np.concatenate(rows)
+        head = int(keys[found]) - group if found < len(keys) else total
+        if head < total:
+            rows.append(np.arange(at, head + 1, step))
+            at = head + max_length
+        else:
+            rows.append(np.arange(at, total, step))
+            at = int(rows[-1][-1]) + step
+    return np.concatenate(rows), at
 
 
-def _stable_order(keys: np.ndarray) -> np.ndarray:
+def stable_order(keys: np.ndarray) -> np.ndarray:
     """``np.argsort(keys, kind="stable")`` for keys from 0 on: sorts (key, position) as one number, fast."""
     bits = len(keys).bit_length()
-    return np.sort(keys << bits | np.arange(len(keys))) & ((1 << bits) - 1)
+    pairs = keys << bits
+    pairs |= np.arange(len(keys))
+    pairs.sort()
+    pairs &= (1 << bits) - 1
+    return pairs
+
+
+def is_sorted(numbers: np.ndarray) -> bool:
+    """Whether no number is below the one before it."""
+    return bool((numbers[1:] >= numbers[:-1]).all())

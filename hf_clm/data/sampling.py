@@ -8,6 +8,8 @@ import torch
 
 from hf_clm.data.labels import to_filler
 
+LISTED_ROWS = 1 << 16
+
 
 class EvenRows(torch.utils.data.Dataset):
     """A dataset filled up with unlabelled rows of one token to a multiple of ``multiple``.
@@ -42,5 +44,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return self.total
 
     def __iter__(self) -> Iterator[int]:
-        yield from np.random.default_rng([self.seed, self.epoch]).permutation(self.rows).tolist()
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
+        for first in range(0, self.rows, LISTED_ROWS):  # as a list the whole would take four times the memory
+            yield from order[first : first + LISTED_ROWS].tolist()
         yield from range(self.rows, self.total)

@@ -4,8 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from itertools import islice
-
-import numpy as np
+from typing import Any
 
 from hf_clm.chat_template import render_chat, render_prompt, stop_token_ids
 from hf_clm.data.build import texts_of
@@ -129,8 +128,7 @@ def check_vocabulary(facts: Facts) -> Check:
 
 def check_token_ids(facts: Facts) -> Check:
     """Ids in the data that have no row: tokenized elsewhere, with another vocabulary."""
-    ids = facts.train.rows.rows.input_ids
-    low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
+    low, high = facts.train.least_id, max(0, len(facts.train.id_counts) - 1)
     if low < 0 or high >= facts.embedding_rows:
         what = f"token id {low if low < 0 else high} has no row in embeddings of {facts.embedding_rows:,}"
         return Problem(what, "data.train", "tokenize the data with this model's tokenizer", DataError)
@@ -170,10 +168,11 @@ def check_bytes_per_token(facts: Facts) -> Check | None:
 
 def check_unknown_tokens(facts: Facts) -> Check | None:
     """Text that the tokenizer cannot spell is lost."""
-    unknown = facts.tokenizer.unk_token_id
+    unknown: Any = facts.tokenizer.unk_token_id
     if unknown is None or unknown == facts.tokenizer.eos_token_id:  # GPT-2 names its end token so
         return None
-    share = float((facts.train.rows.rows.input_ids == unknown).mean())
+    counts, tokens = facts.train.id_counts, max(1, int(facts.train.id_counts.sum()))
+    share = int(counts[unknown : unknown + 1].sum()) / tokens
     if share == 0:
         return Ok("none")
     what = f"{share:.2%} of the tokens are {facts.tokenizer.unk_token}: the tokenizer cannot spell the text"
@@ -214,8 +213,8 @@ def check_template_tokens(facts: Facts) -> Check | None:
 
 def check_stop_is_learned(facts: Facts) -> Check:
     """A model that never sees a learned stop token never stops."""
-    labels, stops = facts.train.rows.rows.labels, stop_token_ids(facts.tokenizer)
-    count = int(np.isin(labels, stops).sum())
+    counts, stops = facts.train.label_counts, stop_token_ids(facts.tokenizer)
+    count = sum(int(counts[stop : stop + 1].sum()) for stop in unique_ids(stops))
     if count == 0:
         names = ", ".join(map(str, facts.tokenizer.convert_ids_to_tokens(stops)))
         is_own = facts.train.examples.formats <= {"tokenized", "segments"}  # labels of the user
@@ -235,12 +234,12 @@ def check_positions(facts: Facts) -> Check:
 
 def check_overlong(facts: Facts) -> Check:
     """Rows that lose a part by data.max_length; a split row loses nothing."""
-    fates = facts.train.rows.rows.fates
-    lost = sum(fate.kind == "cut" or "max_length" in fate.reason for fate in fates)
-    if lost > OVERLONG_ROWS * len(fates):
-        what = f"{lost:,} of {len(fates):,} rows are over max_length and lose a part"
+    fates = facts.train.fates
+    lost = sum(count for fate, count in fates.items() if fate.startswith("cut") or "max_length" in fate)
+    if lost > OVERLONG_ROWS * fates.total():
+        what = f"{lost:,} of {fates.total():,} rows are over max_length and lose a part"
         return Problem(what, "data.max_length", "raise it", DataError, is_warning=True)
-    return Ok(f"{lost:,} of {len(fates):,} rows over max_length")
+    return Ok(f"{lost:,} of {fates.total():,} rows over max_length")
 
 
 def check_fill(facts: Facts) -> Check | None:

@@ -46,16 +46,13 @@ def target_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.cat(nll)
 
 
-def unigram_entropy(labels: np.ndarray, times: np.ndarray | None = None) -> float:
+def unigram_entropy(label_counts: np.ndarray) -> float:
     """The entropy (nats per token) of the label frequencies: the loss of a model that knows only those.
 
-    labels: any shape, int; negative where there is no label. 0.0 without any label.
-    times: of the same shape, how often each label counts; None: once.
+    label_counts: (V,) int, how often each id is a label. 0.0 without any label.
     """
-    learned = labels >= 0
-    weights = None if times is None else times[learned]
-    counts = np.bincount(labels[learned].astype(np.int64), weights=weights).astype(np.float64)
-    shares = counts[counts > 0] / max(1.0, counts.sum())
+    counts = label_counts[label_counts > 0].astype(np.float64)
+    shares = counts / max(1.0, counts.sum())
     return float(-(shares * np.log(shares)).sum())
 
 

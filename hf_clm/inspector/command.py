@@ -13,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.config import Recipe, load_recipe
+from hf_clm.data.arrays import TOKENS, dropped, to_fates
 from hf_clm.data.build import Split
 from hf_clm.data.cache import load_early, read_splits
 from hf_clm.data.packing import PackedDataset
@@ -70,8 +71,7 @@ def inspect(target: str, overrides: list[str], *, view: View) -> str:
 def to_facts(split: Split, charts: Charts, *, shown: int) -> dict[str, str]:
     """The counts of a split, by name, as they are printed."""
     rows = split.rows.rows
-    places = zip(split.examples.places, rows.fates, strict=True)
-    drops = [f"{place} ({fate.reason})" for place, fate in places if fate.kind == "dropped"]
+    drops = [f"{split.examples.places[at]} ({rows.fates[at].reason})" for at in dropped(rows.fates).tolist()]
     targets, examples = split.target_tokens, split.examples
     fates = Counter(split.fates)
     fates.update({"duplicate": len(examples.duplicates), "unreadable": len(examples.report.bad_lines)})
@@ -102,7 +102,7 @@ def to_charts(split: Split, max_length: int, *, batch_size: int) -> Charts:
     fills = {f"padded in batches of {batch_size}": padded}
     if isinstance(split.dataset, PackedDataset):
         fills["packed"] = split.dataset.fill
-    return Charts(np.array([fate.tokens for fate in rows.fates]), max_length, fills)
+    return Charts(to_fates(rows.fates).array[:, TOKENS], max_length, fills)
 
 
 def padded_fill(lengths: np.ndarray, max_length: int, *, batch_size: int) -> float:

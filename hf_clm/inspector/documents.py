@@ -16,6 +16,7 @@ from hf_clm.chat_template import stop_token_ids
 from hf_clm.config import Recipe
 from hf_clm.data.build import Split
 from hf_clm.data.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.mixing import DrawnDataset
 from hf_clm.data.packing import PackedDataset, Piece
 from hf_clm.data.segments import control_texts, to_document
 from hf_clm.errors import ModelError
@@ -75,7 +76,6 @@ class Reader:
         self.vocabulary = Vocabulary(tokenizer)
         self.stop_ids = _stop_ids(tokenizer)
         self._places: dict[bytes, str] = {}
-        self._first_rows = np.searchsorted(split.rows.rows.sources, np.arange(len(split.examples)))
         self._whole = lru_cache(maxsize=CACHED_EXAMPLES)(self._load_whole)
 
     def annotate(self, row: Row, pieces: Sequence[Piece]) -> Row:
@@ -123,7 +123,7 @@ class Reader:
     def _load_whole(self, source: int) -> _Whole:
         examples, rows = self.split.examples, self.split.rows.rows
         if rows.fates[source].kind == "used":
-            tokens = rows[int(self._first_rows[source])]
+            tokens = rows[self._first_row(source)]
         else:
             tokens = self._tokenize(examples.examples[source])
         ids, is_target = np.asarray(tokens["input_ids"]), np.asarray(tokens["labels"]) != IGNORE_INDEX
@@ -145,6 +145,9 @@ class Reader:
             flags["merged border"] = ", ".join(map(repr, merged))
         return _Whole(place, isinstance(example, ChatExample), ids, is_target, turns, flags)
 
+    def _first_row(self, source: int) -> int:
+        return int(np.searchsorted(self.split.rows.rows.sources, source))
+
     def _tokenize(self, example: Example | TokenizedExample) -> TokenizedExample:
         """The example tokenized as in the split, with nothing cut off or split."""
         data = self.recipe.data
@@ -163,16 +166,15 @@ class Reader:
         if kind != "split":
             return 0
         stride = data.window.step if data.window else data.max_length - 1
-        sibling = number - int(self._first_rows[source])
+        sibling = number - self._first_row(source)
         starts = range(sibling * stride, len(whole.ids), stride)  # pieces without a target were left out
         return next((i for i in starts if np.array_equal(whole.ids[i : i + len(ids)], ids)), 0)
 
 
 def _pieces(split: Split, number: int) -> list[Piece]:
-    if isinstance(split.dataset, PackedDataset):
+    if isinstance(split.dataset, PackedDataset | DrawnDataset):
         return split.dataset.pieces[number]
-    row = number if split.mix is None else int(split.mix.numbers[number])
-    return [(row, 0, int(split.rows.lengths[row]))]
+    return [(number, 0, int(split.rows.lengths[number]))]
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:

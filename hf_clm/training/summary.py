@@ -7,12 +7,12 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.config import Recipe, describe_recipe
 from hf_clm.data.build import Split
+from hf_clm.data.draws import count_drawn_labels
 from hf_clm.data.packing import PackedDataset
 from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.hardware import bf16_instructions
@@ -170,8 +170,8 @@ def guessing_loss(split: Split) -> float:
     """The entropy (nats per token) of the labels of an epoch: the loss of guessing by frequency alone."""
     rows, mix = split.rows.rows, split.mix
     if mix is None:
-        return unigram_entropy(rows.labels)
-    return unigram_entropy(rows.labels, np.repeat(mix.times[rows.sources], rows.lengths))
+        return unigram_entropy(split.label_counts)
+    return unigram_entropy(count_drawn_labels(rows, mix.times[rows.sources]))
 
 
 def start_lines(facts: RunFacts) -> list[str]:

@@ -330,6 +330,21 @@ def test_packed_rows_that_lack_a_drawn_row_are_found(tmp_path):
         prove_mix(split)
 
 
+def test_packed_rows_with_another_row_in_place_of_a_drawn_one_are_found(tmp_path):
+    """Two rows of equal labels are exchanged: the sum is the same."""
+    write_jsonl(tmp_path / "same.jsonl", [SHORT[0], SHORT[0]])
+    recipe = build_recipe(tmp_path, {"epochs": 1}, {"epochs": 2}, packing="best_fit")
+    same = recipe.data.train[0].model_copy(update={"path": "same.jsonl"})
+    data = recipe.data.model_copy(update={"train": [same, recipe.data.train[1]]})
+    split = build(recipe.model_copy(update={"data": data}))
+    assert split.mix is not None
+
+    split.mix.times[:2] = [2, 0]
+
+    with pytest.raises(DataError, match=r"packing keeps 76 labels of 76"):
+        prove_mix(split)
+
+
 def test_the_loss_of_guessing_counts_a_label_as_often_as_it_is_drawn(tmp_path):
     """x: 30 labels, y: 66, the end token: 18, of 114."""
     split = build(build_recipe(tmp_path, {"epochs": 3}, {"epochs": 2}))

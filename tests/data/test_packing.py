@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_clm.data.datasets import PretrainDataset, SFTDataset
-from hf_clm.data.packing import PackedDataset, Piece, Pieces, best_fit_rows, stream_rows
+from hf_clm.data.packing import PackedDataset, Piece, Pieces, best_fit_rows, stream_blocks, stream_rows
 from hf_clm.schema import PromptExample, TextExample
 
 TOKENIZER = byte_tokenizer()
@@ -232,3 +232,18 @@ def test_rows_that_were_packed_before_are_read_from_memory_maps(tmp_path):
     assert [to_lists(row) for row in after] == [to_lists(row) for row in before]
     assert after[0]["labels"].tolist() == [X, *b"aa", EOS, X, EOS, X, ord("c")]
     assert after.fill == 12 / 16
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 7, 16])
+def test_a_stream_that_comes_in_blocks_is_cut_as_in_one(max_length):
+    draw = np.random.default_rng(max_length)
+    for _ in range(50):
+        lengths = draw.integers(1, 24, draw.integers(1, 30))
+        cuts = np.sort(draw.integers(0, len(lengths) + 1, 3))
+        whole = stream_rows(lengths, max_length)
+
+        parts = list(stream_blocks(np.split(lengths, cuts), max_length))
+
+        for column in ("examples", "starts", "stops", "offsets"):
+            found = np.concatenate([getattr(part, column) for part in parts])
+            assert found.tolist() == getattr(whole, column).tolist()

@@ -47,17 +47,17 @@ def test_half_precision_logits_are_summed_in_float32():
 
 
 @pytest.mark.parametrize(
-    ("labels", "entropy"),
+    ("counts", "entropy"),
     [
-        ([5, 5, 5, 5], 0.0),
-        ([1, 2, 1, 2], math.log(2)),
-        ([1, 2, 3, 4, X, X], math.log(4)),
-        ([[7, 7], [8, X]], math.log(3) - 2 / 3 * math.log(2)),
-        ([X, X], 0.0),
+        ([0, 4], 0.0),
+        ([0, 2, 2], math.log(2)),
+        ([1, 1, 1, 1], math.log(4)),
+        ([0, 2, 0, 1], math.log(3) - 2 / 3 * math.log(2)),
+        ([], 0.0),
     ],
 )
-def test_unigram_entropy_is_that_of_the_label_frequencies(labels, entropy):
-    assert unigram_entropy(np.array(labels, dtype=np.int32)) == pytest.approx(entropy)
+def test_unigram_entropy_is_that_of_the_label_frequencies(counts, entropy):
+    assert unigram_entropy(np.array(counts, dtype=np.int64)) == pytest.approx(entropy)
 
 
 def test_bits_per_byte_turns_nats_into_bits():

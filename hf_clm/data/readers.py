@@ -1,0 +1,322 @@
+"""One reader a type of file: a stream of bytes to (place, value), whole or a span of it.
+
+A reader gives, in the place of a value that is refused, the ``DataError`` that says why.
+"""
+
+import csv
+import io
+import json
+import mmap
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+from hf_clm.errors import DataError
+
+Items = Iterator[tuple[str, Any]]  # (place, value), or (place, why the value is refused)
+Span = tuple[int, int]  # first and past the last: bytes of the text of lines and tables, rows of columns
+WHOLE: Span = (0, sys.maxsize)
+BATCH_ROWS = 1024
+BATCH_BYTES = 1 << 22  # of columns, that are made records at once
+READ_BYTES = 1 << 20
+DOCUMENT_FIX = "one object a line; a JSON array or pretty-printed object belongs into a .json file"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A raw row; ``where`` is "poems.jsonl:17" (file and line), or "poems.csv: record 17"."""
+
+    data: dict[str, Any]
+    where: str
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """``max_line_bytes`` bounds a line of jsonl, csv and tsv; ``nul`` is about U+0000 in a text."""
+
+    skip_bad_lines: bool = False
+    max_line_bytes: int = 8 * 1024 * 1024
+    nul: Literal["warn", "error"] = "warn"
+
+
+@dataclass
+class ReadReport:
+    """What was read; filled while reading."""
+
+    files: list[str] = field(default_factory=list)
+    records: int = 0
+    blank_lines: int = 0
+    bad_lines: list[str] = field(default_factory=list)  # the messages of skipped lines
+    nul_records: int = 0
+
+
+@dataclass
+class Stream:
+    """A file that is read, decompressed; ``span``: the part of it whose records are wanted.
+
+    A record belongs to the span that it begins in. ``at`` is the byte behind the last line that was read.
+    """
+
+    file: str
+    stream: io.BufferedReader
+    options: ReadOptions
+    report: ReadReport
+    span: Span = WHOLE
+    at: int = 0
+
+
+def _read_json_lines(source: Stream) -> Items:
+    for number, line in _lines(source):
+        if isinstance(line, str) and not line.strip():
+            source.report.blank_lines += 1
+        else:
+            value = _parse(line, source.file, line=number) if isinstance(line, str) else line
+            yield f"{source.file}:{number}", value
+
+
+def _read_json(source: Stream) -> Items:
+    """An array of objects, one object, or (common under this name) an object per line."""
+    data = source.stream.read()
+    text = or_raise(_decode(data, source.file))
+    first_line = text.strip().split("\n", 1)[0]
+    if first_line != text.strip() and isinstance(_parse(first_line, source.file), dict):
+        yield from _read_json_lines(replace(source, stream=io.BufferedReader(io.BytesIO(data))))
+        return
+    value = _parse(text, source.file) if first_line else []
+    for number, item in enumerate(value if isinstance(value, list) else [value], start=1):
+        yield f"{source.file}: record {number}", item
+
+
+def _read_table(source: Stream, *, delimiter: str) -> Items:
+    csv.field_size_limit(max(csv.field_size_limit(), source.options.max_line_bytes))  # else 128 KiB a cell
+    whole = replace(source, span=WHOLE)  # a line may be inside a quoted cell: so none can be skipped
+    reader = csv.reader((or_raise(line) for _, line in _lines(whole)), delimiter=delimiter, strict=True)
+    number = 0
+    try:
+        header = next((row for row in reader if row), [])
+        _check_columns(header, f"{source.file}:{reader.line_num}")
+        begin = whole.at
+        for row in reader:
+            number += bool(row)
+            begin, is_wanted = whole.at, source.span[0] <= begin < source.span[1]
+            if is_wanted and len(row) == len(header):
+                yield f"{source.file}: record {number}", dict(zip(header, row, strict=True))
+            elif is_wanted and row:
+                where = f"{source.file}:{reader.line_num}"
+                what = f"expected {len(header)} cells, as in the header"
+                yield where, DataError(what, where=where, got=str(len(row)))
+            elif is_wanted:
+                source.report.blank_lines += 1
+    except csv.Error as error:
+        where = f"{source.file}:{reader.line_num}"
+        raise DataError(f"not a valid table: {error}", where=where, fix="check the quotes") from None
+
+
+def _read_columns(source: Stream) -> Items:
+    """Parquet, and both kinds of Arrow file: with an index at its end, or a stream, as datasets writes it."""
+    columns = _open_columns(source)
+    (first, last), number = source.span, columns.before
+    for batch in columns.batches:
+        size = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))
+        for start in range(max(0, first - number), min(batch.num_rows, last - number), size):
+            rows = batch.slice(start, min(size, last - number - start))
+            rows.validate(full=True)  # a damaged batch crashes the interpreter
+            for count, row in enumerate(rows.to_pylist(), start=number + start + 1):
+                yield f"{source.file}: record {count}", row
+            columns.forget()
+        number += batch.num_rows
+        if number >= last:
+            return
+
+
+class _Columns(NamedTuple):
+    """Batches of rows, and how many rows lie before them; ``forget`` gives back what was read of the file."""
+
+    batches: Iterator[Any]
+    before: int
+    forget: Callable[[], None]
+
+
+def _open_columns(source: Stream) -> _Columns:
+    if suffix(source.file) == ".parquet":
+        return _open_parquet(source)
+    import pyarrow
+    from pyarrow import ipc
+
+    is_indexed = source.stream.peek(6).startswith(b"ARROW1")
+    raw: Any = source.stream.raw
+    if isinstance(raw, io.FileIO):  # no more of it is in memory than what is looked at
+        content = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+        buffer, forget = pyarrow.py_buffer(content), partial(content.madvise, mmap.MADV_DONTNEED)
+    else:
+        buffer, forget = pyarrow.py_buffer(source.stream.read()), lambda: None
+    if is_indexed:
+        indexed = ipc.open_file(buffer)
+        schema, batches = indexed.schema, map(indexed.get_batch, range(indexed.num_record_batches))
+    else:
+        batches = ipc.open_stream(buffer)
+        schema = batches.schema
+    _check_columns(schema.names, source.file)
+    return _Columns(batches, 0, forget)
+
+
+def _open_parquet(source: Stream) -> _Columns:
+    """The row groups from that on in which the span begins, in batches of a few megabytes."""
+    from pyarrow import parquet
+
+    table = parquet.ParquetFile(source.stream, buffer_size=READ_BYTES)  # pages, not whole columns
+    _check_columns(table.schema_arrow.names, source.file)
+    groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+    ends = list(accumulate(group.num_rows for group in groups))
+    wanted = [number for number, end in enumerate(ends) if end > source.span[0]]
+    widest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+    size = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, widest)))
+    before = ends[wanted[0]] - groups[wanted[0]].num_rows if wanted else 0
+    batches = table.iter_batches(batch_size=size, row_groups=wanted) if wanted else iter(())
+    return _Columns(batches, before, lambda: None)
+
+
+def count_rows(source: Stream) -> tuple[int, int]:
+    """The rows of a file of columns, and about how many bytes they hold."""
+    if suffix(source.file) == ".parquet":
+        from pyarrow import parquet
+
+        found = parquet.ParquetFile(source.stream).metadata
+        groups = map(found.row_group, range(found.num_row_groups))
+        return found.num_rows, sum(group.total_byte_size for group in groups)
+    counts = [(batch.num_rows, batch.nbytes) for batch in _open_columns(source).batches]
+    return sum(rows for rows, _ in counts), sum(size for _, size in counts)
+
+
+def _read_text(source: Stream) -> Items:
+    """The whole file is one record; its lines end in a newline only, whatever system wrote it."""
+    text = or_raise(_decode(source.stream.read(), source.file)).replace("\r\n", "\n")
+    if text.strip():
+        yield f"{source.file}:1", {"text": text}
+
+
+READERS: dict[str, Callable[[Stream], Items]] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".csv": partial(_read_table, delimiter=","),
+    ".tsv": partial(_read_table, delimiter="\t"),
+    ".parquet": _read_columns,
+    ".arrow": _read_columns,
+    ".txt": _read_text,
+}
+KNOWN_TYPES = f"known are {', '.join(READERS)}, each also with .gz or .zst"
+
+
+def _lines(source: Stream) -> Iterator[tuple[int, str | DataError]]:
+    """(number, line with its end); a line that is too long is passed over without being held."""
+    limit, number = source.options.max_line_bytes, _skip_lines(source)
+    while source.at < source.span[1] and (raw := source.stream.readline(limit + 1)):
+        number += 1
+        source.at += len(raw)
+        if len(raw) <= limit or raw.endswith(b"\n"):
+            yield number, _decode(raw, source.file, line=number)
+            continue
+        _finish_line(source, raw)
+        where, got = f"{source.file}:{number}", f"over {limit:,} bytes"
+        yield number, DataError("line too long", where=where, got=got, fix="raise max_line_bytes")
+
+
+def _skip_lines(source: Stream) -> int:
+    """Passes over the lines that begin before the span; returns how many they are."""
+    number, last = 0, source.span[0] - 1
+    while source.at < last and (block := source.stream.read(min(READ_BYTES, last - source.at))):
+        number += block.count(b"\n")
+        source.at += len(block)
+    return number + _finish_line(source, b" ") if source.span[0] else 0
+
+
+def _finish_line(source: Stream, raw: bytes) -> bool:
+    """Passes over the rest of a line of which ``raw`` was read; whether it has an end."""
+    while raw and not raw.endswith(b"\n"):
+        raw = source.stream.readline(READ_BYTES)
+        source.at += len(raw)
+    return bool(raw)
+
+
+def _decode(data: bytes, file: str, *, line: int = 1) -> str | DataError:
+    """The text of bytes that begin on ``line``, or why there is none."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        start = data.rfind(b"\n", 0, error.start) + 1
+        encoding = _guess_encoding(data[start:].split(b"\n", 1)[0])
+        where = f"{file}:{line + data.count(bytes([10]), 0, error.start)}"
+        what = f"invalid UTF-8 at byte {error.start - start + 1} of the line"
+        fix = f"it looks like {encoding}: iconv -f {encoding} -t UTF-8"
+        return DataError(what, where=where, got=f"0x{data[error.start]:02x}", fix=fix)
+    return text.removeprefix("\ufeff") if line == 1 else text
+
+
+def _guess_encoding(line: bytes) -> str:
+    if b"\0" in line or line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    if re.sub(rb"[\xa1-\xfe]{2}", b"", line).isascii():  # its high bytes come in pairs
+        return "gb18030"
+    return "cp1252" if re.search(rb"[\x80-\x9f]", line) else "latin-1"
+
+
+def _parse(text: str, file: str, *, line: int = 1) -> Any:
+    """The JSON value of a text that begins on ``line``, or why there is none."""
+    near = ""
+    try:
+        return JSON.decode(text.rstrip())  # an error at its end is on this line, not the next
+    except RecursionError:
+        what = "JSON nested too deeply"
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        what, near = f"not valid JSON: {error.msg} (column {error.colno})", text[error.pos :].strip()[:20]
+    except ValueError as error:  # an integer of thousands of digits
+        what = f"not valid JSON: {first_line(error)}"
+    return DataError(what, where=f"{file}:{line}", got=near and repr(near), fix=_json_advice(text, file))
+
+
+def _json_advice(text: str, file: str) -> str:
+    if "\0" in text:
+        return "it looks like utf-16: iconv -f utf-16 -t UTF-8"
+    if not text.endswith(("\n", "}", "]")):
+        return "the file ends inside this line: fetch or write it again, or skip_bad_lines"
+    return "" if suffix(file) == ".json" else DOCUMENT_FIX
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | DataError:
+    """An object, or, for ``_check`` to find in its place, the error where a key is given twice."""
+    found = dict(pairs)
+    got = f"keys {', '.join(key for key, _ in pairs)}" if len(found) < len(pairs) else ""
+    return DataError("a key is given twice in an object", got=got) if got else found
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=partial(DataError, fix="use null"))
+
+
+def _check_columns(names: list[str], where: str) -> None:
+    if bad := [name for name in names if not name.strip() or names.count(name) > 1]:
+        what = f"{names.count(bad[0])} column(s) of the name {bad[0]!r}"
+        raise DataError(what, where=where, fix="give each column a name of its own")
+
+
+def suffix(file: str) -> str:
+    """``.jsonl`` of ``poems.jsonl.gz``."""
+    return os.path.splitext(file.lower().removesuffix(".gz").removesuffix(".zst"))[1]
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in short."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def or_raise(text: str | Exception) -> str:
+    """The text, unless it is why there is none."""
+    if isinstance(text, Exception):
+        raise text
+    return text
