@@ -16,12 +16,16 @@ from hf_clm.data.cache import Place, build_splits, find_place, load_early, load_
 from hf_clm.data.ledger import write_ledgers
 from hf_clm.data.packing import PackedDataset
 from hf_clm.data.store import Stored, require_writable, write_store
+from hf_clm.data.streaming import HEAD
 from hf_clm.errors import RecipeError
 from hf_clm.parts import build_model_config, build_tokenizer_aside, training_arguments
 from hf_clm.training.proof import Proof, prove_data
 
 POLL_SECONDS = 0.2
 SHOWN_LETTERS = 12  # of a key
+STREAMED = (
+    f"stream    read while it trains; checked and counted here: the first {HEAD:,} documents of a source"
+)
 
 
 @dataclass
@@ -82,6 +86,9 @@ def prepare_recipe(recipe: Recipe) -> list[str]:
     Raises RecipeError where nothing would be kept.
     """
     started = time.monotonic()
+    if recipe.data.streaming:
+        fix = "hf-clm train reads it, and prepares data.eval alone; or set data.streaming to false"
+        raise RecipeError("nothing is prepared of a stream", where="data.streaming", fix=fix)
     arguments = training_arguments(recipe)
     loaded = load_early(recipe, arguments.seed)
     tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)
@@ -135,7 +142,8 @@ def _prepare_unkept(
             proof = prove_data(recipe, splits, tokenizer=tokenizer)
     is_off = recipe.data.cache_dir is None
     why = "data.cache_dir is null" if is_off else "data on the Hub without a commit as their revision"
-    proof.lines.insert(0, f"prepared  in {time.monotonic() - started:.1f} s, not kept ({why})")
+    said = f"prepared  in {time.monotonic() - started:.1f} s, not kept ({why})"
+    proof.lines.insert(0, STREAMED if recipe.data.streaming else said)
     return Prepared(splits, proof)
 
 

@@ -197,11 +197,21 @@ def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:
     ]
     if facts.recipe.stage == "pretrain":
         lines.append(f"unigram   {facts.unigram_entropy:.4f}")
+    if "stream" in result:
+        lines.append(stream_line(result["stream"]))
     return [
         *lines,
         f"written   {output}: the {saved}, recipe.yaml, run.json, metrics.jsonl, report.html, README.md",
         f'next      hf-clm generate {output} --prompt "..."',
     ]
+
+
+def stream_line(totals: dict[str, Any]) -> str:
+    """What was read of a stream, and what became of it."""
+    fates = ", ".join(f"{count:,} {fate}" for fate, count in totals["fates"].items())
+    least, most = totals["passes"]
+    passes = f"{least}" if least == most else f"{least} to {most}"
+    return f"stream    {fates}; {totals['shards']} shards, whole passes over their documents: {passes}"
 
 
 def versions() -> dict[str, str]:
