@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import get_args
 
 from hf_clm.errors import ExitCode, RecipeError, UserError, did_you_mean
@@ -226,6 +227,16 @@ def run_report(words: list[str]) -> None:
         print(f"left out: unreadable lines of its logs: {record.unreadable}")
 
 
+def run_checkpoints(words: list[str]) -> None:
+    """RUN: list the checkpoints of a run, and read whether they are as they were saved"""
+    parser = _parser("checkpoints")
+    parser.add_argument("run", help="the folder of a run")
+    options = parser.parse_args(words)
+    from hf_clm.training.checkpoints import describe_checkpoints
+
+    print("\n".join(describe_checkpoints(Path(options.run))))
+
+
 def run_compare(words: list[str]) -> None:
     """RUN RUN [RUN ...]: figures side by side, what tells the recipes apart, and the curves in one page"""
     parser = _parser("compare")
@@ -309,6 +320,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "serve": run_serve,
     "evaluate": run_evaluate,
     "report": run_report,
+    "checkpoints": run_checkpoints,
     "compare": run_compare,
     "merge": run_merge,
     "bench": run_bench,

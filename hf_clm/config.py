@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 from pydantic.fields import FieldInfo
 
 from hf_clm.errors import RecipeError
-from hf_clm.recipe_faults import data_faults, model_faults, token_budget_faults
+from hf_clm.recipe_faults import data_faults, model_faults, override_faults, token_budget_faults
 from hf_clm.recipe_sections import (
     Card,
     Data,
@@ -91,7 +91,14 @@ class Recipe(Section):
     """transformers.TrainingArguments, verbatim."""
     overwrite: bool = False
     """Move an existing output folder aside."""
+    resume_override: list[str] = Field(default=[])
+    """What may differ from the run that is gone on with: keys, data, tokenizer, template, global_batch."""
     _origins: _Origins = PrivateAttr(default_factory=_Origins)
+
+    @field_validator("resume_override", mode="before")
+    @classmethod
+    def _split_words(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
 
     @field_validator("train")
     @classmethod
@@ -104,6 +111,7 @@ class Recipe(Section):
     def _check_together(self) -> "Recipe":
         has_eval = bool(self.data.eval or self.data.eval_fraction)
         faults = [*model_faults(self), *data_faults(self), *token_budget_faults(self)]
+        faults += override_faults(self.resume_override, sections=Recipe.model_fields)
         faults += check_train_combination(self.train, has_eval=has_eval, defaults=TRAIN_DEFAULTS)
         if self.early_stopping and not self.train.get("load_best_model_at_end"):
             what = "early_stopping needs train.load_best_model_at_end: true and an eval set"

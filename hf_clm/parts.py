@@ -77,7 +77,7 @@ def build_stream(
     tokenizer: PreTrainedTokenizerFast,
     *,
     arguments: TrainingArguments,
-    checkpoint: str | None = None,
+    checkpoint: Path | None = None,
 ) -> StreamedRows | None:
     """The rows of a run that are made while it trains, a shard a worker; None where they are prepared.
 
@@ -96,7 +96,7 @@ def build_stream(
         identity=stream_identity(recipe),
     )
     if checkpoint:
-        stream.read_state(Path(checkpoint))
+        stream.read_state(checkpoint)
     return stream
 
 
@@ -106,7 +106,7 @@ def resolve(recipe: Recipe, arguments: TrainingArguments) -> Recipe:
     data = recipe.data.model_copy(update={"packing": recipe.resolved_packing})
     model = recipe.model.model_copy(update={"dtype": weights_dtype(recipe, arguments)})
     decided = {"model": model, "train": values, "data": data}
-    return recipe.model_copy(update={**decided, "overwrite": False})
+    return recipe.model_copy(update={**decided, "overwrite": False, "resume_override": []})
 
 
 def build_tokenizer(

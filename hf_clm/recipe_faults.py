@@ -1,13 +1,14 @@
 """What no single key of a recipe shows: keys that exclude each other, or say nothing together."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_clm.errors import did_you_mean
-from hf_clm.trainer_fields import Fault
+from hf_clm.trainer_fields import Fault, load_trainer_fields
 
+FACTS = ("template", "global_batch")  # of a run, that are no keys of its recipe
 SHIPPED_TEMPLATES = ("chatml", "plain")
 
 
@@ -143,3 +144,13 @@ def _unused_sizes(section: Any) -> Iterator[Fault]:
         if getattr(section, name) != type(section).model_fields[name].default:
             key = f"tokenizer.train.{name}"
             yield Fault(key, f"{key} says nothing to kind: {section.kind}", fix="leave it out")
+
+
+def override_faults(names: Sequence[str], *, sections: Iterable[str]) -> Iterator[Fault]:
+    """What in ``resume_override`` is neither a key nor a fact that could differ."""
+    fields = load_trainer_fields()
+    known = {*sections, *FACTS, *fields}
+    for name in names:
+        if name.removeprefix("train.").partition(".")[0] not in known:
+            near = did_you_mean(name, known)
+            yield Fault("resume_override", f"resume_override: no such key: {name!r}{near}")

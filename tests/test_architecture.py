@@ -62,6 +62,7 @@ CALLED_BY_OTHERS = {
     "hf_clm.training.trainer:CLMTrainer.compute_loss",
     "hf_clm.training.trainer:CLMTrainer.evaluate",
     "hf_clm.training.trainer:CLMTrainer.prediction_step",
+    "hf_clm.training.saving:BestCheckpointCallback.on_train_begin",
     "hf_clm.training.trainer:EpochCallback.on_epoch_begin",
     "hf_clm.training.trainer:EpochCallback.on_step_end",
     "hf_clm.training.trainer:CLMTrainer.training_step",

@@ -128,7 +128,9 @@ def test_help_of_another_command_lists_its_options(name, option, capsys):
 
 
 def test_these_are_all_the_commands():
-    expected = "train prepare config inspect doctor generate chat serve evaluate report compare merge"
+    expected = (
+        "train prepare config inspect doctor generate chat serve evaluate report checkpoints compare merge"
+    )
     assert " ".join(COMMANDS) == f"{expected} bench train-tokenizer"
 
 
@@ -514,8 +516,9 @@ def test_the_batch_size_changes_no_figure(learned, capsys, tmp_path):
 
     figures = [evaluated([learned, path, "--batch_size", size], capsys) for size in ("1", "3", "8")]
 
-    assert figures[1] == pytest.approx(figures[0], rel=1e-6)
-    assert figures[2] == pytest.approx(figures[0], rel=1e-6)
+    # a loss near 0 is a difference of float32 numbers near 10
+    assert figures[1] == pytest.approx(figures[0], rel=1e-6, abs=1e-7)
+    assert figures[2] == pytest.approx(figures[0], rel=1e-6, abs=1e-7)
 
 
 def test_stage_pretrain_evaluates_the_whole_text_and_asks_nothing(learned, capsys, tmp_path):

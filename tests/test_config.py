@@ -665,7 +665,7 @@ def test_a_written_recipe_is_plain_yaml_in_the_order_of_the_sections():
     lines = recipe_to_yaml(load()).splitlines()
 
     assert lines[:3] == ["stage: sft", "model:", "  name_or_path: gpt2"]
-    assert lines[-3:] == ["train:", "  output_dir: runs/x", "overwrite: false"]
+    assert lines[-4:] == ["train:", "  output_dir: runs/x", "overwrite: false", "resume_override: []"]
 
 
 def test_each_value_is_described_with_where_it_came_from():

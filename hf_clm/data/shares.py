@@ -81,11 +81,11 @@ def read_share(
 
 
 def list_files(source: Source) -> list[tuple[str, int]]:
-    """The files of a source with their sizes in bytes; of one on the Hub its name and revision."""
+    """The names of a source's files with their sizes in bytes; of one on the Hub its name and revision."""
     files = find_files(source.path)
     if files is None:
         return [(f"{source.path} {source.name} {source.split} {source.revision}", 0)]
-    return [(file, os.path.getsize(file)) for file in files]
+    return [(os.path.basename(file), os.path.getsize(file)) for file in files]
 
 
 class _Counter:

@@ -167,7 +167,7 @@ def read_hub(
         with suppress(OfflineModeIsEnabled):  # load_dataset then looks into its cache
             # One short question first: without a network load_dataset alone retries for 23 seconds.
             HfApi().dataset_info(path, revision=revision, timeout=10)
-        how = {} if first is None else {"streaming": True}
+        how: dict[str, Any] = {} if first is None else {"streaming": True}
         rows = load_dataset(path, name, split=split, revision=revision, **how)
     except Exception as error:  # no network is an error of the HTTP package, and those have changed
         what = f"no such file{_nearest(path)}; on the Hub: {first_line(error)}"

@@ -127,7 +127,8 @@ class StreamedRows(torch.utils.data.Dataset):
         self.positions[position.shard] = position
 
     def write_state(self, folder: Path, *, rank: int) -> None:
-        """Writes where the shards of this process stand."""
+        """Writes where the shards of this process stand; makes the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
         moved = [
             asdict(position) for position in self.positions.values() if position != Position(position.shard)
         ]
@@ -180,7 +181,7 @@ FIXES = {
     "shards": "as many processes x train.dataloader_num_workers as before",
     "seed": "the seed, and the train_sampling_strategy, of the run before",
     "documents": "data.shuffle_buffer as before",
-    "data": "the same files, and the same keys of the data section",
+    "files": "files of the same names and sizes as before",
 }
 
 
@@ -262,10 +263,8 @@ def check_share(counts: Mapping[str, int], max_dropped: float) -> None:
 def stream_identity(recipe: Recipe) -> dict[str, Any]:
     """What has to be the same for a position to mean the same row, beside shards and seed."""
     files = [list_files(source) for source in recipe.data.train]
-    ignored = {"eval", "eval_train_rows", "cache_dir", "max_dropped", "max_leakage", "shuffle_buffer"}
-    parts = [files, recipe.stage, recipe.data.model_dump(exclude=ignored)]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return {"documents": recipe.data.shuffle_buffer, "data": digest[:16]}
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return {"documents": recipe.data.shuffle_buffer, "files": digest[:16]}
 
 
 @contextmanager

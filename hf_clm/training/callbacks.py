@@ -99,7 +99,7 @@ class MetricsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            earlier = drop_after(self.path, state.global_step)
+            earlier = drop_after(self.path, state.global_step, history=state.log_history)
             self.started = time.monotonic() - max((entry.get("seconds", 0) for entry in earlier), default=0)
 
     def on_log(
@@ -134,7 +134,8 @@ class SamplesCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            drop_after(self.path, state.global_step)
+            earlier = drop_after(self.path, state.global_step)
+            self.last_step = max((entry["step"] for entry in earlier), default=-1)
         if state.global_step == 0:
             self._sample(state)
 
@@ -269,17 +270,28 @@ class ReportCallback(TrainerCallback):
         self.spent += self.last
 
 
-def drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+def drop_after(path: Path, step: int, *, history: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """Drops what an interrupted run wrote behind the checkpoint it goes on from: the steps come again.
 
-    Returns the entries that stay.
+    ``history``: the log events that the checkpoint knows; others of its own step were written after it.
+    Returns the entries that stay: none at step 0, where a run begins again.
     """
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # splitlines would cut at U+2028 too
     entries = [(line, json.loads(line)) for line in lines]
-    kept = [(line, entry) for line, entry in entries if entry["step"] <= step]
-    path.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
+    known = [event.keys() - {"step"} for event in history or [] if event["step"] == step]
+    known += [{"epoch_loss"}]  # of no log event
+
+    def stays(entry: dict[str, Any]) -> bool:
+        if entry["step"] != step or not history:
+            return entry["step"] <= step
+        return any(keys <= entry.keys() for keys in known)
+
+    kept = [(line, entry) for line, entry in entries if step and stays(entry)]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
+    partial.replace(path)
     return [entry for _, entry in kept]
 
 

@@ -2,52 +2,19 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
-
-from hf_clm.errors import DivergedError, EnvironmentFault, RecipeError
+from hf_clm.errors import DivergedError, EnvironmentFault
+from hf_clm.training.checkpoints import reach, read_seal, sync
 
 # What is written before everything is proved: the tokenizer that a run trains, and its type.
-BEFORE_A_RUN = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+BEFORE_A_RUN = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", ".lock"}
+FINAL = ".final"  # the model of a run that is done, until all of it lies there
 FAILURES: dict[type[BaseException], str] = {DivergedError: "diverged", KeyboardInterrupt: "interrupted"}
-
-
-def prepare_output_dir(arguments: TrainingArguments, *, overwrite: bool) -> Path:
-    """Makes the output folder; rank 0 refuses to mix with an older run, or moves it aside with ``overwrite``.
-
-    Raises RecipeError for a folder in use, EnvironmentFault for one that cannot be written.
-    """
-    folder, goes_on = Path(str(arguments.output_dir)), resume_from(arguments) is not None
-    with arguments.main_process_first(local=False, desc="preparing the output folder"):
-        if arguments.process_index == 0:
-            if _is_in_use(folder) and not goes_on:
-                if not overwrite:
-                    fix = "another --output_dir; --overwrite moves it; --resume_from_checkpoint true goes on"
-                    raise RecipeError(
-                        "the output folder holds files of an earlier run", where=str(folder), fix=fix
-                    )
-                move_aside(folder)
-            _make_writable(folder)
-    return folder
-
-
-def resume_from(arguments: TrainingArguments) -> str | None:
-    """The checkpoint to go on from, or None. Raises RecipeError where there is no such checkpoint."""
-    value = str(arguments.resume_from_checkpoint or "false")
-    if value.lower() == "false":
-        return None
-    folder = str(arguments.output_dir)
-    if value.lower() == "true":
-        value = (get_last_checkpoint(folder) if Path(folder).is_dir() else None) or folder
-    if not Path(value, "trainer_state.json").is_file():
-        fix = "leave out --resume_from_checkpoint, or name a checkpoint-N folder"
-        raise RecipeError("no checkpoint to go on from", where=value, fix=fix)
-    return value
 
 
 def move_aside(folder: Path) -> Path:
@@ -57,9 +24,14 @@ def move_aside(folder: Path) -> Path:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+    """Writes JSON as ``write_text`` writes text."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never half of it."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
@@ -76,14 +48,33 @@ def recording_failure(path: Path, *, is_main: bool) -> Iterator[None]:
         raise
 
 
-def _is_in_use(folder: Path) -> bool:
+def publish(folder: Path) -> None:
+    """Moves a whole final model from its own folder into that of the run; run.json, which says done, is last.
+
+    Where only some files were moved when the process died, the next call moves the rest. A folder that was
+    not sealed is deleted.
+    """
+    final = folder / FINAL
+    names = sorted(read_seal(final).get("files", {}), key=lambda name: name == "run.json")
+    for name in names:
+        if (final / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (final / name).replace(folder / name)
+            reach(f"moved:{name}")
+    if names:
+        sync(folder)
+    shutil.rmtree(final, ignore_errors=True)
+
+
+def is_in_use(folder: Path) -> bool:
     """Whether more lies there than a run leaves behind that was refused before its first step."""
     if folder.is_dir():
         return any(entry.name not in BEFORE_A_RUN for entry in folder.iterdir())
     return folder.exists()
 
 
-def _make_writable(folder: Path) -> None:
+def make_writable(folder: Path) -> None:
+    """Makes the folder. Raises EnvironmentFault where nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"

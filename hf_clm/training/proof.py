@@ -182,9 +182,11 @@ def _measuring_likelihood(loss: TargetLoss) -> Iterator[None]:
         loss.options = options
 
 
-def prove_saved(trainer: CLMTrainer, *, split: Split, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """The round trip of the final model (``doctor.round_trip: end``)."""
-    trip = _open(trainer, Path(str(trainer.args.output_dir)), split=split)
+def prove_saved(
+    trainer: CLMTrainer, folder: Path, *, split: Split, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, Any]:
+    """The round trip of the final model (``doctor.round_trip: end``), where it was saved."""
+    trip = _open(trainer, folder, split=split)
     return finish_round_trip(trainer, trip, tokenizer=tokenizer)
 
 

@@ -54,26 +54,42 @@ from hf_clm.training.callbacks import (
     write_line,
 )
 from hf_clm.training.card import write_card
-from hf_clm.training.output import prepare_output_dir, recording_failure, resume_from, write_json
+from hf_clm.training.checkpoints import reach, seal
+from hf_clm.training.output import FINAL, publish, recording_failure, write_json, write_text
 from hf_clm.training.plots import write_loss_plots
 from hf_clm.training.prepare import Prepared, prepare
 from hf_clm.training.proof import prove_model, prove_saved
 from hf_clm.training.publish import check_can_push
+from hf_clm.training.start import Start, has_ended, prepare_start
 from hf_clm.training.streamed import stream_totals
-from hf_clm.training.summary import RunFacts, end_lines, start_lines
+from hf_clm.training.summary import RunFacts, end_lines, seal_facts, start_lines
 from hf_clm.training.trainer import CLMTrainer
 
 EVALUATED_ROWS = 64  # of the training data, where there is no eval set: they show a loss before and after
 
 
 def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
-    """Trains, saves, returns what run.json holds. Raises UserError before the first step."""
+    """Trains, saves, returns what run.json holds; a run that is done is left as it is.
+
+    Raises UserError before the first step.
+    """
     arguments = training_arguments(recipe)
-    is_main = arguments.process_index == 0
     check_can_push(arguments)
     if arguments.device.type == "cpu":
         settle_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    output_dir = prepare_output_dir(arguments, overwrite=recipe.overwrite)
+    start = prepare_start(recipe, arguments)
+    if start.result is None:
+        return train_from(start, recipe, arguments=arguments, is_terminal=is_terminal)
+    if arguments.process_index == 0:
+        more = "--overwrite begins again; a larger --max_steps with --resume_override max_steps trains on"
+        write_line(f"{start.folder}: this run is done, there is nothing to do; {more}")
+    return start.result
+
+
+def train_from(
+    start: Start, recipe: Recipe, *, arguments: TrainingArguments, is_terminal: bool
+) -> dict[str, Any]:
+    """Prepares and proves data and model, trains to the end, saves."""
     loaded = load_early(recipe, arguments.seed)
     tokenizer = build_tokenizer(recipe, loaded, arguments=arguments)
     config = build_model_config(recipe, tokenizer)
@@ -81,34 +97,56 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     splits, proof = prepared.splits, prepared.proof
     known = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
     proof.lines += [f"warning   {line}" for line in check_before_training(known)]
-    stream = build_stream(recipe, tokenizer, arguments=arguments, checkpoint=resume_from(arguments))
+    stream = build_stream(recipe, tokenizer, arguments=arguments, checkpoint=start.checkpoint)
     model = build_model(recipe, tokenizer, config=config, arguments=arguments)
 
     trainer = build_trainer(
         model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits, stream=stream
     )
     facts = RunFacts(recipe, arguments, model, splits, unigram_entropy(splits["train"].rows.rows.labels))
+    is_main = arguments.process_index == 0
     with arguments.main_process_first(local=False, desc="proving the model"):
         if is_main:
             trainer.add_callback(ProgressCallback(is_terminal=is_terminal))
-            memory = partial(peak_memory, arguments.device)
-            trainer.add_callback(MetricsCallback(output_dir / "metrics.jsonl", measure_memory=memory))
-            write_line("\n".join([*start_lines(facts), *proof.lines]))
-            proof.facts |= prove_model(trainer, recipe, split=splits["train"], tokenizer=tokenizer)
-            write_start(facts, prepared, tokenizer=tokenizer)
+            prove_and_record(trainer, facts, start=start, prepared=prepared)
     trainer.add_callback(LastEvaluationCallback())
-    trainer.add_callback(EpochMeansCallback(output_dir / "metrics.jsonl"))
+    if stream is None:  # the end of an epoch is not known else
+        trainer.add_callback(EpochMeansCallback(start.folder / "metrics.jsonl"))
     if recipe.samples:
         trainer.add_callback(build_samples(facts, trainer, tokenizer=tokenizer))
-    report = ReportCallback(partial(write_report, output_dir, is_live=True), is_main=is_main)
+    report = ReportCallback(partial(write_report, start.folder, is_live=True), is_main=is_main)
     trainer.add_callback(report)
+    if start.checkpoint:
+        arguments.eval_on_start = False  # it was evaluated when it began
+        trainer.overridden = frozenset(c.key for c in start.changes if c.fate == "overridden")
     started = time.monotonic()
-    with closing(report), recording_failure(output_dir / "run.json", is_main=is_main):
-        trainer.train(resume_from_checkpoint=resume_from(arguments))
+    with closing(report), recording_failure(start.folder / "run.json", is_main=is_main):
+        if start.checkpoint and has_ended(start.checkpoint, facts.steps):
+            trainer.restore(start.checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
         result = finish(trainer, facts, proof=proof.facts, seconds=time.monotonic() - started)
     if arguments.push_to_hub:  # the run is done, whatever the Hub says
         trainer.push_run(with_data=recipe.card.data_samples > 0)
     return result
+
+
+def prove_and_record(trainer: CLMTrainer, facts: RunFacts, *, start: Start, prepared: Prepared) -> None:
+    """Proves the model, and writes and prints what is known before the first step. Rank 0 only."""
+    recipe, folder, proof = facts.recipe, start.folder, prepared.proof
+    tokenizer: Any = trainer.processing_class
+    trainer.seal_facts = seal_facts(facts, tokenizer, proof=proof.facts)
+    goes_on = list(start.require_same(trainer.seal_facts))
+    write_line("\n".join([*start_lines(facts), *goes_on, *proof.lines]))
+    proof.facts |= prove_model(trainer, recipe, split=facts.train, tokenizer=tokenizer)
+    # first of all files: a folder without it is not known to be this run's
+    write_text(folder / "recipe.yaml", recipe_to_yaml(resolve(recipe, facts.arguments)))
+    prepared.write_ledger(folder / "ledger.parquet")
+    reader = Reader(facts.train, tokenizer, recipe=recipe)
+    write_excerpt(folder / "label_rows.jsonl", reader, collate=build_collator(recipe, tokenizer))
+    write_json(folder / "run.json", {"status": "running", **facts.to_json(), "proof": proof.facts})
+    memory = partial(peak_memory, facts.arguments.device)
+    trainer.add_callback(MetricsCallback(folder / "metrics.jsonl", measure_memory=memory))
 
 
 def build_trainer(
@@ -146,18 +184,6 @@ def build_trainer(
 def first_rows(split: Split, count: int) -> torch.utils.data.Subset:
     """The first rows of what is trained on, or all where there are fewer."""
     return torch.utils.data.Subset(split.dataset, range(min(count, len(split.dataset))))
-
-
-def write_start(facts: RunFacts, prepared: Prepared, *, tokenizer: PreTrainedTokenizerFast) -> None:
-    """What the output folder holds before the first step: ledger, first rows, recipe, run.json."""
-    recipe, folder = facts.recipe, Path(str(facts.arguments.output_dir))
-    prepared.write_ledger(folder / "ledger.parquet")
-    reader = Reader(facts.train, tokenizer, recipe=recipe)
-    write_excerpt(folder / "label_rows.jsonl", reader, collate=build_collator(recipe, tokenizer))
-    text = recipe_to_yaml(resolve(recipe, facts.arguments))
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    start = {"status": "running", **facts.to_json(), "proof": prepared.proof.facts}
-    write_json(folder / "run.json", start)
 
 
 def build_samples(
@@ -205,7 +231,8 @@ def finish(trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], secon
     last = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
     is_known = last.get("step") == trainer.state.global_step and not arguments.load_best_model_at_end
     final = last if is_known else trainer.evaluate()
-    trainer.save_model(str(output_dir), _internal_call=True)  # pushed when everything is written
+    folder = output_dir / FINAL
+    trainer.save_model(str(folder), _internal_call=True)  # pushed when everything is written
     totals = stream_totals(trainer)
     result = {
         "status": "done",
@@ -224,12 +251,16 @@ def finish(trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], secon
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if facts.recipe.doctor.round_trip == "end" and not is_sharded:
             tokenizer: Any = trainer.processing_class
-            proof["round_trip"] = prove_saved(trainer, split=facts.splits["train"], tokenizer=tokenizer)
+            options = {"split": facts.splits["train"], "tokenizer": tokenizer}
+            proof["round_trip"] = prove_saved(trainer, folder, **options)
         lines = (output_dir / "metrics.jsonl").read_text("utf-8").splitlines()
-        write_loss_plots([json.loads(line) for line in lines], output_dir)
+        write_loss_plots([json.loads(line) for line in lines], folder)
         section = facts.recipe.card
         about: dict[str, Any] = {"license": section.license, "language": section.language}
         write_card(output_dir, result, samples=shown_examples(facts), **about)
-        write_json(output_dir / "run.json", result)
+        write_json(folder / "run.json", result)
+        seal(folder, {"step": trainer.state.global_step})
+        reach("after:final")
+        publish(output_dir)
         write_line("\n".join(end_lines(facts, result)))
     return result

@@ -8,16 +8,18 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.config import Recipe, describe_recipe
 from hf_clm.data.build import Split
 from hf_clm.data.packing import PackedDataset
 from hf_clm.hardware import bf16_instructions
 from hf_clm.model import without_adapters
-from hf_clm.parts import count_steps, rows_per_step
+from hf_clm.parts import count_steps, resolve, rows_per_step
 from hf_clm.report.figures import to_duration
 from hf_clm.template import Template
+from hf_clm.training.changes import recipe_keys
+from hf_clm.training.checkpoints import fingerprint
 
 PACKAGES = ("hf_clm", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 
@@ -141,6 +143,24 @@ class RunFacts:
             "token_accuracy_before": first["eval_token_accuracy"],
             "token_accuracy_after": final["eval_token_accuracy"],
         }
+
+
+def seal_facts(
+    facts: RunFacts, tokenizer: PreTrainedTokenizerFast, *, proof: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What SEALED.json says of a run: its recipe, what else decides what is trained, and the versions."""
+    certificate = proof.get("train", {}).get("certificate", {})
+    return {
+        "recipe": recipe_keys(resolve(facts.recipe, facts.arguments)),
+        "facts": {
+            "data": f"{len(facts.train.dataset):,} rows, sha256 {certificate.get('content_hash')}",
+            "tokenizer": fingerprint([tokenizer.backend_tokenizer.to_str()]),
+            "template": fingerprint([tokenizer.chat_template]),
+            "global_batch": facts.rows_per_step,
+            "processes": facts.arguments.world_size,
+        },
+        "versions": versions(),
+    }
 
 
 def start_lines(facts: RunFacts) -> list[str]:

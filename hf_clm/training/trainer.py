@@ -1,10 +1,14 @@
-"""The Trainer, with what it lacks: token accuracy, real tokens, token-weighted evaluation, a stop at NaN."""
+"""The Trainer, with what it lacks: token accuracy, real tokens, token-weighted evaluation, a stop at NaN.
+
+How it saves and goes on: saving.py.
+"""
 
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -12,14 +16,12 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     PreTrainedTokenizerFast,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput
-from transformers.utils.hub import PushInProgress
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_clm.data.sampling import EpochSampler, EvenRows
 from hf_clm.data.streaming import StreamedRows, plain_errors
@@ -28,10 +30,9 @@ from hf_clm.evaluation.metrics import token_nll
 from hf_clm.flops import count_flops
 from hf_clm.hardware import measure_peak, nominal_peak
 from hf_clm.loss import LossOptions, TargetLoss, TokenFigures, use_target_loss, why_not
-from hf_clm.model import is_adapted
 from hf_clm.schema import IGNORE_INDEX
 from hf_clm.training.guard import write_diverged
-from hf_clm.training.publish import push_checkpoint, push_folder, talking_to_the_hub
+from hf_clm.training.saving import SavingTrainer
 
 # What is counted since the last log event, in this order.
 TARGETS, CORRECT, TOKENS, PAIRS, PLACES = range(5)
@@ -40,14 +41,13 @@ OF_TARGETS = ("logits_to_keep", "shift_labels")
 WATCHED = "eval_train"
 
 
-class CLMTrainer(Trainer):
+class CLMTrainer(SavingTrainer):
     """A ``transformers.Trainer`` for causal language models.
 
     Adds to each log event: token_accuracy, tokens_seen, target_tokens_seen, tokens_per_second (real tokens of
     all processes), padding_share. Evaluation sums over tokens, so its loss is the same for every batch size.
-    Raises DivergedError before the optimizer step that a NaN or Inf would spoil. Saves no training_args.bin,
-    and a model that uses its KV cache. Computes the loss at the targets only (``hf_clm/loss.py``), unless
-    the model needs its own (``own_loss`` says why).
+    Raises DivergedError before the optimizer step that a NaN or Inf would spoil. Computes the loss at the
+    targets only (``hf_clm/loss.py``), unless the model needs its own (``own_loss`` says why).
 
     Args:
         z_loss: see LossOptions.
@@ -168,6 +168,8 @@ class CLMTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._token_metrics())
+        if "train_loss" in logs:  # the Trainer's is of the steps since it was started
+            logs["train_loss"] = mean_loss(self.state.log_history)
         super().log(logs, start_time)
 
     @property
@@ -267,64 +269,14 @@ class CLMTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
         return output
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As the Trainer's. Raises EnvironmentFault where the repository cannot be made."""
-        with talking_to_the_hub():
-            super().init_hf_repo(token, private)
-
-    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> None:
-        """Uploads the output folder without training texts. Raises EnvironmentFault where that fails."""
-        self.save_model(_internal_call=True)
-        self.push_run(with_data=False, message=commit_message or "")
-
-    def push_run(self, *, with_data: bool, message: str = "End of training") -> None:
-        """Uploads the output folder as it is; ``with_data``: with the pages that show training texts."""
-        if self.is_world_process_zero():
-            self._finish_current_push()
-            options: dict[str, Any] = {"repo_id": self.hub_model_id, "arguments": self.args}
-            push_folder(Path(str(self.args.output_dir)), with_data=with_data, message=message, **options)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Uploads in the background. The Trainer's own would push its arguments, token included."""
-        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if not self.is_world_process_zero() or (is_busy and not self.args.hub_always_push):
-            return
-        folder = Path(checkpoint_folder)
-        places = {"every_save": [None], "checkpoint": [None, "last-checkpoint"]}
-        places["all_checkpoints"] = [None, folder.name]
-        options: dict[str, Any] = {"repo_id": self.hub_model_id, "arguments": self.args}
-        jobs = [
-            push_checkpoint(folder, path_in_repo=place, **options)
-            for place in places.get(HubStrategy(self.args.hub_strategy).value, [])
-        ]
-        many: Any = jobs  # typed as one
-        self.push_in_progress = PushInProgress(many) if jobs else None
-
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.untimed():
             super()._save_checkpoint(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
         if isinstance(self.train_dataset, StreamedRows):  # every process: each knows its own shards
             self.train_dataset.write_state(Path(output_dir), rank=self.args.process_index)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        model: Any = self.accelerator.unwrap_model(self.model)
-        folder = output_dir or str(self.args.output_dir)
-        if is_adapted(model):
-            # "auto" would save all embeddings where one pad token was added
-            model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-            (Path(folder) / "README.md").unlink(missing_ok=True)  # a form that nobody filled in
-            model.generation_config.save_pretrained(folder)
-            if isinstance(self.processing_class, PreTrainedTokenizerFast):
-                self.processing_class.save_pretrained(folder)
-            return
-        model.config.use_cache = True  # off in training only; a saved False would make generation slow
-        super()._save(output_dir, state_dict)
-        model.config.use_cache = self.args.use_cache
-        if self.args.should_save:  # it is a pickle, and would carry hub_token in clear
-            (Path(folder) / "training_args.bin").unlink(missing_ok=True)
+        super()._save_rng_state(output_dir)
 
     def _token_metrics(self) -> dict[str, float]:
         """The counts of all processes since the last log event, and sets them back."""
@@ -379,6 +331,13 @@ def _count_tokens(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, pairs = lengths.sum(), (lengths * (lengths + 1) // 2).sum()
     padding = inputs.get("padding_tokens", 0)
     return tokens - padding, pairs
+
+
+def mean_loss(history: list[dict[str, Any]]) -> float:
+    """Over all steps of a run; the loss of a log event is the mean over the steps since the event before."""
+    events = [{"step": 0, "loss": 0.0}, *(event for event in history if "loss" in event)]
+    steps = events[-1]["step"]
+    return sum((e["step"] - before["step"]) * e["loss"] for before, e in pairwise(events)) / max(steps, 1)
 
 
 def logit_figures(logits: torch.Tensor, labels: torch.Tensor) -> TokenFigures:

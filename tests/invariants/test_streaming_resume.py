@@ -76,6 +76,7 @@ def test_another_number_of_workers_is_refused_before_the_model_is_loaded(tmp_pat
     again = build_recipe(
         tmp_path,
         output_dir=str(tmp_path / "second"),
+        max_steps=3,
         dataloader_num_workers=3,
         resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"),
     )

@@ -3,100 +3,17 @@
 import json
 
 import pytest
-from transformers import TrainingArguments
 
-from hf_clm.errors import DivergedError, EnvironmentFault, ExitCode, RecipeError
+from hf_clm.errors import DivergedError, EnvironmentFault, ExitCode
+from hf_clm.training.checkpoints import seal
 from hf_clm.training.output import (
+    is_in_use,
+    make_writable,
     move_aside,
-    prepare_output_dir,
+    publish,
     recording_failure,
-    resume_from,
     write_json,
 )
-
-
-def arguments(folder, **settings) -> TrainingArguments:
-    return TrainingArguments(str(folder), use_cpu=True, **settings)
-
-
-def checkpoints(folder, *steps) -> None:
-    for step in steps:
-        (folder / f"checkpoint-{step}").mkdir()
-        (folder / f"checkpoint-{step}" / "trainer_state.json").touch()
-
-
-def test_a_new_folder_is_made_with_its_parents_and_left_empty(tmp_path):
-    folder = prepare_output_dir(arguments(tmp_path / "a" / "b"), overwrite=False)
-
-    assert folder == tmp_path / "a" / "b"
-    assert list(folder.iterdir()) == []
-
-
-def test_an_empty_folder_is_used(tmp_path):
-    assert prepare_output_dir(arguments(tmp_path), overwrite=False) == tmp_path
-
-
-def test_a_folder_in_use_is_refused_and_the_ways_out_are_named(tmp_path):
-    (tmp_path / "model.safetensors").touch()
-
-    with pytest.raises(RecipeError) as error:
-        prepare_output_dir(arguments(tmp_path), overwrite=False)
-
-    assert error.value.exit_code == ExitCode.RECIPE
-    for word in ("--output_dir", "--overwrite", "--resume_from_checkpoint true"):
-        assert word in str(error.value)
-
-
-def test_a_folder_in_use_is_kept_to_resume_in(tmp_path):
-    checkpoints(tmp_path, 9, 10)
-
-    prepare_output_dir(arguments(tmp_path, resume_from_checkpoint="true"), overwrite=False)
-
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
-
-
-def test_true_goes_on_from_the_last_checkpoint_and_a_path_from_that_one(tmp_path):
-    checkpoints(tmp_path, 9, 10)
-    nine = str(tmp_path / "checkpoint-9")
-
-    assert resume_from(arguments(tmp_path, resume_from_checkpoint="true")) == str(tmp_path / "checkpoint-10")
-    assert resume_from(arguments(tmp_path / "other", resume_from_checkpoint=nine)) == nine
-    assert resume_from(arguments(tmp_path)) is None
-
-
-@pytest.mark.parametrize("value", ["true", "checkpoint-77", "."])
-def test_a_checkpoint_that_is_not_there_is_an_error_before_the_folder_is_made(tmp_path, monkeypatch, value):
-    monkeypatch.chdir(tmp_path)
-
-    with pytest.raises(RecipeError) as error:
-        prepare_output_dir(arguments("run", resume_from_checkpoint=value), overwrite=False)
-
-    assert str(error.value) == (
-        f"{'run' if value == 'true' else value}: no checkpoint to go on from; "
-        "fix: leave out --resume_from_checkpoint, or name a checkpoint-N folder"
-    )
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("value", ["false", "False"])
-def test_resume_false_is_no_resume(tmp_path, value):
-    (tmp_path / "checkpoint-1").mkdir()
-
-    with pytest.raises(RecipeError):
-        prepare_output_dir(arguments(tmp_path, resume_from_checkpoint=value), overwrite=False)
-
-
-def test_older_runs_are_numbered(tmp_path):
-    for content in ("first", "second"):
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / content).touch()
-        prepare_output_dir(arguments(tmp_path / "run"), overwrite=True)
-        (tmp_path / "run").rmdir()
-
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*/*")) == [
-        "run.old-1/first",
-        "run.old-2/second",
-    ]
 
 
 def test_move_aside_says_where_to(tmp_path):
@@ -110,12 +27,46 @@ def test_a_folder_under_a_file_is_a_fault_of_the_environment(tmp_path):
     (tmp_path / "file").touch()
 
     with pytest.raises(EnvironmentFault) as error:
-        prepare_output_dir(arguments(tmp_path / "file" / "run"), overwrite=False)
+        make_writable(tmp_path / "file" / "run")
 
     assert error.value.exit_code == ExitCode.ENVIRONMENT
     assert str(error.value) == (
         f"{tmp_path / 'file' / 'run'}: cannot write to the output folder; got Not a directory"
     )
+
+
+def test_a_new_folder_is_made_with_its_parents_and_left_empty(tmp_path):
+    make_writable(tmp_path / "a" / "b")
+
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def final_model(run) -> None:
+    (run / ".final").mkdir(parents=True)
+    for name in ("model.safetensors", "config.json", "run.json"):
+        (run / ".final" / name).write_text(name)
+
+
+def test_a_sealed_final_model_is_moved_into_the_run(tmp_path):
+    final_model(tmp_path)
+    seal(tmp_path / ".final", {"step": 3})
+    (tmp_path / ".final" / "config.json").replace(tmp_path / "config.json")  # here the process died
+
+    publish(tmp_path)
+
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "config.json": "config.json",
+        "model.safetensors": "model.safetensors",
+        "run.json": "run.json",
+    }
+
+
+def test_a_final_model_that_was_not_sealed_is_deleted(tmp_path):
+    final_model(tmp_path)
+
+    publish(tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_json_is_replaced_whole(tmp_path):
@@ -157,9 +108,7 @@ def test_what_a_refused_start_leaves_behind_does_not_block_the_next(tmp_path):
     """A run that trains its tokenizer writes it before the data are proved."""
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).touch()
-
-    assert prepare_output_dir(arguments(tmp_path), overwrite=False) == tmp_path
-
+    before = is_in_use(tmp_path)
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(RecipeError, match="holds files of an earlier run"):
-        prepare_output_dir(arguments(tmp_path), overwrite=False)
+
+    assert (before, is_in_use(tmp_path)) == (False, True)

@@ -304,9 +304,7 @@ def test_a_run_is_resumed_in_its_own_folder(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 4}
     train(build_recipe(tmp_path, train={**settings, "max_steps": 4}))
 
-    result = train(
-        build_recipe(tmp_path, train={**settings, "max_steps": 8, "resume_from_checkpoint": "true"})
-    )
+    result = train(build_recipe(tmp_path, train={**settings, "max_steps": 8}, resume_override=["max_steps"]))
 
     assert (result["steps_done"], result["tokens_seen"]) == (8, 184)
     entries = [entry["step"] for entry in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in entry]

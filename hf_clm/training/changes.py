@@ -1,0 +1,108 @@
+"""What differs between the run that a checkpoint is of and the run that is to go on from it.
+
+key of the recipe, or fact     differs
+data, tokenizer, template,  }  refused with both values, or
+global_batch, any other key }  named in resume_override: applied
+logging, saving, evaluation    applied
+versions                       applied, with a warning
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hf_clm.config import Recipe
+from hf_clm.recipe_text import leaves
+from hf_clm.trainer_fields import shorten
+
+SHOWN_KEYS = 6  # of those that are refused, in the line of the error
+# Where a run lies and what it says is not what it trains; what is read is compared by its content.
+UNSEEN = re.compile(
+    r"overwrite|resume_override|doctor\.|card\.|data\.cache_dir"
+    r"|data\.(train|eval)\.\d+\.(path|format|fields|template|split|name|revision|limit)\b"
+    r"|train\.(output_dir|resume_from_checkpoint|run_name|disable_tqdm|log_level|report_to|hub_|push_to_hub)"
+)
+# What may change without a word of the user: the batch of all processes together is a fact of its own.
+FREE = re.compile(
+    r"data\.(eval\b|eval_train_rows|max_dropped|max_leakage|max_line_bytes|strict|nul|skip_bad_lines)"
+    r"|samples|early_stopping|processes|train\.(logging_|save_|eval_|per_device_|dataloader_num_workers"
+    r"|dataloader_p|gradient_accumulation_steps|ddp_timeout|use_cpu|load_best|metric_for_best|greater_is)"
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key of the recipe or a fact of the run, with its value in the checkpoint and now."""
+
+    key: str
+    before: Any
+    now: Any
+    fate: Literal["refused", "overridden", "free", "version"]
+
+    def __str__(self) -> str:
+        return f"{self.key} ({shorten(self.before)}, now {shorten(self.now)})"
+
+
+def compare(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, overridden: Sequence[str] = ()
+) -> list[Change]:
+    """Compares two sets of keys or facts; a key that one of them lacks counts as None there.
+
+    ``overridden``: keys, sections or facts that may differ; ``learning_rate`` means ``train.learning_rate``.
+    """
+    return [
+        Change(key, before.get(key), now.get(key), _fate(key, overridden))
+        for key in {**before, **now}
+        if before.get(key) != now.get(key) and not UNSEEN.match(key)
+    ]
+
+
+def compare_versions(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
+    """The packages of another version."""
+    changed = [name for name in now if before.get(name, now[name]) != now[name]]
+    return [Change(f"version of {name}", before[name], now[name], "version") for name in changed]
+
+
+def recipe_keys(recipe: Recipe) -> dict[str, Any]:
+    """The values of a recipe by their dotted key."""
+    return dict(leaves(recipe.model_dump()))
+
+
+def refusal(changes: Sequence[Change]) -> str:
+    """What is refused of the changes, with both values, in a line; empty where nothing is."""
+    refused = [change for change in changes if change.fate == "refused"]
+    more = f" and {len(refused) - SHOWN_KEYS} more" if len(refused) > SHOWN_KEYS else ""
+    return ", ".join(map(str, refused[:SHOWN_KEYS])) + more
+
+
+def to_override(changes: Sequence[Change]) -> str:
+    """The option that applies what is refused."""
+    names = dict.fromkeys(_short(change.key) for change in changes if change.fate == "refused")
+    return f"--resume_override {','.join(names)}"
+
+
+def to_table(changes: Sequence[Change]) -> Iterator[str]:
+    """The changes as lines of columns, under a head."""
+    rows = [("", "in the checkpoint", "now", "")]
+    for change in changes:
+        fate = "warning" if change.fate == "version" else "applied"
+        rows.append((change.key, shorten(change.before), shorten(change.now), fate))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows if changes else []:
+        cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+        yield f"{'':<10}{'  '.join(cells)}".rstrip()
+
+
+def _fate(key: str, overridden: Sequence[str]) -> Literal["refused", "overridden", "free"]:
+    spelled = {*overridden, *(f"train.{name}" for name in overridden)}
+    if any(key == name or key.startswith(f"{name}.") for name in spelled):
+        return "overridden"
+    return "free" if FREE.match(key) else "refused"
+
+
+def _short(key: str) -> str:
+    """How the option spells a key: the sources of the data together, the Trainer's fields bare."""
+    if key.startswith("data.train."):
+        return "data.train"
+    return key.removeprefix("train.")

@@ -1,0 +1,179 @@
+"""Where a run starts: at its beginning, at a checkpoint, or nowhere, as it is done; on all processes alike.
+
+resume_from_checkpoint   nothing in the folder   a run of this recipe    something else
+auto (or nothing)        begins                  goes on, or is done     refused, with what differs
+never (or false)         begins                  refused                 refused
+must (or true)           refused                 goes on, or is done     refused, with what differs
+a checkpoint's path      goes on from that       goes on from that       refused, with what differs
+
+What ``resume_override`` names may differ.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_clm.config import Recipe, load_recipe
+from hf_clm.errors import RecipeError, UserError
+from hf_clm.parts import resolve
+from hf_clm.training.callbacks import write_line
+from hf_clm.training.changes import (
+    Change,
+    compare,
+    compare_versions,
+    recipe_keys,
+    refusal,
+    to_override,
+    to_table,
+)
+from hf_clm.training.checkpoints import (
+    drop_broken,
+    drop_later,
+    newest_sealed,
+    read_seal,
+    require_sound,
+    step_of,
+)
+from hf_clm.training.output import FINAL, is_in_use, make_writable, move_aside, publish
+
+WORDS = {"": "auto", "auto": "auto", "false": "never", "never": "never", "true": "must", "must": "must"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """``result`` is that of a run that is done; else training begins, or goes on from ``checkpoint``."""
+
+    folder: Path
+    checkpoint: Path | None = None
+    result: dict[str, Any] | None = None
+    changes: list[Change] = field(default_factory=list)  # of the recipe
+    overridden: tuple[str, ...] = ()
+
+    def require_same(self, facts: dict[str, Any]) -> Iterator[str]:
+        """Compares data, tokenizer, template, batch and versions with those of the checkpoint.
+
+        Yields the lines that say where training goes on and what differs. Raises RecipeError where that is
+        not overridden.
+        """
+        if self.checkpoint is None:
+            return
+        before = read_seal(self.checkpoint)
+        changes = compare(before.get("facts", {}), facts["facts"], overridden=self.overridden)
+        _require_allowed(changes, self.checkpoint)
+        changes = [*self.changes, *changes]
+        changes += compare_versions(before.get("versions", {}), facts["versions"])
+        yield f"goes on   from {self.checkpoint}{', which differs:' if changes else ''}"
+        yield from to_table(changes)
+
+
+def prepare_start(recipe: Recipe, arguments: TrainingArguments) -> Start:
+    """Makes the output folder and finds where to start; rank 0 moves aside what does not count.
+
+    Raises RecipeError for a folder in use, a checkpoint that is not there, and a recipe that differs;
+    EnvironmentFault for a folder that cannot be written.
+    """
+    with arguments.main_process_first(local=False, desc="preparing the output folder"):
+        if arguments.process_index == 0:
+            _tidy(recipe, arguments)
+        start = _find_start(recipe, arguments)
+        if arguments.process_index == 0:
+            make_writable(start.folder)
+    return start
+
+
+def has_ended(checkpoint: Path, steps: int) -> bool:
+    """Whether no step of training is left behind a checkpoint."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"] >= steps
+
+
+def _word(arguments: TrainingArguments) -> str:
+    """``auto``, ``never``, ``must``, or a path."""
+    value = str(arguments.resume_from_checkpoint or "")
+    return WORDS.get(value.lower(), value)
+
+
+def _tidy(recipe: Recipe, arguments: TrainingArguments) -> None:
+    """Moves aside an older run (``overwrite``) or broken checkpoints, and ends an interrupted final save.
+
+    What is refused stays as it is.
+    """
+    folder, word = Path(str(arguments.output_dir)), _word(arguments)
+    is_path = word not in WORDS.values()
+    is_own = is_path and Path(word).resolve().parent == folder.resolve()
+    if is_path:
+        require_sound(Path(word))
+    if not is_in_use(folder):
+        return
+    if recipe.overwrite and word != "must" and not is_own:
+        move_aside(folder)
+        return
+    if word == "never" or (is_path and not is_own):
+        return
+    checkpoint = Path(word) if is_own else newest_sealed(folder)
+    _require_allowed(_changes(recipe, arguments, checkpoint=checkpoint), checkpoint or folder)
+    if is_own:
+        for line in drop_later(folder, step_of(Path(word))):
+            write_line(line)
+        shutil.rmtree(folder / FINAL, ignore_errors=True)
+        return
+    publish(folder)
+    for line in drop_broken(folder):
+        write_line(line)
+
+
+def _find_start(recipe: Recipe, arguments: TrainingArguments) -> Start:
+    folder, word = Path(str(arguments.output_dir)), _word(arguments)
+    checkpoint = newest_sealed(folder) if word in WORDS.values() else Path(word)
+    is_used = is_in_use(folder)
+    if word == "must" and (checkpoint is None or not is_used):
+        fix = "leave out --resume_from_checkpoint, or name a checkpoint-N folder"
+        raise RecipeError("no checkpoint to go on from", where=str(folder), fix=fix)
+    if not is_used and word in ("auto", "never"):
+        return Start(folder)
+    is_elsewhere = checkpoint is not None and checkpoint.resolve().parent != folder.resolve()
+    if is_used and (word == "never" or is_elsewhere):
+        fix = "another --output_dir; --overwrite moves it; --resume_from_checkpoint auto goes on with it"
+        raise RecipeError("the output folder holds files of an earlier run", where=str(folder), fix=fix)
+    changes = _changes(recipe, arguments, checkpoint=checkpoint)
+    _require_allowed(changes, checkpoint or folder)
+    overridden = tuple(recipe.resume_override)
+    run = folder / "run.json"
+    facts = json.loads(run.read_text("utf-8")) if run.is_file() and word in WORDS.values() else {}
+    trains_on = any(change.fate == "overridden" for change in changes)
+    is_done = facts.get("status") == "done" and not trains_on
+    return Start(folder, checkpoint, facts if is_done else None, changes, overridden)
+
+
+def _changes(recipe: Recipe, arguments: TrainingArguments, *, checkpoint: Path | None) -> list[Change]:
+    """What of the recipe differs from that of the checkpoint, or of the folder that holds none yet.
+
+    Raises RecipeError for a folder that holds no run.
+    """
+    folder = Path(str(arguments.output_dir))
+    now = recipe_keys(resolve(recipe, arguments))
+    before = read_seal(checkpoint).get("recipe") if checkpoint else None
+    if checkpoint is None:
+        try:
+            before = recipe_keys(load_recipe(folder / "recipe.yaml"))
+        except UserError as error:
+            what = "the output folder holds files of an earlier run, and no recipe of one that could go on"
+            raise RecipeError(
+                what, where=str(folder), fix="another --output_dir; --overwrite moves it"
+            ) from error
+    overridden = recipe.resume_override if checkpoint else ()
+    return compare(before or {}, now, overridden=overridden) if before else []
+
+
+def _require_allowed(changes: list[Change], where: Path) -> None:
+    if not (text := refusal(changes)):
+        return
+    fix = f"{to_override(changes)} applies what is given now; --overwrite begins again"
+    if step_of(where) < 0:  # nothing was saved yet
+        fix = "--overwrite begins again; or another --output_dir"
+    raise RecipeError(f"not the run of this recipe: {text}", where=str(where), fix=fix)

@@ -1,0 +1,89 @@
+"""kill -9 at any point of a save: the same command goes on and ends in the same run, bit by bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from runs import dropout_recipe, finish_run, read_metrics, same_weights
+
+from hf_clm.training.checkpoints import fault_of, find_checkpoints
+
+# In the order of a save; the last two are in that of the model at the end.
+POINTS = [
+    *("after:model", "after:optimizer", "after:random state", "after:files"),
+    *("before:seal", "within:seal", "after:seal", "within:rotation"),
+    *("after:final", "moved:model.safetensors"),
+]
+LIMIT = {"train": {"save_total_limit": 2}}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    dropout_recipe(folder)
+    assert finish_run(folder, **LIMIT) == 0, (folder / "out.txt").read_text()
+    return folder
+
+
+@pytest.fixture
+def place(whole, tmp_path) -> Path:
+    """A folder with the same model and data and no run."""
+    shutil.copytree(whole / "model", tmp_path / "model")
+    return tmp_path
+
+
+def check_equal(place: Path, whole: Path) -> None:
+    run, expected = place / "run", whole / "run"
+    assert json.loads((run / "run.json").read_text())["status"] == "done"
+    assert same_weights(run, expected)
+    assert read_metrics(run) == read_metrics(expected)
+    left = {path.name: fault_of(path) for path in find_checkpoints(run)}
+    assert left == {"checkpoint-8": "", "checkpoint-9": ""}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_run_that_is_killed_in_a_save_goes_on_and_is_the_uninterrupted_one(whole, place, point):
+    assert finish_run(place, fault=point, **LIMIT) == -9
+    assert not (place / "run" / "model.safetensors").exists() or point.startswith("moved")
+
+    assert finish_run(place, **LIMIT) == 0, (place / "out.txt").read_text()
+
+    check_equal(place, whole)
+
+
+def test_the_log_events_of_the_uninterrupted_run(whole):
+    steps = [entry["step"] for entry in read_metrics(whole / "run") if "loss" in entry]
+
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_a_run_that_died_behind_its_last_checkpoint_is_finished_without_a_step(whole, place):
+    assert finish_run(place, fault="after:final", **LIMIT) == -9
+    shutil.rmtree(place / "run" / ".final")  # as if it had died before that was sealed
+
+    assert finish_run(place, **LIMIT) == 0
+
+    assert "goes on   from" in (place / "out.txt").read_text()
+    check_equal(place, whole)
+
+
+@pytest.mark.parametrize("files", range(1, 10))
+def test_a_save_that_was_cut_off_after_any_file_does_not_count(whole, place, files):
+    """The first of the nine files, in the order of their writing."""
+    assert finish_run(place, fault="after:final", **LIMIT) == -9
+    run = place / "run"
+    shutil.rmtree(run / ".final")
+    last = run / "checkpoint-9"
+    written = sorted(
+        (p for p in last.iterdir() if p.name != "SEALED.json"), key=lambda p: p.stat().st_mtime_ns
+    )
+    assert len(written) == 9
+    (last / "SEALED.json").unlink()
+    for path in written[files:]:
+        path.unlink()
+
+    assert finish_run(place, **LIMIT) == 0, (place / "out.txt").read_text()
+
+    assert "checkpoint checkpoint-9: not sealed: its save was cut off" in (place / "out.txt").read_text()
+    check_equal(place, whole)

@@ -1,0 +1,74 @@
+"""Runs in processes of their own that are killed, and what is left of them."""
+
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import build_recipe, byte_tokenizer, save_folder, tiny_model
+from safetensors.torch import load_file
+
+RECORDS = [{"instruct": f"say {n}", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 14)]
+OF_THE_CLOCK = ("seconds", "per_second", "mfu", "peak_memory_bytes", "runtime")
+SERVER = multiprocessing.get_context("forkserver")  # has imported everything, and has no threads yet
+SERVER.set_forkserver_preload(["hf_clm.training.run", "helpers"])
+
+
+def dropout_recipe(folder: Path, **changes: Any) -> Any:
+    """9 steps of a tiny GPT-2 with dropout over 13 rows, saved at 2, 4, 6, 8 and 9."""
+    if not (folder / "model").exists():
+        model = tiny_model("gpt2", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+        save_folder(folder / "model", model, byte_tokenizer())
+    settings = {"max_steps": 9, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+    train = settings | changes.pop("train", {})
+    return build_recipe(
+        folder, RECORDS, model={"name_or_path": str(folder / "model")}, train=train, **changes
+    )
+
+
+def start_run(folder: Path, *, fault: str = "", **changes: Any) -> Any:
+    """A process that trains; ``fault``: the point at which it kills itself. Its output is in out.txt."""
+    process = SERVER.Process(target=_train, args=(folder, fault, changes))
+    process.start()
+    return process
+
+
+def _train(folder: Path, fault: str, changes: dict[str, Any]) -> None:
+    from hf_clm.errors import UserError
+    from hf_clm.training.run import train
+
+    os.environ["HF_CLM_FAULT"] = fault
+    torch.set_num_threads(1)
+    with (folder / "out.txt").open("a", buffering=1) as out:
+        sys.stdout = sys.stderr = out
+        try:
+            train(dropout_recipe(folder, **changes))
+        except UserError as error:
+            print(f"error: {error}")
+            sys.exit(int(error.exit_code))
+
+
+def finish_run(folder: Path, **options: Any) -> int | None:
+    """Runs to the end or the fault; returns the exit code, -9 for kill -9."""
+    process = start_run(folder, **options)
+    process.join()
+    return process.exitcode
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl without what the clock decides."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in entry.items() if not key.endswith(OF_THE_CLOCK)}
+        for entry in map(json.loads, lines)
+    ]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same model, bit by bit."""
+    found = [load_file(folder / "model.safetensors") for folder in (one, other)]
+    assert found[0].keys() == found[1].keys()
+    return all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())

@@ -1,0 +1,248 @@
+"""Where a run starts: at its beginning, at a checkpoint that counts, or nowhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+
+from hf_clm.config import recipe_to_yaml
+from hf_clm.errors import RecipeError
+from hf_clm.parts import resolve, training_arguments
+from hf_clm.training.changes import Change, recipe_keys
+from hf_clm.training.checkpoints import seal
+from hf_clm.training.start import Start, prepare_start
+
+
+def build(folder: Path, **changes: Any):
+    recipe = helpers.build_recipe(folder, [], model={"name_or_path": "any"}, **changes)
+    return recipe, training_arguments(recipe)
+
+
+def sealed(run: Path, step: int) -> None:
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir()
+    for name, text in {"trainer_state.json": "{}", "optimizer.pt": "optimizer"}.items():
+        (folder / name).write_text(text)
+    recipe = recipe_keys(resolve(*build(run.parent)))
+    known = {"recipe": recipe, "facts": FACTS, "versions": VERSIONS}
+    seal(folder, {"step": step, "is_resumable": True, **known})
+
+
+def begun(folder: Path, *steps: int, status: str = "running") -> Path:
+    """A run of the recipe of ``build`` that has sealed these steps."""
+    run = folder / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(recipe_to_yaml(resolve(*build(folder))))
+    (run / "run.json").write_text(json.dumps({"status": status}))
+    for step in steps:
+        sealed(run, step)
+    return run
+
+
+def start(folder: Path, **train: Any) -> Start:
+    return prepare_start(*build(folder, train=train))
+
+
+def test_a_new_folder_is_a_beginning(tmp_path):
+    assert start(tmp_path) == Start(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_the_same_command_goes_on_from_the_last_step_by_number(tmp_path):
+    run = begun(tmp_path, 9, 10)
+
+    found = start(tmp_path, logging_steps=3)
+
+    assert (found.folder, found.checkpoint, found.result) == (run, run / "checkpoint-10", None)
+
+
+def test_a_damaged_checkpoint_is_named_moved_aside_and_the_one_before_is_taken(tmp_path, capsys):
+    run = begun(tmp_path, 9, 10)
+    (run / "checkpoint-10" / "optimizer.pt").write_bytes(b"optimizeR")
+
+    assert start(tmp_path).checkpoint == run / "checkpoint-9"
+    assert capsys.readouterr().out == (
+        "checkpoint checkpoint-10: optimizer.pt is not what was saved (sha256); "
+        "moved to checkpoint-10.broken\n"
+    )
+    assert (run / "checkpoint-10.broken" / "optimizer.pt").is_file()
+
+
+def test_a_run_without_a_checkpoint_begins_again(tmp_path):
+    run = begun(tmp_path)
+
+    assert start(tmp_path) == Start(run)
+
+
+def test_a_run_that_is_done_is_left_as_it_is(tmp_path):
+    begun(tmp_path, 10, status="done")
+
+    assert start(tmp_path).result == {"status": "done"}
+
+
+@pytest.mark.parametrize("word", ["must", "true"])
+def test_must_leaves_a_run_that_is_done_as_it_is_too(tmp_path, word):
+    begun(tmp_path, 10, status="done")
+
+    assert start(tmp_path, resume_from_checkpoint=word).result == {"status": "done"}
+
+
+def test_a_run_that_is_done_trains_on_for_more_steps_where_the_user_says_so(tmp_path):
+    run = begun(tmp_path, 10, status="done")
+
+    found = prepare_start(*build(tmp_path, train={"max_steps": 20}, resume_override=["max_steps"]))
+
+    assert (found.checkpoint, found.result) == (run / "checkpoint-10", None)
+    assert found.changes == [Change("train.max_steps", None, 20, "overridden")]
+
+
+def test_another_recipe_is_refused_with_both_values(tmp_path):
+    run = begun(tmp_path, 10)
+
+    with pytest.raises(RecipeError) as error:
+        prepare_start(*build(tmp_path, train={"learning_rate": 0.5}, data={"max_length": 32}))
+
+    assert str(error.value) == (
+        f"{run / 'checkpoint-10'}: not the run of this recipe: data.max_length (64, now 32), "
+        "train.learning_rate (0.001, now 0.5); fix: --resume_override data.max_length,learning_rate applies "
+        "what is given now; --overwrite begins again"
+    )
+
+
+def test_another_recipe_is_refused_where_nothing_was_saved_yet(tmp_path):
+    run = begun(tmp_path)
+
+    with pytest.raises(RecipeError) as error:
+        start(tmp_path, learning_rate=0.5)
+
+    assert str(error.value) == (
+        f"{run}: not the run of this recipe: train.learning_rate (0.001, now 0.5); "
+        "fix: --overwrite begins again; or another --output_dir"
+    )
+
+
+def test_what_is_refused_stays_as_it_is(tmp_path):
+    run = begun(tmp_path, 9, 10)
+    (run / "checkpoint-10" / "optimizer.pt").write_bytes(b"optimizeR")
+
+    with pytest.raises(RecipeError):
+        start(tmp_path, learning_rate=0.5)
+
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-9"]
+
+
+@pytest.mark.parametrize("word", ["auto", "never", "false", "False"])
+def test_files_of_no_run_are_refused(tmp_path, word):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").touch()
+
+    with pytest.raises(RecipeError, match=r"run: the output folder holds files.*--overwrite moves it"):
+        start(tmp_path, resume_from_checkpoint=word)
+
+
+def test_never_refuses_a_run_that_could_go_on(tmp_path):
+    begun(tmp_path, 10)
+
+    with pytest.raises(RecipeError, match="holds files of an earlier run; fix"):
+        start(tmp_path, resume_from_checkpoint="never")
+
+
+def test_overwrite_moves_the_run_aside_and_begins(tmp_path):
+    begun(tmp_path, 10)
+
+    assert prepare_start(*build(tmp_path, overwrite=True)) == Start(tmp_path / "run")
+    assert (tmp_path / "run.old-1" / "checkpoint-10").is_dir()
+
+
+def test_a_named_checkpoint_is_taken_and_later_ones_are_moved_aside(tmp_path):
+    run = begun(tmp_path, 9, 10)
+    nine = run / "checkpoint-9"
+
+    assert start(tmp_path, resume_from_checkpoint=str(nine)) == Start(run, nine)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-10.later", "checkpoint-9"]
+
+
+def test_a_run_elsewhere_goes_on_in_a_new_folder_and_in_no_used_one(tmp_path):
+    nine = begun(tmp_path, 9) / "checkpoint-9"
+    other = tmp_path / "other"
+    settings = {"resume_from_checkpoint": str(nine), "output_dir": str(other)}
+
+    assert start(tmp_path, **settings) == Start(other, nine)
+    (other / "metrics.jsonl").touch()
+    with pytest.raises(RecipeError, match=r"other: the output folder holds files of an earlier run"):
+        start(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("value", ["must", "checkpoint-77", "."])
+def test_a_checkpoint_that_is_not_there_is_an_error_before_the_folder_is_made(tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(RecipeError) as error:
+        start(tmp_path, resume_from_checkpoint=value)
+
+    assert str(error.value) == (
+        f"{tmp_path / 'run' if value == 'must' else value}: no checkpoint to go on from; "
+        "fix: leave out --resume_from_checkpoint, or name a checkpoint-N folder"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+FACTS = {"data": "13 rows", "tokenizer": "t", "template": "c", "global_batch": 4, "processes": 2}
+VERSIONS = {"torch": "2.13.0", "transformers": "5.17.0"}
+
+
+def facts(**changes: Any) -> dict[str, Any]:
+    return {"facts": {**FACTS, **changes}, "versions": VERSIONS | {"torch": "2.12.0"}}
+
+
+@pytest.mark.parametrize("name", ["data", "tokenizer", "template", "global_batch"])
+def test_a_fact_that_differs_is_refused_with_both_values(tmp_path, name):
+    run = begun(tmp_path, 9)
+
+    with pytest.raises(RecipeError) as error:
+        list(start(tmp_path).require_same(facts(**{name: 7})))
+
+    before = FACTS[name] if name == "global_batch" else repr(FACTS[name])
+    assert str(error.value) == (
+        f"{run / 'checkpoint-9'}: not the run of this recipe: {name} ({before}, now 7); "
+        f"fix: --resume_override {name} applies what is given now; --overwrite begins again"
+    )
+
+
+def test_what_differs_is_shown_in_a_table(tmp_path):
+    run = begun(tmp_path, 9)
+    changes = {
+        "train": {"learning_rate": 0.5, "logging_steps": 3},
+        "resume_override": ["learning_rate", "data"],
+    }
+
+    found = prepare_start(*build(tmp_path, **changes))
+
+    assert list(found.require_same(facts(data="14 rows", processes=1))) == [
+        f"goes on   from {run / 'checkpoint-9'}, which differs:",
+        "                               in the checkpoint  now",
+        "          train.logging_steps  1                  3          applied",
+        "          train.learning_rate  0.001              0.5        applied",
+        "          data                 '13 rows'          '14 rows'  applied",
+        "          processes            2                  1          applied",
+        "          version of torch     '2.13.0'           '2.12.0'   warning",
+    ]
+
+
+def test_where_nothing_differs_there_is_no_table(tmp_path):
+    run = begun(tmp_path, 9)
+
+    lines = list(start(tmp_path).require_same({"facts": FACTS, "versions": VERSIONS}))
+
+    assert lines == [f"goes on   from {run / 'checkpoint-9'}"]
+
+
+def test_the_files_may_lie_elsewhere(tmp_path):
+    """Data are compared by their content."""
+    run = begun(tmp_path, 9)
+
+    found = prepare_start(*build(tmp_path, data={"train": [{"path": "moved.jsonl", "format": "instruct"}]}))
+
+    assert found == Start(run, run / "checkpoint-9")
