@@ -70,7 +70,7 @@ def read_share(
     for number in range(start.file, len(files)):
         file, first = files[number], start.at if number == start.file else 0
         part = share
-        if _goes_whole(file, len(files), share):
+        if _goes_whole(file, is_many=len(files) >= FILES_A_SHARD * share.count):
             if not share.holds(number):
                 continue
             part = WHOLE
@@ -133,10 +133,9 @@ def _is_divisible(file: str) -> bool:
     return file.lower().endswith((*LINES, ".parquet"))
 
 
-def _goes_whole(file: str, files: int, share: Share) -> bool:
-    """Whether one shard reads the file alone; a text is one record."""
-    is_many = files >= FILES_A_SHARD * share.count and not _is_divisible(file)
-    return is_many or suffix(file) == ".txt"
+def _goes_whole(file: str, *, is_many: bool) -> bool:
+    """Whether one shard reads the file alone, which is one of many or not; a text is one record."""
+    return suffix(file) == ".txt" or (is_many and not _is_divisible(file))
 
 
 def take_some(found: Iterator[Found], *, documents: int, characters: int) -> tuple[list[Found], bool]:

@@ -215,9 +215,7 @@ def test_changed_files_and_a_checkpoint_without_a_position_are_refused(tmp_path)
     recipe = build_recipe(tmp_path)
     (tmp_path / "2.jsonl").write_text('{"text": "another"}\n')
 
-    with pytest.raises(
-        RecipeError, match=r"cannot go on: files was .*fix: files of the same names"
-    ):
+    with pytest.raises(RecipeError, match=r"cannot go on: files was .*fix: files of the same names"):
         stream(recipe).read_state(tmp_path)
 
 
