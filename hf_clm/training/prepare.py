@@ -23,9 +23,7 @@ from hf_clm.training.proof import Proof, prove_data
 
 POLL_SECONDS = 0.2
 SHOWN_LETTERS = 12  # of a key
-STREAMED = (
-    f"stream    read while it trains; checked and counted here: the first {HEAD:,} documents of a source"
-)
+STREAMED = f"stream    read while it trains; checked before: the first {HEAD:,} documents of each source"
 
 
 @dataclass

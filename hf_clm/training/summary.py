@@ -171,7 +171,7 @@ def start_lines(facts: RunFacts) -> list[str]:
     lines = [
         f"recipe    {facts.recipe.file or 'made in Python'}, stage {facts.recipe.stage}",
         f"model     {kind}, {origin}, {model.num_parameters():,} parameters",
-        f"data      {_describe(train)}",
+        f"data      {'the first of a stream: ' if facts.recipe.data.streaming else ''}{_describe(train)}",
     ]
     if facts.recipe.lora:
         trained = facts.trained_parameters
@@ -227,11 +227,12 @@ def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:
 
 
 def stream_line(totals: dict[str, Any]) -> str:
-    """What was read of a stream, and what became of it."""
+    """What was read of a stream, block by block, and what became of it."""
     fates = ", ".join(f"{count:,} {fate}" for fate, count in totals["fates"].items())
     least, most = totals["passes"]
     passes = f"{least}" if least == most else f"{least} to {most}"
-    return f"stream    {fates}; {totals['shards']} shards, whole passes over their documents: {passes}"
+    how = f"by {totals['shards']} workers, " if totals["shards"] > 1 else ""
+    return f"stream    {totals['documents']:,} documents read ({fates}), {how}whole passes: {passes}"
 
 
 def versions() -> dict[str, str]:

@@ -1,18 +1,23 @@
 """Rows that are made while training: those of the prepared path, each document once a pass."""
 
 import json
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import byte_tokenizer, write_jsonl
+from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+from pydantic import ValidationError
 
+from hf_clm.cli import main
 from hf_clm.config import Recipe
 from hf_clm.data.build import build_split, load_splits
 from hf_clm.data.streaming import Division, StreamedRows, load_head, read_blocks, stream_identity
 from hf_clm.errors import DataError, RecipeError
+from hf_clm.parts import build_stream
 
 TOKENIZER = byte_tokenizer()
 # 23 documents of 1 to 40 letters; the first two of each name it.
@@ -293,3 +298,95 @@ def test_the_head_is_the_first_thousand_documents_of_each_source(tmp_path):
     assert head.places[999:1001] == [f"{tmp_path}/1.jsonl:1000", f"{tmp_path}/2.jsonl:1"]
     assert evaluation is not None
     assert len(evaluation) == 3
+
+
+def test_all_commands_say_that_they_look_at_the_head_and_prepare_refuses(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    build_recipe(tmp_path)
+    save_folder(tmp_path / "m", tiny_model(), TOKENIZER)
+    (tmp_path / "recipe.yaml").write_text(
+        "stage: pretrain\nmodel: {name_or_path: ./m}\ndata: {train: '[12].jsonl', streaming: true, max_length: 48}\n"
+        "train: {output_dir: run, max_steps: 5, use_cpu: true}\n"
+    )
+
+    codes = [main([command, "recipe.yaml"]) for command in ("inspect", "doctor", "prepare")]
+
+    said = capsys.readouterr()
+    assert codes == [0, 0, 2]
+    assert "stream: the first 1,000 documents of each source" in said.out
+    assert "8 rows of a stream; what is said here is of its first documents" in said.out
+    assert said.err == (
+        "error: data.streaming: nothing is prepared of a stream; "
+        "fix: hf-clm train reads it, and prepares data.eval alone; or set data.streaming to false\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"train": {"max_steps": -1}},
+            "data.streaming needs train.max_steps: the length of a stream is not known",
+        ),
+        (
+            {"data": {"eval_fraction": 0.1}},
+            "data.eval_fraction is chosen from all examples, which nobody has",
+        ),
+        ({"data": {"duplicates": "drop"}}, "data.duplicates: drop compares all examples, which nobody has"),
+        (
+            {"data": {"train": [{"path": "a", "limit": 3}]}},
+            "a shard of a stream does not know how many were read",
+        ),
+        (
+            {"model": {"init": "scratch", "config": {"model_type": "gpt2"}}, "tokenizer": {"train": {}}},
+            "tokenizer.train reads all of the data, which nobody has of a stream",
+        ),
+        (
+            {"train": {"train_sampling_strategy": "group_by_length"}},
+            "train.train_sampling_strategy and data.streaming exclude each other: no other order is known",
+        ),
+        (
+            {"train": {"save_strategy": "epoch"}},
+            "train.save_strategy and data.streaming exclude each other: no end of an epoch is known; use steps",
+        ),
+        (
+            {"train": {"torch_compile": True}},
+            "train.torch_compile and data.streaming exclude each other: the longest batch is not known",
+        ),
+    ],
+)
+def test_what_needs_all_of_the_data_is_refused(changes, message):
+    sections: dict[str, Any] = {
+        "stage": "pretrain",
+        "model": {"name_or_path": "m"},
+        "data": {"train": ["a.jsonl"], "streaming": True},
+        "train": {"output_dir": "run", "max_steps": 5},
+    }
+    for name, change in changes.items():
+        sections[name] = change if name == "model" else {**sections.get(name, {}), **change}
+
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        Recipe.model_validate(sections)
+
+
+def test_the_rows_of_a_run_are_of_as_many_shards_as_there_are_workers_of_all_processes(tmp_path):
+    recipe = build_recipe(tmp_path)
+    arguments: Any = SimpleNamespace(
+        max_steps=5,
+        train_batch_size=2,
+        gradient_accumulation_steps=3,
+        world_size=4,
+        dataloader_num_workers=2,
+        seed=7,
+        data_seed=None,
+        train_sampling_strategy="random",
+    )
+
+    rows = build_stream(recipe, TOKENIZER, arguments=arguments)
+
+    assert rows is not None
+    assert rows.division == Division(rows=120, batch_rows=2, shards=8)
+    assert rows.seed == 7
+    arguments.train_sampling_strategy, arguments.dataloader_num_workers = "sequential", 0
+    assert build_stream(recipe, TOKENIZER, arguments=arguments).seed is None
+    assert len(build_stream(recipe, TOKENIZER, arguments=arguments).positions) == 4
