@@ -39,7 +39,7 @@ from hf_clm.data.shares import BEGIN, WHOLE, Found, Mark, Share, list_files, rea
 from hf_clm.errors import DataError, RecipeError
 
 HEAD = 1000  # documents of each source that are read and proved before the first step
-CHARACTERS = 1 << 24  # of a block's records at most, but for the last of them: so memory stays flat
+CHARACTERS = 1 << 22  # of a block's records at most, but for the last of them: so memory stays flat
 STATE = "stream_state_{}.json"  # of a rank, in a checkpoint
 UNREADABLE = "unreadable"
 OF_WORKERS = "hf_clm.errors.DataError: "

