@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from hf_clm.options import (
     add_chat_options,
     add_evaluate_options,
     add_generate_options,
+    add_prepare_options,
     add_serve_options,
     at_least,
     writable,
@@ -81,18 +83,29 @@ def run_train(words: list[str]) -> None:
 
 
 def run_prepare(words: list[str]) -> None:
-    """RECIPE [--key value ...]: tokenize, pack and prove the data once; train finds them ready"""
-    from hf_clm.config import load_recipe, recipe_help
+    """RECIPE [--shard i/n | --merge] [--key value ...]: tokenize, pack and prove the data once"""
+    parser = _parser("prepare")
+    add_prepare_options(parser)
+    if "-h" in words or "--help" in words:
+        from hf_clm.config import recipe_help
 
-    recipe, overrides = _recipe_words(words, "prepare")
-    if recipe is None:
-        print(recipe_help())
+        print(f"{parser.format_help()}\n{recipe_help()}")
         return
-    loaded = load_recipe(recipe, overrides)
-    _quiet_libraries()
-    from hf_clm.training.prepare import prepare_recipe
+    options, overrides = parser.parse_known_args(words)
+    from hf_clm.config import load_recipe
 
-    print("\n".join(prepare_recipe(loaded)))
+    recipe = load_recipe(options.recipe, overrides)
+    _quiet_libraries()
+    from hf_clm.data.division import to_shard
+    from hf_clm.training.prepare import merge_recipe, prepare_recipe, prepare_shard
+
+    if options.shard:
+        lines = prepare_shard(recipe, to_shard(options.shard))
+    elif options.merge:
+        lines = merge_recipe(recipe, command=shlex.join(["hf-clm", "prepare", options.recipe, *overrides]))
+    else:
+        lines = prepare_recipe(recipe)
+    print("\n".join(lines))
 
 
 def run_config(words: list[str]) -> None:

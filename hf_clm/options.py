@@ -25,6 +25,16 @@ class Parser(argparse.ArgumentParser):
         )
 
 
+def add_prepare_options(parser: Parser) -> None:
+    """Those of ``hf-clm prepare``; the others are overrides of the recipe."""
+    parser.add_argument("recipe")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument(
+        "--shard", metavar="i/n", help="prepare the i-th of n parts, counted from 1: one on each machine"
+    )
+    one.add_argument("--merge", action="store_true", help="join the n parts in data.cache_dir")
+
+
 def add_generate_options(parser: Parser) -> None:
     """Those of ``hf-clm generate``."""
     parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")

@@ -27,7 +27,7 @@ from hf_clm.config import Recipe, training_values
 from hf_clm.data.build import AnyDataset, Examples, texts_of
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.data.packing import PackedDataset
-from hf_clm.data.streaming import Division, StreamedRows, read_blocks, stream_identity
+from hf_clm.data.streaming import StreamedRows, StreamPlan, read_blocks, stream_identity
 from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.hardware import bf16_instructions
 from hf_clm.model import build_config, check_packing, init_model, load_config, load_model, max_positions
@@ -90,7 +90,7 @@ def build_stream(
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     stream = StreamedRows(
         partial(read_blocks, recipe=recipe, tokenizer=tokenizer),
-        Division(rows, arguments.train_batch_size, shards),
+        StreamPlan(rows, arguments.train_batch_size, shards),
         seed=seed if arguments.train_sampling_strategy == "random" else None,
         max_dropped=recipe.data.max_dropped,
         identity=stream_identity(recipe),

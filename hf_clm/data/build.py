@@ -35,6 +35,7 @@ from hf_clm.tokenizer import find_unknown, unique_ids, unknown_id
 SHOWN_LETTERS = 8  # of a word that the tokenizer cannot spell
 SHOWN_DROPS = 3  # an error lists the first few rows, not thousands
 
+AnyExample = Example | TokenizedExample
 AnyDataset = TokenizedDataset | PackedDataset
 
 
@@ -81,6 +82,11 @@ class Split:
     def id_counts(self) -> np.ndarray:
         """(V,) int64, how often each id stands in the set; V is the largest id and one."""
         return count_ids(self.rows.rows.input_ids)
+
+    @cached_property
+    def least_id(self) -> int:
+        """0, or a negative id, which no embedding has a row for."""
+        return int(self.rows.rows.input_ids.min(initial=0))
 
     @cached_property
     def label_counts(self) -> np.ndarray:
@@ -176,24 +182,32 @@ def split_examples(examples: Examples, eval_fraction: float, *, seed: int) -> tu
     parts would be empty.
     """
     alone = examples.examples[0] if len(examples) == 1 else None
-    if isinstance(alone, TextExample):
-        cut = round(len(alone.text) * (1 - eval_fraction))
-        if alone.text[:cut].strip() and alone.text[cut:].strip():
-            return split_text(examples, alone.text, cut=cut)
-    held_out = round(len(examples) * eval_fraction)
-    if not 0 < held_out < len(examples):
-        what = f"eval_fraction {eval_fraction} of {len(examples)} examples leaves {held_out} to evaluate on"
-        raise DataError(what, where="data.eval_fraction", fix="raise it, or name data.eval")
-    order = np.random.default_rng(seed).permutation(len(examples))
-    chosen = set(order[:held_out].tolist())
-    kept, held = (i for i in range(len(examples)) if i not in chosen), sorted(chosen)
+    parts = isinstance(alone, TextExample) and split_text(examples, alone.text, fraction=eval_fraction)
+    if parts:
+        return parts
+    is_held_out = hold_out(len(examples), eval_fraction, seed=seed)
+    kept, held = np.flatnonzero(~is_held_out).tolist(), np.flatnonzero(is_held_out).tolist()
     return examples.select(kept), without_report(examples.select(held))
 
 
-def split_text(examples: Examples, text: str, *, cut: int) -> tuple[Examples, Examples]:
-    """A single text up to the character ``cut``, and the rest."""
-    parts = [replace(examples, examples=[TextExample(part)]) for part in (text[:cut], text[cut:])]
-    return parts[0], without_report(parts[1])
+def hold_out(count: int, eval_fraction: float, *, seed: int) -> np.ndarray:
+    """(count,) bool, which examples are held out. Raises DataError where that, or the rest, is nothing."""
+    held_out = round(count * eval_fraction)
+    if not 0 < held_out < count:
+        what = f"eval_fraction {eval_fraction} of {count} examples leaves {held_out} to evaluate on"
+        raise DataError(what, where="data.eval_fraction", fix="raise it, or name data.eval")
+    found = np.zeros(count, dtype=bool)
+    found[np.random.default_rng(seed).permutation(count)[:held_out]] = True
+    return found
+
+
+def split_text(examples: Examples, text: str, *, fraction: float) -> tuple[Examples, Examples] | None:
+    """A single text without its end, and the end; None where one of them would be empty."""
+    cut = round(len(text) * (1 - fraction))
+    if not text[:cut].strip() or not text[cut:].strip():
+        return None
+    kept, held = (replace(examples, examples=[TextExample(part)]) for part in (text[:cut], text[cut:]))
+    return kept, without_report(held)
 
 
 def without_report(examples: Examples) -> Examples:
@@ -271,10 +285,15 @@ def pack_rows(
     rows: TokenizedDataset, recipe: Recipe, *, pieces: Pieces | None = None
 ) -> TokenizedDataset | PackedDataset:
     """What is trained on: the rows themselves, or packed ones; ``pieces`` if they were packed before."""
+    capacity, kind = packing_of(recipe)
+    return PackedDataset(rows, max_length=capacity, packing=kind, pieces=pieces) if capacity else rows
+
+
+def packing_of(recipe: Recipe) -> tuple[int | None, str]:
+    """(tokens of a packed row, best_fit or stream); None for rows that are not packed."""
     packing = recipe.resolved_packing
     capacity = recipe.data.tokens_per_batch if packing == "none" else recipe.data.max_length
-    kind = "stream" if packing == "stream" else "best_fit"
-    return PackedDataset(rows, max_length=capacity, packing=kind, pieces=pieces) if capacity else rows
+    return capacity, "stream" if packing == "stream" else "best_fit"
 
 
 def check_dropped(examples: Examples, fates: Sequence[Fate], *, data: Data) -> None:

@@ -19,7 +19,7 @@ from hf_clm.data.sources import find_files
 from hf_clm.data.store import Stored, open_store
 from hf_clm.data.streaming import load_head
 
-FORMAT_VERSION = 1  # raise it with every change of what is made of the same data: labels, packing, files
+FORMAT_VERSION = 2  # raise it with every change of what is made of the same data: labels, packing, files
 COMMIT = re.compile("[0-9a-f]{40}")
 KEY_LETTERS = 32  # of the sha256, in the name of the folder
 READ_BYTES = 1 << 20
@@ -133,7 +133,7 @@ def _source_content(source: Source, files: list[str]) -> dict[str, Any] | None:
         return {**options, "hub": source.path} if is_pinned else None
     files += found
     try:
-        return {**options, "files": [(_file_type(file), _hash_file(file)) for file in found]}
+        return {**options, "files": [(_file_type(file), hash_file(file)) for file in found]}
     except OSError:  # reading it tells what is wrong
         return None
 
@@ -156,7 +156,8 @@ def _file_type(file: str) -> str:
     return os.path.splitext(inner)[1] + name[len(inner) :]
 
 
-def _hash_file(file: str) -> str:
+def hash_file(file: str) -> str:
+    """sha256 of its content."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(READ_BYTES):

@@ -10,32 +10,33 @@ the decoded ids.
 """
 
 import hashlib
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain, groupby, pairwise, zip_longest
+from itertools import chain, pairwise, zip_longest
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from hf_clm.data.arrays import release
 from hf_clm.data.datasets import TokenizedRows, rare_collection
+from hf_clm.data.expected import LabelOptions, Run, expected_runs
 from hf_clm.data.spelling import spelled_by_template, spelled_by_user, writes_end
 from hf_clm.errors import DataError
-from hf_clm.schema import ChatExample, Example, PromptExample, SegmentsExample, TextExample, TokenizedExample
+from hf_clm.schema import ChatExample, Example, TokenizedExample
 from hf_clm.tokenizer import bos_token, control_pattern, control_tokens
 
 BATCH_ROWS = 1000  # decoded in one call
 SHOWN = 3  # failures in an error
 KEPT = 100  # failures in the certificate
 ENCODED_WHOLE = 2000  # a set of up to so many rows is also encoded again, whole; a larger one by a share
-ENCODED_SHARE = 50  # every 50th row
-
+ENCODED_SHARE = 50  # one in 50
+HASHED_ITEMS = 1 << 20  # at once
 HALF_LETTER = "\ufffd"  # what is left of a letter whose bytes a cut has parted
 
-Run = tuple[str, bool]  # a text, and whether it is learned
 Part = tuple[int, int, bool]  # first token, past the last token, and whether they are learned
 Finding = tuple[int, str, str, str]  # row, check, expected, got
 AnyExample = Example | TokenizedExample
@@ -95,23 +96,17 @@ class Certificate:
             fix="mend these rows or the chat template; `hf-clm inspect` shows them",
         )
 
+    def enter(self, failure: Failure) -> None:
+        """Counts a failure; the first ones are kept."""
+        self.failed[failure.check] += 1
+        if len(self.failures) < KEPT:
+            self.failures.append(failure)
+
     def to_json(self) -> dict[str, Any]:
         """For run.json."""
         return {"valid": self.is_valid, **asdict(self), "failed": dict(self.failed)}
 
 
-@dataclass(frozen=True)
-class LabelOptions:
-    """What decides how a row is labelled. ``stop_ids`` are those of the generation config."""
-
-    stage: str
-    train_on: str = "all_turns"
-    special_tokens_in_text: str = "encode_as_text"
-    overflow: str = "keep_target"
-    stop_ids: tuple[int, ...] = ()
-
-
-@rare_collection()
 def certify(
     rows: TokenizedRows,
     examples: Sequence[AnyExample],
@@ -121,20 +116,34 @@ def certify(
     places: Sequence[str] | None = None,
 ) -> Certificate:
     """Checks every row against its example. ``places`` names the examples ("poems.jsonl:17")."""
-    started = time.monotonic()
-    certificate = Certificate(len(rows), hash_content(rows, tokenizer=tokenizer, options=options))
-    checker = _TextChecker(rows, examples, tokenizer=tokenizer, options=options)
-    for number, check, expected, got in chain(
-        check_ids(rows, tokenizer, options=options), checker.check_all()
-    ):
-        certificate.failed[check] += 1
-        if len(certificate.failures) < KEPT:
-            source = int(rows.sources[number])
-            place = places[source] if places is not None else f"example {source}"
-            certificate.failures.append(Failure(number, place, check, expected, got))
-    certificate.encoded_again = checker.encoded_again
-    certificate.seconds = time.monotonic() - started
+    every = 1 if len(rows) <= ENCODED_WHOLE else ENCODED_SHARE
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "options": options}
+    certificate, _ = certify_rows(rows, examples, places=places, every=every, **settings)
+    certificate.content_hash = hash_content(rows, **settings)
     return certificate
+
+
+@rare_collection()
+def certify_rows(
+    rows: TokenizedRows,
+    examples: Sequence[AnyExample],
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    options: LabelOptions,
+    places: Sequence[str] | None,
+    every: int,
+) -> tuple[Certificate, list[int]]:
+    """The same without the hash, of all rows or a block; and the numbers of the rows encoded again."""
+    started = time.monotonic()
+    certificate = Certificate(len(rows), "")
+    checker = TextChecker(rows, examples, tokenizer=tokenizer, options=options, every=every)
+    for number, *found in chain(check_ids(rows, tokenizer, options=options), checker.check_all()):
+        source = int(rows.sources[number])
+        place = places[source] if places is not None else f"example {source}"
+        certificate.enter(Failure(number, place, *found))
+    certificate.encoded_again = len(checker.encoded_again)
+    certificate.seconds = time.monotonic() - started
+    return certificate, checker.encoded_again
 
 
 def check_ids(
@@ -164,67 +173,20 @@ def hash_content(rows: TokenizedRows, *, tokenizer: PreTrainedTokenizerFast, opt
     """sha256 over ids, labels and borders, the tokenizer, its template and the label options."""
     content = hashlib.sha256()
     for array in (rows.input_ids, rows.labels, rows.offsets):
-        content.update(np.ascontiguousarray(array).tobytes())
+        for first in range(0, len(array), HASHED_ITEMS):
+            content.update(np.ascontiguousarray(array[first : first + HASHED_ITEMS]).data)
+            release(array)
     texts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), repr(options))
     content.update("\0".join(texts).encode())
     return content.hexdigest()
 
 
-def expected_runs(
-    example: Example, tokenizer: PreTrainedTokenizerFast, *, options: LabelOptions
-) -> list[Run]:
-    """The texts of a row, in order, and whether each is learned; neighbours of one kind are one text."""
-    end, bos = str(tokenizer.eos_token), bos_token(tokenizer) or ""
-    if isinstance(example, ChatExample):
-        runs = _chat_runs(example, tokenizer, options=options)
-    elif isinstance(example, TextExample):
-        runs = [(bos, False), (example.text + end, True)]
-    elif isinstance(example, PromptExample):
-        runs = [(bos + example.prompt, False), (example.completion + end, True)]
-    else:
-        assert isinstance(example, SegmentsExample), type(example)
-        pieces = [(segment.text, segment.is_target) for segment in example.segments if segment.text]
-        is_learned = pieces and (pieces[-1][1] or options.stage == "pretrain")
-        stop = [(end, True)] if is_learned and not writes_end(example, end) else []
-        runs = [(bos, False), *pieces, *stop]
-    if options.stage == "pretrain" and not isinstance(example, ChatExample):
-        runs = [(bos, False), ("".join(text for text, _ in runs).removeprefix(bos), True)]
-    kinds = groupby((run for run in runs if run[0]), key=lambda run: run[1])
-    return [("".join(text for text, _ in group), learned) for learned, group in kinds]
+class TextChecker:
+    """Decodes the rows and compares them with the texts of their examples.
 
-
-def _chat_runs(
-    example: ChatExample, tokenizer: PreTrainedTokenizerFast, *, options: LabelOptions
-) -> list[Run]:
-    """Prompt and answer of each turn, by the tokenizer's own rendering of the messages up to it."""
-    messages: list[Any] = [{"role": turn["role"], "content": turn["content"]} for turn in example.messages]
-    whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    pattern = control_pattern(tokenizer)
-    others = options.stage == "pretrain" or options.train_on == "everything"
-    if others:
-        whole = whole[: _last_end(pattern, whole)]
-    turns = [i for i, turn in enumerate(example.messages) if turn["role"] == "assistant"]
-    runs, position = [], 0
-    for turn in turns:
-        is_chosen = options.train_on != "last_turn" or turn == turns[-1]
-        learned = options.stage == "pretrain" or (is_chosen and example.messages[turn].get("train", True))
-        if learned == others:
-            continue
-        prompt = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
-        until = str(tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False))
-        start, stop = len(str(prompt)), _last_end(pattern, until)
-        runs += [(str(prompt)[position:], others), (until[start:stop], learned)]
-        position = stop
-    return [*runs, (whole[position:], others)]
-
-
-def _last_end(pattern: re.Pattern[str], text: str) -> int:
-    """Where the last control token of ``text`` ends."""
-    return max((match.end() for match in pattern.finditer(text)), default=0)
-
-
-class _TextChecker:
-    """Decodes the rows and compares them with the texts of their examples."""
+    One row in ``every`` is also encoded again; which, its ids tell, so that it depends on no other row. The
+    numbers of those that were are in ``encoded_again``.
+    """
 
     def __init__(
         self,
@@ -233,6 +195,7 @@ class _TextChecker:
         *,
         tokenizer: PreTrainedTokenizerFast,
         options: LabelOptions,
+        every: int,
     ):
         self.rows, self.examples, self.tokenizer, self.options = rows, examples, tokenizer, options
         self.backend = tokenizer.backend_tokenizer
@@ -240,8 +203,7 @@ class _TextChecker:
         own = tokenizer.get_added_vocab()
         is_control = np.isin(rows.input_ids, np.array([own[token] for token in control_tokens(tokenizer)]))
         self.controls = np.add.reduceat(is_control, rows.offsets[:-1], dtype=np.int64)
-        self.every = 1 if len(rows) <= ENCODED_WHOLE else ENCODED_SHARE
-        self.encoded_again = 0
+        self.every, self.encoded_again = every, []
         start = self.backend.encode(" a", add_special_tokens=False).ids
         self.strips_space = self.backend.decode(start) != " a"  # as SentencePiece does
 
@@ -341,8 +303,8 @@ class _TextChecker:
         own, found = self._own_controls(example, expected), int(self.controls[number])
         if found != own:
             yield number, "control", f"{own} control tokens", str(found)
-        elif number % self.every == 0 and self._encodes_alike(example, expected):
-            self.encoded_again += 1
+        elif self._is_chosen(number) and self._encodes_alike(example, expected):
+            self.encoded_again.append(number)
             again = self.backend.encode_batch([text for text, _ in expected], add_special_tokens=False)
             for (a, b, learned), (text, _), encoding in zip(parts, expected, again, strict=True):
                 if encoding.ids != self.rows.input_ids[a:b].tolist():
@@ -352,6 +314,10 @@ class _TextChecker:
                         f"the ids of {text[-40:]!r}",
                         "other ids",
                     )
+
+    def _is_chosen(self, number: int) -> bool:
+        ids = self.rows.input_ids[self.rows.offsets[number] : self.rows.offsets[number + 1]]
+        return self.every == 1 or crc32(ids.data) % self.every == 0
 
     def _own_controls(self, example: Example, expected: list[Run]) -> int:
         """The control tokens that are not the user's: of the template, or the start token and the stop."""

@@ -36,7 +36,7 @@ class TokenizedRows:
     labels: np.ndarray
     offsets: np.ndarray
     sources: np.ndarray
-    fates: list[Fate] = field(default_factory=list)
+    fates: Sequence[Fate] = field(default_factory=list)
     control_texts: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:

@@ -194,9 +194,12 @@ def stream_rows(lengths: Sequence[int] | np.ndarray, max_length: int) -> Pieces:
     So may be, by one, a row before a document: its first token alone has no label and would be read twice.
     """
     parts = list(stream_blocks([np.asarray(lengths, dtype=np.int64)], max_length))
-    columns = zip(*((part.examples, part.starts, part.stops) for part in parts), strict=True)
-    offsets = np.concatenate([part.offsets for part in parts])
-    return Pieces(*map(np.concatenate, columns), offsets)
+    return Pieces(
+        np.concatenate([part.examples for part in parts]),
+        np.concatenate([part.starts for part in parts]),
+        np.concatenate([part.stops for part in parts]),
+        np.concatenate([part.offsets for part in parts]),
+    )
 
 
 def stream_blocks(blocks: Iterable[np.ndarray], max_length: int) -> Iterator[Pieces]:

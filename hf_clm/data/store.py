@@ -18,15 +18,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hf_clm.config import Recipe
+from hf_clm.data.arrays import Fates, Places, map_array, to_fates, to_places
 from hf_clm.data.build import Examples, Split, pack_rows
 from hf_clm.data.datasets import TokenizedDataset, TokenizedRows
-from hf_clm.data.labels import Fate
 from hf_clm.data.packing import PackedDataset, Pieces
 from hf_clm.data.sources import ReadReport
 from hf_clm.errors import DataError, EnvironmentFault
@@ -100,20 +101,44 @@ class Stored:
         import pyarrow
         from pyarrow import parquet
 
-        table = parquet.read_table(self.folder / LEDGER)
-        places = [place for split in self.splits.values() for place in split.examples.places]
-        at = table.column_names.index("source")
-        parquet.write_table(table.set_column(at, "source", pyarrow.array(places)), path)
+        places = chain.from_iterable(split.examples.places for split in self.splits.values())
+        with (
+            parquet.ParquetFile(self.folder / LEDGER) as old,
+            parquet.ParquetWriter(path, old.schema_arrow) as new,
+        ):
+            at = old.schema_arrow.get_field_index("source")
+            for group in map(old.read_row_group, range(old.num_row_groups)):
+                named = pyarrow.array(islice(places, group.num_rows), pyarrow.string())
+                new.write_table(group.set_column(at, "source", named))
 
 
 def write_store(
     folder: Path, splits: Splits, *, files: Sequence[str], proof: Any, write_ledger: Callable[[Path], None]
 ) -> None:
-    """Writes a folder whole or not at all; one that was written meanwhile stays.
+    """Writes sets that are in memory; see ``keep_folder``.
 
     Args:
         files: the data files in the order of reading; places begin with their names.
         proof: of JSON.
+    """
+
+    def fill(partial: Path) -> dict[str, Any]:
+        contents = {}
+        for name, split in splits.items():
+            contents[name] = _split_json(split)
+            for array, values in _to_arrays(split).items():
+                np.save(partial / f"{name}.{array}.npy", values)
+        write_ledger(partial / LEDGER)
+        return {"files": list(files), "proof": proof, "splits": contents}
+
+    keep_folder(folder, fill)
+
+
+def keep_folder(folder: Path, fill: Callable[[Path], dict[str, Any]], *, index: str = INDEX) -> None:
+    """Writes a folder whole or not at all; one that was written meanwhile stays.
+
+    Args:
+        fill: writes files into a folder, and returns what ``index`` (its name) says beside their digests.
 
     Raises EnvironmentFault where it cannot be written.
     """
@@ -122,15 +147,10 @@ def write_store(
         _remove_stale(folder.parent)
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
         try:
-            index = {"files": list(files), "proof": proof, "splits": {}}
-            for name, split in splits.items():
-                index["splits"][name] = _split_json(split)
-                for array, values in _to_arrays(split).items():
-                    np.save(partial / f"{name}.{array}.npy", values)
-            write_ledger(partial / LEDGER)
-            index["contents"] = {path.name: _probe(path) for path in sorted(partial.iterdir())}
-            (partial / INDEX).write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
-            _rename(partial, folder)
+            content = fill(partial)
+            content["contents"] = {path.name: _probe(path) for path in sorted(partial.iterdir())}
+            (partial / index).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            _rename(partial, folder, index=index)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -151,9 +171,17 @@ def open_store(
         files: the data files as they are named now, in the order of reading.
         load_examples: reads the examples by split, should one be asked for that is not stored.
     """
-    index = _read_index(folder)
+    index = read_index(folder)
     if index is None:
         return None
+    splits = open_splits(folder, index, recipe=recipe, files=files, load_examples=load_examples)
+    return Stored(folder, splits, index["proof"], is_renamed=index["files"] != list(files))
+
+
+def open_splits(
+    folder: Path, index: dict[str, Any], *, recipe: Recipe, files: Sequence[str], load_examples: LoadExamples
+) -> dict[str, Split]:
+    """The sets of a folder by what its index says of them; see ``open_store``."""
     names = dict(zip(index["files"], files, strict=True))
     splits = {}
     for name, content in index["splits"].items():
@@ -162,8 +190,14 @@ def open_store(
         load = _Loader(load_examples, name)
         examples.examples = LazyList(len(examples.places), load, head=_to_examples(content["head"]))
         dataset = TokenizedDataset(rows)
-        splits[name] = Split(dataset, pack_rows(dataset, recipe, pieces=_read_pieces(folder, name)), examples)
-    return Stored(folder, splits, index["proof"], is_renamed=any(old != new for old, new in names.items()))
+        packed = pack_rows(dataset, recipe, pieces=_read_pieces(folder, name))
+        splits[name] = Split(dataset, packed, examples)
+        vars(splits[name]).update(
+            id_counts=map_array(folder / f"{name}.id_counts.npy"),
+            label_counts=map_array(folder / f"{name}.label_counts.npy"),
+            least_id=content["least_id"],
+        )
+    return splits
 
 
 @dataclass(frozen=True)
@@ -175,19 +209,40 @@ class _Loader:
         return self.load_examples()[self.name].examples
 
 
+def split_json(
+    examples: Examples,
+    *,
+    kinds: Sequence[Any],
+    prefixes: Sequence[str],
+    control_texts: Mapping[str, int],
+    least_id: int,
+) -> dict[str, Any]:
+    """What ``prepared.json`` holds of a set: all but its arrays."""
+    return {
+        "kinds": list(kinds),
+        "prefixes": list(prefixes),
+        "report": asdict(examples.report),
+        "formats": sorted(examples.formats),
+        "unknown_keys": sorted(examples.unknown_keys),
+        "control_texts": control_texts,
+        "least_id": least_id,
+        "head": [e if isinstance(e, dict) else asdict(e) for e in examples.examples[:HEAD]],
+    }
+
+
 def _to_arrays(split: Split) -> dict[str, np.ndarray]:
-    rows, places = split.rows.rows, split.examples.places
-    kinds = {kind: number for number, kind in enumerate(_kinds(rows.fates))}
-    fates = [(kinds[f.kind, f.reason], f.cut_tokens, f.tokens, f.target_tokens) for f in rows.fates]
-    prefixes = {prefix: number for number, prefix in enumerate(_prefixes(places))}
-    numbered = [(prefixes[prefix], number) for prefix, number in map(_cut_number, places)]
+    rows, examples = split.rows.rows, split.examples
+    named = to_places([*examples.places, *examples.duplicates]).array
     arrays = {
         "input_ids": rows.input_ids.astype(np.int32, copy=False),
         "labels": rows.labels.astype(np.int32, copy=False),
         "offsets": rows.offsets,
         "sources": rows.sources,
-        "fates": np.array(fates, dtype=np.int64),
-        "places": np.array(numbered, dtype=np.int64),
+        "fates": to_fates(rows.fates).array,
+        "places": named[: len(examples.places)],
+        "duplicates": named[len(examples.places) :],
+        "id_counts": split.id_counts,
+        "label_counts": split.label_counts,
     }
     if isinstance(split.dataset, PackedDataset):
         pieces = split.dataset.pieces
@@ -199,31 +254,17 @@ def _to_arrays(split: Split) -> dict[str, np.ndarray]:
 
 def _split_json(split: Split) -> dict[str, Any]:
     examples, rows = split.examples, split.rows.rows
-    return {
-        "kinds": _kinds(rows.fates),
-        "prefixes": _prefixes(examples.places),
-        "report": asdict(examples.report),
-        "formats": sorted(examples.formats),
-        "unknown_keys": sorted(examples.unknown_keys),
-        "duplicates": examples.duplicates,
-        "control_texts": rows.control_texts,
-        "head": [e if isinstance(e, dict) else asdict(e) for e in examples.examples[:HEAD]],
-    }
+    prefixes = to_places([*examples.places, *examples.duplicates]).prefixes
+    told = {"control_texts": rows.control_texts, "least_id": split.least_id}
+    return split_json(examples, kinds=to_fates(rows.fates).kinds, prefixes=prefixes, **told)
 
 
 def _read_rows(folder: Path, name: str, *, content: dict[str, Any]) -> TokenizedRows:
-    ids, labels, offsets, sources = (
-        _map(folder / f"{name}.{array}.npy") for array in ("input_ids", "labels", "offsets", "sources")
+    ids, labels, offsets, sources, fates = (
+        map_array(folder / f"{name}.{array}.npy")
+        for array in ("input_ids", "labels", "offsets", "sources", "fates")
     )
-    fates, kinds = _map(folder / f"{name}.fates.npy"), content["kinds"]
-
-    def to_fates() -> list[Fate]:
-        return [
-            Fate(kinds[at][0], kinds[at][1], cut, tokens, targets)
-            for at, cut, tokens, targets in fates.tolist()
-        ]
-
-    stored: Any = LazyList(len(fates), to_fates)
+    stored = Fates(fates, content["kinds"])
     return TokenizedRows(ids, labels, offsets, sources, stored, Counter(content["control_texts"]))
 
 
@@ -233,20 +274,18 @@ def _read_examples(folder: Path, name: str, *, content: dict[str, Any], names: M
     report = ReadReport(**content["report"])
     report.files = [names[file] for file in report.files]
     report.bad_lines = list(map(rename, report.bad_lines))
-    prefixes, places = list(map(rename, content["prefixes"])), _map(folder / f"{name}.places.npy")
-
-    def to_places() -> list[str]:
-        return [f"{prefixes[prefix]}{number}" for prefix, number in places.tolist()]
-
-    stored: Any = LazyList(len(places), to_places)
-    found = Examples([], stored, report, set(content["formats"]), set(content["unknown_keys"]))
-    found.duplicates = list(map(rename, content["duplicates"]))
+    prefixes = list(map(rename, content["prefixes"]))
+    places, duplicates = (
+        Places(map_array(folder / f"{name}.{array}.npy"), prefixes) for array in ("places", "duplicates")
+    )
+    found = Examples([], places, report, set(content["formats"]), set(content["unknown_keys"]))
+    found.duplicates = duplicates
     return found
 
 
 def _read_pieces(folder: Path, name: str) -> Pieces | None:
     paths = [folder / f"{name}.pieces.{part}.npy" for part in ("examples", "starts", "stops", "offsets")]
-    return Pieces(*map(_map, paths)) if paths[0].exists() else None
+    return Pieces(*map(map_array, paths)) if paths[0].exists() else None
 
 
 @dataclass(frozen=True)
@@ -278,25 +317,6 @@ def _to_example(content: dict[str, Any]) -> AnyExample:
     return {"input_ids": content["input_ids"], "labels": content["labels"]}
 
 
-def _kinds(fates: Sequence[Fate]) -> list[tuple[str, str]]:
-    return sorted({(fate.kind, fate.reason) for fate in fates})
-
-
-def _prefixes(places: Sequence[str]) -> list[str]:
-    return sorted({prefix for prefix, _ in map(_cut_number, places)})
-
-
-def _cut_number(place: str) -> tuple[str, int]:
-    """("poems.jsonl:", 17) of "poems.jsonl:17"."""
-    prefix = place.rstrip("0123456789")
-    return prefix, int(place[len(prefix) :])
-
-
-def _map(path: Path) -> np.ndarray:
-    """The array as a view of the file: as an np.memmap every slice of it would take microseconds more."""
-    return np.asarray(np.load(path, mmap_mode="r"))
-
-
 def _probe(path: Path) -> list[Any]:
     """Size, and sha256 of both ends."""
     size = path.stat().st_size
@@ -307,25 +327,25 @@ def _probe(path: Path) -> list[Any]:
     return [size, digest.hexdigest()]
 
 
-def _read_index(folder: Path) -> dict[str, Any] | None:
-    """What prepared.json says; None unless every file is there as it was written."""
+def read_index(folder: Path, *, index: str = INDEX) -> dict[str, Any] | None:
+    """What the index of a folder says; None unless every file is there as it was written."""
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        is_whole = all(_probe(folder / name) == known for name, known in index["contents"].items())
+        content = json.loads((folder / index).read_text(encoding="utf-8"))
+        is_whole = all(_probe(folder / name) == known for name, known in content["contents"].items())
     except (OSError, ValueError):
         return None
-    return index if is_whole else None
+    return content if is_whole else None
 
 
-def _rename(partial: Path, folder: Path) -> None:
+def _rename(partial: Path, folder: Path, *, index: str) -> None:
     """Gives the folder its name, unless another process was faster; replaces a damaged one."""
     partial.chmod(0o755)  # mkdtemp lets in the owner alone
-    if folder.exists() and _read_index(folder) is None:
+    if folder.exists() and read_index(folder, index=index) is None:
         folder.rename(Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent)) / folder.name)
     try:
         partial.rename(folder)
     except OSError:
-        if _read_index(folder) is None:
+        if read_index(folder, index=index) is None:
             raise
 
 

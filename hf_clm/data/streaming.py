@@ -34,8 +34,8 @@ from hf_clm.data.build import (
     read_options,
     tokenize_examples,
 )
+from hf_clm.data.positions import BEGIN, WHOLE, Found, Mark, Share, list_files, read_share, take_some
 from hf_clm.data.readers import ReadReport
-from hf_clm.data.shares import BEGIN, WHOLE, Found, Mark, Share, list_files, read_share, take_some
 from hf_clm.errors import DataError, RecipeError
 
 HEAD = 1000  # documents of each source that are read and proved before the first step
@@ -71,7 +71,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Division:
+class StreamPlan:
     """The rows of a run: how many, how many a batch, and of how many shards the batches are in turn."""
 
     rows: int
@@ -98,24 +98,24 @@ class StreamedRows(torch.utils.data.Dataset):
     def __init__(
         self,
         read_blocks: ReadBlocks,
-        division: Division,
+        plan: StreamPlan,
         *,
         seed: int | None,
         max_dropped: float = 1.0,
         identity: Mapping[str, Any] | None = None,
     ):
-        self.read_blocks, self.division = read_blocks, division
+        self.read_blocks, self.plan = read_blocks, plan
         self.seed, self.max_dropped = seed, max_dropped
-        self.identity = {"shards": division.shards, "seed": seed, **(identity or {})}
-        self.positions = {shard: Position(shard) for shard in range(division.shards)}
+        self.identity = {"shards": plan.shards, "seed": seed, **(identity or {})}
+        self.positions = {shard: Position(shard) for shard in range(plan.shards)}
         self._open: dict[int, Iterator[Any]] = {}
 
     def __len__(self) -> int:
-        return self.division.rows
+        return self.plan.rows
 
     def __getitem__(self, index: int) -> Any:
         number = range(len(self))[index]
-        shard = number // self.division.batch_rows % self.division.shards
+        shard = number // self.plan.batch_rows % self.plan.shards
         if shard not in self._open:
             if torch.utils.data.get_worker_info() is not None:  # its threads did not survive the fork
                 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -150,7 +150,7 @@ class StreamedRows(torch.utils.data.Dataset):
 
     def _follow(self, position: Position) -> Iterator[Any]:
         """The rows of a shard from a position on, pass after pass."""
-        share = Share(position.shard, self.division.shards)
+        share = Share(position.shard, self.plan.shards)
         while True:
             begin, found = position, 0
             for block in self.read_blocks(share, position.mark):

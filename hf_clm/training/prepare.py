@@ -3,23 +3,27 @@
 content of data, tokenizer and options -> key -> folder    there: opened     not there: prepared and written
 """
 
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.config import Recipe
 from hf_clm.data.build import Examples, Split
 from hf_clm.data.cache import Place, build_splits, find_place, load_early, load_named, open_place
+from hf_clm.data.division import Shard
 from hf_clm.data.ledger import write_ledgers
 from hf_clm.data.packing import PackedDataset
-from hf_clm.data.store import Stored, require_writable, write_store
+from hf_clm.data.store import Stored, require_writable
 from hf_clm.data.streaming import HEAD
 from hf_clm.errors import RecipeError
 from hf_clm.parts import build_model_config, build_tokenizer_aside, training_arguments
 from hf_clm.training.proof import Proof, prove_data
+from hf_clm.training.storing import merge_shards, shards_folder, store_shard, store_whole
 
 POLL_SECONDS = 0.2
 SHOWN_LETTERS = 12  # of a key
@@ -55,7 +59,7 @@ def prepare(
     long preparation runs into no time limit of the process group. Where nothing is kept, each prepares.
 
     Args:
-        loaded: the examples, if they were read already.
+        loaded: the examples, if they were read already; for where nothing is kept.
 
     Raises DataError for data that cannot be read or are not proved, EnvironmentFault for a cache that cannot
     be written.
@@ -67,7 +71,8 @@ def prepare(
     stored = open_place(place, recipe, seed=arguments.seed)
     is_from_cache = stored is not None
     if stored is None and arguments.local_process_index == 0:
-        _prepare_into(place, recipe, tokenizer=tokenizer, seed=arguments.seed, loaded=loaded)
+        require_writable(place.folder.parent)
+        store_whole(place, recipe, tokenizer=tokenizer, seed=arguments.seed)
     while stored is None:
         stored = open_place(place, recipe, seed=arguments.seed)
         time.sleep(0 if stored else POLL_SECONDS)
@@ -84,17 +89,8 @@ def prepare_recipe(recipe: Recipe) -> list[str]:
     Raises RecipeError where nothing would be kept.
     """
     started = time.monotonic()
-    if recipe.data.streaming:
-        fix = "hf-clm train reads it, and prepares data.eval alone; or set data.streaming to false"
-        raise RecipeError("nothing is prepared of a stream", where="data.streaming", fix=fix)
-    arguments = training_arguments(recipe)
-    loaded = load_early(recipe, arguments.seed)
-    tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)
-    build_model_config(recipe, tokenizer)  # refuses rows that are longer than the model's positions
-    if find_place(recipe, tokenizer, seed=arguments.seed) is None:
-        fix = "name a folder in data.cache_dir; pin data on the Hub by a commit as their revision"
-        raise RecipeError("nothing would be kept", where=recipe.file or "data.cache_dir", fix=fix)
-    prepared = prepare(recipe, tokenizer, arguments=arguments, loaded=loaded)
+    task = _find_task(recipe)
+    prepared = prepare(recipe, task.tokenizer, arguments=task.arguments, loaded=task.loaded)
     assert prepared.stored is not None
     lines = [line for name, split in prepared.splits.items() for line in _describe(name, split)]
     size = f"{prepared.stored.size_bytes / 1e6:,.1f} MB in {prepared.stored.folder}"
@@ -106,24 +102,66 @@ def prepare_recipe(recipe: Recipe) -> list[str]:
     ]
 
 
-def _prepare_into(
-    place: Place,
-    recipe: Recipe,
-    *,
-    tokenizer: PreTrainedTokenizerFast,
-    seed: int,
-    loaded: Mapping[str, Examples] | None,
-) -> None:
-    require_writable(place.folder.parent)
-    splits = build_splits(recipe, tokenizer, loaded=loaded or load_named(recipe, seed))
-    proof = prove_data(recipe, splits, tokenizer=tokenizer)
-    write_store(
-        place.folder,
-        splits,
-        files=place.files,
-        proof={"facts": proof.facts, "lines": proof.lines},
-        write_ledger=lambda path: write_ledgers(proof.ledgers, path),
-    )
+def prepare_shard(recipe: Recipe, shard: Shard) -> list[str]:
+    """``hf-clm prepare --shard i/n``: what was written, as lines to print.
+
+    Raises what ``prepare_recipe`` does, of what one shard can know.
+    """
+    started = time.monotonic()
+    task = _find_task(recipe)
+    if open_place(task.place, recipe, seed=task.arguments.seed):
+        return [
+            f"shard     {shard} is not needed: the whole is prepared (key {task.place.key[:SHOWN_LETTERS]})"
+        ]
+    require_writable(shards_folder(task.place))
+    folder, is_new = store_shard(task.place, recipe, tokenizer=task.tokenizer, shard=shard)
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    return [
+        f"shard     {shard} {f'{size:,.1f} MB in' if is_new else 'is there already:'} {folder}",
+        f"{'time':<10}{time.monotonic() - started:.1f} s",
+    ]
+
+
+def merge_recipe(recipe: Recipe, *, command: str) -> list[str]:
+    """``hf-clm prepare --merge``: joins what the shards wrote, as ``prepare_recipe`` would have written it.
+
+    ``command``: what a shard is made with, for errors. Raises DataError for a missing or damaged shard.
+    """
+    task = _find_task(recipe)
+    lines = []
+    if open_place(task.place, recipe, seed=task.arguments.seed):
+        shutil.rmtree(shards_folder(task.place), ignore_errors=True)  # left by one that was killed
+    else:
+        known: dict[str, Any] = {"tokenizer": task.tokenizer, "seed": task.arguments.seed}
+        count = merge_shards(task.place, recipe, command=command, **known)
+        lines = [f"merged    {count} shards"]
+    return [*lines, *prepare_recipe(recipe)]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is prepared, and where it is kept."""
+
+    arguments: TrainingArguments
+    loaded: Mapping[str, Examples]
+    tokenizer: PreTrainedTokenizerFast
+    place: Place
+
+
+def _find_task(recipe: Recipe) -> _Task:
+    """Raises RecipeError where nothing would be kept."""
+    if recipe.data.streaming:
+        fix = "hf-clm train reads it, and prepares data.eval alone; or set data.streaming to false"
+        raise RecipeError("nothing is prepared of a stream", where="data.streaming", fix=fix)
+    arguments = training_arguments(recipe)
+    loaded = load_early(recipe, arguments.seed)
+    tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)
+    build_model_config(recipe, tokenizer)  # refuses rows that are longer than the model's positions
+    place = find_place(recipe, tokenizer, seed=arguments.seed)
+    if place is None:
+        fix = "name a folder in data.cache_dir; pin data on the Hub by a commit as their revision"
+        raise RecipeError("nothing would be kept", where=recipe.file or "data.cache_dir", fix=fix)
+    return _Task(arguments, loaded, tokenizer, place)
 
 
 def _prepare_unkept(

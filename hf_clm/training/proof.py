@@ -1,6 +1,7 @@
 """What a run proves before its first step: labels, ledger, loss, and that what it saves opens again."""
 
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,9 +16,22 @@ from transformers import PreTrainedTokenizerFast
 from hf_clm.chat_template import stop_token_ids
 from hf_clm.config import Recipe
 from hf_clm.data.build import Split
-from hf_clm.data.certificate import Certificate, LabelOptions, certify
+from hf_clm.data.certificate import Certificate, certify, hash_content
+from hf_clm.data.expected import LabelOptions
 from hf_clm.data.labels import tokenize_segments
-from hf_clm.data.ledger import Ledger, build_ledger, check_balance, check_leakage, measure_leakage
+from hf_clm.data.ledger import (
+    Leakage,
+    Ledger,
+    LedgerWriter,
+    Totals,
+    build_ledger,
+    check_balance,
+    check_entries,
+    check_leakage,
+    check_packing,
+    ledger_blocks,
+    measure_leakage,
+)
 from hf_clm.data.packing import PackedDataset
 from hf_clm.data.segments import to_prompt_segments
 from hf_clm.doctor.round_trip import FOLDER, RoundTrip, start_round_trip
@@ -40,6 +54,23 @@ class Proof:
     lines: list[str] = field(default_factory=list)
     ledgers: dict[str, Ledger] = field(default_factory=dict)
 
+    def enter(self, name: str, certificate: Certificate, *, totals: Totals, compared: int) -> None:
+        """What was proved of a split; ``compared``: prompts."""
+        self.facts[name] = {"certificate": certificate.to_json(), "ledger": totals.to_json()}
+        first, *others = totals.to_lines()
+        self.lines += [f"{name:<10}{first}", *(f"{'':<10}{line}" for line in others)]
+        seconds = f"{certificate.seconds:.1f} s, sha256 {certificate.content_hash[:12]}"
+        self.lines.append(f"{'':<10}the labels of all {certificate.rows:,} rows are certified ({seconds})")
+        if compared:
+            self.lines.append(f"{'':<10}the first {compared} prompts are what generate is given")
+
+    def enter_leakage(self, leakage: Leakage, *, max_leakage: float) -> None:
+        """What was found of training rows among the evaluation rows; raises DataError for too many."""
+        if leakage.share:
+            self.lines.append(f"note      {leakage.share:.1%} of the evaluation rows are training rows")
+        check_leakage(leakage, max_leakage)
+        self.facts["leakage"] = {"exact": len(leakage.exact), "normalised": len(leakage.normalised)}
+
 
 def prove_data(recipe: Recipe, splits: Mapping[str, Split], *, tokenizer: PreTrainedTokenizerFast) -> Proof:
     """Certifies the labels of every row, balances the ledger, compares the sets.
@@ -55,26 +86,63 @@ def prove_data(recipe: Recipe, splits: Mapping[str, Split], *, tokenizer: PreTra
         certificate = certify_split(recipe, split, tokenizer=tokenizer)
         certificate.require()
         packed = split.dataset if isinstance(split.dataset, PackedDataset) else None
-        examples = split.examples
-        lost = {"unreadable": examples.report.bad_lines, "duplicates": examples.duplicates}
-        ledger = build_ledger(split.rows.rows, examples.places, packed=packed, **lost)
+        ledger = build_ledger(split.rows.rows, split.examples.places, packed=packed, **_lost(split))
         check_balance(ledger, split.rows.rows, packed=packed)
         proof.ledgers[name] = ledger
-        proof.facts[name] = {"certificate": certificate.to_json(), "ledger": ledger.totals()}
-        first, *others = ledger.to_lines()
-        proof.lines += [f"{name:<10}{first}", *(f"{'':<10}{line}" for line in others)]
-        seconds = f"{certificate.seconds:.1f} s, sha256 {certificate.content_hash[:12]}"
-        proof.lines.append(f"{'':<10}the labels of all {certificate.rows:,} rows are certified ({seconds})")
-        if recipe.stage == "sft" and (compared := check_prompts(recipe, split, tokenizer=tokenizer)):
-            proof.lines.append(f"{'':<10}the first {compared} prompts are what generate is given")
+        totals = Totals()
+        totals.add(ledger)
+        compared = check_prompts(recipe, split, tokenizer=tokenizer) if recipe.stage == "sft" else 0
+        proof.enter(name, certificate, totals=totals, compared=compared)
     if "eval" in splits:
         train, evaluation = splits["train"].examples, splits["eval"].examples
-        leakage = measure_leakage(train.examples, evaluation.examples, places=evaluation.places)
-        if leakage.share:
-            proof.lines.append(f"note      {leakage.share:.1%} of the evaluation rows are training rows")
-        check_leakage(leakage, recipe.data.max_leakage)
-        proof.facts["leakage"] = {"exact": len(leakage.exact), "normalised": len(leakage.normalised)}
+        proof.enter_leakage(
+            measure_leakage(train.examples, evaluation.examples, places=evaluation.places),
+            max_leakage=recipe.data.max_leakage,
+        )
     return proof
+
+
+def prove_stored(
+    recipe: Recipe,
+    splits: Mapping[str, Split],
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    certified: Mapping[str, Mapping[str, Any]],
+    leakage: Leakage | None,
+    ledger: Path,
+) -> Proof:
+    """``prove_data`` for sets in files, whose blocks were certified as they were made; reads them in blocks.
+
+    Args:
+        certified: by split, how many rows were encoded again, and in how many seconds all were checked.
+        leakage: of the evaluation set, if there is one.
+        ledger: where to write it.
+    """
+    proof, writer = Proof(), LedgerWriter(ledger)
+    for name, split in splits.items():
+        rows, options = split.rows.rows, label_options(recipe, tokenizer)
+        started = time.monotonic()
+        certificate = Certificate(len(rows), hash_content(rows, tokenizer=tokenizer, options=options))
+        certificate.encoded_again = certified[name]["encoded_again"]
+        certificate.seconds = certified[name]["seconds"] + time.monotonic() - started
+        packed, totals = split.dataset if isinstance(split.dataset, PackedDataset) else None, Totals()
+        for block in ledger_blocks(rows, split.examples.places, packed=packed):
+            check_entries(block, rows.fates)
+            writer.append(name, block)
+            totals.add(block)
+        totals.add(Ledger([], **_lost(split)))
+        if packed is not None:
+            check_packing(rows, packed)
+        compared = check_prompts(recipe, split, tokenizer=tokenizer) if recipe.stage == "sft" else 0
+        proof.enter(name, certificate, totals=totals, compared=compared)
+    writer.close()
+    if leakage is not None:
+        proof.enter_leakage(leakage, max_leakage=recipe.data.max_leakage)
+    return proof
+
+
+def _lost(split: Split) -> dict[str, Any]:
+    return {"unreadable": split.examples.report.bad_lines, "duplicates": split.examples.duplicates}
 
 
 def check_prompts(recipe: Recipe, split: Split, *, tokenizer: PreTrainedTokenizerFast) -> int:
@@ -100,16 +168,21 @@ def check_prompts(recipe: Recipe, split: Split, *, tokenizer: PreTrainedTokenize
     return compared
 
 
-def certify_split(recipe: Recipe, split: Split, *, tokenizer: PreTrainedTokenizerFast) -> Certificate:
-    """The certificate of a tokenized set under the recipe's label options."""
-    options = LabelOptions(
+def label_options(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LabelOptions:
+    """What decides how the rows of a recipe are labelled."""
+    return LabelOptions(
         stage=recipe.stage,
         train_on=recipe.data.train_on,
         special_tokens_in_text=recipe.data.special_tokens_in_text,
         overflow=recipe.resolved_overflow,
         stop_ids=tuple(stop_token_ids(tokenizer)),
     )
+
+
+def certify_split(recipe: Recipe, split: Split, *, tokenizer: PreTrainedTokenizerFast) -> Certificate:
+    """The certificate of a tokenized set under the recipe's label options."""
     places, examples = split.examples.places, split.examples.examples
+    options = label_options(recipe, tokenizer)
     return certify(split.rows.rows, examples, tokenizer=tokenizer, options=options, places=places)
 
 

@@ -22,10 +22,10 @@ def stream_totals(trainer: CLMTrainer) -> dict[str, Any] | None:
     epochs, fates = [epoch for epoch, _ in found], Counter()
     for _, counts in found:
         fates.update(counts)
-    everyone = len(found) == rows.division.shards  # else a shard was not asked yet
+    everyone = len(found) == rows.plan.shards  # else a shard was not asked yet
     passes = [min(epochs) if everyone else 0, max(epochs, default=0)]
     return {
-        "shards": rows.division.shards,
+        "shards": rows.plan.shards,
         "shuffle_buffer": rows.identity["documents"],
         "passes": passes,
         "documents": sum(fates.values()),

@@ -177,7 +177,7 @@ def test_the_same_content_under_another_name_is_named_as_it_is_now(tmp_path):
 
     examples = found.splits["train"].examples
     assert list(examples.places) == ["new.jsonl:1", "new.jsonl:4"]
-    assert examples.duplicates == ["new.jsonl:3"]
+    assert list(examples.duplicates) == ["new.jsonl:3"]
     assert examples.report.files == ["new.jsonl"]
     assert [line[:13] for line in examples.report.bad_lines] == ["new.jsonl:2: "]
     ledger = parquet.read_table(tmp_path / "ledger.parquet").to_pylist()
@@ -228,7 +228,7 @@ def test_a_process_that_is_killed_while_writing_leaves_nothing_that_is_opened(mo
     recipe = build_recipe(["a.jsonl"])
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         killed.setattr(store.shutil, "rmtree", lambda *args, **options: None)
-        killed.setattr(store, "_rename", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(store, "_rename", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
         save(recipe, files=["a.jsonl"])
     left = list(Path("cache").iterdir())
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from hf_clm.cli import main
 from hf_clm.config import Recipe
 from hf_clm.data.build import build_split, load_splits
-from hf_clm.data.streaming import Division, StreamedRows, load_head, read_blocks, stream_identity
+from hf_clm.data.streaming import StreamedRows, StreamPlan, load_head, read_blocks, stream_identity
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.parts import build_stream
 
@@ -41,13 +41,13 @@ def build_recipe(folder: Path, *, stage: str = "pretrain", **data: Any) -> Recip
 def stream(recipe: Recipe, *, shards: int = 1, batch_rows: int = 1, seed: int | None = None) -> StreamedRows:
     read = partial(read_blocks, recipe=recipe, tokenizer=TOKENIZER)
     identity = stream_identity(recipe)
-    return StreamedRows(read, Division(10_000, batch_rows, shards), seed=seed, identity=identity)
+    return StreamedRows(read, StreamPlan(10_000, batch_rows, shards), seed=seed, identity=identity)
 
 
 def one_pass(rows: StreamedRows, shard: int) -> list[dict[str, Any]]:
     """The rows of a shard up to where its second pass begins."""
     found = []
-    for index in range(shard, len(rows), rows.division.shards):
+    for index in range(shard, len(rows), rows.plan.shards):
         row = rows[index]
         if row["stream"].epoch == 1:
             return found
@@ -386,7 +386,7 @@ def test_the_rows_of_a_run_are_of_as_many_shards_as_there_are_workers_of_all_pro
     rows = build_stream(recipe, TOKENIZER, arguments=arguments)
 
     assert rows is not None
-    assert rows.division == Division(rows=120, batch_rows=2, shards=8)
+    assert rows.plan == StreamPlan(rows=120, batch_rows=2, shards=8)
     assert rows.seed == 7
     arguments.train_sampling_strategy, arguments.dataloader_num_workers = "sequential", 0
     assert build_stream(recipe, TOKENIZER, arguments=arguments).seed is None

@@ -19,6 +19,7 @@ from hf_clm.errors import DataError, EnvironmentFault, RecipeError
 from hf_clm.inspector.command import View, inspect
 from hf_clm.parts import training_arguments
 from hf_clm.training import prepare as module
+from hf_clm.training import storing
 from hf_clm.training.prepare import prepare, prepare_recipe
 from hf_clm.training.run import train
 
@@ -54,6 +55,7 @@ def refuse_work(monkeypatch) -> None:
     for name in ("load_splits", "build_split"):
         monkeypatch.setattr(cache, name, refuse)
     monkeypatch.setattr(module, "prove_data", refuse)
+    monkeypatch.setattr(module, "store_whole", refuse)
     monkeypatch.setattr(build, "read_records", refuse)
 
 
@@ -109,7 +111,7 @@ def test_what_is_not_proved_is_not_kept(tmp_path, monkeypatch):
     def refuse(*args: Any, **options: Any) -> Any:
         raise DataError("not certified")
 
-    monkeypatch.setattr(module, "prove_data", refuse)
+    monkeypatch.setattr(storing, "prove_stored", refuse)
     with pytest.raises(DataError):
         prepare_as(build_recipe(tmp_path))
 

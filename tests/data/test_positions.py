@@ -11,8 +11,8 @@ import pytest
 from pyarrow import ipc, parquet
 
 from hf_clm.config import Source
+from hf_clm.data.positions import BEGIN, Found, Share, read_share, take_some
 from hf_clm.data.readers import ReadOptions, ReadReport
-from hf_clm.data.shares import BEGIN, Found, Share, read_share, take_some
 from hf_clm.data.sources import read_hub
 
 # Lines of unequal length, of several bytes a letter, with blank ones between.
