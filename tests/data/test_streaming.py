@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -254,6 +255,22 @@ def test_bad_lines_at_the_end_of_a_file_are_counted_once_after_going_on_too(tmp_
         resumed.passed(row["stream"])
         found = resumed[0]
         assert (plain(found), found["stream"]) == (plain(rows[taken]), rows[taken]["stream"])
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    """At its peak it holds as much of 2,000 documents as of 200: a block of 50, and the next."""
+    peaks = []
+    for documents in (200, 2000):
+        recipe = build_recipe(tmp_path, shuffle_buffer=50, max_length=512)
+        write_jsonl(tmp_path / "1.jsonl", [{"text": f"{number:04} " * 100} for number in range(documents)])
+        rows = stream(recipe)
+        rows[0]
+        tracemalloc.start()
+        assert sum(len(row["input_ids"]) for row in one_pass(rows, 0)) > documents * 490
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+
+    assert peaks[1] < 1.2 * peaks[0]
 
 
 def test_too_many_drops_stop_the_stream_once_a_thousand_documents_tell(tmp_path):
