@@ -42,7 +42,8 @@ def main(words: Sequence[str] | None = None) -> int:
             raise RecipeError("no such command", got=repr(words[0]), fix=fix)
         return COMMANDS[words[0]](words[1:]) or ExitCode.DONE
     except UserError as error:
-        return _fail(str(error), error.exit_code, shows_traceback=shows_traceback)
+        own = {"is_own": error.is_own, "shows_traceback": shows_traceback}
+        return _fail(str(error), error.exit_code, **own)
     except KeyboardInterrupt:
         return _fail("interrupted", ExitCode.INTERRUPTED, shows_traceback=shows_traceback)
     except OSError as error:
@@ -364,11 +365,11 @@ def _quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _fail(message: str, code: int, *, shows_traceback: bool) -> int:
-    """Prints the error once: on rank 0, or where the environment of one machine is at fault."""
+def _fail(message: str, code: int, *, shows_traceback: bool, is_own: bool = False) -> int:
+    """Prints the error once: on rank 0, or where one process or one machine alone meets it."""
     rank = os.environ.get("RANK", "0")
     if shows_traceback:
         traceback.print_exc()
-    if rank == "0" or code == ExitCode.ENVIRONMENT:
+    if rank == "0" or is_own or code == ExitCode.ENVIRONMENT:
         print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr)
     return int(code)

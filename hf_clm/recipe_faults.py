@@ -99,18 +99,32 @@ def streaming_faults(recipe: Any) -> Iterator[Fault]:
     if recipe.tokenizer.train:
         what = "tokenizer.train reads all of the data, which nobody has of a stream"
         yield Fault("tokenizer.train", what, fix="train one on a part first: hf-clm train-tokenizer")
-    for number, source in enumerate(data.train):
-        if source.limit:
-            key, what = f"data.train.{number}.limit", "a shard of a stream does not know how many were read"
-            yield Fault(key, what, fix="leave limit out")
+    yield from _streamed_source_faults(data)
     for key, (is_fine, why) in FIELDS_OF_STREAMS.items():
         if key in train and not is_fine(train[key]):
             yield Fault(f"train.{key}", f"train.{key} and data.streaming exclude each other: {why}")
 
 
+def _streamed_source_faults(data: Any) -> Iterator[Fault]:
+    """What a source of a stream cannot have, of a ``config.Data``."""
+    weighed = [getattr(source, key, None) for source in data.train for key in ("weight", "epochs")]
+    if getattr(data, "mixing", None) or any(value is not None for value in weighed):
+        what = "sources of a stream are read one behind the other, without weights and epochs"
+        yield Fault("data.train", what, fix="leave data.mixing, weight and epochs out, or do not stream")
+    for number, source in enumerate(data.train):
+        if source.limit:
+            key, what = f"data.train.{number}.limit", "a shard of a stream does not know how many were read"
+            yield Fault(key, what, fix="leave limit out")
+
+
+def _shares_batches(config: Any) -> bool:
+    return isinstance(config, dict) and any(config.get(f"{how}_batches") for how in ("dispatch", "split"))
+
+
 FIELDS_OF_STREAMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train_sampling_strategy": (lambda x: x in ("random", "sequential"), "no other order is known"),
     "dataloader_in_order": (lambda x: x, "each worker has its turn"),
+    "accelerator_config": (lambda x: not _shares_batches(x), "each process reads a part of its own"),
     "auto_find_batch_size": (lambda x: not x, "a batch is of one shard"),
     "torch_compile": (lambda x: not x, "the longest batch is not known"),
     "eval_strategy": (lambda x: x != "epoch", "no end of an epoch is known; use steps"),

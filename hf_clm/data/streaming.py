@@ -109,13 +109,18 @@ class StreamedRows(torch.utils.data.Dataset):
         self.identity = {"shards": plan.shards, "seed": seed, **(identity or {})}
         self.positions = {shard: Position(shard) for shard in range(plan.shards)}
         self._open: dict[int, Iterator[Any]] = {}
+        self._last: dict[int, int] = {}  # row that was asked for, of each shard
 
     def __len__(self) -> int:
         return self.plan.rows
 
     def __getitem__(self, index: int) -> Any:
-        number = range(len(self))[index]
-        shard = number // self.plan.batch_rows % self.plan.shards
+        number, size = range(len(self))[index], self.plan.batch_rows
+        shard = number // size % self.plan.shards
+        last = self._last.get(shard, number - 1)
+        gap = 1 if (last + 1) % size else (self.plan.shards - 1) * size + 1
+        assert shard not in self._last or number == last + gap, f"row {number} of a stream after {last}"
+        self._last[shard] = number
         if shard not in self._open:
             if torch.utils.data.get_worker_info() is not None:  # its threads did not survive the fork
                 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -269,10 +274,10 @@ def stream_identity(recipe: Recipe) -> dict[str, Any]:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """A DataError of a DataLoader's worker, as it was raised there: without the traceback in its text."""
+    """A DataError that one process alone meets, as it was raised in its worker: the text has no traceback."""
     try:
         yield
     except DataError as error:
-        if OF_WORKERS not in error.what:
-            raise
-        raise DataError(error.what.rpartition(OF_WORKERS)[2].strip()) from None
+        plain = DataError(error.what.rpartition(OF_WORKERS)[2].strip()) if OF_WORKERS in error.what else error
+        plain.is_own = True
+        raise plain from None

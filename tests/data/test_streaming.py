@@ -369,6 +369,10 @@ def test_all_commands_say_that_they_look_at_the_head_and_prepare_refuses(tmp_pat
             "train.train_sampling_strategy and data.streaming exclude each other: no other order is known",
         ),
         (
+            {"train": {"accelerator_config": {"dispatch_batches": True}}},
+            "train.accelerator_config and data.streaming exclude each other: each process reads a part of",
+        ),
+        (
             {"train": {"save_strategy": "epoch"}},
             "train.save_strategy and data.streaming exclude each other: no end of an epoch is known",
         ),

@@ -44,13 +44,13 @@ def write_run(folder: Path) -> Path:
     return folder
 
 
-def launch_two(folder: Path, *words: str) -> None:
+def launch_two(folder: Path, *words: str) -> subprocess.CompletedProcess:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     command = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--master_port", port]
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         [*command, "-m", "hf_clm", "train", "recipe.yaml", *words],
         cwd=folder,
         env=os.environ | settings,
@@ -59,7 +59,6 @@ def launch_two(folder: Path, *words: str) -> None:
         timeout=240,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -76,7 +75,8 @@ def positions(checkpoint: Path) -> dict[int, Any]:
 def test_two_processes_take_the_rows_of_one_with_two_workers_and_one_goes_on_for_two(tmp_path, monkeypatch):
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
 
-    launch_two(two, *TWO)
+    done = launch_two(two, *TWO)
+    assert done.returncode == 0, done.stderr
     monkeypatch.chdir(one)
     assert main(["train", "recipe.yaml", *ONE]) == 0
 
@@ -101,11 +101,26 @@ def test_two_processes_take_the_rows_of_one_with_two_workers_and_one_goes_on_for
 @pytest.mark.slow
 def test_two_processes_go_on_bit_by_bit(tmp_path):
     folder = write_run(tmp_path / "two")
-    launch_two(folder, *TWO)
+    first = launch_two(folder, *TWO)
+    assert first.returncode == 0, first.stderr
     whole = losses(folder)
     (folder / "run" / "checkpoint-6" / "SEALED.json").unlink()
     (folder / "run" / "run.json").unlink()
 
-    launch_two(folder, *TWO)
+    second = launch_two(folder, *TWO)
 
+    assert second.returncode == 0, second.stderr
     assert losses(folder) == whole
+
+
+@pytest.mark.slow
+def test_an_error_that_the_second_process_alone_meets_is_said_and_ends_both(tmp_path):
+    folder = write_run(tmp_path / "two")
+    lines = ['{"text": "abc"}'] * 2000 + ["no json"]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+
+    done = launch_two(folder, "--max_steps", "2000", "--logging_steps", "100", "--data.packing", "none")
+
+    said = [line for line in done.stderr.splitlines() if "rows.jsonl:2001: not valid JSON" in line]
+    assert done.returncode != 0
+    assert [line.split(":")[0] for line in said] == ["error on rank 1"]
