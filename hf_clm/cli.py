@@ -45,8 +45,8 @@ def main(words: Sequence[str] | None = None) -> int:
     except Preempted as stopped:
         return int(stopped.code or 0)
     except UserError as error:
-        is_own = error.is_of_one_process
-        return _fail(str(error), error.exit_code, shows_traceback=shows_traceback, is_own=is_own)
+        own = {"is_own": error.is_own, "shows_traceback": shows_traceback}
+        return _fail(str(error), error.exit_code, **own)
     except KeyboardInterrupt:
         return _fail("interrupted", ExitCode.INTERRUPTED, shows_traceback=shows_traceback)
     except BrokenPipeError:  # as of `hf-clm inspect RECIPE | head`: nobody reads what is printed
@@ -391,7 +391,7 @@ def _quiet_libraries() -> None:
 
 
 def _fail(message: str, code: int, *, shows_traceback: bool, is_own: bool = False) -> int:
-    """Prints the error once: on rank 0, or where one process or the environment of a machine is at fault."""
+    """Prints the error once: on rank 0, or where one process or one machine alone meets it."""
     rank = os.environ.get("RANK", "0")
     if shows_traceback:
         traceback.print_exc()

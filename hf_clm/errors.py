@@ -21,7 +21,7 @@ class UserError(Exception):
     """What a user can fix: where, what, what was got, how to fix; shown as one line, without a traceback."""
 
     exit_code = ExitCode.RECIPE
-    is_of_one_process = False  # of several: no other one says it
+    is_own = False  # met by one process alone, which says it; what all meet is said by the first
 
     def __init__(self, what: str, *, where: str = "", got: str = "", fix: str = ""):
         self.what, self.where, self.got, self.fix = what, where, got, fix

@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from hf_clm.config import Recipe, training_values
 from hf_clm.data.build import AnyDataset, Examples, texts_of
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.data.packing import PackedDataset
+from hf_clm.data.streaming import StreamedRows, StreamPlan, read_blocks, stream_identity
 from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.hardware import bf16_instructions
 from hf_clm.launcher import check_spreading, is_one_of_many
@@ -78,6 +80,34 @@ def count_steps(arguments: TrainingArguments, rows: int) -> int:
         return arguments.max_steps if batches else 0
     per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
     return math.ceil(arguments.num_train_epochs * per_epoch)
+
+
+def build_stream(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    arguments: TrainingArguments,
+    checkpoint: Path | None = None,
+) -> StreamedRows | None:
+    """The rows of a run that are made while it trains, a shard a worker; None where they are prepared.
+
+    Raises RecipeError for a checkpoint that was written by another division of the data.
+    """
+    if not recipe.data.streaming:
+        return None
+    shards = arguments.world_size * max(1, arguments.dataloader_num_workers)
+    rows = rows_per_step(arguments) * arguments.max_steps
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    stream = StreamedRows(
+        partial(read_blocks, recipe=recipe, tokenizer=tokenizer),
+        StreamPlan(rows, arguments.train_batch_size, shards),
+        seed=seed if arguments.train_sampling_strategy == "random" else None,
+        max_dropped=recipe.data.max_dropped,
+        identity=stream_identity(recipe),
+    )
+    if checkpoint:
+        stream.read_state(checkpoint)
+    return stream
 
 
 def resolve(recipe: Recipe, arguments: TrainingArguments) -> Recipe:

@@ -1,7 +1,7 @@
 """What no single key of a recipe shows: keys that exclude each other, or say nothing together."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def data_faults(recipe: Any) -> Iterator[Fault]:
     data, window = recipe.data, recipe.data.window
     yield from source_faults(recipe)
     yield from mixing_faults(data)
+    yield from streaming_faults(recipe)
     if data.eval and data.eval_fraction:
         yield Fault("data.eval_fraction", "data.eval and data.eval_fraction exclude each other")
     if recipe.stage == "sft" and data.packing == "stream":
@@ -103,6 +104,57 @@ def mixing_faults(data: Any) -> Iterator[Fault]:
         yield Fault(f"data.train.{missing}", what, got=data.train[missing].path, fix="give each source one")
     if data.mixing:
         yield from _unused_mixing(data.mixing, has_weights=bool(weighted), has_epochs=bool(repeated))
+
+
+def streaming_faults(recipe: Any) -> Iterator[Fault]:
+    """What needs all of the data, or their length, beside ``data.streaming`` of a ``config.Recipe``."""
+    data, train = recipe.data, recipe.train
+    if not data.streaming:
+        return
+    if train.get("max_steps", -1) <= 0:
+        what = "data.streaming needs train.max_steps: the length of a stream is not known"
+        yield Fault("train.max_steps", what, got=str(train.get("max_steps", -1)))
+    if data.eval_fraction:
+        what = "data.eval_fraction is chosen from all examples, which nobody has of a stream"
+        yield Fault("data.eval_fraction", what, fix="name data.eval")
+    if data.duplicates == "drop":
+        what = "data.duplicates: drop compares all examples, which nobody has of a stream"
+        yield Fault("data.duplicates", what, fix="keep")
+    if recipe.tokenizer.train:
+        what = "tokenizer.train reads all of the data, which nobody has of a stream"
+        yield Fault("tokenizer.train", what, fix="train one on a part first: hf-clm train-tokenizer")
+    yield from _streamed_source_faults(data)
+    for key, (is_fine, why) in FIELDS_OF_STREAMS.items():
+        if key in train and not is_fine(train[key]):
+            yield Fault(f"train.{key}", f"train.{key} and data.streaming exclude each other: {why}")
+
+
+def _streamed_source_faults(data: Any) -> Iterator[Fault]:
+    """What a source of a stream cannot have, of a ``config.Data``."""
+    weighed = [value for source in data.train for value in (source.weight, source.epochs)]
+    if data.mixing or any(value is not None for value in weighed):
+        what = "sources of a stream are read one behind the other, without weights and epochs"
+        yield Fault("data.train", what, fix="leave data.mixing, weight and epochs out, or do not stream")
+    for number, source in enumerate(data.train):
+        if source.limit:
+            key, what = f"data.train.{number}.limit", "a shard of a stream does not know how many were read"
+            yield Fault(key, what, fix="leave limit out")
+
+
+def _shares_batches(config: Any) -> bool:
+    return isinstance(config, dict) and any(config.get(f"{how}_batches") for how in ("dispatch", "split"))
+
+
+FIELDS_OF_STREAMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "train_sampling_strategy": (lambda x: x in ("random", "sequential"), "no other order is known"),
+    "dataloader_in_order": (lambda x: x, "each worker has its turn"),
+    "accelerator_config": (lambda x: not _shares_batches(x), "each process reads a part of its own"),
+    "auto_find_batch_size": (lambda x: not x, "a batch is of one shard"),
+    "torch_compile": (lambda x: not x, "the longest batch is not known"),
+    "eval_strategy": (lambda x: x != "epoch", "no end of an epoch is known; use steps"),
+    "save_strategy": (lambda x: x != "epoch", "no end of an epoch is known; use steps"),
+    "logging_strategy": (lambda x: x != "epoch", "no end of an epoch is known; use steps"),
+}
 
 
 def token_budget_faults(recipe: Any) -> Iterator[Fault]:

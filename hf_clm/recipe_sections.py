@@ -156,6 +156,10 @@ class Data(Section):
     """Learn completions that follow nothing."""
     cache_dir: str | None = "~/.cache/hf_clm"
     """Where prepared data are kept; null: nowhere. HF_CLM_CACHE in the environment moves the default."""
+    streaming: bool = False
+    """Read and tokenize while training, what is too large to prepare; needs train.max_steps."""
+    shuffle_buffer: int = Field(default=1000, ge=1)
+    """Of a stream: so many documents are packed together, and their rows shuffled."""
 
 
 class Lora(Section):

@@ -19,6 +19,7 @@ from hf_clm.config import Data, Recipe, Source
 from hf_clm.data.build import Examples, Split, build_split, load_splits, mix_splits
 from hf_clm.data.sources import find_files
 from hf_clm.data.store import Stored, open_store
+from hf_clm.data.streaming import load_head
 
 FORMAT_VERSION = 2  # raise it with every change of what is made of the same data: labels, packing, files
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -27,6 +28,7 @@ READ_BYTES = 1 << 20
 HASHES = ".hashes"  # in the cache: sha256 of large data files that were read before
 REMEMBERED_BYTES = 1 << 26
 SETTLED_NS = 10 * 10**9
+OF_STREAMS = {"streaming", "shuffle_buffer"}  # they change nothing of what is prepared
 LIBRARIES = ("tokenizers", "transformers")  # which render and encode
 
 
@@ -43,19 +45,20 @@ class Place:
 
 
 def find_place(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Place | None:
-    """None where nothing is kept: cache_dir is null, or data on the Hub are not pinned to a commit.
+    """None where nothing is kept: a stream, cache_dir is null, or data on the Hub not pinned to a commit.
 
     ``seed`` decides what is held out. Raises DataError for data that are not there.
     """
     data = recipe.data
-    if data.cache_dir is None:
+    if data.cache_dir is None or data.streaming:
         return None
     files: list[str] = []
     folder = cache_folder(data)
     contents = [_source_content(source, files, folder=folder) for source in (*data.train, *data.eval)]
     if None in contents:
         return None
-    options = data.model_dump(exclude={"train", "eval", "cache_dir", "eval_train_rows", "mixing"})
+    left_out = {"train", "eval", "cache_dir", "eval_train_rows", "mixing", *OF_STREAMS}
+    options = data.model_dump(exclude=left_out)
     options |= {"overflow": recipe.resolved_overflow, "packing": recipe.resolved_packing}
     parts = {
         "format": FORMAT_VERSION,
@@ -115,8 +118,8 @@ def load_early(recipe: Recipe, seed: int) -> dict[str, Examples]:
 
 
 def load_named(recipe: Recipe, seed: int) -> dict[str, Examples]:
-    """The examples by the name of their split: train and, if there is one, eval."""
-    train, evaluation = load_splits(recipe, seed)
+    """The examples by the name of their split: train (of a stream the first) and, if there is one, eval."""
+    train, evaluation = load_head(recipe) if recipe.data.streaming else load_splits(recipe, seed)
     return {"train": train, "eval": evaluation} if evaluation else {"train": train}
 
 

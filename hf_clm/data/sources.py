@@ -49,8 +49,8 @@ def read_records(
     files = find_files(path)
     if files is None:
         report.files.append(path)
-        rows = _read_hub(path, split=split, name=name, revision=revision)
-        yield from _to_records(rows, file=path, options=options, report=report)
+        rows = read_hub(path, split=split, name=name, revision=revision)
+        yield from to_records(rows, file=path, options=options, report=report)
     for file in files or []:
         report.files.append(file)
         yield from read_file(file, options, report=report)
@@ -60,7 +60,7 @@ def read_file(file: str, options: ReadOptions, *, report: ReadReport, span: Span
     """Yields the records of a file, or those that begin in a span of it."""
     with open_stream(file, options, report=report) as source:
         rows = READERS[suffix(file)](replace(source, span=span))
-        yield from _to_records(rows, file=file, options=options, report=report, is_whole=span == WHOLE)
+        yield from to_records(rows, file=file, options=options, report=report, is_whole=span == WHOLE)
 
 
 @contextmanager
@@ -97,9 +97,10 @@ def _files_in_folder(folder: str) -> list[str]:
     return files
 
 
-def _to_records(
+def to_records(
     items: Items, *, file: str, options: ReadOptions, report: ReadReport, is_whole: bool = True
 ) -> Iterator[Record]:
+    """Checks what a reader gives; with ``is_whole``, nothing at all is an error too."""
     records, bad_lines = report.records, len(report.bad_lines)
     for where, value in items:
         try:
@@ -153,7 +154,10 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield item
 
 
-def _read_hub(path: str, *, split: str, name: str | None, revision: str | None) -> Items:
+def read_hub(
+    path: str, *, split: str, name: str | None, revision: str | None, first: int | None = None
+) -> Items:
+    """The rows of a dataset on the Hub, fetched whole and kept, or streamed from the row ``first`` on."""
     from datasets import config, load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi
@@ -163,7 +167,8 @@ def _read_hub(path: str, *, split: str, name: str | None, revision: str | None) 
         with suppress(OfflineModeIsEnabled):  # load_dataset then looks into its cache
             # One short question first: without a network load_dataset alone retries for 23 seconds.
             HfApi().dataset_info(path, revision=revision, timeout=10)
-        rows = load_dataset(path, name, split=split, revision=revision)
+        how: dict[str, Any] = {} if first is None else {"streaming": True}
+        rows = load_dataset(path, name, split=split, revision=revision, **how)
     except Exception as error:  # no network is an error of the HTTP package, and those have changed
         what = f"no such file{_nearest(path)}; on the Hub: {first_line(error)}"
         if isinstance(error, HfHubHTTPError | DatasetsError | ValueError):
@@ -171,7 +176,7 @@ def _read_hub(path: str, *, split: str, name: str | None, revision: str | None) 
             raise DataError(what, where=path, fix=fix) from error
         fix = f"give a file; HF_HUB_OFFLINE=1 uses what is cached in {config.HF_DATASETS_CACHE}"
         raise EnvironmentFault(what, where=path, fix=fix) from error
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows.skip(first) if first else rows, start=(first or 0) + 1):
         yield f"{path}: record {number}", row
 
 

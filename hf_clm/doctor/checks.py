@@ -60,6 +60,8 @@ def check_steps(facts: Facts) -> Check:
 def check_global_batch(facts: Facts) -> Check:
     """A batch larger than the data is one step an epoch."""
     rows = len(facts.train.dataset)
+    if facts.recipe.data.streaming:
+        return Ok(f"{facts.rows_per_step} rows of a stream; what is said here is of its first documents")
     if facts.rows_per_step > rows:
         what = f"a step takes {facts.rows_per_step} rows, and there are {rows}: one step an epoch"
         fix = "lower train.per_device_train_batch_size or train.gradient_accumulation_steps"

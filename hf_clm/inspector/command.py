@@ -17,6 +17,7 @@ from hf_clm.data.arrays import TOKENS, dropped, to_fates
 from hf_clm.data.build import Split
 from hf_clm.data.cache import load_early, read_splits
 from hf_clm.data.packing import PackedDataset
+from hf_clm.data.streaming import HEAD
 from hf_clm.errors import RecipeError
 from hf_clm.inspector.documents import Reader, inspect_rows
 from hf_clm.inspector.page import Charts, write_page
@@ -59,6 +60,8 @@ def inspect(target: str, overrides: list[str], *, view: View) -> str:
     rows = nlargest(wanted, found, key=_severity) if view.worst else list(islice(found, wanted))
     charts = to_charts(split, recipe.data.max_length, batch_size=batch_size)
     facts = to_facts(split, charts, shown=len(rows))
+    if recipe.data.streaming and view.split == "train":
+        facts = {"stream": f"the first {HEAD:,} documents of each source", **facts}
     lines = _text(rows[: view.rows], facts, reader=reader, colors=_wants_colors(view.color))
     if view.html:
         write_page(

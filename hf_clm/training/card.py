@@ -64,7 +64,10 @@ def describe(run: Mapping[str, Any]) -> str:
     train = run["train"]
     size = f"{run['parameters']:,} parameters, {run['trained_parameters']:,} of them trained"
     learned = f"{train['target_tokens']:,} learned tokens of {train['tokens']:,}"
-    amount = f"{train['input_rows']:,} records with {learned}, {run['steps_done']:,} steps"
+    records = f"{train['input_rows']:,} records with {learned}"
+    if "stream" in run:  # the others are those that were checked before
+        records = f"{run['tokens_seen']:,} tokens of a stream"
+    amount = f"{records}, {run['steps_done']:,} steps"
     return f"{kind} {origin}: {size}, on {amount}."
 
 
@@ -116,7 +119,8 @@ def data(run: Mapping[str, Any]) -> str:
         fates = ", ".join(f"{count:,} {fate}" for fate, count in sorted(counts["fates"].items()))
         parts.append((name, shown, fates, f"`{certificate['content_hash']}`" if certificate else "none"))
     lines = _to_table(("", "files", "rows", "sha256 of the certified labels"), parts)
-    proved = "The labels of every row were proved on an independent path before the first step."
+    rows = "the rows of a stream that were read first" if "stream" in run else "every row"
+    proved = f"The labels of {rows} were proved on an independent path before the first step."
     return "\n\n".join([lines, *mixing(run), proved])
 
 

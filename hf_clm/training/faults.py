@@ -67,7 +67,7 @@ def among_others() -> Iterator[None]:
     except DivergedError:
         raise  # of all processes
     except UserError as error:
-        error.is_of_one_process = True
+        error.is_own = True
         raise
     except RuntimeError as error:
         if not _is_of_another(error):

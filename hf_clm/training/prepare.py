@@ -21,6 +21,7 @@ from hf_clm.data.draws import add_draws
 from hf_clm.data.ledger import write_ledgers
 from hf_clm.data.packing import PackedDataset
 from hf_clm.data.store import Stored, require_writable
+from hf_clm.data.streaming import HEAD
 from hf_clm.errors import RecipeError
 from hf_clm.parts import build_model_config, build_tokenizer_aside, training_arguments
 from hf_clm.training.proof import Proof, prove_data, prove_mix
@@ -28,6 +29,7 @@ from hf_clm.training.storing import merge_shards, shards_folder, store_shard, st
 
 POLL_SECONDS = 0.2
 SHOWN_LETTERS = 12  # of a key
+STREAMED = f"stream    read while it trains; checked before: the first {HEAD:,} documents of each source"
 
 
 @dataclass
@@ -155,6 +157,9 @@ class _Task:
 
 def _find_task(recipe: Recipe) -> _Task:
     """Raises RecipeError where nothing would be kept."""
+    if recipe.data.streaming:
+        fix = "hf-clm train reads it, and prepares data.eval alone; or set data.streaming to false"
+        raise RecipeError("nothing is prepared of a stream", where="data.streaming", fix=fix)
     arguments = training_arguments(recipe)
     loaded = load_early(recipe, arguments.seed)
     tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)
@@ -180,7 +185,8 @@ def _prepare_unkept(
             proof = prove_data(recipe, splits, tokenizer=tokenizer)
     is_off = recipe.data.cache_dir is None
     why = "data.cache_dir is null" if is_off else "data on the Hub without a commit as their revision"
-    proof.lines.insert(0, f"prepared  in {time.monotonic() - started:.1f} s, not kept ({why})")
+    said = f"prepared  in {time.monotonic() - started:.1f} s, not kept ({why})"
+    proof.lines.insert(0, STREAMED if recipe.data.streaming else said)
     splits = mix_splits(splits, recipe, seed=arguments.seed)
     proof.lines += prove_mix(splits["train"]) if arguments.process_index == 0 else []
     return Prepared(splits, proof)

@@ -23,6 +23,7 @@ from hf_clm.config import Recipe, recipe_to_yaml
 from hf_clm.data.build import Split
 from hf_clm.data.cache import load_early
 from hf_clm.data.segments import whole_text
+from hf_clm.data.streaming import PositionCollator, StreamedRows
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
 from hf_clm.generation.generate import generate, to_prompt_example
@@ -34,6 +35,7 @@ from hf_clm.parts import (
     build_collator,
     build_model,
     build_model_config,
+    build_stream,
     build_tokenizer,
     check_launch,
     resolve,
@@ -61,6 +63,7 @@ from hf_clm.training.proof import prove_model, prove_saved
 from hf_clm.training.publish import check_can_push
 from hf_clm.training.signals import stoppable
 from hf_clm.training.start import Start, has_ended, prepare_start
+from hf_clm.training.streamed import stream_totals
 from hf_clm.training.summary import RunFacts, end_lines, guessing_loss, seal_facts, start_lines
 from hf_clm.training.trainer import CLMTrainer
 
@@ -105,9 +108,12 @@ def train_from(
     splits, proof = prepared.splits, prepared.proof
     known = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
     proof.lines += [f"warning   {line}" for line in check_before_training(known)]
+    stream = build_stream(recipe, tokenizer, arguments=arguments, checkpoint=start.checkpoint)
     model = build_model(recipe, tokenizer, config=config, arguments=arguments)
 
-    trainer = build_trainer(model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits)
+    trainer = build_trainer(
+        model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits, stream=stream
+    )
     facts = RunFacts(recipe, arguments, model, splits, guessing_loss(splits["train"]))
     is_main = arguments.process_index == 0
     with arguments.main_process_first(local=False, desc="proving the model"):
@@ -115,7 +121,8 @@ def train_from(
             trainer.add_callback(ProgressCallback(is_terminal=is_terminal))
             prove_and_record(trainer, facts, start=start, prepared=prepared)
     trainer.add_callback(LastEvaluationCallback())
-    trainer.add_callback(EpochMeansCallback(start.folder / "metrics.jsonl"))
+    if stream is None:  # the end of an epoch is not known else
+        trainer.add_callback(EpochMeansCallback(start.folder / "metrics.jsonl"))
     if recipe.samples:
         trainer.add_callback(build_samples(facts, trainer, tokenizer=tokenizer))
     report = ReportCallback(partial(write_report, start.folder, is_live=True), is_main=is_main)
@@ -161,17 +168,19 @@ def build_trainer(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerFast,
     splits: Mapping[str, Split],
+    stream: StreamedRows | None = None,
 ) -> CLMTrainer:
     """The Trainer over the packed rows; without an eval set it evaluates on some of the training rows."""
     train_split, eval_split = splits["train"], splits.get("eval")
     watched = recipe.data.eval_train_rows
     datasets = [split.dataset for split in splits.values()]
     static = static_shape(datasets, arguments) if arguments.torch_compile else None
+    collate = build_collator(recipe, tokenizer, with_targets=takes_targets(model), static=static)
     trainer = CLMTrainer(
         model=model,
         args=arguments,
-        data_collator=build_collator(recipe, tokenizer, with_targets=takes_targets(model), static=static),
-        train_dataset=train_split.dataset,
+        data_collator=PositionCollator(collate) if stream else collate,
+        train_dataset=stream or train_split.dataset,
         eval_dataset=eval_split.dataset if eval_split else first_rows(train_split, EVALUATED_ROWS),
         processing_class=tokenizer,
         z_loss=recipe.loss.z_loss,
@@ -231,6 +240,7 @@ def finish(trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], secon
     final = last if is_known else trainer.evaluate()
     folder = output_dir / FINAL
     trainer.save_model(str(folder), _internal_call=True)  # pushed when everything is written
+    totals = stream_totals(trainer)
     result = {
         "status": "done",
         **facts.to_json(),
@@ -242,6 +252,7 @@ def finish(trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], secon
             speed={"tokens_per_second": trainer.tokens_per_second, "mfu": trainer.mfu},
         ),
         "proof": proof,
+        **({"stream": totals} if totals else {}),
     }
     if trainer.is_world_process_zero():
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled

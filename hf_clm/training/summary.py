@@ -182,7 +182,7 @@ def start_lines(facts: RunFacts) -> list[str]:
     lines = [
         f"recipe    {facts.recipe.file or 'made in Python'}, stage {facts.recipe.stage}",
         f"model     {kind}, {origin}, {model.num_parameters():,} parameters",
-        f"data      {_describe(train)}",
+        f"data      {'the first of a stream: ' if facts.recipe.data.streaming else ''}{_describe(train)}",
     ]
     if train.mix:
         first, *others = train.mix.to_lines()
@@ -231,11 +231,22 @@ def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:
     ]
     if facts.recipe.stage == "pretrain":
         lines.append(f"unigram   {facts.unigram_entropy:.4f}")
+    if "stream" in result:
+        lines.append(stream_line(result["stream"]))
     return [
         *lines,
         f"written   {output}: the {saved}, recipe.yaml, run.json, metrics.jsonl, report.html, README.md",
         f'next      hf-clm generate {output} --prompt "..."',
     ]
+
+
+def stream_line(totals: dict[str, Any]) -> str:
+    """What was read of a stream, block by block, and what became of it."""
+    fates = ", ".join(f"{count:,} {fate}" for fate, count in totals["fates"].items())
+    least, most = totals["passes"]
+    passes = f"{least}" if least == most else f"{least} to {most}"
+    how = f"by {totals['shards']} workers, " if totals["shards"] > 1 else ""
+    return f"stream    {totals['documents']:,} documents read ({fates}), {how}whole passes: {passes}"
 
 
 def versions() -> dict[str, str]:

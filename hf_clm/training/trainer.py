@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
@@ -24,6 +24,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_clm.data.sampling import EpochSampler, EvenRows
+from hf_clm.data.streaming import StreamedRows, plain_errors
 from hf_clm.errors import DivergedError
 from hf_clm.evaluation.metrics import token_nll
 from hf_clm.flops import count_flops
@@ -88,10 +89,16 @@ class CLMTrainer(SavingTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
+        if isinstance(self.train_dataset, StreamedRows):
+            self.train_dataset.passed(inputs.pop("stream"))
         self._step_batches.append(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._step_loss = self._step_loss + loss
         return loss
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        with plain_errors():
+            return super().get_batch_samples(*args)
 
     def compute_loss(
         self,
@@ -211,6 +218,8 @@ class CLMTrainer(SavingTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, StreamedRows):
+            return SequentialSampler(dataset)
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -221,7 +230,9 @@ class CLMTrainer(SavingTrainer):
     def _even(self, dataset: Any, batch_size: int) -> Any:
         """Filled up for several processes, of which accelerate wants as many full batches each."""
         is_uneven = self.args.world_size > 1 or self.args.dataloader_drop_last
-        return EvenRows(dataset, self.args.world_size * batch_size) if is_uneven else dataset
+        if isinstance(dataset, StreamedRows) or not is_uneven:
+            return dataset
+        return EvenRows(dataset, self.args.world_size * batch_size)
 
     def evaluate(
         self,
@@ -269,6 +280,11 @@ class CLMTrainer(SavingTrainer):
         needed, name = checkpoint_bytes(model, self.optimizer), f"checkpoint-{self.state.global_step}"
         with self.untimed(), writing(Path(str(self.args.output_dir)), name, needed=needed):
             super()._save_checkpoint(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if isinstance(self.train_dataset, StreamedRows):  # every process: each knows its own shards
+            self.train_dataset.write_state(Path(output_dir), rank=self.args.process_index)
+        super()._save_rng_state(output_dir)
 
     def _token_metrics(self) -> dict[str, float]:
         """The counts of all processes since the last log event, and sets them back."""

@@ -105,3 +105,11 @@ def test_examples_are_shown_where_they_are_asked_for_and_cannot_end_their_fence(
     _, text = card_of(tmp_path, RUN, samples=["a ```` fence\n# no heading"])
 
     assert "## Examples of the data\n\n`````\na ```` fence\n# no heading\n`````" in text
+
+
+def test_of_a_stream_the_card_counts_what_was_read_not_what_was_checked(tmp_path):
+    _, text = card_of(tmp_path, {**RUN, "stream": {"documents": 3}})
+
+    assert "1,000 of them trained, on 8,733 tokens of a stream, 18 steps." in text
+    assert "48 records" not in text
+    assert "The labels of the rows of a stream that were read first were proved" in text

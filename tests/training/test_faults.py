@@ -128,4 +128,4 @@ def test_an_error_of_one_process_is_said_by_it_and_one_of_all_by_the_first():
     with pytest.raises(DivergedError) as all_of_them, among_others():
         raise DivergedError("NaN")
 
-    assert (one.value.is_of_one_process, all_of_them.value.is_of_one_process) == (True, False)
+    assert (one.value.is_own, all_of_them.value.is_own) == (True, False)

@@ -1,0 +1,126 @@
+"""A stream on two processes: each reads its own part, none waits, and one process takes the same rows."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+
+from hf_clm.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+# The second half of the bytes is one document: its shard is through it long before the other has begun again.
+RECORDS = [{"text": f"{n} " + "xyz"[: n % 3 + 1] * (n % 5)} for n in range(20)] + [{"text": "long " * 60}]
+RECIPE = """\
+stage: pretrain
+model: {name_or_path: model}
+data: {train: rows.jsonl, max_length: 32, streaming: true, shuffle_buffer: 4}
+doctor: {round_trip: "off"}
+train:
+  output_dir: run
+  max_steps: 6
+  per_device_train_batch_size: 2
+  learning_rate: 1e-2
+  logging_steps: 1
+  save_strategy: steps
+  save_steps: 3
+  use_cpu: true
+  bf16: false
+"""
+ONE = ["--dataloader_num_workers", "2", "--gradient_accumulation_steps", "2"]
+TWO = ["--dataloader_num_workers", "1"]
+
+
+def write_run(folder: Path) -> Path:
+    folder.mkdir()
+    save_folder(folder / "model", tiny_model(), byte_tokenizer())
+    write_jsonl(folder / "rows.jsonl", RECORDS)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+def launch_two(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    command = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--master_port", port]
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*command, "-m", "hf_clm", "train", "recipe.yaml", *words],
+        cwd=folder,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def losses(folder: Path) -> dict[int, float]:
+    entries = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+
+
+def positions(checkpoint: Path) -> dict[int, Any]:
+    states = [json.loads(path.read_text()) for path in checkpoint.glob("stream_state_*.json")]
+    return {entry["shard"]: entry for state in states for entry in state["positions"]}
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_rows_of_one_with_two_workers_and_one_goes_on_for_two(tmp_path, monkeypatch):
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
+
+    done = launch_two(two, *TWO)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(one)
+    assert main(["train", "recipe.yaml", *ONE]) == 0
+
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    for step in (3, 6):
+        found = positions(two / "run" / f"checkpoint-{step}")
+        assert found == positions(one / "run" / f"checkpoint-{step}")
+        assert sorted(found) == [0, 1]
+    totals = [json.loads((folder / "run" / "run.json").read_text())["stream"] for folder in (one, two)]
+    assert totals[0] == totals[1]
+    assert totals[0]["shards"] == 2
+    assert found[1]["epoch"] >= 1  # the long document again and again
+    (two / "run" / "checkpoint-6" / "SEALED.json").unlink()
+    (two / "run" / "run.json").unlink()
+    monkeypatch.chdir(two)
+    assert main(["train", "recipe.yaml", *ONE]) == 0
+
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert positions(two / "run" / "checkpoint-6") == positions(one / "run" / "checkpoint-6")
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_bit_by_bit(tmp_path):
+    folder = write_run(tmp_path / "two")
+    first = launch_two(folder, *TWO)
+    assert first.returncode == 0, first.stderr
+    whole = losses(folder)
+    (folder / "run" / "checkpoint-6" / "SEALED.json").unlink()
+    (folder / "run" / "run.json").unlink()
+
+    second = launch_two(folder, *TWO)
+
+    assert second.returncode == 0, second.stderr
+    assert losses(folder) == whole
+
+
+@pytest.mark.slow
+def test_an_error_that_the_second_process_alone_meets_is_said_and_ends_both(tmp_path):
+    folder = write_run(tmp_path / "two")
+    lines = ['{"text": "abc"}'] * 2000 + ["no json"]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+
+    done = launch_two(folder, "--max_steps", "2000", "--logging_steps", "100", "--data.packing", "none")
+
+    said = [line for line in done.stderr.splitlines() if "rows.jsonl:2001: not valid JSON" in line]
+    assert done.returncode != 0
+    assert [line.split(":")[0] for line in said] == ["error on rank 1"]
