@@ -13,12 +13,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_clm.errors import Preempted
@@ -30,6 +32,8 @@ SIGNALS = {int(getattr(signal, name)): name for name in REASONS[1:5] if hasattr(
 # What accelerate launch and torchrun write into the environment of a process, and nobody by hand.
 MARKS_OF_A_LAUNCHER = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_DYNAMIC")
 REPEAT_SECONDS = 1.0  # a launcher passes a signal on that has also reached its processes themselves
+
+WORKER_SECONDS = 30  # that a process which loads data lives on after SIGTERM
 
 
 class Stop:
@@ -94,7 +98,7 @@ class Stop:
         if self.is_listening:
             signal.set_wakeup_fd(-1)
             for number in SIGNALS:
-                signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+                signal.signal(number, _end_later if number == signal.SIGTERM else signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _is_repeat(self, seconds: float) -> bool:
@@ -155,6 +159,24 @@ def stoppable(trainer: Trainer) -> Iterator[None]:
                 write_line(str(error))
             stop.agree(trainer.args.device)
             raise
+
+
+def let_workers_last(loader: DataLoader) -> DataLoader:
+    """Lets the processes that load data outlive a SIGTERM to all of them, so that the step can end."""
+    own: Any = getattr(loader, "base_dataloader", loader)  # of accelerate's
+    if own.num_workers:
+        own.worker_init_fn = partial(_begin_worker, own.worker_init_fn)
+    return loader
+
+
+def _begin_worker(begin: Callable[[int], None] | None, number: int) -> None:
+    if begin is not None:
+        begin(number)
+    signal.signal(signal.SIGTERM, _end_later)  # torch has put its own there
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    signal.alarm(WORKER_SECONDS)
 
 
 @contextmanager

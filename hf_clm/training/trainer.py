@@ -34,6 +34,7 @@ from hf_clm.schema import IGNORE_INDEX
 from hf_clm.training.faults import checkpoint_bytes, writing
 from hf_clm.training.guard import write_diverged
 from hf_clm.training.saving import SavingTrainer
+from hf_clm.training.signals import let_workers_last
 from hf_clm.training.spread import settle_precision
 
 # What is counted since the last log event, in this order.
@@ -207,9 +208,13 @@ class CLMTrainer(SavingTrainer):
         yield
         self._counted_since += time.monotonic() - start
 
+    def get_train_dataloader(self) -> DataLoader:
+        return let_workers_last(super().get_train_dataloader())
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        return super().get_eval_dataloader(self._even(dataset, self.args.eval_batch_size))
+        loader = super().get_eval_dataloader(self._even(dataset, self.args.eval_batch_size))
+        return let_workers_last(loader)
 
     def set_epoch(self, epoch: int) -> None:
         """Decides the order of the rows; accelerate does not reach the sampler after every resume."""

@@ -24,6 +24,8 @@ from watched import (
     wait_for,
 )
 
+WITH_SESSION = ["setsid"]  # in place of itself: the process stays the same
+LASTING = ["--dataloader_persistent_workers", "true"]
 # Holds no lock of Python and never returns, as a library that waits for another process.
 STUCK = """
 import ctypes
@@ -106,6 +108,17 @@ def test_ctrl_c_ends_with_130(folder):
 
     assert process.wait(LIMIT_SECONDS) == 130
     check_stopped(folder, "SIGINT")
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_of_a_run_leaves_those_that_load_data_to_the_end_of_the_step(folder):
+    """Slurm sends it to all of them."""
+    process = start(folder, [*WITH_SESSION, *ALONE], "--dataloader_num_workers", "2", *LASTING)
+    reach_step(folder, process)
+    os.killpg(process.pid, signal.SIGTERM)
+
+    assert process.wait(LIMIT_SECONDS) == 75
+    check_stopped(folder, "SIGTERM")
 
 
 @pytest.mark.slow
