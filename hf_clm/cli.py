@@ -147,7 +147,7 @@ def run_inspect(words: list[str]) -> None:
 
 
 def run_doctor(words: list[str]) -> int:
-    """RECIPE [--key value ...]: find what would go wrong, and the memory it takes, without a step"""
+    """RECIPE [--key value ...]: what would go wrong, the memory it takes, and --plan for many GPUs"""
     parser = _parser("doctor")
     add_doctor_options(parser)
     options, overrides = parser.parse_known_args(words)

@@ -138,12 +138,12 @@ class CLMTrainer(SavingTrainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Runs after clipping and before the optimizer step: the last moment with sound weights."""
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
-        watched = float(norm)
+        watched = float(self._step_loss if norm is None else norm)  # DeepSpeed may not know it
         if self.args.fp16:  # it skips steps whose gradients overflow; each process knows its own loss
             total: Any = self.accelerator.reduce(torch.as_tensor(self._step_loss), reduction="sum")
             watched = float(total)
         if not math.isfinite(watched):
-            self._stop(float(norm))
+            self._stop(watched if norm is None else float(norm))
         self._step_loss = 0.0
         self._step_batches.clear()
         return norm
@@ -163,8 +163,10 @@ class CLMTrainer(SavingTrainer):
             folder = Path(str(self.args.output_dir))
             options = {"tokenizer": self.processing_class, "facts": facts}
             page = f"; its rows are in {write_diverged(folder, self._step_batches, **options)}"
+        # DeepSpeed updates inside the backward
+        done = "the last checkpoint is sound" if self.is_deepspeed_enabled else "no weight was updated"
         raise DivergedError(
-            f"step {facts['step']}: the loss or its gradient is not finite; no weight was updated{page}",
+            f"step {facts['step']}: the loss or its gradient is not finite; {done}{page}",
             got=", ".join(f"{name} {facts[name]}" for name in ("loss", "gradient norm", "learning rate")),
             fix="lower train.learning_rate, raise train.warmup_steps, or look at the data of this step",
         )

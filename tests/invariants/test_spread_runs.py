@@ -17,21 +17,22 @@ from hf_clm.cli import main
 
 UNSAMPLED = RECIPE.replace("samples: {prompts: [say 2], max_new_tokens: 3}\n", "")
 PROGRAM = [str(ROOT / "tests" / "spread_on_cpu.py")]
-# The model; the recipe's words; what differs from fsdp2.yaml.
+CHECKPOINTING = {"activation_checkpointing: false": "activation_checkpointing: true"}
+HYBRID = "parallelism_config: {parallelism_config_dp_replicate_size: 2, parallelism_config_dp_shard_size: 2}"
+TIED = {"tie_word_embeddings": True}
+# The model; words behind the command of the spread run; what differs from fsdp2.yaml.
 CASES = {
     "untied": ({}, [], {}),
-    "tied": (
-        {"tie_word_embeddings": True},
-        [],
-        {"activation_checkpointing: false": "activation_checkpointing: true"},
-    ),
-    "in parts": ({"tie_word_embeddings": True}, [], {"FULL_STATE_DICT": "SHARDED_STATE_DICT"}),
+    "tied": (TIED, [], CHECKPOINTING),
+    "in parts": (TIED, [], {"FULL_STATE_DICT # a": "SHARDED_STATE_DICT # a"}),
     "lora": ({}, ["--lora", "{r: 4}"], {}),
+    "hybrid": ({}, [*BATCH, "1", *EVAL_BATCH, "1"], {"num_processes: 2": f"num_processes: 4\n{HYBRID}"}),
 }
+SAME_ALONE = {"in parts": "tied", "hybrid": "untied"}
 
 
 def spread(folder: Path, *words: str, changes: dict[str, str] | None = None) -> Path:
-    """Runs fsdp2.yaml on two processes; with changes of its text."""
+    """Runs fsdp2.yaml on its two processes; with changes of its text."""
     text = (ACCELERATE / "fsdp2.yaml").read_text()
     for old, new in (changes or {}).items():
         assert text.count(old) == 1, old
@@ -61,9 +62,9 @@ def run_once(tmp_path_factory) -> Callable[..., Path]:
     folder, found = tmp_path_factory.mktemp("runs"), {}
 
     def run(how: str, case: str) -> Path:
+        if how == "alone":
+            case = SAME_ALONE.get(case, case)
         model, words, changes = CASES[case]
-        if how == "alone" and case == "in parts":
-            case = "tied"  # the same for one process
         if (how, case) not in found:
             place = prepare(folder / f"{how} {case}", UNSAMPLED, **model)
             made = train_alone(place, *words) if how == "alone" else spread(place, *words, changes=changes)

@@ -220,3 +220,16 @@ def test_other_rows_are_evaluated_without_the_watched_ones(tmp_path):
     trainer.watched_rows = [ROWS[1]]
 
     assert "eval_train_loss" not in trainer.evaluate([ROWS[0]])
+
+
+def test_deepspeed_may_give_no_norm_and_has_updated_before_a_stop(tmp_path, monkeypatch):
+    trainer = build_trainer(tmp_path, tiny_model(), ROWS)
+    monkeypatch.setattr("transformers.Trainer._get_grad_norm", lambda *args, **options: None)
+    trainer.is_deepspeed_enabled = True
+    monkeypatch.setattr(trainer, "_get_learning_rate", lambda: 0.1)
+
+    trainer._step_loss = torch.tensor(2.5)
+    assert trainer._get_grad_norm(trainer.model) is None
+    trainer._step_loss = torch.tensor(math.nan)
+    with pytest.raises(DivergedError, match="is not finite; the last checkpoint is sound; got loss nan"):
+        trainer._get_grad_norm(trainer.model)
