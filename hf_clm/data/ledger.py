@@ -18,7 +18,7 @@ from hf_clm.data.packing import PackedDataset, is_sorted, stable_order
 from hf_clm.errors import DataError
 from hf_clm.schema import ChatExample, Example, PromptExample, SegmentsExample, TextExample, TokenizedExample
 
-GROUP_ROWS = 1 << 16  # of the file
+GROUP_ROWS = 1 << 13  # of the file, which wait in memory
 SHOWN = 3  # rows in an error
 COMPARED = 500  # packed rows that are compared with their pieces, token by token
 FATES = ("used", "cut", "split", "duplicate", "dropped", "unreadable")
@@ -346,6 +346,7 @@ def check_pieces(packed: PackedDataset, rows: TokenizedRows) -> None:
             np.concatenate([part[span] for span in spans]) for part in (rows.input_ids, rows.labels)
         )
         places = np.concatenate([np.arange(last - first) for _, first, last in pieces])
+        release(rows.input_ids, rows.labels)
         given = np.asarray(row["labels"])
         is_same = (
             np.array_equal(row["input_ids"], ids)
