@@ -65,6 +65,7 @@ from hf_clm.training.signals import stoppable
 from hf_clm.training.start import Start, has_ended, prepare_start
 from hf_clm.training.streamed import stream_totals
 from hf_clm.training.summary import RunFacts, end_lines, guessing_loss, seal_facts, start_lines
+from hf_clm.training.trackers import tolerate_trackers
 from hf_clm.training.trainer import CLMTrainer
 
 EVALUATED_ROWS = 64  # of the training data, where there is no eval set: they show a loss before and after
@@ -187,6 +188,7 @@ def build_trainer(
         watched_rows=first_rows(train_split, watched) if watched else None,
     )
     trainer.remove_callback(PrinterCallback)
+    tolerate_trackers(trainer)
     if recipe.early_stopping:
         patience, threshold = recipe.early_stopping.patience, recipe.early_stopping.threshold
         trainer.add_callback(EarlyStoppingCallback(patience, threshold))

@@ -3,6 +3,7 @@
 import pytest
 from helpers import build_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers.integrations import TensorBoardCallback
 
 from hf_clm.training.run import train
 
@@ -24,3 +25,20 @@ def test_tensorboard_gets_the_figures_of_each_log_event(tmp_path):
     assert sorted(found["train/loss"]) == [1, 2, 3]
     assert found["eval/loss"][3] == pytest.approx(result["loss_after"], rel=1e-6)  # float32 there
     assert found["train/tokens_seen"][3] == result["tokens_seen"]
+
+
+@pytest.mark.parametrize("event", ["on_train_begin", "on_log", "on_save", "on_train_end"])
+def test_a_tracker_that_fails_is_named_once_and_the_run_is_done(tmp_path, monkeypatch, capsys, event):
+    def fail(*args, **kwargs):
+        raise ConnectionError("wandb: no route to host\nmore")
+
+    monkeypatch.setattr(TensorBoardCallback, event, fail)
+    settings = {"report_to": "tensorboard", "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+
+    result = train(build_recipe(tmp_path, ROWS, train=settings))
+
+    lines = [line for line in capsys.readouterr().out.splitlines() if "TensorBoardCallback" in line]
+    assert lines == [
+        "warning   TensorBoardCallback failed and is left out from now on: wandb: no route to host"
+    ]
+    assert (result["status"], result["steps_done"]) == ("done", 3)
