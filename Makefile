@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup sft pretrain generate test soak test-peers test-browser bench-peers test-fast lint format clean
+.PHONY: help setup sft pretrain generate test test-peers test-browser bench-peers soak test-fast lint format clean
 
 VENV := .venv
 BIN = $(VENV)/bin

@@ -9,7 +9,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ["help", "setup", "sft", "pretrain", "generate"]
-TARGETS += ["test", "test-peers", "test-browser", "bench-peers", "test-fast", "lint", "format", "clean"]
+TARGETS += [
+    "test",
+    "test-peers",
+    "test-browser",
+    "bench-peers",
+    "soak",
+    "test-fast",
+    "lint",
+    "format",
+    "clean",
+]
 
 
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

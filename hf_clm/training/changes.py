@@ -77,8 +77,9 @@ def refusal(changes: Sequence[Change]) -> str:
 
 
 def to_override(changes: Sequence[Change]) -> str:
-    """The option that applies what is refused."""
-    names = dict.fromkeys(_short(change.key) for change in changes if change.fate == "refused")
+    """The option that applies what is refused, and what it applied already."""
+    named = ("refused", "overridden")
+    names = dict.fromkeys(_short(change.key) for change in changes if change.fate in named)
     return f"--resume_override {','.join(names)}"
 
 

@@ -65,8 +65,8 @@ class Start:
             return
         before = read_seal(self.checkpoint)
         changes = compare(before.get("facts", {}), facts["facts"], overridden=self.overridden)
-        _require_allowed(changes, self.checkpoint)
         changes = [*self.changes, *changes]
+        _require_allowed(changes, self.checkpoint)
         changes += compare_versions(before.get("versions", {}), facts["versions"])
         yield f"goes on   from {self.checkpoint}{', which differs:' if changes else ''}"
         yield from to_table(changes)

@@ -83,7 +83,7 @@ def test_a_folder_that_is_moved_ends_a_run_and_nothing_is_written_in_its_place(f
     assert process.wait(LIMIT_SECONDS) == 6
     assert errors(folder) == [
         "error: run: the output folder was moved or deleted while the run wrote to it; nothing is written "
-        "elsewhere; fix: --resume_from_checkpoint goes on from a checkpoint in the folder that was moved"
+        "elsewhere; fix: --output_dir names the folder that was moved: the run goes on there"
     ]
     assert not (folder / "run").exists()
     assert list((folder / "moved").glob("checkpoint-*/optimizer.pt"))

@@ -105,7 +105,7 @@ def test_other_data_are_refused_with_both_hashes_and_learned_when_asked_for(plac
 
     assert "data ('13 rows, sha256 " in str(error.value)
     assert "now '14 rows, sha256 " in str(error.value)
-    assert "--resume_override data applies" in str(error.value)
+    assert "--resume_override model.name_or_path,max_steps,data applies" in str(error.value)
     assert json.loads((place / "run" / "run.json").read_text())["train"]["rows"] == 14
 
 
