@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -35,6 +36,7 @@ from hf_clm.model import build_config, check_packing, init_model, load_config, l
 from hf_clm.tokenizer import add_control_tokens, load_tokenizer, max_token_id, use_chat_template
 from hf_clm.train_tokenizer import END, train_tokenizer
 
+TRAINED_TOKENIZER = ".tokenizer"  # in the output folder, until the model is saved
 STATIC_TARGETS = 256  # the number of targets is rounded up to a multiple of it
 
 
@@ -141,7 +143,7 @@ def build_tokenizer(
         )
         add_control_tokens(tokenizer, section.control_tokens)
         return tokenizer
-    folder = str(arguments.output_dir)
+    folder = os.path.join(str(arguments.output_dir), TRAINED_TOKENIZER)  # beside a model that may be there
     with arguments.main_process_first(local=False, desc="training the tokenizer"):
         if arguments.process_index == 0:
             splits = loaded.values() if section.train.kind == "characters" else [loaded["train"]]

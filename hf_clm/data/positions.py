@@ -5,6 +5,7 @@
 others, the Hub      0 1 2 0 1 2 0 1 2 0                          records in turn
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from hf_clm.data.readers import READERS, Items, ReadOptions, ReadReport, Record,
 from hf_clm.data.sources import find_files, open_stream, read_hub, to_records
 
 FILES_A_SHARD = 8  # from so many on, whole files in turn are as even as records, and each is read by one
+PROBES, PROBE_BYTES = 16, 16_384
 LINES = (".jsonl", ".ndjson")
 
 
@@ -80,12 +82,22 @@ def read_share(
                 yield Found(record, Mark(start.source, number, at()))
 
 
-def list_files(source: Source) -> list[tuple[str, int]]:
-    """The names of a source's files with their sizes in bytes; of one on the Hub its name and revision."""
+def list_files(source: Source) -> list[tuple[str, int, str]]:
+    """Name, size in bytes and a digest of each file; of a source on the Hub its name and revision."""
     files = find_files(source.path)
     if files is None:
-        return [(f"{source.path} {source.name} {source.split} {source.revision}", 0)]
-    return [(os.path.basename(file), os.path.getsize(file)) for file in files]
+        return [(f"{source.path} {source.name} {source.split} {source.revision}", 0, "")]
+    return [(os.path.basename(file), os.path.getsize(file), _sample(file)) for file in files]
+
+
+def _sample(file: str) -> str:
+    """sha256 of PROBES pieces at even distances: of a file that is too large to be read at each start."""
+    size, digest = os.path.getsize(file), hashlib.sha256()
+    with open(file, "rb") as stream:
+        for number in range(PROBES):
+            stream.seek(max(0, size - PROBE_BYTES) * number // (PROBES - 1))
+            digest.update(stream.read(PROBE_BYTES))
+    return digest.hexdigest()
 
 
 class _Counter:

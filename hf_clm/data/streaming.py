@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -150,8 +150,9 @@ class StreamedRows(torch.utils.data.Dataset):
             if self.identity.get(name) != value:
                 what = f"the stream cannot go on: {name} was {value}"
                 raise RecipeError(what, where=str(folder), got=str(self.identity.get(name)), fix=FIXES[name])
-        for entry in (entry for state in states for entry in state["positions"]):
-            self.passed(Position(**{**entry, "mark": Mark(*entry["mark"])}))
+        known = [entry for state in states for entry in state["positions"]]
+        for position in furthest(Position(**{**entry, "mark": Mark(*entry["mark"])}) for entry in known):
+            self.passed(position)
 
     def _follow(self, position: Position) -> Iterator[Any]:
         """The rows of a shard from a position on, pass after pass."""
@@ -182,11 +183,25 @@ class StreamedRows(torch.utils.data.Dataset):
         return np.random.default_rng(place).permutation(rows).tolist()
 
 
+def _reached(position: Position) -> tuple[int, int, int]:
+    return position.epoch, position.block, position.row
+
+
+def furthest(positions: Iterable[Position]) -> list[Position]:
+    """One position of each shard: a process that went on knows others' shards too, as they were then."""
+    found: dict[int, Position] = {}
+    for position in positions:
+        before = found.get(position.shard)
+        if before is None or _reached(position) > _reached(before):
+            found[position.shard] = position
+    return list(found.values())
+
+
 FIXES = {
     "shards": "as many processes x train.dataloader_num_workers as before",
     "seed": "the seed, and the train_sampling_strategy, of the run before",
     "documents": "data.shuffle_buffer as before",
-    "files": "files of the same names and sizes as before",
+    "files": "the same files as before: names, sizes, content",
 }
 
 

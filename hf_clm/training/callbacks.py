@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hf_clm.errors import UserError
 from hf_clm.report.figures import to_duration
@@ -193,6 +199,16 @@ class EpochMeansCallback(TrainerCallback):
             write_line(f"epoch {means['epoch']:.0f}  mean loss {loss:.4f}  accuracy {accuracy:.1%}")
 
 
+class PatienceCallback(EarlyStoppingCallback):
+    """Early stopping that counts on where a run goes on; the Trainer's begins at 0 again."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.early_stopping_patience_counter = spent_patience(state.stateful_callbacks)
+
+
 class LastEvaluationCallback(TrainerCallback):
     """Evaluates at the last step, inside the training: a tracker would begin a second run for it afterwards.
 
@@ -203,6 +219,12 @@ class LastEvaluationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         control.should_evaluate |= state.global_step >= state.max_steps or control.should_training_stop
+
+
+def spent_patience(callbacks: Any) -> int:
+    """Evaluations without improvement, as the state of a checkpoint's callbacks has them."""
+    found = callbacks.get(PatienceCallback.__name__) or {}
+    return found.get("attributes", {}).get("early_stopping_patience_counter", 0)
 
 
 def epoch_means(history: list[dict[str, Any]]) -> dict[str, float]:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_clm.errors import DivergedError, EnvironmentFault, Preempted
+from hf_clm.parts import TRAINED_TOKENIZER
 from hf_clm.training.checkpoints import reach, read_seal, sync
-from hf_clm.training.lock import LOCK, keep_lock
+from hf_clm.training.lock import keep_lock
 
-# What is written before everything is proved: the tokenizer that a run trains, and its type.
-BEFORE_A_RUN = {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", LOCK}
 FINAL = ".final"  # the model of a run that is done, until all of it lies there
 FAILURES: dict[type[BaseException], str] = {
     DivergedError: "diverged",
@@ -36,9 +35,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never half of it."""
+    """Writes a file so that a reader sees the old one or the new one, never half of it, at any crash."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
+    sync(partial)
     partial.replace(path)
 
 
@@ -73,13 +73,14 @@ def publish(folder: Path) -> None:
             reach(f"moved:{name}")
     if names:
         sync(folder)
+        shutil.rmtree(folder / TRAINED_TOKENIZER, ignore_errors=True)  # it is the model's now
     shutil.rmtree(final, ignore_errors=True)
 
 
 def is_in_use(folder: Path) -> bool:
     """Whether more lies there than a run leaves behind that was refused before its first step."""
     if folder.is_dir():
-        return any(entry.name not in BEFORE_A_RUN for entry in folder.iterdir())
+        return any(not entry.name.startswith(".") for entry in folder.iterdir())
     return folder.exists()
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -47,6 +46,7 @@ from hf_clm.training.callbacks import (
     EpochMeansCallback,
     LastEvaluationCallback,
     MetricsCallback,
+    PatienceCallback,
     ProgressCallback,
     ReportCallback,
     SamplesCallback,
@@ -61,7 +61,7 @@ from hf_clm.training.plots import write_loss_plots
 from hf_clm.training.prepare import Prepared, prepare
 from hf_clm.training.proof import prove_model, prove_saved
 from hf_clm.training.publish import check_can_push
-from hf_clm.training.signals import stoppable
+from hf_clm.training.signals import first_parent, stoppable
 from hf_clm.training.start import Start, has_ended, prepare_start
 from hf_clm.training.streamed import stream_totals
 from hf_clm.training.summary import RunFacts, end_lines, guessing_loss, seal_facts, start_lines
@@ -77,6 +77,7 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     Raises UserError before the first step; Preempted, a SystemExit, where SIGTERM, SIGUSR1 or SIGINT stopped
     it behind a checkpoint.
     """
+    first_parent()
     check_launch(recipe)
     arguments = training_arguments(recipe)
     with locked(Path(str(arguments.output_dir)), is_main=arguments.process_index == 0):
@@ -131,10 +132,11 @@ def train_from(
     if start.checkpoint:
         arguments.eval_on_start = False  # it was evaluated when it began
         trainer.overridden = frozenset(c.key for c in start.changes if c.fate == "overridden")
+    patience = recipe.early_stopping.patience if recipe.early_stopping else None
     started = time.monotonic()
     recording = recording_failure(start.folder / "run.json", is_main=is_main)
     with stoppable(trainer), closing(report), recording, among_others(), writing(start.folder):
-        if start.checkpoint and has_ended(start.checkpoint, facts.steps):
+        if start.checkpoint and has_ended(start.checkpoint, facts.steps, patience=patience):
             trainer.restore(start.checkpoint)
         else:
             trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
@@ -152,7 +154,7 @@ def prove_and_record(trainer: CLMTrainer, facts: RunFacts, *, start: Start, prep
     goes_on = list(start.require_same(trainer.seal_facts))
     write_line("\n".join([*start_lines(facts), *goes_on, *proof.lines]))
     proof.facts |= prove_model(trainer, recipe, split=facts.train, tokenizer=tokenizer)
-    # first of all files: a folder without it is not known to be this run's
+    # the first file that counts (is_in_use): a folder without it is not known to be this run's
     write_text(folder / "recipe.yaml", recipe_to_yaml(resolve(recipe, facts.arguments)))
     prepared.write_ledger(folder / "ledger.parquet")
     reader = Reader(facts.train, tokenizer, recipe=recipe)
@@ -191,7 +193,7 @@ def build_trainer(
     tolerate_trackers(trainer)
     if recipe.early_stopping:
         patience, threshold = recipe.early_stopping.patience, recipe.early_stopping.threshold
-        trainer.add_callback(EarlyStoppingCallback(patience, threshold))
+        trainer.add_callback(PatienceCallback(patience, threshold))
     return trainer
 
 

@@ -1,5 +1,7 @@
 """The Trainer's saving and going on: sealed checkpoints, the state of a run, and what goes to the Hub."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils.hub import PushInProgress
 
 from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
@@ -43,7 +45,7 @@ class SavingTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.seal_facts: dict[str, Any] = {}
         self.overridden: frozenset[str] = frozenset()
-        self.add_callback(BestCheckpointCallback())
+        self.add_callback(GoingOnCallback())
 
     def restore(self, checkpoint: Path) -> None:
         """Takes up the end of training that a checkpoint holds, without a step."""
@@ -62,11 +64,9 @@ class SavingTrainer(Trainer):
         if self.args.should_save:
             clear_place(folder)
         self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
+        limit = self.args.save_total_limit
+        with self._deleting_none():
             super()._save_checkpoint(*args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # every process has written its part
         if self.args.should_save:
             reach("after:files")
@@ -74,6 +74,19 @@ class SavingTrainer(Trainer):
             seal(folder, {**step, "is_resumable": not self.args.save_only_model, **self.seal_facts})
             rotate(run, limit=limit, best=self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        with self._deleting_none():  # all but the best, where one is kept: also those that a start needs
+            return super()._finalize_training(*args, **kwargs)
+
+    @contextmanager
+    def _deleting_none(self) -> Iterator[None]:
+        """Inside, the Trainer deletes no checkpoints."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; whole, also where checkpoints are in parts."""
@@ -190,12 +203,17 @@ class SavingTrainer(Trainer):
         self.push_in_progress = PushInProgress(many) if jobs else None
 
 
-class BestCheckpointCallback(TrainerCallback):
-    """Finds the best checkpoint by its step where training goes on: the run's folder may have been moved."""
+class GoingOnCallback(TrainerCallback):
+    """Settles where training goes on what the Trainer takes from the checkpoint as it was then.
+
+    The best checkpoint is found by its step, as the run's folder may have been moved; the steps between log
+    events, evaluations and saves are those of the arguments.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        state.compute_steps(args, state.max_steps)
         best = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
         if best.is_dir():
             state.best_model_checkpoint = str(best)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from types import FrameType
 from typing import Any
 
@@ -51,12 +51,11 @@ class Stop:
         self.reason = 0
         self.is_launched = any(mark in os.environ for mark in MARKS_OF_A_LAUNCHER)
         self.is_listening = False
-        self._parent = os.getppid()
         self._handled_at = 0.0
 
     def agree(self, device: torch.device) -> int:
         """The strongest reason of all processes, on all of them. Each must call it."""
-        if not self.reason and self.is_launched and os.getppid() != self._parent:
+        if not self.reason and self.is_launched and os.getppid() != first_parent():
             self.reason = REASONS.index("the end of its launcher")
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self.reason
@@ -110,6 +109,12 @@ class Stop:
                 os.write(2, f"{line}\n".encode())
 
 
+@cache
+def first_parent() -> int:
+    """The parent of this process when this was asked first; ``train`` does at its very begin."""
+    return os.getppid()
+
+
 class StopCallback(TrainerCallback):
     """Saves and ends the training at the step where the processes agree to stop. On all of them, and last.
 
@@ -128,6 +133,7 @@ class StopCallback(TrainerCallback):
         if reason and not control.should_training_stop and state.global_step < state.max_steps:
             self.reason = reason
             control.should_save = control.should_training_stop = control.should_log = True
+            args.save_only_model = False  # nothing could go on from it
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -141,7 +147,8 @@ class StopCallback(TrainerCallback):
         if self.reason:
             checkpoint = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
             facts = {"step": state.global_step, "steps": state.max_steps, "checkpoint": checkpoint}
-            raise Preempted(REASONS[self.reason], **facts)
+            goes_on = str(args.resume_from_checkpoint or "auto").lower() in ("auto", "must", "true")
+            raise Preempted(REASONS[self.reason], **facts, by_itself=goes_on)
 
 
 @contextmanager

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
 from hf_clm.config import Recipe, load_recipe
-from hf_clm.errors import RecipeError, UserError
+from hf_clm.errors import EnvironmentFault, RecipeError, UserError
 from hf_clm.parts import resolve
-from hf_clm.training.callbacks import write_line
+from hf_clm.training.callbacks import spent_patience, write_line
 from hf_clm.training.changes import (
     Change,
     compare,
@@ -65,8 +66,12 @@ class Start:
             return
         before = read_seal(self.checkpoint)
         changes = compare(before.get("facts", {}), facts["facts"], overridden=self.overridden)
+        moved = [change.key for change in changes if change.key in ("data", "global_batch")]
         changes = [*self.changes, *changes]
         _require_allowed(changes, self.checkpoint)
+        if moved and facts.get("recipe", {}).get("train.max_steps", -1) <= 0:
+            what = f"with other {' and '.join(moved)} an epoch has other steps: when it ends must be said"
+            raise RecipeError(what, where=str(self.checkpoint), fix="give --max_steps, and override it too")
         changes += compare_versions(before.get("versions", {}), facts["versions"])
         yield f"goes on   from {self.checkpoint}{', which differs:' if changes else ''}"
         yield from to_table(changes)
@@ -84,13 +89,15 @@ def prepare_start(recipe: Recipe, arguments: TrainingArguments) -> Start:
         start = _find_start(recipe, arguments)
         if arguments.process_index == 0:
             make_writable(start.folder)
+    _require_agreement(start, arguments)
     return start
 
 
-def has_ended(checkpoint: Path, steps: int) -> bool:
-    """Whether no step of training is left behind a checkpoint."""
+def has_ended(checkpoint: Path, steps: int, *, patience: int | None) -> bool:
+    """Whether no step of training is left behind a checkpoint. ``patience``: of early stopping."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return state["global_step"] >= steps
+    is_stopped = patience is not None and spent_patience(state["stateful_callbacks"]) >= patience
+    return is_stopped or state["global_step"] >= steps
 
 
 def _word(arguments: TrainingArguments) -> str:
@@ -129,6 +136,17 @@ def _tidy(recipe: Recipe, arguments: TrainingArguments) -> None:
     publish(folder)
     for line in drop_broken(folder):
         write_line(line)
+
+
+def _require_agreement(start: Start, arguments: TrainingArguments) -> None:
+    """Raises EnvironmentFault where the processes of several machines see other folders."""
+    if arguments.world_size == 1:
+        return
+    steps = gather_object([step_of(start.checkpoint) if start.checkpoint else 0])
+    if len(set(steps)) > 1:
+        what = "the processes do not see the same checkpoints"
+        got, fix = f"steps {', '.join(map(str, steps))}", "an --output_dir on a disk that all machines share"
+        raise EnvironmentFault(what, where=str(start.folder), got=got, fix=fix)
 
 
 def _find_start(recipe: Recipe, arguments: TrainingArguments) -> Start:

@@ -221,8 +221,27 @@ def test_changed_files_and_a_checkpoint_without_a_position_are_refused(tmp_path)
     recipe = build_recipe(tmp_path)
     (tmp_path / "2.jsonl").write_text('{"text": "another"}\n')
 
-    with pytest.raises(RecipeError, match=r"cannot go on: files was .*fix: files of the same names"):
+    with pytest.raises(RecipeError, match=r"cannot go on: files was .*fix: the same files as before"):
         stream(recipe).read_state(tmp_path)
+
+
+def test_each_process_may_go_on_twice(tmp_path):
+    """Two processes of one shard each: what one knows of the other's shard is as old as the last start."""
+    recipe = build_recipe(tmp_path)
+    place = [tmp_path / "a", tmp_path / "b"]
+    for number, folder in enumerate(["", *place]):
+        for rank in (0, 1):
+            rows = stream(recipe, shards=2, seed=1)
+            if folder:
+                rows.read_state(folder)
+            own = [rows[index] for index in range(rank, 6, 2)]
+            rows.passed(own[-1]["stream"])
+            if number < 2:
+                rows.write_state(place[number], rank=rank)
+            if number == 2:
+                whole = stream(recipe, shards=2, seed=1)
+                expected = [whole[index] for index in range(rank, 18, 2)][6:]
+                assert [row["stream"] for row in own] == [row["stream"] for row in expected]
 
 
 def test_what_was_dropped_or_unreadable_is_counted_pass_by_pass(tmp_path):

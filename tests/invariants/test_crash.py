@@ -5,9 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers import build_recipe
+from killed import dropout_recipe, finish_run, read_metrics, same_weights
 
+from hf_clm.errors import RecipeError
 from hf_clm.training.checkpoints import fault_of, find_checkpoints
-from runs import dropout_recipe, finish_run, read_metrics, same_weights
+from hf_clm.training.run import train
 
 # In the order of a save; the last two are in that of the model at the end.
 POINTS = [
@@ -87,3 +90,51 @@ def test_a_save_that_was_cut_off_after_any_file_does_not_count(whole, place, fil
 
     assert "checkpoint checkpoint-9: not sealed: its save was cut off" in (place / "out.txt").read_text()
     check_equal(place, whole)
+
+
+def test_the_last_checkpoint_stays_beside_the_best_where_one_is_kept(place):
+    """The Trainer would delete all but the best at the end."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    settings = {"save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 8, **best}
+
+    assert finish_run(place, train=settings, data={"eval_fraction": 0.3}) == 0, (
+        place / "out.txt"
+    ).read_text()
+
+    state = json.loads((place / "run" / "checkpoint-8" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 2
+    assert {path.name for path in find_checkpoints(place / "run")} == {
+        "checkpoint-2",
+        "checkpoint-6",
+        "checkpoint-8",
+    }
+
+
+def test_a_model_that_is_done_stays_where_going_on_with_other_data_is_refused(tmp_path):
+    """The tokenizer is trained anew for that, and must not be written over the model's."""
+    sizes = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64}
+    model = {"init": "scratch", "config": sizes, "name_or_path": None}
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    changes = {"model": model, "tokenizer": {"train": {"vocab_size": 270}}}
+    records = [{"instruct": f"say {n}", "input": "", "label": "xyz" * n} for n in range(1, 9)]
+    train(build_recipe(tmp_path, records, train=settings, **changes))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    recipe = build_recipe(tmp_path, records[:6], train=settings | {"max_steps": 4}, **changes)
+
+    with pytest.raises(RecipeError, match="not the run of this recipe: data"):
+        train(recipe.model_copy(update={"resume_override": ["max_steps"]}))
+
+    after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert after == before
+
+
+def test_early_stopping_counts_on_where_a_run_goes_on(tmp_path):
+    """A loss that only grows: 3 evaluations without improvement behind the first, and the run stops."""
+    watched = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
+    settings = {"max_steps": 40, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 9, **watched}
+    changes = {"train": settings, "early_stopping": {"patience": 3}, "data": {"eval_fraction": 0.3}}
+
+    assert finish_run(tmp_path, fault="after:seal", **changes) == -9
+    assert finish_run(tmp_path, **changes) == 0, (tmp_path / "out.txt").read_text()
+
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["steps_done"] == 8

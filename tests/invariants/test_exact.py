@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from runs import dropout_recipe, finish_run, read_metrics, same_weights, start_run
+from killed import dropout_recipe, finish_run, read_metrics, same_weights, start_run
 
 KILLED_AT = 5
 CASES: dict[str, dict[str, Any]] = {

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from killed import RECORDS, dropout_recipe
 
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.training.run import train
-from runs import RECORDS, dropout_recipe
 
 LINEAR = {"save_steps": 4, "lr_scheduler_type": "linear", "warmup_steps": 0}
 MORE = LINEAR | {"max_steps": 8}
@@ -107,6 +107,18 @@ def test_other_data_are_refused_with_both_hashes_and_learned_when_asked_for(plac
     assert "now '14 rows, sha256 " in str(error.value)
     assert "--resume_override model.name_or_path,max_steps,data applies" in str(error.value)
     assert json.loads((place / "run" / "run.json").read_text())["train"]["rows"] == 14
+
+
+def test_other_steps_between_saves_and_log_events_are_applied(place):
+    recipe = dropout_recipe(
+        place,
+        resume_override=["max_steps", "model.name_or_path"],
+        train=MORE | {"save_steps": 1, "logging_steps": 2, "save_total_limit": 9},
+    )
+    train(recipe)
+
+    saved = {path.name for path in (place / "run").glob("checkpoint-*")}
+    assert saved == {f"checkpoint-{step}" for step in (4, 5, 6, 7, 8)}
 
 
 def test_weights_of_another_shape_are_one_line(place):

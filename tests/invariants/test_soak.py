@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from killed import dropout_recipe, finish_run, read_metrics, same_weights, start_run
 from transformers import AutoModelForCausalLM
 
 from hf_clm.training.checkpoints import fault_of, find_checkpoints, read_seal, step_of
-from runs import dropout_recipe, finish_run, read_metrics, same_weights, start_run
 
 KILLS = int(os.environ.get("HF_CLM_SOAK_KILLS", "20"))
 CHANGES: dict[str, Any] = {

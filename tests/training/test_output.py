@@ -104,11 +104,11 @@ def test_how_a_run_ended_stands_in_run_json(error, status, tmp_path):
     assert (facts["status"], facts["steps"]) == (status, 7)
 
 
-def test_what_a_refused_start_leaves_behind_does_not_block_the_next(tmp_path):
-    """A run that trains its tokenizer writes it before the data are proved."""
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+def test_what_a_start_leaves_behind_that_ended_before_its_first_step_does_not_block_the_next(tmp_path):
+    """A trained tokenizer, the folder of the round trip, a file that was half written."""
+    for name in (".lock", ".tokenizer", ".round-trip", ".probe-7", ".recipe.yaml.partial"):
         (tmp_path / name).touch()
     before = is_in_use(tmp_path)
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "recipe.yaml").touch()
 
     assert (before, is_in_use(tmp_path)) == (False, True)

@@ -208,7 +208,8 @@ VERSIONS = {"torch": "2.13.0", "transformers": "5.17.0"}
 
 
 def facts(**changes: Any) -> dict[str, Any]:
-    return {"facts": {**FACTS, **changes}, "versions": VERSIONS | {"torch": "2.12.0"}}
+    known = {"facts": {**FACTS, **changes}, "versions": VERSIONS | {"torch": "2.12.0"}}
+    return {**known, "recipe": {"train.max_steps": 20}}
 
 
 @pytest.mark.parametrize("name", ["data", "tokenizer", "template", "global_batch"])
@@ -243,6 +244,20 @@ def test_what_differs_is_shown_in_a_table(tmp_path):
         "          processes            2                  1          applied",
         "          version of torch     '2.13.0'           '2.12.0'   warning",
     ]
+
+
+def test_with_another_batch_the_end_must_be_said(tmp_path):
+    """Steps are counted in epochs else, and those have other steps."""
+    run = begun(tmp_path, 9)
+    found = prepare_start(*build(tmp_path, resume_override=["global_batch"]))
+
+    with pytest.raises(RecipeError) as error:
+        list(found.require_same({**facts(global_batch=8), "recipe": {"train.max_steps": -1}}))
+
+    assert str(error.value) == (
+        f"{run / 'checkpoint-9'}: with other global_batch an epoch has other steps: when it ends must be "
+        "said; fix: give --max_steps, and override it too"
+    )
 
 
 def test_where_nothing_differs_there_is_no_table(tmp_path):
