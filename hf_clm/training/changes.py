@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from hf_clm.config import Recipe
 from hf_clm.recipe_text import leaves
 from hf_clm.trainer_fields import shorten
@@ -64,8 +66,16 @@ def compare_versions(before: Mapping[str, str], now: Mapping[str, str]) -> list[
     return [Change(f"version of {name}", before[name], now[name], "version") for name in changed]
 
 
-def recipe_keys(recipe: Recipe) -> dict[str, Any]:
-    """The values of a recipe by their dotted key."""
+def recipe_keys(recipe: Recipe | dict[str, Any]) -> dict[str, Any]:
+    """The values of a recipe by their dotted key.
+
+    One that was dumped gets what later versions have added, as they have it where nothing is said.
+    """
+    if isinstance(recipe, dict):
+        try:
+            recipe = Recipe.model_validate(recipe)
+        except ValidationError:  # it has what a later version took away
+            return dict(leaves(recipe))
     return dict(leaves(recipe.model_dump()))
 
 

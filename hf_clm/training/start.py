@@ -69,7 +69,7 @@ class Start:
         moved = [change.key for change in changes if change.key in ("data", "global_batch")]
         changes = [*self.changes, *changes]
         _require_allowed(changes, self.checkpoint)
-        if moved and facts.get("recipe", {}).get("train.max_steps", -1) <= 0:
+        if moved and facts["recipe"]["train"].get("max_steps", -1) <= 0:
             what = f"with other {' and '.join(moved)} an epoch has other steps: when it ends must be said"
             raise RecipeError(what, where=str(self.checkpoint), fix="give --max_steps, and override it too")
         changes += compare_versions(before.get("versions", {}), facts["versions"])
@@ -179,7 +179,8 @@ def _changes(recipe: Recipe, arguments: TrainingArguments, *, checkpoint: Path |
     """
     folder = Path(str(arguments.output_dir))
     now = recipe_keys(resolve(recipe, arguments))
-    before = read_seal(checkpoint).get("recipe") if checkpoint else None
+    sealed = read_seal(checkpoint).get("recipe") if checkpoint else None
+    before = recipe_keys(sealed) if sealed else None
     if checkpoint is None:
         try:
             before = recipe_keys(load_recipe(folder / "recipe.yaml"))

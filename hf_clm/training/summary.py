@@ -20,7 +20,6 @@ from hf_clm.model import without_adapters
 from hf_clm.parts import count_steps, resolve, rows_per_step
 from hf_clm.report.figures import to_duration
 from hf_clm.template import Template
-from hf_clm.training.changes import recipe_keys
 from hf_clm.training.checkpoints import fingerprint
 
 PACKAGES = ("hf_clm", "torch", "transformers", "accelerate", "datasets", "tokenizers")
@@ -154,7 +153,7 @@ def seal_facts(
     """What SEALED.json says of a run: its recipe, what else decides what is trained, and the versions."""
     certificate = proof.get("train", {}).get("certificate", {})
     return {
-        "recipe": recipe_keys(resolve(facts.recipe, facts.arguments)),
+        "recipe": resolve(facts.recipe, facts.arguments).model_dump(),
         "facts": {
             "data": f"{len(facts.train.dataset):,} rows, sha256 {certificate.get('content_hash')}",
             "tokenizer": fingerprint([tokenizer.backend_tokenizer.to_str()]),

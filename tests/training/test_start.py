@@ -10,7 +10,7 @@ import pytest
 from hf_clm.config import recipe_to_yaml
 from hf_clm.errors import RecipeError
 from hf_clm.parts import resolve, training_arguments
-from hf_clm.training.changes import Change, recipe_keys
+from hf_clm.training.changes import Change
 from hf_clm.training.checkpoints import seal
 from hf_clm.training.start import Start, prepare_start
 
@@ -25,7 +25,7 @@ def sealed(run: Path, step: int) -> None:
     folder.mkdir()
     for name, text in {"trainer_state.json": "{}", "optimizer.pt": "optimizer"}.items():
         (folder / name).write_text(text)
-    recipe = recipe_keys(resolve(*build(run.parent)))
+    recipe = resolve(*build(run.parent)).model_dump()
     known = {"recipe": recipe, "facts": FACTS, "versions": VERSIONS}
     seal(folder, {"step": step, "is_resumable": True, **known})
 
@@ -209,7 +209,7 @@ VERSIONS = {"torch": "2.13.0", "transformers": "5.17.0"}
 
 def facts(**changes: Any) -> dict[str, Any]:
     known = {"facts": {**FACTS, **changes}, "versions": VERSIONS | {"torch": "2.12.0"}}
-    return {**known, "recipe": {"train.max_steps": 20}}
+    return {**known, "recipe": {"train": {"max_steps": 20}}}
 
 
 @pytest.mark.parametrize("name", ["data", "tokenizer", "template", "global_batch"])
@@ -252,7 +252,7 @@ def test_with_another_batch_the_end_must_be_said(tmp_path):
     found = prepare_start(*build(tmp_path, resume_override=["global_batch"]))
 
     with pytest.raises(RecipeError) as error:
-        list(found.require_same({**facts(global_batch=8), "recipe": {"train.max_steps": -1}}))
+        list(found.require_same({**facts(global_batch=8), "recipe": {"train": {"max_steps": -1}}}))
 
     assert str(error.value) == (
         f"{run / 'checkpoint-9'}: with other global_batch an epoch has other steps: when it ends must be "
@@ -266,6 +266,17 @@ def test_where_nothing_differs_there_is_no_table(tmp_path):
     lines = list(start(tmp_path).require_same({"facts": FACTS, "versions": VERSIONS}))
 
     assert lines == [f"goes on   from {run / 'checkpoint-9'}"]
+
+
+def test_a_key_that_a_later_version_has_added_does_not_count_as_changed(tmp_path):
+    run = begun(tmp_path)
+    sealed(run, 9)
+    seal_file = run / "checkpoint-9" / "SEALED.json"
+    content = json.loads(seal_file.read_text())
+    del content["recipe"]["data"]["shuffle_buffer"], content["recipe"]["card"]
+    seal_file.write_text(json.dumps(content))
+
+    assert start(tmp_path) == Start(run, run / "checkpoint-9")
 
 
 def test_the_files_may_lie_elsewhere(tmp_path):
