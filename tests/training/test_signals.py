@@ -71,6 +71,14 @@ def stop(folder: Path, *numbers: int, step: int = 3, **settings: Any) -> tuple[P
     return error.value, signals
 
 
+@pytest.fixture(autouse=True)
+def hearing_hangups():
+    """Under nohup they are ignored, and stay so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(
     ("name", "code"),
     [
