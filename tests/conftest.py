@@ -1,6 +1,15 @@
-"""Nothing that a test prepares is kept in the user's own cache."""
+"""What holds for all tests: a cache of their own, and the same cases each time they are run.
 
+HYPOTHESIS_PROFILE=default lets Hypothesis search at random.
+"""
+
+import os
+
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture(autouse=True, scope="session")

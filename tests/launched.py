@@ -93,3 +93,20 @@ def free_port() -> str:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_ranks(program: str, folder: Path) -> None:
+    """Runs a file of tests as a program, ``FILE RANK FOLDER``, for each of two processes that meet."""
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    commands = [[sys.executable, program, str(rank), str(folder)] for rank in range(2)]
+    started = [
+        subprocess.Popen(command, env=os.environ | settings, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    try:
+        for process in started:
+            assert process.wait(timeout=120) == 0, process.stderr.read()
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()

@@ -1,7 +1,5 @@
 """The loss in two processes: DDP averages gradients as one process has them, FSDP2 shards the head."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import X, tiny_model
+from launched import run_ranks
 
 from hf_clm.data.collators import DataCollatorForCausalLM
 from hf_clm.loss import use_target_loss, why_not
@@ -93,19 +92,7 @@ def measure(model: Any, spread: Any, *, rows: list[dict]) -> tuple[float, dict[s
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[tuple[str, str], tuple[float, dict[str, torch.Tensor]]]:
     folder = tmp_path_factory.mktemp("distributed")
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    commands = [[sys.executable, __file__, str(rank), str(folder)] for rank in range(2)]
-    started = [
-        subprocess.Popen(command, env=os.environ | settings, stderr=subprocess.PIPE, text=True)
-        for command in commands
-    ]
-    try:
-        for process in started:
-            assert process.wait(timeout=120) == 0, process.stderr.read()
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
+    run_ranks(__file__, folder)
     return torch.load(folder / "found.pt")
 
 

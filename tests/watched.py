@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -12,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+from launched import BIN, RECORDS, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent
 ALONE = [sys.executable]
 LIMIT_SECONDS = 120
-RECORDS = [{"instruct": f"say {n}", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 15)]
 # Ends only when it is stopped; saves nothing on its own.
 RECIPE = """\
 stage: sft
@@ -51,14 +48,6 @@ def accelerate(*words: str) -> list[str]:
     """One process, or as many as the words say."""
     plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     return [str(BIN / "accelerate"), "launch", *(words or ("--cpu", "--num_processes", "1")), *plain]
-
-
-def torchrun() -> list[str]:
-    """Two processes."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(port)]
 
 
 PROGRAM = ("-m", "hf_clm", "train", "recipe.yaml")

@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from launched import ROOT, torchrun
 from watched import (
     ALONE,
     LIMIT_SECONDS,
-    ROOT,
     children,
     facts,
     is_alive,
@@ -19,7 +19,6 @@ from watched import (
     reach_step,
     start,
     steps,
-    torchrun,
     wait_for,
 )
 

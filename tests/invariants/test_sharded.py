@@ -1,7 +1,5 @@
 """A model that is spread over two processes (torch's fully_shard) learns and saves what one process does."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import X, tiny_model
+from launched import run_ranks
 from transformers import AutoModelForCausalLM
 
 from hf_clm.attention import register
@@ -106,19 +105,7 @@ def spread(model: Any) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    commands = [[sys.executable, __file__, str(rank), str(folder)] for rank in range(2)]
-    started = [
-        subprocess.Popen(command, env=os.environ | settings, stderr=subprocess.PIPE, text=True)
-        for command in commands
-    ]
-    try:
-        for process in started:
-            assert process.wait(timeout=120) == 0, process.stderr.read()
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
+    run_ranks(__file__, folder)
     return folder
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launched import ROOT, torchrun
 from watched import (
     ALONE,
     LIMIT_SECONDS,
-    ROOT,
     accelerate,
     children,
     facts,
@@ -20,7 +20,6 @@ from watched import (
     reach_step,
     start,
     steps,
-    torchrun,
     wait_for,
 )
 
