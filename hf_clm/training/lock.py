@@ -8,6 +8,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -20,6 +21,7 @@ from hf_clm.training.callbacks import write_line
 LOCK = ".lock"
 BEAT_SECONDS = 20.0  # the holder touches the file so often
 GONE_SECONDS = 120  # without a touch a holder counts as gone, where the system cannot tell
+LOOK_SECONDS = 1.0  # between two looks at a file whose holder may be gone
 # Of file systems that know no locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -28,7 +30,7 @@ class Lock:
     """Holds a ``.lock`` file from its making until ``release``.
 
     The system tells whether a holder on this machine lives (flock). Of one elsewhere, on a shared file
-    system, the age of the file tells. Raises EnvironmentFault where another run holds it.
+    system, a touch of the file tells: it is waited for. Raises EnvironmentFault where another run holds it.
     """
 
     def __init__(self, path: Path):
@@ -94,10 +96,11 @@ def _take(path: Path) -> int:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         holder = _read(file)
-        is_ours = _flock(file)
-        if refusal := _refusal(path, holder, is_ours=is_ours):
+        if not _is_free(path, holder, is_ours=_flock(file)):
             os.close(file)
-            raise refusal
+            fix = "another --output_dir; or end that run first: SIGTERM lets it save and stop"
+            what = f"locked by {_name(holder)}, which is still running"
+            raise EnvironmentFault(what, where=str(path.parent), fix=fix)
         if _is_open_here(file, path):
             break
         os.close(file)  # its holder has deleted it meanwhile
@@ -126,21 +129,26 @@ def _flock(file: int) -> bool | None:
     return True
 
 
-def _refusal(path: Path, holder: dict[str, Any], *, is_ours: bool | None) -> EnvironmentFault | None:
-    """Why the folder is not free, or None. ``is_ours`` as of ``_flock``."""
-    where, name = str(path.parent), _name(holder)
-    if is_ours is False:
-        fix = "another --output_dir; or end that run first: SIGTERM lets it save and stop"
-        return EnvironmentFault(f"locked by {name}, which is still running", where=where, fix=fix)
+def _is_free(path: Path, holder: dict[str, Any], *, is_ours: bool | None) -> bool:
+    """Whether nobody holds the folder any more. ``is_ours`` as of ``_flock``.
+
+    Of a holder that the system cannot see, it waits for a sign of life.
+    """
     is_here = holder.get("host") == socket.gethostname()
-    if not holder or (is_ours and is_here):
-        return None
-    age = _age(path)
-    if age >= GONE_SECONDS:
-        return None
-    what = f"locked by {name}, whose last sign of life is {max(0, age):.0f} s old"
-    fix = f"another --output_dir, or wait: after {GONE_SECONDS} s it counts as gone; or delete {path}"
-    return EnvironmentFault(what, where=where, fix=fix)
+    if is_ours is False or not holder or (is_ours and is_here):
+        return is_ours is not False
+    touched, left = path.stat().st_mtime, GONE_SECONDS - max(0.0, _age(path))
+    end = time.monotonic() + left
+    if left > 0:
+        write_line(f"lock      of {_name(holder)}: waiting up to {left:.0f} s for a sign of its life")
+    while time.monotonic() < end:
+        time.sleep(LOOK_SECONDS)
+        try:
+            if path.stat().st_mtime != touched:
+                return False
+        except FileNotFoundError:  # it has just ended
+            return True
+    return True
 
 
 def _read(file: int) -> dict[str, Any]:
