@@ -1,5 +1,6 @@
 """From the data section of a recipe to the datasets that a Trainer takes, and the count of what was read."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -369,8 +370,14 @@ def check_dropped(examples: Examples, fates: Sequence[Fate], *, data: Data) -> N
         f"{lost:,} of {total:,} rows cannot be trained on within data.max_length={data.max_length}",
         where=", ".join(examples.report.files[:2]),
         got="; ".join(listed[:SHOWN_DROPS]),
-        fix=f"raise data.max_length, mend the rows, or allow it by data.max_dropped={lost / total:.2g}",
+        fix=f"raise data.max_length, mend the rows, or allow it by data.max_dropped={to_limit(lost / total)}",
     )
+
+
+def to_limit(share: float) -> str:
+    """A share in two digits, rounded up: as a limit it allows what is there."""
+    digits = max(2, 1 - math.floor(math.log10(share)))
+    return f"{math.ceil(share * 10**digits) / 10**digits:g}"
 
 
 def texts_of(examples: Iterable[Example | TokenizedExample]) -> Iterator[str]:

@@ -21,23 +21,28 @@ from hf_clm.data.sources import find_files
 from hf_clm.data.store import Stored, open_store
 from hf_clm.data.streaming import load_head
 
-FORMAT_VERSION = 2  # raise it with every change of what is made of the same data: labels, packing, files
+FORMAT_VERSION = 3  # raise it with every change of what is made of the same data: labels, packing, files
 COMMIT = re.compile("[0-9a-f]{40}")
 KEY_LETTERS = 32  # of the sha256, in the name of the folder
 READ_BYTES = 1 << 20
 HASHES = ".hashes"  # in the cache: sha256 of large data files that were read before
-REMEMBERED_BYTES = 1 << 26
+REMEMBERED_BYTES = 1 << 20
 SETTLED_NS = 10 * 10**9
 OF_STREAMS = {"streaming", "shuffle_buffer"}  # they change nothing of what is prepared
+OF_WHOLE = {"max_dropped", "max_leakage"}  # what the whole set is measured by, and none of its shards
 LIBRARIES = ("tokenizers", "transformers")  # which render and encode
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the prepared set of a recipe is, or would be, kept. ``files``: those of the data, as read."""
+    """Where the prepared set of a recipe is, or would be, kept.
+
+    ``files``: those of the data, as read. ``shards_key``: of what its shards are made of.
+    """
 
     folder: Path
     files: list[str]
+    shards_key: str
 
     @property
     def key(self) -> str:
@@ -70,8 +75,12 @@ def find_place(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int)
         "eval": contents[len(data.train) :],
         "tokenizer": _tokenizer_content(tokenizer),
     }
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:KEY_LETTERS]
-    return Place(folder / key, files)
+    of_shards = {**parts, "data": {name: options[name] for name in options.keys() - OF_WHOLE}}
+    return Place(folder / _to_key(parts), files, _to_key(of_shards))
+
+
+def _to_key(parts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:KEY_LETTERS]
 
 
 def cache_folder(data: Data) -> Path:

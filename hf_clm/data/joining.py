@@ -7,6 +7,7 @@ train.input_ids.npy ...       copied in blocks, never all in memory
 train.pieces.offsets.npy      packed by the lengths of the rows
 """
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,16 +158,16 @@ def _merge_reports(selection: Selection) -> ReadReport:
 
 
 def _write_rows(folder: Path, name: str, *, selection: Selection) -> None:
-    """Ids, labels, borders and sources; where all of a single part is kept, its files are moved."""
-    is_moved = len(selection.parts) == 1 and selection.mask is None
-    kinds = {"offsets": "<i8", "sources": "<i8"} | ({} if is_moved else {"input_ids": "<i4", "labels": "<i4"})
+    """Ids, labels, borders and sources; all of a single part is taken as it is."""
+    is_taken = len(selection.parts) == 1 and selection.mask is None
+    kinds = {"offsets": "<i8", "sources": "<i8"} | ({} if is_taken else {"input_ids": "<i4", "labels": "<i4"})
     writers = _open_writers(folder, name, dtypes=kinds)
     offset, before = 0, 0
     writers["offsets"].append([0])
     for part, chosen in selection.by_part(selection.mask):
         lengths, sources = part.map("lengths"), part.map("sources")
         numbers = np.cumsum(chosen) - 1 + before
-        tokens = {} if is_moved else {column: part.map(column) for column in ("input_ids", "labels")}
+        tokens = {} if is_taken else {column: part.map(column) for column in ("input_ids", "labels")}
         ends = np.concatenate([[0], np.cumsum(lengths)])
         for first, last in row_blocks(ends):
             is_kept = chosen[sources[first:last]]
@@ -181,9 +182,17 @@ def _write_rows(folder: Path, name: str, *, selection: Selection) -> None:
         before += int(chosen.sum())
     for writer in writers.values():
         writer.close()
-    if is_moved:
+    if is_taken:
         for column in ("input_ids", "labels"):
-            selection.parts[0].path(column).rename(folder / f"{name}.{column}.npy")
+            _link(selection.parts[0].path(column), folder / f"{name}.{column}.npy")
+
+
+def _link(path: Path, name: Path) -> None:
+    """A second name of a file; a copy where the file system gives no second names."""
+    try:
+        name.hardlink_to(path)
+    except OSError:
+        shutil.copyfile(path, name)
 
 
 def _write_counts(folder: Path, name: str) -> int:

@@ -25,6 +25,7 @@ from hf_clm.schema import TokenizedExample
 
 PURPOSE = 0x6D6978  # beside the seed: numbers that nothing else is drawn by
 CHUNK_ROWS = 65_536  # of which the labels are counted, or that are drawn, in one step
+MOST_ROWS = 10**9  # of an epoch: their numbers take 8 GB
 LONGEST_NAME = 40  # letters of a source in the table
 
 
@@ -133,7 +134,8 @@ def mix_rows(
         origins: the number of the source of each example.
         sources: their names.
 
-    Raises DataError for a source that has no row, or of which not one row would be drawn.
+    Raises DataError for a source that has no row, or of which not one row would be drawn, and for more than
+    MOST_ROWS.
     """
     firsts = np.searchsorted(rows.sources, np.arange(len(origins) + 1))  # those of example i: firsts[i:i + 2]
     counts = {
@@ -145,6 +147,7 @@ def mix_rows(
     require_sources(origins[counts["rows"] > 0], sources)
     sizes = [counts[options.by][pool] for pool in pools]
     amounts = to_amounts([int(size.sum()) for size in sizes], options)
+    require_few(amounts, sizes, sources=sources)
     wanted = apportion(amounts) if options.by == "rows" and not options.epochs else amounts
     drawn = []
     for number, amount in enumerate(wanted):
@@ -168,6 +171,17 @@ def require_sources(origins: np.ndarray, sources: Sequence[str]) -> None:
         if not (origins == number).any():
             fix = "take it out of data.train; are its rows duplicates, dropped or held out?"
             raise DataError("has no row to draw", where=name, fix=fix)
+
+
+def require_few(amounts: Sequence[Fraction], sizes: Sequence[np.ndarray], *, sources: Sequence[str]) -> None:
+    """Raises DataError for an epoch that would hold more than MOST_ROWS."""
+    passes = [amount / max(1, int(size.sum())) for amount, size in zip(amounts, sizes, strict=True)]
+    rows = [count * len(size) for count, size in zip(passes, sizes, strict=True)]
+    if sum(rows) > MOST_ROWS:
+        most = max(range(len(rows)), key=rows.__getitem__)
+        got = f"{float(rows[most]):.3g} rows of it, {float(passes[most]):.3g} passes"
+        fix = "other weights or epochs, or a smaller data.mixing.size"
+        raise DataError(f"an epoch of more than {MOST_ROWS:,} rows", where=sources[most], got=got, fix=fix)
 
 
 def to_amounts(totals: Sequence[int], options: MixOptions) -> list[Fraction]:

@@ -149,6 +149,7 @@ def keep_folder(folder: Path, fill: Callable[[Path], dict[str, Any]], *, index: 
         try:
             content = fill(partial)
             content["contents"] = {path.name: _probe(path) for path in sorted(partial.iterdir())}
+            content["digest"] = _digest(content)
             (partial / index).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
             _rename(partial, folder, index=index)
         finally:
@@ -333,10 +334,16 @@ def read_index(folder: Path, *, index: str = INDEX) -> dict[str, Any] | None:
     """What the index of a folder says; None unless every file is there as it was written."""
     try:
         content = json.loads((folder / index).read_text(encoding="utf-8"))
-        is_whole = all(_probe(folder / name) == known for name, known in content["contents"].items())
-    except (OSError, ValueError):
+        is_whole = content.pop("digest") == _digest(content)
+        is_whole &= all(_probe(folder / name) == known for name, known in content["contents"].items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return content if is_whole else None
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """sha256 of what an index says."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _rename(partial: Path, folder: Path, *, index: str) -> None:
@@ -352,13 +359,13 @@ def _rename(partial: Path, folder: Path, *, index: str) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Removes what killed processes left unfinished."""
+    """Removes what killed processes left unfinished: nothing in it has been written for a day."""
     for path in folder.glob(f"{PARTIAL}*"):
         try:
-            is_stale = time.time() - path.stat().st_mtime > STALE_SECONDS
-        except FileNotFoundError:  # finished just now
+            written = max(file.stat().st_mtime for file in (path, *path.rglob("*")))
+        except FileNotFoundError:  # it is being worked on
             continue
-        if is_stale:
+        if time.time() - written > STALE_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
 
 

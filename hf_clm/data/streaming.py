@@ -32,6 +32,7 @@ from hf_clm.data.build import (
     no_example,
     pack_rows,
     read_options,
+    to_limit,
     tokenize_examples,
 )
 from hf_clm.data.positions import BEGIN, WHOLE, Found, Mark, Share, list_files, read_share, take_some
@@ -276,7 +277,7 @@ def check_share(counts: Mapping[str, int], max_dropped: float) -> None:
             sum(lost.values()) / total,
         )
         what = f"{sum(lost.values()):,} of {total:,} documents of a stream cannot be trained on"
-        fix = f"raise data.max_length, mend them, or allow it by data.max_dropped={share:.2g}"
+        fix = f"raise data.max_length, mend them, or allow it by data.max_dropped={to_limit(share)}"
         raise DataError(what, where="data.train", got=got, fix=fix)
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
+from multiprocessing import sharedctypes, util
 from types import FrameType
 from typing import Any
 
@@ -33,7 +34,7 @@ SIGNALS = {int(getattr(signal, name)): name for name in REASONS[1:5] if hasattr(
 MARKS_OF_A_LAUNCHER = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_DYNAMIC")
 REPEAT_SECONDS = 1.0  # a launcher passes a signal on that has also reached its processes themselves
 
-WORKER_SECONDS = 30  # that a process which loads data lives on after SIGTERM
+FORKED_SECONDS = 30  # that a process which was forked from a run lives on after SIGTERM
 
 
 class Stop:
@@ -172,18 +173,32 @@ def let_workers_last(loader: DataLoader) -> DataLoader:
     """Lets the processes that load data outlive a SIGTERM to all of them, so that the step can end."""
     own: Any = getattr(loader, "base_dataloader", loader)  # of accelerate's
     if own.num_workers:
-        own.worker_init_fn = partial(_begin_worker, own.worker_init_fn)
+        own.worker_init_fn = partial(_begin_worker, own.worker_init_fn, _end_of(os.getpid()))
     return loader
 
 
-def _begin_worker(begin: Callable[[int], None] | None, number: int) -> None:
+@cache
+def _end_of(process: int) -> Any:
+    """A byte shared with the processes that load data: 1 once this process ends, and sends them SIGTERM."""
+    is_over = sharedctypes.RawValue("b", 0)
+    util.Finalize(None, setattr, (is_over, "value", 1), exitpriority=100)
+    return is_over
+
+
+def _begin_worker(begin: Callable[[int], None] | None, is_over: Any, number: int) -> None:
     if begin is not None:
         begin(number)
-    signal.signal(signal.SIGTERM, _end_later)  # torch has put its own there
+    signal.signal(signal.SIGTERM, partial(_end_with, is_over))  # torch has put its own there
+    signal.alarm(0)  # of a SIGTERM before
+
+
+def _end_with(is_over: Any, number: int, frame: FrameType | None) -> None:
+    if is_over.value:  # torch's loop in a worker ends by itself where the process that trains died
+        os._exit(0)
 
 
 def _end_later(number: int, frame: FrameType | None) -> None:
-    signal.alarm(WORKER_SECONDS)
+    signal.alarm(FORKED_SECONDS)
 
 
 @contextmanager

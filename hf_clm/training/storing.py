@@ -1,10 +1,11 @@
 """How a kept set is made: parts in bounded memory, one here or one on each of several machines, then joined.
 
-<cache_dir>/<key>.shards/2-of-8/     part.json and the arrays of a shard; gone once they are joined
-<cache_dir>/<key>/                   the set
+<cache_dir>/<shards key>.shards/2-of-8/     part.json and the arrays of a shard; gone once they are joined
+<cache_dir>/<key>/                          the set
 """
 
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -24,9 +25,10 @@ from hf_clm.data.joining import Selection, compare_digests, count_proof, select,
 from hf_clm.data.segments import control_texts, to_document
 from hf_clm.data.shards import PART, PartSet, Work, open_part, reach, write_part
 from hf_clm.data.store import HEAD, LEDGER, keep_folder, open_splits, read_index
-from hf_clm.errors import DataError
+from hf_clm.errors import DataError, UserError
 from hf_clm.training.proof import label_options, prove_stored
 
+PART_NAME = re.compile(r"[1-9]\d*-of-([1-9]\d*)")
 ENCODED_WHOLE_BYTES = 4_000_000  # data up to so many are encoded again whole by the certificate
 
 
@@ -63,7 +65,7 @@ def store_shard(
     def fill(partial: Path) -> dict[str, Any]:
         sets = write_shard(partial, place, recipe=recipe, tokenizer=tokenizer, shard=shard)
         hashes = {path.name: hash_file(str(path)) for path in sorted(partial.iterdir())}
-        return {"key": place.key, "shard": str(shard), "sets": sets, "sha256": hashes}
+        return {"key": place.shards_key, "shard": str(shard), "sets": sets, "sha256": hashes}
 
     keep_folder(folder, fill, index=PART)
     return folder, True
@@ -73,6 +75,8 @@ def merge_shards(
     place: Place, recipe: Recipe, *, tokenizer: PreTrainedTokenizerFast, seed: int, command: str
 ) -> int:
     """Joins the parts of all shards to the set, and removes them; returns how many there were.
+
+    Another process that does the same may be faster: then its set is taken.
 
     Args:
         command: what a shard is made with, without ``--shard``: for errors.
@@ -87,7 +91,11 @@ def merge_shards(
         reach("merge.start")
         return join_parts(partial, parts, place=place, recipe=recipe, tokenizer=tokenizer, seed=seed)
 
-    keep_folder(place.folder, fill)
+    try:
+        keep_folder(place.folder, fill)
+    except UserError:  # of parts that the faster one has removed
+        if read_index(place.folder) is None:
+            raise
     reach("merge.kept")
     shutil.rmtree(folder, ignore_errors=True)
     return len(found)
@@ -95,13 +103,14 @@ def merge_shards(
 
 def shards_folder(place: Place) -> Path:
     """Where the parts of a set wait to be joined."""
-    return place.folder.with_name(f"{place.key}.shards")
+    return place.folder.with_name(f"{place.shards_key}.shards")
 
 
 def find_parts(folder: Path, *, command: str) -> list[Path]:
     """The parts in a folder in order. Raises DataError unless each of 1 to n is there, of one n."""
-    names = [path.name for path in folder.glob("*-of-*")] if folder.is_dir() else []
-    counts = sorted({int(name.partition("-of-")[2]) for name in names})
+    found = [PART_NAME.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ())]
+    names = [match[0] for match in found if match]
+    counts = sorted({int(match[1]) for match in found if match})
     if not counts:
         fix = f"`{command} --shard i/n` on each of n machines, with the same data.cache_dir"
         raise DataError("no shard of this recipe's data is there", where=str(folder), fix=fix)
@@ -129,7 +138,7 @@ def check_part(folder: Path, place: Place, *, command: str) -> dict[str, Any]:
         hash_file(str(folder / name)) != sha for name, sha in content["sha256"].items()
     ):
         raise DataError(f"shard {shard} is damaged", where=str(folder), fix=fix)
-    if (content["key"], content["shard"]) != (place.key, shard):
+    if (content["key"], content["shard"]) != (place.shards_key, shard):
         got = f"shard {content['shard']} of key {content['key']}"
         raise DataError(f"not shard {shard} of this recipe's data", where=str(folder), got=got, fix=fix)
     return content
