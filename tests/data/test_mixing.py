@@ -518,6 +518,21 @@ def test_a_share_below_half_a_row_is_refused(tmp_path):
     assert "b.jsonl: its share is less than half a row; got 0.00699 rows" in refusal(recipe)
 
 
+@pytest.mark.parametrize(
+    ("weights", "mixing"),
+    [
+        ([{"weight": 1}, {"weight": 1e12}], {"stopping_strategy": "all_exhausted"}),
+        ([{"epochs": 1}, {"epochs": 1e12}], None),
+        ([{"weight": 1}, {"weight": 1}], {"size": 10**15}),
+        ([{"weight": 1}, {"weight": 1}], {"size": 10**15, "by": "tokens", "replacement": True}),
+    ],
+)
+def test_an_epoch_beyond_memory_is_refused(tmp_path, weights, mixing):
+    recipe = build_recipe(tmp_path, *weights, **({"mixing": mixing} if mixing else {}))
+
+    assert "jsonl: an epoch of more than 1,000,000,000 rows; got " in refusal(recipe)
+
+
 def test_a_source_without_a_row_is_refused(tmp_path):
     """The rows of b.jsonl are 13 to 15 tokens long."""
     sizes = {"max_length": 12, "overflow": "drop", "max_dropped": 0.5}

@@ -1,6 +1,7 @@
 """Prepared sets are written whole, opened as they were, and not opened when they are not."""
 
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,20 @@ def test_a_process_that_is_killed_while_writing_leaves_nothing_that_is_opened(mo
     monkeypatch.setattr(store, "STALE_SECONDS", -1)
     save(recipe, files=["a.jsonl"], folder="cache/other")
     assert sorted(path.name for path in Path("cache").iterdir()) == ["key", "other"]
+
+
+def test_what_is_still_written_to_is_left_however_old_the_folder_is():
+    write_jsonl(Path("a.jsonl"), RECORDS)
+    folders = [Path("cache") / f".partial-{name}" for name in ("written", "left")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "train.input_ids.npy").touch()
+        os.utime(folder, (0, 0))
+    os.utime(folders[1] / "train.input_ids.npy", (0, 0))
+
+    save(build_recipe(["a.jsonl"]), files=["a.jsonl"])
+
+    assert [folder.exists() for folder in folders] == [True, False]
 
 
 def test_two_that_prepare_the_same_at_once_both_end_well():

@@ -24,6 +24,7 @@ from hf_clm.data.ledger import write_ledgers
 from hf_clm.data.store import write_store
 from hf_clm.errors import DataError
 from hf_clm.tokenizer import use_chat_template
+from hf_clm.training import storing
 from hf_clm.training.proof import prove_data
 from hf_clm.training.storing import merge_shards, shards_folder, store_shard, store_whole
 
@@ -341,15 +342,84 @@ def test_shards_of_two_divisions_are_not_joined(tmp_path, capsys):
 
 def test_a_shard_of_other_data_is_refused(tmp_path, capsys):
     recipe, folder = prepared_shards(tmp_path)
-    index = json.loads((folder / "2-of-3" / "part.json").read_text())
-    (folder / "2-of-3" / "part.json").write_text(json.dumps({**index, "key": "another"}))
+    assert main(["prepare", recipe, "--data.max_length", "50", "--shard", "2/3"]) == 0
+    (other,) = (path for path in (tmp_path / "cache").iterdir() if path != folder)
+    shutil.rmtree(folder / "2-of-3")
+    shutil.copytree(other / "2-of-3", folder / "2-of-3")
     capsys.readouterr()
 
     assert main(["prepare", recipe, "--merge"]) == 3
 
+    key = other.name.removesuffix(".shards")
     assert (
-        "not shard 2/3 of this recipe's data; got shard 2/3 of key another; fix: " in capsys.readouterr().err
+        f"not shard 2/3 of this recipe's data; got shard 2/3 of key {key}; fix: " in capsys.readouterr().err
     )
+
+
+CHANGED_FACTS = {
+    "a key is gone": lambda text: text.replace('"sets"', '"bets"'),
+    "a count": lambda text: text.replace('"records": ', '"records": 1'),
+    "the name of a file": lambda text: text.replace(".jsonl:", ".jsonk:"),
+    "nothing": lambda text: "{}",
+    "a list": lambda text: "[]",
+}
+
+
+@pytest.mark.parametrize("change", CHANGED_FACTS)
+def test_a_shard_whose_facts_were_changed_is_damaged(tmp_path, capsys, change):
+    recipe, folder = prepared_shards(tmp_path)
+    index = folder / "2-of-3" / "part.json"
+    text = index.read_text()
+    index.write_text(CHANGED_FACTS[change](text))
+    assert index.read_text() != text
+    capsys.readouterr()
+
+    assert main(["prepare", recipe, "--merge"]) == 3
+
+    assert "shard 2/3 is damaged; fix: remove" in capsys.readouterr().err
+
+
+def test_other_names_beside_the_shards_are_nothing_to_it(tmp_path, capsys):
+    recipe, folder = prepared_shards(tmp_path)
+    for name in ("2-of-3.bak", "0-of-3", "x-of-y", "notes.txt"):
+        shutil.copytree(folder / "1-of-3", folder / name)
+
+    assert main(["prepare", recipe, "--merge"]) == 0
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_a_merge_refuses_can_be_allowed_as_it_says_without_a_shard_made_again(tmp_path, capsys, count):
+    limits = {"max_length": 30, "overflow": "drop", "max_dropped": 0.0}
+    recipe = save_recipe(tmp_path, **limits)
+    for number in range(1, count + 1):
+        assert main(["prepare", recipe, "--shard", f"{number}/{count}"]) == 0
+    capsys.readouterr()
+
+    codes = [main(["prepare", recipe, "--merge"]) for _ in range(2)]
+    errors = capsys.readouterr().err.splitlines()
+    limit = errors[0].rpartition("data.max_dropped=")[2]
+    codes.append(main(["prepare", recipe, "--merge", "--data.max_dropped", limit]))
+
+    assert codes == [3, 3, 0]
+    assert errors[0] == errors[1]  # the parts are as they were
+    assert f"merged    {count} shards" in capsys.readouterr().out
+
+
+def test_of_two_that_merge_at_once_the_slower_takes_the_set_of_the_other(tmp_path, capsys, monkeypatch):
+    recipe, folder = prepared_shards(tmp_path)
+    capsys.readouterr()
+    codes, reach = [], storing.reach
+
+    def let_the_other_pass(point: str) -> None:
+        monkeypatch.setattr(storing, "reach", reach)
+        codes.append(main(["prepare", recipe, "--merge"]))
+
+    monkeypatch.setattr(storing, "reach", let_the_other_pass)
+    codes.append(main(["prepare", recipe, "--merge"]))
+
+    assert codes == [0, 0]
+    assert capsys.readouterr().out.count("prepared  read from cache") == 2
+    assert not folder.exists()
 
 
 def test_merging_without_shards_says_how_they_are_made(tmp_path, capsys):
