@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -240,6 +242,27 @@ def test_a_forked_process_does_not_pass_its_signals_to_the_run():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
     assert heard.reason == 0
+
+
+LEAVES_WORKERS = """
+from torch.utils.data import DataLoader
+from hf_clm.training.signals import let_workers_last
+rows = iter(let_workers_last(DataLoader(list(range(8)), num_workers=2, persistent_workers=True)))
+next(rows)
+raise SystemExit(3)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_early_takes_those_that_load_its_data_along():
+    """They would outlive it for as long as they outlive any SIGTERM, and then be called failed."""
+    root = str(Path(__file__).resolve().parents[2])
+
+    ended = subprocess.run(
+        [sys.executable, "-c", LEAVES_WORKERS], cwd=root, capture_output=True, text=True, timeout=100
+    )
+
+    assert (ended.returncode, ended.stderr) == (3, "")
 
 
 def test_a_loop_that_catches_exceptions_ends_too():
