@@ -8,7 +8,12 @@ from typing import Any
 from hf_clm.errors import did_you_mean
 from hf_clm.trainer_fields import Fault, load_trainer_fields
 
-FACTS = ("template", "global_batch")  # of a run, that are no keys of its recipe
+FACTS = (
+    "template",
+    "global_batch",
+    "architecture",
+    "base_weights",
+)  # of a run, that are no keys of its recipe
 SHIPPED_TEMPLATES = ("chatml", "plain")
 
 

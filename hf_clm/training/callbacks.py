@@ -110,12 +110,16 @@ class MetricsCallback(TrainerCallback):
             earlier = drop_after(self.path, state.global_step, history=state.log_history)
             self.started = time.monotonic() - max((entry.get("seconds", 0) for entry in earlier), default=0)
 
+    @property
+    def seconds(self) -> float:
+        """Since training began, without the time between its sessions."""
+        return time.monotonic() - self.started
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            seconds = round(time.monotonic() - self.started, 3)
-            added = {"seconds": seconds, "peak_memory_bytes": self.measure_memory()}
+            added = {"seconds": round(self.seconds, 3), "peak_memory_bytes": self.measure_memory()}
             append_json(self.path, {"step": state.global_step, **kwargs["logs"], **added})
 
 
@@ -150,13 +154,8 @@ class SamplesCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.every_steps and state.global_step % self.every_steps == 0:
-            self._sample(state)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.every_epoch:
+        is_due = self.every_steps and state.global_step % self.every_steps == 0
+        if is_due or (self.every_epoch and ends_epoch(state)):  # before the step is saved
             self._sample(state)
 
     def on_train_end(
@@ -206,6 +205,8 @@ class PatienceCallback(EarlyStoppingCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
+        known: Any = state.stateful_callbacks
+        known.setdefault(type(self).__name__, self.state())  # of a run that began without
         self.early_stopping_patience_counter = spent_patience(state.stateful_callbacks)
 
 
@@ -219,6 +220,11 @@ class LastEvaluationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         control.should_evaluate |= state.global_step >= state.max_steps or control.should_training_stop
+
+
+def ends_epoch(state: TrainerState) -> bool:
+    """Whether the step that has just been made is the last of an epoch."""
+    return bool(state.epoch) and float(state.epoch or 0).is_integer()
 
 
 def spent_patience(callbacks: Any) -> int:

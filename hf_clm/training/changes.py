@@ -2,7 +2,8 @@
 
 key of the recipe, or fact     differs
 data, tokenizer, template,  }  refused with both values, or
-global_batch, any other key }  named in resume_override: applied
+global_batch, architecture, }  named in resume_override: applied
+any other key               }
 logging, saving, evaluation    applied
 versions                       applied, with a warning
 """
@@ -64,6 +65,11 @@ def compare_versions(before: Mapping[str, str], now: Mapping[str, str]) -> list[
     """The packages of another version."""
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
     return [Change(f"version of {name}", before[name], now[name], "version") for name in changed]
+
+
+def shared(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both without what the other lacks: a later version of a library has more to say."""
+    return {key: before[key] for key in before if key in now}, {key: now[key] for key in now if key in before}
 
 
 def recipe_keys(recipe: Recipe | dict[str, Any]) -> dict[str, Any]:

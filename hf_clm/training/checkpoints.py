@@ -41,7 +41,8 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
     }
     reach("before:seal")
     partial = folder / f"{SEAL}.partial"
-    partial.write_text(json.dumps({**facts, "files": files}, indent=1) + "\n", encoding="utf-8")
+    content = json.loads(json.dumps({**facts, "files": files}))
+    partial.write_text(json.dumps({**content, "sha256": fingerprint([content])}, indent=1) + "\n", "utf-8")
     sync(partial)
     reach("within:seal")
     partial.replace(folder / SEAL)
@@ -51,12 +52,12 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def read_seal(folder: Path) -> dict[str, Any]:
-    """The content of SEALED.json; {} where there is none that can be read."""
+    """The content of SEALED.json; {} where there is none, or one that is not as it was written."""
     try:
         content = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        is_whole = content.pop("sha256") == fingerprint([content])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
-    is_whole = isinstance(content, dict) and isinstance(content.get("files"), dict)
     return content if is_whole else {}
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
@@ -122,6 +121,9 @@ def train_from(
         if is_main:
             trainer.add_callback(ProgressCallback(is_terminal=is_terminal))
             prove_and_record(trainer, facts, start=start, prepared=prepared)
+    memory = partial(peak_memory, arguments.device)
+    metrics = MetricsCallback(start.folder / "metrics.jsonl", measure_memory=memory)
+    trainer.add_callback(metrics)
     trainer.add_callback(LastEvaluationCallback())
     if stream is None:  # the end of an epoch is not known else
         trainer.add_callback(EpochMeansCallback(start.folder / "metrics.jsonl"))
@@ -133,14 +135,13 @@ def train_from(
         arguments.eval_on_start = False  # it was evaluated when it began
         trainer.overridden = frozenset(c.key for c in start.changes if c.fate == "overridden")
     patience = recipe.early_stopping.patience if recipe.early_stopping else None
-    started = time.monotonic()
     recording = recording_failure(start.folder / "run.json", is_main=is_main)
     with stoppable(trainer), closing(report), recording, among_others(), writing(start.folder):
         if start.checkpoint and has_ended(start.checkpoint, facts.steps, patience=patience):
             trainer.restore(start.checkpoint)
         else:
             trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
-        result = finish(trainer, facts, proof=proof.facts, seconds=time.monotonic() - started)
+        result = finish(trainer, facts, proof=proof.facts, metrics=metrics)
     if arguments.push_to_hub:  # the run is done, whatever the Hub says
         trainer.push_run(with_data=recipe.card.data_samples > 0)
     return result
@@ -160,8 +161,6 @@ def prove_and_record(trainer: CLMTrainer, facts: RunFacts, *, start: Start, prep
     reader = Reader(facts.train, tokenizer, recipe=recipe)
     write_excerpt(folder / "label_rows.jsonl", reader, collate=build_collator(recipe, tokenizer))
     write_json(folder / "run.json", {"status": "running", **facts.to_json(), "proof": proof.facts})
-    memory = partial(peak_memory, facts.arguments.device)
-    trainer.add_callback(MetricsCallback(folder / "metrics.jsonl", measure_memory=memory))
 
 
 def build_trainer(
@@ -235,7 +234,9 @@ def shown_examples(facts: RunFacts) -> list[str]:
     return [whole_text(example) for example in first if not isinstance(example, dict)]
 
 
-def finish(trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], seconds: float) -> dict[str, Any]:
+def finish(
+    trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], metrics: MetricsCallback
+) -> dict[str, Any]:
     """Evaluates, saves the model, run.json and the plots, and prints what was reached."""
     output_dir = Path(str(trainer.args.output_dir))
     history, arguments = trainer.state.log_history, trainer.args
@@ -251,7 +252,7 @@ def finish(trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], secon
         **facts.outcome(
             history,
             final,
-            seconds=seconds,
+            seconds=metrics.seconds,
             steps=trainer.state.global_step,
             speed={"tokens_per_second": trainer.tokens_per_second, "mfu": trainer.mfu},
         ),

@@ -173,7 +173,7 @@ def let_workers_last(loader: DataLoader) -> DataLoader:
     """Lets the processes that load data outlive a SIGTERM to all of them, so that the step can end."""
     own: Any = getattr(loader, "base_dataloader", loader)  # of accelerate's
     if own.num_workers:
-        own.worker_init_fn = partial(_begin_worker, own.worker_init_fn, _end_of(os.getpid()))
+        own.worker_init_fn = partial(_begin_worker, begin=own.worker_init_fn, is_over=_end_of(os.getpid()))
     return loader
 
 
@@ -185,14 +185,14 @@ def _end_of(process: int) -> Any:
     return is_over
 
 
-def _begin_worker(begin: Callable[[int], None] | None, is_over: Any, number: int) -> None:
+def _begin_worker(number: int, *, begin: Callable[[int], None] | None, is_over: Any) -> None:
     if begin is not None:
         begin(number)
-    signal.signal(signal.SIGTERM, partial(_end_with, is_over))  # torch has put its own there
+    signal.signal(signal.SIGTERM, partial(_end_with, is_over=is_over))  # torch has put its own there
     signal.alarm(0)  # of a SIGTERM before
 
 
-def _end_with(is_over: Any, number: int, frame: FrameType | None) -> None:
+def _end_with(number: int, frame: FrameType | None, *, is_over: Any) -> None:
     if is_over.value:  # torch's loop in a worker ends by itself where the process that trains died
         os._exit(0)
 

@@ -29,10 +29,12 @@ from hf_clm.training.changes import (
     compare_versions,
     recipe_keys,
     refusal,
+    shared,
     to_override,
     to_table,
 )
 from hf_clm.training.checkpoints import (
+    SEAL,
     drop_broken,
     drop_later,
     find_checkpoints,
@@ -66,6 +68,8 @@ class Start:
             return
         before = read_seal(self.checkpoint)
         changes = compare(before.get("facts", {}), facts["facts"], overridden=self.overridden)
+        configs = shared(before.get("architecture", {}), facts.get("architecture", {}))
+        changes += compare(*configs, overridden=self.overridden)
         moved = [change.key for change in changes if change.key in ("data", "global_batch")]
         changes = [*self.changes, *changes]
         _require_allowed(changes, self.checkpoint)
@@ -131,7 +135,7 @@ def _tidy(recipe: Recipe, arguments: TrainingArguments) -> None:
         shutil.rmtree(folder / FINAL, ignore_errors=True)
         return
     newest = find_checkpoints(folder)[-1:]
-    if word == "must" and newest and read_seal(newest[0]):
+    if word == "must" and newest and (newest[0] / SEAL).exists():
         require_sound(newest[0])
     publish(folder)
     for line in drop_broken(folder):

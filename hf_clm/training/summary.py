@@ -1,6 +1,7 @@
 """What a run says of itself: at its start, at its end, and in run.json."""
 
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -16,12 +17,16 @@ from hf_clm.data.draws import count_drawn_labels
 from hf_clm.data.packing import PackedDataset
 from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.hardware import bf16_instructions
-from hf_clm.model import without_adapters
+from hf_clm.model import is_adapted, without_adapters
 from hf_clm.parts import count_steps, resolve, rows_per_step
+from hf_clm.recipe_text import leaves
 from hf_clm.report.figures import to_duration
 from hf_clm.template import Template
 from hf_clm.training.checkpoints import fingerprint
 
+# Of a model's config: what a run sets, or what is compared elsewhere.
+NO_ARCHITECTURE = re.compile(r"_.*|.*_token_id|transformers_version|(torch_)?dtype|use_cache|architectures")
+SAMPLED_VALUES = 64  # of a weight
 PACKAGES = ("hf_clm", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 
 
@@ -160,7 +165,9 @@ def seal_facts(
             "template": fingerprint([tokenizer.chat_template]),
             "global_batch": facts.rows_per_step,
             "processes": facts.arguments.world_size,
+            **({"base_weights": _sample_frozen(facts.model)} if is_adapted(facts.model) else {}),
         },
+        "architecture": dict(leaves(_architecture(facts.model), "architecture")),
         "versions": versions(),
     }
 
@@ -252,6 +259,23 @@ def versions() -> dict[str, str]:
     """Of Python and of the packages that decide what a run computes."""
     cuda = {"cuda": str(torch.version.cuda)} if torch.version.cuda else {}
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, **cuda}
+
+
+def _architecture(model: PreTrainedModel) -> dict[str, Any]:
+    """What of a model's config decides what it computes."""
+    config = without_adapters(model).config.to_diff_dict()
+    return {key: value for key, value in config.items() if not NO_ARCHITECTURE.fullmatch(key)}
+
+
+def _sample_frozen(model: PreTrainedModel) -> str:
+    """The sha256 of some values of each weight that is not trained, and so in no checkpoint."""
+    parts = []
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            flat = weight.detach().flatten()
+            some = flat[:: max(1, flat.numel() // SAMPLED_VALUES)]
+            parts += [name, some.float().cpu().contiguous().numpy()]
+    return fingerprint(parts)
 
 
 def _describe(split: Split) -> str:

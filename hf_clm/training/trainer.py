@@ -31,6 +31,7 @@ from hf_clm.flops import count_flops
 from hf_clm.hardware import measure_peak, nominal_peak
 from hf_clm.loss import LossOptions, TargetLoss, TokenFigures, use_target_loss, why_not
 from hf_clm.schema import IGNORE_INDEX
+from hf_clm.training.callbacks import ends_epoch
 from hf_clm.training.faults import checkpoint_bytes, writing
 from hf_clm.training.guard import write_diverged
 from hf_clm.training.saving import SavingTrainer
@@ -182,7 +183,7 @@ class CLMTrainer(SavingTrainer):
     def tokens_per_second(self) -> float:
         """Real tokens of all processes in a second of training, up to the last log event."""
         tokens, seconds = self._timed
-        return tokens / max(seconds, 1e-9)
+        return tokens / seconds if seconds else self._logged("tokens_per_second")
 
     @cached_property
     def peak_flops(self) -> float:
@@ -194,7 +195,12 @@ class CLMTrainer(SavingTrainer):
     @property
     def mfu(self) -> float:
         """Model FLOP utilisation up to the last log event: what real tokens need, by the peak."""
-        return self._computed / max(self._timed[1], 1e-9) / self.peak_flops
+        seconds = self._timed[1]
+        return self._computed / seconds / self.peak_flops if seconds else self._logged("mfu")
+
+    def _logged(self, name: str) -> float:
+        """Of the last log event that has it: of a session before this one, which made no step."""
+        return next((entry[name] for entry in reversed(self.state.log_history) if name in entry), 0.0)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: they are counted with the tokens, where the Trainer leaves out head and attention."""
@@ -317,10 +323,15 @@ class CLMTrainer(SavingTrainer):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the sampler which epoch begins; logs at the last step, and where a run may stop or go on."""
+    """Tells the sampler which epoch begins; evaluates and saves at the last step of one, not behind it.
+
+    A run that goes on from what is saved there begins with the next epoch: nothing may be left to do. Logs at
+    the last step, and where a run may stop or go on.
+    """
 
     def __init__(self, trainer: CLMTrainer):
         self.trainer = trainer
+        self.evaluated_at = self.saved_at = -1
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -330,8 +341,28 @@ class EpochCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        ends = state.global_step >= state.max_steps or control.should_training_stop
-        control.should_log |= ends or control.should_evaluate or control.should_save
+        is_last = state.global_step >= state.max_steps or control.should_training_stop
+        if is_last or ends_epoch(state):
+            control.should_evaluate |= args.eval_strategy == "epoch" and args.eval_delay <= (state.epoch or 0)
+            control.should_save |= args.save_strategy == "epoch"
+        control.should_log |= is_last or control.should_evaluate or control.should_save
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.evaluated_at = state.global_step
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.saved_at = state.global_step
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_evaluate &= self.evaluated_at != state.global_step
+        control.should_save &= self.saved_at != state.global_step
+        control.should_log |= control.should_evaluate or control.should_save
 
 
 def _count_tokens(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -65,3 +65,47 @@ def test_a_run_that_is_killed_between_saves_goes_on_exactly(tmp_path, case):
     assert "goes on   from" in (tmp_path / "cut" / "out.txt").read_text()
     assert same_weights(tmp_path / "cut" / "run", tmp_path / "whole" / "run")
     assert read_metrics(tmp_path / "cut" / "run") == read_metrics(tmp_path / "whole" / "run")
+
+
+# 9 rows are trained on, in 5 steps an epoch: the first checkpoint is that of step 5.
+AT_EPOCHS: dict[str, dict[str, Any]] = {
+    "evaluation": {"eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 5},
+    "saves between log events": {"save_strategy": "epoch", "logging_steps": 7},
+    "the best": {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True},
+}
+
+
+@pytest.mark.parametrize("case", AT_EPOCHS)
+def test_what_ends_an_epoch_is_done_before_its_step_is_saved(tmp_path, case):
+    """The best is that of step 5: the learning rate is far too high from there on."""
+    train = {"max_steps": 10, "learning_rate": 1e-3, **AT_EPOCHS[case]}
+    train |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5} if case == "the best" else {}
+    changes: dict[str, Any] = {
+        "train": train,
+        "data": {"eval_fraction": 0.3},
+        "samples": {"prompts": ["say 3"], "every_epoch": True, "max_new_tokens": 2},
+    }
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    dropout_recipe(tmp_path / "whole", **changes)
+    shutil.copytree(tmp_path / "whole" / "model", tmp_path / "cut" / "model")
+
+    assert finish_run(tmp_path / "whole", **changes) == 0, (tmp_path / "whole" / "out.txt").read_text()
+    assert finish_run(tmp_path / "cut", fault="after:seal", **changes) == -signal.SIGKILL
+    assert finish_run(tmp_path / "cut", **changes) == 0, (tmp_path / "cut" / "out.txt").read_text()
+
+    whole, cut = (tmp_path / name / "run" for name in ("whole", "cut"))
+    assert "goes on   from" in (tmp_path / "cut" / "out.txt").read_text()
+    assert read_metrics(cut) == read_metrics(whole)
+    assert same_weights(cut, whole)
+    assert (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    evaluated = [(e["step"], e["eval_loss"]) for e in read_metrics(whole) if "eval_loss" in e]
+    at_end = [10, 10] if case == "the best" else [10]  # the best is evaluated once more
+    between = [] if case == "saves between log events" else [5]
+    assert [step for step, _ in evaluated] == [0, *between, *at_end]
+    sampled = [json.loads(line)["step"] for line in (whole / "samples.jsonl").read_text().splitlines()]
+    assert sampled == [0, 5, 10]
+    if case == "the best":
+        state = json.loads((cut / "checkpoint-10" / "trainer_state.json").read_text())
+        assert state["best_global_step"] == 5
+        assert evaluated[-1][1] == evaluated[1][1]

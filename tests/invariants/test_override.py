@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import write_jsonl
 from killed import RECORDS, dropout_recipe
+from safetensors.torch import load_file, save_file
 
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.training.run import train
@@ -130,4 +132,43 @@ def test_weights_of_another_shape_are_one_line(place):
     with pytest.raises(
         ModelError, match="its weights do not fit the model of this recipe; got size mismatch"
     ):
+        go_on(place, "max_steps", "architecture", train=MORE)
+
+
+def test_another_architecture_of_the_same_shape_is_refused(half, place):
+    (place / "model").unlink()
+    shutil.copytree(half / "model", place / "model")
+    config = json.loads((place / "model" / "config.json").read_text())
+    (place / "model" / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 0.01}))
+
+    with pytest.raises(RecipeError, match=r"architecture\.layer_norm_epsilon \(1e-05, now 0\.01\)"):
         go_on(place, "max_steps", train=MORE)
+    events = go_on(place, "max_steps", "architecture", train=MORE)
+
+    assert [entry["step"] for entry in events] == [5, 6, 7, 8]
+
+
+def test_adapters_are_not_put_on_another_model(tmp_path):
+    """Its weights are in no checkpoint."""
+    changes: dict[str, Any] = {"lora": {"r": 2, "alpha": 4}}
+    train(dropout_recipe(tmp_path, train=LINEAR | {"max_steps": 4}, **changes))
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    save_file({name: weight * 1.01 for name, weight in weights.items()}, path, metadata={"format": "pt"})
+
+    with pytest.raises(RecipeError, match="not the run of this recipe: base_weights "):
+        go_on(tmp_path, "max_steps", train=MORE, **changes)
+
+
+def test_early_stopping_may_be_added(place):
+    settings = MORE | {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    settings |= {"metric_for_best_model": "loss", "load_best_model_at_end": True}
+
+    data = {"eval": [write_jsonl(place / "eval.jsonl", RECORDS[:3])], "max_leakage": 1.0}
+
+    events = go_on(place, "max_steps", train=settings, data=data, early_stopping={"patience": 3})
+
+    state = json.loads(
+        (place / "run" / f"checkpoint-{events[-1]['step']}" / "trainer_state.json").read_text()
+    )
+    assert "PatienceCallback" in state["stateful_callbacks"]

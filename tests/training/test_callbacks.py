@@ -26,8 +26,8 @@ LOG = {
 }
 
 
-def event(callback, name: str, *, step: int, logs: dict | None = None, is_main: bool = True) -> None:
-    state = TrainerState(global_step=step, max_steps=200, is_world_process_zero=is_main)
+def event(callback, name: str, *, step: int, logs: dict | None = None, is_main: bool = True, **more) -> None:
+    state = TrainerState(global_step=step, max_steps=200, is_world_process_zero=is_main, **more)
     getattr(callback, name)(SimpleNamespace(spec=TrainingArguments), state, TrainerControl(), logs=logs)
 
 
@@ -147,10 +147,9 @@ def test_samples_are_taken_at_the_end_of_each_epoch_where_asked_for(tmp_path):
     callback = SamplesCallback(["a"], lambda: ["A"], path=path, every_epoch=True)
 
     event(callback, "on_train_begin", step=0)
-    for step in (3, 6):
-        event(callback, "on_step_end", step=step)
-        event(callback, "on_epoch_end", step=step)
-    event(callback, "on_train_end", step=6)
+    for step, epoch in [(1, 1 / 3), (3, 1.0), (4, 1 + 1 / 3), (6, 2.0)]:
+        event(callback, "on_step_end", step=step, epoch=epoch)
+    event(callback, "on_train_end", step=6, epoch=2.0)
 
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 3, 6]
 

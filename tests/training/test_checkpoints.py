@@ -91,6 +91,18 @@ def test_without_a_seal_or_with_half_of_one_a_checkpoint_does_not_count(tmp_path
     assert names(tmp_path) == ["checkpoint-12.broken", "checkpoint-4", "checkpoint-8.broken"]
 
 
+@pytest.mark.parametrize("key", ['"is_resumable"', '"step"', '"sha256"', "true", "rows"])
+def test_a_flipped_bit_in_a_seal_is_damage(tmp_path, key):
+    path = sealed(tmp_path, 4) / "SEALED.json"
+    assert fault_of(path.parent) == ""
+    text = path.read_text()
+    path.write_text(text.replace(key, key[:2] + chr(ord(key[2]) ^ 1) + key[3:], 1))
+    assert path.read_text() != text
+
+    assert fault_of(path.parent) == "SEALED.json is damaged"
+    assert newest_sealed(tmp_path) is None
+
+
 def test_checkpoints_are_ordered_by_step_whatever_their_names_and_times(tmp_path):
     for step in (9, 10, 100):
         os.utime(sealed(tmp_path, step), (10**9 - step, 10**9 - step))

@@ -131,6 +131,13 @@ def test_an_evaluation_that_is_due_at_the_step_is_made(tmp_path):
     assert signals.events == [("step", 1), ("step", 2), ("step", 3), ("evaluate", 3), ("save", 3)]
 
 
+def test_an_evaluation_that_is_due_at_the_end_of_the_epoch_is_made_at_its_last_step(tmp_path):
+    """8 rows are an epoch of 4 steps; the resumed run begins with the next."""
+    _, signals = stop(tmp_path, signal.SIGTERM, step=4, eval_strategy="epoch", per_device_train_batch_size=2)
+
+    assert signals.events[-3:] == [("step", 4), ("evaluate", 4), ("save", 4)]
+
+
 def test_where_only_the_best_are_saved_a_stop_saves_too(tmp_path):
     best: dict[str, Any] = {"save_strategy": "best", "metric_for_best_model": "target_tokens"}
     best |= {"eval_strategy": "steps", "eval_steps": 1, "greater_is_better": True}

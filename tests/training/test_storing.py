@@ -281,7 +281,10 @@ def test_a_shard_of_a_set_that_is_there_is_not_made(tmp_path, capsys):
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
 def test_a_shard_is_counted_from_1(tmp_path, capsys, shard):
-    assert main(["prepare", save_recipe(tmp_path), f"--shard={shard}"]) == 2
+    recipe = save_recipe(tmp_path)
+    capsys.readouterr()
+
+    assert main(["prepare", recipe, f"--shard={shard}"]) == 2
 
     assert capsys.readouterr().err == (
         f"error: --shard: no part of a whole; got {shard!r}; fix: i/n, counted from 1: "
