@@ -10,12 +10,9 @@ What ``resume_override`` names may differ.
 """
 
 import json
-import os
 import shutil
 import socket
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +44,7 @@ from hf_clm.training.checkpoints import (
     step_of,
 )
 from hf_clm.training.faults import forget_others
-from hf_clm.training.output import FINAL, is_in_use, make_writable, move_aside, publish
+from hf_clm.training.output import FINAL, is_in_use, is_seen, make_writable, move_aside, publish
 
 WORDS = {"": "auto", "auto": "auto", "false": "never", "never": "never", "true": "must", "must": "must"}
 SEEN_SECONDS = 10.0  # that a network file system may take to show a new file to others
@@ -112,7 +109,7 @@ def _require_one_folder(arguments: TrainingArguments) -> None:
     try:
         (name,) = broadcast_object_list([file.name])
         seconds = min(SEEN_SECONDS, arguments.ddp_timeout / 2)
-        found = gather_object(["" if _is_seen(folder / name, seconds) else socket.gethostname()])
+        found = gather_object(["" if is_seen(folder / name, seconds=seconds) else socket.gethostname()])
     finally:
         if is_main:
             file.unlink(missing_ok=True)
@@ -125,19 +122,6 @@ def _require_one_folder(arguments: TrainingArguments) -> None:
         )
         fix = "an --output_dir on a disk that all machines share"
         raise EnvironmentFault(what, where=str(folder), got=got, fix=fix)
-
-
-def _is_seen(file: Path, seconds: float) -> bool:
-    """Looks for so long: a network file system may know of a new file only when it lists its folder."""
-    end = time.monotonic() + seconds
-    while not os.path.exists(file):
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.2)
-        for folder in (file.parent.parent, file.parent):
-            with suppress(OSError):
-                os.listdir(folder)
-    return True
 
 
 def has_ended(checkpoint: Path, steps: int, *, patience: int | None) -> bool:
