@@ -395,8 +395,6 @@ def _fail(message: str, code: int, *, shows_traceback: bool, is_own: bool | None
     rank = os.environ.get("RANK", "0")
     if shows_traceback:
         traceback.print_exc()
-    if is_own is None:
-        is_own = rank == "0" or code == ExitCode.ENVIRONMENT
-    if is_own:
+    if is_own or (is_own is None and (rank == "0" or code == ExitCode.ENVIRONMENT)):
         print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr)
     return int(code)
