@@ -390,11 +390,11 @@ def _quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _fail(message: str, code: int, *, shows_traceback: bool, is_own: bool = False) -> int:
-    """Prints the error once: on rank 0, or where one process or one machine alone meets it."""
+def _fail(message: str, code: int, *, shows_traceback: bool, is_own: bool | None = None) -> int:
+    """Prints the error once: where ``is_own`` says; else on rank 0, or where one machine may meet it."""
     rank = os.environ.get("RANK", "0")
     if shows_traceback:
         traceback.print_exc()
-    if rank == "0" or is_own or code == ExitCode.ENVIRONMENT:
+    if is_own or (is_own is None and (rank == "0" or code == ExitCode.ENVIRONMENT)):
         print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr)
     return int(code)

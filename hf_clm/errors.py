@@ -21,7 +21,7 @@ class UserError(Exception):
     """What a user can fix: where, what, what was got, how to fix; shown as one line, without a traceback."""
 
     exit_code = ExitCode.RECIPE
-    is_own = False  # met by one process alone, which says it; what all meet is said by the first
+    is_own: bool | None = None  # whether this process says it, or another that met it too; None: not known
 
     def __init__(self, what: str, *, where: str = "", got: str = "", fix: str = ""):
         self.what, self.where, self.got, self.fix = what, where, got, fix

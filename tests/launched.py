@@ -90,6 +90,29 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
+def by_hand(folders: Sequence[Path], *words: str) -> list[tuple[int, str]]:
+    """``train`` on two ranks without a launcher, as srun starts them; exit code and stderr of each.
+
+    Two folders are two machines, without a disk that they share.
+    """
+    is_one = folders[0] == folders[1]
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    settings |= {"LOCAL_WORLD_SIZE": "2" if is_one else "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "hf_clm", "train", "recipe.yaml", *words]
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    started = []
+    for rank, folder in enumerate(folders):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank if is_one else 0)}
+        started.append(subprocess.Popen(command, cwd=folder, env=os.environ | settings | own, **pipes))
+    try:
+        texts = [process.communicate(timeout=120)[1] for process in started]
+        return [(process.returncode, text) for process, text in zip(started, texts, strict=True)]
+    finally:
+        for process in started:
+            process.kill()
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -18,6 +18,7 @@ from hf_clm.cli import COMMANDS, main
 from hf_clm.data.collators import DataCollatorForPackedCausalLM
 from hf_clm.data.datasets import SFTDataset
 from hf_clm.data.formats import to_example
+from hf_clm.errors import EnvironmentFault
 from hf_clm.training.trainer import CLMTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -256,6 +257,24 @@ def test_other_processes_of_a_run_leave_the_message_to_the_first(capsys, monkeyp
 
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("is_own", "shown"), [(None, "error on rank 1: full\n"), (True, "error on rank 1: full\n"), (False, "")]
+)
+def test_a_fault_of_the_machine_is_said_by_each_process_unless_another_says_the_same(
+    capsys, monkeypatch, is_own, shown
+):
+    def fail(words: list[str]) -> None:
+        error = EnvironmentFault("full")
+        error.is_own = is_own
+        raise error
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setitem(COMMANDS, "train", fail)
+
+    assert main(["train"]) == 6
+    assert capsys.readouterr().err == shown
 
 
 def fastest(words: list[str], cwd: Path) -> tuple[float, int]:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from hf_clm.training.checkpoints import reach, read_seal, sync
 from hf_clm.training.lock import keep_lock
 
 FINAL = ".final"  # the model of a run that is done, until all of it lies there
+LOOK_SECONDS = 0.2  # between two looks at a file that is to come
 FAILURES: dict[type[BaseException], str] = {
     DivergedError: "diverged",
     KeyboardInterrupt: "interrupted",
@@ -82,6 +84,22 @@ def is_in_use(folder: Path) -> bool:
     if folder.is_dir():
         return any(not entry.name.startswith(".") for entry in folder.iterdir())
     return folder.exists()
+
+
+def is_seen(file: Path, *, seconds: float) -> bool:
+    """Whether a file is there, or comes in so many seconds.
+
+    A network file system may know of a new file, or of its new folder, only where what it is in is listed.
+    """
+    end = time.monotonic() + seconds
+    while not os.path.exists(file):
+        if time.monotonic() > end:
+            return False
+        time.sleep(LOOK_SECONDS)
+        for folder in (file.parent.parent, file.parent):
+            with suppress(OSError):
+                os.listdir(folder)
+    return True
 
 
 def make_writable(folder: Path) -> None:

@@ -24,6 +24,7 @@ from hf_clm.data.store import Stored, require_writable
 from hf_clm.data.streaming import HEAD
 from hf_clm.errors import RecipeError
 from hf_clm.parts import build_model_config, build_tokenizer_aside, training_arguments
+from hf_clm.training.faults import require_others
 from hf_clm.training.proof import Proof, prove_data, prove_mix
 from hf_clm.training.storing import merge_shards, shards_folder, store_shard, store_whole
 
@@ -61,13 +62,14 @@ def prepare(
     """Opens what was prepared of the same content before, or prepares, proves and keeps it.
 
     The first process of a machine prepares and the others look for its folder: without a barrier, so that a
-    long preparation runs into no time limit of the process group. Where nothing is kept, each prepares.
+    long preparation runs into no time limit of the process group, and until another process has ended. Where
+    nothing is kept, each prepares.
 
     Args:
         loaded: the examples, if they were read already; for where nothing is kept.
 
     Raises DataError for data that cannot be read or are not proved, EnvironmentFault for a cache that cannot
-    be written.
+    be written, or another process that has ended.
     """
     started = time.monotonic()
     place = find_place(recipe, tokenizer, seed=arguments.seed)
@@ -80,7 +82,9 @@ def prepare(
         store_whole(place, recipe, tokenizer=tokenizer, seed=arguments.seed)
     while stored is None:
         stored = open_place(place, recipe, seed=arguments.seed)
-        time.sleep(0 if stored else POLL_SECONDS)
+        if stored is None:
+            require_others()
+            time.sleep(POLL_SECONDS)
     seconds, key = time.monotonic() - started, place.key[:SHOWN_LETTERS]
     said = f"read from cache (key {key})" if is_from_cache else f"in {seconds:.1f} s, kept in {place.folder}"
     proof = Proof(stored.proof["facts"], [f"prepared  {said}", *stored.proof["lines"]])

@@ -79,7 +79,8 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
     first_parent()
     check_launch(recipe)
     arguments = training_arguments(recipe)
-    with locked(Path(str(arguments.output_dir)), is_main=arguments.process_index == 0):
+    folder = Path(str(arguments.output_dir))
+    with among_others(), locked(folder, is_main=arguments.process_index == 0):
         return train_locked(recipe, arguments, is_terminal=is_terminal)
 
 

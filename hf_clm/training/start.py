@@ -11,12 +11,14 @@ What ``resume_override`` names may differ.
 
 import json
 import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainingArguments
 
 from hf_clm.config import Recipe, load_recipe
@@ -43,9 +45,11 @@ from hf_clm.training.checkpoints import (
     require_sound,
     step_of,
 )
-from hf_clm.training.output import FINAL, is_in_use, make_writable, move_aside, publish
+from hf_clm.training.faults import forget_others
+from hf_clm.training.output import FINAL, is_in_use, is_seen, make_writable, move_aside, publish
 
 WORDS = {"": "auto", "auto": "auto", "false": "never", "never": "never", "true": "must", "must": "must"}
+SEEN_SECONDS = 10.0  # that a network file system may take to show a new file to others
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,9 @@ def prepare_start(recipe: Recipe, arguments: TrainingArguments) -> Start:
     """Makes the output folder and finds where to start; rank 0 moves aside what does not count.
 
     Raises RecipeError for a folder in use, a checkpoint that is not there, and a recipe that differs;
-    EnvironmentFault for a folder that cannot be written.
+    EnvironmentFault for a folder that cannot be written, or that not all processes see.
     """
+    _require_one_folder(arguments)
     with arguments.main_process_first(local=False, desc="preparing the output folder"):
         if arguments.process_index == 0:
             _tidy(recipe, arguments)
@@ -95,6 +100,32 @@ def prepare_start(recipe: Recipe, arguments: TrainingArguments) -> Start:
             make_writable(start.folder)
     _require_agreement(start, arguments)
     return start
+
+
+def _require_one_folder(arguments: TrainingArguments) -> None:
+    """Raises EnvironmentFault, on all processes, where one does not see the output folder of rank 0."""
+    if arguments.world_size == 1:
+        return
+    folder, is_main = Path(str(arguments.output_dir)), arguments.process_index == 0
+    file = folder / f".seen-{uuid4().hex}"
+    if is_main:
+        file.touch()
+    try:
+        (name,) = broadcast_object_list([file.name])
+        seconds = min(SEEN_SECONDS, arguments.ddp_timeout / 2)
+        found = gather_object(["" if is_seen(folder / name, seconds=seconds) else socket.gethostname()])
+    finally:
+        if is_main:
+            file.unlink(missing_ok=True)
+    if is_main:
+        forget_others()
+    if hosts := sorted(set(found) - {""}):
+        what, got = (
+            "the processes do not see the same output folder",
+            f"no file of rank 0 on {', '.join(hosts)}",
+        )
+        fix = "an --output_dir on a disk that all machines share"
+        raise EnvironmentFault(what, where=str(folder), got=got, fix=fix)
 
 
 def has_ended(checkpoint: Path, steps: int, *, patience: int | None) -> bool:

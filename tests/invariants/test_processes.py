@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ from launched import (
     RECIPE,
     ROOT,
     accelerate,
+    by_hand,
     launch,
     prepare,
     read_metrics,
@@ -214,6 +216,54 @@ def test_an_error_is_printed_once_and_no_process_waits_for_the_others(tmp_path):
     ]
     assert done.returncode != 0
     assert [line.startswith("error: ") for line in lines] == [True]
+
+
+LOST = "error on rank 1: another process of this run has ended, or does not answer"
+
+
+@pytest.mark.slow
+def test_what_the_first_rank_alone_refuses_ends_the_other_in_one_line(tmp_path):
+    folder = prepare(tmp_path / "two")
+
+    (code, said), (other, theirs) = by_hand([folder, folder], "--resume_from_checkpoint", "nothing")
+
+    assert (code, other) == (2, 6)
+    assert said.startswith("error: nothing: no checkpoint to go on from; fix: ")
+    assert theirs.startswith(LOST)
+    assert [text.count("\n") for text in (said, theirs)] == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_prepared_data_ends_where_their_preparation_fails(tmp_path):
+    folder = prepare(tmp_path / "two")
+    write_jsonl(folder / "train.jsonl", [{"instruct": 5, "input": "", "label": "x"}])
+
+    (code, said), (other, theirs) = by_hand([folder, folder])
+
+    assert (code, other) == (3, 6)
+    assert said.startswith("error: train.jsonl:1: key 'instruct': expected str; got int")
+    assert theirs.startswith(LOST)
+    assert [text.count("\n") for text in (said, theirs)] == [1, 1]
+
+
+@pytest.mark.slow
+def test_machines_that_do_not_share_the_output_folder_are_refused_before_anything_is_decided(tmp_path):
+    one, other = prepare(tmp_path / "one"), prepare(tmp_path / "other")
+    (other / "run").mkdir()
+    (other / "run" / "mine.txt").touch()  # alone it would be refused: it is no run
+
+    ended = by_hand([one, other])
+
+    assert ended == [
+        (
+            6,
+            "error: run: the processes do not see the same output folder; got no file of rank 0 on "
+            f"{socket.gethostname()}; fix: an --output_dir on a disk that all machines share\n",
+        ),
+        (6, ""),
+    ]
+    assert not (one / "run").exists()
+    assert [path.name for path in (other / "run").iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The output folder is never mixed with an older run, and a fault of the disk is one line."""
 
 import json
+import threading
 
 import pytest
 
@@ -8,6 +9,7 @@ from hf_clm.errors import DivergedError, EnvironmentFault, ExitCode
 from hf_clm.training.checkpoints import seal
 from hf_clm.training.output import (
     is_in_use,
+    is_seen,
     make_writable,
     move_aside,
     publish,
@@ -21,6 +23,17 @@ def test_move_aside_says_where_to(tmp_path):
     (tmp_path / "run.old-1").mkdir()
 
     assert move_aside(tmp_path / "run") == tmp_path / "run.old-2"
+
+
+def test_a_file_that_a_disk_shows_late_is_seen_and_one_that_never_comes_is_not(tmp_path):
+    run = tmp_path / "run"
+    late = threading.Timer(0.3, lambda: (run.mkdir(), (run / "late").touch()))
+    late.start()
+
+    assert is_seen(run / "late", seconds=30)
+    assert not is_seen(run / "never", seconds=0.1)
+    (tmp_path / "file").touch()
+    assert not is_seen(tmp_path / "file" / "never", seconds=0.1)
 
 
 def test_a_folder_under_a_file_is_a_fault_of_the_environment(tmp_path):
