@@ -134,7 +134,7 @@ def _settings(chosen: Plan, cluster: Cluster) -> str:
 
 def _assumptions(cluster: Cluster) -> list[str]:
     boxes = f"{cluster.boxes} boxes of {cluster.node}" if cluster.boxes > 1 else "one box"
-    between = f" and {cluster.network / GB:g} GB/s between boxes" if cluster.boxes > 1 else ""
+    between = f" and {cluster.network / GB:g} GB/s a GPU between boxes" if cluster.boxes > 1 else ""
     peak = f"{cluster.mfu:.0%} of {cluster.flops / 1e12:,.0f} TFLOP/s"
     traffic = f"{cluster.bandwidth / GB:g} GB/s between the GPUs of a box{between}, overlapped"
     return [
