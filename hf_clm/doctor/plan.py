@@ -143,17 +143,17 @@ def choose(plans: list[Plan]) -> Plan | None:
 
 def to_plan(way: str, model: PlannedModel, *, cluster: Cluster, checkpointing: bool) -> Plan:
     """One way, with the most rows that fit."""
-    step = replace(model.step, longest=cluster.length, checkpointing=checkpointing)
+    step = replace(model.step, longest=cluster.row, checkpointing=checkpointing)
     step = replace(step, chunked_loss=step.chunked_loss and way != "zero3")
     rest = rest_bytes(way, model, cluster=cluster)
 
     def needed(rows: int) -> float:
-        tokens = replace(step, tokens=rows * cluster.length)
+        tokens = replace(step, tokens=rows * cluster.row)
         return rest + estimate_work(model.config, model.sizes, step=tokens)
 
     rows = _most_rows(lambda rows: needed(rows) <= (1 - SPARE) * cluster.memory)
-    tokens = rows * cluster.length
-    pairs = tokens * (cluster.length + 1) / 2
+    tokens = rows * cluster.row
+    pairs = tokens * (cluster.row + 1) / 2
     flop = model.flops.of(tokens=tokens, targets=tokens, pairs=pairs) * (RECOMPUTED if checkpointing else 1)
     return Plan(
         way=way,
@@ -162,7 +162,7 @@ def to_plan(way: str, model: PlannedModel, *, cluster: Cluster, checkpointing: b
         host=model.state * model.parameters / cluster.gpus if way == "fsdp2-offload" else 0.0,
         first=needed(1),
         rows=rows,
-        length=cluster.length,
+        length=cluster.row,
         compute=flop / (cluster.flops * cluster.mfu),
         traffic=traffic_seconds(way, model, cluster=cluster),
         update=HOST_UPDATE * model.parameters / cluster.gpus if way == "fsdp2-offload" else 0.0,

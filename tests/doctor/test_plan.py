@@ -250,6 +250,24 @@ def test_a_recipe_is_planned_with_its_own_model_and_rows(tmp_path):
     assert "          per_device_train_batch_size up to 1024 (524,288 tokens a step): " in "\n".join(lines)
 
 
+def test_how_long_a_row_is_says_the_recipe(tmp_path):
+    with pytest.raises(RecipeError) as raised:
+        plan_recipe(build_recipe(tmp_path, []), replace(BOX, length=8192))
+
+    expected = "--plan: length is the recipe's; got length=8192; fix: --data.max_length 8192"
+    assert str(raised.value) == expected
+
+
+def test_one_gpu_is_singular_and_has_no_traffic(tmp_path):
+    lines, _ = plan_recipe(build_recipe(tmp_path, []), ONE)
+
+    assert lines[-4].endswith(" tokens/s on 1 GPU")
+    assert lines[-2:] == [
+        "1 GPU of 80.0 GB in one box; c: activation checkpointing.",
+        "Arithmetic, not measured; assumed: 40% of 989 TFLOP/s; 10% of the memory left free.",
+    ]
+
+
 def test_a_recipe_says_optimizer_and_precision(tmp_path):
     recipe = build_recipe(tmp_path, [], train={"optim": "sgd"})
 
