@@ -248,7 +248,7 @@ def run_report(words: list[str]) -> None:
 
 
 def run_checkpoints(words: list[str]) -> int:
-    """RUN: list the checkpoints, and read whether they are as they were saved; exit code 6 where one is not"""
+    """RUN: list the checkpoints, and read whether they are as they were saved; exit code 6 if one is not"""
     parser = _parser("checkpoints")
     parser.add_argument("run", help="the folder of a run")
     options = parser.parse_args(words)
