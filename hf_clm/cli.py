@@ -8,9 +8,9 @@ import os
 import shlex
 import sys
 import traceback
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
 
 from hf_clm.errors import ExitCode, Preempted, RecipeError, UserError, did_you_mean
 from hf_clm.options import (
@@ -19,12 +19,13 @@ from hf_clm.options import (
     add_doctor_options,
     add_evaluate_options,
     add_generate_options,
+    add_inspect_options,
     add_prepare_options,
     add_serve_options,
+    add_train_tokenizer_options,
     at_least,
     writable,
 )
-from hf_clm.schema import Format, TokenizerKind
 
 ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -98,10 +99,10 @@ def run_prepare(words: list[str]) -> None:
 
         print(f"{parser.format_help()}\n{recipe_help()}")
         return
-    options, overrides = parser.parse_known_args(words)
+    options, overrides = parser.parse_with_overrides(words)
     from hf_clm.config import load_recipe
 
-    recipe = load_recipe(options.recipe, overrides)
+    recipe = load_recipe(options.recipe, overrides, options=parser.names)
     _quiet_libraries()
     from hf_clm.data.division import to_shard
     from hf_clm.training.prepare import merge_recipe, prepare_recipe, prepare_shard
@@ -132,34 +133,29 @@ def run_config(words: list[str]) -> None:
 def run_inspect(words: list[str]) -> None:
     """RECIPE|RUN [--key value ...]: show what is trained, token by token, as the model gets it"""
     parser = _parser("inspect")
-    parser.add_argument("target", help="a recipe, or a run's folder")
-    parser.add_argument("--rows", type=at_least(0), default=5, help="rows to print (%(default)s)")
-    parser.add_argument("--html", nargs="?", const="labels.html", help="also write a page (%(const)s)")
-    parser.add_argument("--split", choices=("train", "eval"), default="train", help="(%(default)s)")
-    parser.add_argument("--worst", action="store_true", help="look at all rows; those with flags first")
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="(%(default)s)")
-    options, overrides = parser.parse_known_args(words)
+    add_inspect_options(parser)
+    options, overrides = parser.parse_with_overrides(words)
     _quiet_libraries()
     from hf_clm.inspector.command import View, inspect
 
     view = View(options.rows, options.html, options.split, options.color, options.worst)
-    print(inspect(options.target, overrides, view=view))
+    print(inspect(options.target, overrides, view=view, options=parser.names))
 
 
 def run_doctor(words: list[str]) -> int:
     """RECIPE [--key value ...]: what would go wrong, the memory it takes, and --plan for many GPUs"""
     parser = _parser("doctor")
     add_doctor_options(parser)
-    options, overrides = parser.parse_known_args(words)
+    options, overrides = parser.parse_with_overrides(words)
     from hf_clm.config import load_recipe
 
     if options.plan is not None:
-        return _plan(options.plan, options.recipe, overrides=overrides, as_json=options.json)
+        return _plan(options, overrides, names=parser.names)
     if options.recipe is None:
         raise RecipeError(
             "needs a recipe", where="hf-clm doctor", fix="hf-clm doctor RECIPE [--key value ...]"
         )
-    recipe = load_recipe(options.recipe, overrides)
+    recipe = load_recipe(options.recipe, overrides, options=parser.names)
     _quiet_libraries()
     from hf_clm.doctor.command import diagnose
 
@@ -251,14 +247,16 @@ def run_report(words: list[str]) -> None:
         print(f"left out: unreadable lines of its logs: {record.unreadable}")
 
 
-def run_checkpoints(words: list[str]) -> None:
-    """RUN: list the checkpoints of a run, and read whether they are as they were saved"""
+def run_checkpoints(words: list[str]) -> int:
+    """RUN: list the checkpoints, and read whether they are as they were saved; exit code 6 if one is not"""
     parser = _parser("checkpoints")
     parser.add_argument("run", help="the folder of a run")
     options = parser.parse_args(words)
     from hf_clm.training.checkpoints import describe_checkpoints
 
-    print("\n".join(describe_checkpoints(Path(options.run))))
+    lines, are_whole = describe_checkpoints(Path(options.run))
+    print("\n".join(lines))
+    return ExitCode.DONE if are_whole else ExitCode.ENVIRONMENT
 
 
 def run_compare(words: list[str]) -> None:
@@ -296,11 +294,11 @@ def run_bench(words: list[str]) -> None:
     parser.add_argument("recipe")
     parser.add_argument("--steps", type=at_least(5), default=30, help="to measure (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
-    options, overrides = parser.parse_known_args(words)
+    options, overrides = parser.parse_with_overrides(words)
     from hf_clm.bench.command import bench
     from hf_clm.config import load_recipe
 
-    recipe = load_recipe(options.recipe, overrides)
+    recipe = load_recipe(options.recipe, overrides, options=parser.names)
     path = writable(options.json, "--json") if options.json else None
     found = bench(recipe, steps=options.steps, say=lambda line: print(line, flush=True))
     print("\n".join(found.to_lines()))
@@ -311,15 +309,7 @@ def run_bench(words: list[str]) -> None:
 def run_train_tokenizer(words: list[str]) -> None:
     """DATA... --output_dir FOLDER: train a tokenizer"""
     parser = _parser("train-tokenizer")
-    parser.add_argument("data", nargs="+", help="files, globs, folders, or datasets on the Hub")
-    parser.add_argument("--output_dir", required=True, help="the folder to write")
-    parser.add_argument("--kind", choices=get_args(TokenizerKind), default="bpe", help="(%(default)s)")
-    parser.add_argument("--vocab_size", type=at_least(258), default=4096, help="tokens (%(default)s)")
-    parser.add_argument(
-        "--min_frequency", type=at_least(1), default=2, help="of a pair that is merged (%(default)s)"
-    )
-    parser.add_argument("--pad_token", default="<|pad|>", help="(%(default)s)")
-    parser.add_argument("--format", choices=get_args(Format), help="of the data; default: told from the keys")
+    add_train_tokenizer_options(parser)
     options = parser.parse_args(words)
     from hf_clm.config import Data, Source
     from hf_clm.data.build import load_examples, texts_of
@@ -356,18 +346,18 @@ def _parser(command: str) -> Parser:
     return Parser(f"hf-clm {command}", COMMANDS[command].__doc__ or "")
 
 
-def _plan(text: str, recipe: str | None, *, overrides: list[str], as_json: bool) -> int:
+def _plan(options: Namespace, overrides: list[str], *, names: list[str]) -> int:
     """``hf-clm doctor --plan``: of a recipe, or without one of models from 0.5B to 72B."""
     from hf_clm.config import load_recipe
     from hf_clm.doctor.cluster import parse_cluster
 
-    cluster = parse_cluster(text)
-    loaded = load_recipe(recipe, overrides) if recipe else None
+    cluster = parse_cluster(options.plan)
+    recipe = load_recipe(options.recipe, overrides, options=names) if options.recipe else None
     _quiet_libraries()
     from hf_clm.doctor.plan_text import plan_family, plan_recipe
 
-    lines, found = plan_recipe(loaded, cluster) if loaded else plan_family(cluster)
-    print(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(lines))
+    lines, found = plan_recipe(recipe, cluster) if recipe else plan_family(cluster)
+    print(json.dumps(found, ensure_ascii=False) if options.json else "\n".join(lines))
     return ExitCode.DONE
 
 

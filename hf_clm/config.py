@@ -134,15 +134,16 @@ class Recipe(Section):
         return self.data.packing or ("best_fit" if self.stage == "sft" else "stream")
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Sequence[str] = ()) -> Recipe:
     """Reads a recipe; ``overrides`` are words: ``["--bf16", "--learning_rate", "1e-4", "--stage=sft"]``.
 
-    Raises RecipeError with the line of the file, or "command line", for the first thing that is wrong.
+    ``options``: names that the command knows besides, for one that was mistyped. Raises RecipeError with the
+    line of the file, or "command line", for the first thing that is wrong.
     """
     tree, places = load_yaml(str(path))
     fields = dict(list_keys(Recipe))
     for name, text in to_options(overrides):
-        key = _to_key(name)
+        key = _to_key(name, options)
         value = to_value(key, text, types=_types_of(key, fields.get(key)))
         if key in ("data.train", "data.eval") and isinstance(tree.get("data"), dict):
             value = _with_known_format(value, tree["data"].get(key.removeprefix("data.")))
@@ -208,13 +209,13 @@ def _to_faults(error: ValidationError) -> list[Fault]:
     return faults
 
 
-def _to_key(name: str) -> str:
+def _to_key(name: str, options: Sequence[str]) -> str:
     if "." in name or name in Recipe.model_fields:
         return name
     fields = load_trainer_fields()
     if name in fields or name in V4_NAMES:
         return f"train.{name}"
-    near = suggest_key(name, [*fields, *(key for key, _ in list_keys(Recipe))])
+    near = suggest_key(name, [*options, *fields, *(key for key, _ in list_keys(Recipe))])
     raise RecipeError(f"unknown option --{name}{near}", where=COMMAND_LINE)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hf_clm.errors import RecipeError, did_you_mean
-from hf_clm.schema import Format
+from hf_clm.schema import Format, TokenizerKind
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,11 +18,41 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Raises RecipeError, with the nearest option for one that is not known."""
-        known = [option for action in self._actions for option in action.option_strings]
-        unknown = next((word for word in message.split() if word.startswith("--")), "")
-        raise RecipeError(
-            message + (did_you_mean(unknown, known) if unknown not in known else ""), where=self.prog
-        )
+        words = [word.strip(":,").partition("=")[0] for word in message.split() if word.startswith("--")]
+        raise RecipeError(message + self._nearest(*words[:1]), where=self.prog)
+
+    @property
+    def names(self) -> list[str]:
+        """Those of its own options, without the dashes."""
+        options = [option for action in self._actions for option in action.option_strings]
+        return [option.removeprefix("--") for option in options if option.startswith("--")]
+
+    def parse_with_overrides(self, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The options, and the other words: overrides of the recipe, which is the first word of all.
+
+        Raises RecipeError for overrides before it: argparse takes the value of one for the recipe.
+        """
+        options, overrides = self.parse_known_args(words)
+        recipe = getattr(options, next(action.dest for action in self._actions if not action.option_strings))
+        if overrides and (recipe is None or words.index(overrides[0]) < words.index(recipe)):
+            got = f"{overrides[0]}{self._nearest(overrides[0])}"
+            fix = f"{self.prog} RECIPE [--key value ...]"
+            raise RecipeError("overrides need a recipe before them", where=self.prog, got=got, fix=fix)
+        return options, overrides
+
+    def _nearest(self, word: str = "") -> str:
+        known = [f"--{name}" for name in self.names]
+        return did_you_mean(word, known) if word and word not in known else ""
+
+
+def add_inspect_options(parser: Parser) -> None:
+    """Those of ``hf-clm inspect``; the others are overrides of the recipe."""
+    parser.add_argument("target", help="a recipe, or a run's folder")
+    parser.add_argument("--rows", type=at_least(0), default=5, help="rows to print (%(default)s)")
+    parser.add_argument("--html", nargs="?", const="labels.html", help="also write a page (%(const)s)")
+    parser.add_argument("--split", choices=("train", "eval"), default="train", help="(%(default)s)")
+    parser.add_argument("--worst", action="store_true", help="look at all rows; those with flags first")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="(%(default)s)")
 
 
 def add_doctor_options(parser: Parser) -> None:
@@ -34,7 +64,8 @@ def add_doctor_options(parser: Parser) -> None:
         "--plan",
         metavar="gpus=64,memory=80GB",
         help="memory and speed on GPUs by arithmetic, and what to take; without a recipe of 0.5B to 72B; "
-        "also node (GPUs of a box), bandwidth, network, host (bytes/s), flops, mfu, length (of a row)",
+        "also node (GPUs of a box), bandwidth, network, host (bytes/s of a GPU), flops, mfu, and length "
+        "(of a row, without a recipe)",
     )
 
 
@@ -164,6 +195,19 @@ def add_serve_options(parser: Parser) -> None:
         help="for answers under way at its end (%(default)s)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+
+
+def add_train_tokenizer_options(parser: Parser) -> None:
+    """Those of ``hf-clm train-tokenizer``."""
+    parser.add_argument("data", nargs="+", help="files, globs, folders, or datasets on the Hub")
+    parser.add_argument("--output_dir", required=True, help="the folder to write")
+    parser.add_argument("--kind", choices=get_args(TokenizerKind), default="bpe", help="(%(default)s)")
+    parser.add_argument("--vocab_size", type=at_least(258), default=4096, help="tokens (%(default)s)")
+    parser.add_argument(
+        "--min_frequency", type=at_least(1), default=2, help="of a pair that is merged (%(default)s)"
+    )
+    parser.add_argument("--pad_token", default="<|pad|>", help="(%(default)s)")
+    parser.add_argument("--format", choices=get_args(Format), help="of the data; default: told from the keys")
 
 
 def at_least(least: float, *, most: float = math.inf) -> Callable[[str], float]:

@@ -152,6 +152,23 @@ def test_these_are_all_the_commands():
             ["config", "recipe.yaml", "--data.packin", "none"],
             "data.packin is not a key of a recipe; did you mean 'packing'?",
         ),
+        (["prepare", "recipe.yaml", "--shards", "1/2"], "unknown option --shards; did you mean 'shard'?"),
+        (["doctor", "recipe.yaml", "--no_measur"], "unknown option --no_measur; did you mean 'no_measure'?"),
+        (["inspect", "recipe.yaml", "--wors"], "unknown option --wors; did you mean 'worst'?"),
+        (["bench", "recipe.yaml", "--step", "9"], "unknown option --step; did you mean 'steps'?"),
+        (
+            ["doctor", "--plan", "gpus=8,memory=80GB", "--learning_rate", "1e-3"],
+            "hf-clm doctor: overrides need a recipe before them; got --learning_rate; "
+            "fix: hf-clm doctor RECIPE [--key value ...]",
+        ),
+        (
+            ["doctor", "--plan", "gpus=8,memory=80GB", "--bf16=true"],
+            "overrides need a recipe before them; got --bf16=true; fix: ",
+        ),
+        (
+            ["inspect", "--row", "3", "recipe.yaml"],
+            "overrides need a recipe before them; got --row; did you mean '--rows'?; fix: ",
+        ),
         (["generate"], "hf-clm generate: the following arguments are required: run"),
         (["generate", "run"], 'hf-clm generate: needs a prompt; fix: --prompt "..." or --file prompts.txt'),
         (["generate", "run", "--promt", "x"], "did you mean '--prompt'?"),
@@ -180,6 +197,12 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(words, messag
 
     assert code == 2
     assert message in shown
+
+
+def test_an_option_without_its_value_is_not_suggested(capsys):
+    assert main(["doctor", "--plan"]) == 2
+
+    assert capsys.readouterr().err == "error: hf-clm doctor: argument --plan: expected one argument\n"
 
 
 def test_a_typo_in_a_recipe_names_its_line(capsys, place):

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from helpers import build_recipe
+from launched import free_port
 
 from hf_clm.errors import EnvironmentFault, RecipeError
 from hf_clm.launcher import check_spreading, is_one_of_many, spreads_with
@@ -53,6 +55,23 @@ def test_a_launcher_file_spreads_what_its_name_says(name, kind, on_cpu):
     assert found.fsdp_config.get("fsdp_version") == (2 if kind == "FSDP" else None)
     assert found.fsdp_config.get("fsdp_offload_params", False) == (name == "fsdp2_offload")
     assert found.deepspeed_config.get("zero_stage") == (3 if kind == "DEEPSPEED" else None)
+
+
+def test_deepspeed_on_two_boxes_starts_the_processes_of_its_own_box(monkeypatch):
+    """None: no command of DeepSpeed's, which would reach the other box by pdsh and a file of hosts."""
+    monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: True)
+    words = ["--config_file", str(ROOT / "recipes" / "accelerate" / "deepspeed_zero3.yaml")]
+    words += ["--num_machines", "2", "--num_processes", "16", "--machine_rank", "1"]
+    words += ["--main_process_ip", "10.0.0.1", "--main_process_port", (port := free_port())]
+    parsed = launch_command_parser().parse_args([*words, "-m", "hf_clm", "train", "RECIPE"])
+    arguments, _, _ = _validate_launch_command(parsed)
+    arguments.deepspeed_fields_from_accelerate_config = ""
+
+    command, _ = prepare_deepspeed_cmd_env(arguments)
+
+    assert command is None
+    assert (arguments.nnodes, arguments.node_rank, arguments.nproc_per_node) == ("2", 1, "8")
+    assert arguments.rdzv_endpoint == f"10.0.0.1:{port}"
 
 
 def test_a_process_knows_whether_it_is_one_of_many():

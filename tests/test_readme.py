@@ -70,6 +70,33 @@ def test_the_python_examples_run(text, tmp_path):
     exec(text.replace("runs/sft-poems", folder).replace("Qwen/Qwen2.5-0.5B", folder), {})
 
 
+def test_the_slurm_script_starts_a_launcher_on_each_box(tmp_path):
+    """With programs that only say how they were called; two boxes of 64 cores, this one is the second."""
+    (script,) = (text for _, text in BLOCKS if "#SBATCH" in text)
+    programs = {
+        "scontrol": 'echo "$*" >&2; printf "box-7\\nbox-8\\n"',
+        "srun": 'echo "srun $1" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"; shift; SLURM_NODEID=1 exec "$@"',
+        "accelerate": 'echo "$*"',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "box-[7-8]", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "64"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SCRATCH": "/scratch", **slurm}
+
+    done = subprocess.run(["bash", "-eu"], input=script, env=environment, capture_output=True, text=True)
+
+    assert (done.returncode, done.stderr) == (0, "show hostnames box-[7-8]\n")
+    assert done.stdout.splitlines() == [
+        "srun --cpus-per-task=64 110",
+        "launch --config_file recipes/accelerate/fsdp2.yaml --num_machines 2 --num_processes 16 "
+        "--machine_rank 1 --main_process_ip box-7 --main_process_port 29500 "
+        "-m hf_clm train RECIPE --output_dir /scratch/runs/mine",
+    ]
+    options = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert [line.split()[-1] for line in options] == ["--signal=TERM@120"]  # 110 s fit into 120
+
+
 def test_every_file_of_the_package_stands_in_the_tree():
     files = sorted((ROOT / "hf_clm").rglob("*.py"))
     missing = [path.name for path in files if path.name not in README and not path.name.startswith("__")]

@@ -12,7 +12,8 @@ P weights, N processes, B processes of a box; bytes of float32 AdamW under bfloa
 
 4 P more for ddp: its buckets hold the gradients once more. fsdp2-grad does not give the weights back after
 the forward; fsdp2-hybrid (HSDP) spreads inside a box, a copy on each. A ring of n hands on (n - 1) / n of the
-bytes, twice where a sum goes to all (Patarasuk and Yuan, 2009). ZeRO: arXiv:1910.02054.
+bytes, twice where a sum goes to all (Patarasuk and Yuan, 2009). Each GPU of a box has a network card, and
+NCCL runs rings over all of them at once. ZeRO: arXiv:1910.02054.
 """
 
 from collections.abc import Callable
@@ -142,17 +143,17 @@ def choose(plans: list[Plan]) -> Plan | None:
 
 def to_plan(way: str, model: PlannedModel, *, cluster: Cluster, checkpointing: bool) -> Plan:
     """One way, with the most rows that fit."""
-    step = replace(model.step, longest=cluster.length, checkpointing=checkpointing)
+    step = replace(model.step, longest=cluster.row, checkpointing=checkpointing)
     step = replace(step, chunked_loss=step.chunked_loss and way != "zero3")
     rest = rest_bytes(way, model, cluster=cluster)
 
     def needed(rows: int) -> float:
-        tokens = replace(step, tokens=rows * cluster.length)
+        tokens = replace(step, tokens=rows * cluster.row)
         return rest + estimate_work(model.config, model.sizes, step=tokens)
 
     rows = _most_rows(lambda rows: needed(rows) <= (1 - SPARE) * cluster.memory)
-    tokens = rows * cluster.length
-    pairs = tokens * (cluster.length + 1) / 2
+    tokens = rows * cluster.row
+    pairs = tokens * (cluster.row + 1) / 2
     flop = model.flops.of(tokens=tokens, targets=tokens, pairs=pairs) * (RECOMPUTED if checkpointing else 1)
     return Plan(
         way=way,
@@ -161,7 +162,7 @@ def to_plan(way: str, model: PlannedModel, *, cluster: Cluster, checkpointing: b
         host=model.state * model.parameters / cluster.gpus if way == "fsdp2-offload" else 0.0,
         first=needed(1),
         rows=rows,
-        length=cluster.length,
+        length=cluster.row,
         compute=flop / (cluster.flops * cluster.mfu),
         traffic=traffic_seconds(way, model, cluster=cluster),
         update=HOST_UPDATE * model.parameters / cluster.gpus if way == "fsdp2-offload" else 0.0,
@@ -187,12 +188,14 @@ def rest_bytes(way: str, model: PlannedModel, *, cluster: Cluster) -> float:
 
 
 def traffic_seconds(way: str, model: PlannedModel, *, cluster: Cluster) -> float:
-    """What goes between GPUs in a step, as drawn above; over the slowest part of the ring."""
+    """What goes between GPUs in a step, as drawn above; over the slowest part of the rings."""
     low, high = LOW * model.parameters, model.step.weight_bytes * model.parameters
     if way == "fsdp2-hybrid":
         between = 2 * ring_seconds(high / cluster.node, cluster.boxes, rate=cluster.network)
         return ring_seconds(2 * low + high, cluster.node, rate=cluster.bandwidth) + between
-    rate = cluster.bandwidth if cluster.boxes <= 1 else cluster.network
+    rate = cluster.bandwidth
+    if cluster.boxes > 1:
+        rate = min(rate, cluster.node * cluster.network)
     sent = {"ddp": 2 * high, "fsdp2-grad": low + high, "zero3": 3 * low}.get(way, 2 * low + high)
     between = ring_seconds(sent, cluster.gpus, rate=rate)
     if way == "fsdp2-offload":  # weights in float32 up for forward and backward, gradients down

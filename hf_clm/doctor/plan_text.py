@@ -1,14 +1,14 @@
 """``hf-clm doctor --plan``: the plan of a recipe's model, or of a family of models, as a table."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
 from hf_clm.config import Recipe, training_values
 from hf_clm.data.cache import load_early
-from hf_clm.doctor.cluster import Cluster
+from hf_clm.doctor.cluster import WHERE, Cluster
 from hf_clm.doctor.memory import MicroStep
 from hf_clm.doctor.plan import SPARE, WAYS, Plan, PlannedModel, choose, plan, to_planned_model
 from hf_clm.errors import RecipeError
@@ -49,8 +49,12 @@ def plan_family(cluster: Cluster) -> tuple[list[str], dict[str, Any]]:
 
 
 def plan_recipe(recipe: Recipe, cluster: Cluster) -> tuple[list[str], dict[str, Any]]:
-    """Every way to train the recipe's model, and which to take. Raises RecipeError for one with ``lora``."""
-    model, cluster = recipe_model(recipe), recipe_cluster(recipe, cluster)
+    """Every way to train the recipe's model, and which to take.
+
+    Raises RecipeError for one with ``lora``, and for a cluster that says how long a row is.
+    """
+    cluster = recipe_cluster(recipe, cluster)
+    model = recipe_model(recipe)
     plans = plan(model, cluster)
     chosen = choose(plans)
     name = recipe.model.name_or_path or recipe.model.config.get("model_type")
@@ -98,8 +102,11 @@ def recipe_model(recipe: Recipe) -> PlannedModel:
 
 
 def recipe_cluster(recipe: Recipe, cluster: Cluster) -> Cluster:
-    """The cluster, with rows as long as the recipe's."""
-    return Cluster(**{**asdict(cluster), "length": recipe.data.max_length})
+    """The cluster, with rows as long as the recipe's. Raises RecipeError where it has a length of its own."""
+    if cluster.length is not None:
+        fix = f"--data.max_length {cluster.length}"
+        raise RecipeError("length is the recipe's", where=WHERE, got=f"length={cluster.length}", fix=fix)
+    return replace(cluster, length=recipe.data.max_length)
 
 
 def to_json(found: Plan) -> dict[str, Any]:
@@ -125,7 +132,7 @@ def _cells(found: Plan, cluster: Cluster) -> tuple[str, ...]:
 def _settings(chosen: Plan, cluster: Cluster) -> str:
     tokens = chosen.rows * chosen.length * cluster.gpus
     memory = "; activation_checkpointing" if chosen.checkpointing else ""
-    speed = f"{chosen.tokens_per_second * cluster.gpus:,.0f} tokens/s on {cluster.gpus} GPUs"
+    speed = f"{chosen.tokens_per_second * cluster.gpus:,.0f} tokens/s on {cluster.counted}"
     host = f", {_gigabytes(chosen.host)} GB a GPU on the host" if chosen.host else ""
     return (
         f"per_device_train_batch_size up to {chosen.rows} ({tokens:,} tokens a step){memory}: {speed}{host}"
@@ -134,13 +141,14 @@ def _settings(chosen: Plan, cluster: Cluster) -> str:
 
 def _assumptions(cluster: Cluster) -> list[str]:
     boxes = f"{cluster.boxes} boxes of {cluster.node}" if cluster.boxes > 1 else "one box"
-    between = f" and {cluster.network / GB:g} GB/s between boxes" if cluster.boxes > 1 else ""
+    between = f" and {cluster.network / GB:g} GB/s a GPU between boxes" if cluster.boxes > 1 else ""
     peak = f"{cluster.mfu:.0%} of {cluster.flops / 1e12:,.0f} TFLOP/s"
     traffic = f"{cluster.bandwidth / GB:g} GB/s between the GPUs of a box{between}, overlapped"
+    assumed = "; ".join([peak, traffic] if cluster.gpus > 1 else [peak])
     return [
         "",
-        f"{cluster.gpus} GPUs of {_gigabytes(cluster.memory)} GB in {boxes}; c: activation checkpointing.",
-        f"Arithmetic, not measured; assumed: {peak}; {traffic}; {SPARE:.0%} of the memory left free.",
+        f"{cluster.counted} of {_gigabytes(cluster.memory)} GB in {boxes}; c: activation checkpointing.",
+        f"Arithmetic, not measured; assumed: {assumed}; {SPARE:.0%} of the memory left free.",
     ]
 
 

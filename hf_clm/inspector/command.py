@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 from itertools import islice
@@ -41,12 +42,12 @@ class View:
     worst: bool = False
 
 
-def inspect(target: str, overrides: list[str], *, view: View) -> str:
+def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[str] = ()) -> str:
     """The text to print; writes the page too if the view names one.
 
     Raises RecipeError for a folder that is no run, or a split that the recipe does not have.
     """
-    recipe = load_recipe(_recipe_path(target), overrides)
+    recipe = load_recipe(_recipe_path(target), overrides, options=options)
     arguments = training_arguments(recipe)
     if view.split == "eval" and not (recipe.data.eval or recipe.data.eval_fraction):
         fix = "set data.eval or data.eval_fraction, or --split train"

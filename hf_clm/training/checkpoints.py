@@ -151,21 +151,21 @@ def clear_place(checkpoint: Path) -> None:
         move(checkpoint, "later" if read_seal(checkpoint) else "broken")
 
 
-def describe_checkpoints(run: Path) -> list[str]:
+def describe_checkpoints(run: Path) -> tuple[list[str], bool]:
     """A line for each checkpoint of a run: step, files, size, and whether it is as it was saved.
 
-    Raises RecipeError where there is none.
+    Returns the lines, and whether all are whole. Raises RecipeError where there is none.
     """
     if not (found := find_checkpoints(run)):
         raise RecipeError("no checkpoint-N folders", where=str(run), fix="name the folder of a run")
     width = max(len(path.name) for path in found)
-    lines = []
-    for path in found:
+    lines, faults = [], [fault_of(path) for path in found]
+    for path, fault in zip(found, faults, strict=True):
         files = list_files(path)
         size = sum(file.stat().st_size for file in files)
-        state = fault_of(path) or f"sealed, verified{'' if _is_resumable(path) else ', the model only'}"
+        state = fault or f"sealed, verified{'' if _is_resumable(path) else ', the model only'}"
         lines.append(f"{path.name:<{width}}  {len(files):>3} files  {size / 1e6:>10,.1f} MB  {state}")
-    return lines
+    return lines, not any(faults)
 
 
 def move(path: Path, ending: str) -> Path:

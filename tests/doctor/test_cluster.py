@@ -40,6 +40,25 @@ def test_every_key_can_be_given_with_its_unit():
 
 
 @pytest.mark.parametrize(
+    ("text", "bytes_"),
+    [("80GB", 80e9), ("80gb", 80e9), ("80g", 80e9), ("8e10", 80e9), ("40gib", 40 * 2**30), ("1TB", 1e12)],
+)
+def test_a_unit_may_be_written_small(text, bytes_):
+    assert parse_cluster(f"gpus=8,memory={text}").memory == bytes_
+
+
+def test_one_gpu_is_singular():
+    assert (Cluster(gpus=1, memory=80e9).counted, Cluster(gpus=8, memory=80e9).counted) == ("1 GPU", "8 GPUs")
+
+
+def test_a_row_has_4096_tokens_where_nobody_says_more():
+    found = parse_cluster("gpus=8,memory=80GB")
+
+    assert (found.length, found.row) == (None, 4096)
+    assert parse_cluster("gpus=8,memory=80GB,length=8192").row == 8192
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("64,memory=80GB", "--plan: expected key=value; got '64'; fix: as in gpus=64,memory=80GB"),
@@ -50,18 +69,41 @@ def test_every_key_can_be_given_with_its_unit():
             "--plan: no such key; got 'memori'; fix: one of gpus, memory, node, bandwidth, network, host, "
             "flops, mfu, length; did you mean 'memory'?",
         ),
-        ("gpus=many,memory=80GB", "--plan: gpus: expected a whole number over 0; got 'many'"),
-        ("gpus=0,memory=80GB", "--plan: gpus: expected a whole number over 0; got '0'"),
-        ("gpus=1.5,memory=80GB", "--plan: gpus: expected a whole number over 0; got '1.5'"),
         (
-            "gpus=8,memory=big",
-            "--plan: memory: expected a number over 0, such as 80GB, 50GB or 989T; got 'big'",
+            "gpus=many,memory=80GB",
+            "--plan: gpus: expected a whole number over 0; got 'many'; fix: as in gpus=64",
+        ),
+        ("gpus=0,memory=80GB", "--plan: gpus: expected a whole number over 0; got '0'; fix: as in gpus=64"),
+        (
+            "gpus=1.5,memory=80GB",
+            "--plan: gpus: expected a whole number over 0; got '1.5'; fix: as in gpus=64",
+        ),
+        (
+            "gpus=1e400,memory=80GB",
+            "--plan: gpus: expected a whole number over 0; got '1e400'; fix: as in gpus=64",
+        ),
+        ("gpus=8,memory=big", "--plan: memory: expected a number over 0; got 'big'; fix: as in memory=80GB"),
+        (
+            "gpus=8,memory=8e400",
+            "--plan: memory: expected a number over 0; got '8e400'; fix: as in memory=80GB",
+        ),
+        (
+            "gpus=8,memory=80GB,flops=1e400",
+            "--plan: flops: expected a number over 0; got '1e400'; fix: as in flops=989T",
+        ),
+        (
+            "gpus=8,memory=80GB,network=400Gb",  # bits?
+            "--plan: network: expected a number over 0; got '400Gb'; fix: as in network=50GB",
+        ),
+        (
+            "gpus=8,memory=80GB,mfu=40%",
+            "--plan: mfu: expected a number over 0; got '40%'; fix: as in mfu=0.4",
         ),
         (
             "gpus=8,memory=80",
             "--plan: memory is that of a GPU; got 80 bytes; fix: with its unit: memory=80GB",
         ),
-        ("gpus=12,memory=80GB", "--plan: 12 GPUs do not fill boxes of 8; fix: node=GPUs of a box"),
+        ("gpus=12,memory=80GB", "--plan: 12 GPUs cannot fill boxes of 8; fix: node=GPUs of a box"),
         ("gpus=8,memory=80GB,mfu=40", "--plan: mfu is a share; got 40; fix: 0.4, or what bench says"),
     ],
 )

@@ -1,7 +1,9 @@
 """The plan of a run on many GPUs against arithmetic by hand."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from hf_clm.doctor.plan import (
     to_planned_model,
     traffic_seconds,
 )
-from hf_clm.doctor.plan_text import FAMILY, STEP, family_config, plan_recipe, recipe_model
+from hf_clm.doctor.plan_text import FAMILY, STEP, family_config, plan_family, plan_recipe, recipe_model
 from hf_clm.errors import RecipeError
 
 BOXES = Cluster(gpus=64, memory=80e9)
@@ -92,13 +94,18 @@ def test_a_ring_hands_on_all_but_its_own_part():
     [
         # a sum to all: 4 bytes twice, 7/8 of it, over NVLink
         ("ddp", BOX, 2 * 4 * SEVEN * 7 / 8 / 450e9),
-        ("ddp", BOXES, 2 * 4 * SEVEN * 63 / 64 / 50e9),
+        # between boxes of 8 GPUs with a card of 50 GB/s each: 8 x 50 = 400 GB/s, less than NVLink
+        ("ddp", BOXES, 2 * 4 * SEVEN * 63 / 64 / 400e9),
+        # two cards a box: 2 x 50 = 100 GB/s
+        ("ddp", replace(BOXES, node=2), 2 * 4 * SEVEN * 63 / 64 / 100e9),
+        # cards that are faster than NVLink, 8 x 100 = 800 GB/s: the ring passes through the box too
+        ("ddp", replace(BOXES, network=100e9), 2 * 4 * SEVEN * 63 / 64 / 450e9),
         # weights once in bfloat16, gradients in float32
-        ("fsdp2-grad", BOXES, (2 + 4) * SEVEN * 63 / 64 / 50e9),
+        ("fsdp2-grad", BOXES, (2 + 4) * SEVEN * 63 / 64 / 400e9),
         # weights twice
-        ("fsdp2", BOXES, (2 * 2 + 4) * SEVEN * 63 / 64 / 50e9),
-        ("zero3", BOXES, 3 * 2 * SEVEN * 63 / 64 / 50e9),
-        # that in the box, and between 8 boxes a sum of an eighth of the gradients
+        ("fsdp2", BOXES, (2 * 2 + 4) * SEVEN * 63 / 64 / 400e9),
+        ("zero3", BOXES, 3 * 2 * SEVEN * 63 / 64 / 400e9),
+        # that in the box, and between 8 boxes, over the card of each GPU, a sum of an eighth of the gradients
         ("fsdp2-hybrid", BOXES, 8 * SEVEN * 7 / 8 / 450e9 + 2 * 4 * SEVEN / 8 * 7 / 8 / 50e9),
         # the host's bus is slower here: float32 weights up twice, gradients down
         ("fsdp2-offload", BOX, 3 * 4 * SEVEN / 8 / 25e9),
@@ -191,8 +198,9 @@ def test_checkpointing_is_taken_where_it_is_faster_or_fits_alone(models):
 
     assert (found["fsdp2"].checkpointing, found["fsdp2"].rows) == (False, 1)
     assert crowded["fsdp2"].checkpointing
-    slow = {one.way: one for one in plan(models["7B"], replace(BOXES, network=5e9))}
-    assert (slow["fsdp2"].checkpointing, slow["fsdp2"].bound_by) == (True, "network")  # more rows a step
+    # 8 x 7.6 GB in 60 s at 8 x 0.125 GB/s: more rows a step are worth their 0.62 s instead of 0.46
+    slow = {one.way: one for one in plan(models["7B"], replace(BOXES, network=0.125e9))}
+    assert (slow["fsdp2"].checkpointing, slow["fsdp2"].bound_by) == (True, "network")
 
 
 def test_larger_models_need_more_spreading(models):
@@ -214,6 +222,16 @@ def test_the_command_prints_a_table_of_all_sizes(capsys):
     assert lines[-1].startswith("Arithmetic, not measured; assumed: 40% of 989 TFLOP/s; 450 GB/s between")
 
 
+def test_the_readme_holds_the_table_that_the_command_prints():
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    lines, _ = plan_family(BOXES)
+
+    rows = [re.split(r" {2,}", line) for line in lines[:8]]
+    table = [line.strip("| ").split(" | ") for line in readme.splitlines() if line.endswith(".yaml |")]
+    assert table == rows[1:]
+    assert f"| {' | '.join(rows[0])} |" in readme
+
+
 def test_a_size_that_does_not_fit_is_said_to_need_so_much(capsys):
     assert main(["doctor", "--plan", "gpus=1,memory=16GB", "--json"]) == 0
 
@@ -230,6 +248,24 @@ def test_a_recipe_is_planned_with_its_own_model_and_rows(tmp_path):
     assert (found["take"], found["plans"][0]["length"]) == ("ddp", 64)
     assert "take      recipes/accelerate/ddp.yaml" in lines
     assert "          per_device_train_batch_size up to 1024 (524,288 tokens a step): " in "\n".join(lines)
+
+
+def test_how_long_a_row_is_says_the_recipe(tmp_path):
+    with pytest.raises(RecipeError) as raised:
+        plan_recipe(build_recipe(tmp_path, []), replace(BOX, length=8192))
+
+    expected = "--plan: length is the recipe's; got length=8192; fix: --data.max_length 8192"
+    assert str(raised.value) == expected
+
+
+def test_one_gpu_is_singular_and_has_no_traffic(tmp_path):
+    lines, _ = plan_recipe(build_recipe(tmp_path, []), ONE)
+
+    assert lines[-4].endswith(" tokens/s on 1 GPU")
+    assert lines[-2:] == [
+        "1 GPU of 80.0 GB in one box; c: activation checkpointing.",
+        "Arithmetic, not measured; assumed: 40% of 989 TFLOP/s; 10% of the memory left free.",
+    ]
 
 
 def test_a_recipe_says_optimizer_and_precision(tmp_path):

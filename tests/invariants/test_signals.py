@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import ROOT, torchrun
+from launched import ACCELERATE, ROOT, torchrun
 from watched import (
     ALONE,
     LIMIT_SECONDS,
@@ -118,6 +118,22 @@ def test_a_signal_to_all_processes_of_a_run_leaves_those_that_load_data_to_the_e
 
     assert process.wait(LIMIT_SECONDS) == 75
     check_stopped(folder, "SIGTERM")
+
+
+@pytest.mark.slow
+def test_sigterm_to_launcher_and_processes_at_once_stops_both_behind_one_checkpoint(folder):
+    """As Slurm does, with the launcher and the setting of the README: the processes get it twice."""
+    command = accelerate("--config_file", str(ACCELERATE / "cpu.yaml"))
+    launcher = start(folder, command, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="110")
+    reach_step(folder, launcher)
+    of_ranks = children(launcher.pid)
+    assert sorted(of_ranks) == ["0", "1"]
+    for number in (launcher.pid, *of_ranks.values()):
+        os.kill(number, signal.SIGTERM)
+
+    assert launcher.wait(LIMIT_SECONDS) == 1
+    check_stopped(folder, "SIGTERM")
+    assert not any(is_alive(child) for child in of_ranks.values())
 
 
 @pytest.mark.slow

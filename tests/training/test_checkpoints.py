@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_clm.cli import main
 from hf_clm.errors import RecipeError
 from hf_clm.training.checkpoints import (
     clear_place,
@@ -164,10 +165,21 @@ def test_the_list_says_what_is_whole(tmp_path):
     sealed(tmp_path, 9)
     (sealed(tmp_path, 10) / "optimizer.pt").unlink()
 
-    assert describe_checkpoints(tmp_path) == [
+    lines, are_whole = describe_checkpoints(tmp_path)
+    assert lines == [
         "checkpoint-9     3 files         0.0 MB  sealed, verified",
         "checkpoint-10    2 files         0.0 MB  optimizer.pt is missing",
     ]
+    assert not are_whole
+
+
+def test_the_command_ends_with_0_only_where_all_are_whole(tmp_path, capsys):
+    sealed(tmp_path, 9)
+    assert main(["checkpoints", str(tmp_path)]) == 0
+    (sealed(tmp_path, 10) / "optimizer.pt").unlink()
+
+    assert main(["checkpoints", str(tmp_path)]) == 6
+    assert capsys.readouterr().out.splitlines()[-1].endswith("optimizer.pt is missing")
 
 
 def test_a_folder_without_checkpoints_is_an_error(tmp_path):
