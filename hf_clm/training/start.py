@@ -61,6 +61,7 @@ class Start:
     result: dict[str, Any] | None = None
     changes: list[Change] = field(default_factory=list)  # of the recipe
     overridden: tuple[str, ...] = ()
+    begins_again: bool = False  # the folder holds a run of this recipe, of which nothing was saved
 
     def require_same(self, facts: dict[str, Any]) -> Iterator[str]:
         """Compares data, tokenizer, template, batch and versions with those of the checkpoint.
@@ -69,6 +70,9 @@ class Start:
         not overridden.
         """
         if self.checkpoint is None:
+            if self.begins_again:
+                why = f"(train.save_strategy: {facts['recipe']['train'].get('save_strategy')})"
+                yield f"start     no checkpoint in {self.folder} {why}: from the beginning"
             return
         before = read_seal(self.checkpoint)
         changes = compare(before.get("facts", {}), facts["facts"], overridden=self.overridden)
@@ -204,7 +208,8 @@ def _find_start(recipe: Recipe, arguments: TrainingArguments) -> Start:
     facts = json.loads(run.read_text("utf-8")) if run.is_file() and word in WORDS.values() else {}
     trains_on = any(change.fate == "overridden" for change in changes)
     is_done = facts.get("status") == "done" and not trains_on
-    return Start(folder, checkpoint, facts if is_done else None, changes, overridden)
+    begins_again = is_used and checkpoint is None
+    return Start(folder, checkpoint, facts if is_done else None, changes, overridden, begins_again)
 
 
 def _changes(recipe: Recipe, arguments: TrainingArguments, *, checkpoint: Path | None) -> list[Change]:
@@ -232,6 +237,7 @@ def _require_allowed(changes: list[Change], where: Path) -> None:
     if not (text := refusal(changes)):
         return
     fix = f"{to_override(changes)} applies what is given now; --overwrite begins again"
-    if step_of(where) < 0:  # nothing was saved yet
+    if step_of(where) < 0:
+        text += "; it holds no checkpoint that a change could be applied to (train.save_strategy)"
         fix = "--overwrite begins again; or another --output_dir"
     raise RecipeError(f"not the run of this recipe: {text}", where=str(where), fix=fix)

@@ -69,6 +69,11 @@ def test_a_run_that_died_behind_its_last_checkpoint_is_finished_without_a_step(w
 
     assert "goes on   from" in (place / "out.txt").read_text()
     check_equal(place, whole)
+    facts = json.loads((place / "run" / "run.json").read_text())
+    last = json.loads((place / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert facts["tokens_per_second"] > 0  # of the session that trained
+    assert facts["mfu"] > 0
+    assert facts["seconds"] >= last["seconds"] > 0
 
 
 @pytest.mark.parametrize("files", range(1, 10))

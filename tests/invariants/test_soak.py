@@ -3,6 +3,7 @@
 HF_CLM_SOAK_KILLS: how many; `make soak` has 200.
 """
 
+import json
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_clm.training.checkpoints import fault_of, find_checkpoints, read_seal, step_of
 
+START_SECONDS = 5.0  # of a run on two cores
 KILLS = int(os.environ.get("HF_CLM_SOAK_KILLS", "20"))
 CHANGES: dict[str, Any] = {
     "train": {"max_steps": 120, "learning_rate": 1e-3, "save_steps": 4, "save_total_limit": 2}
@@ -39,24 +41,43 @@ def started_at(printed: str) -> int:
     return step_of(Path(lines[0].split()[3].rstrip(","))) if lines else 0
 
 
+def wait_for_a_kill(process: Any, run: Path, *, rng: random.Random, pace: float) -> None:
+    """Returns at a random moment: one time in four of the start; else before, in or behind some save.
+
+    ``pace``: seconds between two saves.
+    """
+    if rng.random() < 0.25:
+        process.join(rng.uniform(0.2, START_SECONDS))
+        return
+    last = find_checkpoints(run)[-1:]
+    wanted = (step_of(last[0]) if last else 0) + rng.randrange(1, 9) * CHANGES["train"]["save_steps"]
+    while process.is_alive() and not (run / f"checkpoint-{wanted}").exists():
+        time.sleep(0.002)
+    process.join(rng.uniform(0, 2 * pace))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_random_kills_lose_nothing_behind_the_last_save(tmp_path, capsys):
     rng = random.Random(0)
-    (tmp_path / "whole").mkdir()
-    dropout_recipe(tmp_path / "whole", **CHANGES)
-    began = time.monotonic()
-    assert finish_run(tmp_path / "whole", **CHANGES) == 0, (tmp_path / "whole" / "out.txt").read_text()
-    longest = time.monotonic() - began
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    dropout_recipe(whole, **CHANGES)
+    assert finish_run(whole, **CHANGES) == 0, (whole / "out.txt").read_text()
+    facts = json.loads((whole / "run" / "run.json").read_text())
+    pace = facts["seconds"] * CHANGES["train"]["save_steps"] / CHANGES["train"]["max_steps"]
     kills = finished = steps = 0
-    while kills < KILLS:
+    while kills < KILLS or finished == 0:
         folder = tmp_path / f"run-{finished}"
         if not folder.exists():
-            shutil.copytree(tmp_path / "whole" / "model", folder / "model")
+            shutil.copytree(whole / "model", folder / "model")
         saved, out = newest(folder / "run"), folder / "out.txt"
         earlier = len(out.read_text()) if out.exists() else 0
         process = start_run(folder, **CHANGES)
-        process.join(rng.uniform(0.2, longest))
+        if kills < KILLS:
+            wait_for_a_kill(process, folder / "run", rng=rng, pace=pace)
+        else:
+            process.join()
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             process.join()
@@ -66,9 +87,8 @@ def test_random_kills_lose_nothing_behind_the_last_save(tmp_path, capsys):
             continue
         assert process.exitcode == 0, out.read_text()
         assert started_at(out.read_text()[earlier:]) == saved
-        assert same_weights(folder / "run", tmp_path / "whole" / "run")
-        assert read_metrics(folder / "run") == read_metrics(tmp_path / "whole" / "run")
+        assert same_weights(folder / "run", whole / "run")
+        assert read_metrics(folder / "run") == read_metrics(whole / "run")
         finished += 1
     with capsys.disabled():
         print(f"\n{kills} kills, {finished} runs finished, {steps} steps saved between two kills")
-    assert finished > 0

@@ -70,16 +70,23 @@ def test_a_damaged_checkpoint_is_named_moved_aside_and_the_one_before_is_taken(t
     assert (run / "checkpoint-10.broken" / "optimizer.pt").is_file()
 
 
-def test_must_refuses_a_damaged_checkpoint_and_moves_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("optimizer.pt", b"optimizeR", "optimizer.pt is not what was saved (sha256)"),
+        ("SEALED.json", b"{", "SEALED.json is damaged"),
+    ],
+)
+def test_must_refuses_a_damaged_checkpoint_and_moves_nothing(tmp_path, name, content, fault):
     run = begun(tmp_path, 9, 10)
-    (run / "checkpoint-10" / "optimizer.pt").write_bytes(b"optimizeR")
+    (run / "checkpoint-10" / name).write_bytes(content)
 
     with pytest.raises(RecipeError) as error:
         start(tmp_path, resume_from_checkpoint="must")
 
     assert str(error.value) == (
-        f"{run / 'checkpoint-10'}: cannot go on from this checkpoint: optimizer.pt is not what was saved "
-        "(sha256); fix: hf-clm checkpoints RUN lists those that are whole"
+        f"{run / 'checkpoint-10'}: cannot go on from this checkpoint: {fault}; "
+        "fix: hf-clm checkpoints RUN lists those that are whole"
     )
     assert (run / "checkpoint-10").is_dir()
 
@@ -87,7 +94,12 @@ def test_must_refuses_a_damaged_checkpoint_and_moves_nothing(tmp_path):
 def test_a_run_without_a_checkpoint_begins_again(tmp_path):
     run = begun(tmp_path)
 
-    assert start(tmp_path) == Start(run)
+    found = start(tmp_path)
+
+    assert found == Start(run, begins_again=True)
+    assert list(found.require_same({"recipe": {"train": {"save_strategy": "no"}}})) == [
+        f"start     no checkpoint in {run} (train.save_strategy: no): from the beginning"
+    ]
 
 
 def test_a_run_that_is_done_is_left_as_it_is(tmp_path):
@@ -132,7 +144,8 @@ def test_another_recipe_is_refused_where_nothing_was_saved_yet(tmp_path):
         start(tmp_path, learning_rate=0.5)
 
     assert str(error.value) == (
-        f"{run}: not the run of this recipe: train.learning_rate (0.001, now 0.5); "
+        f"{run}: not the run of this recipe: train.learning_rate (0.001, now 0.5); it holds no checkpoint "
+        "that a change could be applied to (train.save_strategy); "
         "fix: --overwrite begins again; or another --output_dir"
     )
 
