@@ -1,8 +1,10 @@
 """Real runs to which something happens: each ends in one line and its exit code, or goes on."""
 
 import errno
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -72,6 +74,39 @@ def test_a_limit_on_the_size_of_files_ends_a_run_in_one_line_and_the_last_checkp
     assert checkpoints(folder) == sorted((folder / "run").glob("checkpoint-*"))
     assert facts(folder)["status"] == "failed"
     assert f"error: {facts(folder)['error'][0]}" == error
+
+
+# A file system of its own, that only this process sees; something else fills it behind a checkpoint.
+ON_A_SMALL_DISK = """
+mkdir run && mount -t tmpfs -o size=20m tmpfs run || exit 99
+(until [ -e run/checkpoint-40/SEALED.json ]; do sleep 0.02; done; cat /dev/zero > run/other 2>/dev/null) &
+"$@"
+code=$?
+"$1" -m hf_clm checkpoints run > listed.txt
+cp run/run.json .
+exit $code
+"""
+CAN_MOUNT = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run(CAN_MOUNT, capture_output=True).returncode != 0,
+    reason="needs the right to mount a file system",
+)
+def test_a_full_disk_ends_a_run_in_one_line_and_all_checkpoints_on_it_are_whole(folder):
+    small = ["unshare", "-m", "sh", "-c", ON_A_SMALL_DISK, "sh", *ALONE]
+
+    process = start(folder, small, *SAVING)
+
+    assert process.wait(LIMIT_SECONDS) == 6
+    (error,) = errors(folder)
+    assert ": cannot be written; got No space left on device (0.4 MiB needed, 0.0 MiB free)" in error
+    assert "fix: free some space, or lower train.save_total_limit" in error
+    assert "Traceback" not in (folder / "err.txt").read_text()
+    listed = (folder / "listed.txt").read_text().splitlines()
+    assert len(listed) >= 2
+    assert all(line.endswith("sealed, verified") for line in listed)
+    assert json.loads((folder / "run.json").read_text())["status"] in ("running", "failed")  # not half a file
 
 
 def test_a_folder_that_is_moved_ends_a_run_and_nothing_is_written_in_its_place(folder):
