@@ -41,6 +41,7 @@ def _train(folder: Path, fault: str, changes: dict[str, Any]) -> None:
     from hf_clm.training.run import train
 
     os.environ["HF_CLM_FAULT"] = fault
+    multiprocessing.set_start_method("fork", force=True)  # as in a run: its workers see that it has died
     torch.set_num_threads(1)
     with (folder / "out.txt").open("a", buffering=1) as out:
         sys.stdout = sys.stderr = out
