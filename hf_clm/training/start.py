@@ -113,6 +113,8 @@ def _require_one_folder(arguments: TrainingArguments) -> None:
     folder, is_main = Path(str(arguments.output_dir)), arguments.process_index == 0
     file = folder / f".seen-{uuid4().hex}"
     if is_main:
+        for left in folder.glob(".seen-*"):  # by a run that was killed here
+            left.unlink()
         file.touch()
     try:
         (name,) = broadcast_object_list([file.name])
@@ -124,10 +126,7 @@ def _require_one_folder(arguments: TrainingArguments) -> None:
     if is_main:
         forget_others()
     if hosts := sorted(set(found) - {""}):
-        what, got = (
-            "the processes do not see the same output folder",
-            f"no file of rank 0 on {', '.join(hosts)}",
-        )
+        what, got = "the processes do not see the same output folder", f"another one on {', '.join(hosts)}"
         fix = "an --output_dir on a disk that all machines share"
         raise EnvironmentFault(what, where=str(folder), got=got, fix=fix)
 

@@ -257,7 +257,7 @@ def test_machines_that_do_not_share_the_output_folder_are_refused_before_anythin
     assert ended == [
         (
             6,
-            "error: run: the processes do not see the same output folder; got no file of rank 0 on "
+            "error: run: the processes do not see the same output folder; got another one on "
             f"{socket.gethostname()}; fix: an --output_dir on a disk that all machines share\n",
         ),
         (6, ""),
