@@ -72,6 +72,12 @@ def shared(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str,
     return {key: before[key] for key in before if key in now}, {key: now[key] for key in now if key in before}
 
 
+def to_architecture(overridden: Sequence[str]) -> list[str]:
+    """What of the architecture may differ where ``model`` or keys of ``model.config`` may."""
+    config = [name.removeprefix("model.config") for name in overridden if name.startswith("model.config")]
+    return [f"architecture{name}" for name in config] + ["architecture"] * ("model" in overridden)
+
+
 def recipe_keys(recipe: Recipe | dict[str, Any]) -> dict[str, Any]:
     """The values of a recipe by their dotted key.
 

@@ -32,6 +32,7 @@ from hf_clm.training.changes import (
     recipe_keys,
     refusal,
     shared,
+    to_architecture,
     to_override,
     to_table,
 )
@@ -77,7 +78,7 @@ class Start:
         before = read_seal(self.checkpoint)
         changes = compare(before.get("facts", {}), facts["facts"], overridden=self.overridden)
         configs = shared(before.get("architecture", {}), facts.get("architecture", {}))
-        changes += compare(*configs, overridden=self.overridden)
+        changes += compare(*configs, overridden=[*self.overridden, *to_architecture(self.overridden)])
         moved = [change.key for change in changes if change.key in ("data", "global_batch")]
         changes = [*self.changes, *changes]
         _require_allowed(changes, self.checkpoint)

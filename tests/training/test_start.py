@@ -11,7 +11,7 @@ from hf_clm.config import recipe_to_yaml
 from hf_clm.errors import RecipeError
 from hf_clm.parts import resolve, training_arguments
 from hf_clm.training.changes import Change
-from hf_clm.training.checkpoints import seal
+from hf_clm.training.checkpoints import read_seal, seal
 from hf_clm.training.start import Start, prepare_start
 
 
@@ -237,6 +237,24 @@ def test_a_fact_that_differs_is_refused_with_both_values(tmp_path, name):
         f"{run / 'checkpoint-9'}: not the run of this recipe: {name} ({before}, now 7); "
         f"fix: --resume_override {name} applies what is given now; --overwrite begins again"
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["architecture", "architecture.attn_pdrop", "model", "model.config", "model.config.attn_pdrop"]
+)
+def test_what_is_said_of_the_config_holds_for_the_architecture(tmp_path, name):
+    run = begun(tmp_path, 9)
+    content = read_seal(run / "checkpoint-9")
+    known = {key: content[key] for key in content.keys() - {"files"}}
+    seal(run / "checkpoint-9", {**known, "architecture": {"architecture.attn_pdrop": 0.1}})
+    now = {**facts(), "architecture": {"architecture.attn_pdrop": 0.2, "architecture.new": 1}}
+
+    with pytest.raises(RecipeError, match=r"recipe: architecture.attn_pdrop \(0.1, now 0.2\); fix"):
+        list(start(tmp_path).require_same(now))
+    found = prepare_start(*build(tmp_path, resume_override=[name]))
+
+    shown = [line.split() for line in found.require_same(now)]
+    assert ["architecture.attn_pdrop", "0.1", "0.2", "applied"] in shown
 
 
 def test_what_differs_is_shown_in_a_table(tmp_path):
