@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -112,13 +113,13 @@ NAME = "pid 7 on elsewhere since 2026-01-02 03:04:05 UTC"
 
 @pytest.fixture
 def is_fast(monkeypatch):
-    """A holder elsewhere touches its file every 20 ms and counts as gone after a second."""
-    for name, seconds in {"BEAT_SECONDS": 0.02, "LOOK_SECONDS": 0.01, "GONE_SECONDS": 1}.items():
+    """A holder elsewhere touches its file every 20 ms and counts as gone after 30 seconds."""
+    for name, seconds in {"BEAT_SECONDS": 0.02, "LOOK_SECONDS": 0.01, "GONE_SECONDS": 30}.items():
         monkeypatch.setattr(f"hf_clm.training.lock.{name}", seconds)
 
 
 def test_a_holder_on_another_host_that_touches_its_file_is_alive(tmp_path, is_fast, capsys):
-    path = leave_lock(tmp_path, seconds_ago=0.2, host="elsewhere")
+    path = leave_lock(tmp_path, seconds_ago=0, host="elsewhere")
     beat = threading.Timer(0.2, path.touch)
     beat.start()
 
@@ -126,17 +127,18 @@ def test_a_holder_on_another_host_that_touches_its_file_is_alive(tmp_path, is_fa
 
     beat.join()
     assert json.loads(path.read_text())["host"] == "elsewhere"
-    assert capsys.readouterr().out == f"lock      of {NAME}: waiting up to 1 s for a sign of its life\n"
+    line = rf"lock      of {NAME}: waiting up to \d+ s for a sign of its life\n"
+    assert re.fullmatch(line, capsys.readouterr().out)
 
 
 def test_a_holder_on_another_host_without_a_sign_of_life_is_gone(tmp_path, is_fast, capsys):
-    leave_lock(tmp_path, seconds_ago=0.5, host="elsewhere")
+    leave_lock(tmp_path, seconds_ago=29.5, host="elsewhere")
     began = time.monotonic()
 
     with locked(tmp_path, is_main=True):
-        assert 0.4 < time.monotonic() - began < 5
+        assert 0.3 < time.monotonic() - began < 20
 
-    assert capsys.readouterr().out.splitlines()[1] == f"lock      taken over from {NAME}, which is gone"
+    assert capsys.readouterr().out.splitlines()[-1] == f"lock      taken over from {NAME}, which is gone"
 
 
 def test_a_holder_on_another_host_that_was_silent_for_two_minutes_is_not_waited_for(tmp_path, capsys):
@@ -148,7 +150,10 @@ def test_a_holder_on_another_host_that_was_silent_for_two_minutes_is_not_waited_
     assert capsys.readouterr().out == f"lock      taken over from {NAME}, which is gone\n"
 
 
-def test_a_holder_on_another_host_with_a_clock_that_is_fast_is_not_waited_for_longer(tmp_path, is_fast):
+def test_a_holder_on_another_host_with_a_clock_that_is_fast_is_not_waited_for_longer(
+    tmp_path, is_fast, monkeypatch
+):
+    monkeypatch.setattr("hf_clm.training.lock.GONE_SECONDS", 1)
     leave_lock(tmp_path, seconds_ago=-3600, host="elsewhere")
 
     with locked(tmp_path, is_main=True):
@@ -171,7 +176,7 @@ def test_where_the_file_system_knows_no_locks_touches_tell(tmp_path, is_fast, mo
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    leave_lock(tmp_path, seconds_ago=0.9, host=socket.gethostname())
+    leave_lock(tmp_path, seconds_ago=29.9, host=socket.gethostname())
 
     with locked(tmp_path, is_main=True):
         assert "which is still running" in str(refusal(tmp_path))
