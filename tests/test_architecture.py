@@ -19,7 +19,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 # A module imports from its own line and from the lines above it.
 LAYERS = [
     {"errors"},
-    {"schema", "hardware", "launcher", "flops"},
+    {"schema", "hardware", "hashing", "launcher", "flops"},
     {"trainer_fields", "recipe_text", "recipe_faults", "template", "recipe_sections", "options"},
     {"config"},
     {

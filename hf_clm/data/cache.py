@@ -1,6 +1,5 @@
 """Which prepared set is a recipe's: its key is the content of all that decides it, never a name or a time."""
 
-import hashlib
 import json
 import os
 import re
@@ -20,11 +19,11 @@ from hf_clm.data.build import Examples, Split, build_split, load_splits, mix_spl
 from hf_clm.data.sources import find_files
 from hf_clm.data.store import Stored, open_store
 from hf_clm.data.streaming import load_head
+from hf_clm.hashing import fingerprint, hash_file
 
 FORMAT_VERSION = 3  # raise it with every change of what is made of the same data: labels, packing, files
 COMMIT = re.compile("[0-9a-f]{40}")
 KEY_LETTERS = 32  # of the sha256, in the name of the folder
-READ_BYTES = 1 << 20
 HASHES = ".hashes"  # in the cache: sha256 of large data files that were read before
 REMEMBERED_BYTES = 1 << 20
 SETTLED_NS = 10 * 10**9
@@ -76,11 +75,7 @@ def find_place(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int)
         "tokenizer": _tokenizer_content(tokenizer),
     }
     of_shards = {**parts, "data": {name: options[name] for name in options.keys() - OF_WHOLE}}
-    return Place(folder / _to_key(parts), files, _to_key(of_shards))
-
-
-def _to_key(parts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:KEY_LETTERS]
+    return Place(folder / fingerprint([parts])[:KEY_LETTERS], files, fingerprint([of_shards])[:KEY_LETTERS])
 
 
 def cache_folder(data: Data) -> Path:
@@ -183,7 +178,7 @@ def _hash_once(file: str, folder: Path) -> str:
     seen = _signs(file)
     if seen["size"] < REMEMBERED_BYTES:
         return hash_file(file)
-    note = folder / HASHES / hashlib.sha256(seen["path"].encode("utf-8", "surrogateescape")).hexdigest()
+    note = folder / HASHES / fingerprint([seen["path"].encode("utf-8", "surrogateescape")])
     with suppress(OSError, ValueError, KeyError):
         known = json.loads(note.read_text(encoding="utf-8"))
         if known["file"] == seen:
@@ -204,12 +199,3 @@ def _signs(file: str) -> dict[str, Any]:
     times = {"modified": found.st_mtime_ns, "changed": found.st_ctime_ns}
     path = os.path.realpath(file)
     return {"path": path, "size": found.st_size, "inode": [found.st_dev, found.st_ino], **times}
-
-
-def hash_file(file: str) -> str:
-    """sha256 of its content."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

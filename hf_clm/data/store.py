@@ -31,6 +31,7 @@ from hf_clm.data.datasets import TokenizedDataset, TokenizedRows
 from hf_clm.data.packing import PackedDataset, Pieces
 from hf_clm.data.sources import ReadReport
 from hf_clm.errors import DataError, EnvironmentFault
+from hf_clm.hashing import fingerprint
 from hf_clm.schema import (
     ChatExample,
     Example,
@@ -149,7 +150,7 @@ def keep_folder(folder: Path, fill: Callable[[Path], dict[str, Any]], *, index: 
         try:
             content = fill(partial)
             content["contents"] = {path.name: _probe(path) for path in sorted(partial.iterdir())}
-            content["digest"] = _digest(content)
+            content["digest"] = fingerprint([content])
             (partial / index).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
             _rename(partial, folder, index=index)
         finally:
@@ -334,16 +335,11 @@ def read_index(folder: Path, *, index: str = INDEX) -> dict[str, Any] | None:
     """What the index of a folder says; None unless every file is there as it was written."""
     try:
         content = json.loads((folder / index).read_text(encoding="utf-8"))
-        is_whole = content.pop("digest") == _digest(content)
+        is_whole = content.pop("digest") == fingerprint([content])
         is_whole &= all(_probe(folder / name) == known for name, known in content["contents"].items())
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return content if is_whole else None
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    """sha256 of what an index says."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _rename(partial: Path, folder: Path, *, index: str) -> None:

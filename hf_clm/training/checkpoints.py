@@ -4,23 +4,21 @@ save: files of the Trainer -> barrier -> sizes and sha256 -> fsync -> SEALED.jso
 start: newest sealed one -> verified -> gone on from      unsealed or damaged -> checkpoint-N.broken
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import signal
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from hf_clm.errors import RecipeError
+from hf_clm.hashing import fingerprint, hash_file
 
 SEAL = "SEALED.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 DELETED = ".del"  # the end of a name: what is being deleted
-READ_BYTES = 1 << 20
 FAULT = "HF_CLM_FAULT"  # in the environment, for tests: the point at which the process kills itself
 LEAST_KEPT = 2  # where the newest is damaged there is one before it
 
@@ -178,24 +176,6 @@ def list_files(folder: Path) -> list[Path]:
     """All files below a folder but its seal, in order."""
     ours = {folder / SEAL, folder / f"{SEAL}.partial"}
     return sorted(path for path in folder.rglob("*") if path.is_file() and path not in ours)
-
-
-def fingerprint(parts: Iterable[Any]) -> str:
-    """The sha256 of bytes, of arrays, or of what JSON can write."""
-    digest = hashlib.sha256()
-    for part in parts:
-        is_text = isinstance(part, str | dict | list | None)
-        digest.update(json.dumps(part, sort_keys=True, default=str).encode() if is_text else part)
-    return digest.hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """The sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

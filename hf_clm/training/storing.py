@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Recipe
 from hf_clm.data.build import AnyExample, Examples, check_dropped, tokenize_examples
-from hf_clm.data.cache import Place, hash_file, load_named
+from hf_clm.data.cache import Place, load_named
 from hf_clm.data.certificate import ENCODED_SHARE, Certificate, certify_rows
 from hf_clm.data.datasets import TokenizedRows
 from hf_clm.data.division import ALONE, Shard, open_readings
@@ -26,6 +26,7 @@ from hf_clm.data.segments import control_texts, to_document
 from hf_clm.data.shards import PART, PartSet, Work, open_part, reach, write_part
 from hf_clm.data.store import HEAD, LEDGER, keep_folder, open_splits, read_index
 from hf_clm.errors import DataError, UserError
+from hf_clm.hashing import hash_file
 from hf_clm.training.proof import label_options, prove_stored
 
 PART_NAME = re.compile(r"[1-9]\d*-of-([1-9]\d*)")
@@ -64,7 +65,7 @@ def store_shard(
 
     def fill(partial: Path) -> dict[str, Any]:
         sets = write_shard(partial, place, recipe=recipe, tokenizer=tokenizer, shard=shard)
-        hashes = {path.name: hash_file(str(path)) for path in sorted(partial.iterdir())}
+        hashes = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
         return {"key": place.shards_key, "shard": str(shard), "sets": sets, "sha256": hashes}
 
     keep_folder(folder, fill, index=PART)
@@ -134,9 +135,7 @@ def check_part(folder: Path, place: Place, *, command: str) -> dict[str, Any]:
     shard = folder.name.replace("-of-", "/")
     fix = f"remove its folder, then `{command} --shard {shard}`"
     content = read_index(folder, index=PART)
-    if content is None or any(
-        hash_file(str(folder / name)) != sha for name, sha in content["sha256"].items()
-    ):
+    if content is None or any(hash_file(folder / name) != sha for name, sha in content["sha256"].items()):
         raise DataError(f"shard {shard} is damaged", where=str(folder), fix=fix)
     if (content["key"], content["shard"]) != (place.shards_key, shard):
         got = f"shard {content['shard']} of key {content['key']}"

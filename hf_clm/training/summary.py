@@ -17,12 +17,12 @@ from hf_clm.data.draws import count_drawn_labels
 from hf_clm.data.packing import PackedDataset
 from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.hardware import bf16_instructions
+from hf_clm.hashing import fingerprint
 from hf_clm.model import is_adapted, without_adapters
 from hf_clm.parts import count_steps, resolve, rows_per_step
 from hf_clm.recipe_text import leaves
 from hf_clm.report.figures import to_duration
 from hf_clm.template import Template
-from hf_clm.training.checkpoints import fingerprint
 
 # Of a model's config: what a run sets, or what is compared elsewhere.
 NO_ARCHITECTURE = re.compile(r"_.*|.*_token_id|transformers_version|(torch_)?dtype|use_cache|architectures")

@@ -221,16 +221,22 @@ def test_an_error_is_printed_once_and_no_process_waits_for_the_others(tmp_path):
 LOST = "error on rank 1: another process of this run has ended, or does not answer"
 
 
+def check_said_by_the_first(ended: list[tuple[int, str]], code: int, *, says: str) -> None:
+    """A line of the first process, with its code, and one of the other, which has lost it."""
+    (first, said), (other, theirs) = ended
+    assert (first, other) == (code, 6)
+    assert said.startswith(f"error: {says}")
+    assert theirs.startswith(LOST)
+    assert [text.count("\n") for text in (said, theirs)] == [1, 1]
+
+
 @pytest.mark.slow
 def test_what_the_first_rank_alone_refuses_ends_the_other_in_one_line(tmp_path):
     folder = prepare(tmp_path / "two")
 
-    (code, said), (other, theirs) = by_hand([folder, folder], "--resume_from_checkpoint", "nothing")
+    ended = by_hand([folder, folder], "--resume_from_checkpoint", "nothing")
 
-    assert (code, other) == (2, 6)
-    assert said.startswith("error: nothing: no checkpoint to go on from; fix: ")
-    assert theirs.startswith(LOST)
-    assert [text.count("\n") for text in (said, theirs)] == [1, 1]
+    check_said_by_the_first(ended, 2, says="nothing: no checkpoint to go on from; fix: ")
 
 
 @pytest.mark.slow
@@ -238,12 +244,9 @@ def test_a_rank_that_waits_for_prepared_data_ends_where_their_preparation_fails(
     folder = prepare(tmp_path / "two")
     write_jsonl(folder / "train.jsonl", [{"instruct": 5, "input": "", "label": "x"}])
 
-    (code, said), (other, theirs) = by_hand([folder, folder])
+    ended = by_hand([folder, folder])
 
-    assert (code, other) == (3, 6)
-    assert said.startswith("error: train.jsonl:1: key 'instruct': expected str; got int")
-    assert theirs.startswith(LOST)
-    assert [text.count("\n") for text in (said, theirs)] == [1, 1]
+    check_said_by_the_first(ended, 3, says="train.jsonl:1: key 'instruct': expected str; got int")
 
 
 @pytest.mark.slow
