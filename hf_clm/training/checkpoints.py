@@ -155,7 +155,9 @@ def describe_checkpoints(run: Path) -> tuple[list[str], bool]:
     Returns the lines, and whether all are whole. Raises RecipeError where there is none.
     """
     if not (found := find_checkpoints(run)):
-        raise RecipeError("no checkpoint-N folders", where=str(run), fix="name the folder of a run")
+        raise RecipeError(
+            "no checkpoint-N folders", where=str(run), fix="name a run that saves (train.save_strategy)"
+        )
     width = max(len(path.name) for path in found)
     lines, faults = [], [fault_of(path) for path in found]
     for path, fault in zip(found, faults, strict=True):
