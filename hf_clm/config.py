@@ -41,6 +41,7 @@ from hf_clm.recipe_text import (
     to_type_text,
     to_value,
 )
+from hf_clm.schema import Overflow
 from hf_clm.trainer_fields import (
     TRAIN_DEFAULTS,
     V4_NAMES,
@@ -126,8 +127,15 @@ class Recipe(Section):
         return self._origins.file
 
     @property
-    def resolved_overflow(self) -> str:
+    def resolved_overflow(self) -> Overflow:
         return self.data.overflow or ("keep_target" if self.stage == "sft" else "split")
+
+    def for_tokenizer(self, *, has_template: bool) -> "Recipe":
+        """The recipe with ``data.render: auto`` decided: by whether the tokenizer has a chat template."""
+        if self.data.render != "auto":
+            return self
+        render = "chat" if has_template and self.stage == "sft" else "plain"
+        return self.model_copy(update={"data": self.data.model_copy(update={"render": render})})
 
     @property
     def resolved_packing(self) -> str:

@@ -50,7 +50,10 @@ class TokenFigures:
 
 
 class TargetLoss:
-    """The loss of one model. After a forward, ``figures`` holds what was found of each target."""
+    """The loss of one model. After a forward, ``figures`` holds what was found of each target.
+
+    Figures are not weighted; the loss is, where ``measuring`` was given weights.
+    """
 
     def __init__(self, model: PreTrainedModel, options: LossOptions):
         self.stock: Any = model.loss_function
@@ -59,15 +62,21 @@ class TargetLoss:
         self.is_measuring = False
         self.figures: TokenFigures | None = None
         self._deferred: torch.Tensor | None = None
+        self._label_weights: torch.Tensor | None = None
 
     @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Inside, the model's forward computes this loss, and its ``logits`` are hidden states."""
-        self.is_measuring, self.figures = True, None
+    def measuring(self, label_weights: torch.Tensor | None = None) -> Iterator[None]:
+        """Inside, the model's forward computes this loss, and its ``logits`` are hidden states.
+
+        label_weights: float32, how much the loss of each label counts, in the shape of the batch's
+            ``shift_labels`` or, where it has none, of its ``labels``. None counts each once. They do not go
+            through the model, so its forward need not take them.
+        """
+        self.is_measuring, self.figures, self._label_weights = True, None, label_weights
         try:
             yield
         finally:
-            self.is_measuring, self._deferred = False, None
+            self.is_measuring, self._deferred, self._label_weights = False, None, None
 
     def defer(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the head returns while measuring."""
@@ -78,8 +87,8 @@ class TargetLoss:
     def __call__(self, logits: torch.Tensor, labels: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As a model calls its loss_function; ``shift_labels`` (1, N) come from the collator.
 
-        Returns the sum over the targets, divided by ``num_items_in_batch`` (targets of the whole step) or,
-        where that is not given, by the targets of the batch.
+        Returns the sum over the targets, divided by ``num_items_in_batch`` (targets of the whole step, or the
+        sum of their weights) or, where that is not given, by those of the batch.
         """
         if not self.is_measuring:
             return self.stock(logits, labels, *args, **kwargs)
@@ -92,17 +101,24 @@ class TargetLoss:
     def _measure(self, *inputs: Any) -> torch.Tensor:
         hidden, labels, options = inputs
         shifted, items = options.get("shift_labels"), options.get("num_items_in_batch")
+        weights = self._label_weights
         if shifted is not None:
             rows, targets = hidden.flatten(0, -2), shifted.flatten()
+            weights = None if weights is None else weights.flatten()
         else:
             at = labels[:, 1:] != IGNORE_INDEX
             rows, targets = hidden[:, :-1][at], labels[:, 1:][at]
+            weights = None if weights is None else weights[:, 1:][at]
         total, nll, correct = measure_targets(
-            rows, self.head.weight, bias=self.head.bias, targets=targets, options=self.options
+            rows,
+            self.head.weight,
+            bias=self.head.bias,
+            targets=targets,
+            options=self.options,
+            target_weights=weights,
         )
-        is_target = targets != IGNORE_INDEX
-        self.figures = TokenFigures(nll, correct, is_target)
-        return total / (is_target.sum().clamp(min=1) if items is None else items)
+        self.figures = TokenFigures(nll, correct, targets != IGNORE_INDEX)
+        return total / (sum_weights(targets, weights) if items is None else items)
 
 
 class DeferringHead(torch.nn.Linear):
@@ -159,6 +175,48 @@ def why_not(model: PreTrainedModel) -> str:
     return "" if is_plain else "it does more with its logits than a matrix product"
 
 
+def logit_loss(
+    outputs: Any,
+    labels: torch.Tensor,
+    *,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    label_weights: torch.Tensor,
+    label_smoothing: float,
+    balance: float,
+) -> torch.Tensor:
+    """The weighted loss () for a model that needs its own, as a Trainer calls its ``compute_loss_func``.
+
+    outputs: of the model, with logits (B, T, V) and, where it reports one, the loss of its experts' balance,
+        which counts ``balance``. The model was given no labels, so it has added nothing itself.
+    labels, label_weights: (B, T) int64 and float32, unshifted.
+    """
+    at = labels[:, 1:] != IGNORE_INDEX
+    targets, weights = labels[:, 1:][at], label_weights[:, 1:][at]
+    losses = torch.nn.functional.cross_entropy(
+        outputs.logits[:, :-1][at].float(), targets, reduction="none", label_smoothing=label_smoothing
+    )
+    items = sum_weights(targets, weights) if num_items_in_batch is None else num_items_in_batch
+    loss = (losses * weights).sum() / items
+    of_experts = outputs.get("aux_loss")
+    return loss if of_experts is None else loss + balance * of_experts
+
+
+def tally(labels: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """(2,) float64: the sum of the weights of a batch's labels, and their number; both (B, T), unshifted."""
+    is_target = labels[:, 1:] != IGNORE_INDEX
+    count = is_target.sum().double()
+    return torch.stack([count if weights is None else (weights[:, 1:].double() * is_target).sum(), count])
+
+
+def sum_weights(targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """What a mean over targets (N,) divides by, (): their number or the sum of their weights; 1 for none."""
+    is_target = targets != IGNORE_INDEX
+    if weights is None:
+        return is_target.sum().clamp(min=1)
+    total = (is_target * weights).sum()
+    return torch.where(total > 0, total, 1.0)
+
+
 def chunk_rows(rows: int, vocabulary: int, *, device: str, itemsize: int) -> int:
     """How many of ``rows`` have logits at one time; ``itemsize``: bytes of a logit."""
     by_size = CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (vocabulary * itemsize)
@@ -172,16 +230,23 @@ def measure_targets(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     options: LossOptions,
+    target_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The summed loss () float32; of each target its nll (N,) float32, and whether it was guessed (N,) bool.
 
-    hidden (N, H); weight (V, H); bias (V,) or None; targets (N,) int64, -100 where there is none. Only the
+    hidden (N, H); weight (V, H); bias (V,) or None; targets (N,) int64, -100 where there is none;
+    target_weights (N,) float32, by which the sum multiplies the loss of each target, or None. Only the
     sum has a gradient. Computes in the autocast dtype where autocast is on; softmax and sums are float32.
     """
     if torch.is_grad_enabled():
-        return _TargetLossFunction.apply(hidden, weight, bias, targets, options)
+        return _TargetLossFunction.apply(hidden, weight, bias, targets, target_weights, options)
     found = _measure_chunks(
-        hidden, (weight, bias), targets=targets, options=options, needs=(False, False, False)
+        hidden,
+        (weight, bias),
+        targets=targets,
+        target_weights=target_weights,
+        options=options,
+        needs=(False, False, False),
     )
     return found.total, found.nll, found.correct
 
@@ -189,9 +254,16 @@ def measure_targets(
 class _TargetLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        hidden, weight, bias, targets, options = inputs
+        hidden, weight, bias, targets, target_weights, options = inputs
         needs = tuple(ctx.needs_input_grad[:3])
-        found = _measure_chunks(hidden, (weight, bias), targets=targets, options=options, needs=needs)
+        found = _measure_chunks(
+            hidden,
+            (weight, bias),
+            targets=targets,
+            target_weights=target_weights,
+            options=options,
+            needs=needs,
+        )
         ctx.gradients, ctx.dtypes = (
             found.gradients,
             [part if part is None else part.dtype for part in inputs[:3]],
@@ -205,7 +277,7 @@ class _TargetLossFunction(torch.autograd.Function):
         both = zip(ctx.gradients, ctx.dtypes, strict=True)
         scaled = [part if part is None else part.mul_(outputs[0]).to(dtype) for part, dtype in both]
         ctx.gradients = None  # as large as the head: not kept while the rest of the model goes backward
-        return (*scaled, None, None)
+        return (*scaled, None, None, None)
 
 
 @dataclass
@@ -223,18 +295,19 @@ def _measure_chunks(
     head: tuple[torch.Tensor, torch.Tensor | None],
     *,
     targets: torch.Tensor,
+    target_weights: torch.Tensor | None,
     options: LossOptions,
     needs: tuple[bool, ...],
 ) -> _Found:
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     is_target, at = targets != IGNORE_INDEX, targets.clamp(min=0)
+    scale = is_target if target_weights is None else is_target * target_weights  # of each loss in the sum
     loss, nll = (hidden.new_empty(len(at), dtype=torch.float32) for _ in range(2))
     best = torch.empty_like(at)
     with torch.autocast(kind, enabled=False):
         weight, bias = head[0].to(dtype), None if head[1] is None else head[1].to(dtype)
-        # zeros where there is no target: such a row then adds nothing to the gradient of the weight
-        rows = hidden.to(dtype) * is_target[:, None]
+        rows = hidden.to(dtype)
         by_hidden = torch.empty_like(rows) if needs[0] else None
         by_weight, by_bias = (
             torch.zeros_like(part, dtype=torch.float32) if part is not None and need else None
@@ -247,15 +320,17 @@ def _measure_chunks(
                 loss[block], nll[block], best[block] = _to_gradient(part, at[block], options=options)
             if by_hidden is not None:
                 torch.mm(logits, weight, out=by_hidden[chunk])
+            # the factor of a row is applied where it is H wide, not to its V logits
             if by_weight is not None:
-                _add_product(logits.T, rows[chunk], total=by_weight)
+                scaled = (rows[chunk] * scale[chunk, None]).to(dtype)
+                _add_product(logits.T, scaled, total=by_weight)
             if by_bias is not None:
-                by_bias += logits.T.float() @ is_target[chunk].float()
+                by_bias += logits.T.float() @ scale[chunk].float()
             del logits, part  # before the next chunk's are made
         if by_hidden is not None:
-            by_hidden *= is_target[:, None]
+            by_hidden *= scale[:, None]
     return _Found(
-        (loss * is_target).sum(), nll * is_target, (best == at) & is_target, [by_hidden, by_weight, by_bias]
+        (loss * scale).sum(), nll * is_target, (best == at) & is_target, [by_hidden, by_weight, by_bias]
     )
 
 

@@ -16,17 +16,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.adapters import is_adapter, load_adapted, read_base
-from hf_clm.config import load_recipe
 from hf_clm.data.build import load_examples
-from hf_clm.data.labels import tokenize_segments
-from hf_clm.data.segments import to_prompt_segments
+from hf_clm.data.label.labels import encode_prompts
+from hf_clm.data.label.render import LabelOptions
 from hf_clm.errors import ModelError, RecipeError
-from hf_clm.evaluation.evaluate import to_question
 from hf_clm.generation.command import read_prompts
 from hf_clm.generation.generate import generate
-from hf_clm.generation.load import read_run
+from hf_clm.generation.load import read_run, run_recipe
 from hf_clm.model import load_config, load_model
-from hf_clm.schema import Example, TextExample, TokenizedExample
+from hf_clm.schema import AnyExample, Document, Example, Segment, whole_text
 from hf_clm.tokenizer import load_tokenizer
 from hf_clm.training.output import write_json
 
@@ -67,7 +65,7 @@ def merge(options: Namespace) -> list[str]:
     if output.exists():
         raise RecipeError("exists", where=str(output), fix="name another --output_dir")
     facts = read_run(folder)
-    prompts, source = _find_prompts(folder, options.prompts, format=facts.get("format") or "text")
+    prompts, source = _find_prompts(folder, options.prompts, facts=facts)
     tokenizer, (base, revision) = load_tokenizer(folder), read_base(folder)
     adapted = load_adapted(folder, tokenizer, attention="sdpa").eval()
     expected = _answer(adapted, tokenizer, prompts=prompts)
@@ -101,16 +99,17 @@ def merge(options: Namespace) -> list[str]:
     ]
 
 
-def _find_prompts(folder: str, file: str | None, *, format: str) -> tuple[list[Example], str]:
+def _find_prompts(folder: str, file: str | None, *, facts: dict[str, Any]) -> tuple[list[Example], str]:
     """At most PROMPTS, and where they come from: a file, or the training data of the run."""
     if file:
-        return read_prompts(file, format)[:PROMPTS], file
+        format, has_turns = facts.get("format") or "text", bool(facts.get("has_turns"))
+        return read_prompts(file, format, has_turns=has_turns)[:PROMPTS], file
     place = Path(folder).expanduser()
-    recipe = next((path for path in (place, place.parent) if (path / "recipe.yaml").is_file()), None)
+    recipe = run_recipe(str(place)) or run_recipe(str(place.parent))
     if recipe is None:
         what = "has no recipe.yaml, which names its data"
         raise RecipeError(what, where=folder, fix="give prompts: --prompts FILE")
-    data = load_recipe(recipe / "recipe.yaml").data
+    data = recipe.data
     examples = load_examples(data.train, data).examples
     prompts = [_to_prompt(example) for example in examples[:: max(1, len(examples) // PROMPTS)]]
     found = [prompt for prompt in prompts if prompt is not None]
@@ -119,11 +118,10 @@ def _find_prompts(folder: str, file: str | None, *, format: str) -> tuple[list[E
     return found[:PROMPTS], ", ".join(source.path for source in data.train)
 
 
-def _to_prompt(example: Example | TokenizedExample) -> Example | None:
-    if isinstance(example, TextExample):
-        return TextExample(example.text[:TEXT_LENGTH])
-    question = None if isinstance(example, dict) else to_question(example)
-    return question[0] if question else None
+def _to_prompt(example: AnyExample) -> Example | None:
+    if isinstance(example, Document) and example.is_text:
+        return Document([Segment(whole_text(example)[:TEXT_LENGTH], 1.0)])
+    return example.question[0] if example.question else None
 
 
 @torch.no_grad()
@@ -131,7 +129,7 @@ def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, promp
     """The logits behind each prompt, without the pad token's, and a greedy answer to it."""
     logits = []
     for prompt in prompts:
-        ids = tokenize_segments(to_prompt_segments(prompt, tokenizer), tokenizer)["input_ids"]
+        ids = encode_prompts([prompt], tokenizer, LabelOptions(reasoning="drop"))[0]
         found = model(input_ids=torch.tensor([ids[-PROMPT_TOKENS:]]), use_cache=False).logits[0, -1].float()
         found[tokenizer.pad_token_id] = 0.0  # a row that was added for it holds any numbers
         logits.append(found)

@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -20,10 +21,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hf_clm import attention as packed
-from hf_clm.chat_template import stop_token_ids
 from hf_clm.errors import ModelError, did_you_mean
 from hf_clm.hub import load_options, loading
+from hf_clm.text.chat import stop_token_ids
 from hf_clm.tokenizer import max_token_id, unique_ids
+
+NEW_TOKENS = 256  # of an answer, unless the caller says otherwise
 
 LOGGER = logging.getLogger(__name__)
 WHERE = "model.name_or_path"
@@ -263,15 +266,20 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
     model.loss_type = "ForCausalLM"  # GPT-2 names none, warns of it, and breaks the graph under torch.compile
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
-    settings = model.generation_config
-    assert settings is not None, type(model)
-    known = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    stop = unique_ids([*stop_token_ids(tokenizer), *known])
-    settings.eos_token_id = [i for i in stop if i != tokenizer.pad_token_id]
-    settings.pad_token_id = tokenizer.pad_token_id
-    settings.bos_token_id = tokenizer.bos_token_id
-    if not settings.do_sample:  # else save_pretrained refuses a temperature without sampling
-        settings.temperature = settings.top_p = settings.top_k = None
+    known = model.generation_config.eos_token_id if model.generation_config else None
+    stop = unique_ids([*stop_token_ids(tokenizer), *(known if isinstance(known, list) else [known])])
+    model.generation_config = plain_generation(model.config)
+    model.generation_config.eos_token_id = [i for i in stop if i != tokenizer.pad_token_id]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+
+
+def plain_generation(config: PretrainedConfig) -> GenerationConfig:
+    """Settings with which a plain ``generate`` answers as ``hf-clm generate`` does: greedily, as long."""
+    limit = max_positions(config)
+    if limit is None or limit >= 2 * NEW_TOKENS:
+        return GenerationConfig(do_sample=False, use_cache=True, max_new_tokens=NEW_TOKENS)
+    return GenerationConfig(do_sample=False, use_cache=True, max_length=limit)
 
 
 def grow_embeddings(model: PreTrainedModel, tokens: int) -> None:

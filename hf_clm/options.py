@@ -84,6 +84,11 @@ def add_generate_options(parser: Parser) -> None:
     parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--input", default="", help="the input that belongs to an instruction")
+    parser.add_argument(
+        "--tools",
+        metavar="FILE",
+        help="offer these functions with --prompt: a JSON list, as OpenAI's API takes them",
+    )
     parser.add_argument("--file", help="prompts: a txt file with one a line, or records in the run's format")
     parser.add_argument(
         "--raw", action="store_true", help="take the prompt as it is, without the run's format"
@@ -145,6 +150,11 @@ def add_chat_options(parser: Parser) -> None:
     """Those of ``hf-clm chat``."""
     parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
     parser.add_argument("--system", default="", help="what the conversation begins with; /system changes it")
+    parser.add_argument(
+        "--tools",
+        metavar="FILE",
+        help="offer these functions: a JSON list, as OpenAI's API takes them; /tool gives a result",
+    )
     parser.add_argument("--max_new_tokens", type=at_least(1), help="of an answer; default: 256, or what fits")
     parser.add_argument("--temperature", type=at_least(0.0), help="0 is greedy, the default")
     parser.add_argument("--top_k", type=at_least(1), help="sample among the k likeliest tokens")

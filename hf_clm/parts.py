@@ -5,7 +5,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -28,12 +28,20 @@ from hf_clm.config import Recipe, training_values
 from hf_clm.data.build import AnyDataset, Examples, texts_of
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.data.packing import PackedDataset
+from hf_clm.data.read.plain_template import is_plain, plain_template
 from hf_clm.data.streaming import StreamedRows, StreamPlan, read_blocks, stream_identity
 from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.hardware import bf16_instructions
 from hf_clm.launcher import check_spreading, is_one_of_many
 from hf_clm.model import build_config, check_packing, init_model, load_config, load_model, max_positions
-from hf_clm.tokenizer import add_control_tokens, load_tokenizer, max_token_id, use_chat_template
+from hf_clm.tokenizer import (
+    add_control_tokens,
+    bos_token,
+    load_tokenizer,
+    max_token_id,
+    set_template_defaults,
+    use_chat_template,
+)
 from hf_clm.train_tokenizer import END, train_tokenizer
 
 TRAINED_TOKENIZER = ".tokenizer"  # in the output folder, until the model is saved
@@ -142,6 +150,7 @@ def build_tokenizer(
             trust_remote_code=recipe.model.trust_remote_code,
         )
         add_control_tokens(tokenizer, section.control_tokens)
+        set_template_defaults(tokenizer, section.chat_template_kwargs)
         return tokenizer
     folder = os.path.join(str(arguments.output_dir), TRAINED_TOKENIZER)  # beside a model that may be there
     with arguments.main_process_first(local=False, desc="training the tokenizer"):
@@ -153,6 +162,7 @@ def build_tokenizer(
             add_control_tokens(trained, section.control_tokens)
             if section.chat_template:
                 use_chat_template(trained, section.chat_template)
+            set_template_defaults(trained, section.chat_template_kwargs)
             trained.save_pretrained(folder)
             # AutoTokenizer splits the text as this type of model does: from now on, not only once it is saved
             kind = recipe.model.config.get("model_type") or _named_config(recipe).model_type
@@ -163,6 +173,32 @@ def build_tokenizer(
         fix = "choose a model_type such as gpt2 or llama, or kind: bpe"
         raise ModelError(what, where="tokenizer.train.kind", got=section.train.kind, fix=fix)
     return tokenizer
+
+
+def settle_render(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Recipe:
+    """The recipe with ``data.render: auto`` decided. A template that only writes plain prompts is none."""
+    return recipe.for_tokenizer(has_template=bool(tokenizer.chat_template) and not is_plain(tokenizer))
+
+
+def give_plain_template(
+    tokenizer: PreTrainedTokenizerFast, recipe: Recipe, *, formats: Iterable[str]
+) -> list[str]:
+    """Gives the tokenizer a chat template that writes the plain prompts of a run; returns lines to print.
+
+    So the model can be asked with transformers alone. Nothing is done for chats and for pretraining.
+    """
+    found = sorted(formats)
+    if recipe.stage != "sft" or recipe.data.render == "chat" or {"messages", "sharegpt"}.intersection(found):
+        return []
+    templates = [source.template for source in recipe.data.train]
+    starts = bos_token(tokenizer) is not None
+    is_alike = len(found) == 1 and all(template == templates[0] for template in templates)
+    text = plain_template(found[0], templates[0], starts=starts) if is_alike else None
+    if text is None:
+        why = f"{', '.join(found)} have no single form of a prompt"
+        return [f"asked     by hf-clm generate alone: no chat template is saved ({why})"]
+    tokenizer.chat_template = text
+    return [f"asked     as messages too: a chat template that writes these prompts ({found[0]}) is saved"]
 
 
 def build_tokenizer_aside(

@@ -60,8 +60,7 @@ def data_faults(recipe: Any) -> Iterator[Fault]:
     if data.overflow and recipe.resolved_packing == "stream":
         what = "data.overflow says nothing where a stream cuts documents at the end of a row"
         yield Fault("data.overflow", what, fix="leave it out, or set data.packing to none or best_fit")
-    if recipe.stage == "pretrain" and data.train_on not in ("all_turns", "everything"):
-        yield Fault("data.train_on", "data.train_on is for stage sft: pretraining learns everything")
+    yield from _only_for_sft(recipe)
     if recipe.train.get("use_liger_kernel"):
         what = "train.use_liger_kernel gives no logits, of which the token accuracy is counted"
         yield Fault("train.use_liger_kernel", what, fix="leave it out")
@@ -77,6 +76,15 @@ def data_faults(recipe: Any) -> Iterator[Fault]:
         yield Fault("data.window", what, got=f"{window.step}, {window.size}, {data.max_length}")
 
 
+def _only_for_sft(recipe: Any) -> Iterator[Fault]:
+    if recipe.stage == "sft":
+        return
+    if recipe.data.train_on not in ("all_turns", "everything"):
+        yield Fault("data.train_on", "data.train_on is for stage sft: pretraining learns everything")
+    if recipe.data.render == "chat":
+        yield Fault("data.render", "data.render: chat is for stage sft: pretraining reads plain text")
+
+
 def source_faults(recipe: Any) -> Iterator[Fault]:
     """What is wrong between the keys of a source of a ``config.Recipe``."""
     for name in ("train", "eval"):
@@ -84,8 +92,11 @@ def source_faults(recipe: Any) -> Iterator[Fault]:
             key = f"data.{name}.{number}"
             if source.template and (source.format or source.fields):
                 other = "format" if source.format else "fields"
-                what = f"a template names the columns itself: {other} says nothing beside it"
+                what = f"a template names the columns itself: {other} has no effect beside it"
                 yield Fault(f"{key}.{other}", what, fix="leave it out")
+            if source.overflow and recipe.resolved_packing == "stream":
+                what = "overflow has no effect where a stream cuts documents at the end of a row"
+                yield Fault(f"{key}.overflow", what, fix="leave it out, or packing: none or best_fit")
 
 
 def mixing_faults(data: Any) -> Iterator[Fault]:

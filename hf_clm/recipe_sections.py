@@ -1,10 +1,12 @@
 """The sections of a recipe: every key with its type, default and meaning. ``train`` is of transformers."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic_core import PydanticCustomError
 
-from hf_clm.schema import Format, TokenizerKind
+from hf_clm.errors import did_you_mean
+from hf_clm.schema import Format, Overflow, TokenizerKind
 from hf_clm.template import Template
 
 
@@ -59,19 +61,31 @@ class Tokenizer(Section):
     """Added where the tokenizer has not got them; a template writes them."""
     chat_template: str | None = None
     """chatml, plain, or a .jinja file; default: the tokenizer's."""
+    chat_template_kwargs: dict[str, JsonValue] = {}
+    """Variables of the chat template, such as {enable_thinking: false}; saved with it as its defaults."""
+
+
+def _known_format(format: str | None) -> str | None:
+    known = get_args(Format)
+    if format is None or format in known or (":" in format and " " not in format):
+        return format
+    reason = f"expected one of {', '.join(known)}, or module:function; got {format!r}"
+    raise PydanticCustomError("format", "{reason}", {"reason": reason + did_you_mean(format, known)})
 
 
 class Source(Section):
     path: str
     """A file, a glob, a folder, or a dataset on the Hub."""
-    format: Format | None = None
-    """Default: told from the keys of the first record."""
+    format: Annotated[str | None, AfterValidator(_known_format)] = None
+    """A format, or module:function for a function of your own; default: told from the keys of the records."""
     fields: dict[str, str] = {}
     """The format's key -> the column in the file."""
     template: Template | None = None
     """In place of a format: {prompt: "{column} ...", completion: ..., labels: {0: no}}, or {text: ...}."""
+    overflow: Overflow | None = None
+    """For an example over max_length; default: data.overflow."""
     limit: int | None = Field(default=None, ge=1)
-    """Read the first so many records only."""
+    """Read at most this many records."""
     weight: float | None = Field(default=None, gt=0)
     """Its share of an epoch, beside the weights of the other sources; see data.mixing."""
     epochs: float | None = Field(default=None, gt=0)
@@ -113,6 +127,13 @@ def to_sources(value: Any) -> Any:
 Sources = Annotated[list[Source], BeforeValidator(to_sources)]
 
 
+class Turns(Section):
+    turns: Literal["all", "last"] = "all"
+    """Which assistant turns are learned."""
+    reasoning: bool = True
+    """Whether the reasoning of a learned turn is learned; false: it is only read."""
+
+
 class Data(Section):
     train: Sources = Field(min_length=1)
     """A path, a list of paths, or a list of sources."""
@@ -126,16 +147,22 @@ class Data(Section):
     """So many of the training rows are evaluated too, without dropout: eval_train_loss in the logs."""
     max_length: int = Field(default=1024, ge=2)
     """Tokens in a row."""
-    overflow: Literal["keep_target", "truncate", "drop", "error", "split"] | None = None
+    overflow: Overflow | None = None
     """For an example over max_length; default: keep_target for sft, split for pretrain."""
+    render: Literal["auto", "chat", "plain"] = "auto"
+    """How instruct, alpaca and prompt_completion are written: as turns of the chat template, or as text.
+    auto: as turns for sft where the tokenizer has a template."""
     packing: Literal["none", "best_fit", "stream"] | None = None
     """Default: best_fit for sft, stream (rows are cut, no token is lost) for pretrain."""
     tokens_per_batch: int | None = Field(default=None, ge=2)
     """The size of a micro-batch in tokens, filled with whole examples; with packing none."""
     window: Window | None = None
     """Overlapping pieces of long documents; with packing none."""
-    train_on: Literal["all_turns", "last_turn", "everything"] = "all_turns"
-    """Which parts of a conversation are learned."""
+    train_on: Literal["all_turns", "last_turn", "everything"] | Turns = "all_turns"
+    """Which parts of an example are learned; {turns: all | last, reasoning: false} reads reasoning only."""
+    reasoning: Literal["refuse", "in_content", "drop"] = "refuse"
+    """For reasoning that the chat template has no place for: an error, written into the content between
+    <think> and </think>, or left out and counted."""
     special_tokens_in_text: Literal["encode_as_text", "error", "allow"] = "encode_as_text"
     """For text in a record that spells a control token."""
     max_dropped: float = Field(default=0.01, ge=0, le=1)

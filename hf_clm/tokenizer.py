@@ -1,8 +1,9 @@
 """Loads a tokenizer that training can trust: a pad token of its own, an end token, a chat template."""
 
+import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_clm.errors import ModelError, did_you_mean
 from hf_clm.hub import load_options, loading
+from hf_clm.schema import Json
 from hf_clm.sentencepiece_file import load_sentencepiece
 
 UNKNOWN = "<|unk|>"  # of a tokenizer of characters
@@ -89,6 +91,41 @@ def use_chat_template(tokenizer: PreTrainedTokenizerFast, name_or_file: str) -> 
     tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
 
 
+def set_template_defaults(tokenizer: PreTrainedTokenizerFast, values: Mapping[str, Json]) -> None:
+    """Gives variables of the chat template a default, which is saved with it.
+
+    So whoever asks the model through the template asks as it was trained, with transformers alone.
+    Raises ModelError for a variable that the template does not read.
+    """
+    if not values:
+        return
+    template: Any = tokenizer.chat_template
+    if not template:
+        fix = "leave it out, or set tokenizer.chat_template"
+        raise ModelError("has no chat template", where="tokenizer.chat_template_kwargs", fix=fix)
+    named = template if isinstance(template, dict) else {"default": template}
+    for name in values:
+        if not any(re.search(rf"\b{re.escape(name)}\b", text) for text in named.values()):
+            words = sorted(set(re.findall(r"\b[a-z_]{4,}\b", " ".join(named.values()))))
+            what = f"the chat template does not read {name!r}{did_you_mean(name, words)}"
+            raise ModelError(what, where="tokenizer.chat_template_kwargs")
+    lines = [
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_to_jinja(value)} %}}{{%- endif %}}"
+        for name, value in values.items()
+    ]
+    found = {key: "".join(lines) + text for key, text in named.items()}
+    tokenizer.chat_template = found if isinstance(template, dict) else found["default"]
+
+
+def _to_jinja(value: Json) -> str:
+    """A JSON value as Jinja writes it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_to_jinja, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_to_jinja(key)}: {_to_jinja(item)}" for key, item in value.items()) + "}"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
 def load_chat_template(name_or_file: str) -> str:
     """The Jinja text of a shipped template (``chatml``, ``plain``) or of a file.
 
@@ -121,7 +158,40 @@ def control_pattern(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
 @lru_cache(maxsize=4)
 def _control_pattern(tokenizer: PreTrainedTokenizerFast, size: int) -> re.Pattern[str]:
     """Once for a tokenizer of this ``size``: it is asked for at every text."""
-    return re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)")
+    return re.compile(alternatives(control_tokens(tokenizer)))
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Those of ``control_tokens`` that the vocabulary calls special.
+
+    The others, such as ``<think>`` and ``<tool_call>``, are written by the model as part of its answer.
+    """
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special.update(tokenizer.all_special_tokens)
+    return [token for token in control_tokens(tokenizer) if token in special]
+
+
+def alternatives(words: Iterable[str]) -> str:
+    """A regular expression for the longest of the words at a place; one that never matches without words.
+
+    Words with a common start share it, as in a trie: with thousands of words a plain ``a|b|c`` tries each of
+    them at every ``<`` of a text.
+    """
+    trie: dict[str, Any] = {}
+    for word in words:
+        node = trie
+        for letter in word:
+            node = node.setdefault(letter, {})
+        node[""] = {}
+    return _branches(trie) if trie else r"(?!)"
+
+
+def _branches(node: dict[str, Any]) -> str:
+    branches = [re.escape(letter) + _branches(rest) for letter, rest in sorted(node.items()) if letter]
+    if not branches:
+        return ""
+    whole = branches[0] if len(branches) == 1 and "" not in node else f"(?:{'|'.join(branches)})"
+    return f"{whole}?" if "" in node else whole
 
 
 def max_token_id(tokenizer: PreTrainedTokenizerFast) -> int:

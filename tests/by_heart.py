@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 
 from hf_clm.attention import NAME, register
 from hf_clm.data.collators import DataCollatorForPackedCausalLM
-from hf_clm.data.datasets import SFTDataset
-from hf_clm.data.formats import to_example
+from hf_clm.data.label.datasets import SFTDataset
+from hf_clm.data.read.formats import to_example
 from hf_clm.model import fit_to_tokenizer
 from hf_clm.schema import Format
 from hf_clm.tokenizer import use_chat_template

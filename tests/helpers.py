@@ -1,7 +1,9 @@
 """What many tests need: a tokenizer whose ids can be read, tiny models, recipes."""
 
 import json
+import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.config import Recipe
+from hf_clm.schema import Document, Segment
 
 X = -100  # no label
 CONTROL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
@@ -110,6 +113,16 @@ def write_jsonl(path: Path, records: list[Any]) -> str:
     return str(path)
 
 
+def document(text: str) -> Document:
+    """A text that is learned whole."""
+    return Document([Segment(text, 1.0)])
+
+
+def prompted(prompt: str, completion: str) -> Document:
+    """A prompt that is read and a completion that is learned."""
+    return Document([Segment(prompt, 0.0), Segment(completion, 1.0)])
+
+
 def build_recipe(folder: Path, records: list[Any], **changes: Any) -> Recipe:
     """A run over the records in ``folder/run``, 2 rows a step, with a tiny model; ``changes`` by section.
 
@@ -157,7 +170,7 @@ def prove_records(
     tokenizer, splits = byte_tokenizer(), {}
     for name, examples in zip(("train", "eval"), load_splits(recipe, 0), strict=True):
         if examples:
-            splits[name] = build_split(examples, recipe, tokenizer=tokenizer, stage="sft")
+            splits[name] = build_split(examples, recipe, tokenizer=tokenizer)
     return prove_data(recipe, splits, tokenizer=tokenizer)
 
 
@@ -167,3 +180,20 @@ def _byte_letters() -> list[str]:
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
     return [letters[byte] for byte in range(256)]
+
+
+def shown(row: Any, tokenizer: PreTrainedTokenizerFast) -> str:
+    """A row as text: what has a label stands in ⟦ ⟧, and an added token that is only spelled in ` `."""
+    added = {number: token for token, number in tokenizer.get_added_vocab().items()}
+    spelled = re.compile("|".join(map(re.escape, sorted(added.values(), key=len, reverse=True))) or "(?!)")
+    places = list(zip(row["input_ids"], row["labels"], strict=True))
+    assert all(label in (X, token) for token, label in places)
+    text = ""
+    for is_learned, run in groupby(places, key=lambda place: place[1] != X):
+        part = ""
+        for token, group in groupby((token for token, _ in run), key=lambda token: added.get(token)):
+            ids = list(group)
+            letters = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            part += token * len(ids) if token else spelled.sub(r"`\g<0>`", letters)
+        text += f"⟦{part}⟧" if is_learned else part
+    return text

@@ -11,7 +11,7 @@ import torch
 from helpers import build_recipe, byte_tokenizer, save_folder, tiny_model
 from safetensors.torch import load_file
 
-RECORDS = [{"instruct": f"say {n}", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 14)]
+RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 14)]
 OF_THE_CLOCK = ("seconds", "per_second", "mfu", "peak_memory_bytes", "runtime")
 SERVER = multiprocessing.get_context("forkserver")  # has imported everything, and has no threads yet
 SERVER.set_forkserver_preload(["hf_clm.training.run", "helpers"])

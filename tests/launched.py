@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 ACCELERATE = ROOT / "recipes" / "accelerate"
 # 14 rows to learn, of unequal length, and 5 to evaluate: neither divides by 2 processes x 2 rows.
-RECORDS = [{"instruct": f"say {n}", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 15)]
-HELD_OUT = [{"instruct": f"tell {n}", "input": "", "label": "ab" * n} for n in range(1, 6)]
+RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 15)]
+HELD_OUT = [{"instruct": f"tell {n}\n", "input": "", "label": "ab" * n} for n in range(1, 6)]
 RECIPE = """\
 stage: sft
 model: {name_or_path: model}

@@ -60,6 +60,7 @@ def test_a_minimal_recipe_has_the_documented_defaults():
     assert recipe.data.train[0].model_dump() == {
         "path": "poems.jsonl",
         "format": None,
+        "overflow": None,
         "limit": None,
         "fields": {},
         "template": None,
@@ -255,7 +256,7 @@ def test_a_file_that_is_no_recipe_is_refused_with_its_line(text, message):
             "poems.jsonl",
             "{path: a, format: alpacca}",
             "r.yaml:5: data.train.0.format: expected one of text, prompt_completion, instruct, alpaca,"
-            " messages, sharegpt, segments, tokenized; got 'alpacca'; did you mean 'alpaca'?",
+            " messages, sharegpt, segments, tokenized, or module:function; got 'alpacca'; did you mean 'alpaca'?",
         ),
         (
             "  name_or_path: gpt2",

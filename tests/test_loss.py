@@ -166,6 +166,50 @@ def test_sum_figures_and_gradients_are_those_of_cross_entropy(options, has_bias,
     assert_alike(gradients_of(total, parts), gradients_of(expected, parts))
 
 
+@pytest.mark.parametrize("options", [PLAIN, LossOptions(0.2, 0.3)], ids=str)
+def test_weights_scale_every_term_of_a_target_in_the_sum_and_in_no_figure(options, chunks):
+    """Smoothed likelihood by PyTorch and z-loss by its formula, a target at a time."""
+    hidden, weight, bias, targets = head_inputs()
+    weights = torch.tensor([9, 0.5, 2, 0, 1, 9, 0.3, 1, 4, 9, 9])  # a 9 is of a row without a target
+    logits = linear(hidden, weight, bias)
+    terms = cross_entropy(
+        logits, targets, ignore_index=X, label_smoothing=options.label_smoothing, reduction="none"
+    )
+    terms = terms + options.z_loss * logits.logsumexp(dim=-1).square()
+    at = [1, 2, 3, 4, 6, 7, 8]
+    expected = (terms[at] * torch.tensor([0.5, 2, 0, 1, 0.3, 1, 4])).sum()
+    unweighted = measure_targets(hidden, weight, bias=bias, targets=targets, options=options)
+
+    total, nll, correct = measure_targets(
+        hidden, weight, bias=bias, targets=targets, options=options, target_weights=weights
+    )
+
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.equal(nll, unweighted[1])
+    assert torch.equal(correct, unweighted[2])
+    parts = [hidden, weight, bias]
+    assert_alike(gradients_of(total, parts), gradients_of(expected, parts))
+
+
+def test_under_bfloat16_autocast_a_weight_is_not_rounded():
+    """257/256 would be 1 as a bfloat16: 0.4 % less in every gradient, and on the same side."""
+    hidden, weight, bias, targets = head_inputs()
+    parts = [hidden, weight, bias]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole, weighted = (
+            measure_targets(
+                hidden, weight, bias=bias, targets=targets, options=PLAIN, target_weights=weights
+            )[0]
+            for weights in (None, torch.full((11,), 257 / 256))
+        )
+
+    assert weighted.item() == pytest.approx(257 / 256 * whole.item(), rel=1e-6)
+    expected, found = gradients_of(whole, parts), gradients_of(weighted, parts)
+    for name, gradient in found.items():
+        share = (gradient * expected[name]).sum() / expected[name].square().sum()
+        assert share.item() == pytest.approx(257 / 256, abs=2e-3), name
+
+
 def test_without_gradients_the_same_is_measured(chunks):
     hidden, weight, bias, targets = head_inputs()
     expected = measure_targets(hidden, weight, bias=bias, targets=targets, options=PLAIN)

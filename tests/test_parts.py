@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from helpers import build_recipe, byte_tokenizer
+from helpers import build_recipe, byte_tokenizer, document
 from transformers import TrainingArguments
 
 from hf_clm.data.cache import load_named
 from hf_clm.data.collators import DataCollatorForPackedCausalLM, StaticShape
-from hf_clm.data.datasets import SFTDataset
+from hf_clm.data.label.datasets import SFTDataset
 from hf_clm.data.packing import PackedDataset
 from hf_clm.parts import build_tokenizer, static_shape, training_arguments
-from hf_clm.schema import TextExample
 from hf_clm.training.run import train
 
 ROWS = [
@@ -44,7 +43,7 @@ def test_bfloat16_is_the_default_where_the_cpu_has_it(tmp_path, monkeypatch, ins
 
 def test_one_shape_holds_the_fullest_batch(tmp_path):
     texts = ["a", "b", "c", "d", "eeeeeee", "ffffffff"]  # with the stop token 2, 2, 2, 2, 8 and 9 tokens
-    dataset = SFTDataset([TextExample(text) for text in texts], byte_tokenizer())
+    dataset = SFTDataset([document(text) for text in texts], byte_tokenizer())
     packed = PackedDataset(dataset, max_length=10)
     arguments = TrainingArguments(
         str(tmp_path), use_cpu=True, per_device_train_batch_size=2, per_device_eval_batch_size=1

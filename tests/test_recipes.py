@@ -21,7 +21,7 @@ KINDS = {
 }
 ROWS = {
     "text": {"text": "The with statement wraps a block. " * 4},
-    "instruct": {"instruct": "Go on.", "input": "The lamp turns,", "label": "and boats come home."},
+    "instruct": {"instruct": "Go on.\n", "input": "The lamp turns,", "label": "and boats come home."},
     "alpaca": {"instruction": "Name three colours.", "input": "", "output": "Red, blue and green."},
     "template": {
         "sentence1": "The lamp turns.",

@@ -1,6 +1,7 @@
 """Tokenizer folders as save_pretrained writes them, opened by load_tokenizer."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,15 @@ from hf_clm.errors import ModelError
 from hf_clm.tokenizer import (
     add_control_tokens,
     add_pad_token,
+    alternatives,
     bos_token,
     control_pattern,
     control_tokens,
     load_chat_template,
     load_tokenizer,
     max_token_id,
+    set_template_defaults,
+    special_tokens,
     unique_ids,
     use_chat_template,
 )
@@ -247,3 +251,55 @@ def test_control_tokens_are_added_once_and_take_one_id_each():
     assert tokenizer("a<sep><mask>")["input_ids"] == [97, 260, 261]
     assert len(tokenizer) == 262
     assert control_pattern(tokenizer).findall("<sep> <sep") == ["<sep>"]
+
+
+def test_tokens_that_the_model_writes_itself_are_not_special():
+    tokenizer = byte_tokenizer(pad="!")
+    tokenizer.add_tokens(["<think>", AddedToken("<tool>", special=True)])
+
+    assert special_tokens(tokenizer) == [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|pad|>",
+        "<tool>",
+        "!",
+    ]
+    assert "<think>" in control_tokens(tokenizer)
+
+
+@pytest.mark.parametrize("words", [["ab", "abc", "b", "b.c"], ["abc"], []])
+def test_the_longest_word_at_a_place_is_found(words):
+    expected = {4: ["abc", "b.c", "b"], 1: ["abc"], 0: []}[len(words)]
+
+    assert re.findall(alternatives(words), "xabcb.c|b_ac") == expected
+
+
+def test_a_variable_of_the_template_gets_a_default_that_is_saved_and_can_be_overridden(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{{ messages[0].content }}{{ 'thinks' if enable_thinking else 'speaks' }}{{ names|join }}"
+    )
+    set_template_defaults(tokenizer, {"enable_thinking": False, "names": ["Ann", None]})
+    tokenizer.save_pretrained(tmp_path)
+    reopened = AutoTokenizer.from_pretrained(tmp_path)
+
+    hi = [{"role": "user", "content": "Hi "}]
+    assert reopened.apply_chat_template(hi, tokenize=False) == "Hi speaksAnnNone"
+    assert reopened.apply_chat_template(hi, tokenize=False, enable_thinking=True) == "Hi thinksAnnNone"
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused():
+    tokenizer = byte_tokenizer()
+    with pytest.raises(ModelError, match=r"^tokenizer\.chat_template_kwargs: has no chat template"):
+        set_template_defaults(tokenizer, {"enable_thinking": False})
+    tokenizer.chat_template = "{{ enable_thinking }}"
+    with pytest.raises(ModelError) as error:
+        set_template_defaults(tokenizer, {"enable_thinkin": False})
+
+    assert str(error.value).startswith(
+        "tokenizer.chat_template_kwargs: the chat template does not read 'enable_thinkin'; "
+        "did you mean 'enable_thinking'?"
+    )
+    set_template_defaults(tokenizer, {})
+    assert tokenizer.chat_template == "{{ enable_thinking }}"

@@ -31,13 +31,19 @@ from hf_clm.bench.results import Start, Task, Trial
 from hf_clm.config import Recipe
 from hf_clm.data.build import Split, mix_splits, pack_rows, texts_of
 from hf_clm.data.cache import build_splits, find_place, load_early, load_named
-from hf_clm.data.ledger import write_ledgers
 from hf_clm.data.packing import PackedDataset
+from hf_clm.data.proof.ledger import write_ledgers
 from hf_clm.data.store import write_store
 from hf_clm.doctor.memory import free_memory
 from hf_clm.errors import UserError
 from hf_clm.hardware import measure_peak, nominal_peak, peak_memory, settle_cpu
-from hf_clm.parts import build_model, build_model_config, build_tokenizer_aside, training_arguments
+from hf_clm.parts import (
+    build_model,
+    build_model_config,
+    build_tokenizer_aside,
+    settle_render,
+    training_arguments,
+)
 from hf_clm.training.prepare import prepare
 from hf_clm.training.proof import Proof, prove_data, prove_model
 from hf_clm.training.run import build_trainer
@@ -81,11 +87,13 @@ def measure_start(task: Task) -> Start:
     recipe, timing = task.recipe, Stopwatch({"import": time.time() - task.started})
     arguments = training_arguments(recipe)
     _settle(arguments)
+    with timing("tokenizer"):
+        early = load_early(recipe, arguments.seed)
+        tokenizer = build_tokenizer_aside(recipe, early, arguments=arguments)
+        recipe = settle_render(recipe, tokenizer)
+        config = build_model_config(recipe, tokenizer)
     with timing("read"):
         loaded = load_named(recipe, arguments.seed)
-    with timing("tokenizer"):
-        tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)
-        config = build_model_config(recipe, tokenizer)
     with timing("tokenize"):
         splits = build_splits(recipe, tokenizer, loaded=loaded)
     with timing("pack"):
@@ -140,6 +148,7 @@ def measure_speed(task: Task) -> Trial:
     limit = free_memory(arguments.device) if on_cpu else None
     loaded = load_early(recipe, arguments.seed)
     tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)
+    recipe = settle_render(recipe, tokenizer)
     config = build_model_config(recipe, tokenizer)
     splits = prepare(recipe, tokenizer, arguments=arguments, loaded=loaded).splits
     model = build_model(recipe, tokenizer, config=config, arguments=arguments)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from hf_clm.data.labels import Fate
+from hf_clm.data.label.labels import Fate
 
 BLOCK_TOKENS = 1 << 21
 BLOCK_ITEMS = 1 << 16

@@ -5,48 +5,47 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import islice
-from typing import Any, cast
+from itertools import islice, pairwise
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Data, Recipe, Source
 from hf_clm.data.arrays import dropped, to_fates
-from hf_clm.data.datasets import PretrainDataset, SFTDataset, TokenizedDataset, TokenizedRows
-from hf_clm.data.formats import FirstSeen, check_same_schema, to_example, unknown_keys
-from hf_clm.data.labels import Fate
-from hf_clm.data.ledger import find_duplicates
+from hf_clm.data.label.datasets import TRAIN_ON, TokenizedDataset, TokenizedRows, join_rows, tokenize_rows
+from hf_clm.data.label.labels import Fate
+from hf_clm.data.label.render import LabelOptions, TrainOn
 from hf_clm.data.mixing import DrawnDataset, Mix, MixOptions, mix_rows, require_sources
 from hf_clm.data.packing import PackedDataset, Pieces
-from hf_clm.data.segments import whole_text
+from hf_clm.data.proof.ledger import find_duplicates
+from hf_clm.data.read.formats import (
+    FirstSeen,
+    check_same_masks,
+    check_same_schema,
+    to_example,
+    unknown_keys,
+)
+from hf_clm.data.read.templating import to_template_example
 from hf_clm.data.sources import ReadOptions, ReadReport, Record, read_records
-from hf_clm.data.templating import to_template_example
 from hf_clm.errors import DataError
 from hf_clm.recipe_sections import Mixing
-from hf_clm.schema import (
-    ChatExample,
-    Example,
-    Format,
-    PromptExample,
-    SegmentsExample,
-    TextExample,
-    TokenizedExample,
-)
+from hf_clm.schema import AnyExample, Document, Segment, whole_text
 from hf_clm.tokenizer import find_unknown, unique_ids, unknown_id
 
 SHOWN_LETTERS = 8  # of a word that the tokenizer cannot spell
 SHOWN_DROPS = 3  # an error lists the first few rows, not thousands
 
-AnyExample = Example | TokenizedExample
 AnyDataset = TokenizedDataset | PackedDataset | DrawnDataset
 
 
 @dataclass
 class Examples:
-    """Checked examples with the place each came from; ``origins`` (N,): its source's number in the recipe."""
+    """Checked examples with the place each came from.
 
-    examples: Sequence[Example | TokenizedExample] = field(default_factory=list)
+    ``origins`` (N,): the number of its source in ``sources``.
+    """
+
+    examples: Sequence[AnyExample] = field(default_factory=list)
     places: Sequence[str] = field(default_factory=list)
     report: ReadReport = field(default_factory=ReadReport)
     formats: set[str] = field(default_factory=set)
@@ -55,6 +54,7 @@ class Examples:
         default_factory=list
     )  # rows left out because an earlier one is the same
     origins: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int32), compare=False)
+    sources: Sequence[Source] = field(default_factory=list, compare=False)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -128,7 +128,8 @@ def load_examples(sources: Iterable[Source], data: Data) -> Examples:
     examples, places, origins = [], [], []
     found = Examples(examples, places)
     options = read_options(data)
-    for number, source in enumerate(sources):
+    found.sources = list(sources)
+    for number, source in enumerate(found.sources):
         kind = {"split": source.split, "name": source.name, "revision": source.revision}
         records = read_records(source.path, options, report=found.report, **kind)
         limited = islice(records, source.limit)
@@ -137,7 +138,7 @@ def load_examples(sources: Iterable[Source], data: Data) -> Examples:
             places.append(place)
             origins.append(number)
     if not found.examples:
-        raise no_example(sources, found.report)
+        raise no_example(found.sources, found.report)
     found.origins = np.array(origins, dtype=np.int32)
     return drop_duplicates(found) if data.duplicates == "drop" else found
 
@@ -149,7 +150,7 @@ def read_options(data: Data) -> ReadOptions:
 
 def check_records(
     records: Iterable[Record], source: Source, *, data: Data, found: Examples, first: FirstSeen
-) -> Iterator[tuple[str, Example | TokenizedExample]]:
+) -> Iterator[tuple[str, AnyExample]]:
     """(place, example) of each record. ``found``: what is learned of them on the way is entered there."""
     for record in records:
         try:
@@ -171,23 +172,30 @@ def no_example(sources: Iterable[Source], report: ReadReport) -> DataError:
     return DataError("no example to train on", where=", ".join(source.path for source in sources), got=got)
 
 
-def read_example(
-    record: Record, source: Source, *, data: Data, first: FirstSeen
-) -> tuple[str, Example | TokenizedExample]:
+def read_example(record: Record, source: Source, *, data: Data, first: FirstSeen) -> tuple[str, AnyExample]:
     """The format of a record and what is learned from it. ``first``: see check_same_schema."""
     if source.template:
         return "template", to_template_example(record.data, source.template, where=record.where)
     format = source.format or check_same_schema(record.data, record.where, first=first)
-    checks = {"allow_empty_prompt": data.allow_empty_prompt, "strict": data.strict}
-    options: dict[str, Any] = {"fields": source.fields, "where": record.where, **checks}
-    return format, to_example(record.data, format=format, **options)
+    if format == "tokenized":
+        check_same_masks(record.data, record.where, first=first)
+    example = to_example(
+        record.data,
+        format=format,
+        fields=source.fields,
+        where=record.where,
+        render="chat" if data.render == "chat" else "plain",
+        allow_empty_prompt=data.allow_empty_prompt,
+        strict=data.strict,
+    )
+    return format, example
 
 
 def unknown_columns(record: Record, source: Source, *, format: str) -> list[str]:
     """The columns of a record that nothing reads. A template takes those that it names."""
     if source.template:
         return []
-    return unknown_keys(record.data, cast(Format, format), fields=source.fields)
+    return unknown_keys(record.data, format, fields=source.fields)
 
 
 def drop_duplicates(examples: Examples) -> Examples:
@@ -205,7 +213,7 @@ def split_examples(examples: Examples, eval_fraction: float, *, seed: int) -> tu
     parts would be empty.
     """
     alone = examples.examples[0] if len(examples) == 1 else None
-    parts = isinstance(alone, TextExample) and split_text(examples, alone.text, fraction=eval_fraction)
+    parts = split_text(examples, alone, fraction=eval_fraction) if alone is not None else None
     if parts:
         return parts
     is_held_out = hold_out(len(examples), eval_fraction, seed=seed)
@@ -224,12 +232,16 @@ def hold_out(count: int, eval_fraction: float, *, seed: int) -> np.ndarray:
     return found
 
 
-def split_text(examples: Examples, text: str, *, fraction: float) -> tuple[Examples, Examples] | None:
-    """A single text without its end, and the end; None where one of them would be empty."""
+def split_text(examples: Examples, alone: AnyExample, *, fraction: float) -> tuple[Examples, Examples] | None:
+    """A single text without its end, and the end; None where it is no text, or one of them would be empty."""
+    if not (isinstance(alone, Document) and len(alone.segments) == 1 and alone.is_text):
+        return None
+    text = whole_text(alone)
     cut = round(len(text) * (1 - fraction))
     if not text[:cut].strip() or not text[cut:].strip():
         return None
-    kept, held = (replace(examples, examples=[TextExample(part)]) for part in (text[:cut], text[cut:]))
+    parts = [Document([Segment(part, 1.0)]) for part in (text[:cut], text[cut:])]
+    kept, held = (replace(examples, examples=[part]) for part in parts)
     return kept, without_report(held)
 
 
@@ -255,35 +267,58 @@ def load_splits(recipe: Recipe, seed: int) -> tuple[Examples, Examples | None]:
     return train, evaluation
 
 
-def build_split(
-    examples: Examples, recipe: Recipe, *, tokenizer: PreTrainedTokenizerFast, stage: str
-) -> Split:
+def build_split(examples: Examples, recipe: Recipe, *, tokenizer: PreTrainedTokenizerFast) -> Split:
     """Tokenizes, fits and packs. Raises DataError where more than ``data.max_dropped`` of it is lost."""
-    rows = tokenize_examples(examples, recipe, tokenizer=tokenizer, stage=stage)
+    rows = tokenize_examples(examples, recipe, tokenizer=tokenizer)
     check_dropped(examples, rows.rows.fates, data=recipe.data)
     return Split(rows, pack_rows(rows, recipe), examples)
 
 
-def tokenize_examples(
-    examples: Examples, recipe: Recipe, *, tokenizer: PreTrainedTokenizerFast, stage: str
-) -> TokenizedDataset:
-    """Tokenizes and fits. Raises DataError for the first that cannot be read, or spelled."""
+def label_options(recipe: Recipe, source: Source | None = None) -> LabelOptions:
+    """What decides how the examples of a recipe, or of one of its sources, are labelled."""
     data, packing = recipe.data, recipe.resolved_packing
-    options: dict[str, Any] = {
-        "max_length": None if packing == "stream" else data.max_length,  # a stream cuts by itself
-        "overflow": recipe.resolved_overflow,
-        "special_tokens_in_text": data.special_tokens_in_text,
-    }
-    try:
-        if stage == "pretrain":
-            window = (data.window.size, data.window.step) if data.window else None
-            rows = PretrainDataset(examples.examples, tokenizer, window=window, **options)
-        else:
-            rows = SFTDataset(examples.examples, tokenizer, train_on=data.train_on, **options)
-    except DataError as error:
-        raise error if error.row is None else error.at(examples.places[error.row]) from error
-    check_spelled(examples, rows.rows, tokenizer=tokenizer)
-    return rows
+    train_on = data.train_on
+    if isinstance(train_on, str):
+        learned = TRAIN_ON[train_on]
+    else:
+        learned = TrainOn(train_on.turns, train_on.reasoning)
+    return LabelOptions(
+        stage=recipe.stage,
+        max_length=None if packing == "stream" else data.max_length,  # a stream cuts by itself
+        overflow=(source.overflow if source else None) or recipe.resolved_overflow,
+        window=(data.window.size, data.window.step) if data.window else None,
+        train_on=learned,
+        special_tokens_in_text=data.special_tokens_in_text,
+        reasoning=data.reasoning,
+    )
+
+
+def by_options(examples: Examples, recipe: Recipe) -> Iterator[tuple[slice, LabelOptions]]:
+    """The examples in stretches that are labelled alike: sources may have an overflow of their own."""
+    sources = examples.sources
+    if not any(source.overflow for source in sources):
+        yield slice(0, len(examples)), label_options(recipe)
+        return
+    borders = np.flatnonzero(np.diff(examples.origins)) + 1
+    for start, stop in pairwise([0, *borders.tolist(), len(examples)]):
+        yield slice(start, stop), label_options(recipe, sources[int(examples.origins[start])])
+
+
+def tokenize_examples(
+    examples: Examples, recipe: Recipe, *, tokenizer: PreTrainedTokenizerFast
+) -> TokenizedDataset:
+    """Labels, encodes and fits. Raises DataError for the first that cannot be read, or spelled."""
+    found = []
+    for part, options in by_options(examples, recipe):
+        try:
+            found.append(tokenize_rows(examples.examples[part], tokenizer, options))
+        except DataError as error:
+            raise (
+                error if error.row is None else error.at(examples.places[int(part.start) + error.row])
+            ) from error
+    rows = join_rows(found)
+    check_spelled(examples, rows, tokenizer=tokenizer)
+    return TokenizedDataset(rows)
 
 
 def check_spelled(examples: Examples, rows: TokenizedRows, *, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -294,7 +329,7 @@ def check_spelled(examples: Examples, rows: TokenizedRows, *, tokenizer: PreTrai
     places = np.flatnonzero(rows.input_ids == unknown)
     for number in unique_ids(rows.sources[np.searchsorted(rows.offsets, places, side="right") - 1].tolist()):
         example = examples.examples[number]
-        found = None if isinstance(example, dict) else find_unknown(whole_text(example), tokenizer)
+        found = find_unknown(whole_text(example), tokenizer)
         if found is not None:
             raise unspelled(found, where=examples.places[number])
 
@@ -380,15 +415,6 @@ def to_limit(share: float) -> str:
     return f"{math.ceil(share * 10**digits) / 10**digits:g}"
 
 
-def texts_of(examples: Iterable[Example | TokenizedExample]) -> Iterator[str]:
+def texts_of(examples: Iterable[AnyExample]) -> Iterator[str]:
     """Every text that a tokenizer can be trained on."""
-    for example in examples:
-        if isinstance(example, TextExample):
-            yield example.text
-        elif isinstance(example, PromptExample):
-            yield example.prompt
-            yield example.completion
-        elif isinstance(example, SegmentsExample):
-            yield from (segment.text for segment in example.segments)
-        elif isinstance(example, ChatExample):
-            yield from (message["content"] for message in example.messages)
+    return (text for example in examples for text in example.texts if text)

@@ -21,7 +21,7 @@ from hf_clm.data.store import Stored, open_store
 from hf_clm.data.streaming import load_head
 from hf_clm.hashing import fingerprint, hash_file
 
-FORMAT_VERSION = 3  # raise it with every change of what is made of the same data: labels, packing, files
+FORMAT_VERSION = 4  # raise it with every change of what is made of the same data: labels, packing, files
 COMMIT = re.compile("[0-9a-f]{40}")
 KEY_LETTERS = 32  # of the sha256, in the name of the folder
 HASHES = ".hashes"  # in the cache: sha256 of large data files that were read before
@@ -118,6 +118,7 @@ def read_splits(
 
 def load_early(recipe: Recipe, seed: int) -> dict[str, Examples]:
     """The examples, where the tokenizer is trained on them; else nothing: a prepared set needs none."""
+    recipe = recipe.for_tokenizer(has_template=recipe.tokenizer.chat_template is not None)
     return load_named(recipe, seed) if recipe.tokenizer.train else {}
 
 
@@ -131,10 +132,7 @@ def build_splits(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, loaded: Mapping[str, Examples]
 ) -> dict[str, Split]:
     """Tokenizes, fits and packs each set, every row once."""
-    return {
-        name: build_split(examples, recipe, tokenizer=tokenizer, stage=recipe.stage)
-        for name, examples in loaded.items()
-    }
+    return {name: build_split(examples, recipe, tokenizer=tokenizer) for name, examples in loaded.items()}
 
 
 def _source_content(source: Source, files: list[str], *, folder: Path) -> dict[str, Any] | None:

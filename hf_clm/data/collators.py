@@ -20,6 +20,10 @@ class DataCollatorForCausalLM:
         attention_mask  (B, T) int64, 1 for a real token, 0 for padding
         labels          (B, T) int64, -100 where no loss is taken. NOT shifted: the model compares
                         logits t with labels t+1.
+    and where a row has ``weights``:
+        loss_weights    (B, T) float32, how much the loss of the label at the same place counts: 1 in rows
+                        without ``weights``, 0 for padding. CLMTrainer uses them; a stock Trainer would hand
+                        them to the model, which knows nothing of them.
 
     Raises ValueError for packed rows.
     """
@@ -41,8 +45,14 @@ class DataCollatorForCausalLM:
             input_ids[row, :length] = example["input_ids"]
             attention_mask[row, :length] = 1
             labels[row, :length] = example["labels"]
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        return {key: torch.from_numpy(value) for key, value in batch.items()}
+        arrays = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch = {key: torch.from_numpy(value) for key, value in arrays.items()}
+        if any(map(_has_weights, examples)):
+            weights = np.zeros(shape, dtype=np.float32)
+            for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+                weights[row, :length] = _weights(example)
+            batch["loss_weights"] = torch.from_numpy(weights)
+        return batch
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ class StaticShape:
 
 
 class DataCollatorForPackedCausalLM:
-    """Lays rows one behind the other: no padding, no attention mask.
+    """Concatenates rows: no padding, no attention mask.
 
     T = tokens of all rows, D = documents in them, N = targets. A row is a packed row (``position_ids``
     restart at each document) or a ``TokenizedExample``, which is one document.
@@ -83,6 +93,10 @@ class DataCollatorForPackedCausalLM:
         position_ids       (1, T) int64, counted from 0 in each document
         cu_seq_lens_q, _k  (D + 1,) int32, where each document starts, and T; repeats T to a static length
         max_length_q, _k   int, the longest document; a static one is that of the shape
+    and where a row has ``weights``:
+        loss_weights       (1, T) float32, how much the loss of the label at the same place counts: 1 in rows
+                           without ``weights``, 0 for padding. CLMTrainer uses them; a stock Trainer would
+                           hand them to the model, which knows nothing of them.
     and with targets:
         logits_to_keep     (N,) int64, the positions whose next token has a label
         shift_labels       (1, N) int64, these labels; -100 for what fills up, and for the one of no target
@@ -119,6 +133,10 @@ class DataCollatorForPackedCausalLM:
         names = ("input_ids", "labels", "position_ids")
         batch |= {name: torch.from_numpy(array)[None] for name, array in zip(names, arrays, strict=True)}
         batch |= _bounds(starts, real, total=total, static=self.static)
+        if any(map(_has_weights, examples)):
+            weights = np.zeros((1, total), dtype=np.float32)
+            np.concatenate([_weights(example) for example in examples], out=weights[0, :real])
+            batch["loss_weights"] = torch.from_numpy(weights)
         if self.with_targets:
             batch |= _targets(labels, multiple=self.static.targets_multiple if self.static else 1)
         return batch
@@ -155,6 +173,17 @@ def _targets(labels: np.ndarray, *, multiple: int) -> dict[str, torch.Tensor]:
         "logits_to_keep": torch.from_numpy(logits_to_keep),
         "shift_labels": torch.from_numpy(shift_labels),
     }
+
+
+def _has_weights(example: Any) -> bool:
+    return example.get("weights") is not None
+
+
+def _weights(example: Any) -> np.ndarray:
+    """(T,) float32: how much the label of each token of a row counts; 1 where the row does not say."""
+    if _has_weights(example):
+        return np.asarray(example["weights"], dtype=np.float32)
+    return np.ones(len(example["input_ids"]), dtype=np.float32)
 
 
 def _positions(example: Any) -> Any:

@@ -16,12 +16,12 @@ from typing import NamedTuple
 import numpy as np
 
 from hf_clm.config import Data, Recipe, Source
-from hf_clm.data.build import AnyExample, Examples, check_records, read_options, split_text
-from hf_clm.data.formats import FirstSeen
+from hf_clm.data.build import Examples, check_records, read_options, split_text
+from hf_clm.data.read.formats import FirstSeen
 from hf_clm.data.readers import READ_BYTES, WHOLE, ReadReport, Record, Span, count_rows, suffix
 from hf_clm.data.sources import find_files, open_stream, read_file, read_records
 from hf_clm.errors import RecipeError
-from hf_clm.schema import TextExample
+from hf_clm.schema import AnyExample
 
 LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
 COLUMNS = (".parquet", ".arrow")
@@ -86,7 +86,10 @@ def open_readings(recipe: Recipe, shard: Shard = ALONE) -> dict[str, Reading]:
         train, evaluation = map(_to_reading, parts if shard.number == 1 else (Examples(), Examples()))
         return {"eval": evaluation, "train": train}
     sets = {"eval": data.eval, "train": data.train} if data.eval else {"train": data.train}
-    return {name: _open_reading(plan(sources, data, shard=shard), data) for name, sources in sets.items()}
+    return {
+        name: _open_reading(plan(sources, data, shard=shard), data, sources=sources)
+        for name, sources in sets.items()
+    }
 
 
 def plan(sources: Sequence[Source], data: Data, *, shard: Shard) -> list[Task]:
@@ -131,8 +134,9 @@ def _measure_file(file: str, data: Data) -> tuple[int, int]:
     return size, size
 
 
-def _open_reading(tasks: list[Task], data: Data) -> Reading:
+def _open_reading(tasks: list[Task], data: Data, *, sources: Sequence[Source]) -> Reading:
     reading = Reading(iter(()))
+    reading.found.sources = list(sources)
     reading.records = _read_tasks(tasks, data, reading=reading)
     return reading
 
@@ -169,14 +173,14 @@ def _read_schema(task: Task, data: Data) -> FirstSeen:
 
 def _read_alone(data: Data) -> tuple[Examples, Examples] | None:
     """The parts of a set that is a single text, of which the end is held out."""
-    reading = _open_reading(plan(data.train, data, shard=ALONE), data)
+    reading = _open_reading(plan(data.train, data, shard=ALONE), data, sources=data.train)
     read = list(islice(reading.records, 2))
-    if len(read) != 1 or not isinstance(read[0][1], TextExample):
+    if len(read) != 1:
         return None
     examples = Examples([read[0][1]], [read[0][0]], origins=np.array([read[0][2]]))
     examples.report, examples.formats = reading.found.report, reading.found.formats
-    examples.unknown_keys = reading.found.unknown_keys
-    return split_text(examples, read[0][1].text, fraction=data.eval_fraction)
+    examples.unknown_keys, examples.sources = reading.found.unknown_keys, reading.found.sources
+    return split_text(examples, read[0][1], fraction=data.eval_fraction)
 
 
 def _to_reading(examples: Examples) -> Reading:

@@ -18,13 +18,14 @@ import numpy as np
 
 from hf_clm.config import Data, Recipe
 from hf_clm.data.arrays import ArrayWriter, item_blocks, map_array, release, row_blocks
-from hf_clm.data.build import AnyExample, Examples, hold_out, no_example, packing_of
-from hf_clm.data.ledger import Leakage, are_repeated
+from hf_clm.data.build import Examples, hold_out, no_example, packing_of
 from hf_clm.data.packing import best_fit_rows, stream_blocks
+from hf_clm.data.proof.ledger import Leakage, are_repeated
 from hf_clm.data.readers import ReadReport
 from hf_clm.data.shards import PartSet
 from hf_clm.data.sources import no_record
 from hf_clm.data.store import split_json
+from hf_clm.schema import AnyExample
 
 PIECES = ("examples", "starts", "stops", "offsets")
 COMPARED_ITEMS = 1 << 20  # digests in memory at once
@@ -160,14 +161,17 @@ def _merge_reports(selection: Selection) -> ReadReport:
 def _write_rows(folder: Path, name: str, *, selection: Selection) -> None:
     """Ids, labels, borders and sources; all of a single part is taken as it is."""
     is_taken = len(selection.parts) == 1 and selection.mask is None
-    kinds = {"offsets": "<i8", "sources": "<i8"} | ({} if is_taken else {"input_ids": "<i4", "labels": "<i4"})
+    columns = {"input_ids": "<i4", "labels": "<i4"}
+    if any(part.content["has_weights"] for part in selection.parts):
+        columns["weights"] = "<f4"
+    kinds = {"offsets": "<i8", "sources": "<i8"} | ({} if is_taken else columns)
     writers = _open_writers(folder, name, dtypes=kinds)
     offset, before = 0, 0
     writers["offsets"].append([0])
     for part, chosen in selection.by_part(selection.mask):
         lengths, sources = part.map("lengths"), part.map("sources")
         numbers = np.cumsum(chosen) - 1 + before
-        tokens = {} if is_taken else {column: part.map(column) for column in ("input_ids", "labels")}
+        tokens = {} if is_taken else {column: part.map_tokens(column) for column in columns}
         ends = np.concatenate([[0], np.cumsum(lengths)])
         for first, last in row_blocks(ends):
             is_kept = chosen[sources[first:last]]
@@ -183,7 +187,7 @@ def _write_rows(folder: Path, name: str, *, selection: Selection) -> None:
     for writer in writers.values():
         writer.close()
     if is_taken:
-        for column in ("input_ids", "labels"):
+        for column in columns:
             _link(selection.parts[0].path(column), folder / f"{name}.{column}.npy")
 
 

@@ -12,23 +12,26 @@ from typing import TypedDict
 
 import numpy as np
 import torch
+from typing_extensions import NotRequired  # typing has it from Python 3.11
 
-from hf_clm.data.datasets import TokenizedDataset
-from hf_clm.data.labels import mask_places
+from hf_clm.data.label.datasets import TokenizedDataset
+from hf_clm.data.label.labels import mask_places
 
 Piece = tuple[int, int, int]  # example, first token, past the last token
 
 
 class PackedRow(TypedDict):
-    """Documents one behind the other; ``position_ids`` count from 0 in each. T = tokens of the row.
+    """Concatenated documents; ``position_ids`` count from 0 in each. T = tokens of the row.
 
     input_ids, labels  (T,) int32
     position_ids       (T,) int64
+    weights            (T,) float32, how much the loss of each label counts; missing where each counts 1
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     position_ids: np.ndarray
+    weights: NotRequired[np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,11 +114,14 @@ class PackedDataset(torch.utils.data.Dataset):
         starts = np.cumsum(sizes) - sizes
         labels = np.concatenate([rows.labels[span] for span in spans])
         mask_places(labels, starts)  # nothing precedes the first token of a piece
-        return {
+        row: PackedRow = {
             "input_ids": np.concatenate([rows.input_ids[span] for span in spans]),
             "labels": labels,
             "position_ids": np.arange(len(labels)) - np.repeat(starts, sizes),
         }
+        if rows.weights is not None:
+            row["weights"] = np.concatenate([rows.weights[span] for span in spans])
+        return row
 
     @property
     def fill(self) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_clm.data.labels import to_filler
+from hf_clm.data.label.labels import to_filler
 
 LISTED_ROWS = 1 << 16
 

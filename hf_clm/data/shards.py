@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from hf_clm.data.arrays import ArrayWriter, map_array, to_fates, to_places
-from hf_clm.data.build import AnyExample, Examples
-from hf_clm.data.certificate import KEPT, Certificate
-from hf_clm.data.datasets import TokenizedRows, rare_collection
+from hf_clm.data.build import Examples
 from hf_clm.data.division import Reading
-from hf_clm.data.ledger import digest, loose_digest
-from hf_clm.data.segments import whole_text
+from hf_clm.data.label.datasets import TokenizedRows, rare_collection
+from hf_clm.data.proof.certificate import KEPT, Certificate
+from hf_clm.data.proof.ledger import digest, loose_digest
+from hf_clm.schema import AnyExample, Tokens, whole_text
 
 PART = "part.json"
 FAULT = "HF_CLM_FAULT"  # in the environment, for tests: the point at which the process kills itself
@@ -29,6 +29,7 @@ BLOCK_ROWS, BLOCK_LETTERS = 1000, 4_000_000  # of a block of examples, which may
 COLUMNS = {
     "input_ids": ("<i4", 0),
     "labels": ("<i4", 0),
+    "weights": ("<f4", 0),  # of the loss of each label; left out of a set where all are 1
     "lengths": ("<i8", 0),  # of each tokenized row
     "sources": ("<i8", 0),  # the example that it is of
     "encoded": ("|u1", 0),  # whether the certificate encoded it again
@@ -88,6 +89,12 @@ class PartSet:
         """A column as a map of its file."""
         return map_array(self.path(column))
 
+    def map_tokens(self, column: str) -> np.ndarray:
+        """A column with a value for each token; ones for the weights of a part that has none."""
+        if column == "weights" and not self.content["has_weights"]:
+            return np.ones(int(self.map("lengths").sum()), dtype=np.float32)
+        return self.map(column)
+
 
 def open_part(folder: Path, sets: Mapping[str, dict[str, Any]]) -> dict[str, PartSet]:
     """The sets of a part by name; ``sets`` is what ``write_part`` gave."""
@@ -105,15 +112,19 @@ def _write_set(folder: Path, name: str, *, reading: Reading, work: Work) -> dict
         written.enter(certificate)
         for column, values in written.to_columns(rows, block, again=again, work=work).items():
             writers[column].append(values)
+        written.has_weights |= rows.weights is not None
         written.examples += len(block)
         reach(f"prepare.{name}.{number}")
     written.certificate.require()
     for writer in writers.values():
         writer.close()
+    if not written.has_weights:
+        paths["weights"].unlink()
     found = reading.found
     return {
         "examples": written.examples,
         "seconds": written.certificate.seconds,
+        "has_weights": written.has_weights,
         "kinds": list(written.kinds),
         "prefixes": list(written.prefixes),
         "control_texts": list(written.texts),
@@ -131,12 +142,12 @@ def _blocks(reading: Reading) -> Iterator[Examples]:
         places.append(place)
         examples.append(example)
         origins.append(origin)
-        letters += len(example["input_ids"]) if isinstance(example, dict) else len(whole_text(example))
+        letters += len(example.input_ids) if isinstance(example, Tokens) else len(whole_text(example))
         if len(examples) == BLOCK_ROWS or letters >= BLOCK_LETTERS:
-            yield Examples(examples, places, origins=np.array(origins))
+            yield Examples(examples, places, origins=np.array(origins), sources=reading.found.sources)
             places, examples, origins, letters = [], [], [], 0
     if examples:
-        yield Examples(examples, places, origins=np.array(origins))
+        yield Examples(examples, places, origins=np.array(origins), sources=reading.found.sources)
 
 
 class _Written:
@@ -144,6 +155,7 @@ class _Written:
 
     def __init__(self):
         self.examples = 0
+        self.has_weights = False
         self.certificate = Certificate(0, "")
         self.kinds: dict[tuple[str, str], int] = {}
         self.prefixes: dict[str, int] = {}
@@ -170,6 +182,7 @@ class _Written:
         columns = {
             "input_ids": rows.input_ids,
             "labels": rows.labels,
+            "weights": np.ones(len(rows.labels), np.float32) if rows.weights is None else rows.weights,
             "lengths": rows.lengths,
             "sources": rows.sources + self.examples,
             "encoded": encoded,

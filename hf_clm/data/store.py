@@ -27,27 +27,18 @@ import numpy as np
 from hf_clm.config import Recipe
 from hf_clm.data.arrays import Fates, Places, map_array, to_fates, to_places
 from hf_clm.data.build import Examples, Split, pack_rows
-from hf_clm.data.datasets import TokenizedDataset, TokenizedRows
+from hf_clm.data.label.datasets import TokenizedDataset, TokenizedRows
 from hf_clm.data.packing import PackedDataset, Pieces
 from hf_clm.data.sources import ReadReport
 from hf_clm.errors import DataError, EnvironmentFault
 from hf_clm.hashing import fingerprint
-from hf_clm.schema import (
-    ChatExample,
-    Example,
-    PromptExample,
-    Segment,
-    SegmentsExample,
-    TextExample,
-    TokenizedExample,
-)
+from hf_clm.schema import AnyExample, example_from_json
 
 INDEX, LEDGER, PARTIAL = "prepared.json", "ledger.parquet", ".partial-"
 HEAD = 200  # examples that are kept beside their tokens: what looks at a few need not read the files
 PROBE_BYTES = 65_536  # of each end of a file, to tell that it is the one that was written
 STALE_SECONDS = 86_400
 
-AnyExample = Example | TokenizedExample
 Splits = Mapping[str, Split]
 LoadExamples = Callable[[], Mapping[str, Examples]]
 
@@ -190,7 +181,9 @@ def open_splits(
         rows = _read_rows(folder, name, content=content)
         examples = _read_examples(folder, name, content=content, names=names)
         load = _Loader(load_examples, name)
-        examples.examples = LazyList(len(examples.places), load, head=_to_examples(content["head"]))
+        examples.examples = LazyList(
+            len(examples.places), load, head=[example_from_json(example) for example in content["head"]]
+        )
         dataset = TokenizedDataset(rows)
         packed = pack_rows(dataset, recipe, pieces=_read_pieces(folder, name))
         splits[name] = Split(dataset, packed, examples)
@@ -228,7 +221,7 @@ def split_json(
         "unknown_keys": sorted(examples.unknown_keys),
         "control_texts": control_texts,
         "least_id": least_id,
-        "head": [e if isinstance(e, dict) else asdict(e) for e in examples.examples[:HEAD]],
+        "head": [asdict(example) for example in examples.examples[:HEAD]],
     }
 
 
@@ -247,6 +240,8 @@ def _to_arrays(split: Split) -> dict[str, np.ndarray]:
         "id_counts": split.id_counts,
         "label_counts": split.label_counts,
     }
+    if rows.weights is not None:
+        arrays["weights"] = rows.weights
     if isinstance(split.dataset, PackedDataset):
         pieces = split.dataset.pieces
         packed = {"examples": pieces.examples, "starts": pieces.starts, "stops": pieces.stops}
@@ -268,7 +263,16 @@ def _read_rows(folder: Path, name: str, *, content: dict[str, Any]) -> Tokenized
         for array in ("input_ids", "labels", "offsets", "sources", "fates")
     )
     stored = Fates(fates, content["kinds"])
-    return TokenizedRows(ids, labels, offsets, sources, stored, Counter(content["control_texts"]))
+    weights = folder / f"{name}.weights.npy"
+    return TokenizedRows(
+        ids,
+        labels,
+        offsets,
+        sources,
+        stored,
+        Counter(content["control_texts"]),
+        map_array(weights) if weights.exists() else None,
+    )
 
 
 def _read_examples(folder: Path, name: str, *, content: dict[str, Any], names: Mapping[str, str]) -> Examples:
@@ -302,23 +306,6 @@ class _Renaming:
         olds = [old for old in self.names if text.startswith(old)]
         old = max(olds, key=len, default="")
         return self.names.get(old, "") + text.removeprefix(old)
-
-
-def _to_examples(contents: list[dict[str, Any]]) -> list[AnyExample]:
-    return [_to_example(content) for content in contents]
-
-
-def _to_example(content: dict[str, Any]) -> AnyExample:
-    match content:
-        case {"text": text}:
-            return TextExample(text)
-        case {"prompt": prompt, "completion": completion}:
-            return PromptExample(prompt, completion)
-        case {"messages": messages}:
-            return ChatExample(messages)
-        case {"segments": segments}:
-            return SegmentsExample([Segment(**segment) for segment in segments])
-    return {"input_ids": content["input_ids"], "labels": content["labels"]}
 
 
 def _probe(path: Path) -> list[Any]:

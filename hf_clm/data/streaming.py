@@ -225,7 +225,9 @@ def load_head(recipe: Recipe) -> tuple[Examples, Examples | None]:
         options: dict[str, Any] = {"options": read_options(data), "report": found.report}
         records = read_share(source, WHOLE, **options, start=BEGIN)
         some, _ = take_some(records, documents=HEAD, characters=CHARACTERS)
-        pairs += check_records((item.record for item in some), source, data=data, found=found, first={})
+        pairs += check_records(
+            (item.record for item in some), source, data=recipe.data, found=found, first={}
+        )
     if not pairs:
         raise no_example(data.train, found.report)
     head = replace(found, places=[place for place, _ in pairs], examples=[example for _, example in pairs])
@@ -255,12 +257,14 @@ def build_block(
     chunk: list[Found], report: ReadReport, *, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
 ) -> Block:
     """The rows of records of one source, by the code that prepares a whole set."""
-    data, found = recipe.data, Examples(report=report)
     end = chunk[-1].mark if chunk else BEGIN
+    source = recipe.data.train[end.source]
+    found = Examples(report=report, sources=[source])
     records = (item.record for item in chunk)
-    pairs = list(check_records(records, data.train[end.source], data=data, found=found, first={}))
+    pairs = list(check_records(records, source, data=recipe.data, found=found, first={}))
     found.places, found.examples = [place for place, _ in pairs], [example for _, example in pairs]
-    rows = tokenize_examples(found, recipe, tokenizer=tokenizer, stage=recipe.stage)
+    found.origins = np.zeros(len(pairs), dtype=np.int32)
+    rows = tokenize_examples(found, recipe, tokenizer=tokenizer)
     counts = Counter(f"{fate.kind}: {fate.reason}" if fate.reason else fate.kind for fate in rows.rows.fates)
     counts[UNREADABLE] += len(report.bad_lines)
     packed: Any = pack_rows(rows, recipe) if len(rows) else []

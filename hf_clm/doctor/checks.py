@@ -6,7 +6,6 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
-from hf_clm.chat_template import render_chat, render_prompt, stop_token_ids
 from hf_clm.data.build import texts_of
 from hf_clm.data.packing import PackedDataset
 from hf_clm.doctor.environment import (
@@ -20,7 +19,7 @@ from hf_clm.doctor.environment import (
 from hf_clm.doctor.facts import Check, Facts, Ok, Problem, to_problem
 from hf_clm.errors import DataError, ModelError, UserError
 from hf_clm.model import max_positions
-from hf_clm.schema import ChatExample
+from hf_clm.text.chat import stop_token_ids
 from hf_clm.tokenizer import control_tokens, max_token_id, unique_ids, unknown_id
 
 SAMPLE = 200  # examples that are looked at, where all would take too long
@@ -128,15 +127,6 @@ def check_vocabulary(facts: Facts) -> Check:
     return Ok(f"{ids:,} ids, {max(rows, ids):,} rows" + (f" ({new:,} new)" if new else ""))
 
 
-def check_token_ids(facts: Facts) -> Check:
-    """Ids in the data that have no row: tokenized elsewhere, with another vocabulary."""
-    low, high = facts.train.least_id, max(0, len(facts.train.id_counts) - 1)
-    if low < 0 or high >= facts.embedding_rows:
-        what = f"token id {low if low < 0 else high} has no row in embeddings of {facts.embedding_rows:,}"
-        return Problem(what, "data.train", "tokenize the data with this model's tokenizer", DataError)
-    return Ok(f"0 to {high:,} in the data")
-
-
 def check_special_tokens(facts: Facts) -> Check:
     """The end token is learned, the pad token never: they must not be one, and must have rows."""
     tokenizer = facts.tokenizer
@@ -180,24 +170,6 @@ def check_unknown_tokens(facts: Facts) -> Check | None:
     what = f"{share:.2%} of the tokens are {facts.tokenizer.unk_token}: the tokenizer cannot spell the text"
     fix = "use a tokenizer that can (byte-level BPE spells everything)"
     return Problem(what, "tokenizer", fix, ModelError, is_warning=share <= UNKNOWN_TOKENS)
-
-
-def check_template(facts: Facts) -> Check | None:
-    """What is trained on is, byte by byte, what ``tokenizer.apply_chat_template`` renders."""
-    examples = facts.train.examples.examples[:SAMPLE]
-    chats = [example.messages for example in examples if isinstance(example, ChatExample)]
-    for messages in chats:
-        plain = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-        last = max((i for i, turn in enumerate(plain) if turn["role"] == "assistant"), default=len(plain))
-        ours = [render_chat(messages, facts.tokenizer), render_prompt(messages[:last], facts.tokenizer)]
-        theirs = [
-            facts.tokenizer.apply_chat_template(plain, tokenize=False),
-            facts.tokenizer.apply_chat_template(plain[:last], tokenize=False, add_generation_prompt=True),
-        ]
-        if ["".join(segment.text for segment in segments) for segments in ours] != theirs:
-            what = f"a chat is not rendered as by the tokenizer itself: {plain[0]['content'][:40]!r}"
-            return Problem(what, "tokenizer.chat_template", "set it to chatml", ModelError)
-    return Ok(f"{len(chats):,} chats rendered as by the tokenizer itself") if chats else None
 
 
 def check_template_tokens(facts: Facts) -> Check | None:
@@ -279,11 +251,9 @@ CHECKS: dict[str, Callable[[Facts], Check | None]] = {
     "evaluation": check_evaluation,
     "logging": check_logging,
     "vocabulary": check_vocabulary,
-    "token ids": check_token_ids,
     "special tokens": check_special_tokens,
     "bytes per token": check_bytes_per_token,
     "unknown tokens": check_unknown_tokens,
-    "chat template": check_template,
     "template tokens": check_template_tokens,
     "learned stops": check_stop_is_learned,
     "positions": check_positions,

@@ -19,6 +19,7 @@ from hf_clm.parts import (
     build_model,
     build_model_config,
     build_tokenizer_aside,
+    settle_render,
     training_arguments,
 )
 
@@ -118,6 +119,7 @@ def _collect(recipe: Recipe, stage: _Stage, *, loads_model: bool) -> Facts:
     loaded = load_early(recipe, arguments.seed)
     stage.name = "tokenizer"
     tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)
+    recipe = settle_render(recipe, tokenizer)
     stage.name = "model"
     config = build_model_config(recipe, tokenizer)
     stage.name = "data"

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
-from hf_clm.data.labels import count_targets, slice_example
+from hf_clm.data.label.labels import count_targets, slice_row
 from hf_clm.errors import ModelError
 from hf_clm.evaluation.metrics import token_nll
 from hf_clm.model import max_positions, takes_targets
@@ -137,6 +137,8 @@ def choose_documents(
 ) -> list[TokenizedExample]:
     """A few documents of different lengths: of the first ones, what leads to the last label.
 
+    Without their weights, which the model's own loss does not know.
+
     Args:
         positions: of the model, tokens: a row of a stream may be longer; None states no limit.
     """
@@ -144,9 +146,10 @@ def choose_documents(
     length = int(min(LONGEST, max(SHORTEST, tokens / DOCUMENTS), positions or LONGEST))
     chosen = []
     for number in range(min(len(examples), DOCUMENTS)):
-        example = examples[number]
+        row = examples[number]
+        example: TokenizedExample = {"input_ids": row["input_ids"], "labels": row["labels"]}
         end = max(i for i, label in enumerate(example["labels"]) if label >= 0) + 1
-        chosen.append(slice_example(example, start=max(0, end - length + number), stop=end))
+        chosen.append(slice_row(example, start=max(0, end - length + number), stop=end))
     return chosen
 
 

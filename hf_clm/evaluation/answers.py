@@ -8,10 +8,8 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.errors import EnvironmentFault
-from hf_clm.evaluation.evaluate import to_question
-from hf_clm.generation.command import to_shown
 from hf_clm.generation.generate import generate
-from hf_clm.schema import Example, TokenizedExample
+from hf_clm.schema import AnyExample
 
 Metrics = Mapping[str, Callable[[list[str], list[list[str]]], Any]]  # answers and [targets] -> .score
 
@@ -73,7 +71,7 @@ def measure_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    examples: Sequence[Example | TokenizedExample],
+    examples: Sequence[AnyExample],
     metrics: Metrics,
     **options: Any,
 ) -> Answers | None:
@@ -82,16 +80,12 @@ def measure_answers(
     Args:
         options: of ``generate``.
     """
-    asked = {
-        number: question
-        for number, example in enumerate(examples)
-        if not isinstance(example, dict) and (question := to_question(example))
-    }
+    asked = {number: question for number, example in enumerate(examples) if (question := example.question)}
     if not asked:
         return None
     found = generate(model, tokenizer, prompts=[prompt for prompt, _ in asked.values()], **options)
     samples = [
-        Sample(number, to_shown(prompt), target, answer.text, answer.stopped)
+        Sample(number, prompt.shown, target, answer.text, answer.stopped)
         for (number, (prompt, target)), answer in zip(asked.items(), found, strict=True)
     ]
     return Answers(samples, metrics)

@@ -5,18 +5,19 @@ prompt | no  <eos>     -1.6      the log-probabilities of its tokens are summed,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.data.build import Examples
-from hf_clm.data.datasets import SFTDataset
-from hf_clm.data.labels import slice_example
+from hf_clm.data.label.datasets import SFTDataset
+from hf_clm.data.label.labels import slice_row
+from hf_clm.data.label.render import Policy
 from hf_clm.errors import DataError, ModelError, RecipeError, did_you_mean
-from hf_clm.evaluation.evaluate import measure_rows, target_places, target_starts, to_question
-from hf_clm.schema import ChatExample, Example, PromptExample, Segment, SegmentsExample, TokenizedExample
+from hf_clm.evaluation.evaluate import measure_rows, target_places, target_starts
+from hf_clm.schema import Chat, Document, Example, Message, Segment, TokenizedExample, Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ def find_expected(read: Examples, choices: Sequence[str]) -> np.ndarray:
     """
     expected = []
     for example, place in zip(read.examples, read.places, strict=True):
-        answer = None if isinstance(example, dict) else to_answer(example)
+        answer = None if isinstance(example, Tokens) else to_answer(example)
         if answer is None:
             raise DataError("has no prompt and completion to choose", where=place, fix="leave out --choices")
         if answer not in choices:
@@ -93,10 +94,10 @@ def to_answer(example: Example) -> str | None:
 
     Raises RecipeError where the template writes between several columns.
     """
-    question = to_question(example)
-    if question is None or example == PromptExample("", question[1]):
+    question = example.question
+    if question is None:
         return None
-    if not isinstance(example, SegmentsExample):
+    if isinstance(example, Chat):
         return question[1]
     learned = _learned(example)
     words = _words(learned)
@@ -108,15 +109,13 @@ def to_answer(example: Example) -> str | None:
 
 def with_answer(example: Example, answer: str) -> Example:
     """The example with another completion; what a template writes around its word stays."""
-    if isinstance(example, ChatExample):
-        return ChatExample([*example.messages[:-1], {"role": "assistant", "content": answer}])
-    if isinstance(example, PromptExample):
-        return PromptExample(example.prompt, answer)
-    assert isinstance(example, SegmentsExample), "to_answer found one"
+    if isinstance(example, Chat):
+        turn: Message = {"role": "assistant", "content": answer}
+        return replace(example, messages=[*example.messages[:-1], turn])
     learned = _learned(example)
     read, words = example.segments[: len(example.segments) - len(learned)], _words(learned)
-    word = Segment(answer, is_target=True)
-    return SegmentsExample([*read, *learned[: words.start], word, *learned[words.stop :]])
+    word = Segment(answer, weight=1.0)
+    return Document([*read, *learned[: words.start], word, *learned[words.stop :]])
 
 
 def measure_choices(
@@ -144,17 +143,18 @@ def choice_rows(
     *,
     choices: Sequence[str],
     max_length: int,
-    special_tokens_in_text: str,
+    special_tokens_in_text: Policy,
 ) -> list[TokenizedExample]:
     """Every example with every choice, tokenized as in training; example by example.
 
     A prompt that is too long is cut from the left, at one place for all choices. Raises DataError where a
     choice leaves no room for it.
     """
-    written = [example for example in read.examples if not isinstance(example, dict)]
+    written = [example for example in read.examples if not isinstance(example, Tokens)]
     candidates = [with_answer(example, choice) for example in written for choice in choices]
-    policy: dict[str, Any] = {"special_tokens_in_text": special_tokens_in_text}
-    dataset = SFTDataset(candidates, tokenizer, train_on="last_turn", **policy)
+    dataset = SFTDataset(
+        candidates, tokenizer, train_on="last_turn", special_tokens_in_text=special_tokens_in_text
+    )
     assert len(dataset) == len(candidates), "a prompt and a choice always have a target"
     rows = []
     for number, place in enumerate(read.places):
@@ -163,11 +163,11 @@ def choice_rows(
         if cut and cut >= min(int(target_places(np.array(row["labels"]))[_last_target(row)]) for row in own):
             what = f"no prompt fits beside the choices within {max_length} tokens"
             raise DataError(what, where=place, fix="raise --max_length, or give shorter choices")
-        rows += [slice_example(row, start=cut, stop=len(row["input_ids"])) if cut else row for row in own]
+        rows += [slice_row(row, start=cut, stop=len(row["input_ids"])) if cut else row for row in own]
     return rows
 
 
-def _learned(example: SegmentsExample) -> list[Segment]:
+def _learned(example: Document) -> list[Segment]:
     """The segments behind the last one that is only read."""
     ends = [number for number, segment in enumerate(example.segments, start=1) if not segment.is_target]
     return example.segments[ends[-1] if ends else 0 :]

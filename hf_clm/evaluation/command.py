@@ -2,22 +2,27 @@
 
 import re
 from argparse import Namespace
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
-from hf_clm.config import Data, Recipe, Source, load_recipe
-from hf_clm.data.build import Examples, check_spelled, load_examples
-from hf_clm.data.datasets import PretrainDataset, SFTDataset
+from hf_clm.config import Data, Recipe, Source
+from hf_clm.data.build import Examples, check_spelled, label_options, load_examples
+from hf_clm.data.label.datasets import TokenizedDataset, tokenize_rows
+from hf_clm.data.label.render import Policy
+from hf_clm.data.read.plain_template import is_plain
 from hf_clm.errors import DataError
 from hf_clm.evaluation.answers import Answers, load_metrics, measure_answers
 from hf_clm.evaluation.choices import Verdicts, choice_rows, find_expected, measure_choices, to_choices
 from hf_clm.evaluation.evaluate import Likelihood, measure_likelihood
-from hf_clm.generation.load import LoadedRun, load_run
+from hf_clm.generation.load import LoadedRun, load_run, run_recipe
 from hf_clm.hub import load_options
+from hf_clm.schema import Overflow
+from hf_clm.tokenizer import load_tokenizer
 
+Stage = Literal["sft", "pretrain"]
+DEFAULT_OVERFLOW: dict[str, Overflow] = {"sft": "keep_target", "pretrain": "split"}
 LINE = re.compile(r":[0-9]+$|: record [0-9]+$")  # of a place, behind its file
 
 
@@ -27,7 +32,7 @@ class Evaluation:
 
     run: LoadedRun
     read: Examples
-    dataset: SFTDataset | PretrainDataset
+    dataset: TokenizedDataset
     likelihood: Likelihood
     verdicts: Verdicts | None
     answers: Answers | None
@@ -71,37 +76,32 @@ def evaluate_run(options: Namespace) -> Evaluation:
     metrics = load_metrics() if options.generate else {}
     choices = to_choices(options.choices) if options.choices is not None else []
     load_options(options.run, revision=None, where="run or model")  # what is not there is said at once
-    recipe = read_recipe(options.run)
+    recipe = run_recipe(options.run)
     data = to_data(options, recipe)
     read = load_examples(data.train, data)
     expected = find_expected(read, choices) if choices else None
     run = load_run(options.run, device=options.device)
-    stage = options.stage or run.stage
-    settings: dict[str, Any] = {"special_tokens_in_text": data.special_tokens_in_text}
-    settings["max_length"] = options.max_length or run.max_length
-    dataset = build_dataset(read, run, stage=stage, recipe=recipe, **settings)
+    stage: Stage = options.stage or run.stage
+    max_length = options.max_length or run.max_length
+    dataset = build_dataset(read, run, stage=stage, recipe=recipe, max_length=max_length)
     sizes = {"dataset": dataset, "batch_size": options.batch_size}
     likelihood = measure_likelihood(run.model, run.tokenizer, **sizes)
     verdicts = answers = None
     if expected is not None:
-        rows = choice_rows(read, run.tokenizer, choices=choices, **settings)
+        policy: Policy = data.special_tokens_in_text
+        known: dict[str, Any] = {"max_length": max_length, "special_tokens_in_text": policy}
+        rows = choice_rows(read, run.tokenizer, choices=choices, **known)
         ways = {"by": options.choices_by, "batch_size": options.batch_size}
         scores = measure_choices(run.model, rows, choices=len(choices), **ways)
         verdicts = Verdicts(choices, expected, scores)
     if options.generate or (stage == "sft" and not choices and not options.no_generate):
         limits = {"max_new_tokens": options.max_new_tokens, "do_sample": False, "metrics": metrics}
-        limits["special_tokens_in_text"] = data.special_tokens_in_text
+        limits["rendering"] = run.rendering
         answers = measure_answers(run.model, run.tokenizer, examples=read.examples, **limits)
     if options.generate and not answers:
         where = ", ".join(read.report.files[:2])
         raise DataError("no example has a prompt to answer", where=where, fix="leave out --generate")
     return Evaluation(run, read, dataset, likelihood, verdicts, answers)
-
-
-def read_recipe(run: str) -> Recipe | None:
-    """The recipe of a run's folder; None for another model."""
-    path = Path(run).expanduser() / "recipe.yaml"
-    return load_recipe(path) if path.is_file() else None
 
 
 def to_data(options: Namespace, recipe: Recipe | None) -> Data:
@@ -110,7 +110,10 @@ def to_data(options: Namespace, recipe: Recipe | None) -> Data:
     Format and columns are those that all sources of the run share, unless ``--format`` names another.
     """
     if recipe is None:
-        return Data(train=[Source(path=path, format=options.format) for path in options.data])
+        tokenizer = load_tokenizer(options.run)
+        is_asked_by_template = bool(tokenizer.chat_template) and not is_plain(tokenizer)
+        sources = [Source(path=path, format=options.format) for path in options.data]
+        return Data(train=sources, render="chat" if is_asked_by_template else "plain")
     keys = ("format", "fields", "template")
     first, *others = ({key: getattr(source, key) for key in keys} for source in recipe.data.train)
     is_shared = all(other == first for other in others) and not options.format
@@ -120,26 +123,20 @@ def to_data(options: Namespace, recipe: Recipe | None) -> Data:
 
 
 def build_dataset(
-    read: Examples, run: LoadedRun, *, stage: str, recipe: Recipe | None, **settings: Any
-) -> SFTDataset | PretrainDataset:
-    """The examples labelled as the run labels them. Raises DataError where none has a target that fits.
-
-    Args:
-        settings: of the dataset: ``max_length``, ``special_tokens_in_text``.
-    """
+    read: Examples, run: LoadedRun, *, stage: Stage, recipe: Recipe | None, max_length: int
+) -> TokenizedDataset:
+    """The examples labelled as the run labels them. Raises DataError where none has a target that fits."""
+    options = run.rendering
+    if recipe and recipe.stage == stage:
+        options = label_options(recipe)
+    overflow = options.overflow if recipe and recipe.stage == stage == "sft" else DEFAULT_OVERFLOW[stage]
+    options = replace(options, stage=stage, max_length=max_length, overflow=overflow, window=None)
     try:
-        if stage == "pretrain":
-            dataset = PretrainDataset(read.examples, run.tokenizer, **settings)
-        else:
-            settings["overflow"] = (
-                recipe.resolved_overflow if recipe and recipe.stage == "sft" else "keep_target"
-            )
-            settings["train_on"] = recipe.data.train_on if recipe else "all_turns"
-            dataset = SFTDataset(read.examples, run.tokenizer, **settings)
+        rows = tokenize_rows(read.examples, run.tokenizer, options)
     except DataError as error:
         raise error if error.row is None else error.at(read.places[error.row]) from error
-    check_spelled(read, dataset.rows, tokenizer=run.tokenizer)
-    if len(dataset) == 0:
+    check_spelled(read, rows, tokenizer=run.tokenizer)
+    if len(rows) == 0:
         where = ", ".join(read.report.files[:2])
         raise DataError("no example has a target that fits", where=where, fix="raise --max_length")
-    return dataset
+    return TokenizedDataset(rows)

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_clm.chat_template import stop_token_ids
 from hf_clm.data.collators import DataCollatorForPackedCausalLM
-from hf_clm.data.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.evaluation.metrics import bits_per_byte, perplexity, target_nll
 from hf_clm.model import takes_targets
-from hf_clm.schema import IGNORE_INDEX, ChatExample, Example, PromptExample, SegmentsExample, TokenizedExample
+from hf_clm.schema import IGNORE_INDEX, TokenizedExample
+from hf_clm.text.chat import stop_token_ids
 
 KINDS = ("first", "content", "stop")  # of a target token, by its place: see target_kinds
 
@@ -65,7 +65,7 @@ def measure_likelihood(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    dataset: SFTDataset | PretrainDataset,
+    dataset: TokenizedDataset,
     batch_size: int = 8,
 ) -> Likelihood:
     """The likelihood of every target token; ``batch_size`` (rows) changes nothing."""
@@ -162,22 +162,6 @@ def target_kinds(labels: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:
     ends = np.append(starts[1:], True)
     is_stop = ends & np.isin(labels[target_places(labels)], list(stop_ids))
     return np.where(is_stop, KINDS.index("stop"), np.where(starts, 0, KINDS.index("content")))
-
-
-def to_question(example: Example) -> tuple[Example, str] | None:
-    """The prompt and the target text of an example; None where it has no prompt or ends in no target."""
-    if isinstance(example, PromptExample):
-        return PromptExample(example.prompt, ""), example.completion
-    if isinstance(example, ChatExample) and example.messages[-1]["role"] == "assistant":
-        return ChatExample(example.messages[:-1]), example.messages[-1]["content"]
-    if isinstance(example, SegmentsExample):
-        ends = [number for number, segment in enumerate(example.segments) if not segment.is_target]
-        read, learned = (
-            (example.segments[: ends[-1] + 1], example.segments[ends[-1] + 1 :]) if ends else ([], [])
-        )
-        text = "".join(segment.text for segment in learned)
-        return (SegmentsExample(read), text) if read and text else None
-    return None
 
 
 def _target_text(labels: list[int], tokenizer: PreTrainedTokenizerFast) -> str:

@@ -1,11 +1,13 @@
 """Figures over tokens: likelihood, accuracy, entropy."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from hf_clm.loss import TokenFigures
 from hf_clm.schema import IGNORE_INDEX
 
 CHUNK_TOKENS = 4096  # of a float32 copy of the logits
@@ -44,6 +46,28 @@ def target_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         for part, target in chunks
     ]
     return torch.cat(nll)
+
+
+def logit_figures(logits: torch.Tensor, labels: torch.Tensor) -> TokenFigures:
+    """The figures of a loss that was computed from all logits (B, T, V); labels (B, T), unshifted."""
+    targets = labels[:, 1:]
+    is_target = targets != IGNORE_INDEX
+    correct = (logits[:, :-1].argmax(dim=-1) == targets) & is_target
+    return TokenFigures(token_nll(logits, labels), correct, is_target)
+
+
+def count_tokens(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Real tokens, and pairs of which one attends to the other.
+
+    Not counted are padding and the single tokens of EvenRows: a document of one token has nothing to learn.
+    """
+    mask, bounds = inputs.get("attention_mask"), inputs.get("cu_seq_lens_q")
+    lengths: Any = bounds.diff() if bounds is not None else mask.sum(dim=1) if mask is not None else None
+    assert lengths is not None, "the batch comes from one of our collators"
+    lengths = (lengths * (lengths > 1)).long()
+    tokens, pairs = lengths.sum(), (lengths * (lengths + 1) // 2).sum()
+    padding = inputs.get("padding_tokens", 0)
+    return tokens - padding, pairs
 
 
 def unigram_entropy(label_counts: np.ndarray) -> float:

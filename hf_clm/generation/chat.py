@@ -1,18 +1,29 @@
 """``hf-clm chat``: a conversation in the terminal, with the prompts and stop tokens of training."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 from hf_clm.errors import DataError, RecipeError, UserError, did_you_mean
-from hf_clm.generation.generate import fit_new_tokens, to_prompt_example, to_prompt_ids
+from hf_clm.generation.command import read_tools
+from hf_clm.generation.generate import (
+    fit_new_tokens,
+    prompt_room,
+    to_fitting_prompt,
+    to_prompt_example,
+    to_prompt_ids,
+)
 from hf_clm.generation.load import LoadedRun, load_run
+from hf_clm.generation.parsing import AnswerReader, find_syntax
 from hf_clm.generation.stream import Answer, Sampling, stream_answers, to_sampling
-from hf_clm.schema import ChatExample, Example, Message, Role
+from hf_clm.schema import Chat, Json, Message, Role, ToolCall
 
+Write = Callable[[str], None]
 COMMANDS = {
     "/help": "this list",
     "/reset": "forget the conversation",
     "/system": "TEXT: begin anew with this system message; without a text, with none",
+    "/tool": "TEXT: the result of the function that was called",
     "/quit": "leave; so does the end of the input, or Ctrl-C twice",
 }
 NOTES = {
@@ -23,11 +34,27 @@ CONTINUES = "this model learned no conversations: each text is continued as it i
 
 
 class Conversation:
-    """What has been said: each answer is generated from all of it, or, without turns, from the last text."""
+    """What has been said: each answer is generated from all of it, or, without turns, from the last text.
 
-    def __init__(self, run: LoadedRun, sampling: Sampling, *, system: str, max_new_tokens: int | None):
+    Raises RecipeError for a system message or tools where there are no turns.
+    """
+
+    def __init__(
+        self,
+        run: LoadedRun,
+        sampling: Sampling,
+        *,
+        system: str,
+        max_new_tokens: int | None,
+        tools: Sequence[dict[str, Json]] = (),
+    ):
+        if tools and not run.has_turns:
+            fix = "leave them out"
+            raise RecipeError(f"a run of format {run.format} takes no tools", where="--tools", fix=fix)
         self.run, self.sampling, self.max_new_tokens = run, sampling, max_new_tokens
+        self.tools = list(tools)
         self.messages: list[Message] = []
+        self._syntax = find_syntax(run.tokenizer)
         self.begin(system)
 
     def begin(self, system: str) -> None:
@@ -42,32 +69,78 @@ class Conversation:
         """Forgets all but the system message."""
         self.messages = list(self._system)
 
-    def answer(self, text: str, emit: Callable[[str], None]) -> Answer:
+    def answer(self, text: str, write: Write) -> Answer:
         """Answers ``text``; Ctrl-C ends the answer where it is. Raises UserError for a prompt it refuses."""
-        run, turns = self.run, [*self.messages, _message("user", text)]
-        prompt: Example = ChatExample(turns)
-        if not run.has_turns:
-            prompt = to_prompt_example(text, run.format, template=run.template)
-        ids = to_prompt_ids([prompt], run.tokenizer, special_tokens_in_text=run.special_tokens_in_text)[0]
+        if self.run.has_turns:
+            return self._continue([*self.messages, _message("user", text)], write)
+        prompt = to_prompt_example(text, self.run.format, template=self.run.template)
+        ids = to_prompt_ids([prompt], self.run.tokenizer, self.run.rendering)[0]
+        room = fit_new_tokens(self.run.model, len(ids), max_new_tokens=self.max_new_tokens)
+        return self._generate(ids, room, write=write)
+
+    def take_result(self, text: str, write: Write) -> Answer | None:
+        """Takes the result of the first call that has none; answers when it was the last one.
+
+        Raises RecipeError where no call waits for a result.
+        """
+        calls = self._open_calls
+        if not calls:
+            raise RecipeError("no function was called", fix="ask something, with --tools FILE")
+        result: Message = {"role": "tool", "content": text, "name": str(calls[0]["function"]["name"])}
+        if "id" in calls[0]:
+            result["tool_call_id"] = calls[0]["id"]
+        if len(calls) == 1:
+            return self._continue([*self.messages, result], write)
+        self.messages.append(result)
+        write(f"(now the result of {calls[1]['function']['name']})\n")
+        return None
+
+    @property
+    def _open_calls(self) -> list[ToolCall]:
+        """The calls of the last answer that have no result yet."""
+        results = len(list(takewhile(lambda message: message["role"] == "tool", reversed(self.messages))))
+        before = self.messages[: len(self.messages) - results]
+        return before[-1].get("tool_calls", [])[results:] if before else []
+
+    def _continue(self, turns: list[Message], write: Write) -> Answer:
+        """Generates the next turn. Where there is no room for all of them, the oldest are forgotten."""
+        run = self.run
+        most = prompt_room(run.model, max_new_tokens=self.max_new_tokens)
+        chat = Chat(turns, self.tools)
+        ids, chat = to_fitting_prompt(chat, run.tokenizer, rendering=run.rendering, most=most)
         room = fit_new_tokens(run.model, len(ids), max_new_tokens=self.max_new_tokens)
-        answer = Answer(ids, self.sampling, max_new_tokens=room, emit=emit)
+        if forgotten := len(turns) - len(chat.messages):
+            write(f"(no room for the whole conversation: its oldest messages ({forgotten}) are forgotten)\n")
+        answer = self._generate(ids, room, write=write)
+        if answer.text.strip():  # a turn without a word is in no training set
+            prompt = str(run.tokenizer.decode(ids))
+            reader = AnswerReader(run.tokenizer, self._syntax, prompt=prompt, tools=self.tools)
+            reader.feed(answer.text)
+            reader.finish()
+            self.messages = [*chat.messages, reader.message]
+        return answer
+
+    def _generate(self, ids: list[int], room: int, *, write: Write) -> Answer:
+        hidden = self._syntax.hidden_ids
+        answer = Answer(ids, self.sampling, max_new_tokens=room, hidden_ids=hidden, emit=write)
         try:
-            stream_answers(run.model, run.tokenizer, answers=[answer])
+            stream_answers(self.run.model, self.run.tokenizer, answers=[answer])
         except KeyboardInterrupt:
             answer.is_cancelled = True
-        if answer.text.strip() and run.has_turns:  # a turn without a word is in no training set
-            self.messages = [*turns, _message("assistant", answer.text)]
         return answer
 
 
-def chat(options: Namespace, *, read: Callable[[], str], write: Callable[[str], None]) -> None:
+def chat(options: Namespace, *, read: Callable[[], str], write: Write) -> None:
     """Reads a text, writes its answer, until the texts end: ``read`` raises EOFError then.
 
     A line that ends in a backslash goes on in the next one.
     """
     sampling = to_sampling(options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    tools = read_tools(options.tools) if options.tools else []
     run = load_run(options.run, attention="sdpa", device=options.device)
-    talk = Conversation(run, sampling, system=options.system, max_new_tokens=options.max_new_tokens)
+    talk = Conversation(
+        run, sampling, system=options.system, max_new_tokens=options.max_new_tokens, tools=tools
+    )
     if not run.has_turns:
         write(f"({NOTES.get(run.format, CONTINUES)})\n")
     was_interrupted = False
@@ -100,20 +173,28 @@ def check_unicode(text: str) -> None:
         raise DataError("the text is not UTF-8", got=repr(text[:40]))
 
 
-def _reply(talk: Conversation, text: str, *, write: Callable[[str], None]) -> bool:
+def _reply(talk: Conversation, text: str, *, write: Write) -> bool:
     """Does what a command says, or answers; True where Ctrl-C ended the answer."""
     try:
+        check_unicode(text)
+        word, _, rest = text.partition(" ")
+        if word == "/tool":
+            answer = talk.take_result(rest, write)
+            return answer is not None and _end_line(answer, write)
         if text.startswith("/"):
             write(_command(talk, text) + "\n")
         elif text.strip():
-            check_unicode(text)
-            answer = talk.answer(text, write)
-            ends = {"length": "\n(cut: --max_new_tokens allows more)\n", "": "\n(stopped)\n"}
-            write(ends.get(answer.finish, "\n"))
-            return answer.is_cancelled
+            return _end_line(talk.answer(text, write), write)
     except UserError as error:
         write(f"error: {error}\n")
     return False
+
+
+def _end_line(answer: Answer, write: Write) -> bool:
+    """Ends the line of an answer, saying where it was cut; True where Ctrl-C ended it."""
+    ends = {"length": "\n(cut: --max_new_tokens allows more)\n", "": "\n(stopped)\n"}
+    write(ends.get(answer.finish, "\n"))
+    return answer.is_cancelled
 
 
 def _command(talk: Conversation, line: str) -> str:

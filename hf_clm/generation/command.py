@@ -1,40 +1,85 @@
 """``hf-clm generate``: prompts from the command line or a file, rendered as the run was trained."""
 
+import json
 from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 from transformers import set_seed
 
-from hf_clm.data.formats import to_prompt
-from hf_clm.data.segments import whole_text
+from hf_clm.data.read.formats import to_prompt
+from hf_clm.data.read.templating import to_template_prompt
 from hf_clm.data.sources import ReadOptions, ReadReport, Record, read_records
-from hf_clm.data.templating import to_template_prompt
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.generation.generate import Generated, generate, to_prompt_example
 from hf_clm.generation.load import load_run
-from hf_clm.schema import ChatExample, Example, Format, PromptExample, SegmentsExample, TextExample
+from hf_clm.schema import Chat, Example, Format, Json
 from hf_clm.template import Template
 
 SETTINGS = ("max_new_tokens", "slide", "num_beams", "no_repeat_ngram_size", "repetition_penalty")
 
 
 def generate_from_run(options: Namespace) -> list[tuple[str, Generated]]:
-    """Each prompt as it is shown, with its answer. Raises RecipeError without a prompt."""
+    """Each prompt as it is shown, with its answer.
+
+    Raises RecipeError without a prompt, and for tools where they have no place.
+    """
     if not options.prompt and not options.file:
         raise RecipeError(
             "needs a prompt", where="hf-clm generate", fix='--prompt "..." or --file prompts.txt'
         )
+    if options.tools and not options.prompt:
+        fix = "give a --prompt; the records of --file hold their own tools"
+        raise RecipeError("offers functions with --prompt, and there is none", where="--tools", fix=fix)
+    tools = read_tools(options.tools) if options.tools else []
     settings = to_settings(options)
     run = load_run(options.run, attention="sdpa", device=options.device)
     format, template = ("text", None) if options.raw else (run.format, run.template)
-    shape: dict[str, Any] = {"template": template}
-    prompts = [to_prompt_example(text, format, input_text=options.input, **shape) for text in options.prompt]
+    has_turns = run.has_turns and not options.raw
+    prompts = [
+        to_prompt_example(text, format, input_text=options.input, template=template, has_turns=has_turns)
+        for text in options.prompt
+    ]
+    if tools:
+        prompts = [with_tools(prompt, tools) for prompt in prompts]
     if options.file:
-        prompts += read_prompts(options.file, format, **shape)
+        prompts += read_prompts(options.file, format, template=template, has_turns=has_turns)
     set_seed(options.seed)
-    settings["special_tokens_in_text"] = run.special_tokens_in_text
-    answers = generate(run.model, run.tokenizer, prompts=prompts, batch_size=options.batch_size, **settings)
-    return [(to_shown(prompt), answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    answers = generate(
+        run.model,
+        run.tokenizer,
+        prompts=prompts,
+        batch_size=options.batch_size,
+        rendering=run.rendering,
+        **settings,
+    )
+    return [(prompt.shown, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def read_tools(path: str) -> list[dict[str, Json]]:
+    """The tools of a JSON file: a list of functions as OpenAI's API takes them.
+
+    Raises RecipeError for a file that cannot be read, DataError for one that holds something else.
+    """
+    try:
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError("cannot be read", where="--tools", got=f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"not a JSON file: {error}", where=path) from error
+    question = {"role": "user", "content": "Hi"}
+    example = to_prompt({"messages": [question], "tools": content}, format="messages", where=path)
+    assert isinstance(example, Chat)
+    return example.tools
+
+
+def with_tools(prompt: Example, tools: list[dict[str, Json]]) -> Chat:
+    """The chat with these tools. Raises RecipeError for a prompt that is no chat."""
+    if not isinstance(prompt, Chat):
+        what = "the model is not asked through a chat template, so it takes no tools"
+        raise RecipeError(what, where="--tools", fix="leave it out")
+    return replace(prompt, tools=tools)
 
 
 def to_settings(options: Namespace) -> dict[str, Any]:
@@ -51,33 +96,28 @@ def to_settings(options: Namespace) -> dict[str, Any]:
     return settings
 
 
-def read_prompts(path: str, format: str, *, template: Template | None = None) -> list[Example]:
+def read_prompts(
+    path: str, format: str, *, template: Template | None = None, has_turns: bool = False
+) -> list[Example]:
     """Prompts from a txt file, one a line, or from records whose target side may be missing."""
     prompts: list[Example]
     if path.endswith(".txt"):
         with open(path, encoding="utf-8") as file:
             lines = [line.rstrip("\n") for line in file if line.strip()]
-        prompts = [to_prompt_example(line, format, template=template) for line in lines]
+        prompts = [to_prompt_example(line, format, template=template, has_turns=has_turns) for line in lines]
     else:
         records = read_records(path, ReadOptions(), report=ReadReport())
-        prompts = [to_record_prompt(record, format, template=template) for record in records]
+        prompts = [
+            to_record_prompt(record, format, template=template, has_turns=has_turns) for record in records
+        ]
     if not prompts:
         raise DataError("holds no prompt", where=path)
     return prompts
 
 
-def to_record_prompt(record: Record, format: str, *, template: Template | None) -> Example:
+def to_record_prompt(record: Record, format: str, *, template: Template | None, has_turns: bool) -> Example:
     """A record whose target side may be missing, as a prompt."""
     if template:
         return to_template_prompt(record.data, template, where=record.where)
-    return to_prompt(record.data, format=cast(Format, format), where=record.where)
-
-
-def to_shown(prompt: Example) -> str:
-    """The prompt as one text, to print beside its answer."""
-    if isinstance(prompt, ChatExample):
-        return prompt.messages[-1]["content"]
-    if isinstance(prompt, SegmentsExample):
-        return whole_text(prompt).rstrip("\n")
-    assert isinstance(prompt, PromptExample | TextExample), type(prompt)
-    return prompt.prompt.rstrip("\n") if isinstance(prompt, PromptExample) else prompt.text
+    render = "chat" if has_turns else "plain"
+    return to_prompt(record.data, format=cast(Format, format), where=record.where, render=render)

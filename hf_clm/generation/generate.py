@@ -1,7 +1,7 @@
 """Generates text: the prompt rendered as in training, stopped at the stop tokens of training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,17 +9,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.attention import use_for_generation, use_for_training
 from hf_clm.data.build import unspelled
-from hf_clm.data.formats import to_prompt
-from hf_clm.data.labels import tokenize_batch
-from hf_clm.data.segments import to_prompt_segments, whole_text
-from hf_clm.data.templating import to_template_words
-from hf_clm.errors import RecipeError
-from hf_clm.model import max_positions
-from hf_clm.schema import ChatExample, Example, TextExample
+from hf_clm.data.label.labels import cut_chat, encode_prompts
+from hf_clm.data.label.render import LabelOptions
+from hf_clm.data.read.formats import to_prompt
+from hf_clm.data.read.templating import to_template_words
+from hf_clm.errors import DataError, RecipeError
+from hf_clm.model import NEW_TOKENS, max_positions
+from hf_clm.schema import Chat, Document, Example, Segment, whole_text
 from hf_clm.template import Template
+from hf_clm.text.chat import NO_PLACE
 from hf_clm.tokenizer import find_unknown
-
-NEW_TOKENS = 256  # unless the caller says otherwise
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,14 @@ def generate(
     prompts: Sequence[Example | str],
     batch_size: int = 16,
     max_new_tokens: int | None = None,
-    special_tokens_in_text: str = "encode_as_text",
+    rendering: LabelOptions | None = None,
     **options: Any,
 ) -> list[Generated]:
     """Continues each prompt; a string is taken as it is, an Example is rendered as in training.
 
     Args:
         max_new_tokens: None is 256, or what the model has positions for.
-        special_tokens_in_text: as in training.
+        rendering: how prompts are rendered, as in training.
         options: of ``transformers.GenerationConfig``: do_sample, temperature, top_k, top_p, num_beams,
             no_repeat_ngram_size, ...; and slide: go on past the model's positions, in stretches that each
             reread the last half of them.
@@ -53,8 +52,8 @@ def generate(
     Raises RecipeError for options that do not go together, and where prompt and new tokens exceed the model's
     positions; DataError for a prompt that the tokenizer cannot spell.
     """
-    examples = [TextExample(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    ids = to_prompt_ids(examples, tokenizer, special_tokens_in_text=special_tokens_in_text)
+    examples = [to_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    ids = to_prompt_ids(examples, tokenizer, rendering or LabelOptions())
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # a long prompt shortens no other
     answer_batch = _slide_batch if options.pop("slide", False) else _generate_batch
     was_training, attention = model.training, str(model.config._attn_implementation)
@@ -75,37 +74,83 @@ def generate(
         model.train(was_training)
 
 
+def to_text(text: str) -> Document:
+    """A text that is continued as it is."""
+    return Document([Segment(text, 1.0)])
+
+
 def to_prompt_ids(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, *, special_tokens_in_text: str
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, rendering: LabelOptions
 ) -> list[list[int]]:
     """The ids that the model continues, of each prompt; an empty one is what follows the end of a text.
 
-    Raises DataError for a prompt that the tokenizer cannot spell.
+    Raises DataError for a prompt that the tokenizer cannot spell, and for tools that its template leaves out.
     """
     check_prompts(examples, tokenizer)
-    rendering = {"special_tokens_in_text": special_tokens_in_text}
-    segments = [to_prompt_segments(example, tokenizer, **rendering) for example in examples]
     eos = tokenizer.eos_token_id
     assert isinstance(eos, int), "load_tokenizer requires one"
-    return [example["input_ids"] or [eos] for example in tokenize_batch(segments, tokenizer)]
+    prompts = encode_prompts(examples, tokenizer, rendering)
+    for example, ids in zip(examples, prompts, strict=True):
+        if isinstance(example, Chat) and example.tools:
+            _check_tools(example, tokenizer, rendering=rendering, ids=ids)
+    return [ids or [eos] for ids in prompts]
+
+
+def to_fitting_prompt(
+    chat: Chat, tokenizer: PreTrainedTokenizerFast, *, rendering: LabelOptions, most: int | None
+) -> tuple[list[int], Chat]:
+    """The ids of a chat's prompt, and the chat that they are of.
+
+    Where they are more than ``most``, the oldest turns after the system turn are left out, as many as must
+    be. The last turn of the user stays, even if it does not fit.
+    """
+
+    def to_ids(part: Chat) -> list[int]:
+        return to_prompt_ids([part], tokenizer, rendering)[0]
+
+    def fits(part: Chat) -> bool:
+        is_last = sum(message["role"] == "user" for message in part.messages) <= 1
+        return is_last or len(to_ids(part)) <= (most or 0)
+
+    ids = to_ids(chat)
+    if most is None or len(ids) <= most:
+        return ids, chat
+    cut = cut_chat(chat, fits)
+    return (to_ids(cut[1]), cut[1]) if cut else (ids, chat)
+
+
+def prompt_room(model: PreTrainedModel, *, max_new_tokens: int | None) -> int | None:
+    """The tokens that a prompt may have, so that an answer has positions left; None where there is no limit.
+
+    Without ``max_new_tokens`` an answer gets 256, or a quarter of the positions.
+    """
+    limit = max_positions(model.config)
+    return None if limit is None else limit - (max_new_tokens or min(NEW_TOKENS, limit // 4))
 
 
 def to_prompt_example(
-    text: str, format: str, *, input_text: str = "", template: Template | None = None
+    text: str,
+    format: str,
+    *,
+    input_text: str = "",
+    template: Template | None = None,
+    has_turns: bool = False,
 ) -> Example:
     """Plain text as a prompt of ``format``: an instruction, a user's turn, or the text itself.
 
-    With a ``template`` the text is its first column, and ``input_text`` the second.
+    With a ``template`` the text is its first column, and ``input_text`` the second. ``has_turns``: the run
+    learned turns of a chat, whatever format its records had.
     """
     if template is not None:
         return to_template_words(text, template, input_text=input_text)
+    if has_turns or format in ("messages", "sharegpt"):
+        content = f"{text}\n\n{input_text}" if input_text else text
+        return Chat([{"role": "user", "content": content}])
     if format == "instruct":
         return to_prompt({"instruct": text, "input": input_text}, format="instruct")
     if format == "alpaca":
         return to_prompt({"instruction": text, "input": input_text}, format="alpaca")
-    if format in ("messages", "sharegpt"):
-        return ChatExample([{"role": "user", "content": text}])
-    return TextExample(text)
+    return to_text(text)
 
 
 def check_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> None:
@@ -116,7 +161,7 @@ def check_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFas
 
 
 def fit_new_tokens(model: PreTrainedModel, prompt_tokens: int, *, max_new_tokens: int | None) -> int:
-    """How many tokens to generate at most; by default as many as there is room for behind the longest prompt.
+    """How many tokens to generate at most; by default as many as there is room for after the longest prompt.
 
     Raises RecipeError where prompt and new tokens do not fit into the model's positions.
     """
@@ -148,6 +193,19 @@ def stop_ids(model: PreTrainedModel) -> set[int | None]:
     assert model.generation_config is not None
     stop = model.generation_config.eos_token_id
     return set(stop if isinstance(stop, list) else [stop])
+
+
+def _check_tools(
+    chat: Chat, tokenizer: PreTrainedTokenizerFast, *, rendering: LabelOptions, ids: list[int]
+) -> None:
+    """Raises DataError where the prompt is the same without the tools."""
+    try:
+        without = encode_prompts([replace(chat, tools=[])], tokenizer, rendering)[0]
+    except DataError:  # the template needs them
+        return
+    if without == ids:
+        fix = "leave them out, or train with a template that has (tokenizer.chat_template)"
+        raise DataError(f"{NO_PLACE} for tools", fix=fix)
 
 
 @torch.no_grad()
@@ -200,7 +258,7 @@ def _generate_ids(
     batch: list[list[int]],
     options: dict[str, Any],
 ) -> list[list[int]]:
-    """What follows each prompt; behind a stop token padding."""
+    """What follows each prompt; after a stop token padding."""
     pad: Any = tokenizer.pad_token_id
     prompts = to_left_padded(batch, pad, device=model.device)
     decoder: Any = model  # typed without the generate that it has

@@ -1,14 +1,17 @@
 """Opens what a run wrote, or any causal language model, to generate with it or to evaluate it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.adapters import is_adapter, load_adapted
 from hf_clm.attention import NAME as PACKED
+from hf_clm.config import Recipe, load_recipe
+from hf_clm.data.label.render import LabelOptions
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.hub import load_options
 from hf_clm.model import load_model, max_positions
@@ -18,20 +21,19 @@ from hf_clm.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A model ready to answer. ``format`` says how a prompt is rendered, ``stage`` what was learned."""
+    """A model ready to answer. ``format`` says how a prompt is rendered, ``stage`` what was learned.
+
+    has_turns: the model is asked through the chat template of its tokenizer.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     format: str
-    stage: str
+    stage: Literal["sft", "pretrain"]
     max_length: int
-    special_tokens_in_text: str = "encode_as_text"
+    has_turns: bool = False
+    rendering: LabelOptions = field(default_factory=LabelOptions)
     template: Template | None = None
-
-    @property
-    def has_turns(self) -> bool:
-        """True where the model learned conversations."""
-        return self.format in ("messages", "sharegpt")
 
 
 def load_run(name_or_path: str, *, attention: str = PACKED, device: str | None = None) -> LoadedRun:
@@ -52,15 +54,29 @@ def load_run(name_or_path: str, *, attention: str = PACKED, device: str | None =
     load = load_adapted if is_adapter(name_or_path) else load_model
     model = load(name_or_path, tokenizer, attention=attention)
     move_to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    format = facts.get("format") or ("messages" if tokenizer.chat_template else "text")
     return LoadedRun(
         model.eval(),
         tokenizer,
-        format=facts.get("format") or ("messages" if tokenizer.chat_template else "text"),
+        format=format,
         stage=facts.get("stage") or "sft",
         max_length=facts.get("max_length") or min(max_positions(model.config) or 1024, 4096),
-        special_tokens_in_text=facts.get("special_tokens_in_text") or "encode_as_text",
+        has_turns=facts.get("has_turns", format in ("messages", "sharegpt")),
+        rendering=LabelOptions(
+            special_tokens_in_text=facts.get("special_tokens_in_text") or "encode_as_text",
+            reasoning=facts.get("reasoning") or "drop",
+        ),
         template=Template.model_validate(facts["template"]) if facts.get("template") else None,
     )
+
+
+def run_recipe(folder: str) -> Recipe | None:
+    """The recipe of a run's folder, with prompts rendered as in its training; None for another model."""
+    path = Path(folder).expanduser() / "recipe.yaml"
+    if not path.is_file():
+        return None
+    recipe = load_recipe(path)
+    return recipe.for_tokenizer(has_template=read_run(folder).get("render") == "chat")
 
 
 def move_to(model: PreTrainedModel, device: str) -> None:

@@ -1,19 +1,20 @@
-"""The OpenAI-compatible API in Python: what may be asked, what is answered, how it is refused."""
+"""The OpenAI-compatible API in Python: what may be asked, and how it is refused."""
 
+import inspect
 import json
-import time
-import uuid
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, ClassVar, TypeVar
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from transformers import PreTrainedTokenizerFast
 
-from hf_clm.data.formats import to_prompt
+from hf_clm.data.read.formats import to_prompt
 from hf_clm.errors import did_you_mean
-from hf_clm.generation.generate import to_prompt_example
+from hf_clm.generation.generate import to_prompt_example, to_text
 from hf_clm.generation.load import LoadedRun
-from hf_clm.generation.stream import Answer, Sampling, to_sampling
-from hf_clm.schema import ChatExample, Example, TextExample
+from hf_clm.generation.stream import Sampling, to_sampling
+from hf_clm.schema import Chat, Example, Json, Message
 
 Counts = dict[str, float]  # a metric's name with its labels -> its value
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -33,6 +34,8 @@ UNSERVED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "response_format": ({"type": "text"},),
 }
+# No variables of a template: transformers' own options, of which one (chat_template) would replace it.
+RENDERING_OPTIONS = {"messages", *inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters}
 
 
 class ApiError(Exception):
@@ -42,7 +45,9 @@ class ApiError(Exception):
         super().__init__(message)
         kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body: dict[str, Json] = {
+            "error": {"message": message, "type": kind, "param": param, "code": code}
+        }
 
 
 def _listed(value: Any) -> Any:
@@ -101,6 +106,14 @@ class ChatBody(Body):
     text_key: ClassVar[str] = "messages"
 
     messages: list[dict[str, Any]] = Field(min_length=1)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The tools that the prompt holds: with ``tool_choice`` none the model is told of none."""
+        return [] if self.tool_choice == "none" else self.tools or []
 
     def to_example(self, run: LoadedRun) -> Example:
         """The conversation; for a run that learned none, its one message as ``hf-clm generate`` takes it."""
@@ -108,14 +121,44 @@ class ChatBody(Body):
             raise ApiError(
                 400, "the last message is an answer already", code="invalid_value", param="messages"
             )
-        example = to_prompt({"messages": self.messages}, format="messages")
-        assert isinstance(example, ChatExample)
+        chat = self._to_chat()
         if run.has_turns:
-            return example
-        if len(self.messages) > 1:
-            what = f"the model learned no conversations (its format is {run.format}): send one user message"
-            raise ApiError(400, what, code="invalid_value", param="messages")
-        return to_prompt_example(example.messages[0]["content"], run.format, template=run.template)
+            return chat
+        what = f"the model learned no conversations (its format is {run.format})"
+        if chat.tools:
+            raise ApiError(400, f"{what}: it takes no tools", code="invalid_value", param="tools")
+        if len(chat.messages) > 1:
+            raise ApiError(400, f"{what}: send one user message", code="invalid_value", param="messages")
+        return to_prompt_example(chat.messages[0].get("content", ""), run.format, template=run.template)
+
+    def _to_chat(self) -> Chat:
+        """The conversation, read as a record.
+
+        A record may have no empty answer, but the model can have given one: it is put in afterwards.
+        """
+        for name in self.chat_template_kwargs or {}:
+            if name in RENDERING_OPTIONS:
+                what = f"chat_template_kwargs: {name!r} is no variable of a template"
+                raise ApiError(400, what, code="invalid_value", param="chat_template_kwargs")
+        record = {
+            "messages": [{**turn, "content": "-"} if _is_empty(turn) else turn for turn in self.messages],
+            "tools": self.offered_tools,
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
+        chat = to_prompt(record, format="messages")
+        assert isinstance(chat, Chat)
+        turns: list[Message] = [
+            {**turn, "content": ""} if _is_empty(given) else turn
+            for turn, given in zip(chat.messages, self.messages, strict=True)
+        ]
+        return replace(chat, messages=turns)
+
+
+def _is_empty(turn: dict[str, Any]) -> bool:
+    """Whether it is an answer that says and calls nothing; it may hold reasoning."""
+    content = turn.get("content") or ""
+    is_blank = isinstance(content, str) and not content.strip()
+    return turn.get("role") == "assistant" and is_blank and not turn.get("tool_calls")
 
 
 class CompletionBody(Body):
@@ -128,7 +171,7 @@ class CompletionBody(Body):
         if len(self.prompt) != 1:
             what = f"one prompt a request is served; got {len(self.prompt)}"
             raise ApiError(400, what, code="unsupported_value", param="prompt")
-        return TextExample(self.prompt[0])
+        return to_text(self.prompt[0])
 
 
 class GenerateBody(Body):
@@ -142,7 +185,13 @@ class GenerateBody(Body):
         if self.stream:
             what = "/generate does not stream; /v1/completions and /v1/chat/completions do"
             raise ApiError(400, what, code="unsupported_value", param="stream")
-        return to_prompt_example(self.prompt, run.format, input_text=self.input, template=run.template)
+        return to_prompt_example(
+            self.prompt,
+            run.format,
+            input_text=self.input,
+            template=run.template,
+            has_turns=run.has_turns,
+        )
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
@@ -176,57 +225,3 @@ def check_extras(body: Body) -> None:
         if key not in UNSERVED and key not in IGNORED:
             message = f"unknown key {key!r}{did_you_mean(key, type(body).model_fields)}"
             raise ApiError(400, message, code="unknown_parameter", param=key)
-
-
-class Writer:
-    """Writes one answer as OpenAI does: whole, or in chunks of server-sent events."""
-
-    def __init__(self, model: str, answer: Answer, *, is_chat: bool):
-        self._answer, self._is_chat = answer, is_chat
-        self._head = {
-            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def whole(self) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
-        text = self._answer.text
-        content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": self._answer.finish}
-        kind = "chat.completion" if self._is_chat else "text_completion"
-        return {**self._head, "object": kind, "choices": [choice], "usage": to_usage(self._answer)}
-
-    def opening(self) -> str:
-        """The event before the text: in a chat, whose turn it is."""
-        return self._event({"delta": {"role": "assistant", "content": ""}}) if self._is_chat else ""
-
-    def piece(self, text: str) -> str:
-        """The event of a piece of text."""
-        return self._event({"delta": {"content": text}} if self._is_chat else {"text": text})
-
-    def closing(self, *, with_usage: bool) -> str:
-        """The events after the text: why it ended, the tokens if they were asked for, and the end."""
-        events = self._event({"delta": {}} if self._is_chat else {"text": ""}, finish=self._answer.finish)
-        if with_usage:
-            events += to_event({**self._chunk(), "choices": [], "usage": to_usage(self._answer)})
-        return events + "data: [DONE]\n\n"
-
-    def _event(self, content: dict[str, Any], *, finish: str | None = None) -> str:
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish}
-        return to_event({**self._chunk(), "choices": [choice]})
-
-    def _chunk(self) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
-        return {**self._head, "object": kind}
-
-
-def to_event(content: dict[str, Any]) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-
-def to_usage(answer: Answer) -> dict[str, int]:
-    """The tokens of the prompt, of the answer without its stop token, and of both."""
-    read = len(answer.prompt_ids)
-    return {"prompt_tokens": read, "completion_tokens": answer.tokens, "total_tokens": read + answer.tokens}

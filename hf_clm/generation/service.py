@@ -1,26 +1,19 @@
 """What a server replies: the prompt as in training, the limits, the answer whole or piece by piece."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_clm.errors import RecipeError, UserError
-from hf_clm.generation.generate import fit_new_tokens, to_prompt_ids
+from hf_clm.generation.generate import fit_new_tokens, prompt_room, to_fitting_prompt, to_prompt_ids
 from hf_clm.generation.load import LoadedRun
-from hf_clm.generation.protocol import (
-    ApiError,
-    Body,
-    ChatBody,
-    CompletionBody,
-    GenerateBody,
-    Writer,
-    read_body,
-    to_event,
-    to_usage,
-)
+from hf_clm.generation.parsing import AnswerReader, find_syntax
+from hf_clm.generation.protocol import ApiError, Body, ChatBody, CompletionBody, GenerateBody, read_body
+from hf_clm.generation.replies import ChatWriter, TextWriter, Writer, to_event, to_usage
 from hf_clm.generation.stream import Answer
 from hf_clm.generation.worker import Ticket, Worker
+from hf_clm.schema import Chat
 
 Reply = Callable[[Any], Awaitable[Any]]  # of a starlette.requests.Request
 
@@ -33,11 +26,19 @@ class Limits:
     new_tokens: int
 
 
+class Prompt(NamedTuple):
+    """What the model is given."""
+
+    ids: list[int]
+    text: str
+
+
 class Service:
     """The replies: a dictionary is JSON, an iterator a stream of server-sent events, a string plain text."""
 
     def __init__(self, run: LoadedRun, worker: Worker, *, name: str, limits: Limits):
         self._run, self._worker, self._name, self._limits = run, worker, name, limits
+        self._syntax = find_syntax(run.tokenizer)
         self._reading = asyncio.Lock()  # one prompt is tokenized at a time, outside the event loop's thread
 
     def routes(self) -> dict[str, tuple[str, Reply]]:
@@ -55,12 +56,17 @@ class Service:
     async def chat(self, request: Any) -> Any:
         """``POST /v1/chat/completions``."""
         body = read_body(ChatBody, await request.body())
-        return await self._complete(request, body, is_chat=True)
+        prompt = await self._read(body)
+        ticket = self._queue(request, body, prompt, hidden_ids=self._syntax.hidden_ids)
+        tools, tokenizer = body.offered_tools, self._run.tokenizer
+        reader = AnswerReader(tokenizer, self._syntax, prompt=prompt.text, tools=tools)
+        return await self._reply(ticket, ChatWriter(self._name, ticket.answer, reader), body)
 
     async def complete(self, request: Any) -> Any:
         """``POST /v1/completions``."""
         body = read_body(CompletionBody, await request.body())
-        return await self._complete(request, body, is_chat=False)
+        ticket = self._queue(request, body, await self._read(body))
+        return await self._reply(ticket, TextWriter(self._name, ticket.answer), body)
 
     async def generate(self, request: Any) -> Any:
         """``/generate``: the keys in the query or, with POST, in a JSON body."""
@@ -69,7 +75,7 @@ class Service:
             query = request.query_params
             content = {key: query[key] for key in query} | {"stop": query.getlist("stop")}
         body = read_body(GenerateBody, content)
-        answer = await self._whole(await self._ask(request, body))
+        answer = await self._whole(self._queue(request, body, await self._read(body)))
         return {"text": answer.text, "finish_reason": answer.finish, "usage": to_usage(answer)}
 
     async def models(self, request: Any) -> Any:
@@ -98,34 +104,55 @@ class Service:
             lines += [f"# TYPE hf_clm_{name} gauge", f"hf_clm_{name} {len(tickets)}"]
         return "\n".join(lines) + "\n"
 
-    async def _complete(self, request: Any, body: Body, *, is_chat: bool) -> Any:
-        ticket = await self._ask(request, body)
-        writer = Writer(self._name, ticket.answer, is_chat=is_chat)
+    async def _reply(self, ticket: Ticket, writer: Writer, body: Body) -> Any:
         if body.stream:
             return self._events(ticket, writer, with_usage=body.reports_usage)
         await self._whole(ticket)
         return writer.whole()
 
-    async def _ask(self, request: Any, body: Body) -> Ticket:
-        """Queues the request's answer, which ends where the client leaves. Raises ApiError over a limit."""
+    async def _read(self, body: Body) -> Prompt:
+        """The prompt of a request. Raises ApiError for one that is refused."""
         self._check_name(body.model or self._name)
         self._worker.check_room()
         async with self._reading:
-            ids = await asyncio.to_thread(self._to_ids, body)
-        settings = {"max_new_tokens": self._fit(ids, body.new_tokens), "stop": body.stop}
-        ticket = Ticket(lambda emit, on_end: Answer(ids, body.sampling, emit=emit, on_end=on_end, **settings))
+            return await asyncio.to_thread(self._to_prompt, body)
+
+    def _queue(
+        self, request: Any, body: Body, prompt: Prompt, *, hidden_ids: Collection[int] | None = None
+    ) -> Ticket:
+        """Queues the request's answer, which ends where the client leaves. Raises ApiError over a limit."""
+        room = self._fit(prompt.ids, body.new_tokens)
+
+        def to_answer(emit: Callable[[str], None], on_end: Callable[[], None]) -> Answer:
+            return Answer(
+                prompt.ids,
+                body.sampling,
+                max_new_tokens=room,
+                stop=body.stop,
+                hidden_ids=hidden_ids,
+                emit=emit,
+                on_end=on_end,
+            )
+
+        ticket = Ticket(to_answer)
         self._worker.submit(ticket)
         ticket.watch(self._leave_with(request, ticket))
         return ticket
 
-    def _to_ids(self, body: Body) -> list[int]:
+    def _to_prompt(self, body: Body) -> Prompt:
+        """A chat that is too long loses its oldest turns, as in ``hf-clm chat``."""
+        run, most = self._run, self._limits.prompt_tokens
         try:
-            how = self._run.special_tokens_in_text
-            return to_prompt_ids(
-                [body.to_example(self._run)], self._run.tokenizer, special_tokens_in_text=how
-            )[0]
+            example = body.to_example(run)
+            if isinstance(example, Chat):
+                room = prompt_room(run.model, max_new_tokens=body.new_tokens)
+                most = most if room is None else min(most, room)
+                ids, _ = to_fitting_prompt(example, run.tokenizer, rendering=run.rendering, most=most)
+            else:
+                ids = to_prompt_ids([example], run.tokenizer, run.rendering)[0]
         except UserError as error:
             raise ApiError(400, str(error), code="invalid_value", param=body.text_key) from error
+        return Prompt(ids, str(run.tokenizer.decode(ids)))
 
     def _fit(self, ids: list[int], asked: int | None) -> int:
         """How many tokens to generate at most."""

@@ -3,7 +3,7 @@
 prompts --left-padded--> model.generate --at each step--> a token for each Answer --> emit("some text")
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class Answer:
 
     ``finish`` says why it ended: "stop" (a stop token or a stop text, of which neither is in ``text``) or
     "length"; it is empty while the answer is under way and where it was cancelled. ``on_end`` is called after
-    the last text, unless it was cancelled.
+    the last text, unless it was cancelled. ``hidden_ids``: see ``TextStream``.
     """
 
     def __init__(
@@ -67,10 +67,12 @@ class Answer:
         *,
         max_new_tokens: int,
         stop: Sequence[str] = (),
+        hidden_ids: Collection[int] | None = None,
         emit: Callable[[str], None],
         on_end: Callable[[], None] = lambda: None,
     ):
         self.prompt_ids, self.sampling, self.max_new_tokens = prompt_ids, sampling, max_new_tokens
+        self.hidden_ids = hidden_ids
         self.text, self.finish, self.tokens, self.is_cancelled = "", "", 0, False
         self._stop, self._emit, self._on_end, self._held = stop, emit, on_end, ""
 
@@ -109,10 +111,13 @@ class Answer:
 
 
 class TextStream:
-    """Tokens in, whole characters out. Together they are what the tokenizer makes of all tokens at once."""
+    """Tokens in, whole characters out. Together they are what the tokenizer makes of all tokens at once.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        self._tokenizer = tokenizer
+    ``hidden_ids`` are not shown; None: all special tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, hidden_ids: Collection[int] | None = None):
+        self._tokenizer, self._hidden_ids = tokenizer, hidden_ids
         self._ids: list[int] = []
         self._start, self._shown = 0, 0  # tokens; those between them give the new ones their context
 
@@ -134,7 +139,10 @@ class TextStream:
         return self._decode(self._ids[self._start :])[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        if self._hidden_ids is None:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        shown = [token for token in ids if token not in self._hidden_ids]
+        return str(self._tokenizer.decode(shown, skip_special_tokens=False))
 
 
 @torch.no_grad()
@@ -182,7 +190,7 @@ class _Deliver(StoppingCriteria):
         self, answers: Sequence[Answer], tokenizer: PreTrainedTokenizerFast, *, stops: set[int | None]
     ):
         self._answers, self._stops = answers, stops
-        self._streams = [TextStream(tokenizer) for _ in answers]
+        self._streams = [TextStream(tokenizer, answer.hidden_ids) for answer in answers]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """(B,) bool: True for an answer that is done."""

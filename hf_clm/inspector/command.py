@@ -24,7 +24,7 @@ from hf_clm.inspector.documents import Reader, inspect_rows
 from hf_clm.inspector.page import Charts, write_page
 from hf_clm.inspector.rows import Row
 from hf_clm.inspector.terminal import legend, to_lines, wrap_text
-from hf_clm.parts import build_collator, build_tokenizer_aside, training_arguments
+from hf_clm.parts import build_collator, build_tokenizer_aside, settle_render, training_arguments
 from hf_clm.tokenizer import load_tokenizer
 
 HTML_ROWS = 10_000  # a page with more opens too slowly
@@ -53,6 +53,7 @@ def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[
         fix = "set data.eval or data.eval_fraction, or --split train"
         raise RecipeError("the recipe has no eval set", where=target, fix=fix)
     tokenizer = _tokenizer(recipe, arguments=arguments, target=target)
+    recipe = settle_render(recipe, tokenizer)
     split = read_splits(recipe, tokenizer, seed=arguments.seed)[view.split]
     batch_size = arguments.train_batch_size if view.split == "train" else arguments.eval_batch_size
     reader = Reader(split, tokenizer, recipe=recipe)

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.chat_template import stop_token_ids
 from hf_clm.config import Recipe
-from hf_clm.data.build import Split
-from hf_clm.data.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.build import Split, label_options
+from hf_clm.data.label.labels import Fate, encode_plans, tokens_to_rows
+from hf_clm.data.label.render import Plan, Renderer
 from hf_clm.data.mixing import DrawnDataset
 from hf_clm.data.packing import PackedDataset, Piece
-from hf_clm.data.segments import control_texts, to_document
-from hf_clm.errors import ModelError
-from hf_clm.inspector.roles import Spelling, Turn, spell_example
+from hf_clm.inspector.roles import Spelling, Turn, find_turns, spell_pieces
 from hf_clm.inspector.rows import FLAGS, Document, Row, Vocabulary, to_rows
-from hf_clm.schema import IGNORE_INDEX, ChatExample, Example, TokenizedExample
+from hf_clm.schema import IGNORE_INDEX, AnyExample, Chat, TokenizedExample, Tokens
+from hf_clm.text.chat import stop_token_ids
+from hf_clm.text.encode import Piece as TextPiece
 
 REACH = 64  # characters on either side of a border that can matter to a token across it
 CACHED_EXAMPLES = 64  # a stream's rows hold many pieces of one example
@@ -58,7 +58,7 @@ def merged_borders(spelling: Spelling, tokenizer: PreTrainedTokenizerFast) -> li
 
 @dataclass(frozen=True)
 class _Whole:
-    """An example in full: its tokens, its turns by token, and the flags that its text shows."""
+    """A row before it was cut: its tokens, its turns by token, and the flags that its text shows."""
 
     place: str
     is_chat: bool
@@ -74,7 +74,9 @@ class Reader:
     def __init__(self, split: Split, tokenizer: PreTrainedTokenizerFast, *, recipe: Recipe):
         self.split, self.tokenizer, self.recipe = split, tokenizer, recipe
         self.vocabulary = Vocabulary(tokenizer)
-        self.stop_ids = _stop_ids(tokenizer)
+        self.stop_ids = stop_token_ids(tokenizer)
+        options = label_options(recipe)
+        self.renderer = Renderer(tokenizer, options)
         self._places: dict[bytes, str] = {}
         self._whole = lru_cache(maxsize=CACHED_EXAMPLES)(self._load_whole)
 
@@ -93,13 +95,14 @@ class Reader:
     def _examine(self, row: Row, document: Document, *, piece: Piece) -> Document:
         number, start, _ = piece
         source = int(self.split.rows.rows.sources[number])
-        whole = self._whole(source)
+        fate = self.split.rows.rows.fates[source]
+        whole = self._whole(source, number - self._first_row(source))
         before = self._offset(number, whole=whole) + start
         after = max(0, len(whole.ids) - before - (document.stop - document.start))
         found = replace(document, place=whole.place, before=before, after=after)
         flags = dict(self._token_flags(row, found, whole=whole))
-        if self.split.rows.rows.fates[source].kind == "cut":
-            flags |= dict(_cut_flags(found, whole))
+        if fate.kind == "cut":
+            flags |= dict(_cut_flags(found, whole, reason=fate.reason))
         flags |= whole.flags
         flags = {name: flags[name] for name in FLAGS if name in flags}
         return replace(found, flags=flags, roles=tuple(_roles(found, whole.turns)))
@@ -120,48 +123,48 @@ class Reader:
         if earlier is not document.place:
             yield "duplicate", f"of {earlier}"
 
-    def _load_whole(self, source: int) -> _Whole:
+    def _load_whole(self, source: int, sibling: int) -> _Whole:
+        """The row of an example before it was cut; of a chat with a row for each turn the ``sibling``-th."""
         examples, rows = self.split.examples, self.split.rows.rows
-        if rows.fates[source].kind == "used":
-            tokens = rows[self._first_row(source)]
-        else:
-            tokens = self._tokenize(examples.examples[source])
-        ids, is_target = np.asarray(tokens["input_ids"]), np.asarray(tokens["labels"]) != IGNORE_INDEX
-        place, example = examples.places[source], examples.examples[source]
-        if isinstance(example, dict):
+        place, example, fate = examples.places[source], examples.examples[source], rows.fates[source]
+        pieces = self._plan(example, sibling)
+        is_whole = fate.kind == "used" or _is_cut_by_turns(example, fate)
+        row = rows[self._first_row(source) + sibling] if is_whole else self._encode(example, pieces)
+        ids, is_target = np.asarray(row["input_ids"]), np.asarray(row["labels"]) != IGNORE_INDEX
+        if isinstance(example, Tokens):
             return _Whole(place, False, ids, is_target, [], {})
-        learns_all = self.recipe.stage == "pretrain"
-        example = to_document(example) if learns_all else example
-        spelling, turns = spell_example(
-            example,
-            self.tokenizer,
-            train_on="everything" if learns_all else self.recipe.data.train_on,
-            spelled=[self.vocabulary.to_bytes(token_id) for token_id in ids.tolist()],
-        )
+        spelled = [self.vocabulary.to_bytes(token_id) for token_id in ids.tolist()]
+        turns = find_turns(example, pieces, self.tokenizer, spelled=spelled)
         flags = {}
-        if controls := control_texts(example, self.tokenizer):
+        if controls := self.renderer.control_texts(example):
             flags["control text"] = ", ".join(map(repr, dict.fromkeys(controls)))
-        if merged := merged_borders(spelling, self.tokenizer):
+        if merged := merged_borders(spell_pieces(pieces), self.tokenizer):
             flags["merged border"] = ", ".join(map(repr, merged))
-        return _Whole(place, isinstance(example, ChatExample), ids, is_target, turns, flags)
+        return _Whole(place, isinstance(example, Chat), ids, is_target, turns, flags)
+
+    def _plan(self, example: AnyExample, sibling: int) -> list[TextPiece]:
+        """The pieces of a row; a long chat's are those of all its turns."""
+        if isinstance(example, Tokens):
+            return []
+        plan = self.renderer.plan(example)
+        rows = plan.rows if sibling < len(plan.rows) else plan.apart or plan.rows[-1:]
+        return rows[min(sibling, len(rows) - 1)]
+
+    def _encode(self, example: AnyExample, pieces: list[TextPiece]) -> TokenizedExample:
+        """A row tokenized as in the split, with nothing cut off or split."""
+        if isinstance(example, Tokens):
+            return tokens_to_rows(example, self.tokenizer)[0]
+        return encode_plans([Plan([pieces])], self.renderer.encoder)[0][0]
 
     def _first_row(self, source: int) -> int:
         return int(np.searchsorted(self.split.rows.rows.sources, source))
-
-    def _tokenize(self, example: Example | TokenizedExample) -> TokenizedExample:
-        """The example tokenized as in the split, with nothing cut off or split."""
-        data = self.recipe.data
-        options: dict[str, Any] = {"special_tokens_in_text": data.special_tokens_in_text}
-        if self.recipe.stage == "pretrain":
-            return PretrainDataset([example], self.tokenizer, **options)[0]
-        return SFTDataset([example], self.tokenizer, train_on=data.train_on, **options)[0]
 
     def _offset(self, number: int, *, whole: _Whole) -> int:
         """The token of the whole example at which a tokenized row begins."""
         data, rows = self.recipe.data, self.split.rows.rows
         source, ids = int(rows.sources[number]), np.asarray(rows[number]["input_ids"])
         kind = rows.fates[source].kind
-        if kind == "cut" and self.recipe.resolved_overflow == "keep_target":
+        if kind == "cut" and len(whole.ids) > len(ids) and not np.array_equal(whole.ids[: len(ids)], ids):
             return len(whole.ids) - len(ids)
         if kind != "split":
             return 0
@@ -177,21 +180,17 @@ def _pieces(split: Split, number: int) -> list[Piece]:
     return [(number, 0, int(split.rows.lengths[number]))]
 
 
-def _stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Where generation stops; the end token alone where the chat template cannot be read."""
-    try:
-        return stop_token_ids(tokenizer)
-    except ModelError:
-        assert isinstance(tokenizer.eos_token_id, int), "load_tokenizer refuses one without"
-        return [tokenizer.eos_token_id]
+def _is_cut_by_turns(example: AnyExample, fate: Fate) -> bool:
+    """Whether the row is complete but for earlier turns, or turns of which none fits."""
+    return isinstance(example, Chat) and fate.kind == "cut" and "left out" in fate.reason
 
 
-def _cut_flags(document: Document, whole: _Whole) -> Iterator[tuple[str, str]]:
+def _cut_flags(document: Document, whole: _Whole, *, reason: str) -> Iterator[tuple[str, str]]:
     lost = whole.is_target[len(whole.ids) - document.after :].sum()
     if lost:
         yield "cut answer", f"{lost:,} of {whole.is_target.sum():,} target tokens are gone"
-    if document.before:
-        yield "cut prompt", f"the first {document.before:,} tokens are gone"
+    if document.before or "left out" in reason:
+        yield "cut prompt", reason or f"the first {document.before:,} tokens are gone"
 
 
 def _roles(document: Document, turns: list[Turn]) -> Iterator[Turn]:

@@ -15,15 +15,15 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 from hf_clm.config import Recipe
 from hf_clm.data.build import Examples, Split, mix_splits
 from hf_clm.data.cache import Place, build_splits, find_place, load_early, load_named, open_place
-from hf_clm.data.datasets import TokenizedDataset
 from hf_clm.data.division import Shard
 from hf_clm.data.draws import add_draws
-from hf_clm.data.ledger import write_ledgers
+from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.data.packing import PackedDataset
+from hf_clm.data.proof.ledger import write_ledgers
 from hf_clm.data.store import Stored, require_writable
 from hf_clm.data.streaming import HEAD
 from hf_clm.errors import RecipeError
-from hf_clm.parts import build_model_config, build_tokenizer_aside, training_arguments
+from hf_clm.parts import build_model_config, build_tokenizer_aside, settle_render, training_arguments
 from hf_clm.training.faults import require_others
 from hf_clm.training.proof import Proof, prove_data, prove_mix
 from hf_clm.training.storing import merge_shards, shards_folder, store_shard, store_whole
@@ -101,7 +101,7 @@ def prepare_recipe(recipe: Recipe) -> list[str]:
     """
     started = time.monotonic()
     task = _find_task(recipe)
-    prepared = prepare(recipe, task.tokenizer, arguments=task.arguments, loaded=task.loaded)
+    prepared = prepare(task.recipe, task.tokenizer, arguments=task.arguments, loaded=task.loaded)
     assert prepared.stored is not None
     lines = [line for name, split in prepared.splits.items() for line in _describe(name, split)]
     size = f"{prepared.stored.size_bytes / 1e6:,.1f} MB in {prepared.stored.folder}"
@@ -120,12 +120,12 @@ def prepare_shard(recipe: Recipe, shard: Shard) -> list[str]:
     """
     started = time.monotonic()
     task = _find_task(recipe)
-    if open_place(task.place, recipe, seed=task.arguments.seed):
+    if open_place(task.place, task.recipe, seed=task.arguments.seed):
         return [
             f"shard     {shard} is not needed: the whole is prepared (key {task.place.key[:SHOWN_LETTERS]})"
         ]
     require_writable(shards_folder(task.place))
-    folder, is_new = store_shard(task.place, recipe, tokenizer=task.tokenizer, shard=shard)
+    folder, is_new = store_shard(task.place, task.recipe, tokenizer=task.tokenizer, shard=shard)
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     return [
         f"shard     {shard} {f'{size:,.1f} MB in' if is_new else 'is there already:'} {folder}",
@@ -140,11 +140,11 @@ def merge_recipe(recipe: Recipe, *, command: str) -> list[str]:
     """
     task = _find_task(recipe)
     lines = []
-    if open_place(task.place, recipe, seed=task.arguments.seed):
+    if open_place(task.place, task.recipe, seed=task.arguments.seed):
         shutil.rmtree(shards_folder(task.place), ignore_errors=True)  # left by one that was killed
     else:
         known: dict[str, Any] = {"tokenizer": task.tokenizer, "seed": task.arguments.seed}
-        count = merge_shards(task.place, recipe, command=command, **known)
+        count = merge_shards(task.place, task.recipe, command=command, **known)
         lines = [f"merged    {count} shards"]
     return [*lines, *prepare_recipe(recipe)]
 
@@ -153,6 +153,7 @@ def merge_recipe(recipe: Recipe, *, command: str) -> list[str]:
 class _Task:
     """What is prepared, and where it is kept."""
 
+    recipe: Recipe
     arguments: TrainingArguments
     loaded: Mapping[str, Examples]
     tokenizer: PreTrainedTokenizerFast
@@ -167,12 +168,13 @@ def _find_task(recipe: Recipe) -> _Task:
     arguments = training_arguments(recipe)
     loaded = load_early(recipe, arguments.seed)
     tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)
+    recipe = settle_render(recipe, tokenizer)
     build_model_config(recipe, tokenizer)  # refuses rows that are longer than the model's positions
     place = find_place(recipe, tokenizer, seed=arguments.seed)
     if place is None:
         fix = "name a folder in data.cache_dir; pin data on the Hub by a commit as their revision"
         raise RecipeError("nothing would be kept", where=recipe.file or "data.cache_dir", fix=fix)
-    return _Task(arguments, loaded, tokenizer, place)
+    return _Task(recipe, arguments, loaded, tokenizer, place)
 
 
 def _prepare_unkept(

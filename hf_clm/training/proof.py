@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.chat_template import stop_token_ids
 from hf_clm.config import Recipe
-from hf_clm.data.build import Split
-from hf_clm.data.certificate import Certificate, certify, hash_content
+from hf_clm.data.build import Split, label_options
 from hf_clm.data.draws import check_draws
-from hf_clm.data.expected import LabelOptions
-from hf_clm.data.labels import tokenize_segments
-from hf_clm.data.ledger import (
+from hf_clm.data.label.labels import encode_prompts
+from hf_clm.data.label.render import Renderer
+from hf_clm.data.packing import PackedDataset
+from hf_clm.data.proof.certificate import Certificate, certify, hash_content
+from hf_clm.data.proof.ledger import (
     Leakage,
     Ledger,
     LedgerWriter,
@@ -33,18 +33,19 @@ from hf_clm.data.ledger import (
     ledger_blocks,
     measure_leakage,
 )
-from hf_clm.data.packing import PackedDataset
-from hf_clm.data.segments import to_prompt_segments
-from hf_clm.doctor.round_trip import FOLDER, RoundTrip, start_round_trip
+from hf_clm.data.read.plain_template import as_messages
+from hf_clm.doctor.round_trip import FOLDER, Question, RoundTrip, start_round_trip
 from hf_clm.doctor.selftest import SelfTest, self_test
 from hf_clm.errors import DataError, ModelError
-from hf_clm.evaluation.evaluate import to_question
 from hf_clm.loss import LossOptions, TargetLoss
 from hf_clm.model import is_adapted
+from hf_clm.schema import TokenizedExample
+from hf_clm.text.chat import stop_token_ids
 from hf_clm.training.callbacks import write_line
 from hf_clm.training.trainer import CLMTrainer
 
 COMPARED = 50  # rows whose prompt is rendered again as for generation
+ASKED, ASKED_TOKENS = 3, 1024  # rows that the saved model is asked with, and their longest prompt
 
 
 @dataclass
@@ -133,7 +134,7 @@ def prove_stored(
     """
     proof, writer = Proof(), LedgerWriter(ledger)
     for name, split in splits.items():
-        rows, options = split.rows.rows, label_options(recipe, tokenizer)
+        rows, options = split.rows.rows, label_options(recipe)
         started = time.monotonic()
         certificate = Certificate(len(rows), hash_content(rows, tokenizer=tokenizer, options=options))
         certificate.encoded_again = certified[name]["encoded_again"]
@@ -166,41 +167,40 @@ def check_prompts(recipe: Recipe, split: Split, *, tokenizer: PreTrainedTokenize
     rows, examples = split.rows.rows, split.examples
     compared = 0
     for number, example in enumerate(examples.examples[:COMPARED]):
-        question = None if isinstance(example, dict) else to_question(example)
+        question = example.question
         if question is None or rows.fates[number].kind != "used":
             continue
-        policy = recipe.data.special_tokens_in_text
-        segments = to_prompt_segments(question[0], tokenizer, special_tokens_in_text=policy)
-        given = tokenize_segments(segments, tokenizer)["input_ids"]
-        found = rows[int(np.flatnonzero(rows.sources == number)[0])]["input_ids"][: len(given)]
-        if found != given:
+        given = encode_prompts([question[0]], tokenizer, label_options(recipe))[0]
+        last = int(np.searchsorted(rows.sources, number, side="right")) - 1
+        found = rows[last]["input_ids"][: len(given)]
+        if found != given and _ends_in_target(rows[last]):
             what = "the prompt in training is not the one that generate is given"
             got = repr(tokenizer.decode(found)[-60:])
-            raise DataError(what, where=examples.places[number], got=got, fix="mend the chat template")
+            raise DataError(what, where=examples.places[number], got=got, fix="correct the chat template")
         compared += 1
     return compared
 
 
-def label_options(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LabelOptions:
-    """What decides how the rows of a recipe are labelled."""
-    return LabelOptions(
-        stage=recipe.stage,
-        train_on=recipe.data.train_on,
-        special_tokens_in_text=recipe.data.special_tokens_in_text,
-        overflow=recipe.resolved_overflow,
-        stop_ids=tuple(stop_token_ids(tokenizer)),
-    )
+def _ends_in_target(row: TokenizedExample) -> bool:
+    """False where the last turn is not learned, and so not in the row."""
+    return row["labels"][-1] >= 0
 
 
 def certify_split(recipe: Recipe, split: Split, *, tokenizer: PreTrainedTokenizerFast) -> Certificate:
     """The certificate of a tokenized set under the recipe's label options."""
     places, examples = split.examples.places, split.examples.examples
-    options = label_options(recipe, tokenizer)
-    return certify(split.rows.rows, examples, tokenizer=tokenizer, options=options, places=places)
+    options, stops = label_options(recipe), stop_token_ids(tokenizer)
+    rows = split.rows.rows
+    return certify(rows, examples, tokenizer=tokenizer, options=options, stop_ids=stops, places=places)
 
 
 def prove_model(
-    trainer: CLMTrainer, recipe: Recipe, *, split: Split, tokenizer: PreTrainedTokenizerFast
+    trainer: CLMTrainer,
+    recipe: Recipe,
+    *,
+    split: Split,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[Question] = (),
 ) -> dict[str, Any]:
     """Tests the loss on the real model and data while a fresh process opens the saved model. Rank 0 only.
 
@@ -220,7 +220,7 @@ def prove_model(
             proof["round_trip"] = "off: the model is in 4 bits"
         elif recipe.doctor.round_trip == "start":
             trainer.save_model(str(folder), _internal_call=True)
-            trip = _open(trainer, folder, split=split)
+            trip = _open(trainer, folder, split=split, questions=questions)
         if recipe.doctor.self_test:
             result = measure_self_test(trainer, split, tokenizer=tokenizer)
             result.require()
@@ -269,10 +269,15 @@ def _measuring_likelihood(loss: TargetLoss) -> Iterator[None]:
 
 
 def prove_saved(
-    trainer: CLMTrainer, folder: Path, *, split: Split, tokenizer: PreTrainedTokenizerFast
+    trainer: CLMTrainer,
+    folder: Path,
+    *,
+    split: Split,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[Question] = (),
 ) -> dict[str, Any]:
     """The round trip of the final model (``doctor.round_trip: end``), where it was saved."""
-    trip = _open(trainer, folder, split=split)
+    trip = _open(trainer, folder, split=split, questions=questions)
     return finish_round_trip(trainer, trip, tokenizer=tokenizer)
 
 
@@ -284,10 +289,39 @@ def finish_round_trip(
     found = trip.finish(model, tokenizer)
     how = "peft" if is_adapted(model) else "from_pretrained"
     write_line(f"opens     with plain {how} in a fresh process, with the same logits, tokens and template")
+    if trip.asked:
+        write_line(f"answers   pipeline(messages) as it does here: {len(trip.asked)} prompts, id for id")
     return found
 
 
-def _open(trainer: CLMTrainer, folder: Path, *, split: Split) -> RoundTrip:
+def find_questions(
+    split: Split, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, *, format: str
+) -> list[Question]:
+    """The first rows as messages, to ask the saved model with transformers alone; none for pretraining.
+
+    Left out are chats that need more than messages, and texts that spell a control token: transformers would
+    make that token of it.
+    """
+    options = label_options(recipe)
+    if recipe.stage == "pretrain" or not tokenizer.chat_template or options.special_tokens_in_text == "allow":
+        return []
+    renderer = Renderer(tokenizer, options)
+    found: list[Question] = []
+    for example in split.examples.examples[:COMPARED]:
+        question = example.question
+        if question is None or len(found) == ASKED:
+            continue
+        messages = as_messages(question[0], format, recipe.data.train[0].template)
+        if messages and not renderer.encoder.may_spell(question[0].texts):
+            ids = encode_prompts([question[0]], tokenizer, options)[0]
+            found.append(Question(messages, ids))
+    return [question for question in found if len(question.ids) <= ASKED_TOKENS]
+
+
+def _open(
+    trainer: CLMTrainer, folder: Path, *, split: Split, questions: Sequence[Question] = ()
+) -> RoundTrip:
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     dtype = str(model.dtype).removeprefix("torch.") if is_adapted(model) else "auto"
-    return start_round_trip(folder, [*map(int, split.dataset[0]["input_ids"])], dtype=dtype)
+    prompt = [*map(int, split.dataset[0]["input_ids"])]
+    return start_round_trip(folder, prompt, dtype=dtype, asked=questions)

@@ -18,9 +18,8 @@ from transformers import (
 )
 
 from hf_clm.config import Recipe, recipe_to_yaml
-from hf_clm.data.build import Split
+from hf_clm.data.build import Split, label_options
 from hf_clm.data.cache import load_early
-from hf_clm.data.segments import whole_text
 from hf_clm.data.streaming import PositionCollator, StreamedRows
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
@@ -36,11 +35,14 @@ from hf_clm.parts import (
     build_stream,
     build_tokenizer,
     check_launch,
+    give_plain_template,
     resolve,
+    settle_render,
     static_shape,
     training_arguments,
 )
 from hf_clm.report.page import write_report
+from hf_clm.schema import whole_text
 from hf_clm.training.callbacks import (
     EpochMeansCallback,
     LastEvaluationCallback,
@@ -58,7 +60,7 @@ from hf_clm.training.lock import locked
 from hf_clm.training.output import FINAL, publish, recording_failure, write_json, write_text
 from hf_clm.training.plots import write_loss_plots
 from hf_clm.training.prepare import Prepared, prepare
-from hf_clm.training.proof import prove_model, prove_saved
+from hf_clm.training.proof import find_questions, prove_model, prove_saved
 from hf_clm.training.publish import check_can_push
 from hf_clm.training.signals import first_parent, stoppable
 from hf_clm.training.start import Start, has_ended, prepare_start
@@ -106,17 +108,20 @@ def train_from(
     loaded = load_early(recipe, arguments.seed)
     tokenizer = build_tokenizer(recipe, loaded, arguments=arguments)
     config = build_model_config(recipe, tokenizer)
-    prepared = prepare(recipe, tokenizer, arguments=arguments, loaded=loaded)
+    settled = settle_render(recipe, tokenizer)
+    prepared = prepare(settled, tokenizer, arguments=arguments, loaded=loaded)
     splits, proof = prepared.splits, prepared.proof
+    proof.lines += give_plain_template(tokenizer, settled, formats=splits["train"].examples.formats)
     known = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
     proof.lines += [f"warning   {line}" for line in check_before_training(known)]
-    stream = build_stream(recipe, tokenizer, arguments=arguments, checkpoint=start.checkpoint)
+    stream = build_stream(settled, tokenizer, arguments=arguments, checkpoint=start.checkpoint)
     model = build_model(recipe, tokenizer, config=config, arguments=arguments)
 
     trainer = build_trainer(
         model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits, stream=stream
     )
-    facts = RunFacts(recipe, arguments, model, splits, guessing_loss(splits["train"]))
+    entropy = guessing_loss(splits["train"])
+    facts = RunFacts(recipe, arguments, model, splits, entropy, render=settled.data.render)
     is_main = arguments.process_index == 0
     with arguments.main_process_first(local=False, desc="proving the model"):
         if is_main:
@@ -155,7 +160,8 @@ def prove_and_record(trainer: CLMTrainer, facts: RunFacts, *, start: Start, prep
     trainer.seal_facts = seal_facts(facts, tokenizer, proof=proof.facts)
     goes_on = list(start.require_same(trainer.seal_facts))
     write_line("\n".join([*start_lines(facts), *goes_on, *proof.lines]))
-    proof.facts |= prove_model(trainer, recipe, split=facts.train, tokenizer=tokenizer)
+    questions = find_questions(facts.train, tokenizer, recipe, format=facts.format)
+    proof.facts |= prove_model(trainer, recipe, split=facts.train, tokenizer=tokenizer, questions=questions)
     # the first file that counts (is_in_use): a folder without it is not known to be this run's
     write_text(folder / "recipe.yaml", recipe_to_yaml(resolve(recipe, facts.arguments)))
     prepared.write_ledger(folder / "ledger.parquet")
@@ -209,9 +215,10 @@ def build_samples(
     recipe, section = facts.recipe, facts.recipe.samples
     assert section is not None
     shape: dict[str, Any] = {"template": facts.template}
+    shape["has_turns"] = facts.has_turns
     prompts = [to_prompt_example(prompt, facts.format, **shape) for prompt in section.prompts]
     options: dict[str, Any] = {"max_new_tokens": section.max_new_tokens, "do_sample": section.temperature > 0}
-    options["special_tokens_in_text"] = recipe.data.special_tokens_in_text
+    options["rendering"] = label_options(recipe)
     if section.temperature > 0:
         options["temperature"] = section.temperature
 
@@ -232,7 +239,7 @@ def shown_examples(facts: RunFacts) -> list[str]:
     if not count:
         return []  # those of a prepared set would be read again
     first = islice(facts.train.examples.examples, count)
-    return [whole_text(example) for example in first if not isinstance(example, dict)]
+    return [text for example in first if (text := whole_text(example))]
 
 
 def finish(
@@ -264,8 +271,11 @@ def finish(
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if facts.recipe.doctor.round_trip == "end" and not is_sharded:
             tokenizer: Any = trainer.processing_class
-            options = {"split": facts.splits["train"], "tokenizer": tokenizer}
-            proof["round_trip"] = prove_saved(trainer, folder, **options)
+            train = facts.train
+            questions = find_questions(train, tokenizer, facts.recipe, format=facts.format)
+            proof["round_trip"] = prove_saved(
+                trainer, folder, split=train, tokenizer=tokenizer, questions=questions
+            )
         lines = (output_dir / "metrics.jsonl").read_text("utf-8").splitlines()
         write_loss_plots([json.loads(line) for line in lines], folder)
         section = facts.recipe.card

@@ -4,7 +4,6 @@
 <cache_dir>/<key>/                          the set
 """
 
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,21 +15,22 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Recipe
-from hf_clm.data.build import AnyExample, Examples, check_dropped, tokenize_examples
+from hf_clm.data.build import Examples, check_dropped, label_options, tokenize_examples
 from hf_clm.data.cache import Place, load_named
-from hf_clm.data.certificate import ENCODED_SHARE, Certificate, certify_rows
-from hf_clm.data.datasets import TokenizedRows
 from hf_clm.data.division import ALONE, Shard, open_readings
 from hf_clm.data.joining import Selection, compare_digests, count_proof, select, write_split
-from hf_clm.data.segments import control_texts, to_document
+from hf_clm.data.label.datasets import TokenizedRows
+from hf_clm.data.label.render import Renderer
+from hf_clm.data.proof.certificate import PROVED_WHOLE, Certificate, Checker, certify_rows
 from hf_clm.data.shards import PART, PartSet, Work, open_part, reach, write_part
 from hf_clm.data.store import HEAD, LEDGER, keep_folder, open_splits, read_index
 from hf_clm.errors import DataError, UserError
 from hf_clm.hashing import hash_file
-from hf_clm.training.proof import label_options, prove_stored
+from hf_clm.schema import AnyExample
+from hf_clm.text.chat import stop_token_ids
+from hf_clm.training.proof import prove_stored
 
 PART_NAME = re.compile(r"[1-9]\d*-of-([1-9]\d*)")
-ENCODED_WHOLE_BYTES = 4_000_000  # data up to so many are encoded again whole by the certificate
 
 
 def store_whole(place: Place, recipe: Recipe, *, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
@@ -143,24 +143,24 @@ def check_part(folder: Path, place: Place, *, command: str) -> dict[str, Any]:
     return content
 
 
-def build_work(place: Place, recipe: Recipe, *, tokenizer: PreTrainedTokenizerFast) -> Work:
+def build_work(recipe: Recipe, *, tokenizer: PreTrainedTokenizerFast) -> Work:
     """What is made of each block of a recipe's data."""
-    is_small = (
-        sum(os.path.getsize(file) for file in place.files if os.path.isfile(file)) <= ENCODED_WHOLE_BYTES
-    )
-    settings: dict[str, Any] = {"tokenizer": tokenizer, "options": label_options(recipe, tokenizer)}
-    settings["every"] = 1 if is_small else ENCODED_SHARE
+    checker = Checker(tokenizer, label_options(recipe), stop_token_ids(tokenizer))
+    renderer = Renderer(tokenizer, label_options(recipe))
+    rows_before = 0
 
     def tokenize(block: Examples) -> TokenizedRows:
-        return tokenize_examples(block, recipe, tokenizer=tokenizer, stage=recipe.stage).rows
+        return tokenize_examples(block, recipe, tokenizer=tokenizer).rows
 
     def certify(rows: TokenizedRows, block: Examples) -> tuple[Certificate, list[int]]:
-        return certify_rows(rows, block.examples, places=block.places, **settings)
+        nonlocal rows_before
+        proves_all = rows_before < PROVED_WHOLE
+        rows_before += len(rows)
+        known: dict[str, Any] = {"places": block.places, "origins": block.origins.tolist()}
+        return certify_rows(rows, block.examples, checker=checker, proves_all=proves_all, **known)
 
     def spelled(example: AnyExample) -> list[str]:
-        if isinstance(example, dict):
-            return []
-        return control_texts(to_document(example) if recipe.stage == "pretrain" else example, tokenizer)
+        return renderer.control_texts(example)
 
     compares = bool(recipe.data.eval or recipe.data.eval_fraction)
     digests = ("exact", "loose") if compares else ("exact",) if recipe.data.duplicates == "drop" else ()
@@ -176,7 +176,7 @@ def write_shard(
     shard: Shard = ALONE,
 ) -> dict[str, Any]:
     """Writes the part of a shard into an empty folder; returns what is known of its sets."""
-    work = build_work(place, recipe, tokenizer=tokenizer)
+    work = build_work(recipe, tokenizer=tokenizer)
     return write_part(folder, open_readings(recipe, shard), work=work)
 
 

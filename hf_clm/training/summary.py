@@ -22,6 +22,7 @@ from hf_clm.model import is_adapted, without_adapters
 from hf_clm.parts import count_steps, resolve, rows_per_step
 from hf_clm.recipe_text import leaves
 from hf_clm.report.figures import to_duration
+from hf_clm.schema import Chat
 from hf_clm.template import Template
 
 # Of a model's config: what a run sets, or what is compared elsewhere.
@@ -39,6 +40,7 @@ class RunFacts:
     model: PreTrainedModel
     splits: Mapping[str, Split]
     unigram_entropy: float
+    render: str = "auto"
     started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     @property
@@ -56,6 +58,11 @@ class RunFacts:
         """The format of the training data; prompts given as plain text are rendered in it."""
         source = self.recipe.data.train[0]
         return "template" if source.template else source.format or sorted(self.train.examples.formats)[0]
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether the model is asked through the chat template of its tokenizer."""
+        return isinstance(self.train.examples.examples[0], Chat)
 
     @property
     def template(self) -> Template | None:
@@ -106,7 +113,10 @@ class RunFacts:
             "stage": self.recipe.stage,
             "max_length": self.recipe.data.max_length,
             "special_tokens_in_text": self.recipe.data.special_tokens_in_text,
+            "reasoning": self.recipe.data.reasoning,
             "format": self.format,
+            "render": self.render,
+            "has_turns": self.has_turns,
             "template": self.template.model_dump() if self.template else None,
             "model": self.recipe.model.name_or_path or self.model.config.model_type,
             "from_scratch": self.recipe.model.init == "scratch",

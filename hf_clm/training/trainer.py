@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -26,11 +26,10 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from hf_clm.data.sampling import EpochSampler, EvenRows
 from hf_clm.data.streaming import StreamedRows, plain_errors
 from hf_clm.errors import DivergedError
-from hf_clm.evaluation.metrics import token_nll
+from hf_clm.evaluation.metrics import count_tokens, logit_figures
 from hf_clm.flops import count_flops
 from hf_clm.hardware import measure_peak, nominal_peak
-from hf_clm.loss import LossOptions, TargetLoss, TokenFigures, use_target_loss, why_not
-from hf_clm.schema import IGNORE_INDEX
+from hf_clm.loss import LossOptions, TargetLoss, TokenFigures, logit_loss, tally, use_target_loss, why_not
 from hf_clm.training.callbacks import ends_epoch
 from hf_clm.training.faults import checkpoint_bytes, writing
 from hf_clm.training.guard import write_diverged
@@ -42,6 +41,7 @@ from hf_clm.training.spread import settle_precision
 TARGETS, CORRECT, TOKENS, PAIRS, PLACES = range(5)
 # What the collator makes for a TargetLoss; the loss of a model itself takes the labels of all positions.
 OF_TARGETS = ("logits_to_keep", "shift_labels")
+WEIGHTS = "loss_weights"  # of the labels of a batch: how much the loss of each counts
 WATCHED = "eval_train"
 
 
@@ -53,6 +53,9 @@ class CLMTrainer(SavingTrainer):
     Raises DivergedError before the optimizer step that a NaN or Inf would spoil. Computes the loss at the
     targets only (``hf_clm/loss.py``), unless the model needs its own (``own_loss`` says why).
 
+    Where rows hold ``weights``, the loss of an optimizer step is the sum of weight times loss over all its
+    labels, divided by the sum of their weights. Evaluation and token_accuracy count every label once.
+
     Args:
         z_loss: see LossOptions.
         watched_rows: rows of the training data that are evaluated after each evaluation (eval_train_loss).
@@ -60,13 +63,17 @@ class CLMTrainer(SavingTrainer):
 
     def __init__(self, *args: Any, z_loss: float = 0.0, watched_rows: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.label_names = [*self.label_names, "weights"]  # remove_unused_columns would drop another column
         settle_precision(self.accelerator)
         self.watched_rows = watched_rows
         model: Any = self.accelerator.unwrap_model(self.model)
         self.own_loss = why_not(model)  # the reason for the model's own loss, or empty
+        balance = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
+        smoothing = self.args.label_smoothing_factor
+        self._logit_loss = partial(logit_loss, label_smoothing=smoothing, balance=balance)
         self.target_loss: TargetLoss | None = None
         if not self.own_loss:
-            smoothing, self.label_smoother = self.args.label_smoothing_factor, None
+            self.label_smoother = None
             self.target_loss = use_target_loss(model, LossOptions(smoothing, z_loss))
         self._sampler: EpochSampler | None = None
         if self.train_dataset is not None and not self.args.dataloader_drop_last:
@@ -99,8 +106,21 @@ class CLMTrainer(SavingTrainer):
         return loss
 
     def get_batch_samples(self, *args: Any) -> Any:
+        """The micro-batches of a step, and the sum of the weights of their labels in all processes."""
         with plain_errors():
-            return super().get_batch_samples(*args)
+            batches, items = super().get_batch_samples(*args)
+        return batches, self._weigh(items, batches) if isinstance(items, torch.Tensor) else items
+
+    def _weigh(self, items: torch.Tensor, batches: list[dict[str, Any]]) -> torch.Tensor:
+        """``items``, the number of labels as the Trainer counts it, times their mean weight."""
+        is_shared = self.args.world_size > 1 and self.args.average_tokens_across_devices
+        if not is_shared and not any(WEIGHTS in batch for batch in batches):
+            return items
+        sums: Any = torch.stack([tally(batch["labels"], batch.get(WEIGHTS)) for batch in batches]).sum(dim=0)
+        if is_shared:  # in every step: a process cannot tell whether another one has weights
+            sums = self.accelerator.reduce(sums, reduction="sum")
+        weighed = items * (sums[0] / sums[1])  # without weights times 1, exactly
+        return torch.where(weighed > 0, weighed, 1.0).to(items.dtype)  # of weights of 0 alone the sum is 0
 
     def compute_loss(
         self,
@@ -113,7 +133,7 @@ class CLMTrainer(SavingTrainer):
         if model.training:
             self._counts[TARGETS] += figures.is_target.sum()
             self._counts[CORRECT] += figures.correct.sum()
-            tokens, pairs = _count_tokens(inputs)
+            tokens, pairs = count_tokens(inputs)
             self._counts[TOKENS] += tokens
             self._counts[PAIRS] += pairs
             self._counts[PLACES] += inputs["input_ids"].numel()
@@ -123,14 +143,22 @@ class CLMTrainer(SavingTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], *, items: torch.Tensor | int | None
     ) -> tuple[torch.Tensor, Any, TokenFigures]:
         """The loss as the Trainer normalises it, the model's outputs, and the figures of each target."""
-        left_out = ("padding_tokens", *(OF_TARGETS if self.target_loss is None else ()))
+        left_out = ("padding_tokens", WEIGHTS, *(OF_TARGETS if self.target_loss is None else ()))
         batch: Any = {key: value for key, value in inputs.items() if key not in left_out}
+        weights = inputs.get(WEIGHTS) if model.training else None  # evaluation is not weighted
         options: Any = {"return_outputs": True, "num_items_in_batch": items}
         if self.target_loss is None:
-            labels = batch["labels"]  # label smoothing takes them out of the batch
-            loss, outputs = cast(Any, super().compute_loss(model, batch, **options))
+            labels, own = batch["labels"], self.compute_loss_func  # what computes a loss takes them out
+            if weights is not None:
+                self.compute_loss_func = partial(self._logit_loss, label_weights=weights)
+            try:
+                loss, outputs = cast(Any, super().compute_loss(model, batch, **options))
+            finally:
+                self.compute_loss_func = own
             return loss, outputs, logit_figures(outputs.logits, labels)
-        with self.target_loss.measuring():
+        if weights is not None and "logits_to_keep" in batch:  # a position predicts the token after it
+            weights = weights.roll(-1, dims=1)[:, batch["logits_to_keep"]]
+        with self.target_loss.measuring(weights):
             loss, outputs = cast(Any, super().compute_loss(model, batch, **options))
         figures = self.target_loss.figures
         assert figures is not None, "the model computed no loss"
@@ -365,30 +393,8 @@ class EpochCallback(TrainerCallback):
         control.should_log |= control.should_evaluate or control.should_save
 
 
-def _count_tokens(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Real tokens, and pairs of which one attends to the other.
-
-    Not counted are padding and the single tokens of EvenRows: a document of one token has nothing to learn.
-    """
-    mask, bounds = inputs.get("attention_mask"), inputs.get("cu_seq_lens_q")
-    lengths: Any = bounds.diff() if bounds is not None else mask.sum(dim=1) if mask is not None else None
-    assert lengths is not None, "the batch comes from one of our collators"
-    lengths = (lengths * (lengths > 1)).long()
-    tokens, pairs = lengths.sum(), (lengths * (lengths + 1) // 2).sum()
-    padding = inputs.get("padding_tokens", 0)
-    return tokens - padding, pairs
-
-
 def mean_loss(history: list[dict[str, Any]]) -> float:
     """Over all steps of a run; the loss of a log event is the mean over the steps since the event before."""
     events = [{"step": 0, "loss": 0.0}, *(event for event in history if "loss" in event)]
     steps = events[-1]["step"]
     return sum((e["step"] - before["step"]) * e["loss"] for before, e in pairwise(events)) / max(steps, 1)
-
-
-def logit_figures(logits: torch.Tensor, labels: torch.Tensor) -> TokenFigures:
-    """The figures of a loss that was computed from all logits (B, T, V); labels (B, T), unshifted."""
-    targets = labels[:, 1:]
-    is_target = targets != IGNORE_INDEX
-    correct = (logits[:, :-1].argmax(dim=-1) == targets) & is_target
-    return TokenFigures(token_nll(logits, labels), correct, is_target)

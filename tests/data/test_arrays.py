@@ -14,7 +14,7 @@ from hf_clm.data.arrays import (
     to_fates,
     to_places,
 )
-from hf_clm.data.labels import Fate
+from hf_clm.data.label.labels import Fate
 
 
 @pytest.mark.parametrize("blocks", [[], [[]], [[1]], [[1, 2], [], [3, 4, 5]], [range(1000)] * 120])

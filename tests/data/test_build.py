@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import X, byte_tokenizer, write_jsonl
+from helpers import X, byte_tokenizer, document, prompted, write_jsonl
 
 from hf_clm.config import Recipe
 from hf_clm.data.build import (
@@ -19,14 +19,14 @@ from hf_clm.data.build import (
     split_examples,
     texts_of,
 )
-from hf_clm.data.labels import Fate
+from hf_clm.data.label.labels import Fate
 from hf_clm.data.packing import PackedDataset
 from hf_clm.errors import DataError, ExitCode
-from hf_clm.schema import ChatExample, PromptExample, Segment, SegmentsExample, TextExample
+from hf_clm.schema import Chat, Document, Segment, Tokens, whole_text
 from hf_clm.train_tokenizer import train_characters
 
 # "a\n" and N letters and the end token: 4, 5, 6, 7 tokens, of which 2, 3, 4, 5 are learned.
-RECORDS = [{"instruct": "a", "input": "", "label": "x" * n} for n in range(1, 5)]
+RECORDS = [{"instruct": "a\n", "input": "", "label": "x" * n} for n in range(1, 5)]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def build_recipe(stage: str = "sft", **data: Any) -> Recipe:
 
 def build(stage: str = "sft", **data: Any) -> Split:
     recipe = build_recipe(stage, **data)
-    return build_split(load_splits(recipe, 42)[0], recipe, tokenizer=byte_tokenizer(), stage=stage)
+    return build_split(load_splits(recipe, 42)[0], recipe, tokenizer=byte_tokenizer())
 
 
 def refusal(stage: str = "sft", **data: Any) -> str:
@@ -61,22 +61,22 @@ def test_examples_keep_their_order_and_their_place(tmp_path):
 
     found = load_examples(recipe.data.train, recipe.data)
 
-    assert found.examples[0] == PromptExample("a\n", "x")
-    assert found.examples[4] == TextExample("t")
+    assert found.examples[0] == prompted("a\n", "x")
+    assert found.examples[4] == document("t")
     assert found.places == ["say.jsonl:1", "say.jsonl:2", "say.jsonl:3", "say.jsonl:4", "b.jsonl:1"]
     assert found.formats == {"instruct", "text"}
     assert found.report.files == ["say.jsonl", "b.jsonl"]
 
 
 def test_a_wrong_record_is_named_by_file_and_line(tmp_path):
-    write_jsonl(tmp_path / "say.jsonl", [*RECORDS, {"instruct": "a", "input": "", "label": 5}])
+    write_jsonl(tmp_path / "say.jsonl", [*RECORDS, {"instruct": "a\n", "input": "", "label": 5}])
 
     assert refusal().startswith("say.jsonl:5: ")
 
 
 def test_wrong_records_are_skipped_and_counted_on_request(tmp_path):
     write_jsonl(
-        tmp_path / "say.jsonl", [RECORDS[0], {"instruct": "a", "input": "", "label": 5}, *RECORDS[1:]]
+        tmp_path / "say.jsonl", [RECORDS[0], {"instruct": "a\n", "input": "", "label": 5}, *RECORDS[1:]]
     )
 
     split = build(skip_bad_lines=True, max_dropped=0.5)
@@ -86,7 +86,7 @@ def test_wrong_records_are_skipped_and_counted_on_request(tmp_path):
 
 
 def test_skipped_records_count_as_dropped(tmp_path):
-    write_jsonl(tmp_path / "say.jsonl", [RECORDS[0], {"instruct": "a", "input": "", "label": 5}])
+    write_jsonl(tmp_path / "say.jsonl", [RECORDS[0], {"instruct": "a\n", "input": "", "label": 5}])
 
     message = refusal(skip_bad_lines=True)
 
@@ -122,14 +122,14 @@ def test_columns_are_renamed_for_each_source(tmp_path):
     fields = {"prompt": "q", "completion": "a"}
     recipe = build_recipe(train=[{"path": "qa.jsonl", "format": "prompt_completion", "fields": fields}])
 
-    assert load_examples(recipe.data.train, recipe.data).examples == [PromptExample("a", "x")]
+    assert load_examples(recipe.data.train, recipe.data).examples == [prompted("a", "x")]
 
 
 # --- held-out examples
 
 
 def numbered(count: int) -> Examples:
-    return Examples([TextExample(str(n)) for n in range(count)], [f"f:{n}" for n in range(count)])
+    return Examples([document(str(n)) for n in range(count)], [f"f:{n}" for n in range(count)])
 
 
 def test_a_share_is_held_out_by_the_seed_and_keeps_the_order():
@@ -140,7 +140,7 @@ def test_a_share_is_held_out_by_the_seed_and_keeps_the_order():
     chosen = [int(place[2:]) for place in held_out.places]
     assert len(chosen) == 3 and chosen == sorted(chosen)
     assert [int(place[2:]) for place in train.places] == [n for n in range(10) if n not in chosen]
-    assert [example.text for example in held_out.examples] == [str(n) for n in chosen]
+    assert [whole_text(example) for example in held_out.examples] == [str(n) for n in chosen]
     assert again.places == held_out.places
     assert other.places != held_out.places
 
@@ -158,15 +158,15 @@ def test_a_limit_reads_the_first_records_of_its_source_only(tmp_path):
 
 
 def test_of_a_single_text_the_end_is_held_out_as_a_document_of_its_own():
-    read = Examples([TextExample("abcdefghij")], ["book.txt"])
+    read = Examples([document("abcdefghij")], ["book.txt"])
 
     train, held_out = split_examples(read, 0.3, seed=0)
 
-    assert (train.examples, held_out.examples) == ([TextExample("abcdefg")], [TextExample("hij")])
+    assert (train.examples, held_out.examples) == ([document("abcdefg")], [document("hij")])
     assert train.places == held_out.places == ["book.txt"]
 
 
-@pytest.mark.parametrize("example", [PromptExample("a", "b"), TextExample("abc       ")])
+@pytest.mark.parametrize("example", [prompted("a", "b"), document("abc       ")])
 def test_a_single_example_that_cannot_be_divided_is_an_error(example):
     with pytest.raises(DataError, match="leaves 0 to evaluate on"):
         split_examples(Examples([example], ["x:1"]), 0.3, seed=0)
@@ -270,13 +270,13 @@ def test_a_character_without_a_token_is_named_with_its_row(tmp_path):
     examples = load_splits(recipe, 42)[0]
 
     with pytest.raises(DataError) as error:
-        build_split(examples, recipe, tokenizer=train_characters(["abba", "bd "]), stage="pretrain")
+        build_split(examples, recipe, tokenizer=train_characters(["abba", "bd "]))
 
     assert str(error.value) == (
         "poem.jsonl:2: the tokenizer has no token for it; got '雪' (U+96EA); "
         "fix: take it out, or add a text that holds it to those that the tokenizer is trained on"
     )
-    whole = build_split(examples, recipe, tokenizer=train_characters(["ab", "d 雪"]), stage="pretrain")
+    whole = build_split(examples, recipe, tokenizer=train_characters(["ab", "d 雪"]))
     assert whole.tokens == 4 + 1 + 5 + 1
 
 
@@ -285,7 +285,7 @@ def test_the_name_of_the_unknown_token_in_a_text_is_no_unknown_character(tmp_pat
     recipe = build_recipe("pretrain", train=[{"path": "poem.jsonl"}])
     tokenizer = train_characters(["ab <|unk>"])
 
-    split = build_split(load_splits(recipe, 42)[0], recipe, tokenizer=tokenizer, stage="pretrain")
+    split = build_split(load_splits(recipe, 42)[0], recipe, tokenizer=tokenizer)
 
     assert split.tokens == len("a <|unk|> b") + 1
     assert tokenizer.unk_token_id not in split.rows[0]["input_ids"]
@@ -293,11 +293,11 @@ def test_the_name_of_the_unknown_token_in_a_text_is_no_unknown_character(tmp_pat
 
 def test_a_tokenizer_can_be_trained_on_every_kind_of_example():
     examples = [
-        TextExample("a"),
-        PromptExample("b", "c"),
-        ChatExample([{"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]),
-        SegmentsExample([Segment("f", False), Segment("g", True)]),
-        {"input_ids": [1], "labels": [1]},
+        document("a"),
+        prompted("b", "c"),
+        Chat([{"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]),
+        Document([Segment("f", False), Segment("g", True)]),
+        Tokens([1], [1], [1]),
     ]
 
     assert list(texts_of(examples)) == ["a", "b", "c", "d", "e", "f", "g"]
@@ -315,4 +315,4 @@ def test_lines_lost_in_reading_do_not_count_against_the_part_that_is_held_out():
     assert held_out is not None
     assert (len(train), len(held_out)) == (88, 10)
     assert (len(train.report.bad_lines), held_out.report.bad_lines) == (2, [])
-    build_split(held_out, recipe, tokenizer=byte_tokenizer(), stage="sft")
+    build_split(held_out, recipe, tokenizer=byte_tokenizer())

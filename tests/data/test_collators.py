@@ -94,6 +94,42 @@ def test_rows_of_arrays_give_the_batch_of_rows_of_lists_and_stay_as_they_were():
     assert plain(batch) == plain(DataCollatorForPackedCausalLM(with_targets=True)([PACKED, SHORT]))
 
 
+def test_rows_without_weights_count_1_beside_those_that_have_them_and_padding_counts_0():
+    weighted = {**LONG, "weights": [0.5, 2.0, 0.1]}
+    shape = StaticShape(tokens=7, documents=2, max_length=4)
+
+    padded = DataCollatorForCausalLM(PAD)([SHORT, weighted])["loss_weights"]
+    packed = DataCollatorForPackedCausalLM(with_targets=True)([SHORT, weighted])["loss_weights"]
+    static = DataCollatorForPackedCausalLM(static=shape)([SHORT, weighted])["loss_weights"]
+
+    tenth = torch.tensor(0.1).item()  # as a float32
+    assert padded.tolist() == [[1, 1, 0], [0.5, 2, tenth]]
+    assert packed.tolist() == [[1, 1, 0.5, 2, tenth]]
+    assert static.tolist() == [[1, 1, 0.5, 2, tenth, 0, 0]]
+    assert padded.dtype == packed.dtype == static.dtype == torch.float32
+
+
+def test_rows_of_arrays_with_weights_give_the_batch_of_rows_of_lists():
+    row = {**PACKED, "weights": [1.0, 0.25, 1.0, 3.0, 1.0]}
+    arrays = {"input_ids": np.int32, "labels": np.int32, "position_ids": np.int64, "weights": np.float32}
+
+    batch = DataCollatorForPackedCausalLM()([{key: np.array(row[key], kind) for key, kind in arrays.items()}])
+
+    assert batch["loss_weights"].tolist() == [[1, 0.25, 1, 3, 1]]
+    assert plain(batch) == plain(DataCollatorForPackedCausalLM()([row]))
+
+
+@pytest.mark.parametrize("collate", [DataCollatorForCausalLM(PAD), DataCollatorForPackedCausalLM()])
+def test_a_batch_without_weights_has_no_key_for_them(collate):
+    assert "loss_weights" not in collate([SHORT, LONG])
+
+
+def test_weights_of_another_length_than_the_tokens_are_refused():
+    for collate in (DataCollatorForCausalLM(PAD), DataCollatorForPackedCausalLM()):
+        with pytest.raises(ValueError, match="shape"):
+            collate([SHORT, {**LONG, "weights": [1.0, 1.0]}])
+
+
 def test_documents_of_one_token_are_documents():
     row = {"input_ids": [7, 8, 9, 9], "labels": [X, X, X, 9], "position_ids": [0, 0, 0, 1]}
 

@@ -18,7 +18,7 @@ from hf_clm.config import Recipe, load_recipe
 from hf_clm.data import cache
 from hf_clm.data.build import Split, mix_splits
 from hf_clm.data.cache import build_splits, load_named
-from hf_clm.data.datasets import TokenizedRows
+from hf_clm.data.label.datasets import TokenizedRows
 from hf_clm.data.mixing import (
     MixOptions,
     apportion,
@@ -229,9 +229,9 @@ def test_shares_of_tokens_are_met_by_whole_rows(by, drawn):
 # --- from a recipe to rows
 
 # "a" and N letters and the end token: N + 3 tokens, of which N + 1 are learned.
-SHORT = [{"instruct": "a", "input": "", "label": "x" * n} for n in (1, 2, 3, 4)]
+SHORT = [{"instruct": "a\n", "input": "", "label": "x" * n} for n in (1, 2, 3, 4)]
 PATHS = ["a.jsonl", "b.jsonl"]
-LONG = [{"instruct": "b", "input": "", "label": "y" * n} for n in (10, 11, 12)]
+LONG = [{"instruct": "b\n", "input": "", "label": "y" * n} for n in (10, 11, 12)]
 
 
 def build_recipe(folder: Path, *sources: dict[str, Any], **data: Any) -> Recipe:
@@ -468,7 +468,7 @@ def test_a_run_without_a_mix_says_nothing_of_it(tmp_path, capsys):
 @pytest.mark.parametrize("cache_dir", ["kept", None])
 @pytest.mark.parametrize("packing", ["none", "best_fit"])
 def test_the_ledger_says_how_often_each_row_is_drawn_and_where(tmp_path, packing, cache_dir):
-    held = {"eval": [write_jsonl(tmp_path / "c.jsonl", [{"instruct": "c", "input": "", "label": "z"}])]}
+    held = {"eval": [write_jsonl(tmp_path / "c.jsonl", [{"instruct": "c\n", "input": "", "label": "z"}])]}
     kept = cache_dir and str(tmp_path / cache_dir)
     recipe = build_recipe(tmp_path, {"epochs": 3}, {"epochs": 2}, packing=packing, cache_dir=kept, **held)
     prepared = prepare(recipe, byte_tokenizer(), arguments=training_arguments(recipe))

@@ -5,16 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import EOS, X, byte_tokenizer
+from helpers import EOS, X, byte_tokenizer, document, prompted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_clm.data.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
 from hf_clm.data.packing import PackedDataset, Piece, Pieces, best_fit_rows, stream_blocks, stream_rows
-from hf_clm.schema import PromptExample, TextExample
 
 TOKENIZER = byte_tokenizer()
-DOCUMENTS = [TextExample("aaa"), TextExample("b"), TextExample("cccc")]  # 4, 2 and 5 tokens
+DOCUMENTS = [document("aaa"), document("b"), document("cccc")]  # 4, 2 and 5 tokens
 
 
 def to_lists(row: Any) -> dict[str, list[int]]:
@@ -37,12 +36,12 @@ def stream_token_by_token(lengths: list[int], max_length: int) -> list[list[Piec
     """One document at a time, row by row."""
     rows: list[list[Piece]] = [[]]
     room = max_length
-    for document, length in enumerate(lengths):
+    for number, length in enumerate(lengths):
         start = 0
         while start < length - 1 or start == 0:
             stop = min(length, start + room)
             if stop - start > 1 or length == 1:
-                rows[-1].append((document, start, stop))
+                rows[-1].append((number, start, stop))
                 room -= stop - start
                 start = stop if stop == length else stop - 1
             else:
@@ -129,11 +128,9 @@ def test_a_stream_learns_each_label_once_and_fills_its_rows(lengths, max_length)
     rows = list(stream_rows(lengths, max_length))
 
     learned = [
-        (document, token) for row in rows for document, start, stop in row for token in range(start + 1, stop)
+        (number, token) for row in rows for number, start, stop in row for token in range(start + 1, stop)
     ]
-    assert learned == [
-        (document, token) for document, length in enumerate(lengths) for token in range(1, length)
-    ]
+    assert learned == [(number, token) for number, length in enumerate(lengths) for token in range(1, length)]
     sizes = [sum(stop - start for _, start, stop in row) for row in rows]
     assert all(size in (max_length - 1, max_length) for size in sizes[:-1])
     assert max(sizes, default=0) <= max_length
@@ -178,7 +175,7 @@ def test_a_streamed_row_goes_on_with_the_token_before_the_cut_unlabelled():
 @given(texts=st.lists(st.text("ab", min_size=1, max_size=15), min_size=1, max_size=12))
 @settings(max_examples=40, deadline=None)
 def test_packing_changes_no_label(packing, texts):
-    dataset = PretrainDataset([TextExample(text) for text in texts], TOKENIZER)
+    dataset = PretrainDataset([document(text) for text in texts], TOKENIZER)
 
     rows = [to_lists(row) for row in PackedDataset(dataset, max_length=16, packing=packing)]
 
@@ -188,7 +185,7 @@ def test_packing_changes_no_label(packing, texts):
 
 
 def test_the_masked_prompts_of_packed_rows_stay_masked():
-    dataset = SFTDataset([PromptExample("pp", "q"), PromptExample("r", "s")], TOKENIZER)
+    dataset = SFTDataset([prompted("pp", "q"), prompted("r", "s")], TOKENIZER)
 
     row = PackedDataset(dataset, max_length=8)[0]
 

@@ -1,13 +1,13 @@
 """The order of the rows, and how they divide among processes."""
 
 import pytest
-from helpers import EOS, X, byte_tokenizer
+from helpers import EOS, X, byte_tokenizer, document
 
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
-from hf_clm.data.datasets import SFTDataset
+from hf_clm.data.label.datasets import SFTDataset
 from hf_clm.data.packing import PackedDataset
 from hf_clm.data.sampling import EpochSampler, EvenRows
-from hf_clm.schema import TextExample, TokenizedExample
+from hf_clm.schema import TokenizedExample
 
 TOKENIZER = byte_tokenizer()
 
@@ -18,7 +18,7 @@ def row(ids: list[int], labels: list[int]) -> TokenizedExample:
 
 @pytest.mark.parametrize(("multiple", "length"), [(1, 3), (2, 4), (3, 3), (4, 4), (8, 8)])
 def test_even_rows_fill_up_with_rows_that_have_no_label(multiple, length):
-    dataset = SFTDataset([TextExample("a"), TextExample("b"), TextExample("c")], TOKENIZER)
+    dataset = SFTDataset([document("a"), document("b"), document("c")], TOKENIZER)
 
     rows = list(EvenRows(dataset, multiple))
 
@@ -30,7 +30,7 @@ def test_even_rows_fill_up_with_rows_that_have_no_label(multiple, length):
 
 def test_a_batch_of_fillers_alone_is_documents_of_one_token_and_one_position_without_a_label():
     """What the last processes get where the packed rows do not divide."""
-    packed = PackedDataset(SFTDataset([TextExample("ab"), TextExample("c")], TOKENIZER), max_length=8)
+    packed = PackedDataset(SFTDataset([document("ab"), document("c")], TOKENIZER), max_length=8)
     rows = list(EvenRows(packed, 3))
 
     batch = DataCollatorForPackedCausalLM(with_targets=True)(rows[1:])

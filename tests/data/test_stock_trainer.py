@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import X, byte_tokenizer, save_folder, tiny_model
+from helpers import X, byte_tokenizer, prompted, save_folder, tiny_model
 from transformers import Trainer, TrainingArguments
 
 from hf_clm import (
@@ -18,7 +18,6 @@ from hf_clm import (
     load_tokenizer,
     to_example,
 )
-from hf_clm.schema import PromptExample
 
 RECORDS = [
     {"instruct": "Count to three.", "input": "", "label": "1 2 3"},
@@ -26,7 +25,7 @@ RECORDS = [
     {"instruct": "Greet.", "input": "", "label": "Hello there, how are you?"},
     {"instruct": "Name a colour.", "input": "warm", "label": "red"},
 ]
-EXAMPLES = [PromptExample(record["instruct"] + "\n", record["label"]) for record in RECORDS]
+EXAMPLES = [prompted(record["instruct"] + "\n", record["label"]) for record in RECORDS]
 
 
 def stock_trainer(folder: Path, dataset, collator, **options) -> Trainer:
@@ -128,11 +127,11 @@ def test_the_example_of_the_documentation_runs(tmp_path):
     batch = DataCollatorForCausalLM(pad_token_id=tokenizer.pad_token_id)([dataset[0], dataset[1]])
 
     assert dataset[0] == {
-        "input_ids": [*b"Count to three.\n1 2 3", 256],
-        "labels": [X] * 16 + [*b"1 2 3", 256],
+        "input_ids": [*b"Count to three.1 2 3", 256],
+        "labels": [X] * 15 + [*b"1 2 3", 256],
     }
     assert batch["input_ids"].tolist() == [
-        [*b"Count to three.\n1 2 3", 256],
-        [*b"Say it twice.\nla\nlala", 256],
+        [*b"Count to three.1 2 3", 256],
+        [*b"Say it twice.lalala", 256, 260],
     ]
     assert load_model(folder, tokenizer)(**batch).loss.item() == pytest.approx(math.log(261), rel=0.1)

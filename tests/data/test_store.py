@@ -3,22 +3,23 @@
 import json
 import os
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import byte_tokenizer, write_jsonl
+from helpers import byte_tokenizer, document, prompted, write_jsonl
 from pyarrow import parquet
 
 from hf_clm.config import Recipe
 from hf_clm.data import store
 from hf_clm.data.cache import build_splits, load_named
-from hf_clm.data.labels import Fate
-from hf_clm.data.ledger import build_ledger, write_ledgers
+from hf_clm.data.label.labels import Fate
 from hf_clm.data.packing import PackedDataset
+from hf_clm.data.proof.ledger import build_ledger, write_ledgers
 from hf_clm.data.store import HEAD, LazyList, open_store, require_writable, write_store
 from hf_clm.errors import DataError, EnvironmentFault
-from hf_clm.schema import ChatExample, PromptExample, Segment, SegmentsExample, TextExample
+from hf_clm.schema import Chat, Document, Segment, Tokens, example_from_json
 
 KINDS = [
     {"text": "hello"},
@@ -131,12 +132,13 @@ def test_every_kind_of_example_is_kept_and_read_from_no_file():
     found = open_(recipe, files=files[:2] + files[3:], load=refuse).splits["train"]
 
     assert found.examples.examples[:9] == [
-        TextExample("hello"),
-        PromptExample("p <|pad|>", "q"),
-        SegmentsExample([Segment("a", False), Segment("b", True)]),
-        {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
+        document("hello"),
+        prompted("p <|pad|>", "q"),
+        Document([Segment("a", False), Segment("b", True)]),
+        Tokens([1, 2, 3], [-100, 2, 3], [3]),
     ]
-    assert store._to_example({"messages": KINDS[2]["messages"]}) == ChatExample(KINDS[2]["messages"])
+    chat = Chat(KINDS[2]["messages"])
+    assert example_from_json(json.loads(json.dumps(asdict(chat)))) == chat
 
 
 def test_examples_behind_the_first_are_read_when_they_are_asked_for():
@@ -151,8 +153,8 @@ def test_examples_behind_the_first_are_read_when_they_are_asked_for():
 
     examples = open_(recipe, files=["a.jsonl"], load=load).splits["train"].examples
 
-    assert (len(examples), examples.examples[HEAD - 1], reads) == (HEAD + 50, TextExample("199"), [])
-    assert [examples.examples[n] for n in (HEAD, -1)] == [TextExample("200"), TextExample("249")]
+    assert (len(examples), examples.examples[HEAD - 1], reads) == (HEAD + 50, document("199"), [])
+    assert [examples.examples[n] for n in (HEAD, -1)] == [document("200"), document("249")]
     assert reads == [1]
 
 

@@ -65,7 +65,7 @@ def prepared(recipe: Recipe) -> list[Any]:
     """The rows of the prepared path, in its order."""
     whole = recipe.model_copy(update={"data": recipe.data.model_copy(update={"streaming": False})})
     examples, _ = load_splits(whole, 0)
-    return list(build_split(examples, whole, tokenizer=TOKENIZER, stage=whole.stage).dataset)
+    return list(build_split(examples, whole, tokenizer=TOKENIZER).dataset)
 
 
 def targets(rows: list[Any]) -> Counter[int]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from helpers import EOS, IM_END, PAD, byte_tokenizer, tiny_model
+from helpers import EOS, IM_END, PAD, byte_tokenizer, prompted, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
@@ -14,7 +14,7 @@ from hf_clm.doctor import checks
 from hf_clm.doctor.facts import Facts, Machine, Ok, Problem
 from hf_clm.doctor.memory import MemoryEstimate
 from hf_clm.errors import DataError, EnvironmentFault, ExitCode
-from hf_clm.schema import ChatExample, PromptExample
+from hf_clm.schema import Chat, Document, Tokens
 from hf_clm.tokenizer import use_chat_template
 
 GIB = 2**30
@@ -22,8 +22,8 @@ MACHINE = Machine(free_disk=100 * GIB, free_memory=100 * GIB, cores=8)
 # 24 GiB to train: 4 of weights, 8 of the optimizer, 12 for a micro-step.
 ESTIMATE = MemoryEstimate(4 * GIB, 4 * GIB, 8 * GIB, 6 * GIB, 2 * GIB, micro_step=12 * GIB, evaluation=GIB)
 # 8 rows: "say\n" is read (4 tokens), 1 to 8 letters and the end token are learned.
-ROWS = [PromptExample("say\n", "x" * n) for n in range(1, 9)]
-CHAT = [ChatExample([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}])]
+ROWS = [prompted("say\n", "x" * n) for n in range(1, 9)]
+CHAT = [Chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}])]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -50,7 +50,7 @@ def build_facts(
 ) -> Facts:
     """A run over ROWS, 2 rows a step: 4 steps an epoch, 12 in all. Sections: model, data, train, ..."""
     examples, tokenizer = Examples(list(rows or ROWS)), tokenizer or byte_tokenizer()
-    kinds = {dict: "tokenized", ChatExample: "messages", PromptExample: "instruct"}
+    kinds = {Tokens: "tokenized", Chat: "messages", Document: "instruct"}
     examples.formats = {kinds[type(row)] for row in examples.examples}
     examples.places = [f"rows.jsonl:{number}" for number in range(len(examples))]
     settings = {"output_dir": "runs/x", "use_cpu": True, "per_device_train_batch_size": 2}
@@ -71,7 +71,7 @@ def build_facts(
         TrainingArguments(**settings),
         tokenizer,
         tiny_model(**sections.get("config", {})).config,
-        build_split(examples, recipe, tokenizer=tokenizer, stage="sft"),
+        build_split(examples, recipe, tokenizer=tokenizer),
         replace(MACHINE, **(machine or {})),
         estimate=ESTIMATE,
         model=sections.get("loaded"),
@@ -112,21 +112,15 @@ ACCEPTED: list[tuple[str, dict[str, Any], str]] = [
     ("logging", {"train": {"logging_steps": 50, "logging_first_step": True}}, "every 50 steps"),
     ("vocabulary", {}, "260 ids, 260 rows"),
     ("vocabulary", {"config": {"vocab_size": 258}}, "260 ids, 260 rows (2 new)"),
-    ("token ids", {}, "0 to 256 in the data"),
     ("template tokens", templated("{a}<|endoftext|>"), "<|endoftext|>"),
     ("template tokens", templated("{a} < {b} > {c}"), "none"),
     ("special tokens", {}, "eos 256, pad 257"),
     (
         "bytes per token",
-        {"rows": [PromptExample("alpha", "beta")], "tokenizer": word_tokenizer()},
+        {"rows": [prompted("alpha", "beta")], "tokenizer": word_tokenizer()},
         "4.5 bytes of the text in a token",
     ),
-    ("unknown tokens", {"rows": [PromptExample("alpha", "beta")], "tokenizer": word_tokenizer()}, "none"),
-    (
-        "chat template",
-        {"rows": CHAT, "tokenizer": chat_tokenizer()},
-        "1 chats rendered as by the tokenizer itself",
-    ),
+    ("unknown tokens", {"rows": [prompted("alpha", "beta")], "tokenizer": word_tokenizer()}, "none"),
     ("learned stops", {}, "8 stop tokens among the labels"),
     ("positions", {"config": {"max_position_embeddings": 64}}, "rows of 64 tokens, 64 positions"),
     ("overlong rows", {}, "0 of 8 rows over max_length"),
@@ -227,13 +221,6 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
         True,
     ),
     (
-        "token ids",
-        {"rows": [{"input_ids": [1, 400], "labels": [1, 400]}]},
-        "token id 400 has no row in embeddings of 260",
-        DATA,
-        False,
-    ),
-    (
         "special tokens",
         {"tokenizer": byte_tokenizer(pad="<|endoftext|>")},
         "the pad token (id 256) must be there and not be the end token (id 256)",
@@ -243,7 +230,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
     ("bytes per token", {}, "a token holds 1.0 bytes of the text; 3 to 4 are usual", MODEL, True),
     (
         "unknown tokens",
-        {"rows": [PromptExample("alpha", "gamma beta")], "tokenizer": word_tokenizer()},
+        {"rows": [prompted("alpha", "gamma beta")], "tokenizer": word_tokenizer()},
         "25.00% of the tokens are <unk>: the tokenizer cannot spell the text",
         MODEL,
         False,
@@ -251,7 +238,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
     (
         "unknown tokens",
         {
-            "rows": [PromptExample("alpha", "beta " * 197 + "gamma")],
+            "rows": [prompted("alpha", "beta " * 197 + "gamma")],
             "tokenizer": word_tokenizer(),
             "data": {"max_length": 200},
         },
@@ -261,14 +248,14 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
     ),
     (
         "learned stops",
-        {"rows": [{"input_ids": [1, 2], "labels": [1, 2]}]},
+        {"rows": [Tokens([1, 2], [1, 2], [2])]},
         "no label is a stop token (<|endoftext|>)",
         DATA,
         True,  # the user's own labels
     ),
     (
         "learned stops",
-        {"rows": [PromptExample("say\n", "xxx")], "data": {"max_length": 5, "overflow": "truncate"}},
+        {"rows": [prompted("say\n", "xxx")], "data": {"max_length": 5, "overflow": "truncate"}},
         "no label is a stop token (<|endoftext|>)",
         DATA,
         False,
@@ -289,7 +276,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
     ),
     (
         "packing",
-        {"data": {"max_length": 50, "packing": "best_fit"}, "rows": [PromptExample("p", "x" * 24)] * 2},
+        {"data": {"max_length": 50, "packing": "best_fit"}, "rows": [prompted("p", "x" * 24)] * 2},
         "the packed rows are 52% full",
         RECIPE,
         True,
@@ -378,35 +365,12 @@ def test_what_is_wrong_is_named_with_a_fix(name, changes, what, code, is_warning
 def test_every_check_is_tried_both_ways():
     both = {name for name, *_ in ACCEPTED} & {name for name, *_ in REFUSED}
 
-    assert set(checks.CHECKS) - both == {"chat template"}  # refused below
-    assert len(checks.CHECKS) == 24
-
-
-def test_a_chat_that_is_rendered_otherwise_than_by_the_tokenizer_is_refused(monkeypatch):
-    tokenizer = chat_tokenizer()
-    facts = build_facts(CHAT, tokenizer=tokenizer)
-    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *args, **kwargs: "another text")
-
-    assert checks.check_template(facts) == Problem(
-        "a chat is not rendered as by the tokenizer itself: 'Hi'",
-        "tokenizer.chat_template",
-        "set it to chatml",
-        checks.ModelError,
-    )
-
-
-def test_a_tokenizer_without_a_chat_template_is_a_problem_of_the_template_check():
-    facts = replace(build_facts(CHAT, tokenizer=chat_tokenizer()), tokenizer=byte_tokenizer())
-
-    found = checks.run_checks(facts)["chat template"]
-
-    assert isinstance(found, Problem)
-    assert found.what == "has no chat template, and the data are chats"
-    assert found.error.exit_code == ExitCode.MODEL
+    assert set(checks.CHECKS) == both
+    assert len(checks.CHECKS) == 22
 
 
 def test_checks_that_do_not_apply_are_left_out():
-    left_out = {"unknown tokens", "chat template", "template tokens", "packing", "stop tokens"}
+    left_out = {"unknown tokens", "template tokens", "packing", "stop tokens"}
 
     assert set(checks.CHECKS) - set(checks.run_checks(build_facts())) == left_out
 
@@ -419,9 +383,11 @@ def test_before_training_the_first_problem_is_raised_as_its_error():
 
 
 def test_before_training_a_data_problem_comes_before_one_of_the_machine():
-    facts = build_facts([{"input_ids": [1, 400], "labels": [1, 400]}], machine={"free_memory": GIB})
+    facts = build_facts(
+        [prompted("say", "x" * 70)] * 8, machine={"free_memory": GIB}, data={"overflow": "truncate"}
+    )
 
-    with pytest.raises(DataError, match="token id 400"):
+    with pytest.raises(DataError, match="no label is a stop token"):
         checks.check_before_training(facts)
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from helpers import byte_tokenizer, tiny_model
+from helpers import byte_tokenizer, prompted, tiny_model
 from transformers import AutoConfig, TrainingArguments
 
 from hf_clm.config import Recipe
@@ -19,7 +19,6 @@ from hf_clm.doctor.facts import (
     to_problem,
 )
 from hf_clm.errors import DataError
-from hf_clm.schema import PromptExample
 
 # Two hyperthreads on each of two cores.
 CPU_INFO = "\n\n".join(
@@ -43,9 +42,9 @@ def build_recipe(**sections: Any) -> tuple[Recipe, TrainingArguments]:
 
 def build_rows(recipe: Recipe) -> Split:
     """Rows of 6, 13, 9 and 7 tokens."""
-    rows = [PromptExample("say\n", "x" * count) for count in (1, 8, 4, 2)]
+    rows = [prompted("say\n", "x" * count) for count in (1, 8, 4, 2)]
     examples = Examples(list(rows), [f"rows.jsonl:{number}" for number in range(4)])
-    return build_split(examples, recipe, tokenizer=byte_tokenizer(), stage="sft")
+    return build_split(examples, recipe, tokenizer=byte_tokenizer())
 
 
 def test_the_tokens_of_a_row_are_those_of_its_documents():

@@ -28,7 +28,7 @@ from hf_clm.tokenizer import use_chat_template
 from hf_clm.training.run import train
 
 PROMPT = [*b"say 3\n"]
-RECORDS = [{"instruct": f"say {n}", "input": "", "label": "x" * n} for n in range(1, 5)]
+RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "x" * n} for n in range(1, 5)]
 
 
 class InThisProcess:
@@ -236,7 +236,7 @@ def test_a_tokenizer_of_its_own_splits_a_text_as_it_will_once_it_is_saved(
 ):
     """AutoTokenizer gives a Qwen2 model Qwen2's rules, by which each digit stands alone."""
     model = {"init": "scratch", "config": {"model_type": kind, **sizes}}
-    records = [{"instruct": f"count {n}", "input": "", "label": "1234 1234"} for n in range(8)]
+    records = [{"instruct": f"count {n}\n", "input": "", "label": "1234 1234"} for n in range(8)]
     settings = {"model": model, "tokenizer": {"train": {"vocab_size": 300}}, "train": {"max_steps": 1}}
 
     train(helpers.build_recipe(tmp_path, records, doctor={"round_trip": "start"}, **settings))

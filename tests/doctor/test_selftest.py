@@ -27,7 +27,7 @@ ROWS = [
     {"input_ids": [*b"say %d\n" % n, *b"x" * n, EOS], "labels": [X] * 6 + [*b"x" * n, EOS]}
     for n in range(1, 6)
 ]
-RECORDS = [{"instruct": f"say {n}", "input": "", "label": "x" * n} for n in range(1, 7)]
+RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "x" * n} for n in range(1, 7)]
 
 ALONE = "one document at a time gives another loss"
 PADDED = "padded rows give another loss"

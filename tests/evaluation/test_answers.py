@@ -5,18 +5,18 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+from helpers import byte_tokenizer, document, prompted, save_folder, tiny_model, write_jsonl
 
 from hf_clm.cli import main
 from hf_clm.evaluation.answers import Answers, Sample, load_metrics, measure_answers
 from hf_clm.generation.generate import Generated
-from hf_clm.schema import PromptExample, TextExample
+from hf_clm.schema import Document, Segment
 
 EXAMPLES = [
-    PromptExample("ab", "cd"),
-    TextExample("no question"),
-    PromptExample("a", "é"),
-    PromptExample("b", "ij"),
+    prompted("ab", "cd"),
+    document("no question"),
+    prompted("a", "é"),
+    prompted("b", "ij"),
 ]
 GENERATED = [Generated("cd", 2, True), Generated("é", 1, False), Generated("ijk", 3, True)]
 
@@ -39,7 +39,7 @@ def test_an_answer_is_exact_if_it_equals_the_target_and_stops(monkeypatch):
     found = measure_answers(tiny_model(), byte_tokenizer(), examples=EXAMPLES, metrics={})
 
     assert found is not None
-    assert asked == [PromptExample("ab", ""), PromptExample("a", ""), PromptExample("b", "")]
+    assert asked == [Document([Segment(text, 0)]) for text in ("ab", "a", "b")]
     assert found.to_json() == {"asked": 3, "exact_match": 1 / 3, "stopped": 2 / 3}
     assert found.samples[1] == Sample(2, "a", "é", "é", False)
     assert found.select(np.array([True, True, False, False])).to_json() == {
@@ -51,7 +51,7 @@ def test_an_answer_is_exact_if_it_equals_the_target_and_stops(monkeypatch):
 
 
 def test_documents_ask_nothing():
-    assert measure_answers(tiny_model(), byte_tokenizer(), examples=[TextExample("a")], metrics={}) is None
+    assert measure_answers(tiny_model(), byte_tokenizer(), examples=[document("a")], metrics={}) is None
 
 
 def to_answers(*pairs: tuple[str, str]) -> Answers:

@@ -7,7 +7,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from helpers import EOS, PAD, byte_tokenizer, save_folder, tiny_model, write_jsonl
+from helpers import EOS, PAD, byte_tokenizer, document, prompted, save_folder, tiny_model, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from hf_clm.attention import NAME, register
@@ -24,7 +24,7 @@ from hf_clm.evaluation.choices import (
     with_answer,
 )
 from hf_clm.evaluation.command import evaluate_run
-from hf_clm.schema import ChatExample, PromptExample, Segment, SegmentsExample, TextExample
+from hf_clm.schema import Chat, Document, Segment, Tokens
 from hf_clm.tokenizer import use_chat_template
 from hf_clm.training.run import train
 
@@ -61,7 +61,7 @@ def log_probabilities(prompt: bytes, choice: bytes) -> list[float]:
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_a_score_is_the_sum_over_the_tokens_of_the_choice_and_its_stop_token(batch_size):
-    rows = to_rows([PromptExample(prompt, "yes") for prompt in PROMPTS])
+    rows = to_rows([prompted(prompt, "yes") for prompt in PROMPTS])
 
     found = measure_choices(packed_model(), rows, choices=3, by="sum", batch_size=batch_size)
 
@@ -72,7 +72,7 @@ def test_a_score_is_the_sum_over_the_tokens_of_the_choice_and_its_stop_token(bat
 
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_or_the_mean_a_token(batch_size):
-    rows = to_rows([PromptExample("Is it?", "yes")])
+    rows = to_rows([prompted("Is it?", "yes")])
 
     found = measure_choices(packed_model(), rows, choices=3, by="mean", batch_size=batch_size)
 
@@ -84,7 +84,7 @@ def test_or_the_mean_a_token(batch_size):
 
 
 def test_a_model_that_computes_all_logits_gives_the_same_scores(monkeypatch):
-    rows = to_rows([PromptExample(prompt, "yes") for prompt in PROMPTS])
+    rows = to_rows([prompted(prompt, "yes") for prompt in PROMPTS])
     found = measure_choices(packed_model(), rows, choices=3, by="sum", batch_size=4)
     monkeypatch.setattr("hf_clm.evaluation.evaluate.takes_targets", lambda model: False)
 
@@ -96,13 +96,13 @@ def test_a_broken_model_prefers_nothing():
     torch.nn.init.constant_(model.get_input_embeddings().weight, float("nan"))
 
     with pytest.raises(ModelError, match="--choices: its log-probabilities are NaN"):
-        measure_choices(model, to_rows([PromptExample("a", "yes")]), choices=3, by="sum", batch_size=4)
+        measure_choices(model, to_rows([prompted("a", "yes")]), choices=3, by="sum", batch_size=4)
 
 
 def test_the_word_of_a_template_is_replaced_and_what_stands_around_it_stays():
-    own = {"is_target": True, "is_own": True}
+    own = {"weight": 1, "is_own": True}
     prompt = [Segment("Lamp?", False), Segment(" A:", False, is_own=True)]
-    example = SegmentsExample([*prompt, Segment(" ", **own), Segment("no", True), Segment(".", **own)])
+    example = Document([*prompt, Segment(" ", **own), Segment("no", True), Segment(".", **own)])
 
     rows = to_rows([example], choices=["no", "yes"])
 
@@ -118,7 +118,7 @@ def test_the_word_of_a_template_is_replaced_and_what_stands_around_it_stays():
 
 
 def test_the_last_turn_of_a_chat_and_the_last_target_of_segments_are_what_is_chosen():
-    chat = ChatExample(
+    chat = Chat(
         [
             {"role": "user", "content": "Hi"},
             {"role": "assistant", "content": "Ho"},
@@ -126,9 +126,7 @@ def test_the_last_turn_of_a_chat_and_the_last_target_of_segments_are_what_is_cho
             {"role": "assistant", "content": "no"},
         ]
     )
-    segments = SegmentsExample(
-        [Segment("a", False), Segment("b", True), Segment("c", False), Segment("no", True)]
-    )
+    segments = Document([Segment("a", False), Segment("b", True), Segment("c", False), Segment("no", True)])
     tokenizer = byte_tokenizer()
     use_chat_template(tokenizer, "chatml")
     model = packed_model(max_position_embeddings=512)
@@ -136,17 +134,15 @@ def test_the_last_turn_of_a_chat_and_the_last_target_of_segments_are_what_is_cho
     rows = to_rows([chat, segments], choices=["no", "yes"], max_length=400, tokenizer=tokenizer)
     found = measure_choices(model, rows, choices=2, by="sum", batch_size=8)
 
-    assert [sum(label >= 0 for label in row["labels"]) for row in rows] == [3, 4, 4, 5]
+    assert [sum(label >= 0 for label in row["labels"]) for row in rows] == [3, 4, 3, 4]
     assert found[1].tolist() == pytest.approx(
         [sum(log_probabilities(b"abc", b"no")), sum(log_probabilities(b"abc", b"yes"))], rel=1e-5
     )
-    assert with_answer(chat, "yes") == ChatExample(
-        [*chat.messages[:-1], {"role": "assistant", "content": "yes"}]
-    )
+    assert with_answer(chat, "yes") == Chat([*chat.messages[:-1], {"role": "assistant", "content": "yes"}])
 
 
 def test_a_long_prompt_is_cut_at_one_place_for_all_choices():
-    rows = to_rows([PromptExample("0123456789", "yes")], choices=["yes", "no"], max_length=8)
+    rows = to_rows([prompted("0123456789", "yes")], choices=["yes", "no"], max_length=8)
 
     assert [row["input_ids"] for row in rows] == [[*b"6789yes", EOS], [*b"6789no", EOS]]
 
@@ -155,7 +151,7 @@ def test_choices_that_leave_no_room_for_a_prompt_are_an_error():
     with pytest.raises(
         DataError, match=r"^a.jsonl:1: no prompt fits beside the choices within 4 tokens; fix"
     ):
-        to_rows([PromptExample("ab", "yes")], choices=["yes", "no"], max_length=4)
+        to_rows([prompted("ab", "yes")], choices=["yes", "no"], max_length=4)
 
 
 @pytest.mark.parametrize("text", ["yes", "", "yes,", "yes,yes", "yes, "])
@@ -165,7 +161,7 @@ def test_fewer_than_two_choices_are_refused(text):
 
 
 def test_a_completion_that_is_no_choice_names_its_line():
-    examples = read_examples([PromptExample("a", "yes"), PromptExample("a", "maybe")])
+    examples = read_examples([prompted("a", "yes"), prompted("a", "maybe")])
 
     with pytest.raises(DataError) as error:
         find_expected(examples, ["yes", "no"])
@@ -177,7 +173,7 @@ def test_a_completion_that_is_no_choice_names_its_line():
 
 @pytest.mark.parametrize(
     "example",
-    [TextExample("a"), PromptExample("", "yes"), {"input_ids": [1, 2], "labels": [-100, 2]}],
+    [document("a"), prompted("", "yes"), Tokens([1, 2], [-100, 2], [2])],
     ids=["document", "no prompt", "tokenized"],
 )
 def test_a_record_without_prompt_and_completion_has_nothing_to_choose(example):
@@ -187,7 +183,7 @@ def test_a_record_without_prompt_and_completion_has_nothing_to_choose(example):
 
 def test_a_choice_is_no_two_columns():
     own = Segment(" and ", True, is_own=True)
-    example = SegmentsExample([Segment("a", False), Segment("b", True), own, Segment("c", True)])
+    example = Document([Segment("a", False), Segment("b", True), own, Segment("c", True)])
 
     with pytest.raises(RecipeError, match="a choice cannot stand for several columns of a completion"):
         find_expected(read_examples([example]), ["b", "c"])

@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import EOS, X, byte_tokenizer, tiny_model
+from helpers import EOS, X, byte_tokenizer, document, prompted, tiny_model
 
 from hf_clm.attention import NAME, register
-from hf_clm.data.datasets import PretrainDataset, SFTDataset
-from hf_clm.evaluation.evaluate import Likelihood, measure_likelihood, target_kinds, to_question
-from hf_clm.schema import ChatExample, PromptExample, Segment, SegmentsExample, TextExample
+from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
+from hf_clm.evaluation.evaluate import Likelihood, measure_likelihood, target_kinds
+from hf_clm.schema import Chat, Document, Segment
 
-EXAMPLES = [PromptExample("ab", "cd"), PromptExample("a", "é"), PromptExample("abcdefgh", "ijklmnop")]
+EXAMPLES = [prompted("ab", "cd"), prompted("a", "é"), prompted("abcdefgh", "ijklmnop")]
 
 
 def packed_model():
@@ -47,7 +47,7 @@ def test_likelihood_is_the_sum_over_targets_for_any_batch_size(batch_size):
 
 
 def test_a_pretraining_set_counts_the_whole_text():
-    dataset = PretrainDataset([TextExample("abc"), PromptExample("d", "e")], byte_tokenizer(), max_length=32)
+    dataset = PretrainDataset([document("abc"), prompted("d", "e")], byte_tokenizer(), max_length=32)
 
     found = measure_likelihood(packed_model(), byte_tokenizer(), dataset=dataset)
 
@@ -95,6 +95,6 @@ def test_first_content_and_stop_are_told_by_their_place(labels, kinds):
 def test_the_question_of_a_chat_is_all_but_its_last_turn():
     user, assistant = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
 
-    assert to_question(ChatExample([user, assistant])) == (ChatExample([user]), "ho")
-    assert to_question(ChatExample([user, assistant, user])) is None
-    assert to_question(SegmentsExample([Segment("a", True)])) is None
+    assert Chat([user, assistant]).question == (Chat([user]), "ho")
+    assert Chat([user, assistant, user]).question is None
+    assert Document([Segment("a", 1)]).question is None

@@ -174,7 +174,7 @@ def test_a_model_without_a_template_continues_the_text(tmp_path, talk):
     [
         (
             "/rest",
-            "error: no such command; got '/rest'; fix: one of /help, /reset, /system, /quit; did you mean",
+            "error: no such command; got '/rest'; fix: one of /help, /reset, /system, /tool, /quit; did you",
         ),
         ("/system be kind", "error: a run of format instruct has no system message; fix: leave it out"),
         ("\ufdd0", "error: the text holds a noncharacter (U+FDD0 or U+FDD1); fix: remove it"),
@@ -190,20 +190,25 @@ def test_a_mistake_is_one_line_and_the_talk_goes_on(taught, talk, line, message)
     assert lines[2:] == ["y"]
 
 
-def test_a_conversation_that_fills_the_positions_is_refused_not_cut(tmp_path, talk):
+def test_a_conversation_that_fills_the_positions_loses_its_oldest_turns(tmp_path, talk):
     records = [turns("hi", "hello")]
     folder = learn_by_heart(tmp_path, records, format="messages", max_position_embeddings=40)
 
-    lines = talk(folder, "hi\nhi\n/reset\nhi\n")
-
-    assert lines[0] == lines[-1] == "hello"
-    assert lines[1].startswith("error: the model has 40 positions; got a prompt of ")
+    assert talk(folder, "hi\nhi\n" + "x" * 30 + "\nhi\n") == [
+        "hello",
+        "(no room for the whole conversation: its oldest messages (2) are forgotten)",
+        "hello",
+        "error: the model has 40 positions; got a prompt of 49 tokens and max_new_tokens 1; "
+        "fix: shorten the prompt or lower max_new_tokens; hf-clm generate --slide goes on past them",
+        "(no room for the whole conversation: its oldest messages (2) are forgotten)",
+        "hello",
+    ]
 
 
 def test_help_lists_the_commands(taught, talk):
     shown = talk(taught, "/help\n")[1:]
 
-    assert [line.split()[0] for line in shown] == ["/help", "/reset", "/system", "/quit"]
+    assert [line.split()[0] for line in shown] == ["/help", "/reset", "/system", "/tool", "/quit"]
 
 
 def test_a_run_without_a_model_is_an_error(tmp_path, capsys):

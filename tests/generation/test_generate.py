@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.generation.generate import Generated, fit_new_tokens, generate, to_prompt_example
 from hf_clm.model import fit_to_tokenizer
-from hf_clm.schema import ChatExample, PromptExample, TextExample
+from hf_clm.schema import Chat, Document, Segment
 from hf_clm.tokenizer import use_chat_template
 from hf_clm.train_tokenizer import train_characters
 
@@ -91,7 +91,10 @@ def test_an_instruction_is_asked_as_it_was_learned(monkeypatch):
     batches = seen(model, monkeypatch)
 
     generate(
-        model, byte_tokenizer(), prompts=[PromptExample("hi\n", "an answer is not given away")], **OPTIONS
+        model,
+        byte_tokenizer(),
+        prompts=[Document([Segment("hi\n", 0.0), Segment("an answer is not given away", 1.0)])],
+        **OPTIONS,
     )
 
     assert batches == [[[104, 105, 10]]]
@@ -102,9 +105,7 @@ def test_a_chat_opens_the_turn_of_the_assistant_and_stops_at_its_end(monkeypatch
     fit_to_tokenizer(model, tokenizer)
     batches = seen(model, monkeypatch)
 
-    answers = generate(
-        model, tokenizer, prompts=[ChatExample([{"role": "user", "content": "hi"}])], **OPTIONS
-    )
+    answers = generate(model, tokenizer, prompts=[Chat([{"role": "user", "content": "hi"}])], **OPTIONS)
 
     assert tokenizer.decode(batches[0][0]).endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     assert answers == [Generated("", 0, True)]
@@ -277,11 +278,11 @@ def test_a_prompt_that_fills_the_positions_is_refused():
 @pytest.mark.parametrize(
     ("format", "example"),
     [
-        ("text", TextExample("hi")),
-        ("prompt_completion", TextExample("hi")),
-        ("instruct", PromptExample("hi\nin\n", "")),
-        ("messages", ChatExample([{"role": "user", "content": "hi"}])),
-        ("sharegpt", ChatExample([{"role": "user", "content": "hi"}])),
+        ("text", Document([Segment("hi", 1.0)])),
+        ("prompt_completion", Document([Segment("hi", 1.0)])),
+        ("instruct", Document([Segment("hiin", 0.0)])),
+        ("messages", Chat([{"role": "user", "content": "hi\n\nin"}])),
+        ("sharegpt", Chat([{"role": "user", "content": "hi\n\nin"}])),
     ],
 )
 def test_plain_text_becomes_a_prompt_of_the_format_that_was_learned(format, example):

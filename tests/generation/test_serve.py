@@ -25,6 +25,7 @@ from hf_clm.generation.protocol import ApiError
 from hf_clm.generation.serve import is_local, load_page
 from hf_clm.generation.stream import Answer, Sampling
 from hf_clm.generation.worker import Ticket, Worker
+from hf_clm.tokenizer import use_chat_template
 
 KEY = "s3cret"
 WITH_KEY = {"Authorization": f"Bearer {KEY}"}
@@ -159,13 +160,13 @@ def test_a_chat_is_streamed_in_whole_characters(chatty):
 
 
 def test_a_completion_continues_the_text_as_it_is(squares):
-    reply = client(squares).completions.create(model="squares", prompt="7 squared\n7 times")
+    reply = client(squares).completions.create(model="squares", prompt="7 squared7 times")
 
     assert (reply.choices[0].text, reply.choices[0].finish_reason) == (" 7 is 49", "stop")
 
 
 def test_a_completion_is_streamed(squares):
-    chunks = list(client(squares).completions.create(model="squares", prompt=["7 squared\n"], stream=True))
+    chunks = list(client(squares).completions.create(model="squares", prompt=["7 squared"], stream=True))
 
     assert "".join(chunk.choices[0].text for chunk in chunks) == "7 times 7 is 49"
     assert len(chunks) == 16  # a byte each, and the end
@@ -231,7 +232,7 @@ def test_the_one_model_is_listed(chatty):
     [
         ({"n": 2}, "n: 2 is not served; leave it out, or give 1"),
         ({"logprobs": True}, "logprobs: true is not served; leave it out, or give false"),
-        ({"tools": [{"type": "function"}]}, 'tools: [{"type": "function"}] is not served'),
+        ({"response_format": {"type": "json_object"}}, 'response_format: {"type": "json_object"} is not'),
         ({"temprature": 1}, "unknown key 'temprature'; did you mean 'temperature'?"),
         ({"temperature": 3}, "temperature: Input should be less than or equal to 2"),
         ({"top_p": 0}, "top_p: Input should be greater than 0"),
@@ -248,6 +249,10 @@ def test_the_one_model_is_listed(chatty):
         ),
         ({"messages": chat("hi", "hello")}, "the last message is an answer already"),
         ({"messages": chat("\ufdd0")}, "the text holds a noncharacter"),
+        ({"tools": [{"name": "look"}]}, "the chat template has no place for tools; fix: leave them out"),
+        ({"tools": [{"type": "function"}]}, "tool 1 has no name; got keys 'type'"),
+        ({"tool_choice": "required"}, "tool_choice: Input should be 'auto' or 'none'"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs: 'tokenize' is no variable"),
     ],
 )
 def test_a_wrong_request_is_refused_with_the_reason(chatty, body, message):
@@ -272,6 +277,12 @@ def test_a_conversation_is_refused_where_none_was_learned(squares):
         client(squares).chat.completions.create(model="squares", messages=chat("1 squared", "x", "2 squared"))
 
 
+def test_tools_are_refused_where_no_conversation_was_learned(squares):
+    with pytest.raises(openai.BadRequestError, match=r"\(its format is instruct\): it takes no tools"):
+        tools: Any = [{"type": "function", "function": {"name": "look"}}]
+        client(squares).chat.completions.create(model="squares", messages=chat("1 squared"), tools=tools)
+
+
 def test_several_prompts_are_refused(squares):
     with pytest.raises(openai.BadRequestError, match="one prompt a request is served; got 2"):
         client(squares).completions.create(model="squares", prompt=["a", "b"])
@@ -292,13 +303,47 @@ def test_a_prompt_over_the_limit_is_refused_with_the_numbers(endless):
     assert "the prompt has 51 tokens, and 50 are allowed" in str(error.value)
 
 
-def test_prompt_and_answer_must_fit_into_the_positions(tmp_path):
-    folder = save_folder(tmp_path, tiny_model(max_position_embeddings=64), byte_tokenizer())
-    with served(folder) as server:
-        status, code, shown = error_of(server, "/v1/completions", {"prompt": "a" * 60, "max_tokens": 5})
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Iterator[Server]:
+    """Has 64 positions, and a chat template."""
+    tokenizer = byte_tokenizer()
+    use_chat_template(tokenizer, "chatml")
+    folder = tmp_path_factory.mktemp("small")
+    with served(save_folder(folder, tiny_model(max_position_embeddings=64), tokenizer)) as server:
+        yield server
+
+
+def test_prompt_and_answer_must_fit_into_the_positions(small):
+    status, code, shown = error_of(small, "/v1/completions", {"prompt": "a" * 60, "max_tokens": 5})
 
     assert (status, code) == (400, "context_length_exceeded")
     assert shown.startswith("the model has 64 positions; got a prompt of 60 tokens and max_new_tokens 5")
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ({}, 32),  # the system turn has 11, the last question with the opening of the answer 21
+        ({"max_tokens": 4}, 60),  # and the turns before them 28
+        ({"max_tokens": 5}, 32),
+    ],
+)
+def test_a_chat_that_is_too_long_loses_its_oldest_turns_and_the_usage_tells(small, options, tokens):
+    body = {"messages": chat("hi", "hello", "hi", system="X"), **options}
+
+    usage = json.loads(request(small, "/v1/chat/completions", body)[1])["usage"]
+
+    assert usage["prompt_tokens"] == tokens
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_an_empty_answer_may_be_sent_back(small, empty):
+    """10 tokens for the first question, 13 for its answer, and 21 for hi again with the next opening."""
+    messages: list[Any] = [*chat("hi"), {"role": "assistant", "content": empty}, *chat("hi")]
+
+    status, text = request(small, "/v1/chat/completions", {"messages": messages, "max_tokens": 1})
+
+    assert (status, json.loads(text)["usage"]["prompt_tokens"]) == (200, 44)
 
 
 @pytest.mark.parametrize("given", ["", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer"])
@@ -355,7 +400,7 @@ def test_generate_takes_a_query_or_a_body(squares):
     expected = {
         "text": "7 times 7 is 49",
         "finish_reason": "stop",
-        "usage": {"prompt_tokens": 10, "completion_tokens": 15, "total_tokens": 25},
+        "usage": {"prompt_tokens": 9, "completion_tokens": 15, "total_tokens": 24},
     }
     place = f"/generate?prompt={quote('7 squared')}"
 
@@ -455,7 +500,7 @@ def test_metrics_count(squares):
 
     grown = {name: after[name] - before.get(name, 0) for name in after}
     assert grown['hf_clm_answers_total{finish="stop"}'] == 1
-    assert (grown["hf_clm_prompt_tokens_total"], grown["hf_clm_generated_tokens_total"]) == (10, 15)
+    assert (grown["hf_clm_prompt_tokens_total"], grown["hf_clm_generated_tokens_total"]) == (9, 15)
     assert grown['hf_clm_replies_total{status="404"}'] == 1
     assert (after["hf_clm_waiting"], after["hf_clm_generating"]) == (0, 0)
 

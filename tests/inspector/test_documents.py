@@ -39,7 +39,7 @@ def load_rows(
     recipe = to_recipe(path, stage, data)
     tokenizer = tokenizer or byte_tokenizer()
     examples = load_examples(recipe.data.train, recipe.data)
-    split = build_split(examples, recipe, tokenizer=tokenizer, stage=stage)
+    split = build_split(examples, recipe, tokenizer=tokenizer)
     is_padded = recipe.resolved_packing == "none"
     collate = collate or (DataCollatorForCausalLM(PAD) if is_padded else DataCollatorForPackedCausalLM())
     reader = Reader(split, tokenizer, recipe=recipe)

@@ -25,7 +25,7 @@ def read(folder, records, *, stage="sft", data=None):
     tokenizer = byte_tokenizer()
     use_chat_template(tokenizer, "chatml")
     examples = load_examples(recipe.data.train, recipe.data)
-    split = build_split(examples, recipe, tokenizer=tokenizer, stage=stage)
+    split = build_split(examples, recipe, tokenizer=tokenizer)
     return Reader(split, tokenizer, recipe=recipe), build_collator(recipe, tokenizer)
 
 
@@ -34,7 +34,7 @@ def read_lines(folder):
 
 
 def test_a_document_is_its_counts_and_its_turns_in_runs_of_one_style(tmp_path):
-    records = [{"instruct": f"ask {n}", "input": "", "label": "ok"} for n in range(3)]
+    records = [{"instruct": f"ask {n}\n", "input": "", "label": "ok"} for n in range(3)]
     reader, collate = read(tmp_path, records)
 
     write_excerpt(tmp_path / "x.jsonl", reader, collate=collate)
@@ -67,7 +67,7 @@ def test_a_long_document_is_shown_to_its_400th_token():
 def test_five_documents_are_shown_and_none_that_takes_long_to_read(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_clm.inspector.excerpt.LONGEST", 10)
     labels = ["ok", "y" * 20, "ok", "ok", "ok", "ok", "ok"]
-    reader, collate = read(tmp_path, [{"instruct": "ask", "input": "", "label": text} for text in labels])
+    reader, collate = read(tmp_path, [{"instruct": "ask\n", "input": "", "label": text} for text in labels])
 
     write_excerpt(tmp_path / "x.jsonl", reader, collate=collate)
 
@@ -76,7 +76,7 @@ def test_five_documents_are_shown_and_none_that_takes_long_to_read(tmp_path, mon
 
 def test_a_prepared_set_is_not_read_again(tmp_path):
     """Only its first examples are kept with it; packing lays others into its first rows."""
-    records = [{"instruct": "ask", "input": "", "label": "y" * (n % 40 + 1)} for n in range(HEAD + 50)]
+    records = [{"instruct": "ask\n", "input": "", "label": "y" * (n % 40 + 1)} for n in range(HEAD + 50)]
     recipe = build_recipe(tmp_path, records, data={"packing": "best_fit", "cache_dir": str(tmp_path / "c")})
     tokenizer = byte_tokenizer()
     arguments = training_arguments(recipe)
@@ -102,9 +102,9 @@ def test_what_steers_text_is_spelled_and_padding_is_left_out():
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes, hello"}]}
 SETTINGS = [
-    ("sft", {"instruct": "ask", "input": "", "label": "an answer"}, {"packing": "best_fit"}),
-    ("sft", {"instruct": "ask", "input": "", "label": "an answer"}, {"tokens_per_batch": 64}),
-    ("sft", {"instruct": "ask" * 9, "input": "", "label": "ok"}, {"max_length": 16}),
+    ("sft", {"instruct": "ask\n", "input": "", "label": "an answer"}, {"packing": "best_fit"}),
+    ("sft", {"instruct": "ask\n", "input": "", "label": "an answer"}, {"tokens_per_batch": 64}),
+    ("sft", {"instruct": "ask\n" * 9, "input": "", "label": "ok"}, {"max_length": 16}),
     ("sft", {"segments": [{"text": "a", "train": False}, {"text": "b", "train": True}]}, {}),
     ("sft", {"input_ids": [65, 66, 67], "labels": [X, 66, 67]}, {}),
     ("sft", CHAT, {"packing": "best_fit"}),

@@ -121,7 +121,7 @@ def test_a_model_that_is_done_stays_where_going_on_with_other_data_is_refused(tm
     model = {"init": "scratch", "config": sizes, "name_or_path": None}
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     changes = {"model": model, "tokenizer": {"train": {"vocab_size": 270}}}
-    records = [{"instruct": f"say {n}", "input": "", "label": "xyz" * n} for n in range(1, 9)]
+    records = [{"instruct": f"say {n}\n", "input": "", "label": "xyz" * n} for n in range(1, 9)]
     train(build_recipe(tmp_path, records, train=settings, **changes))
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     recipe = build_recipe(tmp_path, records[:6], train=settings | {"max_steps": 4}, **changes)

@@ -7,20 +7,21 @@ After tokenizing there are the control tokens of the format or the template, and
 from typing import Any
 
 import pytest
-from helpers import byte_tokenizer, sentencepiece_tokenizer
+from helpers import byte_tokenizer, document, sentencepiece_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.data.datasets import PretrainDataset, SFTDataset
-from hf_clm.data.formats import to_example
-from hf_clm.data.labels import tokenize_segments
-from hf_clm.data.segments import to_prompt_segments
+from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.label.labels import encode_prompts
+from hf_clm.data.label.render import LabelOptions
+from hf_clm.data.read.formats import to_example
 from hf_clm.errors import DataError
-from hf_clm.tokenizer import control_tokens, use_chat_template
+from hf_clm.tokenizer import control_tokens, special_tokens, use_chat_template
 
-# With special=False: tokens that decoding keeps, as a user adds them for markup or tools.
+# With special=True, as a user adds them for markup or tools; WRITTEN has special=False: a model writes those.
 ADDED = ["<think>", "</think>", "[TOOL]", "<|tool|>"]
+WRITTEN = ["<call>", "</call>"]
 KINDS = ["bytes", "bytes merged", "pieces"]
 
 
@@ -29,13 +30,14 @@ def build(kind: str) -> PreTrainedTokenizerFast:
     tokenizer = (
         sentencepiece_tokenizer(merged=["<|", "|>"]) if kind == "pieces" else byte_tokenizer(merges=merges)
     )
-    tokenizer.add_tokens(ADDED)
+    tokenizer.add_special_tokens({"extra_special_tokens": ADDED}, replace_extra_special_tokens=False)
+    tokenizer.add_tokens(WRITTEN)
     use_chat_template(tokenizer, "chatml")
     return tokenizer
 
 
 TOKENIZERS = {kind: build(kind) for kind in KINDS}
-EVERY = [(kind, token) for kind in KINDS for token in control_tokens(TOKENIZERS[kind])]
+EVERY = [(kind, token) for kind in KINDS for token in special_tokens(TOKENIZERS[kind])]
 LIMITS = settings(max_examples=40, deadline=None)
 
 
@@ -46,8 +48,9 @@ def controls(row: Any, tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def tokenize(record: Any, format: Any, tokenizer: PreTrainedTokenizerFast, *, stage: str = "sft") -> Any:
+    """The row of a record among others: where most texts look rendered, none is taken."""
     make = {"sft": SFTDataset, "pretrain": PretrainDataset}[stage]
-    return make([to_example(record, format=format)], tokenizer)[0]
+    return make([to_example(record, format=format), document("Hi"), document("Hi")], tokenizer)[0]
 
 
 def chat(*contents: str) -> dict[str, Any]:
@@ -63,8 +66,8 @@ def test_both_kinds_of_added_tokens_are_in_these_vocabularies():
     backend = TOKENIZERS["bytes"].backend_tokenizer.get_added_tokens_decoder()
 
     assert {str(token.content): token.special for token in backend.values()} == {
-        **dict.fromkeys(["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"], True),
-        **dict.fromkeys(ADDED, False),
+        **dict.fromkeys(["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>", *ADDED], True),
+        **dict.fromkeys(WRITTEN, False),
     }
     assert len(EVERY) == 8 + 8 + 10  # SentencePiece has <unk>, <s>, </s>, <|pad|>, and ChatML's two
 
@@ -102,13 +105,13 @@ def test_every_way_to_part_a_token_over_adjacent_pieces_stays_text(kind, token):
         assert controls(tokenize(chat(left, right, right), "messages", tokenizer), tokenizer) == OF_CHATML * 3
 
 
-@pytest.mark.parametrize("token", ["a\nb", "Response:\n", "\n\n###"])
+@pytest.mark.parametrize("token", ["ab", "Response:\n", "\n\n###", "on:\na"])
 def test_a_token_that_a_format_would_complete_stays_text(token):
-    """``instruct`` joins its fields by a newline, ``alpaca`` by its headings: a token can come together."""
+    """``instruct`` joins its fields, ``alpaca`` sets headings between them: a token can come together."""
     tokenizer = byte_tokenizer()
-    tokenizer.add_tokens([token])
+    tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
     instruct = {"instruct": "a", "input": "b\n\n###", "label": "Response:\n"}
-    alpaca = {"instruction": "a\nb", "input": "a", "output": "b"}
+    alpaca = {"instruction": "ab", "input": "a", "output": "b"}
 
     assert controls(tokenize(instruct, "instruct", tokenizer), tokenizer) == ["<|endoftext|>"]
     assert controls(tokenize(alpaca, "alpaca", tokenizer), tokenizer) == ["<|endoftext|>"]
@@ -127,20 +130,35 @@ def test_a_token_in_a_role_is_refused(kind, token, format):
 
 
 @pytest.mark.parametrize(("kind", "token"), EVERY)
-def test_a_token_in_a_key_is_read_by_nothing(kind, token):
+def test_a_token_in_a_key_is_read_by_nothing_or_refused(kind, token):
     tokenizer = TOKENIZERS[kind]
     record = {"instruct": "a", "input": "", "label": "b"}
-    turn = {"role": "user", "content": "Hi", token: token, "name": token}
     answer = {"role": "assistant", "content": "Yo"}
 
     assert tokenize({**record, token: token}, "instruct", tokenizer) == tokenize(
         record, "instruct", tokenizer
     )
-    row = tokenize({"messages": [turn, answer], token: token}, "messages", tokenizer)
-    assert controls(row, tokenizer) == OF_CHATML * 2
+    named = {"messages": [{"role": "user", "content": "Hi", "name": token}, answer], token: token}
+    assert controls(tokenize(named, "messages", tokenizer), tokenizer) == OF_CHATML * 2
     with pytest.raises(DataError) as error:
         to_example({**record, token: token}, format="instruct", strict=True)
-    assert f"unknown keys {token!r}" in str(error.value)
+    assert f"does not read {token!r}" in str(error.value)
+    with pytest.raises(DataError) as error:
+        to_example({"messages": [{"role": "user", "content": "Hi", token: token}, answer]}, format="messages")
+    assert f"message 1: unknown key {token!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("token", WRITTEN)
+def test_a_token_that_the_model_writes_is_one_in_its_words_and_nowhere_else(kind, token):
+    tokenizer = TOKENIZERS[kind]
+    text = f"a {token}b"
+
+    assert controls(tokenize(chat(text, text, "Yo"), "messages", tokenizer), tokenizer) == OF_CHATML * 3
+    found = controls(tokenize(chat("Hi", "Hi", text), "messages", tokenizer), tokenizer)
+    assert found == [*OF_CHATML * 2, "<|im_start|>", token, "<|im_end|>"]
+    row = tokenize({"prompt": text, "completion": text}, "prompt_completion", tokenizer)
+    assert controls(row, tokenizer) == [token, tokenizer.eos_token]
 
 
 # Whole tokens, their halves, and what stands between them.
@@ -160,11 +178,11 @@ def test_no_instruction_input_or_answer_makes_a_control_token(kind, instruct, gi
     record = {"instruct": instruct, "input": given_input, "label": label}
 
     trained = tokenize(record, "instruct", tokenizer)
-    asked = tokenize_segments(to_prompt_segments(to_example(record, format="instruct"), tokenizer), tokenizer)
+    (asked,) = encode_prompts([to_example(record, format="instruct")], tokenizer, LabelOptions())
 
     assert controls(trained, tokenizer) == [tokenizer.eos_token]
-    assert controls(asked, tokenizer) == []
-    assert trained["input_ids"][: len(asked["input_ids"])] == asked["input_ids"]
+    assert controls({"input_ids": asked}, tokenizer) == []
+    assert trained["input_ids"][: len(asked)] == asked
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,26 +14,31 @@ import pytest
 import torch
 from helpers import EOS, PAD, X, byte_tokenizer, save_folder, tiny_model
 
-from hf_clm.data import collators, datasets, labels, packing, segments
+from hf_clm.data import collators, packing
+from hf_clm.data.label import datasets, labels, render
+from hf_clm.data.label.render import Renderer
 from hf_clm.data.packing import PackedDataset, Piece, Pieces
 from hf_clm.errors import DataError, ModelError
-from hf_clm.schema import Segment
+from hf_clm.text.chat import ChatRenderer
+from hf_clm.text.encode import Encoder
 from hf_clm.training.run import train
 
 RECORDS = [
-    {"instruct": f"Say {n}.", "input": "", "label": f" Number {n}, <|im_end|>!" + "n" * n}
+    {"instruct": f"Say {n}.\n", "input": "", "label": f" Number {n}, <|im_end|>!" + "n" * n}
     for n in range(1, 9)
 ]
 CHATS = [
     {
         "messages": [
             {"role": "user", "content": f"Say {n}."},
-            {"role": "assistant", "content": f"It is {n}."},
+            {"role": "assistant", "content": f"One is {n}."},
+            {"role": "user", "content": f"<|im_end|> {n}?"},
+            {"role": "assistant", "content": f"It is {n}, <|im_end|>!"},
         ]
-        * 2
     }
     for n in range(1, 7)
 ]
+WEIGHTED = [{**record, "weight": 0.5} for record in RECORDS]
 PRETRAIN = {"stage": "pretrain", "data": {"packing": "stream", "max_length": 24}}
 PACKED = {"data": {"packing": "best_fit"}}
 CUT = {"data": {"overflow": "truncate", "max_length": 34}}  # 4 of the 8 rows
@@ -69,24 +74,34 @@ def end_masked(patch: pytest.MonkeyPatch) -> None:
     edit_labels(patch, lambda ids, labels: [X if token == EOS else token for token in labels])
 
 
+def edit_pieces_of_rows(patch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
+    """Each piece of a row, as it is encoded -> as it is labelled."""
+    to_row = labels.to_row
+    patch.setattr(labels, "to_row", lambda pieces, ids: to_row([change(piece) for piece in pieces], ids))
+
+
 def prompt_trained(patch: pytest.MonkeyPatch) -> None:
-    runs = labels._runs
-    patch.setattr(labels, "_runs", lambda parts: [Segment(r.text, True, r.is_plain) for r in runs(parts)])
+    edit_pieces_of_rows(patch, lambda piece: piece._replace(weight=1.0))
+
+
+def weights_lost(patch: pytest.MonkeyPatch) -> None:
+    edit_pieces_of_rows(patch, lambda piece: piece._replace(weight=float(piece.weight > 0)))
 
 
 def prompt_and_target_tokenized_as_one(patch: pytest.MonkeyPatch) -> None:
     """And the prompt masked by its own length, as TRL did: the newline and the space merge into one token."""
-    tokenize = labels.tokenize_batch
+    encode_plans = labels.encode_plans
 
-    def joined(batch, tokenizer):
-        whole = tokenize([[Segment(s.text, True, s.is_plain) for s in row] for row in batch], tokenizer)
-        prompts = tokenize([[s for s in row if not s.is_target] for row in batch], tokenizer)
-        lengths = [len(prompt["input_ids"]) for prompt in prompts]
-        return [
-            {**row, "labels": [X] * n + row["input_ids"][n:]} for row, n in zip(whole, lengths, strict=True)
-        ]
+    def joined(plans, encoder):
+        rows = encode_plans(plans, encoder)
+        for plan, (row,) in zip(plans, rows, strict=True):
+            whole = plan.rows[0][0]._replace(text="".join(piece.text for piece in plan.rows[0]))
+            ids = encoder.encode([whole])[0][0]
+            length = len(row["labels"]) - sum(label >= 0 for label in row["labels"])
+            row.update(input_ids=ids, labels=[X] * length + ids[length:])
+        return rows
 
-    patch.setattr(datasets, "tokenize_batch", joined)
+    patch.setattr(datasets, "encode_plans", joined)
 
 
 def first_token_labelled(patch: pytest.MonkeyPatch) -> None:
@@ -96,60 +111,61 @@ def first_token_labelled(patch: pytest.MonkeyPatch) -> None:
 
 def false_end_after_a_cut(patch: pytest.MonkeyPatch) -> None:
     """As LLaMA-Factory does: the answer is cut, and yet taught to stop there."""
-    cut = labels.slice_example
+    cut = labels.slice_row
 
     def ended(example, *, start, stop):
         row = cut(example, start=start, stop=stop)
         return {key: [*values[:-1], EOS] for key, values in row.items()}
 
-    patch.setattr(labels, "slice_example", ended)
+    patch.setattr(labels, "slice_row", ended)
 
 
-# --- segments.py and chat_template.py
+# --- render.py, chat.py and encode.py
 
 
 def end_forgotten(patch: pytest.MonkeyPatch) -> None:
-    def without(text, is_target, **kind):
-        return Segment("" if text == "<|endoftext|>" else text, is_target, **kind)
-
-    patch.setattr(segments, "Segment", without)
-
-
-def control_text_not_protected(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(segments, "mark_control_text", lambda text, tokenizer, own: text)
-
-
-def answer_stripped(patch: pytest.MonkeyPatch) -> None:
-    read = segments._text_segments
+    segment = render.Segment
     patch.setattr(
-        segments, "_text_segments", lambda row: [Segment(s.text.strip(" "), s.is_target) for s in read(row)]
+        render,
+        "Segment",
+        lambda text, *kind, **more: segment("" if text == "<|endoftext|>" else text, *kind, **more),
     )
 
 
+def control_text_not_protected(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Encoder, "mark", lambda self, text, **kind: text)
+
+
+def answer_stripped(patch: pytest.MonkeyPatch) -> None:
+    runs = render._runs
+    patch.setattr(
+        render, "_runs", lambda parts: [(w, text.strip(" "), *kind) for w, text, *kind in runs(parts)]
+    )
+
+
+def edit_turns(patch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
+    """Each turn of a chat, as it was rendered -> as it is labelled."""
+    turns = ChatRenderer.turns
+    patch.setattr(ChatRenderer, "turns", lambda self, chat: [change(turn) for turn in turns(self, chat)])
+
+
 def end_of_a_turn_not_learned(patch: pytest.MonkeyPatch) -> None:
-    """The generation span ends before the token that closes the turn: the model never stops."""
-    render = segments.render_chat
+    """The target ends before the token that closes the turn: the model never stops."""
+    edit_turns(patch, lambda turn: turn._replace(target=turn.target.removesuffix("<|im_end|>"), end=""))
 
-    def short(*args, **options):
-        parts = []
-        for part in render(*args, **options):
-            is_end = part.is_target and part.text.endswith("<|im_end|>")
-            text = part.text.removesuffix("<|im_end|>")
-            parts += [Segment(text, True), Segment("<|im_end|>", False)] if is_end else [part]
-        return parts
 
-    patch.setattr(segments, "render_chat", short)
+def prompt_of_an_older_template(patch: pytest.MonkeyPatch) -> None:
+    """As where a copy of the template is used for training, and another one for inference."""
+    edit_turns(
+        patch,
+        lambda turn: turn._replace(prompt=turn.prompt.replace("<|im_start|>user\n", "<|im_start|>user: ")),
+    )
 
 
 def only_the_first_turn_learned(patch: pytest.MonkeyPatch) -> None:
-    render = segments.render_chat
-
-    def first(*args, **options):
-        parts = render(*args, **options)
-        stop = next(n for n, part in enumerate(parts) if part.is_target and part.text) + 1
-        return parts[:stop] + [Segment(part.text, False) for part in parts[stop:]]
-
-    patch.setattr(segments, "render_chat", first)
+    patch.setattr(
+        Renderer, "_weight", lambda self, message, is_last: float(message["content"].startswith("One"))
+    )
 
 
 # --- packing.py
@@ -260,7 +276,13 @@ MUTATIONS = [
     (end_forgotten, {}, CERTIFIED),
     (control_text_not_protected, {}, CERTIFIED),
     (answer_stripped, {}, CERTIFIED),
+    (weights_lost, {"records": WEIGHTED}, CERTIFIED),
+    (prompt_trained, CUT, CERTIFIED),
+    (prompt_of_an_older_template, {"records": CHATS}, CERTIFIED),
     (end_of_a_turn_not_learned, {"records": CHATS}, CERTIFIED),
+    (mask_one_too_long, {"records": CHATS}, CERTIFIED),
+    (prompt_trained, {"records": CHATS}, CERTIFIED),
+    (control_text_not_protected, {"records": CHATS}, CERTIFIED),
     (only_the_first_turn_learned, {"records": CHATS}, CERTIFIED),
     (packing_drops_a_document, PACKED, BALANCE),
     (packing_repeats_a_document, PACKED, "data.packing: packing keeps "),
@@ -279,7 +301,7 @@ def run(folder: Path, *, records: list[Any] = RECORDS, **changes: Any) -> dict[s
     """One step on a tokenizer that merges a newline with a space."""
     tokenizer = byte_tokenizer(merges=[("Ċ", "Ġ")])
     name = save_folder(folder / "model", tiny_model("llama", vocab_size=261), tokenizer)
-    template = {"tokenizer": {"chat_template": "chatml"}}
+    template = {"tokenizer": {"chat_template": "chatml"}} if records is CHATS else {}
     recipe = helpers.build_recipe(
         folder, records, model={"name_or_path": name}, train={"max_steps": 1}, **template, **changes
     )
@@ -296,7 +318,7 @@ def test_nothing_is_refused_where_nothing_is_broken(changes, tmp_path):
 
 
 def test_there_are_ten_breaks_or_more_in_each_kind_of_module():
-    assert len({breaks for breaks, _, _ in MUTATIONS}) == 21
+    assert len({breaks for breaks, _, _ in MUTATIONS}) == 23
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_a_schedule_that_follows_the_loss_cannot_be_taken_over(place):
 
 
 def test_other_data_are_refused_with_both_hashes_and_learned_when_asked_for(place):
-    more = [*RECORDS, {"instruct": "say 14", "input": "", "label": "x"}]
+    more = [*RECORDS, {"instruct": "say 14\n", "input": "", "label": "x"}]
     settings = MORE
     recipe = dropout_recipe(place, resume_override=["max_steps", "model.name_or_path"], train=settings)
     (place / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in more))

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_clm.attention import NAME, register
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
-from hf_clm.data.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
 from hf_clm.data.packing import PackedDataset
 from hf_clm.training.run import train
 
@@ -87,7 +87,7 @@ def test_batches_of_a_token_budget_are_the_same_training_as_rows(tokens):
 
 def test_a_run_of_a_token_budget_has_the_loss_of_one_by_rows_and_of_packed_rows(tmp_path):
     """The whole set is one step: however it is batched, its loss is a mean over the same targets."""
-    records = [{"instruct": f"Say {n}.", "input": "", "label": "n" * n} for n in range(1, 12)]
+    records = [{"instruct": f"Say {n}.\n", "input": "", "label": "n" * n} for n in range(1, 12)]
     kinds = {
         "rows": {"packing": "none"},
         "packed": {"packing": "best_fit"},
@@ -111,7 +111,7 @@ def test_a_run_of_a_token_budget_has_the_loss_of_one_by_rows_and_of_packed_rows(
 
 def test_a_stream_learns_every_token_of_the_documents_once():
     """A cut takes context away, never a label: 184 tokens, of which the 16 first have nothing before them."""
-    dataset = PretrainDataset(DOCUMENTS, byte_tokenizer())
+    dataset = PretrainDataset([{"input_ids": row["input_ids"]} for row in DOCUMENTS], byte_tokenizer())
     stream = PackedDataset(dataset, max_length=16, packing="stream")
     batch = DataCollatorForPackedCausalLM()([stream[i] for i in range(len(stream))])
 

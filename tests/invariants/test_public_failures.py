@@ -16,8 +16,10 @@ from helpers import (
     PAD,
     X,
     byte_tokenizer,
+    prompted,
     save_folder,
     sentencepiece_tokenizer,
+    shown,
     tiny_model,
     write_jsonl,
 )
@@ -26,15 +28,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_clm.attention import NAME, register
 from hf_clm.config import load_recipe
 from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
-from hf_clm.data.datasets import SFTDataset
-from hf_clm.data.formats import to_example
-from hf_clm.data.labels import tokenize_segments
+from hf_clm.data.label.datasets import SFTDataset
+from hf_clm.data.label.labels import encode_prompts
+from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.packing import PackedDataset
-from hf_clm.data.segments import to_prompt_segments
-from hf_clm.errors import DataError, DivergedError, ModelError, RecipeError
+from hf_clm.data.read.formats import to_example
+from hf_clm.errors import DataError, DivergedError, RecipeError
 from hf_clm.generation.generate import generate, to_prompt_example
 from hf_clm.generation.load import load_run
-from hf_clm.schema import ChatExample, PromptExample
+from hf_clm.schema import Chat
 from hf_clm.tokenizer import add_pad_token, use_chat_template
 from hf_clm.training.run import train
 
@@ -107,15 +109,33 @@ def test_the_model_learns_to_stop_by_itself(tmp_path):
 @pytest.mark.parametrize("max_length", [None, 8, 64])
 def test_the_end_is_learned_whether_or_not_max_length_is_set(max_length):
     """meta-pytorch/torchtune#2792: the end token is masked as soon as max_seq_len is set."""
-    dataset = SFTDataset([PromptExample("ask\n", "yes")], byte_tokenizer(), max_length=max_length)
+    dataset = SFTDataset([prompted("ask\n", "yes")], byte_tokenizer(), max_length=max_length)
 
     assert dataset[0]["labels"] == [X, X, X, X, *b"yes", EOS]
+
+
+@pytest.mark.parametrize("policy", ["encode_as_text", "allow"])
+def test_an_end_token_written_by_hand_is_learned_once(policy):
+    """unslothai/unsloth#3228: it is learned twice, or letter by letter."""
+    example = prompted("Say hi", " hi<|endoftext|>")
+
+    row = SFTDataset([example], byte_tokenizer(), special_tokens_in_text=policy)[0]
+
+    assert row == {"input_ids": [*b"Say hi hi", EOS], "labels": [X] * 6 + [*b" hi", EOS]}
+
+
+def test_texts_that_are_rendered_already_are_refused():
+    """unslothai/unsloth#384, hiyouga/LLaMA-Factory#3420: their control tokens would be learned as letters."""
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n"
+
+    with pytest.raises(DataError, match="3 of 3 texts are rendered already: they spell control tokens"):
+        SFTDataset([{"text": text}] * 3, chat_tokenizer())
 
 
 def test_a_cut_answer_is_not_taught_to_end_where_it_was_cut():
     """LLaMA-Factory: a supervised end token after a truncated answer."""
     dataset = SFTDataset(
-        [PromptExample("ask\n", "yes or no")], byte_tokenizer(), max_length=8, overflow="truncate"
+        [prompted("ask\n", "yes or no")], byte_tokenizer(), max_length=8, overflow="truncate"
     )
 
     assert dataset[0]["labels"] == [X, X, X, X, *b"yes "]
@@ -126,7 +146,7 @@ def test_the_end_of_a_turn_is_learned_however_far_from_the_text():
     far = UNMARKED.replace("message.content + '<|im_end|>", "message.content + '     <|im_end|>")
     tokenizer = chat_tokenizer(far)
 
-    dataset = SFTDataset([ChatExample(TURNS)], tokenizer)
+    dataset = SFTDataset([Chat(TURNS)], tokenizer)
 
     assert learned(dataset[0], tokenizer) == ["Yo     <|im_end|>", "Bye     <|im_end|>"]
 
@@ -198,7 +218,7 @@ def test_a_row_that_loses_its_answer_to_max_length_is_refused_by_name(overflow, 
 
 def test_a_long_prompt_is_cut_and_the_answer_is_kept():
     """huggingface/trl#6320; LLaMA-Factory keeps 286 + 14 tokens of a 4000 + 200 row at cutoff 300."""
-    dataset = SFTDataset([PromptExample("p" * 4000, "a" * 200)], byte_tokenizer(), max_length=300)
+    dataset = SFTDataset([prompted("p" * 4000, "a" * 200)], byte_tokenizer(), max_length=300)
 
     assert dataset[0]["labels"] == [X] * 99 + [ord("a")] * 200 + [EOS]
 
@@ -219,19 +239,19 @@ def test_the_border_is_found_where_the_template_is_no_string_of_tokens():
 def test_the_prompt_of_training_is_the_prompt_of_generation_id_by_id():
     """huggingface/trl#5213: tokenized with its answer, the prompt has other ids than without it."""
     tokenizer = byte_tokenizer(merges=[("Ċ", "A")])
-    example = PromptExample("Say A.\n", "A")
+    example = prompted("Say A.\n", "A")
     assert tokenizer("Say A.\nA")["input_ids"][:7] != tokenizer("Say A.\n")["input_ids"]
 
     row = SFTDataset([example], tokenizer)[0]
 
     assert row == {"input_ids": [*b"Say A.\nA", EOS], "labels": [X] * 7 + [ord("A"), EOS]}
-    assert tokenize_segments(to_prompt_segments(example, tokenizer), tokenizer)["input_ids"] == [*b"Say A.\n"]
+    assert encode_prompts([example], tokenizer, LabelOptions()) == [[*b"Say A.\n"]]
 
 
 def test_an_answer_that_looks_like_the_template_is_learned_whole():
     """axolotl compares with a dummy message, and of ``[[1, 2], [3, 4]]`` trains only ``1, 2], [3, 4``."""
     tokenizer = chat_tokenizer(UNMARKED)
-    chat = ChatExample([TURNS[0], {"role": "assistant", "content": "[[1, 2], [3, 4]]"}])
+    chat = Chat([TURNS[0], {"role": "assistant", "content": "[[1, 2], [3, 4]]"}])
 
     assert learned(SFTDataset([chat], tokenizer)[0], tokenizer) == ["[[1, 2], [3, 4]]<|im_end|>"]
 
@@ -243,7 +263,7 @@ def test_a_template_without_generation_marks_still_learns_the_answers():
     """transformers#34172: without {% generation %} the assistant mask is all zeros."""
     tokenizer = chat_tokenizer(UNMARKED)
 
-    assert learned(SFTDataset([ChatExample(TURNS)], tokenizer)[0], tokenizer) == [
+    assert learned(SFTDataset([Chat(TURNS)], tokenizer)[0], tokenizer) == [
         "Yo<|im_end|>",
         "Bye<|im_end|>",
     ]
@@ -252,27 +272,41 @@ def test_a_template_without_generation_marks_still_learns_the_answers():
 def test_every_turn_of_a_conversation_is_learned_with_its_end_and_no_other_text():
     """axolotl#1761, #2089: in conversations of several turns labels are lost or stand in the wrong turn."""
     tokenizer = chat_tokenizer()
-    row = SFTDataset([ChatExample(TURNS)], tokenizer)[0]
-    last = SFTDataset([ChatExample(TURNS)], tokenizer, train_on="last_turn")[0]
+    row = SFTDataset([Chat(TURNS)], tokenizer)[0]
+    last = SFTDataset([Chat(TURNS)], tokenizer, train_on="last_turn")[0]
 
     assert learned(row, tokenizer) == ["Yo<|im_end|>", "Bye<|im_end|>"]
     assert learned(last, tokenizer) == ["Bye<|im_end|>"]
     assert [label for label in row["labels"] if label == IM_END] == [IM_END, IM_END]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
-    """Reasoning templates drop the thoughts of earlier turns: what was learned is never seen at inference."""
-    thoughts = UNMARKED.replace(
-        "message.content", "(message.content if loop.last else message.content.split('#')[-1])"
+def test_a_template_that_rewrites_earlier_turns_gives_each_turn_a_row_as_it_is_asked():
+    """Reasoning templates drop the thoughts of earlier turns: in one row they would be seen by later ones."""
+    tokenizer = chat_tokenizer(
+        UNMARKED.replace(
+            "message.content", "(message.content if loop.last else message.content.split('#')[-1])"
+        )
     )
-    (tmp_path / "thoughts.jinja").write_text(thoughts)
     messages = [TURNS[0], {"role": "assistant", "content": "I think#Yo"}, *TURNS[2:]]
-    template = {"chat_template": str(tmp_path / "thoughts.jinja")}
 
-    with pytest.raises((ModelError, DataError)) as error:
-        train(helpers.build_recipe(tmp_path, [{"messages": messages}] * 4, tokenizer=template))
+    rows = SFTDataset([Chat(messages)], tokenizer)
 
-    assert "is not prefix-stable: what stands up to message 2 changes with later messages" in str(error.value)
+    asked = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert [shown(row, tokenizer) for row in rows] == [
+        f"{asked}⟦I think#Yo<|im_end|>⟧",
+        f"{asked}Yo<|im_end|>\n{asked.replace('Hi', 'And?')}⟦Bye<|im_end|>⟧",
+    ]
+
+
+def test_reasoning_beside_the_content_is_learned_or_refused():
+    """jingyaogong/minimind#737: it is dropped in silence, and the model learns not to think."""
+    thoughtful = Chat([TURNS[0], {**TURNS[1], "reasoning": "a greeting"}])
+    shows = UNMARKED.replace("message.content", "(message.reasoning_content or '') + message.content")
+
+    tokenizer = chat_tokenizer(shows)
+    assert learned(SFTDataset([thoughtful], tokenizer)[0], tokenizer) == ["a greetingYo<|im_end|>"]
+    with pytest.raises(DataError, match="the chat template has no place for reasoning"):
+        SFTDataset([thoughtful], chat_tokenizer(UNMARKED))
 
 
 def test_a_template_that_drops_a_message_in_silence_is_refused_with_the_row(tmp_path):
@@ -288,9 +322,7 @@ def test_a_template_that_drops_a_message_in_silence_is_refused_with_the_row(tmp_
             helpers.build_recipe(tmp_path, records, tokenizer={"chat_template": str(tmp_path / "deaf.jinja")})
         )
 
-    text = str(error.value)
-    assert "rows.jsonl:2: the labels are not certified (1 rendered of 2 rows)" in text
-    assert "the template renders every message: expected the message '20 degrees', got 0 of 1" in text
+    assert "rows.jsonl:2: the chat template leaves out message 3 (role tool); fix: " in str(error.value)
 
 
 def test_training_and_inference_render_one_template(tmp_path):
@@ -300,24 +332,22 @@ def test_training_and_inference_render_one_template(tmp_path):
     train(helpers.build_recipe(tmp_path, records, **settings))
     run = load_run(str(tmp_path / "run"), device="cpu")
 
-    trained = SFTDataset([ChatExample(TURNS)], run.tokenizer)[0]["input_ids"]
-    asked = tokenize_segments(to_prompt_segments(ChatExample(TURNS[:3]), run.tokenizer), run.tokenizer)[
-        "input_ids"
-    ]
+    trained = SFTDataset([Chat(TURNS)], run.tokenizer)[0]["input_ids"]
+    (asked,) = encode_prompts([Chat(TURNS[:3])], run.tokenizer, LabelOptions())
     plain = AutoTokenizer.from_pretrained(tmp_path / "run")
     theirs = plain.apply_chat_template(TURNS[:3], add_generation_prompt=True, return_dict=False)
 
     assert trained[: len(asked)] == asked == theirs
-    assert trained[len(asked) :] == [*b"Bye", IM_END, 10]
+    assert trained[len(asked) :] == [*b"Bye", IM_END]
 
 
 def test_no_system_prompt_is_put_into_a_conversation_that_has_none():
     """LLaMA-Factory's ``formatting: openai`` injects one."""
     tokenizer = chat_tokenizer()
 
-    text = tokenizer.decode(SFTDataset([ChatExample(TURNS[:2])], tokenizer)[0]["input_ids"])
+    row = SFTDataset([Chat(TURNS[:2])], tokenizer)[0]
 
-    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n"
+    assert shown(row, tokenizer) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Yo<|im_end|>⟧"
 
 
 # --- start tokens, added tokens
@@ -327,11 +357,11 @@ def test_no_system_prompt_is_put_into_a_conversation_that_has_none():
 def test_a_start_token_comes_once(text):
     """transformers#37686: the template writes one, and the tokenizer another."""
     tokenizer = sentencepiece_tokenizer(adds_bos=True)
-    plain = SFTDataset([PromptExample(text, "A")], tokenizer)[0]
+    plain = SFTDataset([prompted(text, "A")], tokenizer)[0]
     tokenizer.chat_template = "{{ bos_token }}" + UNMARKED.replace("<|im_end|>", "</s>").replace(
         "<|im_start|>", ""
     )
-    chat = SFTDataset([ChatExample([{"role": "user", "content": text}, TURNS[1]])], tokenizer)[0]
+    chat = SFTDataset([Chat([{"role": "user", "content": text}, TURNS[1]])], tokenizer)[0]
 
     assert [row["input_ids"].count(tokenizer.bos_token_id) for row in (plain, chat)] == [1, 1]
     assert [row["input_ids"][0] for row in (plain, chat)] == [1, 1]
@@ -372,7 +402,7 @@ def test_documents_of_a_packed_row_do_not_see_each_other():
     register()
     model = tiny_model("llama")
     model.set_attn_implementation(NAME)
-    packed = PackedDataset(SFTDataset([PromptExample("ask\n", "yes"), PromptExample("ask\n", "no")],
+    packed = PackedDataset(SFTDataset([prompted("ask\n", "yes"), prompted("ask\n", "no")],
                                       byte_tokenizer()), max_length=32)  # fmt: skip
     batch, alone = (DataCollatorForPackedCausalLM()([row]) for row in (packed[0], packed.dataset[1]))
     for one in (batch, alone):

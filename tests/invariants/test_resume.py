@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from hf_clm.config import Recipe
 from hf_clm.training.run import train
 
-RECORDS = [{"instruct": f"say {n}", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 14)]
+RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 14)]
 
 
 def build_recipe(folder: Path, *, dropout: float = 0.1, **settings: Any) -> Recipe:

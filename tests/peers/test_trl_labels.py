@@ -1,22 +1,20 @@
 """Our ids and labels against those of TRL's SFTTrainer, for prompts and completions without a template.
 
 TRL (1.16) appends the end token's text to a completion that does not end in it, tokenizes the prompt alone,
-and prompt and completion as one string, and learns what lies behind their common prefix. Where the one string
+and prompt and completion as one string, and learns what comes after their common prefix. Where the one string
 has a border between the two, that is what SFTDataset gives. What differs, and is tested here as a difference:
 
 - no such border (a merge; two newlines before a letter, to GPT-2's pattern): TRL takes the prompt's last
   token for completion and warns; here the two are tokenized apart;
 - an empty prompt: TRL gives the first token a label, which the loss drops by its shift; here it is masked;
-- a completion that ends in the end token's text: TRL takes it for the token; here it is text, and gets one;
 - an end token in the text: a control token to TRL, its letters here.
 """
 
 import pytest
 from datasets import Dataset
-from helpers import EOS, X, byte_tokenizer, tiny_model
+from helpers import EOS, X, byte_tokenizer, prompted, tiny_model
 
-from hf_clm.data.datasets import SFTDataset
-from hf_clm.schema import PromptExample
+from hf_clm.data.label.datasets import SFTDataset
 from hf_clm.train_tokenizer import train_bpe
 
 trl = pytest.importorskip("trl")
@@ -49,7 +47,7 @@ def rows_of_trl(rows, tokenizer, folder) -> list[dict]:
 
 
 def rows_of_ours(rows, tokenizer) -> list[dict]:
-    dataset = SFTDataset([PromptExample(prompt, completion) for prompt, completion in rows], tokenizer)
+    dataset = SFTDataset([prompted(prompt, completion) for prompt, completion in rows], tokenizer)
     assert len(dataset) == len(rows)
     return [dict(dataset[number]) for number in range(len(rows))]
 
@@ -80,6 +78,6 @@ def test_labels_differ_where_the_docstring_says_so(tmp_path):
     assert ours == [
         {"input_ids": [81, 10, 10, 65, EOS], "labels": [X, X, 10, 65, EOS]},
         {"input_ids": [89, 111, EOS], "labels": [X, 111, EOS]},
-        {"input_ids": [81, 65, *b"<|endoftext|>", EOS], "labels": [X, 65, *b"<|endoftext|>", EOS]},
+        {"input_ids": [81, 65, EOS], "labels": [X, 65, EOS]},
         {"input_ids": [81, *b"<|endoftext|>", 65, EOS], "labels": [X, *b"<|endoftext|>", 65, EOS]},
     ]

@@ -17,7 +17,7 @@ from hf_clm.config import recipe_to_yaml
 from hf_clm.training.guard import write_diverged
 from hf_clm.training.trainer import CLMTrainer
 
-RECORDS = [{"instruct": f"say {n}", "input": "", "label": f"answer {n}"} for n in range(1, 5)]
+RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": f"answer {n}"} for n in range(1, 5)]
 
 
 def write_recipe(folder: Path, **changes) -> str:

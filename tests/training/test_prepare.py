@@ -24,7 +24,7 @@ from hf_clm.training.prepare import prepare, prepare_recipe
 from hf_clm.training.run import train
 
 # "say\n" is read (4 tokens), N letters and the end token are learned: 6, 7, 8 tokens.
-RECORDS = [{"instruct": "say", "input": "", "label": "x" * n} for n in (1, 2, 3)]
+RECORDS = [{"instruct": "say\n", "input": "", "label": "x" * n} for n in (1, 2, 3)]
 
 
 def build_recipe(folder: Path, **data: Any) -> Any:

@@ -8,16 +8,15 @@ import helpers
 import pytest
 from helpers import X, prove_records
 
-from hf_clm.data import labels
+from hf_clm.data.label import labels
 from hf_clm.errors import DataError, ExitCode, ModelError
-from hf_clm.schema import Segment
 from hf_clm.training import proof
 from hf_clm.training.proof import prove_model
 from hf_clm.training.run import train
 
 # "say\n" is read (4 tokens), N letters and the end token are learned: 6, 7, 8 tokens.
-RECORDS = [{"instruct": "say", "input": "", "label": "x" * n} for n in (1, 2, 3)]
-HELD_OUT = [{"instruct": "tell", "input": "", "label": "yes"}]
+RECORDS = [{"instruct": "say\n", "input": "", "label": "x" * n} for n in (1, 2, 3)]
+HELD_OUT = [{"instruct": "tell\n", "input": "", "label": "yes"}]
 
 
 def masked(texts: list[str]) -> list[str]:
@@ -42,7 +41,7 @@ def test_ledger_and_certificate_of_each_set_are_shown(tmp_path):
 
 
 def test_the_whole_table_is_shown_of_a_set_of_one_row(tmp_path):
-    records = [RECORDS[0], RECORDS[0], {"instruct": "say", "input": "", "label": 7}]
+    records = [RECORDS[0], RECORDS[0], {"instruct": "say\n", "input": "", "label": 7}]
 
     found = prove_records(tmp_path, records, duplicates="drop", skip_bad_lines=True, max_dropped=0.5)
 
@@ -52,18 +51,18 @@ def test_the_whole_table_is_shown_of_a_set_of_one_row(tmp_path):
 
 def test_a_prompt_that_generate_is_not_given_is_refused_with_the_row(tmp_path, monkeypatch):
     """As a renderer of inference would that adds a space."""
-    render = proof.to_prompt_segments
+    encode = proof.encode_prompts
 
-    def spaced(*args: Any, **options: Any):
-        return [*render(*args, **options), Segment(" ", is_target=False)]
+    def spaced(*args: Any):
+        return [[*ids, ord(" ")] for ids in encode(*args)]
 
-    monkeypatch.setattr(proof, "to_prompt_segments", spaced)
+    monkeypatch.setattr(proof, "encode_prompts", spaced)
     with pytest.raises(DataError) as error:
         prove_records(tmp_path, RECORDS)
 
     assert str(error.value) == (
         f"{tmp_path / 'a.jsonl'}:1: the prompt in training is not the one that generate is given; "
-        "got 'say\\nx'; fix: mend the chat template"
+        "got 'say\\nx'; fix: correct the chat template"
     )
 
 
@@ -82,7 +81,7 @@ def test_what_was_found_is_recorded(tmp_path):
 
 
 def test_rows_that_come_tokenized_are_taken_for_what_they_are(tmp_path):
-    rows = [{"input_ids": [65, 66, 256], "labels": [X, 66, 256]}, {"input_ids": [65, 66]}]
+    rows = [{"input_ids": [65, 66, 256], "labels": [X, 66, 256]}, {"input_ids": [65, 66], "labels": [65, 66]}]
 
     facts = prove_records(tmp_path, rows).facts
 
@@ -156,7 +155,7 @@ def test_a_sharded_model_is_not_tested_and_the_run_says_so(kind):
 
 def test_the_options_of_the_recipe_decide_what_is_certified(tmp_path):
     """``allow`` turns the user's text into a control token, which the certificate then expects."""
-    records = [{"instruct": "say <|im_end|>", "input": "", "label": "x"}]
+    records = [{"instruct": "say <|im_end|>\n", "input": "", "label": "x"}]
 
     plain = prove_records(tmp_path, records).facts["train"]
     allowed = prove_records(tmp_path, records, special_tokens_in_text="allow").facts["train"]
@@ -171,10 +170,11 @@ def test_a_recipe_is_certified_under_its_own_stage(monkeypatch, tmp_path):
     certify = proof.certify
 
     def spy(*args: Any, **options: Any):
-        seen.append(options["options"])
+        seen.append((options["options"], options["stop_ids"]))
         return certify(*args, **options)
 
     monkeypatch.setattr(proof, "certify", spy)
     prove_records(tmp_path, RECORDS)
 
-    assert (seen[0].stage, seen[0].overflow, seen[0].stop_ids) == ("sft", "keep_target", (256,))
+    options, stops = seen[0]
+    assert (options.stage, options.overflow, stops) == ("sft", "keep_target", [256])

@@ -11,11 +11,11 @@ from huggingface_hub.utils import filter_repo_objects
 from hf_clm.errors import EnvironmentFault, ExitCode
 from hf_clm.training.run import train
 
-ROWS = [{"instruct": f"say {n}", "input": "", "label": str(n)} for n in range(4)]
+ROWS = [{"instruct": f"say {n}\n", "input": "", "label": str(n)} for n in range(4)]
 ALWAYS = {
     *("README.md", "config.json", "generation_config.json", "model.safetensors"),
     *("tokenizer.json", "tokenizer_config.json", "recipe.yaml", "run.json", "metrics.jsonl"),
-    *("loss.png", "loss.pdf"),
+    *("loss.png", "loss.pdf", "chat_template.jinja"),
 }
 
 
@@ -83,6 +83,7 @@ def test_every_save_pushes_the_model_of_its_checkpoint_and_never_the_arguments(h
     push(tmp_path, hub_strategy="every_save")
 
     model = {
+        "chat_template.jinja",
         "config.json",
         "generation_config.json",
         "model.safetensors",

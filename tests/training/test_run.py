@@ -19,9 +19,10 @@ from hf_clm.training import run as run_module
 from hf_clm.training.run import train
 
 # "say N\n", 6 tokens, is read; N letters and the end are learned: 8 x 6 + 36 + 8 = 92 tokens, 44 targets.
-RECORDS = [{"instruct": f"say {n}", "input": "", "label": "x" * n} for n in range(1, 9)]
+RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "x" * n} for n in range(1, 9)]
 FILES = {
     *(
+        "chat_template.jinja",
         "config.json",
         "generation_config.json",
         "model.safetensors",

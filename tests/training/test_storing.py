@@ -20,7 +20,7 @@ from hf_clm.config import Recipe, recipe_to_yaml
 from hf_clm.data import shards
 from hf_clm.data.cache import build_splits, find_place, load_named
 from hf_clm.data.division import Shard
-from hf_clm.data.ledger import write_ledgers
+from hf_clm.data.proof.ledger import write_ledgers
 from hf_clm.data.store import write_store
 from hf_clm.errors import DataError
 from hf_clm.tokenizer import use_chat_template
@@ -242,7 +242,7 @@ def test_limits_and_more_shards_than_records():
 
 def save_recipe(tmp_path: Path, **data: Any) -> str:
     changes = {"cache_dir": str(tmp_path / "cache"), "packing": "best_fit", **data}
-    records = [{"instruct": "say", "input": "", "label": "x" * n} for n in range(1, 31)]
+    records = [{"instruct": "say\n", "input": "", "label": "x" * n} for n in range(1, 31)]
     recipe = helpers.build_recipe(tmp_path, records, data=changes, train={"max_steps": 1})
     (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe))
     return str(tmp_path / "recipe.yaml")

@@ -14,7 +14,7 @@ from hf_clm.data.build import build_split, load_splits
 from hf_clm.training.summary import RunFacts, end_lines, start_lines, versions
 
 # "say N\n" and N letters and the end token: 8, 9, 10 and 11 tokens, of which 2, 3, 4 and 5 are learned.
-RECORDS = [{"instruct": f"say {n}", "input": "", "label": "x" * n} for n in range(1, 5)]
+RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "x" * n} for n in range(1, 5)]
 
 
 def build_facts(folder: Path, *, data: dict[str, Any] | None = None, **settings: Any) -> RunFacts:
@@ -23,7 +23,7 @@ def build_facts(folder: Path, *, data: dict[str, Any] | None = None, **settings:
     content = {"stage": "sft", "model": {"name_or_path": "some/model"}, "data": data}
     recipe = Recipe.model_validate({**content, "train": {"output_dir": str(folder / "run")}})
     splits = [
-        build_split(examples, recipe, tokenizer=byte_tokenizer(), stage=recipe.stage) if examples else None
+        build_split(examples, recipe, tokenizer=byte_tokenizer()) if examples else None
         for examples in load_splits(recipe, 0)
     ]
     arguments = TrainingArguments(str(folder / "run"), use_cpu=True, **settings)

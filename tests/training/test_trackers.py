@@ -7,7 +7,7 @@ from transformers.integrations import TensorBoardCallback
 
 from hf_clm.training.run import train
 
-ROWS = [{"instruct": f"say {n}", "input": "", "label": str(n)} for n in range(4)]
+ROWS = [{"instruct": f"say {n}\n", "input": "", "label": str(n)} for n in range(4)]
 
 
 def test_tensorboard_gets_the_figures_of_each_log_event(tmp_path):

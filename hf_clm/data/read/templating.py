@@ -9,26 +9,26 @@ from dataclasses import replace
 from typing import Any
 
 from hf_clm.errors import DataError, did_you_mean
-from hf_clm.schema import Segment, SegmentsExample
+from hf_clm.schema import Document, Segment
 from hf_clm.template import Part, Template, split_template, to_cell
 
 Record = Mapping[str, Any]
 
 
-def to_template_example(record: Record, template: Template, *, where: str = "") -> SegmentsExample:
+def to_template_example(record: Record, template: Template, *, where: str = "") -> Document:
     """A record as its template renders it: the prompt is read, completion or text are learned.
 
     Raises DataError for a column that is not there or empty, and for a value without a label.
     """
     cells = with_title(record)
     if template.completion is None:
-        return SegmentsExample(_fill(template.shown, cells, where=where, is_target=True))
-    read = _fill(template.shown, cells, where=where, is_target=False)
-    learned = _fill(template.completion, cells, where=where, is_target=True, labels=template.labels)
-    return SegmentsExample(read + learned)
+        return Document(_fill(template.shown, cells, where=where, weight=1.0))
+    read = _fill(template.shown, cells, where=where, weight=0.0)
+    learned = _fill(template.completion, cells, where=where, weight=1.0, labels=template.labels)
+    return Document(read + learned)
 
 
-def to_template_prompt(record: Record, template: Template, *, where: str = "") -> SegmentsExample:
+def to_template_prompt(record: Record, template: Template, *, where: str = "") -> Document:
     """The prompt of a record, as training renders it.
 
     Of a text what lies before its first column without a value: title and ``<sep>`` where there is a title
@@ -36,7 +36,7 @@ def to_template_prompt(record: Record, template: Template, *, where: str = "") -
     """
     cells = with_title(record)
     if template.completion is not None:
-        return SegmentsExample(_fill(template.shown, cells, where=where, is_target=False))
+        return Document(_fill(template.shown, cells, where=where, weight=0.0))
     parts = split_template(template.shown)
     columns = [number for number, part in enumerate(parts) if part.is_column]
     missing = (number for number in columns if not _has(cells, parts[number].text))
@@ -44,10 +44,10 @@ def to_template_prompt(record: Record, template: Template, *, where: str = "") -
     kept = [_to_segment(part, cells, where=where) for part in parts[:end]]
     if end <= columns[0]:
         raise _no_column(parts[columns[0]].text, cells, where=where)
-    return SegmentsExample([replace(segment, is_target=False) for segment in kept])
+    return Document([replace(segment, weight=0.0) for segment in kept])
 
 
-def to_template_words(text: str, template: Template, *, input_text: str = "") -> SegmentsExample:
+def to_template_words(text: str, template: Template, *, input_text: str = "") -> Document:
     """The prompt for words from the command line: the first column, and ``input_text`` the second."""
     words = [text, *([input_text] if input_text else [])]
     return to_template_prompt(dict(zip(template.columns, words, strict=False)), template, where="--prompt")
@@ -62,17 +62,17 @@ def with_title(record: Record) -> Record:
 
 
 def _fill(
-    text: str, cells: Record, *, where: str, is_target: bool, labels: Mapping[str, str] | None = None
+    text: str, cells: Record, *, where: str, weight: float, labels: Mapping[str, str] | None = None
 ) -> list[Segment]:
     segments = [_to_segment(part, cells, where=where, labels=labels) for part in split_template(text)]
-    return [replace(segment, is_target=is_target) for segment in segments]
+    return [replace(segment, weight=weight) for segment in segments]
 
 
 def _to_segment(part: Part, cells: Record, *, where: str, labels: Mapping[str, str] | None = None) -> Segment:
     """The template's own text, or what the record says in the column of that name."""
     text = part.text
     if not part.is_column:
-        return Segment(text, is_target=True, is_own=True)
+        return Segment(text, weight=1.0, is_own=True)
     if text not in cells:
         raise _no_column(text, cells, where=where)
     cell = cells[text]
@@ -87,7 +87,7 @@ def _to_segment(part: Part, cells: Record, *, where: str, labels: Mapping[str, s
     if not word.strip():
         what = f"column {text!r} is empty"
         raise DataError(what, where=where, got=repr(word), fix="fill it in, or remove the record")
-    return Segment(word, is_target=True)
+    return Segment(word, weight=1.0)
 
 
 def _has(cells: Record, column: str) -> bool:

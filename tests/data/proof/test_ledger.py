@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import byte_tokenizer, prove_records
+from helpers import byte_tokenizer, document, prompted, prove_records
 from pyarrow import parquet
 
-from hf_clm.data.datasets import PretrainDataset, SFTDataset
-from hf_clm.data.ledger import (
+from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.packing import PackedDataset, Pieces
+from hf_clm.data.proof.ledger import (
     Ledger,
     LedgerRow,
     build_ledger,
@@ -20,14 +21,13 @@ from hf_clm.data.ledger import (
     measure_leakage,
     write_ledgers,
 )
-from hf_clm.data.packing import PackedDataset, Pieces
 from hf_clm.errors import DataError, ExitCode
-from hf_clm.schema import ChatExample, PromptExample, Segment, SegmentsExample, TextExample
+from hf_clm.schema import Chat, Document, Segment, Tokens
 from hf_clm.training.proof import Proof
 
 # "say\n" is read (4 tokens); 2, 4, 8 and 20 letters and the end token are learned: 7, 9, 13 and 25 tokens.
-EXAMPLES = [PromptExample("say\n", "x" * n) for n in (2, 4, 8, 20)]
-LONG = PromptExample("please say it again\n", "yes")  # 20 + 3 + 1
+EXAMPLES = [prompted("say\n", "x" * n) for n in (2, 4, 8, 20)]
+LONG = prompted("please say it again\n", "yes")  # 20 + 3 + 1
 PLACES = ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "a.jsonl:5"]
 
 
@@ -69,7 +69,7 @@ def test_each_row_has_its_place_its_fate_and_its_sizes_before_and_after():
         (EXAMPLES[3], {"overflow": "drop"}, ("dropped", "longer than max_length", [])),
         (EXAMPLES[3], {"overflow": "keep_target"}, ("dropped", "no whole target fits in max_length", [])),
         (LONG, {"overflow": "truncate"}, ("dropped", "no target token is left", [])),
-        ({"input_ids": [1, 2], "labels": [-100, -100]}, {}, ("dropped", "no target token", [])),
+        (Tokens([1, 2], [-100, -100], [2]), {}, ("dropped", "no target token", [])),
     ],
 )
 def test_every_fate_is_entered_with_its_reason_and_balances(example, options, fate):
@@ -81,7 +81,7 @@ def test_every_fate_is_entered_with_its_reason_and_balances(example, options, fa
 
 def test_windows_of_a_document_are_counted_as_often_as_they_are_read():
     ledger, rows, _ = build(
-        [TextExample("abcdefghi")], stage="pretrain", window=(6, 3)
+        [document("abcdefghi")], stage="pretrain", window=(6, 3)
     )  # 10 tokens with the end
 
     assert ledger.rows == [LedgerRow(0, "a.jsonl:1", "split", "windows", 10, 9, 16, 13, rows=[0, 1, 2])]
@@ -97,7 +97,7 @@ def test_a_row_is_entered_with_the_packed_rows_that_hold_it():
 
 
 def test_a_document_that_goes_on_in_the_next_row_of_a_stream_is_entered_in_both():
-    dataset = PretrainDataset([TextExample("a" * 9), TextExample("b" * 9)], byte_tokenizer())
+    dataset = PretrainDataset([document("a" * 9), document("b" * 9)], byte_tokenizer())
     packed = PackedDataset(dataset, max_length=16, packing="stream")
 
     ledger = build_ledger(dataset.rows, PLACES[:2], packed=packed)
@@ -186,7 +186,7 @@ def test_a_split_row_that_lost_a_label_is_refused():
 
 def packed_stream() -> tuple[Any, PackedDataset]:
     """Two documents of 10 tokens in rows of 16: (0, 0-10) and (1, 0-6), then (1, 5-10)."""
-    dataset = PretrainDataset([TextExample("a" * 9), TextExample("b" * 9)], byte_tokenizer())
+    dataset = PretrainDataset([document("a" * 9), document("b" * 9)], byte_tokenizer())
     return dataset.rows, PackedDataset(dataset, max_length=16, packing="stream")
 
 
@@ -236,31 +236,31 @@ def test_a_packed_row_that_is_not_its_pieces_is_refused(key, change, monkeypatch
 def test_only_examples_that_are_equal_in_every_respect_are_duplicates():
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     examples = [
-        TextExample("ab"),
-        PromptExample("a", "b"),
-        PromptExample("", "ab"),
-        TextExample("ab"),
-        SegmentsExample([Segment("a", False), Segment("b", True)]),
-        SegmentsExample([Segment("a", True), Segment("b", True)]),
-        ChatExample(chat),
-        ChatExample([chat[0], {**chat[1], "train": False}]),
-        ChatExample([dict(turn) for turn in chat]),
-        {"input_ids": [1, 2], "labels": [-100, 2]},
-        {"input_ids": [1, 2], "labels": [1, 2]},
-        TextExample("ab "),
+        document("ab"),
+        prompted("a", "b"),
+        prompted("", "ab"),
+        document("ab"),
+        Document([Segment("a", False), Segment("b", True)]),
+        Document([Segment("a", True), Segment("b", True)]),
+        Chat(chat),
+        Chat([chat[0], {**chat[1], "train": False}]),
+        Chat([dict(turn) for turn in chat]),
+        Tokens([1, 2], [-100, 2], [2]),
+        Tokens([1, 2], [1, 2], [2]),
+        document("ab "),
     ]
 
-    assert find_duplicates(examples) == [None, None, None, 0, None, None, None, None, 6, None, None, None]
+    assert find_duplicates(examples) == [None, None, None, 0, 1, None, None, None, 6, None, None, None]
 
 
 def test_leakage_is_exact_or_but_for_case_and_white_space():
-    train = [PromptExample("Who?\n", "Me."), PromptExample("Where?\n", "Here."), TextExample("A  b")]
+    train = [prompted("Who?\n", "Me."), prompted("Where?\n", "Here."), document("A  b")]
     evaluation = [
-        PromptExample("Who?\n", "Me."),
-        PromptExample("who?", " ME."),
-        PromptExample("Who?\n", "You."),
-        TextExample("a B\n"),
-        PromptExample("", "A b"),
+        prompted("Who?\n", "Me."),
+        prompted("who?", " ME."),
+        prompted("Who?\n", "You."),
+        document("a B\n"),
+        prompted("", "A b"),
     ]
 
     leakage = measure_leakage(train, evaluation, places=["e:1", "e:2", "e:3", "e:4", "e:5"])
@@ -278,7 +278,7 @@ def test_leakage_is_exact_or_but_for_case_and_white_space():
 
 # --- by a recipe
 
-RECORDS = [{"instruct": "say", "input": "", "label": "x" * n} for n in (1, 2, 2, 3, 1)]
+RECORDS = [{"instruct": "say\n", "input": "", "label": "x" * n} for n in (1, 2, 2, 3, 1)]
 
 
 def lines_of(proof: Proof) -> list[int]:
@@ -299,7 +299,7 @@ def test_duplicates_are_kept_by_default_and_left_out_on_request(tmp_path):
 
 
 def test_lines_that_cannot_be_read_are_counted(tmp_path):
-    records = [*RECORDS[:2], {"instruct": "say", "input": "", "label": 7}]
+    records = [*RECORDS[:2], {"instruct": "say\n", "input": "", "label": 7}]
 
     proof = prove_records(tmp_path, records, skip_bad_lines=True, max_dropped=0.5)
 
@@ -311,7 +311,7 @@ def test_lines_that_cannot_be_read_are_counted(tmp_path):
 
 
 def test_training_rows_among_the_evaluation_rows_are_an_error_over_max_leakage(tmp_path):
-    evaluation = [RECORDS[0], *({"instruct": "tell", "input": "", "label": "y" * n} for n in (1, 2, 3))]
+    evaluation = [RECORDS[0], *({"instruct": "tell\n", "input": "", "label": "y" * n} for n in (1, 2, 3))]
 
     with pytest.raises(DataError) as error:
         prove_records(tmp_path, RECORDS, evaluation=evaluation)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from hf_clm.data.arrays import release, row_blocks
-from hf_clm.data.datasets import TokenizedRows
-from hf_clm.data.labels import Fate
+from hf_clm.data.label.datasets import TokenizedRows
+from hf_clm.data.label.labels import Fate
 from hf_clm.data.mixing import DrawnDataset
 from hf_clm.data.packing import PackedDataset, is_sorted, stable_order
 from hf_clm.errors import DataError
-from hf_clm.schema import ChatExample, Example, PromptExample, SegmentsExample, TextExample, TokenizedExample
+from hf_clm.schema import AnyExample
 
 GROUP_ROWS = 1 << 13  # of the file, which wait in memory
 SHOWN = 3  # rows in an error
@@ -235,12 +235,12 @@ def write_ledgers(ledgers: Mapping[str, Ledger], path: Path) -> None:
     writer.close()
 
 
-def find_duplicates(examples: Iterable[Example | TokenizedExample]) -> list[int | None]:
+def find_duplicates(examples: Iterable[AnyExample]) -> list[int | None]:
     """For each example the number of an earlier, exactly equal one, or None."""
     first: dict[Any, int] = {}
     found: list[int | None] = []
     for number, example in enumerate(examples):
-        earlier = first.setdefault(text_key(example), number)
+        earlier = first.setdefault(example.identity, number)
         found.append(earlier if earlier != number else None)
     return found
 
@@ -255,14 +255,14 @@ def are_repeated(digests: np.ndarray) -> np.ndarray:
     return found
 
 
-def digest(example: Example | TokenizedExample) -> bytes:
+def digest(example: AnyExample) -> bytes:
     """16 bytes that stand for an example where memory cannot hold it; equal for equal ones."""
-    return _digest(text_key(example))
+    return _digest(example.identity)
 
 
-def loose_digest(example: Example | TokenizedExample) -> bytes:
+def loose_digest(example: AnyExample) -> bytes:
     """The same but for case and white space."""
-    return _digest(_normalised(text_key(example)))
+    return _digest(_normalised(example.identity))
 
 
 @dataclass(frozen=True)
@@ -279,17 +279,17 @@ class Leakage:
 
 
 def measure_leakage(
-    train: Sequence[Example | TokenizedExample],
-    evaluation: Sequence[Example | TokenizedExample],
+    train: Sequence[AnyExample],
+    evaluation: Sequence[AnyExample],
     *,
     places: Sequence[str],
 ) -> Leakage:
     """Compares whole examples, prompt and target. ``places`` names the evaluation rows."""
-    exact = {text_key(example) for example in train}
+    exact = {example.identity for example in train}
     loose = {_normalised(key) for key in exact}
     found_exact, found_loose = [], []
     for place, example in zip(places, evaluation, strict=True):
-        key = text_key(example)
+        key = example.identity
         if key in exact:
             found_exact.append(place)
         elif _normalised(key) in loose:
@@ -308,20 +308,6 @@ def check_leakage(leakage: Leakage, max_leakage: float) -> None:
             got=", ".join(listed),
             fix="remove them, set data.duplicates=drop, or allow it by data.max_leakage",
         )
-
-
-def text_key(example: Example | TokenizedExample) -> tuple[str, ...]:
-    """What makes two examples the same: their texts with roles and masks."""
-    if isinstance(example, TextExample):
-        return ("text", example.text)
-    if isinstance(example, PromptExample):
-        return ("prompt", example.prompt, example.completion)
-    if isinstance(example, SegmentsExample):
-        return ("segments", *(f"{segment.is_target}{segment.text}" for segment in example.segments))
-    if isinstance(example, ChatExample):
-        turns = [(turn["role"], str(turn.get("train", True)), turn["content"]) for turn in example.messages]
-        return ("chat", *(part for turn in turns for part in turn))
-    return ("tokens", str(example["input_ids"]), str(example["labels"]))
 
 
 def _digest(key: tuple[str, ...]) -> bytes:

@@ -1,17 +1,18 @@
 """Records through a template: T is learned, R is read; <sep> is a token where the template writes it."""
 
 import pytest
-from helpers import EOS, X, build_recipe, byte_tokenizer, write_jsonl
+from helpers import EOS, X, build_recipe, byte_tokenizer, shown, write_jsonl
 
 from hf_clm.config import Data, Source
 from hf_clm.data.build import build_split, load_examples, load_splits
-from hf_clm.data.certificate import LabelOptions, certify, expected_runs
-from hf_clm.data.datasets import PretrainDataset, SFTDataset
-from hf_clm.data.labels import tokenize_segments
-from hf_clm.data.segments import control_texts, to_document, to_prompt_segments, to_segments
-from hf_clm.data.templating import to_template_example, to_template_prompt, to_template_words, with_title
+from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
+from hf_clm.data.label.labels import encode_prompts
+from hf_clm.data.label.render import LabelOptions, Renderer
+from hf_clm.data.proof.certificate import certify
+from hf_clm.data.read.plain_template import is_plain, plain_template
+from hf_clm.data.read.templating import to_template_example, to_template_prompt, to_template_words, with_title
 from hf_clm.errors import DataError
-from hf_clm.schema import Segment, SegmentsExample
+from hf_clm.schema import Document, Segment
 from hf_clm.template import Template
 from hf_clm.tokenizer import add_control_tokens
 
@@ -26,21 +27,23 @@ def sep_tokenizer():
     return tokenizer
 
 
-def own(text: str, *, is_target: bool) -> Segment:
-    return Segment(text, is_target, is_own=True)
+def own(text: str) -> Segment:
+    return Segment(text, 0.0, is_own=True)
 
 
 def test_the_prompt_is_read_and_the_word_of_the_label_is_learned():
     example = to_template_example({"a": "x", "b": "y", "label": 1, "idx": 7}, PAIR)
 
-    assert example == SegmentsExample(
-        [Segment("x", False), own(" = ", is_target=False), Segment("y", False), own("?\n", is_target=False),
-         Segment("yes", True)]
-    )  # fmt: skip
+    assert example == Document(
+        [Segment("x", 0.0), own(" = "), Segment("y", 0.0), own("?\n"), Segment("yes", 1.0)]
+    )
     assert SFTDataset([example], byte_tokenizer())[0] == {
         "input_ids": [*b"x = y?\nyes", EOS],
         "labels": [X] * 7 + [*b"yes", EOS],
     }
+    assert shown(PretrainDataset([example], byte_tokenizer())[0], byte_tokenizer()) == (
+        "x⟦ = y?\nyes<|endoftext|>⟧"
+    )
 
 
 @pytest.mark.parametrize("label", ["0", 0])
@@ -62,12 +65,10 @@ def test_a_label_is_found_whether_the_file_gives_a_number_or_text(label):
             "fix: add it to the template's labels, which name '0', '1'",
         ),
         ({"a": "x", "b": None, "label": "1"}, "pairs.csv:9: column 'b': expected text or a number; got null"),
-        (
-            {"a": " ", "b": "y", "label": "1"},
-            "pairs.csv:9: column 'a' is empty; got ' '; fix: fill it in, or remove the record",
-        ),
+        ({"a": " ", "b": "y", "label": "1"},
+         "pairs.csv:9: column 'a' is empty; got ' '; fix: fill it in, or remove the record"),
     ],
-)
+)  # fmt: skip
 def test_a_record_that_does_not_fit_is_named_with_its_columns(record, message):
     with pytest.raises(DataError) as error:
         to_template_example(record, PAIR, where="pairs.csv:9")
@@ -82,7 +83,7 @@ def test_a_token_of_the_template_is_a_token_and_the_same_letters_of_a_user_are_t
 
     assert row["input_ids"] == [*b"a<sep>", SEP, *b"b<sep>c", EOS]
     assert row["labels"] == [X, *b"<sep>", SEP, *b"b<sep>c", EOS]
-    assert control_texts(example, sep_tokenizer()) == ["<sep>", "<sep>"]
+    assert Renderer(sep_tokenizer(), LabelOptions()).control_texts(example) == ["<sep>", "<sep>"]
 
 
 def test_a_token_that_user_and_template_spell_together_is_text():
@@ -102,39 +103,30 @@ def test_a_template_that_writes_the_stop_token_gets_no_second_one():
 
 
 @pytest.mark.parametrize("ending", ["", "<|endoftext|>"])
-@pytest.mark.parametrize(("stage", "dataset"), [("pretrain", PretrainDataset), ("sft", SFTDataset)])
-def test_the_rows_of_a_template_are_certified(stage, dataset, ending):
+@pytest.mark.parametrize("dataset", [PretrainDataset, SFTDataset])
+def test_the_rows_of_a_template_are_certified_and_no_token_of_the_user_is(dataset, ending):
     tokenizer = sep_tokenizer()
     text = Template(text="{title}<sep>{content}" + ending)
     pair = Template(prompt="{title}<sep>", completion="{content}" + ending)
     records = [{"title": "t", "content": "c"}, {"title": "<sep>", "content": "<|pad|> and <sep>"}]
     examples = [to_template_example(record, template) for record in records for template in (text, pair)]
-    options = LabelOptions(stage=stage, stop_ids=(EOS,))
+    options = LabelOptions(stage="pretrain" if dataset is PretrainDataset else "sft")
 
-    found = certify(dataset(examples, tokenizer).rows, examples, tokenizer=tokenizer, options=options)
+    failed = [
+        dict(
+            certify(
+                dataset(examples, tokenizer, special_tokens_in_text=policy).rows,
+                examples,
+                tokenizer=tokenizer,
+                options=options,
+                stop_ids=[EOS],
+            ).failed
+        )
+        for policy in ("encode_as_text", "allow")
+    ]
 
-    assert dict(found.failed) == {}
-    assert found.encoded_again == 2  # those in which the user spells no token
-    assert expected_runs(examples[0], tokenizer, options=options) == [("t<sep>c<|endoftext|>", True)]
-
-
-def test_a_token_of_the_user_that_became_one_is_not_certified():
-    tokenizer = sep_tokenizer()
-    example = to_template_example({"title": "<sep>", "content": "c"}, ESSAY)
-    rows = PretrainDataset([example], tokenizer, special_tokens_in_text="allow").rows
-
-    found = certify(rows, [example], tokenizer=tokenizer, options=LabelOptions("pretrain", stop_ids=(EOS,)))
-
-    assert dict(found.failed) == {"control": 1}
-
-
-def test_as_a_document_all_is_learned_and_the_template_stays_told_from_the_record():
-    example = to_template_example({"a": "x", "b": "y", "label": 1}, PAIR)
-
-    assert to_document(example) == SegmentsExample(
-        [Segment("x", True), own(" = ", is_target=True), Segment("y", True), own("?\n", is_target=True),
-         Segment("yes", True)]
-    )  # fmt: skip
+    assert failed[0] == {}
+    assert failed[1]
 
 
 @pytest.mark.parametrize(
@@ -145,26 +137,21 @@ def test_as_a_document_all_is_learned_and_the_template_stays_told_from_the_recor
         ({"title": "t", "content": "once"}, [*b"t", SEP, *b"once"]),
         ({"title": "<sep>", "content": "o"}, [*b"<sep>", SEP, *b"o"]),
     ],
-)
+)  # fmt: skip
 def test_a_text_is_continued_where_the_record_ends(record, ids):
     template = Template(text="{title}<sep>{content}<|endoftext|>")
 
-    segments = to_prompt_segments(to_template_prompt(record, template), sep_tokenizer())
+    prompt = to_template_prompt(record, template)
 
-    assert tokenize_segments(segments, sep_tokenizer())["input_ids"] == ids
+    assert encode_prompts([prompt], sep_tokenizer(), LabelOptions()) == [ids]
 
 
 def test_the_prompt_of_generation_is_that_of_training():
-    record = {"a": "x", "b": "y", "label": 1}
-    trained = tokenize_segments(
-        to_segments(to_template_example(record, PAIR), byte_tokenizer()), byte_tokenizer()
-    )
-    asked = to_prompt_segments(to_template_prompt({"a": "x", "b": "y"}, PAIR), byte_tokenizer())
+    prompt = to_template_prompt({"a": "x", "b": "y"}, PAIR)
+    trained = SFTDataset([to_template_example({"a": "x", "b": "y", "label": 1}, PAIR)], byte_tokenizer())[0]
 
-    given = tokenize_segments(asked, byte_tokenizer())["input_ids"]
-
-    assert given == [*b"x = y?\n"]
-    assert trained["input_ids"][: len(given)] == given
+    assert encode_prompts([prompt], byte_tokenizer(), LabelOptions()) == [[*b"x = y?\n"]]
+    assert trained["input_ids"][:7] == [*b"x = y?\n"]
 
 
 def test_words_of_the_command_line_are_the_first_columns():
@@ -204,8 +191,73 @@ def test_a_csv_file_and_a_jsonl_file_give_the_same_rows(tmp_path):
     for name in ("a.csv", "a.jsonl"):
         train = [{"path": str(tmp_path / name), "template": PAIR.model_dump()}]
         recipe = build_recipe(tmp_path, [{"text": "unused"}], data={"train": train})
-        split = build_split(load_splits(recipe, 0)[0], recipe, tokenizer=byte_tokenizer(), stage="sft")
+        split = build_split(load_splits(recipe, 0)[0], recipe, tokenizer=byte_tokenizer())
         rows.append([split.rows[i] for i in range(2)])
 
     assert rows[0] == rows[1]
     assert rows[0][1]["input_ids"] == [*b"v = w?\nno", EOS]
+
+
+# --- the chat template that is saved with a model of plain prompts
+
+ALPACA = (
+    "Below is an instruction that describes a task{more}. "
+    "Write a response that appropriately completes the request.\n\n### Instruction:\nAdd {{1}}.\n\n"
+)
+MORE = ", paired with an input that provides further context"
+PLAIN_PAIR = Template(prompt="{a}'s \\ = {b}?\n", completion="{label}", labels={"1": "yes"})
+USER = {"role": "user", "content": "Add {1}."}
+
+
+@pytest.mark.parametrize(
+    ("format", "template", "messages", "prompt"),
+    [
+        ("prompt_completion", None, [USER], "Add {1}."),
+        ("instruct", None, [USER], "Add {1}."),
+        ("instruct", None, [{**USER, "input": " 2, 3"}], "Add {1}. 2, 3"),
+        ("alpaca", None, [USER], ALPACA.format(more="") + "### Response:\n"),
+        ("alpaca", None, [{**USER, "input": "2, 3"}],
+         ALPACA.format(more=MORE) + "### Input:\n2, 3\n\n### Response:\n"),
+        ("alpaca", None, [{"role": "system", "content": "Be brief."}, USER],
+         "Be brief.\n\n### Instruction:\nAdd {1}.\n\n### Response:\n"),
+        ("template", PLAIN_PAIR, [{"role": "user", "content": "x", "b": "y"}], "x's \\ = y?\n"),
+    ],
+)  # fmt: skip
+def test_a_model_of_plain_prompts_is_asked_through_a_template_that_writes_them(
+    format, template, messages, prompt
+):
+    for starts, start in ((False, ""), (True, "<|endoftext|>")):
+        tokenizer = byte_tokenizer()
+        tokenizer.bos_token = "<|endoftext|>"
+        tokenizer.chat_template = plain_template(format, template, starts=starts)
+
+        assert (
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            == start + prompt
+        )
+        whole = [*messages, {"role": "assistant", "content": "6"}]
+        assert tokenizer.apply_chat_template(whole, tokenize=False) == f"{start}{prompt}6<|endoftext|>"
+        assert is_plain(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("format", "messages", "message"),
+    [
+        ("instruct", [USER, {"role": "assistant", "content": "6"}, USER], "was trained on single questions"),
+        ("instruct", [{"role": "assistant", "content": "6"}], "was trained on single questions"),
+        ("instruct", [{"role": "system", "content": "Be brief."}, USER], "was trained without system texts"),
+    ],
+)  # fmt: skip
+def test_what_it_was_not_trained_on_is_refused_by_that_template(format, messages, message):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = plain_template(format, None, starts=False)
+
+    with pytest.raises(Exception, match=message):
+        tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_texts_and_chats_have_no_such_template():
+    assert plain_template("text", None, starts=False) is None
+    assert plain_template("messages", None, starts=False) is None
+    assert plain_template("template", ESSAY, starts=False) is None
+    assert not is_plain(byte_tokenizer())

@@ -1,0 +1,1 @@
+"""Examples to rows: what is learned, what is only read."""

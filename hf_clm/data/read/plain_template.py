@@ -1,0 +1,121 @@
+"""A chat template for models that learned plain prompts: it writes exactly the prompts of their training.
+
+So ``pipeline("text-generation")(messages)`` asks such a model as it was trained. It takes one question, with a
+system text where the format has one; what else a record held stands in keys of the message:
+
+    {"role": "user", "content": "Translate to German.", "input": "chat"}
+"""
+
+import re
+from typing import Any, cast
+
+from hf_clm.data.read.formats import (
+    ALPACA_HEAD,
+    ALPACA_INPUT,
+    ALPACA_PREAMBLE,
+    ALPACA_PREAMBLE_WITH_INPUT,
+    ALPACA_TAIL,
+)
+from hf_clm.schema import Chat, Example
+from hf_clm.template import Template, split_template
+
+ALPACA = re.compile(
+    rf"(?P<head>.*?)\n\n{ALPACA_HEAD}(?P<instruction>.*?)"
+    rf"(?:{ALPACA_INPUT}(?P<input>.*?))?{ALPACA_TAIL}",
+    re.DOTALL,
+)
+MARK = "{#- Writes the plain prompts that this model was trained on. -#}"
+ONE_QUESTION = (
+    "{%- set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{%- set turns = messages[1:] if system else messages %}"
+    "{%- if turns | length > 2 or turns[0].role != 'user' %}"
+    "{{- raise_exception('this model was trained on single questions') }}{%- endif %}"
+    "{%- set user = turns[0] %}"
+)
+NO_SYSTEM = (
+    "{%- if system %}{{- raise_exception('this model was trained without system texts') }}{%- endif %}"
+)
+ANSWER = "{%- if turns | length > 1 %}{{- turns[1].content + eos_token }}{%- endif %}"
+
+
+def plain_template(format: str, template: Template | None, *, starts: bool) -> str | None:
+    """The Jinja text for the prompts of a format, or of a source's own template; None where it has none.
+
+    ``starts``: the tokenizer begins every text with its start token.
+    """
+    start = "{{- bos_token }}" if starts else ""
+    if template is not None:
+        return None if template.completion is None else _whole(start, NO_SYSTEM, _of_columns(template))
+    if format == "alpaca":
+        return _whole(start, "", _alpaca())
+    if format == "instruct":
+        return _whole(start, NO_SYSTEM, "{{- user.content }}{{- user.input or '' }}")
+    return _whole(start, NO_SYSTEM, "{{- user.content }}") if format == "prompt_completion" else None
+
+
+def as_messages(example: Example, format: str, template: Template | None) -> list[dict[str, str]] | None:
+    """A prompt as messages that its chat template writes; None where it takes more than messages.
+
+    Of a plain prompt the parts are told again from its text.
+    """
+    if isinstance(example, Chat):
+        plain = [{"role": m["role"], "content": m.get("content", "")} for m in example.messages]
+        is_plain = not (example.tools or example.template_kwargs)
+        return (
+            plain
+            if is_plain and all(set(m) <= {"role", "content", "weight"} for m in example.messages)
+            else None
+        )
+    text = "".join(example.texts)
+    if template is not None:
+        parts = split_template(template.shown)
+        pattern = "".join("(.+?)" if part.is_column else re.escape(part.text) for part in parts)
+        columns = [part.text for part in parts if part.is_column]
+        match = re.fullmatch(pattern, text, re.DOTALL)
+        cells = dict(zip(columns, match.groups(), strict=True)) if match else {}
+        first = template.columns[0]
+        others = {key: value for key, value in cells.items() if key != first}
+        return [{"role": "user", "content": cells[first], **others}] if match else None
+    if format == "alpaca":
+        match = ALPACA.fullmatch(text)
+        if match is None:
+            return None
+        given = {"input": match["input"]} if match["input"] else {}
+        known = (ALPACA_PREAMBLE, ALPACA_PREAMBLE_WITH_INPUT)
+        system = [] if match["head"] in known else [{"role": "system", "content": match["head"]}]
+        return [*system, {"role": "user", "content": match["instruction"], **given}]
+    return [{"role": "user", "content": text}] if format in ("instruct", "prompt_completion") else None
+
+
+def is_plain(tokenizer: Any) -> bool:
+    """Whether a tokenizer's template is one of these."""
+    return str(cast(Any, tokenizer).chat_template or "").startswith(MARK)
+
+
+def _whole(start: str, checks: str, prompt: str) -> str:
+    return MARK + ONE_QUESTION + checks + start + prompt + ANSWER
+
+
+def _alpaca() -> str:
+    preamble = f"{_text(ALPACA_PREAMBLE_WITH_INPUT)} if user.input else {_text(ALPACA_PREAMBLE)}"
+    given = f"{{%- if user.input %}}{{{{- {_text(ALPACA_INPUT)} + user.input }}}}{{%- endif %}}"
+    return (
+        f"{{{{- system or ({preamble}) }}}}{{{{- {_text(chr(10) * 2 + ALPACA_HEAD)} + user.content }}}}"
+        f"{given}{{{{- {_text(ALPACA_TAIL)} }}}}"
+    )
+
+
+def _of_columns(template: Template) -> str:
+    """The first column is the message's content; the others are keys of the message."""
+    first = template.columns[0]
+    pieces = []
+    for part in split_template(template.shown):
+        column = "user.content" if part.text == first else f"user[{_text(part.text)}]"
+        pieces.append(f"{{{{- {column if part.is_column else _text(part.text)} }}}}")
+    return "".join(pieces)
+
+
+def _text(text: str) -> str:
+    """A Jinja string."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"'{escaped}'"

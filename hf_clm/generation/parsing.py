@@ -1,0 +1,201 @@
+"""Answers to messages: what the model thinks, what it says, and the tools that it calls.
+
+    <think>\\nEasy.\\n</think>\\n\\n | Let me look. | \\n<tool_call>\\n{"name": "look", ...}\\n</tool_call>
+    reasoning                     | content      | tool_calls
+
+transformers' own parser reads an answer while it is generated, by the response template of the tokenizer. Few
+tokenizers have one; for the others it is made here, of the marks that the chat template writes.
+"""
+
+import json
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerFast
+
+from hf_clm.schema import Json, Message, ToolCall
+from hf_clm.text.chat import CLOSING_MARKS
+from hf_clm.tokenizer import special_tokens
+
+Kind = Literal["reasoning", "content"]
+KINDS: dict[str, Kind] = {  # the fields of response templates that are text
+    "content": "content",
+    "reasoning": "reasoning",
+    "reasoning_content": "reasoning",
+    "thinking": "reasoning",
+}
+CALLS = "tool_calls"
+# What stands in the public templates of a family -> how it writes calls, as a field of a response template.
+CALL_SYNTAXES: dict[str, dict[str, Json]] = {
+    # Hermes, Qwen: <tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>, any number of them
+    "<tool_call>": {"open_pattern": r"\s*<tool_call>\s*", "close_pattern": r"\s*</tool_call>\s*"},
+    # Mistral: [TOOL_CALLS] [{"name": "look", "arguments": {}}], to the end of the answer
+    "[TOOL_CALLS]": {"open_pattern": r"\s*\[TOOL_CALLS\]\s*"},
+    # Llama 3.1: {"name": "look", "parameters": {}}, the whole answer
+    '"parameters": ': {"open_pattern": r"\A\s*(?=\{)"},
+}
+# Where a vocabulary calls one of these special, it is text all the same.
+MARKS = {*CLOSING_MARKS, *CLOSING_MARKS.values(), "<tool_call>", "</tool_call>", "[TOOL_CALLS]"}
+
+
+class Part(NamedTuple):
+    """A piece of a message, as it is generated."""
+
+    kind: Kind
+    text: str
+
+
+@dataclass(frozen=True)
+class AnswerSyntax:
+    """How a model writes reasoning and tool calls.
+
+    hidden_ids: the special tokens that are no part of an answer's text; None: all of them.
+    """
+
+    response_template: Mapping[str, Any]
+    hidden_ids: frozenset[int] | None = None
+
+
+def find_syntax(tokenizer: PreTrainedTokenizerFast) -> AnswerSyntax:
+    """The syntax of the tokenizer's response template, else that of its chat template."""
+    vocabulary = tokenizer.get_added_vocab()
+    special = {token: vocabulary[token] for token in special_tokens(tokenizer)}
+    given = getattr(tokenizer, "response_template", None)
+    if given:
+        return AnswerSyntax(given, hidden_ids=frozenset())
+    hidden = None
+    if not MARKS.isdisjoint(special):
+        hidden = frozenset(number for token, number in special.items() if token not in MARKS)
+    source = str(tokenizer.chat_template or "")
+    marks = {begin: end for begin, end in CLOSING_MARKS.items() if begin in source or end in source}
+    calls = next((calls for mark, calls in CALL_SYNTAXES.items() if mark in source), None)
+    return AnswerSyntax(_to_response_template(marks, calls), hidden)
+
+
+class AnswerReader:
+    """Reads one answer, piece by piece. What follows the first tool call is held back until the end.
+
+    Args:
+        prompt: what the model was given; its end may have begun the reasoning.
+        tools: those that the prompt offers; without any, nothing is a call.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        syntax: AnswerSyntax,
+        *,
+        prompt: str,
+        tools: Sequence[dict[str, Json]],
+    ):
+        self._tokenizer, self._syntax, self._prompt, self._tools = tokenizer, syntax, prompt, list(tools)
+        self._text, self._is_broken, self._has_call = "", False, False
+        self._values: list[Json] = []  # of calls, as the parser gives them
+        self._said: dict[Kind, str] = {"reasoning": "", "content": ""}
+        self._given = dict(self._said)  # what of it ``feed`` and ``finish`` have returned
+        self.tool_calls: list[ToolCall] = []
+        template = dict(syntax.response_template)
+        if not tools:
+            template["fields"] = {name: field for name, field in template["fields"].items() if name != CALLS}
+        self._parser = tokenizer.get_response_parser(template, prefix=prompt, tools=[*tools])
+
+    def feed(self, text: str) -> list[Part]:
+        """The parts of the message that are certain now."""
+        self._text += text
+        try:
+            self._take([] if self._is_broken else self._parser.feed(text))
+        except ValueError:  # a call that the tokenizer's own template cannot read
+            self._is_broken = True
+        return [] if self._is_broken or self._has_call else self._take_parts()
+
+    def finish(self) -> list[Part]:
+        """Ends the answer, and returns what was held back. What is no call that can be read is text."""
+        try:
+            if not self._is_broken:
+                self._take(self._parser.finalize()[1])
+                self.tool_calls = _to_calls(self._values)
+        except ValueError:
+            self._is_broken = True
+        if self._is_broken:
+            self._said = self._without_calls()
+        return self._take_parts()
+
+    @property
+    def message(self) -> Message:
+        """The message of a finished answer."""
+        reasoning, content = self._said["reasoning"].strip(), self._said["content"]
+        message: Message = {"role": "assistant"}
+        if self._said["reasoning"]:
+            content = content.lstrip()
+        if content or not self.tool_calls:
+            message["content"] = content
+        if reasoning:
+            message["reasoning"] = reasoning
+        if self.tool_calls:
+            message["tool_calls"] = self.tool_calls
+        return message
+
+    def _take(self, events: list[dict[str, Any]]) -> None:
+        for event in events:
+            kind = KINDS.get(event["field"])
+            if kind and event["type"] == "region_chunk":
+                self._said[kind] += event["text"]
+            elif event["field"] == CALLS:
+                self._has_call = True
+                self._values += [event["value"]] if event["type"] == "region_close" else []
+
+    def _take_parts(self) -> list[Part]:
+        parts = [Part(kind, text[len(self._given[kind]) :]) for kind, text in self._said.items()]
+        self._given = dict(self._said)
+        return [part for part in parts if part.text]
+
+    def _without_calls(self) -> dict[Kind, str]:
+        if not self._tools:
+            return {"reasoning": "", "content": self._text}
+        reader = AnswerReader(self._tokenizer, self._syntax, prompt=self._prompt, tools=[])
+        reader.feed(self._text)
+        reader.finish()
+        return reader._said
+
+
+def _to_calls(values: list[Json]) -> list[ToolCall]:
+    """Raises ValueError for what is no call."""
+    calls = [call for value in values for call in (value if isinstance(value, list) else [value])]
+    if values and not calls:
+        raise ValueError("an empty list")
+    return [_to_call(call) for call in calls]
+
+
+def _to_call(value: Json) -> ToolCall:
+    call = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise ValueError("not a call")
+    arguments = call.get("arguments", call.get("parameters"))
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(arguments, dict):
+        raise ValueError("arguments that are not an object")
+    found = value.get("id")
+    return {
+        "id": found if isinstance(found, str) else f"call_{uuid.uuid4().hex[:24]}",
+        "type": "function",
+        "function": {"name": call["name"], "arguments": arguments},
+    }
+
+
+def _to_response_template(marks: Mapping[str, str], calls: Mapping[str, Json] | None) -> dict[str, Json]:
+    """Reasoning between marks at the start, calls, and the rest; white space around a mark belongs to it.
+
+    The anchor leaves of a prompt only a mark at its end, which has begun the reasoning.
+    """
+    fields: dict[str, Json] = {"content": {"content": "text"}}
+    anchor = r"\A.*"
+    if marks:
+        begin, end = ("|".join(map(re.escape, words)) for words in (marks, marks.values()))
+        fields["reasoning"] = {"open_pattern": rf"\A\s*(?:{begin})\s*", "close_pattern": rf"\s*(?:{end})\s*"}
+        anchor = rf"\A(?:.*(?=(?:{begin})\s*\Z)|.*)"
+    if calls:
+        fields[CALLS] = {**calls, "content": "json", "content_args": {"allow_non_json": True}}
+    return {"start_anchor_pattern": anchor, "fields": fields}

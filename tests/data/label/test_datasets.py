@@ -1,0 +1,396 @@
+"""Datasets over a few rows: what is kept of each, in literals; a byte is its own id."""
+
+import gc
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from helpers import EOS, IM_END, X, byte_tokenizer, document, prompted, sentencepiece_tokenizer, shown
+
+from hf_clm.data.label.datasets import (
+    PretrainDataset,
+    SFTDataset,
+    TokenizedRows,
+    join_rows,
+    rare_collection,
+    tokenize_rows,
+)
+from hf_clm.data.label.labels import Fate, count_targets, encode_plans
+from hf_clm.data.label.render import LabelOptions, Renderer, TrainOn
+from hf_clm.errors import DataError, RecipeError
+from hf_clm.schema import Chat, Document, Segment, Tokens
+from hf_clm.tokenizer import use_chat_template
+
+PLAIN = byte_tokenizer()
+TOKENIZER = byte_tokenizer()
+use_chat_template(TOKENIZER, "chatml")
+CHAT = Chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}])
+LONG_CHAT = Chat([*CHAT.messages, {"role": "user", "content": "?"}, {"role": "assistant", "content": "Bye"}])
+SEGMENTS = Document([Segment("a", 0.0), Segment("b", 1.0)])
+ASKED = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def row(ids: list[int], labels: list[int], **weights: list[float]) -> Any:
+    return {"input_ids": ids, "labels": labels, **weights}
+
+
+def all_shown(dataset: Any, tokenizer: Any = TOKENIZER) -> list[str]:
+    return [shown(example, tokenizer) for example in dataset]
+
+
+def test_sft_learns_the_targets_and_pretraining_the_whole_of_any_kind_of_example():
+    examples = [prompted("p", "q"), document("hi"), SEGMENTS, CHAT, Tokens([7, 8, 9], [7, X, 9], [3])]
+
+    learned, read = SFTDataset(examples, TOKENIZER), PretrainDataset(examples, TOKENIZER)
+
+    assert all_shown(learned)[:4] == [
+        "p⟦q<|endoftext|>⟧",
+        "h⟦i<|endoftext|>⟧",
+        "a⟦b<|endoftext|>⟧",
+        f"{ASKED}⟦Yo<|im_end|>⟧",
+    ]
+    assert all_shown(read)[:4] == [
+        "p⟦q<|endoftext|>⟧",
+        "h⟦i<|endoftext|>⟧",
+        "a⟦b<|endoftext|>⟧",
+        f"<|im_start|>⟦{ASKED.removeprefix('<|im_start|>')}Yo<|im_end|>⟧",
+    ]
+    assert learned[4] == read[4] == row([7, 8, 9], [X, X, 9]), "the user's own -100 are kept in both"
+
+
+def test_prompt_and_completion_of_a_pretrained_document_are_one_text():
+    tokenizer = byte_tokenizer(merges=[("Ċ", "Ċ")])
+
+    assert PretrainDataset([prompted("Q\n", "\nA")], tokenizer)[0] == row(
+        [81, 260, 65, EOS], [X, 260, 65, EOS]
+    )
+    assert SFTDataset([prompted("Q\n", "\nA")], tokenizer)[0] == row(
+        [81, 10, 10, 65, EOS], [X, X, 10, 65, EOS]
+    )
+
+
+# --- plain records
+
+RECORDS: list[Any] = [
+    {"messages": CHAT.messages},
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
+    {"prompt": "Hi", "completion": "Yo"},
+    {"instruct": "Hi", "input": "", "label": "Yo"},
+    {"instruction": "Hi", "output": "Yo"},
+]
+
+
+def test_plain_records_become_turns_where_the_tokenizer_has_a_chat_template():
+    """An instruct model is trained in its own format."""
+    assert all_shown(SFTDataset(RECORDS, TOKENIZER)) == [f"{ASKED}⟦Yo<|im_end|>⟧"] * 5
+    assert all_shown(SFTDataset(RECORDS[2:4], PLAIN), PLAIN) == ["Hi⟦Yo<|endoftext|>⟧"] * 2
+
+
+def test_a_table_of_datasets_gives_the_rows_of_its_records():
+    """It fills in every key of a nested column with null."""
+    records: list[Any] = [
+        {
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Yo", "train": True},
+            ]
+        },
+        {"messages": [*CHAT.messages, *LONG_CHAT.messages[2:3], {**LONG_CHAT.messages[3], "weight": 0.5}]},
+    ]
+    table = datasets.Dataset.from_list(records)
+    assert table[0]["messages"][0]["train"] is None
+
+    found = SFTDataset(table, TOKENIZER)
+
+    assert all_shown(found) == [
+        f"{ASKED}⟦Yo<|im_end|>⟧",
+        f"{ASKED}⟦Yo<|im_end|>⟧\n{ASKED.replace('Hi', '?')}⟦Bye<|im_end|>⟧",
+    ]
+    assert found[1]["weights"][-4:] == [0.5] * 4
+    assert list(SFTDataset(records, TOKENIZER)) == list(found)
+
+
+@pytest.mark.parametrize("column", ["labels", "completion_mask", "assistant_masks"])
+def test_a_mask_that_only_some_rows_have_is_refused(column):
+    """Else the prompts of the other rows are learned."""
+    with pytest.raises(DataError) as error:
+        SFTDataset([{"input_ids": [1, 1], column: [1, 1]}, {"input_ids": [1, 1]}], TOKENIZER)
+
+    assert error.value.row == 1
+
+
+def test_tokenized_columns_of_a_table_are_read():
+    table = datasets.Dataset.from_list(
+        [
+            {"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]},
+            {"input_ids": [8, 9], "completion_mask": [0, 1]},
+        ]
+    )
+
+    assert list(SFTDataset(table, TOKENIZER)) == [row([5, 6, 7], [X, 6, 7]), row([8, 9], [X, 9])]
+
+
+def test_a_format_can_be_named_or_be_a_function():
+    record = {"question": "p", "answer": "q", "text": "other"}
+
+    def read(record: Any) -> Document:
+        return prompted(record["question"], record["answer"])
+
+    assert all_shown(SFTDataset([record], TOKENIZER, format=read)) == ["p⟦q<|endoftext|>⟧"]
+    assert all_shown(SFTDataset([record], TOKENIZER, format="text")) == ["o⟦ther<|endoftext|>⟧"]
+    with pytest.raises(RecipeError, match="unknown format 'txt'; did you mean 'text'"):
+        SFTDataset([record], TOKENIZER, format="txt")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"quest": "a"}, "record 1: the keys fit no format; got keys 'quest'"),
+        ({"messages": [{"role": "assistant", "content": "a", "trian": 0}]},
+         "record 1: message 1: unknown key"),
+        ({"text": "a", "weight": -1}, "record 1: key 'weight': expected a number from 0 up; got -1"),
+        ({"input_ids": [1], "labels": None}, "record 1: key 'labels' is null"),
+    ],
+)  # fmt: skip
+def test_a_record_that_cannot_be_read_is_named_by_its_number(record, message):
+    with pytest.raises(DataError) as error:
+        SFTDataset([{"text": "fine"}, record], TOKENIZER)
+
+    assert str(error.value).startswith(message)
+    assert error.value.row == 1
+
+
+# --- fates
+
+
+def test_every_row_has_a_fate_and_the_kept_ones_name_their_source():
+    examples = [
+        prompted("p", "q"),  # 3 tokens
+        prompted("pppp", "q"),  # 6
+        prompted("p", "qqqq"),  # 6, of which 5 are the target
+        Tokens([1, 2], [X, X], [2]),
+        document("hi"),
+    ]
+
+    found = SFTDataset(examples, TOKENIZER, max_length=4)
+
+    assert found.rows.fates == [
+        Fate("used"),
+        Fate("cut", cut_tokens=2),
+        Fate("dropped", "no whole target fits in max_length"),
+        Fate("dropped", "no target token"),
+        Fate("used"),
+    ]
+    assert [(fate.tokens, fate.target_tokens) for fate in found.rows.fates] == [
+        (3, 2), (6, 2), (6, 5), (2, 0), (3, 2),
+    ]  # fmt: skip
+    assert found.rows.sources.tolist() == [0, 1, 4]
+    assert found.rows.lengths.tolist() == [3, 4, 3]
+    assert [found[i]["input_ids"] for i in range(3)] == [[*b"pq", EOS], [*b"ppq", EOS], [*b"hi", EOS]]
+
+
+def test_what_was_changed_in_an_example_is_told_with_its_fate():
+    by_hand = prompted("pppp", "q<|endoftext|>")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }};{% endfor %}"
+
+    cut = SFTDataset([by_hand, document("hi")], TOKENIZER, max_length=4)
+    apart = SFTDataset([LONG_CHAT, CHAT], tokenizer)
+
+    assert cut.rows.fates == [Fate("cut", "an end token written by hand", cut_tokens=2), Fate("used")]
+    assert apart.rows.fates == [Fate("used", "a row for each turn"), Fate("used")]
+    assert apart.rows.sources.tolist() == [0, 0, 1]
+
+
+def test_pretraining_splits_a_long_document_and_counts_it_once():
+    found = PretrainDataset([document("abcde"), document("x")], TOKENIZER, max_length=4)
+
+    assert all_shown(found) == ["a⟦bcd⟧", "d⟦e<|endoftext|>⟧", "x⟦<|endoftext|>⟧"]
+    assert found.rows.fates == [Fate("split"), Fate("used")]
+    assert found.rows.sources.tolist() == [0, 0, 1]
+    assert SFTDataset([document("x" * 5000)], TOKENIZER).rows.lengths.tolist() == [5001]
+
+
+@pytest.mark.parametrize(
+    ("window", "rows", "fate"),
+    [
+        ((4, 2), [[*b"abcd"], [*b"cdef"], [*b"ef", EOS]], "split"),
+        ((4, 3), [[*b"abcd"], [*b"def", EOS]], "split"),
+        ((4, 4), [[*b"abcd"], [*b"ef", EOS]], "split"),
+        ((7, 3), [[*b"abcdef", EOS]], "used"),
+        ((9, 1), [[*b"abcdef", EOS]], "used"),
+    ],
+)  # fmt: skip
+def test_a_window_slides_over_a_document(window, rows, fate):
+    found = PretrainDataset([document("abcdef")], TOKENIZER, window=window)
+
+    assert [example["input_ids"] for example in found] == rows
+    assert [example["labels"] for example in found] == [[X, *ids[1:]] for ids in rows]
+    assert found.rows.fates == [Fate("split", "windows") if fate == "split" else Fate(fate)]
+
+
+def test_a_window_drops_an_empty_document():
+    found = PretrainDataset([document(""), Tokens([5], [5], [1])], TOKENIZER, window=(4, 2))
+
+    assert len(found) == 0
+    assert found.rows.fates == [Fate("dropped", "no target token")] * 2
+
+
+def test_weights_lie_beside_the_labels_and_are_missing_where_all_are_1():
+    weighted = Document([Segment("a", 0.0), Segment("b", 0.5)])
+
+    found = SFTDataset([document("hi"), weighted, Tokens([5, 6], [X, 6], [2], 3.0)], TOKENIZER)
+
+    assert found[0] == row([*b"hi", EOS], [X, 105, EOS], weights=[1, 1, 1])
+    assert found[1] == row([*b"ab", EOS], [X, 98, EOS], weights=[0, 0.5, 0.5])
+    assert found[2] == row([5, 6], [X, 6], weights=[3, 3])
+    assert found.rows.piece(1, start=1, stop=3) == row([98, EOS], [X, EOS], weights=[0.5, 0.5])
+    assert "weights" not in SFTDataset([document("hi")], TOKENIZER)[0]
+    zero = SFTDataset([Document([Segment("a", 0.0)]), Tokens([5, 6], [5, 6], [2], 0.0)], TOKENIZER)
+    assert zero.rows.fates == [Fate("dropped", "no target token")] * 2
+
+
+def test_sets_are_joined_and_their_examples_numbered_on():
+    first = SFTDataset([document(""), document("a")], TOKENIZER).rows
+    second = SFTDataset([Document([Segment("b", 0.5)]), document("<|pad|>")], TOKENIZER).rows
+
+    found = join_rows([first, second])
+
+    assert [found[number] for number in range(2)] == [
+        row([97, EOS], [X, EOS], weights=[1, 1]),
+        row([98, EOS], [X, EOS], weights=[0.5, 0.5]),
+    ]
+    assert found.sources.tolist() == [1, 2, 3]
+    assert [fate.kind for fate in found.fates] == ["dropped", "used", "used", "used"]
+    assert found.control_texts == {"<|pad|>": 1}
+    assert found.offsets.tolist() == [0, 2, 4, 12]
+    assert join_rows([first]) is first
+
+
+@pytest.mark.parametrize("kind", [SFTDataset, PretrainDataset])
+def test_a_dataset_is_indexed_like_a_list(kind):
+    found = kind([document("a"), document("b")], TOKENIZER)
+
+    assert found[-1] == found[1] == row([ord("b"), EOS], [X, EOS])
+    assert [example["input_ids"][0] for example in found] == [ord("a"), ord("b")]
+    for index in (2, -3):
+        with pytest.raises(IndexError):
+            found[index]
+    assert list(kind(iter([]), TOKENIZER)) == []
+
+
+def test_a_piece_of_a_row_is_an_example_of_its_own():
+    rows = PretrainDataset([document("ab"), document("cdef")], TOKENIZER).rows
+
+    assert rows.piece(1, start=1, stop=4) == row([*b"def"], [X, *b"ef"])
+    assert rows.piece(1, start=3, stop=5) == row([ord("f"), EOS], [X, EOS])
+    assert isinstance(rows, TokenizedRows)
+    assert (rows.input_ids.dtype, rows.offsets.dtype, rows.weights) == (np.int32, np.int64, None)
+
+
+@pytest.mark.parametrize(
+    ("example", "options", "what"),
+    [
+        (document("a" * 9), {"max_length": 4, "overflow": "error"}, "longer than max_length=4"),
+        (Tokens([*range(9)], [*range(9)], [9]), {"max_length": 4, "overflow": "error"},
+         "longer than max_length"),
+        (document("a<|pad|>"), {"special_tokens_in_text": "error"}, "the text holds a control token"),
+        (Chat([{"role": "user", "content": "\ufdd0"}, *CHAT.messages[1:]]), {},
+         "the text holds a noncharacter"),
+        (Chat([CHAT.messages[0], {**CHAT.messages[1], "reasoning": "hm"}]), {}, "has no place for reasoning"),
+        (Tokens([260], [260], [1]), {}, "an id that is not in the vocabulary"),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_data_carries_the_number_of_its_row(example, options, what):
+    with pytest.raises(DataError, match=what) as error:
+        SFTDataset([document("a"), document("b"), example], TOKENIZER, **options)
+
+    assert error.value.row == 2
+
+
+def test_the_number_of_a_row_counts_on_after_the_first_batch_of_rows():
+    with pytest.raises(DataError) as error:
+        SFTDataset([*[document("a")] * 1500, document("<|pad|>")], TOKENIZER, special_tokens_in_text="error")
+
+    assert error.value.row == 1500
+
+
+def test_a_text_that_looks_rendered_is_judged_among_all_and_not_by_its_batch():
+    looks = document("<|im_start|> and <|im_end|> are marks.")
+
+    assert len(SFTDataset([looks, *[document("a")] * 1000], TOKENIZER)) == 1001
+    assert len(SFTDataset([*[document("a")] * 1000, looks], TOKENIZER)) == 1001
+
+
+def test_control_tokens_in_the_text_are_counted_by_token():
+    examples = [document("a<|pad|><|im_end|>"), prompted("<|pad|>", "a"), Tokens([256], [256], [1]), CHAT]
+
+    assert SFTDataset(examples, TOKENIZER).rows.control_texts == {"<|pad|>": 2, "<|im_end|>": 1}
+
+
+NASTY = [
+    "plain",
+    "<|im_end|>",
+    "a<|pad|>b<|endoftext|>",
+    "<|im_",
+    "end|>",
+    "<|im_<|im_end|>end|>",
+    "  <|im_start|>\n",
+    "\n",
+    " ",
+    "\u00e9\U0001f600\u200d\U0001f680<|pad|>",
+    "\0",
+    "x" * 300,
+]
+
+
+@pytest.mark.parametrize("stage", ["sft", "pretrain"])
+@pytest.mark.parametrize("policy", ["encode_as_text", "allow"])
+@pytest.mark.parametrize("build", [byte_tokenizer, sentencepiece_tokenizer], ids=["bytes", "sentencepiece"])
+def test_rows_of_a_batch_are_those_of_each_example_alone_without_the_search_of_the_batch(
+    stage, policy, build
+):
+    tokenizer = build()
+    examples = [prompted(f"{a}.", f"{b}.") for a in NASTY for b in NASTY] + [document(f"{a}.") for a in NASTY]
+    pieces = [Segment(text, float(n % 3 == 0)) for n, text in enumerate(NASTY)]
+    examples += [Document(pieces), Document(pieces[::-1])]
+    options = LabelOptions(stage=stage, special_tokens_in_text=policy)
+
+    found = tokenize_rows(examples, tokenizer, options)
+
+    renderer = Renderer(tokenizer, options)
+    alone = [encode_plans([renderer.plan(example)], renderer.encoder)[0][0] for example in examples]
+    assert [found[number] for number in range(len(found))] == [one for one in alone if count_targets(one)]
+    assert sum(found.control_texts.values()) == sum(len(renderer.control_texts(one)) for one in examples)
+
+
+def test_garbage_is_collected_as_before_after_an_error():
+    before = gc.get_threshold()
+
+    with pytest.raises(DataError), rare_collection():
+        assert gc.get_threshold()[0] == 50_000
+        raise DataError("no")
+
+    assert gc.get_threshold() == before
+
+
+@pytest.mark.parametrize(
+    ("train_on", "found"),
+    [
+        ("all_turns", f"{ASKED}⟦Yo<|im_end|>⟧\n{ASKED.replace('Hi', '?')}⟦Bye<|im_end|>⟧"),
+        ("last_turn", f"{ASKED}Yo<|im_end|>\n{ASKED.replace('Hi', '?')}⟦Bye<|im_end|>⟧"),
+        (TrainOn("last"), f"{ASKED}Yo<|im_end|>\n{ASKED.replace('Hi', '?')}⟦Bye<|im_end|>⟧"),
+    ],
+)  # fmt: skip
+def test_sft_learns_all_turns_or_the_last(train_on, found):
+    assert all_shown(SFTDataset([LONG_CHAT], TOKENIZER, train_on=train_on)) == [found]
+    everything = SFTDataset([LONG_CHAT], TOKENIZER, train_on="everything")[0]
+    assert everything["labels"] == [X, *everything["input_ids"][1:]]
+
+
+def test_pretraining_learns_a_turn_that_sft_only_reads():
+    read = Chat([CHAT.messages[0], {**CHAT.messages[1], "weight": 0.0}])
+
+    assert SFTDataset([read], TOKENIZER).rows.fates == [Fate("dropped", "no target token")]
+    assert PretrainDataset([read], TOKENIZER)[0]["labels"][-3:] == [*b"Yo", IM_END]
