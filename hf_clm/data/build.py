@@ -278,10 +278,8 @@ def label_options(recipe: Recipe, source: Source | None = None) -> LabelOptions:
     """What decides how the examples of a recipe, or of one of its sources, are labelled."""
     data, packing = recipe.data, recipe.resolved_packing
     train_on = data.train_on
-    if isinstance(train_on, str):
-        learned = TRAIN_ON[train_on]
-    else:
-        learned = TrainOn(train_on.turns, train_on.reasoning)
+    is_named = isinstance(train_on, str)
+    learned = TRAIN_ON[train_on] if is_named else TrainOn(train_on.turns, train_on.reasoning)
     return LabelOptions(
         stage=recipe.stage,
         max_length=None if packing == "stream" else data.max_length,  # a stream cuts by itself

@@ -232,8 +232,11 @@ def check_not_rendered(
 ) -> None:
     """Raises DataError where most of a block are chats that were rendered to text already.
 
-    They begin with a control token and hold more: each would be spelled letter by letter. ``spelled``: documents that spell any; ``total``:
-    all of the block.
+    They begin with a control token and hold more of them: each would be spelled letter by letter.
+
+    Args:
+        spelled: how many examples of the block spell a control token.
+        total: how many there are.
     """
     if renderer.options.special_tokens_in_text != "encode_as_text" or 2 * spelled <= total:
         return
@@ -244,7 +247,7 @@ def check_not_rendered(
         raise DataError(
             f"{len(rendered):,} of {total:,} texts are rendered already: they spell control tokens",
             got=repr(rendered[0][:SHOWN]),
-            fix="give the chats as messages, or learn these as tokens with data.special_tokens_in_text: allow",
+            fix="give messages, or learn these as tokens with data.special_tokens_in_text: allow",
         )
 
 

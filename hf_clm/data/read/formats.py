@@ -394,7 +394,8 @@ def _read_history(row: Row) -> list[Message]:
         if len(row.expect(list, pair, what=what)) != 2:
             raise row.error(f"{what}: expected a question and its answer", got=f"{len(pair)} items")
         question, answer = (row.not_blank(row.expect(str, text, what=what), what) for text in pair)
-        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": answer})
     return turns
 
 

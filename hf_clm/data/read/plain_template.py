@@ -1,7 +1,7 @@
-"""A chat template for models that learned plain prompts: it writes exactly the prompts of their training.
+"""A chat template for models that learned plain prompts: it writes just the prompts of their training.
 
-So ``pipeline("text-generation")(messages)`` asks such a model as it was trained. It takes one question, with a
-system text where the format has one; what else a record held stands in keys of the message:
+So ``pipeline("text-generation")(messages)`` asks such a model as it was trained. It takes one question, and a
+system text where the format has one. What else a record held stands in keys of the message:
 
     {"role": "user", "content": "Translate to German.", "input": "chat"}
 """
