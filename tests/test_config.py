@@ -256,7 +256,8 @@ def test_a_file_that_is_no_recipe_is_refused_with_its_line(text, message):
             "poems.jsonl",
             "{path: a, format: alpacca}",
             "r.yaml:5: data.train.0.format: expected one of text, prompt_completion, instruct, alpaca,"
-            " messages, sharegpt, segments, tokenized, or module:function; got 'alpacca'; did you mean 'alpaca'?",
+            " messages, sharegpt, segments, tokenized, or module:function; got 'alpacca'; did you mean"
+            " 'alpaca'?",
         ),
         (
             "  name_or_path: gpt2",

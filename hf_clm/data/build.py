@@ -178,7 +178,7 @@ def read_example(record: Record, source: Source, *, data: Data, first: FirstSeen
         return "template", to_template_example(record.data, source.template, where=record.where)
     format = source.format or check_same_schema(record.data, record.where, first=first)
     if format == "tokenized":
-        check_same_masks(record.data, record.where, first=first)
+        check_same_masks(record.data, record.where, first=first, fields=source.fields)
     example = to_example(
         record.data,
         format=format,

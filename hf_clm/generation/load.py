@@ -64,7 +64,7 @@ def load_run(name_or_path: str, *, attention: str = PACKED, device: str | None =
         has_turns=facts.get("has_turns", format in ("messages", "sharegpt")),
         rendering=LabelOptions(
             special_tokens_in_text=facts.get("special_tokens_in_text") or "encode_as_text",
-            reasoning=facts.get("reasoning") or "drop",
+            reasoning="in_content" if facts.get("reasoning") == "in_content" else "drop",
         ),
         template=Template.model_validate(facts["template"]) if facts.get("template") else None,
     )

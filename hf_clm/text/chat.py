@@ -94,12 +94,18 @@ class ChatRenderer:
 
     def prompt(self, chat: Chat) -> str:
         """What ``generate`` is given: all messages and the opening of the assistant's turn."""
-        return self._try_variants(chat, lambda shown: self._apply(chat, shown, opens=True))
+
+        def render(shown: Shown) -> str:
+            self._check_turns(chat, shown)
+            return self._apply(chat, shown, opens=True)
+
+        return self._try_variants(chat, render)
 
     def whole(self, chat: Chat) -> str:
         """All turns, up to the last token of the template's own: what pretraining reads."""
 
         def render(shown: Shown) -> str:
+            self._check_turns(chat, shown)
             text = self._apply(chat, shown, opens=False)
             ends = [match.end() for match in self.encoder.any_control.finditer(text)]
             return text[: ends[-1]] if ends and not text[ends[-1] :].strip() else text
@@ -124,9 +130,14 @@ class ChatRenderer:
                 continue
         return list(dict.fromkeys(end for end in ends if end))
 
+    def _check_turns(self, chat: Chat, shown: Shown) -> None:
+        """Raises DataError for a call or reasoning in earlier turns that training would not find either."""
+        if any("tool_calls" in message or "reasoning" in message for message in chat.messages):
+            list(self._turns(chat, shown))
+
     def _turns(self, chat: Chat, shown: Shown) -> Iterator[Turn]:
         for number, message in enumerate(chat.messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or number == 0:  # nothing asks for a first turn
                 continue
             prompt = self._apply(chat, shown[:number], opens=True)
             for switches in self._switches(chat, message):
@@ -162,7 +173,13 @@ class ChatRenderer:
         extra, rest = prompt[start:], full[start:]
         marks = list(OPEN_MARK.finditer(extra))
         if marks and not CLOSE_MARK.search(extra, marks[-1].end()) and not extra[marks[-1].end() :].strip():
-            return self._thought(chat, shown, prompt=prompt, mark=marks[-1][0]) + rest.lstrip("\n")
+            thought = self._thought(chat, shown, prompt=prompt, mark=marks[-1][0])
+            closed = CLOSE_MARK.match(rest.lstrip())  # the template closes it by itself
+            return (
+                thought.partition(CLOSING_MARKS[marks[-1][0]])[0].lstrip() + rest.lstrip()
+                if closed
+                else (thought + rest.lstrip("\n"))
+            )
         if not extra.strip():
             return rest.lstrip()
         if CLOSE_MARK.search(extra) and not CLOSE_MARK.sub("", OPEN_MARK.sub("", extra)).strip():
@@ -257,13 +274,14 @@ class ChatRenderer:
         if any(_is_python(call["function"]["arguments"], target) for call in calls):
             raise DataError("the chat template does not write the arguments as JSON")
         at = target.find(reasoning) if reasoning else -1
-        if reasoning and at < 0 and any(shown.get(key) for key in REASONING_KEYS):
+        is_given = any(shown.get(key) for key in REASONING_KEYS) or self.reasoning == "in_content"
+        if reasoning and at < 0 and is_given:
             fix = "data.reasoning: in_content writes it into the content, drop leaves it out"
             if switches := self._thinking_switches(Chat([])):
                 fix += f"; or tokenizer.chat_template_kwargs: {{{switches[0]}: true}}, if that shows it"
             raise DataError(f"{NO_PLACE} for reasoning", fix=fix)
         closing = CLOSE_MARK.search(target, max(at, 0))
-        end = closing.end() if closing else max(at + len(reasoning), 0)
+        end = closing.end() if closing else at + len(reasoning) if at >= 0 else 0
         if content and CLOSE_MARK.split(content)[-1].strip() not in target[end if reasoning else 0 :]:
             raise DataError("the chat template does not write the answer as it is", got=repr(target[:SHOWN]))
         return len(target) - len(target[end:].lstrip()) if end else 0
@@ -284,6 +302,9 @@ class ChatRenderer:
             for turn, word in zip(shown, words, strict=True)
         ]
         text = self._apply(chat, probe, opens=False)
+        answers = [number for number, turn in enumerate(probe) if turn["role"] == "assistant" and number]
+        if answers:  # some texts are only written while the question is the last turn
+            text += self._apply(chat, probe[: answers[-1]], opens=True)
         for number, (turn, word) in enumerate(zip(probe, words, strict=True), start=1):
             if turn.get("content") and word not in text:
                 what = f"the chat template leaves out message {number} (role {turn['role']})"

@@ -77,6 +77,13 @@ class Encoder:
         joined = "\n".join(texts)
         return MARK_START in joined or MARK_END in joined or self.any_control.search(joined) is not None
 
+    def is_ordinary(self, token: str) -> bool:
+        """Whether a token is a letter or a word of the vocabulary that was only named a control token."""
+        is_word = len(token) == 1 or token.isalnum()
+        return is_word and self._plain.encode(token, add_special_tokens=False).ids == [
+            self.tokenizer.convert_tokens_to_ids(token)
+        ]
+
     def last_context(self, text: str) -> str:
         """The end of ``text`` from its last control token on: what can change the ids of what follows."""
         text = text[text.rfind(MARK_END) + 1 :]
@@ -104,9 +111,11 @@ class Encoder:
         if any(mark in part for part in parts for mark in (MARK_START, MARK_END)):
             fix = "remove the control token from the text, or set data.special_tokens_in_text to allow"
             raise DataError("the chat template cuts a text at a control token that it holds", fix=fix)
-        contexts = [piece.context, *[None] * (len(parts) - 1)]
-        named = zip(parts, contexts, strict=True)
-        return [(text, self._inside(context), n % 2 == 1) for n, (text, context) in enumerate(named) if text]
+        found = [(part, number % 2 == 1) for number, part in enumerate(parts) if part]
+        return [
+            (part, self._inside(None if number else piece.context), is_marked)
+            for number, (part, is_marked) in enumerate(found)
+        ]
 
     def _inside(self, context: str | None) -> str | None:
         """A newline stands for unknown text before a piece, where the tokenizer treats a start apart."""
@@ -118,7 +127,7 @@ class Encoder:
         ids, continues, encoded = [], True, iter(found)
         for text, context, is_plain in parts:
             if is_plain:
-                ids += self._spell_out(text, is_inside=context is not None and self.adds_space)
+                ids += self._spell_out(text, is_inside=bool(context) and self.adds_space)
                 continue
             own = next(encoded)
             if context:
@@ -147,7 +156,8 @@ class Encoder:
         ids = self._after(text, encode) if is_inside else encode(text)
         if self._control_ids.isdisjoint(ids):
             return ids
-        ids = encode(text[:1]) + [i for letter in text[1:] for i in self._after(letter, encode)]
+        first = self._after(text[:1], encode) if is_inside else encode(text[:1])
+        ids = first + [i for letter in text[1:] for i in self._after(letter, encode)]
         if not self._control_ids.isdisjoint(ids):
             fix = "remove it, or set data.special_tokens_in_text to allow"
             raise DataError(

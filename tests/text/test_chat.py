@@ -235,7 +235,10 @@ def test_a_turn_follows_the_prompt_of_inference_whatever_the_template_makes_of_i
 def test_any_order_of_turns_that_the_template_takes_is_taken(messages):
     last = messages[-1]["content"]
 
-    assert turns(CHATML, *messages)[-1][1] == f"{last}<|im_end|>"
+    if messages == [YO]:  # nothing asks for it, so there is nothing to learn
+        assert turns(CHATML, *messages) == []
+    else:
+        assert turns(CHATML, *messages)[-1][1] == f"{last}<|im_end|>"
     alternate = "{%- if messages[0].role != 'user' %}{{- raise_exception('a user is first') }}{%- endif %}"
     if messages[0] is not HI:
         assert refusal(alternate + CHATML, *messages).startswith(

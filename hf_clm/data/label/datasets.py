@@ -23,10 +23,11 @@ from hf_clm.data.label.labels import (
     tokens_to_rows,
 )
 from hf_clm.data.label.render import LabelOptions, Plan, Policy, Renderer, TrainOn, check_not_rendered
-from hf_clm.data.read.formats import ReadRecord, detect_format, to_example
+from hf_clm.data.read.formats import FirstSeen, ReadRecord, check_same_masks, detect_format, to_example
 from hf_clm.errors import DataError
 from hf_clm.schema import AnyExample, Chat, Format, TokenizedExample, Tokens, whole_text
 from hf_clm.text.chat import Reasoning
+from hf_clm.text.encode import Encoder
 
 COLLECTED_EVERY = 50_000  # new objects; Python's own 700 suit a program that keeps few
 BATCH_ROWS = 1000  # examples in one call of the tokenizer: enough to keep its threads busy, little memory
@@ -174,12 +175,16 @@ def to_examples(
     format: Format | str | ReadRecord | None,
 ) -> Iterator[AnyExample]:
     """Examples as they are, records by their format. Raises DataError with the number of the record."""
+    render = "chat" if tokenizer.chat_template else "plain"
+    first: FirstSeen = {}
     for number, record in enumerate(records):
         if isinstance(record, Mapping):
+            where = f"record {number}"
             with _named(number):
-                known = format or detect_format(record)
-                render = "chat" if tokenizer.chat_template else "plain"
-                yield to_example(record, format=known, where=f"record {number}", render=render)
+                known = format or detect_format(record, where)
+                if known == "tokenized":
+                    check_same_masks(record, where, first=first)
+                yield to_example(record, format=known, where=where, render=render)
         else:
             yield record
 
@@ -208,7 +213,7 @@ def tokenize_rows(
     numbered = enumerate(examples)
     while batch := list(islice(numbered, BATCH_ROWS)):
         plans = _plan(batch, renderer, written.control_texts)
-        rows_of = dict(zip(plans, encode_plans(list(plans.values()), renderer.encoder), strict=True))
+        rows_of = _encode(plans, renderer.encoder)
         for number, example in batch:
             with _named(number):
                 if isinstance(example, Tokens):
@@ -286,13 +291,25 @@ def _plan(
         spelling = [example for number, example in batch if number in may_spell]
         for example in spelling:
             control_texts.update(renderer.control_texts(example))
-        check_not_rendered(renderer, spelling, spelled=len(spelling), total=len(batch))
+        if batch[0][0] == 0 or len(batch) == BATCH_ROWS:  # a few last examples say nothing of the set
+            check_not_rendered(renderer, spelling, spelled=len(spelling), total=len(batch))
     plans = {}
     for number, example in batch:
         if not isinstance(example, Tokens):
             with _named(number):
                 plans[number] = renderer.plan(example, may_spell=number in may_spell)
     return plans
+
+
+def _encode(plans: Mapping[int, Plan], encoder: Encoder) -> dict[int, Rows]:
+    """The rows of each plan. Raises DataError with the number of the example that cannot be encoded."""
+    try:
+        return dict(zip(plans, encode_plans(list(plans.values()), encoder), strict=True))
+    except DataError:
+        for number, plan in plans.items():
+            with _named(number):
+                encode_plans([plan], encoder)
+        raise
 
 
 def _fit(example: AnyExample, rows: Rows, renderer: Renderer) -> tuple[Rows, Fate]:

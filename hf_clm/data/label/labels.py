@@ -6,7 +6,7 @@ labels     | -100 -100 -100   |  7   2     0     |     unshifted: the loss compa
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
@@ -90,11 +90,15 @@ def tokens_to_rows(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> Rows:
     Raises DataError for ids that are not in the vocabulary.
     """
     limit = max_token_id(tokenizer)
-    at = next((at for at, token in enumerate(tokens.input_ids) if token > limit), None)
-    if at is not None:
-        got = f"{tokens.input_ids[at]} at position {at}, and the largest id is {limit}"
+    both = enumerate(zip(tokens.input_ids, tokens.labels, strict=True))
+    for at, token in ((at, max(pair)) for at, pair in both if max(pair) > limit):
+        got = f"{token} at position {at}, and the largest id is {limit}"
         raise DataError("an id that is not in the vocabulary", got=got, fix="use the tokenizer of the data")
     whole: TokenizedExample = {"input_ids": tokens.input_ids, "labels": tokens.labels}
+    for at, (token, label) in enumerate(zip(tokens.input_ids, tokens.labels, strict=True)):
+        if label not in (token, IGNORE_INDEX):
+            fix = "labels equal input_ids, or are -100: the loss shifts them"
+            raise DataError(f"label {label} at position {at} is not the id there", got=str(token), fix=fix)
     mask = [0] * len(tokens.labels) if tokens.weight == 0 else tokens.mask
     if mask:
         both = zip(tokens.labels, mask, strict=True)
@@ -194,6 +198,12 @@ def fit_chat(chat: Chat, rows: Rows, renderer: Renderer, *, max_length: int) -> 
     """
     tokens, targets = sum(len(row["input_ids"]) for row in rows), sum(map(count_targets, rows))
     known: dict[str, int] = {"tokens": tokens, "target_tokens": targets}
+    learned = [
+        number
+        for number, message in enumerate(chat.messages)
+        if message["role"] == "assistant" and message.get("weight", 1.0) > 0
+    ]
+    chat = replace(chat, messages=chat.messages[: learned[-1] + 1])  # what follows is in no row
     parts = [chat] if len(rows) == 1 else _ending_in_each_turn(chat)
     kept: Rows = []
     left_out = 0
@@ -202,7 +212,8 @@ def fit_chat(chat: Chat, rows: Rows, renderer: Renderer, *, max_length: int) -> 
         left_out, kept = max(left_out, first), kept + fitted
     if not kept:
         return [], Fate("dropped", "no whole target fits in max_length", **known)
-    reason = f"messages 1 to {left_out} left out" if left_out else "turns that do not fit left out"
+    first = next((n for n, m in enumerate(chat.messages, start=1) if m["role"] != "system"), 1)
+    reason = f"messages {first} to {left_out} left out" if left_out else "turns that do not fit left out"
     length = sum(len(row["input_ids"]) for row in kept)
     return kept, Fate("cut", reason, cut_tokens=tokens - length, **known)
 

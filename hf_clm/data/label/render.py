@@ -9,11 +9,12 @@ A chat is one row with several targets where the prompt of each turn begins, id 
 the target before it. Where its template rewrites earlier turns it is a row for each turn.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerFast
 
@@ -79,6 +80,7 @@ class Renderer:
         self.tokenizer, self.options = tokenizer, options
         self.eos, self.bos = str(tokenizer.eos_token), bos_token(tokenizer)
         self.encoder = Encoder(tokenizer)
+        check_control_tokens(self.encoder)
         self.protects = options.special_tokens_in_text != "allow"
         self.chats = ChatRenderer(self.encoder, protects=self.protects, reasoning=options.reasoning)
 
@@ -112,12 +114,13 @@ class Renderer:
         if not example.is_text:
             last = max((n for n, s in enumerate(segments, start=1) if not s.is_target), default=0)
             segments = segments[:last]
-        return self._pieces([replace(segment, weight=0.0) for segment in segments])
+        return [piece._replace(weight=0.0) for piece in self._pieces(segments)]  # cut as in training
 
     def control_texts(self, example: AnyExample) -> list[str]:
         """Every control token that the example's text spells, in order."""
         found = []
         if isinstance(example, Chat):
+            found += self.encoder.any_control.findall(json.dumps(example.tools, ensure_ascii=False))
             for message in example.messages:
                 by_model = message["role"] == "assistant"
                 pattern = self.encoder.special if by_model else self.encoder.any_control
@@ -227,6 +230,16 @@ class Renderer:
             raise DataError("the text holds a control token", got=repr(found[0]), fix=fix)
 
 
+def check_control_tokens(encoder: Encoder) -> None:
+    """Raises ModelError for an end or pad token that is ordinary text: each in a text would be that token."""
+    tokenizer = encoder.tokenizer
+    for name in ("eos_token", "pad_token"):
+        token: Any = getattr(tokenizer, name)
+        if token is not None and (not token.strip() or encoder.is_ordinary(token)):
+            what = f"its {name} {token!r} is ordinary text"
+            raise ModelError(what, where="tokenizer", fix=f"set tokenizer.{name} to a token of its own")
+
+
 def check_not_rendered(
     renderer: Renderer, examples: Iterable[AnyExample], *, spelled: int, total: int
 ) -> None:
@@ -257,7 +270,7 @@ def _text(document: Document) -> str:
 
 def _without_suffix(message: Message, ends: tuple[str, ...]) -> Message:
     content = message.get("content", "").rstrip()
-    if message["role"] != "assistant" or not content.endswith(ends):
+    if message["role"] != "assistant" or not content.endswith(ends) or content in ends:
         return message
     end = next(end for end in ends if content.endswith(end))
     return {**message, "content": content.removesuffix(end)}

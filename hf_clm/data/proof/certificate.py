@@ -506,7 +506,7 @@ class Checker:
 
     def _learned(self, chat: Chat) -> list[int]:
         """The numbers of the messages that are learned."""
-        turns = [number for number, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        turns = [n for n, message in enumerate(chat.messages) if n and message["role"] == "assistant"]
         turns = turns[-1:] if self.options.train_on.turns == "last" else turns
         return [number for number in turns if chat.messages[number].get("weight", 1.0) > 0]
 

@@ -63,7 +63,16 @@ REASONING = ("reasoning", "reasoning_content", "thinking")
 MESSAGE_KEYS = ("role", "content", "tool_calls", "function_call", "tool_call_id", "name", *REASONING)
 MASKS = ("labels", "completion_mask", "assistant_masks", "attention_mask", "position_ids", "seq_lengths")
 # Columns that would change what is learned: an error where the format does not read them.
-DECISIVE = {"tools", "chat_template_kwargs", "weight", "loss_weight", "messages", "system", "history", *MASKS}
+DECISIVE = {
+    *("tools", "chat_template_kwargs", "messages", "system", "history"),
+    *(*WEIGHTS, *SWITCHES, *REASONING, *MASKS),
+}
+# Arguments of ``apply_chat_template`` that no variable of a template may be called.
+RESERVED = {
+    *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("tokenizer_kwargs", "return_assistant_tokens_mask", "sanitize_control_tokens"),
+}
 
 
 @dataclass(frozen=True)
@@ -210,6 +219,8 @@ def to_example(
     known = find_format(format, fields)
     if not isinstance(known, RecordFormat):
         return _read_own(known, row)
+    for key in set(fields or {}).intersection(known.optional):
+        row.value(key) if row.column(key) not in record else None
     unknown = unknown_keys(record, known, fields=fields)
     decisive = [key for key in unknown if key in DECISIVE and record[key] not in (None, [], {}, "")]
     if decisive or (strict and unknown):
@@ -243,7 +254,8 @@ def to_prompt(
         fix = "use text, prompt_completion, instruct, alpaca, messages or sharegpt"
         raise row.error(f"a record of format {format} cannot be used as a prompt", fix=fix)
     if isinstance(example, Document):
-        return example if example.is_text else Document([s for s in example.segments if not s.is_target])
+        last = max((n for n, s in enumerate(example.segments, start=1) if not s.is_target), default=None)
+        return Document(example.segments[:last])
     messages = example.messages
     messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     if all(message["role"] not in ("user", "tool") for message in messages):
@@ -292,12 +304,12 @@ def check_same_schema(record: Record, where: str, *, first: FirstSeen) -> Format
     return found
 
 
-def check_same_masks(record: Record, where: str, *, first: FirstSeen) -> None:
+def check_same_masks(record: Record, where: str, *, first: FirstSeen, fields: Fields = None) -> None:
     """Raises where a tokenized record lacks a mask that the first record of its file has, or has one more.
 
     What is learned of the row would be decided by the gap.
     """
-    found = _listed(key for key in MASKS if record.get(key) is not None)
+    found = _listed(key for key in MASKS if record.get((fields or {}).get(key, key)) is not None)
     _check_first(found, where, first=first, kind="tokenized with")
 
 
@@ -343,7 +355,8 @@ def _read_own(read: ReadRecord, row: Row) -> Example:
         if not any(segment.is_target and segment.text.strip() for segment in example.segments):
             raise row.error("the format's function returned a document with nothing to learn")
         return example
-    return _checked_chat(_to_messages(example.messages, row, OPENAI_ROLES), row, example)
+    plain = replace(row, record={}, fields={})  # the function has used what the record says
+    return _checked_chat(_to_messages(example.messages, plain, OPENAI_ROLES), row, example)
 
 
 def _read_text(row: Row) -> Document:
@@ -445,15 +458,13 @@ def _read_tokenized(row: Row) -> Tokens:
     labels = list(ids)
     if row.column("labels") in row.record:
         labels = _of_length(_ids("labels", row, may_be=(IGNORE_INDEX,)), ids, "labels", row)
-        _check_unshifted(ids, labels, row)
     mask = [1] * len(ids)
     for key in ("completion_mask", "assistant_masks"):
         if row.column(key) in row.record:
-            own = _of_length(_ids(key, row), ids, key, row)
-            mask = [int(bool(old and new)) for old, new in zip(mask, own, strict=True)]
+            mask = [old & new for old, new in zip(mask, _mask(key, ids, row), strict=True)]
     lengths = _document_lengths(row, len(ids))
     if row.column("attention_mask") in row.record:
-        start, stop = _attended(_of_length(_ids("attention_mask", row), ids, "attention_mask", row), row)
+        start, stop = _attended(_mask("attention_mask", ids, row), row)
         if (start, stop) != (0, len(ids)) and len(lengths) > 1:
             raise row.error("a packed row with padding", fix="remove the padding and its attention_mask")
         ids, labels, mask = ids[start:stop], labels[start:stop], mask[start:stop]
@@ -462,7 +473,7 @@ def _read_tokenized(row: Row) -> Tokens:
 
 
 FORMATS: dict[Format, RecordFormat] = {
-    "text": RecordFormat(_read_text, ("text",), ("weight",)),
+    "text": RecordFormat(_read_text, ("text",), ("weight", "loss_weight")),
     "prompt_completion": RecordFormat(
         _read_prompt_completion,
         ("prompt", "completion"),
@@ -511,13 +522,17 @@ def _asked(
 
 def _joined(instruction: str, given: str) -> str:
     """A user's turn: the instruction and, after an empty line, the input."""
-    return f"{instruction}\n\n{given}" if given else instruction
+    return "\n\n".join(text.strip("\n") for text in (instruction, given) if text)
 
 
 def _of_template(row: Row) -> Chat:
     """A chat without messages yet: the record's tools and template variables."""
     tools = [_to_tool(tool, row, number=n) for n, tool in enumerate(row.parsed("tools", list), start=1)]
-    return Chat([], tools, dict(row.parsed("chat_template_kwargs", dict)))
+    variables = dict(row.parsed("chat_template_kwargs", dict))
+    if reserved := RESERVED.intersection(variables):
+        what = f"{row.name('chat_template_kwargs')}: {_listed(reserved)} is not a variable of a template"
+        raise row.error(what, fix="remove it")
+    return Chat([], tools, variables)
 
 
 def _to_tool(tool: Any, row: Row, *, number: int) -> dict[str, Json]:
@@ -569,7 +584,7 @@ def _to_message(turn: Any, row: Row, *, number: int, roles: Mapping[str, Role]) 
     role = _role(given["role"], row, what=what, roles=roles)
     message: Message = {"role": role}
     if "content" in given:
-        message["content"] = _content(given["content"], row, what=what)
+        message["content"] = _content(given["content"], row, what=what, role=role)
     if reasoning := _reasoning(given, row, what=what, role=role):
         message["reasoning"] = reasoning
     if calls := _tool_calls(given, row, what=what, role=role):
@@ -590,6 +605,8 @@ def _check_content(message: Message, row: Row, *, what: str) -> None:
         return
     if content is None:
         raise row.error(f"{what} has no content", got=f"role {role}")
+    if role == "assistant" and row.is_prompt:  # an earlier answer may have been empty
+        return
     if role == "assistant" or not row.allow_empty_prompt:
         row.not_blank(content, f"{what} (role {role})")
 
@@ -657,9 +674,9 @@ def _role(name: Any, row: Row, *, what: str, roles: Mapping[str, Role]) -> Role:
     return roles[name]
 
 
-def _content(content: Any, row: Row, *, what: str) -> str:
+def _content(content: Any, row: Row, *, what: str, role: Role) -> str:
     """The text of a turn, given as such, as OpenAI's list of text parts, or (of a tool) as JSON."""
-    if isinstance(content, Mapping):
+    if isinstance(content, Mapping) and role == "tool":
         return json.dumps(content, ensure_ascii=False)
     if not isinstance(content, list):
         return row.expect(str, content, what=f"{what}: content")
@@ -683,8 +700,6 @@ def _ids(key: str, row: Row, *, may_be: tuple[int, ...] = ()) -> list[int]:
     """Integers from 0 up to 2**31 - 1, or one of ``may_be``."""
     ids = row.items(key)
     for position, token in enumerate(ids):
-        if isinstance(token, bool) and key.endswith(("mask", "masks")):
-            continue
         if type(token) is not int:  # a bool is an int by isinstance
             raise row.error(f"{row.name(key)}, position {position}: expected int", got=_kind(type(token)))
         if not 0 <= token < 2**31 and token not in may_be:
@@ -698,12 +713,14 @@ def _of_length(values: list[int], ids: list[int], key: str, row: Row) -> list[in
     return values
 
 
-def _check_unshifted(ids: list[int], labels: list[int], row: Row) -> None:
-    """Raises for a label that is another id than the one at its place: the loss shifts, the data must not."""
-    for at, (token, label) in enumerate(zip(ids, labels, strict=True)):
-        if label not in (token, IGNORE_INDEX):
-            fix = "labels equal input_ids, or are -100"
-            raise row.error(f"label {label} at position {at} is not the id there", got=str(token), fix=fix)
+def _mask(key: str, ids: list[int], row: Row) -> list[int]:
+    """A mask of zeros and ones, or booleans."""
+    values = _of_length(row.items(key), ids, key, row)
+    at = next((at for at, value in enumerate(values) if value not in (0, 1)), None)
+    if at is not None:
+        fix = "0 and 1; documents of a packed row are told by seq_lengths or position_ids"
+        raise row.error(f"{row.name(key)}, position {at}: not a mask", got=repr(values[at]), fix=fix)
+    return [int(value) for value in values]
 
 
 def _attended(mask: list[int], row: Row) -> tuple[int, int]:

@@ -34,7 +34,7 @@ from hf_clm.data.label.labels import (
     tokens_to_rows,
 )
 from hf_clm.data.label.render import LabelOptions, TrainOn
-from hf_clm.errors import DataError
+from hf_clm.errors import DataError, ModelError
 from hf_clm.schema import Chat, Document, Message, Segment, TokenizedExample, Tokens
 from hf_clm.sentencepiece_file import load_sentencepiece
 from hf_clm.text.encode import Piece
@@ -331,14 +331,14 @@ def test_a_tokenizer_that_begins_every_text_with_a_space_begins_a_target_with_no
 
 
 @pytest.mark.parametrize(
-    ("special", "text", "ids"),
-    [
-        ({"pad": "!"}, "Hi!", [*b"Hi!", EOS]),  # an ordinary letter as pad token
-        ({"eos": "\n"}, "a\nb", [97, 260, 98, 260]),  # the tokenizer itself takes every newline for it
-    ],
-)  # fmt: skip
-def test_an_ordinary_letter_as_pad_or_end_token_stays_that_letter_in_a_text(special, text, ids):
-    assert tokenized(document(text), byte_tokenizer(**special)) == row(ids, [X, *ids[1:]])
+    ("special", "name"), [({"pad": "!"}, "pad_token '!'"), ({"eos": "\n"}, r"eos_token '\n'")]
+)
+def test_an_ordinary_letter_as_pad_or_end_token_is_refused_at_the_tokenizer(special, name):
+    """Each of them in a text would be padding, or an end."""
+    with pytest.raises(ModelError) as error:
+        tokenized(document("Hi!\nHo"), byte_tokenizer(**special))
+
+    assert str(error.value).startswith(f"tokenizer: its {name} is ordinary text; fix: set tokenizer.")
 
 
 def test_a_token_that_can_only_be_written_as_itself_is_refused_with_its_row():

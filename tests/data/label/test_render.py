@@ -281,9 +281,7 @@ def test_texts_that_are_rendered_already_are_refused_where_they_are_the_most():
         assert str(error.value).startswith(
             f"{got} texts are rendered already: they spell control tokens; got '<"
         )
-        assert "fix: give the chats as messages, or learn these as tokens with data.special_" in str(
-            error.value
-        )
+        assert "fix: give messages, or learn these as tokens with data.special_" in str(error.value)
     assert len(SFTDataset([rendered, plain], tokenizer_with())) == 2
     assert rows(rendered, special_tokens_in_text="allow")[0].startswith("<|im_start|>⟦user\nHi<|im_end|>\n")
 
