@@ -181,6 +181,7 @@ class Assembled:
     number: int
     at: int
     ids: list[int]
+    controls: int  # control tokens among the ids
     stretches: list[Stretch]
     starts_late: bool = False
     ends_early: bool = False
@@ -210,7 +211,7 @@ class Checker:
         self.eos, self.starts = str(tokenizer.eos_token), bos_token(tokenizer) is not None
         self.pattern, self.special = control_pattern(tokenizer), set(special_tokens(tokenizer))
         vocabulary = tokenizer.get_added_vocab()
-        self.control_ids = {vocabulary[token] for token in control_tokens(tokenizer)}
+        self.control_ids = np.array([vocabulary[token] for token in control_tokens(tokenizer)])
         line, alone, inside = self.tokenizer(["\n", "a", "\na"], add_special_tokens=False)["input_ids"]
         self.marks_start = inside[len(line) :] != alone  # as SentencePiece does, with a space
         flags = [token.lstrip or token.rstrip for token in tokenizer.added_tokens_decoder.values()]
@@ -230,21 +231,22 @@ class Checker:
     ) -> Iterator[Finding]:
         """All findings; the numbers of the rows that were compared id for id are added to ``proved``."""
         yield from self._check_ids(rows)
+        self.is_control = np.zeros(int(rows.input_ids.max(initial=0)) + 1, dtype=bool)
+        self.is_control[self.control_ids[self.control_ids < len(self.is_control)]] = True
         assembled = list(self._assemble(rows, examples))
         seen: Counter[object] = Counter()
         for row, texts in zip(assembled, self._decode(assembled), strict=True):
             source = int(rows.sources[row.number])
             example, fate = cast(Any, examples[source]), rows.fates[source]
-            controls = sum(token in self.control_ids for token in row.ids)
             origin = None if origins is None else int(origins[source])
             shape = (origin, fate.kind, row.at, _shape(example))
             seen[shape] += 1
-            is_usual = isinstance(example, Document) or self._counts.setdefault(shape, controls) == controls
+            is_usual = isinstance(example, Document) or self._usual(shape, row)
             is_chosen = crc32(np.array(row.ids, np.int32).data) % PROVED_SHARE == 0
             is_plain = not self._spelled(example)
             proves = proves_all or is_chosen or not (is_usual and is_plain) or seen[shape] <= PROVED_OF_SHAPE
             if isinstance(example, Document):
-                findings = self._check_document(example, row, texts, controls, proves=proves and is_plain)
+                findings = self._check_document(example, row, texts, proves=proves, is_plain=is_plain)
             else:
                 findings = self._check_chat(example, row, texts, fate, proves=proves)
             if proves:
@@ -312,15 +314,21 @@ class Checker:
             ids, weights = ids[1:], weights[1:]
         elif len(ids) > 1 and self._begins_learned(example, late=missing[0]):
             weights[0] = weights[1]  # the first token has no label, whatever text it is of
-        borders = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(ids)]
+        borders = [0, *(np.flatnonzero(weights[1:] != weights[:-1]) + 1).tolist(), len(ids)]
         stretches = [(a, b, float(weights[a])) for a, b in pairwise(borders)]
-        return Assembled(number, at, ids.tolist(), stretches, *missing)
+        controls = int(self.is_control[ids].sum())
+        return Assembled(number, at, ids.tolist(), controls, stretches, *missing)
 
     def _begins_learned(self, example: AnyExample, *, late: bool) -> bool:
         """Whether the first token of a row is of a text that is learned. Of a piece that is not known."""
         if isinstance(example, Chat):
             return self.learns_all
-        return not late and isinstance(example, Document) and self._expected(example)[0][1] > 0
+        if late or not isinstance(example, Document):
+            return False
+        first = next((segment for segment in example.segments if segment.text), None)
+        return (
+            first is not None and (first.is_target or self.learns_all) and self._expected(example)[0][1] > 0
+        )
 
     def _decode(self, rows: Sequence[Assembled]) -> list[list[str]]:
         """The text of each stretch of the rows. Where decoding drops a first space: what each adds."""
@@ -346,6 +354,10 @@ class Checker:
             texts = "\n".join(Chat([message]).texts)
             found += [t for t in self.pattern.findall(texts) if t in self.special or not weight]
         return found
+
+    def _usual(self, shape: object, row: Assembled) -> bool:
+        """Whether a row holds as many control tokens as the first of its shape."""
+        return self._counts.setdefault(shape, row.controls) == row.controls
 
     def _may_write(self, token: str, weight: float) -> bool:
         """Whether a control token in learned text is one that the model itself writes."""
@@ -374,17 +386,17 @@ class Checker:
         return written if written.endswith(self.eos) and written != self.eos else text + self.eos
 
     def _check_document(
-        self, document: Document, row: Assembled, texts: list[str], controls: int, *, proves: bool
+        self, document: Document, row: Assembled, texts: list[str], *, proves: bool, is_plain: bool
     ) -> Iterator[Failed]:
         expected = self._expected(document)
         weights = [weight for _, _, weight in row.stretches]
         runs = list(zip(texts, weights, strict=True))
-        if not self._is_told(expected, runs, row, proves=proves):
+        if not self._is_told(expected, runs, row, proves=proves and is_plain):
             yield _difference(expected, runs)
             return
-        own = self._own_controls(document, row)
-        if own is not None and own != controls:
-            yield "control", f"{own} control tokens", str(controls)
+        own = self._own_controls(document, row, is_closed=expected[-1][1] > 0 and not row.ends_early)
+        if own is not None and own != row.controls:
+            yield "control", f"{own} control tokens", str(row.controls)
         if not row.ends_early and weights[-1] and row.ids[-1] not in self.stop_ids:
             yield self._no_stop(row.ids[-1])
 
@@ -433,14 +445,15 @@ class Checker:
             return is_same
         return _fits_ids(ids, found, row, is_all=True)
 
-    def _own_controls(self, document: Document, row: Assembled) -> int | None:
+    def _own_controls(self, document: Document, row: Assembled, *, is_closed: bool) -> int | None:
         """The control tokens that a row must hold: its end, those of a template, those the model writes.
 
         None for a cut row whose text spells some: which of them are left is not told here.
         """
-        tokens = _tokens_of(document, self.pattern)
+        tokens = _tokens_of(document, self.pattern) if self.pattern.search(whole_text(document)) else []
+        if not tokens and not (row.starts_late and row.ends_early):
+            return int(is_closed)
         last = document.segments[-1]
-        is_closed = self._expected(document)[-1][1] > 0 and not row.ends_early
         if row.starts_late or row.ends_early:
             return None if tokens or (row.starts_late and row.ends_early) else int(is_closed)
         ours = sum(self.allows or own or self._may_write(token, weight) for token, weight, own in tokens)
@@ -569,7 +582,7 @@ class Checker:
     def _check_controls(self, chat: Chat, text: str, ids: list[int]) -> Iterator[Failed]:
         """Of the control tokens in a text, those that a record spelled are no tokens."""
         own = len(self.pattern.findall(text)) - len(self._spelled(chat))
-        found = sum(token in self.control_ids for token in ids)
+        found = int(self.is_control[ids].sum())
         if found != own:
             yield "control", f"{own} control tokens", str(found)
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib import import_module
 from itertools import pairwise
 from typing import Any, cast
@@ -189,9 +190,13 @@ class RecordFormat:
     optional: tuple[str, ...] = ()
     is_asked: bool = False
 
-    @property
+    @cached_property
     def keys(self) -> tuple[str, ...]:
         return self.required + self.optional
+
+    @cached_property
+    def key_set(self) -> frozenset[str]:
+        return frozenset(self.keys)
 
 
 def to_example(
@@ -219,8 +224,11 @@ def to_example(
     known = find_format(format, fields)
     if not isinstance(known, RecordFormat):
         return _read_own(known, row)
-    for key in set(fields or {}).intersection(known.optional):
-        row.value(key) if row.column(key) not in record else None
+    if not fields and known.key_set.issuperset(record):
+        return known.read(row)
+    for key in set(row.fields).intersection(known.optional):
+        if row.column(key) not in record:
+            row.value(key)  # raises: a column that is named must be there
     unknown = unknown_keys(record, known, fields=fields)
     decisive = [key for key in unknown if key in DECISIVE and record[key] not in (None, [], {}, "")]
     if decisive or (strict and unknown):
