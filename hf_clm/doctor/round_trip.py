@@ -50,6 +50,7 @@ prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True, return_d
 answers = []
 if asked:
     from transformers import pipeline
+    model.generation_config = settings  # adapters have that of the model that they belong to
     ask = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
     answers = [ask(m, max_new_tokens=new_tokens)[0]["generated_text"][-1]["content"] for m in asked]
 print(json.dumps({

@@ -183,17 +183,28 @@ class ChatRenderer:
         if not extra.strip():
             return rest.lstrip()
         if CLOSE_MARK.search(extra) and not CLOSE_MARK.sub("", OPEN_MARK.sub("", extra)).strip():
+            if chat.messages[len(shown) - 1].get("reasoning"):
+                raise self._no_reasoning()
             closed = CLOSE_MARK.match(rest)  # the prompt has closed the reasoning already
             return rest[closed.end() :] if closed else rest
-        content = self._mark(chat.messages[len(shown) - 1].get("content", ""), by_model=True).strip()
-        answer = full.rfind(content) if content else 0
-        if answer and full[:answer].endswith(self.encoder.last_context(prompt)):
-            return full[answer:]  # earlier turns differ, as where only a last question has the system text
+        if (answer := self._after_same_header(chat.messages[len(shown) - 1], prompt, full)) is not None:
+            return answer  # earlier turns differ, as where only a last question has the system text
         raise DataError(
             "the chat template writes an answer that does not follow the prompt that it gives for it",
             got=f"the prompt goes on with {extra[:SHOWN]!r} where the answer has {rest[:SHOWN]!r}",
             fix="name another template in tokenizer.chat_template",
         )
+
+    def _after_same_header(self, message: Message, prompt: str, full: str) -> str | None:
+        """What follows the last place in ``full`` that ends as the prompt does, if the answer is there."""
+        said = self._mark(message.get("reasoning") or message.get("content", ""), by_model=True).strip()
+        header, answer = self.encoder.last_context(prompt), full.rfind(said) if said else -1
+        start = full.rfind(header, 0, answer) + len(header) if header and answer >= 0 else -1
+        if start < len(header):
+            return None
+        between = self.encoder.any_control.sub("", full[start:answer]).split()
+        is_header = len(between) < 2 and all(len(word) < 20 for word in between)
+        return full[start:] if is_header else None
 
     def _thought(self, chat: Chat, shown: Shown, *, prompt: str, mark: str) -> str:
         """What closes the reasoning that the prompt opens: a turn's own, or the template's form of none."""
@@ -234,6 +245,9 @@ class ChatRenderer:
         said = message.get("content", "").rstrip()
         if ends and said.endswith(ends[0][0]) and said.endswith(stripped[: ends[0].end()][-len(said) :]):
             ends = ends[1:]  # the model writes it
+        # adjacent tokens end a turn together: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>
+        while len(ends) > 1 and ends[0].end() == ends[1].start() and "tool_calls" not in message:
+            ends = ends[1:]
         if "tool_calls" in message:
             usual = [end for end in ends if end[0] == self._text_end]
             ends = usual[:1] or [end for end in ends[-1:] if self.encoder.special.fullmatch(end[0])]
@@ -276,15 +290,18 @@ class ChatRenderer:
         at = target.find(reasoning) if reasoning else -1
         is_given = any(shown.get(key) for key in REASONING_KEYS) or self.reasoning == "in_content"
         if reasoning and at < 0 and is_given:
-            fix = "data.reasoning: in_content writes it into the content, drop leaves it out"
-            if switches := self._thinking_switches(Chat([])):
-                fix += f"; or tokenizer.chat_template_kwargs: {{{switches[0]}: true}}, if that shows it"
-            raise DataError(f"{NO_PLACE} for reasoning", fix=fix)
+            raise self._no_reasoning()
         closing = CLOSE_MARK.search(target, max(at, 0))
         end = closing.end() if closing else at + len(reasoning) if at >= 0 else 0
         if content and CLOSE_MARK.split(content)[-1].strip() not in target[end if reasoning else 0 :]:
             raise DataError("the chat template does not write the answer as it is", got=repr(target[:SHOWN]))
         return len(target) - len(target[end:].lstrip()) if end else 0
+
+    def _no_reasoning(self) -> DataError:
+        fix = "data.reasoning: in_content writes it into the content, drop leaves it out"
+        if switches := self._thinking_switches(Chat([])):
+            fix += f"; or tokenizer.chat_template_kwargs: {{{switches[0]}: true}}, if that shows it"
+        return DataError(f"{NO_PLACE} for reasoning", fix=fix)
 
     def _check_rendered(self, chat: Chat, shown: Shown, variant: Variant) -> None:
         """Raises DataError for a message that the template leaves out. Tried once for each shape of chats.

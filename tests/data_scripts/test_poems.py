@@ -41,7 +41,7 @@ def test_every_instruction_is_unique(poems):
 
 
 def test_no_line_of_a_poem_appears_twice(poems):
-    lines = Counter(line for poem in poems for half in ("input", "label") for line in poem[half].split("\n"))
+    lines = Counter(line for poem in poems for half in ("input", "label") for line in poem[half].strip().split("\n"))
 
     assert [line for line, count in lines.items() if count > 1] == []
     assert len(lines) == 192  # 48 poems of two and two lines
@@ -49,7 +49,7 @@ def test_no_line_of_a_poem_appears_twice(poems):
 
 def test_neither_half_contains_the_other_nor_begins_like_it(poems):
     for poem in poems:
-        first, second = poem["input"], poem["label"]
+        first, second = poem["input"].strip(), poem["label"]
         assert first not in second and second not in first
         assert first[:2] != second[:2]
 
@@ -57,7 +57,7 @@ def test_neither_half_contains_the_other_nor_begins_like_it(poems):
 def test_every_half_is_short(poems):
     for poem in poems:
         shortest, longest = (10, 30) if is_chinese(poem["label"]) else (20, 80)
-        assert shortest <= len(poem["input"]) <= longest
+        assert shortest <= len(poem["input"].strip()) <= longest
         assert shortest <= len(poem["label"]) <= longest
 
 
@@ -65,3 +65,8 @@ def test_no_text_holds_a_control_token_or_loose_blanks(poems):
     for text in (text for poem in poems for text in poem.values()):
         assert "<|" not in text
         assert [line.strip() for line in text.split("\n")] == text.split("\n")
+
+
+def test_an_input_holds_its_own_line_breaks(poems):
+    """The format joins instruct, input and label directly."""
+    assert all(poem["input"] == f"\n{poem['input'].strip()}\n" for poem in poems)

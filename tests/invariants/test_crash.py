@@ -76,9 +76,9 @@ def test_a_run_that_died_behind_its_last_checkpoint_is_finished_without_a_step(w
     assert facts["seconds"] >= last["seconds"] > 0
 
 
-@pytest.mark.parametrize("files", range(1, 10))
+@pytest.mark.parametrize("files", range(1, 11))
 def test_a_save_that_was_cut_off_after_any_file_does_not_count(whole, place, files):
-    """The first of the nine files, in the order of their writing."""
+    """The first of the ten files, in the order of their writing."""
     assert finish_run(place, fault="after:final", **LIMIT) == -9
     run = place / "run"
     shutil.rmtree(run / ".final")
@@ -86,7 +86,7 @@ def test_a_save_that_was_cut_off_after_any_file_does_not_count(whole, place, fil
     written = sorted(
         (p for p in last.iterdir() if p.name != "SEALED.json"), key=lambda p: p.stat().st_mtime_ns
     )
-    assert len(written) == 9
+    assert len(written) == 10
     (last / "SEALED.json").unlink()
     for path in written[files:]:
         path.unlink()

@@ -1,8 +1,8 @@
 """Chats in every chat template that TRL's wheel holds, against transformers' own rendering of each.
 
-A template takes a chat if it renders it and shows all of its parts. For these, the ids before each target are
-``apply_chat_template(messages[:k], add_generation_prompt=True)``, the target holds what the turn says and ends
-in a token that generation stops at, and the certificate is valid. What is refused is listed with its reason.
+A template takes a chat if it renders it and shows all of its parts. Then the ids before each target are those
+of ``apply_chat_template(messages[:k], add_generation_prompt=True)``, the target holds what the turn says and
+ends in a token that generation stops at, and the certificate is valid. What is refused is listed with why.
 """
 
 import json
@@ -39,18 +39,28 @@ FUNCTION = {"name": "get_weather", "arguments": {"city": "Berlin"}}
 CALL = {"role": "assistant", "tool_calls": [{"type": "function", "id": "call_1234", "function": FUNCTION}]}
 RESULT = {"role": "tool", "name": "get_weather", "tool_call_id": "call_1234", "content": "sunny"}
 CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "A city."}}}
-TOOL = {"name": "get_weather", "description": "Tells the weather.", "parameters": CITY | {"required": ["city"]}}
+TOOL = {
+    "name": "get_weather",
+    "description": "Tells the weather.",
+    "parameters": CITY | {"required": ["city"]},
+}
+
+CLOSED_BLOCK = re.compile(r"(</[a-z:]*think>|<channel\|>|<\|END_THINKING\|>|\[/THINK\])\s*$")
 
 CHATS: dict[str, Any] = {
     "one turn": Chat([Q1, A1]),
     "two turns": Chat([Q1, A1, Q2, A2]),
     "reasoning": Chat([Q1, A1 | {"reasoning": "my thoughts"}]),
+    "reasoning, switched on": Chat(
+        [Q1, A1 | {"reasoning": "my thoughts"}], template_kwargs={"enable_thinking": True}
+    ),
     "tool call": Chat([Q1, CALL, RESULT, A2], [{"type": "function", "function": TOOL}]),
 }
 SAID = {  # what the target of each assistant turn holds
     "one turn": [["answer1"]],
     "two turns": [["answer1"], ["answer2"]],
     "reasoning": [["my thoughts", "answer1"]],
+    "reasoning, switched on": [["my thoughts", "answer1"]],
     "tool call": [["get_weather", "city", "Berlin"], ["answer2"]],
 }
 
@@ -67,12 +77,13 @@ def tokenizer_for(template: str) -> Any:
     return tokenizer
 
 
-def render(tokenizer: Any, messages: list[Any], tools: list[Any], **options: Any) -> Any:
-    return tokenizer.apply_chat_template(messages, tools=tools or None, return_dict=False, **options)
+def render(tokenizer: Any, messages: list[Any], chat: Chat, **options: Any) -> Any:
+    options |= chat.template_kwargs
+    return tokenizer.apply_chat_template(messages, tools=chat.tools or None, return_dict=False, **options)
 
 
 def forms(messages: list[Any]) -> Iterator[list[Any]]:
-    """The messages as OpenAI writes them: contents as texts or as parts, arguments as objects or JSON text."""
+    """The messages with contents as texts or parts, and arguments as objects or JSON text."""
     for has_parts in (False, True):
         for has_text in (False, True):
             shown = deepcopy(messages)
@@ -87,7 +98,10 @@ def forms(messages: list[Any]) -> Iterator[list[Any]]:
 
 
 def form_that_is_taken(tokenizer: Any, chat: Chat) -> list[Any] | None:
-    """The first form that the template renders with every content, reasoning and call; None for none."""
+    """The first form that the template renders with every content, reasoning and call; None for none.
+
+    Reasoning has no place after a prompt that closes the block: Qwen3.5 without ``enable_thinking``.
+    """
     for shown in forms(chat.messages):
         others: Any = deepcopy(shown)
         for message in others:
@@ -95,11 +109,14 @@ def form_that_is_taken(tokenizer: Any, chat: Chat) -> list[Any] | None:
             for call in message.get("tool_calls", []):
                 call["function"]["name"] = "another_function"
         try:
-            text = render(tokenizer, shown, chat.tools, tokenize=False)
-            other = render(tokenizer, others, chat.tools, tokenize=False)
+            text = render(tokenizer, shown, chat, tokenize=False)
+            other = render(tokenizer, others, chat, tokenize=False)
+            asked = render(tokenizer, shown[:-1], chat, tokenize=False, add_generation_prompt=True)
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
             continue
-        if all(m.get("content", "") in text for m in chat.messages) and (other != text or others == shown):
+        has_place = "reasoning" not in shown[-1] or not CLOSED_BLOCK.search(asked)
+        shows_all = all(message.get("content", "") in text for message in chat.messages)
+        if has_place and shows_all and (other != text or others == shown):
             return shown
     return None
 
@@ -120,6 +137,7 @@ def prompts_and_targets(dataset: SFTDataset) -> tuple[list[list[int]], list[list
 
 
 def faults(tokenizer: Any, chat: Chat, shown: list[Any], said: list[list[str]]) -> Iterator[str]:
+    """What is wrong with the rows of a chat, or why it is refused."""
     try:
         dataset, stops = SFTDataset([chat], tokenizer), stop_token_ids(tokenizer)
     except UserError as error:
@@ -127,12 +145,17 @@ def faults(tokenizer: Any, chat: Chat, shown: list[Any], said: list[list[str]]) 
         return
     prompts, targets = prompts_and_targets(dataset)
     turns = [number for number, message in enumerate(shown) if message["role"] == "assistant"]
-    asked = [render(tokenizer, shown[:turn], chat.tools, add_generation_prompt=True) for turn in turns]
+    asked = [render(tokenizer, shown[:turn], chat, add_generation_prompt=True) for turn in turns]
     if prompts != asked:
-        yield f"prompts: {[*map(tokenizer.decode, prompts)]} where generation has {[*map(tokenizer.decode, asked)]}"
+        texts = [[tokenizer.decode(ids) for ids in each] for each in (prompts, asked)]
+        yield f"prompts: {texts[0]}, and generation has {texts[1]}"
+        return
     texts = [tokenizer.decode(target) for target in targets]
-    if len(texts) != len(said) or any(part not in text for text, parts in zip(texts, said) for part in parts):
-        yield f"targets: {texts} do not hold {said}"
+    for prompt, text, parts in zip(map(tokenizer.decode, prompts), texts, said, strict=True):
+        if missing := [part for part in parts if part not in text]:
+            yield f"target: {text!r} does not hold {missing}"
+        if CLOSED_BLOCK.search(prompt + text.partition(parts[0])[0]) and parts[0] == "my thoughts":
+            yield f"reasoning: {text!r} thinks after a block that is closed: {prompt[-40:]!r}"
     if any(target[-1] not in stops for target in targets):
         yield f"stop: {texts} do not end in one of {tokenizer.convert_ids_to_tokens(stops)}"
     proof = certify(dataset.rows, [chat], tokenizer=tokenizer, options=LabelOptions(), stop_ids=stops)
@@ -140,7 +163,14 @@ def faults(tokenizer: Any, chat: Chat, shown: list[Any], said: list[list[str]]) 
 
 
 @pytest.mark.parametrize(
-    ("kind", "at_least"), [("one turn", 60), ("two turns", 60), ("reasoning", 25), ("tool call", 35)]
+    ("kind", "at_least"),
+    [
+        ("one turn", 60),
+        ("two turns", 60),
+        ("reasoning", 25),
+        ("reasoning, switched on", 25),
+        ("tool call", 35),
+    ],
 )
 def test_nearly_every_template_that_takes_a_chat_trains_what_generation_is_asked(kind, at_least):
     taken, offenders = 0, []

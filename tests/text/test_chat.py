@@ -222,16 +222,9 @@ def test_a_turn_follows_the_prompt_of_inference_whatever_the_template_makes_of_i
 
 @pytest.mark.parametrize(
     "messages",
-    [
-        [YO],
-        [SYSTEM, YO],
-        [HI, AND, YO],
-        [HI, YO, BYE],
-        [HI, SYSTEM, YO],
-        [YO, HI, BYE],
-    ],
+    [[YO], [SYSTEM, YO], [HI, AND, YO], [HI, YO, BYE], [HI, SYSTEM, YO], [YO, HI, BYE]],
     ids=lambda messages: "-".join(message["role"] for message in messages),
-)  # fmt: skip
+)
 def test_any_order_of_turns_that_the_template_takes_is_taken(messages):
     last = messages[-1]["content"]
 

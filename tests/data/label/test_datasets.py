@@ -59,15 +59,24 @@ def test_sft_learns_the_targets_and_pretraining_the_whole_of_any_kind_of_example
     assert learned[4] == read[4] == row([7, 8, 9], [X, X, 9]), "the user's own -100 are kept in both"
 
 
-def test_prompt_and_completion_of_a_pretrained_document_are_one_text():
-    tokenizer = byte_tokenizer(merges=[("Ċ", "Ċ")])
+def test_train_on_is_a_name_or_an_object():
+    by_name = {
+        name: SFTDataset([LONG_CHAT], TOKENIZER, train_on=name)[0]["labels"]
+        for name in ("all_turns", "last_turn", "everything")
+    }
 
-    assert PretrainDataset([prompted("Q\n", "\nA")], tokenizer)[0] == row(
-        [81, 260, 65, EOS], [X, 260, 65, EOS]
-    )
-    assert SFTDataset([prompted("Q\n", "\nA")], tokenizer)[0] == row(
-        [81, 10, 10, 65, EOS], [X, X, 10, 65, EOS]
-    )
+    assert [token for token in by_name["all_turns"] if token != X] == [*b"Yo", IM_END, *b"Bye", IM_END]
+    assert [token for token in by_name["last_turn"] if token != X] == [*b"Bye", IM_END]
+    assert by_name["everything"].count(X) == 1
+    assert SFTDataset([LONG_CHAT], TOKENIZER, train_on=TrainOn("last"))[0]["labels"] == by_name["last_turn"]
+
+
+def test_a_prompt_its_input_and_its_answer_are_joined_without_a_letter_between():
+    record = {"instruct": "Go:", "input": "a\nb", "label": "c"}
+    ids = [71, 111, 58, 97, 10, 98, 99, EOS]
+
+    assert SFTDataset([record], PLAIN)[0] == row(ids, [X, X, X, X, X, X, 99, EOS])
+    assert PretrainDataset([record], PLAIN)[0] == row(ids, [X, 111, 58, 97, 10, 98, 99, EOS])
 
 
 # --- plain records
@@ -373,20 +382,6 @@ def test_garbage_is_collected_as_before_after_an_error():
         raise DataError("no")
 
     assert gc.get_threshold() == before
-
-
-@pytest.mark.parametrize(
-    ("train_on", "found"),
-    [
-        ("all_turns", f"{ASKED}⟦Yo<|im_end|>⟧\n{ASKED.replace('Hi', '?')}⟦Bye<|im_end|>⟧"),
-        ("last_turn", f"{ASKED}Yo<|im_end|>\n{ASKED.replace('Hi', '?')}⟦Bye<|im_end|>⟧"),
-        (TrainOn("last"), f"{ASKED}Yo<|im_end|>\n{ASKED.replace('Hi', '?')}⟦Bye<|im_end|>⟧"),
-    ],
-)  # fmt: skip
-def test_sft_learns_all_turns_or_the_last(train_on, found):
-    assert all_shown(SFTDataset([LONG_CHAT], TOKENIZER, train_on=train_on)) == [found]
-    everything = SFTDataset([LONG_CHAT], TOKENIZER, train_on="everything")[0]
-    assert everything["labels"] == [X, *everything["input_ids"][1:]]
 
 
 def test_pretraining_learns_a_turn_that_sft_only_reads():

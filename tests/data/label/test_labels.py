@@ -39,7 +39,6 @@ from hf_clm.schema import Chat, Document, Message, Segment, TokenizedExample, To
 from hf_clm.sentencepiece_file import load_sentencepiece
 from hf_clm.text.encode import Piece
 from hf_clm.tokenizer import use_chat_template
-from hf_clm.train_tokenizer import train_bpe
 
 P, Q = ord("p"), ord("q")
 TOKENIZER = byte_tokenizer()
@@ -56,6 +55,13 @@ def tokenized(example: Any, tokenizer: Any = TOKENIZER, **options: Any) -> Token
     found = tokenize_rows([example], tokenizer, LabelOptions(**options))
     assert len(found) == 1
     return found[0]
+
+
+def asked(tokenizer: Any, messages: list[Message]) -> Any:
+    """The library is the oracle: the ids that transformers gives generation."""
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
 
 
 # --- what is learned
@@ -103,7 +109,7 @@ def test_the_ids_of_a_chat_are_those_that_transformers_gives_it():
         {"role": "assistant", "content": "雪"},
     ]
 
-    theirs: Any = TOKENIZER.apply_chat_template(messages, tokenize=True, return_dict=False)  # type: ignore
+    theirs: Any = TOKENIZER.apply_chat_template(messages, tokenize=True, return_dict=False)
 
     assert [*tokenized(Chat(messages))["input_ids"], 10] == theirs
 
@@ -114,19 +120,11 @@ def test_prompt_and_target_are_tokenized_apart():
     assert tokenizer("Q\n\nA")["input_ids"] == [81, 260, 65]
 
     assert tokenized(prompted("Q\n", "\nA"), tokenizer) == row([81, 10, 10, 65, EOS], [X, X, 10, 65, EOS])
-    assert tokenized(document("Q\n\nA"), tokenizer) == row([81, 260, 65, EOS], [X, 260, 65, EOS])
+    for text in (document("Q\n\nA"), prompted("Q\n", "\nA")):
+        whole = row([81, 260, 65, EOS], [X, 260, 65, EOS])
+        assert tokenized(text, tokenizer, stage="pretrain") == whole
     pieces = [Segment("Q", 0.0), Segment("\n", 0.0), Segment("\n", 0.0), Segment("A", 1.0)]
     assert tokenized(Document(pieces), tokenizer) == row([81, 260, 65, EOS], [X, X, 65, EOS])
-
-
-def test_a_trained_tokenizer_does_not_merge_across_the_border_either():
-    tokenizer = train_bpe(["say hi", "say hi hi"], vocab_size=300, min_frequency=1)
-    assert tokenizer.tokenize("say hi") == ["say", "Ġhi"]
-
-    example = tokenized(prompted("say ", "hi"), tokenizer)
-
-    assert tokenizer.convert_ids_to_tokens(example["input_ids"]) == ["say", "Ġ", "hi", "<|endoftext|>"]
-    assert [label == X for label in example["labels"]] == [True, True, False, False]
 
 
 def test_turns_that_merge_over_their_border_get_a_row_each():
@@ -145,11 +143,9 @@ def test_turns_that_merge_over_their_border_get_a_row_each():
         "u:Hia:⟦\nYo<|endoftext|>⟧",
         "u:Hia:\nYo<|endoftext|>u:Hia:⟦Yo<|endoftext|>⟧",
     ]
-    asked: Any = tokenizer.apply_chat_template(  # type: ignore
-        chat.messages[:3], add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    assert rows[1]["input_ids"] == [*asked, *b"Yo", EOS]
-    assert 260 in asked
+    prompt = asked(tokenizer, chat.messages[:3])
+    assert rows[1]["input_ids"] == [*prompt, *b"Yo", EOS]
+    assert 260 in prompt
 
 
 # --- weights
@@ -172,12 +168,8 @@ def test_a_label_has_the_weight_of_its_segment_and_a_row_without_others_none(exa
 def test_a_label_has_the_weight_of_its_turn():
     found = tokenized(Chat([HI, {**YO, "weight": 0.25}, HI, YO]))
 
-    assert [
-        weight for weight, label in zip(found["weights"], found["labels"], strict=True) if label != X
-    ] == [
-        *[0.25] * 3,
-        *[1.0] * 3,
-    ]
+    learned = zip(found["weights"], found["labels"], strict=True)
+    assert [weight for weight, label in learned if label != X] == [0.25] * 3 + [1.0] * 3
     (apart,) = tokens_to_rows(Tokens([5, 6], [X, 6], [2], 0.5), TOKENIZER)
     assert apart == row([5, 6], [X, 6], weights=[0.5, 0.5])
 
@@ -234,7 +226,7 @@ VICUNA = (
 @pytest.mark.parametrize("template", [MISTRAL, ZEPHYR, VICUNA], ids=["mistral", "zephyr", "vicuna"])
 @pytest.mark.parametrize("merged", [[], ["▁[", "▁yes", "▁<", "\n<", "T]", "▁U"]], ids=["letters", "merged"])
 def test_the_ids_before_each_target_are_those_that_transformers_gives_generation(prepend, template, merged):
-    """The library is the oracle. Before a second ``[INST]``, ``first`` and ``always`` differ."""
+    """Before a second ``[INST]``, ``first`` and ``always`` differ."""
     tokenizer = sentencepiece_tokenizer(prepend=prepend, adds_bos=True, merged=merged)
     tokenizer.chat_template = template
     messages: list[Message] = []
@@ -251,10 +243,7 @@ def test_the_ids_before_each_target_are_those_that_transformers_gives_generation
     ]
     assert len(prompts) == 3
     for turn, prompt in zip((1, 3, 5), prompts, strict=True):
-        asked: Any = tokenizer.apply_chat_template(  # type: ignore
-            messages[:turn], add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        assert prompt == asked
+        assert prompt == asked(tokenizer, messages[:turn])
     answers = [[label for label in example["labels"] if label != X] for example in found]
     assert "".join(map(tokenizer.decode, answers)).replace(" ", "") == "yes</s>" * 3
 
@@ -275,21 +264,11 @@ def test_a_chat_is_trained_with_the_vocabulary_of_a_sentencepiece_file(tmp_path)
 
     start, end = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
     for turn in (1, 3):
-        asked = tokenizer.apply_chat_template(
-            [*messages, *messages][:turn], add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        assert asked[0] == start
-        assert found["input_ids"][: len(asked)] == asked
-        assert found["labels"][len(asked) - 1] == X != found["labels"][len(asked)]
+        prompt = asked(tokenizer, [*messages, *messages][:turn])
+        assert prompt[0] == start
+        assert found["input_ids"][: len(prompt)] == prompt
+        assert found["labels"][len(prompt) - 1] == X != found["labels"][len(prompt)]
     assert [label for label in found["labels"] if label == end] == [end, end]
-
-
-@pytest.mark.parametrize("text", ["Hi there", "x", "a </s"])
-def test_a_text_has_the_ids_that_the_tokenizer_gives_it_start_token_included(text):
-    """The library is the oracle."""
-    tokenizer = sentencepiece_tokenizer(adds_bos=True)
-
-    assert tokenized(document(text), tokenizer)["input_ids"] == [*tokenizer(text)["input_ids"], 2]
 
 
 def test_tokens_that_strip_the_white_space_after_them_are_trained():
@@ -323,11 +302,9 @@ def test_a_tokenizer_that_begins_every_text_with_a_space_begins_a_target_with_no
     assert tokenized(prompted("Q:", "yes"), tokenizer)["input_ids"] == [32, *b"Q:yes", EOS]
     assert tokenized(prompted("Q:", " yes"), tokenizer)["input_ids"] == [32, *b"Q: yes", EOS]
     found = tokenized(Chat([HI, YO, HI, YO]), tokenizer)
-    asked: Any = tokenizer.apply_chat_template(  # type: ignore
-        [HI, YO, HI], add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    assert found["input_ids"][: len(asked)] == asked
-    assert found["labels"][len(asked) :] == [*b"Yo", IM_END]
+    prompt = asked(tokenizer, [HI, YO, HI])
+    assert found["input_ids"][: len(prompt)] == prompt
+    assert found["labels"][len(prompt) :] == [*b"Yo", IM_END]
 
 
 @pytest.mark.parametrize(

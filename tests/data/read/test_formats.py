@@ -37,6 +37,9 @@ WEATHER_TOOL = {"type": "function", "function": WEATHER}
 BERLIN = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Berlin"}}}
 
 
+ASKS, SAYS = {"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}
+
+
 def T(text: str, weight: float = 1.0) -> Segment:
     return Segment(text, weight)
 
@@ -50,8 +53,8 @@ def pair(prompt: str, completion: str) -> Document:
 
 
 def said(**more: Any) -> dict[str, Any]:
-    """An assistant turn with other keys beside its content."""
-    return {"role": "assistant", "content": "4", **more}
+    """An assistant turn with other keys."""
+    return {**ASSISTANT, **more}
 
 
 def called(*calls: Any, **more: Any) -> dict[str, Any]:
@@ -89,14 +92,7 @@ def refusal(record: Any, format: Any, **options: Any) -> str:
          pair("Be brief.\n\n### Instruction:\nAdd.\n\n### Response:\n", "3")),
         ("messages", {"messages": [SYSTEM, USER, ASSISTANT]}, Chat([SYSTEM, USER, ASSISTANT])),
         ("messages", {"system": "Be brief.", "messages": [USER, ASSISTANT]}, Chat([SYSTEM, USER, ASSISTANT])),
-        (
-            "sharegpt",
-            {
-                "system": "Be brief.",
-                "conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}],
-            },
-            Chat([SYSTEM, USER, ASSISTANT]),
-        ),
+        ("sharegpt", {"system": "Be brief.", "conversations": [ASKS, SAYS]}, Chat([SYSTEM, USER, ASSISTANT])),
         ("sharegpt",
          {"conversations": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
          Chat([USER, ASSISTANT])),
@@ -118,23 +114,11 @@ def test_every_format_gives_its_example(format, record, example):
         ("instruct", {"instruct": "Add.", "input": "1, 2", "label": "3"},
          [{"role": "user", "content": "Add.\n\n1, 2"}, {"role": "assistant", "content": "3"}]),
         ("instruct", {"instruct": "2+2?", "label": "4"}, [USER, ASSISTANT]),
-        (
-            "alpaca",
-            {
-                "system": "Be brief.",
-                "history": [["2+2?", "4"]],
-                "instruction": "Add.",
-                "input": "1, 2",
-                "output": "3",
-            },
-            [
-                SYSTEM,
-                USER,
-                ASSISTANT,
-                {"role": "user", "content": "Add.\n\n1, 2"},
-                {"role": "assistant", "content": "3"},
-            ],
-        ),
+        ("alpaca",
+         {"system": "Be brief.", "history": [["2+2?", "4"]], "instruction": "And 3+3?", "output": "6"},
+         [SYSTEM, USER, ASSISTANT, {"role": "user", "content": "And 3+3?"}, said(content="6")]),
+        ("alpaca", {"instruction": "Add.", "input": "1, 2", "output": "3"},
+         [{"role": "user", "content": "Add.\n\n1, 2"}, said(content="3")]),
         ("alpaca", {"instruction": "2+2?", "history": [], "output": "4"}, [USER, ASSISTANT]),
         ("alpaca", {"instruction": "2+2?", "history": None, "output": "4"}, [USER, ASSISTANT]),
     ],
@@ -197,10 +181,7 @@ def test_every_spelling_of_a_turns_weight_says_what_it_says_elsewhere(keys, weig
         ({"train": 0}, "'train': expected true or false; got 0"),
         ({"training": "no"}, "'training': expected true or false; got 'no'"),
         ({"masked": 1}, "'masked': expected true or false; got 1"),
-        ({"weight": True}, "'weight': expected a number from 0 up; got True"),
         ({"weight": -1}, "'weight': expected a number from 0 up; got -1"),
-        ({"weight": float("nan")}, "'weight': expected a number from 0 up; got nan"),
-        ({"loss_weight": float("inf")}, "'loss_weight': expected a number from 0 up; got inf"),
         ({"loss_weight": "2"}, "'loss_weight': expected a number from 0 up; got '2'"),
         ({"loss": "no"}, "'loss': expected a number from 0 up; got 'no'"),
     ],
@@ -258,7 +239,7 @@ def test_reasoning_that_is_not_clear_is_refused(turns, message):
 def test_tools_are_read_in_each_of_their_forms(tools, format):
     records: Any = {
         "messages": {"messages": [USER, ASSISTANT]},
-        "sharegpt": {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+        "sharegpt": {"conversations": [ASKS, SAYS]},
         "prompt_completion": {"prompt": "2+2?", "completion": "4"},
     }
     record = {**records[format], "tools": tools, "chat_template_kwargs": {"enable_thinking": False}}
@@ -308,12 +289,8 @@ def test_a_call_its_text_and_its_result_stand_in_one_chat():
 
 @pytest.mark.parametrize(
     "value",
-    [
-        '{"name": "weather", "arguments": {"city": "Berlin"}}',
-        json.dumps([BERLIN]),
-        BERLIN,
-    ],
-)  # fmt: skip
+    ['{"name": "weather", "arguments": {"city": "Berlin"}}', json.dumps([BERLIN]), BERLIN],
+)
 def test_a_sharegpt_chat_may_call_functions_and_observe_what_they_say(value):
     """LLaMA-Factory's spelling; its ``tools`` are JSON text."""
     record = {
@@ -322,8 +299,8 @@ def test_a_sharegpt_chat_may_call_functions_and_observe_what_they_say(value):
             {"from": "function_call", "value": value},
             {"from": "observation", "value": '{"t": 21}'},
             {"from": "gpt", "value": "21 degrees", "weight": 0},
-            {"from": "human", "value": "2+2?"},
-            {"from": "gpt", "value": "4", "loss": True},
+            ASKS,
+            {**SAYS, "loss": True},
         ],
         "tools": json.dumps([WEATHER]),
     }
@@ -475,9 +452,8 @@ def test_an_empty_prompt_is_allowed_by_a_flag_only():
     silent: Message = {"role": "user", "content": ""}
 
     assert to_example(record, format="prompt_completion", allow_empty_prompt=True) == pair("", "b")
-    assert to_example({"messages": [silent, ASSISTANT]}, format="messages", allow_empty_prompt=True) == Chat(
-        [silent, ASSISTANT]
-    )
+    record = {"messages": [silent, ASSISTANT]}
+    assert to_example(record, format="messages", allow_empty_prompt=True) == Chat([silent, ASSISTANT])
 
 
 # --- weights of records and segments
@@ -487,11 +463,7 @@ def weights(example: AnyExample) -> list[float]:
     """Of each segment, assistant turn, or row."""
     if isinstance(example, Chat):
         return [turn.get("weight", 1.0) for turn in example.messages if turn["role"] == "assistant"]
-    return (
-        [segment.weight for segment in example.segments]
-        if isinstance(example, Document)
-        else [example.weight]
-    )
+    return [part.weight for part in (example.segments if isinstance(example, Document) else [example])]
 
 
 @pytest.mark.parametrize("key", ["weight", "loss_weight"])
@@ -503,21 +475,13 @@ def weights(example: AnyExample) -> list[float]:
         ("prompt_completion", {"prompt": [USER, said(), USER], "completion": [said(weight=4)]}, [0, 2]),
         ("instruct", {"instruct": "a", "label": "b"}, [0, 0.5]),
         ("alpaca", {"instruction": "a", "output": "b"}, [0, 0.5]),
-        (
-            "messages",
-            {"messages": [USER, said(), USER, said(weight=4), USER, said(train=False)]},
-            [0.5, 2, 0],
-        ),
+        ("messages", {"messages": [USER, said(), USER, said(weight=4), USER, said(train=False)]},
+         [0.5, 2, 0]),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": "a", "weight": 4}]}, [2]),
         (
             "segments",
-            {
-                "segments": [
-                    {"text": "a", "train": True},
-                    {"text": "b", "train": True, "weight": 4},
-                    {"text": "c", "train": False, "weight": 4},
-                ]
-            },
+            {"segments": [{"text": "a", "train": True}, {"text": "b", "train": True, "weight": 4},
+                          {"text": "c", "train": False, "weight": 4}]},
             [0.5, 2, 0],
         ),
         ("tokenized", {"input_ids": [1, 2]}, [0.5]),
@@ -530,14 +494,8 @@ def test_the_weight_of_a_record_multiplies_those_in_it(format, record, found, ke
 
 @pytest.mark.parametrize(
     ("value", "got"),
-    [
-        (-1, "-1"),
-        (float("nan"), "nan"),
-        (float("inf"), "inf"),
-        (True, "True"),
-        ("1", "'1'"),
-    ],
-)  # fmt: skip
+    [(-1, "-1"), (float("nan"), "nan"), (float("inf"), "inf"), (True, "True"), ("1", "'1'")],
+)
 def test_a_weight_is_a_number_from_0_up(value, got):
     message = f"expected a number from 0 up; got {got}"
 
@@ -819,4 +777,4 @@ def test_a_fault_of_the_users_own_function_is_told_with_the_record(read, message
 
 def test_every_format_of_the_schema_has_its_function():
     names = "text prompt_completion instruct alpaca messages sharegpt segments tokenized"
-    assert list(FORMATS) == list(Format.__args__) == names.split()  # type: ignore[attr-defined]
+    assert list(FORMATS) == list(Format.__args__) == names.split()
