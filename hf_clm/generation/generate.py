@@ -11,7 +11,7 @@ from hf_clm.attention import use_for_generation, use_for_training
 from hf_clm.data.build import unspelled
 from hf_clm.data.label.labels import cut_chat, encode_prompts
 from hf_clm.data.label.render import LabelOptions
-from hf_clm.data.read.formats import to_prompt
+from hf_clm.data.read.formats import join_turn, to_prompt
 from hf_clm.data.read.templating import to_template_words
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.model import NEW_TOKENS, max_positions
@@ -144,8 +144,7 @@ def to_prompt_example(
     if template is not None:
         return to_template_words(text, template, input_text=input_text)
     if has_turns or format in ("messages", "sharegpt"):
-        content = f"{text}\n\n{input_text}" if input_text else text
-        return Chat([{"role": "user", "content": content}])
+        return Chat([{"role": "user", "content": join_turn(text, input_text)}])
     if format == "instruct":
         return to_prompt({"instruct": text, "input": input_text}, format="instruct")
     if format == "alpaca":

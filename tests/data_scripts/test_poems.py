@@ -41,7 +41,9 @@ def test_every_instruction_is_unique(poems):
 
 
 def test_no_line_of_a_poem_appears_twice(poems):
-    lines = Counter(line for poem in poems for half in ("input", "label") for line in poem[half].strip().split("\n"))
+    lines = Counter(
+        line for poem in poems for half in ("input", "label") for line in poem[half].strip().split("\n")
+    )
 
     assert [line for line, count in lines.items() if count > 1] == []
     assert len(lines) == 192  # 48 poems of two and two lines

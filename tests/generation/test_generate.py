@@ -5,6 +5,7 @@ import torch
 from helpers import EOS, IM_END, PAD, byte_tokenizer, tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hf_clm.data.read.formats import to_prompt
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.generation.generate import Generated, fit_new_tokens, generate, to_prompt_example
 from hf_clm.model import fit_to_tokenizer
@@ -287,6 +288,18 @@ def test_a_prompt_that_fills_the_positions_is_refused():
 )
 def test_plain_text_becomes_a_prompt_of_the_format_that_was_learned(format, example):
     assert to_prompt_example("hi", format, input_text="in") == example
+
+
+@pytest.mark.parametrize("given", ["", "\nin\n", "in", " \n"])
+@pytest.mark.parametrize(
+    ("format", "keys"), [("instruct", ("instruct", "input")), ("alpaca", ("instruction", "input"))]
+)
+def test_an_instruction_with_line_breaks_becomes_the_turn_that_its_record_becomes(format, keys, given):
+    record = dict(zip(keys, ("do\n", given), strict=True))
+
+    prompt = to_prompt_example("do\n", format, input_text=given, has_turns=True)
+
+    assert prompt == to_prompt(record, format=format, render="chat")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])

@@ -389,7 +389,7 @@ def _read_instruct(row: Row) -> Example:
     """Instruct, input and label directly after one another, as the published system writes them."""
     instruct, given = row.prompt("instruct"), row.optional("input")
     if row.render == "chat":
-        return _asked(row, _joined(instruct, given), answer=row.target("label"))
+        return _asked(row, join_turn(instruct, given), answer=row.target("label"))
     return _asked(row, instruct + given, answer=row.target("label"))
 
 
@@ -398,7 +398,7 @@ def _read_alpaca(row: Row) -> Example:
     instruction, given, answer = row.prompt("instruction"), row.optional("input"), row.target("output")
     system, history = row.optional("system"), _read_history(row)
     if row.render == "chat":
-        return _asked(row, _joined(instruction, given), answer=answer, system=system, history=history)
+        return _asked(row, join_turn(instruction, given), answer=answer, system=system, history=history)
     if history:
         fix = "give the tokenizer a chat template (tokenizer.chat_template: chatml), and render: chat"
         raise row.error(f"{row.name('history')} needs turns, and the prompt is plain text", fix=fix)
@@ -528,9 +528,11 @@ def _asked(
     return replace(_of_template(row), messages=messages)
 
 
-def _joined(instruction: str, given: str) -> str:
-    """A user's turn: the instruction and, after an empty line, the input."""
-    return "\n\n".join(text.strip("\n") for text in (instruction, given) if text)
+def join_turn(instruction: str, given: str = "") -> str:
+    """A user's turn: the instruction and, after one empty line, the input without line breaks around it."""
+    if not given.strip():
+        return instruction
+    return instruction.rstrip("\n") + "\n\n" + given.strip("\n")
 
 
 def _of_template(row: Row) -> Chat:
