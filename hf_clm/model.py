@@ -275,11 +275,14 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
 
 
 def plain_generation(config: PretrainedConfig) -> GenerationConfig:
-    """Settings with which a plain ``generate`` answers as ``hf-clm generate`` does: greedily, as long."""
+    """Settings with which a plain ``generate`` answers as ``hf-clm generate`` does: greedily, as long.
+
+    A short model answers in half of its positions. A ``max_length`` would be more exact, but transformers
+    warns of it at each call that gives ``max_new_tokens``.
+    """
     limit = max_positions(config)
-    if limit is None or limit >= 2 * NEW_TOKENS:
-        return GenerationConfig(do_sample=False, use_cache=True, max_new_tokens=NEW_TOKENS)
-    return GenerationConfig(do_sample=False, use_cache=True, max_length=limit)
+    longest = NEW_TOKENS if limit is None else min(NEW_TOKENS, limit // 2)
+    return GenerationConfig(do_sample=False, use_cache=True, max_new_tokens=max(1, longest))
 
 
 def grow_embeddings(model: PreTrainedModel, tokens: int) -> None:

@@ -88,7 +88,7 @@ def test_pretrain_then_fine_tune_then_answer(tmp_path):
     tuned = run([*program, "train", "sft.yaml"], tmp_path)
     answers = run([*program, "generate", "runs/answers", "--file", "questions.jsonl", "--json"], tmp_path)
     figures = json.loads(run([*program, "evaluate", "runs/answers", "questions.jsonl", "--json"], tmp_path))
-    plain = run(["-c", PLAIN, "runs/answers", "blue\n"], tmp_path)
+    plain = run(["-c", PLAIN, "runs/answers", "blue"], tmp_path)
 
     facts = json.loads((tmp_path / "runs" / "base" / "run.json").read_text())
     assert "random weights" in base and "sample at step 10" in base

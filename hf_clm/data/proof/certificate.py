@@ -310,6 +310,10 @@ class Checker:
         weights = np.concatenate([rows.labels[span] >= 0 for span in spans]).astype(np.float32)
         if rows.weights is not None:
             weights *= np.concatenate([rows.weights[span] for span in spans])
+        if self.options.window and self.options.window[0] == self.options.window[1]:
+            # windows side by side share no token: the first of each has no label, whatever text it is of
+            starts = np.cumsum([span.stop - span.start for span in spans[:-1]], dtype=np.int64)
+            weights[starts] = weights[starts + 1]
         if isinstance(example, Document) and self.starts and ids[0] == self.tokenizer.bos_token_id:
             ids, weights = ids[1:], weights[1:]
         elif len(ids) > 1 and self._begins_learned(example, late=missing[0]):

@@ -106,6 +106,21 @@ def test_rows_that_were_cut_are_certified(overflow):
     assert certificate.rows == {"keep_target": 3, "truncate": 4, "split": 7, "drop": 2}[overflow]
 
 
+@pytest.mark.parametrize("window", [(4, 4), (4, 3), (5, 2)])
+def test_windows_over_every_kind_of_text_are_certified(window):
+    """Side by side, sharing one token, sharing more; a template and a chat as well as a text."""
+    examples = [
+        document("Oak trees"),
+        Document([Segment("Oak\n", 0, is_own=True), Segment("An oak. It grows.", 1)]),
+        Document([Segment("Q: ", 0), Segment("A", 1), Segment(" read ", 0), Segment("B", 1)]),
+        Chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A model."}]),
+    ]
+    certificate = prove(examples, chat_tokenizer(), stage="pretrain", window=window)
+
+    assert certificate.failed == {}
+    assert certificate.rows > 12
+
+
 def test_chats_that_lost_their_first_turns_are_certified():
     turns = [{"role": role, "content": "Hi"} for role in ("user", "assistant")] * 4
 
