@@ -1,0 +1,125 @@
+"""A record seen through the keys of its format, and the checks that every format shares."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_clm.errors import DataError, did_you_mean
+from hf_clm.schema import Render
+
+Record = Mapping[str, Any]
+Fields = Mapping[str, str] | None  # a format's key -> its column in the record, where they differ
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record seen through its format's keys. The methods raise ``DataError`` with place and column."""
+
+    record: Record
+    where: str
+    fields: Mapping[str, str] = field(default_factory=dict)
+    render: Render = "plain"
+    allow_empty_prompt: bool = False
+    is_prompt: bool = False  # inference: the target side may be missing
+
+    def column(self, key: str) -> str:
+        return self.fields.get(key, key)
+
+    def name(self, key: str) -> str:
+        return f"key {self.column(key)!r}"
+
+    def has(self, key: str) -> bool:
+        return self.record.get(self.column(key)) is not None
+
+    def value(self, key: str) -> Any:
+        column = self.column(key)
+        if column not in self.record:
+            hint = did_you_mean(column, [str(name) for name in self.record])
+            fix = f"add it, or name its column: fields: {{{key}: COLUMN}}"
+            raise self.error(f"missing {self.name(key)}", got=f"keys {listed(self.record)}{hint}", fix=fix)
+        if self.record[column] is None:
+            raise self.error(f"{self.name(key)} is null", fix="fill it in, or remove the record")
+        return self.record[column]
+
+    def text(self, key: str) -> str:
+        """Text that must not be blank."""
+        return self.not_blank(self.expect(str, self.value(key), what=self.name(key)), self.name(key))
+
+    def prompt(self, key: str) -> str:
+        """Text on the prompt side: blank only where that is allowed."""
+        if not self.allow_empty_prompt:
+            return self.text(key)
+        return self.expect(str, self.value(key), what=self.name(key))
+
+    def target(self, key: str) -> str:
+        """Text to be learned; nothing at inference."""
+        return "" if self.is_prompt else self.text(key)
+
+    def optional(self, key: str) -> str:
+        """Text that may be missing: null, blank and (unless ``fields`` names it) missing count as empty."""
+        is_missing = self.column(key) not in self.record and key not in self.fields
+        if is_missing or self.record.get(self.column(key), "") is None:
+            return ""
+        text = self.expect(str, self.value(key), what=self.name(key))
+        return text if text.strip() else ""
+
+    def items(self, key: str) -> list[Any]:
+        items = self.expect(list, self.value(key), what=self.name(key))
+        if not items:
+            raise self.error(f"{self.name(key)} is an empty list", fix="remove the record")
+        return items
+
+    def parsed(self, key: str, kind: type) -> Any:
+        """A list or an object that may be missing, or written as JSON text."""
+        if not self.has(key):
+            return kind()
+        return self.from_json(self.value(key), kind, what=self.name(key))
+
+    def from_json(self, value: Any, kind: type, *, what: str) -> Any:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value) if value.strip() else kind()
+            except ValueError as error:
+                raise self.error(
+                    f"{what}: expected {kind_name(kind)} or its JSON text", got=value[:40]
+                ) from error
+        return self.expect(kind, value, what=what)
+
+    def weight(self) -> float:
+        """The record's weight; 1 where it has none."""
+        weight = 1.0
+        for key in ("weight", "loss_weight"):
+            if self.has(key):
+                weight *= self.number(self.value(key), what=self.name(key))
+        return weight
+
+    def number(self, value: Any, *, what: str) -> float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not (math.isfinite(value) and value >= 0):
+            raise self.error(f"{what}: expected a number from 0 up", got=repr(value))
+        return float(value)
+
+    def expect(self, kind: type, value: Any, *, what: str) -> Any:
+        if not isinstance(value, Mapping if kind is dict else kind):
+            raise self.error(f"{what}: expected {kind_name(kind)}", got=kind_name(type(value)))
+        return value
+
+    def not_blank(self, text: str, what: str) -> str:
+        if not text.strip():
+            raise self.error(f"{what} is empty", got=repr(text), fix="fill it in, or remove the record")
+        return text
+
+    def error(self, what: str, *, got: str = "", fix: str = "") -> DataError:
+        return DataError(what, where=self.where, got=got, fix=fix)
+
+
+def kind_name(kind: type) -> str:
+    """A type as JSON calls it."""
+    return {"Mapping": "object", "dict": "object", "NoneType": "null"}.get(kind.__name__, kind.__name__)
+
+
+def listed(names: Iterable[Any]) -> str:
+    """The names of keys or columns, for an error."""
+    return ", ".join(repr(str(name)) for name in names) or "none"
