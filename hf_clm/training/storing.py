@@ -21,7 +21,8 @@ from hf_clm.data.division import ALONE, Shard, open_readings
 from hf_clm.data.joining import Selection, compare_digests, count_proof, select, write_split
 from hf_clm.data.label.datasets import TokenizedRows
 from hf_clm.data.label.render import Renderer
-from hf_clm.data.proof.certificate import PROVED_WHOLE, Certificate, Checker, certify_rows
+from hf_clm.data.proof.certificate import PROVED_WHOLE, Certificate, certify_rows
+from hf_clm.data.proof.checker import Checker
 from hf_clm.data.shards import PART, PartSet, Work, open_part, reach, write_part
 from hf_clm.data.store import HEAD, LEDGER, keep_folder, open_splits, read_index
 from hf_clm.errors import DataError, UserError
