@@ -377,7 +377,7 @@ class ChatRenderer:
             arguments = json.dumps(arguments, ensure_ascii=False)
         if not variant.arguments_as_text and isinstance(arguments, str):
             arguments = json.loads(arguments or "{}")
-        function = {"name": call["function"]["name"], "arguments": self._mark_all(arguments)}
+        function = {"name": call["function"]["name"], "arguments": self._mark_all(arguments, by_model=True)}
         shown: dict[str, Json] = {"type": "function", "function": function}
         return {"id": _to_id(call["id"], variant), **shown} if "id" in call else shown
 
@@ -400,14 +400,15 @@ class ChatRenderer:
     def _mark(self, text: str, *, by_model: bool = False) -> str:
         return self.encoder.mark(text, by_model=by_model) if self.protects else text
 
-    def _mark_all(self, value: Json) -> Json:
+    def _mark_all(self, value: Json, *, by_model: bool) -> Json:
         """Every text of a JSON value marked, the keys of its objects too."""
         if isinstance(value, str):
-            return self._mark(value, by_model=True)
+            return self._mark(value, by_model=by_model)
         if isinstance(value, list):
-            return [self._mark_all(item) for item in value]
+            return [self._mark_all(item, by_model=by_model) for item in value]
         if isinstance(value, dict):
-            return {self._mark(key, by_model=True): self._mark_all(item) for key, item in value.items()}
+            both = ((self._mark(key, by_model=by_model), item) for key, item in value.items())
+            return {key: self._mark_all(item, by_model=by_model) for key, item in both}
         return value
 
     def _apply(self, chat: Chat, messages: Sequence[dict[str, Json]], *, opens: bool) -> str:
@@ -416,35 +417,25 @@ class ChatRenderer:
         if not tokenizer.chat_template:
             fix = "set tokenizer.chat_template to chatml, plain or a .jinja file"
             raise ModelError("has no chat template, and the data are chats", where="tokenizer", fix=fix)
-        tools = cast(Any, [self._mark_tools(tool) for tool in chat.tools] or None)
+        tools: Any = [self._mark_all(tool, by_model=False) for tool in chat.tools] or None
         options: Any = {"tokenize": False, "add_generation_prompt": opens, **chat.template_kwargs}
         try:
-            text = tokenizer.apply_chat_template(list(messages), tools=tools, **options)
+            try:
+                text = tokenizer.apply_chat_template(list(messages), tools=tools, **options)
+            except TypeError as error:
+                if tools is not None or "iterable" not in str(error):
+                    raise
+                # the template loops over tools that are not there
+                text = tokenizer.apply_chat_template(list(messages), tools=[], **options)
         except TemplateSyntaxError as error:
             what = f"is not a valid Jinja template (line {error.lineno}: {error.message})"
             raise ModelError(what, where="tokenizer.chat_template") from error
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            if tools is None and "iterable" in str(error):  # it loops over tools that are not there
-                return self._apply_without_tools(messages, options)
             raise DataError(f"the chat template refuses the messages: {error}") from error
         if repr(MARK_START)[1:-1] in text or repr(MARK_END)[1:-1] in text:
             what = "the chat template writes a text that spells a control token with Python's escapes"
             raise DataError(what, fix="remove the token, or set data.special_tokens_in_text to allow")
         return text
-
-    def _apply_without_tools(self, messages: Sequence[dict[str, Json]], options: Any) -> str:
-        tokenizer: Any = self.encoder.tokenizer
-        try:
-            return tokenizer.apply_chat_template(list(messages), tools=[], **options)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            raise DataError(f"the chat template refuses the messages: {error}") from error
-
-    def _mark_tools(self, value: Json) -> Json:
-        if isinstance(value, str):
-            return self._mark(value)
-        if isinstance(value, list):
-            return [self._mark_tools(item) for item in value]
-        return {k: self._mark_tools(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
