@@ -107,7 +107,7 @@ def ours(arm: Arm, job: Job) -> Any:
 
     if arm.options != GLIBC:
         keep_memory()
-    tokenizer, is_sft = build_tokenizer(), job.case.kind == "sft"
+    tokenizer, is_sft = build_tokenizer(job.case.vocab), job.case.kind == "sft"
     recipe = Recipe.model_validate(
         {
             "stage": job.case.kind,

@@ -97,13 +97,15 @@ def _rows(case: Case, lengths: list[int], draw: np.random.Generator) -> Iterator
         yield {"input_ids": input_ids, "labels": [IGNORE] * prompt + input_ids[prompt:]}
 
 
-def build_tokenizer() -> Any:
-    """Has the control tokens only: the rows are token ids already."""
+def build_tokenizer(vocab: int = FIRST + 1) -> Any:
+    """A word for each id. The rows are token ids already, so no text is ever encoded with it."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(WordLevel({"<pad>": PAD, "<eos>": EOS, "<unk>": FIRST}, unk_token="<unk>"))
+    words = {"<pad>": PAD, "<eos>": EOS, "<unk>": FIRST}
+    words |= {f"w{token}": token for token in range(FIRST + 1, vocab)}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
