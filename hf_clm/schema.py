@@ -95,9 +95,13 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Text without turns: a document that is learned whole, a prompt with its completion, marked segments."""
+    """Text without turns: a document that is learned whole, a prompt with its completion, marked segments.
+
+    ``weight`` is that of the record: it multiplies all that is learned of it.
+    """
 
     segments: list[Segment]
+    weight: float = 1.0
 
     @property
     def texts(self) -> Iterator[str]:
@@ -107,7 +111,8 @@ class Document:
     @property
     def identity(self) -> tuple[str, ...]:
         """What makes two examples the same."""
-        return ("document", *(f"{segment.weight:g} {segment.text}" for segment in self.segments))
+        weight = () if self.weight == 1 else (f"{self.weight:g}",)
+        return ("document", *(f"{segment.weight:g} {segment.text}" for segment in self.segments), *weight)
 
     @property
     def is_text(self) -> bool:
@@ -130,19 +135,22 @@ class Document:
 
     def learned_whole(self) -> Document:
         """The document as pretraining sees it: no part is only read."""
-        return Document([replace(segment, weight=segment.weight or 1.0) for segment in self.segments])
+        segments = [replace(segment, weight=segment.weight or 1.0) for segment in self.segments]
+        return replace(self, segments=segments)
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
     """A conversation, which the tokenizer's chat template renders.
 
-    ``tools`` are JSON schemas of functions; ``template_kwargs`` are variables of the template.
+    ``tools`` are JSON schemas of functions; ``template_kwargs`` are variables of the template. ``weight`` is
+    that of the record: it multiplies all that is learned of it.
     """
 
     messages: list[Message]
     tools: list[dict[str, Json]] = field(default_factory=list)
     template_kwargs: dict[str, Json] = field(default_factory=dict)
+    weight: float = 1.0
 
     @property
     def texts(self) -> Iterator[str]:
@@ -163,8 +171,8 @@ class Chat:
             others = {key: value for key, value in message.items() if key not in ("role", "content")}
             parts += [message["role"], message.get("content", "")]
             parts.append(json.dumps(others, sort_keys=True) if others else "")
-        if self.tools or self.template_kwargs:
-            parts.append(json.dumps([self.tools, self.template_kwargs], sort_keys=True))
+        if self.tools or self.template_kwargs or self.weight != 1:
+            parts.append(json.dumps([self.tools, self.template_kwargs, self.weight], sort_keys=True))
         return tuple(parts)
 
     @property
@@ -228,5 +236,5 @@ def whole_text(example: AnyExample) -> str:
 def example_from_json(content: dict[str, Any]) -> AnyExample:
     """An example from what ``dataclasses.asdict`` made of it."""
     if "segments" in content:
-        return Document([Segment(**segment) for segment in content["segments"]])
+        return Document([Segment(**segment) for segment in content["segments"]], content["weight"])
     return Chat(**content) if "messages" in content else Tokens(**content)

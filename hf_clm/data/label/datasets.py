@@ -21,6 +21,7 @@ from hf_clm.data.label.labels import (
     fit_windows,
     mask_first,
     tokens_to_rows,
+    weigh,
 )
 from hf_clm.data.label.render import LabelOptions, Plan, Policy, Renderer, TrainOn, check_not_rendered
 from hf_clm.data.read.formats import FirstSeen, ReadRecord, check_same_masks, detect_format, to_example
@@ -220,7 +221,12 @@ def tokenize_rows(
                     rows, notes = tokens_to_rows(example, tokenizer), []
                 else:
                     rows, notes = rows_of[number], plans[number].notes
-                written.add(number, *_fit(example, rows, renderer), notes)
+                if example.weight == 0:
+                    tokens = sum(len(row["input_ids"]) for row in rows)
+                    rows, fate = [], Fate("dropped", "no target token", tokens=tokens)
+                else:
+                    rows, fate = _fit(example, rows, renderer)
+                written.add(number, weigh(rows, example.weight), fate, notes)
     return written.to_rows()
 
 

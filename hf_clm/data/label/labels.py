@@ -99,14 +99,22 @@ def tokens_to_rows(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> Rows:
         if label not in (token, IGNORE_INDEX):
             fix = "labels equal input_ids, or are -100: the loss shifts them"
             raise DataError(f"label {label} at position {at} is not the id there", got=str(token), fix=fix)
-    mask = [0] * len(tokens.labels) if tokens.weight == 0 else tokens.mask
-    if mask:
-        both = zip(tokens.labels, mask, strict=True)
+    if tokens.mask:
+        both = zip(tokens.labels, tokens.mask, strict=True)
         whole["labels"] = [label if keep else IGNORE_INDEX for label, keep in both]
-    if tokens.weight not in (0, 1):
-        whole["weights"] = [tokens.weight] * len(tokens.labels)
     bounds = pairwise(accumulate(tokens.lengths, initial=0))
     return [slice_row(whole, start=start, stop=stop) for start, stop in bounds]
+
+
+def weigh(rows: Rows, weight: float) -> Rows:
+    """The rows with the weight of their record on every label. The only place where it counts."""
+    if weight == 1:
+        return rows
+    found: Rows = []
+    for row in rows:
+        own = row.get("weights") or [1.0] * len(row["labels"])
+        found.append({**row, "weights": [weight * one for one in own]})
+    return found
 
 
 def mask_first(row: TokenizedExample) -> TokenizedExample:
@@ -228,7 +236,7 @@ def cut_chat(chat: Chat, fits: Callable[[Chat], bool]) -> tuple[int, Chat] | Non
     starts = [systems] + [n for n in range(systems + 1, len(messages)) if messages[n]["role"] == "user"]
 
     def at(number: int) -> Chat:
-        return Chat(messages[:systems] + messages[starts[number] :], chat.tools, chat.template_kwargs)
+        return replace(chat, messages=messages[:systems] + messages[starts[number] :])
 
     low, high = 0, len(starts)
     while low < high:

@@ -136,8 +136,8 @@ class Renderer:
         return found
 
     def _plan_chat(self, chat: Chat) -> Plan:
-        learns_all = self.options.train_on.turns == "everything"
-        if self.options.stage == "pretrain" or (learns_all and all("weight" not in m for m in chat.messages)):
+        learns_all = self.options.stage == "pretrain" or self.options.train_on.turns == "everything"
+        if learns_all and all("weight" not in message for message in chat.messages):
             return Plan([[Piece(self.chats.whole(chat), 1.0)]])
         turns = self.chats.turns(chat)
         weights = [self._weight(chat.messages[turn.message], turn is turns[-1]) for turn in turns]
@@ -145,11 +145,11 @@ class Renderer:
             return Plan([])
         joined, apart = self._join(turns, weights, learns_all=learns_all), self._part(turns, weights)
         if joined is None and learns_all:
-            fix = "data.train_on: all_turns, or remove the weights of its messages"
+            fix = "remove the weights of its messages, or learn the answers only"
             raise DataError("the chat template rewrites earlier turns: not all of it can be learned", fix=fix)
-        if joined is None or len(turns) == 1:
+        if joined is None:
             return Plan(apart, [APART] if len(turns) > 1 else [])
-        return Plan([joined], apart=apart)
+        return Plan([joined], apart=None if learns_all or len(turns) == 1 else apart)
 
     def _join(self, turns: list[Turn], weights: list[float], *, learns_all: bool) -> list[Piece] | None:
         """All turns in one row; None where a prompt does not begin with the turn before it."""
@@ -217,7 +217,8 @@ class Renderer:
             text = last.text.rstrip() if last and last.is_target and not last.is_own else ""
             if last is None or not text.endswith(self.eos) or text == self.eos:
                 return example, False
-            return Document([*example.segments[:-1], replace(last, text=text.removesuffix(self.eos))]), True
+            segments = [*example.segments[:-1], replace(last, text=text.removesuffix(self.eos))]
+            return replace(example, segments=segments), True
         ends = tuple({self.eos, *self.chats.stops()})
         messages = [_without_suffix(message, ends) for message in example.messages]
         is_cut = any(new is not old for new, old in zip(messages, example.messages, strict=True))

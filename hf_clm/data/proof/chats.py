@@ -37,7 +37,7 @@ class ChatChecker:
         if self.texts.learns_all:
             if not self._is_whole(chat, "".join(texts), row, proves=proves):
                 yield "targets", "the conversation as the template writes it", repr(texts[-1][-60:])
-            yield from self._check_masked(chat, row, texts)
+            yield from self._check_weighted(chat, row, texts)
             return
         chosen = self._chosen(chat, row, texts, fate)
         if len(chosen) != len(row.targets):
@@ -49,7 +49,7 @@ class ChatChecker:
         for message, at in zip(chosen, row.targets, strict=True):
             start, stop, weight = row.stretches[at]
             is_cut = (row.starts_late and start <= 1) or (row.ends_early and stop == len(row.ids))
-            expected = chat.messages[message].get("weight", 1.0)
+            expected = chat.messages[message].get("weight", 1.0) * chat.weight
             if not is_cut and not self._says(chat, message, texts[at]):
                 yield "targets", f"message {message + 1}", repr(texts[at][-60:])
             elif not is_cut and row.ids[stop - 1] not in self.texts.stop_ids:
@@ -59,17 +59,23 @@ class ChatChecker:
             elif proves and not (row.starts_late and start <= 1):
                 yield from self._prove_turn(chat, message, row, at, told=texts[at], after=after)
 
-    def _check_masked(self, chat: Chat, row: Assembled, texts: list[str]) -> Iterator[Failed]:
-        """Where all of a chat is learned but for turns of weight 0: that nothing else is masked."""
-        masked = [
-            number
+    def _check_weighted(self, chat: Chat, row: Assembled, texts: list[str]) -> Iterator[Failed]:
+        """Where all of a chat is learned: only the turns with a weight of their own have another one."""
+        expected = [
+            (number, message.get("weight", 1.0) * chat.weight)
             for number, message in enumerate(chat.messages)
-            if self.texts.options.stage == "sft" and message.get("weight") == 0
+            if number and message.get("weight", 1.0) != 1
         ]
-        found = [text for text, stretch in zip(texts, row.stretches, strict=True) if not stretch[2]]
-        is_right = len(found) == len(masked) or row.starts_late or row.ends_early
-        if not is_right or not all(map(self._says, [chat] * len(masked), masked, found)):
-            yield "targets", f"{len(masked)} masked turns", f"{len(found)}"
+        told = zip(texts, row.stretches, strict=True)
+        found = [(text, weight) for text, (_, _, weight) in told if weight != np.float32(chat.weight)]
+        if row.starts_late or row.ends_early:  # which turns are in a piece is not told here
+            return
+        if len(found) != len(expected):
+            yield "weights", f"{len(expected)} turns with a weight of their own", f"{len(found)}"
+            return
+        for (number, want), (text, weight) in zip(expected, found, strict=True):
+            if np.float32(want) != np.float32(weight) or not self._says(chat, number, text):
+                yield "weights", f"message {number + 1} with weight {want:g}", f"{weight:g} of {text[-60:]!r}"
 
     def _chosen(self, chat: Chat, row: Assembled, texts: list[str], fate: Fate) -> list[int]:
         """The messages that the targets of a row are of."""

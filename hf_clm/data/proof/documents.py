@@ -43,7 +43,7 @@ class DocumentChecker:
         if runs and runs[-1][1]:
             runs[-1] = (self._closed(segments[-1].text, is_own=segments[-1].is_own), runs[-1][1])
         kinds = groupby(runs, key=lambda run: run[1])
-        return [("".join(text for text, _ in group), weight) for weight, group in kinds]
+        return [("".join(text for text, _ in group), weight * document.weight) for weight, group in kinds]
 
     def _closed(self, text: str, *, is_own: bool) -> str:
         """A last target with its end token: once, where the text or a template has written it already."""

@@ -21,7 +21,6 @@ from hf_clm.data.read.messages import (
     checked_chat,
     to_empty_chat,
     to_messages,
-    weighted,
     with_system,
 )
 from hf_clm.data.read.row import Fields, Record, Row, listed
@@ -131,7 +130,7 @@ def to_prompt(
         raise row.error(f"a record of format {format} cannot be used as a prompt", fix=fix)
     if isinstance(example, Document):
         last = max((n for n, s in enumerate(example.segments, start=1) if not s.is_target), default=None)
-        return Document(example.segments[:last])
+        return replace(example, segments=example.segments[:last])
     messages = example.messages
     messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     if all(message["role"] not in ("user", "tool") for message in messages):
@@ -231,12 +230,13 @@ def _read_own(read: ReadRecord, row: Row) -> Example:
         if not any(segment.is_target and segment.text.strip() for segment in example.segments):
             raise row.error("the format's function returned a document with nothing to learn")
         return example
+    row.number(example.weight, what="the format's function: weight")
     plain = replace(row, record={}, fields={})  # the function has used what the record says
     return checked_chat(to_messages(example.messages, plain, OPENAI_ROLES), row, example)
 
 
 def _read_text(row: Row) -> Document:
-    return Document([Segment(row.text("text"), row.weight())])
+    return Document([Segment(row.text("text"), 1.0)], row.weight())
 
 
 def _read_prompt_completion(row: Row) -> Example:
@@ -248,7 +248,9 @@ def _read_prompt_completion(row: Row) -> Example:
 def _read_conversation_parts(row: Row) -> Chat:
     """TRL's prompt and completion as lists of messages: those of the prompt are only read."""
     prompt = to_messages(row.items("prompt"), row, OPENAI_ROLES)
-    read = [weighted(turn, 0.0) if turn["role"] == "assistant" else turn for turn in prompt]
+    read: list[Message] = [
+        {**turn, "weight": 0.0} if turn["role"] == "assistant" else turn for turn in prompt
+    ]
     answers = [] if row.is_prompt else to_messages(row.items("completion"), row, OPENAI_ROLES)
     return checked_chat([*read, *answers], row, to_empty_chat(row))
 
@@ -322,10 +324,10 @@ def _read_segments(row: Row) -> Document:
         learned = row.expect(bool, given.get("train"), what=f"{what}: 'train'")
         weight = given.get("weight")
         counts = 1.0 if weight is None else row.number(weight, what=f"{what}: 'weight'")
-        segments.append(Segment(text, counts * row.weight() if learned else 0.0))
+        segments.append(Segment(text, counts if learned else 0.0))
     learned = "".join(segment.text for segment in segments if segment.is_target)
     row.not_blank(learned, 'the text with "train": true')
-    return Document(segments)
+    return Document(segments, row.weight())
 
 
 FORMATS: dict[Format, RecordFormat] = {
@@ -369,15 +371,13 @@ def _asked(
     row: Row, prompt: str, *, answer: str, system: str = "", history: Sequence[Message] = ()
 ) -> Example:
     """A prompt and its completion: two segments, or turns of a chat."""
-    weight = row.weight()
     if row.render == "plain":
         if row.has("tools") or row.has("chat_template_kwargs"):
             raise row.error("tools and chat_template_kwargs need turns, and the prompt is plain text")
-        target = [] if row.is_prompt else [Segment(answer, weight)]
-        return Document([Segment(prompt, 0.0), *target])
+        target = [] if row.is_prompt else [Segment(answer, 1.0)]
+        return Document([Segment(prompt, 0.0), *target], row.weight())
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    messages += [weighted(turn, weight) for turn in history]
-    messages.append({"role": "user", "content": prompt})
+    messages += [*history, {"role": "user", "content": prompt}]
     if not row.is_prompt:
-        messages.append(weighted({"role": "assistant", "content": answer}, weight))
+        messages.append({"role": "assistant", "content": answer})
     return replace(to_empty_chat(row), messages=messages)

@@ -39,13 +39,13 @@ RESERVED = {
 
 
 def to_empty_chat(row: Row) -> Chat:
-    """A chat without messages yet: the record's tools and template variables."""
+    """A chat without messages yet: the record's tools, template variables and weight."""
     tools = [_to_tool(tool, row, number=n) for n, tool in enumerate(row.parsed("tools", list), start=1)]
     variables = dict(row.parsed("chat_template_kwargs", dict))
     if reserved := RESERVED.intersection(variables):
         what = f"{row.name('chat_template_kwargs')}: {listed(reserved)} is not a variable of a template"
         raise row.error(what, fix="remove it")
-    return Chat([], tools, variables)
+    return Chat([], tools, variables, row.weight())
 
 
 def to_messages(turns: Sequence[Any], row: Row, roles: Mapping[str, Role]) -> list[Message]:
@@ -68,11 +68,6 @@ def checked_chat(messages: list[Message], row: Row, chat: Chat) -> Chat:
     if not row.is_prompt and all(message["role"] != "assistant" for message in messages):
         raise row.error("no turn of role 'assistant'", got=f"{len(messages)} message(s)")
     return replace(chat, messages=messages)
-
-
-def weighted(message: Message, weight: float) -> Message:
-    """The message with its weight multiplied; a weight of 1 is not written."""
-    return message if weight == 1 else {**message, "weight": weight * message.get("weight", 1.0)}
 
 
 def _to_message(turn: Any, row: Row, *, number: int, roles: Mapping[str, Role]) -> Message:
@@ -103,7 +98,7 @@ def _to_message(turn: Any, row: Row, *, number: int, roles: Mapping[str, Role]) 
         message["tool_call_id"] = row.expect(str, given["tool_call_id"], what=f"{what}: tool_call_id")
     _check_content(message, row, what=what)
     weight = _turn_weight(given, row, what=what, role=role)
-    return weighted(message, weight * row.weight()) if role == "assistant" else message
+    return message if role != "assistant" or weight == 1 else {**message, "weight": weight}
 
 
 def _check_content(message: Message, row: Row, *, what: str) -> None:
