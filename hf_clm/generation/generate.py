@@ -1,7 +1,7 @@
 """Generates text: the prompt rendered as in training, stopped at the stop tokens of training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +13,10 @@ from hf_clm.data.label.labels import cut_chat, encode_prompts
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.read.formats import join_turn, to_prompt
 from hf_clm.data.read.templating import to_template_words
-from hf_clm.errors import DataError, RecipeError
+from hf_clm.errors import RecipeError
 from hf_clm.model import NEW_TOKENS, max_positions
 from hf_clm.schema import Chat, Document, Example, Segment, whole_text
 from hf_clm.template import Template
-from hf_clm.text.chat import NO_PLACE
 from hf_clm.tokenizer import find_unknown
 
 
@@ -89,11 +88,7 @@ def to_prompt_ids(
     check_prompts(examples, tokenizer)
     eos = tokenizer.eos_token_id
     assert isinstance(eos, int), "load_tokenizer requires one"
-    prompts = encode_prompts(examples, tokenizer, rendering)
-    for example, ids in zip(examples, prompts, strict=True):
-        if isinstance(example, Chat) and example.tools:
-            _check_tools(example, tokenizer, rendering=rendering, ids=ids)
-    return [ids or [eos] for ids in prompts]
+    return [ids or [eos] for ids in encode_prompts(examples, tokenizer, rendering)]
 
 
 def to_fitting_prompt(
@@ -192,19 +187,6 @@ def stop_ids(model: PreTrainedModel) -> set[int | None]:
     assert model.generation_config is not None
     stop = model.generation_config.eos_token_id
     return set(stop if isinstance(stop, list) else [stop])
-
-
-def _check_tools(
-    chat: Chat, tokenizer: PreTrainedTokenizerFast, *, rendering: LabelOptions, ids: list[int]
-) -> None:
-    """Raises DataError where the prompt is the same without the tools."""
-    try:
-        without = encode_prompts([replace(chat, tools=[])], tokenizer, rendering)[0]
-    except DataError:  # the template needs them
-        return
-    if without == ids:
-        fix = "leave them out, or train with a template that has (tokenizer.chat_template)"
-        raise DataError(f"{NO_PLACE} for tools", fix=fix)
 
 
 @torch.no_grad()

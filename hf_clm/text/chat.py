@@ -241,10 +241,8 @@ class ChatRenderer:
         {"name": ...}</tool_call><|end|>    of a call the token that ends a text, else the last one
         """
         stripped = text.rstrip()
-        ends = self._last_tokens(stripped)
-        said = message.get("content", "").rstrip()
-        if ends and said.endswith(ends[0][0]) and said.endswith(stripped[: ends[0].end()][-len(said) :]):
-            ends = ends[1:]  # the model writes it
+        after = self._after_content(text, message)
+        ends = [end for end in self._last_tokens(stripped) if end.start() >= after]  # others the model writes
         # adjacent tokens end a turn together: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>
         while len(ends) > 1 and ends[0].end() == ends[1].start() and "tool_calls" not in message:
             ends = ends[1:]
@@ -253,11 +251,19 @@ class ChatRenderer:
             ends = usual[:1] or [end for end in ends[-1:] if self.encoder.special.fullmatch(end[0])]
         if ends:
             return stripped[: ends[0].end()], ends[0][0]
-        content = self._mark(message.get("content", ""), by_model=True).strip()
-        after = text.rfind(content) if content else -1
-        if after >= 0 and (first := self.encoder.special.search(text, after + len(content))):
+        if after and (first := self.encoder.special.search(text, after)):
             return text[: first.end()], first[0]
         return stripped + str(self.encoder.tokenizer.eos_token), ""
+
+    def _after_content(self, text: str, message: Message) -> int:
+        """Where the content of a turn ends in its target; 0 where it has none. Not inside a special token."""
+        content = self._mark(message.get("content", ""), by_model=True)
+        shown, said = (
+            self.encoder.special.sub(lambda match: "\0" * len(match[0]), part)
+            for part in (text, CLOSE_MARK.split(content)[-1].strip())
+        )
+        at = shown.rfind(said) if said else -1
+        return at + len(said) if at >= 0 else 0
 
     def _last_tokens(self, text: str) -> list[re.Match[str]]:
         """The control tokens at the end of a text, with nothing but white space between them."""
@@ -308,9 +314,14 @@ class ChatRenderer:
 
         Words of our own stand in for the contents: a text of the record may be found by chance elsewhere.
         """
-        shape = (variant, bool(chat.tools), *((turn["role"], *turn) for turn in shown))
+        has_tools = bool(chat.tools)
+        shape = (variant, has_tools, *chat.template_kwargs, *((turn["role"], *turn) for turn in shown))
         if shape in self._rendered:
             return
+        for name in chat.template_kwargs:
+            if not re.search(rf"\b{re.escape(name)}\b", self._source(has_tools=has_tools)):
+                what = f"the chat template reads no variable {name!r}"
+                raise DataError(what, fix="correct or remove it in chat_template_kwargs")
         words = [f"Word{number}x" for number in range(len(shown))]
         probe = [
             {**turn, "content": [{"type": "text", "text": word}] if variant.parts else word}
@@ -318,15 +329,30 @@ class ChatRenderer:
             else turn
             for turn, word in zip(shown, words, strict=True)
         ]
-        text = self._apply(chat, probe, opens=False)
-        answers = [number for number, turn in enumerate(probe) if turn["role"] == "assistant" and number]
-        if answers:  # some texts are only written while the question is the last turn
-            text += self._apply(chat, probe[: answers[-1]], opens=True)
+        text = self._probed(chat, probe)
+        if has_tools and text == self._without_tools(chat, probe):
+            fix = "leave them out, or name a template that has one in tokenizer.chat_template"
+            raise DataError(f"{NO_PLACE} for tools", fix=fix)
         for number, (turn, word) in enumerate(zip(probe, words, strict=True), start=1):
             if turn.get("content") and word not in text:
                 what = f"the chat template leaves out message {number} (role {turn['role']})"
                 raise DataError(what, fix="remove it, or name another template in tokenizer.chat_template")
         self._rendered.add(shape)
+
+    def _probed(self, chat: Chat, probe: Shown) -> str:
+        """All that the template writes of a chat."""
+        text = self._apply(chat, probe, opens=False)
+        answers = [number for number, turn in enumerate(probe) if turn["role"] == "assistant" and number]
+        if not answers:
+            return text
+        # some texts are only written while the question is the last turn
+        return text + self._apply(chat, probe[: answers[-1]], opens=True)
+
+    def _without_tools(self, chat: Chat, probe: Shown) -> str:
+        try:
+            return self._probed(replace(chat, tools=[]), probe)
+        except DataError:  # the template needs them
+            return ""
 
     def _try_variants(self, chat: Chat, render: Callable[[Shown], Rendered]) -> Rendered:
         """The rendering of the first variant that the template takes; the clearest error if it takes none."""

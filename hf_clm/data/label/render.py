@@ -141,7 +141,7 @@ class Renderer:
             return Plan([[Piece(self.chats.whole(chat), 1.0)]])
         turns = self.chats.turns(chat)
         weights = [self._weight(chat.messages[turn.message], turn is turns[-1]) for turn in turns]
-        if not any(weights):
+        if not any(weights) and not learns_all:
             return Plan([])
         joined, apart = self._join(turns, weights, learns_all=learns_all), self._part(turns, weights)
         if joined is None and learns_all:
@@ -154,7 +154,7 @@ class Renderer:
     def _join(self, turns: list[Turn], weights: list[float], *, learns_all: bool) -> list[Piece] | None:
         """All turns in one row; None where a prompt does not begin with the turn before it."""
         pieces: list[Piece] = []
-        last = max(number for number, weight in enumerate(weights) if weight)
+        last = max(number for number, weight in enumerate(weights) if weight or learns_all)
         for number, (turn, weight) in enumerate(zip(turns[: last + 1], weights, strict=False)):
             context = ""
             text = turn.prompt

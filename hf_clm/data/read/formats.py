@@ -23,7 +23,7 @@ from hf_clm.data.read.messages import (
     to_messages,
     with_system,
 )
-from hf_clm.data.read.row import Fields, Record, Row, listed
+from hf_clm.data.read.row import Fields, Record, Row, kind_name, listed
 from hf_clm.data.read.tokenized import MASKS, read_tokenized
 from hf_clm.errors import DataError, RecipeError, did_you_mean
 from hf_clm.schema import AnyExample, Chat, Document, Example, Format, Message, Render, Segment, Tokens
@@ -42,9 +42,14 @@ ALPACA_HEAD, ALPACA_INPUT, ALPACA_TAIL = "### Instruction:\n", "\n\n### Input:\n
 
 # Columns that would change what is learned: an error where the format does not read them.
 DECISIVE = {
-    *("tools", "chat_template_kwargs", "messages", "system", "history"),
+    *("tools", "functions", "documents", "chat_template_kwargs", "enable_thinking"),
+    *("messages", "system", "system_prompt", "history"),
     *(*WEIGHTS, *SWITCHES, *REASONING, *MASKS),
 }
+# What tokenizers write for each token beside its id, and no trainer learns from.
+BESIDE_IDS = {"token_type_ids", "special_tokens_mask", "offset_mapping"}
+WEIGHT_KEYS = ("weight", "loss_weight")
+CHAT_KEYS = ("tools", "functions", "chat_template_kwargs", *WEIGHT_KEYS)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def to_example(
         if row.column(key) not in record:
             row.value(key)  # raises: a column that is named must be there
     unknown = unknown_keys(record, known, fields=fields)
-    decisive = [key for key in unknown if key in DECISIVE and record[key] not in (None, [], {}, "")]
+    decisive = [key for key in unknown if _decides(key, record, format)]
     if decisive or (strict and unknown):
         hint = did_you_mean(unknown[0], known.keys) if not decisive else ""
         what = f"format {format} does not read {listed(decisive or unknown)}"
@@ -136,6 +141,16 @@ def to_prompt(
     if all(message["role"] not in ("user", "tool") for message in messages):
         raise row.error("no turn of role 'user'", got=f"{len(messages)} message(s)")
     return replace(example, messages=messages)
+
+
+def _decides(key: str, record: Record, format: object) -> bool:
+    """Whether a column that is not read would change what is learned; beside ids any list of that length."""
+    value, ids = record[key], record.get("input_ids")
+    if value in (None, [], {}, ""):
+        return False
+    if format == "tokenized" and isinstance(value, list) and isinstance(ids, list):
+        return len(value) == len(ids) and key not in BESIDE_IDS
+    return key in DECISIVE
 
 
 def find_format(format: Format | str | ReadRecord, fields: Fields = None) -> RecordFormat | ReadRecord:
@@ -251,7 +266,11 @@ def _read_conversation_parts(row: Row) -> Chat:
     read: list[Message] = [
         {**turn, "weight": 0.0} if turn["role"] == "assistant" else turn for turn in prompt
     ]
-    answers = [] if row.is_prompt else to_messages(row.items("completion"), row, OPENAI_ROLES)
+    completion = [] if row.is_prompt else row.value("completion")
+    if not isinstance(completion, list):
+        fix = "write it as a list of messages, as the prompt is"
+        raise row.error(f"{row.name('completion')}: expected list", got=kind_name(type(completion)), fix=fix)
+    answers = to_messages(completion, row, OPENAI_ROLES)
     return checked_chat([*read, *answers], row, to_empty_chat(row))
 
 
@@ -298,12 +317,17 @@ def _read_messages(row: Row) -> Chat:
 def _read_sharegpt(row: Row) -> Chat:
     turns = []
     for number, turn in enumerate(row.items("conversations"), start=1):
-        row.expect(dict, turn, what=f"message {number}")
-        turn = {{"from": "role", "value": "content"}.get(key, key): value for key, value in turn.items()}
+        what = f"message {number}"
+        turn = {key: value for key, value in row.expect(dict, turn, what=what).items() if value is not None}
+        for key, other in (("from", "role"), ("value", "content")):
+            if key in turn and other in turn:
+                raise row.error(f"{what} has {key!r} and {other!r}", fix="remove one of them")
+            if key in turn:
+                turn[other] = turn.pop(key)
         if turn.get("role") == "function_call":
-            calls = row.from_json(
-                turn.pop("content", None) or "[]", object, what=f"message {number}: the call"
-            )
+            if "tool_calls" in turn:
+                raise row.error(f"{what} is a function_call and has tool_calls", fix="remove one of them")
+            calls = row.from_json(turn.pop("content", None) or "[]", object, what=f"{what}: the call")
             turn["tool_calls"] = calls if isinstance(calls, list) else [calls]
         turns.append(turn)
     messages = to_messages(turns, row, SHAREGPT_ROLES)
@@ -331,32 +355,18 @@ def _read_segments(row: Row) -> Document:
 
 
 FORMATS: dict[Format, RecordFormat] = {
-    "text": RecordFormat(_read_text, ("text",), ("weight", "loss_weight")),
+    "text": RecordFormat(_read_text, ("text",), WEIGHT_KEYS),
     "prompt_completion": RecordFormat(
-        _read_prompt_completion,
-        ("prompt", "completion"),
-        ("tools", "chat_template_kwargs", "weight", "loss_weight"),
-        is_asked=True,
+        _read_prompt_completion, ("prompt", "completion"), CHAT_KEYS, is_asked=True
     ),
-    "instruct": RecordFormat(
-        _read_instruct, ("instruct", "label"), ("input", "weight", "loss_weight"), is_asked=True
-    ),
+    "instruct": RecordFormat(_read_instruct, ("instruct", "label"), ("input", *WEIGHT_KEYS), is_asked=True),
     "alpaca": RecordFormat(
-        _read_alpaca,
-        ("instruction", "output"),
-        ("input", "system", "history", "weight", "loss_weight"),
-        is_asked=True,
+        _read_alpaca, ("instruction", "output"), ("input", "system", "history", *WEIGHT_KEYS), is_asked=True
     ),
-    "messages": RecordFormat(
-        _read_messages, ("messages",), ("system", "tools", "chat_template_kwargs", "weight", "loss_weight")
-    ),
-    "sharegpt": RecordFormat(
-        _read_sharegpt,
-        ("conversations",),
-        ("system", "tools", "chat_template_kwargs", "weight", "loss_weight"),
-    ),
-    "segments": RecordFormat(_read_segments, ("segments",), ("weight", "loss_weight")),
-    "tokenized": RecordFormat(read_tokenized, ("input_ids",), (*MASKS, "weight", "loss_weight")),
+    "messages": RecordFormat(_read_messages, ("messages",), ("system", *CHAT_KEYS)),
+    "sharegpt": RecordFormat(_read_sharegpt, ("conversations",), ("system", *CHAT_KEYS)),
+    "segments": RecordFormat(_read_segments, ("segments",), WEIGHT_KEYS),
+    "tokenized": RecordFormat(read_tokenized, ("input_ids",), (*MASKS, *WEIGHT_KEYS)),
 }
 
 
@@ -372,8 +382,8 @@ def _asked(
 ) -> Example:
     """A prompt and its completion: two segments, or turns of a chat."""
     if row.render == "plain":
-        if row.has("tools") or row.has("chat_template_kwargs"):
-            raise row.error("tools and chat_template_kwargs need turns, and the prompt is plain text")
+        if given := [key for key in ("tools", "functions", "chat_template_kwargs") if row.has(key)]:
+            raise row.error(f"{row.name(given[0])} needs turns, and the prompt is plain text")
         target = [] if row.is_prompt else [Segment(answer, 1.0)]
         return Document([Segment(prompt, 0.0), *target], row.weight())
     messages: list[Message] = [{"role": "system", "content": system}] if system else []

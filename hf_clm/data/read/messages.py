@@ -28,6 +28,8 @@ SHAREGPT_ROLES: dict[str, Role] = {
 SWITCHES = ("train", "training", "loss", "masked")
 WEIGHTS = ("weight", "loss_weight", "loss")
 REASONING = ("reasoning", "reasoning_content", "thinking")
+CALL_KEYS, FUNCTION_KEYS = ("type", "id", "index", "function"), ("name", "arguments", "parameters")
+PART_KEYS = ("type", "text", "cache_control", "annotations")  # the last two say nothing of what is learned
 MESSAGE_KEYS = ("role", "content", "tool_calls", "function_call", "tool_call_id", "name", *REASONING)
 
 # Arguments of ``apply_chat_template`` that no variable of a template may be called.
@@ -40,7 +42,8 @@ RESERVED = {
 
 def to_empty_chat(row: Row) -> Chat:
     """A chat without messages yet: the record's tools, template variables and weight."""
-    tools = [_to_tool(tool, row, number=n) for n, tool in enumerate(row.parsed("tools", list), start=1)]
+    given = [*row.parsed("tools", list), *row.parsed("functions", list)]
+    tools = [_to_tool(tool, row, number=n) for n, tool in enumerate(given, start=1)]
     variables = dict(row.parsed("chat_template_kwargs", dict))
     if reserved := RESERVED.intersection(variables):
         what = f"{row.name('chat_template_kwargs')}: {listed(reserved)} is not a variable of a template"
@@ -78,10 +81,7 @@ def _to_message(turn: Any, row: Row, *, number: int, roles: Mapping[str, Role]) 
     """
     what = f"message {number}"
     given = {key: value for key, value in row.expect(dict, turn, what=what).items() if value is not None}
-    known = (*MESSAGE_KEYS, *SWITCHES, *WEIGHTS)
-    if unknown := [key for key in given if key not in known]:
-        hint = did_you_mean(unknown[0], known)
-        raise row.error(f"{what}: unknown key {unknown[0]!r}{hint}", fix=f"it may have {', '.join(known)}")
+    row.check_keys(given, (*MESSAGE_KEYS, *SWITCHES, *WEIGHTS), what=what)
     if "role" not in given:
         raise row.error(f"{what} has no role", got=f"keys {listed(given)}")
     role = _role(given["role"], row, what=what, roles=roles)
@@ -146,23 +146,36 @@ def _tool_calls(given: Record, row: Row, *, what: str, role: Role) -> list[ToolC
     """The calls of a turn in OpenAI's form; ``function_call`` is its older spelling of a single one."""
     calls = given.get("tool_calls") or []
     calls = row.from_json(calls, list, what=f"{what}: tool_calls")
-    if given.get("function_call"):
-        calls = [*calls, row.from_json(given["function_call"], dict, what=f"{what}: function_call")]
-    if calls and role != "assistant":
+    older = row.from_json(given.get("function_call") or {}, dict, what=f"{what}: function_call")
+    if (calls or older) and role != "assistant":
         raise row.error(f"{what}: tool_calls on a turn of role {role!r}", fix="only an assistant calls tools")
+    if calls and older:
+        raise row.error(
+            f"{what} has tool_calls and function_call", fix="remove function_call, the older name"
+        )
+    calls = [older] if older else calls
     return [_tool_call(call, row, what=f"{what}: tool call {n}") for n, call in enumerate(calls, start=1)]
 
 
 def _tool_call(call: Any, row: Row, *, what: str) -> ToolCall:
-    given = row.expect(dict, call, what=what)
-    function = row.expect(dict, given.get("function") or given, what=f"{what}: function")
+    given = _without_nulls(row.expect(dict, call, what=what))
+    function = row.expect(dict, given.get("function", given), what=f"{what}: function")
+    outer = CALL_KEYS if "function" in given else (*CALL_KEYS, *FUNCTION_KEYS)
+    row.check_keys(given, outer, what=what)
+    row.check_keys(function, FUNCTION_KEYS if "function" in given else outer, what=what)
     name = row.expect(str, function.get("name"), what=f"{what}: name")
-    arguments = function.get("arguments", function.get("parameters"))
-    arguments = {} if arguments is None else arguments
+    if "arguments" in function and "parameters" in function:
+        raise row.error(f"{what} has arguments and parameters", fix="remove one of them")
+    arguments = function.get("arguments", function.get("parameters", {}))
     if isinstance(row.from_json(arguments, dict, what=f"{what}: arguments"), Mapping):
         arguments = arguments if isinstance(arguments, str) else dict(arguments)
     found: ToolCall = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return {**found, "id": given["id"]} if isinstance(given.get("id"), str) else found
+    return {**found, "id": row.expect(str, given["id"], what=f"{what}: id")} if "id" in given else found
+
+
+def _is_parts(content: Any) -> bool:
+    """Whether a content is OpenAI's list of parts, and not a tool's result."""
+    return isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content)
 
 
 def _role(name: Any, row: Row, *, what: str, roles: Mapping[str, Role]) -> Role:
@@ -175,7 +188,7 @@ def _role(name: Any, row: Row, *, what: str, roles: Mapping[str, Role]) -> Role:
 
 def _content(content: Any, row: Row, *, what: str, role: Role) -> str:
     """The text of a turn, given as such, as OpenAI's list of text parts, or (of a tool) as JSON."""
-    if isinstance(content, Mapping) and role == "tool":
+    if role == "tool" and not isinstance(content, str) and not _is_parts(content):
         return json.dumps(content, ensure_ascii=False)
     if not isinstance(content, list):
         return row.expect(str, content, what=f"{what}: content")
@@ -183,6 +196,7 @@ def _content(content: Any, row: Row, *, what: str, role: Role) -> str:
         kind = row.expect(dict, part, what=f"{what}: content part").get("type")
         if kind != "text":
             raise row.error(f"{what}: content of type {kind!r} is not supported", fix="only text is")
+        row.check_keys(_without_nulls(part), PART_KEYS, what=f"{what}: content part")
     return "".join(
         row.expect(str, part.get("text"), what=f"{what}: text of a content part") for part in content
     )

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +105,13 @@ class Row:
         if not isinstance(value, Mapping if kind is dict else kind):
             raise self.error(f"{what}: expected {kind_name(kind)}", got=kind_name(type(value)))
         return value
+
+    def check_keys(self, given: Mapping[str, Any], known: Sequence[str], *, what: str) -> None:
+        """Raises for a key that is not known: what it means could change what is learned."""
+        if unknown := [key for key in given if key not in known]:
+            hint = did_you_mean(unknown[0], known)
+            fix = f"it may have {', '.join(known)}"
+            raise self.error(f"{what}: unknown key {unknown[0]!r}{hint}", fix=fix)
 
     def not_blank(self, text: str, what: str) -> str:
         if not text.strip():

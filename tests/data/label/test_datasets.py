@@ -1,6 +1,7 @@
 """Datasets over a few rows: what is kept of each, in literals; a byte is its own id."""
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -384,8 +385,32 @@ def test_garbage_is_collected_as_before_after_an_error():
     assert gc.get_threshold() == before
 
 
-def test_pretraining_learns_a_turn_that_sft_only_reads():
+def test_pretraining_reads_a_turn_of_weight_0_and_learns_the_rest():
     read = Chat([CHAT.messages[0], {**CHAT.messages[1], "weight": 0.0}])
 
     assert SFTDataset([read], TOKENIZER).rows.fates == [Fate("dropped", "no target token")]
-    assert PretrainDataset([read], TOKENIZER)[0]["labels"][-3:] == [*b"Yo", IM_END]
+    found = PretrainDataset([read], TOKENIZER)[0]
+    assert (found["input_ids"][-3:], found["labels"][-3:]) == ([*b"Yo", IM_END], [X, X, X])
+    assert found["labels"][1:-3] == found["input_ids"][1:-3]
+
+
+@pytest.mark.parametrize(
+    "options", [{"stage": "pretrain"}, {"train_on": TrainOn("all")}, {"train_on": TrainOn("everything")}]
+)
+@pytest.mark.parametrize(
+    "example",
+    [
+        document("abc"),
+        prompted("Say.", "A"),
+        CHAT,
+        Chat([CHAT.messages[0], {**CHAT.messages[1], "weight": 0.5}]),
+        Tokens([5, 6], [5, 6], [2]),
+    ],
+)
+def test_the_weight_of_a_record_is_that_of_every_label_of_it(example, options):
+    weighted = [replace(example, weight=weight) for weight in (1.0, 0.5, 0.0)]
+    rows = tokenize_rows(weighted, TOKENIZER, LabelOptions(**options))
+
+    assert rows[1]["labels"] == rows[0]["labels"]
+    assert rows[1]["weights"] == [weight / 2 for weight in rows[0]["weights"]]
+    assert [fate.kind for fate in rows.fates] == ["used", "used", "dropped"]

@@ -170,8 +170,6 @@ def test_a_label_has_the_weight_of_its_turn():
 
     learned = zip(found["weights"], found["labels"], strict=True)
     assert [weight for weight, label in learned if label != X] == [0.25] * 3 + [1.0] * 3
-    (apart,) = tokens_to_rows(Tokens([5, 6], [X, 6], [2], 0.5), TOKENIZER)
-    assert apart == row([5, 6], [X, 6], weights=[0.5, 0.5])
 
 
 # --- tokenizers
@@ -336,7 +334,6 @@ def test_a_packed_row_of_the_users_own_is_parted_into_its_documents():
     tokens = Tokens([5, 6, 7, 8], [5, 6, 7, 8], [1, 3])
 
     assert tokens_to_rows(tokens, TOKENIZER) == [row([5], [X]), row([6, 7, 8], [X, 7, 8])]
-    assert tokens_to_rows(Tokens([5, 6], [5, 6], [2], 0.0), TOKENIZER) == [row([5, 6], [X, X])]
 
 
 @pytest.mark.parametrize(

@@ -344,7 +344,7 @@ def test_a_sharegpt_chat_may_call_functions_and_observe_what_they_say(value):
         ("prompt_completion", {"prompt": "", "completion": "b"}, "key 'prompt' is empty; got ''"),
         ("prompt_completion", {"prompt": "a", "completion": "\t "}, "key 'completion' is empty; got '\\t '"),
         ("prompt_completion", {"prompt": "a", "completion": "b", "tools": [WEATHER]},
-         "tools and chat_template_kwargs need turns, and the prompt is plain text"),
+         "key 'tools' needs turns, and the prompt is plain text"),
         ("instruct", {"instruct": "a", "label": None}, "key 'label' is null"),
         ("instruct", {"instruct": "a", "label": "b", "input": 5}, "key 'input': expected str; got int"),
         ("alpaca", {"instruction": "a", "output": " "}, "key 'output' is empty; got ' '"),
@@ -460,10 +460,13 @@ def test_an_empty_prompt_is_allowed_by_a_flag_only():
 
 
 def weights(example: AnyExample) -> list[float]:
-    """Of each segment, assistant turn, or row."""
+    """What counts of each segment, assistant turn, or row."""
+    own = [1.0]
     if isinstance(example, Chat):
-        return [turn.get("weight", 1.0) for turn in example.messages if turn["role"] == "assistant"]
-    return [part.weight for part in (example.segments if isinstance(example, Document) else [example])]
+        own = [turn.get("weight", 1.0) for turn in example.messages if turn["role"] == "assistant"]
+    if isinstance(example, Document):
+        own = [segment.weight for segment in example.segments]
+    return [weight * example.weight for weight in own]
 
 
 @pytest.mark.parametrize("key", ["weight", "loss_weight"])
