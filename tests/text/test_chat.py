@@ -239,6 +239,21 @@ def test_any_order_of_turns_that_the_template_takes_is_taken(messages):
         )
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Yo<call>",
+        "<call> </call>",
+        "see <call> <call> <call>",
+        "<think>\n\n</think>\n\n<call>",
+        "|",
+        "im_end",
+    ],
+)
+def test_tokens_that_the_model_writes_last_do_not_end_the_turn(answer):
+    assert turns(CHATML, HI, {**YO, "content": answer}) == [(ASKED_HI, f"{answer}<|im_end|>")]
+
+
 def test_variables_of_the_template_reach_it():
     closed = "<think>\n\n</think>\n\n"
 
@@ -345,6 +360,14 @@ def test_what_a_template_cannot_show_is_refused_in_one_line(template, messages, 
 
     assert text.startswith(message)
     assert "\n" not in text
+
+
+def test_tools_and_variables_that_a_template_does_not_read_are_refused():
+    for render in (ChatRenderer.turns, ChatRenderer.prompt):
+        with pytest.raises(DataError, match="the chat template has no place for tools; fix: leave them out"):
+            render(renderer_of(CHATML), Chat([HI, YO, AND], TOOLS))
+        with pytest.raises(DataError, match="the chat template reads no variable 'enable_thinkng'"):
+            render(renderer_of(QWEN3), Chat([HI, YO, AND], template_kwargs={"enable_thinkng": False}))
 
 
 def test_of_several_named_templates_the_one_for_tools_is_used_with_tools():

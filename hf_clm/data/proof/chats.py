@@ -37,7 +37,7 @@ class ChatChecker:
         if self.texts.learns_all:
             if not self._is_whole(chat, "".join(texts), row, proves=proves):
                 yield "targets", "the conversation as the template writes it", repr(texts[-1][-60:])
-            yield from self._check_weighted(chat, row, texts)
+            yield from self._check_weighted(chat, row, texts, proves=proves)
             return
         chosen = self._chosen(chat, row, texts, fate)
         if len(chosen) != len(row.targets):
@@ -59,23 +59,28 @@ class ChatChecker:
             elif proves and not (row.starts_late and start <= 1):
                 yield from self._prove_turn(chat, message, row, at, told=texts[at], after=after)
 
-    def _check_weighted(self, chat: Chat, row: Assembled, texts: list[str]) -> Iterator[Failed]:
+    def _check_weighted(
+        self, chat: Chat, row: Assembled, texts: list[str], *, proves: bool
+    ) -> Iterator[Failed]:
         """Where all of a chat is learned: only the turns with a weight of their own have another one."""
+        if row.starts_late or row.ends_early:  # which turns are in a piece is not told here
+            return
         expected = [
             (number, message.get("weight", 1.0) * chat.weight)
             for number, message in enumerate(chat.messages)
             if number and message.get("weight", 1.0) != 1
         ]
-        told = zip(texts, row.stretches, strict=True)
-        found = [(text, weight) for text, (_, _, weight) in told if weight != np.float32(chat.weight)]
-        if row.starts_late or row.ends_early:  # which turns are in a piece is not told here
+        others = [at for at, stretch in enumerate(row.stretches) if stretch[2] != np.float32(chat.weight)]
+        if len(others) != len(expected):
+            yield "weights", f"{len(expected)} turns with a weight of their own", f"{len(others)}"
             return
-        if len(found) != len(expected):
-            yield "weights", f"{len(expected)} turns with a weight of their own", f"{len(found)}"
-            return
-        for (number, want), (text, weight) in zip(expected, found, strict=True):
-            if np.float32(want) != np.float32(weight) or not self._says(chat, number, text):
-                yield "weights", f"message {number + 1} with weight {want:g}", f"{weight:g} of {text[-60:]!r}"
+        for (number, weight), at in zip(expected, others, strict=True):
+            if np.float32(weight) != np.float32(row.stretches[at][2]):
+                yield "weights", f"message {number + 1} with weight {weight:g}", f"{row.stretches[at][2]:g}"
+            elif not self._says(chat, number, texts[at]):
+                yield "targets", f"message {number + 1}", repr(texts[at][-60:])
+            elif proves:
+                yield from self._prove_turn(chat, number, row, at, told=texts[at], after=-1)
 
     def _chosen(self, chat: Chat, row: Assembled, texts: list[str], fate: Fate) -> list[int]:
         """The messages that the targets of a row are of."""

@@ -175,7 +175,8 @@ def _tool_call(call: Any, row: Row, *, what: str) -> ToolCall:
 
 def _is_parts(content: Any) -> bool:
     """Whether a content is OpenAI's list of parts, and not a tool's result."""
-    return isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content)
+    is_list = isinstance(content, list) and bool(content)
+    return is_list and all(isinstance(part, Mapping) and "type" in part for part in content)
 
 
 def _role(name: Any, row: Row, *, what: str, roles: Mapping[str, Role]) -> Role:

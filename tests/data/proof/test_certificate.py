@@ -98,6 +98,21 @@ def test_chats_are_certified_for_every_choice_of_turns(train_on):
     assert prove(EXAMPLES[4:6], chat_tokenizer(), train_on=TRAIN_ON[train_on]).failed == {}
 
 
+@pytest.mark.parametrize("options", [{"stage": "pretrain"}, {"train_on": TRAIN_ON["everything"]}])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+@pytest.mark.parametrize("turns", [[0.5], [0.0], [2.0], [1.0, 0.25], [0.0, 1.0]])
+def test_where_all_is_learned_weights_of_turns_and_records_are_certified(turns, weight, options):
+    messages = [m for w in turns for m in (CHAT[0], {**CHAT[1], "weight": w} if w != 1 else CHAT[1])]
+
+    def forgets(row):
+        return {**row, "weights": [1.0] * len(row["labels"])}
+
+    assert prove([Chat(messages, weight=weight)], chat_tokenizer(), **options).failed == {}
+    if weight != 1 or not {0.0, 1.0}.issuperset(turns):
+        failed = prove([Chat(messages, weight=weight)], chat_tokenizer(), breaks=forgets, **options).failed
+        assert set(failed) <= {"weights", "prompt"} and failed
+
+
 @pytest.mark.parametrize("overflow", ["keep_target", "truncate", "split", "drop"])
 def test_rows_that_were_cut_are_certified(overflow):
     certificate = prove(EXAMPLES[:4], chat_tokenizer(), overflow=overflow, max_length=15)

@@ -456,6 +456,94 @@ def test_an_empty_prompt_is_allowed_by_a_flag_only():
     assert to_example(record, format="messages", allow_empty_prompt=True) == Chat([silent, ASSISTANT])
 
 
+# --- nothing beside what is known
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"name": "weather", "input": {"city": "Berlin"}}, "unknown key 'input'; fix: it may have type"),
+        (
+            {"function": {"name": "weather", "argument": {}}},
+            "unknown key 'argument'; did you mean 'arguments'?",
+        ),
+        ({"function": {"name": "weather"}, "arguments": {}}, "unknown key 'arguments'"),
+        ({"name": "weather", "arguments": {}, "parameters": {}}, "has arguments and parameters"),
+        ({"name": "weather", "arguments": {}, "id": 5}, "id: expected str; got int"),
+    ],
+)
+def test_no_key_of_a_call_is_ignored(call, message):
+    got = refusal({"messages": [USER, called(call)]}, "messages")
+
+    assert got.startswith("f.jsonl:7: message 2: tool call 1") and message in got
+
+
+def test_a_call_is_given_once():
+    older = called(BERLIN, function_call=BERLIN["function"])
+
+    assert refusal({"messages": [USER, older]}, "messages").startswith(
+        "f.jsonl:7: message 2 has tool_calls and function_call; fix: remove function_call"
+    )
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        ({"from": "gpt", "value": "good", "content": "bad"}, "message 2 has 'value' and 'content'"),
+        ({"from": "gpt", "role": "human", "value": "a"}, "message 2 has 'from' and 'role'"),
+        ({"from": "function_call", "value": "[]", "tool_calls": [BERLIN]},
+         "message 2 is a function_call and has tool_calls"),
+    ],
+)  # fmt: skip
+def test_a_sharegpt_turn_says_a_thing_once(turn, message):
+    got = refusal({"conversations": [ASKS, turn]}, "sharegpt")
+
+    assert got == f"f.jsonl:7: {message}; fix: remove one of them"
+
+
+def test_a_part_of_a_content_has_no_key_that_is_not_known():
+    part = {"type": "text", "text": "4"}
+    unsaid = {**part, "cache_control": {"type": "ephemeral"}, "annotations": [], "train": None}
+
+    assert last_of(said(content=[unsaid]))["content"] == "4"
+    assert refusal({"messages": [USER, said(content=[{**part, "train": False}])]}, "messages").startswith(
+        "f.jsonl:7: message 2: content part: unknown key 'train'"
+    )
+
+
+@pytest.mark.parametrize("content", [[{"t": 21}], [21, 22], 21, {"t": 21}, []])
+def test_what_a_tool_returns_is_given_as_json(content):
+    result = chat_of(USER, called(BERLIN), {"role": "tool", "content": content}, ASSISTANT).messages[2]
+
+    assert result["content"] == json.dumps(content)
+
+
+def test_functions_are_the_older_name_of_tools():
+    assert chat_of(USER, ASSISTANT, functions=[WEATHER]).tools == [WEATHER_TOOL]
+
+
+@pytest.mark.parametrize("key", ["loss_mask", "assistant_mask", "weights"])
+def test_a_column_with_a_value_for_each_token_is_used_or_refused(key):
+    assert refusal({"input_ids": [5, 6], key: [0, 1]}, "tokenized").startswith(
+        f"f.jsonl:7: format tokenized does not read '{key}'"
+    )
+    assert to_example({"input_ids": [5, 6], "token_type_ids": [0, 0], key: None}, format="tokenized")
+
+
+@pytest.mark.parametrize("key", ["documents", "system_prompt", "enable_thinking"])
+def test_a_column_that_would_change_the_prompt_is_refused(key):
+    record = {"messages": [USER, ASSISTANT], key: "a"}
+
+    assert refusal(record, "messages").startswith(f"f.jsonl:7: format messages does not read '{key}'")
+
+
+def test_a_completion_of_a_list_of_messages_is_one_too():
+    assert refusal({"prompt": [USER], "completion": "4"}, "prompt_completion") == (
+        "f.jsonl:7: key 'completion': expected list; got str; "
+        "fix: write it as a list of messages, as the prompt is"
+    )
+
+
 # --- weights of records and segments
 
 
