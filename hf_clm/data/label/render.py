@@ -28,6 +28,7 @@ Policy = Literal["encode_as_text", "error", "allow"]
 APART = "a row for each turn"
 SHOWN = 60  # characters of a text in an error
 END_WRITTEN = "an end token written by hand"
+UNANSWERED = "nothing is learned after the last answer"
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,10 @@ class Renderer:
         if joined is None and learns_all:
             fix = "remove the weights of its messages, or learn the answers only"
             raise DataError("the chat template rewrites earlier turns: not all of it can be learned", fix=fix)
+        notes = [] if learns_all or chat.messages[-1]["role"] == "assistant" else [UNANSWERED]
         if joined is None:
-            return Plan(apart, [APART] if len(turns) > 1 else [])
-        return Plan([joined], apart=None if learns_all or len(turns) == 1 else apart)
+            return Plan(apart, [*notes, *([APART] if len(turns) > 1 else [])])
+        return Plan([joined], notes, apart=None if learns_all or len(turns) == 1 else apart)
 
     def _join(self, turns: list[Turn], weights: list[float], *, learns_all: bool) -> list[Piece] | None:
         """All turns in one row; None where a prompt does not begin with the turn before it."""

@@ -385,6 +385,15 @@ def test_garbage_is_collected_as_before_after_an_error():
     assert gc.get_threshold() == before
 
 
+def test_a_chat_that_ends_in_a_question_says_that_it_is_not_learned():
+    asks = Chat([*CHAT.messages, CHAT.messages[0]])
+
+    found = SFTDataset([asks], TOKENIZER)
+    assert found.rows.fates == [Fate("used", "nothing is learned after the last answer")]
+    assert found[0] == SFTDataset([CHAT], TOKENIZER)[0]
+    assert PretrainDataset([asks], TOKENIZER).rows.fates == [Fate("used")]
+
+
 def test_pretraining_reads_a_turn_of_weight_0_and_learns_the_rest():
     read = Chat([CHAT.messages[0], {**CHAT.messages[1], "weight": 0.0}])
 
