@@ -14,7 +14,7 @@ from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.proof.chats import ChatChecker
 from hf_clm.data.proof.documents import DocumentChecker
 from hf_clm.data.proof.texts import CHECKS, Assembled, Texts
-from hf_clm.schema import AnyExample, Chat, Document, Tokens
+from hf_clm.schema import IGNORE_INDEX, AnyExample, Chat, Document, Tokens
 from hf_clm.tokenizer import bos_token
 
 PROVED_OF_SHAPE = 20  # rows of each shape in a block that are proved
@@ -43,6 +43,7 @@ class Checker:
     ) -> Iterator[Finding]:
         """All findings; the numbers of the rows that were compared id for id are added to ``proved``."""
         yield from self._check_ids(rows)
+        yield from self._check_tokenized(rows, examples)
         assembled = list(self._assemble(rows, examples))
         seen: Counter[object] = Counter()
         for row, texts in zip(assembled, self._decode(assembled), strict=True):
@@ -82,6 +83,30 @@ class Checker:
             bos, seconds = self.texts.tokenizer.bos_token_id, np.minimum(firsts + 1, ids.size - 1)
             double = (ids[firsts] == bos) & (ids[seconds] == bos)
             yield from ((int(number), "start", "one start token", "two") for number in np.flatnonzero(double))
+
+    def _check_tokenized(self, rows: TokenizedRows, examples: Sequence[AnyExample]) -> Iterator[Finding]:
+        """What a user tokenized, against the record. Of cut rows only ``_check_ids`` is done."""
+        for source, group in groupby(range(len(rows)), key=lambda number: int(rows.sources[number])):
+            tokens = examples[source]
+            if (
+                not isinstance(tokens, Tokens)
+                or rows.fates[source].kind != "used"
+                or self.texts.options.window
+            ):
+                continue
+            labels = np.array(tokens.labels)
+            labels[np.array(tokens.mask or [1] * len(labels)) == 0] = IGNORE_INDEX
+            starts = np.cumsum([0, *tokens.lengths])
+            labels[starts[:-1]] = IGNORE_INDEX  # nothing precedes the first token of a document
+            for number, (start, stop) in zip(group, pairwise(starts.tolist()), strict=False):
+                row = rows[number]
+                expected = (tokens.input_ids[start:stop], labels[start:stop].tolist())
+                found = row.get("weights") or [1.0] * (stop - start)
+                learned = {weight for weight, label in zip(found, row["labels"], strict=True) if label >= 0}
+                if (row["input_ids"], row["labels"]) != expected:
+                    yield number, "tokens", "the ids and labels of the record", "others"
+                elif any(np.float32(weight) != np.float32(tokens.weight) for weight in learned):
+                    yield number, "weights", f"{tokens.weight:g}", f"{sorted(learned)}"
 
     def _assemble(self, rows: TokenizedRows, examples: Sequence[AnyExample]) -> Iterator[Assembled]:
         """Each row that comes from a text; of a text that is learned whole all pieces as one."""

@@ -31,6 +31,7 @@ CHECKS = {
     "control": "no control token comes from the text",
     "start": "no row begins with two start tokens",
     "weights": "the weight of each label is that of its turn or segment",
+    "tokens": "the ids, labels and weights of a tokenized record are those that it gives",
     "padding": "no pad token stands among the tokens",
 }
 

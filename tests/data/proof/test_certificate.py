@@ -10,7 +10,7 @@ from hf_clm.data.label.datasets import TRAIN_ON, TokenizedRows, tokenize_rows
 from hf_clm.data.label.render import LabelOptions, TrainOn
 from hf_clm.data.proof.certificate import certify, hash_content
 from hf_clm.errors import DataError
-from hf_clm.schema import Chat, Document, Segment
+from hf_clm.schema import Chat, Document, Segment, Tokens
 from hf_clm.text.chat import stop_token_ids
 from hf_clm.tokenizer import use_chat_template
 
@@ -96,6 +96,24 @@ def test_right_rows_are_certified(stage, policy):
 @pytest.mark.parametrize("train_on", ["all_turns", "last_turn", "everything"])
 def test_chats_are_certified_for_every_choice_of_turns(train_on):
     assert prove(EXAMPLES[4:6], chat_tokenizer(), train_on=TRAIN_ON[train_on]).failed == {}
+
+
+TOKENIZED = Tokens([5, 6, 7, 8], [5, 6, X, 8], [2, 2], 0.5, [0, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("breaks", "check"),
+    [
+        (lambda row: row, None),
+        (lambda row: {**row, "weights": [1.0] * len(row["labels"])}, "weights"),
+        (lambda row: {**row, "labels": [X] * len(row["labels"])}, "tokens"),
+        (lambda row: {**row, "input_ids": [row["input_ids"][0] + 1, *row["input_ids"][1:]]}, "tokens"),
+    ],
+)
+def test_rows_that_a_user_tokenized_are_certified_against_their_record(breaks, check):
+    failed = prove([TOKENIZED], byte_tokenizer(), breaks=breaks).failed
+
+    assert set(failed) == ({check} if check else set())
 
 
 @pytest.mark.parametrize("options", [{"stage": "pretrain"}, {"train_on": TRAIN_ON["everything"]}])
