@@ -104,17 +104,23 @@ def set_template_defaults(tokenizer: PreTrainedTokenizerFast, values: Mapping[st
         fix = "leave it out, or set tokenizer.chat_template"
         raise ModelError("has no chat template", where="tokenizer.chat_template_kwargs", fix=fix)
     named = template if isinstance(template, dict) else {"default": template}
-    for name in values:
-        if not any(re.search(rf"\b{re.escape(name)}\b", text) for text in named.values()):
-            words = sorted(set(re.findall(r"\b[a-z_]{4,}\b", " ".join(named.values()))))
-            what = f"the chat template does not read {name!r}{did_you_mean(name, words)}"
-            raise ModelError(what, where="tokenizer.chat_template_kwargs")
+    if what := unread_variable(values, " ".join(named.values())):
+        raise ModelError(what, where="tokenizer.chat_template_kwargs")
     lines = [
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_to_jinja(value)} %}}{{%- endif %}}"
         for name, value in values.items()
     ]
     found = {key: "".join(lines) + text for key, text in named.items()}
     tokenizer.chat_template = found if isinstance(template, dict) else found["default"]
+
+
+def unread_variable(names: Iterable[str], template: str) -> str:
+    """What to say of the first variable that a template does not read; "" where it reads all of them."""
+    name = next((name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)), None)
+    if name is None:
+        return ""
+    words = sorted(set(re.findall(r"\b[a-z_]{4,}\b", template)))
+    return f"the chat template does not read {name!r}{did_you_mean(name, words)}"
 
 
 def _to_jinja(value: Json) -> str:

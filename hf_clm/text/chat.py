@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_clm.errors import DataError, ModelError, UserError
 from hf_clm.schema import Chat, Json, Message, short_call_id
 from hf_clm.text.encode import MARK_END, MARK_START, Encoder
-from hf_clm.tokenizer import unique_ids
+from hf_clm.tokenizer import unique_ids, unread_variable
 
 Reasoning = Literal["refuse", "in_content", "drop"]
 # How templates name a turn's reasoning, and the variables that switch it on and off.
@@ -318,10 +318,8 @@ class ChatRenderer:
         shape = (variant, has_tools, *chat.template_kwargs, *((turn["role"], *turn) for turn in shown))
         if shape in self._rendered:
             return
-        for name in chat.template_kwargs:
-            if not re.search(rf"\b{re.escape(name)}\b", self._source(has_tools=has_tools)):
-                what = f"the chat template reads no variable {name!r}"
-                raise DataError(what, fix="correct or remove it in chat_template_kwargs")
+        if what := unread_variable(chat.template_kwargs, self._source(has_tools=has_tools)):
+            raise DataError(what, fix="correct or remove it in chat_template_kwargs")
         words = [f"Word{number}x" for number in range(len(shown))]
         probe = [
             {**turn, "content": [{"type": "text", "text": word}] if variant.parts else word}

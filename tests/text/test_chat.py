@@ -366,7 +366,10 @@ def test_tools_and_variables_that_a_template_does_not_read_are_refused():
     for render in (ChatRenderer.turns, ChatRenderer.prompt):
         with pytest.raises(DataError, match="the chat template has no place for tools; fix: leave them out"):
             render(renderer_of(CHATML), Chat([HI, YO, AND], TOOLS))
-        with pytest.raises(DataError, match="the chat template reads no variable 'enable_thinkng'"):
+        with pytest.raises(
+            DataError,
+            match="the chat template does not read 'enable_thinkng'; did you mean 'enable_thinking'",
+        ):
             render(renderer_of(QWEN3), Chat([HI, YO, AND], template_kwargs={"enable_thinkng": False}))
 
 
