@@ -14,7 +14,7 @@ from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.proof.chats import ChatChecker
 from hf_clm.data.proof.documents import DocumentChecker
 from hf_clm.data.proof.texts import CHECKS, Assembled, Texts
-from hf_clm.schema import IGNORE_INDEX, AnyExample, Chat, Document, Tokens
+from hf_clm.schema import AnyExample, Chat, Document, Tokens
 from hf_clm.tokenizer import bos_token
 
 PROVED_OF_SHAPE = 20  # rows of each shape in a block that are proved
@@ -94,16 +94,16 @@ class Checker:
                 or self.texts.options.window
             ):
                 continue
-            labels = np.array(tokens.labels)
-            labels[np.array(tokens.mask or [1] * len(labels)) == 0] = IGNORE_INDEX
+            is_learned = np.array(tokens.labels) >= 0
+            is_learned &= np.array(tokens.mask or [1] * len(is_learned)) == 1
             starts = np.cumsum([0, *tokens.lengths])
-            labels[starts[:-1]] = IGNORE_INDEX  # nothing precedes the first token of a document
+            is_learned[starts[:-1]] = False  # nothing precedes the first token of a document
             for number, (start, stop) in zip(group, pairwise(starts.tolist()), strict=False):
                 row = rows[number]
-                expected = (tokens.input_ids[start:stop], labels[start:stop].tolist())
-                found = row.get("weights") or [1.0] * (stop - start)
-                learned = {weight for weight, label in zip(found, row["labels"], strict=True) if label >= 0}
-                if (row["input_ids"], row["labels"]) != expected:
+                weights = row.get("weights") or [1.0] * (stop - start)
+                learned = {weight for weight, label in zip(weights, row["labels"], strict=True) if label >= 0}
+                found = (row["input_ids"], [label >= 0 for label in row["labels"]])
+                if found != (tokens.input_ids[start:stop], is_learned[start:stop].tolist()):
                     yield number, "tokens", "the ids and labels of the record", "others"
                 elif any(np.float32(weight) != np.float32(tokens.weight) for weight in learned):
                     yield number, "weights", f"{tokens.weight:g}", f"{sorted(learned)}"
