@@ -39,6 +39,9 @@ CHATS = [
     for n in range(1, 7)
 ]
 WEIGHTED = [{**record, "weight": 0.5} for record in RECORDS]
+WEIGHTED_TURNS = [
+    {"messages": [*chat["messages"][:3], {**chat["messages"][3], "weight": 0.5}]} for chat in CHATS
+]
 PRETRAIN = {"stage": "pretrain", "data": {"packing": "stream", "max_length": 24}}
 PACKED = {"data": {"packing": "best_fit"}}
 CUT = {"data": {"overflow": "truncate", "max_length": 34}}  # 4 of the 8 rows
@@ -86,6 +89,10 @@ def prompt_trained(patch: pytest.MonkeyPatch) -> None:
 
 def weights_lost(patch: pytest.MonkeyPatch) -> None:
     edit_pieces_of_rows(patch, lambda piece: piece._replace(weight=float(piece.weight > 0)))
+
+
+def weight_of_the_record_lost(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(datasets, "weigh", lambda rows, weight: rows)
 
 
 def prompt_and_target_tokenized_as_one(patch: pytest.MonkeyPatch) -> None:
@@ -276,7 +283,8 @@ MUTATIONS = [
     (end_forgotten, {}, CERTIFIED),
     (control_text_not_protected, {}, CERTIFIED),
     (answer_stripped, {}, CERTIFIED),
-    (weights_lost, {"records": WEIGHTED}, CERTIFIED),
+    (weight_of_the_record_lost, {"records": WEIGHTED}, CERTIFIED),
+    (weights_lost, {"records": WEIGHTED_TURNS}, CERTIFIED),
     (prompt_trained, CUT, CERTIFIED),
     (prompt_of_an_older_template, {"records": CHATS}, CERTIFIED),
     (end_of_a_turn_not_learned, {"records": CHATS}, CERTIFIED),
@@ -301,7 +309,7 @@ def run(folder: Path, *, records: list[Any] = RECORDS, **changes: Any) -> dict[s
     """One step on a tokenizer that merges a newline with a space."""
     tokenizer = byte_tokenizer(merges=[("Ċ", "Ġ")])
     name = save_folder(folder / "model", tiny_model("llama", vocab_size=261), tokenizer)
-    template = {"tokenizer": {"chat_template": "chatml"}} if records is CHATS else {}
+    template = {"tokenizer": {"chat_template": "chatml"}} if "messages" in records[0] else {}
     recipe = helpers.build_recipe(
         folder, records, model={"name_or_path": name}, train={"max_steps": 1}, **template, **changes
     )
@@ -318,7 +326,7 @@ def test_nothing_is_refused_where_nothing_is_broken(changes, tmp_path):
 
 
 def test_there_are_ten_breaks_or_more_in_each_kind_of_module():
-    assert len({breaks for breaks, _, _ in MUTATIONS}) == 23
+    assert len({breaks for breaks, _, _ in MUTATIONS}) == 24
 
 
 @pytest.mark.parametrize(
