@@ -80,7 +80,7 @@ def _to_message(turn: Any, row: Row, *, number: int, roles: Mapping[str, Role]) 
     meant to skip.
     """
     what = f"message {number}"
-    given = {key: value for key, value in row.expect(dict, turn, what=what).items() if value is not None}
+    given = _filled(row.expect(dict, turn, what=what))
     row.check_keys(given, (*MESSAGE_KEYS, *SWITCHES, *WEIGHTS), what=what)
     if "role" not in given:
         raise row.error(f"{what} has no role", got=f"keys {listed(given)}")
@@ -158,8 +158,8 @@ def _tool_calls(given: Record, row: Row, *, what: str, role: Role) -> list[ToolC
 
 
 def _tool_call(call: Any, row: Row, *, what: str) -> ToolCall:
-    given = _without_nulls(row.expect(dict, call, what=what))
-    function = row.expect(dict, given.get("function", given), what=f"{what}: function")
+    given = _filled(row.expect(dict, call, what=what))
+    function = _filled(row.expect(dict, given.get("function", given), what=f"{what}: function"))
     outer = CALL_KEYS if "function" in given else (*CALL_KEYS, *FUNCTION_KEYS)
     row.check_keys(given, outer, what=what)
     row.check_keys(function, FUNCTION_KEYS if "function" in given else outer, what=what)
@@ -197,7 +197,7 @@ def _content(content: Any, row: Row, *, what: str, role: Role) -> str:
         kind = row.expect(dict, part, what=f"{what}: content part").get("type")
         if kind != "text":
             raise row.error(f"{what}: content of type {kind!r} is not supported", fix="only text is")
-        row.check_keys(_without_nulls(part), PART_KEYS, what=f"{what}: content part")
+        row.check_keys(_filled(part), PART_KEYS, what=f"{what}: content part")
     return "".join(
         row.expect(str, part.get("text"), what=f"{what}: text of a content part") for part in content
     )
@@ -213,6 +213,11 @@ def _to_tool(tool: Any, row: Row, *, number: int) -> dict[str, Json]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise row.error(f"tool {number} has no name", got=f"keys {listed(given)}")
     return given if "function" in given else {"type": "function", "function": given}
+
+
+def _filled(given: Record) -> dict[str, Any]:
+    """The keys that have a value: a table has every key in each row."""
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -478,6 +478,13 @@ def test_no_key_of_a_call_is_ignored(call, message):
     assert got.startswith("f.jsonl:7: message 2: tool call 1") and message in got
 
 
+def test_a_null_in_the_arguments_of_a_call_is_learned():
+    call = {"id": None, "type": None, "function": {"name": "weather", "arguments": {"city": None}}}
+
+    found = last_of(called(call))["tool_calls"]
+    assert found == [{"type": "function", "function": {"name": "weather", "arguments": {"city": None}}}]
+
+
 def test_a_call_is_given_once():
     older = called(BERLIN, function_call=BERLIN["function"])
 
