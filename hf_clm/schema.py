@@ -210,7 +210,8 @@ class Tokens:
     @property
     def identity(self) -> tuple[str, ...]:
         """What makes two examples the same."""
-        return ("tokens", str(self.input_ids), str(self.labels), str(self.lengths), str(self.mask))
+        parts = (self.input_ids, self.labels, self.lengths, self.mask, self.weight)
+        return ("tokens", *map(str, parts))
 
     @property
     def question(self) -> None:
