@@ -112,7 +112,7 @@ class Texts:
         return squeezed(text) if self.swallows else text
 
     def no_stop(self, token: int) -> Failed:
-        """The failure of a target that ends in ``token``, at which generation goes on."""
+        """The failure of a target that ends in ``token``, at which generation does not stop."""
         stops = self.tokenizer.convert_ids_to_tokens(sorted(self.stop_ids))
         return "stop", f"one of {stops}", repr(self.tokenizer.convert_ids_to_tokens(token))
 

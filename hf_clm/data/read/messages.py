@@ -102,7 +102,7 @@ def _to_message(turn: Any, row: Row, *, number: int, roles: Mapping[str, Role]) 
 
 
 def _check_content(message: Message, row: Row, *, what: str) -> None:
-    """Raises for a turn that says nothing."""
+    """Raises DataError for a turn without content."""
     role, content = message["role"], message.get("content")
     if "tool_calls" in message or (role in ("system", "tool") and content is not None):
         return
