@@ -3,12 +3,12 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from launched import BATCH, EVAL_BATCH, RECIPE, ROOT, launch, prepare, read_metrics, torchrun
@@ -96,17 +96,20 @@ def test_two_processes_that_are_killed_go_on_exactly(tmp_path):
     command = [*torchrun(), "-m", "hf_clm", "train", "recipe.yaml", *BATCH, "2", *EVAL_BATCH, "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     silent: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=cut, env=environment, start_new_session=True, **silent) as process:
+    with subprocess.Popen(command, cwd=cut, env=environment, **silent) as process:
         path = cut / "run" / "metrics.jsonl"
         while process.poll() is None and not (path.exists() and '"step": 5' in path.read_text()):
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
+        # torchrun starts its workers in sessions of their own: a signal to its group does not reach them,
+        # and a worker that outlives its launcher saves a checkpoint at whatever step it has reached
+        launcher = psutil.Process(process.pid)
+        for one in [launcher, *launcher.children(recursive=True)]:
+            one.kill()
     assert not (cut / "run" / "model.safetensors").exists()
     done = launch(torchrun(), cut)
 
     assert done.returncode == 0, done.stderr
-    # what outlives its launcher for a moment saves where it stands, so an odd step is possible
-    assert re.search(r"goes on   from run/checkpoint-[2-7]", done.stdout), done.stdout
+    assert re.search(r"goes on   from run/checkpoint-[246]", done.stdout), done.stdout
     same = [load_file(place / "run" / "model.safetensors") for place in (whole, cut)]
     assert all(torch.equal(weight, same[1][name]) for name, weight in same[0].items())
     left_out = ("seconds", "per_second", "mfu", "peak_memory_bytes", "runtime")
