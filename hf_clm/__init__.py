@@ -14,9 +14,9 @@ PUBLIC_NAMES = {
     "to_example": "hf_clm.data.read.formats",
     "PretrainDataset": "hf_clm.data.label.datasets",
     "SFTDataset": "hf_clm.data.label.datasets",
-    "DataCollatorForCausalLM": "hf_clm.data.collators",
-    "DataCollatorForPackedCausalLM": "hf_clm.data.collators",
-    "PackedDataset": "hf_clm.data.packing",
+    "DataCollatorForCausalLM": "hf_clm.data.batch.collators",
+    "DataCollatorForPackedCausalLM": "hf_clm.data.batch.collators",
+    "PackedDataset": "hf_clm.data.batch.packing",
     "CLMTrainer": "hf_clm.training.trainer",
     "generate": "hf_clm.generation.generate",
 }

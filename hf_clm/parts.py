@@ -25,10 +25,11 @@ from transformers import (
 from hf_clm.adapters import add_adapters, find_new_tokens
 from hf_clm.attention import NAME as PACKED
 from hf_clm.config import Recipe, training_values
-from hf_clm.data.build import AnyDataset, Examples, texts_of
-from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
-from hf_clm.data.packing import PackedDataset
+from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
+from hf_clm.data.batch.packing import PackedDataset
+from hf_clm.data.build import AnyDataset, texts_of
 from hf_clm.data.read.plain_template import is_plain, plain_template
+from hf_clm.data.read.records import Examples
 from hf_clm.data.streaming import StreamedRows, StreamPlan, read_blocks, stream_identity
 from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.hardware import bf16_instructions

@@ -8,7 +8,7 @@ from helpers import byte_tokenizer, save_folder, tiny_model
 from transformers import TrainingArguments
 
 from hf_clm.attention import NAME, register
-from hf_clm.data.collators import DataCollatorForPackedCausalLM
+from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
 from hf_clm.data.label.datasets import SFTDataset
 from hf_clm.data.read.formats import to_example
 from hf_clm.model import fit_to_tokenizer

@@ -53,7 +53,7 @@ LIGHT = [
     "hf_clm.config",
 ]
 HEAVY = {"torch", "transformers", "datasets"}
-WRITERS_OF_MASKS = {"hf_clm.schema", "hf_clm.data.label.labels", "hf_clm.data.collators"}
+WRITERS_OF_MASKS = {"hf_clm.schema", "hf_clm.data.label.labels", "hf_clm.data.batch.collators"}
 READING_KEYWORDS = {"ignore_index", "may_be"}
 PRINTERS = {"hf_clm.cli", "hf_clm.training.callbacks"}
 

@@ -16,7 +16,7 @@ from hf_clm.attention import (
     use_for_generation,
     use_for_training,
 )
-from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
+from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.errors import ModelError
 from hf_clm.generation.generate import generate
 from hf_clm.model import load_model

@@ -6,7 +6,7 @@ from helpers import PAD, X
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_clm.attention import NAME, register, use_for_generation
-from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 
 WINDOW = 4
 # Shorter than the window, as long, longer; of one token; the same tokens twice.

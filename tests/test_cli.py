@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from hf_clm.attention import NAME, register
 from hf_clm.cli import COMMANDS, main
-from hf_clm.data.collators import DataCollatorForPackedCausalLM
+from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
 from hf_clm.data.label.datasets import SFTDataset
 from hf_clm.data.read.formats import to_example
 from hf_clm.errors import EnvironmentFault

@@ -21,7 +21,7 @@ from transformers import (
 
 from hf_clm import loss as module
 from hf_clm.attention import NAME, register
-from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
+from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.loss import (
     DeferringHead,
     LossOptions,

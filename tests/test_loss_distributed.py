@@ -9,7 +9,7 @@ import torch
 from helpers import X, tiny_model
 from launched import run_ranks
 
-from hf_clm.data.collators import DataCollatorForCausalLM
+from hf_clm.data.batch.collators import DataCollatorForCausalLM
 from hf_clm.loss import use_target_loss, why_not
 
 ROOT = Path(__file__).resolve().parents[1]

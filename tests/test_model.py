@@ -18,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_clm.data.collators import DataCollatorForPackedCausalLM
+from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
 from hf_clm.errors import ExitCode, ModelError
 from hf_clm.model import (
     build_config,

@@ -5,10 +5,10 @@ import torch
 from helpers import build_recipe, byte_tokenizer, document
 from transformers import TrainingArguments
 
+from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM, StaticShape
+from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.cache import load_named
-from hf_clm.data.collators import DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.data.label.datasets import SFTDataset
-from hf_clm.data.packing import PackedDataset
 from hf_clm.parts import build_tokenizer, static_shape, training_arguments
 from hf_clm.training.run import train
 

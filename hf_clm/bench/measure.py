@@ -29,9 +29,9 @@ from transformers import (
 
 from hf_clm.bench.results import Start, Task, Trial
 from hf_clm.config import Recipe
+from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.build import Split, mix_splits, pack_rows, texts_of
 from hf_clm.data.cache import build_splits, find_place, load_early, load_named
-from hf_clm.data.packing import PackedDataset
 from hf_clm.data.proof.ledger import write_ledgers
 from hf_clm.data.store import write_store
 from hf_clm.doctor.memory import free_memory

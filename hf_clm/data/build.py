@@ -3,8 +3,8 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice, pairwise
 
 import numpy as np
@@ -12,21 +12,14 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Data, Recipe, Source
 from hf_clm.data.arrays import dropped, to_fates
+from hf_clm.data.batch.mixing import DrawnDataset, Mix, MixOptions, mix_rows, require_sources
+from hf_clm.data.batch.packing import PackedDataset, Pieces
 from hf_clm.data.label.datasets import TRAIN_ON, TokenizedDataset, TokenizedRows, join_rows, tokenize_rows
 from hf_clm.data.label.labels import Fate
 from hf_clm.data.label.render import LabelOptions, TrainOn
-from hf_clm.data.mixing import DrawnDataset, Mix, MixOptions, mix_rows, require_sources
-from hf_clm.data.packing import PackedDataset, Pieces
 from hf_clm.data.proof.ledger import find_duplicates
-from hf_clm.data.read.formats import (
-    FirstSeen,
-    check_same_masks,
-    check_same_schema,
-    to_example,
-    unknown_keys,
-)
-from hf_clm.data.read.templating import to_template_example
-from hf_clm.data.sources import ReadOptions, ReadReport, Record, read_records
+from hf_clm.data.read.records import Examples, check_records, no_example, read_options
+from hf_clm.data.read.sources import ReadReport, read_records
 from hf_clm.errors import DataError
 from hf_clm.recipe_sections import Mixing
 from hf_clm.schema import AnyExample, Document, Segment, whole_text
@@ -36,35 +29,6 @@ SHOWN_LETTERS = 8  # of a word that the tokenizer cannot spell
 SHOWN_DROPS = 3  # an error lists the first few rows, not thousands
 
 AnyDataset = TokenizedDataset | PackedDataset | DrawnDataset
-
-
-@dataclass
-class Examples:
-    """Checked examples with the place each came from.
-
-    ``origins`` (N,): the number of its source in ``sources``.
-    """
-
-    examples: Sequence[AnyExample] = field(default_factory=list)
-    places: Sequence[str] = field(default_factory=list)
-    report: ReadReport = field(default_factory=ReadReport)
-    formats: set[str] = field(default_factory=set)
-    unknown_keys: set[str] = field(default_factory=set)
-    duplicates: Sequence[str] = field(
-        default_factory=list
-    )  # rows left out because an earlier one is the same
-    origins: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int32), compare=False)
-    sources: Sequence[Source] = field(default_factory=list, compare=False)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def select(self, numbers: Iterable[int]) -> "Examples":
-        """The examples with these numbers."""
-        chosen = list(numbers)
-        examples, places = [self.examples[i] for i in chosen], [self.places[i] for i in chosen]
-        origins = self.origins[chosen] if len(self.origins) else self.origins
-        return replace(self, examples=examples, places=places, origins=origins)
 
 
 @dataclass
@@ -141,61 +105,6 @@ def load_examples(sources: Iterable[Source], data: Data) -> Examples:
         raise no_example(found.sources, found.report)
     found.origins = np.array(origins, dtype=np.int32)
     return drop_duplicates(found) if data.duplicates == "drop" else found
-
-
-def read_options(data: Data) -> ReadOptions:
-    """How the recipe wants files to be read."""
-    return ReadOptions(skip_bad_lines=data.skip_bad_lines, max_line_bytes=data.max_line_bytes, nul=data.nul)
-
-
-def check_records(
-    records: Iterable[Record], source: Source, *, data: Data, found: Examples, first: FirstSeen
-) -> Iterator[tuple[str, AnyExample]]:
-    """(place, example) of each record. ``found``: what is learned of them on the way is entered there."""
-    for record in records:
-        try:
-            format, example = read_example(record, source, data=data, first=first)
-            unknown = unknown_columns(record, source, format=format)
-        except DataError as error:
-            if not data.skip_bad_lines:
-                raise
-            found.report.bad_lines.append(str(error))
-            continue
-        found.formats.add(format)
-        found.unknown_keys.update(unknown)
-        yield record.where, example
-
-
-def no_example(sources: Iterable[Source], report: ReadReport) -> DataError:
-    """The error for sources that give nothing to learn."""
-    got = f"{report.records} records read, {len(report.bad_lines)} skipped"
-    return DataError("no example to train on", where=", ".join(source.path for source in sources), got=got)
-
-
-def read_example(record: Record, source: Source, *, data: Data, first: FirstSeen) -> tuple[str, AnyExample]:
-    """The format of a record and what is learned from it. ``first``: see check_same_schema."""
-    if source.template:
-        return "template", to_template_example(record.data, source.template, where=record.where)
-    format = source.format or check_same_schema(record.data, record.where, first=first)
-    if format == "tokenized":
-        check_same_masks(record.data, record.where, first=first, fields=source.fields)
-    example = to_example(
-        record.data,
-        format=format,
-        fields=source.fields,
-        where=record.where,
-        render="chat" if data.render == "chat" else "plain",
-        allow_empty_prompt=data.allow_empty_prompt,
-        strict=data.strict,
-    )
-    return format, example
-
-
-def unknown_columns(record: Record, source: Source, *, format: str) -> list[str]:
-    """The columns of a record that nothing reads. A template takes those that it names."""
-    if source.template:
-        return []
-    return unknown_keys(record.data, format, fields=source.fields)
 
 
 def drop_duplicates(examples: Examples) -> Examples:

@@ -15,8 +15,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Data, Recipe, Source
-from hf_clm.data.build import Examples, Split, build_split, load_splits, mix_splits
-from hf_clm.data.sources import find_files
+from hf_clm.data.build import Split, build_split, load_splits, mix_splits
+from hf_clm.data.read.records import Examples
+from hf_clm.data.read.sources import find_files
 from hf_clm.data.store import Stored, open_store
 from hf_clm.data.streaming import load_head
 from hf_clm.hashing import fingerprint, hash_file

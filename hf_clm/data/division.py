@@ -16,10 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 from hf_clm.config import Data, Recipe, Source
-from hf_clm.data.build import Examples, check_records, read_options, split_text
+from hf_clm.data.build import split_text
 from hf_clm.data.read.formats import FirstSeen
-from hf_clm.data.readers import READ_BYTES, WHOLE, ReadReport, Record, Span, count_rows, suffix
-from hf_clm.data.sources import find_files, open_stream, read_file, read_records
+from hf_clm.data.read.readers import READ_BYTES, WHOLE, ReadReport, Record, Span, count_rows, suffix
+from hf_clm.data.read.records import Examples, check_records, read_options
+from hf_clm.data.read.sources import find_files, open_stream, read_file, read_records
 from hf_clm.errors import RecipeError
 from hf_clm.schema import AnyExample
 

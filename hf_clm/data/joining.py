@@ -18,12 +18,13 @@ import numpy as np
 
 from hf_clm.config import Data, Recipe
 from hf_clm.data.arrays import ArrayWriter, item_blocks, map_array, release, row_blocks
-from hf_clm.data.build import Examples, hold_out, no_example, packing_of
-from hf_clm.data.packing import best_fit_rows, stream_blocks
+from hf_clm.data.batch.packing import best_fit_rows, stream_blocks
+from hf_clm.data.build import hold_out, packing_of
 from hf_clm.data.proof.ledger import Leakage, are_repeated
-from hf_clm.data.readers import ReadReport
+from hf_clm.data.read.readers import ReadReport
+from hf_clm.data.read.records import Examples, no_example
+from hf_clm.data.read.sources import no_record
 from hf_clm.data.shards import PartSet
-from hf_clm.data.sources import no_record
 from hf_clm.data.store import split_json
 from hf_clm.schema import AnyExample
 

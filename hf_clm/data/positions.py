@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from hf_clm.config import Source
-from hf_clm.data.readers import READERS, Items, ReadOptions, ReadReport, Record, Span, Stream, suffix
-from hf_clm.data.sources import find_files, open_stream, read_hub, to_records
+from hf_clm.data.read.readers import READERS, Items, ReadOptions, ReadReport, Record, Span, Stream, suffix
+from hf_clm.data.read.sources import find_files, open_stream, read_hub, to_records
 
 FILES_A_SHARD = 8  # from so many on, whole files in turn are as even as records, and each is read by one
 PROBES, PROBE_BYTES = 16, 16_384

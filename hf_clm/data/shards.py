@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from hf_clm.data.arrays import ArrayWriter, map_array, to_fates, to_places
-from hf_clm.data.build import Examples
 from hf_clm.data.division import Reading
 from hf_clm.data.label.datasets import TokenizedRows, rare_collection
 from hf_clm.data.proof.certificate import KEPT, Certificate
 from hf_clm.data.proof.ledger import digest, loose_digest
+from hf_clm.data.read.records import Examples
 from hf_clm.schema import AnyExample, Tokens, whole_text
 
 PART = "part.json"

@@ -26,10 +26,11 @@ import numpy as np
 
 from hf_clm.config import Recipe
 from hf_clm.data.arrays import Fates, Places, map_array, to_fates, to_places
-from hf_clm.data.build import Examples, Split, pack_rows
+from hf_clm.data.batch.packing import PackedDataset, Pieces
+from hf_clm.data.build import Split, pack_rows
 from hf_clm.data.label.datasets import TokenizedDataset, TokenizedRows
-from hf_clm.data.packing import PackedDataset, Pieces
-from hf_clm.data.sources import ReadReport
+from hf_clm.data.read.records import Examples
+from hf_clm.data.read.sources import ReadReport
 from hf_clm.errors import DataError, EnvironmentFault
 from hf_clm.hashing import fingerprint
 from hf_clm.schema import AnyExample, example_from_json

@@ -25,18 +25,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Recipe
-from hf_clm.data.build import (
-    Examples,
-    check_records,
-    load_examples,
-    no_example,
-    pack_rows,
-    read_options,
-    to_limit,
-    tokenize_examples,
-)
+from hf_clm.data.build import load_examples, pack_rows, to_limit, tokenize_examples
 from hf_clm.data.positions import BEGIN, WHOLE, Found, Mark, Share, list_files, read_share, take_some
-from hf_clm.data.readers import ReadReport
+from hf_clm.data.read.readers import ReadReport
+from hf_clm.data.read.records import Examples, check_records, no_example, read_options
 from hf_clm.errors import DataError, RecipeError
 
 HEAD = 1000  # documents of each source that are read and proved before the first step

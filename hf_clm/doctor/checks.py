@@ -6,8 +6,8 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
+from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.build import texts_of
-from hf_clm.data.packing import PackedDataset
 from hf_clm.doctor.environment import (
     check_disk,
     check_dtype,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.data.label.labels import count_targets, slice_row
 from hf_clm.errors import ModelError
 from hf_clm.evaluation.metrics import token_nll

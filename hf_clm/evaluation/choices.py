@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_clm.data.build import Examples
 from hf_clm.data.label.datasets import SFTDataset
 from hf_clm.data.label.labels import slice_row
 from hf_clm.data.label.render import Policy
+from hf_clm.data.read.records import Examples
 from hf_clm.errors import DataError, ModelError, RecipeError, did_you_mean
 from hf_clm.evaluation.evaluate import measure_rows, target_places, target_starts
 from hf_clm.schema import Chat, Document, Example, Message, Segment, TokenizedExample, Tokens

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import numpy as np
 
 from hf_clm.config import Data, Recipe, Source
-from hf_clm.data.build import Examples, check_spelled, label_options, load_examples
+from hf_clm.data.build import check_spelled, label_options, load_examples
 from hf_clm.data.label.datasets import TokenizedDataset, tokenize_rows
 from hf_clm.data.label.render import Policy
 from hf_clm.data.read.plain_template import is_plain
+from hf_clm.data.read.records import Examples
 from hf_clm.errors import DataError
 from hf_clm.evaluation.answers import Answers, load_metrics, measure_answers
 from hf_clm.evaluation.choices import Verdicts, choice_rows, find_expected, measure_choices, to_choices

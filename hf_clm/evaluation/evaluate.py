@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_clm.data.collators import DataCollatorForPackedCausalLM
+from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
 from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.evaluation.metrics import bits_per_byte, perplexity, target_nll
 from hf_clm.model import takes_targets

@@ -9,8 +9,8 @@ from typing import Any, cast
 from transformers import set_seed
 
 from hf_clm.data.read.formats import to_prompt
+from hf_clm.data.read.sources import ReadOptions, ReadReport, Record, read_records
 from hf_clm.data.read.templating import to_template_prompt
-from hf_clm.data.sources import ReadOptions, ReadReport, Record, read_records
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.generation.generate import Generated, generate, to_prompt_example
 from hf_clm.generation.load import load_run

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.config import Recipe, load_recipe
 from hf_clm.data.arrays import TOKENS, dropped, to_fates
+from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.build import Split
 from hf_clm.data.cache import load_early, read_splits
-from hf_clm.data.packing import PackedDataset
 from hf_clm.data.streaming import HEAD
 from hf_clm.errors import RecipeError
 from hf_clm.inspector.documents import Reader, inspect_rows

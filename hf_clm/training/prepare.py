@@ -13,13 +13,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.config import Recipe
-from hf_clm.data.build import Examples, Split, mix_splits
+from hf_clm.data.batch.draws import add_draws
+from hf_clm.data.batch.packing import PackedDataset
+from hf_clm.data.build import Split, mix_splits
 from hf_clm.data.cache import Place, build_splits, find_place, load_early, load_named, open_place
 from hf_clm.data.division import Shard
-from hf_clm.data.draws import add_draws
 from hf_clm.data.label.datasets import TokenizedDataset
-from hf_clm.data.packing import PackedDataset
 from hf_clm.data.proof.ledger import write_ledgers
+from hf_clm.data.read.records import Examples
 from hf_clm.data.store import Stored, require_writable
 from hf_clm.data.streaming import HEAD
 from hf_clm.errors import RecipeError

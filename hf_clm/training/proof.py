@@ -14,11 +14,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Recipe
+from hf_clm.data.batch.draws import check_draws
+from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.build import Split, label_options
-from hf_clm.data.draws import check_draws
 from hf_clm.data.label.labels import encode_prompts
 from hf_clm.data.label.render import Renderer
-from hf_clm.data.packing import PackedDataset
 from hf_clm.data.proof.certificate import Certificate, certify, hash_content
 from hf_clm.data.proof.ledger import (
     Leakage,

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Recipe
-from hf_clm.data.build import Examples, check_dropped, label_options, tokenize_examples
+from hf_clm.data.build import check_dropped, label_options, tokenize_examples
 from hf_clm.data.cache import Place, load_named
 from hf_clm.data.division import ALONE, Shard, open_readings
 from hf_clm.data.joining import Selection, compare_digests, count_proof, select, write_split
@@ -23,6 +23,7 @@ from hf_clm.data.label.datasets import TokenizedRows
 from hf_clm.data.label.render import Renderer
 from hf_clm.data.proof.certificate import PROVED_WHOLE, Certificate, certify_rows
 from hf_clm.data.proof.checker import Checker
+from hf_clm.data.read.records import Examples
 from hf_clm.data.shards import PART, PartSet, Work, open_part, reach, write_part
 from hf_clm.data.store import HEAD, LEDGER, keep_folder, open_splits, read_index
 from hf_clm.errors import DataError, UserError

@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.config import Recipe, describe_recipe
+from hf_clm.data.batch.draws import count_drawn_labels
+from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.build import Split
-from hf_clm.data.draws import count_drawn_labels
-from hf_clm.data.packing import PackedDataset
 from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.hardware import bf16_instructions
 from hf_clm.hashing import fingerprint

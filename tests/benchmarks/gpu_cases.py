@@ -87,7 +87,7 @@ class Plan:
 
 def build_rows(case: Case, plan: Plan) -> list[dict[str, Any]]:
     """Packed rows for all steps: full rows of one document, or best-fit rows of many."""
-    from hf_clm.data.packing import best_fit_rows
+    from hf_clm.data.batch.packing import best_fit_rows
 
     draw, wanted = np.random.default_rng(0), plan.steps * case.rows
     if not case.is_sft:
@@ -174,7 +174,7 @@ class PaddedRows:
 
 def build_collator(case: Case, rows: list[dict[str, Any]]) -> Any:
     """Ours, with one shape for every batch."""
-    from hf_clm.data.collators import DataCollatorForPackedCausalLM, StaticShape
+    from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM, StaticShape
 
     batches = [rows[first : first + case.rows] for first in range(0, len(rows), case.rows)]
     documents = max(sum(row["position_ids"].count(0) for row in batch) for batch in batches)
@@ -191,7 +191,7 @@ def leak(model: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
     import torch
 
     from hf_clm.attention import use_for_generation, use_for_training
-    from hf_clm.data.collators import DataCollatorForPackedCausalLM
+    from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.eval()

@@ -9,8 +9,8 @@ import pytest
 from helpers import X, byte_tokenizer, document, prompted, write_jsonl
 
 from hf_clm.config import Recipe
+from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.build import (
-    Examples,
     Split,
     build_split,
     check_dropped,
@@ -20,7 +20,7 @@ from hf_clm.data.build import (
     texts_of,
 )
 from hf_clm.data.label.labels import Fate
-from hf_clm.data.packing import PackedDataset
+from hf_clm.data.read.records import Examples
 from hf_clm.errors import DataError, ExitCode
 from hf_clm.schema import Chat, Document, Segment, Tokens, whole_text
 from hf_clm.train_tokenizer import train_characters

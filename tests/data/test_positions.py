@@ -12,8 +12,8 @@ from pyarrow import ipc, parquet
 
 from hf_clm.config import Source
 from hf_clm.data.positions import BEGIN, Found, Share, read_share, take_some
-from hf_clm.data.readers import ReadOptions, ReadReport
-from hf_clm.data.sources import read_hub
+from hf_clm.data.read.readers import ReadOptions, ReadReport
+from hf_clm.data.read.sources import read_hub
 
 # Lines of unequal length, of several bytes a letter, with blank ones between.
 TEXTS = ["a", "bb" * 40, "ç", "d" * 7, "€uro" * 9, "f", "g" * 100, "h", "i", "j" * 3, "k"]

@@ -13,9 +13,9 @@ from pyarrow import parquet
 
 from hf_clm.config import Recipe
 from hf_clm.data import store
+from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.cache import build_splits, load_named
 from hf_clm.data.label.labels import Fate
-from hf_clm.data.packing import PackedDataset
 from hf_clm.data.proof.ledger import build_ledger, write_ledgers
 from hf_clm.data.store import HEAD, LazyList, open_store, require_writable, write_store
 from hf_clm.errors import DataError, EnvironmentFault

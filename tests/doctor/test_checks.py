@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.config import Recipe
-from hf_clm.data.build import Examples, build_split
+from hf_clm.data.build import build_split
+from hf_clm.data.read.records import Examples
 from hf_clm.doctor import checks
 from hf_clm.doctor.facts import Facts, Machine, Ok, Problem
 from hf_clm.doctor.memory import MemoryEstimate

@@ -7,7 +7,8 @@ from helpers import byte_tokenizer, prompted, tiny_model
 from transformers import AutoConfig, TrainingArguments
 
 from hf_clm.config import Recipe
-from hf_clm.data.build import Examples, Split, build_split
+from hf_clm.data.build import Split, build_split
+from hf_clm.data.read.records import Examples
 from hf_clm.doctor import facts
 from hf_clm.doctor.facts import (
     Facts,

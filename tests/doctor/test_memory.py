@@ -11,7 +11,7 @@ import torch
 from helpers import tiny_model
 from transformers import AutoConfig, PretrainedConfig
 
-from hf_clm.data.collators import DataCollatorForPackedCausalLM
+from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
 from hf_clm.doctor.memory import MicroStep, estimate_memory, free_memory, measure_memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +21,7 @@ SCRIPT = """
 import json, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM, logging
 from hf_clm.attention import register
-from hf_clm.data.collators import DataCollatorForPackedCausalLM
+from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
 from hf_clm.doctor.memory import MicroStep, estimate_memory, measure_memory
 from hf_clm.loss import use_target_loss
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_clm import loss
 from hf_clm.attention import NAME, register
 from hf_clm.data import collators
-from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.doctor.selftest import SelfTest, choose_documents, self_test, to_packed_row
 from hf_clm.errors import ExitCode, ModelError
 from hf_clm.loss import LossOptions, use_target_loss

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from hf_clm.attention import NAME, register
 from hf_clm.cli import main
 from hf_clm.config import load_recipe
-from hf_clm.data.build import Examples
+from hf_clm.data.read.records import Examples
 from hf_clm.errors import DataError, ModelError, RecipeError
 from hf_clm.evaluation.choices import (
     Verdicts,

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Recipe
+from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.data.build import build_split, load_examples
-from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.inspector.documents import Reader, inspect_rows
 from hf_clm.inspector.rows import Row
 from hf_clm.tokenizer import use_chat_template

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from helpers import EOS, PAD, X, byte_tokenizer
 
-from hf_clm.data.collators import DataCollatorForCausalLM
+from hf_clm.data.batch.collators import DataCollatorForCausalLM
 from hf_clm.inspector.page import Charts, to_content, write_page
 from hf_clm.inspector.rows import Document, Row, Vocabulary, to_rows
 

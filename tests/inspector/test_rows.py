@@ -6,7 +6,7 @@ from helpers import EOS, IM_END, PAD, X, byte_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.inspector.rows import Document, Row, Vocabulary, escape, to_rows
 
 LONG = {"input_ids": [65, 66, 67, EOS], "labels": [X, X, 67, EOS]}

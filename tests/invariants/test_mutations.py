@@ -15,9 +15,9 @@ import torch
 from helpers import EOS, PAD, X, byte_tokenizer, save_folder, tiny_model
 
 from hf_clm.data import collators, packing
+from hf_clm.data.batch.packing import PackedDataset, Piece, Pieces
 from hf_clm.data.label import datasets, labels, render
 from hf_clm.data.label.render import Renderer
-from hf_clm.data.packing import PackedDataset, Piece, Pieces
 from hf_clm.errors import DataError, ModelError
 from hf_clm.text.chat import ChatRenderer
 from hf_clm.text.encode import Encoder

@@ -27,11 +27,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_clm.attention import NAME, register
 from hf_clm.config import load_recipe
-from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import SFTDataset
 from hf_clm.data.label.labels import encode_prompts
 from hf_clm.data.label.render import LabelOptions
-from hf_clm.data.packing import PackedDataset
 from hf_clm.data.read.formats import to_example
 from hf_clm.errors import DataError, DivergedError, RecipeError
 from hf_clm.generation.generate import generate, to_prompt_example

@@ -11,7 +11,7 @@ from launched import run_ranks
 from transformers import AutoModelForCausalLM
 
 from hf_clm.attention import register
-from hf_clm.data.collators import DataCollatorForPackedCausalLM
+from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
 from hf_clm.loss import use_target_loss
 from hf_clm.training.spread import without_copies
 

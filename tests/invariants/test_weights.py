@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from hf_clm.attention import NAME, register
-from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
+from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
+from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import TokenizedDataset, TokenizedRows
-from hf_clm.data.packing import PackedDataset
 from hf_clm.doctor.selftest import choose_documents
 from hf_clm.training.trainer import CLMTrainer
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers import X
 
-from hf_clm.data.collators import DataCollatorForCausalLM
+from hf_clm.data.batch.collators import DataCollatorForCausalLM
 from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
 from hf_clm.data.read.formats import to_example
 from hf_clm.tokenizer import load_tokenizer

@@ -15,7 +15,7 @@ from helpers import X, tiny_model
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_clm.data.collators import DataCollatorForCausalLM
+from hf_clm.data.batch.collators import DataCollatorForCausalLM
 from hf_clm.errors import ExitCode, Preempted
 from hf_clm.training.callbacks import LastEvaluationCallback
 from hf_clm.training.signals import Stop, listening, stoppable

@@ -9,7 +9,7 @@ import torch
 from helpers import X, tiny_model
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.errors import DivergedError, ExitCode
 from hf_clm.flops import FlopCount
 from hf_clm.training.trainer import CLMTrainer

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from hf_clm.data.arrays import release, row_blocks
+from hf_clm.data.batch.mixing import DrawnDataset
+from hf_clm.data.batch.packing import PackedDataset, is_sorted, stable_order
 from hf_clm.data.label.datasets import TokenizedRows
 from hf_clm.data.label.labels import Fate
-from hf_clm.data.mixing import DrawnDataset
-from hf_clm.data.packing import PackedDataset, is_sorted, stable_order
 from hf_clm.errors import DataError
 from hf_clm.schema import AnyExample
 

@@ -9,8 +9,8 @@ import pytest
 from helpers import byte_tokenizer, document, prompted, prove_records
 from pyarrow import parquet
 
+from hf_clm.data.batch.packing import PackedDataset, Pieces
 from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
-from hf_clm.data.packing import PackedDataset, Pieces
 from hf_clm.data.proof.ledger import (
     Ledger,
     LedgerRow,

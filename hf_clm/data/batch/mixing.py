@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_clm.data.batch.packing import Pieces
 from hf_clm.data.label.datasets import TokenizedDataset, TokenizedRows
-from hf_clm.data.packing import Pieces
 from hf_clm.errors import DataError
 from hf_clm.schema import TokenizedExample
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from hf_clm.data.readers import (
+from hf_clm.data.read.readers import (
     DOCUMENT_FIX,
     KNOWN_TYPES,
     READERS,

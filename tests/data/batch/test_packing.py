@@ -9,8 +9,8 @@ from helpers import EOS, X, byte_tokenizer, document, prompted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_clm.data.batch.packing import PackedDataset, Piece, Pieces, best_fit_rows, stream_blocks, stream_rows
 from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
-from hf_clm.data.packing import PackedDataset, Piece, Pieces, best_fit_rows, stream_blocks, stream_rows
 
 TOKENIZER = byte_tokenizer()
 DOCUMENTS = [document("aaa"), document("b"), document("cccc")]  # 4, 2 and 5 tokens

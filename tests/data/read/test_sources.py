@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 from pyarrow import ipc, parquet
 
-from hf_clm.data.sources import ReadOptions, ReadReport, find_files, read_records
+from hf_clm.data.read.sources import ReadOptions, ReadReport, find_files, read_records
 from hf_clm.errors import DataError, EnvironmentFault, UserError
 
 ROWS = [{"text": "one"}, {"text": "zwei €"}]

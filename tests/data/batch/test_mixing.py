@@ -16,10 +16,7 @@ from pyarrow import parquet
 
 from hf_clm.config import Recipe, load_recipe
 from hf_clm.data import cache
-from hf_clm.data.build import Split, mix_splits
-from hf_clm.data.cache import build_splits, load_named
-from hf_clm.data.label.datasets import TokenizedRows
-from hf_clm.data.mixing import (
+from hf_clm.data.batch.mixing import (
     MixOptions,
     apportion,
     draw_anew,
@@ -29,6 +26,9 @@ from hf_clm.data.mixing import (
     temper,
     to_amounts,
 )
+from hf_clm.data.build import Split, mix_splits
+from hf_clm.data.cache import build_splits, load_named
+from hf_clm.data.label.datasets import TokenizedRows
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.inspector.command import View, inspect
 from hf_clm.parts import training_arguments

@@ -3,10 +3,10 @@
 import pytest
 from helpers import EOS, X, byte_tokenizer, document
 
-from hf_clm.data.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.data.batch.packing import PackedDataset
+from hf_clm.data.batch.sampling import EpochSampler, EvenRows
 from hf_clm.data.label.datasets import SFTDataset
-from hf_clm.data.packing import PackedDataset
-from hf_clm.data.sampling import EpochSampler, EvenRows
 from hf_clm.schema import TokenizedExample
 
 TOKENIZER = byte_tokenizer()

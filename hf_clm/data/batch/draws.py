@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from hf_clm.data.arrays import release, row_blocks
+from hf_clm.data.batch.mixing import DrawnDataset
+from hf_clm.data.batch.packing import PackedDataset, stable_order
 from hf_clm.data.label.datasets import TokenizedRows
-from hf_clm.data.mixing import DrawnDataset
-from hf_clm.data.packing import PackedDataset, stable_order
 from hf_clm.data.proof.ledger import Seats, check_pieces, targets_before
 from hf_clm.errors import DataError
 

@@ -1,0 +1,1 @@
+"""Rows to batches: packed, mixed, put in order, collated."""
