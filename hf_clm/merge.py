@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.adapters import is_adapter, load_adapted, read_base
-from hf_clm.data.build import load_examples
 from hf_clm.data.label.labels import encode_prompts
 from hf_clm.data.label.render import LabelOptions
+from hf_clm.data.prepared.sets import load_examples
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.generation.command import read_prompts
 from hf_clm.generation.generate import generate
@@ -110,7 +110,7 @@ def _find_prompts(folder: str, file: str | None, *, facts: dict[str, Any]) -> tu
         what = "has no recipe.yaml, which names its data"
         raise RecipeError(what, where=folder, fix="give prompts: --prompts FILE")
     data = recipe.data
-    examples = load_examples(data.train, data).examples
+    examples = load_examples(data).examples
     prompts = [_to_prompt(example) for example in examples[:: max(1, len(examples) // PROMPTS)]]
     found = [prompt for prompt in prompts if prompt is not None]
     if not found:

@@ -27,14 +27,14 @@ from hf_clm.attention import NAME as PACKED
 from hf_clm.config import Recipe, training_values
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.data.batch.packing import PackedDataset
-from hf_clm.data.build import AnyDataset, texts_of
+from hf_clm.data.prepared.stream import StreamedRows, StreamPlan, read_stream, shares_of, stream_identity
 from hf_clm.data.read.plain_template import is_plain, plain_template
-from hf_clm.data.read.records import Examples
-from hf_clm.data.streaming import StreamedRows, StreamPlan, read_blocks, stream_identity
+from hf_clm.data.split import AnyDataset
 from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.hardware import bf16_instructions
 from hf_clm.launcher import check_spreading, is_one_of_many
 from hf_clm.model import build_config, check_packing, init_model, load_config, load_model, max_positions
+from hf_clm.schema import AnyExample
 from hf_clm.tokenizer import (
     add_control_tokens,
     bos_token,
@@ -109,9 +109,10 @@ def build_stream(
     shards = arguments.world_size * max(1, arguments.dataloader_num_workers)
     rows = rows_per_step(arguments) * arguments.max_steps
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    by = recipe.data.mixing.by if recipe.data.mixing else "rows"
     stream = StreamedRows(
-        partial(read_blocks, recipe=recipe, tokenizer=tokenizer),
-        StreamPlan(rows, arguments.train_batch_size, shards),
+        partial(read_stream, recipe=recipe, tokenizer=tokenizer),
+        StreamPlan(rows, arguments.train_batch_size, shards, shares_of(recipe.data), by),
         seed=seed if arguments.train_sampling_strategy == "random" else None,
         max_dropped=recipe.data.max_dropped,
         identity=stream_identity(recipe),
@@ -131,7 +132,7 @@ def resolve(recipe: Recipe, arguments: TrainingArguments) -> Recipe:
 
 
 def build_tokenizer(
-    recipe: Recipe, loaded: Mapping[str, Examples], *, arguments: TrainingArguments
+    recipe: Recipe, loaded: Mapping[str, Sequence[AnyExample]], *, arguments: TrainingArguments
 ) -> PreTrainedTokenizerFast:
     """Loads the tokenizer, or trains it on the training texts: once, on rank 0; the others load that.
 
@@ -157,7 +158,7 @@ def build_tokenizer(
     with arguments.main_process_first(local=False, desc="training the tokenizer"):
         if arguments.process_index == 0:
             splits = loaded.values() if section.train.kind == "characters" else [loaded["train"]]
-            texts = (text for examples in splits for text in texts_of(examples.examples))
+            texts = (text for examples in splits for example in examples for text in example.texts if text)
             names = {"pad_token": section.pad_token, "eos_token": section.eos_token or END}
             trained = train_tokenizer(texts, **names, **section.train.model_dump())
             add_control_tokens(trained, section.control_tokens)
@@ -203,7 +204,7 @@ def give_plain_template(
 
 
 def build_tokenizer_aside(
-    recipe: Recipe, loaded: Mapping[str, Examples], *, arguments: TrainingArguments
+    recipe: Recipe, loaded: Mapping[str, Sequence[AnyExample]], *, arguments: TrainingArguments
 ) -> PreTrainedTokenizerFast:
     """The same, but a tokenizer that is trained is written to no output folder."""
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,8 @@ from hf_clm.errors import did_you_mean
 from hf_clm.schema import Format, Overflow, TokenizerKind
 from hf_clm.template import Template
 
+ASIDE: dict[str, JsonValue] = {"decides": False}  # of a key that changes nothing of the prepared rows
+
 
 class Section(BaseModel):
     """Frozen, and strict about types and names of keys."""
@@ -16,6 +18,11 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @classmethod
+    def deciding(cls) -> set[str]:
+        """The keys that decide what is prepared of the same data: all but those marked ASIDE."""
+        return {name for name, field in cls.model_fields.items() if field.json_schema_extra is not ASIDE}
 
 
 class Model(Section):
@@ -74,7 +81,7 @@ def _known_format(format: str | None) -> str | None:
 
 
 class Source(Section):
-    path: str
+    path: str = Field(json_schema_extra=ASIDE)
     """A file, a glob, a folder, or a dataset on the Hub."""
     format: Annotated[str | None, AfterValidator(_known_format)] = None
     """A format, or module:function for a function of your own; default: told from the keys of the records."""
@@ -86,9 +93,9 @@ class Source(Section):
     """For an example over max_length; default: data.overflow."""
     limit: int | None = Field(default=None, ge=1)
     """Read at most this many records."""
-    weight: float | None = Field(default=None, gt=0)
+    weight: float | None = Field(default=None, gt=0, json_schema_extra=ASIDE)
     """Its share of an epoch, beside the weights of the other sources; see data.mixing."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, json_schema_extra=ASIDE)
     """How often one epoch of the run reads it: 2, 0.5, ...; in place of weights; default beside others: 1."""
     split: str = "train"
     """Of a dataset on the Hub."""
@@ -135,15 +142,15 @@ class Turns(Section):
 
 
 class Data(Section):
-    train: Sources = Field(min_length=1)
+    train: Sources = Field(min_length=1, json_schema_extra=ASIDE)
     """A path, a list of paths, or a list of sources."""
-    eval: Sources = []
+    eval: Sources = Field(default=[], json_schema_extra=ASIDE)
     """Its own sources; or see eval_fraction."""
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     """The share of the training examples held out, chosen by train.seed; of a single text its end."""
-    mixing: Mixing | None = None
+    mixing: Mixing | None = Field(default=None, json_schema_extra=ASIDE)
     """How the sources of train share an epoch; null: by their weights or epochs, or every row once."""
-    eval_train_rows: int = Field(default=0, ge=0)
+    eval_train_rows: int = Field(default=0, ge=0, json_schema_extra=ASIDE)
     """So many of the training rows are evaluated too, without dropout: eval_train_loss in the logs."""
     max_length: int = Field(default=1024, ge=2)
     """Tokens in a row."""
@@ -181,11 +188,11 @@ class Data(Section):
     """For a NUL character in a text."""
     allow_empty_prompt: bool = False
     """Learn completions that follow nothing."""
-    cache_dir: str | None = "~/.cache/hf_clm"
+    cache_dir: str | None = Field(default="~/.cache/hf_clm", json_schema_extra=ASIDE)
     """Where prepared data are kept; null: nowhere. HF_CLM_CACHE in the environment moves the default."""
-    streaming: bool = False
+    streaming: bool = Field(default=False, json_schema_extra=ASIDE)
     """Read and tokenize while training, what is too large to prepare; needs train.max_steps."""
-    shuffle_buffer: int = Field(default=1000, ge=1)
+    shuffle_buffer: int = Field(default=1000, ge=1, json_schema_extra=ASIDE)
     """Of a stream: so many documents are packed together, and their rows shuffled."""
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from hf_clm.config import Recipe
-from hf_clm.data.cache import load_early, read_splits
+from hf_clm.data.prepared.cache import read_splits
+from hf_clm.data.prepared.sets import load_early
 from hf_clm.doctor.checks import run_checks
 from hf_clm.doctor.facts import Check, Facts, Problem, build_facts, longest_rows, to_micro_step, to_problem
 from hf_clm.doctor.memory import MemoryEstimate, measure_memory
@@ -123,7 +124,7 @@ def _collect(recipe: Recipe, stage: _Stage, *, loads_model: bool) -> Facts:
     stage.name = "model"
     config = build_model_config(recipe, tokenizer)
     stage.name = "data"
-    splits = read_splits(recipe, tokenizer, seed=arguments.seed, loaded=loaded)
+    splits = read_splits(recipe, tokenizer, seed=arguments.seed)
     facts = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
     if loads_model and facts.estimate is not None:
         stage.name = "model"

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_clm.attention import NAME as PACKED
 from hf_clm.config import Recipe
 from hf_clm.data.batch.packing import PackedDataset
-from hf_clm.data.build import AnyDataset, Split
+from hf_clm.data.split import AnyDataset, Split
 from hf_clm.doctor.memory import MemoryEstimate, MicroStep, estimate_memory, free_memory
 from hf_clm.errors import RecipeError, UserError
 from hf_clm.hub import is_offline

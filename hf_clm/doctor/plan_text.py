@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from hf_clm.config import Recipe, training_values
-from hf_clm.data.cache import load_early
+from hf_clm.data.prepared.sets import load_early
 from hf_clm.doctor.cluster import WHERE, Cluster
 from hf_clm.doctor.memory import MicroStep
 from hf_clm.doctor.plan import SPARE, WAYS, Plan, PlannedModel, choose, plan, to_planned_model

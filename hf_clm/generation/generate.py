@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.attention import use_for_generation, use_for_training
-from hf_clm.data.build import unspelled
+from hf_clm.data.label.datasets import unspelled
 from hf_clm.data.label.labels import cut_chat, encode_prompts
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.read.formats import join_turn, to_prompt

@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nlargest
@@ -14,11 +13,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.config import Recipe, load_recipe
-from hf_clm.data.arrays import TOKENS, dropped, to_fates
 from hf_clm.data.batch.packing import PackedDataset
-from hf_clm.data.build import Split
-from hf_clm.data.cache import load_early, read_splits
-from hf_clm.data.streaming import HEAD
+from hf_clm.data.prepared.cache import read_splits
+from hf_clm.data.prepared.sets import STREAM_HEAD, load_early
+from hf_clm.data.split import Split
 from hf_clm.errors import RecipeError
 from hf_clm.inspector.documents import Reader, inspect_rows
 from hf_clm.inspector.page import Charts, write_page
@@ -63,7 +61,7 @@ def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[
     charts = to_charts(split, recipe.data.max_length, batch_size=batch_size)
     facts = to_facts(split, charts, shown=len(rows))
     if recipe.data.streaming and view.split == "train":
-        facts = {"stream": f"the first {HEAD:,} documents of each source", **facts}
+        facts = {"stream": f"the first {STREAM_HEAD:,} documents of each source", **facts}
     lines = _text(rows[: view.rows], facts, reader=reader, colors=_wants_colors(view.color))
     if view.html:
         write_page(
@@ -75,16 +73,13 @@ def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[
 
 def to_facts(split: Split, charts: Charts, *, shown: int) -> dict[str, str]:
     """The counts of a split, by name, as they are printed."""
-    rows = split.rows.rows
-    drops = [f"{split.examples.places[at]} ({rows.fates[at].reason})" for at in dropped(rows.fates).tolist()]
-    targets, examples = split.target_tokens, split.examples
-    fates = Counter(split.fates)
-    fates.update({"duplicate": len(examples.duplicates), "unreadable": len(examples.report.bad_lines)})
+    ledger, targets = split.ledger, split.target_tokens
+    drops = [f"{ledger.places[at]} ({ledger.fates[at].reason})" for at in ledger.where("dropped").tolist()]
     over, longest = charts.lengths > charts.max_length, charts.lengths.max(initial=0)
     facts = {
         "rows": f"{len(split.dataset):,} ({shown:,} shown), of {len(split.lengths):,} documents",
         "tokens": f"{split.tokens:,}, {targets:,} targets ({targets / split.tokens:.1%})",
-        "examples": ", ".join(f"{count:,} {fate}" for fate, count in (+fates).most_common()),
+        "examples": ", ".join(f"{count:,} {fate}" for fate, count in split.fates.most_common()),
         "length": f"median {np.median(charts.lengths):,.0f}, longest {longest:,}; "
         f"{over.mean():.1%} over max_length {charts.max_length:,}",
         "fill": ", ".join(f"{name} {share:.1%}" for name, share in charts.fills.items()),
@@ -94,20 +89,19 @@ def to_facts(split: Split, charts: Charts, *, shown: int) -> dict[str, str]:
         facts["mixing"] = ", ".join(shares)
     if drops:
         facts["dropped"] = "; ".join(drops[:LISTED_DROPS]) + ("; ..." if len(drops) > LISTED_DROPS else "")
-    if rows.control_texts:
-        spelled = Counter(rows.control_texts).most_common(LISTED_DROPS)
+    if ledger.spelled:
+        spelled = ledger.spelled.most_common(LISTED_DROPS)
         facts["control tokens in text"] = ", ".join(f"{text!r} × {count:,}" for text, count in spelled)
     return facts
 
 
 def to_charts(split: Split, max_length: int, *, batch_size: int) -> Charts:
     """The lengths before anything was cut, and how full padded batches would be beside packed rows."""
-    rows = split.rows.rows
     padded = padded_fill(split.lengths, max_length, batch_size=batch_size)
     fills = {f"padded in batches of {batch_size}": padded}
     if isinstance(split.dataset, PackedDataset):
         fills["packed"] = split.dataset.fill
-    return Charts(to_fates(rows.fates).array[:, TOKENS], max_length, fills)
+    return Charts(split.ledger.numbers("tokens"), max_length, fills)
 
 
 def padded_fill(lengths: np.ndarray, max_length: int, *, batch_size: int) -> float:

@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from hf_clm.config import Recipe
 from hf_clm.data.batch.mixing import DrawnDataset
 from hf_clm.data.batch.packing import PackedDataset, Piece
-from hf_clm.data.build import Split, label_options
+from hf_clm.data.label.datasets import label_options
 from hf_clm.data.label.labels import Fate, encode_plans, tokens_to_rows
 from hf_clm.data.label.render import Plan, Renderer
+from hf_clm.data.split import Split
 from hf_clm.inspector.roles import Spelling, Turn, find_turns, spell_pieces
 from hf_clm.inspector.rows import FLAGS, Document, Row, Vocabulary, to_rows
 from hf_clm.schema import IGNORE_INDEX, AnyExample, Chat, TokenizedExample, Tokens

@@ -6,7 +6,7 @@ from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from hf_clm.data.store import HEAD
+from hf_clm.data.prepared.store import HEAD
 from hf_clm.inspector.documents import Collator, Reader
 from hf_clm.inspector.rows import Document, Row, Vocabulary, escape, to_atoms, to_rows
 

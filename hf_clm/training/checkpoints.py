@@ -8,18 +8,16 @@ import json
 import os
 import re
 import shutil
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hf_clm.errors import RecipeError
+from hf_clm.errors import RecipeError, reach
 from hf_clm.hashing import fingerprint, hash_file
 
 SEAL = "SEALED.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 DELETED = ".del"  # the end of a name: what is being deleted
-FAULT = "HF_CLM_FAULT"  # in the environment, for tests: the point at which the process kills itself
 LEAST_KEPT = 2  # where the newest is damaged there is one before it
 
 
@@ -187,12 +185,6 @@ def sync(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
-
-
-def reach(point: str) -> None:
-    """Dies here, as by kill -9, where HF_CLM_FAULT of the environment names this point."""
-    if os.environ.get(FAULT) == point:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _hash_to_disk(path: Path) -> str:

@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hf_clm.errors import DivergedError, EnvironmentFault, Preempted
+from hf_clm.errors import DivergedError, EnvironmentFault, Preempted, reach
 from hf_clm.parts import TRAINED_TOKENIZER
-from hf_clm.training.checkpoints import reach, read_seal, sync
+from hf_clm.training.checkpoints import read_seal, sync
 from hf_clm.training.lock import keep_lock
 
 FINAL = ".final"  # the model of a run that is done, until all of it lies there

@@ -18,11 +18,13 @@ from transformers import (
 )
 
 from hf_clm.config import Recipe, recipe_to_yaml
-from hf_clm.data.build import Split, label_options
-from hf_clm.data.cache import load_early
-from hf_clm.data.streaming import PositionCollator, StreamedRows
+from hf_clm.data.label.datasets import label_options
+from hf_clm.data.prepared.sets import load_early
+from hf_clm.data.prepared.stream import PositionCollator, StreamedRows
+from hf_clm.data.split import Split
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
+from hf_clm.errors import reach
 from hf_clm.generation.generate import generate, to_prompt_example
 from hf_clm.hardware import peak_memory, settle_cpu
 from hf_clm.inspector.documents import Reader
@@ -54,7 +56,7 @@ from hf_clm.training.callbacks import (
     write_line,
 )
 from hf_clm.training.card import write_card
-from hf_clm.training.checkpoints import reach, seal
+from hf_clm.training.checkpoints import seal
 from hf_clm.training.faults import among_others, keep_timeout, writing
 from hf_clm.training.lock import locked
 from hf_clm.training.output import FINAL, publish, recording_failure, write_json, write_text
@@ -109,7 +111,7 @@ def train_from(
     tokenizer = build_tokenizer(recipe, loaded, arguments=arguments)
     config = build_model_config(recipe, tokenizer)
     settled = settle_render(recipe, tokenizer)
-    prepared = prepare(settled, tokenizer, arguments=arguments, loaded=loaded)
+    prepared = prepare(settled, tokenizer, arguments=arguments)
     splits, proof = prepared.splits, prepared.proof
     proof.lines += give_plain_template(tokenizer, settled, formats=splits["train"].examples.formats)
     known = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)

@@ -5,7 +5,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from hf_clm.data.streaming import StreamedRows, furthest
+from hf_clm.data.prepared.stream import StreamedRows, furthest
 from hf_clm.training.trainer import CLMTrainer
 
 
@@ -17,10 +17,10 @@ def stream_totals(trainer: CLMTrainer) -> dict[str, Any] | None:
     rows = trainer.train_dataset
     if not isinstance(rows, StreamedRows):
         return None
-    found = furthest(gather_object([position for position in rows.positions.values() if position.counts]))
-    epochs, fates = [position.epoch for position in found], Counter()
-    for position in found:
-        fates.update(position.counts)
+    found = furthest(gather_object([position for position in rows.positions.values() if position.steps]))
+    epochs, fates = [min(place.epoch for place in position.places) for position in found], Counter()
+    for place in (place for position in found for place in position.places):
+        fates.update(place.counts)
     everyone = len(found) == rows.plan.shards  # else a shard was not asked yet
     passes = [min(epochs) if everyone else 0, max(epochs, default=0)]
     return {

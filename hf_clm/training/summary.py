@@ -12,9 +12,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.config import Recipe, describe_recipe
-from hf_clm.data.batch.draws import count_drawn_labels
 from hf_clm.data.batch.packing import PackedDataset
-from hf_clm.data.build import Split
+from hf_clm.data.prepared.sets import NOTHING
+from hf_clm.data.prepared.store import HEAD
+from hf_clm.data.split import Split
 from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.hardware import bf16_instructions
 from hf_clm.hashing import fingerprint
@@ -62,7 +63,8 @@ class RunFacts:
     @property
     def has_turns(self) -> bool:
         """Whether the model is asked through the chat template of its tokenizer."""
-        return isinstance(self.train.examples.examples[0], Chat)
+        head = self.train.examples.examples[:HEAD]
+        return isinstance(next((example for example in head if example != NOTHING), None), Chat)
 
     @property
     def template(self) -> Template | None:
@@ -184,10 +186,7 @@ def seal_facts(
 
 def guessing_loss(split: Split) -> float:
     """The entropy (nats per token) of the labels of an epoch: the loss of guessing by frequency alone."""
-    rows, mix = split.rows.rows, split.mix
-    if mix is None:
-        return unigram_entropy(split.label_counts)
-    return unigram_entropy(count_drawn_labels(rows, mix.times[rows.sources]))
+    return unigram_entropy(split.drawn_label_counts)
 
 
 def start_lines(facts: RunFacts) -> list[str]:

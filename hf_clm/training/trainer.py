@@ -24,7 +24,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from hf_clm.data.batch.sampling import EpochSampler, EvenRows
-from hf_clm.data.streaming import StreamedRows, plain_errors
+from hf_clm.data.prepared.stream import StreamedRows, plain_errors
 from hf_clm.errors import DivergedError
 from hf_clm.evaluation.metrics import count_tokens, logit_figures
 from hf_clm.flops import count_flops

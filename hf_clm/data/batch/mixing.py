@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from hf_clm.data.batch.packing import Pieces
-from hf_clm.data.label.datasets import TokenizedDataset, TokenizedRows
+from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.errors import DataError
 from hf_clm.schema import TokenizedExample
 
 PURPOSE = 0x6D6978  # beside the seed: numbers that nothing else is drawn by
-CHUNK_ROWS = 65_536  # of which the labels are counted, or that are drawn, in one step
+CHUNK_ROWS = 65_536  # that are drawn in one step
 MOST_ROWS = 10**9  # of an epoch: their numbers take 8 GB
 LONGEST_NAME = 40  # letters of a source in the table
 
@@ -125,23 +125,32 @@ class DrawnDataset(torch.utils.data.Dataset):
         return Pieces(self.numbers, starts, self.lengths, ends)
 
 
+@dataclass(frozen=True)
+class RecordCounts:
+    """Of each of E records, (E,) int64: its tokenized rows, their tokens, and those with a label."""
+
+    rows: np.ndarray
+    tokens: np.ndarray
+    target_tokens: np.ndarray
+
+
 def mix_rows(
-    rows: TokenizedRows, origins: np.ndarray, *, sources: Sequence[str], options: MixOptions, seed: int
+    records: RecordCounts, origins: np.ndarray, *, sources: Sequence[str], options: MixOptions, seed: int
 ) -> Mix:
     """Draws an epoch.
 
     Args:
-        origins: the number of the source of each example.
+        origins: (E,) the number of the source of each record.
         sources: their names.
 
     Raises DataError for a source that has no row, or of which not one row would be drawn, and for more than
     MOST_ROWS.
     """
-    firsts = np.searchsorted(rows.sources, np.arange(len(origins) + 1))  # those of example i: firsts[i:i + 2]
+    firsts = np.concatenate([[0], np.cumsum(records.rows)])  # the rows of record i are firsts[i:i + 2]
     counts = {
-        "rows": (np.diff(firsts) > 0).astype(np.int64),
-        "tokens": np.diff(rows.offsets[firsts]),
-        "target_tokens": np.diff(np.concatenate([[0], np.cumsum(count_row_targets(rows))])[firsts]),
+        "rows": (records.rows > 0).astype(np.int64),
+        "tokens": records.tokens,
+        "target_tokens": records.target_tokens,
     }
     pools = [np.flatnonzero((origins == number) & (counts["rows"] > 0)) for number in range(len(sources))]
     require_sources(origins[counts["rows"] > 0], sources)
@@ -251,18 +260,6 @@ def nearest(reached: np.ndarray, amount: Fraction) -> int:
     below = int(reached[count - 1]) if count else 0
     is_last = count == len(reached)
     return count if is_last or amount - below <= int(reached[count]) - amount else count + 1
-
-
-def count_row_targets(rows: TokenizedRows) -> np.ndarray:
-    """(N,) int64, the tokens with a label of each row."""
-    counts = np.zeros(len(rows), dtype=np.int64)
-    for first in range(0, len(rows), CHUNK_ROWS):
-        offsets = rows.offsets[first : first + CHUNK_ROWS + 1]
-        learned = rows.labels[offsets[0] : offsets[-1]] >= 0
-        counts[first : first + CHUNK_ROWS] = np.add.reduceat(
-            learned, offsets[:-1] - offsets[0], dtype=np.int64
-        )
-    return counts
 
 
 def _to_shares(

@@ -105,22 +105,21 @@ class PackedDataset(torch.utils.data.Dataset):
         return len(self.pieces)
 
     def __getitem__(self, index: int) -> PackedRow:
-        pieces, rows = self.pieces, self.dataset.rows
+        pieces = self.pieces
         part = pieces.of_row(index)
-        begins = rows.offsets[pieces.examples[part]]
-        firsts, lasts = begins + pieces.starts[part], begins + pieces.stops[part]
-        spans = [slice(first, last) for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)]
+        firsts, lasts = pieces.starts[part], pieces.stops[part]
+        ids, labels_of, weights = self.dataset.rows.views(pieces.examples[part], firsts, lasts)
         sizes = lasts - firsts
         starts = np.cumsum(sizes) - sizes
-        labels = np.concatenate([rows.labels[span] for span in spans])
+        labels = np.concatenate(labels_of)
         mask_places(labels, starts)  # nothing precedes the first token of a piece
         row: PackedRow = {
-            "input_ids": np.concatenate([rows.input_ids[span] for span in spans]),
+            "input_ids": np.concatenate(ids),
             "labels": labels,
             "position_ids": np.arange(len(labels)) - np.repeat(starts, sizes),
         }
-        if rows.weights is not None:
-            row["weights"] = np.concatenate([rows.weights[span] for span in spans])
+        if weights is not None:
+            row["weights"] = np.concatenate(weights)
         return row
 
     @property

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from hf_clm.config import Recipe, Source
 from hf_clm.data.label.labels import (
     Fate,
     Rows,
@@ -19,7 +20,6 @@ from hf_clm.data.label.labels import (
     fit,
     fit_chat,
     fit_windows,
-    mask_first,
     tokens_to_rows,
     weigh,
 )
@@ -29,12 +29,35 @@ from hf_clm.errors import DataError
 from hf_clm.schema import AnyExample, Chat, Format, TokenizedExample, Tokens, whole_text
 from hf_clm.text.chat import Reasoning
 from hf_clm.text.encode import Encoder
+from hf_clm.tokenizer import find_unknown, unknown_id
 
 COLLECTED_EVERY = 50_000  # new objects; Python's own 700 suit a program that keeps few
 BATCH_ROWS = 1000  # examples in one call of the tokenizer: enough to keep its threads busy, little memory
 TRAIN_ON = {"all_turns": TrainOn("all"), "last_turn": TrainOn("last"), "everything": TrainOn("everything")}
 
+UNREADABLE = "unreadable"  # the fate of an example that cannot be used
+Views = tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray] | None]  # ids, labels, weights
+SHOWN_LETTERS = 8  # of a word that the tokenizer cannot spell
+
 Record = Mapping[str, Any]
+Faults = dict[int, DataError] | None  # why an example cannot be used, by its number
+
+
+def label_options(recipe: Recipe, source: Source | None = None) -> LabelOptions:
+    """What decides how the examples of a recipe, or of one of its sources, are labelled."""
+    data, packing = recipe.data, recipe.resolved_packing
+    train_on = data.train_on
+    is_named = isinstance(train_on, str)
+    learned = TRAIN_ON[train_on] if is_named else TrainOn(train_on.turns, train_on.reasoning)
+    return LabelOptions(
+        stage=recipe.stage,
+        max_length=None if packing == "stream" else data.max_length,  # a stream cuts by itself
+        overflow=(source.overflow if source else None) or recipe.resolved_overflow,
+        window=(data.window.size, data.window.step) if data.window else None,
+        train_on=learned,
+        special_tokens_in_text=data.special_tokens_in_text,
+        reasoning=data.reasoning,
+    )
 
 
 @dataclass
@@ -64,9 +87,13 @@ class TokenizedRows:
         number = range(len(self))[index]  # takes negative indices, raises IndexError past the end
         return self._cut(*self.offsets[number : number + 2])
 
-    def piece(self, index: int, *, start: int, stop: int) -> TokenizedExample:
-        """Tokens ``start`` to ``stop`` of a row as a row of its own; reads no more of the row."""
-        return mask_first(self._cut(self.offsets[index] + start, self.offsets[index] + stop))
+    def views(self, numbers: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Views:
+        """Ids, labels and weights of tokens ``starts[i]`` to ``stops[i]`` of the rows, not copied."""
+        begins = self.offsets[numbers]
+        firsts, lasts = (begins + starts).tolist(), (begins + stops).tolist()
+        spans = [slice(first, last) for first, last in zip(firsts, lasts, strict=True)]
+        ids, labels = [self.input_ids[span] for span in spans], [self.labels[span] for span in spans]
+        return ids, labels, None if self.weights is None else [self.weights[span] for span in spans]
 
     def _cut(self, start: int, stop: int) -> TokenizedExample:
         row: TokenizedExample = {
@@ -83,10 +110,26 @@ class TokenizedRows:
         return np.diff(self.offsets)
 
 
+class AnyRows(Protocol):
+    """Rows in memory (``TokenizedRows``) or in a mapped file (``StoredRows``)."""
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+    @property
+    def sources(self) -> np.ndarray: ...
+    @property
+    def fates(self) -> Sequence[Fate]: ...
+    @property
+    def control_texts(self) -> Counter[str]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> TokenizedExample: ...
+    def views(self, numbers: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Views: ...
+
+
 class TokenizedDataset(torch.utils.data.Dataset):
     """Rows that are tokenized already: ``dataset[i]`` is a TokenizedExample."""
 
-    def __init__(self, rows: TokenizedRows):
+    def __init__(self, rows: AnyRows):
         self.rows = rows
 
     def __len__(self) -> int:
@@ -203,9 +246,16 @@ def rare_collection() -> Iterator[None]:
 
 @rare_collection()
 def tokenize_rows(
-    examples: Iterable[AnyExample], tokenizer: PreTrainedTokenizerFast, options: LabelOptions
+    examples: Iterable[AnyExample],
+    tokenizer: PreTrainedTokenizerFast,
+    options: LabelOptions,
+    *,
+    faults: Faults = None,
 ) -> TokenizedRows:
     """Labels, encodes and fits all examples.
+
+    Args:
+        faults: takes the error of each example that cannot be used, by its number; None: the first is raised.
 
     Raises DataError, with the example's number in ``row``, where one cannot be read or spelled.
     """
@@ -213,21 +263,35 @@ def tokenize_rows(
     written = _Written()
     numbered = enumerate(examples)
     while batch := list(islice(numbered, BATCH_ROWS)):
-        plans = _plan(batch, renderer, written.control_texts)
-        rows_of = _encode(plans, renderer.encoder)
+        plans = _plan(batch, renderer, written.control_texts, faults)
+        rows_of = _encode(plans, renderer.encoder, faults)
         for number, example in batch:
-            with _named(number):
+            rows, fate, notes = [], Fate(UNREADABLE), []
+            with _named(number, faults):
                 if isinstance(example, Tokens):
-                    rows, notes = tokens_to_rows(example, tokenizer), []
-                else:
-                    rows, notes = rows_of[number], plans[number].notes
-                if example.weight == 0:
-                    tokens = sum(len(row["input_ids"]) for row in rows)
-                    rows, fate = [], Fate("dropped", "no target token", tokens=tokens)
-                else:
-                    rows, fate = _fit(example, rows, renderer)
-                written.add(number, weigh(rows, example.weight), fate, notes)
+                    rows, fate = _fit_weighed(example, tokens_to_rows(example, tokenizer), renderer)
+                elif number in rows_of:  # else it has a fault already
+                    check_spelled(example, rows_of[number], tokenizer)
+                    rows, fate = _fit_weighed(example, rows_of[number], renderer)
+                    notes = plans[number].notes
+            written.add(number, rows, fate, notes)
     return written.to_rows()
+
+
+def check_spelled(example: AnyExample, rows: Rows, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises DataError for a character that the tokenizer has no token for."""
+    unknown = unknown_id(tokenizer)
+    if unknown is None or not any(unknown in row["input_ids"] for row in rows):
+        return
+    if (found := find_unknown(whole_text(example), tokenizer)) is not None:
+        raise unspelled(found)
+
+
+def unspelled(text: str, *, where: str = "") -> DataError:
+    """The error for ``text``, which the tokenizer has no token for."""
+    codes = " ".join(f"U+{ord(letter):04X}" for letter in text[:SHOWN_LETTERS])
+    fix = "take it out, or add a text that holds it to those that the tokenizer is trained on"
+    return DataError("the tokenizer has no token for it", where=where, got=f"{text!r} ({codes})", fix=fix)
 
 
 def join_rows(parts: Sequence[TokenizedRows]) -> TokenizedRows:
@@ -284,7 +348,7 @@ class _Written:
 
 
 def _plan(
-    batch: Sequence[tuple[int, AnyExample]], renderer: Renderer, control_texts: Counter[str]
+    batch: Sequence[tuple[int, AnyExample]], renderer: Renderer, control_texts: Counter[str], faults: Faults
 ) -> dict[int, Plan]:
     """The plan of each example that is text; control tokens are looked for where one may be.
 
@@ -302,20 +366,29 @@ def _plan(
     plans = {}
     for number, example in batch:
         if not isinstance(example, Tokens):
-            with _named(number):
+            with _named(number, faults):
                 plans[number] = renderer.plan(example, may_spell=number in may_spell)
     return plans
 
 
-def _encode(plans: Mapping[int, Plan], encoder: Encoder) -> dict[int, Rows]:
+def _encode(plans: Mapping[int, Plan], encoder: Encoder, faults: Faults) -> dict[int, Rows]:
     """The rows of each plan. Raises DataError with the number of the example that cannot be encoded."""
     try:
         return dict(zip(plans, encode_plans(list(plans.values()), encoder), strict=True))
     except DataError:
+        rows = {}
         for number, plan in plans.items():
-            with _named(number):
-                encode_plans([plan], encoder)
-        raise
+            with _named(number, faults):
+                rows[number] = encode_plans([plan], encoder)[0]
+        return rows
+
+
+def _fit_weighed(example: AnyExample, rows: Rows, renderer: Renderer) -> tuple[Rows, Fate]:
+    if example.weight == 0:
+        tokens = sum(len(row["input_ids"]) for row in rows)
+        return [], Fate("dropped", "no target token", tokens=tokens)
+    rows, fate = _fit(example, rows, renderer)
+    return weigh(rows, example.weight), fate
 
 
 def _fit(example: AnyExample, rows: Rows, renderer: Renderer) -> tuple[Rows, Fate]:
@@ -336,10 +409,12 @@ def _has_target(row: TokenizedExample) -> bool:
 
 
 @contextmanager
-def _named(number: int) -> Iterator[None]:
+def _named(number: int, faults: Faults = None) -> Iterator[None]:
     """Puts the number of the example into a DataError, so that the caller can name its file and line."""
     try:
         yield
     except DataError as error:
         error.row = number
-        raise
+        if faults is None:
+            raise
+        faults[number] = error

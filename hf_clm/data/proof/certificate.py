@@ -12,17 +12,14 @@ tools, reasoning, cut or whole): the first ones of each shape in a block and a s
 id for id with the prompts that generation is given.
 """
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.data.arrays import release
 from hf_clm.data.label.datasets import TokenizedRows, rare_collection
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.proof.checker import Checker
@@ -33,7 +30,6 @@ from hf_clm.schema import AnyExample
 SHOWN = 3  # failures in an error
 KEPT = 100  # failures in the certificate
 PROVED_WHOLE = 2000  # every row is proved of a set of up to this many
-HASHED_ITEMS = 1 << 20  # at once
 
 
 @dataclass(frozen=True)
@@ -100,9 +96,7 @@ def certify(
     """Checks every row against its example. ``places`` names the examples ("poems.jsonl:17")."""
     checker = Checker(tokenizer, options, stop_ids)
     proves_all = len(rows) <= PROVED_WHOLE
-    certificate, _ = certify_rows(rows, examples, checker=checker, places=places, proves_all=proves_all)
-    certificate.content_hash = hash_content(rows, tokenizer=tokenizer, options=options)
-    return certificate
+    return certify_rows(rows, examples, checker=checker, places=places, proves_all=proves_all)[0]
 
 
 @rare_collection()
@@ -125,20 +119,3 @@ def certify_rows(
     certificate.encoded_again = len(proved)
     certificate.seconds = time.monotonic() - started
     return certificate, proved
-
-
-def hash_content(rows: TokenizedRows, *, tokenizer: PreTrainedTokenizerFast, options: LabelOptions) -> str:
-    """sha256 over ids, labels, borders and weights, the tokenizer, its template and the label options."""
-    content = hashlib.sha256()
-    for array in (
-        rows.input_ids,
-        rows.labels,
-        rows.offsets,
-        *([] if rows.weights is None else [rows.weights]),
-    ):
-        for first in range(0, len(array), HASHED_ITEMS):
-            content.update(np.ascontiguousarray(array[first : first + HASHED_ITEMS]).data)
-            release(array)
-    texts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), repr(options))
-    content.update("\0".join(texts).encode())
-    return content.hexdigest()

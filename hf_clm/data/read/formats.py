@@ -30,6 +30,7 @@ from hf_clm.schema import AnyExample, Chat, Document, Example, Format, Message, 
 
 ReadRecord = Callable[[Record], Example]  # a format of the user's own
 FirstSeen = dict[str, tuple[str, str]]  # file -> what its first record looks like, and its place
+BEHIND = " (behind byte "  # in the name of a file of which the lines are not counted from its beginning
 
 # Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca), in its two published forms.
 ALPACA_TASK = "Below is an instruction that describes a task"
@@ -204,7 +205,7 @@ def check_same_masks(record: Record, where: str, *, first: FirstSeen, fields: Fi
 
 
 def _check_first(found: str, where: str, *, first: FirstSeen, kind: str) -> None:
-    file = where.rpartition(":")[0]
+    file = where.rpartition(":")[0].partition(BEHIND)[0]
     known, first_where = first.setdefault(f"{kind} {file}", (found, where))
     if found != known:
         what = f"a record of {kind} {found} in a file of {kind} {known} ({first_where})"

@@ -1,4 +1,4 @@
-"""One reader a type of file: a stream of bytes to (place, value), whole or a span of it.
+"""One reader a type of file: a stream of bytes to (place, value).
 
 A reader gives, in the place of a value that is refused, the ``DataError`` that says why.
 """
@@ -9,18 +9,17 @@ import json
 import mmap
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_clm.errors import DataError
 
+if TYPE_CHECKING:  # it takes a third of a second to import
+    import pyarrow
+
 Items = Iterator[tuple[str, Any]]  # (place, value), or (place, why the value is refused)
-Span = tuple[int, int]  # first and past the last: bytes of the text of lines and tables, rows of columns
-WHOLE: Span = (0, sys.maxsize)
 BATCH_ROWS = 1024
 BATCH_BYTES = 1 << 22  # of columns, that are made records at once
 READ_BYTES = 1 << 20
@@ -54,20 +53,22 @@ class ReadReport:
     bad_lines: list[str] = field(default_factory=list)  # the messages of skipped lines
     nul_records: int = 0
 
+    def add(self, other: "ReadReport") -> None:
+        """Counts in what was read beside; not the files and bad lines."""
+        self.records += other.records
+        self.blank_lines += other.blank_lines
+        self.nul_records += other.nul_records
+
 
 @dataclass
 class Stream:
-    """A file that is read, decompressed; ``span``: the part of it whose records are wanted.
-
-    A record belongs to the span that it begins in. ``at`` is the byte behind the last line that was read.
-    """
+    """A file that is read, decompressed; or some of its lines, with the number of those ``before`` them."""
 
     file: str
     stream: io.BufferedReader
     options: ReadOptions
     report: ReadReport
-    span: Span = WHOLE
-    at: int = 0
+    before: int = 0
 
 
 def _read_json_lines(source: Stream) -> Items:
@@ -94,23 +95,20 @@ def _read_json(source: Stream) -> Items:
 
 def _read_table(source: Stream, *, delimiter: str) -> Items:
     csv.field_size_limit(max(csv.field_size_limit(), source.options.max_line_bytes))  # else 128 KiB a cell
-    whole = replace(source, span=WHOLE)  # a line may be inside a quoted cell: so none can be skipped
-    reader = csv.reader((or_raise(line) for _, line in _lines(whole)), delimiter=delimiter, strict=True)
+    reader = csv.reader((or_raise(line) for _, line in _lines(source)), delimiter=delimiter, strict=True)
     number = 0
     try:
         header = next((row for row in reader if row), [])
         _check_columns(header, f"{source.file}:{reader.line_num}")
-        begin = whole.at
         for row in reader:
             number += bool(row)
-            begin, is_wanted = whole.at, source.span[0] <= begin < source.span[1]
-            if is_wanted and len(row) == len(header):
+            if len(row) == len(header):
                 yield f"{source.file}: record {number}", dict(zip(header, row, strict=True))
-            elif is_wanted and row:
+            elif row:
                 where = f"{source.file}:{reader.line_num}"
                 what = f"expected {len(header)} cells, as in the header"
                 yield where, DataError(what, where=where, got=str(len(row)))
-            elif is_wanted:
+            else:
                 source.report.blank_lines += 1
     except csv.Error as error:
         where = f"{source.file}:{reader.line_num}"
@@ -118,33 +116,27 @@ def _read_table(source: Stream, *, delimiter: str) -> Items:
 
 
 def _read_columns(source: Stream) -> Items:
-    """Parquet, and both kinds of Arrow file: with an index at its end, or a stream, as datasets writes it."""
-    columns = _open_columns(source)
-    (first, last), number = source.span, columns.before
-    for batch in columns.batches:
+    rows = (row for batch in column_batches(source) for row in batch.to_pylist())
+    for number, row in enumerate(rows, start=1):
+        yield f"{source.file}: record {number}", row
+
+
+def column_batches(source: Stream) -> Iterator["pyarrow.RecordBatch"]:
+    """The rows of Parquet or of an Arrow file (with an index at its end, or a stream, as datasets writes it).
+
+    In batches of a few megabytes. Memory holds one: what was read of a mapped file is given back.
+    """
+    batches, forget = _open_parquet(source) if suffix(source.file) == ".parquet" else _open_arrow(source)
+    for batch in batches:
         size = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(1, batch.nbytes)))
-        for start in range(max(0, first - number), min(batch.num_rows, last - number), size):
-            rows = batch.slice(start, min(size, last - number - start))
+        for start in range(0, batch.num_rows, size):
+            rows = batch.slice(start, size)
             rows.validate(full=True)  # a damaged batch crashes the interpreter
-            for count, row in enumerate(rows.to_pylist(), start=number + start + 1):
-                yield f"{source.file}: record {count}", row
-            columns.forget()
-        number += batch.num_rows
-        if number >= last:
-            return
+            yield rows
+            forget()
 
 
-class _Columns(NamedTuple):
-    """Batches of rows, and how many rows lie before them; ``forget`` gives back what was read of the file."""
-
-    batches: Iterator[Any]
-    before: int
-    forget: Callable[[], None]
-
-
-def _open_columns(source: Stream) -> _Columns:
-    if suffix(source.file) == ".parquet":
-        return _open_parquet(source)
+def _open_arrow(source: Stream) -> tuple[Iterable["pyarrow.RecordBatch"], Callable[[], None]]:
     import pyarrow
     from pyarrow import ipc
 
@@ -162,35 +154,18 @@ def _open_columns(source: Stream) -> _Columns:
         batches = ipc.open_stream(buffer)
         schema = batches.schema
     _check_columns(schema.names, source.file)
-    return _Columns(batches, 0, forget)
+    return batches, forget
 
 
-def _open_parquet(source: Stream) -> _Columns:
-    """The row groups from that on in which the span begins, in batches of a few megabytes."""
+def _open_parquet(source: Stream) -> tuple[Iterable["pyarrow.RecordBatch"], Callable[[], None]]:
     from pyarrow import parquet
 
     table = parquet.ParquetFile(source.stream, buffer_size=READ_BYTES)  # pages, not whole columns
     _check_columns(table.schema_arrow.names, source.file)
     groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
-    ends = list(accumulate(group.num_rows for group in groups))
-    wanted = [number for number, end in enumerate(ends) if end > source.span[0]]
     widest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
     size = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, widest)))
-    before = ends[wanted[0]] - groups[wanted[0]].num_rows if wanted else 0
-    batches = table.iter_batches(batch_size=size, row_groups=wanted) if wanted else iter(())
-    return _Columns(batches, before, lambda: None)
-
-
-def count_rows(source: Stream) -> tuple[int, int]:
-    """The rows of a file of columns, and about how many bytes they hold."""
-    if suffix(source.file) == ".parquet":
-        from pyarrow import parquet
-
-        found = parquet.ParquetFile(source.stream).metadata
-        groups = map(found.row_group, range(found.num_row_groups))
-        return found.num_rows, sum(group.total_byte_size for group in groups)
-    counts = [(batch.num_rows, batch.nbytes) for batch in _open_columns(source).batches]
-    return sum(rows for rows, _ in counts), sum(size for _, size in counts)
+    return table.iter_batches(batch_size=size), lambda: None
 
 
 def _read_text(source: Stream) -> Items:
@@ -215,33 +190,16 @@ KNOWN_TYPES = f"known are {', '.join(READERS)}, each also with .gz or .zst"
 
 def _lines(source: Stream) -> Iterator[tuple[int, str | DataError]]:
     """(number, line with its end); a line that is too long is passed over without being held."""
-    limit, number = source.options.max_line_bytes, _skip_lines(source)
-    while source.at < source.span[1] and (raw := source.stream.readline(limit + 1)):
+    limit, number = source.options.max_line_bytes, source.before
+    while raw := source.stream.readline(limit + 1):
         number += 1
-        source.at += len(raw)
         if len(raw) <= limit or raw.endswith(b"\n"):
             yield number, _decode(raw, source.file, line=number)
             continue
-        _finish_line(source, raw)
+        while raw and not raw.endswith(b"\n"):
+            raw = source.stream.readline(READ_BYTES)
         where, got = f"{source.file}:{number}", f"over {limit:,} bytes"
         yield number, DataError("line too long", where=where, got=got, fix="raise max_line_bytes")
-
-
-def _skip_lines(source: Stream) -> int:
-    """Passes over the lines that begin before the span; returns how many they are."""
-    number, last = 0, source.span[0] - 1
-    while source.at < last and (block := source.stream.read(min(READ_BYTES, last - source.at))):
-        number += block.count(b"\n")
-        source.at += len(block)
-    return number + _finish_line(source, b" ") if source.span[0] else 0
-
-
-def _finish_line(source: Stream, raw: bytes) -> bool:
-    """Passes over the rest of a line of which ``raw`` was read; whether it has an end."""
-    while raw and not raw.endswith(b"\n"):
-        raw = source.stream.readline(READ_BYTES)
-        source.at += len(raw)
-    return bool(raw)
 
 
 def _decode(data: bytes, file: str, *, line: int = 1) -> str | DataError:

@@ -11,19 +11,16 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 from hf_clm.data.read.readers import (
     DOCUMENT_FIX,
     KNOWN_TYPES,
     READERS,
-    WHOLE,
     Items,
     ReadOptions,
     ReadReport,
     Record,
-    Span,
     Stream,
     first_line,
     or_raise,
@@ -56,11 +53,11 @@ def read_records(
         yield from read_file(file, options, report=report)
 
 
-def read_file(file: str, options: ReadOptions, *, report: ReadReport, span: Span = WHOLE) -> Iterator[Record]:
-    """Yields the records of a file, or those that begin in a span of it."""
+def read_file(file: str, options: ReadOptions, *, report: ReadReport) -> Iterator[Record]:
+    """Yields the records of a file."""
     with open_stream(file, options, report=report) as source:
-        rows = READERS[suffix(file)](replace(source, span=span))
-        yield from to_records(rows, file=file, options=options, report=report, is_whole=span == WHOLE)
+        rows = READERS[suffix(file)](source)
+        yield from to_records(rows, file=file, options=options, report=report)
 
 
 @contextmanager
@@ -104,7 +101,7 @@ def to_records(
     records, bad_lines = report.records, len(report.bad_lines)
     for where, value in items:
         try:
-            has_nul = _check(value, where)
+            has_nul = check_value(value, where)
             if has_nul and options.nul == "error":
                 raise DataError("U+0000 in a text", where=where, fix="remove it, or set nul to warn")
         except DataError as error:
@@ -126,7 +123,7 @@ def no_record(file: str, bad_lines: list[str]) -> DataError:
     return DataError("empty file (0 records)", where=file)
 
 
-def _check(value: Any, where: str) -> bool:
+def check_value(value: Any, where: str) -> bool:
     """Whether a text in the value holds U+0000; raises for what no record may hold."""
     has_nul = False
     for leaf in _leaves(value):

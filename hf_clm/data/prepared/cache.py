@@ -1,12 +1,13 @@
 """Which prepared set is a recipe's: its key is the content of all that decides it, never a name or a time."""
 
+import importlib.util
 import json
 import os
 import re
+import tempfile
 import time
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,69 +15,76 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+import hf_clm.schema
 from hf_clm.config import Data, Recipe, Source
-from hf_clm.data.build import Split, build_split, load_splits, mix_splits
-from hf_clm.data.read.records import Examples
+from hf_clm.data.prepared.prepare import write_prepared
+from hf_clm.data.prepared.sets import read_examples, to_head
+from hf_clm.data.prepared.store import Stored, open_store
 from hf_clm.data.read.sources import find_files
-from hf_clm.data.store import Stored, open_store
-from hf_clm.data.streaming import load_head
+from hf_clm.data.split import Split, mix_splits
 from hf_clm.hashing import fingerprint, hash_file
 
-FORMAT_VERSION = 4  # raise it with every change of what is made of the same data: labels, packing, files
 COMMIT = re.compile("[0-9a-f]{40}")
 KEY_LETTERS = 32  # of the sha256, in the name of the folder
 HASHES = ".hashes"  # in the cache: sha256 of large data files that were read before
 REMEMBERED_BYTES = 1 << 20
 SETTLED_NS = 10 * 10**9
-OF_STREAMS = {"streaming", "shuffle_buffer"}  # they change nothing of what is prepared
-OF_WHOLE = {"max_dropped", "max_leakage"}  # what the whole set is measured by, and none of its shards
 LIBRARIES = ("tokenizers", "transformers")  # which render and encode
+LABELLING = ("schema.py", "template.py", "tokenizer.py", "text", "data")  # where labels are made and proved
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the prepared set of a recipe is, or would be, kept.
+    """Where the prepared set of a recipe is, or would be.
 
-    ``files``: those of the data, as read. ``shards_key``: of what its shards are made of.
+    files: those of the data, in the order of reading.
+    why_not: why it is not kept for other runs; empty: it is.
     """
 
     folder: Path
     files: list[str]
-    shards_key: str
+    why_not: str = ""
 
     @property
     def key(self) -> str:
         return self.folder.name
 
 
-def find_place(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Place | None:
-    """None where nothing is kept: a stream, cache_dir is null, or data on the Hub not pinned to a commit.
+def find_place(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int, aside: Path, launch: str = ""
+) -> Place:
+    """The place of a recipe's prepared set.
 
-    ``seed`` decides what is held out. Raises DataError for data that are not there.
+    Args:
+        seed: decides what is held out.
+        aside: the folder for a set that is not kept in the cache: of a stream, without data.cache_dir, of
+            data on the Hub that are not pinned to a commit.
+        launch: what stands for the content of data that no content is known of.
+
+    Raises DataError for data that are not there.
     """
     data = recipe.data
-    if data.cache_dir is None or data.streaming:
-        return None
     files: list[str] = []
-    folder = cache_folder(data)
+    folder = cache_folder(data) if data.cache_dir else aside
     contents = [_source_content(source, files, folder=folder) for source in (*data.train, *data.eval)]
-    if None in contents:
-        return None
-    left_out = {"train", "eval", "cache_dir", "eval_train_rows", "mixing", *OF_STREAMS}
-    options = data.model_dump(exclude=left_out)
+    why_not = "data.cache_dir is null" if data.cache_dir is None else ""
+    if data.streaming:
+        contents, why_not = [launch], "a stream"
+    elif None in contents:
+        contents, why_not = [launch], "data on the Hub without a commit as their revision"
+    options = data.model_dump(include=Data.deciding())
     options |= {"overflow": recipe.resolved_overflow, "packing": recipe.resolved_packing}
     parts = {
-        "format": FORMAT_VERSION,
+        "code": _code_content([source.format for source in (*data.train, *data.eval)]),
         "libraries": {name: version(name) for name in LIBRARIES},
         "stage": recipe.stage,
         "data": options,
         "seed": seed if data.eval_fraction else None,
-        "train": contents[: len(data.train)],
-        "eval": contents[len(data.train) :],
+        "sources": [contents, len(data.train)],
         "tokenizer": _tokenizer_content(tokenizer),
     }
-    of_shards = {**parts, "data": {name: options[name] for name in options.keys() - OF_WHOLE}}
-    return Place(folder / fingerprint([parts])[:KEY_LETTERS], files, fingerprint([of_shards])[:KEY_LETTERS])
+    key = fingerprint([parts])[:KEY_LETTERS]
+    return Place((aside if why_not else folder) / key, files, why_not)
 
 
 def cache_folder(data: Data) -> Path:
@@ -87,58 +95,36 @@ def cache_folder(data: Data) -> Path:
     return Path(moved or data.cache_dir).expanduser().absolute()
 
 
-def open_place(place: Place, recipe: Recipe, *, seed: int) -> Stored | None:
-    """The prepared set of a recipe, if it is kept there."""
-    return open_store(
-        place.folder, recipe, files=place.files, load_examples=partial(load_named, recipe, seed)
-    )
+def open_place(place: Place, recipe: Recipe) -> Stored | None:
+    """The prepared set of a recipe, if it is there."""
+    recipe = to_head(recipe)
+    load = partial(_load_examples, recipe)
+    return open_store(place.folder, recipe, files=place.files, load_examples=load)
 
 
-def read_splits(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    seed: int,
-    loaded: Mapping[str, Examples] | None = None,
-) -> dict[str, Split]:
-    """Train, mixed, and, if there is one, eval: opened where they were prepared before, else made.
+def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> dict[str, Split]:
+    """Train, mixed, and, if there is one, eval: opened where they were prepared before, else made aside.
 
-    Writes nothing.
-
-    ``loaded``: the examples, if they were read already.
+    Keeps nothing.
     """
-    place = find_place(recipe, tokenizer, seed=seed)
-    stored = open_place(place, recipe, seed=seed) if place else None
-    splits = (
-        stored.splits
-        if stored
-        else build_splits(recipe, tokenizer, loaded=loaded or load_named(recipe, seed))
-    )
-    return mix_splits(splits, recipe, seed=seed)
+    with tempfile.TemporaryDirectory() as folder:  # what is open stays readable
+        place = find_place(recipe, tokenizer, seed=seed, aside=Path(folder))
+        stored = open_place(place, recipe)
+        if stored is None:
+            place = replace(place, folder=Path(folder) / place.key)
+            write_prepared(place.folder, to_head(recipe), tokenizer, seed=seed)
+            stored = open_place(place, recipe)
+        assert stored is not None, "it was written a moment ago"
+        return mix_splits(stored.splits, recipe, seed=seed)
 
 
-def load_early(recipe: Recipe, seed: int) -> dict[str, Examples]:
-    """The examples, where the tokenizer is trained on them; else nothing: a prepared set needs none."""
-    recipe = recipe.for_tokenizer(has_template=recipe.tokenizer.chat_template is not None)
-    return load_named(recipe, seed) if recipe.tokenizer.train else {}
-
-
-def load_named(recipe: Recipe, seed: int) -> dict[str, Examples]:
-    """The examples by the name of their split: train (of a stream the first) and, if there is one, eval."""
-    train, evaluation = load_head(recipe) if recipe.data.streaming else load_splits(recipe, seed)
-    return {"train": train, "eval": evaluation} if evaluation else {"train": train}
-
-
-def build_splits(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, loaded: Mapping[str, Examples]
-) -> dict[str, Split]:
-    """Tokenizes, fits and packs each set, every row once."""
-    return {name: build_split(examples, recipe, tokenizer=tokenizer) for name, examples in loaded.items()}
+def _load_examples(recipe: Recipe, name: str) -> list[Any]:
+    return list(read_examples(recipe.data, name))
 
 
 def _source_content(source: Source, files: list[str], *, folder: Path) -> dict[str, Any] | None:
     """What a source is, without its path; its files are added to ``files``. None where that is not known."""
-    options = source.model_dump(exclude={"path", "weight", "epochs"})
+    options = source.model_dump(include=Source.deciding())
     found = find_files(source.path)
     if found is None:  # on the Hub, where a branch or a tag may move
         files.append(source.path)
@@ -149,6 +135,16 @@ def _source_content(source: Source, files: list[str], *, folder: Path) -> dict[s
         return {**options, "files": [(_file_type(file), _hash_once(file, folder)) for file in found]}
     except OSError:  # reading it tells what is wrong
         return None
+
+
+def _code_content(formats: list[str | None]) -> str:
+    """The sources of the code that makes labels, the user's own formats included."""
+    package = Path(hf_clm.schema.__file__).parent
+    found = [path for name in LABELLING for path in (package / name, *sorted((package / name).rglob("*.py")))]
+    for format in formats:
+        if format and ":" in format and (spec := importlib.util.find_spec(format.partition(":")[0])):
+            found.append(Path(spec.origin or ""))
+    return fingerprint(path.read_bytes() for path in found if path.is_file())
 
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

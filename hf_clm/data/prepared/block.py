@@ -1,0 +1,229 @@
+"""One block, from records to certified rows. Everything that is trained on is made here, and nowhere else.
+
+    RawBlock --> examples --> rows --> certified --> two Arrow record batches: rows | ledger
+
+It runs in three places: in a loop, in a stream while training, and as a task on a cluster.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow
+from transformers import PreTrainedTokenizerFast
+
+from hf_clm.config import Data, Recipe
+from hf_clm.data.label.datasets import UNREADABLE, TokenizedRows, label_options, tokenize_rows
+from hf_clm.data.label.labels import Fate
+from hf_clm.data.label.render import Renderer
+from hf_clm.data.prepared.chunks import RawBlock
+from hf_clm.data.proof.certificate import Certificate, certify_rows
+from hf_clm.data.proof.checker import Checker
+from hf_clm.data.proof.ledger import check_entry, digest, loose_digest
+from hf_clm.data.read.readers import ReadReport, Record
+from hf_clm.data.read.records import read_example, read_options, unknown_columns
+from hf_clm.data.read.sources import check_value
+from hf_clm.errors import DataError
+from hf_clm.schema import AnyExample
+from hf_clm.text.chat import stop_token_ids
+
+TOKENS, FLOATS = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.float32())
+ROWS = pyarrow.schema({"input_ids": TOKENS, "labels": TOKENS, "place": pyarrow.string()})
+WEIGHTED_ROWS = ROWS.append(pyarrow.field("weights", FLOATS))
+NUMBERS = ("tokens", "target_tokens", "cut_tokens", "kept_tokens", "kept_targets", "rows", "proved_rows")
+LEDGER = pyarrow.schema(
+    {
+        **dict.fromkeys(("place", "fate", "reason"), pyarrow.string()),
+        "source": pyarrow.int32(),  # its number in the recipe
+        **dict.fromkeys(NUMBERS, pyarrow.int64()),
+        "spelled": pyarrow.list_(pyarrow.string()),  # control tokens that its text spells
+    }
+)
+DIGESTS = ("exact", "loose", "prompt")  # see Block.digests
+
+
+@dataclass
+class Block:
+    """A block that was labelled and certified, and what was learned of it. E = records, N = rows.
+
+    rows, ledger  (N,) and (E,) of the schemas ROWS (or WEIGHTED_ROWS) and LEDGER
+    digests       (E, 2) uint64 each: of the example, of it but for case and white space, of its prompt
+    counted       records by file
+    faults        of the records that cannot be used
+    """
+
+    rows: pyarrow.RecordBatch
+    ledger: pyarrow.RecordBatch
+    digests: dict[str, np.ndarray]
+    certificate: Certificate
+    report: ReadReport
+    counted: Counter[str] = field(default_factory=Counter)
+    formats: set[str] = field(default_factory=set)
+    unknown_keys: set[str] = field(default_factory=set)
+    faults: list[DataError] = field(default_factory=list)
+
+
+class BlockMaker:
+    """Makes the blocks of a recipe with one tokenizer. Two of the same make the same of a block.
+
+    Args:
+        digests: those of DIGESTS that are needed.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, digests: Sequence[str] = ()):
+        self.recipe, self.tokenizer, self.digests = recipe, tokenizer, tuple(digests)
+
+    def make(self, raw: RawBlock) -> Block:
+        """Reads, labels, fits and certifies. Raises DataError for a ledger that does not balance."""
+        read = read_raw(raw, self.recipe.data)
+        sources = self.recipe.data.eval if raw.split == "eval" else self.recipe.data.train
+        options = label_options(self.recipe, sources[raw.source])
+        readable = [number for number, example in enumerate(read.examples) if example is not None]
+        examples = [example for example in read.examples if example is not None]
+        faults: dict[int, DataError] = {}
+        rows = tokenize_rows(examples, self.tokenizer, options, faults=faults)
+        for number, error in faults.items():
+            read.faults[readable[number]] = error.at(read.places[readable[number]])
+        places = [read.places[number] for number in readable]
+        certificate, proved = certify_rows(
+            rows,
+            examples,
+            checker=Checker(self.tokenizer, options, stop_token_ids(self.tokenizer)),
+            places=places,
+            proves_all=raw.number == 0,
+        )
+        spelled: Sequence[list[str] | None] = [None] * len(examples)
+        if rows.control_texts:
+            renderer = Renderer(self.tokenizer, options)
+            spelled = [renderer.control_texts(example) or None for example in examples]
+        ledger = to_ledger(rows, read, readable, source=raw.source, proved=proved, spelled=spelled)
+        return Block(
+            to_batch(rows, places),
+            ledger,
+            {name: _digest_all(name, read.examples) for name in self.digests},
+            certificate,
+            read.report,
+            read.counted,
+            read.formats,
+            read.unknown_keys,
+            [read.faults[number] for number in sorted(read.faults)],
+        )
+
+
+@dataclass
+class ReadBlock:
+    """The records of a block that were read and checked. ``faults``: by the number of the record."""
+
+    places: list[str] = field(default_factory=list)
+    examples: list[AnyExample | None] = field(default_factory=list)
+    faults: dict[int, DataError] = field(default_factory=dict)
+    report: ReadReport = field(default_factory=ReadReport)
+    counted: Counter[str] = field(default_factory=Counter)
+    formats: set[str] = field(default_factory=set)
+    unknown_keys: set[str] = field(default_factory=set)
+
+
+def read_raw(raw: RawBlock, data: Data) -> ReadBlock:
+    """Parses and checks the records of a block; those that cannot be used have a fault and no example."""
+    source = (data.eval if raw.split == "eval" else data.train)[raw.source]
+    read, first = ReadBlock(formats=set(raw.formats)), dict(raw.first)
+    refuses_nul = read_options(data).nul == "error"
+    for chunk in raw.chunks:
+        for where, value in chunk.items(data, read.report):
+            example = None
+            try:
+                if isinstance(value, AnyExample):
+                    example = value
+                else:
+                    has_nul = check_value(value, where)
+                    read.report.nul_records += has_nul
+                    if has_nul and refuses_nul:
+                        raise DataError("U+0000 in a text", where=where, fix="remove it, or set nul to warn")
+                    record = Record(value, where)
+                    format, example = read_example(record, source, data=data, first=first)
+                    read.formats.add(format)
+                    read.unknown_keys.update(unknown_columns(record, source, format=format))
+                read.counted[chunk.file] += 1
+            except DataError as error:
+                read.faults[len(read.places)] = error
+                example = None
+            read.places.append(where)
+            read.examples.append(example)
+    read.report.records = len(read.places) - len(read.faults)
+    return read
+
+
+def to_batch(rows: TokenizedRows, places: Sequence[str]) -> pyarrow.RecordBatch:
+    """The rows as Arrow, without a copy of the tokens. ``places``: of the examples."""
+    offsets = pyarrow.array(rows.offsets.astype(np.int32))
+    columns = {
+        "input_ids": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(rows.input_ids)),
+        "labels": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(rows.labels)),
+        "place": pyarrow.array([places[number] for number in rows.sources.tolist()], pyarrow.string()),
+    }
+    if rows.weights is None:
+        return pyarrow.RecordBatch.from_pydict(columns, schema=ROWS)
+    columns["weights"] = pyarrow.ListArray.from_arrays(offsets, pyarrow.array(rows.weights))
+    return pyarrow.RecordBatch.from_pydict(columns, schema=WEIGHTED_ROWS)
+
+
+def to_ledger(
+    rows: TokenizedRows,
+    read: ReadBlock,
+    readable: Sequence[int],
+    *,
+    source: int,
+    proved: Sequence[int],
+    spelled: Sequence[list[str] | None],
+) -> pyarrow.RecordBatch:
+    """One line for each record of a block: what became of it. Raises DataError where that does not balance.
+
+    Args:
+        readable: the numbers of the records that became examples.
+        proved: the rows that the certificate encoded again.
+    """
+    count = len(read.places)
+    fates = [Fate(UNREADABLE)] * count
+    all_spelled: list[list[str] | None] = [None] * count
+    for number, fate, texts in zip(readable, rows.fates, spelled, strict=True):
+        fates[number], all_spelled[number] = fate, texts
+    own = np.asarray(readable, dtype=np.int64)[rows.sources]  # the record of each row
+    learned = np.concatenate([[0], np.cumsum(rows.labels >= 0)])
+    kept = {
+        "kept_tokens": np.bincount(own, weights=rows.lengths, minlength=count),
+        "kept_targets": np.bincount(own, weights=np.diff(learned[rows.offsets]), minlength=count),
+        "rows": np.bincount(own, minlength=count),
+        "proved_rows": np.bincount(own[proved], minlength=count),
+    }
+    numbers = {name: values.astype(np.int64) for name, values in kept.items()}
+    for number, fate in enumerate(fates):
+        tokens, targets = int(numbers["kept_tokens"][number]), int(numbers["kept_targets"][number])
+        check_entry(fate, tokens, targets, where=read.places[number])
+    reasons = [str(read.faults[n]) if n in read.faults else fate.reason for n, fate in enumerate(fates)]
+    return pyarrow.RecordBatch.from_pydict(
+        {
+            "place": read.places,
+            "fate": [fate.kind for fate in fates],
+            "reason": reasons,
+            "source": np.full(count, source, dtype=np.int32),
+            "tokens": [fate.tokens for fate in fates],
+            "target_tokens": [fate.target_tokens for fate in fates],
+            "cut_tokens": [fate.cut_tokens for fate in fates],
+            **numbers,
+            "spelled": all_spelled,
+        },
+        schema=LEDGER,
+    )
+
+
+def _digest_all(name: str, examples: Iterable[AnyExample | None]) -> np.ndarray:
+    """(E, 2) uint64; zeros for what has no digest of this name."""
+    none, found = bytes(16), []
+    for example in examples:
+        if name == "prompt":
+            question = example.question if example is not None else None
+            found.append(loose_digest(question[0]) if question else none)
+        else:
+            found.append((digest if name == "exact" else loose_digest)(example) if example else none)
+    return np.frombuffer(b"".join(found), dtype="<u8").reshape(-1, 2)

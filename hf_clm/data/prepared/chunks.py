@@ -1,0 +1,244 @@
+"""The records of a recipe in chunks that are not parsed yet, and chunks in blocks that are labelled together.
+
+    a.jsonl   | 8 KiB of lines | 8 KiB of lines | ...      b.parquet   | 1,024 rows | ...      c.csv   records
+                  \\_ a block of about BLOCK_BYTES, of one source _/
+
+Reading a chunk costs next to nothing, so that one process can hand them to many. The cuts depend on the files
+alone: whoever labels a block, and wherever, gets the same rows.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import TypeAlias
+
+import pyarrow
+
+from hf_clm.config import Data, Source
+from hf_clm.data.read.formats import BEHIND, FirstSeen
+from hf_clm.data.read.readers import READERS, Items, ReadReport, Record, Stream, column_batches, suffix
+from hf_clm.data.read.records import read_example, read_options
+from hf_clm.data.read.sources import check_value, find_files, open_stream, read_hub
+from hf_clm.errors import DataError
+
+LINES = (".jsonl", ".ndjson")
+COLUMNS = (".parquet", ".arrow")
+BLOCK_BYTES = 1 << 20  # of one block: a second of work, little memory
+CHUNK_BYTES = 1 << 13  # of lines
+CHUNK_RECORDS = 16  # of files that are parsed as they are read
+
+Content: TypeAlias = bytes | pyarrow.RecordBatch | list[tuple[str, object]]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Records that lie together in a file: lines, rows of columns, or (place, value) as a reader gives them.
+
+    number: of the chunk in its file.
+    before: lines or rows of the file before it.
+    behind: the byte of the file that ``before`` counts from; not 0 where the lines before it were not read.
+    """
+
+    file: str
+    number: int
+    before: int
+    content: Content
+    behind: int = 0
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it holds."""
+        match self.content:
+            case bytes():
+                return len(self.content)
+            case list():
+                return sum(len(str(value)) for _, value in self.content)
+            case _:
+                return self.content.nbytes
+
+    @property
+    def records(self) -> int:
+        """About how many records it holds."""
+        match self.content:
+            case bytes():
+                return self.content.count(b"\n")
+            case list():
+                return len(self.content)
+            case _:
+                return self.content.num_rows
+
+    def items(self, data: Data, report: ReadReport) -> Items:
+        """The places and values, parsed; in place of a value that is refused the error."""
+        match self.content:
+            case bytes():
+                text: io.BufferedReader = io.BufferedReader(io.BytesIO(self.content))
+                name = f"{self.file}{BEHIND}{self.behind:,})" if self.behind else self.file
+                lines = Stream(name, text, read_options(data), report, before=self.before)
+                yield from READERS[".jsonl"](lines)
+            case list():
+                yield from self.content
+            case _:
+                for number, row in enumerate(self.content.to_pylist(), start=self.before + 1):
+                    yield f"{self.file}: record {number}", row
+
+
+@dataclass(frozen=True)
+class RawBlock:
+    """Chunks of one source that are labelled together.
+
+    split: of the set that is read, train or eval. source: the number of the source in it.
+    first: what the first record of each file looks like, which the others must be like.
+    formats: of records that were read already.
+    """
+
+    split: str
+    source: int
+    number: int
+    chunks: Sequence[Chunk]
+    first: FirstSeen = field(default_factory=dict)
+    formats: set[str] = field(default_factory=set)
+
+
+def read_blocks(data: Data, split: str, *, files: list[str]) -> Iterator[RawBlock]:
+    """All blocks of the train or the eval set. Their files are added to ``files``.
+
+    Raises DataError for a file that cannot be read.
+    """
+    number = 0
+    for at, source in enumerate(data.eval if split == "eval" else data.train):
+        first: FirstSeen = {}
+        waiting: list[Chunk] = []
+        size = 0
+        for chunk in read_chunks(source, data, files=files):
+            see_first(chunk, source, data=data, first=first)
+            waiting.append(chunk)
+            size += chunk.size
+            if size >= BLOCK_BYTES:
+                yield RawBlock(split, at, number, waiting, first)
+                waiting, size, number = [], 0, number + 1
+                first = {key: seen for key, seen in first.items() if key.endswith(f" {chunk.file}")}
+        if waiting:
+            yield RawBlock(split, at, number, waiting, first)
+            number += 1
+
+
+def see_first(chunk: Chunk, source: Source, *, data: Data, first: FirstSeen) -> None:
+    """Notes what the first record of a chunk's file looks like, unless that is known."""
+    is_known = any(key.endswith(f" {chunk.file}") for key in first)
+    if is_known or source.template or (source.format and source.format != "tokenized"):
+        return
+    for where, value in chunk.items(data, ReadReport()):
+        with suppress(DataError):
+            check_value(value, where)
+            read_example(Record(value, where), source, data=data, first=first)
+        if first:
+            return
+
+
+def read_chunks(source: Source, data: Data, *, files: list[str]) -> Iterator[Chunk]:
+    """The chunks of a source in order. Its files are added to ``files``."""
+    left, found = source.limit, find_files(source.path)
+    files += found or [source.path]
+    for file in found or [None]:
+        for chunk in read_hub_chunks(source) if file is None else read_file_chunks(file, data, limit=left):
+            if left is not None:
+                chunk = replace(chunk, content=chunk.content[:left])
+                left -= len(chunk.content)
+            yield chunk
+            if left == 0:
+                return
+
+
+def read_hub_chunks(source: Source) -> Iterator[Chunk]:
+    """The chunks of a dataset on the Hub."""
+    kind = {"split": source.split, "name": source.name, "revision": source.revision}
+    yield from _in_lists(source.path, read_hub(source.path, **kind))
+
+
+def read_file_chunks(
+    file: str, data: Data, *, limit: int | None = None, wanted: Callable[[int], bool] | None = None
+) -> Iterator[Chunk]:
+    """The chunks of a file in order.
+
+    Args:
+        limit: only so many records will be asked for, so that they have to be counted.
+        wanted: whether the chunk of this number is; of a file of lines no more is read than these.
+    """
+    with open_stream(file, read_options(data), report=ReadReport()) as stream:
+        if limit is not None:
+            chunks = _in_lists(file, READERS[suffix(file)](stream))
+        elif suffix(file) in LINES:
+            chunks = _line_chunks(stream, wanted=wanted)
+        elif suffix(file) in COLUMNS:
+            chunks = _column_chunks(stream)
+        else:
+            chunks = _in_lists(file, READERS[suffix(file)](stream))
+        yield from (chunk for chunk in chunks if wanted is None or wanted(chunk.number))
+
+
+def is_parted(file: str) -> bool:
+    """Whether the chunks of a file can be read without parsing those before them."""
+    return suffix(file) in (*LINES, *COLUMNS)
+
+
+def _line_chunks(stream: Stream, *, wanted: Callable[[int], bool] | None) -> Iterator[Chunk]:
+    """Chunk k holds the lines that begin in the k-th CHUNK_BYTES of the text."""
+    at, before, behind, number = 0, 0, 0, 0
+    end = os.path.getsize(stream.file) if isinstance(stream.stream.raw, io.FileIO) else None
+    while True:
+        if wanted and end is not None and not wanted(number):
+            number = next((n for n in range(number, end // CHUNK_BYTES + 1) if wanted(n)), -1)
+            if number < 0:
+                return
+            stream.stream.seek(number * CHUNK_BYTES - 1)
+            at = number * CHUNK_BYTES - 1 + _pass_line(stream)
+            before, behind = 0, at
+            if at >= (number + 1) * CHUNK_BYTES:
+                number = at // CHUNK_BYTES
+                continue
+        block = stream.stream.read((number + 1) * CHUNK_BYTES - at)
+        if not block:
+            return
+        at += len(block)
+        if not block.endswith(b"\n"):
+            rest = stream.stream.readline(stream.options.max_line_bytes + 1)
+            block, at = block + rest, at + len(rest)
+            if rest and not rest.endswith(b"\n"):  # too long to be read: its end is passed over
+                block, at = block + b"\n", at + _pass_line(stream)
+        yield Chunk(stream.file, number, before, block, behind)
+        before += block.count(b"\n")
+        number = max(number + 1, at // CHUNK_BYTES)
+
+
+def _pass_line(stream: Stream) -> int:
+    """Passes over the rest of a line; returns its bytes."""
+    size = 0
+    while part := stream.stream.readline(BLOCK_BYTES):
+        size += len(part)
+        if part.endswith(b"\n"):
+            break
+    return size
+
+
+def _column_chunks(stream: Stream) -> Iterator[Chunk]:
+    before = 0
+    for number, batch in enumerate(column_batches(stream)):
+        yield Chunk(stream.file, number, before, batch)
+        before += batch.num_rows
+
+
+def _in_lists(file: str, items: Items) -> Iterator[Chunk]:
+    """Items that were parsed, in lists."""
+    for number in count():
+        some, size = [], 0
+        for item in items:
+            some.append(item)
+            size += len(str(item[1]))
+            if len(some) == CHUNK_RECORDS or size >= CHUNK_BYTES:
+                break
+        if not some:
+            return
+        yield Chunk(file, number, number * CHUNK_RECORDS, some)

@@ -1,0 +1,100 @@
+"""A set as its blocks gave it: written to files, and what is known of the whole of it."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+
+from hf_clm.config import Data
+from hf_clm.data.label.datasets import UNREADABLE, rare_collection
+from hf_clm.data.prepared.block import DIGESTS, LEDGER, ROWS, Block
+from hf_clm.data.prepared.selection import Candidates
+from hf_clm.data.prepared.tables import DATA, TableWriter, read_batches
+from hf_clm.data.proof.certificate import KEPT, Certificate
+from hf_clm.data.read.readers import ReadReport
+from hf_clm.data.read.records import no_example
+from hf_clm.data.read.sources import no_record
+from hf_clm.errors import reach
+
+
+@dataclass
+class Part:
+    """E records of a set, their rows in ``folder/rows``, their ledger in ``folder/ledger``.
+
+    digests  (E, 2) uint64 each, see Block
+    usable   (E,) bool, which are no fault
+    """
+
+    folder: Path
+    name: str
+    files: list[str] = field(default_factory=list)
+    report: ReadReport = field(default_factory=ReadReport)
+    counted: Counter[str] = field(default_factory=Counter)  # records by file
+    formats: set[str] = field(default_factory=set)
+    unknown_keys: set[str] = field(default_factory=set)
+    certificate: Certificate = field(default_factory=lambda: Certificate(0, ""))
+    digests: dict[str, np.ndarray] = field(default_factory=dict)
+    usable: np.ndarray = field(default_factory=partial(np.zeros, 0, bool))
+
+    def enter(self, block: Block) -> None:
+        """Counts in what was found of a block; stops where enough is wrong to be shown."""
+        self.counted += block.counted
+        self.formats |= block.formats
+        self.unknown_keys |= block.unknown_keys
+        self.report.add(block.report)
+        self.report.bad_lines += map(str, block.faults)
+        whole = self.certificate
+        for failure in block.certificate.failures:
+            whole.enter(replace(failure, row=failure.row + whole.rows))
+        whole.rows, whole.seconds = (
+            whole.rows + block.certificate.rows,
+            whole.seconds + block.certificate.seconds,
+        )
+        if len(whole.failures) == KEPT:
+            whole.require()
+
+    def batches(self, table: str) -> Iterator[pyarrow.RecordBatch]:
+        """Those of its ``rows`` or its ``ledger``."""
+        return read_batches(self.folder / table / DATA)
+
+    @property
+    def candidates(self) -> Candidates:
+        """What decides which split each record is in."""
+        return Candidates(self.usable, self.digests["exact"])
+
+
+@rare_collection()
+def write_part(folder: Path, name: str, blocks: Iterable[Block], *, files: list[str]) -> Part:
+    """Writes the blocks of a set. Raises DataError for labels that are not certified."""
+    part = Part(folder, name, files)
+    digests: dict[str, list[np.ndarray]] = {name: [np.zeros((0, 2), "<u8")] for name in DIGESTS}
+    usable = [part.usable]
+    with (
+        TableWriter(folder / "rows", ROWS) as rows,
+        TableWriter(folder / "ledger", LEDGER) as ledger,
+    ):
+        for number, block in enumerate(blocks):
+            rows.write(block.rows)
+            ledger.write(block.ledger)
+            for kind, found in block.digests.items():
+                digests[kind].append(found)
+            usable.append(np.array([fate != UNREADABLE for fate in block.ledger.column("fate").to_pylist()]))
+            part.enter(block)
+            reach(f"prepare.{name}.{number}")
+    part.certificate.require()
+    part.digests = {kind: np.concatenate(found) for kind, found in digests.items()}
+    part.usable = np.concatenate(usable)
+    return part
+
+
+def check_read(part: Part, data: Data) -> None:
+    """Raises DataError for a file or a set that gave nothing."""
+    for file in part.files:
+        if not part.counted[file] and data.train[0].limit is None:
+            raise no_record(file, [line for line in part.report.bad_lines if line.startswith(f"{file}:")])
+    if not part.report.records:
+        raise no_example(data.eval if part.name == "eval" else data.train, part.report)

@@ -1,0 +1,212 @@
+"""A recipe's data, prepared in blocks: memory holds one block, the files hold the rest.
+
+    blocks --> parts/train  parts/eval --> duplicates and held-out records are chosen --> train  eval  ledger
+
+The parts are what the blocks gave, in the order of the files, whoever made them. What only the whole can
+decide is decided by a few bytes of each record.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+from transformers import PreTrainedTokenizerFast
+
+from hf_clm.config import Data, Recipe
+from hf_clm.data.batch.packing import PackedDataset
+from hf_clm.data.label.datasets import TokenizedDataset
+from hf_clm.data.prepared.block import DIGESTS, ROWS, Block, BlockMaker
+from hf_clm.data.prepared.block import LEDGER as LEDGER_SCHEMA
+from hf_clm.data.prepared.chunks import RawBlock
+from hf_clm.data.prepared.parts import Part, check_read, write_part
+from hf_clm.data.prepared.selection import Selection, select
+from hf_clm.data.prepared.sets import open_sets, read_examples
+from hf_clm.data.prepared.store import (
+    HEAD,
+    LEDGER,
+    RECORDS,
+    keep_folder,
+    open_splits,
+    split_json,
+    write_pieces,
+)
+from hf_clm.data.prepared.tables import DUPLICATE, StoredLedger, StoredRows, TableWriter, write_dict
+from hf_clm.data.proof.ledger import Leakage, are_among
+from hf_clm.data.proof.proof import Proof, prove_split
+from hf_clm.data.read.readers import ReadReport
+from hf_clm.data.read.records import Examples
+from hf_clm.data.split import check_dropped, pack_rows
+from hf_clm.schema import AnyExample
+
+PARTS = "parts"  # in the folder, while it is made
+
+MakeBlocks = Callable[[BlockMaker, Iterable[RawBlock]], Iterator[Block]]
+
+
+def in_turn(maker: BlockMaker, blocks: Iterable[RawBlock]) -> Iterator[Block]:
+    """Makes the blocks here, one after the other."""
+    return map(maker.make, blocks)
+
+
+def write_prepared(
+    folder: Path,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    make_blocks: MakeBlocks = in_turn,
+) -> None:
+    """Prepares, proves and keeps the data of a recipe in a folder of its own.
+
+    Args:
+        seed: decides what is held out.
+        make_blocks: where the blocks are made.
+
+    Raises DataError for data that cannot be read or are not proved, EnvironmentFault for a folder that cannot
+    be written.
+    """
+
+    def fill(partial: Path) -> dict[str, Any]:
+        sets = open_sets(recipe.data)
+        maker = BlockMaker(recipe, tokenizer, digests=needed_digests(recipe.data))
+        parts = {}
+        for name in sorted(sets):  # eval first: it is short, and what is wrong with it is known early
+            blocks = make_blocks(maker, sets[name].blocks)
+            parts[name] = write_part(partial / PARTS / name, name, blocks, files=sets[name].files)
+            check_read(parts[name], recipe.data)
+        content = divide(partial, parts, recipe, tokenizer=tokenizer, seed=seed)
+        shutil.rmtree(partial / PARTS)
+        return content
+
+    keep_folder(folder, fill)
+
+
+def needed_digests(data: Data) -> list[str]:
+    """What must be known of each record to find equal ones."""
+    if data.eval or data.eval_fraction:
+        return ["exact", "loose", "prompt"]
+    return ["exact"] if data.duplicates == "drop" else []
+
+
+def divide(
+    folder: Path,
+    parts: Mapping[str, Part],
+    recipe: Recipe,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+) -> dict[str, Any]:
+    """Writes the splits that the parts make, and proves them; returns the content of ``prepared.json``."""
+    selections = select({name: part.candidates for name, part in parts.items()}, recipe.data, seed=seed)
+    files = [file for name in ("train", "eval") if name in parts for file in parts[name].files]
+    index: dict[str, Any] = {"files": files, "splits": {}}
+    for name, selection in selections.items():
+        part = parts[selection.of]
+        write_split(folder, name, selection, part=part)
+        rows = StoredRows(folder / name, StoredLedger(folder / LEDGER / name, {}))
+        content, least = count_ids(folder / name, rows)
+        if isinstance(packed := pack_rows(TokenizedDataset(rows), recipe), PackedDataset):
+            write_pieces(folder / name, packed)
+        # what was lost in reading is told once, of the set that was read
+        report = replace(part.report, files=part.files) if name == part.name else ReadReport(part.files)
+        examples = Examples(read_head(recipe.data, selection), report=report)
+        examples.formats, examples.unknown_keys = part.formats, part.unknown_keys
+        certified = {"seconds": part.certificate.seconds, "content": content}
+        index["splits"][name] = split_json(examples, of=part.name, least_id=least, certified=certified)
+    for at in (folder, folder / LEDGER):
+        write_dict(at, list(selections))
+    splits = open_splits(folder, index, recipe=recipe, files=files, load_examples=lambda _: [])
+    proof = Proof()
+    for name, split in splits.items():
+        check_dropped(split, recipe.data)
+        certified = index["splits"][name]["certified"]
+        prove_split(proof, name, split, recipe, tokenizer=tokenizer, certified=certified)
+    if "eval" in splits:
+        places = splits["eval"].ledger.places
+        leakage = measure_leakage(parts, selections, places=places)
+        proof.enter_leakage(leakage, max_leakage=recipe.data.max_leakage)
+    return {**index, "proof": {"facts": proof.facts, "lines": proof.lines}}
+
+
+def write_split(folder: Path, name: str, selection: Selection, *, part: Part) -> None:
+    """Writes the rows and the ledger of a split; the whole of a part is taken as it is."""
+    if selection.is_whole:
+        (folder / LEDGER).mkdir(exist_ok=True)
+        (part.folder / "rows").rename(folder / name)
+        (part.folder / "ledger").rename(folder / LEDGER / name)
+        return
+    first, is_new = 0, selection.is_new
+    places = StoredLedger(part.folder / "ledger", {}).places
+    with (
+        TableWriter(folder / name, ROWS) as rows,
+        TableWriter(folder / LEDGER / name, LEDGER_SCHEMA) as ledger,
+    ):
+        for lines, batch in zip(part.batches("ledger"), part.batches("rows"), strict=True):
+            own = slice(first, first + lines.num_rows)
+            first = own.stop
+            is_read = selection.is_chosen[own] & is_new[own]
+            rows.write(batch.filter(np.repeat(is_read, lines.column("rows").to_numpy())))
+            repeats = np.flatnonzero(~is_new[own]).tolist()
+            lines = _with_duplicates(lines, {at: places[int(selection.equals[own][at])] for at in repeats})
+            ledger.write(lines.filter(pyarrow.array(selection.is_chosen[own])))
+    np.save(folder / name / RECORDS, selection.numbers)
+
+
+def _with_duplicates(lines: pyarrow.RecordBatch, earlier: Mapping[int, str]) -> pyarrow.RecordBatch:
+    """The ledger with those records as duplicates that equal one at an ``earlier`` place."""
+    if not earlier:
+        return lines
+    columns = lines.to_pydict()
+    for number, place in earlier.items():
+        columns["fate"][number], columns["reason"][number] = DUPLICATE, f"of {place}"
+        for count in ("kept_tokens", "kept_targets", "rows", "proved_rows"):
+            columns[count][number] = 0
+    return pyarrow.RecordBatch.from_pydict(columns, schema=LEDGER_SCHEMA)
+
+
+def count_ids(folder: Path, rows: StoredRows) -> tuple[str, int]:
+    """Writes how often each id occurs and is learned; returns the sha256 of all rows, and the least id."""
+    digest, least = hashlib.sha256(), 0
+    counts = {"id_counts": np.zeros(0, np.int64), "label_counts": np.zeros(0, np.int64)}
+    for block in rows.blocks():
+        least = min(least, int(block.input_ids.min(initial=0)))
+        for name, values in (("id_counts", block.input_ids), ("label_counts", block.labels)):
+            found = np.bincount(values[values >= 0], minlength=len(counts[name]))
+            found[: len(counts[name])] += counts[name]
+            counts[name] = found
+        for values in (block.input_ids, block.labels, block.lengths, block.weights):
+            digest.update(b"" if values is None else np.ascontiguousarray(values).data)
+    for name, found in counts.items():
+        np.save(folder / f"{name}.npy", found)
+    return digest.hexdigest(), least
+
+
+def measure_leakage(
+    parts: Mapping[str, Part], selections: Mapping[str, Selection], *, places: Sequence[str]
+) -> Leakage:
+    """Compares whole records, prompt and target, and prompts alone; ``places`` names the evaluation rows."""
+    found = {}
+    for name, split in selections.items():
+        part, numbers = parts[split.of], np.flatnonzero(split.is_chosen & split.is_new)
+        found[name] = (numbers, {kind: part.digests[kind][numbers] for kind in DIGESTS})
+    (own, evaluated), (_, trained) = found["eval"], found["train"]
+    shared = {kind: are_among(evaluated[kind], trained[kind]) for kind in DIGESTS}
+    lines = np.searchsorted(selections["eval"].numbers, own)  # of the ledger of the split
+    is_loose = shared["loose"] & ~shared["exact"]
+    leaked = [
+        [str(places[line]) for line in lines[chosen].tolist()] for chosen in (shared["exact"], is_loose)
+    ]
+    return Leakage(len(own), leaked[0], leaked[1], int(shared["prompt"].sum()))
+
+
+def read_head(data: Data, selection: Selection) -> list[AnyExample]:
+    """The first examples of a split, read again."""
+    wanted = selection.numbers[:HEAD].tolist()
+    first = list(islice(read_examples(data, selection.of), max(wanted, default=-1) + 1))
+    return [first[number] for number in wanted]

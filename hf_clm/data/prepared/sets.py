@@ -1,0 +1,130 @@
+"""The sets of a recipe as they are read: in blocks, or in memory where all of it is looked at."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+
+from hf_clm.config import Data, Recipe
+from hf_clm.data.prepared.block import ReadBlock, read_raw
+from hf_clm.data.prepared.chunks import Chunk, RawBlock, read_blocks
+from hf_clm.data.prepared.selection import Candidates, select
+from hf_clm.data.proof.ledger import digest
+from hf_clm.data.read.records import Examples, no_example
+from hf_clm.schema import AnyExample, Document, Segment, whole_text
+
+STREAM_HEAD = 1000  # documents of each source of a stream that are prepared and proved before the first step
+NOTHING = Document([])  # in the place of a record that cannot be used
+
+
+@dataclass
+class RawSet:
+    """A set that is read block by block; ``files``: those that were read so far."""
+
+    blocks: Iterable[RawBlock]
+    files: list[str]
+
+
+def open_sets(data: Data) -> dict[str, RawSet]:
+    """The sets as they are read: train and, if it has its own, eval.
+
+    A single text of which a share is held out is parted here.
+    """
+    if data.eval_fraction and not data.eval and (parts := part_alone(data)):
+        return parts
+    sets = {}
+    for name in ("train", "eval"):
+        if name == "train" or data.eval:
+            files: list[str] = []
+            sets[name] = RawSet(read_blocks(data, name, files=files), files)
+    return sets
+
+
+def part_alone(data: Data) -> dict[str, RawSet] | None:
+    """Both parts of a single text; None where there are more records, or it cannot be parted."""
+    files: list[str] = []
+    blocks = list(islice(read_blocks(data, "train", files=files), 2))
+    read = read_raw(blocks[0], data) if len(blocks) == 1 else ReadBlock()
+    if len(read.examples) != 1 or read.examples[0] is None:
+        return None
+    parts = split_text(read.examples[0], data.eval_fraction)
+    found = {}
+    for name, part in zip(("train", "eval"), parts or [], strict=False):
+        chunk = Chunk(files[0], 0, 0, [(read.places[0], part)])
+        found[name] = RawSet([replace(blocks[0], split=name, chunks=[chunk], formats=read.formats)], files)
+    return found or None
+
+
+def split_text(alone: AnyExample, fraction: float) -> list[Document] | None:
+    """A single text without its end, and the end; None where it is no text, or one of them would be empty."""
+    if not (isinstance(alone, Document) and len(alone.segments) == 1 and alone.is_text):
+        return None
+    text = whole_text(alone)
+    cut = round(len(text) * (1 - fraction))
+    if not text[:cut].strip() or not text[cut:].strip():
+        return None
+    return [Document([Segment(part, 1.0)], alone.weight) for part in (text[:cut], text[cut:])]
+
+
+def read_examples(data: Data, name: str) -> Iterator[AnyExample]:
+    """The examples of a set as it is read, in the order of the records; NOTHING for one without."""
+    for raw in open_sets(data)[name].blocks:
+        yield from (example or NOTHING for example in read_raw(raw, data).examples)
+
+
+def load_examples(data: Data, name: str = "train") -> Examples:
+    """All examples of a set, in memory, to be looked at. Raises DataError for the first that is wrong.
+
+    With ``on_bad_record: drop`` those that are wrong are left out, and told of in the report.
+    """
+    examples, places = [], []
+    found, origins = Examples(examples, places), []
+    files = found.report.files
+    for raw in read_blocks(data, name, files=files):
+        read = read_raw(raw, data)
+        if read.faults and data.on_bad_record == "error":
+            raise next(iter(read.faults.values()))
+        usable = [at for at, example in enumerate(read.examples) if example is not None]
+        examples += [read.examples[at] for at in usable]
+        places += [read.places[at] for at in usable]
+        origins += [raw.source] * len(usable)
+        found.formats |= read.formats
+        found.unknown_keys |= read.unknown_keys
+        found.report.add(read.report)
+        found.report.bad_lines += map(str, read.faults.values())
+    if not examples:
+        raise no_example(data.eval if name == "eval" else data.train, found.report)
+    found.origins = np.array(origins, dtype=np.int32)
+    return found
+
+
+def load_early(recipe: Recipe, seed: int) -> dict[str, list[AnyExample]]:
+    """The examples by split where the tokenizer is trained on them, divided as they will be prepared."""
+    if not recipe.tokenizer.train:
+        return {}
+    settled = to_head(recipe.for_tokenizer(has_template=recipe.tokenizer.chat_template is not None))
+    data = settled.data
+    read = {name: list(read_examples(data, name)) for name in open_sets(data)}
+    candidates = {}
+    for name, examples in read.items():
+        usable = np.array([example is not NOTHING for example in examples], dtype=bool)
+        if not usable.any():
+            raise no_example(data.eval if name == "eval" else data.train, Examples().report)
+        exact = b"".join(map(digest, examples)) if data.duplicates == "drop" else b""
+        candidates[name] = Candidates(usable, np.frombuffer(exact, "<u8").reshape(-1, 2))
+    found = {}
+    for name, selection in select(candidates, data, seed=seed).items():
+        kept = np.flatnonzero(selection.is_chosen & selection.is_new).tolist()
+        found[name] = [read[selection.of][number] for number in kept]
+    return found
+
+
+def to_head(recipe: Recipe) -> Recipe:
+    """The recipe; of a stream with the first documents of each source in place of all."""
+    if not recipe.data.streaming:
+        return recipe
+    limits = [min(source.limit or STREAM_HEAD, STREAM_HEAD) for source in recipe.data.train]
+    pairs = zip(recipe.data.train, limits, strict=True)
+    train = [source.model_copy(update={"limit": limit}) for source, limit in pairs]
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": train})})

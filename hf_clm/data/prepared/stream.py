@@ -1,0 +1,537 @@
+"""Rows made while training: each shard labels its own chunks, block by block, and can go on from any row.
+
+    chunks of a file    0 1 2 3 4 5 6 7 ...        of 4 shards: those of shard 1 are 1 5 9 ...
+    shard 1 of 4        | block: chunks 1 5 9 | block ........ | ...   then the next pass
+                          labelled, certified, packed, rows shuffled by (seed, pass, chunk)
+    batches             0   1   2   3   4   5   6   7   ...     batch B is of shard B mod 4
+    of process          0   1   0   1   0   1   0   1   ...     of two; and of worker (B div 2) mod 2 of each
+
+A block is made by the code that prepares a whole set, and by nothing before it: so a position is the chunk
+where its block begins, and a number of rows. A shard that is through its chunks begins them again at once
+and waits for no other; the last row of a block may be short.
+
+Sources that are mixed are lanes beside one another, each with its own position and passes; else all are one.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from hf_clm.config import Data, Recipe, Source
+from hf_clm.data.label.datasets import TokenizedDataset
+from hf_clm.data.prepared.block import UNREADABLE, BlockMaker
+from hf_clm.data.prepared.chunks import (
+    BLOCK_BYTES,
+    Chunk,
+    RawBlock,
+    is_parted,
+    read_file_chunks,
+    read_hub_chunks,
+    see_first,
+)
+from hf_clm.data.prepared.tables import to_rows
+from hf_clm.data.read.formats import FirstSeen
+from hf_clm.data.read.sources import find_files
+from hf_clm.data.split import pack_rows, to_limit
+from hf_clm.errors import DataError, RecipeError
+
+FILES_A_SHARD = 8  # of files that are parsed as they are read so many are as even as chunks: each goes whole
+COUNTED = 1000  # documents of which the dropped are a share that says something
+STATE = "stream_state_{}.json"  # of a rank, in a checkpoint
+PROBES, PROBE_BYTES = 16, 16_384
+OF_WORKERS = "hf_clm.errors.DataError: "
+
+
+class Mark(NamedTuple):
+    """A chunk of a lane: which source, file of it and chunk in the file."""
+
+    source: int = 0
+    file: int = 0
+    chunk: int = 0
+
+
+BEGIN, END = Mark(), Mark(1 << 40)
+
+
+@dataclass(frozen=True)
+class Division:
+    """Chunks divided among shards; those of shard i before ``cursors[i]`` were read under this division."""
+
+    shards: int
+    cursors: Sequence[Mark] = ()
+
+    def holder(self, mark: Mark, *, goes_whole: bool) -> int:
+        """The shard that a chunk is of."""
+        return (mark.file if goes_whole else mark.file + mark.chunk) % self.shards
+
+    def has_read(self, mark: Mark, *, goes_whole: bool) -> bool:
+        """Whether the chunk was read."""
+        return mark < self.cursors[self.holder(mark, goes_whole=goes_whole)]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a shard reads of a lane in one pass: what is its own and was not read under an earlier division."""
+
+    lane: int
+    shard: int
+    division: Division
+    earlier: Sequence[Division] = ()
+
+    def wants(self, mark: Mark, files: Sequence[str] | None) -> bool:
+        """``files``: of the source; None: on the Hub."""
+        whole = [self._goes_whole(division, files) for division in (self.division, *self.earlier)]
+        return self.division.holder(mark, goes_whole=whole[0]) == self.shard and not any(
+            division.has_read(mark, goes_whole=is_whole)
+            for division, is_whole in zip(self.earlier, whole[1:], strict=True)
+        )
+
+    def is_of_others(self, file: int, files: Sequence[str] | None) -> bool:
+        """Whether a file goes whole to another shard."""
+        is_whole = self._goes_whole(self.division, files)
+        return is_whole and self.division.holder(Mark(0, file), goes_whole=True) != self.shard
+
+    @staticmethod
+    def _goes_whole(division: Division, files: Sequence[str] | None) -> bool:
+        is_many = len(files or ()) >= FILES_A_SHARD * division.shards
+        return is_many and files is not None and not is_parted(files[0])
+
+
+@dataclass
+class StreamBlock:
+    """Rows that were made together, of the chunks from ``begin`` up to ``end``, and what became of them."""
+
+    rows: Sequence[Any]
+    begin: Mark
+    end: Mark
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+ReadBlocks = Callable[[Task, Mark], Iterator[StreamBlock]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a shard stands in a lane: behind ``row`` rows of the block that begins at ``mark``.
+
+    end      where the block ends; BEGIN: not known yet
+    before   the documents, by what became of them, up to the block; ``counts``: with it
+    taken    of the lane, in what mixing counts
+    """
+
+    epoch: int = 0  # passes that are done
+    mark: Mark = BEGIN
+    end: Mark = BEGIN
+    row: int = 0
+    taken: float = 0.0
+    before: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rest:
+    """A block that was begun under an earlier division: its rows from ``row`` on are still to be read."""
+
+    task: Task
+    epoch: int
+    mark: Mark
+    row: int
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a shard stands. ``rests``: what it reads first. ``steps`` tells the later of two apart."""
+
+    shard: int
+    places: Sequence[Place]
+    rests: Sequence[Rest] = ()
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """The rows of a run: how many, how many a batch, and of how many shards the batches are in turn.
+
+    shares: of each lane, in what ``by`` counts: rows, tokens or target_tokens.
+    """
+
+    rows: int
+    batch_rows: int
+    shards: int
+    shares: Sequence[float] = (1.0,)
+    by: str = "rows"
+
+
+class StreamedRows(torch.utils.data.Dataset):
+    """The rows that a run takes from a stream, by number. Those of a batch are asked for in order.
+
+    ``dataset[i]`` is a row with its Position under ``stream``, which PositionCollator puts into the batch.
+    The Trainer tells by ``passed`` what was trained on; what workers read ahead does not count.
+
+    Args:
+        read_blocks: the blocks of a task from a mark to the end of the pass.
+        seed: of the order of the rows of a block; None keeps that of reading.
+        max_dropped: the largest share of a shard's documents that may be dropped.
+        identity: what has to be the same where a run goes on.
+    """
+
+    def __init__(
+        self,
+        read_blocks: ReadBlocks,
+        plan: StreamPlan,
+        *,
+        seed: int | None,
+        max_dropped: float = 1.0,
+        identity: Mapping[str, Any] | None = None,
+    ):
+        self.read_blocks, self.plan = read_blocks, plan
+        self.seed, self.max_dropped = seed, max_dropped
+        self.identity = {"seed": seed, **(identity or {})}
+        self.lanes = range(len(plan.shares))
+        self.earlier: dict[str, list[Division]] = {}  # of a lane and a pass: see _key
+        start = tuple(Place() for _ in self.lanes)
+        self.positions = {shard: Position(shard, start) for shard in range(plan.shards)}
+        self._open: dict[int, Iterator[Any]] = {}
+        self._last: dict[int, int] = {}  # row that was asked for, of each shard
+
+    def __len__(self) -> int:
+        return self.plan.rows
+
+    def __getitem__(self, index: int) -> Any:
+        number, size = range(len(self))[index], self.plan.batch_rows
+        shard = number // size % self.plan.shards
+        last = self._last.get(shard, number - 1)
+        gap = 1 if (last + 1) % size else (self.plan.shards - 1) * size + 1
+        assert shard not in self._last or number == last + gap, f"row {number} of a stream after {last}"
+        self._last[shard] = number
+        if shard not in self._open:
+            if torch.utils.data.get_worker_info() is not None:  # its threads did not survive the fork
+                os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            self._open[shard] = self._follow(self.positions[shard])
+        return next(self._open[shard])
+
+    def passed(self, position: Position) -> None:
+        """Notes that a batch was trained on."""
+        self.positions[position.shard] = position
+
+    def _follow(self, position: Position) -> Iterator[Any]:
+        """The rows of a shard from a position on, pass after pass."""
+        while position.rests:
+            rest, *others = position.rests
+            block = next(self.read_blocks(rest.task, rest.mark))
+            for number in self._order(rest.epoch, block)[rest.row :]:
+                rest = replace(rest, row=rest.row + 1)
+                is_last = rest.row == len(block.rows)
+                position = replace(
+                    position, rests=others if is_last else [rest, *others], steps=position.steps + 1
+                )
+                yield {**block.rows[number], "stream": position}
+            position = replace(position, rests=others)
+        lanes = [self._read_lane(position.shard, lane, position.places[lane]) for lane in self.lanes]
+        while True:
+            lane = self._next_lane(position.places)
+            row, place = next(lanes[lane])
+            places = [place if at == lane else other for at, other in enumerate(position.places)]
+            position = replace(position, places=tuple(places), steps=position.steps + 1)
+            yield {**row, "stream": position}
+
+    def _next_lane(self, places: Sequence[Place]) -> int:
+        """The lane that is furthest behind its share."""
+        behind = [place.taken / share for place, share in zip(places, self.plan.shares, strict=True)]
+        return behind.index(min(behind))
+
+    def _read_lane(self, shard: int, lane: int, place: Place) -> Iterator[tuple[Any, Place]]:
+        """The rows of a lane, each with the place behind it."""
+        for epoch in count(place.epoch):
+            task = Task(lane, shard, Division(self.plan.shards), self.earlier.get(_key(lane, epoch), ()))
+            began_whole, found = place.mark == BEGIN and not task.earlier, 0
+            for block in self.read_blocks(task, place.mark):
+                counts = dict(Counter(place.before) + block.counts)
+                check_share(counts, self.max_dropped)
+                behind = replace(place, mark=block.end, end=BEGIN, row=0, before=counts, counts=counts)
+                order = self._order(epoch, block)
+                taken = place.taken
+                for row in range(place.row, len(order)):
+                    taken += self._size(block.rows[order[row]])
+                    inside = replace(place, mark=block.begin, end=block.end, row=row + 1, counts=counts)
+                    reached = inside if row + 1 < len(order) else behind
+                    yield block.rows[order[row]], replace(reached, taken=taken)
+                place, found = replace(behind, taken=taken), found + len(order)
+            if began_whole and not found:
+                what = f"no document to train on for shard {shard + 1} of {self.plan.shards}"
+                fix = "fewer processes or train.dataloader_num_workers, or data.streaming: false"
+                raise DataError(what, where="data.train", fix=fix)
+            place = replace(place, epoch=epoch + 1, mark=BEGIN, end=BEGIN, row=0)
+
+    def _size(self, row: Mapping[str, Any]) -> int:
+        match self.plan.by:
+            case "tokens":
+                return len(row["input_ids"])
+            case "target_tokens":
+                return int((np.asarray(row["labels"]) >= 0).sum())
+        return 1
+
+    def _order(self, epoch: int, block: StreamBlock) -> list[int]:
+        if self.seed is None:
+            return list(range(len(block.rows)))
+        return np.random.default_rng([self.seed, epoch, *block.begin]).permutation(len(block.rows)).tolist()
+
+    def write_state(self, folder: Path, *, rank: int) -> None:
+        """Writes where the shards of this process stand; makes the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        moved = [asdict(position) for position in self.positions.values() if position.steps]
+        earlier = {key: list(map(asdict, divisions)) for key, divisions in self.earlier.items()}
+        state = {
+            "identity": self.identity,
+            "shards": self.plan.shards,
+            "earlier": earlier,
+            "positions": moved,
+        }
+        (folder / STATE.format(rank)).write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+
+    def read_state(self, folder: Path) -> None:
+        """Goes on from a checkpoint, whatever processes wrote it; raises RecipeError where it cannot.
+
+        With another number of shards what is left of each pass is divided anew: no chunk is lost, and none is
+        read twice.
+        """
+        states = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob(STATE.format("*")))]
+        if not states:
+            what, fix = "the checkpoint holds no position in a stream", "data.streaming as in the run before"
+            raise RecipeError(what, where=str(folder), fix=fix)
+        for name, value in states[0]["identity"].items():
+            if self.identity.get(name) != value:
+                what = f"the stream cannot go on: {name} was {value}"
+                raise RecipeError(what, where=str(folder), got=str(self.identity.get(name)), fix=FIXES[name])
+        self.earlier = {
+            key: [_to_division(one) for one in divisions] for key, divisions in states[0]["earlier"].items()
+        }
+        known = furthest(_to_position(entry) for state in states for entry in state["positions"])
+        shards = states[0]["shards"]
+        if shards == self.plan.shards:
+            self.positions |= {position.shard: position for position in known}
+        else:
+            start = tuple(Place() for _ in self.lanes)
+            every = {shard: Position(shard, start) for shard in range(shards)}
+            self._divide_anew(list((every | {position.shard: position for position in known}).values()))
+
+    def _divide_anew(self, old: Sequence[Position]) -> None:
+        """Notes what the old shards have read, and gives the blocks that they had begun to the new ones."""
+        rests = [rest for position in old for rest in position.rests]
+        starts = []
+        for lane in self.lanes:
+            places = [position.places[lane] for position in old]
+            first, last = min(place.epoch for place in places), max(place.epoch for place in places)
+            for position, place in zip(old, places, strict=True):
+                if place.row:
+                    earlier = tuple(self.earlier.get(_key(lane, place.epoch), ()))
+                    task = Task(lane, position.shard, Division(len(old)), earlier)
+                    rests.append(Rest(task, place.epoch, place.mark, place.row))
+            for epoch in range(first, last + 1):
+                cursors = [_cursor(place, epoch) for place in places]
+                self.earlier.setdefault(_key(lane, epoch), []).append(Division(len(old), cursors))
+            counts = sum((Counter(place.counts) for place in places), Counter())
+            taken = sum(place.taken for place in places) / self.plan.shards
+            starts.append((Place(first, taken=taken), dict(counts)))
+        for shard in range(self.plan.shards):
+            places = [
+                replace(place, before=counts, counts=counts) if shard == 0 else place
+                for place, counts in starts
+            ]
+            self.positions[shard] = Position(shard, tuple(places), rests[shard :: self.plan.shards], steps=1)
+
+
+def _key(lane: int, epoch: int) -> str:
+    return f"{lane} {epoch}"
+
+
+def _cursor(place: Place, epoch: int) -> Mark:
+    """How far a shard has read in a pass; a block that it has begun counts as read."""
+    if place.epoch != epoch:
+        return END if place.epoch > epoch else BEGIN
+    return place.end if place.row else place.mark
+
+
+def _to_division(entry: Mapping[str, Any]) -> Division:
+    return Division(entry["shards"], [Mark(*mark) for mark in entry["cursors"]])
+
+
+def _to_task(entry: Mapping[str, Any]) -> Task:
+    earlier = tuple(map(_to_division, entry["earlier"]))
+    return Task(entry["lane"], entry["shard"], _to_division(entry["division"]), earlier)
+
+
+def _to_position(entry: Mapping[str, Any]) -> Position:
+    places = [
+        Place(**{**one, "mark": Mark(*one["mark"]), "end": Mark(*one["end"])}) for one in entry["places"]
+    ]
+    rests = [
+        Rest(_to_task(one["task"]), one["epoch"], Mark(*one["mark"]), one["row"]) for one in entry["rests"]
+    ]
+    return Position(entry["shard"], tuple(places), rests, entry["steps"])
+
+
+def furthest(positions: Iterable[Position]) -> list[Position]:
+    """One position of each shard: a process that went on knows others' shards too, as they were then."""
+    found: dict[int, Position] = {}
+    for position in positions:
+        before = found.get(position.shard)
+        if before is None or position.steps > before.steps:
+            found[position.shard] = position
+    return list(found.values())
+
+
+FIXES = {
+    "seed": "the seed, and the train_sampling_strategy, of the run before",
+    "documents": "data.shuffle_buffer as before",
+    "files": "the same files as before: names, sizes, content",
+}
+
+
+class PositionCollator:
+    """Another collator, and the position behind the batch's last row."""
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]):
+        self.collate = collate
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        batch = self.collate(rows)
+        return {**batch, "stream": rows[-1]["stream"]} if "stream" in rows[-1] else batch
+
+
+def lanes_of(data: Data) -> list[list[int]]:
+    """The sources of each lane: one for each where they are mixed."""
+    numbers = range(len(data.train))
+    is_mixed = any(source.weight is not None for source in data.train)
+    return [[number] for number in numbers] if is_mixed else [list(numbers)]
+
+
+def shares_of(data: Data) -> list[float]:
+    """How much of each lane is read."""
+    return [math.prod(data.train[number].weight or 1.0 for number in lane) for lane in lanes_of(data)]
+
+
+def read_stream(
+    task: Task, start: Mark, *, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[StreamBlock]:
+    """The blocks of a task from a chunk on: labelled, certified and packed. Each is of one source.
+
+    A record that cannot be used is dropped and counted.
+    """
+    data, maker = recipe.data, BlockMaker(recipe, tokenizer)
+    for source in lanes_of(data)[task.lane]:
+        waiting: list[tuple[Mark, Chunk]] = []
+        size = records = 0
+        first: FirstSeen = {}
+        for mark, chunk in _own_chunks(data.train[source], source, task=task, start=start, data=data):
+            if waiting and (size >= BLOCK_BYTES or records >= data.shuffle_buffer):
+                yield _make(waiting, first, mark, recipe=recipe, maker=maker)
+                waiting, size, records = [], 0, 0
+            _see_file(chunk, data.train[source], data=data, first=first)
+            waiting.append((mark, chunk))
+            size, records = size + chunk.size, records + chunk.records
+        if waiting:
+            yield _make(waiting, first, Mark(source + 1), recipe=recipe, maker=maker)
+
+
+def _own_chunks(
+    source: Source, number: int, *, task: Task, start: Mark, data: Data
+) -> Iterator[tuple[Mark, Chunk]]:
+    files = find_files(source.path)
+    for at, file in enumerate(files or [source.path]):
+        if Mark(number, at + 1) <= start or task.is_of_others(at, files):
+            continue
+
+        def wanted(chunk: int, at: int = at) -> bool:
+            mark = Mark(number, at, chunk)
+            return mark >= start and task.wants(mark, files)
+
+        if files is None:
+            chunks = (chunk for chunk in read_hub_chunks(source) if wanted(chunk.number))
+        else:
+            chunks = read_file_chunks(file, data, wanted=wanted)
+        yield from ((Mark(number, at, chunk.number), chunk) for chunk in chunks)
+
+
+def _see_file(chunk: Chunk, source: Source, *, data: Data, first: FirstSeen) -> None:
+    """Notes what the first record of a chunk's file looks like, which another shard may read."""
+    if chunk.number and isinstance(chunk.content, bytes):
+        begin = next(read_file_chunks(chunk.file, data), chunk)
+        see_first(begin, source, data=data, first=first)
+    see_first(chunk, source, data=data, first=first)
+
+
+def _make(
+    chunks: Sequence[tuple[Mark, Chunk]], first: FirstSeen, end: Mark, *, recipe: Recipe, maker: BlockMaker
+) -> StreamBlock:
+    begin = chunks[0][0]
+    block = maker.make(RawBlock("train", begin.source, 1, [chunk for _, chunk in chunks], first))
+    block.certificate.require()
+    rows = TokenizedDataset(to_rows(block.rows))
+    counts: Counter[str] = Counter()
+    for kind, reason in zip(
+        *(block.ledger.column(name).to_pylist() for name in ("fate", "reason")), strict=True
+    ):
+        counts[f"{kind}: {reason}" if reason and kind != UNREADABLE else kind] += 1
+    packed: Any = pack_rows(rows, recipe) if len(rows) else []
+    return StreamBlock(packed, begin, end, counts)
+
+
+def check_share(counts: Mapping[str, int], max_dropped: float) -> None:
+    """Raises DataError where too many of a shard's documents are lost; a few documents say nothing yet."""
+    total = sum(counts.values())
+    lost = {name: number for name, number in counts.items() if name.startswith(("dropped", UNREADABLE))}
+    if total >= COUNTED and sum(lost.values()) > max_dropped * total:
+        got = ", ".join(f"{number:,} {name}" for name, number in lost.items())
+        what = f"{sum(lost.values()):,} of {total:,} documents of a stream cannot be trained on"
+        limit = to_limit(sum(lost.values()) / total)
+        fix = f"raise data.max_length, mend them, or allow it by data.max_dropped={limit}"
+        raise DataError(what, where="data.train", got=got, fix=fix)
+
+
+def stream_identity(recipe: Recipe) -> dict[str, Any]:
+    """What has to be the same for a position to mean the same row, beside the seed."""
+    files = [_list_files(source) for source in recipe.data.train]
+    digest = hashlib.sha256(json.dumps([files, shares_of(recipe.data)]).encode()).hexdigest()
+    return {"documents": recipe.data.shuffle_buffer, "files": digest[:16]}
+
+
+def _list_files(source: Source) -> list[tuple[str, int, str]]:
+    """Name, size in bytes and a digest of each file; of a source on the Hub its name and revision."""
+    files = find_files(source.path)
+    if files is None:
+        return [(f"{source.path} {source.name} {source.split} {source.revision}", 0, "")]
+    return [(os.path.basename(file), os.path.getsize(file), _sample(file)) for file in files]
+
+
+def _sample(file: str) -> str:
+    """sha256 of PROBES pieces at even distances: of a file that is too large to be read at each start."""
+    size, digest = os.path.getsize(file), hashlib.sha256()
+    with open(file, "rb") as stream:
+        for number in range(PROBES):
+            stream.seek(max(0, size - PROBE_BYTES) * number // (PROBES - 1))
+            digest.update(stream.read(PROBE_BYTES))
+    return digest.hexdigest()
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A DataError that one process alone meets, as it was raised in its worker: the text has no traceback."""
+    try:
+        yield
+    except DataError as error:
+        plain = DataError(error.what.rpartition(OF_WORKERS)[2].strip()) if OF_WORKERS in error.what else error
+        plain.is_own = True
+        raise plain from None
