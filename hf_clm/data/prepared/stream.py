@@ -83,7 +83,7 @@ class Division:
 
 @dataclass(frozen=True)
 class Task:
-    """What a shard reads of a lane in one pass: what is its own and was not read under an earlier division."""
+    """What a shard reads of a lane in one pass: its own, if it was not read under an earlier division."""
 
     lane: int
     shard: int
@@ -330,7 +330,8 @@ class StreamedRows(torch.utils.data.Dataset):
     def _divide_anew(self, old: Sequence[Position]) -> None:
         """Notes what the old shards have read, and gives the blocks that they had begun to the new ones."""
         rests = [rest for position in old for rest in position.rests]
-        starts = []
+        starts: list[Place] = []
+        totals: list[dict[str, int]] = []
         for lane in self.lanes:
             places = [position.places[lane] for position in old]
             first, last = min(place.epoch for place in places), max(place.epoch for place in places)
@@ -344,12 +345,13 @@ class StreamedRows(torch.utils.data.Dataset):
                 self.earlier.setdefault(_key(lane, epoch), []).append(Division(len(old), cursors))
             counts = sum((Counter(place.counts) for place in places), Counter())
             taken = sum(place.taken for place in places) / self.plan.shards
-            starts.append((Place(first, taken=taken), dict(counts)))
+            starts.append(Place(first, taken=taken))
+            totals.append(dict(counts))
         for shard in range(self.plan.shards):
-            places = [
-                replace(place, before=counts, counts=counts) if shard == 0 else place
-                for place, counts in starts
-            ]
+            places = starts
+            if shard == 0:  # what was counted so far is told by one
+                pairs = zip(starts, totals, strict=True)
+                places = [replace(place, before=found, counts=found) for place, found in pairs]
             self.positions[shard] = Position(shard, tuple(places), rests[shard :: self.plan.shards], steps=1)
 
 
