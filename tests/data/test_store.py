@@ -107,7 +107,7 @@ def test_counts_of_reading_and_the_proof_come_back(tmp_path):
     Path("a.jsonl").write_text(
         "\n".join([*lines, "{", "", json.dumps({**RECORDS[0], "more": 1, "prompt": "<|pad|>"})])
     )
-    recipe = build_recipe(["a.jsonl"], skip_bad_lines=True, max_dropped=0.5)
+    recipe = build_recipe(["a.jsonl"], on_bad_record="drop", max_dropped=0.5)
     save(recipe, files=["a.jsonl"], proof={"lines": ["certified"]})
 
     found = open_(recipe, files=["a.jsonl"])
@@ -171,7 +171,7 @@ def test_data_that_changed_since_are_not_taken_for_those_that_were_prepared():
 def test_the_same_content_under_another_name_is_named_as_it_is_now(tmp_path):
     lines = [json.dumps(RECORDS[0]), "{", json.dumps(RECORDS[0]), json.dumps(RECORDS[1])]
     Path("old.jsonl").write_text("\n".join(lines))
-    options = {"skip_bad_lines": True, "max_dropped": 0.5, "duplicates": "drop"}
+    options = {"on_bad_record": "drop", "max_dropped": 0.5, "duplicates": "drop"}
     save(build_recipe(["old.jsonl"], **options), files=["old.jsonl"])
     Path("new.jsonl").write_text("\n".join(lines))
 

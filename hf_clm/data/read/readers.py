@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 from hf_clm.errors import DataError
+from hf_clm.schema import OnBadRecord
 
 Items = Iterator[tuple[str, Any]]  # (place, value), or (place, why the value is refused)
 Span = tuple[int, int]  # first and past the last: bytes of the text of lines and tables, rows of columns
@@ -39,7 +40,7 @@ class Record:
 class ReadOptions:
     """``max_line_bytes`` bounds a line of jsonl, csv and tsv; ``nul`` is about U+0000 in a text."""
 
-    skip_bad_lines: bool = False
+    on_bad_record: OnBadRecord = "error"
     max_line_bytes: int = 8 * 1024 * 1024
     nul: Literal["warn", "error"] = "warn"
 
@@ -51,8 +52,14 @@ class ReadReport:
     files: list[str] = field(default_factory=list)
     records: int = 0
     blank_lines: int = 0
-    bad_lines: list[str] = field(default_factory=list)  # the messages of skipped lines
+    bad_lines: list[str] = field(default_factory=list)  # the messages of dropped records
     nul_records: int = 0
+
+    def refuse(self, error: DataError, *, on_bad_record: OnBadRecord) -> None:
+        """Enters a bad record among the dropped ones, or raises what is wrong with it."""
+        if on_bad_record == "error":
+            raise error
+        self.bad_lines.append(str(error))
 
 
 @dataclass
@@ -285,7 +292,7 @@ def _json_advice(text: str, file: str) -> str:
     if "\0" in text:
         return "it looks like utf-16: iconv -f utf-16 -t UTF-8"
     if not text.endswith(("\n", "}", "]")):
-        return "the file ends inside this line: fetch or write it again, or skip_bad_lines"
+        return "the file ends inside this line: fetch or write it again, or set on_bad_record: drop"
     return "" if suffix(file) == ".json" else DOCUMENT_FIX
 
 

@@ -1,5 +1,6 @@
 """Records to checked examples, without torch: what a file says, and what is learned from it."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +19,8 @@ from hf_clm.data.read.sources import ReadOptions, ReadReport, Record
 from hf_clm.data.read.templating import to_template_example
 from hf_clm.errors import DataError
 from hf_clm.schema import AnyExample
+
+NONCHARACTER = re.compile("[\ufdd0\ufdd1]")  # the marks of hf_clm.text.encode
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Examples:
 
 def read_options(data: Data) -> ReadOptions:
     """How the recipe wants files to be read."""
-    return ReadOptions(skip_bad_lines=data.skip_bad_lines, max_line_bytes=data.max_line_bytes, nul=data.nul)
+    return ReadOptions(on_bad_record=data.on_bad_record, max_line_bytes=data.max_line_bytes, nul=data.nul)
 
 
 def check_records(
@@ -62,10 +65,10 @@ def check_records(
         try:
             format, example = read_example(record, source, data=data, first=first)
             unknown = unknown_columns(record, source, format=format)
+            if data.special_tokens_in_text != "allow":
+                _check_marks(example, record.where)
         except DataError as error:
-            if not data.skip_bad_lines:
-                raise
-            found.report.bad_lines.append(str(error))
+            found.report.refuse(error, on_bad_record=data.on_bad_record)
             continue
         found.formats.add(format)
         found.unknown_keys.update(unknown)
@@ -95,6 +98,16 @@ def read_example(record: Record, source: Source, *, data: Data, first: FirstSeen
         strict=data.strict,
     )
     return format, example
+
+
+def _check_marks(example: AnyExample, where: str) -> None:
+    """Raises for a text with one of the characters by which control tokens in a text are marked."""
+    if any(not text.isascii() and NONCHARACTER.search(text) for text in example.texts):
+        what, fix = (
+            "the text holds a noncharacter (U+FDD0 or U+FDD1)",
+            "remove it; no valid text contains one",
+        )
+        raise DataError(what, where=where, fix=fix)
 
 
 def unknown_columns(record: Record, source: Source, *, format: str) -> list[str]:

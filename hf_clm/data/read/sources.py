@@ -101,22 +101,22 @@ def to_records(
     items: Items, *, file: str, options: ReadOptions, report: ReadReport, is_whole: bool = True
 ) -> Iterator[Record]:
     """Checks what a reader gives; with ``is_whole``, nothing at all is an error too."""
-    records, bad_lines = report.records, len(report.bad_lines)
+    records, bad_lines, refused = report.records, len(report.bad_lines), 0
     for where, value in items:
         try:
             has_nul = _check(value, where)
             if has_nul and options.nul == "error":
                 raise DataError("U+0000 in a text", where=where, fix="remove it, or set nul to warn")
         except DataError as error:
-            if not options.skip_bad_lines:
-                raise
-            report.bad_lines.append(str(error))
+            report.refuse(error, on_bad_record=options.on_bad_record)
+            refused += 1
             continue
         report.records += 1
         report.nul_records += has_nul
         yield Record(value, where)
-    if is_whole and report.records == records:
-        raise no_record(file, report.bad_lines[bad_lines:])
+    dropped = report.bad_lines[bad_lines:]
+    if is_whole and report.records == records and len(dropped) == refused:  # else each was a fault
+        raise no_record(file, dropped)
 
 
 def no_record(file: str, bad_lines: list[str]) -> DataError:

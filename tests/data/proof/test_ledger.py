@@ -301,7 +301,7 @@ def test_duplicates_are_kept_by_default_and_left_out_on_request(tmp_path):
 def test_lines_that_cannot_be_read_are_counted(tmp_path):
     records = [*RECORDS[:2], {"instruct": "say\n", "input": "", "label": 7}]
 
-    proof = prove_records(tmp_path, records, skip_bad_lines=True, max_dropped=0.5)
+    proof = prove_records(tmp_path, records, on_bad_record="drop", max_dropped=0.5)
 
     assert {fate: total["rows"] for fate, total in proof.facts["train"]["ledger"].items()} == {
         "used": 2,
