@@ -78,12 +78,14 @@ def help_text() -> str:
 def run_train(words: list[str]) -> None:
     """RECIPE [--key value ...]: train, and write a folder that from_pretrained opens"""
     from hf_clm.config import load_recipe, recipe_help
+    from hf_clm.data.read.faults import check_data  # before torch, whose import takes seconds
 
     recipe, overrides = _recipe_words(words, "train")
     if recipe is None:
         print(recipe_help())
         return
     loaded = load_recipe(recipe, overrides)
+    check_data(loaded)
     _quiet_libraries()
     from hf_clm.training.run import train  # torch and transformers take seconds to import
 
@@ -101,8 +103,10 @@ def run_prepare(words: list[str]) -> None:
         return
     options, overrides = parser.parse_with_overrides(words)
     from hf_clm.config import load_recipe
+    from hf_clm.data.read.faults import check_data
 
     recipe = load_recipe(options.recipe, overrides, options=parser.names)
+    check_data(recipe)
     _quiet_libraries()
     from hf_clm.data.division import to_shard
     from hf_clm.training.prepare import merge_recipe, prepare_recipe, prepare_shard
@@ -148,6 +152,7 @@ def run_doctor(words: list[str]) -> int:
     add_doctor_options(parser)
     options, overrides = parser.parse_with_overrides(words)
     from hf_clm.config import load_recipe
+    from hf_clm.data.read.faults import check_data
 
     if options.plan is not None:
         return _plan(options, overrides, names=parser.names)
@@ -156,6 +161,8 @@ def run_doctor(words: list[str]) -> int:
             "needs a recipe", where="hf-clm doctor", fix="hf-clm doctor RECIPE [--key value ...]"
         )
     recipe = load_recipe(options.recipe, overrides, options=parser.names)
+    if not options.json:
+        check_data(recipe)
     _quiet_libraries()
     from hf_clm.doctor.command import diagnose
 
@@ -295,10 +302,13 @@ def run_bench(words: list[str]) -> None:
     parser.add_argument("--steps", type=at_least(5), default=30, help="to measure (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     options, overrides = parser.parse_with_overrides(words)
-    from hf_clm.bench.command import bench
     from hf_clm.config import load_recipe
+    from hf_clm.data.read.faults import check_data
 
     recipe = load_recipe(options.recipe, overrides, options=parser.names)
+    check_data(recipe)
+    from hf_clm.bench.command import bench
+
     path = writable(options.json, "--json") if options.json else None
     found = bench(recipe, steps=options.steps, say=lambda line: print(line, flush=True))
     print("\n".join(found.to_lines()))

@@ -18,6 +18,7 @@ from hf_clm.data.arrays import TOKENS, dropped, to_fates
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.build import Split
 from hf_clm.data.cache import load_early, read_splits
+from hf_clm.data.read.faults import check_data
 from hf_clm.data.streaming import HEAD
 from hf_clm.errors import RecipeError
 from hf_clm.inspector.documents import Reader, inspect_rows
@@ -52,6 +53,7 @@ def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[
     if view.split == "eval" and not (recipe.data.eval or recipe.data.eval_fraction):
         fix = "set data.eval or data.eval_fraction, or --split train"
         raise RecipeError("the recipe has no eval set", where=target, fix=fix)
+    check_data(recipe)
     tokenizer = _tokenizer(recipe, arguments=arguments, target=target)
     recipe = settle_render(recipe, tokenizer)
     split = read_splits(recipe, tokenizer, seed=arguments.seed)[view.split]

@@ -1,0 +1,168 @@
+"""All faults of the data in one pass, without torch, before anything is made of a record.
+
+9 faults in the data; data.on_bad_record: drop would leave out 8 of them
+8 x key 'prompt' is null; fix: fill it in, or remove the record
+  a.jsonl:2
+  ...
+1 x no such file; fix: check name and working directory
+  b.jsonl
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from hf_clm.config import Data, Recipe, Source
+from hf_clm.data.read.readers import ReadReport, Record
+from hf_clm.data.read.records import Examples, check_records, read_options
+from hf_clm.data.read.sources import find_files, read_file
+from hf_clm.errors import DataError, EnvironmentFault, UserError
+from hf_clm.launcher import is_first_here
+from hf_clm.schema import OnBadRecord
+
+CHECKED_BYTES = 8 * 1024 * 1024  # of all files together: about half a second
+SHOWN_KINDS, SHOWN_PLACES = 20, 20
+NUMBER = re.compile(r"\b\d[\d,]*\b")
+
+
+@dataclass
+class _Kind:
+    """Faults that differ by their place, by what was got, and by numbers in their text.
+
+    ``shown``: the place of each of the first, what was got there, and the numbers.
+    """
+
+    what: str  # with N for the numbers, where they differ
+    fix: str
+    count: int = 0
+    shown: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def to_lines(self) -> Iterator[str]:
+        """The fault, and below it its places."""
+        yield f"{self.count:,} x {self.what}" + (f"; fix: {self.fix}" if self.fix else "")
+        for where, got, numbers in self.shown:
+            has_numbers = numbers and not NUMBER.search(self.what)
+            notes = [f"N: {numbers}"] * bool(has_numbers) + [f"got {got}"] * bool(got)
+            yield f"  {where}" + (f" ({', '.join(notes)})" if notes else "")
+        if self.count > len(self.shown):
+            yield f"  and {self.count - len(self.shown):,} more"
+
+
+class Faults:
+    """Faults by their kind, with the places of the first of each; takes no more memory for more of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.droppable = 0  # bad records, as opposed to files
+        self._first: UserError | None = None
+        self._kinds: dict[tuple[str, str], _Kind] = {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def add(self, error: UserError) -> None:
+        """Enters one fault."""
+        self.count += 1
+        self._first = self._first or error
+        pattern = NUMBER.sub("N", error.what)
+        key = (pattern, error.fix)
+        if key not in self._kinds and len(self._kinds) == SHOWN_KINDS:
+            return
+        kind = self._kinds.setdefault(key, _Kind(error.what, error.fix))
+        kind.count += 1
+        kind.what = kind.what if kind.what == error.what else pattern
+        if len(kind.shown) < SHOWN_PLACES:
+            kind.shown.append((error.where, error.got, ", ".join(NUMBER.findall(error.what))))
+
+    def to_error(self) -> UserError:
+        """The only fault as it is, or one DataError that lists all kinds with their places."""
+        assert self._first is not None
+        if self.count == 1:
+            return self._first
+        head = f"{self.count:,} faults in the data"
+        if self.droppable:
+            head += f"; data.on_bad_record: drop would leave out {self.droppable:,} of them"
+        lines = [head, *(line for kind in self._kinds.values() for line in kind.to_lines())]
+        if others := self.count - sum(kind.count for kind in self._kinds.values()):
+            lines.append(f"{others:,} x something else")
+        return DataError("\n".join(lines))
+
+    def raise_if_any(self) -> None:
+        """Raises ``to_error()`` where there is a fault."""
+        if self.count:
+            raise self.to_error()
+
+
+class FaultReport(ReadReport):
+    """The report of a pass that collects faults: reading goes on after a bad record."""
+
+    def __init__(self, faults: Faults) -> None:
+        super().__init__()
+        self.faults = faults
+
+    def refuse(self, error: DataError, *, on_bad_record: OnBadRecord) -> None:
+        """Enters a bad record among the faults, or among the dropped ones."""
+        if on_bad_record == "error":
+            self.faults.add(error)
+            self.faults.droppable += 1
+        else:
+            super().refuse(error, on_bad_record=on_bad_record)
+
+
+def check_data(recipe: Recipe) -> None:
+    """Reads and checks every record as preparing the data does, as far as that needs no tokenizer.
+
+    Sources on the Hub, and those that go over CHECKED_BYTES, are left to the preparation. Each process of a
+    run checks for itself, as nothing connects them yet; the first of each machine reports.
+
+    Raises a UserError: the only fault, or a DataError that lists all of them.
+    """
+    try:
+        # A record that is wrong as plain text may be right as turns: the tokenizer decides, later.
+        check_sources(recipe.for_tokenizer(has_template=True).data)
+    except UserError as error:
+        error.is_own = is_first_here()
+        raise
+
+
+def check_sources(data: Data) -> None:
+    """``check_data`` for the sources of a data section, with ``render`` decided."""
+    faults, left = Faults(), CHECKED_BYTES
+    sources = [*data.train, *data.eval]
+    for number, source in enumerate(sources):
+        files = _find(source, faults) if source not in sources[:number] else []
+        size = sum(map(os.path.getsize, files))
+        if size <= left:
+            left -= size
+            _check_files(files, source, data=data, faults=faults)
+    faults.raise_if_any()
+
+
+def _find(source: Source, faults: Faults) -> list[str]:
+    """The local files of a source; none where one is a pipe, which can be read only once."""
+    if "://" in source.path:
+        return []
+    try:
+        files = find_files(source.path) or []
+    except (DataError, EnvironmentFault) as error:
+        faults.add(error)
+        return []
+    return files if all(map(os.path.isfile, files)) else []
+
+
+def _check_files(files: Sequence[str], source: Source, *, data: Data, faults: Faults) -> None:
+    report = FaultReport(faults)
+    records = islice(_read_files(files, data, report=report), source.limit)
+    for _ in check_records(records, source, data=data, found=Examples(report=report), first={}):
+        pass
+
+
+def _read_files(files: Sequence[str], data: Data, *, report: FaultReport) -> Iterator[Record]:
+    """The records of each file, as far as it can be read: the end of one does not end the others."""
+    for file in files:
+        try:
+            yield from read_file(file, read_options(data), report=report)
+        except (DataError, EnvironmentFault) as error:
+            report.faults.add(error)
