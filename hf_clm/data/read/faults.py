@@ -23,6 +23,7 @@ from hf_clm.launcher import is_first_here
 from hf_clm.schema import OnBadRecord
 
 CHECKED_BYTES = 8 * 1024 * 1024  # of all files together: about half a second
+COMPRESSED, EXPANSION = (".gz", ".zst", ".parquet"), 5  # about how much larger the text of such a file is
 SHOWN_KINDS, SHOWN_PLACES = 20, 20
 NUMBER = re.compile(r"\b\d[\d,]*\b")
 
@@ -133,7 +134,7 @@ def check_sources(data: Data) -> None:
     sources = [*data.train, *data.eval]
     for number, source in enumerate(sources):
         files = _find(source, faults) if source not in sources[:number] else []
-        size = sum(map(os.path.getsize, files))
+        size = sum(map(_text_bytes, files))
         if size <= left:
             left -= size
             _check_files(files, source, data=data, faults=faults)
@@ -150,6 +151,10 @@ def _find(source: Source, faults: Faults) -> list[str]:
         faults.add(error)
         return []
     return files if all(map(os.path.isfile, files)) else []
+
+
+def _text_bytes(file: str) -> int:
+    return os.path.getsize(file) * (EXPANSION if file.lower().endswith(COMPRESSED) else 1)
 
 
 def _check_files(files: Sequence[str], source: Source, *, data: Data, faults: Faults) -> None:
