@@ -29,6 +29,7 @@ from hf_clm.data.arrays import Fates, Places, map_array, to_fates, to_places
 from hf_clm.data.batch.packing import PackedDataset, Pieces
 from hf_clm.data.build import Split, pack_rows
 from hf_clm.data.label.datasets import TokenizedDataset, TokenizedRows
+from hf_clm.data.proof.ledger import Ledger, lost_rows
 from hf_clm.data.read.records import Examples
 from hf_clm.data.read.sources import ReadReport
 from hf_clm.errors import DataError, EnvironmentFault
@@ -94,7 +95,7 @@ class Stored:
         import pyarrow
         from pyarrow import parquet
 
-        places = chain.from_iterable(split.examples.places for split in self.splits.values())
+        places = chain.from_iterable(map(_all_places, self.splits.values()))
         with (
             parquet.ParquetFile(self.folder / LEDGER) as old,
             parquet.ParquetWriter(path, old.schema_arrow) as new,
@@ -307,6 +308,13 @@ class _Renaming:
         olds = [old for old in self.names if text.startswith(old)]
         old = max(olds, key=len, default="")
         return self.names.get(old, "") + text.removeprefix(old)
+
+
+def _all_places(split: Split) -> Iterator[str]:
+    """The places of a ledger, in its order."""
+    examples = split.examples
+    lost = Ledger([], examples.report.bad_lines, examples.duplicates)
+    return chain(examples.places, (row.source for row in lost_rows(lost)))
 
 
 def _probe(path: Path) -> list[Any]:

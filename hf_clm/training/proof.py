@@ -144,7 +144,9 @@ def prove_stored(
             check_entries(block, rows.fates)
             writer.append(name, block)
             totals.add(block)
-        totals.add(Ledger([], **_lost(split)))
+        lost = Ledger([], **_lost(split))
+        writer.append(name, lost)
+        totals.add(lost)
         if packed is not None:
             check_packing(rows, packed)
         compared = check_prompts(recipe, split, tokenizer=tokenizer) if recipe.stage == "sft" else 0

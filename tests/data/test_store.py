@@ -54,7 +54,9 @@ def save(recipe: Recipe, *, files: list[str], folder: str = "cache/key", proof: 
         ledgers = {}
         for name, split in splits.items():
             packed = split.dataset if isinstance(split.dataset, PackedDataset) else None
-            ledgers[name] = build_ledger(split.rows.rows, split.examples.places, packed=packed)
+            examples = split.examples
+            lost = {"unreadable": examples.report.bad_lines, "duplicates": examples.duplicates}
+            ledgers[name] = build_ledger(split.rows.rows, examples.places, packed=packed, **lost)
         write_ledgers(ledgers, path)
 
     write_store(Path(folder), splits, files=files, proof=proof, write_ledger=write_ledger)
@@ -187,6 +189,8 @@ def test_the_same_content_under_another_name_is_named_as_it_is_now(tmp_path):
     assert [(row["split"], row["source"], row["fate"]) for row in ledger] == [
         ("train", "new.jsonl:1", "used"),
         ("train", "new.jsonl:4", "used"),
+        ("train", "new.jsonl:2", "unreadable"),
+        ("train", "new.jsonl:3", "duplicate"),
     ]
 
 

@@ -1,10 +1,11 @@
 """The ledger: what became of every input row and where it sits; the totals balance or the run stops."""
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from hf_clm.schema import AnyExample
 GROUP_ROWS = 1 << 13  # of the file, which wait in memory
 SHOWN = 3  # rows in an error
 COMPARED = 500  # packed rows that are compared with their pieces, token by token
+PLACE = re.compile(
+    "(.*?(?::[0-9]+|: record [0-9]+)): (.*)", re.DOTALL
+)  # of a record, and what is wrong there
 FATES = ("used", "cut", "split", "duplicate", "dropped", "unreadable")
 
 
@@ -29,6 +33,7 @@ class LedgerRow:
     """One input row. ``rows`` are the packed (or, without packing, the tokenized) rows that hold it.
 
     ``tokens`` and ``target_tokens`` are those of the input; ``kept_tokens`` and ``kept_targets`` are in rows.
+    ``row`` is -1 for what was read but became no example.
     """
 
     row: int
@@ -192,6 +197,16 @@ def check_packing(rows: TokenizedRows, packed: PackedDataset) -> None:
     check_pieces(packed, rows)
 
 
+def lost_rows(ledger: Ledger) -> Iterator[LedgerRow]:
+    """The entries of what was read but became no example, with the reason."""
+    for message in ledger.unreadable:
+        found = PLACE.match(message)
+        place, reason = found.groups() if found else ("", message)
+        yield LedgerRow(-1, place, "unreadable", reason, 0, 0, 0, 0, [])
+    for place in ledger.duplicates:
+        yield LedgerRow(-1, place, "duplicate", "", 0, 0, 0, 0, [])
+
+
 class LedgerWriter:
     """A parquet file of one row an input row, written block by block."""
 
@@ -207,10 +222,11 @@ class LedgerWriter:
         self.waiting: list[tuple[str, LedgerRow]] = []
 
     def append(self, split: str, block: Ledger) -> None:
-        """Writes the rows; those that fill no row group wait for more."""
-        self.waiting += [(split, row) for row in block.rows]
-        while len(self.waiting) >= GROUP_ROWS:
-            self._write_group()
+        """Writes the rows, then what was lost; those that fill no row group wait for more."""
+        for row in chain(block.rows, lost_rows(block)):
+            self.waiting.append((split, row))
+            if len(self.waiting) == GROUP_ROWS:
+                self._write_group()
 
     def close(self) -> None:
         """Writes what waits and the end of the file."""
@@ -221,7 +237,7 @@ class LedgerWriter:
     def _write_group(self) -> None:
         import pyarrow
 
-        group, self.waiting = self.waiting[:GROUP_ROWS], self.waiting[GROUP_ROWS:]
+        group, self.waiting = self.waiting, []
         columns = {name: [getattr(row, name) for _, row in group] for name in self.schema.names[1:]}
         table = pyarrow.table({"split": [split for split, _ in group], **columns}, schema=self.schema)
         self.writer.write_table(table)
