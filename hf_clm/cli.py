@@ -139,6 +139,10 @@ def run_inspect(words: list[str]) -> None:
     parser = _parser("inspect")
     add_inspect_options(parser)
     options, overrides = parser.parse_with_overrides(words)
+    from hf_clm.config import find_recipe, load_recipe
+    from hf_clm.data.read.faults import check_data
+
+    check_data(load_recipe(find_recipe(options.target), overrides, options=parser.names))
     _quiet_libraries()
     from hf_clm.inspector.command import View, inspect
 

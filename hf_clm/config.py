@@ -171,6 +171,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
     raise RecipeError(what, where=place_of(first.key, places, otherwise=str(path)), got=got, fix=first.fix)
 
 
+def find_recipe(target: str) -> str:
+    """The path of a recipe, which may be named by its run's folder. Raises RecipeError for another folder."""
+    if not Path(target).is_dir():
+        return target
+    path = Path(target, "recipe.yaml")
+    if not path.is_file():
+        what, fix = "holds no recipe.yaml: not a run's folder", "name a recipe or a run"
+        raise RecipeError(what, where=target, fix=fix)
+    return str(path)
+
+
 def training_values(recipe: Recipe) -> dict[str, Any]:
     """What ``transformers.TrainingArguments`` is given; of a token budget, the row is the micro-batch."""
     sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")

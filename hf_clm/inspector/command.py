@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from hf_clm.config import Recipe, load_recipe
+from hf_clm.config import Recipe, find_recipe, load_recipe
 from hf_clm.data.arrays import TOKENS, dropped, to_fates
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.build import Split
 from hf_clm.data.cache import load_early, read_splits
-from hf_clm.data.read.faults import check_data
 from hf_clm.data.streaming import HEAD
 from hf_clm.errors import RecipeError
 from hf_clm.inspector.documents import Reader, inspect_rows
@@ -48,12 +47,11 @@ def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[
 
     Raises RecipeError for a folder that is no run, or a split that the recipe does not have.
     """
-    recipe = load_recipe(_recipe_path(target), overrides, options=options)
+    recipe = load_recipe(find_recipe(target), overrides, options=options)
     arguments = training_arguments(recipe)
     if view.split == "eval" and not (recipe.data.eval or recipe.data.eval_fraction):
         fix = "set data.eval or data.eval_fraction, or --split train"
         raise RecipeError("the recipe has no eval set", where=target, fix=fix)
-    check_data(recipe)
     tokenizer = _tokenizer(recipe, arguments=arguments, target=target)
     recipe = settle_render(recipe, tokenizer)
     split = read_splits(recipe, tokenizer, seed=arguments.seed)[view.split]
@@ -119,17 +117,6 @@ def padded_fill(lengths: np.ndarray, max_length: int, *, batch_size: int) -> flo
     )
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     return float(rows.sum() / sum(len(batch) * batch.max() for batch in batches))
-
-
-def _recipe_path(target: str) -> str:
-    if not Path(target).is_dir():
-        return target
-    path = Path(target, "recipe.yaml")
-    if not path.is_file():
-        raise RecipeError(
-            "holds no recipe.yaml: not a run's folder", where=target, fix="name a recipe or a run"
-        )
-    return str(path)
 
 
 def _tokenizer(recipe: Recipe, *, arguments: TrainingArguments, target: str) -> PreTrainedTokenizerFast:

@@ -224,7 +224,7 @@ def test_a_control_token_policy_that_allows_all_takes_noncharacters_too():
 # --- the command line
 
 
-@pytest.mark.parametrize("command", ["train", "prepare", "doctor"])
+@pytest.mark.parametrize("command", ["train", "prepare", "doctor", "inspect"])
 def test_each_command_shows_the_same_list_with_the_code_of_data(command, capsys):
     write_seven()
 
