@@ -5,7 +5,6 @@ import importlib.util
 import io
 import json
 import os
-import shlex
 import sys
 import traceback
 from argparse import Namespace
@@ -78,12 +77,14 @@ def help_text() -> str:
 def run_train(words: list[str]) -> None:
     """RECIPE [--key value ...]: train, and write a folder that from_pretrained opens"""
     from hf_clm.config import load_recipe, recipe_help
+    from hf_clm.data.read.faults import check_data  # before torch, whose import takes seconds
 
     recipe, overrides = _recipe_words(words, "train")
     if recipe is None:
         print(recipe_help())
         return
     loaded = load_recipe(recipe, overrides)
+    check_data(loaded)
     _quiet_libraries()
     from hf_clm.training.run import train  # torch and transformers take seconds to import
 
@@ -91,7 +92,7 @@ def run_train(words: list[str]) -> None:
 
 
 def run_prepare(words: list[str]) -> None:
-    """RECIPE [--shard i/n | --merge] [--key value ...]: tokenize, pack and prove the data once"""
+    """RECIPE [--ray local|ADDRESS] [--key value ...]: tokenize, pack and prove the data once"""
     parser = _parser("prepare")
     add_prepare_options(parser)
     if "-h" in words or "--help" in words:
@@ -101,19 +102,14 @@ def run_prepare(words: list[str]) -> None:
         return
     options, overrides = parser.parse_with_overrides(words)
     from hf_clm.config import load_recipe
+    from hf_clm.data.read.faults import check_data
 
     recipe = load_recipe(options.recipe, overrides, options=parser.names)
+    check_data(recipe)
     _quiet_libraries()
-    from hf_clm.data.division import to_shard
-    from hf_clm.training.prepare import merge_recipe, prepare_recipe, prepare_shard
+    from hf_clm.training.prepare import prepare_recipe
 
-    if options.shard:
-        lines = prepare_shard(recipe, to_shard(options.shard))
-    elif options.merge:
-        lines = merge_recipe(recipe, command=shlex.join(["hf-clm", "prepare", options.recipe, *overrides]))
-    else:
-        lines = prepare_recipe(recipe)
-    print("\n".join(lines))
+    print("\n".join(prepare_recipe(recipe, ray=options.ray)))
 
 
 def run_config(words: list[str]) -> None:
@@ -135,6 +131,10 @@ def run_inspect(words: list[str]) -> None:
     parser = _parser("inspect")
     add_inspect_options(parser)
     options, overrides = parser.parse_with_overrides(words)
+    from hf_clm.config import find_recipe, load_recipe
+    from hf_clm.data.read.faults import check_data
+
+    check_data(load_recipe(find_recipe(options.target), overrides, options=parser.names))
     _quiet_libraries()
     from hf_clm.inspector.command import View, inspect
 
@@ -148,6 +148,7 @@ def run_doctor(words: list[str]) -> int:
     add_doctor_options(parser)
     options, overrides = parser.parse_with_overrides(words)
     from hf_clm.config import load_recipe
+    from hf_clm.data.read.faults import check_data
 
     if options.plan is not None:
         return _plan(options, overrides, names=parser.names)
@@ -156,6 +157,8 @@ def run_doctor(words: list[str]) -> int:
             "needs a recipe", where="hf-clm doctor", fix="hf-clm doctor RECIPE [--key value ...]"
         )
     recipe = load_recipe(options.recipe, overrides, options=parser.names)
+    if not options.json:
+        check_data(recipe)
     _quiet_libraries()
     from hf_clm.doctor.command import diagnose
 
@@ -295,10 +298,13 @@ def run_bench(words: list[str]) -> None:
     parser.add_argument("--steps", type=at_least(5), default=30, help="to measure (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     options, overrides = parser.parse_with_overrides(words)
-    from hf_clm.bench.command import bench
     from hf_clm.config import load_recipe
+    from hf_clm.data.read.faults import check_data
 
     recipe = load_recipe(options.recipe, overrides, options=parser.names)
+    check_data(recipe)
+    from hf_clm.bench.command import bench
+
     path = writable(options.json, "--json") if options.json else None
     found = bench(recipe, steps=options.steps, say=lambda line: print(line, flush=True))
     print("\n".join(found.to_lines()))
@@ -312,13 +318,14 @@ def run_train_tokenizer(words: list[str]) -> None:
     add_train_tokenizer_options(parser)
     options = parser.parse_args(words)
     from hf_clm.config import Data, Source
-    from hf_clm.data.build import load_examples, texts_of
+    from hf_clm.data.prepared.sets import load_examples
     from hf_clm.train_tokenizer import train_tokenizer
 
     sources = [Source(path=path, format=options.format) for path in options.data]
-    examples = load_examples(sources, Data(train=sources))
+    examples = load_examples(Data(train=sources))
     chosen = {name: getattr(options, name) for name in ("kind", "vocab_size", "min_frequency", "pad_token")}
-    tokenizer = train_tokenizer(texts_of(examples.examples), **chosen)
+    texts = (text for example in examples.examples for text in example.texts if text)
+    tokenizer = train_tokenizer(texts, **chosen)
     tokenizer.save_pretrained(options.output_dir)
     print(f"{len(tokenizer):,} tokens from {len(examples):,} records, written to {options.output_dir}")
 

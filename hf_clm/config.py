@@ -27,6 +27,7 @@ from hf_clm.recipe_sections import (
 )
 from hf_clm.recipe_text import (
     COMMAND_LINE,
+    RENAMED,
     accepted_types,
     build_yaml,
     leaves,
@@ -170,6 +171,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
     raise RecipeError(what, where=place_of(first.key, places, otherwise=str(path)), got=got, fix=first.fix)
 
 
+def find_recipe(target: str) -> str:
+    """The path of a recipe, which may be named by its run's folder. Raises RecipeError for another folder."""
+    if not Path(target).is_dir():
+        return target
+    path = Path(target, "recipe.yaml")
+    if not path.is_file():
+        what, fix = "holds no recipe.yaml: not a run's folder", "name a recipe or a run"
+        raise RecipeError(what, where=target, fix=fix)
+    return str(path)
+
+
 def training_values(recipe: Recipe) -> dict[str, Any]:
     """What ``transformers.TrainingArguments`` is given; of a token budget, the row is the micro-batch."""
     sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
@@ -220,6 +232,8 @@ def _to_faults(error: ValidationError) -> list[Fault]:
 def _to_key(name: str, options: Sequence[str]) -> str:
     if "." in name or name in Recipe.model_fields:
         return name
+    if f"data.{name}" in RENAMED:
+        return f"data.{name}"
     fields = load_trainer_fields()
     if name in fields or name in V4_NAMES:
         return f"train.{name}"

@@ -17,6 +17,11 @@ def is_one_of_many(environment: Mapping[str, str] = os.environ) -> bool:
     return int(environment.get("WORLD_SIZE", "1")) > 1
 
 
+def is_first_here(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the only one of its run on this machine, or speaks for the others."""
+    return environment.get("LOCAL_RANK", environment.get("RANK", "0")) == "0"
+
+
 def spreads_with(values: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> str:
     """FSDP or DeepSpeed where the launcher or the recipe asks for it, else empty.
 

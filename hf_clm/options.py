@@ -72,11 +72,8 @@ def add_doctor_options(parser: Parser) -> None:
 def add_prepare_options(parser: Parser) -> None:
     """Those of ``hf-clm prepare``; the others are overrides of the recipe."""
     parser.add_argument("recipe")
-    one = parser.add_mutually_exclusive_group()
-    one.add_argument(
-        "--shard", metavar="i/n", help="prepare the i-th of n parts, counted from 1: one on each machine"
-    )
-    one.add_argument("--merge", action="store_true", help="join the n parts in data.cache_dir")
+    text = "make the blocks on all cores (local), or on a Ray cluster: auto, or its address"
+    parser.add_argument("--ray", metavar="local|ADDRESS", help=text)
 
 
 def add_generate_options(parser: Parser) -> None:

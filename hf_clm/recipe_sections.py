@@ -6,7 +6,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from hf_clm.errors import did_you_mean
-from hf_clm.schema import Format, Overflow, TokenizerKind
+from hf_clm.schema import Format, OnBadRecord, Overflow, TokenizerKind
 from hf_clm.template import Template
 
 ASIDE: dict[str, JsonValue] = {"decides": False}  # of a key that changes nothing of the prepared rows
@@ -178,8 +178,9 @@ class Data(Section):
     """Whether rows that are exactly equal to an earlier one are learned again."""
     max_leakage: float = Field(default=0.01, ge=0, le=1)
     """The largest share of evaluation rows that may be training rows."""
-    skip_bad_lines: bool = False
-    """Count and list unreadable lines instead of stopping."""
+    on_bad_record: OnBadRecord = "error"
+    """For a record that cannot be used: stop with a list of them all, or drop it and count it, within
+    max_dropped."""
     max_line_bytes: int = Field(default=8_388_608, ge=1)
     """The longest line that is read."""
     strict: bool = False

@@ -33,6 +33,7 @@ Format = Literal[
     "text", "prompt_completion", "instruct", "alpaca", "messages", "sharegpt", "segments", "tokenized"
 ]
 Overflow = Literal["keep_target", "truncate", "drop", "error", "split"]
+OnBadRecord = Literal["error", "drop"]
 Render = Literal["chat", "plain"]  # of a prompt and its completion: turns of the chat template, or text
 TokenizerKind = Literal["bpe", "unigram", "characters"]
 Role = Literal["system", "user", "assistant", "tool"]

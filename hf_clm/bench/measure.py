@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -28,12 +26,8 @@ from transformers import (
 )
 
 from hf_clm.bench.results import Start, Task, Trial
-from hf_clm.config import Recipe
 from hf_clm.data.batch.packing import PackedDataset
-from hf_clm.data.build import Split, mix_splits, pack_rows, texts_of
-from hf_clm.data.cache import build_splits, find_place, load_early, load_named
-from hf_clm.data.proof.ledger import write_ledgers
-from hf_clm.data.store import write_store
+from hf_clm.data.prepared.sets import load_early, load_examples
 from hf_clm.doctor.memory import free_memory
 from hf_clm.errors import UserError
 from hf_clm.hardware import measure_peak, nominal_peak, peak_memory, settle_cpu
@@ -45,7 +39,7 @@ from hf_clm.parts import (
     training_arguments,
 )
 from hf_clm.training.prepare import prepare
-from hf_clm.training.proof import Proof, prove_data, prove_model
+from hf_clm.training.proof import prove_model
 from hf_clm.training.run import build_trainer
 from hf_clm.training.summary import RunFacts, versions
 from hf_clm.training.trainer import CLMTrainer
@@ -92,19 +86,8 @@ def measure_start(task: Task) -> Start:
         tokenizer = build_tokenizer_aside(recipe, early, arguments=arguments)
         recipe = settle_render(recipe, tokenizer)
         config = build_model_config(recipe, tokenizer)
-    with timing("read"):
-        loaded = load_named(recipe, arguments.seed)
-    with timing("tokenize"):
-        splits = build_splits(recipe, tokenizer, loaded=loaded)
-    with timing("pack"):
-        for split in splits.values():
-            pack_rows(split.rows, recipe)
-    timing.seconds["tokenize"] = max(0.0, timing.seconds["tokenize"] - timing.seconds["pack"])
-    with timing("prove"):
-        proof = prove_data(recipe, splits, tokenizer=tokenizer)
-    with timing("keep"):
-        _keep(recipe, splits, tokenizer=tokenizer, proof=proof, seed=arguments.seed)
-    splits = mix_splits(splits, recipe, seed=arguments.seed)
+    with timing("prepare"):
+        splits = prepare(recipe, tokenizer, arguments=arguments).splits
     with timing("load model"):
         model = build_model(recipe, tokenizer, config=config, arguments=arguments)
         trainer = build_trainer(model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits)
@@ -131,7 +114,7 @@ def measure_start(task: Task) -> Start:
         tokens=train.tokens,
         target_tokens=train.target_tokens,
         fill=train.dataset.fill if isinstance(train.dataset, PackedDataset) else None,
-        text_bytes=sum(len(text.encode()) for part in loaded.values() for text in texts_of(part.examples)),
+        text_bytes=sum(len(text.encode()) for e in load_examples(recipe.data).examples for text in e.texts),
         collate_seconds=collate_seconds,
         rows_per_second=rows_per_second,
         seconds=timing.seconds,
@@ -150,7 +133,7 @@ def measure_speed(task: Task) -> Trial:
     tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)
     recipe = settle_render(recipe, tokenizer)
     config = build_model_config(recipe, tokenizer)
-    splits = prepare(recipe, tokenizer, arguments=arguments, loaded=loaded).splits
+    splits = prepare(recipe, tokenizer, arguments=arguments).splits
     model = build_model(recipe, tokenizer, config=config, arguments=arguments)
     arguments.max_steps = (WINDOWS + 1) * -(-task.steps // WINDOWS)
     trainer = build_trainer(model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits)
@@ -223,16 +206,6 @@ def _measure_input(trainer: CLMTrainer) -> tuple[float, float]:
         seconds.append(time.perf_counter() - read)
         count += size
     return median(seconds), count / elapsed
-
-
-def _keep(
-    recipe: Recipe, splits: dict[str, Split], *, tokenizer: PreTrainedTokenizerFast, proof: Proof, seed: int
-) -> None:
-    place = find_place(recipe, tokenizer, seed=seed)
-    if place is not None:
-        facts = {"facts": proof.facts, "lines": proof.lines}
-        ledgers = partial(write_ledgers, proof.ledgers)
-        write_store(place.folder, splits, files=place.files, proof=facts, write_ledger=ledgers)
 
 
 def _settle(arguments: TrainingArguments) -> None:

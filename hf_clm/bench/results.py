@@ -62,8 +62,8 @@ class Start:
     versions: dict[str, str]
 
     @property
-    def tokenize_bytes_per_second(self) -> float:
-        return self.text_bytes / max(self.seconds["tokenize"], 1e-9)
+    def prepare_bytes_per_second(self) -> float:
+        return self.text_bytes / max(self.seconds["prepare"], 1e-9)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Bench:
     def to_json(self) -> dict[str, Any]:
         """The same, in bytes, seconds and FLOP."""
         start = asdict(self.start)
-        start["tokenize_bytes_per_second"] = self.start.tokenize_bytes_per_second
+        start["prepare_bytes_per_second"] = self.start.prepare_bytes_per_second
         trials = [asdict(trial) | {"mfu": self.mfu(trial)} for trial in self.trials]
         found = {"trials": trials, "fastest": self.fastest.rows, "stopped": self.stopped}
         return {"recipe": self.recipe, "start": start, **found}
@@ -162,7 +162,7 @@ def start_lines(start: Start) -> list[str]:
         f"peak      {', '.join(peaks)}",
         f"data      {start.examples:,} examples, {start.tokens:,} tokens ({start.target_tokens:,} targets) "
         f"in {start.rows:,} rows, {filled}",
-        f"input     tokenize {start.tokenize_bytes_per_second / MB:.2f} MB/s, "
+        f"input     tokenize {start.prepare_bytes_per_second / MB:.2f} MB/s, "
         f"collate {start.collate_seconds * 1e6:.0f} us a batch, {start.rows_per_second:,.0f} rows/s",
         *textwrap.wrap(f"start     {total:.1f} s: {', '.join(parts)}", WIDTH, subsequent_indent=INDENT),
     ]

@@ -9,6 +9,7 @@ import torch
 from hf_clm.config import Recipe
 from hf_clm.data.prepared.cache import read_splits
 from hf_clm.data.prepared.sets import load_early
+from hf_clm.data.read.faults import check_data
 from hf_clm.doctor.checks import run_checks
 from hf_clm.doctor.facts import Check, Facts, Problem, build_facts, longest_rows, to_micro_step, to_problem
 from hf_clm.doctor.memory import MemoryEstimate, measure_memory
@@ -117,6 +118,7 @@ class _Stage:
 def _collect(recipe: Recipe, stage: _Stage, *, loads_model: bool) -> Facts:
     arguments = training_arguments(recipe)
     stage.name = "data"
+    check_data(recipe)
     loaded = load_early(recipe, arguments.seed)
     stage.name = "tokenizer"
     tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)

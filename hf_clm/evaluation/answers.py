@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.errors import EnvironmentFault
+from hf_clm.evaluation.progress import watched
 from hf_clm.generation.generate import generate
 from hf_clm.schema import AnyExample
 
@@ -83,7 +85,8 @@ def measure_answers(
     asked = {number: question for number, example in enumerate(examples) if (question := example.question)}
     if not asked:
         return None
-    found = generate(model, tokenizer, prompts=[prompt for prompt, _ in asked.values()], **options)
+    prompts = [prompt for prompt, _ in asked.values()]
+    found = generate(model, tokenizer, prompts=prompts, watch=partial(watched, what="answers"), **options)
     samples = [
         Sample(number, prompt.shown, target, answer.text, answer.stopped)
         for (number, (prompt, target)), answer in zip(asked.items(), found, strict=True)

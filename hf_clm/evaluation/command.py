@@ -8,9 +8,10 @@ from typing import Any, Literal
 import numpy as np
 
 from hf_clm.config import Data, Recipe, Source
-from hf_clm.data.build import check_spelled, label_options, load_examples
-from hf_clm.data.label.datasets import TokenizedDataset, tokenize_rows
+from hf_clm.data.label.datasets import TokenizedDataset, label_options, tokenize_rows
 from hf_clm.data.label.render import Policy
+from hf_clm.data.prepared.sets import load_examples
+from hf_clm.data.read.faults import check_sources
 from hf_clm.data.read.plain_template import is_plain
 from hf_clm.data.read.records import Examples
 from hf_clm.errors import DataError
@@ -41,7 +42,7 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """All figures, then those of each file where there are several, and what was generated if asked."""
         found = self.figures(np.ones(len(self.read), dtype=bool))
-        if self.read.report.bad_lines:  # data.skip_bad_lines of the run
+        if self.read.report.bad_lines:  # data.on_bad_record: drop, of the run
             found["skipped"] = len(self.read.report.bad_lines)
         files = np.array([LINE.sub("", place) for place in self.read.places])
         names = list(dict.fromkeys(files.tolist()))
@@ -79,7 +80,8 @@ def evaluate_run(options: Namespace) -> Evaluation:
     load_options(options.run, revision=None, where="run or model")  # what is not there is said at once
     recipe = run_recipe(options.run)
     data = to_data(options, recipe)
-    read = load_examples(data.train, data)
+    check_sources(data.model_copy(update={"eval": []}))
+    read = load_examples(data)
     expected = find_expected(read, choices) if choices else None
     run = load_run(options.run, device=options.device)
     stage: Stage = options.stage or run.stage
@@ -136,7 +138,6 @@ def build_dataset(
         rows = tokenize_rows(read.examples, run.tokenizer, options)
     except DataError as error:
         raise error if error.row is None else error.at(read.places[error.row]) from error
-    check_spelled(read, rows, tokenizer=run.tokenizer)
     if len(rows) == 0:
         where = ", ".join(read.report.files[:2])
         raise DataError("no example has a target that fits", where=where, fix="raise --max_length")

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
 from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.evaluation.metrics import bits_per_byte, perplexity, target_nll
+from hf_clm.evaluation.progress import watched
 from hf_clm.model import takes_targets
 from hf_clm.schema import IGNORE_INDEX, TokenizedExample
 from hf_clm.text.chat import stop_token_ids
@@ -71,7 +72,7 @@ def measure_likelihood(
     """The likelihood of every target token; ``batch_size`` (rows) changes nothing."""
     stops = stop_token_ids(tokenizer)
     nll, tokens, correct, text_bytes = [], [], [], []
-    for start in range(0, len(dataset), batch_size):
+    for start in watched(range(0, len(dataset), batch_size), what="loss"):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
         for row, (row_nll, row_correct) in zip(rows, measure_rows(model, rows), strict=True):
             kinds = target_kinds(np.array(row["labels"]), stops)

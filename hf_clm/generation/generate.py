@@ -1,6 +1,6 @@
 """Generates text: the prompt rendered as in training, stopped at the stop tokens of training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ def generate(
     batch_size: int = 16,
     max_new_tokens: int | None = None,
     rendering: LabelOptions | None = None,
+    watch: Callable[[range], Iterable[int]] = iter,
     **options: Any,
 ) -> list[Generated]:
     """Continues each prompt; a string is taken as it is, an Example is rendered as in training.
@@ -44,6 +45,7 @@ def generate(
     Args:
         max_new_tokens: None is 256, or what the model has positions for.
         rendering: how prompts are rendered, as in training.
+        watch: passes on the starts of the batches, and may show how far they are.
         options: of ``transformers.GenerationConfig``: do_sample, temperature, top_k, top_p, num_beams,
             no_repeat_ngram_size, ...; and slide: go on past the model's positions, in stretches that each
             reread the last half of them.
@@ -60,7 +62,7 @@ def generate(
     use_for_generation(model)
     try:
         answers = {}
-        for start in range(0, len(ids), batch_size):
+        for start in watch(range(0, len(ids), batch_size)):
             numbers = order[start : start + batch_size]
             batch = [ids[number] for number in numbers]
             found = answer_batch(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from hf_clm.config import Recipe, load_recipe
+from hf_clm.config import Recipe, find_recipe, load_recipe
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.prepared.cache import read_splits
 from hf_clm.data.prepared.sets import STREAM_HEAD, load_early
@@ -45,7 +45,7 @@ def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[
 
     Raises RecipeError for a folder that is no run, or a split that the recipe does not have.
     """
-    recipe = load_recipe(_recipe_path(target), overrides, options=options)
+    recipe = load_recipe(find_recipe(target), overrides, options=options)
     arguments = training_arguments(recipe)
     if view.split == "eval" and not (recipe.data.eval or recipe.data.eval_fraction):
         fix = "set data.eval or data.eval_fraction, or --split train"
@@ -111,17 +111,6 @@ def padded_fill(lengths: np.ndarray, max_length: int, *, batch_size: int) -> flo
     )
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     return float(rows.sum() / sum(len(batch) * batch.max() for batch in batches))
-
-
-def _recipe_path(target: str) -> str:
-    if not Path(target).is_dir():
-        return target
-    path = Path(target, "recipe.yaml")
-    if not path.is_file():
-        raise RecipeError(
-            "holds no recipe.yaml: not a run's folder", where=target, fix="name a recipe or a run"
-        )
-    return str(path)
 
 
 def _tokenizer(recipe: Recipe, *, arguments: TrainingArguments, target: str) -> PreTrainedTokenizerFast:

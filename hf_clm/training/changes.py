@@ -28,7 +28,7 @@ UNSEEN = re.compile(
 )
 # What may change without a word of the user: the batch of all processes together is a fact of its own.
 FREE = re.compile(
-    r"data\.(eval\b|eval_train_rows|max_dropped|max_leakage|max_line_bytes|strict|nul|skip_bad_lines)"
+    r"data\.(eval\b|eval_train_rows|max_dropped|max_leakage|max_line_bytes|strict|nul|on_bad_record)"
     r"|samples|early_stopping|processes|train\.(logging_|save_|eval_|per_device_|dataloader_num_workers"
     r"|dataloader_p|gradient_accumulation_steps|ddp_timeout|use_cpu|load_best|metric_for_best|greater_is)"
 )

@@ -16,6 +16,7 @@ from hf_clm.config import Recipe
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.data.prepared.cache import Place, find_place, open_place
+from hf_clm.data.prepared.cluster import RayBlocks
 from hf_clm.data.prepared.prepare import MakeBlocks, in_turn, write_prepared
 from hf_clm.data.prepared.sets import STREAM_HEAD, load_early, to_head
 from hf_clm.data.prepared.store import Stored, require_writable
@@ -95,8 +96,11 @@ def prepare(
     return Prepared(splits, proof, stored)
 
 
-def prepare_recipe(recipe: Recipe, *, make_blocks: MakeBlocks = in_turn) -> list[str]:
+def prepare_recipe(recipe: Recipe, *, ray: str | None = None) -> list[str]:
     """``hf-clm prepare``: what was prepared or found, as lines to print.
+
+    Args:
+        ray: the address of the Ray cluster that makes the blocks; None: this process makes them.
 
     Raises RecipeError where nothing would be kept.
     """
@@ -113,13 +117,15 @@ def prepare_recipe(recipe: Recipe, *, make_blocks: MakeBlocks = in_turn) -> list
     if place.why_not:
         fix = "name a folder in data.cache_dir; pin data on the Hub by a commit as their revision"
         raise RecipeError("nothing would be kept", where=recipe.file or "data.cache_dir", fix=fix)
-    prepared = prepare(recipe, tokenizer, arguments=arguments, make_blocks=make_blocks)
+    cluster = RayBlocks(ray) if ray else None
+    prepared = prepare(recipe, tokenizer, arguments=arguments, make_blocks=cluster or in_turn)
     lines = [line for name, split in prepared.splits.items() for line in _describe(name, split)]
     size = f"{prepared.stored.size_bytes / 1e6:,.1f} MB in {prepared.stored.folder}"
     return [
         *prepared.proof.lines,
         *lines,
         f"{'stored':<10}{size}",
+        *(cluster.to_lines() if cluster else []),
         f"{'time':<10}{time.monotonic() - started:.1f} s",
     ]
 

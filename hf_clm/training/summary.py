@@ -220,7 +220,7 @@ def start_lines(facts: RunFacts) -> list[str]:
     read = train.examples.report
     notes = {
         "blank lines skipped": read.blank_lines,
-        "unreadable lines skipped": len(read.bad_lines),
+        "bad records dropped": len(read.bad_lines),
         "records with a NUL character": read.nul_records,
         "control tokens in the text read as plain text": sum(train.rows.rows.control_texts.values()),
     }

@@ -79,7 +79,7 @@ def test_wrong_records_are_skipped_and_counted_on_request(tmp_path):
         tmp_path / "say.jsonl", [RECORDS[0], {"instruct": "a\n", "input": "", "label": 5}, *RECORDS[1:]]
     )
 
-    split = build(skip_bad_lines=True, max_dropped=0.5)
+    split = build(on_bad_record="drop", max_dropped=0.5)
 
     assert len(split.rows) == 4
     assert [line.split(": ")[0] for line in split.examples.report.bad_lines] == ["say.jsonl:2"]
@@ -88,7 +88,7 @@ def test_wrong_records_are_skipped_and_counted_on_request(tmp_path):
 def test_skipped_records_count_as_dropped(tmp_path):
     write_jsonl(tmp_path / "say.jsonl", [RECORDS[0], {"instruct": "a\n", "input": "", "label": 5}])
 
-    message = refusal(skip_bad_lines=True)
+    message = refusal(on_bad_record="drop")
 
     assert message.startswith("say.jsonl: 1 of 2 rows cannot be trained on")
     assert "say.jsonl:2: " in message
@@ -112,7 +112,7 @@ def test_unknown_keys_are_collected_or_refused(tmp_path):
 def test_without_a_usable_record_there_is_nothing_to_train_on(tmp_path):
     (tmp_path / "say.jsonl").write_text('{"instruct": 1}\n')
 
-    assert refusal(skip_bad_lines=True) == (
+    assert refusal(on_bad_record="drop") == (
         "say.jsonl: no example to train on; got 1 records read, 1 skipped"
     )
 
@@ -307,7 +307,7 @@ def test_lines_lost_in_reading_do_not_count_against_the_part_that_is_held_out():
     """2 bad lines are 2 % of 100 rows, and would be 20 % of the 10 that are held out."""
     lines = [json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) for n in range(98)] + ["{", "["]
     Path("rows.jsonl").write_text("\n".join(lines))
-    data = {"skip_bad_lines": True, "eval_fraction": 0.1, "max_dropped": 0.05}
+    data = {"on_bad_record": "drop", "eval_fraction": 0.1, "max_dropped": 0.05}
     recipe = build_recipe(train=[{"path": "rows.jsonl", "format": "prompt_completion"}], **data)
 
     train, held_out = load_splits(recipe, 0)

@@ -87,7 +87,7 @@ def test_the_type_and_the_order_of_files_belong_to_the_content():
         {"special_tokens_in_text": "allow"},
         {"max_dropped": 0.5},
         {"duplicates": "drop"},
-        {"skip_bad_lines": True},
+        {"on_bad_record": "drop"},
         {"strict": True},
         {"eval_fraction": 0.4},
         {"train": [{"path": "a.jsonl", "format": "prompt_completion"}]},

@@ -54,7 +54,9 @@ def save(recipe: Recipe, *, files: list[str], folder: str = "cache/key", proof: 
         ledgers = {}
         for name, split in splits.items():
             packed = split.dataset if isinstance(split.dataset, PackedDataset) else None
-            ledgers[name] = build_ledger(split.rows.rows, split.examples.places, packed=packed)
+            examples = split.examples
+            lost = {"unreadable": examples.report.bad_lines, "duplicates": examples.duplicates}
+            ledgers[name] = build_ledger(split.rows.rows, examples.places, packed=packed, **lost)
         write_ledgers(ledgers, path)
 
     write_store(Path(folder), splits, files=files, proof=proof, write_ledger=write_ledger)
@@ -107,7 +109,7 @@ def test_counts_of_reading_and_the_proof_come_back(tmp_path):
     Path("a.jsonl").write_text(
         "\n".join([*lines, "{", "", json.dumps({**RECORDS[0], "more": 1, "prompt": "<|pad|>"})])
     )
-    recipe = build_recipe(["a.jsonl"], skip_bad_lines=True, max_dropped=0.5)
+    recipe = build_recipe(["a.jsonl"], on_bad_record="drop", max_dropped=0.5)
     save(recipe, files=["a.jsonl"], proof={"lines": ["certified"]})
 
     found = open_(recipe, files=["a.jsonl"])
@@ -171,7 +173,7 @@ def test_data_that_changed_since_are_not_taken_for_those_that_were_prepared():
 def test_the_same_content_under_another_name_is_named_as_it_is_now(tmp_path):
     lines = [json.dumps(RECORDS[0]), "{", json.dumps(RECORDS[0]), json.dumps(RECORDS[1])]
     Path("old.jsonl").write_text("\n".join(lines))
-    options = {"skip_bad_lines": True, "max_dropped": 0.5, "duplicates": "drop"}
+    options = {"on_bad_record": "drop", "max_dropped": 0.5, "duplicates": "drop"}
     save(build_recipe(["old.jsonl"], **options), files=["old.jsonl"])
     Path("new.jsonl").write_text("\n".join(lines))
 
@@ -187,6 +189,8 @@ def test_the_same_content_under_another_name_is_named_as_it_is_now(tmp_path):
     assert [(row["split"], row["source"], row["fate"]) for row in ledger] == [
         ("train", "new.jsonl:1", "used"),
         ("train", "new.jsonl:4", "used"),
+        ("train", "new.jsonl:2", "unreadable"),
+        ("train", "new.jsonl:3", "duplicate"),
     ]
 
 

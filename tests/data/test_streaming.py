@@ -246,7 +246,7 @@ def test_each_process_may_go_on_twice(tmp_path):
 
 def test_what_was_dropped_or_unreadable_is_counted_pass_by_pass(tmp_path):
     recipe = build_recipe(
-        tmp_path, stage="sft", packing="none", overflow="drop", skip_bad_lines=True, max_dropped=1
+        tmp_path, stage="sft", packing="none", overflow="drop", on_bad_record="drop", max_dropped=1
     )
     record = {"prompt": "?", "completion": "yes"}
     long = {"prompt": "?", "completion": "y" * 60}
@@ -262,7 +262,7 @@ def test_what_was_dropped_or_unreadable_is_counted_pass_by_pass(tmp_path):
 
 
 def test_bad_lines_at_the_end_of_a_file_are_counted_once_after_going_on_too(tmp_path):
-    recipe = build_recipe(tmp_path, packing="none", shuffle_buffer=2, skip_bad_lines=True)
+    recipe = build_recipe(tmp_path, packing="none", shuffle_buffer=2, on_bad_record="drop")
     (tmp_path / "1.jsonl").write_text('{"text": "aa"}\n{"text": "bb"}\n{"text": "cc"}\nno json\n')
     (tmp_path / "2.jsonl").write_text('{"text": "dd"}\n{"text": "ee"}\n{"text": "ff"}\n')
     whole = stream(recipe, seed=1)

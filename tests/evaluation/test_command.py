@@ -73,7 +73,7 @@ def test_lines_that_the_run_skips_are_counted(tmp_path, monkeypatch, capsys):
     use_chat_template(tokenizer, "chatml")
     save_folder(tmp_path / "run", tiny_model(max_position_embeddings=512), tokenizer)
     (tmp_path / "recipe.yaml").write_text(
-        RECIPE.replace("  max_length", "  skip_bad_lines: true\n  max_length")
+        RECIPE.replace("  max_length", "  on_bad_record: drop\n  max_length")
     )
     (tmp_path / "recipe.yaml").rename(tmp_path / "run" / "recipe.yaml")
     write_jsonl(tmp_path / "eval.jsonl", [*HELD_OUT, {"talk": []}])

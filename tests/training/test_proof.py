@@ -43,7 +43,7 @@ def test_ledger_and_certificate_of_each_set_are_shown(tmp_path):
 def test_the_whole_table_is_shown_of_a_set_of_one_row(tmp_path):
     records = [RECORDS[0], RECORDS[0], {"instruct": "say\n", "input": "", "label": 7}]
 
-    found = prove_records(tmp_path, records, duplicates="drop", skip_bad_lines=True, max_dropped=0.5)
+    found = prove_records(tmp_path, records, duplicates="drop", on_bad_record="drop", max_dropped=0.5)
 
     table = [line.split()[:2] for line in found.lines[1:4]]
     assert table == [["used", "1"], ["duplicate", "1"], ["unreadable", "1"]]

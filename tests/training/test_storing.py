@@ -136,7 +136,7 @@ def test_in_memory_in_blocks_and_in_shards_the_very_same_files_are_written(stage
         {"eval": ["b.jsonl"], "duplicates": "drop"},
         {"max_length": 24, "overflow": "drop"},
         {"max_length": 24, "overflow": "truncate"},
-        {"skip_bad_lines": True, "eval": ["b.jsonl"]},
+        {"on_bad_record": "drop", "eval": ["b.jsonl"]},
     ],
     ids=str,
 )
@@ -145,7 +145,7 @@ def test_what_the_whole_set_decides_is_decided_alike(data, count):
     """Equal rows across shards, what is held out, what is dropped, lines that cannot be read."""
     records = RECORDS["prompt_completion"]
     lines = [json.dumps(record) for record in [*records, *records[3:9], *records[50:]]]
-    bad = ["{", "", json.dumps({"prompt": 1, "completion": "x"})] if "skip_bad_lines" in data else [""]
+    bad = ["{", "", json.dumps({"prompt": 1, "completion": "x"})] if "on_bad_record" in data else [""]
     Path("a.jsonl").write_text("\n".join([*lines[:20], *bad, *lines[20:]]) + "\n")
     write_jsonl(Path("b.jsonl"), [*records[:3], {"prompt": "P1", "completion": "<|pad|>X  <|pad|>x"}])
     recipe = build_recipe(["a.jsonl"], **data)

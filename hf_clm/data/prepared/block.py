@@ -21,9 +21,8 @@ from hf_clm.data.prepared.chunks import RawBlock
 from hf_clm.data.proof.certificate import Certificate, certify_rows
 from hf_clm.data.proof.checker import Checker
 from hf_clm.data.proof.ledger import check_entry, digest, loose_digest
-from hf_clm.data.read.readers import ReadReport, Record
-from hf_clm.data.read.records import read_example, read_options, unknown_columns
-from hf_clm.data.read.sources import check_value
+from hf_clm.data.read.readers import ReadReport
+from hf_clm.data.read.records import check_record
 from hf_clm.errors import DataError
 from hf_clm.schema import AnyExample
 from hf_clm.text.chat import stop_token_ids
@@ -128,26 +127,20 @@ def read_raw(raw: RawBlock, data: Data) -> ReadBlock:
     """Parses and checks the records of a block; those that cannot be used have a fault and no example."""
     source = (data.eval if raw.split == "eval" else data.train)[raw.source]
     read, first = ReadBlock(formats=set(raw.formats)), dict(raw.first)
-    refuses_nul = read_options(data).nul == "error"
     for chunk in raw.chunks:
         for where, value in chunk.items(data, read.report):
-            example = None
+            example = value if isinstance(value, AnyExample) else None
             try:
-                if isinstance(value, AnyExample):
-                    example = value
-                else:
-                    has_nul = check_value(value, where)
-                    read.report.nul_records += has_nul
-                    if has_nul and refuses_nul:
-                        raise DataError("U+0000 in a text", where=where, fix="remove it, or set nul to warn")
-                    record = Record(value, where)
-                    format, example = read_example(record, source, data=data, first=first)
+                if example is None:
+                    format, example, unknown, has_nul = check_record(
+                        value, where, source, data=data, first=first
+                    )
                     read.formats.add(format)
-                    read.unknown_keys.update(unknown_columns(record, source, format=format))
+                    read.unknown_keys.update(unknown)
+                    read.report.nul_records += has_nul
                 read.counted[chunk.file] += 1
             except DataError as error:
                 read.faults[len(read.places)] = error
-                example = None
             read.places.append(where)
             read.examples.append(example)
     read.report.records = len(read.places) - len(read.faults)

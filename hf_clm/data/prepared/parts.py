@@ -1,5 +1,6 @@
 """A set as its blocks gave it: written to files, and what is known of the whole of it."""
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -11,14 +12,18 @@ import pyarrow
 
 from hf_clm.config import Data
 from hf_clm.data.label.datasets import UNREADABLE, rare_collection
-from hf_clm.data.prepared.block import DIGESTS, LEDGER, ROWS, Block
+from hf_clm.data.prepared.block import DIGESTS, LEDGER, ROWS, Block, read_raw
 from hf_clm.data.prepared.selection import Candidates
+from hf_clm.data.prepared.sets import RawSet
 from hf_clm.data.prepared.tables import DATA, TableWriter, read_batches
 from hf_clm.data.proof.certificate import KEPT, Certificate
+from hf_clm.data.read.faults import Faults
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import no_example
 from hf_clm.data.read.sources import no_record
 from hf_clm.errors import reach
+
+READ_ON_SECONDS = 60.0  # after the first record that cannot be used, to find others
 
 
 @dataclass
@@ -68,9 +73,13 @@ class Part:
 
 
 @rare_collection()
-def write_part(folder: Path, name: str, blocks: Iterable[Block], *, files: list[str]) -> Part:
-    """Writes the blocks of a set. Raises DataError for labels that are not certified."""
-    part = Part(folder, name, files)
+def write_part(folder: Path, raw: RawSet, blocks: Iterable[Block], *, data: Data) -> Part:
+    """Writes the blocks of a set.
+
+    Raises DataError for labels that are not certified, and, unless they are dropped, for records that cannot
+    be used: all of them, or those that are found in READ_ON_SECONDS after the first.
+    """
+    part = Part(folder, raw.name, raw.files)
     digests: dict[str, list[np.ndarray]] = {name: [np.zeros((0, 2), "<u8")] for name in DIGESTS}
     usable = [part.usable]
     with (
@@ -78,23 +87,43 @@ def write_part(folder: Path, name: str, blocks: Iterable[Block], *, files: list[
         TableWriter(folder / "ledger", LEDGER) as ledger,
     ):
         for number, block in enumerate(blocks):
+            if block.faults and data.on_bad_record == "error":
+                raise list_faults(raw, block, data=data)
             rows.write(block.rows)
             ledger.write(block.ledger)
             for kind, found in block.digests.items():
                 digests[kind].append(found)
             usable.append(np.array([fate != UNREADABLE for fate in block.ledger.column("fate").to_pylist()]))
             part.enter(block)
-            reach(f"prepare.{name}.{number}")
+            reach(f"prepare.{raw.name}.{number}")
     part.certificate.require()
     part.digests = {kind: np.concatenate(found) for kind, found in digests.items()}
     part.usable = np.concatenate(usable)
     return part
 
 
+def list_faults(raw: RawSet, block: Block, *, data: Data) -> UserError:
+    """The error for a block with records that cannot be used: with those of the blocks behind it.
+
+    These are only read, and not labelled.
+    """
+    faults, ends = Faults(), time.monotonic() + READ_ON_SECONDS
+    for error in block.faults:
+        faults.add(error, is_record=True)
+    for later in raw.blocks:
+        if time.monotonic() > ends:
+            break
+        for error in read_raw(later, data).faults.values():
+            faults.add(error, is_record=True)
+    return faults.to_error()
+
+
 def check_read(part: Part, data: Data) -> None:
     """Raises DataError for a file or a set that gave nothing."""
+    sources = data.eval if part.name == "eval" else data.train
+    has_limit = any(source.limit for source in sources)  # then some files may not have been read
     for file in part.files:
-        if not part.counted[file] and data.train[0].limit is None:
+        if not part.counted[file] and not has_limit:
             raise no_record(file, [line for line in part.report.bad_lines if line.startswith(f"{file}:")])
     if not part.report.records:
-        raise no_example(data.eval if part.name == "eval" else data.train, part.report)
+        raise no_example(sources, part.report)

@@ -78,7 +78,7 @@ def write_prepared(
         parts = {}
         for name in sorted(sets):  # eval first: it is short, and what is wrong with it is known early
             blocks = make_blocks(maker, sets[name].blocks)
-            parts[name] = write_part(partial / PARTS / name, name, blocks, files=sets[name].files)
+            parts[name] = write_part(partial / PARTS / name, sets[name], blocks, data=recipe.data)
             check_read(parts[name], recipe.data)
         content = divide(partial, parts, recipe, tokenizer=tokenizer, seed=seed)
         shutil.rmtree(partial / PARTS)

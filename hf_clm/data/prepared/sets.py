@@ -1,6 +1,6 @@
 """The sets of a recipe as they are read: in blocks, or in memory where all of it is looked at."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -22,7 +22,8 @@ NOTHING = Document([])  # in the place of a record that cannot be used
 class RawSet:
     """A set that is read block by block; ``files``: those that were read so far."""
 
-    blocks: Iterable[RawBlock]
+    name: str
+    blocks: Iterator[RawBlock]
     files: list[str]
 
 
@@ -37,7 +38,7 @@ def open_sets(data: Data) -> dict[str, RawSet]:
     for name in ("train", "eval"):
         if name == "train" or data.eval:
             files: list[str] = []
-            sets[name] = RawSet(read_blocks(data, name, files=files), files)
+            sets[name] = RawSet(name, read_blocks(data, name, files=files), files)
     return sets
 
 
@@ -52,7 +53,9 @@ def part_alone(data: Data) -> dict[str, RawSet] | None:
     found = {}
     for name, part in zip(("train", "eval"), parts or [], strict=False):
         chunk = Chunk(files[0], 0, 0, [(read.places[0], part)])
-        found[name] = RawSet([replace(blocks[0], split=name, chunks=[chunk], formats=read.formats)], files)
+        found[name] = RawSet(
+            name, iter([replace(blocks[0], split=name, chunks=[chunk], formats=read.formats)]), files
+        )
     return found or None
 
 

@@ -38,7 +38,6 @@ class Record:
 class ReadOptions:
     """``max_line_bytes`` bounds a line of jsonl, csv and tsv; ``nul`` is about U+0000 in a text."""
 
-    skip_bad_lines: bool = False
     max_line_bytes: int = 8 * 1024 * 1024
     nul: Literal["warn", "error"] = "warn"
 
@@ -50,7 +49,7 @@ class ReadReport:
     files: list[str] = field(default_factory=list)
     records: int = 0
     blank_lines: int = 0
-    bad_lines: list[str] = field(default_factory=list)  # the messages of skipped lines
+    bad_lines: list[str] = field(default_factory=list)  # the messages of dropped records
     nul_records: int = 0
 
     def add(self, other: "ReadReport") -> None:
@@ -243,7 +242,7 @@ def _json_advice(text: str, file: str) -> str:
     if "\0" in text:
         return "it looks like utf-16: iconv -f utf-16 -t UTF-8"
     if not text.endswith(("\n", "}", "]")):
-        return "the file ends inside this line: fetch or write it again, or skip_bad_lines"
+        return "the file ends inside this line: fetch or write it again, or set on_bad_record: drop"
     return "" if suffix(file) == ".json" else DOCUMENT_FIX
 
 

@@ -1,8 +1,10 @@
 """Records to checked examples, without torch: what a file says, and what is learned from it."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,10 +16,12 @@ from hf_clm.data.read.formats import (
     to_example,
     unknown_keys,
 )
-from hf_clm.data.read.sources import ReadOptions, ReadReport, Record
+from hf_clm.data.read.sources import ReadOptions, ReadReport, Record, check_value
 from hf_clm.data.read.templating import to_template_example
 from hf_clm.errors import DataError
 from hf_clm.schema import AnyExample
+
+NONCHARACTER = re.compile("[\ufdd0\ufdd1]")  # the marks of hf_clm.text.encode
 
 
 @dataclass
@@ -32,44 +36,41 @@ class Examples:
     report: ReadReport = field(default_factory=ReadReport)
     formats: set[str] = field(default_factory=set)
     unknown_keys: set[str] = field(default_factory=set)
-    duplicates: Sequence[str] = field(
-        default_factory=list
-    )  # rows left out because an earlier one is the same
     origins: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int32), compare=False)
     sources: Sequence[Source] = field(default_factory=list, compare=False)
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def select(self, numbers: Iterable[int]) -> "Examples":
-        """The examples with these numbers."""
-        chosen = list(numbers)
-        examples, places = [self.examples[i] for i in chosen], [self.places[i] for i in chosen]
-        origins = self.origins[chosen] if len(self.origins) else self.origins
-        return replace(self, examples=examples, places=places, origins=origins)
-
 
 def read_options(data: Data) -> ReadOptions:
     """How the recipe wants files to be read."""
-    return ReadOptions(skip_bad_lines=data.skip_bad_lines, max_line_bytes=data.max_line_bytes, nul=data.nul)
+    return ReadOptions(max_line_bytes=data.max_line_bytes, nul=data.nul)
 
 
-def check_records(
-    records: Iterable[Record], source: Source, *, data: Data, found: Examples, first: FirstSeen
-) -> Iterator[tuple[str, AnyExample]]:
-    """(place, example) of each record. ``found``: what is learned of them on the way is entered there."""
-    for record in records:
-        try:
-            format, example = read_example(record, source, data=data, first=first)
-            unknown = unknown_columns(record, source, format=format)
-        except DataError as error:
-            if not data.skip_bad_lines:
-                raise
-            found.report.bad_lines.append(str(error))
-            continue
-        found.formats.add(format)
-        found.unknown_keys.update(unknown)
-        yield record.where, example
+class CheckedRecord(NamedTuple):
+    """A record that can be used: its format, what is learned from it, and the columns that nothing reads."""
+
+    format: str
+    example: AnyExample
+    unknown_keys: list[str]
+    has_nul: bool
+
+
+def check_record(value: Any, where: str, source: Source, *, data: Data, first: FirstSeen) -> CheckedRecord:
+    """Checks what a reader gives, and makes an example of it. ``first``: see check_same_schema.
+
+    Raises DataError for a record that cannot be used.
+    """
+    has_nul = check_value(value, where)
+    if has_nul and data.nul == "error":
+        raise DataError("U+0000 in a text", where=where, fix="remove it, or set nul to warn")
+    record = Record(value, where)
+    format, example = read_example(record, source, data=data, first=first)
+    unknown = unknown_columns(record, source, format=format)
+    if data.special_tokens_in_text != "allow":
+        _check_marks(example, where)
+    return CheckedRecord(format, example, unknown, has_nul)
 
 
 def no_example(sources: Iterable[Source], report: ReadReport) -> DataError:
@@ -95,6 +96,16 @@ def read_example(record: Record, source: Source, *, data: Data, first: FirstSeen
         strict=data.strict,
     )
     return format, example
+
+
+def _check_marks(example: AnyExample, where: str) -> None:
+    """Raises for a text with one of the characters by which control tokens in a text are marked."""
+    if any(not text.isascii() and NONCHARACTER.search(text) for text in example.texts):
+        what, fix = (
+            "the text holds a noncharacter (U+FDD0 or U+FDD1)",
+            "remove it; no valid text contains one",
+        )
+        raise DataError(what, where=where, fix=fix)
 
 
 def unknown_columns(record: Record, source: Source, *, format: str) -> list[str]:

@@ -94,26 +94,18 @@ def _files_in_folder(folder: str) -> list[str]:
     return files
 
 
-def to_records(
-    items: Items, *, file: str, options: ReadOptions, report: ReadReport, is_whole: bool = True
-) -> Iterator[Record]:
-    """Checks what a reader gives; with ``is_whole``, nothing at all is an error too."""
-    records, bad_lines = report.records, len(report.bad_lines)
+def to_records(items: Items, *, file: str, options: ReadOptions, report: ReadReport) -> Iterator[Record]:
+    """Checks what a reader gives; nothing at all is an error too."""
+    records = report.records
     for where, value in items:
-        try:
-            has_nul = check_value(value, where)
-            if has_nul and options.nul == "error":
-                raise DataError("U+0000 in a text", where=where, fix="remove it, or set nul to warn")
-        except DataError as error:
-            if not options.skip_bad_lines:
-                raise
-            report.bad_lines.append(str(error))
-            continue
+        has_nul = check_value(value, where)
+        if has_nul and options.nul == "error":
+            raise DataError("U+0000 in a text", where=where, fix="remove it, or set nul to warn")
         report.records += 1
         report.nul_records += has_nul
         yield Record(value, where)
-    if is_whole and report.records == records:
-        raise no_record(file, report.bad_lines[bad_lines:])
+    if report.records == records:
+        raise no_record(file, [])
 
 
 def no_record(file: str, bad_lines: list[str]) -> DataError:

@@ -143,6 +143,22 @@ def test_the_file_is_read_back_as_it_was_written(tmp_path):
     }
 
 
+def test_what_became_no_example_stands_in_the_file_with_its_reason(tmp_path):
+    ledger, _, _ = build(EXAMPLES[:1])
+    unreadable = ["a.jsonl:6: no JSON; got '5: x'", "b.csv: record 17: key 'text' is null"]
+    ledger = replace(ledger, unreadable=unreadable, duplicates=["a.jsonl:7"])
+
+    write_ledgers({"train": ledger}, tmp_path / "ledger.parquet")
+
+    rows = parquet.read_table(tmp_path / "ledger.parquet").to_pylist()
+    assert [(row["row"], row["source"], row["fate"], row["reason"]) for row in rows] == [
+        (0, "a.jsonl:1", "used", ""),
+        (-1, "a.jsonl:6", "unreadable", "no JSON; got '5: x'"),
+        (-1, "b.csv: record 17", "unreadable", "key 'text' is null"),
+        (-1, "a.jsonl:7", "duplicate", ""),
+    ]
+
+
 # --- what does not balance
 
 
@@ -301,7 +317,7 @@ def test_duplicates_are_kept_by_default_and_left_out_on_request(tmp_path):
 def test_lines_that_cannot_be_read_are_counted(tmp_path):
     records = [*RECORDS[:2], {"instruct": "say\n", "input": "", "label": 7}]
 
-    proof = prove_records(tmp_path, records, skip_bad_lines=True, max_dropped=0.5)
+    proof = prove_records(tmp_path, records, on_bad_record="drop", max_dropped=0.5)
 
     assert {fate: total["rows"] for fate, total in proof.facts["train"]["ledger"].items()} == {
         "used": 2,

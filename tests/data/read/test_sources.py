@@ -159,7 +159,7 @@ def test_a_bad_line_is_refused_with_its_number_or_skipped_and_listed(line, messa
 
     assert refusal(path, max_line_bytes=limit).startswith(message)
 
-    records, report = read(path, max_line_bytes=limit, skip_bad_lines=True)
+    records, report = read(path, max_line_bytes=limit, on_bad_record="drop")
     assert records == [{"a": 1}, {"a": 3}]
     assert len(report.bad_lines) == 1 and report.bad_lines[0].startswith(message)
     assert report.records == 2
@@ -187,7 +187,7 @@ def test_a_line_of_exactly_the_longest_length_is_read_with_and_without_its_newli
 def test_invalid_utf_8_names_line_byte_and_the_likely_encoding(raw, message):
     path = write("a.jsonl", b'{"a": "ok"}\n{"a":"' + raw + b'"}\n')
     assert refusal(path) == f"a.jsonl:2: invalid UTF-8 at {message} -t UTF-8"
-    assert read(path, skip_bad_lines=True)[1].bad_lines == [refusal(path)]
+    assert read(path, on_bad_record="drop")[1].bad_lines == [refusal(path)]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.json", "a.csv"])
@@ -209,9 +209,9 @@ def test_a_last_line_that_is_cut_off_is_refused_with_its_number_or_skipped():
     path = write("a.jsonl", '{"a": "one"}\n{"a": "tw')
     assert refusal(path) == (
         "a.jsonl:2: not valid JSON: Unterminated string starting at (column 7); got '\"tw'; "
-        "fix: the file ends inside this line: fetch or write it again, or skip_bad_lines"
+        "fix: the file ends inside this line: fetch or write it again, or set on_bad_record: drop"
     )
-    assert read(path, skip_bad_lines=True)[0] == [{"a": "one"}]
+    assert read(path, on_bad_record="drop")[0] == [{"a": "one"}]
 
 
 @pytest.mark.parametrize("content", ['[{"a": 1}, {"a": 2}]\n', '[\n{"a": 1}\n]\n', '{\n  "a": 1\n}\n'])
@@ -231,7 +231,7 @@ def test_an_error_inside_a_json_file_names_its_line_or_record():
     assert refusal(write("a.json", '[{"a": 1}, {"b": 1, "b": 2}]')).startswith(
         "a.json: record 2: a key is given twice in an object; got keys b, b"
     )
-    assert read("a.json", skip_bad_lines=True)[0] == [{"a": 1}]
+    assert read("a.json", on_bad_record="drop")[0] == [{"a": 1}]
     assert refusal(write("a.json", '{"a": 1}\n{"a": }\n')).startswith("a.json:2: not valid JSON")
 
 
@@ -256,7 +256,7 @@ def test_a_file_without_a_record_is_an_error(name, content):
 
 
 def test_a_file_of_bad_lines_only_is_an_error_even_where_they_are_skipped():
-    message = refusal(write("a.jsonl", "x\n5\n"), skip_bad_lines=True)
+    message = refusal(write("a.jsonl", "x\n5\n"), on_bad_record="drop")
     assert message.startswith("a.jsonl: no usable record in 2 lines; got a.jsonl:1: not valid JSON")
 
 
@@ -304,7 +304,7 @@ def test_a_bad_table_is_refused_with_its_line(content, message):
 
 
 def test_rows_with_too_many_or_few_cells_can_be_skipped():
-    records, report = read(write("a.csv", "a,b\n1,2\n\n3\n4,5\n"), skip_bad_lines=True)
+    records, report = read(write("a.csv", "a,b\n1,2\n\n3\n4,5\n"), on_bad_record="drop")
     assert records == [{"a": "1", "b": "2"}, {"a": "4", "b": "5"}]
     assert report.bad_lines == ["a.csv:4: expected 2 cells, as in the header; got 1"]
     assert report.blank_lines == 1

@@ -1,0 +1,169 @@
+"""All faults of the data in one pass, without torch, before anything is made of a record.
+
+9 faults in the data; data.on_bad_record: drop would leave out 8 of them
+8 x key 'prompt' is null; fix: fill it in, or remove the record
+  a.jsonl:2
+  ...
+1 x no such file; fix: check name and working directory
+  b.jsonl
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from hf_clm.config import Data, Recipe, Source
+from hf_clm.data.read.formats import FirstSeen
+from hf_clm.data.read.readers import READERS, ReadReport, suffix
+from hf_clm.data.read.records import check_record, read_options
+from hf_clm.data.read.sources import find_files, no_record, open_stream
+from hf_clm.errors import DataError, EnvironmentFault, UserError
+from hf_clm.launcher import is_first_here
+
+CHECKED_BYTES = 8 * 1024 * 1024  # of all files together: about half a second
+COMPRESSED, EXPANSION = (".gz", ".zst", ".parquet"), 5  # about how much larger the text of such a file is
+SHOWN_KINDS, SHOWN_PLACES = 20, 20
+NUMBER = re.compile(r"\b\d[\d,]*\b")
+
+
+@dataclass
+class _Kind:
+    """Faults that differ by their place, by what was got, and by numbers in their text.
+
+    ``shown``: the place of each of the first, what was got there, and the numbers.
+    """
+
+    what: str  # with N for the numbers, where they differ
+    fix: str
+    count: int = 0
+    shown: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def to_lines(self) -> Iterator[str]:
+        """The fault, and below it its places."""
+        yield f"{self.count:,} x {self.what}" + (f"; fix: {self.fix}" if self.fix else "")
+        for where, got, numbers in self.shown:
+            has_numbers = numbers and not NUMBER.search(self.what)
+            notes = [f"N: {numbers}"] * bool(has_numbers) + [f"got {got}"] * bool(got)
+            yield f"  {where}" + (f" ({', '.join(notes)})" if notes else "")
+        if self.count > len(self.shown):
+            yield f"  and {self.count - len(self.shown):,} more"
+
+
+class Faults:
+    """Faults by their kind, with the places of the first of each; takes no more memory for more of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.droppable = 0  # bad records, as opposed to files
+        self._first: UserError | None = None
+        self._kinds: dict[tuple[str, str], _Kind] = {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def add(self, error: UserError, *, is_record: bool = False) -> None:
+        """Enters one fault; ``is_record``: of a record, which could be dropped."""
+        self.count += 1
+        self.droppable += is_record
+        self._first = self._first or error
+        pattern = NUMBER.sub("N", error.what)
+        key = (pattern, error.fix)
+        if key not in self._kinds and len(self._kinds) == SHOWN_KINDS:
+            return
+        kind = self._kinds.setdefault(key, _Kind(error.what, error.fix))
+        kind.count += 1
+        kind.what = kind.what if kind.what == error.what else pattern
+        if len(kind.shown) < SHOWN_PLACES:
+            kind.shown.append((error.where, error.got, ", ".join(NUMBER.findall(error.what))))
+
+    def to_error(self) -> UserError:
+        """The only fault as it is, or one DataError that lists all kinds with their places."""
+        assert self._first is not None
+        if self.count == 1:
+            return self._first
+        head = f"{self.count:,} faults in the data"
+        if self.droppable:
+            head += f"; data.on_bad_record: drop would leave out {self.droppable:,} of them"
+        lines = [head, *(line for kind in self._kinds.values() for line in kind.to_lines())]
+        if others := self.count - sum(kind.count for kind in self._kinds.values()):
+            lines.append(f"{others:,} x something else")
+        return DataError("\n".join(lines))
+
+    def raise_if_any(self) -> None:
+        """Raises ``to_error()`` where there is a fault."""
+        if self.count:
+            raise self.to_error()
+
+
+def check_data(recipe: Recipe) -> None:
+    """Reads and checks every record as preparing the data does, as far as that needs no tokenizer.
+
+    Sources on the Hub, and those that go over CHECKED_BYTES, are left to the preparation. Each process of a
+    run checks for itself, as nothing connects them yet; the first of each machine reports.
+
+    Raises a UserError: the only fault, or a DataError that lists all of them.
+    """
+    try:
+        # A record that is wrong as plain text may be right as turns: the tokenizer decides, later.
+        check_sources(recipe.for_tokenizer(has_template=True).data)
+    except UserError as error:
+        error.is_own = is_first_here()
+        raise
+
+
+def check_sources(data: Data) -> None:
+    """``check_data`` for the sources of a data section, with ``render`` decided."""
+    faults, left = Faults(), CHECKED_BYTES
+    sources = [*data.train, *data.eval]
+    for number, source in enumerate(sources):
+        files = _find(source, faults) if source not in sources[:number] else []
+        size = sum(map(_text_bytes, files))
+        if size <= left:
+            left -= size
+            _check_files(files, source, data=data, faults=faults)
+    faults.raise_if_any()
+
+
+def _find(source: Source, faults: Faults) -> list[str]:
+    """The local files of a source; none where one is a pipe, which can be read only once."""
+    if "://" in source.path:
+        return []
+    try:
+        files = find_files(source.path) or []
+    except (DataError, EnvironmentFault) as error:
+        faults.add(error)
+        return []
+    return files if all(map(os.path.isfile, files)) else []
+
+
+def _text_bytes(file: str) -> int:
+    return os.path.getsize(file) * (EXPANSION if file.lower().endswith(COMPRESSED) else 1)
+
+
+def _check_files(files: Sequence[str], source: Source, *, data: Data, faults: Faults) -> None:
+    """The records of each file, as far as it can be read: the end of one does not end the others."""
+    first, left = FirstSeen(), source.limit
+    for file in files:
+        count = 0
+        try:
+            with open_stream(file, read_options(data), report=ReadReport()) as stream:
+                for where, value in islice(READERS[suffix(file)](stream), left):
+                    count += 1
+                    _check(value, where, source, data=data, first=first, faults=faults)
+            if not count and left != 0:
+                raise no_record(file, [])
+        except (DataError, EnvironmentFault) as error:
+            faults.add(error)
+        left = left if left is None else left - count
+
+
+def _check(
+    value: object, where: str, source: Source, *, data: Data, first: FirstSeen, faults: Faults
+) -> None:
+    try:
+        check_record(value, where, source, data=data, first=first)
+    except DataError as error:
+        if data.on_bad_record == "error":
+            faults.add(error, is_record=True)

@@ -1,0 +1,285 @@
+"""All faults of the data in one pass: their list, how it is grouped, and when it is shown."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import write_jsonl
+
+from hf_clm.cli import main
+from hf_clm.config import load_recipe
+from hf_clm.data.read.faults import CHECKED_BYTES, Faults, check_data
+from hf_clm.errors import DataError, EnvironmentFault, UserError
+
+DOCUMENT_FIX = "one object a line; a JSON array or pretty-printed object belongs into a .json file"
+NONCHARACTER = "the text holds a noncharacter (U+FDD0 or U+FDD1); fix: remove it; no valid text contains one"
+GOOD = {"prompt": "p", "completion": "c"}
+RECIPE = """\
+stage: sft
+model: {name_or_path: model}
+data:
+  train: [{path: a.jsonl, format: prompt_completion}]
+  eval: [{path: b.jsonl, format: prompt_completion}]
+train: {output_dir: run, use_cpu: true}
+"""
+# Seven kinds of bad rows, in two files, and how they are listed.
+SEVEN = f"""\
+9 faults in the data; data.on_bad_record: drop would leave out 9 of them
+1 x not valid JSON: Expecting value (column 12); fix: {DOCUMENT_FIX}
+  a.jsonl:2 (got '}}')
+2 x key 'completion' is null; fix: fill it in, or remove the record
+  a.jsonl:3
+  b.jsonl:2
+2 x key 'prompt': expected str
+  a.jsonl:4 (got int)
+  b.jsonl:3 (got object)
+1 x missing key 'completion'; fix: add it, or name its column: fields: {{completion: COLUMN}}
+  a.jsonl:5 (got keys 'prompt')
+1 x key 'prompt' is empty; fix: fill it in, or remove the record
+  a.jsonl:7 (got ' ')
+1 x expected an object; fix: {DOCUMENT_FIX}
+  b.jsonl:4 (got list)
+1 x {NONCHARACTER}
+  b.jsonl:5"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch) -> None:
+    """A working directory with a recipe and two good files."""
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    write_jsonl(Path("a.jsonl"), [GOOD])
+    write_jsonl(Path("b.jsonl"), [GOOD])
+
+
+def write_lines(path: str, *lines: Any) -> None:
+    """Values as JSON, and texts as they are."""
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    Path(path).write_text("".join(f"{text}\n" for text in texts))
+
+
+def write_seven() -> None:
+    null, number = {**GOOD, "completion": None}, {**GOOD, "prompt": 5}
+    write_lines("a.jsonl", GOOD, '{"prompt": }', null, number, {"prompt": "p"}, GOOD, {**GOOD, "prompt": " "})
+    write_lines("b.jsonl", GOOD, null, {**GOOD, "prompt": {}}, [1, 2], {**GOOD, "prompt": "\ufdd0"})
+
+
+def faults_of(*overrides: str) -> str:
+    """What ``check_data`` raises; empty for good data."""
+    try:
+        check_data(load_recipe("recipe.yaml", overrides))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def run_process(*words: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """The command line in a process of its own, and the seconds of CPU time that it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_clm", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+# --- grouping
+
+
+def test_faults_that_differ_by_place_got_and_numbers_are_one_kind():
+    faults = Faults()
+    faults.add(DataError("message 3 is empty", where="a.jsonl:1", got="' '", fix="fill it in"))
+    faults.add(DataError("no such file", where="c.jsonl"))
+    faults.add(DataError("message 12 is empty", where="a.jsonl:7", fix="fill it in"))
+
+    assert len(faults) == 3
+    assert str(faults.to_error()) == (
+        "3 faults in the data\n"
+        "2 x message N is empty; fix: fill it in\n"
+        "  a.jsonl:1 (N: 3, got ' ')\n"
+        "  a.jsonl:7 (N: 12)\n"
+        "1 x no such file\n"
+        "  c.jsonl"
+    )
+
+
+def test_of_each_kind_the_first_20_places_are_shown_and_of_kinds_the_first_20():
+    faults = Faults()
+    for number in range(1, 52):
+        faults.add(DataError("is empty", where=f"a.jsonl:{number}"))
+    for letter in "abcdefghijklmnopqrstuvwxyz":
+        faults.add(DataError(f"no key {letter}", where="b.jsonl:1"))
+
+    lines = str(faults.to_error()).splitlines()
+
+    assert lines[:3] == ["77 faults in the data", "51 x is empty", "  a.jsonl:1"]
+    assert lines[21:24] == ["  a.jsonl:20", "  and 31 more", "1 x no key a"]
+    assert lines[-3:] == ["1 x no key s", "  b.jsonl:1", "7 x something else"]
+
+
+def test_a_single_fault_is_raised_as_it_is():
+    faults = Faults()
+    faults.raise_if_any()
+    fault = EnvironmentFault("cannot be read", where="a.jsonl")
+    faults.add(fault)
+
+    with pytest.raises(EnvironmentFault) as error:
+        faults.raise_if_any()
+
+    assert error.value is fault
+
+
+# --- what is checked
+
+
+def test_seven_kinds_of_bad_rows_in_two_files_are_found_in_one_start():
+    write_seven()
+
+    assert faults_of() == SEVEN
+
+
+def test_one_bad_row_is_one_line():
+    write_lines("b.jsonl", GOOD, {**GOOD, "prompt": 5})
+
+    assert faults_of() == "b.jsonl:2: key 'prompt': expected str; got int"
+
+
+def test_what_ends_a_file_does_not_end_the_others():
+    Path("cut.jsonl.gz").write_bytes(b"\x1f\x8b\x08 cut off")
+    Path("empty.jsonl").write_text("")
+    write_lines("b.jsonl", {"prompt": "p"})
+
+    shown = faults_of("--data.train", "[nope/1.jsonl, cut.jsonl.gz, empty.jsonl, b.jsonl, nope/2.jsonl]")
+
+    places = [line for line in shown.splitlines() if line.startswith("  ")]
+    assert [place.split()[0] for place in places] == [
+        *("nope/1.jsonl", "nope/2.jsonl", "cut.jsonl.gz", "empty.jsonl", "b.jsonl:1"),
+    ]
+    assert shown.startswith(
+        "5 faults in the data; data.on_bad_record: drop would leave out 1 of them\n2 x no such"
+    )
+
+
+def test_the_missing_files_of_all_sources_are_named():
+    assert faults_of("--data.train", "first-set.jsonl", "--data.eval", "second-set.jsonl") == (
+        "2 faults in the data\n"
+        "2 x no such file; fix: check name and working directory\n"
+        "  first-set.jsonl\n"
+        "  second-set.jsonl"
+    )
+
+
+def test_a_source_that_is_named_twice_is_checked_once():
+    write_lines("a.jsonl", {"prompt": 5})
+
+    assert faults_of("--data.train", "a.jsonl", "--data.eval", "a.jsonl").startswith("a.jsonl:1: ")
+
+
+def test_records_behind_the_limit_of_a_source_are_not_checked():
+    write_lines("a.jsonl", GOOD, {"prompt": 5})
+
+    assert faults_of("--data.train", "[{path: a.jsonl, format: prompt_completion, limit: 1}]") == ""
+
+
+def test_dropped_records_are_no_faults_and_a_missing_file_is_one():
+    write_seven()
+
+    assert faults_of("--data.on_bad_record", "drop") == ""
+    assert faults_of("--data.on_bad_record", "drop", "--data.eval", "other-set.jsonl") == (
+        "other-set.jsonl: no such file; fix: check name and working directory"
+    )
+
+
+def test_what_may_be_right_as_turns_is_no_fault_yet():
+    """Tools need a chat template, and whether the tokenizer has one is found out later."""
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+    write_lines("a.jsonl", {**GOOD, "tools": [tool]})
+
+    assert faults_of() == ""
+    assert "needs turns" in faults_of("--data.render", "plain")
+
+
+def test_sources_over_the_limit_are_left_to_the_preparation():
+    write_lines("a.jsonl", {"prompt": "x" * CHECKED_BYTES})
+    write_lines("b.jsonl", GOOD, {"prompt": 5})
+
+    assert faults_of().startswith("b.jsonl:2: ")
+
+
+def test_a_control_token_policy_that_allows_all_takes_noncharacters_too():
+    write_lines("a.jsonl", {**GOOD, "prompt": "\ufdd0"})
+
+    assert faults_of() == f"a.jsonl:1: {NONCHARACTER}"
+    assert faults_of("--data.special_tokens_in_text", "allow") == ""
+
+
+# --- the command line
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "doctor", "inspect"])
+def test_each_command_shows_the_same_list_with_the_code_of_data(command, capsys):
+    write_seven()
+
+    assert main([command, "recipe.yaml"]) == 3
+    assert capsys.readouterr().err == f"error: {SEVEN}\n"
+
+
+def test_the_doctor_has_the_list_in_its_json_too(capsys):
+    write_seven()
+
+    assert main(["doctor", "recipe.yaml", "--json"]) == 3
+    (check,) = json.loads(capsys.readouterr().out)["checks"]
+    assert (check["name"], check["what"]) == ("data", SEVEN)
+
+
+def test_the_answer_comes_without_torch_and_within_seconds_of_cpu_time():
+    """About 0.6 s, most of it imports."""
+    write_seven()
+
+    done, seconds = run_process("train", "recipe.yaml")
+    missing, seconds_missing = run_process("prepare", "recipe.yaml", "--data.eval", "other-set.jsonl")
+
+    assert (done.returncode, done.stderr) == (3, f"error: {SEVEN}\n")
+    assert (missing.returncode, missing.stderr[:29]) == (3, "error: 6 faults in the data; ")
+    assert seconds < 2.5
+    assert seconds_missing < 2.5
+    code = "from hf_clm.cli import main; main(['train', 'recipe.yaml']); import sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
+    assert "hf_clm.data.read.faults" in loaded
+    assert {"torch", "transformers", "datasets", "pyarrow"} & set(loaded) == set()
+
+
+def test_of_two_processes_on_a_machine_one_says_what_is_wrong_and_both_end():
+    write_seven()
+
+    first, _ = run_process("train", "recipe.yaml", RANK="2", LOCAL_RANK="0", WORLD_SIZE="4")
+    second, _ = run_process("train", "recipe.yaml", RANK="3", LOCAL_RANK="1", WORLD_SIZE="4")
+
+    assert (first.returncode, first.stderr) == (3, f"error on rank 2: {SEVEN}\n")
+    assert (second.returncode, second.stderr) == (3, "")
+
+
+# --- the name of before
+
+
+@pytest.mark.parametrize("name", ["data.skip_bad_lines", "skip_bad_lines"])
+def test_the_old_name_is_answered_with_the_new_one(name, capsys):
+    fix = "fix: data.on_bad_record: drop in place of true, error in place of false"
+    assert main(["config", "recipe.yaml", f"--{name}", "true"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: command line: data.skip_bad_lines is a name of hf_clm 0.4; {fix}\n"
+    )
+
+    Path("recipe.yaml").write_text(RECIPE.replace("data:\n", "data:\n  skip_bad_lines: false\n"))
+    assert main(["config", "recipe.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: recipe.yaml:4: data.skip_bad_lines is a name of hf_clm 0.4; {fix}\n"
+    )
