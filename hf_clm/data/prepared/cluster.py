@@ -6,6 +6,7 @@
 A task whose worker dies is done again. Nothing but the data themselves moves: workers need no shared folder.
 """
 
+import logging
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,6 @@ from hf_clm.data.prepared.chunks import RawBlock
 from hf_clm.errors import EnvironmentFault, UserError
 
 AHEAD = 3  # blocks for each core that wait or are made: enough to keep it busy, little memory
-LOCAL = "local"
 RETRIES = 3  # of a task whose worker died
 
 
@@ -35,7 +35,7 @@ class RayBlocks:
     made: Counter[str] = field(default_factory=Counter)
 
     def __call__(self, maker: BlockMaker, blocks: Iterable[RawBlock]) -> Iterator[Block]:
-        """The blocks in their order. Raises what making one raises, and EnvironmentFault for a lost cluster."""
+        """The blocks in their order. Raises what making one raises, EnvironmentFault for a lost cluster."""
         ray = self._connect()
         from ray.exceptions import RayError, RayTaskError
 
@@ -81,11 +81,13 @@ class RayBlocks:
             raise EnvironmentFault("needs the package ray", where="--ray", fix=fix) from error
         if ray.is_initialized():
             return ray
-        where = {"address": "local"} if self.address == LOCAL else {"address": self.address}
+
         # one thread for the tokenizer of each task: there are as many tasks as cores
         threads = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         try:
-            ray.init(**where, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": threads})
+            level = logging.ERROR
+            runtime = {"env_vars": threads}
+            ray.init(self.address, log_to_driver=False, logging_level=level, runtime_env=runtime)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             what, fix = f"no Ray cluster answers: {str(error).splitlines()[0]}", "start one: ray start --head"
             raise EnvironmentFault(what, where="--ray", got=self.address, fix=fix) from error

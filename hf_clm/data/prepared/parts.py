@@ -21,7 +21,7 @@ from hf_clm.data.read.faults import Faults
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import no_example
 from hf_clm.data.read.sources import no_record
-from hf_clm.errors import reach
+from hf_clm.errors import UserError, reach
 
 READ_ON_SECONDS = 60.0  # after the first record that cannot be used, to find others
 
