@@ -18,7 +18,7 @@ from hf_clm.data.label.datasets import UNREADABLE, TokenizedRows, label_options,
 from hf_clm.data.label.labels import Fate
 from hf_clm.data.label.render import Renderer
 from hf_clm.data.prepared.chunks import RawBlock
-from hf_clm.data.proof.certificate import Certificate, certify_rows
+from hf_clm.data.proof.certificate import PROVED_WHOLE, Certificate, certify_rows
 from hf_clm.data.proof.checker import Checker
 from hf_clm.data.proof.ledger import check_entry, digest, loose_digest
 from hf_clm.data.read.readers import ReadReport
@@ -90,7 +90,7 @@ class BlockMaker:
             examples,
             checker=Checker(self.tokenizer, options, stop_token_ids(self.tokenizer)),
             places=places,
-            proves_all=raw.number == 0,
+            whole=PROVED_WHOLE if raw.number == 0 else 0,
         )
         spelled: Sequence[list[str] | None] = [None] * len(examples)
         if rows.control_texts:

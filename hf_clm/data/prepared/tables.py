@@ -9,10 +9,12 @@ The tokens of a row are a view of the file: nothing is copied, and a row takes 1
 
 import json
 import mmap
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +30,7 @@ from hf_clm.schema import TokenizedExample
 
 FATE = ("fate", "reason", "cut_tokens", "tokens", "target_tokens")
 DUPLICATE = "duplicate"  # the fate of a record that equals an earlier one
+ENDS_BYTES = 1 << 20  # of a table, by which it is told from others
 LISTED = 1 << 13  # lines of a ledger in memory at once
 DATA, STATE, INFO, DICT = (
     "data-00000-of-00001.arrow",
@@ -83,12 +86,20 @@ class TableWriter:
         DatasetInfo(features=Features.from_arrow_schema(self.schema)).write_to_directory(str(self.folder))
         state = {
             "_data_files": [{"filename": DATA}],
-            "_fingerprint": self.folder.parent.name[:16] + self.folder.name,
+            "_fingerprint": _fingerprint(self.path),
             **dict.fromkeys(("_format_columns", "_format_type", "_split")),
             "_format_kwargs": {},
             "_output_all_columns": False,
         }
         (self.folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def _fingerprint(path: Path) -> str:
+    """Of a table, for datasets: the same for the same content."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - ENDS_BYTES))
+        return sha256(file.read() + str(size).encode()).hexdigest()[:16]
 
 
 def write_dict(folder: Path, names: Sequence[str]) -> None:

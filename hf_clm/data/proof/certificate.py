@@ -95,8 +95,7 @@ def certify(
 ) -> Certificate:
     """Checks every row against its example. ``places`` names the examples ("poems.jsonl:17")."""
     checker = Checker(tokenizer, options, stop_ids)
-    proves_all = len(rows) <= PROVED_WHOLE
-    return certify_rows(rows, examples, checker=checker, places=places, proves_all=proves_all)[0]
+    return certify_rows(rows, examples, checker=checker, places=places, whole=PROVED_WHOLE)[0]
 
 
 @rare_collection()
@@ -107,12 +106,12 @@ def certify_rows(
     checker: Checker,
     places: Sequence[str] | None,
     origins: Sequence[int] | None = None,
-    proves_all: bool = False,
+    whole: int = 0,
 ) -> tuple[Certificate, list[int]]:
     """The same without the hash, of all rows or a block; and the numbers of the rows that were proved."""
     started = time.monotonic()
     certificate, proved = Certificate(len(rows), ""), []
-    for number, *found in checker.check(rows, examples, origins, proves_all=proves_all, proved=proved):
+    for number, *found in checker.check(rows, examples, origins, whole=whole, proved=proved):
         source = int(rows.sources[number])
         place = places[source] if places is not None else f"example {source}"
         certificate.enter(Failure(number, place, *found))

@@ -38,10 +38,13 @@ class Checker:
         examples: Sequence[AnyExample],
         origins: Sequence[int] | None,
         *,
-        proves_all: bool,
+        whole: int,
         proved: list[int],
     ) -> Iterator[Finding]:
-        """All findings; the numbers of the rows that were compared id for id are added to ``proved``."""
+        """All findings. So many of the first rows are proved as a ``whole``: compared id for id, as are some others.
+
+        Their numbers are added to ``proved``.
+        """
         yield from self._check_ids(rows)
         yield from self._check_tokenized(rows, examples)
         assembled = list(self._assemble(rows, examples))
@@ -55,7 +58,12 @@ class Checker:
             is_usual = isinstance(example, Document) or self._usual(shape, row)
             is_chosen = crc32(np.array(row.ids, np.int32).data) % PROVED_SHARE == 0
             is_plain = not self.texts.spelled(example)
-            proves = proves_all or is_chosen or not (is_usual and is_plain) or seen[shape] <= PROVED_OF_SHAPE
+            proves = (
+                row.number < whole
+                or is_chosen
+                or not (is_usual and is_plain)
+                or seen[shape] <= PROVED_OF_SHAPE
+            )
             if isinstance(example, Document):
                 findings = self.documents.check(example, row, texts, proves=proves, is_plain=is_plain)
             else:
