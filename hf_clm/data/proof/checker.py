@@ -41,9 +41,11 @@ class Checker:
         whole: int,
         proved: list[int],
     ) -> Iterator[Finding]:
-        """All findings. So many of the first rows are proved as a ``whole``: compared id for id, as are some others.
+        """All findings.
 
-        Their numbers are added to ``proved``.
+        Args:
+            whole: so many of the first rows are proved, compared id for id; some of the others are too.
+            proved: their numbers are added.
         """
         yield from self._check_ids(rows)
         yield from self._check_tokenized(rows, examples)
