@@ -138,9 +138,9 @@ def test_training_goes_on_where_nobody_reads_what_it_prints(folder):
 
 
 @pytest.mark.slow
-def test_a_folder_that_cannot_be_written_is_refused_before_the_data_are_read(folder):
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_looked_for(folder):
     """/sys takes no folder, from root either."""
-    process = start(folder, ALONE, "--output_dir", "/sys/run", "--data.train", "missing.jsonl")
+    process = start(folder, ALONE, "--output_dir", "/sys/run", "--model.name_or_path", "./missing")
 
     assert process.wait(LIMIT_SECONDS) == 6
     assert errors(folder)[0].startswith("error: /sys/run: cannot write to the output folder; got ")

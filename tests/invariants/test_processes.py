@@ -243,11 +243,20 @@ def test_what_the_first_rank_alone_refuses_ends_the_other_in_one_line(tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_waits_for_prepared_data_ends_where_their_preparation_fails(tmp_path):
     folder = prepare(tmp_path / "two")
+
+    ended = by_hand([folder, folder], "--data.max_length", "2")
+
+    check_said_by_the_first(ended, 3, says="train.jsonl: ")
+
+
+@pytest.mark.slow
+def test_what_every_rank_finds_in_the_data_is_said_by_one_and_none_waits(tmp_path):
+    folder = prepare(tmp_path / "two")
     write_jsonl(folder / "train.jsonl", [{"instruct": 5, "input": "", "label": "x"}])
 
     ended = by_hand([folder, folder])
 
-    check_said_by_the_first(ended, 3, says="train.jsonl:1: key 'instruct': expected str; got int")
+    assert ended == [(3, "error: train.jsonl:1: key 'instruct': expected str; got int\n"), (3, "")]
 
 
 @pytest.mark.slow

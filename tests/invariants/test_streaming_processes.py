@@ -115,12 +115,14 @@ def test_two_processes_go_on_bit_by_bit(tmp_path):
 
 @pytest.mark.slow
 def test_an_error_that_the_second_process_alone_meets_is_said_and_ends_both(tmp_path):
+    """It is one that only a tokenizer can find: others are found before the start."""
     folder = write_run(tmp_path / "two")
-    lines = ['{"text": "abc"}'] * 2000 + ["no json"]
+    lines = ['{"text": "abc"}'] * 2000 + ['{"text": "<|endoftext|>"}']
     (folder / "rows.jsonl").write_text("\n".join(lines))
+    options = ("--data.packing", "none", "--data.special_tokens_in_text", "error")
 
-    done = launch_two(folder, "--max_steps", "2000", "--logging_steps", "100", "--data.packing", "none")
+    done = launch_two(folder, "--max_steps", "2000", "--logging_steps", "100", *options)
 
-    said = [line for line in done.stderr.splitlines() if "rows.jsonl:2001: not valid JSON" in line]
+    said = [line for line in done.stderr.splitlines() if "rows.jsonl:2001: " in line]
     assert done.returncode != 0
     assert [line.split(":")[0] for line in said] == ["error on rank 1"]
