@@ -154,24 +154,51 @@ def build_recipe(folder: Path, records: list[Any], **changes: Any) -> Recipe:
     return Recipe.model_validate(sections)
 
 
+def read_split(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None = None, *, name: str = "train"
+) -> Any:
+    """A split of a recipe, prepared in a temporary folder."""
+    from hf_clm.data.prepared.cache import read_splits  # in here: most tests need none of it
+
+    return read_splits(recipe, tokenizer or byte_tokenizer(), seed=0)[name]
+
+
+def split_of(
+    folder: Path, examples: Sequence[Any], recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None = None
+) -> Any:
+    """Examples (documents and chats) as the training split of a recipe, written as records to ``folder``."""
+    from hf_clm.config import Source
+
+    path = write_jsonl(folder / "examples.jsonl", list(map(to_record, examples)))
+    data = recipe.data.model_copy(update={"train": [Source(path=path)], "cache_dir": None})
+    return read_split(recipe.model_copy(update={"data": data}), tokenizer)
+
+
+def to_record(example: Any) -> dict[str, Any]:
+    """A record of which the example is made."""
+    if isinstance(example, Document):
+        return {"segments": [{"text": part.text, "weight": part.weight} for part in example.segments]}
+    return {"messages": example.messages}
+
+
 def prove_records(
     folder: Path, records: list[Any], *, evaluation: list[Any] | None = None, **data: Any
 ) -> Any:
     """The Proof of SFT records in ``a.jsonl``, evaluated on ``b.jsonl``; ``data`` changes the section."""
     from hf_clm.config import Recipe  # in here: most tests need none of it
-    from hf_clm.data.build import build_split, load_splits
-    from hf_clm.training.proof import prove_data
+    from hf_clm.data.prepared.prepare import write_prepared
+    from hf_clm.data.prepared.store import read_index
+    from hf_clm.data.proof.proof import Proof
 
     content = {"train": [write_jsonl(folder / "a.jsonl", records)], "max_length": 32} | data
     if evaluation:
         content["eval"] = [write_jsonl(folder / "b.jsonl", evaluation)]
     sections = {"stage": "sft", "model": {"name_or_path": "m"}, "train": {"output_dir": "run"}}
     recipe = Recipe.model_validate({**sections, "data": content})
-    tokenizer, splits = byte_tokenizer(), {}
-    for name, examples in zip(("train", "eval"), load_splits(recipe, 0), strict=True):
-        if examples:
-            splits[name] = build_split(examples, recipe, tokenizer=tokenizer)
-    return prove_data(recipe, splits, tokenizer=tokenizer)
+    write_prepared(folder / "prepared", recipe, byte_tokenizer(), seed=0)
+    index = read_index(folder / "prepared")
+    assert index is not None
+    return Proof(index["proof"]["facts"], index["proof"]["lines"])
 
 
 def _byte_letters() -> list[str]:
