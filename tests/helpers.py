@@ -190,6 +190,7 @@ def prove_records(
     from hf_clm.data.prepared.store import read_index
     from hf_clm.data.proof.proof import Proof
 
+    folder.mkdir(exist_ok=True)
     content = {"train": [write_jsonl(folder / "a.jsonl", records)], "max_length": 32} | data
     if evaluation:
         content["eval"] = [write_jsonl(folder / "b.jsonl", evaluation)]

@@ -7,8 +7,8 @@ from transformers import TrainingArguments
 
 from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.data.batch.packing import PackedDataset
-from hf_clm.data.cache import load_named
 from hf_clm.data.label.datasets import SFTDataset
+from hf_clm.data.prepared.sets import load_early
 from hf_clm.parts import build_tokenizer, static_shape, training_arguments
 from hf_clm.training.run import train
 
@@ -82,7 +82,7 @@ def test_the_tokens_of_a_template_stand_in_the_tokenizer_that_is_loaded_or_train
     recipe = build_recipe(tmp_path, ROWS, stage="pretrain", tokenizer=section, **changes)
     arguments = training_arguments(recipe)
 
-    tokenizer = build_tokenizer(recipe, load_named(recipe, 0), arguments=arguments)
+    tokenizer = build_tokenizer(recipe, load_early(recipe, 0), arguments=arguments)
 
     assert tokenizer.decode(tokenizer("<sep>")["input_ids"]) == "<sep>"
     assert len(tokenizer("<sep>")["input_ids"]) == 1

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
+from hf_clm.data.build import build_split, load_splits
+from hf_clm.data.streaming import StreamedRows, StreamPlan, load_head, read_blocks, stream_identity
 from pydantic import ValidationError
 
 from hf_clm.cli import main
 from hf_clm.config import Recipe
-from hf_clm.data.build import build_split, load_splits
-from hf_clm.data.streaming import StreamedRows, StreamPlan, load_head, read_blocks, stream_identity
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.parts import build_stream
 

@@ -1,15 +1,16 @@
 """Every check before the first step, both ways: what it accepts and what it refuses."""
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import EOS, IM_END, PAD, byte_tokenizer, prompted, tiny_model
+from helpers import EOS, IM_END, PAD, byte_tokenizer, prompted, split_of, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.config import Recipe
-from hf_clm.data.build import build_split
 from hf_clm.data.read.records import Examples
 from hf_clm.doctor import checks
 from hf_clm.doctor.facts import Facts, Machine, Ok, Problem
@@ -72,7 +73,7 @@ def build_facts(
         TrainingArguments(**settings),
         tokenizer,
         tiny_model(**sections.get("config", {})).config,
-        build_split(examples, recipe, tokenizer=tokenizer),
+        split_of(Path(tempfile.mkdtemp()), examples, recipe, tokenizer),
         replace(MACHINE, **(machine or {})),
         estimate=ESTIMATE,
         model=sections.get("loaded"),

@@ -1,14 +1,15 @@
 """What the checks look at: the largest micro-batch of a run, and the machine."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from helpers import byte_tokenizer, prompted, tiny_model
+from helpers import byte_tokenizer, prompted, split_of, tiny_model
 from transformers import AutoConfig, TrainingArguments
 
 from hf_clm.config import Recipe
-from hf_clm.data.build import Split, build_split
-from hf_clm.data.read.records import Examples
+from hf_clm.data.split import Split
 from hf_clm.doctor import facts
 from hf_clm.doctor.facts import (
     Facts,
@@ -44,8 +45,8 @@ def build_recipe(**sections: Any) -> tuple[Recipe, TrainingArguments]:
 def build_rows(recipe: Recipe) -> Split:
     """Rows of 6, 13, 9 and 7 tokens."""
     rows = [prompted("say\n", "x" * count) for count in (1, 8, 4, 2)]
-    examples = Examples(list(rows), [f"rows.jsonl:{number}" for number in range(4)])
-    return build_split(examples, recipe, tokenizer=byte_tokenizer())
+    with TemporaryDirectory() as folder:
+        return split_of(Path(folder), rows, recipe)
 
 
 def test_the_tokens_of_a_row_are_those_of_its_documents():

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_clm import loss
 from hf_clm.attention import NAME, register
-from hf_clm.data import collators
+from hf_clm.data.batch import collators
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.doctor.selftest import SelfTest, choose_documents, self_test, to_packed_row
 from hf_clm.errors import ExitCode, ModelError

@@ -4,13 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import EOS, PAD, X, byte_tokenizer, write_jsonl
+from helpers import EOS, PAD, X, byte_tokenizer, read_split, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Recipe
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
-from hf_clm.data.build import build_split, load_examples
 from hf_clm.inspector.documents import Reader, inspect_rows
 from hf_clm.inspector.rows import Row
 from hf_clm.tokenizer import use_chat_template
@@ -38,8 +37,7 @@ def load_rows(
     path = write_jsonl(tmp_path / "d.jsonl", records)
     recipe = to_recipe(path, stage, data)
     tokenizer = tokenizer or byte_tokenizer()
-    examples = load_examples(recipe.data.train, recipe.data)
-    split = build_split(examples, recipe, tokenizer=tokenizer)
+    split = read_split(recipe, tokenizer)
     is_padded = recipe.resolved_packing == "none"
     collate = collate or (DataCollatorForCausalLM(PAD) if is_padded else DataCollatorForPackedCausalLM())
     reader = Reader(split, tokenizer, recipe=recipe)

@@ -4,10 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from helpers import PAD, X, build_recipe, byte_tokenizer
+from helpers import PAD, X, build_recipe, byte_tokenizer, read_split
 
-from hf_clm.data.build import build_split, load_examples
-from hf_clm.data.store import HEAD
+from hf_clm.data.prepared.store import HEAD
 from hf_clm.inspector.documents import Reader
 from hf_clm.inspector.excerpt import to_entries, write_excerpt
 from hf_clm.inspector.rows import Document, Row, Vocabulary
@@ -24,8 +23,7 @@ def read(folder, records, *, stage="sft", data=None):
     recipe = build_recipe(folder, records, stage=stage, data=data or {}, train=train)
     tokenizer = byte_tokenizer()
     use_chat_template(tokenizer, "chatml")
-    examples = load_examples(recipe.data.train, recipe.data)
-    split = build_split(examples, recipe, tokenizer=tokenizer)
+    split = read_split(recipe, tokenizer)
     return Reader(split, tokenizer, recipe=recipe), build_collator(recipe, tokenizer)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import EOS, PAD, X, byte_tokenizer, save_folder, tiny_model
 
-from hf_clm.data import collators, packing
+from hf_clm.data.batch import collators, packing
 from hf_clm.data.batch.packing import PackedDataset, Piece, Pieces
 from hf_clm.data.label import datasets, labels, render
 from hf_clm.data.label.render import Renderer
@@ -265,9 +265,8 @@ def padding_on_the_left(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(collators.DataCollatorForCausalLM, "__call__", left)
 
 
-CERTIFIED, BALANCE, LOSS = (
+CERTIFIED, LOSS = (
     "the labels are not certified",
-    "the ledger does not balance",
     "the self-test of the loss fails",
 )
 
@@ -292,11 +291,11 @@ MUTATIONS = [
     (prompt_trained, {"records": CHATS}, CERTIFIED),
     (control_text_not_protected, {"records": CHATS}, CERTIFIED),
     (only_the_first_turn_learned, {"records": CHATS}, CERTIFIED),
-    (packing_drops_a_document, PACKED, BALANCE),
-    (packing_repeats_a_document, PACKED, "data.packing: packing keeps "),
+    (packing_drops_a_document, PACKED, "data.packing: packing holds "),
+    (packing_repeats_a_document, PACKED, "data.packing: packing holds "),
     (positions_run_on_in_a_row, PACKED, "is not its 2 documents with positions that begin again"),
     (positions_run_on_in_a_row, PRETRAIN, "documents with positions that begin again"),
-    (stream_loses_the_label_at_a_border, PRETRAIN, "data.packing: packing keeps "),
+    (stream_loses_the_label_at_a_border, PRETRAIN, "data.packing: packing holds "),
     (padding_trained, {}, f"{LOSS}: one document at a time gives another loss"),
     (padding_on_the_left, {}, f"{LOSS}: padded rows give another loss"),
     (collator_ignores_the_positions_of_a_row, PACKED, f"{LOSS}: one document at a time gives another loss"),

@@ -10,7 +10,7 @@ from helpers import byte_tokenizer, tiny_model, write_jsonl
 from transformers import TrainingArguments
 
 from hf_clm.config import Recipe, load_recipe
-from hf_clm.data.build import build_split, load_splits
+from hf_clm.data.prepared.cache import read_splits
 from hf_clm.training.summary import RunFacts, end_lines, start_lines, versions
 
 # "say N\n" and N letters and the end token: 8, 9, 10 and 11 tokens, of which 2, 3, 4 and 5 are learned.
@@ -22,12 +22,9 @@ def build_facts(folder: Path, *, data: dict[str, Any] | None = None, **settings:
     data = {"train": [source], "max_length": 32, "packing": "none"} | (data or {})
     content = {"stage": "sft", "model": {"name_or_path": "some/model"}, "data": data}
     recipe = Recipe.model_validate({**content, "train": {"output_dir": str(folder / "run")}})
-    splits = [
-        build_split(examples, recipe, tokenizer=byte_tokenizer()) if examples else None
-        for examples in load_splits(recipe, 0)
-    ]
+    splits = read_splits(recipe, byte_tokenizer(), seed=0)
     arguments = TrainingArguments(str(folder / "run"), use_cpu=True, **settings)
-    return RunFacts(recipe, arguments, tiny_model(), {"train": splits[0], "eval": splits[1]}, 0.5)
+    return RunFacts(recipe, arguments, tiny_model(), splits, 0.5)
 
 
 def with_processes(facts: RunFacts, count: int) -> RunFacts:

@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from hf_clm.config import Recipe, load_recipe
-from hf_clm.data import cache
 from hf_clm.data.batch.mixing import (
     MixOptions,
+    RecordCounts,
     apportion,
     draw_anew,
     draw_in_passes,
@@ -26,14 +27,15 @@ from hf_clm.data.batch.mixing import (
     temper,
     to_amounts,
 )
-from hf_clm.data.build import Split, mix_splits
-from hf_clm.data.cache import build_splits, load_named
 from hf_clm.data.label.datasets import TokenizedRows
+from hf_clm.data.prepared.block import BlockMaker
+from hf_clm.data.prepared.cache import read_splits
+from hf_clm.data.proof.proof import prove_mix
+from hf_clm.data.split import Split, mix_splits
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.inspector.command import View, inspect
 from hf_clm.parts import training_arguments
 from hf_clm.training.prepare import prepare
-from hf_clm.training.proof import prove_mix
 from hf_clm.training.run import train
 from hf_clm.training.summary import guessing_loss
 
@@ -196,12 +198,20 @@ def tokenized(lengths: list[int], sources: list[int]) -> TokenizedRows:
     return TokenizedRows(np.abs(labels), labels, offsets, np.array(sources))
 
 
+def counts_of(rows: TokenizedRows) -> RecordCounts:
+    """Of each example of the rows."""
+    size = int(rows.sources.max()) + 1
+    learned = [int((rows.labels[a:b] >= 0).sum()) for a, b in pairwise(rows.offsets.tolist())]
+    counts = (np.bincount(rows.sources, weights, size) for weights in (None, rows.lengths, learned))
+    return RecordCounts(*(found.astype(np.int64) for found in counts))
+
+
 def test_an_example_in_several_rows_is_drawn_whole_and_one_without_a_row_never():
     """Example 0 became rows 0 and 1, 1 was dropped, 2 is row 2; the second source has rows 3 and 4."""
     rows = tokenized([4, 4, 3, 5, 5], [0, 0, 2, 3, 4])
     options = MixOptions(epochs=[3, 0.5])
 
-    mix = mix_rows(rows, np.array([0, 0, 0, 1, 1]), sources=["a", "b"], options=options, seed=SEED)
+    mix = mix_rows(counts_of(rows), np.array([0, 0, 0, 1, 1]), sources=["a", "b"], options=options, seed=SEED)
 
     first, second = mix.shares
     assert mix.times[:3].tolist() == [3, 0, 3]
@@ -220,7 +230,7 @@ def test_shares_of_tokens_are_met_by_whole_rows(by, drawn):
     rows = tokenized([5] * 8, list(range(8)))
     options = MixOptions(by=by, weights=[1, 2], stopping_strategy="all_exhausted")
 
-    mix = mix_rows(rows, np.array([0] * 2 + [1] * 6), sources=["a", "b"], options=options, seed=1)
+    mix = mix_rows(counts_of(rows), np.array([0] * 2 + [1] * 6), sources=["a", "b"], options=options, seed=1)
 
     assert [getattr(share, by) for share in mix.shares] == drawn
     assert [share.drawn for share in mix.shares] == [1 / 3, 2 / 3]
@@ -275,8 +285,7 @@ def save_tokenizer(folder: Path) -> str:
 
 
 def build(recipe: Recipe) -> Split:
-    splits = build_splits(recipe, byte_tokenizer(), loaded=load_named(recipe, SEED))
-    return mix_splits(splits, recipe, seed=SEED)["train"]
+    return read_splits(recipe, byte_tokenizer(), seed=SEED)["train"]
 
 
 def letters(split: Split) -> Counter[str]:
@@ -362,7 +371,7 @@ def test_without_weights_epochs_and_mixing_nothing_is_drawn(tmp_path):
 
 def test_the_seed_alone_decides(tmp_path):
     recipe = build_recipe(tmp_path, {"epochs": 7.5}, {"epochs": 9.4})
-    splits = build_splits(recipe, byte_tokenizer(), loaded=load_named(recipe, SEED))
+    splits = read_splits(recipe, byte_tokenizer(), seed=SEED)
     first, again, other = (mix_splits(splits, recipe, seed=seed)["train"].mix for seed in (1, 1, 2))
 
     assert first and again and other
@@ -381,9 +390,7 @@ def test_an_epoch_is_mixed_not_one_source_behind_the_other(tmp_path):
 
 def test_held_out_rows_are_never_drawn(tmp_path):
     recipe = build_recipe(tmp_path, {"epochs": 3}, {"epochs": 3}, eval_fraction=0.3)
-    splits = mix_splits(
-        build_splits(recipe, byte_tokenizer(), loaded=load_named(recipe, SEED)), recipe, seed=SEED
-    )
+    splits = read_splits(recipe, byte_tokenizer(), seed=SEED)
 
     assert splits["eval"].mix is None
     assert len(splits["eval"].dataset) >= 1
@@ -404,8 +411,7 @@ def test_a_change_of_weights_tokenizes_nothing_again(tmp_path, monkeypatch):
     def refuse(*args: Any, **options: Any) -> Any:
         raise AssertionError("prepared again")
 
-    monkeypatch.setattr(cache, "build_split", refuse)
-    monkeypatch.setattr(cache, "load_splits", refuse)
+    monkeypatch.setattr(BlockMaker, "make", refuse)
     others = [
         build_recipe(tmp_path, {"weight": 3}, {"weight": 1}, mixing={"by": "target_tokens"}),
         build_recipe(tmp_path, {"epochs": 3}, {}),
@@ -541,12 +547,11 @@ def test_a_source_without_a_row_is_refused(tmp_path):
     assert refusal(recipe).startswith("b.jsonl: has no row to draw; fix: take it out of data.train; ")
 
 
-def test_a_source_that_only_repeats_another_is_refused_before_tokenizing(tmp_path):
+def test_a_source_that_only_repeats_another_is_refused(tmp_path):
     recipe = build_recipe(tmp_path, {"weight": 1}, {"weight": 1}, duplicates="drop")
     write_jsonl(tmp_path / "b.jsonl", SHORT[:2])
 
-    with pytest.raises(DataError, match=r"b\.jsonl: has no row to draw"):
-        load_named(recipe, SEED)
+    assert refusal(recipe).startswith("b.jsonl: has no row to draw")
 
 
 def test_a_path_that_is_given_twice_is_told_apart(tmp_path):

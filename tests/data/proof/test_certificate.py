@@ -8,7 +8,7 @@ from helpers import EOS, IM_END, IM_START, PAD, X, byte_tokenizer, document, pro
 
 from hf_clm.data.label.datasets import TRAIN_ON, TokenizedRows, tokenize_rows
 from hf_clm.data.label.render import LabelOptions, TrainOn
-from hf_clm.data.proof.certificate import certify, hash_content
+from hf_clm.data.proof.certificate import certify
 from hf_clm.errors import DataError
 from hf_clm.schema import Chat, Document, Segment, Tokens
 from hf_clm.text.chat import stop_token_ids
@@ -432,19 +432,3 @@ def test_an_uncertified_set_is_refused_with_the_row_and_the_reason():
         certificate.require()
     assert str(error.value).startswith("poems.jsonl:17: the labels are not certified (1 targets of 1 rows)")
     assert "expected 'A<|endoftext|>', got 'A'" in str(error.value)
-
-
-def test_the_hash_covers_labels_weights_tokenizer_and_options():
-    tokenizer, options = byte_tokenizer(), LabelOptions()
-    examples = [prompted("P", "A"), prompted("P", "B"), Document([Segment("P", 0), Segment("A", 2)])]
-    one, two, weighted = (tokenize_rows([example], tokenizer, options) for example in examples)
-    hashes = {
-        hash_content(one, tokenizer=tokenizer, options=options),
-        hash_content(two, tokenizer=tokenizer, options=options),
-        hash_content(weighted, tokenizer=tokenizer, options=options),
-        hash_content(one, tokenizer=byte_tokenizer(merges=[("A", "B")]), options=options),
-        hash_content(one, tokenizer=tokenizer, options=LabelOptions(stage="pretrain")),
-    }
-
-    assert len(hashes) == 5
-    assert hash_content(one, tokenizer=tokenizer, options=options) in hashes

@@ -1,13 +1,13 @@
 """Records through a template: T is learned, R is read; <sep> is a token where the template writes it."""
 
 import pytest
-from helpers import EOS, X, build_recipe, byte_tokenizer, shown, write_jsonl
+from helpers import EOS, X, build_recipe, byte_tokenizer, read_split, shown, write_jsonl
 
 from hf_clm.config import Data, Source
-from hf_clm.data.build import build_split, load_examples, load_splits
 from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
 from hf_clm.data.label.labels import encode_prompts
 from hf_clm.data.label.render import LabelOptions, Renderer
+from hf_clm.data.prepared.sets import load_examples
 from hf_clm.data.proof.certificate import certify
 from hf_clm.data.read.plain_template import is_plain, plain_template
 from hf_clm.data.read.templating import to_template_example, to_template_prompt, to_template_words, with_title
@@ -176,7 +176,7 @@ def test_a_folder_of_txt_files_becomes_essays(tmp_path):
         (tmp_path / name).write_text(text)
     source = Source(path=str(tmp_path), template=ESSAY)
 
-    found = load_examples([source], Data(train=[source]))
+    found = load_examples(Data(train=[source]))
 
     assert found.places == [f"{tmp_path}/a.txt:1", f"{tmp_path}/b.txt:1"]
     assert [segment.text for segment in found.examples[0].segments] == ["Rain", "<sep>", "It rains."]
@@ -191,7 +191,7 @@ def test_a_csv_file_and_a_jsonl_file_give_the_same_rows(tmp_path):
     for name in ("a.csv", "a.jsonl"):
         train = [{"path": str(tmp_path / name), "template": PAIR.model_dump()}]
         recipe = build_recipe(tmp_path, [{"text": "unused"}], data={"train": train})
-        split = build_split(load_splits(recipe, 0)[0], recipe, tokenizer=byte_tokenizer())
+        split = read_split(recipe)
         rows.append([split.rows[i] for i in range(2)])
 
     assert rows[0] == rows[1]
