@@ -82,7 +82,7 @@ def read_example(record: Record, source: Source, *, data: Data, first: FirstSeen
     """The format of a record and what is learned from it. ``first``: see check_same_schema."""
     if source.template:
         return "template", to_template_example(record.data, source.template, where=record.where)
-    format = source.format or check_same_schema(record.data, record.where, first=first)
+    format = source.format or check_same_schema(record.data, record.where, first=first, fields=source.fields)
     if format == "tokenized":
         check_same_masks(record.data, record.where, first=first, fields=source.fields)
     example = to_example(
