@@ -91,11 +91,10 @@ def load_examples(sources: Iterable[Source], data: Data) -> Examples:
     """Reads and checks every record. Raises DataError with file and line for the first that is wrong."""
     examples, places, origins = [], [], []
     found = Examples(examples, places)
-    options = read_options(data)
     found.sources = list(sources)
     for number, source in enumerate(found.sources):
         kind = {"split": source.split, "name": source.name, "revision": source.revision}
-        records = read_records(source.path, options, report=found.report, **kind)
+        records = read_records(source.path, read_options(data, source), report=found.report, **kind)
         limited = islice(records, source.limit)
         for place, example in check_records(limited, source, data=data, found=found, first={}):
             examples.append(example)

@@ -7,7 +7,6 @@ Lines and tables are cut by bytes, columns by rows; a record belongs to the span
 shard finds the same cuts, whatever the others do.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -18,7 +17,18 @@ import numpy as np
 from hf_clm.config import Data, Recipe, Source
 from hf_clm.data.build import split_text
 from hf_clm.data.read.formats import FirstSeen
-from hf_clm.data.read.readers import READ_BYTES, WHOLE, ReadReport, Record, Span, count_rows, suffix
+from hf_clm.data.read.opening import file_size
+from hf_clm.data.read.readers import (
+    READ_BYTES,
+    WHOLE,
+    ReadOptions,
+    ReadReport,
+    Record,
+    Span,
+    compression,
+    count_rows,
+    suffix,
+)
 from hf_clm.data.read.records import Examples, check_records, read_options
 from hf_clm.data.read.sources import find_files, open_stream, read_file, read_records
 from hf_clm.errors import RecipeError
@@ -111,26 +121,26 @@ def plan(sources: Sequence[Source], data: Data, *, shard: Shard) -> list[Task]:
 
 def _measure(source: Source, origin: int, *, data: Data) -> Iterator[tuple[Task, int, int]]:
     """(task, its places to cut, its bytes). What is limited, or on the Hub, is one piece."""
-    files = find_files(source.path)
+    files = find_files(source.path, split=source.split)
     if files is None:
         yield Task(source, origin), 1, UNKNOWN_BYTES
     elif source.limit is not None:
-        yield Task(source, origin), 1, max(1, sum(map(os.path.getsize, files)))
+        yield Task(source, origin), 1, max(1, sum(map(file_size, files)))
     else:
         for file in files:
-            units, size = _measure_file(file, data)
+            units, size = _measure_file(file, read_options(data, source))
             yield Task(source, origin, file), max(1, units), max(1, size)
 
 
-def _measure_file(file: str, data: Data) -> tuple[int, int]:
+def _measure_file(file: str, options: ReadOptions) -> tuple[int, int]:
     """How many places there are to cut at (bytes of text, or rows), and the bytes of the text."""
-    size = os.path.getsize(file)
+    size = file_size(file)
     if suffix(file) not in (*LINES, *COLUMNS):
         return 1, size
-    with open_stream(file, read_options(data), report=ReadReport()) as source:
+    with open_stream(file, options, report=ReadReport()) as source:
         if suffix(file) in COLUMNS:
             return count_rows(source)
-        if file.lower().endswith((".gz", ".zst")):
+        if compression(file):
             size = sum(map(len, iter(lambda: source.stream.read(READ_BYTES), b"")))
     return size, size
 
@@ -154,7 +164,7 @@ def _read_tasks(tasks: list[Task], data: Data, *, reading: Reading) -> Iterator[
 
 
 def _read_task(task: Task, data: Data, *, report: ReadReport) -> Iterator[Record]:
-    source, options = task.source, read_options(data)
+    source, options = task.source, read_options(data, task.source)
     if task.file is None:
         kind = {"split": source.split, "name": source.name, "revision": source.revision}
         return islice(read_records(source.path, options, report=report, **kind), source.limit)
@@ -167,7 +177,7 @@ def _read_schema(task: Task, data: Data) -> FirstSeen:
     """What the first record of a file says of it, for a span that begins behind that."""
     first: FirstSeen = {}
     if task.file is not None and task.span[0] and not task.source.format and not task.source.template:
-        records = read_file(task.file, read_options(data), report=ReadReport())
+        records = read_file(task.file, read_options(data, task.source), report=ReadReport())
         next(check_records(records, task.source, data=data, found=Examples(), first=first), None)
     return first
 

@@ -12,7 +12,18 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from hf_clm.config import Source
-from hf_clm.data.read.readers import READERS, Items, ReadOptions, ReadReport, Record, Span, Stream, suffix
+from hf_clm.data.read.opening import file_size, open_raw
+from hf_clm.data.read.readers import (
+    READERS,
+    TEXTS,
+    Items,
+    ReadOptions,
+    ReadReport,
+    Record,
+    Span,
+    Stream,
+    suffix,
+)
 from hf_clm.data.read.sources import find_files, open_stream, read_hub, to_records
 
 FILES_A_SHARD = 8  # from so many on, whole files in turn are as even as records, and each is read by one
@@ -64,7 +75,7 @@ def read_share(
 
     Of a file of lines or of row groups no more is read than the shard's span of it.
     """
-    files = find_files(source.path)
+    files = find_files(source.path, split=source.split, report=report)
     if files is None:
         yield from _read_hub_share(source, share, options=options, report=report, start=start)
         return
@@ -84,16 +95,16 @@ def read_share(
 
 def list_files(source: Source) -> list[tuple[str, int, str]]:
     """Name, size in bytes and a digest of each file; of a source on the Hub its name and revision."""
-    files = find_files(source.path)
+    files = find_files(source.path, split=source.split)
     if files is None:
         return [(f"{source.path} {source.name} {source.split} {source.revision}", 0, "")]
-    return [(os.path.basename(file), os.path.getsize(file), _sample(file)) for file in files]
+    return [(os.path.basename(file), file_size(file), _sample(file)) for file in files]
 
 
 def _sample(file: str) -> str:
     """sha256 of PROBES pieces at even distances: of a file that is too large to be read at each start."""
-    size, digest = os.path.getsize(file), hashlib.sha256()
-    with open(file, "rb") as stream:
+    size, digest = file_size(file), hashlib.sha256()
+    with open_raw(file) as stream:
         for number in range(PROBES):
             stream.seek(max(0, size - PROBE_BYTES) * number // (PROBES - 1))
             digest.update(stream.read(PROBE_BYTES))
@@ -120,7 +131,7 @@ def _open_part(stream: Stream, share: Share, *, first: int) -> tuple[Items, Call
         own = (item for number, item in enumerate(every) if number >= first and share.holds(number))
         return own, lambda: every.at
     if suffix(stream.file) in LINES:
-        start, stop = share.span(os.path.getsize(stream.file))
+        start, stop = share.span(file_size(stream.file))
         lines = replace(stream, span=(max(start, first), stop))
         return read(lines), lambda: lines.at
     from pyarrow import parquet
@@ -147,7 +158,7 @@ def _is_divisible(file: str) -> bool:
 
 def _goes_whole(file: str, *, is_many: bool) -> bool:
     """Whether one shard reads the file alone, which is one of many or not; a text is one record."""
-    return suffix(file) == ".txt" or (is_many and not _is_divisible(file))
+    return suffix(file) in TEXTS or (is_many and not _is_divisible(file))
 
 
 def take_some(found: Iterator[Found], *, documents: int, characters: int) -> tuple[list[Found], bool]:

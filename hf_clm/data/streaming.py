@@ -214,7 +214,7 @@ def load_head(recipe: Recipe) -> tuple[Examples, Examples | None]:
     data, found = recipe.data, Examples()
     pairs: list[Any] = []
     for source in data.train:
-        options: dict[str, Any] = {"options": read_options(data), "report": found.report}
+        options: dict[str, Any] = {"options": read_options(data, source), "report": found.report}
         records = read_share(source, WHOLE, **options, start=BEGIN)
         some, _ = take_some(records, documents=HEAD, characters=CHARACTERS)
         pairs += check_records(
@@ -234,7 +234,9 @@ def read_blocks(
     for number in range(start.source, len(data.train)):
         report = ReadReport()
         begin = start if number == start.source else Mark(number)
-        found = read_share(data.train[number], share, options=read_options(data), report=report, start=begin)
+        source = data.train[number]
+        options = read_options(data, source)
+        found = read_share(source, share, options=options, report=report, start=begin)
         some: dict[str, Any] = {"documents": data.shuffle_buffer, "characters": CHARACTERS}
         is_last = False
         while not is_last:

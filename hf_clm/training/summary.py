@@ -226,6 +226,10 @@ def start_lines(facts: RunFacts) -> list[str]:
         "control tokens in the text read as plain text": sum(train.rows.rows.control_texts.values()),
     }
     lines += [f"note      {count:,} {what}" for what, count in notes.items() if count]
+    lines += [f"note      {note}" for note in read.notes]
+    if read.left_out:
+        some = ", ".join(read.left_out[:5]) + (", ..." if len(read.left_out) > 5 else "")
+        lines.append(f"note      {len(read.left_out):,} files not read: {some}")
     if len(train.examples.formats) > 1:
         lines.append(f"note      several formats; prompts given as text are rendered as {facts.format}")
     if train.examples.unknown_keys:

@@ -49,9 +49,9 @@ class Examples:
         return replace(self, examples=examples, places=places, origins=origins)
 
 
-def read_options(data: Data) -> ReadOptions:
-    """How the recipe wants files to be read."""
-    return ReadOptions(skip_bad_lines=data.skip_bad_lines, max_line_bytes=data.max_line_bytes, nul=data.nul)
+def read_options(data: Data, source: Source) -> ReadOptions:
+    """How the recipe wants the files of a source to be read."""
+    return ReadOptions(data.skip_bad_lines, data.max_line_bytes, data.nul, source.quoting)
 
 
 def check_records(
