@@ -108,7 +108,7 @@ def test_a_folder_without_the_split_lists_those_that_it_has():
 TREES = [
     ["train.jsonl", "validation.jsonl", "test.jsonl"],
     ["train.jsonl", "dev.csv", "eval.parquet", "other.jsonl"],
-    ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/x-00000-of-00001.parquet"],
+    ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/x-00000-of-00001.csv"],
     ["train-00000-of-00002.parquet", "test-00000-of-00001.parquet"],
     ["train/a.jsonl", "train/sub/b.jsonl", "test/a.jsonl", "c.jsonl"],
     ["my_train_set/a.jsonl", "val.2/b.jsonl", "trains/c.jsonl"],
