@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from typing import cast
 
@@ -83,6 +83,11 @@ class RecordFormat:
     def key_set(self) -> frozenset[str]:
         return frozenset(self.keys)
 
+    @cached_property
+    def spellings(self) -> dict[str, str]:
+        """The optional keys by what other spellings of them share; a mask is told by its length."""
+        return {_spelling(key): key for key in self.optional if key not in MASKS}
+
 
 def to_example(
     record: Record,
@@ -122,7 +127,7 @@ def to_example(
         what = f"format {format} does not read {listed(decisive or unknown)}"
         fix = f"it reads {listed(known.keys)}; remove the others" + ("" if decisive else ", or strict: false")
         raise row.error(f"{what}{hint}", fix=fix)
-    _check_spelling(row, known)
+    _check_spelling(row, known, unknown=unknown)
     return known.read(row)
 
 
@@ -144,7 +149,7 @@ def to_prompt(
     known = find_format(format, fields)
     if isinstance(known, RecordFormat):
         _check_format(row, known)
-        _check_spelling(row, known)
+        _check_spelling(row, known, unknown=unknown_keys(record, known, fields=fields))
     example = known.read(row) if isinstance(known, RecordFormat) else _read_own(known, row)
     if isinstance(example, Tokens) or format == "segments":
         fix = "use text, prompt_completion, instruct, alpaca, messages or sharegpt"
@@ -163,39 +168,46 @@ def with_parts(record: Record, fields: Fields) -> Record:
     """The record, with a column for each part of one that ``fields`` names, such as ``meta.title``."""
     parts = {}
     for column in (fields or {}).values() if isinstance(record, Mapping) else ():
-        with suppress(LookupError):
-            parts[column] = look_up(record, column)
+        if root_column(record, column) != column:
+            with suppress(LookupError):
+                parts[column] = look_up(record, column)
     return {**record, **parts} if parts else record
 
 
 def _check_format(row: Row, known: RecordFormat) -> None:
     """Raises for a record that has none of the required keys, and those of another format."""
     needed = known.required[:1] if row.is_prompt else known.required
+    if row.fields or any(key in row.record for key in needed):
+        return
     fits = [name for name, other in FORMATS.items() if row.record.keys() >= set(other.required)]
-    if fits and not row.fields and not any(key in row.record for key in needed):
+    if fits:
         fix = f"format: {fits[0]}, which these keys fit; or name the columns with fields"
         raise row.error(f"missing {row.name(needed[0])}", got=f"keys {listed(row.record)}", fix=fix)
 
 
-def _check_spelling(row: Row, known: RecordFormat) -> None:
+def _check_spelling(row: Row, known: RecordFormat, *, unknown: Iterable[str]) -> None:
     """Raises for a column that is an optional key but for its spelling, and would be left out."""
-    missing = {_spelling(key): key for key in known.optional if key not in MASKS and not row.has(key)}
-    for column, value in row.record.items():
-        key = missing.get(_spelling(column))
-        if key and column != row.column(key) and not is_missing(value) and value not in ([], {}, ""):
+    for column in unknown:
+        key = known.spellings.get(_spelling(column))
+        if key and not row.has(key) and _is_filled(row.record.get(column)):
             fix = f"rename it, or map it with fields: {{{key}: {column}}}"
             raise row.error(f"no key of the format is {column!r}; did you mean {key!r}?", fix=fix)
 
 
-def _spelling(key: object) -> str:
+def _is_filled(value: object) -> bool:
+    return not (is_missing(value) or value in ([], {}, ""))
+
+
+@cache
+def _spelling(key: str) -> str:
     """What of a key does not differ between ``Input``, ``inputs`` and ``in_put``."""
-    return re.sub(r"[\W_]", "", str(key).casefold()).removesuffix("s")
+    return re.sub(r"[\W_]", "", key.casefold()).removesuffix("s")
 
 
 def _decides(key: str, record: Record, format: object) -> bool:
     """Whether a column that is not read would change what is learned; beside ids any list of that length."""
     value, ids = record[key], record.get("input_ids")
-    if is_missing(value) or value in ([], {}, ""):
+    if not _is_filled(value):
         return False
     if format == "tokenized" and isinstance(value, list) and isinstance(ids, list):
         return len(value) == len(ids) and key not in BESIDE_IDS
@@ -279,7 +291,9 @@ def unknown_keys(record: Record, format: RecordFormat | str, *, fields: Fields =
     known = find_format(format) if isinstance(format, str) else format
     if not isinstance(known, RecordFormat):
         return []
-    read = {root_column(record, (fields or {}).get(key, key)) for key in known.keys}
+    read = known.key_set
+    if fields:
+        read = {root_column(record, fields[key]) if key in fields else key for key in known.keys}
     return [str(column) for column in record if column not in read]
 
 

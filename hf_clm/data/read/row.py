@@ -168,8 +168,9 @@ def look_up(record: Record, column: str) -> Any:
 
 def root_column(record: Record, column: str) -> str:
     """The column of the record that a name is of, or is a part of."""
-    is_path = column not in record and PATH.fullmatch(column)
-    return STEP.findall(column)[0] if is_path else column
+    if column in record or not PATH.fullmatch(column):
+        return column
+    return STEP.findall(column)[0]
 
 
 def _is_index(name: str, length: int) -> bool:
