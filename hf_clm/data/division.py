@@ -97,10 +97,15 @@ def open_readings(recipe: Recipe, shard: Shard = ALONE) -> dict[str, Reading]:
         train, evaluation = map(_to_reading, parts if shard.number == 1 else (Examples(), Examples()))
         return {"eval": evaluation, "train": train}
     sets = {"eval": data.eval, "train": data.train} if data.eval else {"train": data.train}
-    return {
+    readings = {
         name: _open_reading(plan(sources, data, shard=shard), data, sources=sources)
         for name, sources in sets.items()
     }
+    if shard.number == 1 and shard.count > 1:  # what a folder has besides is said once
+        for name, sources in sets.items():
+            for source in sources:
+                find_files(source.path, split=source.split, report=readings[name].found.report)
+    return readings
 
 
 def plan(sources: Sequence[Source], data: Data, *, shard: Shard) -> list[Task]:

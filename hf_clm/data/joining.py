@@ -151,6 +151,9 @@ def _merge_reports(selection: Selection) -> ReadReport:
     merged = ReadReport()
     for report in (ReadReport(**part.content["report"]) for part in selection.parts):
         merged.files += report.files
+        merged.left_out += report.left_out
+        for note in report.notes:
+            merged.note(note)
         if selection.is_counted:
             merged.records += report.records
             merged.blank_lines += report.blank_lines
