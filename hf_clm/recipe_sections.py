@@ -97,8 +97,10 @@ class Source(Section):
     """Its share of an epoch, beside the weights of the other sources; see data.mixing."""
     epochs: float | None = Field(default=None, gt=0, json_schema_extra=ASIDE)
     """How often one epoch of the run reads it: 2, 0.5, ...; in place of weights; default beside others: 1."""
+    quoting: Literal["auto", "csv", "none"] = "auto"
+    """Whether quotes enclose the cells of a table (csv) or are letters (none); auto: letters in .tsv only."""
     split: str = "train"
-    """Of a dataset on the Hub."""
+    """Of a dataset on the Hub, or of a folder whose files or sub-folders are named train, test, ..."""
     name: str | None = None
     """The configuration of a dataset on the Hub."""
     revision: str | None = None

@@ -168,7 +168,9 @@ def split_of(
 ) -> Any:
     """Examples (documents and chats) as the training split of a recipe, written as records to ``folder``."""
     from hf_clm.config import Source
+    from hf_clm.data.read.records import Examples
 
+    examples = examples.examples if isinstance(examples, Examples) else examples
     path = write_jsonl(folder / "examples.jsonl", list(map(to_record, examples)))
     data = recipe.data.model_copy(update={"train": [Source(path=path)], "cache_dir": None})
     return read_split(recipe.model_copy(update={"data": data}), tokenizer)
@@ -177,7 +179,8 @@ def split_of(
 def to_record(example: Any) -> dict[str, Any]:
     """A record of which the example is made."""
     if isinstance(example, Document):
-        return {"segments": [{"text": part.text, "weight": part.weight} for part in example.segments]}
+        segments = [{"text": part.text, "train": part.weight > 0} for part in example.segments]
+        return {"segments": segments}
     return {"messages": example.messages}
 
 

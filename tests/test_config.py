@@ -66,6 +66,7 @@ def test_a_minimal_recipe_has_the_documented_defaults():
         "template": None,
         "weight": None,
         "epochs": None,
+        "quoting": "auto",
         "split": "train",
         "name": None,
         "revision": None,

@@ -22,7 +22,7 @@ from hf_clm.data.proof.certificate import PROVED_WHOLE, Certificate, certify_row
 from hf_clm.data.proof.checker import Checker
 from hf_clm.data.proof.ledger import check_entry, digest, loose_digest
 from hf_clm.data.read.readers import ReadReport
-from hf_clm.data.read.records import check_record
+from hf_clm.data.read.records import check_record, read_options
 from hf_clm.errors import DataError
 from hf_clm.schema import AnyExample
 from hf_clm.text.chat import stop_token_ids
@@ -127,8 +127,9 @@ def read_raw(raw: RawBlock, data: Data) -> ReadBlock:
     """Parses and checks the records of a block; those that cannot be used have a fault and no example."""
     source = (data.eval if raw.split == "eval" else data.train)[raw.source]
     read, first = ReadBlock(formats=set(raw.formats)), dict(raw.first)
+    options = read_options(data, source)
     for chunk in raw.chunks:
-        for where, value in chunk.items(data, read.report):
+        for where, value in chunk.items(options, read.report):
             example = value if isinstance(value, AnyExample) else None
             try:
                 if example is None:

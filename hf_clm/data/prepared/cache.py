@@ -20,6 +20,7 @@ from hf_clm.config import Data, Recipe, Source
 from hf_clm.data.prepared.prepare import write_prepared
 from hf_clm.data.prepared.sets import read_examples, to_head
 from hf_clm.data.prepared.store import Stored, open_store
+from hf_clm.data.read.readers import compression, suffix
 from hf_clm.data.read.sources import find_files
 from hf_clm.data.split import Split, mix_splits
 from hf_clm.hashing import fingerprint, hash_file
@@ -125,7 +126,7 @@ def _load_examples(recipe: Recipe, name: str) -> list[Any]:
 def _source_content(source: Source, files: list[str], *, folder: Path) -> dict[str, Any] | None:
     """What a source is, without its path; its files are added to ``files``. None where that is not known."""
     options = source.model_dump(include=Source.deciding())
-    found = find_files(source.path)
+    found = find_files(source.path, split=source.split)
     if found is None:  # on the Hub, where a branch or a tag may move
         files.append(source.path)
         is_pinned = COMMIT.fullmatch(source.revision or "") is not None
@@ -160,9 +161,7 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 def _file_type(file: str) -> str:
     """ ".jsonl.gz" of "poems.v2.jsonl.gz": what decides how it is read."""
-    name = file.lower()
-    inner = name.removesuffix(".gz").removesuffix(".zst")
-    return os.path.splitext(inner)[1] + name[len(inner) :]
+    return suffix(file) + compression(file)
 
 
 def _hash_once(file: str, folder: Path) -> str:

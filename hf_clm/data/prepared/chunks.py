@@ -19,7 +19,17 @@ import pyarrow
 
 from hf_clm.config import Data, Source
 from hf_clm.data.read.formats import BEHIND, FirstSeen
-from hf_clm.data.read.readers import READERS, Items, ReadReport, Record, Stream, column_batches, suffix
+from hf_clm.data.read.readers import (
+    READERS,
+    Items,
+    ReadOptions,
+    ReadReport,
+    Record,
+    Stream,
+    batch_rows,
+    column_batches,
+    suffix,
+)
 from hf_clm.data.read.records import read_example, read_options
 from hf_clm.data.read.sources import check_value, find_files, open_stream, read_hub
 from hf_clm.errors import DataError
@@ -70,18 +80,18 @@ class Chunk:
             case _:
                 return self.content.num_rows
 
-    def items(self, data: Data, report: ReadReport) -> Items:
+    def items(self, options: ReadOptions, report: ReadReport) -> Items:
         """The places and values, parsed; in place of a value that is refused the error."""
         match self.content:
             case bytes():
                 text: io.BufferedReader = io.BufferedReader(io.BytesIO(self.content))
                 name = f"{self.file}{BEHIND}{self.behind:,})" if self.behind else self.file
-                lines = Stream(name, text, read_options(data), report, before=self.before)
+                lines = Stream(name, text, options, report, before=self.before)
                 yield from READERS[".jsonl"](lines)
             case list():
                 yield from self.content
             case _:
-                for number, row in enumerate(self.content.to_pylist(), start=self.before + 1):
+                for number, row in enumerate(batch_rows(self.content), start=self.before + 1):
                     yield f"{self.file}: record {number}", row
 
 
@@ -102,8 +112,8 @@ class RawBlock:
     formats: set[str] = field(default_factory=set)
 
 
-def read_blocks(data: Data, split: str, *, files: list[str]) -> Iterator[RawBlock]:
-    """All blocks of the train or the eval set. Their files are added to ``files``.
+def read_blocks(data: Data, split: str, *, report: ReadReport) -> Iterator[RawBlock]:
+    """All blocks of the train or the eval set. Their files are entered in the report.
 
     Raises DataError for a file that cannot be read.
     """
@@ -112,7 +122,7 @@ def read_blocks(data: Data, split: str, *, files: list[str]) -> Iterator[RawBloc
         first: FirstSeen = {}
         waiting: list[Chunk] = []
         size = 0
-        for chunk in read_chunks(source, data, files=files):
+        for chunk in read_chunks(source, data, report=report):
             see_first(chunk, source, data=data, first=first)
             waiting.append(chunk)
             size += chunk.size
@@ -130,7 +140,7 @@ def see_first(chunk: Chunk, source: Source, *, data: Data, first: FirstSeen) -> 
     is_known = any(key.endswith(f" {chunk.file}") for key in first)
     if is_known or source.template or (source.format and source.format != "tokenized"):
         return
-    for where, value in chunk.items(data, ReadReport()):
+    for where, value in chunk.items(read_options(data, source), ReadReport()):
         with suppress(DataError):
             check_value(value, where)
             read_example(Record(value, where), source, data=data, first=first)
@@ -138,12 +148,17 @@ def see_first(chunk: Chunk, source: Source, *, data: Data, first: FirstSeen) -> 
             return
 
 
-def read_chunks(source: Source, data: Data, *, files: list[str]) -> Iterator[Chunk]:
-    """The chunks of a source in order. Its files are added to ``files``."""
-    left, found = source.limit, find_files(source.path)
-    files += found or [source.path]
+def read_chunks(source: Source, data: Data, *, report: ReadReport) -> Iterator[Chunk]:
+    """The chunks of a source in order. Its files are entered in the report."""
+    left, found = source.limit, find_files(source.path, split=source.split, report=report)
+    report.files += found or [source.path]
+    options = read_options(data, source)
     for file in found or [None]:
-        for chunk in read_hub_chunks(source) if file is None else read_file_chunks(file, data, limit=left):
+        for chunk in (
+            read_hub_chunks(source)
+            if file is None
+            else read_file_chunks(file, options, limit=left, report=report)
+        ):
             if left is not None:
                 chunk = replace(chunk, content=chunk.content[:left])
                 left -= len(chunk.content)
@@ -159,7 +174,12 @@ def read_hub_chunks(source: Source) -> Iterator[Chunk]:
 
 
 def read_file_chunks(
-    file: str, data: Data, *, limit: int | None = None, wanted: Callable[[int], bool] | None = None
+    file: str,
+    options: ReadOptions,
+    *,
+    report: ReadReport,
+    limit: int | None = None,
+    wanted: Callable[[int], bool] | None = None,
 ) -> Iterator[Chunk]:
     """The chunks of a file in order.
 
@@ -167,7 +187,7 @@ def read_file_chunks(
         limit: only so many records will be asked for, so that they have to be counted.
         wanted: whether the chunk of this number is; of a file of lines no more is read than these.
     """
-    with open_stream(file, read_options(data), report=ReadReport()) as stream:
+    with open_stream(file, options, report=report) as stream:
         if limit is not None:
             chunks = _in_lists(file, READERS[suffix(file)](stream))
         elif suffix(file) in LINES:

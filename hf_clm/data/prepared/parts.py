@@ -36,7 +36,6 @@ class Part:
 
     folder: Path
     name: str
-    files: list[str] = field(default_factory=list)
     report: ReadReport = field(default_factory=ReadReport)
     counted: Counter[str] = field(default_factory=Counter)  # records by file
     formats: set[str] = field(default_factory=set)
@@ -79,7 +78,7 @@ def write_part(folder: Path, raw: RawSet, blocks: Iterable[Block], *, data: Data
     Raises DataError for labels that are not certified, and, unless they are dropped, for records that cannot
     be used: all of them, or those that are found in READ_ON_SECONDS after the first.
     """
-    part = Part(folder, raw.name, raw.files)
+    part = Part(folder, raw.name, raw.report)
     digests: dict[str, list[np.ndarray]] = {name: [np.zeros((0, 2), "<u8")] for name in DIGESTS}
     usable = [part.usable]
     with (
@@ -122,7 +121,7 @@ def check_read(part: Part, data: Data) -> None:
     """Raises DataError for a file or a set that gave nothing."""
     sources = data.eval if part.name == "eval" else data.train
     has_limit = any(source.limit for source in sources)  # then some files may not have been read
-    for file in part.files:
+    for file in part.report.files:
         if not part.counted[file] and not has_limit:
             raise no_record(file, [line for line in part.report.bad_lines if line.startswith(f"{file}:")])
     if not part.report.records:

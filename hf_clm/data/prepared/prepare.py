@@ -9,7 +9,6 @@ decide is decided by a few bytes of each record.
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -104,7 +103,7 @@ def divide(
 ) -> dict[str, Any]:
     """Writes the splits that the parts make, and proves them; returns the content of ``prepared.json``."""
     selections = select({name: part.candidates for name, part in parts.items()}, recipe.data, seed=seed)
-    files = [file for name in ("train", "eval") if name in parts for file in parts[name].files]
+    files = [file for name in ("train", "eval") if name in parts for file in parts[name].report.files]
     index: dict[str, Any] = {"files": files, "splits": {}}
     for name, selection in selections.items():
         part = parts[selection.of]
@@ -114,7 +113,7 @@ def divide(
         if isinstance(packed := pack_rows(TokenizedDataset(rows), recipe), PackedDataset):
             write_pieces(folder / name, packed)
         # what was lost in reading is told once, of the set that was read
-        report = replace(part.report, files=part.files) if name == part.name else ReadReport(part.files)
+        report = part.report if name == part.name else ReadReport(part.report.files)
         examples = Examples(read_head(recipe.data, selection), report=report)
         examples.formats, examples.unknown_keys = part.formats, part.unknown_keys
         certified = {"seconds": part.certificate.seconds, "content": content}

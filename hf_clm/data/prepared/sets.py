@@ -11,6 +11,7 @@ from hf_clm.data.prepared.block import ReadBlock, read_raw
 from hf_clm.data.prepared.chunks import Chunk, RawBlock, read_blocks
 from hf_clm.data.prepared.selection import Candidates, select
 from hf_clm.data.proof.ledger import digest
+from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import Examples, no_example
 from hf_clm.schema import AnyExample, Document, Segment, whole_text
 
@@ -20,11 +21,11 @@ NOTHING = Document([])  # in the place of a record that cannot be used
 
 @dataclass
 class RawSet:
-    """A set that is read block by block; ``files``: those that were read so far."""
+    """A set that is read block by block; ``report``: the files, and what was told of them."""
 
     name: str
     blocks: Iterator[RawBlock]
-    files: list[str]
+    report: ReadReport
 
 
 def open_sets(data: Data) -> dict[str, RawSet]:
@@ -37,25 +38,24 @@ def open_sets(data: Data) -> dict[str, RawSet]:
     sets = {}
     for name in ("train", "eval"):
         if name == "train" or data.eval:
-            files: list[str] = []
-            sets[name] = RawSet(name, read_blocks(data, name, files=files), files)
+            report = ReadReport()
+            sets[name] = RawSet(name, read_blocks(data, name, report=report), report)
     return sets
 
 
 def part_alone(data: Data) -> dict[str, RawSet] | None:
     """Both parts of a single text; None where there are more records, or it cannot be parted."""
-    files: list[str] = []
-    blocks = list(islice(read_blocks(data, "train", files=files), 2))
+    report = ReadReport()
+    blocks = list(islice(read_blocks(data, "train", report=report), 2))
     read = read_raw(blocks[0], data) if len(blocks) == 1 else ReadBlock()
     if len(read.examples) != 1 or read.examples[0] is None:
         return None
     parts = split_text(read.examples[0], data.eval_fraction)
     found = {}
     for name, part in zip(("train", "eval"), parts or [], strict=False):
-        chunk = Chunk(files[0], 0, 0, [(read.places[0], part)])
-        found[name] = RawSet(
-            name, iter([replace(blocks[0], split=name, chunks=[chunk], formats=read.formats)]), files
-        )
+        chunk = Chunk(report.files[0], 0, 0, [(read.places[0], part)])
+        block = replace(blocks[0], split=name, chunks=[chunk], formats=read.formats)
+        found[name] = RawSet(name, iter([block]), report)
     return found or None
 
 
@@ -83,8 +83,7 @@ def load_examples(data: Data, name: str = "train") -> Examples:
     """
     examples, places = [], []
     found, origins = Examples(examples, places), []
-    files = found.report.files
-    for raw in read_blocks(data, name, files=files):
+    for raw in read_blocks(data, name, report=found.report):
         read = read_raw(raw, data)
         if read.faults and data.on_bad_record == "error":
             raise next(iter(read.faults.values()))

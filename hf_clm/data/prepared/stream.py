@@ -42,8 +42,11 @@ from hf_clm.data.prepared.chunks import (
     see_first,
 )
 from hf_clm.data.prepared.tables import to_rows
+from hf_clm.data.read.files import find_files
 from hf_clm.data.read.formats import FirstSeen
-from hf_clm.data.read.sources import find_files
+from hf_clm.data.read.opening import file_size, open_raw
+from hf_clm.data.read.readers import ReadReport
+from hf_clm.data.read.records import read_options
 from hf_clm.data.split import pack_rows, to_limit
 from hf_clm.errors import DataError, RecipeError
 
@@ -451,7 +454,8 @@ def read_stream(
 def _own_chunks(
     source: Source, number: int, *, task: Task, start: Mark, data: Data
 ) -> Iterator[tuple[Mark, Chunk]]:
-    files = find_files(source.path)
+    files = find_files(source.path, split=source.split)
+    options = read_options(data, source)
     for at, file in enumerate(files or [source.path]):
         if Mark(number, at + 1) <= start or task.is_of_others(at, files):
             continue
@@ -463,14 +467,15 @@ def _own_chunks(
         if files is None:
             chunks = (chunk for chunk in read_hub_chunks(source) if wanted(chunk.number))
         else:
-            chunks = read_file_chunks(file, data, wanted=wanted)
+            chunks = read_file_chunks(file, options, report=ReadReport(), wanted=wanted)
         yield from ((Mark(number, at, chunk.number), chunk) for chunk in chunks)
 
 
 def _see_file(chunk: Chunk, source: Source, *, data: Data, first: FirstSeen) -> None:
     """Notes what the first record of a chunk's file looks like, which another shard may read."""
     if chunk.number and isinstance(chunk.content, bytes):
-        begin = next(read_file_chunks(chunk.file, data), chunk)
+        options = read_options(data, source)
+        begin = next(read_file_chunks(chunk.file, options, report=ReadReport()), chunk)
         see_first(begin, source, data=data, first=first)
     see_first(chunk, source, data=data, first=first)
 
@@ -512,16 +517,16 @@ def stream_identity(recipe: Recipe) -> dict[str, Any]:
 
 def _list_files(source: Source) -> list[tuple[str, int, str]]:
     """Name, size in bytes and a digest of each file; of a source on the Hub its name and revision."""
-    files = find_files(source.path)
+    files = find_files(source.path, split=source.split)
     if files is None:
         return [(f"{source.path} {source.name} {source.split} {source.revision}", 0, "")]
-    return [(os.path.basename(file), os.path.getsize(file), _sample(file)) for file in files]
+    return [(os.path.basename(file), file_size(file), _sample(file)) for file in files]
 
 
 def _sample(file: str) -> str:
     """sha256 of PROBES pieces at even distances: of a file that is too large to be read at each start."""
-    size, digest = os.path.getsize(file), hashlib.sha256()
-    with open(file, "rb") as stream:
+    size, digest = file_size(file), hashlib.sha256()
+    with open_raw(file) as stream:
         for number in range(PROBES):
             stream.seek(max(0, size - PROBE_BYTES) * number // (PROBES - 1))
             digest.update(stream.read(PROBE_BYTES))

@@ -15,15 +15,17 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from hf_clm.config import Data, Recipe, Source
+from hf_clm.data.read.files import find_files
 from hf_clm.data.read.formats import FirstSeen
-from hf_clm.data.read.readers import READERS, ReadReport, suffix
+from hf_clm.data.read.opening import is_remote, open_stream
+from hf_clm.data.read.readers import READERS, ReadReport, compression, suffix
 from hf_clm.data.read.records import check_record, read_options
-from hf_clm.data.read.sources import find_files, no_record, open_stream
+from hf_clm.data.read.sources import no_record
 from hf_clm.errors import DataError, EnvironmentFault, UserError
 from hf_clm.launcher import is_first_here
 
 CHECKED_BYTES = 8 * 1024 * 1024  # of all files together: about half a second
-COMPRESSED, EXPANSION = (".gz", ".zst", ".parquet"), 5  # about how much larger the text of such a file is
+EXPANSION = 5  # about how much larger the text of a compressed file or of Parquet is
 SHOWN_KINDS, SHOWN_PLACES = 20, 20
 NUMBER = re.compile(r"\b\d[\d,]*\b")
 
@@ -128,10 +130,10 @@ def check_sources(data: Data) -> None:
 
 def _find(source: Source, faults: Faults) -> list[str]:
     """The local files of a source; none where one is a pipe, which can be read only once."""
-    if "://" in source.path:
+    if is_remote(source.path):
         return []
     try:
-        files = find_files(source.path) or []
+        files = find_files(source.path, split=source.split) or []
     except (DataError, EnvironmentFault) as error:
         faults.add(error)
         return []
@@ -139,7 +141,8 @@ def _find(source: Source, faults: Faults) -> list[str]:
 
 
 def _text_bytes(file: str) -> int:
-    return os.path.getsize(file) * (EXPANSION if file.lower().endswith(COMPRESSED) else 1)
+    is_packed = compression(file) or suffix(file) == ".parquet"
+    return os.path.getsize(file) * (EXPANSION if is_packed else 1)
 
 
 def _check_files(files: Sequence[str], source: Source, *, data: Data, faults: Faults) -> None:
@@ -148,7 +151,7 @@ def _check_files(files: Sequence[str], source: Source, *, data: Data, faults: Fa
     for file in files:
         count = 0
         try:
-            with open_stream(file, read_options(data), report=ReadReport()) as stream:
+            with open_stream(file, read_options(data, source), report=ReadReport()) as stream:
                 for where, value in islice(READERS[suffix(file)](stream), left):
                     count += 1
                     _check(value, where, source, data=data, first=first, faults=faults)

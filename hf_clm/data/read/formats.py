@@ -6,9 +6,11 @@ A new format is a function here, its entry in ``FORMATS`` and its name in ``sche
 (training) and ``to_prompt`` (inference) run the same function, so the two cannot differ.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from typing import cast
 
@@ -23,7 +25,16 @@ from hf_clm.data.read.messages import (
     to_messages,
     with_system,
 )
-from hf_clm.data.read.row import Fields, Record, Row, kind_name, listed
+from hf_clm.data.read.row import (
+    Fields,
+    Record,
+    Row,
+    is_missing,
+    kind_name,
+    listed,
+    look_up,
+    root_column,
+)
 from hf_clm.data.read.tokenized import MASKS, read_tokenized
 from hf_clm.errors import DataError, RecipeError, did_you_mean
 from hf_clm.schema import AnyExample, Chat, Document, Example, Format, Message, Render, Segment, Tokens
@@ -73,6 +84,11 @@ class RecordFormat:
     def key_set(self) -> frozenset[str]:
         return frozenset(self.keys)
 
+    @cached_property
+    def spellings(self) -> dict[str, str]:
+        """The optional keys by what other spellings of them share; a mask is told by its length."""
+        return {_spelling(key): key for key in self.optional if key not in MASKS}
+
 
 def to_example(
     record: Record,
@@ -94,15 +110,16 @@ def to_example(
     Raises ``DataError`` for a record that is not of the format, ``RecipeError`` for an unknown format or key
     of ``fields``.
     """
-    row = Row(record, where, fields or {}, render, allow_empty_prompt)
+    row = Row(with_parts(record, fields), where, fields or {}, render, allow_empty_prompt)
     row.expect(dict, record, what="record")
     known = find_format(format, fields)
     if not isinstance(known, RecordFormat):
         return _read_own(known, row)
     if not fields and known.key_set.issuperset(record):
         return known.read(row)
+    _check_format(row, known)
     for key in set(row.fields).intersection(known.optional):
-        if row.column(key) not in record:
+        if row.column(key) not in row.record:
             row.value(key)  # raises: a column that is named must be there
     unknown = unknown_keys(record, known, fields=fields)
     decisive = [key for key in unknown if _decides(key, record, format)]
@@ -111,6 +128,7 @@ def to_example(
         what = f"format {format} does not read {listed(decisive or unknown)}"
         fix = f"it reads {listed(known.keys)}; remove the others" + ("" if decisive else ", or strict: false")
         raise row.error(f"{what}{hint}", fix=fix)
+    _check_spelling(row, known, unknown=unknown)
     return known.read(row)
 
 
@@ -127,9 +145,12 @@ def to_prompt(
 
     The target side may be missing and is left out: there is no completion, a last assistant turn is gone.
     """
-    row = Row(record, where, fields or {}, render, allow_empty_prompt, is_prompt=True)
+    row = Row(with_parts(record, fields), where, fields or {}, render, allow_empty_prompt, is_prompt=True)
     row.expect(dict, record, what="record")
     known = find_format(format, fields)
+    if isinstance(known, RecordFormat):
+        _check_format(row, known)
+        _check_spelling(row, known, unknown=unknown_keys(record, known, fields=fields))
     example = known.read(row) if isinstance(known, RecordFormat) else _read_own(known, row)
     if isinstance(example, Tokens) or format == "segments":
         fix = "use text, prompt_completion, instruct, alpaca, messages or sharegpt"
@@ -144,10 +165,50 @@ def to_prompt(
     return replace(example, messages=messages)
 
 
+def with_parts(record: Record, fields: Fields) -> Record:
+    """The record, with a column for each part of one that ``fields`` names, such as ``meta.title``."""
+    parts = {}
+    for column in (fields or {}).values() if isinstance(record, Mapping) else ():
+        if root_column(record, column) != column:
+            with suppress(LookupError):
+                parts[column] = look_up(record, column)
+    return {**record, **parts} if parts else record
+
+
+def _check_format(row: Row, known: RecordFormat) -> None:
+    """Raises for a record that has none of the required keys, and those of another format."""
+    needed = known.required[:1] if row.is_prompt else known.required
+    if row.fields or any(key in row.record for key in needed):
+        return
+    fits = [name for name, other in FORMATS.items() if row.record.keys() >= set(other.required)]
+    if fits:
+        fix = f"format: {fits[0]}, which these keys fit; or name the columns with fields"
+        raise row.error(f"missing {row.name(needed[0])}", got=f"keys {listed(row.record)}", fix=fix)
+
+
+def _check_spelling(row: Row, known: RecordFormat, *, unknown: Iterable[str]) -> None:
+    """Raises for a column that is an optional key but for its spelling, and would be left out."""
+    for column in unknown:
+        key = known.spellings.get(_spelling(column))
+        if key and not row.has(key) and _is_filled(row.record.get(column)):
+            fix = f"rename it, or map it with fields: {{{key}: {column}}}"
+            raise row.error(f"no key of the format is {column!r}; did you mean {key!r}?", fix=fix)
+
+
+def _is_filled(value: object) -> bool:
+    return not (is_missing(value) or value in ([], {}, ""))
+
+
+@cache
+def _spelling(key: str) -> str:
+    """What of a key does not differ between ``Input``, ``inputs`` and ``in_put``."""
+    return re.sub(r"[\W_]", "", key.casefold()).removesuffix("s")
+
+
 def _decides(key: str, record: Record, format: object) -> bool:
     """Whether a column that is not read would change what is learned; beside ids any list of that length."""
     value, ids = record[key], record.get("input_ids")
-    if value in (None, [], {}, ""):
+    if not _is_filled(value):
         return False
     if format == "tokenized" and isinstance(value, list) and isinstance(ids, list):
         return len(value) == len(ids) and key not in BESIDE_IDS
@@ -173,10 +234,23 @@ def find_format(format: Format | str | ReadRecord, fields: Fields = None) -> Rec
     return known
 
 
-def detect_format(keys: Iterable[str], where: str = "") -> Format:
-    """The one format whose required keys are all there; raises ``DataError`` for none and for several."""
-    found = {str(key): None for key in keys}
-    matches: list[Format] = [name for name, known in FORMATS.items() if found.keys() >= set(known.required)]
+def detect_format(keys: Iterable[str], where: str = "", *, fields: Fields = None) -> Format:
+    """The one format whose required keys are all there; raises ``DataError`` for none and for several.
+
+    Where ``fields`` names a column for a required key, it is the format that has this key.
+    """
+    found, columns = {str(key): None for key in keys}, dict(fields or {})
+    able: dict[Format, RecordFormat] = {
+        name: known for name, known in FORMATS.items() if known.key_set.issuperset(columns)
+    }
+    if not able:
+        raise RecipeError(f"fields: no format has all of the keys {listed(columns)}", fix="name the format")
+    named: list[Format] = [
+        name for name, known in able.items() if not columns.keys().isdisjoint(known.required)
+    ]
+    if named:
+        return named[0]  # no two formats require the same key
+    matches: list[Format] = [name for name, known in able.items() if found.keys() >= {*known.required}]
     if len(matches) == 1:
         return matches[0]
     what = f"the keys fit the formats {', '.join(matches)}" if matches else "the keys fit no format"
@@ -185,12 +259,12 @@ def detect_format(keys: Iterable[str], where: str = "") -> Format:
     raise DataError(what, where=where, got=f"keys {listed(found)}", fix=fix)
 
 
-def check_same_schema(record: Record, where: str, *, first: FirstSeen) -> Format:
+def check_same_schema(record: Record, where: str, *, first: FirstSeen, fields: Fields = None) -> Format:
     """The format told from a record's keys; raises where the first record of its file has another one.
 
     For sources whose format is not named. ``first`` is filled in.
     """
-    found = detect_format(record, where)
+    found = detect_format(record, where, fields=fields)
     _check_first(found, where, first=first, kind="format")
     return found
 
@@ -200,7 +274,8 @@ def check_same_masks(record: Record, where: str, *, first: FirstSeen, fields: Fi
 
     What is learned of the row would be decided by the gap.
     """
-    found = listed(key for key in MASKS if record.get((fields or {}).get(key, key)) is not None)
+    row = Row(with_parts(record, fields), where, fields or {})
+    found = listed(key for key in MASKS if row.has(key))
     _check_first(found, where, first=first, kind="tokenized with")
 
 
@@ -217,7 +292,9 @@ def unknown_keys(record: Record, format: RecordFormat | str, *, fields: Fields =
     known = find_format(format) if isinstance(format, str) else format
     if not isinstance(known, RecordFormat):
         return []
-    read = {(fields or {}).get(key, key) for key in known.keys}
+    read = known.key_set
+    if fields:
+        read = {root_column(record, fields[key]) if key in fields else key for key in known.keys}
     return [str(column) for column in record if column not in read]
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from hf_clm.errors import DataError
@@ -23,6 +24,11 @@ Items = Iterator[tuple[str, Any]]  # (place, value), or (place, why the value is
 BATCH_ROWS = 1024
 BATCH_BYTES = 1 << 22  # of columns, that are made records at once
 READ_BYTES = 1 << 20
+TEXTS = (".txt", ".md", ".markdown", ".rst")
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+OLD_LINE_ENDS = "its lines end in a carriage return alone: tr '\\r' '\\n' < FILE > NEW_FILE"
+INDEX = re.compile(r"Unnamed: \d+")
+ENCLOSED = re.compile(r'"(""|[^"])*"')  # a cell as csv writes it
 DOCUMENT_FIX = "one object a line; a JSON array or pretty-printed object belongs into a .json file"
 
 
@@ -36,10 +42,14 @@ class Record:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """``max_line_bytes`` bounds a line of jsonl, csv and tsv; ``nul`` is about U+0000 in a text."""
+    """``max_line_bytes`` bounds a line of jsonl, csv and tsv; ``nul`` is about U+0000 in a text.
+
+    ``quoting``: whether quotes enclose the cells of a table; auto: those of csv, and not of tsv.
+    """
 
     max_line_bytes: int = 8 * 1024 * 1024
     nul: Literal["warn", "error"] = "warn"
+    quoting: Literal["auto", "csv", "none"] = "auto"
 
 
 @dataclass
@@ -51,9 +61,18 @@ class ReadReport:
     blank_lines: int = 0
     bad_lines: list[str] = field(default_factory=list)  # the messages of dropped records
     nul_records: int = 0
+    left_out: list[str] = field(default_factory=list)  # files of a folder that are not read
+    notes: list[str] = field(default_factory=list)  # whole sentences about what was read, and what not
+
+    def note(self, text: str) -> None:
+        """Adds a note, once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def add(self, other: "ReadReport") -> None:
         """Counts in what was read beside; not the files and bad lines."""
+        for text in other.notes:
+            self.note(text)
         self.records += other.records
         self.blank_lines += other.blank_lines
         self.nul_records += other.nul_records
@@ -94,28 +113,67 @@ def _read_json(source: Stream) -> Items:
 
 def _read_table(source: Stream, *, delimiter: str) -> Items:
     csv.field_size_limit(max(csv.field_size_limit(), source.options.max_line_bytes))  # else 128 KiB a cell
-    reader = csv.reader((or_raise(line) for _, line in _lines(source)), delimiter=delimiter, strict=True)
-    number = 0
+    lines = (or_raise(line) for _, line in _lines(source))
+    first = next(lines, "")
+    # Excel's own first line, which the module csv is not given and does not count.
+    named = re.fullmatch(r'"?sep=(.)"?\s*', first, re.IGNORECASE)
+    is_quoted = source.options.quoting == "csv" or (source.options.quoting == "auto" and delimiter != "\t")
+    delimiter, skipped = (named[1], 1) if named else (delimiter, 0)
+    reader = csv.reader(
+        lines if named else chain([first], lines),
+        delimiter=delimiter,
+        quoting=csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE,
+        strict=True,
+    )
+    number = enclosed = 0
     try:
         header = next((row for row in reader if row), [])
-        _check_columns(header, f"{source.file}:{reader.line_num}")
+        _check_header(header, delimiter, f"{source.file}:{reader.line_num + skipped}")
+        for name in filter(INDEX.fullmatch, header):
+            what = f"column {name!r} is an index of pandas, which to_csv(..., index=False) leaves out"
+            source.report.note(f"{source.file}: {what}")
         for row in reader:
             number += bool(row)
             if len(row) == len(header):
+                enclosed += not is_quoted and any(ENCLOSED.fullmatch(cell) for cell in row)
                 yield f"{source.file}: record {number}", dict(zip(header, row, strict=True))
             elif row:
-                where = f"{source.file}:{reader.line_num}"
+                where = f"{source.file}:{reader.line_num + skipped}"
                 what = f"expected {len(header)} cells, as in the header"
-                yield where, DataError(what, where=where, got=str(len(row)))
+                yield where, DataError(what, where=where, got=str(len(row)), fix=_cells_fix(row, is_quoted))
             else:
                 source.report.blank_lines += 1
     except csv.Error as error:
-        where = f"{source.file}:{reader.line_num}"
-        raise DataError(f"not a valid table: {error}", where=where, fix="check the quotes") from None
+        where = f"{source.file}:{reader.line_num + skipped}"
+        fix = "check the quotes, or quoting: none where they are letters"
+        fix = OLD_LINE_ENDS if "new-line" in str(error) else fix
+        raise DataError(f"not a valid table: {error}", where=where, fix=fix) from None
+    if enclosed:
+        what = f"{enclosed:,} records with a cell in quotes, which were read as part of the text"
+        source.report.note(f"{source.file}: {what}; if they are not, set quoting: csv on the source")
+
+
+def _cells_fix(row: list[str], is_quoted: bool) -> str:
+    is_open = not is_quoted and any('"' in (cell[:1], cell[-1:]) for cell in row)
+    return "quoting: csv, if quotes enclose the cells" if is_open else ""
+
+
+def _check_header(header: list[str], delimiter: str, where: str) -> None:
+    """Raises for a header that shows that the table was written in another way than it is read."""
+    other = next((sign for sign in ";\t,|" if sign != delimiter and sign in "".join(header)), "")
+    if len(header) == 1 and other:
+        fix = f"write it with {delimiter!r} between the cells, or begin it with a line sep={other}"
+        fix = "name it .tsv" if other == "\t" else fix
+        what = f"a single column, whose name holds {other!r}"
+        raise DataError(what, where=where, got=repr(header[0]), fix=fix)
+    if len(header) > 1 and not header[0].strip():
+        fix = "leave out pandas' index (to_csv(..., index=False)), or give the column a name"
+        raise DataError("the first column has no name", where=where, fix=fix)
+    _check_columns(header, where)
 
 
 def _read_columns(source: Stream) -> Items:
-    rows = (row for batch in column_batches(source) for row in batch.to_pylist())
+    rows = (row for batch in column_batches(source) for row in batch_rows(batch))
     for number, row in enumerate(rows, start=1):
         yield f"{source.file}: record {number}", row
 
@@ -133,6 +191,16 @@ def column_batches(source: Stream) -> Iterator["pyarrow.RecordBatch"]:
             rows.validate(full=True)  # a damaged batch crashes the interpreter
             yield rows
             forget()
+
+
+def batch_rows(batch: "pyarrow.RecordBatch") -> list[dict[str, Any]]:
+    """The rows of a batch; what datasets stores as JSON text, because rows differ in type, is decoded."""
+    rows = batch.to_pylist()
+    if "arrow.json" not in str(batch.schema):
+        return rows
+    from datasets import Features
+
+    return list(map(Features.from_arrow_schema(batch.schema).decode_example, rows))
 
 
 def _open_arrow(source: Stream) -> tuple[Iterable["pyarrow.RecordBatch"], Callable[[], None]]:
@@ -170,6 +238,7 @@ def _open_parquet(source: Stream) -> tuple[Iterable["pyarrow.RecordBatch"], Call
 def _read_text(source: Stream) -> Items:
     """The whole file is one record; its lines end in a newline only, whatever system wrote it."""
     text = or_raise(_decode(source.stream.read(), source.file)).replace("\r\n", "\n")
+    text = text if "\n" in text else text.replace("\r", "\n")
     if text.strip():
         yield f"{source.file}:1", {"text": text}
 
@@ -182,9 +251,11 @@ READERS: dict[str, Callable[[Stream], Items]] = {
     ".tsv": partial(_read_table, delimiter="\t"),
     ".parquet": _read_columns,
     ".arrow": _read_columns,
-    ".txt": _read_text,
+    **dict.fromkeys(TEXTS, _read_text),
 }
-KNOWN_TYPES = f"known are {', '.join(READERS)}, each also with .gz or .zst"
+KNOWN_TYPES = (
+    f"known are {', '.join(READERS)}, each also with {', '.join(COMPRESSED[:-1])} or {COMPRESSED[-1]}"
+)
 
 
 def _lines(source: Stream) -> Iterator[tuple[int, str | DataError]]:
@@ -198,7 +269,8 @@ def _lines(source: Stream) -> Iterator[tuple[int, str | DataError]]:
         while raw and not raw.endswith(b"\n"):
             raw = source.stream.readline(READ_BYTES)
         where, got = f"{source.file}:{number}", f"over {limit:,} bytes"
-        yield number, DataError("line too long", where=where, got=got, fix="raise max_line_bytes")
+        fix = "raise max_line_bytes" if b"\r" not in raw[:-1] else OLD_LINE_ENDS
+        yield number, DataError("line too long", where=where, got=got, fix=fix)
 
 
 def _decode(data: bytes, file: str, *, line: int = 1) -> str | DataError:
@@ -241,6 +313,8 @@ def _parse(text: str, file: str, *, line: int = 1) -> Any:
 def _json_advice(text: str, file: str) -> str:
     if "\0" in text:
         return "it looks like utf-16: iconv -f utf-16 -t UTF-8"
+    if "\r" in text.strip():
+        return OLD_LINE_ENDS
     if not text.endswith(("\n", "}", "]")):
         return "the file ends inside this line: fetch or write it again, or set on_bad_record: drop"
     return "" if suffix(file) == ".json" else DOCUMENT_FIX
@@ -264,7 +338,18 @@ def _check_columns(names: list[str], where: str) -> None:
 
 def suffix(file: str) -> str:
     """``.jsonl`` of ``poems.jsonl.gz``."""
-    return os.path.splitext(file.lower().removesuffix(".gz").removesuffix(".zst"))[1]
+    return os.path.splitext(_name(file).removesuffix(compression(file)))[1]
+
+
+def compression(file: str) -> str:
+    """``.gz`` of ``poems.jsonl.gz``; nothing where the file is not compressed."""
+    ending = os.path.splitext(_name(file))[1]
+    return ending if ending in COMPRESSED else ""
+
+
+def _name(file: str) -> str:
+    """A file's name in small letters, of a URL without its query."""
+    return (file.partition("?")[0] if "://" in file else file).lower()
 
 
 def first_line(error: Exception) -> str:

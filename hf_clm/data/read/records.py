@@ -43,9 +43,9 @@ class Examples:
         return len(self.examples)
 
 
-def read_options(data: Data) -> ReadOptions:
-    """How the recipe wants files to be read."""
-    return ReadOptions(max_line_bytes=data.max_line_bytes, nul=data.nul)
+def read_options(data: Data, source: Source) -> ReadOptions:
+    """How the recipe wants the files of a source to be read."""
+    return ReadOptions(data.max_line_bytes, data.nul, source.quoting)
 
 
 class CheckedRecord(NamedTuple):
@@ -83,7 +83,7 @@ def read_example(record: Record, source: Source, *, data: Data, first: FirstSeen
     """The format of a record and what is learned from it. ``first``: see check_same_schema."""
     if source.template:
         return "template", to_template_example(record.data, source.template, where=record.where)
-    format = source.format or check_same_schema(record.data, record.where, first=first)
+    format = source.format or check_same_schema(record.data, record.where, first=first, fields=source.fields)
     if format == "tokenized":
         check_same_masks(record.data, record.where, first=first, fields=source.fields)
     example = to_example(

@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any
 
 from hf_clm.errors import DataError, did_you_mean
@@ -11,6 +13,8 @@ from hf_clm.schema import Render
 
 Record = Mapping[str, Any]
 Fields = Mapping[str, str] | None  # a format's key -> its column in the record, where they differ
+STEP = re.compile(r"\.?[^.\[\]]+|\[[^.\[\]]+\]")
+PATH = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[[^.\[\]]+\])+")
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,15 @@ class Row:
         return self.record.get(self.column(key)) is not None
 
     def value(self, key: str) -> Any:
-        column = self.column(key)
-        if column not in self.record:
-            hint = did_you_mean(column, [str(name) for name in self.record])
+        try:
+            value = look_up(self.record, self.column(key))
+        except LookupError as error:
             fix = f"add it, or name its column: fields: {{{key}: COLUMN}}"
-            raise self.error(f"missing {self.name(key)}", got=f"keys {listed(self.record)}{hint}", fix=fix)
-        if self.record[column] is None:
-            raise self.error(f"{self.name(key)} is null", fix="fill it in, or remove the record")
-        return self.record[column]
+            raise self.error(f"missing {self.name(key)}", got=str(error), fix=fix) from None
+        if is_missing(value):
+            what = f"{self.name(key)} is {missing_name(value)}"
+            raise self.error(what, fix="fill it in, or remove the record")
+        return value
 
     def text(self, key: str) -> str:
         """Text that must not be blank."""
@@ -59,8 +64,8 @@ class Row:
 
     def optional(self, key: str) -> str:
         """Text that may be missing: null, blank and (unless ``fields`` names it) missing count as empty."""
-        is_missing = self.column(key) not in self.record and key not in self.fields
-        if is_missing or self.record.get(self.column(key), "") is None:
+        column = self.column(key)
+        if is_missing(self.record[column]) if column in self.record else key not in self.fields:
             return ""
         text = self.expect(str, self.value(key), what=self.name(key))
         return text if text.strip() else ""
@@ -120,6 +125,56 @@ class Row:
 
     def error(self, what: str, *, got: str = "", fix: str = "") -> DataError:
         return DataError(what, where=self.where, got=got, fix=fix)
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value is null, or what tables write in its place: NaN, and NA and NaT of pandas."""
+    if value is None or isinstance(value, str):
+        return value is None
+    return type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, Number) and value != value)
+
+
+def missing_name(value: Any) -> str:
+    """How a message calls a missing value."""
+    return "null" if value is None else "NaN" if isinstance(value, Number) else str(value)
+
+
+def look_up(record: Record, column: str) -> Any:
+    """The value of a column, or of a part of one: ``meta.title``, ``instances[0].output``.
+
+    A column of that very name comes first. Raises LookupError that says which part is missing.
+    """
+    if column in record:
+        return record[column]
+    value, path = record, ""
+    for step in STEP.findall(column) if PATH.fullmatch(column) else [column]:
+        name = step.strip(".[]")
+        if isinstance(value, Mapping) and name in value:
+            value = value[name]
+        elif isinstance(value, list) and step.startswith("[") and _is_index(name, len(value)):
+            value = value[int(name)]
+        elif not path:
+            hint = did_you_mean(name, [str(key) for key in record])
+            raise LookupError(f"keys {listed(record)}{hint}")
+        elif isinstance(value, Mapping):
+            hint = did_you_mean(name, [str(key) for key in value])
+            raise LookupError(f"{path} without {name!r}, with keys {listed(value)}{hint}")
+        else:
+            got = f"a list of {len(value)}" if isinstance(value, list) else kind_name(type(value))
+            raise LookupError(f"{path}, which is {got}, without {step!r}")
+        path += step
+    return value
+
+
+def root_column(record: Record, column: str) -> str:
+    """The column of the record that a name is of, or is a part of."""
+    if column in record or not PATH.fullmatch(column):
+        return column
+    return STEP.findall(column)[0]
+
+
+def _is_index(name: str, length: int) -> bool:
+    return re.fullmatch(r"-?\d+", name) is not None and -length <= int(name) < length
 
 
 def kind_name(kind: type) -> str:

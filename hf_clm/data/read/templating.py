@@ -4,11 +4,13 @@
                                                                       where a title spells it
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hf_clm.errors import DataError, did_you_mean
+from hf_clm.data.read.row import is_missing, look_up, missing_name
+from hf_clm.errors import DataError
 from hf_clm.schema import Document, Segment
 from hf_clm.template import Part, Template, split_template, to_cell
 
@@ -43,7 +45,7 @@ def to_template_prompt(record: Record, template: Template, *, where: str = "") -
     end = next(missing, columns[-1] + 1)
     kept = [_to_segment(part, cells, where=where) for part in parts[:end]]
     if end <= columns[0]:
-        raise _no_column(parts[columns[0]].text, cells, where=where)
+        _to_segment(parts[columns[0]], cells, where=where)  # raises
     return Document([replace(segment, weight=0.0) for segment in kept])
 
 
@@ -73,12 +75,16 @@ def _to_segment(part: Part, cells: Record, *, where: str, labels: Mapping[str, s
     text = part.text
     if not part.is_column:
         return Segment(text, weight=1.0, is_own=True)
-    if text not in cells:
-        raise _no_column(text, cells, where=where)
-    cell = cells[text]
-    if not isinstance(cell, str | int | float):
-        what = f"column {text!r}: expected text or a number"
-        raise DataError(what, where=where, got="null" if cell is None else type(cell).__name__)
+    try:
+        cell = look_up(cells, text)
+    except LookupError as error:
+        raise _no_column(text, error, where=where) from None
+    what = f"column {text!r}: expected text or a number"
+    if is_missing(cell) or not isinstance(cell, str | int | float):
+        got = missing_name(cell) if is_missing(cell) else type(cell).__name__
+        raise DataError(what, where=where, got=got)
+    if cell in (math.inf, -math.inf):
+        raise DataError(what, where=where, got=str(cell))
     word = to_cell(cell)
     if labels and word not in labels:
         fix = f"add it to the template's labels, which name {', '.join(map(repr, labels))}"
@@ -91,10 +97,12 @@ def _to_segment(part: Part, cells: Record, *, where: str, labels: Mapping[str, s
 
 
 def _has(cells: Record, column: str) -> bool:
-    return bool(to_cell(cells.get(column) or "").strip())
+    try:
+        cell = look_up(cells, column)
+    except LookupError:
+        return False
+    return not is_missing(cell) and bool(to_cell(cell or "").strip())
 
 
-def _no_column(column: str, cells: Record, *, where: str) -> DataError:
-    known = ", ".join(repr(name) for name in cells) or "none"
-    hint = did_you_mean(column, [str(name) for name in cells])
-    return DataError(f"the template names a column {column!r}", where=where, got=f"columns {known}{hint}")
+def _no_column(column: str, error: LookupError, *, where: str) -> DataError:
+    return DataError(f"the template names a column {column!r}", where=where, got=str(error))

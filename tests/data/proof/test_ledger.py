@@ -212,7 +212,7 @@ def test_packing_that_holds_each_row_as_often_as_it_was_drawn_is_accepted(pieces
     ],
 )
 def test_packing_that_loses_or_repeats_a_label_is_refused(pieces):
-    with pytest.raises(DataError, match="data.packing: packing holds [0-9] of 2 rows, or parts of some"):
+    with pytest.raises(DataError, match=r"data\.packing: packing holds [0-9] of 2 rows, or parts of some"):
         check_packing(with_pieces(packed_stream(), pieces))
 
 

@@ -4,6 +4,8 @@ import json
 import sys
 from typing import Any, cast
 
+import numpy as np
+import pandas
 import pytest
 from helpers import X, byte_tokenizer
 
@@ -592,7 +594,7 @@ def test_the_weight_of_a_record_multiplies_those_in_it(format, record, found, ke
 
 @pytest.mark.parametrize(
     ("value", "got"),
-    [(-1, "-1"), (float("nan"), "nan"), (float("inf"), "inf"), (True, "True"), ("1", "'1'")],
+    [(-1, "-1"), (float("inf"), "inf"), (True, "True"), ("1", "'1'")],
 )
 def test_a_weight_is_a_number_from_0_up(value, got):
     message = f"expected a number from 0 up; got {got}"
@@ -876,3 +878,104 @@ def test_a_fault_of_the_users_own_function_is_told_with_the_record(read, message
 def test_every_format_of_the_schema_has_its_function():
     names = "text prompt_completion instruct alpaca messages sharegpt segments tokenized"
     assert list(FORMATS) == list(Format.__args__) == names.split()
+
+
+@pytest.mark.parametrize("missing", [float("nan"), np.float32("nan"), pandas.NA, pandas.NaT])
+def test_what_tables_write_for_a_missing_value_is_refused_as_null_is(missing):
+    fix = "fix: fill it in, or remove the record"
+    record = {"prompt": "a", "completion": missing}
+    name = str(missing).replace("nan", "NaN")
+
+    assert refusal(record, "prompt_completion") == f"f.jsonl:7: key 'completion' is {name}; {fix}"
+    assert refusal({"text": "a", "weight": missing}, "text") == f"f.jsonl:7: key 'weight' is {name}; {fix}"
+    given = {"instruct": "a", "input": missing, "label": "b"}
+    assert to_example(given, format="instruct") == pair("a", "b")  # as with a null
+
+
+@pytest.mark.parametrize("column", ["inputs", "Input", "INPUT", "in_put", " input"])
+@pytest.mark.parametrize(
+    ("format", "record"),
+    [("instruct", {"instruct": "a", "label": "b"}), ("alpaca", {"instruction": "a", "output": "b"})],
+)
+def test_an_optional_key_in_another_spelling_is_refused(format, record, column):
+    fix = f"fix: rename it, or map it with fields: {{input: {column}}}"
+    message = f"f.jsonl:7: no key of the format is {column!r}; did you mean 'input'?; {fix}"
+
+    assert refusal({**record, column: "c"}, format) == message
+    with pytest.raises(DataError, match="did you mean 'input'"):
+        to_prompt({**record, column: "c"}, format=format)
+    for other in ({column: ""}, {column: None}, {column: "c", "input": "d"}):  # nothing is left out
+        to_example({**record, **other}, format=format)
+    mapped = to_example({**record, column: "c"}, format=format, fields={"input": column})
+    assert mapped == to_example({**record, "input": "c"}, format=format)
+
+
+@pytest.mark.parametrize(
+    ("format", "record", "fitting"),
+    [
+        ("instruct", {"instruction": "a", "input": "", "output": "b"}, "alpaca"),
+        ("alpaca", {"instruct": "a", "label": "b"}, "instruct"),
+        ("prompt_completion", {"messages": [USER, ASSISTANT]}, "messages"),
+        ("messages", {"conversations": [ASKS, SAYS]}, "sharegpt"),
+    ],
+)
+def test_keys_of_another_format_are_told_by_its_name(format, record, fitting):
+    fix = f"fix: format: {fitting}, which these keys fit; or name the columns with fields"
+
+    assert refusal(record, format).startswith(
+        f"f.jsonl:7: missing key '{FORMATS[format].required[0]}'; got keys"
+    )
+    assert refusal(record, format).endswith(fix)
+    with pytest.raises(DataError, match=f"format: {fitting}"):
+        to_prompt(record, format=format)
+
+
+def test_a_format_is_told_from_the_keys_that_fields_names():
+    fields = {"instruct": "Frage", "label": "Antwort"}
+    record = {"Frage": "2+2?", "Antwort": "4", "text": "other"}
+
+    assert detect_format(record, fields=fields) == "instruct"
+    assert check_same_schema(record, "f.jsonl:1", first={}, fields=fields) == "instruct"
+    assert (
+        detect_format({"prompt": "a", "answer": "b"}, fields={"completion": "answer"}) == "prompt_completion"
+    )
+    assert detect_format({"text": "a", "w": 2}, fields={"weight": "w"}) == "text"
+    with pytest.raises(RecipeError, match="fields: no format has all of the keys 'instrct', 'label'"):
+        detect_format(record, fields={"instrct": "Frage", "label": "Antwort"})
+    with pytest.raises(DataError, match="missing key 'Frage'; got keys 'Fragen'; did you mean 'Fragen'"):
+        to_example({"Fragen": "a"}, format=detect_format({"Fragen": "a"}, fields=fields), fields=fields)
+
+
+def test_fields_reach_into_nested_columns():
+    record = {"instruction": "add", "instances": [{"input": "2+2", "output": "4"}], "meta": {"id": 7}}
+    fields = {"input": "instances[0].input", "output": "instances[0].output"}
+
+    assert to_example(record, format="alpaca", fields=fields) == to_example(
+        {"instruction": "add", "input": "2+2", "output": "4"}, format="alpaca"
+    )
+    assert unknown_keys(record, "alpaca", fields=fields) == ["meta"]
+    turns = {"messages": [USER, ASSISTANT]}
+    fields = {"prompt": "messages[0].content", "completion": "messages[-1].content"}
+    assert to_example(turns, format="prompt_completion", fields=fields) == pair("2+2?", "4")
+    flat = {"a.b": "flat", "a": {"b": "nested"}}
+    assert to_example(flat, format="text", fields={"text": "a.b"}) == Document([T("flat")])
+
+
+@pytest.mark.parametrize(
+    ("column", "got"),
+    [
+        ("metta.title", "keys 'meta', 'tags'; did you mean 'meta'?"),
+        ("meta.titel", "meta without 'titel', with keys 'title'; did you mean 'title'?"),
+        ("tags[2]", "tags, which is a list of 2, without '[2]'"),
+        ("tags.first", "tags, which is a list of 2, without '.first'"),
+        ("meta.title.x", "meta.title, which is str, without '.x'"),
+    ],
+)
+def test_a_nested_column_that_is_not_there_names_the_part_that_is_missing(column, got):
+    record = {"meta": {"title": "t"}, "tags": ["a", "b"]}
+    fix = "fix: add it, or name its column: fields: {text: COLUMN}"
+
+    assert (
+        refusal(record, "text", fields={"text": column})
+        == f"f.jsonl:7: missing key {column!r}; got {got}; {fix}"
+    )

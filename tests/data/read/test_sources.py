@@ -1,17 +1,25 @@
 """Reading data files: what is accepted, and the message for what is not."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
+import pickle
+import sys
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import fsspec
 import huggingface_hub
 import pyarrow
 import pytest
+from fsspec.implementations.memory import MemoryFile
 from pyarrow import ipc, parquet
 
 from hf_clm.data.read.sources import ReadOptions, ReadReport, find_files, read_records
@@ -81,7 +89,9 @@ CONTENTS = {
 
 @pytest.mark.parametrize("name", CONTENTS)
 @pytest.mark.parametrize(
-    "compress", [("", bytes), (".gz", gzip.compress), (".zst", zst)], ids=["", "gz", "zst"]
+    "compress",
+    [("", bytes), (".gz", gzip.compress), (".zst", zst), (".xz", lzma.compress), (".bz2", bz2.compress)],
+    ids=["", "gz", "zst", "xz", "bz2"],
 )
 def test_every_file_type_gives_the_same_records_plain_and_compressed(name, compress):
     suffix, function = compress
@@ -197,12 +207,9 @@ def test_invalid_utf_8_names_the_line_in_the_other_text_files_too(name):
     )
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le"])
-def test_utf_16_is_recognised_with_and_without_a_byte_order_mark(encoding):
-    message = refusal(write("a.jsonl", '{"a": "one"}\n'.encode(encoding)))
-    assert message.startswith("a.jsonl:1: ") and message.endswith(
-        "it looks like utf-16: iconv -f utf-16 -t UTF-8"
-    )
+def test_utf_16_without_a_byte_order_mark_is_recognised():
+    message = refusal(write("a.jsonl", '{"a": "one"}\n'.encode("utf-16-le")))
+    assert message.startswith("a.jsonl:1: ") and message.endswith("iconv -f utf-16 -t UTF-8")
 
 
 def test_a_last_line_that_is_cut_off_is_refused_with_its_number_or_skipped():
@@ -295,12 +302,13 @@ def test_a_nul_character_is_counted_or_refused():
         ("a,b\n1,2\n\n3,4,5\n", "a.csv:4: expected 2 cells, as in the header; got 3"),
         ("a,b,a\n1,2,3\n", "a.csv:1: 2 column(s) of the name 'a'; fix: give each column a name of its own"),
         ("a, \n1,2\n", "a.csv:1: 1 column(s) of the name ' '; fix: give each column a name of its own"),
-        ('a,b\n1,"2\n3,4\n', "a.csv:3: not a valid table: unexpected end of data; fix: check the quotes"),
-        ('a,b\n1,"2"x\n', "a.csv:2: not a valid table: ',' expected after '\"'; fix: check the quotes"),
+        ('a,b\n1,"2\n3,4\n', "a.csv:3: not a valid table: unexpected end of data; fix: {QUOTES}"),
+        ('a,b\n1,"2"x\n', "a.csv:2: not a valid table: ',' expected after '\"'; fix: {QUOTES}"),
     ],
 )
 def test_a_bad_table_is_refused_with_its_line(content, message):
-    assert refusal(write("a.csv", content)) == message
+    quotes = "check the quotes, or quoting: none where they are letters"
+    assert refusal(write("a.csv", content)) == message.replace("{QUOTES}", quotes)
 
 
 def test_rows_with_too_many_or_few_cells_can_be_skipped():
@@ -328,7 +336,7 @@ def test_a_damaged_file_is_named(name, damage):
         "file.arrow": CONTENTS["file.arrow"],
         "stream.arrow": CONTENTS["stream.arrow"],
     }[name]
-    message = refusal(write(name, whole[: len(whole) // 2] if damage == "cut off" else LINES))
+    message = refusal(write(name, whole[: len(whole) // 2] if damage == "cut off" else b"\0" + LINES))
     assert message.startswith(f"{name}: damaged, cut off, or not of the type it is named as; got ")
     assert "\n" not in message
 
@@ -372,11 +380,11 @@ def test_a_folder_without_data_lists_what_was_found():
     assert refusal("d") == (
         "d: no data file in this folder; got README.md, sub/a.docx, 2 files in all; "
         "fix: known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .txt, "
-        "each also with .gz or .zst"
+        ".md, .markdown, .rst, each also with .gz, .zst, .xz or .bz2"
     )
 
 
-@pytest.mark.parametrize("name", ["a.docx", "a", "a.gz", "a.JSONL.bz2"])
+@pytest.mark.parametrize("name", ["a.docx", "a", "a.gz", "a.JSONL.lz4"])
 def test_an_unknown_file_type_lists_the_known_ones(name):
     message = refusal(write(name, "x"))
     assert message.startswith(f"{name}: unknown file type; got ") and "known are .jsonl, .ndjson," in message
@@ -392,7 +400,6 @@ def test_a_suffix_in_capital_letters_is_known():
         ("d/poem.jsonl", "d/poem.jsonl: no such file; did you mean 'poems.jsonl'?"),
         ("./poems", "./poems: no such file"),
         ("/nowhere/x/y", "/nowhere/x/y: no such file"),
-        ("https://example.com/a.jsonl", "https://example.com/a.jsonl: no such file"),
         ("d/*.csv", "d/*.csv: no file matches"),
         ("not a name", "not a name: no such file"),
     ],
@@ -497,3 +504,182 @@ def test_a_hub_dataset_is_read_with_its_split_configuration_and_revision(monkeyp
     ]
     assert asked == [(("org/poems", "zh"), {"split": "test", "revision": "abc"})]
     assert (report.files, report.records) == (["org/poems"], 2)
+
+
+def test_a_quote_in_a_tsv_is_a_letter():
+    content = '1\t"He left early.\tHe left.\n0\tShe said no"\tIt rained.\n1\tAll well\tAll good\n'
+    records, report = read(write("a.tsv", "label\ta\tb\n" + content))
+
+    assert [record["a"] for record in records] == ['"He left early.', 'She said no"', "All well"]
+    assert report.notes == []
+
+
+def test_quoting_chooses_the_other_convention_and_is_advised():
+    records, report = read(write("a.tsv", 'a\tb\n1\t"He said ""no"""\n'))
+    assert records == [{"a": "1", "b": '"He said ""no"""'}]
+    assert report.notes == [
+        "a.tsv: 1 records with a cell in quotes, which were read as part of the text; "
+        "if they are not, set quoting: csv on the source"
+    ]
+    assert read("a.tsv", quoting="csv")[0] == [{"a": "1", "b": 'He said "no"'}]
+    assert read(write("a.csv", 'a,b\n1,"x\n'), quoting="none")[0] == [{"a": "1", "b": '"x'}]
+    assert refusal(write("a.tsv", 'a\tb\n1\t"two\nlines"\n')) == (
+        "a.tsv:3: expected 2 cells, as in the header; got 1; fix: quoting: csv, if quotes enclose the cells"
+    )
+    assert read("a.tsv", quoting="csv")[0] == [{"a": "1", "b": "two\nlines"}]
+
+
+@pytest.mark.parametrize("mark", ["sep=;\n", "\ufeffsep=;\r\n", '"sep=;"\n', "SEP=;\n"])
+def test_the_line_in_which_excel_names_the_separator_is_honoured(mark):
+    assert read(write("a.csv", mark + 'a;b\n1,5;"x;y"\n'))[0] == [{"a": "1,5", "b": "x;y"}]
+    assert refusal(write("a.csv", mark + "a;b\n1\n")).startswith("a.csv:3: expected 2 cells")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "a;b\n1;2\n", "a single column, whose name holds ';'; got 'a;b'; fix: write it with ','"),
+        ("a.csv", "a\tb\n1\t2\n", "a single column, whose name holds '\\t'; got 'a\\tb'; fix: name it .tsv"),
+        ("a.tsv", "a,b\n1,2\n", "a single column, whose name holds ','; got 'a,b'; fix: write it with"),
+        ("a.csv", ",a\n0,x\n", "the first column has no name; fix: leave out pandas' index (to_csv("),
+        ("a.csv", "a,b\r1,2\r", "not a valid table: new-line character seen in unquoted field"),
+    ],
+)  # fmt: skip
+def test_a_table_that_was_written_in_another_way_names_the_cause(name, content, message):
+    assert refusal(write(name, content)).startswith(f"{name}:1: {message}")
+
+
+def test_a_named_index_of_pandas_is_noted():
+    records, report = read(write("a.csv", "Unnamed: 0,text\n0,x\n"))
+    assert records == [{"Unnamed: 0": "0", "text": "x"}]
+    assert report.notes == [
+        "a.csv: column 'Unnamed: 0' is an index of pandas, which to_csv(..., index=False) leaves out"
+    ]
+
+
+def test_lines_that_end_in_a_carriage_return_alone_are_told_or_read():
+    fix = "its lines end in a carriage return alone: tr '\\r' '\\n' < FILE > NEW_FILE"
+
+    assert refusal(write("a.jsonl", '{"a": 1}\r{"a": 2}\r')).endswith(fix)
+    assert refusal("a.jsonl", max_line_bytes=12).endswith(fix)
+    assert refusal(write("a.csv", "a,b\r1,2\r")).endswith(fix)
+    assert read(write("a.txt", "one\rtwo\r"))[0] == [{"text": "one\ntwo\n"}]
+
+
+def zipped(name: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, "x" * 100)
+    return buffer.getvalue()
+
+
+def tarred() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.jsonl"))
+    return buffer.getvalue()
+
+
+OTHER_KINDS = {
+    "gzip": (gzip.compress(LINES), "rename it to a.jsonl.gz"),
+    "zstd": (zst(LINES), "rename it to a.jsonl.zst"),
+    "xz": (lzma.compress(LINES), "rename it to a.jsonl.xz"),
+    "bzip2": (bz2.compress(LINES), "rename it to a.jsonl.bz2"),
+    "a Parquet file": (CONTENTS["a.parquet"], "rename it to a.parquet"),
+    "an Arrow file": (CONTENTS["file.arrow"], "rename it to a.arrow"),
+    "an Excel or other Office file": (
+        zipped("[Content_Types].xml"),
+        "save it as .csv, .jsonl or .parquet",
+    ),
+    "a zip archive": (zipped("a.jsonl"), "unpack it"),
+    "a tar archive": (tarred(), "unpack it"),
+    "a Python pickle": (pickle.dumps({"a": 1}), "save it as .csv, .jsonl or .parquet"),
+    "a PDF": (b"%PDF-1.7\n", "extract its text into a .txt file"),
+    "an SQLite database": (b"SQLite format 3\0", "export the table as .csv"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_the_first_bytes_tell_what_a_file_is_under_another_name(kind):
+    content, fix = OTHER_KINDS[kind]
+
+    assert refusal(write("a.jsonl", content)) == f"a.jsonl: {kind}, not .jsonl; fix: {fix}"
+    assert refusal(write("a.csv", content)).startswith(f"a.csv: {kind}, not .csv; fix: ")
+    assert refusal(write("a.txt.gz", gzip.compress(content))).startswith(f"a.txt.gz: {kind}, not .txt; fix: ")
+    assert refusal(write("part-00001", content)).startswith(
+        f"part-00001: unknown file type '': it is {kind}; fix: "
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt", "a.parquet", "a"])
+def test_text_with_the_byte_order_mark_of_another_encoding_is_told(name, encoding):
+    message = f"{name}: {encoding.upper()} text, not UTF-8; fix: iconv -f {encoding.upper()} -t UTF-8"
+    assert refusal(write(name, "text\n".encode(encoding))) == message
+
+
+def test_a_file_that_was_decompressed_under_its_name_is_told():
+    message = "a.jsonl.gz: not compressed, although it is named .gz; fix: remove .gz"
+    assert refusal(write("a.jsonl.gz", LINES)) == message
+
+
+@pytest.mark.parametrize("url", ["memory://d", "memory://d/", "memory://d/*"])
+def test_files_elsewhere_are_read_by_their_urls(url):
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    for name, content in CONTENTS.items():
+        fs.pipe(f"/d/{name}", content)
+    fs.pipe("/d/b.jsonl.gz", gzip.compress(LINES))
+    records, report = read(url)
+
+    assert len(records) == 2 * (len(CONTENTS) + 1)
+    assert report.files[0].endswith("/d/a.csv") and report.files[0].startswith("memory://")
+    assert read("memory://d/b.jsonl.gz")[0] == [{"text": "one"}, {"text": "zwei €"}]
+    assert places("memory://d/b.jsonl.gz")[1] == "memory://d/b.jsonl.gz:2"
+    with pytest.raises(DataError, match=r"^memory://d/no.jsonl: no such file; fix: check the URL$"):
+        read("memory://d/no.jsonl")
+    with pytest.raises(DataError, match=r"^memory://d/\*.rst: no file matches; fix: check the URL$"):
+        read("memory://d/*.rst")
+    with pytest.raises(DataError, match=r"not a URL that can be read; got Protocol not known: nowhere"):
+        read("nowhere://a.jsonl")
+
+
+def test_a_url_whose_package_is_not_installed_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    with pytest.raises(EnvironmentFault, match=r"^abfs://b/a.jsonl: .*; fix: pip install adlfs$"):
+        read("abfs://b/a.jsonl")
+
+
+def test_a_service_that_cannot_be_reached_is_a_fault_of_the_environment(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("Unable to locate credentials\nmore")
+
+    fsspec.filesystem("memory").pipe("/d/a.jsonl", LINES)
+    monkeypatch.setattr(MemoryFile, "read", refuse)
+    message = "^memory://d/a.jsonl: cannot be read; got Unable to locate credentials; fix: check the network"
+    with pytest.raises(EnvironmentFault, match=message):
+        read("memory://d/a.jsonl")
+
+
+def test_files_in_a_bucket_are_read_through_s3fs(monkeypatch):
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    s3fs = pytest.importorskip("s3fs")
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "none")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fs = s3fs.S3FileSystem()
+        fs.mkdir("poems")
+        for name, content in CONTENTS.items():
+            fs.pipe(f"poems/d/{name}", content)
+        assert len(read("s3://poems/d")[0]) == 2 * len(CONTENTS)
+        assert read("s3://poems/d/*.jsonl")[1].files == ["s3://poems/d/a.jsonl"]
+        with pytest.raises(DataError, match=r"^s3://poems/no.jsonl: no such file"):
+            read("s3://poems/no.jsonl")
+        with pytest.raises(UserError, match=r"^s3://nowhere/no.jsonl: "):
+            read("s3://nowhere/no.jsonl")
+    finally:
+        server.stop()

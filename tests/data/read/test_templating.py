@@ -1,5 +1,6 @@
 """Records through a template: T is learned, R is read; <sep> is a token where the template writes it."""
 
+import pandas
 import pytest
 from helpers import EOS, X, build_recipe, byte_tokenizer, read_split, shown, write_jsonl
 
@@ -57,7 +58,7 @@ def test_a_label_is_found_whether_the_file_gives_a_number_or_text(label):
         (
             {"a": "x", "bb": "y", "label": "1"},
             "pairs.csv:9: the template names a column 'b'; "
-            "got columns 'a', 'bb', 'label'; did you mean 'bb'?",
+            "got keys 'a', 'bb', 'label'; did you mean 'bb'?",
         ),
         (
             {"a": "x", "b": "y", "label": "2"},
@@ -65,6 +66,12 @@ def test_a_label_is_found_whether_the_file_gives_a_number_or_text(label):
             "fix: add it to the template's labels, which name '0', '1'",
         ),
         ({"a": "x", "b": None, "label": "1"}, "pairs.csv:9: column 'b': expected text or a number; got null"),
+        ({"a": "x", "b": float("nan"), "label": "1"},
+         "pairs.csv:9: column 'b': expected text or a number; got NaN"),
+        ({"a": "x", "b": float("inf"), "label": "1"},
+         "pairs.csv:9: column 'b': expected text or a number; got inf"),
+        ({"a": "x", "b": pandas.NA, "label": "1"},
+         "pairs.csv:9: column 'b': expected text or a number; got <NA>"),
         ({"a": " ", "b": "y", "label": "1"},
          "pairs.csv:9: column 'a' is empty; got ' '; fix: fill it in, or remove the record"),
     ],
@@ -159,7 +166,7 @@ def test_words_of_the_command_line_are_the_first_columns():
     with pytest.raises(DataError) as error:
         to_template_words("x", PAIR)
 
-    assert str(error.value) == "--prompt: the template names a column 'b'; got columns 'a'"
+    assert str(error.value) == "--prompt: the template names a column 'b'; got keys 'a'"
 
 
 def test_a_text_alone_has_a_title_and_a_content():
@@ -261,3 +268,28 @@ def test_texts_and_chats_have_no_such_template():
     assert plain_template("messages", None, starts=False) is None
     assert plain_template("template", ESSAY, starts=False) is None
     assert not is_plain(byte_tokenizer())
+
+
+def test_a_template_reaches_into_nested_columns():
+    template = Template(prompt="{instruction}: {instances[0].input}", completion="{instances[0].output}")
+    record = {"instruction": "add", "instances": [{"input": "2+2", "output": "4"}]}
+
+    assert list(to_template_example(record, template).texts) == ["add", ": ", "2+2", "4"]
+    assert list(to_template_example({"a.b": "flat", "a": {"b": "x"}}, Template(text="{a.b}")).texts) == [
+        "flat"
+    ]
+    with pytest.raises(DataError) as error:
+        to_template_example({**record, "instances": [{"input": "2+2"}]}, template, where="f:1")
+    assert str(error.value) == (
+        "f:1: the template names a column 'instances[0].output'; "
+        "got instances[0] without 'output', with keys 'input'"
+    )
+    with pytest.raises(DataError, match=r"got instances, which is a list of 0, without '\[0\]'"):
+        to_template_prompt({**record, "instances": []}, template)
+
+
+def test_a_text_ends_before_its_first_column_with_a_missing_number():
+    assert list(to_template_prompt({"a": "x", "b": float("nan")}, Template(text="{a} {b}")).texts) == [
+        "x",
+        " ",
+    ]

@@ -1,0 +1,250 @@
+"""A file, here or on another machine, as a decompressed stream; what is no data of its type is told apart.
+
+poems.jsonl.gz, s3://bucket/poems.jsonl.gz -> bytes -> first bytes checked -> decompressed -> checked again
+"""
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any, NamedTuple, cast
+
+from typing_extensions import Buffer
+
+from hf_clm.data.read.readers import (
+    COMPRESSED,
+    KNOWN_TYPES,
+    READERS,
+    ReadOptions,
+    ReadReport,
+    Stream,
+    compression,
+    first_line,
+    suffix,
+)
+from hf_clm.errors import DataError, EnvironmentFault, UserError
+
+
+class Kind(NamedTuple):
+    """What the first bytes of a file tell: it belongs under ``ending``, or ``fix`` says what to do."""
+
+    head: re.Pattern[bytes]
+    name: str
+    ending: str = ""
+    fix: str = ""
+
+
+def _kind(head: bytes, name: str, *, ending: str = "", fix: str = "") -> Kind:
+    return Kind(re.compile(head, re.DOTALL), name, ending, fix)
+
+
+SAVE_TABLE = "save it as .csv, .jsonl or .parquet"
+UNPACK = "unpack it"
+HTML = rb"(\xef\xbb\xbf)?\s*<(?i:!doctype html|html)"
+KINDS = (
+    _kind(rb"version https://git-lfs", "a Git-LFS pointer, not the data", fix="run git lfs pull"),
+    _kind(HTML, "an HTML page, not data", fix="download the raw file"),
+    _kind(rb"\x1f\x8b\x08", "gzip", ending=".gz"),
+    _kind(rb"\x28\xb5\x2f\xfd", "zstd", ending=".zst"),
+    _kind(rb"\xfd7zXZ\0", "xz", ending=".xz"),
+    _kind(rb"BZh[1-9](1AY&SY|\x17\x72\x45)", "bzip2", ending=".bz2"),
+    _kind(rb"\x04\x22\x4d\x18", "lz4", fix="decompress it"),
+    _kind(rb"PAR1[^ -~]", "a Parquet file", ending=".parquet"),
+    _kind(rb"ARROW1\0\0|\xff\xff\xff\xff.{4}", "an Arrow file", ending=".arrow"),
+    _kind(rb"FEA1\0", "a Feather file of version 1", fix=SAVE_TABLE),
+    _kind(rb"PK\x03\x04.{0,4000}?(xl/|word/|ppt/)", "an Excel or other Office file", fix=SAVE_TABLE),
+    _kind(rb"PK\x03\x04.{26,300}\[Content_Types\]", "an Excel or other Office file", fix=SAVE_TABLE),
+    _kind(rb"PK[\x03\x05]", "a zip archive", fix=UNPACK),
+    _kind(rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel or Word file", fix=SAVE_TABLE),
+    _kind(rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07", "an archive", fix=UNPACK),
+    _kind(rb".{257}ustar", "a tar archive", fix=UNPACK),
+    _kind(rb"\x80[\x02-\x05]", "a Python pickle", fix=SAVE_TABLE),
+    _kind(rb"\x93NUMPY", "a NumPy array", fix=SAVE_TABLE),
+    _kind(rb"\x89HDF\r\n", "an HDF5 file", fix=SAVE_TABLE),
+    _kind(rb"SQLite format 3\0", "an SQLite database", fix="export the table as .csv"),
+    _kind(rb"Obj\x01|ORC[\0-\x1f]", "an Avro or ORC file", fix=SAVE_TABLE),
+    _kind(rb"%PDF-", "a PDF", fix="extract its text into a .txt file"),
+    _kind(rb"\{\\rtf", "an RTF document", fix="save it as plain text"),
+    _kind(rb"\x89PNG|\xff\xd8\xff|GIF8[79]a", "an image", fix="remove it"),
+    _kind(rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32 text, not UTF-8", fix="iconv -f UTF-32 -t UTF-8"),
+    _kind(rb"\xff\xfe|\xfe\xff", "UTF-16 text, not UTF-8", fix="iconv -f UTF-16 -t UTF-8"),
+)
+BINARY = re.compile(rb"[\x00-\x08\x0e-\x1f]")
+HEAD_BYTES = 1 << 13  # what a buffered reader holds at once; a zip file names its first member in it
+DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    ".zst": lambda raw: _open_zstd(raw),  # pyarrow is imported where it is needed
+    ".xz": lzma.open,
+    ".bz2": bz2.open,
+}
+
+
+@contextmanager
+def open_stream(file: str, options: ReadOptions, *, report: ReadReport) -> Iterator[Stream]:
+    """Opens a file of a known type and decompresses it; what goes wrong with it is an error that names it."""
+    with naming(file), open_raw(file) as raw:
+        packed, ending = compression(file), suffix(file)
+        _refuse(raw.peek(HEAD_BYTES), file, ending=packed or ending)
+        if ending not in READERS:
+            raise DataError("unknown file type", where=file, got=repr(ending), fix=KNOWN_TYPES)
+        if not packed:
+            has_columns = ending in (".parquet", ".arrow")
+            yield Stream(file, raw if not has_columns or _can_seek(raw) else _held(raw), options, report)
+            return
+        with io.BufferedReader(DECOMPRESSORS[packed](raw)) as stream:
+            _refuse(stream.peek(HEAD_BYTES), file, ending=ending)
+            yield Stream(file, _held(stream) if ending in (".parquet", ".arrow") else stream, options, report)
+
+
+@contextmanager
+def open_raw(file: str) -> Iterator[io.BufferedReader]:
+    """Opens a file as it is stored, here or, by its URL, elsewhere."""
+    if not is_remote(file):
+        with open(file, "rb") as raw:
+            yield raw
+        return
+    fs, path = open_filesystem(file)
+    with naming_remote(file):
+        remote = cast(io.RawIOBase, _Remote(fs.open(path, "rb"), file))
+    with io.BufferedReader(remote, buffer_size=HEAD_BYTES) as raw:
+        yield cast(Any, raw)
+
+
+def file_size(file: str) -> int:
+    """The stored bytes of a file, here or elsewhere; 0 where its server does not say."""
+    if not is_remote(file):
+        return os.path.getsize(file)
+    fs, path = open_filesystem(file)
+    with naming_remote(file):
+        return int(fs.size(path) or 0)
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL such as ``s3://bucket/poems.jsonl``."""
+    return "://" in path
+
+
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it."""
+    from fsspec.core import url_to_fs
+
+    with naming_remote(url):
+        return url_to_fs(url)
+
+
+@contextmanager
+def naming_remote(url: str) -> Iterator[None]:
+    """Turns what a file system elsewhere raises into an error that names the URL."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as error:
+        package = getattr(error.__cause__, "name", None) or error.name or ""
+        fix = f"pip install {package}"
+        raise EnvironmentFault("cannot be read without another package", where=url, fix=fix) from error
+    except FileNotFoundError as error:
+        if isinstance(error.__cause__, OSError):  # aiohttp: no connection
+            raise _unreachable(url, error.__cause__) from error
+        raise DataError("no such file", where=url, fix="check the URL") from error
+    except ValueError as error:
+        raise DataError("not a URL that can be read", where=url, got=first_line(error)) from error
+    except Exception as error:  # each service raises errors of its own
+        raise _unreachable(url, error) from error
+
+
+def _unreachable(url: str, error: Exception) -> EnvironmentFault:
+    fix = "check the network, the credentials and the permissions"
+    return EnvironmentFault("cannot be read", where=url, got=first_line(error), fix=fix)
+
+
+class _Remote(io.RawIOBase):
+    """A file of fsspec as a raw stream; a read that fails names the URL."""
+
+    def __init__(self, file: Any, url: str):
+        self.file, self.url = file, url
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self.file.seekable()
+
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer)
+        with naming_remote(self.url):
+            data = self.file.read(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def _held(stream: io.BufferedReader) -> io.BufferedReader:
+    """All of a stream, in memory: columns are read from the end of a file."""
+    return io.BufferedReader(cast(io.RawIOBase, io.BytesIO(stream.read())))
+
+
+def _can_seek(raw: io.BufferedReader) -> bool:
+    """Whether columns can be read where they lie: a web server may give a file from its start only."""
+    try:
+        raw.seek(0, os.SEEK_END)
+        raw.seek(0)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def _open_zstd(raw: IO[bytes]) -> Any:
+    import pyarrow  # and not zstandard, which takes a file that is cut off for a complete one
+
+    return pyarrow.CompressedInputStream(cast(Any, raw), "zstd")
+
+
+@contextmanager
+def naming(file: str) -> Iterator[None]:
+    """Turns what the system, a decompressor or pyarrow raises into an error that names the file."""
+    try:
+        yield
+    except (ValueError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise EnvironmentFault("cannot be read", where=file, got=str(error.strerror)) from error
+        what, fix = "damaged, cut off, or not of the type it is named as", "fetch or write it again"
+        raise DataError(what, where=file, got=first_line(error), fix=fix) from error
+
+
+def _refuse(head: bytes, file: str, *, ending: str) -> None:
+    """Raises for first bytes that are of another kind than ``ending``, the one the file is opened by."""
+    kind = next((kind for kind in KINDS if kind.head.match(head)), None)
+    if kind is not None and not (kind.ending and kind.ending == ending):
+        what = kind.name
+        if ", not " not in what:
+            is_known = ending in READERS or ending in COMPRESSED
+            what = f"{what}, not {ending}" if is_known else f"unknown file type {ending!r}: it is {what}"
+        raise DataError(what, where=file, fix=kind.fix or _new_name(file, kind.ending))
+    is_packed = ending in COMPRESSED and suffix(file) in READERS
+    if kind is None and is_packed and head and not BINARY.search(head):
+        raise DataError(f"not compressed, although it is named {ending}", where=file, fix=f"remove {ending}")
+
+
+def _new_name(file: str, ending: str) -> str:
+    """``rename it to poems.jsonl.gz``."""
+    name, packed = os.path.basename(file), compression(file)
+    if ending not in COMPRESSED:
+        return f"rename it to {os.path.splitext(name[: len(name) - len(packed)])[0]}{ending}"
+    if packed:  # by another program, or twice
+        return f"decompress it, or rename it to {name[: -len(packed)]}{ending}"
+    return f"rename it to {name}{ending}" if suffix(file) else f"rename it, such as {name}.jsonl{ending}"
