@@ -36,7 +36,7 @@ from hf_clm.data.prepared.store import (
     write_pieces,
 )
 from hf_clm.data.prepared.tables import DUPLICATE, StoredLedger, StoredRows, TableWriter, write_dict
-from hf_clm.data.proof.ledger import Leakage, are_among
+from hf_clm.data.proof.leakage import Leakage, are_among
 from hf_clm.data.proof.proof import Proof, prove_split
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import Examples
