@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 from unittest.mock import patch
 
@@ -203,8 +204,9 @@ def prove_records(
         content["eval"] = [write_jsonl(folder / "b.jsonl", evaluation)]
     sections = {"stage": "sft", "model": {"name_or_path": "m"}, "train": {"output_dir": "run"}}
     recipe = Recipe.model_validate({**sections, "data": content})
-    write_prepared(folder / "prepared", recipe, byte_tokenizer(), seed=0)
-    index = read_index(folder / "prepared")
+    place = Path(mkdtemp(dir=folder)) / "prepared"
+    write_prepared(place, recipe, byte_tokenizer(), seed=0)
+    index = read_index(place)
     assert index is not None
     return Proof(index["proof"]["facts"], index["proof"]["lines"])
 

@@ -5,6 +5,7 @@ content of data, tokenizer and options -> key -> folder    there: opened     not
 
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -24,12 +25,17 @@ from hf_clm.data.proof.ledger import Entered, write_ledger
 from hf_clm.data.proof.proof import Proof, prove_mix
 from hf_clm.data.split import Split, mix_splits
 from hf_clm.errors import EnvironmentFault, RecipeError
-from hf_clm.parts import build_model_config, build_tokenizer_aside, settle_render, training_arguments
+from hf_clm.parts import (
+    PREPARED,
+    build_model_config,
+    build_tokenizer_aside,
+    settle_render,
+    training_arguments,
+)
 from hf_clm.training.faults import require_others
 
 POLL_SECONDS = 0.2
 SHOWN_LETTERS = 12  # of a key
-ASIDE = ".prepared"  # in the output folder: a set that cannot be kept in the cache
 STREAMED = (
     f"stream    read while it trains; checked before: the first {STREAM_HEAD:,} documents of each source"
 )
@@ -68,7 +74,7 @@ def prepare(
     be written, or another process that has ended.
     """
     started = time.monotonic()
-    aside = Path(str(arguments.output_dir)) / ASIDE
+    aside = Path(str(arguments.output_dir)) / PREPARED
     (launch,) = broadcast_object_list([uuid4().hex])  # of this start of a run, on all its processes
     place = find_place(recipe, tokenizer, seed=arguments.seed, aside=aside, launch=launch)
     stored = open_place(place, recipe)
@@ -78,7 +84,13 @@ def prepare(
         stored = open_place(place, recipe)
     if stored is None and arguments.local_process_index == 0:
         known = {"seed": arguments.seed, "make_blocks": make_blocks}
-        write_prepared(place.folder, to_head(recipe), tokenizer, **known)
+        try:
+            write_prepared(place.folder, to_head(recipe), tokenizer, **known)
+        except BaseException:  # a run that is refused leaves no folder
+            for folder in (aside, aside.parent):
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
     while stored is None:
         stored = open_place(place, recipe)
         if stored is None:

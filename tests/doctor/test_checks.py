@@ -402,6 +402,6 @@ def test_before_training_warnings_are_lines():
 def test_the_stop_token_of_a_chat_counts_as_learned():
     facts = build_facts(CHAT, tokenizer=chat_tokenizer())
 
-    assert IM_END in facts.train.rows.rows.labels
-    assert EOS not in facts.train.rows.rows.labels
+    labels = facts.train.label_counts
+    assert labels[IM_END] and not labels[EOS]
     assert checks.check_stop_is_learned(facts) == Ok("1 stop tokens among the labels")
