@@ -9,6 +9,7 @@ decide is decided by a few bytes of each record.
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import Examples
 from hf_clm.data.split import check_dropped, pack_rows
 from hf_clm.schema import AnyExample
+from hf_clm.tokenizer import fix_date
 
 PARTS = "parts"  # in the folder, while it is made
 
@@ -59,12 +61,14 @@ def write_prepared(
     tokenizer: PreTrainedTokenizerFast,
     *,
     seed: int,
+    date: str = "",
     make_blocks: MakeBlocks = in_turn,
 ) -> None:
     """Prepares, proves and keeps the data of a recipe in a folder of its own.
 
     Args:
         seed: decides what is held out.
+        date: what a chat template that prints today's date prints.
         make_blocks: where the blocks are made.
 
     Raises DataError for data that cannot be read or are not proved, EnvironmentFault for a folder that cannot
@@ -73,15 +77,18 @@ def write_prepared(
 
     def fill(partial: Path) -> dict[str, Any]:
         sets = open_sets(recipe.data)
-        maker = BlockMaker(recipe, tokenizer, digests=needed_digests(recipe.data))
+        dated = copy(tokenizer)
+        if date:
+            fix_date(dated, date)
+        maker = BlockMaker(recipe, dated, digests=needed_digests(recipe.data))
         parts = {}
         for name in sorted(sets):  # eval first: it is short, and what is wrong with it is known early
             blocks = make_blocks(maker, sets[name].blocks)
             parts[name] = write_part(partial / PARTS / name, sets[name], blocks, data=recipe.data)
             check_read(parts[name], recipe.data)
-        content = divide(partial, parts, recipe, tokenizer=tokenizer, seed=seed)
+        content = divide(partial, parts, recipe, tokenizer=dated, seed=seed)
         shutil.rmtree(partial / PARTS)
-        return content
+        return {**content, "date": date}
 
     keep_folder(folder, fill)
 
