@@ -55,7 +55,8 @@ def part_alone(data: Data) -> dict[str, RawSet] | None:
     for name, part in zip(("train", "eval"), parts or [], strict=False):
         chunk = Chunk(report.files[0], 0, 0, [(read.places[0], part)])
         block = replace(blocks[0], split=name, chunks=[chunk], formats=read.formats)
-        found[name] = RawSet(name, iter([block]), report)
+        own = report if name == "train" else ReadReport(report.files)  # what was read is told once
+        found[name] = RawSet(name, iter([block]), own)
     return found or None
 
 
