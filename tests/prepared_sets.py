@@ -22,7 +22,8 @@ SECONDS = re.compile(r"\(\d+\.\d s, ")
 def recipe_of(files: Any, *, stage: str = "sft", **data: Any) -> Recipe:
     """A recipe over files, without a model; everything may be dropped and leak."""
     limits = {"max_length": 64, "max_dropped": 1.0, "max_leakage": 1.0, "cache_dir": "cache"}
-    sections = {"stage": stage, "model": {"name_or_path": "m"}, "train": {"output_dir": "run"}}
+    train = {"output_dir": "run", "max_steps": 1}
+    sections = {"stage": stage, "model": {"name_or_path": "m"}, "train": train}
     return Recipe.model_validate({**sections, "data": {"train": files, **limits, **data}})
 
 

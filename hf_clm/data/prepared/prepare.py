@@ -103,7 +103,8 @@ def divide(
 ) -> dict[str, Any]:
     """Writes the splits that the parts make, and proves them; returns the content of ``prepared.json``."""
     selections = select({name: part.candidates for name, part in parts.items()}, recipe.data, seed=seed)
-    files = [file for name in ("train", "eval") if name in parts for file in parts[name].report.files]
+    read = ("train", "eval") if recipe.data.eval else ("train",)  # a single text that was parted is one file
+    files = [file for name in read for file in parts[name].report.files]
     index: dict[str, Any] = {"files": files, "splits": {}}
     for name, selection in selections.items():
         part = parts[selection.of]
