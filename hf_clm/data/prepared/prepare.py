@@ -35,7 +35,7 @@ from hf_clm.data.prepared.store import (
     split_json,
     write_pieces,
 )
-from hf_clm.data.prepared.tables import DUPLICATE, StoredLedger, StoredRows, TableWriter, write_dict
+from hf_clm.data.prepared.tables import DUPLICATE, OF, StoredLedger, StoredRows, TableWriter, write_dict
 from hf_clm.data.proof.ledger import Leakage, are_among
 from hf_clm.data.proof.proof import Proof, prove_split
 from hf_clm.data.read.readers import ReadReport
@@ -164,7 +164,7 @@ def _with_duplicates(lines: pyarrow.RecordBatch, earlier: Mapping[int, str]) -> 
         return lines
     columns = lines.to_pydict()
     for number, place in earlier.items():
-        columns["fate"][number], columns["reason"][number] = DUPLICATE, f"of {place}"
+        columns["fate"][number], columns["reason"][number] = DUPLICATE, OF + place
         for count in ("kept_tokens", "kept_targets", "rows", "proved_rows"):
             columns[count][number] = 0
     return pyarrow.RecordBatch.from_pydict(columns, schema=LEDGER_SCHEMA)

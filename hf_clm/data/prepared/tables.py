@@ -30,6 +30,7 @@ from hf_clm.schema import TokenizedExample
 
 FATE = ("fate", "reason", "cut_tokens", "tokens", "target_tokens")
 DUPLICATE = "duplicate"  # the fate of a record that equals an earlier one
+OF = "of "  # its reason: "of a.jsonl:1"
 ENDS_BYTES = 1 << 20  # of a table, by which it is told from others
 LISTED = 1 << 13  # lines of a ledger in memory at once
 DATA, STATE, INFO, DICT = (
@@ -267,11 +268,13 @@ class StoredRows:
 
 @dataclass(frozen=True)
 class _Renaming:
-    """A text that begins with the old name of a file, with its new one."""
+    """A text that begins with the old name of a file, or with "of " and that, with its new one."""
 
     names: Mapping[str, str]
 
     def __call__(self, text: str) -> str:
+        if text.startswith(OF):
+            return OF + self(text.removeprefix(OF))
         olds = [old for old in self.names if text.startswith(old)]
         old = max(olds, key=len, default="")
         return self.names.get(old, "") + text.removeprefix(old)
