@@ -205,6 +205,8 @@ class StoredRows:
         self._shifts = np.zeros((len(self.batches), 2), dtype=np.int64)  # from ids to labels and weights
         self._weighs = np.zeros(len(self.batches), dtype=bool)
         for number, batch in enumerate(self.batches):
+            if not batch.num_rows:  # a block of which nothing is left: it has no place in the file
+                continue
             rows = slice(*self._firsts[number : number + 2])
             offsets = batch.column("input_ids").offsets.to_numpy()
             ids, labels = (self._place(batch.column(name)) for name in ("input_ids", "labels"))
@@ -258,8 +260,9 @@ class StoredRows:
     def blocks(self) -> Iterator[TokenizedRows]:
         """The rows as they were written, in blocks; ``sources`` and ``fates`` are left empty."""
         for batch in self.batches:
-            yield to_rows(batch)
-            release(self.tokens)
+            if batch.num_rows:
+                yield to_rows(batch)
+                release(self.tokens)
 
     def _place(self, column: pyarrow.Array) -> int:
         """Where the values of a column begin in ``tokens``."""

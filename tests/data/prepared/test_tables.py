@@ -158,6 +158,14 @@ def test_the_blocks_are_those_that_were_written_and_can_be_read_again(tmp_path):
     assert [block.weights is None for block in rows.blocks()] == [True, False]
 
 
+def test_a_block_of_which_nothing_is_left_is_passed_over(tmp_path):
+    rows = write_rows(tmp_path, rows_of([]), rows_of([2]), rows_of([]), rows_of([3, 1]), rows_of([]))
+
+    assert rows.lengths.tolist() == [2, 3, 1]
+    assert [rows[n]["labels"][-1] for n in range(3)] == [2, 3, 1]
+    assert [len(block) for block in rows.blocks()] == [1, 2]
+
+
 def test_a_row_knows_the_record_that_it_came_from(tmp_path):
     write(tmp_path / "train", ROWS, rows_of([1, 2, 3]))
     counts = [0, 2, 0, 1]
