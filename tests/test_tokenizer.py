@@ -309,7 +309,8 @@ def test_a_variable_that_the_template_does_not_read_is_refused():
 
 DATED = (
     "{%- if strftime_now is defined %}{%- set day = strftime_now('%d %b %Y') %}{%- endif %}"
-    'Today: {{ day }} ({{ strftime_now("%Y") }}){% for message in messages %} {{ message.content }}{% endfor %}'
+    'Today: {{ day }} ({{ strftime_now("%Y") }})'
+    "{% for message in messages %} {{ message.content }}{% endfor %}"
 )
 
 

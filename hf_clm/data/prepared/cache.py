@@ -152,8 +152,10 @@ def _code_content(formats: list[str | None]) -> str:
     package = Path(hf_clm.schema.__file__).parent
     found = [path for name in LABELLING for path in (package / name, *sorted((package / name).rglob("*.py")))]
     for format in formats:
-        if format and ":" in format and (spec := importlib.util.find_spec(format.partition(":")[0])):
-            found.append(Path(spec.origin or ""))
+        if format and ":" in format:
+            with suppress(ImportError, ValueError):  # where there is none, reading tells so
+                spec = importlib.util.find_spec(format.partition(":")[0])
+                found.append(Path((spec and spec.origin) or ""))
     return fingerprint(path.read_bytes() for path in found if path.is_file())
 
 

@@ -129,7 +129,7 @@ def read_blocks(data: Data, split: str, *, report: ReadReport) -> Iterator[RawBl
             if size >= BLOCK_BYTES:
                 yield RawBlock(split, at, number, waiting, first)
                 waiting, size, number = [], 0, number + 1
-                first = {key: seen for key, seen in first.items() if key.endswith(f" {chunk.file}")}
+                first = _of_file(first, chunk.file)
         if waiting:
             yield RawBlock(split, at, number, waiting, first)
             number += 1
@@ -137,15 +137,20 @@ def read_blocks(data: Data, split: str, *, report: ReadReport) -> Iterator[RawBl
 
 def see_first(chunk: Chunk, source: Source, *, data: Data, first: FirstSeen) -> None:
     """Notes what the first record of a chunk's file looks like, unless that is known."""
-    is_known = any(key.endswith(f" {chunk.file}") for key in first)
-    if is_known or source.template or (source.format and source.format != "tokenized"):
+    if _of_file(first, chunk.file) or source.template or (source.format and source.format != "tokenized"):
         return
     for where, value in chunk.items(read_options(data, source), ReadReport()):
         with suppress(DataError):
             check_value(value, where)
             read_example(Record(value, where), source, data=data, first=first)
-        if first:
+        if _of_file(first, chunk.file):
             return
+
+
+def _of_file(first: FirstSeen, file: str) -> FirstSeen:
+    """What is known of one file."""
+    names = (f"format {file}", f"tokenized with {file}")
+    return {key: seen for key, seen in first.items() if key in names}
 
 
 def read_chunks(source: Source, data: Data, *, report: ReadReport) -> Iterator[Chunk]:
@@ -226,7 +231,8 @@ def _line_chunks(stream: Stream, *, wanted: Callable[[int], bool] | None) -> Ite
         if not block.endswith(b"\n"):
             rest = stream.stream.readline(stream.options.max_line_bytes + 1)
             block, at = block + rest, at + len(rest)
-            if rest and not rest.endswith(b"\n"):  # too long to be read: its end is passed over
+            is_too_long = len(rest) > stream.options.max_line_bytes
+            if is_too_long and not rest.endswith(b"\n"):  # its end is passed over
                 block, at = block + b"\n", at + _pass_line(stream)
         yield Chunk(stream.file, number, before, block, behind)
         before += block.count(b"\n")

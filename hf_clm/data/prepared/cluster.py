@@ -8,16 +8,20 @@ A task whose worker dies is done again. Nothing but the data themselves moves: w
 
 import logging
 import math
+import os
+import socket
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from hf_clm.data.prepared.block import Block, BlockMaker
 from hf_clm.data.prepared.chunks import RawBlock
 from hf_clm.errors import EnvironmentFault, UserError
 
 AHEAD = 3  # blocks for each core that wait or are made: enough to keep it busy, little memory
+CONNECT_SECONDS = 10.0
 RETRIES = 3  # of a task whose worker died
 
 
@@ -85,18 +89,23 @@ class RayBlocks:
         # one thread for the tokenizer of each task: there are as many tasks as cores
         threads = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         try:
+            _require_answer(self.address)
             level = logging.ERROR
             runtime = {"env_vars": threads}
             ray.init(self.address, log_to_driver=False, logging_level=level, runtime_env=runtime)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             what, fix = f"no Ray cluster answers: {str(error).splitlines()[0]}", "start one: ray start --head"
             raise EnvironmentFault(what, where="--ray", got=self.address, fix=fix) from error
         return ray
 
 
+def _require_answer(address: str) -> None:
+    """Raises OSError where nothing listens at a host and port: Ray would try for minutes."""
+    found = urlsplit(address if "://" in address else f"//{address}")
+    if found.hostname and found.port:
+        socket.create_connection((found.hostname, found.port), timeout=CONNECT_SECONDS).close()
+
+
 def _make(maker: BlockMaker, raw: RawBlock) -> tuple[str, Block]:
     """The task: one block, and who made it."""
-    import os
-    import socket
-
     return f"{socket.gethostname()} process {os.getpid()}", maker.make(raw)

@@ -14,7 +14,7 @@ from hf_clm.config import Data
 from hf_clm.data.label.datasets import UNREADABLE, rare_collection
 from hf_clm.data.prepared.block import DIGESTS, LEDGER, ROWS, Block, read_raw
 from hf_clm.data.prepared.selection import Candidates
-from hf_clm.data.prepared.sets import RawSet
+from hf_clm.data.prepared.sets import RawSet, open_sets
 from hf_clm.data.prepared.tables import DATA, TableWriter, read_batches
 from hf_clm.data.proof.certificate import KEPT, Certificate
 from hf_clm.data.read.faults import Faults
@@ -87,7 +87,7 @@ def write_part(folder: Path, raw: RawSet, blocks: Iterable[Block], *, data: Data
     ):
         for number, block in enumerate(blocks):
             if block.faults and data.on_bad_record == "error":
-                raise list_faults(raw, block, data=data)
+                raise list_faults(raw.name, number, block, data=data)
             rows.write(block.rows)
             ledger.write(block.ledger)
             for kind, found in block.digests.items():
@@ -101,19 +101,20 @@ def write_part(folder: Path, raw: RawSet, blocks: Iterable[Block], *, data: Data
     return part
 
 
-def list_faults(raw: RawSet, block: Block, *, data: Data) -> UserError:
-    """The error for a block with records that cannot be used: with those of the blocks behind it.
+def list_faults(name: str, number: int, block: Block, *, data: Data) -> UserError:
+    """The error for the records of block ``number`` that cannot be used, and for those of later blocks.
 
-    These are only read, and not labelled.
+    The later blocks are read again, whoever was to make them, and not labelled.
     """
     faults, ends = Faults(), time.monotonic() + READ_ON_SECONDS
     for error in block.faults:
         faults.add(error, is_record=True)
-    for later in raw.blocks:
+    for later in open_sets(data)[name].blocks:
         if time.monotonic() > ends:
             break
-        for error in read_raw(later, data).faults.values():
-            faults.add(error, is_record=True)
+        if later.number > number:
+            for error in read_raw(later, data).faults.values():
+                faults.add(error, is_record=True)
     return faults.to_error()
 
 

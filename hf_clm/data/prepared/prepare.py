@@ -36,7 +36,7 @@ from hf_clm.data.prepared.store import (
     split_json,
     write_pieces,
 )
-from hf_clm.data.prepared.tables import DUPLICATE, StoredLedger, StoredRows, TableWriter, write_dict
+from hf_clm.data.prepared.tables import DUPLICATE, OF, StoredLedger, StoredRows, TableWriter, write_dict
 from hf_clm.data.proof.leakage import Leakage, are_among
 from hf_clm.data.proof.proof import Proof, prove_split
 from hf_clm.data.read.readers import ReadReport
@@ -110,7 +110,8 @@ def divide(
 ) -> dict[str, Any]:
     """Writes the splits that the parts make, and proves them; returns the content of ``prepared.json``."""
     selections = select({name: part.candidates for name, part in parts.items()}, recipe.data, seed=seed)
-    files = [file for name in ("train", "eval") if name in parts for file in parts[name].report.files]
+    read = ("train", "eval") if recipe.data.eval else ("train",)  # a single text that was parted is one file
+    files = [file for name in read for file in parts[name].report.files]
     index: dict[str, Any] = {"files": files, "splits": {}}
     for name, selection in selections.items():
         part = parts[selection.of]
@@ -170,7 +171,7 @@ def _with_duplicates(lines: pyarrow.RecordBatch, earlier: Mapping[int, str]) -> 
         return lines
     columns = lines.to_pydict()
     for number, place in earlier.items():
-        columns["fate"][number], columns["reason"][number] = DUPLICATE, f"of {place}"
+        columns["fate"][number], columns["reason"][number] = DUPLICATE, OF + place
         for count in ("kept_tokens", "kept_targets", "rows", "proved_rows"):
             columns[count][number] = 0
     return pyarrow.RecordBatch.from_pydict(columns, schema=LEDGER_SCHEMA)

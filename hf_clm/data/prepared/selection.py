@@ -54,7 +54,8 @@ def select(sets: Mapping[str, Candidates], data: Data, *, seed: int) -> dict[str
         if name in sets:
             equals = np.arange(len(sets[name].usable))
             if data.duplicates == "drop":
-                equals = np.where(sets[name].usable, first_equal(sets[name].exact), equals)
+                usable = np.flatnonzero(sets[name].usable)
+                equals[usable] = usable[first_equal(sets[name].exact[usable])]
             is_chosen = np.ones(len(equals), dtype=bool)
             found[name] = Selection(name, is_chosen, equals, is_whole=data.duplicates == "keep")
     if "eval" in found or not data.eval_fraction:

@@ -54,8 +54,9 @@ def part_alone(data: Data) -> dict[str, RawSet] | None:
     found = {}
     for name, part in zip(("train", "eval"), parts or [], strict=False):
         chunk = Chunk(report.files[0], 0, 0, [(read.places[0], part)])
-        block = replace(blocks[0], split=name, chunks=[chunk], formats=read.formats)
-        found[name] = RawSet(name, iter([block]), report)
+        block = replace(blocks[0], chunks=[chunk], formats=read.formats)
+        own = report if name == "train" else ReadReport(report.files)  # what was read is told once
+        found[name] = RawSet(name, iter([block]), own)
     return found or None
 
 
@@ -117,7 +118,8 @@ def load_early(recipe: Recipe, seed: int) -> dict[str, list[AnyExample]]:
         candidates[name] = Candidates(usable, np.frombuffer(exact, "<u8").reshape(-1, 2))
     found = {}
     for name, selection in select(candidates, data, seed=seed).items():
-        kept = np.flatnonzero(selection.is_chosen & selection.is_new).tolist()
+        usable = candidates[selection.of].usable
+        kept = np.flatnonzero(selection.is_chosen & selection.is_new & usable).tolist()
         found[name] = [read[selection.of][number] for number in kept]
     return found
 

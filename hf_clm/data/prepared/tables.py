@@ -30,6 +30,7 @@ from hf_clm.schema import TokenizedExample
 
 FATE = ("fate", "reason", "cut_tokens", "tokens", "target_tokens")
 DUPLICATE = "duplicate"  # the fate of a record that equals an earlier one
+OF = "of "  # its reason: "of a.jsonl:1"
 ENDS_BYTES = 1 << 20  # of a table, by which it is told from others
 LISTED = 1 << 13  # lines of a ledger in memory at once
 DATA, STATE, INFO, DICT = (
@@ -204,6 +205,8 @@ class StoredRows:
         self._shifts = np.zeros((len(self.batches), 2), dtype=np.int64)  # from ids to labels and weights
         self._weighs = np.zeros(len(self.batches), dtype=bool)
         for number, batch in enumerate(self.batches):
+            if not batch.num_rows:  # a block of which nothing is left: it has no place in the file
+                continue
             rows = slice(*self._firsts[number : number + 2])
             offsets = batch.column("input_ids").offsets.to_numpy().astype(np.int64)
             ids, labels = (self._place(batch.column(name)) for name in ("input_ids", "labels"))
@@ -257,8 +260,9 @@ class StoredRows:
     def blocks(self) -> Iterator[TokenizedRows]:
         """The rows as they were written, in blocks; ``sources`` and ``fates`` are left empty."""
         for batch in self.batches:
-            yield to_rows(batch)
-            release(self.tokens)
+            if batch.num_rows:
+                yield to_rows(batch)
+                release(self.tokens)
 
     def _place(self, column: pyarrow.Array) -> int:
         """Where the values of a column begin in ``tokens``; 0 where it has none."""
@@ -269,11 +273,13 @@ class StoredRows:
 
 @dataclass(frozen=True)
 class _Renaming:
-    """A text that begins with the old name of a file, with its new one."""
+    """A text that begins with the old name of a file, or with "of " and that, with its new one."""
 
     names: Mapping[str, str]
 
     def __call__(self, text: str) -> str:
+        if text.startswith(OF):
+            return OF + self(text.removeprefix(OF))
         olds = [old for old in self.names if text.startswith(old)]
         old = max(olds, key=len, default="")
         return self.names.get(old, "") + text.removeprefix(old)

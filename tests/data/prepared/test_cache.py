@@ -1,0 +1,356 @@
+"""The key of a prepared set: the content of all that decides it, and nothing else."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import byte_tokenizer, write_jsonl
+from prepared_sets import recipe_of
+
+import hf_clm.schema
+from hf_clm.config import Recipe
+from hf_clm.data.prepared import cache
+from hf_clm.data.prepared.cache import cache_folder, find_place, open_place, read_splits
+from hf_clm.data.prepared.prepare import write_prepared
+from hf_clm.errors import DataError
+from hf_clm.recipe_sections import Data, Source
+from hf_clm.tokenizer import use_chat_template
+
+RECORDS = [{"prompt": "a", "completion": "x" * n} for n in (1, 2, 3)]
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", RECORDS)
+
+
+def build_recipe(stage: str = "sft", **data: Any) -> Recipe:
+    files = data.pop("train", ["a.jsonl"])
+    return recipe_of(files, stage=stage, **{"max_dropped": 0.01, "max_leakage": 0.01, **data})
+
+
+def key(recipe: Recipe | None = None, tokenizer: Any = None, *, seed: int = 0, launch: str = "") -> str:
+    place = find_place(
+        recipe or build_recipe(), tokenizer or byte_tokenizer(), seed=seed, aside=Path("aside"), launch=launch
+    )
+    return place.key
+
+
+def test_the_folder_is_the_key_in_the_cache_and_the_files_are_those_of_the_data(tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", RECORDS)
+    recipe = build_recipe(train=["b.jsonl"], eval=["a.jsonl"])
+
+    place = find_place(recipe, byte_tokenizer(), seed=0, aside=Path("aside"))
+
+    assert (place.folder, place.files) == (tmp_path / "cache" / place.key, ["b.jsonl", "a.jsonl"])
+    assert (len(place.key), place.why_not) == (32, "")
+
+
+def test_the_same_content_has_the_same_key_touched_renamed_or_in_another_folder(tmp_path):
+    before = key()
+
+    os.utime("a.jsonl", (1, 1))
+    shutil.copy("a.jsonl", "b.jsonl")
+    (tmp_path / "other").mkdir()
+    shutil.copy("a.jsonl", "other/z.jsonl")
+
+    assert key() == before
+    assert key(build_recipe(train=["b.jsonl"])) == before
+    assert key(build_recipe(train=["other"])) == before
+    assert key(build_recipe(train=[str(tmp_path / "other/z.jsonl")], cache_dir="elsewhere")) == before
+
+
+def test_one_byte_of_the_data_is_another_key():
+    before = key()
+
+    text = Path("a.jsonl").read_text()
+    Path("a.jsonl").write_text(text.replace("xxx", "xxy"))
+
+    assert key() != before
+
+
+def test_one_byte_of_a_large_file_whose_digest_is_remembered_is_another_key(monkeypatch):
+    monkeypatch.setattr(cache, "REMEMBERED_BYTES", 10)
+    monkeypatch.setattr(cache, "SETTLED_NS", -1)
+    before = key()
+    assert len(list(Path("cache/.hashes").iterdir())) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "hash_file", lambda file: pytest.fail("it was read before"))
+        assert key() == before
+
+    text = Path("a.jsonl").read_text()
+    times = os.stat("a.jsonl").st_mtime_ns
+    Path("a.jsonl").write_text(text.replace("xxx", "xxy"))
+    os.utime("a.jsonl", ns=(times, times))
+
+    assert key() != before
+
+
+def test_the_type_and_the_order_of_files_belong_to_the_content():
+    shutil.copy("a.jsonl", "a.json")
+    write_jsonl(Path("b.jsonl"), RECORDS[:1])
+
+    keys = [
+        key(build_recipe(train=["a.json"])),
+        key(build_recipe(train=["a.jsonl"])),
+        key(build_recipe(train=["a.jsonl", "b.jsonl"])),
+        key(build_recipe(train=["b.jsonl", "a.jsonl"])),
+        key(build_recipe(train=["a.jsonl"], eval=["b.jsonl"])),
+    ]
+
+    assert len(set(keys)) == 5
+
+
+# Another value of each key of a recipe's data, and what it needs beside it.
+OTHERS: dict[str, dict[str, Any]] = {
+    "eval_fraction": {"eval_fraction": 0.4},
+    "max_length": {"max_length": 17},
+    "overflow": {"overflow": "drop"},
+    "render": {"render": "plain"},
+    "packing": {"packing": "none"},
+    "tokens_per_batch": {"tokens_per_batch": 99, "packing": "none"},
+    "window": {"window": {"size": 4, "step": 2}, "packing": "none"},
+    "train_on": {"train_on": "last_turn"},
+    "reasoning": {"reasoning": "drop"},
+    "special_tokens_in_text": {"special_tokens_in_text": "allow"},
+    "max_dropped": {"max_dropped": 0.5},
+    "duplicates": {"duplicates": "drop"},
+    "max_leakage": {"max_leakage": 0.5},
+    "on_bad_record": {"on_bad_record": "drop"},
+    "max_line_bytes": {"max_line_bytes": 1000},
+    "strict": {"strict": True},
+    "nul": {"nul": "error"},
+    "allow_empty_prompt": {"allow_empty_prompt": True},
+}
+ASIDE: dict[str, dict[str, Any]] = {
+    "mixing": {"mixing": {"size": 2}},
+    "eval_train_rows": {"eval_train_rows": 1},
+    "cache_dir": {"cache_dir": "elsewhere"},
+    "shuffle_buffer": {"shuffle_buffer": 7},
+}
+CONTENT = {"train", "eval", "streaming"}  # which have tests of their own
+OF_A_SOURCE: dict[str, Any] = {
+    "format": "prompt_completion",
+    "fields": {"prompt": "completion", "completion": "prompt"},
+    "template": {"text": "{prompt}"},
+    "overflow": "drop",
+    "limit": 2,
+    "quoting": "none",
+    "split": "validation",
+    "name": "other",
+    "revision": "main",
+}
+ASIDE_OF_A_SOURCE: dict[str, Any] = {"weight": 2.0, "epochs": 2.0}
+
+
+def test_every_key_of_the_data_is_tried():
+    assert set(OTHERS) == Data.deciding()
+    assert {*OTHERS, *ASIDE, *CONTENT} == set(Data.model_fields)
+    assert set(OF_A_SOURCE) == Source.deciding()
+    assert {*OF_A_SOURCE, *ASIDE_OF_A_SOURCE, "path"} == set(Source.model_fields)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_option_that_decides_what_is_prepared_is_another_key(name):
+    needed = {option: value for option, value in OTHERS[name].items() if option != name}
+
+    assert key(build_recipe("pretrain" if name == "window" else "sft", **OTHERS[name])) != key(
+        build_recipe("pretrain" if name == "window" else "sft", **needed)
+    )
+
+
+@pytest.mark.parametrize("name", ASIDE)
+def test_an_option_that_decides_nothing_of_the_rows_is_no_other_key(name):
+    assert key(build_recipe(**ASIDE[name])) == key()
+
+
+@pytest.mark.parametrize("name", OF_A_SOURCE)
+def test_an_option_of_a_source_is_another_key(name):
+    assert key(build_recipe(train=[{"path": "a.jsonl", name: OF_A_SOURCE[name]}])) != key()
+
+
+@pytest.mark.parametrize("name", ASIDE_OF_A_SOURCE)
+def test_how_often_a_source_is_drawn_is_no_other_key(name):
+    write_jsonl(Path("b.jsonl"), RECORDS)
+    drawn = [{"path": path, name: ASIDE_OF_A_SOURCE[name]} for path in ("a.jsonl", "b.jsonl")]
+
+    assert key(build_recipe(train=drawn)) == key(build_recipe(train=["a.jsonl", "b.jsonl"]))
+
+
+def test_the_stage_is_part_of_the_key_and_what_is_the_default_may_be_said():
+    assert key(build_recipe("pretrain")) != key()
+    assert key(build_recipe(overflow="keep_target", packing="best_fit")) == key()
+
+
+def test_the_seed_counts_only_where_it_chooses_what_is_held_out():
+    share = build_recipe(eval_fraction=0.4)
+
+    assert key(seed=1) == key(seed=0)
+    assert key(share, seed=1) != key(share, seed=0)
+
+
+def test_vocabulary_template_and_special_tokens_of_the_tokenizer_are_part_of_the_key():
+    chat = byte_tokenizer()
+    use_chat_template(chat, "chatml")
+
+    tokenizers = [
+        byte_tokenizer(),
+        chat,
+        byte_tokenizer(merges=[("a", "b")]),
+        byte_tokenizer(eos="<|im_end|>"),
+    ]
+
+    assert len({key(tokenizer=tokenizer) for tokenizer in tokenizers}) == 4
+
+
+def test_a_tokenizer_that_was_used_has_the_key_of_a_fresh_one():
+    used = byte_tokenizer()
+    used("abc", truncation=True, max_length=2, padding="max_length")
+
+    assert key(tokenizer=used) == key()
+
+
+# --- the code
+
+
+@pytest.fixture
+def copied(monkeypatch, tmp_path) -> Path:
+    """The package as it is found by the key: a copy that a test may edit."""
+    package = tmp_path / "package" / "hf_clm"
+    shutil.copytree(
+        Path(hf_clm.schema.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    monkeypatch.setattr(hf_clm.schema, "__file__", str(package / "schema.py"))
+    return package
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("schema.py", "template.py", "tokenizer.py", "text/encode.py", "data/label/labels.py"),
+        *("data/label/render.py", "data/read/formats.py", "data/prepared/block.py", "data/proof/checker.py"),
+    ],
+)
+def test_another_letter_in_a_module_that_makes_labels_is_another_key(copied, module):
+    before = key()
+    (copied / module).write_text((copied / module).read_text() + "\n")
+
+    assert key() != before
+
+
+@pytest.mark.parametrize("module", ["cli.py", "training/trainer.py", "report/page.css", "loss.py"])
+def test_another_letter_elsewhere_is_not(copied, module):
+    before = key()
+    (copied / module).parent.mkdir(exist_ok=True)
+    (copied / module).open("a").write("\n")
+
+    assert key() == before
+
+
+@pytest.mark.parametrize("name", ["own_format", "own_package.inner"])
+def test_another_letter_in_a_format_of_the_users_own_is_another_key(monkeypatch, tmp_path, name):
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / f"{name.replace('.', '/')}.py"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("def read(record):\n    return record.data\n")
+    recipe = build_recipe(train=[{"path": "a.jsonl", "format": f"{name}:read"}])
+    before = key(recipe)
+    assert key(recipe) == before
+    path.write_text(path.read_text() + "\n")
+
+    assert key(recipe) != before
+
+    for module in [module for module in sys.modules if module.startswith("own_")]:
+        monkeypatch.delitem(sys.modules, module)
+
+
+@pytest.mark.parametrize("name", ["no_module", "no_package.inner"])
+def test_a_format_that_is_not_there_is_left_to_the_reading(name):
+    assert key(build_recipe(train=[{"path": "a.jsonl", "format": f"{name}:read"}])) != key()
+
+
+# --- what is not kept
+
+
+@pytest.mark.parametrize(
+    ("data", "why_not"),
+    [
+        ({"cache_dir": None}, "data.cache_dir is null"),
+        ({"train": [{"path": "someone/something", "revision": "main"}]}, "data on the Hub without a commit"),
+        ({"train": [{"path": "someone/something"}]}, "data on the Hub without a commit"),
+        ({"train": [{"path": "someone/something", "revision": "0" * 40}]}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_set_that_may_be_another_tomorrow_lies_aside_and_says_why(tmp_path, data, why_not):
+    """A branch on the Hub may say something else then."""
+    place = find_place(build_recipe(**data), byte_tokenizer(), seed=0, aside=tmp_path / "aside", launch="1")
+
+    assert place.why_not.startswith(why_not) and bool(place.why_not) == bool(why_not)
+    assert place.folder.parent == tmp_path / ("aside" if why_not else "cache")
+
+
+def test_a_stream_and_data_without_a_known_content_are_those_of_one_launch():
+    stream = build_recipe("pretrain", streaming=True)
+    hub = build_recipe(train=[{"path": "someone/something"}])
+
+    for recipe in (stream, hub):
+        assert key(recipe, launch="1") == key(recipe, launch="1") != key(recipe, launch="2")
+    assert key(launch="1") == key(launch="2")
+    assert key(build_recipe(cache_dir=None), launch="1") == key()
+
+
+def test_data_that_are_not_there_are_refused():
+    with pytest.raises(DataError, match=r"missing\.jsonl: no such file"):
+        key(build_recipe(train=["missing.jsonl"]))
+
+
+def test_the_environment_moves_the_default_cache_and_no_other(monkeypatch, tmp_path):
+    default = build_recipe(cache_dir="~/.cache/hf_clm").data
+    monkeypatch.setenv("HF_CLM_CACHE", "/somewhere")
+    assert str(cache_folder(default)) == "/somewhere"
+    assert cache_folder(build_recipe().data) == tmp_path / "cache"
+
+    monkeypatch.delenv("HF_CLM_CACHE")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(cache_folder(default)) == "/home/me/.cache/hf_clm"
+
+
+# --- reading the splits of a recipe
+
+
+def test_sets_that_were_not_prepared_are_made_and_nothing_is_kept():
+    splits = read_splits(build_recipe(eval_fraction=0.4), byte_tokenizer(), seed=0)
+
+    assert {name: len(split.rows) for name, split in splits.items()} == {"train": 2, "eval": 1}
+    assert [row["input_ids"][0] for row in splits["train"].rows] == [97, 97]  # although its folder is gone
+    assert not Path("cache").exists()
+
+
+def test_sets_that_were_prepared_are_opened(monkeypatch):
+    recipe = build_recipe()
+    place = find_place(recipe, byte_tokenizer(), seed=0, aside=Path("aside"))
+    write_prepared(place.folder, recipe, byte_tokenizer(), seed=0)
+    monkeypatch.setattr(cache, "write_prepared", lambda *args, **options: pytest.fail("prepared again"))
+
+    assert len(read_splits(recipe, byte_tokenizer(), seed=0)["train"].rows) == 3
+    assert open_place(place, recipe) is not None
+
+
+def test_one_set_serves_every_way_of_mixing_it(monkeypatch):
+    write_jsonl(Path("b.jsonl"), [{**record, "prompt": "b"} for record in RECORDS])
+    plain = build_recipe(train=["a.jsonl", "b.jsonl"], packing="none")
+    place = find_place(plain, byte_tokenizer(), seed=0, aside=Path("aside"))
+    write_prepared(place.folder, plain, byte_tokenizer(), seed=0)
+    monkeypatch.setattr(cache, "write_prepared", lambda *args, **options: pytest.fail("prepared again"))
+
+    for weights, size, rows in [((1.0, 1.0), 4, (2, 2)), ((3.0, 1.0), 8, (6, 2))]:
+        sources = [{"path": f"{name}.jsonl", "weight": w} for name, w in zip("ab", weights, strict=True)]
+        recipe = build_recipe(train=sources, packing="none", mixing={"size": size})
+        train = read_splits(recipe, byte_tokenizer(), seed=0)["train"]
+        letters = [chr(row["input_ids"][0]) for row in train.dataset]
+        assert (letters.count("a"), letters.count("b")) == rows
