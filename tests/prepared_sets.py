@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,10 @@ def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
 
 
-def backwards(maker: BlockMaker, blocks: Iterable[RawBlock]) -> Iterator[Block]:
+def backwards(maker: BlockMaker, blocks: Iterable[RawBlock]) -> Generator[Block, None, None]:
     """Makes the last block first."""
     raw = list(blocks)
-    return reversed([maker.make(block) for block in reversed(raw)])
+    yield from reversed([maker.make(block) for block in reversed(raw)])
 
 
 def table_of(folder: Path, split: str = "train") -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import math
 import os
 import socket
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,7 +38,7 @@ class RayBlocks:
     address: str
     made: Counter[str] = field(default_factory=Counter)
 
-    def __call__(self, maker: BlockMaker, blocks: Iterable[RawBlock]) -> Iterator[Block]:
+    def __call__(self, maker: BlockMaker, blocks: Iterable[RawBlock]) -> Generator[Block, None, None]:
         """The blocks in their order. Raises what making one raises, EnvironmentFault for a lost cluster."""
         ray = self._connect()
         from ray.exceptions import RayError, RayTaskError

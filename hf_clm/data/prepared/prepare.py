@@ -8,7 +8,8 @@ decide is decided by a few bytes of each record.
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from copy import copy
 from itertools import islice
 from pathlib import Path
@@ -47,12 +48,13 @@ from hf_clm.tokenizer import fix_date
 
 PARTS = "parts"  # in the folder, while it is made
 
-MakeBlocks = Callable[[BlockMaker, Iterable[RawBlock]], Iterator[Block]]
+Blocks = Generator[Block, None, None]  # closed where it is not read to its end
+MakeBlocks = Callable[[BlockMaker, Iterable[RawBlock]], Blocks]
 
 
-def in_turn(maker: BlockMaker, blocks: Iterable[RawBlock]) -> Iterator[Block]:
+def in_turn(maker: BlockMaker, blocks: Iterable[RawBlock]) -> Blocks:
     """Makes the blocks here, one after the other."""
-    return map(maker.make, blocks)
+    yield from map(maker.make, blocks)
 
 
 def write_prepared(
@@ -83,8 +85,8 @@ def write_prepared(
         maker = BlockMaker(recipe, dated, digests=needed_digests(recipe.data))
         parts = {}
         for name in sorted(sets):  # eval first: it is short, and what is wrong with it is known early
-            blocks = make_blocks(maker, sets[name].blocks)
-            parts[name] = write_part(partial / PARTS / name, sets[name], blocks, data=recipe.data)
+            with closing(make_blocks(maker, sets[name].blocks)) as blocks:
+                parts[name] = write_part(partial / PARTS / name, sets[name], blocks, data=recipe.data)
             check_read(parts[name], recipe.data)
         content = divide(partial, parts, recipe, tokenizer=dated, seed=seed)
         shutil.rmtree(partial / PARTS)

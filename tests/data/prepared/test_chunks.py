@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow
 import pytest
 from helpers import write_jsonl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepared_sets import recipe_of
 from pyarrow import ipc, parquet
@@ -56,6 +56,7 @@ def places(found: Iterable[Chunk]) -> list[str]:
     return [where for where, _ in items_of(found)]
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, has_end=st.booleans(), is_gzip=st.booleans())
 def test_the_chunks_of_a_file_are_its_lines_once_and_in_order(lengths, has_end, is_gzip):
     text = text_of(lengths) if has_end else text_of(lengths)[:-1]
@@ -70,6 +71,7 @@ def test_the_chunks_of_a_file_are_its_lines_once_and_in_order(lengths, has_end, 
     assert [chunk.before for chunk in found] == [sum(counts[:number]) for number in range(len(found))]
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, wanted=st.sets(st.integers(0, 30)), is_gzip=st.booleans())
 def test_of_a_file_those_lines_are_read_that_begin_in_the_chunks_that_are_wanted(lengths, wanted, is_gzip):
     text = text_of(lengths)
@@ -86,6 +88,7 @@ def test_of_a_file_those_lines_are_read_that_begin_in_the_chunks_that_are_wanted
     )
 
 
+@settings(deadline=None)
 @given(
     count=st.integers(1, 40), wanted=st.sets(st.integers(0, 14)), kind=st.sampled_from(["csv", "json", "txt"])
 )

@@ -2,7 +2,7 @@
 
 import json
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +277,7 @@ def test_memory_holds_one_block():
     alive: list[weakref.ref[Block]] = []
     most = []
 
-    def make_blocks(maker: BlockMaker, blocks: Iterable[RawBlock]) -> Iterator[Block]:
+    def make_blocks(maker: BlockMaker, blocks: Iterable[RawBlock]) -> Generator[Block, None, None]:
         for raw in blocks:
             block = maker.make(raw)
             alive.append(weakref.ref(block))
