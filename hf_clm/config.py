@@ -27,7 +27,6 @@ from hf_clm.recipe_sections import (
 )
 from hf_clm.recipe_text import (
     COMMAND_LINE,
-    RENAMED,
     accepted_types,
     build_yaml,
     leaves,
@@ -232,8 +231,6 @@ def _to_faults(error: ValidationError) -> list[Fault]:
 def _to_key(name: str, options: Sequence[str]) -> str:
     if "." in name or name in Recipe.model_fields:
         return name
-    if f"data.{name}" in RENAMED:
-        return f"data.{name}"
     fields = load_trainer_fields()
     if name in fields or name in V4_NAMES:
         return f"train.{name}"

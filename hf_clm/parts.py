@@ -45,7 +45,8 @@ from hf_clm.tokenizer import (
 )
 from hf_clm.train_tokenizer import END, train_tokenizer
 
-TRAINED_TOKENIZER = ".tokenizer"  # in the output folder, until the model is saved
+# In the output folder, until the model is saved.
+TRAINED_TOKENIZER, PREPARED = ".tokenizer", ".prepared"
 STATIC_TARGETS = 256  # the number of targets is rounded up to a multiple of it
 
 

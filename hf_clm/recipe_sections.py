@@ -2,7 +2,15 @@
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from hf_clm.errors import did_you_mean
@@ -144,6 +152,15 @@ class Turns(Section):
 
 
 class Data(Section):
+    @model_validator(mode="before")
+    @classmethod
+    def _from_version_0_4(cls, value: Any) -> Any:
+        """The recipe in the folder of a run of that version says ``skip_bad_lines``."""
+        if not isinstance(value, dict) or "skip_bad_lines" not in value:
+            return value
+        others = {key: item for key, item in value.items() if key != "skip_bad_lines"}
+        return {"on_bad_record": "drop" if value["skip_bad_lines"] else "error", **others}
+
     train: Sources = Field(min_length=1, json_schema_extra=ASIDE)
     """A path, a list of paths, or a list of sources."""
     eval: Sources = Field(default=[], json_schema_extra=ASIDE)

@@ -156,8 +156,6 @@ def to_type_text(annotation: Any) -> str:
 def to_fault(details: Mapping[str, Any], known_keys: Iterable[str]) -> Fault:
     """Says one of pydantic's errors in the words of a recipe."""
     key, kind, value = ".".join(map(str, details["loc"])), details["type"], details["input"]
-    if key in RENAMED:
-        return Fault(key, f"{key} is a name of hf_clm 0.4", fix=RENAMED[key])
     if kind == "extra_forbidden":
         return Fault(key, f"{key} is not a key of a recipe{suggest_key(key, known_keys)}")
     if kind == "missing":
@@ -227,8 +225,6 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
     return next((item for item in classes if issubclass(item, BaseModel)), None)
 
 
-# Keys of earlier versions, and what replaces them.
-RENAMED = {"data.skip_bad_lines": "data.on_bad_record: drop in place of true, error in place of false"}
 SECRET_KEY = r"(api_?key|wandb_key|(hub|hf|auth|access|api)_token|password|secret)$"
 PYDANTIC_TYPES = {
     "int_type": "int",

@@ -1,5 +1,6 @@
 """Loads a tokenizer that training can trust: a pad token of its own, an end token, a chat template."""
 
+import datetime
 import json
 import os
 import re
@@ -15,6 +16,9 @@ from hf_clm.hub import load_options, loading
 from hf_clm.schema import Json
 from hf_clm.sentencepiece_file import load_sentencepiece
 
+# transformers gives templates this function; Llama-3.1's prints the day with it.
+DATE = re.compile(r"""strftime_now\(\s*["']([^"']+)["']""")
+DATE_FIXED = "{%- macro strftime_now(format) -%}"
 UNKNOWN = "<|unk|>"  # of a tokenizer of characters
 SHIPPED_TEMPLATES = Path(__file__).parent / "chat_templates"
 # A turn must end in one token, or nothing can stop at it.
@@ -112,6 +116,36 @@ def set_template_defaults(tokenizer: PreTrainedTokenizerFast, values: Mapping[st
     ]
     found = {key: "".join(lines) + text for key, text in named.items()}
     tokenizer.chat_template = found if isinstance(template, dict) else found["default"]
+
+
+def fix_date(tokenizer: PreTrainedTokenizerFast, date: str) -> None:
+    """Lets the chat template print this date ("2026-07-26") in place of today's; saved with it.
+
+    So a prompt is the same on the day of its training, of a resume and of an answer. Nothing is done to a
+    template that prints no date.
+    """
+    day = datetime.date.fromisoformat(date)
+    template: Any = tokenizer.chat_template
+    if isinstance(template, dict):
+        tokenizer.chat_template = {name: _with_date(text, day) for name, text in template.items()}
+    elif template:
+        tokenizer.chat_template = _with_date(template, day)
+
+
+def prints_date(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the chat template prints today's date."""
+    template: Any = tokenizer.chat_template
+    named = template.values() if isinstance(template, dict) else [template or ""]
+    return any(DATE.search(text) and DATE_FIXED not in text for text in named)
+
+
+def _with_date(template: str, day: datetime.date) -> str:
+    """A macro takes the place of transformers' function: it knows the formats that the template asks for."""
+    formats = sorted(set(DATE.findall(template)))
+    if not formats or DATE_FIXED in template:
+        return template
+    cases = [f"{{%- if format == {json.dumps(one)} -%}}{day.strftime(one)}{{%- endif -%}}" for one in formats]
+    return f"{DATE_FIXED}{''.join(cases)}{{%- endmacro -%}}{template}"
 
 
 def unread_variable(names: Iterable[str], template: str) -> str:

@@ -3,16 +3,19 @@
 import json
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.config import Recipe
-from hf_clm.schema import Document, Segment
+from hf_clm.schema import Document, Segment, Tokens
 
 X = -100  # no label
 CONTROL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
@@ -155,25 +158,25 @@ def build_recipe(folder: Path, records: list[Any], **changes: Any) -> Recipe:
 
 
 def read_split(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None = None, *, name: str = "train"
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None = None, *, proves: bool = True
 ) -> Any:
-    """A split of a recipe, prepared in a temporary folder."""
+    """The training split of a recipe, prepared in a temporary folder; not certified unless it ``proves``."""
     from hf_clm.data.prepared.cache import read_splits  # in here: most tests need none of it
+    from hf_clm.data.proof.certificate import Certificate
 
-    return read_splits(recipe, tokenizer or byte_tokenizer(), seed=0)[name]
+    with nullcontext() if proves else patch.object(Certificate, "require"):
+        return read_splits(recipe, tokenizer or byte_tokenizer(), seed=0)["train"]
 
 
 def split_of(
     folder: Path, examples: Sequence[Any], recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> Any:
-    """Examples (documents and chats) as the training split of a recipe, written as records to ``folder``."""
+    """Examples as the training split of a recipe, written as records to ``folder``; not certified."""
     from hf_clm.config import Source
-    from hf_clm.data.read.records import Examples
 
-    examples = examples.examples if isinstance(examples, Examples) else examples
     path = write_jsonl(folder / "examples.jsonl", list(map(to_record, examples)))
-    data = recipe.data.model_copy(update={"train": [Source(path=path)], "cache_dir": None})
-    return read_split(recipe.model_copy(update={"data": data}), tokenizer)
+    data = recipe.data.model_copy(update={"train": [Source(path=path)], "eval": [], "cache_dir": None})
+    return read_split(recipe.model_copy(update={"data": data}), tokenizer, proves=False)
 
 
 def to_record(example: Any) -> dict[str, Any]:
@@ -181,6 +184,8 @@ def to_record(example: Any) -> dict[str, Any]:
     if isinstance(example, Document):
         segments = [{"text": part.text, "train": part.weight > 0} for part in example.segments]
         return {"segments": segments}
+    if isinstance(example, Tokens):
+        return {"input_ids": example.input_ids, "labels": example.labels}
     return {"messages": example.messages}
 
 
@@ -199,8 +204,9 @@ def prove_records(
         content["eval"] = [write_jsonl(folder / "b.jsonl", evaluation)]
     sections = {"stage": "sft", "model": {"name_or_path": "m"}, "train": {"output_dir": "run"}}
     recipe = Recipe.model_validate({**sections, "data": content})
-    write_prepared(folder / "prepared", recipe, byte_tokenizer(), seed=0)
-    index = read_index(folder / "prepared")
+    place = Path(mkdtemp(dir=folder)) / "prepared"
+    write_prepared(place, recipe, byte_tokenizer(), seed=0)
+    index = read_index(place)
     assert index is not None
     return Proof(index["proof"]["facts"], index["proof"]["lines"])
 

@@ -36,7 +36,7 @@ START = Start(
     text_bytes=4_000_000,
     collate_seconds=25e-6,
     rows_per_second=12_000,
-    seconds={"import": 3.0, "read": 0.5, "tokenize": 2.0, "first step": 0.25},
+    seconds={"import": 3.0, "tokenizer": 0.5, "prepare": 2.0, "first step": 0.25},
     versions={"torch": "2.13.0"},
 )
 
@@ -83,7 +83,7 @@ def test_the_report_names_the_fastest_by_more_than_the_noise():
     assert found.fastest.rows == 8
     assert Bench("r.yaml", START, [trial(4, 1000), trial(2, 1020)]).fastest.rows == 4
     assert found.to_json()["trials"][0]["mfu"] == {"measured": 0.25, "nominal": None}
-    assert found.to_json()["start"]["tokenize_bytes_per_second"] == 2e6
+    assert found.to_json()["start"]["prepare_bytes_per_second"] == 2e6
     assert found.to_lines()[1:5] == [
         "rows at once  rows a step  s a step  tokens/s  targets/s  per second    MFU  peak MiB",
         "           4            8     0.500     1,000        333   100 GFLOP  25.0%     1,024",
@@ -101,8 +101,8 @@ def test_the_start_is_shown_part_by_part():
         "device    1 x cpu with 2 threads, float32 weights",
         "peak      100 GFLOP/s in float32, 400 GFLOP/s in bfloat16",
         "data      1,000 examples, 90,000 tokens (30,000 targets) in 90 rows, 98.5% full",
-        "input     tokenize 2.00 MB/s, collate 25 us a batch, 12,000 rows/s",
-        "start     5.8 s: import 3.00, read 0.50, tokenize 2.00, first step 0.25",
+        "input     prepare 2.00 MB/s, collate 25 us a batch, 12,000 rows/s",
+        "start     5.8 s: import 3.00, tokenizer 0.50, prepare 2.00, first step 0.25",
     ]
     assert [to_flops(count) for count in (1.5e9, 4.1e11, 9.89e14)] == ["1.5 GFLOP", "410 GFLOP", "989 TFLOP"]
 
@@ -123,7 +123,7 @@ def test_the_start_of_a_run_is_measured_in_parts_and_its_data_are_kept_for_the_t
     assert (start.examples, start.rows, start.tokens, start.target_tokens) == (8, 8, 88, 56)
     assert (start.micro_batch, start.accumulation, start.fill, start.text_bytes) == (2, 1, None, 80)
     assert list(start.seconds) == [
-        *("import", "tokenizer", "read", "tokenize", "pack", "prove", "keep"),
+        *("import", "tokenizer", "prepare"),
         *("load model", "test model", "first step"),
     ]
     assert start.seconds["import"] > 2.0 and min(start.seconds.values()) >= 0

@@ -152,7 +152,7 @@ def test_these_are_all_the_commands():
             ["config", "recipe.yaml", "--data.packin", "none"],
             "data.packin is not a key of a recipe; did you mean 'packing'?",
         ),
-        (["prepare", "recipe.yaml", "--shards", "1/2"], "unknown option --shards; did you mean 'shard'?"),
+        (["prepare", "recipe.yaml", "--rays", "local"], "unknown option --rays; did you mean 'ray'?"),
         (["doctor", "recipe.yaml", "--no_measur"], "unknown option --no_measur; did you mean 'no_measure'?"),
         (["inspect", "recipe.yaml", "--wors"], "unknown option --wors; did you mean 'worst'?"),
         (["bench", "recipe.yaml", "--step", "9"], "unknown option --step; did you mean 'steps'?"),

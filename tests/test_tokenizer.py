@@ -16,9 +16,11 @@ from hf_clm.tokenizer import (
     bos_token,
     control_pattern,
     control_tokens,
+    fix_date,
     load_chat_template,
     load_tokenizer,
     max_token_id,
+    prints_date,
     set_template_defaults,
     special_tokens,
     unique_ids,
@@ -303,3 +305,25 @@ def test_a_variable_that_the_template_does_not_read_is_refused():
     )
     set_template_defaults(tokenizer, {})
     assert tokenizer.chat_template == "{{ enable_thinking }}"
+
+
+DATED = (
+    "{%- if strftime_now is defined %}{%- set day = strftime_now('%d %b %Y') %}{%- endif %}"
+    'Today: {{ day }} ({{ strftime_now("%Y") }}){% for message in messages %} {{ message.content }}{% endfor %}'
+)
+
+
+def test_a_date_that_is_fixed_is_printed_in_every_format_and_saved_with_the_template(tmp_path):
+    tokenizer, plain = byte_tokenizer(), byte_tokenizer()
+    tokenizer.chat_template = DATED
+    assert prints_date(tokenizer) and not prints_date(plain)
+
+    for day in ("2024-07-26", "2025-01-01"):  # the first counts
+        fix_date(tokenizer, day)
+    fix_date(plain, "2024-07-26")
+    tokenizer.save_pretrained(tmp_path)
+
+    for found in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        text = found.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+        assert text == "Today: 26 Jul 2024 (2024) Hi"
+    assert plain.chat_template is None and not prints_date(tokenizer)

@@ -162,7 +162,7 @@ def start_lines(start: Start) -> list[str]:
         f"peak      {', '.join(peaks)}",
         f"data      {start.examples:,} examples, {start.tokens:,} tokens ({start.target_tokens:,} targets) "
         f"in {start.rows:,} rows, {filled}",
-        f"input     tokenize {start.prepare_bytes_per_second / MB:.2f} MB/s, "
+        f"input     prepare {start.prepare_bytes_per_second / MB:.2f} MB/s, "
         f"collate {start.collate_seconds * 1e6:.0f} us a batch, {start.rows_per_second:,.0f} rows/s",
         *textwrap.wrap(f"start     {total:.1f} s: {', '.join(parts)}", WIDTH, subsequent_indent=INDENT),
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_clm.errors import DivergedError, EnvironmentFault, Preempted, reach
-from hf_clm.parts import TRAINED_TOKENIZER
+from hf_clm.parts import PREPARED, TRAINED_TOKENIZER
 from hf_clm.training.checkpoints import read_seal, sync
 from hf_clm.training.lock import keep_lock
 
@@ -75,7 +75,8 @@ def publish(folder: Path) -> None:
             reach(f"moved:{name}")
     if names:
         sync(folder)
-        shutil.rmtree(folder / TRAINED_TOKENIZER, ignore_errors=True)  # it is the model's now
+        for name in (TRAINED_TOKENIZER, PREPARED):  # the tokenizer is the model's now
+            shutil.rmtree(folder / name, ignore_errors=True)
     shutil.rmtree(final, ignore_errors=True)
 
 

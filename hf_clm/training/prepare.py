@@ -5,6 +5,7 @@ content of data, tokenizer and options -> key -> folder    there: opened     not
 
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 from hf_clm.config import Recipe
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import TokenizedDataset
-from hf_clm.data.prepared.cache import Place, find_place, open_place
+from hf_clm.data.prepared.cache import Place, find_place, open_place, today
 from hf_clm.data.prepared.cluster import RayBlocks
 from hf_clm.data.prepared.prepare import MakeBlocks, in_turn, write_prepared
 from hf_clm.data.prepared.sets import STREAM_HEAD, load_early, to_head
@@ -24,12 +25,18 @@ from hf_clm.data.proof.ledger import Entered, write_ledger
 from hf_clm.data.proof.proof import Proof, prove_mix
 from hf_clm.data.split import Split, mix_splits
 from hf_clm.errors import EnvironmentFault, RecipeError
-from hf_clm.parts import build_model_config, build_tokenizer_aside, settle_render, training_arguments
+from hf_clm.parts import (
+    PREPARED,
+    build_model_config,
+    build_tokenizer_aside,
+    settle_render,
+    training_arguments,
+)
+from hf_clm.tokenizer import fix_date
 from hf_clm.training.faults import require_others
 
 POLL_SECONDS = 0.2
 SHOWN_LETTERS = 12  # of a key
-ASIDE = ".prepared"  # in the output folder: a set that cannot be kept in the cache
 STREAMED = (
     f"stream    read while it trains; checked before: the first {STREAM_HEAD:,} documents of each source"
 )
@@ -57,6 +64,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerFast,
     *,
     arguments: TrainingArguments,
+    date: str = "",
     make_blocks: MakeBlocks = in_turn,
 ) -> Prepared:
     """Opens what was prepared of the same content before, or prepares, proves and keeps it.
@@ -64,12 +72,17 @@ def prepare(
     The first process of a machine prepares and the others look for its folder: without a barrier, so that a
     long preparation runs into no time limit of the process group, and until another process has ended.
 
+    A chat template that prints today's date prints one date from then on: that of the set.
+
+    Args:
+        date: that date, if an earlier start of the run knows it.
+
     Raises DataError for data that cannot be read or are not proved, EnvironmentFault for folders that cannot
     be written, or another process that has ended.
     """
     started = time.monotonic()
-    aside = Path(str(arguments.output_dir)) / ASIDE
-    (launch,) = broadcast_object_list([uuid4().hex])  # of this start of a run, on all its processes
+    aside = Path(str(arguments.output_dir)) / PREPARED
+    launch, date = broadcast_object_list([uuid4().hex, date or today(tokenizer)])  # the same on all processes
     place = find_place(recipe, tokenizer, seed=arguments.seed, aside=aside, launch=launch)
     stored = open_place(place, recipe)
     is_from_cache, note = stored is not None, []
@@ -77,13 +90,21 @@ def prepare(
         place, note = _writable(place, aside)
         stored = open_place(place, recipe)
     if stored is None and arguments.local_process_index == 0:
-        known = {"seed": arguments.seed, "make_blocks": make_blocks}
-        write_prepared(place.folder, to_head(recipe), tokenizer, **known)
+        known = {"seed": arguments.seed, "date": date, "make_blocks": make_blocks}
+        try:
+            write_prepared(place.folder, to_head(recipe), tokenizer, **known)
+        except BaseException:  # a run that is refused leaves no folder
+            for folder in (aside, aside.parent):
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
     while stored is None:
         stored = open_place(place, recipe)
         if stored is None:
             require_others()
             time.sleep(POLL_SECONDS)
+    if stored.date:
+        fix_date(tokenizer, stored.date)
     seconds, key = time.monotonic() - started, place.key[:SHOWN_LETTERS]
     said = f"read from cache (key {key})" if is_from_cache else f"in {seconds:.1f} s, kept in {place.folder}"
     if place.why_not:
@@ -91,6 +112,9 @@ def prepare(
     first = STREAMED if recipe.data.streaming else f"prepared  {said}"
     proof = Proof(stored.proof["facts"], [first, *note, *stored.proof["lines"]])
     proof.facts["prepared"] = {"key": place.key, "from_cache": is_from_cache, "seconds": seconds}
+    if stored.date:
+        proof.facts["prepared"]["date"] = stored.date
+        proof.lines.append(f"{'dated':<10}{stored.date}: the chat template prints this date from now on")
     splits = mix_splits(stored.splits, recipe, seed=arguments.seed)
     proof.lines += prove_mix(splits["train"]) if arguments.process_index == 0 else []
     return Prepared(splits, proof, stored)

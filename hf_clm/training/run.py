@@ -111,7 +111,7 @@ def train_from(
     tokenizer = build_tokenizer(recipe, loaded, arguments=arguments)
     config = build_model_config(recipe, tokenizer)
     settled = settle_render(recipe, tokenizer)
-    prepared = prepare(settled, tokenizer, arguments=arguments)
+    prepared = prepare(settled, tokenizer, arguments=arguments, date=known_date(start.folder))
     splits, proof = prepared.splits, prepared.proof
     proof.lines += give_plain_template(tokenizer, settled, formats=splits["train"].examples.formats)
     known = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
@@ -153,6 +153,15 @@ def train_from(
     if arguments.push_to_hub:  # the run is done, whatever the Hub says
         trainer.push_run(with_data=recipe.card.data_samples > 0)
     return result
+
+
+def known_date(folder: Path) -> str:
+    """The date that the chat template of a run that goes on prints; nothing where none is known."""
+    try:
+        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return facts["proof"]["prepared"].get("date", "")
+    except (OSError, ValueError, LookupError):
+        return ""
 
 
 def prove_and_record(trainer: CLMTrainer, facts: RunFacts, *, start: Start, prepared: Prepared) -> None:

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.config import Recipe
-from hf_clm.data.read.records import Examples
 from hf_clm.doctor import checks
 from hf_clm.doctor.facts import Facts, Machine, Ok, Problem
 from hf_clm.doctor.memory import MemoryEstimate
@@ -51,10 +50,8 @@ def build_facts(
     **sections: Any,
 ) -> Facts:
     """A run over ROWS, 2 rows a step: 4 steps an epoch, 12 in all. Sections: model, data, train, ..."""
-    examples, tokenizer = Examples(list(rows or ROWS)), tokenizer or byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer()
     kinds = {Tokens: "tokenized", Chat: "messages", Document: "instruct"}
-    examples.formats = {kinds[type(row)] for row in examples.examples}
-    examples.places = [f"rows.jsonl:{number}" for number in range(len(examples))]
     settings = {"output_dir": "runs/x", "use_cpu": True, "per_device_train_batch_size": 2}
     settings |= {"logging_steps": 1, "report_to": "none", "save_strategy": "no"}
     settings |= sections.get("train", {})
@@ -68,12 +65,14 @@ def build_facts(
         "train": settings,
     }
     recipe = Recipe.model_validate(content)
+    split = split_of(Path(tempfile.mkdtemp()), list(rows or ROWS), recipe, tokenizer)
+    split.examples.formats = {kinds[type(row)] for row in rows or ROWS}
     return Facts(
         recipe,
         TrainingArguments(**settings),
         tokenizer,
         tiny_model(**sections.get("config", {})).config,
-        split_of(Path(tempfile.mkdtemp()), examples, recipe, tokenizer),
+        split,
         replace(MACHINE, **(machine or {})),
         estimate=ESTIMATE,
         model=sections.get("loaded"),
@@ -403,6 +402,6 @@ def test_before_training_warnings_are_lines():
 def test_the_stop_token_of_a_chat_counts_as_learned():
     facts = build_facts(CHAT, tokenizer=chat_tokenizer())
 
-    assert IM_END in facts.train.rows.rows.labels
-    assert EOS not in facts.train.rows.rows.labels
+    labels = facts.train.label_counts
+    assert labels[IM_END] and not labels[EOS]
     assert checks.check_stop_is_learned(facts) == Ok("1 stop tokens among the labels")

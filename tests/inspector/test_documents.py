@@ -37,7 +37,7 @@ def load_rows(
     path = write_jsonl(tmp_path / "d.jsonl", records)
     recipe = to_recipe(path, stage, data)
     tokenizer = tokenizer or byte_tokenizer()
-    split = read_split(recipe, tokenizer)
+    split = read_split(recipe, tokenizer, proves=False)
     is_padded = recipe.resolved_packing == "none"
     collate = collate or (DataCollatorForCausalLM(PAD) if is_padded else DataCollatorForPackedCausalLM())
     reader = Reader(split, tokenizer, recipe=recipe)

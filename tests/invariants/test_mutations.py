@@ -112,8 +112,7 @@ def prompt_and_target_tokenized_as_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def first_token_labelled(patch: pytest.MonkeyPatch) -> None:
-    for module in (labels, datasets):
-        patch.setattr(module, "mask_first", lambda row: row)
+    patch.setattr(labels, "mask_first", lambda row: row)
 
 
 def false_end_after_a_cut(patch: pytest.MonkeyPatch) -> None:

@@ -294,26 +294,6 @@ def unspelled(text: str, *, where: str = "") -> DataError:
     return DataError("the tokenizer has no token for it", where=where, got=f"{text!r} ({codes})", fix=fix)
 
 
-def join_rows(parts: Sequence[TokenizedRows]) -> TokenizedRows:
-    """The rows of several sets as one; their examples are numbered on."""
-    if len(parts) == 1:
-        return parts[0]
-    counts = np.cumsum([0, *(len(part.fates) for part in parts)])
-    ends = np.cumsum([0, *(len(part.input_ids) for part in parts)])
-    offsets = np.concatenate([[0], *(p.offsets[1:] + end for p, end in zip(parts, ends, strict=False))])
-    has_weights = any(part.weights is not None for part in parts)
-    weights = [np.ones(len(p.input_ids), np.float32) if p.weights is None else p.weights for p in parts]
-    return TokenizedRows(
-        np.concatenate([part.input_ids for part in parts]),
-        np.concatenate([part.labels for part in parts]),
-        offsets.astype(np.int64),
-        np.concatenate([part.sources + count for part, count in zip(parts, counts, strict=False)]),
-        [fate for part in parts for fate in part.fates],
-        sum((part.control_texts for part in parts), Counter()),
-        np.concatenate(weights) if has_weights else None,
-    )
-
-
 class _Written:
     """The rows so far, in pieces."""
 

@@ -18,9 +18,10 @@ from hf_clm.data.label.datasets import UNREADABLE, TokenizedRows, label_options,
 from hf_clm.data.label.labels import Fate
 from hf_clm.data.label.render import Renderer
 from hf_clm.data.prepared.chunks import RawBlock
+from hf_clm.data.proof.balance import check_entry
 from hf_clm.data.proof.certificate import PROVED_WHOLE, Certificate, certify_rows
 from hf_clm.data.proof.checker import Checker
-from hf_clm.data.proof.ledger import check_entry, digest, loose_digest
+from hf_clm.data.proof.leakage import digest, loose_digest
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import check_record, read_options
 from hf_clm.errors import DataError

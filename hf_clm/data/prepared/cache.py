@@ -1,5 +1,6 @@
 """Which prepared set is a recipe's: its key is the content of all that decides it, never a name or a time."""
 
+import datetime
 import importlib.util
 import json
 import os
@@ -24,6 +25,7 @@ from hf_clm.data.read.readers import compression, suffix
 from hf_clm.data.read.sources import find_files
 from hf_clm.data.split import Split, mix_splits
 from hf_clm.hashing import fingerprint, hash_file
+from hf_clm.tokenizer import fix_date, prints_date
 
 COMMIT = re.compile("[0-9a-f]{40}")
 KEY_LETTERS = 32  # of the sha256, in the name of the folder
@@ -106,17 +108,24 @@ def open_place(place: Place, recipe: Recipe) -> Stored | None:
 def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> dict[str, Split]:
     """Train, mixed, and, if there is one, eval: opened where they were prepared before, else made aside.
 
-    Keeps nothing.
+    Keeps nothing. The tokenizer's template prints the date of the set from then on.
     """
     with tempfile.TemporaryDirectory() as folder:  # what is open stays readable
         place = find_place(recipe, tokenizer, seed=seed, aside=Path(folder))
         stored = open_place(place, recipe)
         if stored is None:
             place = replace(place, folder=Path(folder) / place.key)
-            write_prepared(place.folder, to_head(recipe), tokenizer, seed=seed)
+            write_prepared(place.folder, to_head(recipe), tokenizer, seed=seed, date=today(tokenizer))
             stored = open_place(place, recipe)
         assert stored is not None, "it was written a moment ago"
+        if stored.date:
+            fix_date(tokenizer, stored.date)
         return mix_splits(stored.splits, recipe, seed=seed)
+
+
+def today(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The date, where the chat template prints it; else nothing."""
+    return datetime.date.today().isoformat() if prints_date(tokenizer) else ""
 
 
 def _load_examples(recipe: Recipe, name: str) -> list[Any]:

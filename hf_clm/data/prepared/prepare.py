@@ -10,6 +10,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,13 @@ from hf_clm.data.prepared.store import (
     write_pieces,
 )
 from hf_clm.data.prepared.tables import DUPLICATE, OF, StoredLedger, StoredRows, TableWriter, write_dict
-from hf_clm.data.proof.ledger import Leakage, are_among
+from hf_clm.data.proof.leakage import Leakage, are_among
 from hf_clm.data.proof.proof import Proof, prove_split
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import Examples
 from hf_clm.data.split import check_dropped, pack_rows
 from hf_clm.schema import AnyExample
+from hf_clm.tokenizer import fix_date
 
 PARTS = "parts"  # in the folder, while it is made
 
@@ -61,12 +63,14 @@ def write_prepared(
     tokenizer: PreTrainedTokenizerFast,
     *,
     seed: int,
+    date: str = "",
     make_blocks: MakeBlocks = in_turn,
 ) -> None:
     """Prepares, proves and keeps the data of a recipe in a folder of its own.
 
     Args:
         seed: decides what is held out.
+        date: what a chat template that prints today's date prints.
         make_blocks: where the blocks are made.
 
     Raises DataError for data that cannot be read or are not proved, EnvironmentFault for a folder that cannot
@@ -75,15 +79,18 @@ def write_prepared(
 
     def fill(partial: Path) -> dict[str, Any]:
         sets = open_sets(recipe.data)
-        maker = BlockMaker(recipe, tokenizer, digests=needed_digests(recipe.data))
+        dated = copy(tokenizer)
+        if date:
+            fix_date(dated, date)
+        maker = BlockMaker(recipe, dated, digests=needed_digests(recipe.data))
         parts = {}
         for name in sorted(sets):  # eval first: it is short, and what is wrong with it is known early
             with closing(make_blocks(maker, sets[name].blocks)) as blocks:
                 parts[name] = write_part(partial / PARTS / name, sets[name], blocks, data=recipe.data)
             check_read(parts[name], recipe.data)
-        content = divide(partial, parts, recipe, tokenizer=tokenizer, seed=seed)
+        content = divide(partial, parts, recipe, tokenizer=dated, seed=seed)
         shutil.rmtree(partial / PARTS)
-        return content
+        return {**content, "date": date}
 
     keep_folder(folder, fill)
 

@@ -10,7 +10,7 @@ from hf_clm.config import Data, Recipe
 from hf_clm.data.prepared.block import ReadBlock, read_raw
 from hf_clm.data.prepared.chunks import Chunk, RawBlock, read_blocks
 from hf_clm.data.prepared.selection import Candidates, select
-from hf_clm.data.proof.ledger import digest
+from hf_clm.data.proof.leakage import digest
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import Examples, no_example
 from hf_clm.schema import AnyExample, Document, Segment, whole_text

@@ -73,11 +73,16 @@ class LazyList(Sequence[Any]):
 
 @dataclass
 class Stored:
-    """An opened folder. ``proof``: what was proved when it was prepared."""
+    """An opened folder.
+
+    proof  what was proved when it was prepared
+    date   what its chat template prints as today's, "" where it prints none
+    """
 
     folder: Path
     splits: dict[str, Split]
     proof: dict[str, Any]
+    date: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -127,7 +132,7 @@ def open_store(
     if index is None:
         return None
     splits = open_splits(folder, index, recipe=recipe, files=files, load_examples=load_examples)
-    return Stored(folder, splits, index["proof"])
+    return Stored(folder, splits, index["proof"], index["date"])
 
 
 def open_splits(

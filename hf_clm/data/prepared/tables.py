@@ -208,7 +208,7 @@ class StoredRows:
             if not batch.num_rows:  # a block of which nothing is left: it has no place in the file
                 continue
             rows = slice(*self._firsts[number : number + 2])
-            offsets = batch.column("input_ids").offsets.to_numpy()
+            offsets = batch.column("input_ids").offsets.to_numpy().astype(np.int64)
             ids, labels = (self._place(batch.column(name)) for name in ("input_ids", "labels"))
             self.ids_at[rows], self.lengths[rows] = ids + offsets[:-1], np.diff(offsets)
             self._shifts[number, 0] = labels - ids
@@ -265,7 +265,9 @@ class StoredRows:
                 release(self.tokens)
 
     def _place(self, column: pyarrow.Array) -> int:
-        """Where the values of a column begin in ``tokens``."""
+        """Where the values of a column begin in ``tokens``; 0 where it has none."""
+        if not len(column.values):
+            return 0
         return (column.values.buffers()[1].address - self.tokens.ctypes.data) // TOKEN_BYTES
 
 

@@ -12,8 +12,10 @@ from hf_clm.config import Recipe
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import label_options
 from hf_clm.data.label.labels import encode_prompts
+from hf_clm.data.proof.balance import check_packing
 from hf_clm.data.proof.certificate import Certificate
-from hf_clm.data.proof.ledger import Leakage, Totals, check_leakage, check_packing
+from hf_clm.data.proof.leakage import Leakage, check_leakage
+from hf_clm.data.proof.ledger import Totals
 from hf_clm.data.split import Split
 from hf_clm.errors import DataError
 from hf_clm.schema import TokenizedExample

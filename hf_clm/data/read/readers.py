@@ -266,8 +266,9 @@ def _lines(source: Stream) -> Iterator[tuple[int, str | DataError]]:
         if len(raw) <= limit or raw.endswith(b"\n"):
             yield number, _decode(raw, source.file, line=number)
             continue
-        while raw and not raw.endswith(b"\n"):
-            raw = source.stream.readline(READ_BYTES)
+        rest = raw
+        while rest and not rest.endswith(b"\n"):
+            rest = source.stream.readline(READ_BYTES)
         where, got = f"{source.file}:{number}", f"over {limit:,} bytes"
         fix = "raise max_line_bytes" if b"\r" not in raw[:-1] else OLD_LINE_ENDS
         yield number, DataError("line too long", where=where, got=got, fix=fix)

@@ -13,7 +13,6 @@ from hf_clm.data.label.datasets import (
     PretrainDataset,
     SFTDataset,
     TokenizedRows,
-    join_rows,
     rare_collection,
     tokenize_rows,
 )
@@ -255,27 +254,9 @@ def test_weights_lie_beside_the_labels_and_are_missing_where_all_are_1():
     assert found[0] == row([*b"hi", EOS], [X, 105, EOS], weights=[1, 1, 1])
     assert found[1] == row([*b"ab", EOS], [X, 98, EOS], weights=[0, 0.5, 0.5])
     assert found[2] == row([5, 6], [X, 6], weights=[3, 3])
-    assert found.rows.piece(1, start=1, stop=3) == row([98, EOS], [X, EOS], weights=[0.5, 0.5])
     assert "weights" not in SFTDataset([document("hi")], TOKENIZER)[0]
     zero = SFTDataset([Document([Segment("a", 0.0)]), Tokens([5, 6], [5, 6], [2], 0.0)], TOKENIZER)
     assert zero.rows.fates == [Fate("dropped", "no target token")] * 2
-
-
-def test_sets_are_joined_and_their_examples_numbered_on():
-    first = SFTDataset([document(""), document("a")], TOKENIZER).rows
-    second = SFTDataset([Document([Segment("b", 0.5)]), document("<|pad|>")], TOKENIZER).rows
-
-    found = join_rows([first, second])
-
-    assert [found[number] for number in range(2)] == [
-        row([97, EOS], [X, EOS], weights=[1, 1]),
-        row([98, EOS], [X, EOS], weights=[0.5, 0.5]),
-    ]
-    assert found.sources.tolist() == [1, 2, 3]
-    assert [fate.kind for fate in found.fates] == ["dropped", "used", "used", "used"]
-    assert found.control_texts == {"<|pad|>": 1}
-    assert found.offsets.tolist() == [0, 2, 4, 12]
-    assert join_rows([first]) is first
 
 
 @pytest.mark.parametrize("kind", [SFTDataset, PretrainDataset])
@@ -290,13 +271,17 @@ def test_a_dataset_is_indexed_like_a_list(kind):
     assert list(kind(iter([]), TOKENIZER)) == []
 
 
-def test_a_piece_of_a_row_is_an_example_of_its_own():
-    rows = PretrainDataset([document("ab"), document("cdef")], TOKENIZER).rows
+def test_stretches_of_rows_are_views_of_the_arrays():
+    rows = SFTDataset([document("ab"), document("cdef"), Document([Segment("g", 0.5)])], TOKENIZER).rows
 
-    assert rows.piece(1, start=1, stop=4) == row([*b"def"], [X, *b"ef"])
-    assert rows.piece(1, start=3, stop=5) == row([ord("f"), EOS], [X, EOS])
     assert isinstance(rows, TokenizedRows)
-    assert (rows.input_ids.dtype, rows.offsets.dtype, rows.weights) == (np.int32, np.int64, None)
+    ids, labels, weights = rows.views(np.array([1, 2]), np.array([1, 0]), np.array([4, 1]))
+    assert weights is not None
+    assert [part.tolist() for part in ids] == [[*b"def"], [*b"g"]]
+    assert [part.tolist() for part in labels] == [[*b"def"], [X]]
+    assert [part.tolist() for part in weights] == [[1, 1, 1], [0.5]]
+    assert all(part.base is rows.input_ids for part in ids)
+    assert (rows.input_ids.dtype, rows.offsets.dtype) == (np.int32, np.int64)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from prepared_sets import recipe_of
 from hf_clm.data.prepared import block as module
 from hf_clm.data.prepared.block import LEDGER, ROWS, WEIGHTED_ROWS, Block, BlockMaker
 from hf_clm.data.prepared.chunks import read_blocks
-from hf_clm.data.proof.ledger import digest, loose_digest
+from hf_clm.data.proof.leakage import digest, loose_digest
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.errors import DataError
 from hf_clm.schema import Document, Segment

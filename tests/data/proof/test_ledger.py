@@ -13,18 +13,9 @@ from hf_clm.config import Recipe
 from hf_clm.data.batch.packing import PackedDataset, Pieces
 from hf_clm.data.label.datasets import PretrainDataset
 from hf_clm.data.label.labels import Fate
-from hf_clm.data.proof.ledger import (
-    Entered,
-    Leakage,
-    Totals,
-    are_among,
-    check_entry,
-    check_leakage,
-    check_packing,
-    digest,
-    loose_digest,
-    write_ledger,
-)
+from hf_clm.data.proof.balance import check_entry, check_packing
+from hf_clm.data.proof.leakage import Leakage, are_among, check_leakage, digest, loose_digest
+from hf_clm.data.proof.ledger import Entered, Totals, write_ledger
 from hf_clm.data.split import Split
 from hf_clm.errors import DataError, ExitCode
 from hf_clm.schema import Chat, Document, Segment, Tokens
