@@ -3,6 +3,7 @@
 content of data, tokenizer and options -> key -> folder    there: opened     not there: prepared and written
 """
 
+import shutil
 import tempfile
 import time
 from contextlib import suppress
@@ -85,11 +86,14 @@ def prepare(
     launch, date = broadcast_object_list([uuid4().hex, date or today(tokenizer)])  # the same on all processes
     place = find_place(recipe, tokenizer, seed=arguments.seed, aside=aside, launch=launch)
     stored = open_place(place, recipe)
-    is_from_cache, note = stored is not None, []
+    note: list[str] = []
     if stored is None:
         place, note = _writable(place, aside)
         stored = open_place(place, recipe)
+    is_from_cache = stored is not None
     if stored is None and arguments.local_process_index == 0:
+        for old in aside.glob("[0-9a-f]*"):  # of an earlier start, which had another key
+            shutil.rmtree(old, ignore_errors=True)
         known = {"seed": arguments.seed, "date": date, "make_blocks": make_blocks}
         try:
             write_prepared(place.folder, to_head(recipe), tokenizer, **known)
@@ -106,9 +110,10 @@ def prepare(
     if stored.date:
         fix_date(tokenizer, stored.date)
     seconds, key = time.monotonic() - started, place.key[:SHOWN_LETTERS]
-    said = f"read from cache (key {key})" if is_from_cache else f"in {seconds:.1f} s, kept in {place.folder}"
-    if place.why_not:
-        said = f"in {seconds:.1f} s, not kept ({place.why_not})"
+    said = f"in {seconds:.1f} s, " + (
+        f"not kept ({place.why_not})" if place.why_not else f"kept in {place.folder}"
+    )
+    said = f"read from cache (key {key})" if is_from_cache else said
     first = STREAMED if recipe.data.streaming else f"prepared  {said}"
     proof = Proof(stored.proof["facts"], [first, *note, *stored.proof["lines"]])
     proof.facts["prepared"] = {"key": place.key, "from_cache": is_from_cache, "seconds": seconds}

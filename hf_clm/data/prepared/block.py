@@ -22,6 +22,7 @@ from hf_clm.data.proof.balance import check_entry
 from hf_clm.data.proof.certificate import PROVED_WHOLE, Certificate, certify_rows
 from hf_clm.data.proof.checker import Checker
 from hf_clm.data.proof.leakage import digest, loose_digest
+from hf_clm.data.read.formats import own_modules, provide_modules
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import check_record, read_options
 from hf_clm.errors import DataError
@@ -67,16 +68,21 @@ class Block:
 class BlockMaker:
     """Makes the blocks of a recipe with one tokenizer. Two of the same make the same of a block.
 
+    A format of the user's own goes with it as its module's source, for a machine that has not got it.
+
     Args:
         digests: those of DIGESTS that are needed.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, digests: Sequence[str] = ()):
         self.recipe, self.tokenizer, self.digests = recipe, tokenizer, tuple(digests)
+        sources = (*recipe.data.train, *recipe.data.eval)
+        self.modules = own_modules([source.format for source in sources])
 
     def make(self, raw: RawBlock) -> Block:
         """Reads, labels, fits and certifies. Raises DataError for a ledger that does not balance."""
         read = read_raw(raw, self.recipe.data)
+        provide_modules(self.modules)
         sources = self.recipe.data.eval if raw.split == "eval" else self.recipe.data.train
         options = label_options(self.recipe, sources[raw.source])
         readable = [number for number, example in enumerate(read.examples) if example is not None]

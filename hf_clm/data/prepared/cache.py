@@ -1,7 +1,6 @@
 """Which prepared set is a recipe's: its key is the content of all that decides it, never a name or a time."""
 
 import datetime
-import importlib.util
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from hf_clm.config import Data, Recipe, Source
 from hf_clm.data.prepared.prepare import write_prepared
 from hf_clm.data.prepared.sets import read_examples, to_head
 from hf_clm.data.prepared.store import Stored, open_store
+from hf_clm.data.read.formats import own_modules
 from hf_clm.data.read.readers import compression, suffix
 from hf_clm.data.read.sources import find_files
 from hf_clm.data.split import Split, mix_splits
@@ -151,12 +151,8 @@ def _code_content(formats: list[str | None]) -> str:
     """The sources of the code that makes labels, the user's own formats included."""
     package = Path(hf_clm.schema.__file__).parent
     found = [path for name in LABELLING for path in (package / name, *sorted((package / name).rglob("*.py")))]
-    for format in formats:
-        if format and ":" in format:
-            with suppress(ImportError, ValueError):  # where there is none, reading tells so
-                spec = importlib.util.find_spec(format.partition(":")[0])
-                found.append(Path((spec and spec.origin) or ""))
-    return fingerprint(path.read_bytes() for path in found if path.is_file())
+    sources = [path.read_bytes() for path in found if path.is_file()]
+    return fingerprint([*sources, own_modules(formats)])
 
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

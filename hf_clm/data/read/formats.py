@@ -6,12 +6,16 @@ A new format is a function here, its entry in ``FORMATS`` and its name in ``sche
 (training) and ``to_prompt`` (inference) run the same function, so the two cannot differ.
 """
 
+import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 from hf_clm.data.read.messages import (
@@ -296,6 +300,27 @@ def unknown_keys(record: Record, format: RecordFormat | str, *, fields: Fields =
     if fields:
         read = {root_column(record, fields[key]) if key in fields else key for key in known.keys}
     return [str(column) for column in record if column not in read]
+
+
+def own_modules(formats: Iterable[str | None]) -> dict[str, str]:
+    """The sources of the modules of formats of the user's own, by name; of those that are files here."""
+    found = {}
+    for name in {format.partition(":")[0] for format in formats if format and ":" in format}:
+        try:
+            spec = importlib.util.find_spec(name)
+        except ImportError:  # reading a record tells what is wrong
+            continue
+        if spec and spec.origin and spec.origin.endswith(".py"):
+            found[name] = Path(spec.origin).read_text(encoding="utf-8")
+    return found
+
+
+def provide_modules(modules: Mapping[str, str]) -> None:
+    """Makes modules of their sources where they cannot be imported: on another machine."""
+    for name, source in modules.items():
+        if name not in sys.modules and importlib.util.find_spec(name.partition(".")[0]) is None:
+            module = sys.modules[name] = ModuleType(name)
+            exec(compile(source, f"{name}.py", "exec"), vars(module))
 
 
 def _import_function(name: str) -> ReadRecord:
