@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results" / "prepare_memory.json"
+# Of preparing: one process with one thread, with the threads of the tokenizer, and Ray on all cores.
+WAYS = {"thread": ([], "false"), "threads": ([], "true"), "ray": (["--ray", "local"], "true")}
 WORDS, PER_DOCUMENT = 40_000, 320  # different words; of a document on average, about 2 kB
 
 
@@ -65,10 +68,13 @@ def measure(work: Path, gigabytes: float) -> dict[str, Any]:
     run(["train", str(recipe)], work)
     found |= {f"first_step_{name}": value for name, value in run(["train", str(recipe)], work).items()}
     (store,) = (path for path in (work / "cache").iterdir() if not path.name.startswith("."))
-    found["stored_bytes"] = sum(path.stat().st_size for path in store.iterdir())
-    for path in (text, *store.iterdir()):
-        path.unlink()
-    store.rmdir()
+    found["stored_bytes"] = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    shutil.rmtree(store)
+    for way, (words, threads) in WAYS.items():
+        used = run(["prepare", str(recipe), *words], work, TOKENIZERS_PARALLELISM=threads)
+        found[f"{way}_seconds"] = used["seconds"]
+        shutil.rmtree(store)
+    text.unlink()
     return found
 
 
@@ -90,13 +96,17 @@ def write_text(path: Path, size: int) -> int:
     return documents
 
 
-def run(words: list[str], work: Path) -> dict[str, Any]:
+def run(words: list[str], work: Path, **environment: str) -> dict[str, Any]:
     """Seconds and peak memory of a command; what it prints goes into a file."""
     code = "import sys; from hf_clm.cli import main; sys.exit(main(sys.argv[1:]))"
     started = time.monotonic()
     with (work / "output.txt").open("a", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", code, *words], cwd=ROOT, stdout=output, stderr=output
+            [sys.executable, "-c", code, *words],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=output,
+            stderr=output,
         )
         _, status, used = os.wait4(process.pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0, (
