@@ -6,10 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import byte_tokenizer, save_folder, tiny_model
+from helpers import build_recipe, byte_tokenizer, save_folder, tiny_model
 
 from hf_clm.cli import main
 from hf_clm.config import load_recipe
+from hf_clm.data.prepared.prepare import write_prepared
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,11 +64,39 @@ def test_another_command_has_options_that_are_there(words, capsys, tmp_path, mon
     assert "unknown option" not in error
 
 
-@pytest.mark.parametrize("text", PYTHON, ids=["from_pretrained", "parts"])
+@pytest.mark.parametrize("text", PYTHON, ids=["from_pretrained", "parts", "prepared"])
 def test_the_python_examples_run(text, tmp_path):
     folder = save_folder(tmp_path / "model", tiny_model(), byte_tokenizer())
+    recipe = build_recipe(tmp_path, [{"prompt": "Hi\n", "completion": "Yes"}])
+    write_prepared(tmp_path / "prepared", recipe, byte_tokenizer(), seed=0)
 
-    exec(text.replace("runs/sft-poems", folder).replace("Qwen/Qwen2.5-0.5B", folder), {})
+    names = {"runs/sft-poems": folder, "Qwen/Qwen2.5-0.5B": folder}
+    for name, path in (names | {"~/.cache/hf_clm/KEY": str(tmp_path / "prepared")}).items():
+        text = text.replace(name, path)
+    exec(text, {})
+
+
+def test_the_slurm_script_starts_a_ray_cluster_and_prepares_on_it(tmp_path):
+    """With programs that only say how they were called; three boxes."""
+    (script,) = (text for _, text in BLOCKS if "ray start --head --port" in text)
+    programs = {
+        "scontrol": 'printf "box-7\nbox-8\nbox-9\n"',
+        "srun": 'while [ "${1#-}" != "$1" ]; do [ "$1" = -w ] && shift; shift; done; echo "$*"',
+        "hf-clm": 'echo "hf-clm $*"',
+        "sleep": "exec /bin/sleep 0.3",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "3"}
+
+    done = subprocess.run(["bash", "-eu"], input=script, env=environment, capture_output=True, text=True)
+
+    assert done.stdout.splitlines() == [
+        "ray start --head --port=6379 --block",
+        "ray start --address=box-7:6379 --block",
+        "hf-clm prepare RECIPE --ray box-7:6379",
+    ]
 
 
 def test_the_slurm_script_starts_a_launcher_on_each_box(tmp_path):
