@@ -32,7 +32,7 @@ def test_the_commands_are_found():
     assert len(MAKES) >= 5
     assert {words[0] for words in OURS} >= {"train", "generate", "evaluate", "config"}
     assert len(MAKES) + len(OURS) == len(COMMANDS), "a command of another kind: test it too"
-    assert len(PYTHON) == 2
+    assert len(PYTHON) == 3
 
 
 @pytest.mark.parametrize("words", MAKES, ids=" ".join)
