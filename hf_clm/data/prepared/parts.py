@@ -1,5 +1,6 @@
 """A set as its blocks gave it: written to files, and what is known of the whole of it."""
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
+from tqdm import tqdm
 
 from hf_clm.config import Data
 from hf_clm.data.label.datasets import UNREADABLE, rare_collection
@@ -23,6 +25,7 @@ from hf_clm.data.read.records import no_example
 from hf_clm.data.read.sources import no_record
 from hf_clm.errors import UserError, reach
 
+SAID_SECONDS = 60.0  # between two lines on how far it has come
 READ_ON_SECONDS = 60.0  # after the first record that cannot be used, to find others
 
 
@@ -85,7 +88,7 @@ def write_part(folder: Path, raw: RawSet, blocks: Iterable[Block], *, data: Data
         TableWriter(folder / "rows", ROWS) as rows,
         TableWriter(folder / "ledger", LEDGER) as ledger,
     ):
-        for number, block in enumerate(blocks):
+        for number, block in enumerate(watched(blocks, raw.name)):
             if block.faults and data.on_bad_record == "error":
                 raise list_faults(raw.name, number, block, data=data)
             rows.write(block.rows)
@@ -99,6 +102,20 @@ def write_part(folder: Path, raw: RawSet, blocks: Iterable[Block], *, data: Data
     part.digests = {kind: np.concatenate(found) for kind, found in digests.items()}
     part.usable = np.concatenate(usable)
     return part
+
+
+def watched(blocks: Iterable[Block], name: str) -> Iterator[Block]:
+    """Yields the blocks, and shows how many records are done: a bar on a terminal, else a line a minute."""
+    said, records = time.monotonic(), 0
+    what = f"preparing {name}"
+    with tqdm(desc=what, unit=" records", disable=not sys.stderr.isatty(), leave=False) as bar:
+        for block in blocks:
+            yield block
+            records += block.ledger.num_rows
+            bar.update(block.ledger.num_rows)
+            if bar.disable and time.monotonic() - said > SAID_SECONDS:
+                said = time.monotonic()
+                sys.stderr.write(f"{what}: {records:,} records\n")
 
 
 def list_faults(name: str, number: int, block: Block, *, data: Data) -> UserError:
