@@ -118,7 +118,7 @@ def test_two_processes_go_on_bit_by_bit(tmp_path):
 def test_one_process_goes_on_for_two_and_reads_no_document_twice(tmp_path, monkeypatch):
     """One document a row, 4 rows a step: 28 documents are read by two processes, then by one."""
     folder = write_run(tmp_path / "two")
-    write_jsonl(folder / "rows.jsonl", [{"text": f"{n} " * n, "note": "." * 2090} for n in range(28)])
+    write_jsonl(folder / "rows.jsonl", [{"text": f"{n} " * n, "note": "." * 2090} for n in range(1, 29)])
     options = ("--data.packing", "none", "--data.max_length", "128", "--save_steps", "3")
     first = launch_two(folder, "--max_steps", "3", *options)
     assert first.returncode == 0, first.stderr
@@ -129,7 +129,7 @@ def test_one_process_goes_on_for_two_and_reads_no_document_twice(tmp_path, monke
 
     entries = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     seen = {entry["step"]: entry["target_tokens_seen"] for entry in entries if "loss" in entry}
-    assert seen[7] == sum(len(f"{n} " * n) for n in range(28))
+    assert seen[7] == sum(len(f"{n} " * n) for n in range(1, 29))
     said = json.loads((folder / "run" / "run.json").read_text())["stream"]
     assert (said["shards"], said["fates"]) == (1, {"used": 28})
 
@@ -140,7 +140,7 @@ def test_an_error_that_the_second_process_alone_meets_is_said_and_ends_both(tmp_
     folder = write_run(tmp_path / "two")
     lines = ['{"text": "abc"}'] * 3584 + ["no json        "] * 512  # 512 to a chunk
     (folder / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    options = ("--data.packing", "none", "--data.shuffle_buffer", "500")
+    options = ("--data.packing", "none", "--data.shuffle_buffer", "500", "--data.on_bad_record", "drop")
 
     done = launch_two(folder, "--max_steps", "2000", "--logging_steps", "100", *options)
 
