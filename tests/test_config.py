@@ -749,7 +749,10 @@ STREAM = ["--stage=pretrain", "--data.streaming=true", "--max_steps=5"]
         (["--data.duplicates=drop"], "data.duplicates: drop compares all examples, which nobody has"),
         (["--data.train=[{path: a, limit: 3}]"], "a shard of a stream does not know how many were read"),
         (["--data.train=[{path: a, epochs: 2}]"], "the length of a stream is not known, and so not what an"),
-        (["--data.mixing={by: tokens}"], "without weights the sources of a stream are read one after another"),
+        (
+            ["--data.mixing={by: tokens}"],
+            "without weights the sources of a stream are read one after another",
+        ),
         (
             ["--model.init=scratch", "--model.config={model_type: gpt2}", "--tokenizer.train={}"],
             "tokenizer.train reads all of the data, which nobody has of a stream",
