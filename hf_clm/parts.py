@@ -27,7 +27,14 @@ from hf_clm.attention import NAME as PACKED
 from hf_clm.config import Recipe, training_values
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.data.batch.packing import PackedDataset
-from hf_clm.data.prepared.stream import StreamedRows, StreamPlan, read_stream, shares_of, stream_identity
+from hf_clm.data.prepared.stream import (
+    StreamedRows,
+    StreamPlan,
+    counted_by,
+    read_stream,
+    shares_of,
+    stream_identity,
+)
 from hf_clm.data.read.plain_template import is_plain, plain_template
 from hf_clm.data.split import AnyDataset
 from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
@@ -103,17 +110,16 @@ def build_stream(
 ) -> StreamedRows | None:
     """The rows of a run that are made while it trains, a shard a worker; None where they are prepared.
 
-    Raises RecipeError for a checkpoint that was written by another division of the data.
+    Raises RecipeError for a checkpoint of other data, or that read them in another order.
     """
     if not recipe.data.streaming:
         return None
     shards = arguments.world_size * max(1, arguments.dataloader_num_workers)
     rows = rows_per_step(arguments) * arguments.max_steps
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    by = recipe.data.mixing.by if recipe.data.mixing else "rows"
     stream = StreamedRows(
         partial(read_stream, recipe=recipe, tokenizer=tokenizer),
-        StreamPlan(rows, arguments.train_batch_size, shards, shares_of(recipe.data), by),
+        StreamPlan(rows, arguments.train_batch_size, shards, shares_of(recipe.data), counted_by(recipe.data)),
         seed=seed if arguments.train_sampling_strategy == "random" else None,
         max_dropped=recipe.data.max_dropped,
         identity=stream_identity(recipe),

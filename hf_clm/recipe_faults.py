@@ -147,20 +147,33 @@ def streaming_faults(recipe: Any) -> Iterator[Fault]:
 
 def _streamed_source_faults(data: Any) -> Iterator[Fault]:
     """What a source of a stream cannot have, of a ``config.Data``."""
-    weighed = [value for source in data.train for value in (source.weight, source.epochs)]
-    if data.mixing or any(value is not None for value in weighed):
-        what = "sources of a stream are read one behind the other, without weights and epochs"
-        yield Fault("data.train", what, fix="leave data.mixing, weight and epochs out, or do not stream")
     for number, source in enumerate(data.train):
+        key = f"data.train.{number}"
         if source.limit:
-            key, what = f"data.train.{number}.limit", "a shard of a stream does not know how many were read"
-            yield Fault(key, what, fix="leave limit out")
+            what = "a shard of a stream does not know how many were read"
+            yield Fault(f"{key}.limit", what, fix="leave limit out")
+        if source.epochs is not None:
+            what = "the length of a stream is not known, and so not what an epoch of it holds"
+            yield Fault(f"{key}.epochs", what, fix="give each source a weight")
+    if data.mixing and all(source.weight is None for source in data.train):
+        what = "without weights the sources of a stream are read one after another"
+        yield Fault("data.mixing", what, fix="give each source a weight, or leave data.mixing out")
+    for key, why in MIXING_OF_WHOLE_SETS.items():
+        if data.mixing and getattr(data.mixing, key) != type(data.mixing).model_fields[key].default:
+            what = f"data.mixing.{key} and data.streaming exclude each other: {why}"
+            yield Fault(f"data.mixing.{key}", what, fix="leave it out")
 
 
 def _shares_batches(config: Any) -> bool:
     return isinstance(config, dict) and any(config.get(f"{how}_batches") for how in ("dispatch", "split"))
 
 
+MIXING_OF_WHOLE_SETS = {
+    "temperature": "the sizes of the sources are not known",
+    "size": "a stream has no epochs; train.max_steps ends the run",
+    "stopping_strategy": "a stream has no epochs; train.max_steps ends the run",
+    "replacement": "a stream is read in its order",
+}
 FIELDS_OF_STREAMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train_sampling_strategy": (lambda x: x in ("random", "sequential"), "no other order is known"),
     "dataloader_in_order": (lambda x: x, "each worker has its turn"),

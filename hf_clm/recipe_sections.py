@@ -199,7 +199,7 @@ class Data(Section):
     """The largest share of evaluation rows that may be training rows."""
     on_bad_record: OnBadRecord = "error"
     """For a record that cannot be used: stop with a list of them all, or drop it and count it, within
-    max_dropped."""
+    max_dropped. A stream always drops it once training has begun."""
     max_line_bytes: int = Field(default=8_388_608, ge=1)
     """The longest line that is read."""
     strict: bool = False
@@ -213,7 +213,8 @@ class Data(Section):
     streaming: bool = Field(default=False, json_schema_extra=ASIDE)
     """Read and tokenize while training, what is too large to prepare; needs train.max_steps."""
     shuffle_buffer: int = Field(default=1000, ge=1, json_schema_extra=ASIDE)
-    """Of a stream: so many documents are packed together, and their rows shuffled."""
+    """Documents of a stream that are packed together and whose rows are shuffled, in whole chunks of a file;
+    fewer where they reach 1 MiB of text."""
 
 
 class Lora(Section):

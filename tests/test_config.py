@@ -733,3 +733,69 @@ def test_every_key_outside_the_sections_has_a_docstring_that_is_its_help():
         if not info.description
     ]
     assert undescribed == []
+
+
+# --- streams
+
+
+STREAM = ["--stage=pretrain", "--data.streaming=true", "--max_steps=5"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max_steps=-1"], "data.streaming needs train.max_steps: the length of a stream is not known"),
+        (["--data.eval_fraction=0.1"], "data.eval_fraction is chosen from all examples, which nobody has"),
+        (["--data.duplicates=drop"], "data.duplicates: drop compares all examples, which nobody has"),
+        (["--data.train=[{path: a, limit: 3}]"], "a shard of a stream does not know how many were read"),
+        (["--data.train=[{path: a, epochs: 2}]"], "the length of a stream is not known, and so not what an"),
+        (
+            ["--data.mixing={by: tokens}"],
+            "without weights the sources of a stream are read one after another",
+        ),
+        (
+            ["--model.init=scratch", "--model.config={model_type: gpt2}", "--tokenizer.train={}"],
+            "tokenizer.train reads all of the data, which nobody has of a stream",
+        ),
+        (
+            ["--train_sampling_strategy=group_by_length"],
+            "train.train_sampling_strategy and data.streaming exclude each other: no other order is known",
+        ),
+        (
+            ["--accelerator_config={dispatch_batches: true}"],
+            "train.accelerator_config and data.streaming exclude each other: each process reads a part of",
+        ),
+        (
+            ["--save_strategy=epoch"],
+            "train.save_strategy and data.streaming exclude each other: no end of an epoch is known",
+        ),
+        (
+            ["--torch_compile=true"],
+            "train.torch_compile and data.streaming exclude each other: the longest batch is not known",
+        ),
+    ],
+)
+def test_what_needs_all_of_the_data_is_refused_beside_a_stream(words, message):
+    assert message in error_of(BASE, *STREAM, *words)
+
+
+WEIGHTS = "--data.train=[{path: a, weight: 1}, {path: b, weight: 2}]"
+
+
+@pytest.mark.parametrize(
+    ("mixing", "message"),
+    [
+        ("{size: 9}", "data.mixing.size and data.streaming exclude each other: a stream has no epochs"),
+        ("{stopping_strategy: all_exhausted}", "a stream has no epochs; train.max_steps ends the run"),
+        ("{replacement: true}", "data.mixing.replacement and data.streaming exclude each other: a stream is"),
+        ("{temperature: 2}", "data.mixing.temperature"),
+    ],
+)
+def test_a_stream_is_mixed_by_weights_alone(mixing, message):
+    assert message in error_of(BASE, *STREAM, WEIGHTS, f"--data.mixing={mixing}")
+
+
+def test_the_sources_of_a_stream_may_have_weights():
+    recipe = load(BASE, *STREAM, WEIGHTS, "--data.mixing={by: tokens}")
+
+    assert [source.weight for source in recipe.data.train] == [1, 2]

@@ -14,8 +14,9 @@ from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 from hf_clm.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
-# The second half of the bytes is one document: its shard is through it long before the other has begun again.
-RECORDS = [{"text": f"{n} " + "xyz"[: n % 3 + 1] * (n % 5)} for n in range(20)] + [{"text": "long " * 60}]
+# The second chunk holds one document: its shard is through it long before the other has begun again.
+RECORDS = [{"text": f"{n} " + "xyz"[: n % 3 + 1] * (n % 5)} for n in range(20)]
+RECORDS += [{"text": "long " * 60, "note": "." * 8000}, {"text": "long " * 60}]
 RECIPE = """\
 stage: pretrain
 model: {name_or_path: model}
@@ -88,7 +89,7 @@ def test_two_processes_take_the_rows_of_one_with_two_workers_and_one_goes_on_for
     totals = [json.loads((folder / "run" / "run.json").read_text())["stream"] for folder in (one, two)]
     assert totals[0] == totals[1]
     assert totals[0]["shards"] == 2
-    assert found[1]["epoch"] >= 1  # the long document again and again
+    assert found[1]["places"][0]["epoch"] >= 1  # the long document again and again
     (two / "run" / "checkpoint-6" / "SEALED.json").unlink()
     (two / "run" / "run.json").unlink()
     monkeypatch.chdir(two)
@@ -114,15 +115,35 @@ def test_two_processes_go_on_bit_by_bit(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_that_the_second_process_alone_meets_is_said_and_ends_both(tmp_path):
-    """It is one that only a tokenizer can find: others are found before the start."""
+def test_one_process_goes_on_for_two_and_reads_no_document_twice(tmp_path, monkeypatch):
+    """One document a row, 4 rows a step: 28 documents are read by two processes, then by one."""
     folder = write_run(tmp_path / "two")
-    lines = ['{"text": "abc"}'] * 2000 + ['{"text": "<|endoftext|>"}']
-    (folder / "rows.jsonl").write_text("\n".join(lines))
-    options = ("--data.packing", "none", "--data.special_tokens_in_text", "error")
+    write_jsonl(folder / "rows.jsonl", [{"text": f"{n} " * n, "note": "." * 2090} for n in range(1, 29)])
+    options = ("--data.packing", "none", "--data.max_length", "128", "--save_steps", "3")
+    first = launch_two(folder, "--max_steps", "3", *options)
+    assert first.returncode == 0, first.stderr
+    monkeypatch.chdir(folder)
+
+    more = ("--max_steps", "7", "--resume_override", "max_steps", "--gradient_accumulation_steps", "2")
+    assert main(["train", "recipe.yaml", *more, *options]) == 0
+
+    entries = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    seen = {entry["step"]: entry["target_tokens_seen"] for entry in entries if "loss" in entry}
+    assert seen[7] == sum(len(f"{n} " * n) for n in range(1, 29))
+    said = json.loads((folder / "run" / "run.json").read_text())["stream"]
+    assert (said["shards"], said["fates"]) == (1, {"used": 28})
+
+
+@pytest.mark.slow
+def test_an_error_that_the_second_process_alone_meets_is_said_and_ends_both(tmp_path):
+    """Its chunks are those of odd numbers; the bad records are in the last one."""
+    folder = write_run(tmp_path / "two")
+    lines = ['{"text": "abc"}'] * 3584 + ["no json        "] * 512  # 512 to a chunk
+    (folder / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    options = ("--data.packing", "none", "--data.shuffle_buffer", "500", "--data.on_bad_record", "drop")
 
     done = launch_two(folder, "--max_steps", "2000", "--logging_steps", "100", *options)
 
-    said = [line for line in done.stderr.splitlines() if "rows.jsonl:2001: " in line]
+    said = [line for line in done.stderr.splitlines() if "512 of 2,048 documents of a stream" in line]
     assert done.returncode != 0
     assert [line.split(":")[0] for line in said] == ["error on rank 1"]

@@ -137,7 +137,7 @@ def read_blocks(data: Data, split: str, *, report: ReadReport) -> Iterator[RawBl
 
 def see_first(chunk: Chunk, source: Source, *, data: Data, first: FirstSeen) -> None:
     """Notes what the first record of a chunk's file looks like, unless that is known."""
-    if _of_file(first, chunk.file) or source.template or (source.format and source.format != "tokenized"):
+    if knows_first(chunk.file, source, first):
         return
     for where, value in chunk.items(read_options(data, source), ReadReport()):
         with suppress(DataError):
@@ -145,6 +145,12 @@ def see_first(chunk: Chunk, source: Source, *, data: Data, first: FirstSeen) -> 
             read_example(Record(value, where), source, data=data, first=first)
         if _of_file(first, chunk.file):
             return
+
+
+def knows_first(file: str, source: Source, first: FirstSeen) -> bool:
+    """Whether it is known what the records of a file must be like, or they may be of any kind."""
+    is_named = source.template is not None or source.format not in (None, "tokenized")
+    return is_named or bool(_of_file(first, file))
 
 
 def _of_file(first: FirstSeen, file: str) -> FirstSeen:

@@ -15,7 +15,6 @@ Sources that are mixed are lanes beside one another, each with its own position 
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.config import Data, Recipe, Source
+from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.data.prepared.block import UNREADABLE, BlockMaker
 from hf_clm.data.prepared.chunks import (
@@ -37,6 +37,7 @@ from hf_clm.data.prepared.chunks import (
     Chunk,
     RawBlock,
     is_parted,
+    knows_first,
     read_file_chunks,
     read_hub_chunks,
     see_first,
@@ -45,12 +46,12 @@ from hf_clm.data.prepared.tables import to_rows
 from hf_clm.data.read.files import find_files
 from hf_clm.data.read.formats import FirstSeen
 from hf_clm.data.read.opening import file_size, open_raw
-from hf_clm.data.read.readers import ReadReport
+from hf_clm.data.read.readers import ReadReport, compression
 from hf_clm.data.read.records import read_options
 from hf_clm.data.split import pack_rows, to_limit
 from hf_clm.errors import DataError, RecipeError
 
-FILES_A_SHARD = 8  # of files that are parsed as they are read so many are as even as chunks: each goes whole
+FILES_A_SHARD = 8  # packed or parsed files that are as even as chunks: then each goes to a shard as a whole
 COUNTED = 1000  # documents of which the dropped are a share that says something
 STATE = "stream_state_{}.json"  # of a rank, in a checkpoint
 PROBES, PROBE_BYTES = 16, 16_384
@@ -108,8 +109,9 @@ class Task:
 
     @staticmethod
     def _goes_whole(division: Division, files: Sequence[str] | None) -> bool:
-        is_many = len(files or ()) >= FILES_A_SHARD * division.shards
-        return is_many and files is not None and not is_parted(files[0])
+        if files is None or len(files) < FILES_A_SHARD * division.shards:
+            return False
+        return bool(compression(files[0])) or not is_parted(files[0])
 
 
 @dataclass
@@ -161,6 +163,11 @@ class Position:
     places: Sequence[Place]
     rests: Sequence[Rest] = ()
     steps: int = 0
+
+    def moved(self, lane: int, place: Place, *, rests: Sequence[Rest] = ()) -> "Position":
+        """The position one row on, at another place in a lane."""
+        places = (*self.places[:lane], place, *self.places[lane + 1 :])
+        return replace(self, places=places, rests=rests, steps=self.steps + 1)
 
 
 @dataclass(frozen=True)
@@ -233,21 +240,19 @@ class StreamedRows(torch.utils.data.Dataset):
         """The rows of a shard from a position on, pass after pass."""
         while position.rests:
             rest, *others = position.rests
-            block = next(self.read_blocks(rest.task, rest.mark))
+            block, lane = next(self.read_blocks(rest.task, rest.mark)), rest.task.lane
             for number in self._order(rest.epoch, block)[rest.row :]:
                 rest = replace(rest, row=rest.row + 1)
-                is_last = rest.row == len(block.rows)
-                position = replace(
-                    position, rests=others if is_last else [rest, *others], steps=position.steps + 1
-                )
+                taken = position.places[lane].taken + size_of(block.rows, number, by=self.plan.by)
+                place = replace(position.places[lane], taken=taken)
+                rests = (rest, *others) if rest.row < len(block.rows) else tuple(others)
+                position = position.moved(lane, place, rests=rests)
                 yield {**block.rows[number], "stream": position}
-            position = replace(position, rests=others)
         lanes = [self._read_lane(position.shard, lane, position.places[lane]) for lane in self.lanes]
         while True:
             lane = self._next_lane(position.places)
             row, place = next(lanes[lane])
-            places = [place if at == lane else other for at, other in enumerate(position.places)]
-            position = replace(position, places=tuple(places), steps=position.steps + 1)
+            position = position.moved(lane, place)
             yield {**row, "stream": position}
 
     def _next_lane(self, places: Sequence[Place]) -> int:
@@ -267,24 +272,17 @@ class StreamedRows(torch.utils.data.Dataset):
                 order = self._order(epoch, block)
                 taken = place.taken
                 for row in range(place.row, len(order)):
-                    taken += self._size(block.rows[order[row]])
+                    taken += size_of(block.rows, order[row], by=self.plan.by)
                     inside = replace(place, mark=block.begin, end=block.end, row=row + 1, counts=counts)
                     reached = inside if row + 1 < len(order) else behind
                     yield block.rows[order[row]], replace(reached, taken=taken)
                 place, found = replace(behind, taken=taken), found + len(order)
             if began_whole and not found:
                 what = f"no document to train on for shard {shard + 1} of {self.plan.shards}"
+                where = f"data.train.{lane}" if len(self.lanes) > 1 else "data.train"
                 fix = "fewer processes or train.dataloader_num_workers, or data.streaming: false"
-                raise DataError(what, where="data.train", fix=fix)
+                raise DataError(what, where=where, fix=fix)
             place = replace(place, epoch=epoch + 1, mark=BEGIN, end=BEGIN, row=0)
-
-    def _size(self, row: Mapping[str, Any]) -> int:
-        match self.plan.by:
-            case "tokens":
-                return len(row["input_ids"])
-            case "target_tokens":
-                return int((np.asarray(row["labels"]) >= 0).sum())
-        return 1
 
     def _order(self, epoch: int, block: StreamBlock) -> list[int]:
         if self.seed is None:
@@ -314,9 +312,10 @@ class StreamedRows(torch.utils.data.Dataset):
         if not states:
             what, fix = "the checkpoint holds no position in a stream", "data.streaming as in the run before"
             raise RecipeError(what, where=str(folder), fix=fix)
-        for name, value in states[0]["identity"].items():
-            if self.identity.get(name) != value:
-                what = f"the stream cannot go on: {name} was {value}"
+        before = states[0]["identity"]
+        for name in {**before, **self.identity}:
+            if self.identity.get(name) != before.get(name):
+                what = f"the stream cannot go on: {name} was {before.get(name)}"
                 raise RecipeError(what, where=str(folder), got=str(self.identity.get(name)), fix=FIXES[name])
         self.earlier = {
             key: [_to_division(one) for one in divisions] for key, divisions in states[0]["earlier"].items()
@@ -355,7 +354,8 @@ class StreamedRows(torch.utils.data.Dataset):
             if shard == 0:  # what was counted so far is told by one
                 pairs = zip(starts, totals, strict=True)
                 places = [replace(place, before=found, counts=found) for place, found in pairs]
-            self.positions[shard] = Position(shard, tuple(places), rests[shard :: self.plan.shards], steps=1)
+            own = tuple(rests[shard :: self.plan.shards])
+            self.positions[shard] = Position(shard, tuple(places), own, steps=1)
 
 
 def _key(lane: int, epoch: int) -> str:
@@ -385,7 +385,7 @@ def _to_position(entry: Mapping[str, Any]) -> Position:
     rests = [
         Rest(_to_task(one["task"]), one["epoch"], Mark(*one["mark"]), one["row"]) for one in entry["rests"]
     ]
-    return Position(entry["shard"], tuple(places), rests, entry["steps"])
+    return Position(entry["shard"], tuple(places), tuple(rests), entry["steps"])
 
 
 def furthest(positions: Iterable[Position]) -> list[Position]:
@@ -398,10 +398,21 @@ def furthest(positions: Iterable[Position]) -> list[Position]:
     return list(found.values())
 
 
+def size_of(rows: Sequence[Any], number: int, *, by: str) -> int:
+    """How much a row counts where sources are mixed; of packed ones the documents that begin in it."""
+    match by:
+        case "tokens":
+            return len(rows[number]["input_ids"])
+        case "target_tokens":
+            return int((np.asarray(rows[number]["labels"]) >= 0).sum())
+    return sum(start == 0 for _, start, _ in rows.pieces[number]) if isinstance(rows, PackedDataset) else 1
+
+
 FIXES = {
     "seed": "the seed, and the train_sampling_strategy, of the run before",
     "documents": "data.shuffle_buffer as before",
     "files": "the same files as before: names, sizes, content",
+    "weights": "the weights of the sources, and data.mixing.by, as before",
 }
 
 
@@ -423,9 +434,14 @@ def lanes_of(data: Data) -> list[list[int]]:
     return [[number] for number in numbers] if is_mixed else [list(numbers)]
 
 
-def shares_of(data: Data) -> list[float]:
+def shares_of(data: Data) -> tuple[float, ...]:
     """How much of each lane is read."""
-    return [math.prod(data.train[number].weight or 1.0 for number in lane) for lane in lanes_of(data)]
+    return tuple(data.train[first].weight or 1.0 for first, *_ in lanes_of(data))
+
+
+def counted_by(data: Data) -> str:
+    """What the shares of a stream count."""
+    return data.mixing.by if data.mixing else "rows"
 
 
 def read_stream(
@@ -440,11 +456,10 @@ def read_stream(
         waiting: list[tuple[Mark, Chunk]] = []
         size = records = 0
         first: FirstSeen = {}
-        for mark, chunk in _own_chunks(data.train[source], source, task=task, start=start, data=data):
-            if waiting and (size >= BLOCK_BYTES or records >= data.shuffle_buffer):
+        for mark, chunk in _own_chunks(source, task=task, start=start, data=data, first=first):
+            if size >= BLOCK_BYTES or records >= data.shuffle_buffer:
                 yield _make(waiting, first, mark, recipe=recipe, maker=maker)
                 waiting, size, records = [], 0, 0
-            _see_file(chunk, data.train[source], data=data, first=first)
             waiting.append((mark, chunk))
             size, records = size + chunk.size, records + chunk.records
         if waiting:
@@ -452,32 +467,31 @@ def read_stream(
 
 
 def _own_chunks(
-    source: Source, number: int, *, task: Task, start: Mark, data: Data
+    number: int, *, task: Task, start: Mark, data: Data, first: FirstSeen
 ) -> Iterator[tuple[Mark, Chunk]]:
+    """The chunks of a source that a task wants. ``first`` is filled in from the start of each file."""
+    source = data.train[number]
     files = find_files(source.path, split=source.split)
-    options = read_options(data, source)
     for at, file in enumerate(files or [source.path]):
         if Mark(number, at + 1) <= start or task.is_of_others(at, files):
             continue
 
-        def wanted(chunk: int, at: int = at) -> bool:
+        def is_own(chunk: int, at: int = at) -> bool:
             mark = Mark(number, at, chunk)
             return mark >= start and task.wants(mark, files)
 
+        def is_read(chunk: int, file: str = file, is_own: Callable[[int], bool] = is_own) -> bool:
+            return is_own(chunk) or not knows_first(file, source, first)
+
         if files is None:
-            chunks = (chunk for chunk in read_hub_chunks(source) if wanted(chunk.number))
+            chunks = read_hub_chunks(source)
         else:
-            chunks = read_file_chunks(file, options, report=ReadReport(), wanted=wanted)
-        yield from ((Mark(number, at, chunk.number), chunk) for chunk in chunks)
-
-
-def _see_file(chunk: Chunk, source: Source, *, data: Data, first: FirstSeen) -> None:
-    """Notes what the first record of a chunk's file looks like, which another shard may read."""
-    if chunk.number and isinstance(chunk.content, bytes):
-        options = read_options(data, source)
-        begin = next(read_file_chunks(chunk.file, options, report=ReadReport()), chunk)
-        see_first(begin, source, data=data, first=first)
-    see_first(chunk, source, data=data, first=first)
+            options = read_options(data, source)
+            chunks = read_file_chunks(file, options, report=ReadReport(), wanted=is_read)
+        for chunk in chunks:
+            see_first(chunk, source, data=data, first=first)
+            if is_own(chunk.number):
+                yield Mark(number, at, chunk.number), chunk
 
 
 def _make(
@@ -511,8 +525,10 @@ def check_share(counts: Mapping[str, int], max_dropped: float) -> None:
 def stream_identity(recipe: Recipe) -> dict[str, Any]:
     """What has to be the same for a position to mean the same row, beside the seed."""
     files = [_list_files(source) for source in recipe.data.train]
-    digest = hashlib.sha256(json.dumps([files, shares_of(recipe.data)]).encode()).hexdigest()
-    return {"documents": recipe.data.shuffle_buffer, "files": digest[:16]}
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    known: dict[str, Any] = {"documents": recipe.data.shuffle_buffer, "files": digest[:16]}
+    shares = shares_of(recipe.data)
+    return {**known, "weights": [counted_by(recipe.data), *shares]} if len(shares) > 1 else known
 
 
 def _list_files(source: Source) -> list[tuple[str, int, str]]:
