@@ -581,7 +581,7 @@ def test_the_first_examples_of_a_split_are_kept_beside_it():
 def test_a_long_preparation_says_how_far_it_has_come(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parts, "SAID_SECONDS", 0.0)
     records = [{"prompt": f"{n}?\n", "completion": "x" * 100} for n in range(12_000)]
-    recipe = recipe_of(write_jsonl(tmp_path / "a.jsonl", records))
+    recipe = recipe_of(write_jsonl(tmp_path / "a.jsonl", records), max_length=256)
 
     write_set(recipe, tmp_path / "prepared")
 
