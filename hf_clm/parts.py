@@ -27,14 +27,8 @@ from hf_clm.attention import NAME as PACKED
 from hf_clm.config import Recipe, training_values
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.data.batch.packing import PackedDataset
-from hf_clm.data.prepared.stream import (
-    StreamedRows,
-    StreamPlan,
-    counted_by,
-    read_stream,
-    shares_of,
-    stream_identity,
-)
+from hf_clm.data.prepared.stream import StreamedRows, StreamPlan
+from hf_clm.data.prepared.stream_blocks import counted_by, read_stream, shares_of, stream_identity
 from hf_clm.data.read.plain_template import is_plain, plain_template
 from hf_clm.data.split import AnyDataset
 from hf_clm.errors import EnvironmentFault, ModelError, RecipeError

@@ -5,7 +5,8 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from hf_clm.data.prepared.stream import StreamedRows, furthest
+from hf_clm.data.prepared.division import furthest
+from hf_clm.data.prepared.stream import StreamedRows
 from hf_clm.training.trainer import CLMTrainer
 
 

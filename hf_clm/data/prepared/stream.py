@@ -13,105 +13,41 @@ and waits for no other; the last row of a block may be short.
 Sources that are mixed are lanes beside one another, each with its own position and passes; else all are one.
 """
 
-import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from hf_clm.config import Data, Recipe, Source
 from hf_clm.data.batch.packing import PackedDataset
-from hf_clm.data.label.datasets import TokenizedDataset
-from hf_clm.data.prepared.block import UNREADABLE, BlockMaker
-from hf_clm.data.prepared.chunks import (
-    BLOCK_BYTES,
-    Chunk,
-    RawBlock,
-    is_parted,
-    knows_first,
-    read_file_chunks,
-    read_hub_chunks,
-    see_first,
+from hf_clm.data.label.datasets import UNREADABLE
+from hf_clm.data.prepared.division import (
+    BEGIN,
+    Division,
+    Mark,
+    Place,
+    Position,
+    Rest,
+    Task,
+    cursor_of,
+    furthest,
+    lane_key,
+    to_division,
+    to_position,
 )
-from hf_clm.data.prepared.tables import to_rows
-from hf_clm.data.read.files import find_files
-from hf_clm.data.read.formats import FirstSeen
-from hf_clm.data.read.opening import file_size, open_raw
-from hf_clm.data.read.readers import ReadReport, compression
-from hf_clm.data.read.records import read_options
-from hf_clm.data.split import pack_rows, to_limit
+from hf_clm.data.split import to_limit
 from hf_clm.errors import DataError, RecipeError
 
-FILES_A_SHARD = 8  # packed or parsed files that are as even as chunks: then each goes to a shard as a whole
 COUNTED = 1000  # documents of which the dropped are a share that says something
 STATE = "stream_state_{}.json"  # of a rank, in a checkpoint
-PROBES, PROBE_BYTES = 16, 16_384
 OF_WORKERS = "hf_clm.errors.DataError: "
-
-
-class Mark(NamedTuple):
-    """A chunk of a lane: which source, file of it and chunk in the file."""
-
-    source: int = 0
-    file: int = 0
-    chunk: int = 0
-
-
-BEGIN, END = Mark(), Mark(1 << 40)
-
-
-@dataclass(frozen=True)
-class Division:
-    """Chunks divided among shards; those of shard i before ``cursors[i]`` were read under this division."""
-
-    shards: int
-    cursors: Sequence[Mark] = ()
-
-    def holder(self, mark: Mark, *, goes_whole: bool) -> int:
-        """The shard that a chunk is of."""
-        return (mark.file if goes_whole else mark.file + mark.chunk) % self.shards
-
-    def has_read(self, mark: Mark, *, goes_whole: bool) -> bool:
-        """Whether the chunk was read."""
-        return mark < self.cursors[self.holder(mark, goes_whole=goes_whole)]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a shard reads of a lane in one pass: its own, if it was not read under an earlier division."""
-
-    lane: int
-    shard: int
-    division: Division
-    earlier: Sequence[Division] = ()
-
-    def wants(self, mark: Mark, files: Sequence[str] | None) -> bool:
-        """``files``: of the source; None: on the Hub."""
-        whole = [self._goes_whole(division, files) for division in (self.division, *self.earlier)]
-        return self.division.holder(mark, goes_whole=whole[0]) == self.shard and not any(
-            division.has_read(mark, goes_whole=is_whole)
-            for division, is_whole in zip(self.earlier, whole[1:], strict=True)
-        )
-
-    def is_of_others(self, file: int, files: Sequence[str] | None) -> bool:
-        """Whether a file goes whole to another shard."""
-        is_whole = self._goes_whole(self.division, files)
-        return is_whole and self.division.holder(Mark(0, file), goes_whole=True) != self.shard
-
-    @staticmethod
-    def _goes_whole(division: Division, files: Sequence[str] | None) -> bool:
-        if files is None or len(files) < FILES_A_SHARD * division.shards:
-            return False
-        return bool(compression(files[0])) or not is_parted(files[0])
 
 
 @dataclass
@@ -125,49 +61,6 @@ class StreamBlock:
 
 
 ReadBlocks = Callable[[Task, Mark], Iterator[StreamBlock]]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a shard stands in a lane: behind ``row`` rows of the block that begins at ``mark``.
-
-    end      where the block ends; BEGIN: not known yet
-    before   the documents, by what became of them, up to the block; ``counts``: with it
-    taken    of the lane, in what mixing counts
-    """
-
-    epoch: int = 0  # passes that are done
-    mark: Mark = BEGIN
-    end: Mark = BEGIN
-    row: int = 0
-    taken: float = 0.0
-    before: Mapping[str, int] = field(default_factory=dict)
-    counts: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Rest:
-    """A block that was begun under an earlier division: its rows from ``row`` on are still to be read."""
-
-    task: Task
-    epoch: int
-    mark: Mark
-    row: int
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a shard stands. ``rests``: what it reads first. ``steps`` tells the later of two apart."""
-
-    shard: int
-    places: Sequence[Place]
-    rests: Sequence[Rest] = ()
-    steps: int = 0
-
-    def moved(self, lane: int, place: Place, *, rests: Sequence[Rest] = ()) -> "Position":
-        """The position one row on, at another place in a lane."""
-        places = (*self.places[:lane], place, *self.places[lane + 1 :])
-        return replace(self, places=places, rests=rests, steps=self.steps + 1)
 
 
 @dataclass(frozen=True)
@@ -210,7 +103,7 @@ class StreamedRows(torch.utils.data.Dataset):
         self.seed, self.max_dropped = seed, max_dropped
         self.identity = {"seed": seed, **(identity or {})}
         self.lanes = range(len(plan.shares))
-        self.earlier: dict[str, list[Division]] = {}  # of a lane and a pass: see _key
+        self.earlier: dict[str, list[Division]] = {}  # of a lane and a pass: see lane_key
         start = tuple(Place() for _ in self.lanes)
         self.positions = {shard: Position(shard, start) for shard in range(plan.shards)}
         self._open: dict[int, Iterator[Any]] = {}
@@ -263,7 +156,7 @@ class StreamedRows(torch.utils.data.Dataset):
     def _read_lane(self, shard: int, lane: int, place: Place) -> Iterator[tuple[Any, Place]]:
         """The rows of a lane, each with the place behind it."""
         for epoch in count(place.epoch):
-            task = Task(lane, shard, Division(self.plan.shards), self.earlier.get(_key(lane, epoch), ()))
+            task = Task(lane, shard, Division(self.plan.shards), self.earlier.get(lane_key(lane, epoch), ()))
             began_whole, found = place.mark == BEGIN and not task.earlier, 0
             for block in self.read_blocks(task, place.mark):
                 counts = dict(Counter(place.before) + block.counts)
@@ -318,9 +211,9 @@ class StreamedRows(torch.utils.data.Dataset):
                 what = f"the stream cannot go on: {name} was {before.get(name)}"
                 raise RecipeError(what, where=str(folder), got=str(self.identity.get(name)), fix=FIXES[name])
         self.earlier = {
-            key: [_to_division(one) for one in divisions] for key, divisions in states[0]["earlier"].items()
+            key: [to_division(one) for one in divisions] for key, divisions in states[0]["earlier"].items()
         }
-        known = furthest(_to_position(entry) for state in states for entry in state["positions"])
+        known = furthest(to_position(entry) for state in states for entry in state["positions"])
         shards = states[0]["shards"]
         if shards == self.plan.shards:
             self.positions |= {position.shard: position for position in known}
@@ -339,12 +232,12 @@ class StreamedRows(torch.utils.data.Dataset):
             first, last = min(place.epoch for place in places), max(place.epoch for place in places)
             for position, place in zip(old, places, strict=True):
                 if place.row:
-                    earlier = tuple(self.earlier.get(_key(lane, place.epoch), ()))
+                    earlier = tuple(self.earlier.get(lane_key(lane, place.epoch), ()))
                     task = Task(lane, position.shard, Division(len(old)), earlier)
                     rests.append(Rest(task, place.epoch, place.mark, place.row))
             for epoch in range(first, last + 1):
-                cursors = [_cursor(place, epoch) for place in places]
-                self.earlier.setdefault(_key(lane, epoch), []).append(Division(len(old), cursors))
+                cursors = [cursor_of(place, epoch) for place in places]
+                self.earlier.setdefault(lane_key(lane, epoch), []).append(Division(len(old), cursors))
             counts = sum((Counter(place.counts) for place in places), Counter())
             taken = sum(place.taken for place in places) / self.plan.shards
             starts.append(Place(first, taken=taken))
@@ -356,46 +249,6 @@ class StreamedRows(torch.utils.data.Dataset):
                 places = [replace(place, before=found, counts=found) for place, found in pairs]
             own = tuple(rests[shard :: self.plan.shards])
             self.positions[shard] = Position(shard, tuple(places), own, steps=1)
-
-
-def _key(lane: int, epoch: int) -> str:
-    return f"{lane} {epoch}"
-
-
-def _cursor(place: Place, epoch: int) -> Mark:
-    """How far a shard has read in a pass; a block that it has begun counts as read."""
-    if place.epoch != epoch:
-        return END if place.epoch > epoch else BEGIN
-    return place.end if place.row else place.mark
-
-
-def _to_division(entry: Mapping[str, Any]) -> Division:
-    return Division(entry["shards"], [Mark(*mark) for mark in entry["cursors"]])
-
-
-def _to_task(entry: Mapping[str, Any]) -> Task:
-    earlier = tuple(map(_to_division, entry["earlier"]))
-    return Task(entry["lane"], entry["shard"], _to_division(entry["division"]), earlier)
-
-
-def _to_position(entry: Mapping[str, Any]) -> Position:
-    places = [
-        Place(**{**one, "mark": Mark(*one["mark"]), "end": Mark(*one["end"])}) for one in entry["places"]
-    ]
-    rests = [
-        Rest(_to_task(one["task"]), one["epoch"], Mark(*one["mark"]), one["row"]) for one in entry["rests"]
-    ]
-    return Position(entry["shard"], tuple(places), tuple(rests), entry["steps"])
-
-
-def furthest(positions: Iterable[Position]) -> list[Position]:
-    """One position of each shard: a process that went on knows others' shards too, as they were then."""
-    found: dict[int, Position] = {}
-    for position in positions:
-        before = found.get(position.shard)
-        if before is None or position.steps > before.steps:
-            found[position.shard] = position
-    return list(found.values())
 
 
 def size_of(rows: Sequence[Any], number: int, *, by: str) -> int:
@@ -427,89 +280,6 @@ class PositionCollator:
         return {**batch, "stream": rows[-1]["stream"]} if "stream" in rows[-1] else batch
 
 
-def lanes_of(data: Data) -> list[list[int]]:
-    """The sources of each lane: one for each where they are mixed."""
-    numbers = range(len(data.train))
-    is_mixed = any(source.weight is not None for source in data.train)
-    return [[number] for number in numbers] if is_mixed else [list(numbers)]
-
-
-def shares_of(data: Data) -> tuple[float, ...]:
-    """How much of each lane is read."""
-    return tuple(data.train[first].weight or 1.0 for first, *_ in lanes_of(data))
-
-
-def counted_by(data: Data) -> str:
-    """What the shares of a stream count."""
-    return data.mixing.by if data.mixing else "rows"
-
-
-def read_stream(
-    task: Task, start: Mark, *, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
-) -> Iterator[StreamBlock]:
-    """The blocks of a task from a chunk on: labelled, certified and packed. Each is of one source.
-
-    A record that cannot be used is dropped and counted.
-    """
-    data, maker = recipe.data, BlockMaker(recipe, tokenizer)
-    for source in lanes_of(data)[task.lane]:
-        waiting: list[tuple[Mark, Chunk]] = []
-        size = records = 0
-        first: FirstSeen = {}
-        for mark, chunk in _own_chunks(source, task=task, start=start, data=data, first=first):
-            if size >= BLOCK_BYTES or records >= data.shuffle_buffer:
-                yield _make(waiting, first, mark, recipe=recipe, maker=maker)
-                waiting, size, records = [], 0, 0
-            waiting.append((mark, chunk))
-            size, records = size + chunk.size, records + chunk.records
-        if waiting:
-            yield _make(waiting, first, Mark(source + 1), recipe=recipe, maker=maker)
-
-
-def _own_chunks(
-    number: int, *, task: Task, start: Mark, data: Data, first: FirstSeen
-) -> Iterator[tuple[Mark, Chunk]]:
-    """The chunks of a source that a task wants. ``first`` is filled in from the start of each file."""
-    source = data.train[number]
-    files = find_files(source.path, split=source.split)
-    for at, file in enumerate(files or [source.path]):
-        if Mark(number, at + 1) <= start or task.is_of_others(at, files):
-            continue
-
-        def is_own(chunk: int, at: int = at) -> bool:
-            mark = Mark(number, at, chunk)
-            return mark >= start and task.wants(mark, files)
-
-        def is_read(chunk: int, file: str = file, is_own: Callable[[int], bool] = is_own) -> bool:
-            return is_own(chunk) or not knows_first(file, source, first)
-
-        if files is None:
-            chunks = read_hub_chunks(source)
-        else:
-            options = read_options(data, source)
-            chunks = read_file_chunks(file, options, report=ReadReport(), wanted=is_read)
-        for chunk in chunks:
-            see_first(chunk, source, data=data, first=first)
-            if is_own(chunk.number):
-                yield Mark(number, at, chunk.number), chunk
-
-
-def _make(
-    chunks: Sequence[tuple[Mark, Chunk]], first: FirstSeen, end: Mark, *, recipe: Recipe, maker: BlockMaker
-) -> StreamBlock:
-    begin = chunks[0][0]
-    block = maker.make(RawBlock("train", begin.source, 1, [chunk for _, chunk in chunks], first))
-    block.certificate.require()
-    rows = TokenizedDataset(to_rows(block.rows))
-    counts: Counter[str] = Counter()
-    for kind, reason in zip(
-        *(block.ledger.column(name).to_pylist() for name in ("fate", "reason")), strict=True
-    ):
-        counts[f"{kind}: {reason}" if reason and kind != UNREADABLE else kind] += 1
-    packed: Any = pack_rows(rows, recipe) if len(rows) else []
-    return StreamBlock(packed, begin, end, counts)
-
-
 def check_share(counts: Mapping[str, int], max_dropped: float) -> None:
     """Raises DataError where too many of a shard's documents are lost; a few documents say nothing yet."""
     total = sum(counts.values())
@@ -520,33 +290,6 @@ def check_share(counts: Mapping[str, int], max_dropped: float) -> None:
         limit = to_limit(sum(lost.values()) / total)
         fix = f"raise data.max_length, mend them, or allow it by data.max_dropped={limit}"
         raise DataError(what, where="data.train", got=got, fix=fix)
-
-
-def stream_identity(recipe: Recipe) -> dict[str, Any]:
-    """What has to be the same for a position to mean the same row, beside the seed."""
-    files = [_list_files(source) for source in recipe.data.train]
-    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    known: dict[str, Any] = {"documents": recipe.data.shuffle_buffer, "files": digest[:16]}
-    shares = shares_of(recipe.data)
-    return {**known, "weights": [counted_by(recipe.data), *shares]} if len(shares) > 1 else known
-
-
-def _list_files(source: Source) -> list[tuple[str, int, str]]:
-    """Name, size in bytes and a digest of each file; of a source on the Hub its name and revision."""
-    files = find_files(source.path, split=source.split)
-    if files is None:
-        return [(f"{source.path} {source.name} {source.split} {source.revision}", 0, "")]
-    return [(os.path.basename(file), file_size(file), _sample(file)) for file in files]
-
-
-def _sample(file: str) -> str:
-    """sha256 of PROBES pieces at even distances: of a file that is too large to be read at each start."""
-    size, digest = file_size(file), hashlib.sha256()
-    with open_raw(file) as stream:
-        for number in range(PROBES):
-            stream.seek(max(0, size - PROBE_BYTES) * number // (PROBES - 1))
-            digest.update(stream.read(PROBE_BYTES))
-    return digest.hexdigest()
 
 
 @contextmanager

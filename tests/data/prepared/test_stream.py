@@ -23,14 +23,8 @@ from hf_clm.cli import main
 from hf_clm.config import Recipe
 from hf_clm.data.prepared import chunks
 from hf_clm.data.prepared.sets import load_examples, to_head
-from hf_clm.data.prepared.stream import (
-    StreamedRows,
-    StreamPlan,
-    counted_by,
-    read_stream,
-    shares_of,
-    stream_identity,
-)
+from hf_clm.data.prepared.stream import StreamedRows, StreamPlan
+from hf_clm.data.prepared.stream_blocks import counted_by, read_stream, shares_of, stream_identity
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.parts import build_stream
 
