@@ -165,11 +165,11 @@ def read_chunks(source: Source, data: Data, *, report: ReadReport) -> Iterator[C
     report.files += found or [source.path]
     options = read_options(data, source)
     for file in found or [None]:
-        for chunk in (
-            read_hub_chunks(source)
-            if file is None
-            else read_file_chunks(file, options, limit=left, report=report)
-        ):
+        if file is None:
+            chunks = read_hub_chunks(source, streams=data.streaming)
+        else:
+            chunks = read_file_chunks(file, options, limit=left, report=report)
+        for chunk in chunks:
             if left is not None:
                 chunk = replace(chunk, content=chunk.content[:left])
                 left -= len(chunk.content)
@@ -178,10 +178,10 @@ def read_chunks(source: Source, data: Data, *, report: ReadReport) -> Iterator[C
                 return
 
 
-def read_hub_chunks(source: Source) -> Iterator[Chunk]:
-    """The chunks of a dataset on the Hub."""
+def read_hub_chunks(source: Source, *, streams: bool = False) -> Iterator[Chunk]:
+    """The chunks of a dataset on the Hub, which is fetched whole unless it ``streams``."""
     kind = {"split": source.split, "name": source.name, "revision": source.revision}
-    yield from _in_lists(source.path, read_hub(source.path, **kind))
+    yield from _in_lists(source.path, read_hub(source.path, **kind, streams=streams))
 
 
 def read_file_chunks(

@@ -91,7 +91,7 @@ def _own_chunks(
             return is_own(chunk) or not knows_first(file, source, first)
 
         if files is None:
-            chunks = read_hub_chunks(source)
+            chunks = read_hub_chunks(source, streams=True)
         else:
             options = read_options(data, source)
             chunks = read_file_chunks(file, options, report=ReadReport(), wanted=is_read)

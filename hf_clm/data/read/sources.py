@@ -105,9 +105,9 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def read_hub(
-    path: str, *, split: str, name: str | None, revision: str | None, first: int | None = None
+    path: str, *, split: str, name: str | None, revision: str | None, streams: bool = False
 ) -> Items:
-    """The rows of a dataset on the Hub, fetched whole and kept, or streamed from the row ``first`` on."""
+    """The rows of a dataset on the Hub, which is fetched whole and kept unless it ``streams``."""
     from datasets import config, load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi
@@ -117,8 +117,7 @@ def read_hub(
         with suppress(OfflineModeIsEnabled):  # load_dataset then looks into its cache
             # One short question first: without a network load_dataset alone retries for 23 seconds.
             HfApi().dataset_info(path, revision=revision, timeout=10)
-        how: dict[str, Any] = {} if first is None else {"streaming": True}
-        rows = load_dataset(path, name, split=split, revision=revision, **how)
+        rows = load_dataset(path, name, split=split, revision=revision, streaming=streams)
     except Exception as error:  # no network is an error of the HTTP package, and those have changed
         what = f"no such file{nearest(path)}; on the Hub: {first_line(error)}"
         if isinstance(error, HfHubHTTPError | DatasetsError | ValueError):
@@ -126,5 +125,5 @@ def read_hub(
             raise DataError(what, where=path, fix=fix) from error
         fix = f"give a file; HF_HUB_OFFLINE=1 uses what is cached in {config.HF_DATASETS_CACHE}"
         raise EnvironmentFault(what, where=path, fix=fix) from error
-    for number, row in enumerate(rows.skip(first) if first else rows, start=(first or 0) + 1):
+    for number, row in enumerate(rows, start=1):
         yield f"{path}: record {number}", row
