@@ -519,7 +519,7 @@ def test_a_hub_dataset_is_read_with_its_split_configuration_and_revision(monkeyp
         ("org/poems: record 1", {"text": "one"}),
         ("org/poems: record 2", {"text": "zwei €"}),
     ]
-    assert asked == [(("org/poems", "zh"), {"split": "test", "revision": "abc"})]
+    assert asked == [(("org/poems", "zh"), {"split": "test", "revision": "abc", "streaming": False})]
     assert (report.files, report.records) == (["org/poems"], 2)
 
 
