@@ -84,6 +84,23 @@ class Split:
         )
 
 
+def note_lines(splits: Mapping[str, Split]) -> list[str]:
+    """Lines to print on what of the records was not read, or in one of two ways."""
+    train = splits["train"]
+    read = train.examples.report
+    counts = {
+        "blank lines skipped": read.blank_lines,
+        "bad records dropped": len(read.bad_lines),
+        "records with a NUL character": read.nul_records,
+        "control tokens in the text read as plain text": sum(train.ledger.spelled.values()),
+    }
+    notes = [f"{count:,} {what}" for what, count in counts.items() if count]
+    notes += [note for split in splits.values() for note in split.examples.report.notes]
+    if train.examples.unknown_keys:
+        notes.append(f"keys not used: {', '.join(sorted(train.examples.unknown_keys))}")
+    return [f"note      {note}" for note in notes]
+
+
 def pack_rows(
     rows: TokenizedDataset,
     recipe: Recipe,
@@ -150,11 +167,13 @@ def check_dropped(split: Split, data: Data) -> None:
         f"{ledger.places[at]} ({ledger.fates[at].reason})" for at in ledger.where("dropped")[:SHOWN_DROPS]
     ]
     listed += ledger.reasons("unreadable")
+    within = f" within data.max_length={data.max_length}" if counts["dropped"] else ""
     raise DataError(
-        f"{lost:,} of {total:,} rows cannot be trained on within data.max_length={data.max_length}",
+        f"{lost:,} of {total:,} rows cannot be trained on{within}",
         where=", ".join(split.examples.report.files[:2]),
         got="; ".join(listed[:SHOWN_DROPS]),
-        fix=f"raise data.max_length, mend the rows, or allow it by data.max_dropped={to_limit(lost / total)}",
+        fix=f"{'raise data.max_length, ' if within else ''}mend the rows, "
+        f"or allow it by data.max_dropped={to_limit(lost / total)}",
     )
 
 

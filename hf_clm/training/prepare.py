@@ -24,7 +24,7 @@ from hf_clm.data.prepared.sets import STREAM_HEAD, load_early, to_head
 from hf_clm.data.prepared.store import Stored, require_writable
 from hf_clm.data.proof.ledger import Entered, write_ledger
 from hf_clm.data.proof.proof import Proof, prove_mix
-from hf_clm.data.split import Split, mix_splits
+from hf_clm.data.split import Split, mix_splits, note_lines
 from hf_clm.errors import EnvironmentFault, RecipeError
 from hf_clm.parts import (
     PREPARED,
@@ -86,9 +86,10 @@ def prepare(
     launch, date = broadcast_object_list([uuid4().hex, date or today(tokenizer)])  # the same on all processes
     place = find_place(recipe, tokenizer, seed=arguments.seed, aside=aside, launch=launch)
     stored = open_place(place, recipe)
-    note: list[str] = []
+    notes = [f"note      {note}" for note in place.notes]
     if stored is None:
-        place, note = _writable(place, aside)
+        place, moved = _writable(place, aside)
+        notes += moved
         stored = open_place(place, recipe)
     is_from_cache = stored is not None
     if stored is None and arguments.local_process_index == 0:
@@ -115,7 +116,7 @@ def prepare(
     )
     said = f"read from cache (key {key})" if is_from_cache else said
     first = STREAMED if recipe.data.streaming else f"prepared  {said}"
-    proof = Proof(stored.proof["facts"], [first, *note, *stored.proof["lines"]])
+    proof = Proof(stored.proof["facts"], [first, *notes, *stored.proof["lines"]])
     proof.facts["prepared"] = {"key": place.key, "from_cache": is_from_cache, "seconds": seconds}
     if stored.date:
         proof.facts["prepared"]["date"] = stored.date
@@ -152,6 +153,7 @@ def prepare_recipe(recipe: Recipe, *, ray: str | None = None) -> list[str]:
     size = f"{prepared.stored.size_bytes / 1e6:,.1f} MB in {prepared.stored.folder}"
     return [
         *prepared.proof.lines,
+        *note_lines(prepared.splits),
         *lines,
         f"{'stored':<10}{size}",
         *(cluster.to_lines() if cluster else []),

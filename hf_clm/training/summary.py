@@ -15,8 +15,7 @@ from hf_clm.config import Recipe, describe_recipe
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.prepared.sets import NOTHING
 from hf_clm.data.prepared.store import HEAD
-from hf_clm.data.read.readers import ReadReport
-from hf_clm.data.split import Split
+from hf_clm.data.split import Split, note_lines
 from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.hardware import bf16_instructions
 from hf_clm.hashing import fingerprint
@@ -218,29 +217,11 @@ def start_lines(facts: RunFacts) -> list[str]:
         f"device    {facts.device}",
         f"output    {arguments.output_dir}",
     ]
-    read = train.examples.report
-    notes = {
-        "blank lines skipped": read.blank_lines,
-        "bad records dropped": len(read.bad_lines),
-        "records with a NUL character": read.nul_records,
-        "control tokens in the text read as plain text": sum(train.rows.rows.control_texts.values()),
-    }
-    lines += [f"note      {count:,} {what}" for what, count in notes.items() if count]
-    for split in (train, facts.evaluation) if facts.evaluation else (train,):
-        lines += [f"note      {note}" for note in _file_notes(split.examples.report)]
+    splits = {"train": train} | ({"eval": facts.evaluation} if facts.evaluation else {})
+    lines += note_lines(splits)
     if len(train.examples.formats) > 1:
         lines.append(f"note      several formats; prompts given as text are rendered as {facts.format}")
-    if train.examples.unknown_keys:
-        lines.append(f"note      keys not used: {', '.join(sorted(train.examples.unknown_keys))}")
     return lines
-
-
-def _file_notes(report: ReadReport) -> list[str]:
-    """What was not read of the files, or read in one of two ways."""
-    if not report.left_out:
-        return report.notes
-    some = ", ".join(report.left_out[:5]) + (", ..." if len(report.left_out) > 5 else "")
-    return [*report.notes, f"{len(report.left_out):,} file(s) not read: {some}"]
 
 
 def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:

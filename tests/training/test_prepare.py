@@ -297,3 +297,31 @@ def test_a_set_from_another_folder_with_the_same_data_is_opened_by_its_key(tmp_p
     lines = prepare_recipe(build_recipe(tmp_path, cache_dir=str(tmp_path / "other")))
 
     assert lines[0].startswith("prepared  read from cache")
+
+
+def test_which_files_of_a_folder_are_read_is_told_by_prepare_and_of_a_set_from_the_cache_too(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    helpers.write_jsonl(folder / "train.jsonl", [{**record, "id": 1} for record in RECORDS])
+    recipe = build_recipe(tmp_path)
+    for path in (folder / "train.jsonl", folder):  # the same content, prepared of the file alone
+        (folder / "test.jsonl").write_text('{"instruct": "a", "label": "b"}\n')
+        (folder / "part-1").write_text("left out")
+        source = recipe.data.train[0].model_copy(update={"path": str(path)})
+        data = recipe.data.model_copy(update={"train": [source]})
+        lines = prepare_as(recipe.model_copy(update={"data": data})).proof.lines
+
+    assert lines[0].startswith("prepared  read from cache")
+    assert lines[1:3] == [
+        f"note      {folder}: read split train (train.jsonl); not read: test",
+        f"note      1 file not read: {folder}/part-1",
+    ]
+
+
+def test_prepare_prints_what_nothing_reads(tmp_path, monkeypatch):
+    records = [{**record, "id": 1} for record in RECORDS]
+    recipe = build_recipe(tmp_path, records)
+    monkeypatch.setattr(module, "build_tokenizer_aside", lambda *args, **options: byte_tokenizer())
+    monkeypatch.setattr(module, "build_model_config", lambda *args: None)
+
+    assert "note      keys not used: id" in prepare_recipe(recipe)

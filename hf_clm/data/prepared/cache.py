@@ -7,7 +7,7 @@ import re
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from hf_clm.data.prepared.prepare import write_prepared
 from hf_clm.data.prepared.sets import read_examples, to_head
 from hf_clm.data.prepared.store import Stored, open_store
 from hf_clm.data.read.formats import own_modules
-from hf_clm.data.read.readers import compression, suffix
+from hf_clm.data.read.readers import ReadReport, compression, suffix
 from hf_clm.data.read.sources import find_files
 from hf_clm.data.split import Split, mix_splits
 from hf_clm.hashing import fingerprint, hash_file
@@ -41,11 +41,13 @@ class Place:
     """Where the prepared set of a recipe is, or would be.
 
     files: those of the data, in the order of reading.
+    notes: which files of a folder they are, and which are left out: the key knows nothing of these.
     why_not: why it is not kept for other runs; empty: it is.
     """
 
     folder: Path
     files: list[str]
+    notes: list[str] = field(default_factory=list)
     why_not: str = ""
 
     @property
@@ -67,9 +69,9 @@ def find_place(
     Raises DataError for data that are not there.
     """
     data = recipe.data
-    files: list[str] = []
+    report = ReadReport()
     folder = cache_folder(data) if data.cache_dir else aside
-    contents = [_source_content(source, files, folder=folder) for source in (*data.train, *data.eval)]
+    contents = [_source_content(source, report, folder=folder) for source in (*data.train, *data.eval)]
     why_not = "data.cache_dir is null" if data.cache_dir is None else ""
     if data.streaming:
         contents, why_not = [launch], "a stream"
@@ -87,7 +89,7 @@ def find_place(
         "tokenizer": _tokenizer_content(tokenizer),
     }
     key = fingerprint([parts])[:KEY_LETTERS]
-    return Place((aside if why_not else folder) / key, files, why_not)
+    return Place((aside if why_not else folder) / key, report.files, report.to_lines(), why_not)
 
 
 def cache_folder(data: Data) -> Path:
@@ -132,15 +134,15 @@ def _load_examples(recipe: Recipe, name: str) -> list[Any]:
     return list(read_examples(recipe.data, name))
 
 
-def _source_content(source: Source, files: list[str], *, folder: Path) -> dict[str, Any] | None:
-    """What a source is, without its path; its files are added to ``files``. None where that is not known."""
+def _source_content(source: Source, report: ReadReport, *, folder: Path) -> dict[str, Any] | None:
+    """What a source is, without its path; None where that is not known. Enters its files in the report."""
     options = source.model_dump(include=Source.deciding())
-    found = find_files(source.path, split=source.split)
+    found = find_files(source.path, split=source.split, report=report)
     if found is None:  # on the Hub, where a branch or a tag may move
-        files.append(source.path)
+        report.files.append(source.path)
         is_pinned = COMMIT.fullmatch(source.revision or "") is not None
         return {**options, "hub": source.path} if is_pinned else None
-    files += found
+    report.files += found
     try:
         return {**options, "files": [(_file_type(file), _hash_once(file, folder)) for file in found]}
     except OSError:  # reading it tells what is wrong

@@ -161,7 +161,7 @@ def _of_file(first: FirstSeen, file: str) -> FirstSeen:
 
 def read_chunks(source: Source, data: Data, *, report: ReadReport) -> Iterator[Chunk]:
     """The chunks of a source in order. Its files are entered in the report."""
-    left, found = source.limit, find_files(source.path, split=source.split, report=report)
+    left, found = source.limit, find_files(source.path, split=source.split)
     report.files += found or [source.path]
     options = read_options(data, source)
     for file in found or [None]:

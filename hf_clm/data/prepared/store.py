@@ -147,6 +147,7 @@ def open_splits(
         counts = [np.load(folder / name / f"{counted}.npy") for counted in ("id_counts", "label_counts")]
         report = ReadReport(**content["report"])
         report.files = [names[file] for file in report.files]
+        report.notes = list(map(ledger.rename, report.notes))
         report.bad_lines = ledger.reasons("unreadable")
         head = list(map(example_from_json, content["head"]))
         numbers = folder / name / RECORDS

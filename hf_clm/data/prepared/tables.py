@@ -273,15 +273,19 @@ class StoredRows:
 
 @dataclass(frozen=True)
 class _Renaming:
-    """A text that begins with the old name of a file, or with "of " and that, with its new one."""
+    """A text that begins with the old name of a file and a colon, or with "of " and that, with its new one.
+
+    The names are looked up, not tried: a folder may have a file for each of a million records.
+    """
 
     names: Mapping[str, str]
 
     def __call__(self, text: str) -> str:
         if text.startswith(OF):
             return OF + self(text.removeprefix(OF))
-        olds = [old for old in self.names if text.startswith(old)]
-        old = max(olds, key=len, default="")
+        old = text
+        while old not in self.names and old:
+            old = old.rpartition(":")[0]
         return self.names.get(old, "") + text.removeprefix(old)
 
 

@@ -129,15 +129,14 @@ def check_sources(data: Data) -> None:
 
 
 def _find(source: Source, faults: Faults) -> list[str]:
-    """The local files of a source; none where one is a pipe, which can be read only once."""
+    """The local files of a source."""
     if is_remote(source.path):
         return []
     try:
-        files = find_files(source.path, split=source.split) or []
+        return find_files(source.path, split=source.split) or []
     except (DataError, EnvironmentFault) as error:
         faults.add(error)
         return []
-    return files if all(map(os.path.isfile, files)) else []
 
 
 def _text_bytes(file: str) -> int:

@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -206,6 +207,8 @@ def _once(files: list[str], report: ReadReport) -> list[str]:
     found: dict[tuple[int, int], str] = {}
     for file in files:
         status = os.stat(file)
+        if stat.S_ISFIFO(status.st_mode):
+            raise DataError("a pipe, which can be read only once", where=file, fix="write it into a file")
         first = found.setdefault((status.st_dev, status.st_ino), file)
         if first != file:
             report.note(f"{file} is a link to the same file as {first}: read once")

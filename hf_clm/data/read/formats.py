@@ -6,10 +6,13 @@ A new format is a function here, its entry in ``FORMATS`` and its name in ``sche
 (training) and ``to_prompt`` (inference) run the same function, so the two cannot differ.
 """
 
+import ast
 import importlib.util
 import re
+import site
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -303,16 +306,53 @@ def unknown_keys(record: Record, format: RecordFormat | str, *, fields: Fields =
 
 
 def own_modules(formats: Iterable[str | None]) -> dict[str, str]:
-    """The sources of the modules of formats of the user's own, by name; of those that are files here."""
-    found = {}
-    for name in {format.partition(":")[0] for format in formats if format and ":" in format}:
-        try:
-            spec = importlib.util.find_spec(name)
-        except ImportError:  # reading a record tells what is wrong
-            continue
-        if spec and spec.origin and spec.origin.endswith(".py"):
-            found[name] = Path(spec.origin).read_text(encoding="utf-8")
+    """The sources of the modules of formats of the user's own, by name; of those that are files here.
+
+    With the modules that these import, before them; not those that are installed.
+    """
+    found: dict[str, str] = {}
+    for name in {format.partition(":")[0]: None for format in formats if format and ":" in format}:
+        _add_module(name, found, seen=set())
     return found
+
+
+def _add_module(name: str, found: dict[str, str], *, seen: set[str]) -> None:
+    """Enters a module behind those that it imports. What cannot be found, reading a record tells."""
+    seen.add(name)
+    spec = None
+    with suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec(name) if _is_own(name.partition(".")[0]) else None
+    if not spec or not spec.origin or not spec.origin.endswith(".py"):
+        return
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    with suppress(SyntaxError):
+        for imported in _imports(source, package=spec.parent or ""):
+            if imported not in seen:
+                _add_module(imported, found, seen=seen)
+    found[name] = source
+
+
+def _is_own(package: str) -> bool:
+    """Whether a module of the first level is neither installed nor ours; asking does not import it."""
+    spec = importlib.util.find_spec(package)
+    if not spec or package == __name__.partition(".")[0]:
+        return False
+    places = [*(spec.submodule_search_locations or []), spec.origin or ""]
+    installed = (sysconfig.get_path("stdlib"), *site.getsitepackages(), site.getusersitepackages())
+    return not any(Path(place).is_relative_to(folder) for place in places for folder in installed)
+
+
+def _imports(source: str, *, package: str) -> Iterator[str]:
+    """The modules that a module may import: of ``from a import b`` both a and a.b."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            home = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (home, node.module)))
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def provide_modules(modules: Mapping[str, str]) -> None:

@@ -69,6 +69,14 @@ class ReadReport:
         if text not in self.notes:
             self.notes.append(text)
 
+    def to_lines(self) -> list[str]:
+        """The notes, and which files were not read."""
+        if not self.left_out:
+            return self.notes
+        what = "1 file" if len(self.left_out) == 1 else f"{len(self.left_out):,} files"
+        some = ", ".join(self.left_out[:5]) + (", ..." if len(self.left_out) > 5 else "")
+        return [*self.notes, f"{what} not read: {some}"]
+
     def add(self, other: "ReadReport") -> None:
         """Counts in what was read beside; not the files and bad lines."""
         for text in other.notes:

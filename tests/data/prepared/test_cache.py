@@ -15,6 +15,7 @@ from hf_clm.config import Recipe
 from hf_clm.data.prepared import cache
 from hf_clm.data.prepared.cache import cache_folder, find_place, open_place, read_splits
 from hf_clm.data.prepared.prepare import write_prepared
+from hf_clm.data.read.formats import own_modules
 from hf_clm.errors import DataError
 from hf_clm.recipe_sections import Data, Source
 from hf_clm.tokenizer import use_chat_template
@@ -266,6 +267,21 @@ def test_another_letter_in_a_format_of_the_users_own_is_another_key(monkeypatch,
 
     for module in [module for module in sys.modules if module.startswith("own_")]:
         monkeypatch.delitem(sys.modules, module)
+
+
+def test_what_a_format_of_ones_own_imports_is_in_the_key(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("own_prompts.py").write_text("ASK = 'Q: '\n")
+    Path("own_format.py").write_text(
+        "import json\nfrom own_prompts import ASK\nimport torch.nn, own_format\n"
+    )
+    recipe = build_recipe(train=[{"path": "a.jsonl", "format": "own_format:read"}])
+    before = key(recipe)
+
+    Path("own_prompts.py").write_text("ASK = 'Question: '\n")
+
+    assert key(recipe) != before
+    assert list(own_modules(["own_format:read"])) == ["own_prompts", "own_format"]
 
 
 @pytest.mark.parametrize("name", ["no_module", "no_package.inner"])

@@ -456,9 +456,8 @@ def test_max_dropped_bounds_what_cannot_be_read_and_is_inclusive(dropped, is_all
         assert len(prepared(records, on_bad_record="drop", max_dropped=0.05)["train"].rows) == 40 - dropped
     else:
         message = refusal(records, on_bad_record="drop", max_dropped=0.05)
-        assert message.startswith("a.jsonl: 3 of 40 rows cannot be trained on")
-        assert "a.jsonl:38: " in message
-        assert message.endswith("or allow it by data.max_dropped=0.075")
+        assert message.startswith("a.jsonl: 3 of 40 rows cannot be trained on; got a.jsonl:38: ")
+        assert message.endswith("; fix: mend the rows, or allow it by data.max_dropped=0.075")
 
 
 def test_max_dropped_bounds_what_is_too_long_and_lists_the_first():

@@ -243,3 +243,14 @@ def test_a_file_that_was_renamed_is_named_as_it_is_now(tmp_path):
     assert ledger.reasons("unreadable") == ["new.jsonl:3: not valid JSON"]
     assert ledger.reasons("duplicate") == ["of new.jsonl:1"]
     assert ledger.rename("a text that is no place of old.jsonl") == "a text that is no place of old.jsonl"
+
+
+def test_places_in_many_files_are_renamed_without_trying_every_name(tmp_path):
+    names = {f"d/{number}:a.txt": f"e/{number}:a.txt" for number in range(20_000)}
+    ledger = write_ledger(tmp_path / "a", [line_of(f"{name}:1", "used") for name in names], names)
+    started = time.process_time()
+
+    places = list(ledger.places)
+
+    assert places[-1] == "e/19999:a.txt:1"
+    assert time.process_time() - started < 5  # a minute, where each name was tried for each place

@@ -184,3 +184,10 @@ def test_files_are_found_without_datasets_or_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()" and find_files("d") == ["d/train.jsonl"]
+
+
+def test_a_pipe_is_refused_as_its_content_is_hashed_and_read(tmp_path):
+    os.mkfifo("pipe.jsonl")
+
+    with pytest.raises(DataError, match=r"^pipe.jsonl: a pipe, which can be read only once; fix: write it"):
+        find_files("pipe.jsonl")
