@@ -9,6 +9,7 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from logging import ERROR, getLogger
 from pathlib import Path
 
 from hf_clm.errors import ExitCode, Preempted, RecipeError, UserError, did_you_mean
@@ -380,11 +381,12 @@ def _recipe_words(words: list[str], command: str) -> tuple[str | None, list[str]
 
 
 def _quiet_libraries() -> None:
-    """No progress bars of weight loading between our lines."""
+    """No progress bars of weight loading, and no words on caches, between our lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns at every forked worker
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    getLogger("matplotlib").setLevel(ERROR)  # without a home it says twice where it keeps its fonts
 
 
 def _fail(message: str, code: int, *, shows_traceback: bool, is_own: bool | None = None) -> int:

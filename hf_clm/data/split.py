@@ -166,7 +166,7 @@ def check_dropped(split: Split, data: Data) -> None:
     listed = [
         f"{ledger.places[at]} ({ledger.fates[at].reason})" for at in ledger.where("dropped")[:SHOWN_DROPS]
     ]
-    listed += ledger.reasons("unreadable")
+    listed += ledger.unreadable
     within = f" within data.max_length={data.max_length}" if counts["dropped"] else ""
     raise DataError(
         f"{lost:,} of {total:,} rows cannot be trained on{within}",

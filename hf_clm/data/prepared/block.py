@@ -201,7 +201,9 @@ def to_ledger(
     for number, fate in enumerate(fates):
         tokens, targets = int(numbers["kept_tokens"][number]), int(numbers["kept_targets"][number])
         check_entry(fate, tokens, targets, where=read.places[number])
-    reasons = [str(read.faults[n]) if n in read.faults else fate.reason for n, fate in enumerate(fates)]
+    reasons = [
+        str(read.faults[n].at("")) if n in read.faults else fate.reason for n, fate in enumerate(fates)
+    ]
     return pyarrow.RecordBatch.from_pydict(
         {
             "place": read.places,

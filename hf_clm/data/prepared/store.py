@@ -148,7 +148,7 @@ def open_splits(
         report = ReadReport(**content["report"])
         report.files = [names[file] for file in report.files]
         report.notes = list(map(ledger.rename, report.notes))
-        report.bad_lines = ledger.reasons("unreadable")
+        report.bad_lines = ledger.unreadable
         head = list(map(example_from_json, content["head"]))
         numbers = folder / name / RECORDS
         load = _Loader(load_examples, content["set"], np.load(numbers) if numbers.exists() else None)

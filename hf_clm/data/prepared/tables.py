@@ -152,6 +152,12 @@ class StoredLedger:
         chosen = self.table.column("reason").filter(pyarrow.array(self._are(fate)))
         return list(map(self.rename, chosen.to_pylist()))
 
+    @property
+    def unreadable(self) -> list[str]:
+        """Place and reason of each record that cannot be used."""
+        places = (self.places[number] for number in self.where(UNREADABLE).tolist())
+        return [f"{place}: {why}" for place, why in zip(places, self.reasons(UNREADABLE), strict=True)]
+
     def _are(self, fate: str) -> np.ndarray:
         return np.array([kind == fate for kind in self.table.column("fate").to_pylist()], dtype=bool)
 

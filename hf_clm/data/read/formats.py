@@ -261,9 +261,12 @@ def detect_format(keys: Iterable[str], where: str = "", *, fields: Fields = None
     if len(matches) == 1:
         return matches[0]
     what = f"the keys fit the formats {', '.join(matches)}" if matches else "the keys fit no format"
+    required = {key for known in able.values() for key in known.required}
+    hints = (did_you_mean(key, required) for key in found if key not in required)
+    hint = "" if matches else next(filter(None, hints), "")
     needs = "; ".join(f"{name}: {listed(known.required)}" for name, known in FORMATS.items())
     fix = f"name the format, and fields ({needs})"
-    raise DataError(what, where=where, got=f"keys {listed(found)}", fix=fix)
+    raise DataError(what, where=where, got=f"keys {listed(found)}{hint}", fix=fix)
 
 
 def check_same_schema(record: Record, where: str, *, first: FirstSeen, fields: Fields = None) -> Format:

@@ -88,7 +88,7 @@ def test_each_record_has_one_line_in_the_ledger_whatever_became_of_it():
         *((4, 2, 1, 0), (0, 0, 0, 0), (8, 3, 1, 0), (0, 0, 0, 0))
     ]
     reasons = block.ledger.column("reason").to_pylist()
-    assert reasons[1::2] == [str(error) for error in block.faults]
+    assert reasons[1::2] == [str(error).removeprefix(f"{error.where}: ") for error in block.faults]
     assert [error.where for error in block.faults] == ["a.jsonl:2", "a.jsonl:4"]
     assert (block.report.records, block.counted) == (2, {"a.jsonl": 2})
 

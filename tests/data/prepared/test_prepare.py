@@ -107,7 +107,7 @@ def test_datasets_opens_the_rows_and_the_ledger():
     fates = {line["place"]: (line["fate"], line["reason"].split(": ")[0]) for line in lines}
     assert [fates[f"a.jsonl:{number}"] for number in (40, 41, 42, 43)] == [
         ("used", ""),
-        ("unreadable", "a.jsonl:41"),
+        ("unreadable", "not valid JSON"),
         ("duplicate", "of a.jsonl:1"),
         ("dropped", "longer than max_length"),
     ]
@@ -443,7 +443,7 @@ def test_records_that_are_dropped_stand_in_the_ledger_as_unreadable():
     lines = {line["place"]: line for line in table_of(Path("cache/key/ledger"))}
     assert len(lines) == 42
     assert [lines[f"a.jsonl:{n}"]["fate"] for n in (40, 41, 42)] == ["used", "unreadable", "unreadable"]
-    assert lines["a.jsonl:42"]["reason"].startswith("a.jsonl:42: not valid JSON")
+    assert lines["a.jsonl:42"]["reason"].startswith("not valid JSON")
     assert [line.split(": ")[0] for line in split.examples.report.bad_lines] == ["a.jsonl:41", "a.jsonl:42"]
     assert (len(split.rows), split.examples.report.records) == (40, 40)
 

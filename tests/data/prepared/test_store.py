@@ -172,7 +172,7 @@ def test_the_same_content_under_another_name_is_named_as_it_is_now():
     assert [line[:13] for line in examples.report.bad_lines] == ["new.jsonl:2: "]
     assert [(row["split"], row["source"], row["fate"], row["reason"][:14]) for row in ledger_of(found)] == [
         ("train", "new.jsonl:1", "used", ""),
-        ("train", "new.jsonl:2", "unreadable", "new.jsonl:2: n"),
+        ("train", "new.jsonl:2", "unreadable", "not valid JSON"),
         ("train", "new.jsonl:3", "duplicate", "of new.jsonl:1"),
         ("train", "new.jsonl:4", "used", ""),
     ]
