@@ -209,7 +209,7 @@ def _is_filled(value: object) -> bool:
 @cache
 def _spelling(key: str) -> str:
     """What of a key does not differ between ``Input``, ``inputs`` and ``in_put``."""
-    return re.sub(r"[\W_]", "", key.casefold()).removesuffix("s")
+    return re.sub(r"[-_ ]", "", key.casefold()).removesuffix("s")
 
 
 def _decides(key: str, record: Record, format: object) -> bool:
