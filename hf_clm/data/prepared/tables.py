@@ -82,9 +82,7 @@ class TableWriter:
         old.unlink()
 
     def _describe(self) -> None:
-        from datasets import DatasetInfo, Features  # takes a second
-
-        DatasetInfo(features=Features.from_arrow_schema(self.schema)).write_to_directory(str(self.folder))
+        (self.folder / INFO).write_text("{}", encoding="utf-8")  # the file has a schema of its own
         state = {
             "_data_files": [{"filename": DATA}],
             "_fingerprint": _fingerprint(self.path),
@@ -110,7 +108,10 @@ def write_dict(folder: Path, names: Sequence[str]) -> None:
 
 def read_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
     """The batches of a file, mapped."""
-    yield from ipc.open_stream(pyarrow.py_buffer(_map(path)))
+    mapped = _map(path)
+    for batch in ipc.open_stream(pyarrow.py_buffer(mapped)):
+        yield batch
+        forget(mapped)
 
 
 class StoredLedger:
@@ -201,7 +202,7 @@ class StoredRows:
     def __init__(self, folder: Path, ledger: StoredLedger):
         self.ledger = ledger
         self._sources: np.ndarray | None = None
-        mapped = _map(folder / DATA)
+        self._mapped = mapped = _map(folder / DATA)
         self.batches = list(ipc.open_stream(pyarrow.py_buffer(mapped)))
         self.tokens = np.frombuffer(mapped, np.int32, count=len(mapped) // TOKEN_BYTES)
         self._floats = self.tokens.view(np.float32)
@@ -268,7 +269,7 @@ class StoredRows:
         for batch in self.batches:
             if batch.num_rows:
                 yield to_rows(batch)
-                release(self.tokens)
+                forget(self._mapped)
 
     def _place(self, column: pyarrow.Array) -> int:
         """Where the values of a column begin in ``tokens``; 0 where it has none."""
@@ -305,13 +306,9 @@ def to_rows(batch: pyarrow.RecordBatch) -> TokenizedRows:
     return TokenizedRows(ids, labels, offsets, np.zeros(0, np.int64), weights=weights)
 
 
-def release(array: np.ndarray) -> None:
+def forget(mapped: mmap.mmap) -> None:
     """Gives back the memory that holds what was read of a mapped file."""
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap):
-        base.madvise(mmap.MADV_DONTNEED)
+    mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _cut(values: np.ndarray, begins: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
