@@ -216,6 +216,10 @@ class Data(Section):
     """Documents of a stream that are packed together and whose rows are shuffled, in whole chunks of a file;
     fewer where they reach 1 MiB of text."""
 
+    def sources(self, name: str) -> list[Source]:
+        """The sources of a set: train or eval."""
+        return self.eval if name == "eval" else self.train
+
 
 class Lora(Section):
     r: int = Field(default=16, ge=1)

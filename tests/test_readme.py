@@ -76,6 +76,13 @@ def test_the_python_examples_run(text, tmp_path):
     exec(text, {})
 
 
+def write_programs(folder: Path, programs: dict[str, str]) -> None:
+    """Shell scripts by name, which stand in for programs that are not here."""
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+
+
 def test_the_slurm_script_starts_a_ray_cluster_and_prepares_on_it(tmp_path):
     """With programs that only say how they were called; three boxes."""
     (script,) = (text for _, text in BLOCKS if "ray start --head --port" in text)
@@ -85,9 +92,7 @@ def test_the_slurm_script_starts_a_ray_cluster_and_prepares_on_it(tmp_path):
         "hf-clm": 'echo "hf-clm $*"',
         "sleep": "exec /bin/sleep 0.3",
     }
-    for name, text in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+    write_programs(tmp_path, programs)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "3"}
 
     done = subprocess.run(["bash", "-eu"], input=script, env=environment, capture_output=True, text=True)
@@ -107,9 +112,7 @@ def test_the_slurm_script_starts_a_launcher_on_each_box(tmp_path):
         "srun": 'echo "srun $1" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"; shift; SLURM_NODEID=1 exec "$@"',
         "accelerate": 'echo "$*"',
     }
-    for name, text in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+    write_programs(tmp_path, programs)
     slurm = {"SLURM_JOB_NODELIST": "box-[7-8]", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "64"}
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SCRATCH": "/scratch", **slurm}
 

@@ -81,10 +81,10 @@ class BlockMaker:
 
     def make(self, raw: RawBlock) -> Block:
         """Reads, labels, fits and certifies. Raises DataError for a ledger that does not balance."""
+        provide_modules(self.modules)  # before a record is read by a format of the user's own
         read = read_raw(raw, self.recipe.data)
-        provide_modules(self.modules)
-        sources = self.recipe.data.eval if raw.split == "eval" else self.recipe.data.train
-        options = label_options(self.recipe, sources[raw.source])
+        source = self.recipe.data.sources(raw.split)[raw.source]
+        options = label_options(self.recipe, source)
         readable = [number for number, example in enumerate(read.examples) if example is not None]
         examples = [example for example in read.examples if example is not None]
         faults: dict[int, DataError] = {}
@@ -132,7 +132,7 @@ class ReadBlock:
 
 def read_raw(raw: RawBlock, data: Data) -> ReadBlock:
     """Parses and checks the records of a block; those that cannot be used have a fault and no example."""
-    source = (data.eval if raw.split == "eval" else data.train)[raw.source]
+    source = data.sources(raw.split)[raw.source]
     read, first = ReadBlock(formats=set(raw.formats)), dict(raw.first)
     options = read_options(data, source)
     for chunk in raw.chunks:

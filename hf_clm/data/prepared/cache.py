@@ -174,9 +174,9 @@ def _file_type(file: str) -> str:
 
 
 def _hash_once(file: str, folder: Path) -> str:
-    """``hash_file``, remembered for a large file as long as nobody writes to it: 20 GB take a minute.
+    """``hash_file``, with the digest of a large file cached until it changes: hashing 20 GB takes a minute.
 
-    One that changed a moment ago is read again: the clock of its file system may not tell two changes apart.
+    A file that changed a moment ago is always hashed again, because a coarse clock can hide a second change.
     """
     seen = _signs(file)
     if seen["size"] < REMEMBERED_BYTES:
@@ -197,7 +197,7 @@ def _hash_once(file: str, folder: Path) -> str:
 
 
 def _signs(file: str) -> dict[str, Any]:
-    """What a system says of a file; every write to it changes ``changed``, which nobody can set."""
+    """Identity, size and times of a file. Any write updates ``changed`` (ctime); no program can set it."""
     found = os.stat(file)
     times = {"modified": found.st_mtime_ns, "changed": found.st_ctime_ns}
     path = os.path.realpath(file)

@@ -3,8 +3,8 @@
     a.jsonl   | 8 KiB of lines | 8 KiB of lines | ...      b.parquet   | 1,024 rows | ...      c.csv   records
                   \\_ a block of about BLOCK_BYTES, of one source _/
 
-Reading a chunk costs next to nothing, so that one process can hand them to many. The cuts depend on the files
-alone: whoever labels a block, and wherever, gets the same rows.
+Reading a chunk is cheap, so one process can feed many. The cuts depend on the files alone: a block has the
+same rows on every machine.
 """
 
 import io
@@ -118,7 +118,7 @@ def read_blocks(data: Data, split: str, *, report: ReadReport) -> Iterator[RawBl
     Raises DataError for a file that cannot be read.
     """
     number = 0
-    for at, source in enumerate(data.eval if split == "eval" else data.train):
+    for at, source in enumerate(data.sources(split)):
         first: FirstSeen = {}
         waiting: list[Chunk] = []
         size = 0
@@ -195,7 +195,7 @@ def read_file_chunks(
     """The chunks of a file in order.
 
     Args:
-        limit: only so many records will be asked for, so that they have to be counted.
+        limit: the most records that the caller takes; the file is then parsed as it is read, to count them.
         wanted: whether the chunk of this number is; of a file of lines no more is read than these.
     """
     with open_stream(file, options, report=report) as stream:

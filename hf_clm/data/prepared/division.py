@@ -1,7 +1,7 @@
 """Where the shards of a stream stand, and which chunks are whose: kept in checkpoints as JSON.
 
-A chunk is read by the shard that holds it. Where a run goes on with another number of shards, what each has
-read so far is noted as a Division of before, and the others hold what is left.
+Each chunk belongs to one shard. When a run resumes on another number of shards, a Division records what the
+old shards have read, and the rest is divided among the new ones.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -137,7 +137,7 @@ def list_faults(name: str, number: int, block: Block, *, data: Data) -> UserErro
 
 def check_read(part: Part, data: Data) -> None:
     """Raises DataError for a file or a set that gave nothing."""
-    sources = data.eval if part.name == "eval" else data.train
+    sources = data.sources(part.name)
     has_limit = any(source.limit for source in sources)  # then some files may not have been read
     for file in part.report.files:
         if not part.counted[file] and not has_limit:

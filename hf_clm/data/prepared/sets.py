@@ -97,7 +97,7 @@ def load_examples(data: Data, name: str = "train") -> Examples:
         found.report.add(read.report)
         found.report.bad_lines += map(str, read.faults.values())
     if not examples:
-        raise no_example(data.eval if name == "eval" else data.train, found.report)
+        raise no_example(data.sources(name), found.report)
     found.origins = np.array(origins, dtype=np.int32)
     return found
 
@@ -113,7 +113,7 @@ def load_early(recipe: Recipe, seed: int) -> dict[str, list[AnyExample]]:
     for name, examples in read.items():
         usable = np.array([example is not NOTHING for example in examples], dtype=bool)
         if not usable.any():
-            raise no_example(data.eval if name == "eval" else data.train, Examples().report)
+            raise no_example(data.sources(name), Examples().report)
         exact = b"".join(map(digest, examples)) if data.duplicates == "drop" else b""
         candidates[name] = Candidates(usable, np.frombuffer(exact, "<u8").reshape(-1, 2))
     found = {}

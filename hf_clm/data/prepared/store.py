@@ -44,7 +44,7 @@ LoadExamples = Callable[[str], Sequence[AnyExample]]  # of a set that is read, b
 
 
 class LazyList(Sequence[Any]):
-    """A list of known length that is made when an item behind its ``head`` is asked for."""
+    """A list of known length. Items past its ``head`` are loaded, all at once, on first use."""
 
     def __init__(self, length: int, load: Callable[[], Sequence[Any]], *, head: Sequence[Any] = ()):
         self.length, self.load, self.head = length, load, head

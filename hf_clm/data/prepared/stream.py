@@ -42,8 +42,9 @@ from hf_clm.data.prepared.division import (
     to_division,
     to_position,
 )
-from hf_clm.data.split import to_limit
+from hf_clm.data.split import AnyDataset, to_limit
 from hf_clm.errors import DataError, RecipeError
+from hf_clm.schema import TokenizedExample
 
 COUNTED = 1000  # documents of which the dropped are a share that says something
 STATE = "stream_state_{}.json"  # of a rank, in a checkpoint
@@ -54,7 +55,7 @@ OF_WORKERS = "hf_clm.errors.DataError: "
 class StreamBlock:
     """Rows that were made together, of the chunks from ``begin`` up to ``end``, and what became of them."""
 
-    rows: Sequence[Any]
+    rows: AnyDataset | list[TokenizedExample]
     begin: Mark
     end: Mark
     counts: Counter[str] = field(default_factory=Counter)
@@ -251,7 +252,7 @@ class StreamedRows(torch.utils.data.Dataset):
             self.positions[shard] = Position(shard, tuple(places), own, steps=1)
 
 
-def size_of(rows: Sequence[Any], number: int, *, by: str) -> int:
+def size_of(rows: AnyDataset | list[TokenizedExample], number: int, *, by: str) -> int:
     """How much a row counts where sources are mixed; of packed ones the documents that begin in it."""
     match by:
         case "tokens":

@@ -5,7 +5,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -30,6 +29,7 @@ from hf_clm.data.read.opening import file_size, open_raw
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import read_options
 from hf_clm.data.split import pack_rows
+from hf_clm.schema import Json
 
 PROBES, PROBE_BYTES = 16, 16_384  # of a file, to tell that it is the same
 
@@ -113,15 +113,15 @@ def _make(
         *(block.ledger.column(name).to_pylist() for name in ("fate", "reason")), strict=True
     ):
         counts[f"{kind}: {reason}" if reason and kind != UNREADABLE else kind] += 1
-    packed: Any = pack_rows(rows, recipe) if len(rows) else []
+    packed = pack_rows(rows, recipe) if len(rows) else []
     return StreamBlock(packed, begin, end, counts)
 
 
-def stream_identity(recipe: Recipe) -> dict[str, Any]:
+def stream_identity(recipe: Recipe) -> dict[str, Json]:
     """What has to be the same for a position to mean the same row, beside the seed."""
     files = [_list_files(source) for source in recipe.data.train]
     digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    known: dict[str, Any] = {"documents": recipe.data.shuffle_buffer, "files": digest[:16]}
+    known: dict[str, Json] = {"documents": recipe.data.shuffle_buffer, "files": digest[:16]}
     shares = shares_of(recipe.data)
     return {**known, "weights": [counted_by(recipe.data), *shares]} if len(shares) > 1 else known
 

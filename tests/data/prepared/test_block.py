@@ -1,12 +1,14 @@
 """One block: what is made of its records, and what is said of each of them."""
 
 import json
+import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import X, byte_tokenizer, write_jsonl
+from helpers import EOS, X, byte_tokenizer, write_jsonl
 from prepared_sets import recipe_of
 
 from hf_clm.data.prepared import block as module
@@ -219,3 +221,27 @@ def test_the_options_of_its_own_source_decide():
     found = [maker.make(raw) for raw in read_blocks(recipe.data, "train", report=ReadReport())]
 
     assert [columns(block, "fate", "source") for block in found] == [[("dropped", 0)], [("cut", 1)]]
+
+
+def test_a_maker_that_is_sent_to_another_machine_brings_the_users_own_format(tmp_path, monkeypatch):
+    """There the module cannot be imported, and the maker was unpickled."""
+    (tmp_path / "brought_format.py").write_text(
+        "from hf_clm.schema import Document, Segment\n"
+        "def read(record):\n"
+        "    return Document([Segment(record['q'], 0.0), Segment(record['a'], 1.0)])\n"
+    )
+    path = write_jsonl(tmp_path / "a.jsonl", [{"q": "Hi?\n", "a": "Yes"}])
+    recipe = recipe_of([{"path": path, "format": "brought_format:read"}])
+    (raw,) = read_blocks(recipe.data, "train", report=ReadReport())
+    monkeypatch.syspath_prepend(tmp_path)
+    sent = pickle.dumps(BlockMaker(recipe, byte_tokenizer()))
+    monkeypatch.delitem(sys.modules, "brought_format", raising=False)
+    monkeypatch.undo()
+
+    try:
+        block = pickle.loads(sent).make(raw)
+    finally:
+        sys.modules.pop("brought_format", None)
+
+    assert block.faults == []
+    assert block.rows.column("input_ids").to_pylist() == [[*b"Hi?\nYes", EOS]]
