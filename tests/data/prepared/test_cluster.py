@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def die(record):
 @pytest.fixture(scope="module", autouse=True)
 def formats(tmp_path_factory):
     """The folder of the module of formats, which workers find by PYTHONPATH."""
+    terminate = signal.getsignal(signal.SIGTERM)
     folder = tmp_path_factory.mktemp("formats")
     (folder / "formats_of_ray_test.py").write_text(FORMATS)
     with pytest.MonkeyPatch.context() as patch:
@@ -63,6 +65,7 @@ def formats(tmp_path_factory):
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         yield folder
     ray.shutdown()
+    signal.signal(signal.SIGTERM, terminate)  # ray.init leaves its own
     sys.modules.pop("formats_of_ray_test", None)
 
 
