@@ -128,7 +128,8 @@ def train_from(
     with arguments.main_process_first(local=False, desc="proving the model"):
         if is_main:
             trainer.add_callback(ProgressCallback(is_terminal=is_terminal))
-            prove_and_record(trainer, facts, start=start, prepared=prepared)
+            with trainer.aside():
+                prove_and_record(trainer, facts, start=start, prepared=prepared)
     memory = partial(peak_memory, arguments.device)
     metrics = MetricsCallback(start.folder / "metrics.jsonl", measure_memory=memory)
     trainer.add_callback(metrics)
@@ -144,7 +145,14 @@ def train_from(
         trainer.overridden = frozenset(c.key for c in start.changes if c.fate == "overridden")
     patience = recipe.early_stopping.patience if recipe.early_stopping else None
     recording = recording_failure(start.folder / "run.json", is_main=is_main)
-    with stoppable(trainer), closing(report), recording, among_others(), writing(start.folder):
+    with (
+        stoppable(trainer),
+        closing(trainer),
+        closing(report),
+        recording,
+        among_others(),
+        writing(start.folder),
+    ):
         if start.checkpoint and has_ended(start.checkpoint, facts.steps, patience=patience):
             trainer.restore(start.checkpoint)
         else:
@@ -234,7 +242,7 @@ def build_samples(
         options["temperature"] = section.temperature
 
     def answers() -> list[str]:
-        with trainer.untimed():
+        with trainer.aside():
             model = trainer.accelerator.unwrap_model(trainer.model)
             found = generate(model, tokenizer, prompts=prompts, **options)
             return [answer.text for answer in found]

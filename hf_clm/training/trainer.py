@@ -14,6 +14,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
@@ -30,9 +31,10 @@ from hf_clm.evaluation.metrics import count_tokens, logit_figures
 from hf_clm.flops import count_flops
 from hf_clm.hardware import measure_peak, nominal_peak
 from hf_clm.loss import LossOptions, TargetLoss, TokenFigures, logit_loss, tally, use_target_loss, why_not
+from hf_clm.router_loss import RouterLoss
 from hf_clm.training.callbacks import ends_epoch
 from hf_clm.training.faults import checkpoint_bytes, writing
-from hf_clm.training.guard import write_diverged
+from hf_clm.training.guard import draw_apart, undisturbed, write_diverged
 from hf_clm.training.saving import SavingTrainer
 from hf_clm.training.signals import let_workers_last
 from hf_clm.training.spread import settle_precision
@@ -65,16 +67,22 @@ class CLMTrainer(SavingTrainer):
         super().__init__(*args, **kwargs)
         self.label_names = [*self.label_names, "weights"]  # remove_unused_columns would drop another column
         settle_precision(self.accelerator)
+        if (self.args.bf16_full_eval or self.args.fp16_full_eval) and not self.place_model_on_device:
+            self.place_model_on_device = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+            if self.place_model_on_device:  # the Trainer puts it off until it rounds the weights
+                self._move_model_to_device(cast(Any, self.model), self.args.device)
         self.watched_rows = watched_rows
         model: Any = self.accelerator.unwrap_model(self.model)
         self.own_loss = why_not(model)  # the reason for the model's own loss, or empty
-        balance = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
-        smoothing = self.args.label_smoothing_factor
+        self.router_loss = RouterLoss(model)
+        smoothing, balance = self.args.label_smoothing_factor, self.router_loss.coefficient
         self._logit_loss = partial(logit_loss, label_smoothing=smoothing, balance=balance)
         self.target_loss: TargetLoss | None = None
         if not self.own_loss:
             self.label_smoother = None
             self.target_loss = use_target_loss(model, LossOptions(smoothing, z_loss))
+        self._all_loaders: list[DataLoader] = []
+        self._loaders: dict[int, DataLoader] = {}  # of evaluation sets, by the id of the set, which they hold
         self._sampler: EpochSampler | None = None
         if self.train_dataset is not None and not self.args.dataloader_drop_last:
             self.train_dataset = self._even(self.train_dataset, self.args.train_batch_size)
@@ -143,6 +151,13 @@ class CLMTrainer(SavingTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], *, items: torch.Tensor | int | None
     ) -> tuple[torch.Tensor, Any, TokenFigures]:
         """The loss as the Trainer normalises it, the model's outputs, and the figures of each target."""
+        counted = inputs if model.training else {**inputs, WEIGHTS: None}  # evaluation is not weighted
+        with self.router_loss.weighing(counted, items):
+            return self._measure_tokens(model, inputs, items=items)
+
+    def _measure_tokens(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *, items: torch.Tensor | int | None
+    ) -> tuple[torch.Tensor, Any, TokenFigures]:
         left_out = ("padding_tokens", WEIGHTS, *(OF_TARGETS if self.target_loss is None else ()))
         batch: Any = {key: value for key, value in inputs.items() if key not in left_out}
         weights = inputs.get(WEIGHTS) if model.training else None  # evaluation is not weighted
@@ -238,19 +253,41 @@ class CLMTrainer(SavingTrainer):
         """Nothing: the Trainer would gather the zeros of all processes at every log event."""
 
     @contextmanager
-    def untimed(self) -> Iterator[None]:
-        """Leaves what happens inside (evaluation, samples, saving) out of tokens_per_second."""
+    def aside(self) -> Iterator[None]:
+        """Keeps what happens inside (evaluation, samples, saving) apart from training.
+
+        Its time does not count in tokens_per_second, and the random numbers of training stay the same.
+        """
         start = time.monotonic()
-        yield
+        with undisturbed(self.args.device):
+            yield
         self._counted_since += time.monotonic() - start
 
     def get_train_dataloader(self) -> DataLoader:
-        return let_workers_last(super().get_train_dataloader())
+        return self._apart(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The loader of a set, built once. The Trainer's takes every set for one where workers persist."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        loader = super().get_eval_dataloader(self._even(dataset, self.args.eval_batch_size))
-        return let_workers_last(loader)
+        if isinstance(dataset, str):
+            dataset = cast(dict[str, Any], self.eval_dataset)[dataset]
+        if id(dataset) not in self._loaders:
+            rows, size = self._even(dataset, self.args.eval_batch_size), self.args.eval_batch_size
+            named: dict[str, Any] = {"description": "Evaluation", "sampler_fn": self._get_eval_sampler}
+            self._loaders[id(dataset)] = self._apart(self._get_dataloader(rows, batch_size=size, **named))
+        return self._loaders[id(dataset)]
+
+    def _apart(self, loader: DataLoader) -> DataLoader:
+        """A loader whose workers outlive a SIGTERM, and that draws nothing from the numbers of training."""
+        self._all_loaders.append(getattr(loader, "base_dataloader", loader))  # of accelerate's
+        return draw_apart(let_workers_last(loader), seed=self.args.seed)
+
+    def close(self) -> None:
+        """Ends workers that persist: where the Trainer is collected, torch waits 10 s for each of them."""
+        for loader in self._all_loaders:
+            if isinstance(loader._iterator, _MultiProcessingDataLoaderIter):
+                loader._iterator._shutdown_workers()
+                loader._iterator = None
 
     def set_epoch(self, epoch: int) -> None:
         """Decides the order of the rows; accelerate does not reach the sampler after every resume."""
@@ -307,7 +344,7 @@ class CLMTrainer(SavingTrainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As the Trainer's; loss and token_accuracy are sums over all targets, divided once."""
         self._eval_sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        with self.untimed():
+        with self.aside(), self._in_half_precision():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums: Any = self.accelerator.reduce(self._eval_sums, reduction="sum")
         nll, targets, correct = sums.tolist()
@@ -316,10 +353,29 @@ class CLMTrainer(SavingTrainer):
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
         return output
 
+    @contextmanager
+    def _in_half_precision(self) -> Iterator[None]:
+        """Evaluates in 16 bits where bf16_full_eval or fp16_full_eval asks for it, by autocast.
+
+        The Trainer rounds the model's weights for it, and would save them so.
+        """
+        args = self.args
+        asked = args.bf16_full_eval, args.fp16_full_eval
+        if not any(asked):
+            yield
+            return
+        args.bf16_full_eval = args.fp16_full_eval = False
+        kind = torch.bfloat16 if asked[0] else torch.float16
+        try:
+            with torch.autocast(args.device.type, dtype=kind):
+                yield
+        finally:
+            args.bf16_full_eval, args.fp16_full_eval = asked
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         model: Any = self.model
         needed, name = checkpoint_bytes(model, self.optimizer), f"checkpoint-{self.state.global_step}"
-        with self.untimed(), writing(Path(str(self.args.output_dir)), name, needed=needed):
+        with self.aside(), writing(Path(str(self.args.output_dir)), name, needed=needed):
             super()._save_checkpoint(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -190,7 +190,7 @@ def test_time_spent_elsewhere_is_not_counted_as_training(tmp_path, monkeypatch):
     trainer.peak_flops = 1e6
     trainer._flops = FlopCount(per_token=1000, per_target=2500, per_pair=20)
 
-    with trainer.untimed():  # from 105 to 107
+    with trainer.aside():  # from 105 to 107
         pass
     metrics = trainer._token_metrics()  # at 110: 8 of the 10 seconds were training
 
