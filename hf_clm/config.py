@@ -90,8 +90,8 @@ class Recipe(Section):
     """Checks on the real model and data."""
     train: dict[str, Any] = Field(default={})
     """transformers.TrainingArguments, verbatim."""
-    overwrite: bool = False
-    """Move an existing output folder aside."""
+    overwrite: bool | Literal["done"] = False
+    """Move an existing output folder aside; done: only that of a run that is done, and go on with others."""
     resume_override: list[str] = Field(default=[])
     """What may differ from the run that is gone on with: keys, data, tokenizer, template, global_batch."""
     _origins: _Origins = PrivateAttr(default_factory=_Origins)

@@ -29,6 +29,7 @@ LAYERS = [
         "text",
         "attention",
         "loss",
+        "router_loss",
         "model",
         "adapters",
         "sentencepiece_file",

@@ -146,7 +146,7 @@ def train_from(
     patience = recipe.early_stopping.patience if recipe.early_stopping else None
     recording = recording_failure(start.folder / "run.json", is_main=is_main)
     with (
-        stoppable(trainer),
+        stoppable(trainer, words="without --overwrite" if recipe.overwrite is True else ""),
         closing(trainer),
         closing(report),
         recording,

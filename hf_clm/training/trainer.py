@@ -231,15 +231,24 @@ class CLMTrainer(SavingTrainer):
     @cached_property
     def peak_flops(self) -> float:
         """FLOP/s of all processes: the maker's figure where it is known, else a large matrix product's."""
+        return (nominal_peak(self.args.device) or self._measure_peak()) * self.args.world_size
+
+    def _measure_peak(self) -> float:
         kind = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-        peak = nominal_peak(self.args.device) or measure_peak(self.args.device, kind)
-        return peak * self.args.world_size
+        return measure_peak(self.args.device, kind)
+
+    def _utilisation(self, flops_per_second: float) -> float:
+        """The share of the peak, at most 1. A step that beats it shows that the peak was measured too low."""
+        if flops_per_second > self.peak_flops:
+            again = self._measure_peak() * self.args.world_size
+            self.peak_flops = max(again, flops_per_second)
+        return flops_per_second / self.peak_flops
 
     @property
     def mfu(self) -> float:
         """Model FLOP utilisation up to the last log event: what real tokens need, by the peak."""
         seconds = self._timed[1]
-        return self._computed / seconds / self.peak_flops if seconds else self._logged("mfu")
+        return self._utilisation(self._computed / seconds) if seconds else self._logged("mfu")
 
     def _logged(self, name: str) -> float:
         """Of the last log event that has it: of a session before this one, which made no step."""
@@ -401,7 +410,7 @@ class CLMTrainer(SavingTrainer):
             "tokens_seen": before.get("tokens_seen", 0) + counts[TOKENS],
             "target_tokens_seen": before.get("target_tokens_seen", 0) + counts[TARGETS],
             "tokens_per_second": counts[TOKENS] / seconds,
-            "mfu": flops / seconds / self.peak_flops,
+            "mfu": self._utilisation(flops / seconds),
             "padding_share": 1 - counts[TOKENS] / max(1, counts[PLACES]),
         }
 
