@@ -16,6 +16,7 @@ from hf_clm.recipe_sections import (
     Data,
     Doctor,
     EarlyStopping,
+    Evaluation,
     Lora,
     Loss,
     Model,
@@ -80,6 +81,8 @@ class Recipe(Section):
     """Train small updates of a frozen model; null: train the model."""
     samples: Samples | None = None
     """Text generated during training; null: none."""
+    evaluation: Evaluation = Evaluation()
+    """What an evaluation does beside the loss and the accuracy of the target tokens."""
     early_stopping: EarlyStopping | None = None
     """null: train to the end."""
     loss: Loss = Loss()

@@ -54,6 +54,7 @@ def test_a_named_number_of_threads_wins(monkeypatch):
     monkeypatch.setattr(hardware, "keep_memory", lambda: True)
     monkeypatch.setattr(hardware, "usable_cores", lambda: 6)
     chosen = []
+    monkeypatch.setattr(hardware.torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(hardware.torch, "set_num_threads", chosen.append)
 
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
