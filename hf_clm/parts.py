@@ -35,6 +35,7 @@ from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.hardware import bf16_instructions
 from hf_clm.launcher import check_spreading, is_one_of_many
 from hf_clm.model import build_config, check_packing, init_model, load_config, load_model, max_positions
+from hf_clm.optimization import check_optimization
 from hf_clm.schema import AnyExample
 from hf_clm.tokenizer import (
     add_control_tokens,
@@ -60,7 +61,7 @@ def check_launch(recipe: Recipe) -> None:
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """TrainingArguments of the recipe; bf16 autocast where the device has it and the recipe is silent.
 
-    Raises what check_spreading raises.
+    Raises RecipeError for what TrainingArguments refuses, and as check_optimization.
     """
     values = training_values(recipe)
     on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
@@ -77,6 +78,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(str(error).splitlines()[0], where="train") from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel cannot split a packed row: use a launcher
+    check_optimization(arguments, recipe.train)
     return arguments
 
 

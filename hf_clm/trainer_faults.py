@@ -58,6 +58,9 @@ def _run_faults(values: Mapping[str, Any]) -> Iterator[Fault]:
     if values.get("activation_checkpointing_kwargs") and not values.get("activation_checkpointing"):
         key = "train.activation_checkpointing_kwargs"
         yield Fault(key, f"{key} has no effect without train.activation_checkpointing", fix="set that too")
+    if not values["optim_target_modules"] and str(values["optim"]).startswith(("galore", "apollo")):
+        what = f"train.optim_target_modules is missing: {values['optim']} needs it"
+        yield Fault("train.optim_target_modules", what, fix="all-linear, or the names of layers")
     if values["optim_target_modules"] and not str(values["optim"]).startswith(("galore", "apollo")):
         what = "train.optim_target_modules has no effect: only galore and apollo optimizers take it"
         yield Fault("train.optim_target_modules", what, fix=OUT)

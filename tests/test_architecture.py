@@ -39,6 +39,7 @@ LAYERS = [
         "loss",
         "model",
         "adapters",
+        "optimization",
         "sentencepiece_file",
     },
     {"data"},

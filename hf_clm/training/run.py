@@ -30,6 +30,7 @@ from hf_clm.hardware import peak_memory, settle_cpu
 from hf_clm.inspector.documents import Reader
 from hf_clm.inspector.excerpt import write_excerpt
 from hf_clm.model import takes_targets
+from hf_clm.optimization import zero_rate_warning
 from hf_clm.parts import (
     build_collator,
     build_model,
@@ -124,6 +125,8 @@ def train_from(
     )
     entropy = guessing_loss(splits["train"])
     facts = RunFacts(recipe, arguments, model, splits, entropy, render=settled.data.render)
+    if warning := zero_rate_warning(arguments, facts.steps):
+        proof.lines.append(f"warning   {warning}")
     is_main = arguments.process_index == 0
     with arguments.main_process_first(local=False, desc="proving the model"):
         if is_main:
