@@ -147,13 +147,14 @@ def _check_schedule_arguments(arguments: TrainingArguments) -> None:
 
 def _build_schedule(arguments: TrainingArguments, *, steps: int) -> Any:
     """The schedule of so many steps. Raises RecipeError where it cannot be built, or gives no number."""
+    options: Any = arguments.lr_scheduler_kwargs
     try:
         schedule = get_scheduler(
             arguments.lr_scheduler_type,
             optimizer=_dummy(arguments),
             num_warmup_steps=arguments.get_warmup_steps(steps),
             num_training_steps=steps,
-            scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),  # type: ignore
+            scheduler_specific_kwargs=options,
         )
         if isinstance(schedule, LambdaLR):
             for step in {0, 1, steps // 2, max(0, steps - 1)}:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from hf_clm.errors import did_you_mean
+from hf_clm.shape_faults import folder_faults, scratch_faults
 from hf_clm.trainer_fields import Fault, load_trainer_fields
 
 FACTS = (
@@ -28,6 +29,10 @@ def model_faults(recipe: Any) -> Iterator[Fault]:
         other = "tokenizer.name_or_path" if tokenizer.name_or_path else "a pretrained model"
         yield Fault("tokenizer.train", f"tokenizer.train and {other} exclude each other")
     yield from _unused_model_keys(model, tokenizer)
+    if model.init == "scratch":
+        yield from scratch_faults(model.config)
+    elif _is_folder(model.name_or_path) and not model.trust_remote_code:
+        yield from folder_faults(model.name_or_path)
     yield from _unused_sizes(tokenizer.train)
     if tokenizer.train and tokenizer.eos_token == tokenizer.pad_token:
         yield Fault("tokenizer.eos_token", "tokenizer.eos_token and tokenizer.pad_token are the same")

@@ -25,6 +25,7 @@ LAYERS = [
         "trainer_faults",
         "recipe_text",
         "recipe_faults",
+        "shape_faults",
         "template",
         "recipe_sections",
         "options",
