@@ -38,7 +38,9 @@ def add_adapters(
     target_modules or modules_to_save give.
     """
     peft = import_peft()
-    _check_names(model, options)
+    check_layers(
+        model, target_modules=options["target_modules"], modules_to_save=options.get("modules_to_save")
+    )
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         trainable_token_indices=_by_layer(model, new_tokens),
@@ -104,16 +106,38 @@ def _without_notes() -> Iterator[None]:
         yield
 
 
-def _check_names(model: PreTrainedModel, options: dict[str, Any]) -> None:
-    """Every name must end the name of a module, else peft would pass over it where another is found."""
-    known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name}
-    for key in ("target_modules", "modules_to_save"):
-        names = options.get(key) or []
-        for name in [] if isinstance(names, str) else names:
-            last = name.rsplit(".", 1)[-1]
+def check_layers(
+    model: PreTrainedModel,
+    *,
+    target_modules: str | Sequence[str],
+    modules_to_save: Sequence[str] | None = None,
+) -> None:
+    """Raises ModelError for a name that ends no module's name, and for layers that share their weights.
+
+    peft would pass over the first where another is found. The second it would update one without the other:
+    what is merged is not what was trained.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    known = {name.rsplit(".", 1)[-1] for name in names}
+    tied = _tied_names(model, names)
+    for key, given in (("target_modules", target_modules), ("modules_to_save", modules_to_save or [])):
+        for name in [] if isinstance(given, str) else given:
+            where, last = f"lora.{key}", name.rsplit(".", 1)[-1]
             if last not in known:
                 fix = f"one of {', '.join(_linear_names(model))}{did_you_mean(last, known)}"
-                raise ModelError("the model has no such module", where=f"lora.{key}", got=repr(name), fix=fix)
+                raise ModelError("the model has no such module", where=where, got=repr(name), fix=fix)
+            if any(full == name or full.endswith(f".{name}") for full in tied):
+                what = f"{' and '.join(tied)} share their weights: one cannot be trained without the other"
+                fix = "leave it out; the tokens that are new to the model are trained anyway"
+                raise ModelError(what, where=where, got=repr(name), fix=fix)
+
+
+def _tied_names(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    """The embeddings and the head by name where they are tied; else nothing."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return []
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [name for name in names if any(model.get_submodule(name) is layer for layer in layers)]
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:

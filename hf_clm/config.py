@@ -43,11 +43,11 @@ from hf_clm.recipe_text import (
     to_value,
 )
 from hf_clm.schema import Overflow
+from hf_clm.trainer_faults import check_train_combination, metric_names
 from hf_clm.trainer_fields import (
     TRAIN_DEFAULTS,
     V4_NAMES,
     Fault,
-    check_train_combination,
     check_train_values,
     load_trainer_fields,
     shorten,
@@ -116,7 +116,10 @@ class Recipe(Section):
         has_eval = bool(self.data.eval or self.data.eval_fraction)
         faults = [*model_faults(self), *data_faults(self), *token_budget_faults(self)]
         faults += override_faults(self.resume_override, sections=Recipe.model_fields)
-        faults += check_train_combination(self.train, has_eval=has_eval, defaults=TRAIN_DEFAULTS)
+        metrics = metric_names(["train"] if self.data.eval_train_rows else [])
+        faults += check_train_combination(
+            self.train, has_eval=has_eval, defaults=TRAIN_DEFAULTS, metrics=metrics
+        )
         if self.early_stopping and not self.train.get("load_best_model_at_end"):
             what = "early_stopping needs train.load_best_model_at_end: true and an eval set"
             faults.append(Fault("early_stopping", what))

@@ -4,9 +4,12 @@ import inspect
 import logging
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,10 +26,18 @@ from transformers.models.auto.modeling_auto import (
 from hf_clm import attention as packed
 from hf_clm.errors import ModelError, did_you_mean
 from hf_clm.hub import load_options, loading
+from hf_clm.shape_faults import is_causal_class, total_memory
 from hf_clm.text.chat import stop_token_ids
 from hf_clm.tokenizer import max_token_id, unique_ids
 
 NEW_TOKENS = 256  # of an answer, unless the caller says otherwise
+
+SPECIAL_TOKENS = ("bos", "eos", "pad")
+SMALL = 20_000_000  # weights of a model that is built in passing
+BUILD_ERRORS = (
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError),
+    *(ArithmeticError, MemoryError, ImportError, StrictDataclassError),
+)
 
 LOGGER = logging.getLogger(__name__)
 WHERE = "model.name_or_path"
@@ -44,19 +55,22 @@ def load_config(
     with loading(name_or_path, where="model"):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **options)
     architectures = config.architectures or []
-    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+    causal = any(map(is_causal_class, architectures))
     if config.is_encoder_decoder or (architectures and not causal):
         got = ", ".join(architectures) or config.model_type
         raise ModelError("not a causal language model", where=f"{WHERE} {name_or_path}", got=got)
     return config
 
 
-def build_config(settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+def build_config(
+    settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None = None
+) -> PretrainedConfig:
     """The configuration of a new model: ``settings`` as in its config class, ids from the tokenizer.
 
-    Raises ModelError for an unknown ``model_type`` or a setting that its config class does not have.
+    Raises ModelError for an unknown ``model_type``, a setting that its config class does not have, and one
+    that contradicts another, or the tokenizer.
     """
-    settings = {"vocab_size": max_token_id(tokenizer) + 1, **settings}
+    settings = dict(settings)
     model_type = settings.pop("model_type", None)
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = did_you_mean(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -68,9 +82,70 @@ def build_config(settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -
         if name not in names:
             what = f"{type(default).__name__} has no such setting{did_you_mean(name, names)}"
             raise ModelError(what, where=f"model.config.{name}")
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    with loading(str(model_type), where="model.config"):
-        return AutoConfig.for_model(model_type, pad_token_id=tokenizer.pad_token_id, **ids, **settings)
+    if tokenizer is not None:
+        tokens = max_token_id(tokenizer) + 1
+        if settings.setdefault("vocab_size", tokens) < tokens:
+            what, where = f"the tokenizer has {tokens:,} tokens", "model.config.vocab_size"
+            raise ModelError(what, where=where, got=f"{settings['vocab_size']:,}", fix="leave it out")
+        settings |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL_TOKENS}
+    with building("model.config"):
+        return AutoConfig.for_model(model_type, **settings)
+
+
+@contextmanager
+def building(where: str) -> Iterator[None]:
+    """What a library raises for sizes that do not fit together becomes a ModelError of one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except BUILD_ERRORS as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1] if lines else type(error).__name__  # before it the name of a validator
+        raise ModelError(f"no model can be built: {reason}", where=where) from error
+
+
+def build_without_memory(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration, whose weights have shapes and no values. Raises ModelError."""
+    with building("model.config"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def check_shape(config: PretrainedConfig, *, bytes_per_weight: int) -> None:
+    """Raises ModelError for a new model that cannot be built, is too large, or is not causal.
+
+    A small one is run on 8 tokens too; of a large one only the shapes are known.
+    """
+    weights = sum(part.numel() for part in build_without_memory(config).parameters())
+    needed, available = weights * bytes_per_weight, total_memory()
+    if available and needed > available:
+        got = f"{weights:,} parameters need {needed / 2**30:,.0f} GiB of {available / 2**30:,.0f}"
+        raise ModelError("the model does not fit into memory", where="model.config", got=got)
+    if weights <= SMALL:
+        with building("model.config"), torch.random.fork_rng(devices=[]):
+            check_causal(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """Raises ModelError where a position sees the tokens after it: the loss would be that of a copy.
+
+    Runs the model on 8 tokens, the last of which is of two kinds. Finds nothing where there are no weights.
+    """
+    if any(weight.is_meta or hasattr(weight, "ds_id") for weight in model.parameters()):
+        return
+    tokens = torch.arange(8).repeat(2, 1) % model.config.get_text_config().vocab_size
+    tokens[1, -1] = 0
+    was_training = model.training
+    model.eval()
+    try:
+        first, second = model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1].float()
+    finally:
+        model.train(was_training)
+    difference = float((first - second).abs().max() / first.abs().max())
+    if not difference <= (1e-5 if model.dtype == torch.float32 else 5e-2):
+        what = f"{type(model).__name__} is not causal: a position sees the tokens after it"
+        raise ModelError(what, where="model", fix="another architecture, or model.config.is_decoder: true")
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -137,7 +212,7 @@ def packing_fault(model: PreTrainedModel) -> str:
     was_training = model.training
     model.eval()
     try:
-        with torch.device(model.device):
+        with building("model"), torch.device(model.device):
             together, alone = _together_and_alone(model)
     finally:
         model.train(was_training)

@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_clm.adapters import add_adapters, find_new_tokens
+from hf_clm.adapters import add_adapters, check_layers, find_new_tokens
 from hf_clm.attention import NAME as PACKED
 from hf_clm.config import Recipe, training_values
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
@@ -34,7 +34,18 @@ from hf_clm.data.split import AnyDataset
 from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.hardware import has_bf16
 from hf_clm.launcher import check_spreading, is_one_of_many
-from hf_clm.model import build_config, check_packing, init_model, load_config, load_model, max_positions
+from hf_clm.model import (
+    build_config,
+    build_without_memory,
+    check_causal,
+    check_packing,
+    check_shape,
+    init_model,
+    load_config,
+    load_model,
+    max_positions,
+)
+from hf_clm.optimization import check_optimization
 from hf_clm.schema import AnyExample
 from hf_clm.tokenizer import (
     add_control_tokens,
@@ -60,7 +71,7 @@ def check_launch(recipe: Recipe) -> None:
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """TrainingArguments of the recipe; bf16 autocast where the device has it and the recipe is silent.
 
-    Raises what check_spreading raises.
+    Raises RecipeError for what TrainingArguments refuses, and as check_optimization.
     """
     values = training_values(recipe)
     on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
@@ -77,6 +88,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(str(error).splitlines()[0], where="train") from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel cannot split a packed row: use a launcher
+    check_optimization(arguments, recipe.train)
     return arguments
 
 
@@ -214,6 +226,24 @@ def build_tokenizer_aside(
         return build_tokenizer(recipe, loaded, arguments=aside)
 
 
+def check_model(recipe: Recipe, arguments: TrainingArguments) -> None:
+    """Raises ModelError for a model that cannot be built or adapted, before the data are read.
+
+    A tokenizer that is not known yet decides no more than the size of the vocabulary.
+    """
+    model, lora = recipe.model, recipe.lora
+    if model.init == "scratch" and model.config:
+        on_cpu = arguments.device.type == "cpu"
+        size = getattr(torch, model.dtype).itemsize
+        # gradients are on the device too; the optimizer's part differs
+        check_shape(build_config(model.config), bytes_per_weight=size * (2 if on_cpu else 1))
+        return
+    config = _named_config(recipe)
+    if lora and not model.trust_remote_code and (lora.target_modules != "all-linear" or lora.modules_to_save):
+        empty = build_without_memory(config)
+        check_layers(empty, target_modules=lora.target_modules, modules_to_save=lora.modules_to_save)
+
+
 def build_model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
     """The model's configuration. Raises ModelError where a row is longer than its positions."""
     model = recipe.model
@@ -253,6 +283,7 @@ def build_model(
             trust_remote_code=section.trust_remote_code,
             allow_bin=section.allow_bin,
         )
+    check_causal(model)
     if recipe.resolved_packing != "none" and section.attention != PACKED:  # else load_model has looked
         check_packing(model)
     if recipe.lora is None:

@@ -1,11 +1,12 @@
 """What no single key of a recipe shows: keys that exclude each other, or say nothing together."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from hf_clm.errors import did_you_mean
+from hf_clm.shape_faults import folder_faults, scratch_faults
 from hf_clm.trainer_fields import Fault, load_trainer_fields
 
 FACTS = (
@@ -27,13 +28,18 @@ def model_faults(recipe: Any) -> Iterator[Fault]:
     if tokenizer.train and (tokenizer.name_or_path or model.init == "pretrained"):
         other = "tokenizer.name_or_path" if tokenizer.name_or_path else "a pretrained model"
         yield Fault("tokenizer.train", f"tokenizer.train and {other} exclude each other")
+    yield from _unused_model_keys(model, tokenizer)
+    if model.init == "scratch":
+        yield from scratch_faults(model.config)
+    elif _is_folder(model.name_or_path) and not model.trust_remote_code:
+        yield from folder_faults(model.name_or_path)
     yield from _unused_sizes(tokenizer.train)
     if tokenizer.train and tokenizer.eos_token == tokenizer.pad_token:
         yield Fault("tokenizer.eos_token", "tokenizer.eos_token and tokenizer.pad_token are the same")
     if recipe.lora and model.init == "scratch":
         what = "lora freezes the model, which has to be a trained one"
         yield Fault("lora", what, fix="set model.init to pretrained, or leave lora out")
-    pinned = re.fullmatch("[0-9a-f]{40}", model.revision or "") or Path(model.name_or_path or "-").is_dir()
+    pinned = re.fullmatch("[0-9a-f]{40}", model.revision or "") or _is_folder(model.name_or_path)
     if model.trust_remote_code and not pinned:
         what = "model.trust_remote_code runs the code of others"
         yield Fault("model.trust_remote_code", what, fix="pin model.revision to a commit (40 hex digits)")
@@ -44,34 +50,76 @@ def model_faults(recipe: Any) -> Iterator[Fault]:
         yield Fault("tokenizer.chat_template", what, got=got)
 
 
+def _unused_model_keys(model: Any, tokenizer: Any) -> Iterator[Fault]:
+    """Keys of a ``config.Model`` that change nothing where another decides what they would."""
+    is_from_scratch = model.init == "scratch"
+    for name in ("config", "embedding_std"):
+        if not is_from_scratch and getattr(model, name) not in (None, {}):
+            what = f"model.{name} has no effect on a pretrained model"
+            yield Fault(f"model.{name}", what, fix="leave it out, or set model.init to scratch")
+    has_tokenizer = tokenizer.name_or_path or tokenizer.train
+    if is_from_scratch and model.name_or_path and "model_type" in model.config and has_tokenizer:
+        what = "model.name_or_path has no effect: model.config and tokenizer say what is built"
+        fix = "set model.init to pretrained and tokenizer.train to null to train that model, or leave it out"
+        yield Fault("model.name_or_path", what, got=repr(model.name_or_path), fix=fix)
+    if is_from_scratch and model.allow_bin:
+        what = "model.allow_bin has no effect on a model from scratch, which loads no weights"
+        yield Fault("model.allow_bin", what, fix="leave it out")
+    if model.revision and (model.name_or_path is None or _is_folder(model.name_or_path)):
+        what = "model.revision has no effect without a model on the Hub"
+        yield Fault("model.revision", what, got=model.revision, fix="leave it out")
+
+
+def _is_folder(path: str | None) -> bool:
+    return os.path.isdir(os.path.expanduser(path or ""))  # unlike pathlib's, it takes a name of any length
+
+
 def data_faults(recipe: Any) -> Iterator[Fault]:
     """What is wrong between the data, the stage and the Trainer's fields of a ``config.Recipe``."""
-    data, window = recipe.data, recipe.data.window
+    data = recipe.data
     yield from source_faults(recipe)
     yield from mixing_faults(data)
     yield from streaming_faults(recipe)
+    yield from _window_faults(recipe)
+    yield from _row_faults(recipe)
+    yield from _only_for_sft(recipe)
     if data.eval and data.eval_fraction:
         yield Fault("data.eval_fraction", "data.eval and data.eval_fraction exclude each other")
     if recipe.stage == "sft" and data.packing == "stream":
         what = "data.packing: stream cuts rows, so a target would lose its prompt"
         yield Fault("data.packing", what, fix="best_fit or none for stage sft")
-    if window and recipe.stage == "sft":
-        yield Fault("data.window", "data.window is for stage pretrain: it would cut targets")
     if data.overflow and recipe.resolved_packing == "stream":
         what = "data.overflow says nothing where a stream cuts documents at the end of a row"
         yield Fault("data.overflow", what, fix="leave it out, or set data.packing to none or best_fit")
-    yield from _only_for_sft(recipe)
-    if recipe.train.get("use_liger_kernel"):
+    if data.shuffle_buffer != type(data).model_fields["shuffle_buffer"].default and not data.streaming:
+        what = "data.shuffle_buffer has no effect without data.streaming: all rows are shuffled"
+        yield Fault("data.shuffle_buffer", what, fix="leave it out")
+
+
+def _row_faults(recipe: Any) -> Iterator[Fault]:
+    """Fields of ``train`` that do not go together with how rows are laid out."""
+    is_packed, train = recipe.resolved_packing != "none", recipe.train
+    if train.get("use_liger_kernel"):
         what = "train.use_liger_kernel gives no logits, of which the token accuracy is counted"
         yield Fault("train.use_liger_kernel", what, fix="leave it out")
-    is_flat = recipe.resolved_packing != "none" or recipe.model.attention == "packed"
-    if recipe.train.get("neftune_noise_alpha") and is_flat:
+    if train.get("neftune_noise_alpha") and (is_packed or recipe.model.attention == "packed"):
         what = "train.neftune_noise_alpha is scaled by the length of a row, and packed rows hold many texts"
         fix = "set data.packing to none and model.attention to sdpa, or leave it out"
         yield Fault("train.neftune_noise_alpha", what, fix=fix)
-    if window and recipe.resolved_packing != "none":
+    if train.get("train_sampling_strategy") == "group_by_length" and is_packed:
+        what = "train.train_sampling_strategy: group_by_length has no effect on packed rows: all are as long"
+        yield Fault("train.train_sampling_strategy", what, fix="leave it out, or set data.packing to none")
+
+
+def _window_faults(recipe: Any) -> Iterator[Fault]:
+    data, window = recipe.data, recipe.data.window
+    if window is None:
+        return
+    if recipe.stage == "sft":
+        yield Fault("data.window", "data.window is for stage pretrain: it would cut targets")
+    if recipe.resolved_packing != "none":
         yield Fault("data.window", "data.window needs data.packing: none", got=recipe.resolved_packing)
-    if window and not window.step <= window.size <= data.max_length:
+    if not window.step <= window.size <= data.max_length:
         what = "data.window: expected step <= size <= data.max_length"
         yield Fault("data.window", what, got=f"{window.step}, {window.size}, {data.max_length}")
 
@@ -94,9 +142,24 @@ def source_faults(recipe: Any) -> Iterator[Fault]:
                 other = "format" if source.format else "fields"
                 what = f"a template names the columns itself: {other} has no effect beside it"
                 yield Fault(f"{key}.{other}", what, fix="leave it out")
+            yield from _unused_source_keys(source, key)
             if source.overflow and recipe.resolved_packing == "stream":
                 what = "overflow has no effect where a stream cuts documents at the end of a row"
                 yield Fault(f"{key}.overflow", what, fix="leave it out, or packing: none or best_fit")
+
+
+def _unused_source_keys(source: Any, key: str) -> Iterator[Fault]:
+    """What only a dataset on the Hub, or a folder, has, beside the path of a ``config.Source``."""
+    is_file = os.path.isfile(os.path.expanduser(source.path))
+    for name in ("name", "revision"):
+        if getattr(source, name) is not None and (is_file or _is_folder(source.path)):
+            yield Fault(
+                f"{key}.{name}", f"{name} has no effect: it is of a dataset on the Hub", fix="leave it out"
+            )
+    if source.split != "train" and is_file:
+        yield Fault(
+            f"{key}.split", "split has no effect on a single file", got=source.split, fix="leave it out"
+        )
 
 
 def mixing_faults(data: Any) -> Iterator[Fault]:
@@ -164,10 +227,6 @@ def _streamed_source_faults(data: Any) -> Iterator[Fault]:
             yield Fault(f"data.mixing.{key}", what, fix="leave it out")
 
 
-def _shares_batches(config: Any) -> bool:
-    return isinstance(config, dict) and any(config.get(f"{how}_batches") for how in ("dispatch", "split"))
-
-
 MIXING_OF_WHOLE_SETS = {
     "temperature": "the sizes of the sources are not known",
     "size": "a stream has no epochs; train.max_steps ends the run",
@@ -177,7 +236,6 @@ MIXING_OF_WHOLE_SETS = {
 FIELDS_OF_STREAMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train_sampling_strategy": (lambda x: x in ("random", "sequential"), "no other order is known"),
     "dataloader_in_order": (lambda x: x, "each worker has its turn"),
-    "accelerator_config": (lambda x: not _shares_batches(x), "each process reads a part of its own"),
     "auto_find_batch_size": (lambda x: not x, "a batch is of one shard"),
     "torch_compile": (lambda x: not x, "the longest batch is not known"),
     "eval_strategy": (lambda x: x != "epoch", "no end of an epoch is known; use steps"),

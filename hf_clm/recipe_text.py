@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from hf_clm.errors import RecipeError, did_you_mean
 from hf_clm.trainer_fields import TYPE_WORDS, Fault, drop_quotes_hint, shorten
@@ -30,10 +30,10 @@ def build_yaml() -> YAML:
 
 def load_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The file's content, and the place of each dotted key, such as "recipes/x.yaml:9"."""
-    text, yaml = _load_text(path), build_yaml()
+    text = _load_text(path)
     try:
-        node = yaml.compose(text)
-        tree = yaml.constructor.construct_document(node) if node else None
+        node = build_yaml().compose(text)
+        tree = _to_plain(node, path)
         places = {key: f"{path}:{line}" for key, line in _lines(node)}
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -44,7 +44,7 @@ def load_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
         line = text.count("\n", 0, getattr(error, "position", 0)) + 1
         raise RecipeError("not valid YAML: a control character", where=f"{path}:{line}") from None
     except RecursionError:
-        raise RecipeError("not valid YAML: an alias that holds itself", where=path) from None
+        raise RecipeError("not a recipe: its mappings and lists are nested too deeply", where=path) from None
     if tree is None:
         raise RecipeError("an empty recipe", where=path)
     if not isinstance(tree, dict):
@@ -75,11 +75,11 @@ def to_value(key: str, text: str | None, *, types: tuple[str, ...]) -> Any:
     if types == ("str",):
         return text
     try:
-        value = build_yaml().load(text)
-    except YAMLError:
+        value = _to_plain(build_yaml().compose(text), f"{COMMAND_LINE}: --{key}")
+    except (YAMLError, RecursionError):
         if "str" in types:
             return text
-        raise RecipeError(f"--{key}: not valid YAML", where=COMMAND_LINE, got=repr(text)) from None
+        raise RecipeError(f"--{key}: not valid YAML", where=COMMAND_LINE, got=shorten(text)) from None
     if "str" not in types or (value is None and text in ("null", "~")):
         return value
     return value if type(value).__name__ in set(types) - {"str"} else text
@@ -187,16 +187,69 @@ def _load_text(path: str) -> str:
     if Path(path).is_dir():
         raise RecipeError("a folder, not a recipe", where=path)
     try:
-        content = Path(path).read_bytes()
+        with open(path, "rb") as file:  # which may be a pipe, or as endless as /dev/zero
+            content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise RecipeError("no such recipe", where=path) from None
-    except OSError as error:
-        raise RecipeError(f"cannot be read: {error.strerror}", where=path) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RecipeError(f"cannot be read: {reason}", where=path) from None
+    if len(content) > MAX_BYTES:
+        raise RecipeError(f"not a recipe: it has more than {MAX_BYTES:,} bytes", where=path)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise RecipeError("not UTF-8 text", where=f"{path}:{line}", fix="save it as UTF-8") from None
+
+
+def _to_plain(node: Node | None, where: str) -> Any:
+    """The value of a YAML node: numbers, text, lists and mappings. Raises RecipeError for all else."""
+    if node is None:
+        return None
+    _check_nodes(node, where, sizes={})
+    return build_yaml().constructor.construct_document(node)
+
+
+def _check_nodes(node: Node, where: str, *, sizes: dict[int, int | None]) -> int:
+    """The number of values below a node, each alias counted as what it stands for.
+
+    A few lines of aliases to aliases stand for billions of values. ``sizes``: by the id of a node; None while
+    its own children are counted. Raises RecipeError for what no recipe holds.
+    """
+    place = f"{where}:{node.start_mark.line + 1}" if COMMAND_LINE not in where else where
+    if id(node) in sizes:
+        size = sizes[id(node)]
+        if size is None:
+            raise RecipeError("not valid YAML: an alias that holds itself", where=where)
+        return size
+    sizes[id(node)], size = None, 1
+    if isinstance(node, ScalarNode):
+        _check_scalar(node, place)
+    elif isinstance(node, MappingNode):
+        for key, value in node.value:
+            if not isinstance(key, ScalarNode):
+                raise RecipeError("the key of a mapping must be a word or a number", where=place)
+            size += _check_nodes(key, where, sizes=sizes) + _check_nodes(value, where, sizes=sizes)
+    else:
+        size += sum(_check_nodes(child, where, sizes=sizes) for child in node.value)
+    if str(node.tag).removeprefix(YAML_PREFIX) not in YAML_TYPES:
+        what = f"not valid YAML: the tag {str(node.tag).replace(YAML_PREFIX, '!!')} is not allowed"
+        raise RecipeError(what, where=place, fix="write plain text, and put dates in quotes")
+    if size > MAX_VALUES:
+        raise RecipeError(
+            f"not a recipe: with its aliases it holds more than {MAX_VALUES:,} values", where=place
+        )
+    sizes[id(node)] = size
+    return size
+
+
+def _check_scalar(node: ScalarNode, place: str) -> None:
+    if len(node.value) > MAX_DIGITS and str(node.tag) == f"{YAML_PREFIX}int":
+        raise RecipeError("a number of too many digits", where=place, got=shorten(node.value))
+    if "\0" in node.value or re.search("[\ud800-\udfff]", node.value):
+        what = "text with a NUL character or half of a surrogate pair cannot be used"
+        raise RecipeError(what, where=place, got=shorten(node.value))
 
 
 def _lines(node: Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -225,6 +278,11 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
     return next((item for item in classes if issubclass(item, BaseModel)), None)
 
 
+MAX_BYTES = 256 * 1024  # of a recipe; the parser takes seconds for it
+MAX_VALUES = 50_000
+MAX_DIGITS = 18  # what 64 bits hold
+YAML_PREFIX = "tag:yaml.org,2002:"
+YAML_TYPES = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
 SECRET_KEY = r"(api_?key|wandb_key|(hub|hf|auth|access|api)_token|password|secret)$"
 PYDANTIC_TYPES = {
     "int_type": "int",

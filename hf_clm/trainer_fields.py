@@ -77,28 +77,6 @@ def check_train_values(train: Mapping[str, Any]) -> list[Fault]:
     return [fault for fault in faults if fault]
 
 
-def check_train_combination(
-    train: Mapping[str, Any], *, has_eval: bool, defaults: Mapping[str, Any]
-) -> list[Fault]:
-    """What is wrong between the keys; ``defaults`` go before those of TrainingArguments."""
-    values = {key: field.default for key, field in load_trainer_fields().items()} | {**defaults, **train}
-    faults = []
-    if not values["output_dir"]:
-        faults.append(Fault("train.output_dir", "train.output_dir is missing", fix="--output_dir runs/NAME"))
-    if values["num_train_epochs"] <= 0 and values["max_steps"] <= 0:
-        what = "train.num_train_epochs: expected a number above 0 where max_steps is not given"
-        faults.append(Fault("train.num_train_epochs", what, got=str(values["num_train_epochs"])))
-    if values["bf16"] and values["fp16"]:
-        faults.append(Fault("train.fp16", "train.fp16 and train.bf16 are both true", fix="keep bf16"))
-    if isinstance(values["fsdp"], str) and values["fsdp"]:
-        fix = "fsdp: true, with fsdp_config: {version: 2}"
-        faults.append(Fault("train.fsdp", "train.fsdp: text is the spelling of transformers 4", fix=fix))
-    if values["dataloader_prefetch_factor"] is not None and values["dataloader_num_workers"] == 0:
-        what = "train.dataloader_prefetch_factor needs train.dataloader_num_workers of 1 or more"
-        faults.append(Fault("train.dataloader_prefetch_factor", what))
-    return faults + _evaluation_faults(values, has_eval)
-
-
 def to_trainer_types(train: Mapping[str, Any]) -> dict[str, Any]:
     """Makes 1 a float where a field is one, but not in ``*_steps``: 1 is a step there, 0.5 half the run."""
     fields = load_trainer_fields()
@@ -218,9 +196,9 @@ def _choice_fault(path: str, value: Any, *, field: TrainerField) -> Fault | None
             return Fault(path, f"{path}: expected one of {', '.join(known)}", got=f"{word!r}{near}")
     patterns = PACKAGES.get(field.name, {})
     needed = [patterns[pattern] for word in words for pattern in patterns if re.search(pattern, str(word))]
-    for module in needed:
-        if find_spec(module) is None:
-            return Fault(path, f"{path}: {value!r} needs the package {module}", fix=f"pip install {module}")
+    for package in needed:
+        if find_spec(MODULES.get(package, package)) is None:
+            return Fault(path, f"{path}: {value!r} needs the package {package}", fix=f"pip install {package}")
     return None
 
 
@@ -233,29 +211,6 @@ def _range_fault(path: str, value: Any) -> Fault | None:
         if path.removeprefix("train.") in names.split() and not is_allowed(value):
             return Fault(path, f"{path}: expected {expected}", got=str(value))
     return None
-
-
-def _evaluation_faults(values: Mapping[str, Any], has_eval: bool) -> list[Fault]:
-    evaluates, saves = values["eval_strategy"], values["save_strategy"]
-    if evaluates != "no" and not has_eval:
-        what = f"train.eval_strategy is {evaluates}, but there is no eval set"
-        return [Fault("train.eval_strategy", what, fix="give data.eval or data.eval_fraction")]
-    if not values["load_best_model_at_end"]:
-        return []
-    key = "train.load_best_model_at_end"
-    if evaluates == "no":
-        return [
-            Fault(key, f"{key} needs an eval set and eval_strategy steps or epoch", got="eval_strategy 'no'")
-        ]
-    if saves not in (evaluates, "best"):
-        what = f"{key} needs the same strategy for save and eval"
-        return [Fault(key, what, got=f"save_strategy {saves!r} and eval_strategy {evaluates!r}")]
-    save, every = values["save_steps"], values["eval_steps"] or values["logging_steps"]
-    is_multiple = (save < 1) == (every < 1) and math.isclose(save / every, round(save / every))
-    if evaluates == saves == "steps" and not is_multiple:
-        what = f"{key} needs save_steps to be a multiple of eval_steps"
-        return [Fault(key, what, got=f"save_steps {save} and eval_steps {every}")]
-    return []
 
 
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
@@ -287,7 +242,10 @@ RANGES = (
     ("weight_decay max_grad_norm dataloader_num_workers eval_delay", lambda x: x >= 0, "0 or more"),
     ("per_device_train_batch_size per_device_eval_batch_size", lambda x: x >= 1, "1 or more"),
     ("gradient_accumulation_steps eval_accumulation_steps", lambda x: x >= 1, "1 or more"),
-    ("save_total_limit dataloader_prefetch_factor", lambda x: x >= 1, "1 or more"),
+    ("save_total_limit dataloader_prefetch_factor torch_empty_cache_steps", lambda x: x >= 1, "1 or more"),
+    ("seed data_seed", lambda x: 0 <= x < 2**32, "0 to 4294967295"),
+    ("ddp_timeout ddp_bucket_cap_mb", lambda x: x > 0, "a number above 0"),
+    ("neftune_noise_alpha", lambda x: x > 0, "a number above 0, or null"),
     ("label_smoothing_factor adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "0 or more and below 1"),
 )
 
@@ -306,8 +264,12 @@ TRACKERS = ("clearml", "codecarbon", "comet_ml", "mlflow", "swanlab", "tensorboa
 PACKAGES = {
     "report_to": {f"^{name}$": name for name in TRACKERS},
     "optim": {
-        r"bnb|paged|(?<!torch)_8bit|lion_32bit": "bitsandbytes",
+        r"bnb|paged|(?<!torch)_8bit|lion_32bit|ademamix": "bitsandbytes",
         "adamw_torch_[48]bit": "torchao",
+        "^adamw_torch_xla$": "torch_xla",
+        "^adamw_torch_npu_fused$": "torch_npu",
+        "^adamw_anyprecision$": "torchdistx",
+        "^stable_adamw$": "torch-optimi",
         "^galore_": "galore_torch",
         "^apollo_": "apollo_torch",
         "lomo$": "lomo_optim",
@@ -315,6 +277,7 @@ PACKAGES = {
         "^schedule_free_": "schedulefree",
     },
 }
+MODULES = {"torch-optimi": "optimi"}  # of a package that is imported under another name
 
 V4_NAMES = {
     "evaluation_strategy": "write eval_strategy",

@@ -288,3 +288,35 @@ def test_a_model_from_scratch_has_nothing_to_freeze(tmp_path):
         RecipeError, match=r"recipe.yaml:5: lora freezes the model, which has to be a trained"
     ):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "lora.target_modules"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "lora.target_modules"),
+        ({"target_modules": ["model.embed_tokens"]}, "lora.target_modules"),
+        ({"target_modules": "all-linear", "modules_to_save": ["lm_head"]}, "lora.modules_to_save"),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+            "lora.modules_to_save",
+        ),
+    ],
+)
+def test_layers_that_share_their_weights_are_not_adapted_alone(options, place):
+    """What would be merged into one of them would be in the other too (peft #2018, #2777)."""
+    with pytest.raises(ModelError, match="embed_tokens and lm_head share their weights") as caught:
+        add_adapters(tiny_model(tie_word_embeddings=True), base="x", **options)
+
+    assert caught.value.where == place
+    assert add_adapters(tiny_model(tie_word_embeddings=False), base="x", **options)
+
+
+def test_tied_layers_are_refused_before_the_data_are_read(tmp_path):
+    model = save_folder(tmp_path / "tied", tiny_model(tie_word_embeddings=True), byte_tokenizer())
+    lora = {"target_modules": ["q_proj", "lm_head"]}
+    recipe = helpers.build_recipe(tmp_path, [], model={"name_or_path": model}, lora=lora)
+    (tmp_path / "rows.jsonl").unlink()
+
+    with pytest.raises(ModelError, match=r"^lora.target_modules: model.embed_tokens and lm_head share"):
+        train(recipe)

@@ -20,7 +20,16 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 LAYERS = [
     {"errors"},
     {"schema", "hardware", "hashing", "launcher", "flops"},
-    {"trainer_fields", "recipe_text", "recipe_faults", "template", "recipe_sections", "options"},
+    {
+        "trainer_fields",
+        "trainer_faults",
+        "recipe_text",
+        "recipe_faults",
+        "shape_faults",
+        "template",
+        "recipe_sections",
+        "options",
+    },
     {"config"},
     {
         "hub",
@@ -32,6 +41,7 @@ LAYERS = [
         "router_loss",
         "model",
         "adapters",
+        "optimization",
         "sentencepiece_file",
     },
     {"data"},

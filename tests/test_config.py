@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from pydantic import ValidationError
 
@@ -227,10 +229,53 @@ def test_a_recipe_that_is_not_utf_8_names_the_line(tmp_path):
         ("stage: sft\nmodel: !!python/name:os.system x\n", "r.yaml:2: not valid YAML: "),
         ("stage: sft\nmodel: \x01\n", "r.yaml:2: not valid YAML: a control character"),
         ("stage: &a [*a]\n", "r.yaml: not valid YAML: an alias that holds itself"),
+        ("stage: &a {<<: *a}\n", "r.yaml: not valid YAML: an alias that holds itself"),
+        ("a: " + "[" * 5000, "r.yaml: not a recipe: its mappings and lists are nested too deeply"),
+        ("- " * 5000, "r.yaml: not a recipe: its mappings and lists are nested too deeply"),
+        ("# " + "x" * 300_000, "r.yaml: not a recipe: it has more than 262,144 bytes"),
+        ("? [a, b]\n: c\n", "r.yaml:1: the key of a mapping must be a word or a number"),
+        (BASE + "1: 2\n", "r.yaml:8: 1: Keys should be strings"),
+        (BASE + "  run_name: !!binary aGk=\n", "r.yaml:8: not valid YAML: the tag !!binary is not allowed"),
+        (BASE + "  run_name: 2020-01-01\n", "r.yaml:8: not valid YAML: the tag !!timestamp is not allowed"),
+        (BASE + '  run_name: "a\\0b"\n', "r.yaml:8: text with a NUL character or half of a surrogate pair"),
+        (BASE + '  run_name: "\\ud800"\n', "r.yaml:8: text with a NUL character or half of a surrogate pair"),
+        (BASE + "  max_steps: " + "9" * 5000, "r.yaml:8: a number of too many digits; got '9999"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused_with_its_line(text, message):
     assert error_of(text).startswith(message)
+
+
+def exploding(first, line):
+    """Twelve lines, each of which names the line before ten times."""
+    return first + "".join(f"a{n}: &a{n} " + line.format(*[f"*a{n - 1}"] * 10) for n in range(1, 13))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        exploding("a0: &a0 [x, x]\n", "[{}, {}, {}, {}, {}, {}, {}, {}, {}, {}]\n"),
+        exploding("a0: &a0 {x: y}\n", "{{a: {}, b: {}, c: {}, d: {}, e: {}, f: {}, g: {}, h: {}}}\n"),
+        exploding("a0: &a0 {x: y}\n", "{{<<: [{}, {}, {}, {}, {}, {}, {}, {}, {}, {}]}}\n"),
+    ],
+)
+def test_aliases_that_stand_for_billions_of_values_are_refused_at_once(text):
+    start = time.process_time()
+
+    assert "not a recipe: with its aliases it holds more than 50,000 values" in error_of(text)
+    assert "command line: --model.config: not a recipe" in error_of(BASE, "--model.config", text)
+    assert time.process_time() - start < 2
+
+
+def test_an_alias_may_be_used_as_in_any_yaml():
+    text = BASE.replace("poems.jsonl", "&data poems.jsonl\n  eval: *data")
+
+    assert load(text).data.eval == [Source(path="poems.jsonl")]
+
+
+def test_an_endless_file_is_no_recipe():
+    with pytest.raises(RecipeError, match="not a recipe: it has more than"):
+        load_recipe("/dev/zero")
 
 
 # --- keys and values in the file
@@ -515,6 +560,30 @@ def test_a_key_from_a_yaml_merge_has_the_line_where_it_is_written():
         ),
         (["--early_stopping={}"], "early_stopping needs train.load_best_model_at_end: true and an eval set"),
         (["--output_dir="], "train.output_dir is missing; fix: --output_dir runs/NAME"),
+        (["--model.config.n_layer=2"], "model.config has no effect on a pretrained model; fix: leave it out"),
+        (["--model.embedding_std=1"], "model.embedding_std has no effect on a pretrained model"),
+        (
+            [
+                "--model={name_or_path: gpt2, init: scratch, config: {model_type: gpt2}}",
+                "--tokenizer.train={}",
+            ],
+            "model.name_or_path has no effect: model.config and tokenizer say what is built; got 'gpt2'",
+        ),
+        (["--model.name_or_path=.", "--model.revision=main"], "model.revision has no effect without a model"),
+        (["--model.init=scratch", "--model.allow_bin"], "model.allow_bin has no effect on a model from"),
+        (["--data.shuffle_buffer=5"], "data.shuffle_buffer has no effect without data.streaming: all rows"),
+        (["--data.train=[{path: r.yaml, split: test}]"], "split has no effect on a single file; got test"),
+        (["--data.train=[{path: r.yaml, name: en}]"], "name has no effect: it is of a dataset on the Hub"),
+        (["--data.train=[{path: ., revision: v1}]"], "revision has no effect: it is of a dataset on the Hub"),
+        (
+            ["--train_sampling_strategy=group_by_length"],
+            "train.train_sampling_strategy: group_by_length has no effect on packed rows: all are as long",
+        ),
+        (
+            ["--metric_for_best_model=accuracy"],
+            "train.metric_for_best_model: expected one of eval_loss, eval_token_accuracy, eval_target_tokens;"
+            " got 'accuracy'",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(words, message):
@@ -560,9 +629,9 @@ def test_a_model_from_scratch_may_take_its_tokenizer_from_its_own_name():
         (["--run_name", "null"], "run_name", None),
         (["--eval_strategy", "no"], "eval_strategy", "no"),
         (["--eval_steps", "null"], "eval_steps", None),
-        (["--label_names", "[a, b]"], "label_names", ["a", "b"]),
+        (["--report_to", "[none]"], "report_to", ["none"]),
         (["--fsdp"], "fsdp", True),
-        (["--include_num_input_tokens_seen", "true"], "include_num_input_tokens_seen", True),
+        (["--include_num_input_tokens_seen", "false"], "include_num_input_tokens_seen", False),
         (["--lr_scheduler_kwargs", "{min_lr: 1e-6}"], "lr_scheduler_kwargs", {"min_lr": 0.000001}),
         (["--train.lr_scheduler_kwargs.min_lr", "1e-6"], "lr_scheduler_kwargs", {"min_lr": 0.000001}),
     ],
@@ -575,6 +644,7 @@ def test_a_word_of_the_command_line_sets_a_training_argument(words, key, value):
 
 def test_words_of_the_command_line_set_keys_of_every_section():
     words = ["--stage", "pretrain", "--overwrite", "--model.revision", "12345", "--model.config.n_layer", "4"]
+    words += ["--model.init", "scratch"]
     words += ["--data.eval", "[a.jsonl, b.jsonl]", "--data.max_length=64", "--tokenizer.pad_token", "[PAD]"]
     words += ["--samples.prompts", "[Once]", "--samples.max_new_tokens", "5"]
 
@@ -652,7 +722,7 @@ def test_a_path_alone_takes_the_format_that_all_sources_of_the_recipe_share(trai
     "words",
     [
         [],
-        ["--learning_rate", "1e-5", "--model.config", "{a: [1, {b: no}], c: '1e-4', d: 1.0e-20}"],
+        ["--model.init", "scratch", "--model.config", "{a: [1, {b: no}], c: '1e-4', d: 1.0e-20}"],
         ["--tokenizer.eos_token", "no", "--model.revision", "1e5", "--run_name", "a: b # c"],
         ["--samples", '{prompts: ["two\\nlines", "  ", "诗", "null", "- x", "🙂"]}', "--output_dir", "true"],
     ],
@@ -674,7 +744,8 @@ def test_a_written_recipe_is_plain_yaml_in_the_order_of_the_sections():
 
 
 def test_each_value_is_described_with_where_it_came_from():
-    recipe = load(BASE, "--learning_rate", "1e-4", "--data.eval", "e.jsonl", "--model.config", "{n_layer: 2}")
+    words = ["--model.init", "scratch", "--model.config", "{n_layer: 2}"]
+    recipe = load(BASE, "--learning_rate", "1e-4", "--data.eval", "e.jsonl", *words)
 
     rows = {key: (value, origin) for key, value, origin in describe_recipe(recipe)}
 
@@ -754,16 +825,12 @@ STREAM = ["--stage=pretrain", "--data.streaming=true", "--max_steps=5"]
             "without weights the sources of a stream are read one after another",
         ),
         (
-            ["--model.init=scratch", "--model.config={model_type: gpt2}", "--tokenizer.train={}"],
+            ["--model={init: scratch, config: {model_type: gpt2}}", "--tokenizer.train={}"],
             "tokenizer.train reads all of the data, which nobody has of a stream",
         ),
         (
             ["--train_sampling_strategy=group_by_length"],
             "train.train_sampling_strategy and data.streaming exclude each other: no other order is known",
-        ),
-        (
-            ["--accelerator_config={dispatch_batches: true}"],
-            "train.accelerator_config and data.streaming exclude each other: each process reads a part of",
         ),
         (
             ["--save_strategy=epoch"],

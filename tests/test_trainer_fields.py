@@ -8,7 +8,6 @@ import pytest
 
 from hf_clm.trainer_fields import (
     TrainerField,
-    check_train_combination,
     check_train_values,
     drop_quotes_hint,
     load_trainer_fields,
@@ -281,79 +280,6 @@ def test_values_at_the_edge_of_their_range_are_accepted():
     }
 
     assert check_train_values(train) == []
-
-
-GOOD = {"output_dir": "runs/x"}
-BEST = {**GOOD, "load_best_model_at_end": True}
-STEPS = {**BEST, "eval_strategy": "steps", "save_strategy": "steps"}
-
-
-@pytest.mark.parametrize(
-    ("train", "what"),
-    [
-        ({}, "train.output_dir is missing"),
-        ({"output_dir": ""}, "train.output_dir is missing"),
-        (
-            {**GOOD, "num_train_epochs": -1},
-            "train.num_train_epochs: expected a number above 0 where max_steps is not given",
-        ),
-        ({**GOOD, "bf16": True, "fp16": True}, "train.fp16 and train.bf16 are both true"),
-        ({**GOOD, "fsdp": "full_shard auto_wrap"}, "train.fsdp: text is the spelling of transformers 4"),
-        (
-            {**GOOD, "dataloader_prefetch_factor": 2},
-            "train.dataloader_prefetch_factor needs train.dataloader_num_workers of 1 or more",
-        ),
-        (BEST, "train.load_best_model_at_end needs an eval set and eval_strategy steps or epoch"),
-        (
-            {**STEPS, "save_strategy": "epoch"},
-            "train.load_best_model_at_end needs the same strategy for save and eval",
-        ),
-        (
-            {**STEPS, "eval_steps": 20, "save_steps": 30},
-            "train.load_best_model_at_end needs save_steps to be a multiple of eval_steps",
-        ),
-        (
-            {**STEPS, "eval_steps": 0.1, "save_steps": 30},
-            "train.load_best_model_at_end needs save_steps to be a multiple of eval_steps",
-        ),
-        (
-            {**STEPS, "logging_steps": 7, "save_steps": 20},  # eval_steps falls back to logging_steps
-            "train.load_best_model_at_end needs save_steps to be a multiple of eval_steps",
-        ),
-    ],
-)
-def test_a_combination_that_cannot_work_is_a_fault(train, what):
-    (fault,) = check_train_combination(train, has_eval=True, defaults={})
-
-    assert fault.what == what
-
-
-@pytest.mark.parametrize(
-    "train",
-    [
-        {**GOOD, "num_train_epochs": -1, "max_steps": 5},
-        {**STEPS, "eval_steps": 10, "save_steps": 30},
-        {**STEPS, "eval_steps": 0.1, "save_steps": 0.3},
-        {**BEST, "eval_strategy": "epoch", "save_strategy": "epoch"},
-        {**BEST, "eval_strategy": "epoch", "save_strategy": "best"},
-    ],
-)
-def test_a_combination_that_works_is_accepted(train):
-    assert check_train_combination(train, has_eval=True, defaults={}) == []
-
-
-def test_evaluation_without_an_eval_set_is_a_fault():
-    (fault,) = check_train_combination({**GOOD, "eval_strategy": "epoch"}, has_eval=False, defaults={})
-
-    assert fault.what == "train.eval_strategy is epoch, but there is no eval set"
-
-
-def test_defaults_count_in_a_combination():
-    (fault,) = check_train_combination(
-        STEPS | {"save_steps": 15}, has_eval=True, defaults={"logging_steps": 10}
-    )
-
-    assert fault.got == "save_steps 15 and eval_steps 10"
 
 
 def test_whole_numbers_become_floats_where_the_field_is_one_but_not_in_steps():

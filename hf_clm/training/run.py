@@ -24,12 +24,13 @@ from hf_clm.data.prepared.stream import PositionCollator, StreamedRows
 from hf_clm.data.split import Split
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
-from hf_clm.errors import reach
+from hf_clm.errors import RecipeError, reach
 from hf_clm.generation.generate import generate, to_prompt_example
 from hf_clm.hardware import peak_memory, settle_cpu
 from hf_clm.inspector.documents import Reader
 from hf_clm.inspector.excerpt import write_excerpt
 from hf_clm.model import takes_targets
+from hf_clm.optimization import zero_rate_warning
 from hf_clm.parts import (
     build_collator,
     build_model,
@@ -37,6 +38,7 @@ from hf_clm.parts import (
     build_stream,
     build_tokenizer,
     check_launch,
+    check_model,
     give_plain_template,
     resolve,
     settle_render,
@@ -94,6 +96,7 @@ def train_locked(recipe: Recipe, arguments: TrainingArguments, *, is_terminal: b
     if arguments.device.type == "cpu":
         settle_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         keep_timeout(arguments)
+    check_model(recipe, arguments)
     start = prepare_start(recipe, arguments)
     if start.result is None:
         return train_from(start, recipe, arguments=arguments, is_terminal=is_terminal)
@@ -124,6 +127,8 @@ def train_from(
     )
     entropy = guessing_loss(splits["train"])
     facts = RunFacts(recipe, arguments, model, splits, entropy, render=settled.data.render)
+    if warning := zero_rate_warning(arguments, facts.steps):
+        proof.lines.append(f"warning   {warning}")
     is_main = arguments.process_index == 0
     with arguments.main_process_first(local=False, desc="proving the model"):
         if is_main:
@@ -219,6 +224,9 @@ def build_trainer(
     if recipe.early_stopping:
         patience, threshold = recipe.early_stopping.patience, recipe.early_stopping.threshold
         trainer.add_callback(PatienceCallback(patience, threshold))
+    if recipe.loss.z_loss and trainer.own_loss:
+        what = f"has no effect: the model computes its own loss ({trainer.own_loss})"
+        raise RecipeError(what, where="loss.z_loss", got=f"{recipe.loss.z_loss:g}", fix="leave it out")
     return trainer
 
 

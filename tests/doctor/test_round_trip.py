@@ -235,7 +235,7 @@ def test_a_tokenizer_of_its_own_splits_a_text_as_it_will_once_it_is_saved(
     kind, sizes, tokens, tmp_path, at_once
 ):
     """AutoTokenizer gives a Qwen2 model Qwen2's rules, by which each digit stands alone."""
-    model = {"init": "scratch", "config": {"model_type": kind, **sizes}}
+    model = {"name_or_path": None, "init": "scratch", "config": {"model_type": kind, **sizes}}
     records = [{"instruct": f"count {n}\n", "input": "", "label": "1234 1234"} for n in range(8)]
     settings = {"model": model, "tokenizer": {"train": {"vocab_size": 300}}, "train": {"max_steps": 1}}
 

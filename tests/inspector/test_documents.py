@@ -46,7 +46,7 @@ def load_rows(
 
 def to_recipe(path: str, stage: str, data: dict[str, Any]) -> Recipe:
     section = {"train": path, "packing": "none", "max_dropped": 1.0, "allow_empty_prompt": True, **data}
-    model = {"init": "scratch", "config": {"model_type": "gpt2"}}
+    model = {"name_or_path": None, "init": "scratch", "config": {"model_type": "gpt2"}}
     sections = {
         "model": model,
         "tokenizer": {"name_or_path": "x"},

@@ -463,7 +463,7 @@ def test_a_model_whose_generation_settings_contradict_each_other_is_saved(tmp_pa
 def test_a_model_from_scratch_is_saved_with_its_cache_on(tmp_path):
     """From-scratch models that the Trainer saved generate without their cache, many times slower."""
     sizes = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64}
-    model = {"init": "scratch", "config": sizes}
+    model = {"name_or_path": None, "init": "scratch", "config": sizes}
     train(
         helpers.build_recipe(tmp_path, RECORDS, model=model, tokenizer={"train": {}}, train={"max_steps": 1})
     )

@@ -241,7 +241,10 @@ def test_doctor_and_inspector_open_what_was_prepared(tmp_path, monkeypatch):
 
 
 def test_a_tokenizer_that_the_recipe_trains_has_the_same_key_again(tmp_path):
-    changes = {"tokenizer": {"train": {"vocab_size": 270}}, "model": {"init": "scratch", "config": SCRATCH}}
+    changes = {
+        "tokenizer": {"train": {"vocab_size": 270}},
+        "model": {"name_or_path": None, "init": "scratch", "config": SCRATCH},
+    }
     data = {"cache_dir": str(tmp_path / "cache")}
     recipe = helpers.build_recipe(tmp_path, RECORDS, data=data, **changes)
 

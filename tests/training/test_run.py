@@ -345,6 +345,7 @@ def test_a_row_longer_than_the_model_is_refused_before_its_weights_are_loaded(tm
 
 def test_a_model_from_scratch_learns_a_tokenizer_of_its_own(tmp_path):
     model = {
+        "name_or_path": None,
         "init": "scratch",
         "config": {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64},
     }
@@ -368,7 +369,7 @@ def test_a_model_can_learn_characters_and_spells_those_that_only_the_evaluation_
         build_recipe(
             tmp_path,
             stage="pretrain",
-            model={"init": "scratch", "config": config},
+            model={"name_or_path": None, "init": "scratch", "config": config},
             tokenizer={"train": {"kind": "characters"}},
             data={"train": [rows], "eval": [held]},
             train={"max_steps": 1},
@@ -381,7 +382,11 @@ def test_a_model_can_learn_characters_and_spells_those_that_only_the_evaluation_
 
 
 def test_a_type_of_model_whose_tokenizers_split_text_in_their_own_way_is_refused(tmp_path):
-    model = {"init": "scratch", "config": {"model_type": "qwen2"}}
+    model = {
+        "name_or_path": None,
+        "init": "scratch",
+        "config": {"model_type": "qwen2", **helpers.SIZES["qwen2"]},
+    }
 
     with pytest.raises(ModelError, match=r"^tokenizer.train.kind: transformers opens it as Qwen2Tokenizer"):
         train(build_recipe(tmp_path, model=model, tokenizer={"train": {"kind": "characters"}}))

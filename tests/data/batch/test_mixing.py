@@ -250,7 +250,7 @@ def build_recipe(folder: Path, *sources: dict[str, Any], **data: Any) -> Recipe:
     write_jsonl(folder / "b.jsonl", LONG)
     given = [{"path": path, **more} for path, more in zip(PATHS, sources or ({}, {}), strict=True)]
     section = {"train": given, "max_length": 24, "cache_dir": str(folder / "cache"), **data}
-    model = {"init": "scratch", "config": TINY}
+    model = {"name_or_path": None, "init": "scratch", "config": TINY}
     run = {
         "output_dir": str(folder / "run"),
         "use_cpu": True,
