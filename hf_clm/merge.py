@@ -21,6 +21,7 @@ from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.prepared.sets import load_examples
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.generation.command import read_prompts
+from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
 from hf_clm.generation.load import read_run, run_recipe
 from hf_clm.model import load_config, load_model
@@ -133,7 +134,7 @@ def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, promp
         found = model(input_ids=torch.tensor([ids[-PROMPT_TOKENS:]]), use_cache=False).logits[0, -1].float()
         found[tokenizer.pad_token_id] = 0.0  # a row that was added for it holds any numbers
         logits.append(found)
-    answers = generate(model, tokenizer, prompts=prompts, max_new_tokens=NEW_TOKENS)
+    answers = generate(model, tokenizer, prompts=prompts, decoding=Decoding(max_new_tokens=NEW_TOKENS))
     return torch.stack(logits), [answer.text for answer in answers]
 
 
