@@ -76,7 +76,7 @@ class Conversation:
             return self._continue([*self.messages, _message("user", text)], write)
         prompt = to_prompt_example(text, self.run.format, template=self.run.template)
         ids = to_prompt_ids([prompt], self.run.tokenizer, self.run.rendering)[0]
-        return self._generate(ids, fix="shorten it", write=write)
+        return self._generate(ids, self._room(ids, fix="shorten it"), write=write)
 
     def take_result(self, text: str, write: Write) -> Answer | None:
         """Takes the result of the first call that has none; answers when it was the last one.
@@ -108,10 +108,11 @@ class Conversation:
         most = prompt_room(run.model, max_new_tokens=self.decoding.max_new_tokens)
         chat = Chat(turns, self.tools)
         ids, chat = to_fitting_prompt(chat, run.tokenizer, rendering=run.rendering, most=most)
+        fix = "shorten it, or the system message: /system TEXT" if self._system else "shorten it"
+        room = self._room(ids, fix=fix)
         if forgotten := len(turns) - len(chat.messages):
             write(f"(no room for the whole conversation: its oldest messages ({forgotten}) are forgotten)\n")
-        fix = "shorten it, or the system message: /system TEXT" if self._system else "shorten it"
-        answer = self._generate(ids, fix=fix, write=write)
+        answer = self._generate(ids, room, write=write)
         if answer.text.strip():  # a turn without a word is in no training set
             prompt = str(run.tokenizer.decode(ids))
             reader = AnswerReader(run.tokenizer, self._syntax, prompt=prompt, tools=self.tools)
@@ -120,9 +121,13 @@ class Conversation:
             self.messages = [*chat.messages, reader.message]
         return answer
 
-    def _generate(self, ids: list[int], *, fix: str, write: Write) -> Answer:
-        asked, hidden = self.decoding.max_new_tokens, self._syntax.hidden_ids
-        room = cap_new_tokens(self.run.model, len(ids), max_new_tokens=asked, fix=fix)
+    def _room(self, ids: list[int], *, fix: str) -> int:
+        """The tokens of the answer. Raises RecipeError for a prompt that leaves none."""
+        asked = self.decoding.max_new_tokens
+        return cap_new_tokens(self.run.model, len(ids), max_new_tokens=asked, fix=fix)
+
+    def _generate(self, ids: list[int], room: int, *, write: Write) -> Answer:
+        hidden = self._syntax.hidden_ids
         answer = Answer(ids, self.decoding, max_new_tokens=room, hidden_ids=hidden, emit=write)
         try:
             stream_answers(self.run.model, self.run.tokenizer, answers=[answer])

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -227,12 +227,11 @@ def choose_token(decoding: Decoding, ids: Any, scores: Any, *, draws: torch.Gene
         scores: (1, V), the logits of the model.
         draws: the random state of this answer.
     """
-    for processor in _penalties(decoding):
-        scores = processor(ids, scores)
+    processors = _penalties(decoding) + ([] if decoding.is_greedy else _warpers(decoding))
+    for processor in processors:
+        scores = processor(cast(torch.LongTensor, ids), cast(torch.FloatTensor, scores))
     if decoding.is_greedy:
         return scores
-    for processor in _warpers(decoding):
-        scores = processor(ids, scores)
     drawn = torch.multinomial(scores.softmax(-1), 1, generator=draws)
     return torch.full_like(scores, -math.inf).scatter_(1, drawn, 0.0)
 

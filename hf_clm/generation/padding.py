@@ -41,8 +41,8 @@ def to_left_padded(batch: Sequence[list[int]], pad: int, *, device: torch.device
 def batches_as_alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the model answers two prompts of different lengths in one batch as it answers each alone.
 
-    Recurrent models read the padding (rwkv), or lose a part of their state with it (minimax); some fail.
-    A few steps of generation tell it. The finding is not kept: training changes what a model makes of padding.
+    Recurrent models read the padding (rwkv) or lose a part of their state with it (minimax); some fail.
+    A few steps of generation tell it. Nothing is kept: training changes what a model makes of padding.
     """
     text, pad = model.config.get_text_config(), pad_id(tokenizer)
     limit = max_positions(model.config)

@@ -213,6 +213,7 @@ class _Line:
         self._text = TextStream(tokenizer, answer.hidden_ids)
         self._logits = torch.empty(0)
         self.read: list[int] = []  # by the model, in this stretch
+        self._skipped = 0  # tokens at the beginning that it reads no more
 
     def choose(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """(1, V) scores of which the next token has the highest; ``ids`` (1, T) with the padding."""
@@ -223,10 +224,11 @@ class _Line:
         return choose_token(answer.decoding, own, logits, draws=self.draws)
 
     def begin(self, limit: int | None) -> None:
-        """Decides what the model is to read: prompt and answer, or the last half of its positions."""
+        """Decides what the model is to read: all that it read before and its answer, or the last half of it."""
         ids = self.answer.prompt_ids + self.answer.ids
-        self.read = ids if limit is None or len(ids) < limit else ids[-max(1, limit // 2) :]
-        self._skipped = len(ids) - len(self.read)
+        if limit is not None and len(ids) - self._skipped >= limit:
+            self._skipped = len(ids) - max(1, limit // 2)
+        self.read = ids[self._skipped :]
 
     @property
     def left(self) -> int:

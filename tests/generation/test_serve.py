@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -20,10 +21,11 @@ from helpers import byte_tokenizer, save_folder, tiny_model
 from served import Server, served
 
 from hf_clm.cli import main
+from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.load import LoadedRun
 from hf_clm.generation.protocol import ApiError
 from hf_clm.generation.serve import is_local, load_page
-from hf_clm.generation.stream import Answer, Sampling
+from hf_clm.generation.stream import Answer
 from hf_clm.generation.worker import Ticket, Worker
 from hf_clm.tokenizer import use_chat_template
 
@@ -617,8 +619,8 @@ def broken_run(error: Exception) -> LoadedRun:
 
 
 def asked(worker: Worker) -> Ticket:
-    ticket = Ticket(lambda emit, on_end: Answer([97], Sampling(), max_new_tokens=3, emit=emit, on_end=on_end))
-    worker.submit(ticket)
+    ticket = Ticket(lambda emit, on_end: Answer([97], Decoding(), max_new_tokens=3, emit=emit, on_end=on_end))
+    worker.submit([ticket])
     return ticket
 
 
@@ -662,13 +664,8 @@ def test_requests_that_do_not_fit_beside_each_other_are_generated_apart():
         model = tiny_model(max_position_embeddings=64)
         worker = Worker(LoadedRun(model, byte_tokenizer(), "text", "sft", 64), batch_size=8, max_waiting=9)
         for prompt, new in ((40, 20), (4, 20), (4, 30), (4, 30)):
-            worker.submit(
-                Ticket(
-                    lambda emit, on_end, p=prompt, n=new: Answer(
-                        [97] * p, Sampling(), max_new_tokens=n, emit=emit
-                    )
-                )
-            )
+            answer = partial(Answer, [97] * prompt, Decoding(), max_new_tokens=new)
+            worker.submit([Ticket(answer)])
         return [len(worker._next_batch()), len(worker._next_batch())]
 
     assert asyncio.run(batches()) == [2, 2]
