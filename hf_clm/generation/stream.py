@@ -224,7 +224,7 @@ class _Line:
         return choose_token(answer.decoding, own, logits, draws=self.draws)
 
     def begin(self, limit: int | None) -> None:
-        """Decides what the model is to read: all that it read before and its answer, or the last half of it."""
+        """Decides what the model is to read: what it has read and said, or the last half of that."""
         ids = self.answer.prompt_ids + self.answer.ids
         if limit is not None and len(ids) - self._skipped >= limit:
             self._skipped = len(ids) - max(1, limit // 2)

@@ -266,25 +266,28 @@ def test_ctrl_c_at_the_question_says_how_to_leave(taught, terminal):
     assert screen.process.wait(timeout=60) == 0
 
 
-@pytest.mark.parametrize("option", [[], ["--max_new_tokens", "40"], ["--max_new_tokens", "9000"]])
-def test_a_long_conversation_with_a_system_message_is_answered_at_every_line(tmp_path, talk, option):
-    """A model of 64 positions: whatever is asked for, the oldest turns make room, and the system message stays."""
-    records = [turns("hi", "hello", system="S")]
-    folder = learn_by_heart(tmp_path, records, format="messages", max_position_embeddings=64)
+@pytest.fixture(scope="module")
+def cramped(tmp_path_factory) -> str:
+    """64 positions."""
+    records = [turns("hi", "hello", system="S"), turns("hi", "hello")]
+    folder = tmp_path_factory.mktemp("cramped")
+    return learn_by_heart(folder, records, format="messages", max_position_embeddings=64)
 
-    lines = talk(folder, "hi\n" * 6, "--system", "S", *option)
+
+@pytest.mark.parametrize("option", [[], ["--max_new_tokens", "40"], ["--max_new_tokens", "9000"]])
+def test_a_long_conversation_with_a_system_message_is_answered_at_every_line(cramped, talk, option):
+    """Whatever is asked for, the oldest turns make room, and the system message stays."""
+    lines = talk(cramped, "hi\n" * 6, "--system", "S", *option)
 
     assert [line for line in lines if not line.startswith("(")] == ["hello"] * 6
     assert lines.count("(no room for the whole conversation: its oldest messages (2) are forgotten)") == 5
 
 
-def test_a_line_that_is_too_long_beside_the_system_message_is_told_what_can_be_done(tmp_path, talk):
-    folder = learn_by_heart(tmp_path, [turns("hi", "hello")], format="messages", max_position_embeddings=40)
-
-    lines = talk(folder, "hi\n" + "x" * 20 + "\n/system\nhi\n", "--system", "S" * 10)
+def test_a_line_that_is_too_long_beside_the_system_message_is_told_what_can_be_done(cramped, talk):
+    lines = talk(cramped, "hi\n" + "x" * 40 + "\n/system\nhi\n", "--system", "S" * 10)
 
     assert lines[1] == (
-        "error: the text is too long to be answered; got 59 tokens, and the model has 40 positions; "
+        "error: the text is too long to be answered; got 79 tokens, and the model has 64 positions; "
         "fix: shorten it, or the system message: /system TEXT"
     )
     assert lines[3] == "hello"
