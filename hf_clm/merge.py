@@ -68,7 +68,7 @@ def merge(options: Namespace) -> list[str]:
     facts = read_run(folder)
     prompts, source = _find_prompts(folder, options.prompts, facts=facts)
     tokenizer, (base, revision) = load_tokenizer(folder), read_base(folder)
-    adapted = load_adapted(folder, tokenizer, attention="sdpa").eval()
+    adapted = load_adapted(folder, tokenizer, attention=None).eval()
     expected = _answer(adapted, tokenizer, prompts=prompts)
     dtype = options.dtype or _stored_dtype(base, revision)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def merge(options: Namespace) -> list[str]:
         plain = adapted.merge_and_unload(safe_merge=True)
         plain.to(getattr(torch, dtype)).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        merged = load_model(str(partial), tokenizer, dtype=dtype, attention="sdpa").eval()
+        merged = load_model(str(partial), tokenizer, dtype=dtype, attention=None).eval()
         same = _compare(expected, _answer(merged, tokenizer, prompts=prompts))
         tolerance = TOLERANCES[dtype] if options.tolerance is None else options.tolerance
         if not same.difference <= tolerance:

@@ -144,7 +144,7 @@ def chat(options: Namespace, *, read: Callable[[], str], write: Write) -> None:
     base = base_decoding(options.run, use_model_settings=options.use_model_settings)
     decoding = ask(base, options)
     tools = read_tools(options.tools) if options.tools else []
-    run = load_run(options.run, attention="sdpa", device=options.device)
+    run = load_run(options.run, attention=None, device=options.device)
     talk = Conversation(run, decoding, system=options.system, tools=tools)
     if not run.has_turns:
         write(f"({NOTES.get(run.format, CONTINUES)})\n")

@@ -7,12 +7,10 @@ has a say only in where an answer ends; its sampling settings count where the us
 (``read_model_settings``).
 """
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -27,14 +25,11 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.utils.hub import cached_file
 
 from hf_clm.adapters import is_adapter, read_base
 from hf_clm.errors import ModelError, RecipeError
-from hf_clm.hub import load_options
-from hf_clm.model import without_adapters
+from hf_clm.model import GENERATION_FILE, read_generation_file, to_token_ids, without_adapters
 
-SETTINGS_FILE = "generation_config.json"
 COLDEST = 1e-6  # below this temperature the logits have no room in float32
 # The numbers of a Decoding: type, least, most.
 LIMITS: dict[str, tuple[type, float, float]] = {
@@ -46,7 +41,6 @@ LIMITS: dict[str, tuple[type, float, float]] = {
     "no_repeat_ngram_size": (int, 0, math.inf),
     "num_beams": (int, 1, math.inf),
 }
-FOLLOWED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size")
 # Settings of generation_config.json that change answers and are not followed, unless they ask for nothing.
 UNFOLLOWED: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),
@@ -150,36 +144,39 @@ def read_model_settings(name_or_path: str) -> Decoding:
     """
     fix = "leave out --use_model_settings, and name the settings to use"
     name, revision = read_base(name_or_path) if is_adapter(name_or_path) else (name_or_path, None)
-    where = f"{SETTINGS_FILE} of {name}"
-    options: dict[str, Any] = load_options(name, revision=revision, where="run or model")
-    folder = Path(name).expanduser()
-    try:
-        path = cached_file(str(folder) if folder.is_dir() else name, SETTINGS_FILE, **options)
-        settings = json.loads(Path(str(path)).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError("there is none", where=where, fix=fix) from error
-    except ValueError as error:
-        raise ModelError(f"not a JSON file: {error}", where=where, fix=fix) from error
-    if not isinstance(settings, dict):
-        raise ModelError("not a JSON object", where=where, fix=fix)
+    where = f"{GENERATION_FILE} of {name}"
+    settings = read_generation_file(name, revision=revision)
+    if settings is None:
+        raise ModelError("there is none that can be read", where=where, fix=fix)
     for key, neutral in UNFOLLOWED.items():
         if settings.get(key) is not None and settings[key] not in neutral:
             raise ModelError("a setting that hf-clm does not follow", where=where, got=key, fix=fix)
-    given = {key: settings[key] for key in FOLLOWED if settings.get(key) is not None}
-    given["temperature"] = given.get("temperature", 1.0) if settings.get("do_sample") is True else 0.0
-    stop = settings.get("stop_strings") or ()
+
+    def number(key: str, default: float) -> float:
+        value = default if settings.get(key) is None else settings[key]
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value
+        raise ModelError(f"{key}: expected a number", where=where, got=repr(value), fix=fix)
+
+    stop = settings.get("stop_strings") or []
     try:
-        return Decoding(**given, stop=(stop,) if isinstance(stop, str) else tuple(map(str, stop)))
-    except (RecipeError, TypeError) as error:
-        raise ModelError(str(error), where=where, fix=fix) from error
+        return Decoding(
+            temperature=number("temperature", 1.0) if settings.get("do_sample") is True else 0.0,
+            top_k=int(number("top_k", 0)),
+            top_p=number("top_p", 1.0),
+            min_p=number("min_p", 0.0),
+            repetition_penalty=number("repetition_penalty", 1.0),
+            no_repeat_ngram_size=int(number("no_repeat_ngram_size", 0)),
+            stop=tuple(map(str, stop if isinstance(stop, list) else [stop])),
+        )
+    except RecipeError as error:
+        raise ModelError(error.what, where=f"{where}: {error.where}", got=error.got, fix=fix) from error
 
 
 def stop_ids(model: PreTrainedModel) -> set[int]:
     """The ids at which the model's answers end, without what is no id."""
     settings = without_adapters(model).generation_config
-    ids = settings.eos_token_id if settings is not None else None
-    listed = ids if isinstance(ids, list | tuple) else [ids]
-    return {id for id in listed if isinstance(id, int) and not isinstance(id, bool) and 0 <= id < 2**31}
+    return set(to_token_ids(settings.eos_token_id)) if settings is not None else set()
 
 
 def to_config(decoding: Decoding, *, new_tokens: int, stops: set[int], pad: int) -> GenerationConfig:

@@ -42,7 +42,7 @@ def serve(options: Namespace, *, say: Callable[[str], None]) -> None:
     key = options.api_key or os.environ.get(KEY_VARIABLE, "")
     check_key(options.host, key)
     with listen(options.host, options.port) as listener:
-        run = load_run(options.run, attention="sdpa", device=options.device)
+        run = load_run(options.run, attention=None, device=options.device)
         worker = Worker(run, batch_size=options.batch_size, max_waiting=options.max_waiting)
         app = build_app(options, key, worker=worker, run=run)
         url = to_url(listener)
