@@ -21,6 +21,7 @@ from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.prepared.sets import load_examples
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.generation.command import read_prompts
+from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
 from hf_clm.generation.load import read_run, run_recipe
 from hf_clm.model import load_config, load_model
@@ -67,7 +68,7 @@ def merge(options: Namespace) -> list[str]:
     facts = read_run(folder)
     prompts, source = _find_prompts(folder, options.prompts, facts=facts)
     tokenizer, (base, revision) = load_tokenizer(folder), read_base(folder)
-    adapted = load_adapted(folder, tokenizer, attention="sdpa").eval()
+    adapted = load_adapted(folder, tokenizer, attention=None).eval()
     expected = _answer(adapted, tokenizer, prompts=prompts)
     dtype = options.dtype or _stored_dtype(base, revision)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ def merge(options: Namespace) -> list[str]:
         plain = adapted.merge_and_unload(safe_merge=True)
         plain.to(getattr(torch, dtype)).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        merged = load_model(str(partial), tokenizer, dtype=dtype, attention="sdpa").eval()
+        merged = load_model(str(partial), tokenizer, dtype=dtype, attention=None).eval()
         same = _compare(expected, _answer(merged, tokenizer, prompts=prompts))
         tolerance = TOLERANCES[dtype] if options.tolerance is None else options.tolerance
         if not same.difference <= tolerance:
@@ -133,7 +134,7 @@ def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, promp
         found = model(input_ids=torch.tensor([ids[-PROMPT_TOKENS:]]), use_cache=False).logits[0, -1].float()
         found[tokenizer.pad_token_id] = 0.0  # a row that was added for it holds any numbers
         logits.append(found)
-    answers = generate(model, tokenizer, prompts=prompts, max_new_tokens=NEW_TOKENS)
+    answers = generate(model, tokenizer, prompts=prompts, decoding=Decoding(max_new_tokens=NEW_TOKENS))
     return torch.stack(logits), [answer.text for answer in answers]
 
 

@@ -25,6 +25,7 @@ from hf_clm.data.split import Split
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
 from hf_clm.errors import RecipeError, reach
+from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate, to_prompt_example
 from hf_clm.hardware import peak_memory, settle_cpu
 from hf_clm.inspector.documents import Reader
@@ -244,15 +245,14 @@ def build_samples(
     shape: dict[str, Any] = {"template": facts.template}
     shape["has_turns"] = facts.has_turns
     prompts = [to_prompt_example(prompt, facts.format, **shape) for prompt in section.prompts]
-    options: dict[str, Any] = {"max_new_tokens": section.max_new_tokens, "do_sample": section.temperature > 0}
-    options["rendering"] = label_options(recipe)
-    if section.temperature > 0:
-        options["temperature"] = section.temperature
+    seed = trainer.args.seed
+    decoding = Decoding(section.max_new_tokens, temperature=section.temperature, seed=seed)
+    rendering = label_options(recipe)
 
     def answers() -> list[str]:
         with trainer.aside():
             model = trainer.accelerator.unwrap_model(trainer.model)
-            found = generate(model, tokenizer, prompts=prompts, **options)
+            found = generate(model, tokenizer, prompts=prompts, decoding=decoding, rendering=rendering)
             return [answer.text for answer in found]
 
     path = Path(str(trainer.args.output_dir)) / "samples.jsonl"
