@@ -10,8 +10,15 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 from pydantic.fields import FieldInfo
 
 from hf_clm.errors import RecipeError
-from hf_clm.recipe_faults import data_faults, model_faults, override_faults, token_budget_faults
+from hf_clm.recipe_faults import (
+    answer_metrics,
+    data_faults,
+    model_faults,
+    override_faults,
+    token_budget_faults,
+)
 from hf_clm.recipe_sections import (
+    EVAL,
     Card,
     Data,
     Doctor,
@@ -116,7 +123,9 @@ class Recipe(Section):
         has_eval = bool(self.data.eval or self.data.eval_fraction)
         faults = [*model_faults(self), *data_faults(self), *token_budget_faults(self)]
         faults += override_faults(self.resume_override, sections=Recipe.model_fields)
-        metrics = metric_names(["train"] if self.data.eval_train_rows else [])
+        sets = [name.removeprefix(f"{EVAL}_") for name in self.data.eval_sets if name != EVAL]
+        sets += ["train"] if self.data.eval_train_rows else []
+        metrics = metric_names(sets, answer_metrics(self))
         faults += check_train_combination(
             self.train, has_eval=has_eval, defaults=TRAIN_DEFAULTS, metrics=metrics
         )

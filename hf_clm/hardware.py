@@ -7,6 +7,7 @@ import re
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -85,6 +86,20 @@ def measure_peak(device: torch.device, dtype: torch.dtype, *, seconds: float = 0
         _synchronize(device)
         count += 1
     return count * 2 * size**3 / max(elapsed, 1e-9)
+
+
+def gpu_figures(device: torch.device) -> dict[str, float]:
+    """Of a GPU: the share of its memory that is in use, and the share of the time that it computes; 0 to 1.
+
+    The second needs NVIDIA's management library (the package nvidia-ml-py), and is left out without it.
+    """
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    found = {"gpu_memory": 1 - free / total}
+    with suppress(ModuleNotFoundError, RuntimeError):
+        found["gpu_utilization"] = torch.cuda.utilization(device) / 100
+    return found
 
 
 def peak_memory(device: torch.device) -> int:

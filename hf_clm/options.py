@@ -50,7 +50,7 @@ def add_inspect_options(parser: Parser) -> None:
     parser.add_argument("target", help="a recipe, or a run's folder")
     parser.add_argument("--rows", type=at_least(0), default=5, help="rows to print (%(default)s)")
     parser.add_argument("--html", nargs="?", const="labels.html", help="also write a page (%(const)s)")
-    parser.add_argument("--split", choices=("train", "eval"), default="train", help="(%(default)s)")
+    parser.add_argument("--split", default="train", help="train, eval, or the name of a set (%(default)s)")
     parser.add_argument("--worst", action="store_true", help="look at all rows; those with flags first")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="(%(default)s)")
 

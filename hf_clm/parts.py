@@ -65,7 +65,11 @@ STATIC_TARGETS = 256  # the number of targets is rounded up to a multiple of it
 def check_launch(recipe: Recipe) -> None:
     """Raises what check_spreading raises, before the processes meet and anything is loaded."""
     values = training_values(recipe)
-    check_spreading(values, on_cpu=_is_on_cpu(values), has_samples=recipe.samples is not None)
+    check_spreading(
+        values,
+        on_cpu=_is_on_cpu(values),
+        generates=recipe.samples is not None or recipe.evaluation.generate > 0,
+    )
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:

@@ -21,6 +21,7 @@ from hf_clm.errors import RecipeError, UserError
 from hf_clm.hardware import has_bf16, usable_cores
 from hf_clm.hub import is_offline
 from hf_clm.parts import count_steps, rows_per_step, weights_dtype
+from hf_clm.recipe_sections import TRAIN
 from hf_clm.tokenizer import max_token_id
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # that the estimate needs
@@ -120,10 +121,12 @@ def build_facts(
 ) -> Facts:
     """With the machine and the memory estimate; None for that where the model is unknown, or no transformer.
 
-    ``splits``: train and, if there is one, eval.
+    ``splits``: train, and what is evaluated; of several sets the one with the longest row is estimated.
     """
     machine = read_machine(recipe, arguments)
-    facts = Facts(recipe, arguments, tokenizer, config, splits["train"], machine, splits.get("eval"), model)
+    evaluated = [split for name, split in splits.items() if name != TRAIN]
+    longest = max(evaluated, key=lambda split: split.lengths.max(initial=0), default=None)
+    facts = Facts(recipe, arguments, tokenizer, config, splits[TRAIN], machine, longest, model)
     is_transformer = all(hasattr(config.get_text_config(), name) for name in SIZES)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not is_transformer:
         return facts

@@ -24,7 +24,7 @@ from hf_clm.data.prepared.stream import PositionCollator, StreamedRows
 from hf_clm.data.split import Split
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
-from hf_clm.errors import RecipeError, reach
+from hf_clm.errors import DataError, RecipeError, reach
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate, to_prompt_example
 from hf_clm.hardware import peak_memory, settle_cpu
@@ -46,8 +46,11 @@ from hf_clm.parts import (
     static_shape,
     training_arguments,
 )
+from hf_clm.recipe_sections import EVAL, TRAIN
 from hf_clm.report.page import write_report
 from hf_clm.schema import whole_text
+from hf_clm.training.answering import Answering, load_answer_metrics
+from hf_clm.training.answering import find_questions as find_asked
 from hf_clm.training.callbacks import (
     EpochMeansCallback,
     LastEvaluationCallback,
@@ -59,7 +62,7 @@ from hf_clm.training.callbacks import (
     write_line,
 )
 from hf_clm.training.card import write_card
-from hf_clm.training.checkpoints import seal
+from hf_clm.training.checkpoints import seal, step_of
 from hf_clm.training.faults import among_others, keep_timeout, writing
 from hf_clm.training.lock import locked
 from hf_clm.training.output import FINAL, publish, recording_failure, write_json, write_text
@@ -111,6 +114,7 @@ def train_from(
     start: Start, recipe: Recipe, *, arguments: TrainingArguments, is_terminal: bool
 ) -> dict[str, Any]:
     """Prepares and proves data and model, trains to the end, saves."""
+    load_answer_metrics(recipe.evaluation)  # a function that is not there is said before data are read
     loaded = load_early(recipe, arguments.seed)
     tokenizer = build_tokenizer(recipe, loaded, arguments=arguments)
     config = build_model_config(recipe, tokenizer)
@@ -146,6 +150,8 @@ def train_from(
         trainer.add_callback(build_samples(facts, trainer, tokenizer=tokenizer))
     report = ReportCallback(partial(write_report, start.folder, is_live=True), is_main=is_main)
     trainer.add_callback(report)
+    if trainer.answering:
+        trainer.answering.forget_after(step_of(start.checkpoint) if start.checkpoint else 0)
     if start.checkpoint:
         arguments.eval_on_start = False  # it was evaluated when it began
         trainer.overridden = frozenset(c.key for c in start.changes if c.fate == "overridden")
@@ -205,8 +211,9 @@ def build_trainer(
     stream: StreamedRows | None = None,
 ) -> CLMTrainer:
     """The Trainer over the packed rows; without an eval set it evaluates on some of the training rows."""
-    train_split, eval_split = splits["train"], splits.get("eval")
-    watched = recipe.data.eval_train_rows
+    train_split, watched = splits[TRAIN], recipe.data.eval_train_rows
+    evaluated: dict[str, Any] = {name: split.dataset for name, split in splits.items() if name != TRAIN}
+    named = {name.removeprefix(f"{EVAL}_"): dataset for name, dataset in evaluated.items()}
     datasets = [split.dataset for split in splits.values()]
     static = static_shape(datasets, arguments) if arguments.torch_compile else None
     collate = build_collator(recipe, tokenizer, with_targets=takes_targets(model), static=static)
@@ -215,10 +222,12 @@ def build_trainer(
         args=arguments,
         data_collator=PositionCollator(collate) if stream else collate,
         train_dataset=stream or train_split.dataset,
-        eval_dataset=eval_split.dataset if eval_split else first_rows(train_split, EVALUATED_ROWS),
+        eval_dataset=evaluated.get(EVAL, named or first_rows(train_split, EVALUATED_ROWS)),
         processing_class=tokenizer,
         z_loss=recipe.loss.z_loss,
         watched_rows=first_rows(train_split, watched) if watched else None,
+        answering=build_answering(recipe, arguments, tokenizer=tokenizer, splits=splits),
+        answers_every=recipe.evaluation.every,
     )
     trainer.remove_callback(PrinterCallback)
     tolerate_trackers(trainer)
@@ -229,6 +238,31 @@ def build_trainer(
         what = f"has no effect: the model computes its own loss ({trainer.own_loss})"
         raise RecipeError(what, where="loss.z_loss", got=f"{recipe.loss.z_loss:g}", fix="leave it out")
     return trainer
+
+
+def build_answering(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    splits: Mapping[str, Split],
+) -> Answering | None:
+    """What measures answers at evaluations; None where the recipe asks for none.
+
+    Raises DataError for an evaluation set without a prompt.
+    """
+    section = recipe.evaluation
+    if not section.generate:
+        return None
+    sets = {name: find_asked(split, section.generate) for name, split in splits.items() if name != TRAIN}
+    for name, questions in sets.items():
+        if not questions:
+            files = ", ".join(splits[name].examples.report.files[:2])
+            what = "no example has a prompt to answer"
+            raise DataError(what, where=files, fix="set evaluation.generate to 0")
+    known = {"tokenizer": tokenizer, "rendering": label_options(recipe), "arguments": arguments}
+    metrics, room = load_answer_metrics(section), section.max_new_tokens
+    return Answering(sets, metrics, max_new_tokens=room, **known)
 
 
 def first_rows(split: Split, count: int) -> torch.utils.data.Subset:

@@ -1,12 +1,10 @@
 """The Trainer, with what it lacks: token accuracy, real tokens, token-weighted evaluation, a stop at NaN.
 
-How it saves and goes on: saving.py.
+How it evaluates: evaluating.py; how it saves and goes on: saving.py.
 """
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
@@ -22,21 +19,20 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from hf_clm.data.batch.sampling import EpochSampler, EvenRows
 from hf_clm.data.prepared.stream import StreamedRows, plain_errors
 from hf_clm.errors import DivergedError
 from hf_clm.evaluation.metrics import count_tokens, logit_figures
 from hf_clm.flops import count_flops
-from hf_clm.hardware import measure_peak, nominal_peak
+from hf_clm.hardware import gpu_figures, measure_peak, nominal_peak
 from hf_clm.loss import LossOptions, TargetLoss, TokenFigures, logit_loss, tally, use_target_loss, why_not
 from hf_clm.router_loss import RouterLoss
 from hf_clm.training.callbacks import ends_epoch
+from hf_clm.training.evaluating import EvaluatingTrainer
 from hf_clm.training.faults import checkpoint_bytes, writing
-from hf_clm.training.guard import draw_apart, undisturbed, write_diverged
-from hf_clm.training.saving import SavingTrainer
-from hf_clm.training.signals import let_workers_last
+from hf_clm.training.guard import write_diverged
 from hf_clm.training.spread import settle_precision
 
 # What is counted since the last log event, in this order.
@@ -44,10 +40,9 @@ TARGETS, CORRECT, TOKENS, PAIRS, PLACES = range(5)
 # What the collator makes for a TargetLoss; the loss of a model itself takes the labels of all positions.
 OF_TARGETS = ("logits_to_keep", "shift_labels")
 WEIGHTS = "loss_weights"  # of the labels of a batch: how much the loss of each counts
-WATCHED = "eval_train"
 
 
-class CLMTrainer(SavingTrainer):
+class CLMTrainer(EvaluatingTrainer):
     """A ``transformers.Trainer`` for causal language models.
 
     Adds to each log event: token_accuracy, tokens_seen, target_tokens_seen, tokens_per_second (real tokens of
@@ -59,19 +54,13 @@ class CLMTrainer(SavingTrainer):
     labels, divided by the sum of their weights. Evaluation and token_accuracy count every label once.
 
     Args:
-        z_loss: see LossOptions.
-        watched_rows: rows of the training data that are evaluated after each evaluation (eval_train_loss).
+        z_loss: see LossOptions. The others are those of EvaluatingTrainer and of the Trainer.
     """
 
-    def __init__(self, *args: Any, z_loss: float = 0.0, watched_rows: Any = None, **kwargs: Any):
+    def __init__(self, *args: Any, z_loss: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.label_names = [*self.label_names, "weights"]  # remove_unused_columns would drop another column
         settle_precision(self.accelerator)
-        if (self.args.bf16_full_eval or self.args.fp16_full_eval) and not self.place_model_on_device:
-            self.place_model_on_device = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-            if self.place_model_on_device:  # the Trainer puts it off until it rounds the weights
-                self._move_model_to_device(cast(Any, self.model), self.args.device)
-        self.watched_rows = watched_rows
         model: Any = self.accelerator.unwrap_model(self.model)
         self.own_loss = why_not(model)  # the reason for the model's own loss, or empty
         self.router_loss = RouterLoss(model)
@@ -81,14 +70,11 @@ class CLMTrainer(SavingTrainer):
         if not self.own_loss:
             self.label_smoother = None
             self.target_loss = use_target_loss(model, LossOptions(smoothing, z_loss))
-        self._all_loaders: list[DataLoader] = []
-        self._loaders: dict[int, DataLoader] = {}  # of evaluation sets, by the id of the set, which they hold
         self._sampler: EpochSampler | None = None
         if self.train_dataset is not None and not self.args.dataloader_drop_last:
             self.train_dataset = self._even(self.train_dataset, self.args.train_batch_size)
         self.add_callback(EpochCallback(self))
         self._counts = torch.zeros(5, dtype=torch.int64, device=self.args.device)
-        self._counted_since = time.monotonic()
         self._timed = (0, 0.0)  # tokens and seconds of this session, without evaluation, samples and saving
         self._computed = 0.0  # FLOP in that time
         self._flops = count_flops(model)
@@ -146,6 +132,10 @@ class CLMTrainer(SavingTrainer):
             self._counts[PAIRS] += pairs
             self._counts[PLACES] += inputs["input_ids"].numel()
         return (loss, outputs) if return_outputs else loss
+
+    def measure(self, model: torch.nn.Module, inputs: dict[str, Any]) -> TokenFigures:
+        """The figures of each target of a batch."""
+        return self._measure(model, inputs, items=None)[2]
 
     def _measure(
         self, model: torch.nn.Module, inputs: dict[str, Any], *, items: torch.Tensor | int | None
@@ -261,42 +251,8 @@ class CLMTrainer(SavingTrainer):
     def store_flos(self) -> None:
         """Nothing: the Trainer would gather the zeros of all processes at every log event."""
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Keeps what happens inside (evaluation, samples, saving) apart from training.
-
-        Its time does not count in tokens_per_second, and the random numbers of training stay the same.
-        """
-        start = time.monotonic()
-        with undisturbed(self.args.device):
-            yield
-        self._counted_since += time.monotonic() - start
-
     def get_train_dataloader(self) -> DataLoader:
         return self._apart(super().get_train_dataloader())
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The loader of a set, built once. The Trainer's takes every set for one where workers persist."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = cast(dict[str, Any], self.eval_dataset)[dataset]
-        if id(dataset) not in self._loaders:
-            rows, size = self._even(dataset, self.args.eval_batch_size), self.args.eval_batch_size
-            named: dict[str, Any] = {"description": "Evaluation", "sampler_fn": self._get_eval_sampler}
-            self._loaders[id(dataset)] = self._apart(self._get_dataloader(rows, batch_size=size, **named))
-        return self._loaders[id(dataset)]
-
-    def _apart(self, loader: DataLoader) -> DataLoader:
-        """A loader whose workers outlive a SIGTERM, and that draws nothing from the numbers of training."""
-        self._all_loaders.append(getattr(loader, "base_dataloader", loader))  # of accelerate's
-        return draw_apart(let_workers_last(loader), seed=self.args.seed)
-
-    def close(self) -> None:
-        """Ends workers that persist: where the Trainer is collected, torch waits 10 s for each of them."""
-        for loader in self._all_loaders:
-            if isinstance(loader._iterator, _MultiProcessingDataLoaderIter):
-                loader._iterator._shutdown_workers()
-                loader._iterator = None
 
     def set_epoch(self, epoch: int) -> None:
         """Decides the order of the rows; accelerate does not reach the sampler after every resume."""
@@ -313,73 +269,6 @@ class CLMTrainer(SavingTrainer):
         rows = dataset.rows if isinstance(dataset, EvenRows) else len(dataset)
         self._sampler = EpochSampler(rows, total=len(dataset), seed=seed)
         return self._sampler
-
-    def _even(self, dataset: Any, batch_size: int) -> Any:
-        """Filled up for several processes, of which accelerate wants as many full batches each."""
-        is_uneven = self.args.world_size > 1 or self.args.dataloader_drop_last
-        if isinstance(dataset, StreamedRows) or not is_uneven:
-            return dataset
-        return EvenRows(dataset, self.args.world_size * batch_size)
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """As the Trainer's; behind the evaluation set it evaluates the watched training rows."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.watched_rows is None or eval_dataset is not None:
-            return metrics
-        rows = self.get_eval_dataloader(self.watched_rows)
-        watched: Any = self.evaluation_loop(rows, "training rows", metric_key_prefix=WATCHED).metrics
-        self.log(watched)
-        return {**metrics, **watched}
-
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, None, None]:
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            figures = self._measure(model, inputs, items=None)[2]
-        sums = (figures.nll.double().sum(), figures.is_target.sum(), figures.correct.sum())
-        self._eval_sums += torch.stack([part.double() for part in sums])
-        return None, None, None
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """As the Trainer's; loss and token_accuracy are sums over all targets, divided once."""
-        self._eval_sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        with self.aside(), self._in_half_precision():
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums: Any = self.accelerator.reduce(self._eval_sums, reduction="sum")
-        nll, targets, correct = sums.tolist()
-        metrics = {"loss": nll / targets, "token_accuracy": correct / targets, "target_tokens": int(targets)}
-        assert output.metrics is not None
-        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
-        return output
-
-    @contextmanager
-    def _in_half_precision(self) -> Iterator[None]:
-        """Evaluates in 16 bits where bf16_full_eval or fp16_full_eval asks for it, by autocast.
-
-        The Trainer rounds the model's weights for it, and would save them so.
-        """
-        args = self.args
-        asked = args.bf16_full_eval, args.fp16_full_eval
-        if not any(asked):
-            yield
-            return
-        args.bf16_full_eval = args.fp16_full_eval = False
-        kind = torch.bfloat16 if asked[0] else torch.float16
-        try:
-            with torch.autocast(args.device.type, dtype=kind):
-                yield
-        finally:
-            args.bf16_full_eval, args.fp16_full_eval = asked
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         model: Any = self.model
@@ -412,6 +301,7 @@ class CLMTrainer(SavingTrainer):
             "tokens_per_second": counts[TOKENS] / seconds,
             "mfu": self._utilisation(flops / seconds),
             "padding_share": 1 - counts[TOKENS] / max(1, counts[PLACES]),
+            **gpu_figures(self.args.device),
         }
 
 
