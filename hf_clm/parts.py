@@ -33,7 +33,7 @@ from hf_clm.data.read.plain_template import is_plain, plain_template
 from hf_clm.data.split import AnyDataset
 from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.hardware import has_bf16
-from hf_clm.launcher import check_spreading, is_one_of_many
+from hf_clm.launcher import check_spreading, is_one_of_many, spreads_with
 from hf_clm.model import (
     build_config,
     build_without_memory,
@@ -85,6 +85,11 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         values.setdefault("bf16", True)
     if on_cpu and (values.get("bf16") or is_one_of_many()):
         values["use_cpu"] = True  # else TrainingArguments asks for a GPU, and each process would train alone
+    if values.pop("auto_find_batch_size", False) and (spread := spreads_with(values)):
+        what = (
+            f"the largest micro-batch cannot be tried on one process of {spread}"  # else training/fitting.py
+        )
+        raise RecipeError(what, where="train.auto_find_batch_size", fix="leave it out")
     values.setdefault("eval_on_start", True)  # the loss before, to compare with the loss after
     values.setdefault("dataloader_pin_memory", on_gpu)  # else a warning on every run on a CPU
     try:

@@ -139,14 +139,14 @@ def _metric_faults(values: Mapping[str, Any], metrics: Collection[str]) -> Itera
 
 
 def _unused_faults(train: Mapping[str, Any]) -> Iterator[Fault]:
-    """Fields whose value changes nothing in a run."""
+    """Fields whose value changes nothing in a run, or breaks what a run promises."""
     fields = load_trainer_fields()
     for name, why in UNUSED.items():
         neutral = TRAIN_DEFAULTS.get(name, fields[name].default if name in fields else None)
         value = train.get(name)
         if value not in (None, neutral) and not (value is False and neutral == "no"):
             key = f"train.{name}"
-            yield Fault(key, f"{key} has no effect: {why}", got=shorten(value), fix=OUT)
+            yield Fault(key, f"{key} {why}", got=shorten(value), fix=OUT)
 
 
 OUT = "leave it out"
@@ -164,9 +164,9 @@ ACCELERATOR_KEYS = {
     "use_seedable_sampler": "the order of the rows follows from train.seed and the epoch",
     "use_configured_state": "a run makes its own accelerator",
 }
-_NO_LOGITS = "an evaluation sums losses and hits on the device, and keeps no logits"
-_OWN_BATCHES = "the collator makes exactly what the model takes"
-_OWN_RUN = "hf-clm train always trains, and evaluates as train.eval_strategy says"
+_NO_LOGITS = "has no effect: an evaluation sums losses and hits on the device, and keeps no logits"
+_OWN_BATCHES = "has no effect: the collator makes exactly what the model takes"
+_OWN_RUN = "has no effect: hf-clm train always trains, and evaluates as train.eval_strategy says"
 UNUSED = {
     "prediction_loss_only": _NO_LOGITS,
     "eval_do_concat_batches": _NO_LOGITS,
@@ -176,14 +176,16 @@ UNUSED = {
     "batch_eval_metrics": _NO_LOGITS,
     "remove_unused_columns": _OWN_BATCHES,
     "label_names": _OWN_BATCHES,
-    "length_column_name": "the length of a row is counted",
-    "logging_nan_inf_filter": "a loss that is not finite ends the run",
-    "include_num_input_tokens_seen": "tokens_seen and target_tokens_seen are always logged",
+    "length_column_name": "has no effect: the length of a row is counted",
+    "logging_nan_inf_filter": "has no effect: a loss that is not finite ends the run",
+    "include_num_input_tokens_seen": "has no effect: tokens_seen and target_tokens_seen are always logged",
     "do_train": _OWN_RUN,
     "do_eval": _OWN_RUN,
     "do_predict": _OWN_RUN,
-    "use_cache": "training reads each row once, so that there is nothing to keep",
-    "enable_jit_checkpoint": "SIGTERM always saves a checkpoint",
-    "liger_kernel_config": "train.use_liger_kernel is not supported",
-    "local_rank": "the launcher tells each process its rank",
+    "use_cache": "has no effect: training reads each row once, so that there is nothing to keep",
+    "enable_jit_checkpoint": "has no effect: SIGTERM always saves a checkpoint",
+    "liger_kernel_config": "has no effect: train.use_liger_kernel is not supported",
+    "local_rank": "has no effect: the launcher tells each process its rank",
+    "ignore_data_skip": "would train rows again after a resume, which is exact",
+    "restore_callback_states_from_checkpoint": "would let a stopped run stop again when it is resumed",
 }

@@ -64,6 +64,7 @@ from hf_clm.training.callbacks import (
 from hf_clm.training.card import write_card
 from hf_clm.training.checkpoints import seal, step_of
 from hf_clm.training.faults import among_others, keep_timeout, writing
+from hf_clm.training.fitting import fitting, is_to_be_tried, train_fitting, try_largest
 from hf_clm.training.lock import locked
 from hf_clm.training.output import FINAL, publish, recording_failure, write_json, write_text
 from hf_clm.training.plots import write_loss_plots
@@ -101,6 +102,11 @@ def train_locked(recipe: Recipe, arguments: TrainingArguments, *, is_terminal: b
         settle_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         keep_timeout(arguments)
     check_model(recipe, arguments)
+    return train_fitting(partial(start_or_resume, is_terminal=is_terminal), recipe, arguments)
+
+
+def start_or_resume(recipe: Recipe, arguments: TrainingArguments, *, is_terminal: bool) -> dict[str, Any]:
+    """The run from its beginning or its last checkpoint. Raises DoesNotFit as ``fitting``."""
     start = prepare_start(recipe, arguments)
     if start.result is None:
         return train_from(start, recipe, arguments=arguments, is_terminal=is_terminal)
@@ -140,6 +146,9 @@ def train_from(
             trainer.add_callback(ProgressCallback(is_terminal=is_terminal))
             with trainer.aside():
                 prove_and_record(trainer, facts, start=start, prepared=prepared)
+    if is_to_be_tried(recipe, arguments):
+        with trainer.aside():
+            try_largest(trainer, splits[TRAIN].dataset)
     memory = partial(peak_memory, arguments.device)
     metrics = MetricsCallback(start.folder / "metrics.jsonl", measure_memory=memory)
     trainer.add_callback(metrics)
@@ -168,7 +177,8 @@ def train_from(
         if start.checkpoint and has_ended(start.checkpoint, facts.steps, patience=patience):
             trainer.restore(start.checkpoint)
         else:
-            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+            with fitting(trainer, first_step=step_of(start.checkpoint) if start.checkpoint else 0):
+                trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
         result = finish(trainer, facts, proof=proof.facts, metrics=metrics)
     if arguments.push_to_hub:  # the run is done, whatever the Hub says
         trainer.push_run(with_data=recipe.card.data_samples > 0)

@@ -1,0 +1,162 @@
+"""Out of memory: the same run again, with half the rows in a micro-batch and twice as many micro-batches.
+
+The global batch stays, so that the run is the one that a smaller ``per_device_train_batch_size`` would have
+been from the beginning. A process of several cannot start again alone: the others wait for it inside of a
+library. There the largest micro-batch is tried before the first step, and all processes decide together.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainingArguments
+
+from hf_clm.config import Recipe, training_values
+from hf_clm.data.split import AnyDataset
+from hf_clm.errors import EnvironmentFault
+from hf_clm.launcher import spreads_with
+from hf_clm.parts import training_arguments
+from hf_clm.training.callbacks import write_line
+from hf_clm.training.trainer import CLMTrainer
+
+FIRST_STEPS = 100  # of a session; what runs out of memory later has another reason than its first batches
+TRAIN, EVAL = "per_device_train_batch_size", "per_device_eval_batch_size"
+# What allocators say in a plain RuntimeError.
+WORDS = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
+
+
+class DoesNotFit(Exception):
+    """All processes raise it, of a run that may start again with less in a batch."""
+
+    def __init__(self, size: str, step: int):
+        super().__init__()
+        self.size, self.step = size, step  # the field of the batch that was too large
+
+
+def train_fitting(
+    attempt: Callable[[Recipe, TrainingArguments], dict[str, Any]],
+    recipe: Recipe,
+    arguments: TrainingArguments,
+) -> dict[str, Any]:
+    """What ``attempt`` returns once its batches fit; it is called again while it raises DoesNotFit.
+
+    Raises EnvironmentFault where a batch cannot be halved, and for other lacks of memory.
+    """
+    while True:
+        try:
+            return attempt(recipe, arguments)
+        except DoesNotFit as error:
+            recipe, line = halved(recipe, arguments, error)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            what, fix = "out of memory before the first step", "a smaller model, or model.dtype: bfloat16"
+            raise EnvironmentFault(what, where=str(arguments.device), fix=fix) from error
+        gc.collect()  # the frames of the error held the model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if arguments.process_index == 0:
+            write_line(line)
+        arguments = training_arguments(recipe)
+
+
+def halved(recipe: Recipe, arguments: TrainingArguments, error: DoesNotFit) -> tuple[Recipe, str]:
+    """The recipe with half of the batch that did not fit and the same global batch, and a line that says so.
+
+    Raises EnvironmentFault where there is no half.
+    """
+    size = int(getattr(arguments, error.size))
+    where, at = f"train.{error.size}", f"out of memory at step {error.step}"
+    if size % 2:
+        fix = "a shorter data.max_length, train.activation_checkpointing, lora, or a smaller model"
+        if recipe.data.tokens_per_batch:
+            where, size, fix = "data.tokens_per_batch", recipe.data.tokens_per_batch, f"lower it, or {fix}"
+        elif size > 1:
+            fix = "an even number, which can be halved without changing the global batch"
+        raise EnvironmentFault(f"{at}, and it cannot be halved", where=where, got=str(size), fix=fix)
+    changes = {error.size: size // 2}
+    line = f"restart   {at}: {error.size} {size // 2} instead of {size}"
+    if error.size == TRAIN:
+        changes["gradient_accumulation_steps"] = 2 * arguments.gradient_accumulation_steps
+        line += (
+            f", gradient_accumulation_steps {changes['gradient_accumulation_steps']}: the same global batch"
+        )
+    return recipe.model_copy(update={"train": {**recipe.train, **changes}}), line
+
+
+@contextmanager
+def fitting(trainer: CLMTrainer, *, first_step: int) -> Iterator[None]:
+    """Turns a lack of memory inside of training into DoesNotFit where the run can start again.
+
+    ``first_step``: the step of the checkpoint that training goes on from, or 0. Raises EnvironmentFault where
+    others would wait, and after the first steps.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        step = trainer.state.global_step + 1
+        model: Any = trainer.model
+        size = TRAIN if model.training else EVAL
+        if trainer.args.world_size == 1 and step - first_step <= FIRST_STEPS:
+            raise DoesNotFit(size, step) from error
+        fix = (
+            f"a smaller train.{size}, with as many more gradient_accumulation_steps; the same command resumes"
+        )
+        raise EnvironmentFault(f"out of memory at step {step}", where=f"train.{size}", fix=fix) from error
+
+
+def is_to_be_tried(recipe: Recipe, arguments: TrainingArguments) -> bool:
+    """Whether the largest micro-batch is tried before the first step: as asked for, or by several GPUs."""
+    if recipe.data.streaming or spreads_with(training_values(recipe)):
+        return False  # the largest is not known, or no process has the model to itself
+    are_gpus = arguments.world_size > 1 and arguments.device.type == "cuda"
+    return bool(recipe.train.get("auto_find_batch_size")) or are_gpus
+
+
+def try_largest(trainer: CLMTrainer, rows: AnyDataset) -> None:
+    """Computes the gradients of the micro-batch with the longest rows, and leaves everything as it was.
+
+    On a GPU beside as much memory as the optimizer and, of several processes, the reduction of the gradients
+    will take. Raises DoesNotFit, on all processes, where one has too little.
+    """
+    model: Any = trainer.model
+    device = trainer.args.device
+    lengths = getattr(rows, "lengths", None)  # packed rows are all about as long
+    numbers = np.arange(len(rows)) if lengths is None else np.argsort(-np.asarray(lengths), kind="stable")
+    longest: Any = [rows[int(number)] for number in numbers[: trainer.args.train_batch_size]]
+    batch: Any = trainer.data_collator(longest)
+    batch = {key: part.to(device) if torch.is_tensor(part) else part for key, part in batch.items()}
+    was_training, fits = model.training, True
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model.train()
+        try:
+            kept = _what_training_keeps(model, is_one_of_many=trainer.args.world_size > 1)
+            with trainer.compute_loss_context_manager():
+                loss = trainer._measure(model, batch, items=None)[0]
+            loss.backward()
+            del kept, loss
+        except RuntimeError as error:
+            fits = False
+            if not is_out_of_memory(error):
+                raise
+    model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    if not all(gather_object([fits])):
+        raise DoesNotFit(TRAIN, 1)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocator has refused, of whatever device."""
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in WORDS)
+
+
+def _what_training_keeps(model: torch.nn.Module, *, is_one_of_many: bool) -> list[torch.Tensor]:
+    """Memory of a GPU for two averages of Adam, and the buckets of the gradients that DDP reduces."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad and weight.is_cuda]
+    return [torch.empty_like(weight) for weight in weights for _ in range(3 if is_one_of_many else 2)]

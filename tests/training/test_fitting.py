@@ -1,0 +1,233 @@
+"""A run that runs out of memory is the run with smaller micro-batches from the beginning."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import helpers
+import launched
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_clm.errors import EnvironmentFault, ExitCode
+from hf_clm.training import fitting
+from hf_clm.training.run import train
+from hf_clm.training.trainer import CLMTrainer
+
+RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "xyz" * n} for n in range(1, 15)]
+TIMES = ("seconds", "tokens_per_second", "mfu", "peak_memory_bytes", "runtime", "samples_per_second")
+
+
+class Memory:
+    """Of a machine on which micro-batches of more rows do not fit, from a step on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int, *, error: Exception | None = None):
+        self.rows, self.from_step, self.tries = rows, 0, []
+        error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        measure = CLMTrainer._measure
+
+        def limited(trainer: CLMTrainer, model: Any, inputs: Any, **options: Any) -> Any:
+            size = trainer.args.train_batch_size if model.training else trainer.args.eval_batch_size
+            if model.training:
+                self.tries.append(size)
+            if size > self.rows and trainer.state.global_step >= self.from_step:
+                raise error
+            return measure(trainer, model, inputs, **options)
+
+        monkeypatch.setattr(CLMTrainer, "_measure", limited)
+
+
+def build(folder: Path, **train_fields: Any):
+    """Dropout would tell whether the random state is another."""
+    model = helpers.tiny_model("gpt2", resid_pdrop=0.2, embd_pdrop=0.2)
+    name = helpers.save_folder(folder / "gpt2", model, helpers.byte_tokenizer())
+    fields = {"max_steps": 6, "per_device_eval_batch_size": 1, **train_fields}
+    return helpers.build_recipe(folder, RECORDS, model={"name_or_path": name}, train=fields)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "run" / "model.safetensors")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    entries = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in entry.items() if not k.endswith(TIMES)} for entry in entries if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A run with 2 rows in a micro-batch and 2 of these in a step."""
+    folder = tmp_path_factory.mktemp("small")
+    train(build(folder, per_device_train_batch_size=2, gradient_accumulation_steps=2))
+    return folder
+
+
+@pytest.mark.parametrize("tried_first", [False, True])
+def test_it_is_bit_equal_to_the_run_with_smaller_micro_batches(
+    small, tried_first, tmp_path, monkeypatch, capsys
+):
+    memory = Memory(monkeypatch, rows=2)
+
+    train(build(tmp_path, per_device_train_batch_size=4, auto_find_batch_size=tried_first))
+
+    assert "\nrestart   out of memory at step 1: per_device_train_batch_size 2 instead of 4, " in (
+        capsys.readouterr().out
+    )
+    found, expected = weights(tmp_path), weights(small)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert metrics(tmp_path) == metrics(small)
+    assert memory.tries[0] == 4 and set(memory.tries[1:]) == {2}
+
+
+def test_it_halves_until_it_fits(tmp_path, monkeypatch, capsys):
+    Memory(monkeypatch, rows=1)
+
+    train(build(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=3, max_steps=1))
+
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("restart")] == [
+        "restart   out of memory at step 1: per_device_train_batch_size 2 instead of 4,"
+        " gradient_accumulation_steps 6: the same global batch",
+        "restart   out of memory at step 1: per_device_train_batch_size 1 instead of 2,"
+        " gradient_accumulation_steps 12: the same global batch",
+    ]
+
+
+def test_without_a_lack_of_memory_trying_changes_nothing(small, tmp_path):
+    fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+    train(build(tmp_path, **fields, auto_find_batch_size=True))
+
+    assert all(torch.equal(part, weights(small)[name]) for name, part in weights(tmp_path).items())
+    assert metrics(tmp_path) == metrics(small)
+
+
+def test_it_goes_on_from_a_checkpoint_that_was_saved_before(tmp_path, monkeypatch, capsys):
+    fields = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
+    memory = Memory(monkeypatch, rows=2)
+    memory.from_step = 3
+
+    train(build(tmp_path, **fields))
+
+    printed = capsys.readouterr().out
+    assert "restart   out of memory at step 4: per_device_train_batch_size 2 instead of 4" in printed
+    assert "goes on   from " in printed and "checkpoint-2" in printed
+    assert [entry["step"] for entry in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert memory.tries[:4] == [4] * 4 and set(memory.tries[4:]) == {2}
+
+
+def test_an_evaluation_that_does_not_fit_leaves_the_training_as_it_is(small, tmp_path, monkeypatch, capsys):
+    fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    Memory(monkeypatch, rows=2)
+
+    train(build(tmp_path, **fields, per_device_eval_batch_size=4))
+
+    assert "restart   out of memory at step 1: per_device_eval_batch_size 2 instead of 4\n" in (
+        capsys.readouterr().out
+    )
+    assert all(torch.equal(part, weights(small)[name]) for name, part in weights(tmp_path).items())
+
+
+@pytest.mark.parametrize(
+    ("size", "budget", "message"),
+    [
+        (
+            1,
+            None,
+            "train.per_device_train_batch_size: out of memory at step 1, and it cannot be halved; got 1",
+        ),
+        (
+            3,
+            None,
+            "train.per_device_train_batch_size: out of memory at step 1, and it cannot be halved; got 3",
+        ),
+        (1, 64, "data.tokens_per_batch: out of memory at step 1, and it cannot be halved; got 64"),
+    ],
+)
+def test_what_cannot_be_halved_is_refused_in_one_line(size, budget, message, tmp_path, monkeypatch):
+    Memory(monkeypatch, rows=0)
+    recipe = build(tmp_path, per_device_train_batch_size=size, eval_on_start=False)
+    data = recipe.data.model_copy(update={"tokens_per_batch": budget})
+
+    with pytest.raises(EnvironmentFault) as caught:
+        train(recipe.model_copy(update={"data": data}))
+
+    assert str(caught.value).startswith(message)
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+
+
+def test_a_lack_of_memory_in_a_later_step_is_an_error_of_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "FIRST_STEPS", 3)
+    memory = Memory(monkeypatch, rows=0)
+    memory.from_step = 4
+
+    with pytest.raises(
+        EnvironmentFault, match=r"^train.per_device_train_batch_size: out of memory at step 5; fix"
+    ):
+        train(build(tmp_path, eval_on_start=False, per_device_train_batch_size=2))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_other_allocators_are_understood_too(words, tmp_path, monkeypatch, capsys):
+    Memory(monkeypatch, rows=1, error=RuntimeError(words))
+
+    train(build(tmp_path, per_device_train_batch_size=2, max_steps=1))
+
+    assert "restart   out of memory" in capsys.readouterr().out
+
+
+# The second process alone has too little memory for two rows.
+POOR = """\
+import os, sys, torch
+from hf_clm.cli import main
+from hf_clm.training.trainer import CLMTrainer
+
+measure = CLMTrainer._measure
+
+def limited(trainer, model, inputs, **options):
+    if os.environ["RANK"] == "1" and model.training and trainer.args.train_batch_size > 1:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return measure(trainer, model, inputs, **options)
+
+CLMTrainer._measure = limited
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_start_again_together_where_one_has_too_little(tmp_path):
+    poor, rich = launched.prepare(tmp_path / "poor"), launched.prepare(tmp_path / "rich")
+    (poor / "poor.py").write_text(POOR)
+
+    words = ["--auto_find_batch_size", "--save_strategy", "no"]
+    done = launched.launch(launched.torchrun(), poor, *words, program=[str(poor / "poor.py")])
+    smaller = [
+        "--per_device_train_batch_size",
+        "1",
+        "--gradient_accumulation_steps",
+        "2",
+        "--save_strategy",
+        "no",
+    ]
+    assert launched.launch(launched.torchrun(), rich, *smaller).returncode == 0
+
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.count("restart   out of memory at step 1: per_device_train_batch_size 1 instead of 2")
+        == 1
+    )
+    found, expected = weights(poor), weights(rich)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(tmp_path, monkeypatch):
+    Memory(monkeypatch, rows=1, error=RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        train(build(tmp_path, per_device_train_batch_size=2))
