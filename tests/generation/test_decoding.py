@@ -373,19 +373,6 @@ def test_a_stop_text_is_looked_for_in_the_answer_alone():
         assert generate(model, byte_tokenizer(), prompts=["so it is"], decoding=how) == plain
 
 
-def test_beams_end_at_a_stop_text_too():
-    model = build_model("gpt2")
-    plain = generate(model, byte_tokenizer(), prompts=["a"], decoding=Decoding(8, num_beams=3))[0]
-
-    stop = next(letter for letter in plain.text if letter != "\ufffd" or "\ufffd" * 3 in plain.text)
-    found = generate(model, byte_tokenizer(), prompts=["a"], decoding=Decoding(8, num_beams=3, stop=(stop,)))[
-        0
-    ]
-
-    assert stop not in found.text
-    assert found.stopped
-
-
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
