@@ -174,6 +174,7 @@ def search_answers(
         for token in row:
             if not answer.is_done:
                 line.take(token, stops=stops)
+        line.close()
 
 
 class _StopText(StoppingCriteria):
@@ -247,6 +248,11 @@ class _Line:
         answer.add(self._text.push(token))
         if not answer.finish and not self.left:
             answer.end("length", self._text.rest())
+
+    def close(self) -> None:
+        """Ends an answer whose tokens ended before their time: at a stop text, seen in half a character."""
+        if not self.answer.is_done:
+            self.answer.end("stop", self._text.rest())
 
     @property
     def _length(self) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import EOS, IM_END, PAD, byte_tokenizer, tiny_model
+from helpers import EOS, IM_END, IM_START, PAD, byte_tokenizer, tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.data.read.formats import to_prompt
@@ -135,6 +135,17 @@ def test_without_a_start_token_an_empty_prompt_begins_after_the_end_of_another_t
     assert batches[-1] == [[EOS], [97]]
 
 
+def test_with_a_start_token_an_empty_prompt_begins_after_it(monkeypatch):
+    """A tokenizer that has one, but does not write it before a text."""
+    model, tokenizer = counting_model(), byte_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    batches = seen(model, monkeypatch)
+
+    generate(model, tokenizer, prompts=[""], **OPTIONS)
+
+    assert batches == [[[IM_START]]]
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
 def test_the_batch_a_prompt_is_in_changes_no_answer(kind):
     model, prompts = build_model(kind), ["a", "bcd", "a much longer prompt", "ef"]
@@ -227,10 +238,10 @@ def test_beams_in_a_batch_give_each_prompt_the_answer_that_it_gets_alone(kind):
     assert {answer.stopped for answer in answers} == {True, False}
 
 
-def test_a_stop_text_ends_the_answer_before_itself():
-    answers = generate(
-        counting_model(), byte_tokenizer(), prompts=["a", "c"], decoding=Decoding(8, stop=("d",))
-    )
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_stop_text_ends_the_answer_before_itself(beams):
+    how = Decoding(8, stop=("d",), num_beams=beams)
+    answers = generate(counting_model(), byte_tokenizer(), prompts=["a", "c"], decoding=how)
 
     assert [answer.text for answer in answers] == ["bc", ""]
     assert [answer.stopped for answer in answers] == [True, True]
