@@ -149,18 +149,30 @@ def train_from(
     if is_to_be_tried(recipe, arguments):
         with trainer.aside():
             try_largest(trainer, splits[TRAIN].dataset)
+    if recipe.samples:
+        trainer.add_callback(build_samples(facts, trainer, tokenizer=tokenizer))
+    result = train_to_the_end(trainer, facts, start=start, proof=proof.facts)
+    if arguments.push_to_hub:  # the run is done, whatever the Hub says
+        trainer.push_run(with_data=recipe.card.data_samples > 0)
+    return result
+
+
+def train_to_the_end(
+    trainer: CLMTrainer, facts: RunFacts, *, start: Start, proof: dict[str, Any]
+) -> dict[str, Any]:
+    """Begins or goes on, and finishes. A signal stops it behind a checkpoint; lack of memory is DoesNotFit."""
+    recipe, arguments, is_main = facts.recipe, facts.arguments, facts.arguments.process_index == 0
     memory = partial(peak_memory, arguments.device)
     metrics = MetricsCallback(start.folder / "metrics.jsonl", measure_memory=memory)
     trainer.add_callback(metrics)
     trainer.add_callback(LastEvaluationCallback())
-    if stream is None:  # the end of an epoch is not known else
+    if not recipe.data.streaming:  # the end of an epoch is not known else
         trainer.add_callback(EpochMeansCallback(start.folder / "metrics.jsonl"))
-    if recipe.samples:
-        trainer.add_callback(build_samples(facts, trainer, tokenizer=tokenizer))
     report = ReportCallback(partial(write_report, start.folder, is_live=True), is_main=is_main)
     trainer.add_callback(report)
+    first_step = step_of(start.checkpoint) if start.checkpoint else 0
     if trainer.answering:
-        trainer.answering.forget_after(step_of(start.checkpoint) if start.checkpoint else 0)
+        trainer.answering.forget_after(first_step)
     if start.checkpoint:
         arguments.eval_on_start = False  # it was evaluated when it began
         trainer.overridden = frozenset(c.key for c in start.changes if c.fate == "overridden")
@@ -177,12 +189,9 @@ def train_from(
         if start.checkpoint and has_ended(start.checkpoint, facts.steps, patience=patience):
             trainer.restore(start.checkpoint)
         else:
-            with fitting(trainer, first_step=step_of(start.checkpoint) if start.checkpoint else 0):
+            with fitting(trainer, first_step=first_step):
                 trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
-        result = finish(trainer, facts, proof=proof.facts, metrics=metrics)
-    if arguments.push_to_hub:  # the run is done, whatever the Hub says
-        trainer.push_run(with_data=recipe.card.data_samples > 0)
-    return result
+        return finish(trainer, facts, proof=proof, metrics=metrics)
 
 
 def known_date(folder: Path) -> str:
@@ -200,7 +209,8 @@ def prove_and_record(trainer: CLMTrainer, facts: RunFacts, *, start: Start, prep
     tokenizer: Any = trainer.processing_class
     trainer.seal_facts = seal_facts(facts, tokenizer, proof=proof.facts)
     goes_on = list(start.require_same(trainer.seal_facts))
-    write_line("\n".join([*start_lines(facts), *goes_on, *proof.lines]))
+    own = [f"loss      the model's own: {trainer.own_loss}"] if trainer.own_loss else []
+    write_line("\n".join([*start_lines(facts), *own, *goes_on, *proof.lines]))
     questions = find_questions(facts.train, tokenizer, recipe, format=facts.format)
     proof.facts |= prove_model(trainer, recipe, split=facts.train, tokenizer=tokenizer, questions=questions)
     # the first file that counts (is_in_use): a folder without it is not known to be this run's
