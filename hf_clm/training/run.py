@@ -160,7 +160,10 @@ def train_from(
 def train_to_the_end(
     trainer: CLMTrainer, facts: RunFacts, *, start: Start, proof: dict[str, Any]
 ) -> dict[str, Any]:
-    """Begins or goes on, and finishes. A signal stops it behind a checkpoint; lack of memory is DoesNotFit."""
+    """Begins or goes on, and finishes; a signal stops it behind a checkpoint.
+
+    Raises DoesNotFit where it may start again with less in a batch.
+    """
     recipe, arguments, is_main = facts.recipe, facts.arguments, facts.arguments.process_index == 0
     memory = partial(peak_memory, arguments.device)
     metrics = MetricsCallback(start.folder / "metrics.jsonl", measure_memory=memory)
