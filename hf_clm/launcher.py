@@ -44,7 +44,7 @@ def check_spreading(
 ) -> None:
     """Raises where a model could not be spread as it was asked for; accelerate would train on all the same.
 
-    On a CPU it takes DDP in the place of FSDP and of DeepSpeed, and says nothing.
+    On a CPU it takes DDP in the place of FSDP, and of DeepSpeed without DS_ACCELERATOR=cpu, and says nothing.
 
     Args:
         generates: the recipe wants samples or answers, which no process can generate from its part alone.
@@ -56,7 +56,7 @@ def check_spreading(
     if not name:
         return
     where = f"train.{SPREADERS[name][0]}" if values.get(SPREADERS[name][0]) else "accelerate launch"
-    if on_cpu:
+    if on_cpu and not (name == "DeepSpeed" and environment.get("DS_ACCELERATOR") == "cpu"):
         what = f"{name} needs GPUs: on a CPU each process would keep the whole model"
         raise RecipeError(what, where=where, fix=LAUNCH.format("cpu"))
     if name == "DeepSpeed" and importlib.util.find_spec("deepspeed") is None:

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -110,9 +111,20 @@ def building(where: str) -> Iterator[None]:
         raise ModelError(f"no model can be built: {reason}", where=where) from error
 
 
+@contextmanager
+def in_one_piece() -> Iterator[None]:
+    """Inside, models are built whole, also in a run whose model ZeRO-3 spreads while it is built."""
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
 def build_without_memory(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration, whose weights have shapes and no values. Raises ModelError."""
-    with building("model.config"), torch.device("meta"):
+    with building("model.config"), in_one_piece(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
@@ -127,7 +139,7 @@ def check_shape(config: PretrainedConfig, *, bytes_per_weight: int) -> None:
         got = f"{weights:,} parameters need {needed / 2**30:,.0f} GiB of {available / 2**30:,.0f}"
         raise ModelError("the model does not fit into memory", where="model.config", got=got)
     if weights <= SMALL:
-        with building("model.config"), torch.random.fork_rng(devices=[]):
+        with building("model.config"), in_one_piece(), torch.random.fork_rng(devices=[]):
             check_causal(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
@@ -390,7 +402,8 @@ def plain_generation(config: PretrainedConfig) -> GenerationConfig:
 
 def grow_embeddings(model: PreTrainedModel, tokens: int) -> None:
     """Gives the model at least ``tokens`` rows; new rows are the mean of the old ones. Never shrinks it."""
-    old = model.get_input_embeddings().get_parameter("weight").shape[0]
+    rows = model.get_input_embeddings().get_parameter("weight")
+    old = getattr(rows, "ds_shape", rows.shape)[0]  # of ZeRO-3, which keeps an empty weight in its place
     if tokens <= old:
         return
     model.resize_token_embeddings(tokens, mean_resizing=False)
