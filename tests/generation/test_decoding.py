@@ -378,6 +378,24 @@ def test_a_model_of_few_positions_answers_one_at_a_time():
     assert batches_as_alone(tiny_model("gpt2", n_positions=8), byte_tokenizer()) is True
 
 
+@pytest.mark.parametrize("kind", [*IN_BATCHES])
+def test_beams_are_those_of_a_model_that_keeps_no_cache(kind):
+    """A state that stays behind when a beam takes another's place, as minimax's does, would show."""
+    model = build_model(kind)
+    expected = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([list(prompt.encode())])
+        plain = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "use_cache": False}
+        mask = {"attention_mask": torch.ones_like(ids), "pad_token_id": PAD, "eos_token_id": EOS}
+        row = model.generate(ids, **plain, **mask)[0, ids.shape[1] :].tolist()
+        row = row[: row.index(EOS)] if EOS in row else row
+        expected.append(byte_tokenizer().decode(row, skip_special_tokens=True))
+
+    answers = generate(model, byte_tokenizer(), prompts=PROMPTS, decoding=Decoding(6, num_beams=3))
+
+    assert [answer.text for answer in answers] == expected
+
+
 # --- stop texts and tokens
 
 
