@@ -16,15 +16,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.adapters import is_adapter, load_adapted, read_base
-from hf_clm.data.label.labels import encode_prompts
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.prepared.sets import load_examples
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.generation.command import read_prompts
 from hf_clm.generation.decoding import Decoding
-from hf_clm.generation.generate import generate
+from hf_clm.generation.generate import generate, to_prompt_ids
 from hf_clm.generation.load import read_run, run_recipe
-from hf_clm.model import load_config, load_model
+from hf_clm.model import load_config, load_model, max_positions
 from hf_clm.schema import AnyExample, Document, Example, Segment, whole_text
 from hf_clm.tokenizer import load_tokenizer
 from hf_clm.training.output import write_json
@@ -127,14 +126,17 @@ def _to_prompt(example: AnyExample) -> Example | None:
 
 @torch.no_grad()
 def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, prompts: list[Example]) -> Answers:
-    """The logits behind each prompt, without the pad token's, and a greedy answer to it."""
+    """The logits after each prompt, without the pad token's, and a greedy answer to it.
+
+    Of a prompt that is longer than the model's positions its end counts.
+    """
+    longest = min(PROMPT_TOKENS, max_positions(model.config) or PROMPT_TOKENS)
     logits = []
-    for prompt in prompts:
-        ids = encode_prompts([prompt], tokenizer, LabelOptions(reasoning="drop"))[0]
-        found = model(input_ids=torch.tensor([ids[-PROMPT_TOKENS:]]), use_cache=False).logits[0, -1].float()
+    for ids in to_prompt_ids(prompts, tokenizer, LabelOptions(reasoning="drop")):
+        found = model(input_ids=torch.tensor([ids[-longest:]]), use_cache=False).logits[0, -1].float()
         found[tokenizer.pad_token_id] = 0.0  # a row that was added for it holds any numbers
         logits.append(found)
-    answers = generate(model, tokenizer, prompts=prompts, decoding=Decoding(max_new_tokens=NEW_TOKENS))
+    answers = generate(model, tokenizer, prompts=prompts, decoding=Decoding(NEW_TOKENS), slide=True)
     return torch.stack(logits), [answer.text for answer in answers]
 
 

@@ -95,7 +95,9 @@ def add_generate_options(parser: Parser) -> None:
     )
     parser.add_argument("--num_beams", type=at_least(1), help="beam search (1)")
     add_decoding_options(parser)
-    parser.add_argument("--batch_size", type=at_least(1), default=16, help="prompts at once (%(default)s)")
+    parser.add_argument(
+        "--batch_size", type=at_least(1), default=16, help="prompts at once; changes no answer (%(default)s)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
 
@@ -151,7 +153,8 @@ def add_evaluate_options(parser: Parser) -> None:
     parser.add_argument("--choices", help="yes,no: which of them is likeliest; of two the first is positive")
     by = "compare the sum of a choice's log-probabilities, or the mean a token (%(default)s)"
     parser.add_argument("--choices_by", choices=("sum", "mean"), default="sum", help=by)
-    parser.add_argument("--max_new_tokens", type=at_least(1), help="of an answer; default: 256, or what fits")
+    text = "of an answer, which is greedy; default: 256, or what fits"
+    parser.add_argument("--max_new_tokens", type=at_least(1), help=text)
     answers = parser.add_mutually_exclusive_group()
     asks = "also with choices; adds chrF and BLEU (extra eval), and prompt, target and answer to --json"
     answers.add_argument("--generate", action="store_true", help=asks)

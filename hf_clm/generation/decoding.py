@@ -101,6 +101,8 @@ class Decoding:
                 upper = " or more" if most == math.inf else f" to {most}"
                 what = f"expected {'a whole number, ' if kind is int else ''}{least}{upper}"
                 raise RecipeError(what, where=name, got=repr(value))
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise RecipeError("expected -2**63 to 2**63 - 1", where="seed", got=repr(self.seed))
         if self.max_new_tokens is not None and self.max_new_tokens < 0:
             raise RecipeError("expected 0 or more", where="max_new_tokens", got=repr(self.max_new_tokens))
 

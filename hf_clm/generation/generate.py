@@ -50,7 +50,8 @@ def generate(
     Args:
         decoding: how tokens are chosen, greedily by default; prompt number n draws by its seed + n.
         slide: go on past the model's positions, in stretches that each reread the last half of them.
-        batch_size: prompts at once. A model whose answers depend on the batch answers one at a time.
+        batch_size: prompts at once. A model whose answers depend on the batch answers one at a time, and
+            searches beams without a cache.
         rendering: how prompts are rendered, as in training.
         watch: passes on the starts of the batches, and may show how far they are.
 
@@ -72,12 +73,17 @@ def generate(
         )
         for number, own in enumerate(ids)
     ]
+    needs_probe = decoding.num_beams > 1 or (batch_size > 1 and len({len(own) for own in ids}) > 1)
     with answering(model):
-        if batch_size > 1 and len({len(own) for own in ids}) > 1 and not batches_as_alone(model, tokenizer):
-            batch_size = 1
+        is_plain = not needs_probe or batches_as_alone(model, tokenizer)
         order = sorted(answers, key=lambda answer: len(answer.prompt_ids))  # little padding
-        for start in watch(range(0, len(order), batch_size)):
-            _generate_batch(model, tokenizer, order[start : start + batch_size])
+        size = batch_size if is_plain else 1
+        for start in watch(range(0, len(order), size)):
+            batch = order[start : start + size]
+            if decoding.num_beams > 1:
+                _search(model, tokenizer, batch, with_cache=is_plain)
+            else:
+                stream_answers(model, tokenizer, answers=batch)
     return [Generated(answer.text, answer.tokens, answer.finish == "stop") for answer in answers]
 
 
@@ -216,14 +222,10 @@ def cap_new_tokens(
     return min(most, limit - prompt_tokens)
 
 
-def _generate_batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, answers: Sequence[Answer]
+def _search(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, answers: Sequence[Answer], *, with_cache: bool
 ) -> None:
     """Beams end together, and those that are sampled draw one after the other."""
-    decoding = answers[0].decoding
-    if decoding.num_beams == 1:
-        stream_answers(model, tokenizer, answers=answers)
-        return
     together = groupby(answers, key=lambda answer: (answer.max_new_tokens, answer.decoding))
     for _, group in together:
-        search_answers(model, tokenizer, answers=list(group))
+        search_answers(model, tokenizer, answers=list(group), with_cache=with_cache)

@@ -1,6 +1,7 @@
 """What a server replies: the prompt as in training, the limits, the answer whole or piece by piece."""
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -85,7 +86,7 @@ class Service:
         self._run, self._worker, self._name, self._limits = run, worker, name, limits
         self._decoding = decoding
         self._syntax = find_syntax(run.tokenizer)
-        self._names = TokenNames(run.tokenizer)
+        self._names = TokenNames(copy.deepcopy(run.tokenizer))  # another thread reads prompts with that
         self._reading = asyncio.Lock()  # one prompt is tokenized at a time, outside the event loop's thread
 
     def routes(self) -> dict[str, tuple[str, Reply]]:

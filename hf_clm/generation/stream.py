@@ -151,18 +151,25 @@ def stream_answers(
 
 @torch.no_grad()
 def search_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, answers: Sequence[Answer]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    answers: Sequence[Answer],
+    with_cache: bool = True,
 ) -> None:
     """Generates all the answers together by beam search; all have one Decoding, and one number of new tokens.
 
-    Raises RecipeError for a model that cannot go back to an earlier beam.
+    Without a cache also models answer rightly whose state does not follow when a beam takes another's place.
+    Raises RecipeError for a search that transformers refuses.
     """
     first, stops = answers[0], stop_ids(model)
     pad = pad_id(tokenizer)
     prompts = to_left_padded([answer.prompt_ids for answer in answers], pad, device=model.device)
     width = prompts["input_ids"].shape[1]
     config = to_config(first.decoding, new_tokens=first.max_new_tokens, stops=stops, pad=pad)
-    ends = StoppingCriteriaList([_StopText(tokenizer, first.decoding.stop, width)])
+    config.use_cache = with_cache
+    stop = first.decoding.stop
+    ends = StoppingCriteriaList([_StopText(tokenizer, stop, width)] if stop else [])
     decoder: Any = model  # typed without the generate that it has
     try:
         with under(model, config), _seeded(first.decoding, model.device):
@@ -186,11 +193,7 @@ class _StopText(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """(B * beams,) bool."""
         texts = [self._tokenizer.decode(row, skip_special_tokens=True) for row in input_ids[:, self._width :]]
-        found = (
-            [any(stop in text for stop in self._stop) for text in texts]
-            if self._stop
-            else [False] * len(texts)
-        )
+        found = [any(stop in text for stop in self._stop) for text in texts]
         return torch.tensor(found, device=input_ids.device)
 
 

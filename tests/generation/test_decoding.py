@@ -129,10 +129,10 @@ def by_chat(folder: str, **asked: Any) -> list[str]:
     return found
 
 
-def by_serve(folder: str, **asked: Any) -> list[list[str]]:
+def by_serve(folder: str, *, use_model_settings: bool = False, **asked: Any) -> list[list[str]]:
     """``hf-clm serve``: a list of prompts, each prompt streamed, /generate, and as chats."""
-    options = Namespace(run=folder, name="m", host="127.0.0.1", use_model_settings=False, max_new_tokens=64)
-    options.max_prompt_tokens, options.max_body_bytes = None, 10**6
+    options = Namespace(run=folder, name="m", host="127.0.0.1", max_new_tokens=64, max_body_bytes=10**6)
+    options.use_model_settings, options.max_prompt_tokens = use_model_settings, None
     body = {**asked, "max_tokens": asked["max_new_tokens"]}
     del body["max_new_tokens"]
     run = load_run(folder, attention=None, device="cpu")
@@ -243,6 +243,26 @@ def test_a_generation_config_that_cannot_be_read_has_no_say_either(content, tmp_
     (tmp_path / "model/generation_config.json").write_text(content, encoding="latin-1")
 
     assert by_generate(folder, capsys, max_new_tokens=6) == [arg_max(model, text, new=6) for text in PROMPTS]
+
+
+def test_no_value_of_any_setting_stops_a_model_or_changes_its_answers(tmp_path):
+    """Every setting that transformers knows, with one value after the other in generation_config.json."""
+    model = build_model("gpt2")
+    folder = save_folder(tmp_path / "model", model, byte_tokenizer())
+    expected = [arg_max(model, prompt, new=4) for prompt in PROMPTS[:2]]
+    junk = [True, 0, -1, 3, 0.5, 1e9, "x", [], [97], [[97]], {}, {"a": 1}]
+    names = sorted(set(GenerationConfig().to_dict()) - {"eos_token_id"})
+
+    faults = []
+    for number, name in enumerate(names):
+        settings = {name: junk[number % len(junk)], names[number - 1]: junk[(number * 5 + 3) % len(junk)]}
+        (tmp_path / "model/generation_config.json").write_text(json.dumps(settings))
+        run = load_run(folder, attention=None, device="cpu")
+        answers = generate(run.model, run.tokenizer, prompts=PROMPTS[:2], decoding=Decoding(4))
+        faults += [settings] if [answer.text for answer in answers] != expected else []
+
+    assert len(names) > 40
+    assert faults == []
 
 
 @pytest.mark.parametrize("poison", [name for name in POISON if name not in ("wrong", "ids", "objects")])
@@ -358,6 +378,24 @@ def test_a_model_of_few_positions_answers_one_at_a_time():
     assert batches_as_alone(tiny_model("gpt2", n_positions=8), byte_tokenizer()) is True
 
 
+@pytest.mark.parametrize("kind", [*IN_BATCHES])
+def test_beams_are_those_of_a_model_that_keeps_no_cache(kind):
+    """A state that stays behind when a beam takes another's place, as minimax's does, would show."""
+    model = build_model(kind)
+    expected = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([list(prompt.encode())])
+        plain = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "use_cache": False}
+        mask = {"attention_mask": torch.ones_like(ids), "pad_token_id": PAD, "eos_token_id": EOS}
+        row = model.generate(ids, **plain, **mask)[0, ids.shape[1] :].tolist()
+        row = row[: row.index(EOS)] if EOS in row else row
+        expected.append(byte_tokenizer().decode(row, skip_special_tokens=True))
+
+    answers = generate(model, byte_tokenizer(), prompts=PROMPTS, decoding=Decoding(6, num_beams=3))
+
+    assert [answer.text for answer in answers] == expected
+
+
 # --- stop texts and tokens
 
 
@@ -458,6 +496,19 @@ def test_settings_that_cannot_be_followed_are_refused_where_they_are_asked_for(s
         read_model_settings(folder)
 
     assert str(error.value).startswith(f"generation_config.json of {folder}{message}")
+
+
+def test_serve_begins_with_the_settings_of_the_model_where_it_is_told_to(tmp_path):
+    model = build_model("gpt2")
+    folder = folder_with(tmp_path, {"repetition_penalty": 1.9})
+    how = Decoding(8, repetition_penalty=1.9)
+
+    penalized = by_serve(folder, use_model_settings=True, max_new_tokens=8)
+    plain = by_serve(folder, use_model_settings=True, max_new_tokens=8, repetition_penalty=1)
+
+    answers = generate(model, byte_tokenizer(), prompts=PROMPTS, decoding=how)
+    assert penalized == [[answer.text for answer in answers]] * 3
+    assert plain == [[arg_max(model, prompt, new=8) for prompt in PROMPTS]] * 3
 
 
 @pytest.mark.parametrize("words", [[], ["--repetition_penalty", "1"]])

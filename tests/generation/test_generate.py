@@ -261,6 +261,8 @@ def test_what_is_after_the_end_of_a_stopped_row_is_not_part_of_it():
         ({"temperature": float("nan")}, "temperature: expected 0 or more; got nan"),
         ({"top_k": 2.5}, "top_k: expected a whole number, -1 or more; got 2.5"),
         ({"top_p": "0.5"}, "top_p: expected 0 to 1; got '0.5'"),
+        ({"seed": 2**63}, "seed: expected -2**63 to 2**63 - 1; got 9223372036854775808"),
+        ({"max_new_tokens": -1}, "max_new_tokens: expected 0 or more; got -1"),
         ({"num_beams": True}, "num_beams: expected a whole number, 1 or more; got True"),
     ],
 )

@@ -356,6 +356,28 @@ def test_the_logprobs_of_an_answer_are_those_of_the_model(chatty):
     assert [one.token for part in parts for one in part] == [*"hello", "<|im_end|>"]
 
 
+@pytest.mark.parametrize("prompt", ["a 茶.", ["a", [98, 99]]])
+def test_a_stream_has_the_same_logprobs_as_the_whole(small, prompt):
+    body = {"prompt": prompt, "max_tokens": 3, "logprobs": 1, "echo": True}
+
+    whole = json.loads(request(small, "/v1/completions", body)[1])["choices"]
+    events = request(small, "/v1/completions", {**body, "stream": True})[1].split("\n\n")[:-2]
+
+    chunks = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    for choice in whole:
+        own = [chunk for chunk in chunks if chunk["index"] == choice["index"]]
+        assert "".join(chunk["text"] for chunk in own) == choice["text"]
+        for key, values in choice["logprobs"].items():
+            assert [value for chunk in own for value in chunk["logprobs"][key]] == values
+
+
+@pytest.mark.parametrize("prompt", ["", [""], [[]]])
+def test_an_empty_prompt_is_the_start_of_a_text(small, prompt):
+    reply = json.loads(request(small, "/v1/completions", {"prompt": prompt, "max_tokens": 2})[1])
+
+    assert reply["usage"] == {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+
+
 # --- refusals
 
 
@@ -699,6 +721,25 @@ def test_metrics_count(squares):
     assert (grown["hf_clm_prompt_tokens_total"], grown["hf_clm_generated_tokens_total"]) == (9, 15)
     assert grown['hf_clm_replies_total{status="404"}'] == 1
     assert (after["hf_clm_waiting"], after["hf_clm_generating"]) == (0, 0)
+
+
+def test_metrics_measure_the_time_of_an_answer(squares):
+    """In the text format of Prometheus: cumulative buckets, of which the last one is the count."""
+    before = metrics(squares)
+    client(squares).completions.create(model="squares", prompt=["7 squared", "8 squared"])
+    wait_until(lambda: metrics(squares)["hf_clm_generating"] == 0)
+    after, text = metrics(squares), request(squares, "/metrics")[1]
+
+    for name in ("hf_clm_answer_seconds", "hf_clm_queue_seconds", "hf_clm_first_token_seconds"):
+        buckets = [value for key, value in after.items() if key.startswith(f"{name}_bucket")]
+        assert after[f"{name}_count"] - before[f"{name}_count"] == 2
+        assert buckets == sorted(buckets) and buckets[-1] == after[f"{name}_count"]
+        assert f"# TYPE {name} histogram" in text
+    assert after["hf_clm_answer_seconds_sum"] - before["hf_clm_answer_seconds_sum"] > 0
+    assert after["hf_clm_answer_seconds_sum"] >= after["hf_clm_first_token_seconds_sum"]
+    families = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(families) == len(set(families))
+    assert [line.split()[2] for line in text.splitlines() if line.startswith("# HELP")] == families
 
 
 # --- beginning and end
