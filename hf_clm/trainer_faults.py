@@ -52,6 +52,8 @@ def _run_faults(values: Mapping[str, Any]) -> Iterator[Fault]:
     if values["bf16_full_eval"] and values["fp16_full_eval"]:
         what = "train.fp16_full_eval and train.bf16_full_eval are both true"
         yield Fault("train.fp16_full_eval", what, fix="keep bf16_full_eval")
+    if values["report_to"] is None:
+        yield Fault("train.report_to", "train.report_to: expected a tracker, none or all", got="null")
     if isinstance(values["fsdp"], str) and values["fsdp"]:
         fix = "fsdp: true, with fsdp_config: {version: 2}"
         yield Fault("train.fsdp", "train.fsdp: text is the spelling of transformers 4", fix=fix)

@@ -451,7 +451,7 @@ def recipe_of(changes: dict[str, Any], folder: Path) -> Recipe:
             if parent == "train" and isinstance(place.get("train"), str):
                 place["train"] = [{"path": place["train"]}]
             place = place[int(parent)] if isinstance(place, list) else place[parent]
-        place[last] = value
+        place[last] = copy.deepcopy(value)
     path = folder / "recipe.json"
     path.write_text(json.dumps(tree).replace("{folder}", str(folder)))
     return load_recipe(path)
