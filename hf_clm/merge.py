@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hf_clm.generation.command import read_prompts
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate, to_prompt_ids
 from hf_clm.generation.load import read_run, run_recipe
+from hf_clm.generation.progress import watched
 from hf_clm.model import load_config, load_model, max_positions
 from hf_clm.schema import AnyExample, Document, Example, Segment, whole_text
 from hf_clm.tokenizer import load_tokenizer
@@ -68,7 +70,7 @@ def merge(options: Namespace) -> list[str]:
     prompts, source = _find_prompts(folder, options.prompts, facts=facts)
     tokenizer, (base, revision) = load_tokenizer(folder), read_base(folder)
     adapted = load_adapted(folder, tokenizer, attention=None).eval()
-    expected = _answer(adapted, tokenizer, prompts=prompts)
+    expected = _answer(adapted, tokenizer, prompts=prompts, of="the adapters")
     dtype = options.dtype or _stored_dtype(base, revision)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
@@ -77,7 +79,7 @@ def merge(options: Namespace) -> list[str]:
         plain.to(getattr(torch, dtype)).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         merged = load_model(str(partial), tokenizer, dtype=dtype, attention=None).eval()
-        same = _compare(expected, _answer(merged, tokenizer, prompts=prompts))
+        same = _compare(expected, _answer(merged, tokenizer, prompts=prompts, of="the merged model"))
         tolerance = TOLERANCES[dtype] if options.tolerance is None else options.tolerance
         if not same.difference <= tolerance:
             got = f"a logit differs by {same.difference:.2g} of the largest, over {tolerance:g}"
@@ -125,18 +127,24 @@ def _to_prompt(example: AnyExample) -> Example | None:
 
 
 @torch.no_grad()
-def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, prompts: list[Example]) -> Answers:
+def _answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, prompts: list[Example], of: str
+) -> Answers:
     """The logits after each prompt, without the pad token's, and a greedy answer to it.
 
     Of a prompt that is longer than the model's positions its end counts.
     """
     longest = min(PROMPT_TOKENS, max_positions(model.config) or PROMPT_TOKENS)
     logits = []
-    for ids in to_prompt_ids(prompts, tokenizer, LabelOptions(reasoning="drop")):
+    asked = to_prompt_ids(prompts, tokenizer, LabelOptions(reasoning="drop"))
+    for number in watched(range(len(asked)), what=f"logits of {of}"):
+        ids = asked[number]
         found = model(input_ids=torch.tensor([ids[-longest:]]), use_cache=False).logits[0, -1].float()
         found[tokenizer.pad_token_id] = 0.0  # a row that was added for it holds any numbers
         logits.append(found)
-    answers = generate(model, tokenizer, prompts=prompts, decoding=Decoding(NEW_TOKENS), slide=True)
+    watch = partial(watched, what=f"answers of {of}")
+    decoding = Decoding(NEW_TOKENS)
+    answers = generate(model, tokenizer, prompts=prompts, decoding=decoding, slide=True, watch=watch)
     return torch.stack(logits), [answer.text for answer in answers]
 
 

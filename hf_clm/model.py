@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.integrations import deepspeed
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -168,6 +169,15 @@ def check_causal(model: PreTrainedModel) -> None:
 def max_positions(config: PretrainedConfig) -> int | None:
     """The longest text the model has positions for, tokens; None where it states no limit."""
     return getattr(config, "max_position_embeddings", None)
+
+
+def check_attention(name: str) -> None:
+    """Raises ModelError for an attention that transformers does not have, nor fetches as a kernel."""
+    known = [packed.NAME, "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if name not in known and not re.search("[/|]", name):
+        near = did_you_mean(name, known)
+        what = f"expected one of {', '.join(sorted({*known} - {'paged|eager', 'paged|sdpa'}))}"
+        raise ModelError(what, where="model.attention", got=f"{name!r}{near}")
 
 
 def why_not_packed(config: PretrainedConfig) -> str:

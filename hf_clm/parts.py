@@ -37,6 +37,7 @@ from hf_clm.launcher import check_spreading, is_one_of_many, spreads_with
 from hf_clm.model import (
     build_config,
     build_without_memory,
+    check_attention,
     check_causal,
     check_packing,
     check_shape,
@@ -241,6 +242,7 @@ def check_model(recipe: Recipe, arguments: TrainingArguments) -> None:
     A tokenizer that is not known yet decides no more than the size of the vocabulary.
     """
     model, lora = recipe.model, recipe.lora
+    check_attention(model.attention)
     if model.init == "scratch" and model.config:
         on_cpu = arguments.device.type == "cpu"
         size = getattr(torch, model.dtype).itemsize

@@ -33,6 +33,7 @@ def check_train_combination(
     values = {key: field.default for key, field in load_trainer_fields().items()} | {**defaults, **train}
     return [
         *_run_faults(values),
+        *_checkpointing_faults(values),
         *_worker_faults(values),
         *_accelerator_faults(values["accelerator_config"]),
         *_evaluation_faults(values, has_eval),
@@ -52,18 +53,27 @@ def _run_faults(values: Mapping[str, Any]) -> Iterator[Fault]:
     if values["bf16_full_eval"] and values["fp16_full_eval"]:
         what = "train.fp16_full_eval and train.bf16_full_eval are both true"
         yield Fault("train.fp16_full_eval", what, fix="keep bf16_full_eval")
+    if values["report_to"] is None:
+        yield Fault("train.report_to", "train.report_to: expected a tracker, none or all", got="null")
     if isinstance(values["fsdp"], str) and values["fsdp"]:
         fix = "fsdp: true, with fsdp_config: {version: 2}"
         yield Fault("train.fsdp", "train.fsdp: text is the spelling of transformers 4", fix=fix)
-    if values.get("activation_checkpointing_kwargs") and not values.get("activation_checkpointing"):
-        key = "train.activation_checkpointing_kwargs"
-        yield Fault(key, f"{key} has no effect without train.activation_checkpointing", fix="set that too")
     if not values["optim_target_modules"] and str(values["optim"]).startswith(("galore", "apollo")):
         what = f"train.optim_target_modules is missing: {values['optim']} needs it"
         yield Fault("train.optim_target_modules", what, fix="all-linear, or the names of layers")
     if values["optim_target_modules"] and not str(values["optim"]).startswith(("galore", "apollo")):
         what = "train.optim_target_modules has no effect: only galore and apollo optimizers take it"
         yield Fault("train.optim_target_modules", what, fix=OUT)
+
+
+def _checkpointing_faults(values: Mapping[str, Any]) -> Iterator[Fault]:
+    """Options of activation checkpointing that is off, and those that neither the Trainer nor torch has."""
+    key, options = "train.activation_checkpointing_kwargs", values.get("activation_checkpointing_kwargs")
+    if options and not values.get("activation_checkpointing"):
+        yield Fault(key, f"{key} has no effect without train.activation_checkpointing", fix="set that too")
+    for name in options if isinstance(options, dict) else ():
+        if name not in CHECKPOINTING:
+            yield Fault(key, f"{key} has no option {name!r}{did_you_mean(str(name), CHECKPOINTING)}")
 
 
 def _worker_faults(values: Mapping[str, Any]) -> Iterator[Fault]:
@@ -151,6 +161,14 @@ def _unused_faults(train: Mapping[str, Any]) -> Iterator[Fault]:
 
 OUT = "leave it out"
 JUDGED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # they follow metric_for_best_model, which is then loss
+CHECKPOINTING = (
+    "every_n_layers",
+    "offload",
+    "use_reentrant",
+    "preserve_rng_state",
+    "determinism_check",
+    "debug",
+)
 OF_WORKERS = {
     "dataloader_prefetch_factor": None,
     "dataloader_persistent_workers": False,

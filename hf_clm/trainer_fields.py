@@ -255,7 +255,38 @@ CHOICES = {
         *("none", "all", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte"),
         *("kubeflow", "mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"),
     ),
-    "log_level": ("debug", "info", "warning", "error", "critical", "passive"),
+    **dict.fromkeys(
+        ("log_level", "log_level_replica"),
+        ("detail", "debug", "info", "warning", "error", "critical", "passive"),
+    ),
+    "torch_compile_mode": (
+        "default",
+        "lite",
+        "reduce-overhead",
+        "max-autotune",
+        "max-autotune-no-cudagraphs",
+    ),
+    "torch_compile_backend": (
+        *(
+            "inductor",
+            "eager",
+            "aot_eager",
+            "cudagraphs",
+            "aot_ts_nvfuser",
+            "nvprims_nvfuser",
+            "ofi",
+            "fx2trt",
+        ),
+        *(
+            "onnxrt",
+            "tensorrt",
+            "aot_torchxla_trace_once",
+            "torchxla_trace_once",
+            "tvm",
+            "hpu_backend",
+            "neuron",
+        ),
+    ),
     "include_num_input_tokens_seen": ("all", "non_padding", "no"),
 }
 

@@ -85,6 +85,10 @@ def test_defaults_count_in_a_combination():
             {"activation_checkpointing_kwargs": {"use_reentrant": False}},
             "train.activation_checkpointing_kwargs has no effect without train.activation_checkpointing",
         ),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrantt": False}},
+            "train.activation_checkpointing_kwargs has no option 'use_reentrantt'; did you mean 'use_re",
+        ),
         ({"optim_target_modules": ["q_proj"]}, "train.optim_target_modules has no effect: only galore"),
         (
             {"dataloader_persistent_workers": True},

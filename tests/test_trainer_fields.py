@@ -305,3 +305,16 @@ def test_whole_numbers_become_floats_where_the_field_is_one_but_not_in_steps():
 )
 def test_text_that_spells_a_number_or_a_boolean_gets_a_hint(value, types, hint):
     assert drop_quotes_hint(value, types) == hint
+
+
+def test_the_words_that_the_source_does_not_give_are_those_of_the_libraries():
+    import torch._inductor
+    from accelerate.utils import DynamoBackend
+    from transformers.training_args import trainer_log_levels
+
+    fields = load_trainer_fields()
+    backends = {item.value.lower() for item in DynamoBackend} - {"no"}
+
+    assert set(fields["torch_compile_backend"].choices) == backends
+    assert set(fields["torch_compile_mode"].choices) == set(torch._inductor.list_mode_options())
+    assert set(fields["log_level_replica"].choices) == set(trainer_log_levels)

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.errors import EnvironmentFault
-from hf_clm.evaluation.progress import watched
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import GREEDY, generate
+from hf_clm.generation.progress import watched
 from hf_clm.schema import AnyExample
 
 Metrics = Mapping[str, Callable[[list[str], list[list[str]]], Any]]  # answers and [targets] -> .score

@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -13,6 +14,7 @@ from hf_clm.errors import DataError, RecipeError
 from hf_clm.generation.decoding import ask, base_decoding
 from hf_clm.generation.generate import Generated, generate, to_prompt_example
 from hf_clm.generation.load import load_run
+from hf_clm.generation.progress import watched
 from hf_clm.schema import Chat, Example, Format, Json
 from hf_clm.template import Template
 
@@ -51,6 +53,7 @@ def generate_from_run(options: Namespace) -> list[tuple[str, Generated]]:
         slide=options.slide,
         batch_size=options.batch_size,
         rendering=run.rendering,
+        watch=partial(watched, what="answers"),
     )
     return [(prompt.shown, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 

@@ -115,7 +115,8 @@ def is_to_be_tried(recipe: Recipe, arguments: TrainingArguments) -> bool:
     """Whether the largest micro-batch is tried before the first step: as asked for, or by several GPUs."""
     if recipe.data.streaming or spreads_with(training_values(recipe)):
         return False  # the largest is not known, or no process has the model to itself
-    are_gpus = arguments.world_size > 1 and arguments.device.type == "cuda"
+    # a compiled model takes less than this one, which is not compiled yet
+    are_gpus = arguments.world_size > 1 and arguments.device.type == "cuda" and not arguments.torch_compile
     return bool(recipe.train.get("auto_find_batch_size")) or are_gpus
 
 
@@ -133,11 +134,16 @@ def try_largest(trainer: CLMTrainer, rows: AnyDataset) -> None:
     batch: Any = trainer.data_collator(longest)
     batch = {key: part.to(device) if torch.is_tensor(part) else part for key, part in batch.items()}
     was_training, fits = model.training, True
+    if trainer.args.activation_checkpointing:  # the Trainer does it as late as this
+        options: Any = trainer.args.activation_checkpointing_kwargs or {}
+        own = {key: options[key] for key in ("every_n_layers", "offload") if key in options}
+        of_torch = {key: value for key, value in options.items() if key not in own} or None
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=of_torch, **own)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model.train()
         try:
             kept = _what_training_keeps(model, is_one_of_many=trainer.args.world_size > 1)
-            with trainer.compute_loss_context_manager():
+            with trainer.accelerator.autocast():  # the Trainer wraps the model only when it trains
                 loss = trainer._measure(model, batch, items=None)[0]
             loss.backward()
             del kept, loss

@@ -102,6 +102,30 @@ def test_without_a_lack_of_memory_trying_changes_nothing(small, tmp_path):
     assert metrics(tmp_path) == metrics(small)
 
 
+def test_what_is_tried_is_computed_as_in_training(tmp_path, monkeypatch):
+    """Autocast and checkpointing decide what memory a step takes."""
+    dtypes, computed = [], []
+    measure = CLMTrainer._measure
+
+    def noted(trainer: CLMTrainer, model: Any, inputs: Any, **options: Any) -> Any:
+        layer = (
+            model.transformer.h[0].mlp if hasattr(model, "transformer") else model.module.transformer.h[0].mlp
+        )
+        hook = layer.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
+        computed.append((model.training, model.is_gradient_checkpointing))
+        try:
+            return measure(trainer, model, inputs, **options)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(CLMTrainer, "_measure", noted)
+    fields = {"bf16": True, "activation_checkpointing": True, "auto_find_batch_size": True, "max_steps": 1}
+    train(build(tmp_path, **fields, eval_on_start=False))
+
+    assert computed[:2] == [(True, True)] * 2  # what is tried, and the first step
+    assert dtypes[0] == dtypes[1] == torch.bfloat16
+
+
 def test_it_goes_on_from_a_checkpoint_that_was_saved_before(tmp_path, monkeypatch, capsys):
     fields = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
     memory = Memory(monkeypatch, rows=2)
