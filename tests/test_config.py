@@ -72,6 +72,7 @@ def test_a_minimal_recipe_has_the_documented_defaults():
         "split": "train",
         "name": None,
         "revision": None,
+        "set": None,
     }
     assert (recipe.model.init, recipe.model.dtype, recipe.model.attention) == (
         "pretrained",

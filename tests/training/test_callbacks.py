@@ -40,7 +40,7 @@ def test_a_log_event_is_one_line_with_the_time_left(capsys, monkeypatch):
     event(callback, "on_log", step=50, logs=LOG)
 
     assert capsys.readouterr().out == (
-        "step  50/200  loss 1.2500  accuracy 50.0%  lr 1.00e-03  grad norm 0.50  tokens/s 1,235  30s left\n"
+        "step  50/200  epoch 0.00  loss 1.2500  accuracy 50.0%  lr 1.00e-03  grad norm 0.50  tokens/s 1,235  30s left\n"
     )
 
 
@@ -52,7 +52,7 @@ def test_an_evaluation_is_one_line(capsys):
         logs={"eval_loss": 2.0, "eval_token_accuracy": 0.25},
     )
 
-    assert capsys.readouterr().out == "step 200/200  eval loss 2.0000  eval accuracy 25.0%\n"
+    assert capsys.readouterr().out == "step 200/200  epoch 0.00  eval loss 2.0000  eval accuracy 25.0%\n"
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_a_step_that_beats_the_peak_shows_that_it_was_measured_too_low(tmp_path,
     assert shares == [0.8, 0.8, 0.5, 1.0, 0.5]
 
 
-def test_watched_training_rows_are_evaluated_behind_the_evaluation_set(tmp_path):
+def test_watched_training_rows_are_evaluated_beside_the_evaluation_set(tmp_path):
     trainer = build_trainer(tmp_path, model_that_predicts_id_0(), ROWS)
     trainer.watched_rows = [ROWS[1]]
 
@@ -220,8 +220,7 @@ def test_watched_training_rows_are_evaluated_behind_the_evaluation_set(tmp_path)
     assert (metrics["eval_train_token_accuracy"], metrics["eval_train_target_tokens"]) == (1.0, 1)
     assert metrics["eval_train_loss"] == pytest.approx(5.560682, abs=1e-5)  # ln 260
     assert [set(entry) & {"eval_loss", "eval_train_loss"} for entry in trainer.state.log_history] == [
-        {"eval_loss"},
-        {"eval_train_loss"},
+        {"eval_loss", "eval_train_loss"}
     ]
 
 

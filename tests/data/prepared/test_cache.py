@@ -131,9 +131,8 @@ ASIDE: dict[str, dict[str, Any]] = {
     "mixing": {"mixing": {"size": 2}},
     "eval_train_rows": {"eval_train_rows": 1},
     "cache_dir": {"cache_dir": "elsewhere"},
-    "shuffle_buffer": {"shuffle_buffer": 7},
 }
-CONTENT = {"train", "eval", "streaming"}  # which have tests of their own
+CONTENT = {"train", "eval", "streaming", "shuffle_buffer"}  # which have tests of their own, or are of streams
 OF_A_SOURCE: dict[str, Any] = {
     "format": "prompt_completion",
     "fields": {"prompt": "completion", "completion": "prompt"},
@@ -141,18 +140,16 @@ OF_A_SOURCE: dict[str, Any] = {
     "overflow": "drop",
     "limit": 2,
     "quoting": "none",
-    "split": "validation",
-    "name": "other",
-    "revision": "main",
 }
+OF_OTHER_SOURCES = {"split", "name", "revision", "set"}  # of folders, datasets on the Hub, evaluation sets
 ASIDE_OF_A_SOURCE: dict[str, Any] = {"weight": 2.0, "epochs": 2.0}
 
 
 def test_every_key_of_the_data_is_tried():
     assert set(OTHERS) == Data.deciding()
     assert {*OTHERS, *ASIDE, *CONTENT} == set(Data.model_fields)
-    assert set(OF_A_SOURCE) == Source.deciding()
-    assert {*OF_A_SOURCE, *ASIDE_OF_A_SOURCE, "path"} == set(Source.model_fields)
+    assert {*OF_A_SOURCE, *OF_OTHER_SOURCES} == Source.deciding()
+    assert {*OF_A_SOURCE, *OF_OTHER_SOURCES, *ASIDE_OF_A_SOURCE, "path"} == set(Source.model_fields)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -167,6 +164,23 @@ def test_an_option_that_decides_what_is_prepared_is_another_key(name):
 @pytest.mark.parametrize("name", ASIDE)
 def test_an_option_that_decides_nothing_of_the_rows_is_no_other_key(name):
     assert key(build_recipe(**ASIDE[name])) == key()
+
+
+def test_the_name_of_an_evaluation_set_is_another_key():
+    write_jsonl(Path("b.jsonl"), RECORDS)
+    names: tuple[dict[str, str], ...] = ({}, {"set": "one"}, {"set": "two"})
+
+    assert len({key(build_recipe(eval=[{"path": "b.jsonl", **name}])) for name in names}) == 3
+
+
+def test_the_split_of_a_folder_is_another_key():
+    Path("sets").mkdir()
+    for name in ("train", "validation"):
+        write_jsonl(Path("sets", f"{name}.jsonl"), RECORDS)
+
+    found = {key(build_recipe(train=[{"path": "sets", "split": name}])) for name in ("train", "validation")}
+
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("name", OF_A_SOURCE)
