@@ -273,6 +273,13 @@ def test_an_alias_may_be_used_as_in_any_yaml():
     assert load(text).data.eval == [Source(path="poems.jsonl")]
 
 
+@pytest.mark.filterwarnings("error")
+def test_of_two_anchors_of_one_name_the_later_counts():
+    text = BASE.replace("poems.jsonl", "&data a.jsonl\n  cache_dir: &data b.jsonl\n  eval: *data")
+
+    assert load(text).data.eval == [Source(path="b.jsonl")]
+
+
 def test_an_endless_file_is_no_recipe():
     with pytest.raises(RecipeError, match="not a recipe: it has more than"):
         load_recipe("/dev/zero")
