@@ -19,7 +19,7 @@ PROMPT ?= Complete the poem about the lighthouse in winter.
 # What a user typed, as one word for the shell: a dollar sign and a quote in it stay what they are.
 text = '$(subst ','\'',$(value $(1)))'
 launch = $(if $(filter-out 0 1,$(GPUS)),$(BIN)/accelerate launch --multi_gpu --num_processes $(call text,GPUS) -m hf_clm,$(BIN)/hf-clm)
-train = $(launch) train $(call text,RECIPE) --overwrite $(if $(RUN),--output_dir $(call text,RUN)) $(ARGS)
+train = $(launch) train $(call text,RECIPE) --overwrite done $(if $(RUN),--output_dir $(call text,RUN)) $(ARGS)
 ask = $(BIN)/hf-clm generate $(call text,$(1)) --prompt $(call text,PROMPT)
 # A recipe or a folder of the user's own answers only where RUN names the folder.
 POEMS := runs/sft-poems

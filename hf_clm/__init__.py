@@ -19,6 +19,7 @@ PUBLIC_NAMES = {
     "PackedDataset": "hf_clm.data.batch.packing",
     "CLMTrainer": "hf_clm.training.trainer",
     "generate": "hf_clm.generation.generate",
+    "Decoding": "hf_clm.generation.decoding",
 }
 
 

@@ -10,12 +10,20 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 from pydantic.fields import FieldInfo
 
 from hf_clm.errors import RecipeError
-from hf_clm.recipe_faults import data_faults, model_faults, override_faults, token_budget_faults
+from hf_clm.recipe_faults import (
+    answer_metrics,
+    data_faults,
+    model_faults,
+    override_faults,
+    token_budget_faults,
+)
 from hf_clm.recipe_sections import (
+    EVAL,
     Card,
     Data,
     Doctor,
     EarlyStopping,
+    Evaluation,
     Lora,
     Loss,
     Model,
@@ -80,6 +88,8 @@ class Recipe(Section):
     """Train small updates of a frozen model; null: train the model."""
     samples: Samples | None = None
     """Text generated during training; null: none."""
+    evaluation: Evaluation = Evaluation()
+    """What an evaluation does beside the loss and the accuracy of the target tokens."""
     early_stopping: EarlyStopping | None = None
     """null: train to the end."""
     loss: Loss = Loss()
@@ -90,8 +100,8 @@ class Recipe(Section):
     """Checks on the real model and data."""
     train: dict[str, Any] = Field(default={})
     """transformers.TrainingArguments, verbatim."""
-    overwrite: bool = False
-    """Move an existing output folder aside."""
+    overwrite: bool | Literal["done"] = False
+    """Move an existing output folder aside; done: only that of a run that is done, and go on with others."""
     resume_override: list[str] = Field(default=[])
     """What may differ from the run that is gone on with: keys, data, tokenizer, template, global_batch."""
     _origins: _Origins = PrivateAttr(default_factory=_Origins)
@@ -113,7 +123,9 @@ class Recipe(Section):
         has_eval = bool(self.data.eval or self.data.eval_fraction)
         faults = [*model_faults(self), *data_faults(self), *token_budget_faults(self)]
         faults += override_faults(self.resume_override, sections=Recipe.model_fields)
-        metrics = metric_names(["train"] if self.data.eval_train_rows else [])
+        sets = [name.removeprefix(f"{EVAL}_") for name in self.data.eval_sets if name != EVAL]
+        sets += ["train"] if self.data.eval_train_rows else []
+        metrics = metric_names(sets, answer_metrics(self))
         faults += check_train_combination(
             self.train, has_eval=has_eval, defaults=TRAIN_DEFAULTS, metrics=metrics
         )

@@ -69,15 +69,15 @@ class Preempted(SystemExit):
     A SystemExit: a script ends with its exit code, and a loop over runs that catches Exception ends too.
     """
 
-    def __init__(self, reason: str, *, step: int, steps: int, checkpoint: str, by_itself: bool = True):
+    def __init__(self, reason: str, *, step: int, steps: int, checkpoint: str, words: str = ""):
         super().__init__(int(ExitCode.INTERRUPTED if reason == "SIGINT" else ExitCode.PREEMPTED))
         self.reason, self.step, self.steps, self.checkpoint = reason, step, steps, checkpoint
-        self.by_itself = by_itself  # whether the same command goes on
+        self.words = words  # how the command must differ to go on: "with --x", "without --x"
 
     def __str__(self) -> str:
         done = f"stopped by {self.reason} at step {self.step:,} of {self.steps:,}"
-        how = "(without --overwrite)" if self.by_itself else "with --resume_from_checkpoint auto"
-        return f"{done}; saved in {self.checkpoint}; the same command goes on from there {how}"
+        how = f" ({self.words})" if self.words else ""
+        return f"{done}; saved in {self.checkpoint}; the same command goes on from there{how}"
 
     def to_json(self) -> dict[str, Any]:
         """What run.json says of it."""

@@ -2,9 +2,12 @@
 
 import ctypes
 import os
+import platform
+import re
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +16,7 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 TRIM_BYTES = 2**30  # free memory at the heap's end that is kept
 
-# Dense bfloat16 FLOP/s by a part of the device's name, from NVIDIA's data sheets (without sparsity).
+# Dense bfloat16 FLOP/s by the model of a device, from NVIDIA's data sheets (without sparsity).
 NOMINAL_PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -21,35 +24,60 @@ NOMINAL_PEAKS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
     "RTX 4090": 165e12,
+    "RTX 3090 Ti": 80e12,
     "RTX 3090": 71e12,
 }
+BRAND = r"(NVIDIA |GeForce )*"
+FORM = r"([- ](SXM\d?|PCIE?|\d+GB|HBM\d\w?))*"  # of memory and plug, which change nothing
 
 
 def bf16_instructions() -> str:
-    """The matrix instructions for bfloat16 of this CPU: ``amx_bf16``, ``avx512_bf16``, or empty.
+    """The instructions for bfloat16 of this CPU: ``amx_bf16``, ``avx512_bf16``, ``bf16`` (ARM), or empty.
 
     Without them bfloat16 is emulated, and slower than float32.
     """
     if torch.cpu._is_amx_tile_supported():
         return "amx_bf16"
-    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+    if torch.cpu._is_avx512_bf16_supported():
+        return "avx512_bf16"
+    is_arm = platform.machine() == "aarch64"
+    return "bf16" if is_arm and "bf16" in _read("/proc/cpuinfo").split() else ""
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 at full speed."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(bf16_instructions())
 
 
 def nominal_peak(device: torch.device) -> float | None:
     """Dense bfloat16 FLOP/s that the maker states; None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in NOMINAL_PEAKS.items() if part in name), None)
+    return named_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def named_peak(name: str) -> float | None:
+    """The peak of a device of this name; None for a name that says more, such as ``L40`` with ``-8Q``.
+
+    ``NVIDIA A100-SXM4-80GB`` is an A100; a slice of one (MIG) or a laptop's GPU is slower than its namesake.
+    """
+    known = (
+        model for model in NOMINAL_PEAKS if re.fullmatch(BRAND + re.escape(model) + FORM, name, re.IGNORECASE)
+    )
+    longest = max(known, key=len, default="")
+    return NOMINAL_PEAKS.get(longest)
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.2) -> float:
     """FLOP/s of a large matrix product: what a program can reach on this device, now."""
     size = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    # of ones a device draws less power, and so computes faster than in any training
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     product = left @ right
     _synchronize(device)
     started, count = time.perf_counter(), 0
@@ -58,6 +86,20 @@ def measure_peak(device: torch.device, dtype: torch.dtype, *, seconds: float = 0
         _synchronize(device)
         count += 1
     return count * 2 * size**3 / max(elapsed, 1e-9)
+
+
+def gpu_figures(device: torch.device) -> dict[str, float]:
+    """Of a GPU: the share of its memory that is in use, and the share of the time that it computes; 0 to 1.
+
+    The second needs NVIDIA's management library (the package nvidia-ml-py), and is left out without it.
+    """
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    found = {"gpu_memory": 1 - free / total}
+    with suppress(ModuleNotFoundError, RuntimeError):
+        found["gpu_utilization"] = torch.cuda.utilization(device) / 100
+    return found
 
 
 def peak_memory(device: torch.device) -> int:
@@ -76,7 +118,8 @@ def settle_cpu(local_processes: int) -> None:
     """
     keep_memory()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, usable_cores() // max(1, local_processes)))
+        cores = min(usable_cores(), torch.get_num_threads())
+        torch.set_num_threads(max(1, cores // max(1, local_processes)))
 
 
 def keep_memory() -> bool:
@@ -99,7 +142,7 @@ def usable_cores() -> int:
     cores = {_read(siblings.format(number)) or str(number) for number in allowed}
     quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
     share = int(quota) / int(period) if quota.isdigit() and period.isdigit() else len(cores)
-    return max(1, min(len(cores), torch.get_num_threads(), round(share)))
+    return max(1, min(len(cores), round(share)))
 
 
 def _read(path: str) -> str:

@@ -40,14 +40,14 @@ def check_spreading(
     environment: Mapping[str, str] = os.environ,
     *,
     on_cpu: bool,
-    has_samples: bool = False,
+    generates: bool = False,
 ) -> None:
     """Raises where a model could not be spread as it was asked for; accelerate would train on all the same.
 
-    On a CPU it takes DDP in the place of FSDP and of DeepSpeed, and says nothing.
+    On a CPU it takes DDP in the place of FSDP, and of DeepSpeed without DS_ACCELERATOR=cpu, and says nothing.
 
     Args:
-        has_samples: the recipe wants samples, which rank 0 cannot generate from its part of a model.
+        generates: the recipe wants samples or answers, which no process can generate from its part alone.
 
     Raises RecipeError for these, for FSDP without a launcher and for its version 1; EnvironmentFault where
     DeepSpeed is not installed.
@@ -56,15 +56,16 @@ def check_spreading(
     if not name:
         return
     where = f"train.{SPREADERS[name][0]}" if values.get(SPREADERS[name][0]) else "accelerate launch"
-    if on_cpu:
+    if on_cpu and not (name == "DeepSpeed" and environment.get("DS_ACCELERATOR") == "cpu"):
         what = f"{name} needs GPUs: on a CPU each process would keep the whole model"
         raise RecipeError(what, where=where, fix=LAUNCH.format("cpu"))
     if name == "DeepSpeed" and importlib.util.find_spec("deepspeed") is None:
         fix = "pip install 'hf_clm[deepspeed]'"
         raise EnvironmentFault("needs the package deepspeed", where=where, fix=fix)
-    if has_samples:
-        what = f"rank 0 cannot generate alone from a model that {name} spreads"
-        raise RecipeError(what, where="samples", fix="set it to null; hf-clm generate works afterwards")
+    if generates:
+        what = f"no process can generate alone from a model that {name} spreads"
+        fix = "set samples to null and evaluation.generate to 0; hf-clm generate works afterwards"
+        raise RecipeError(what, where="samples", fix=fix)
     if name == "FSDP":
         _check_fsdp(values, environment, where=where)
 

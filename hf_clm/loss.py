@@ -151,7 +151,7 @@ def why_not(model: PreTrainedModel) -> str:
     head: Any = model.get_output_embeddings()
     if type(head) not in (torch.nn.Linear, DeferringHead):
         return f"its head is a {type(head).__module__}.{type(head).__name__}, no plain matrix product"
-    if hasattr(head.weight, "ds_id"):
+    if any(hasattr(weight, "ds_id") for weight in model.parameters()):
         return "DeepSpeed ZeRO-3 gathers a weight inside its own layer only"
     seen: list[torch.Tensor] = []
     hook = head.register_forward_hook(lambda module, given, found: seen.append(found))

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.adapters import is_adapter, load_adapted, read_base
-from hf_clm.data.label.labels import encode_prompts
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.prepared.sets import load_examples
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.generation.command import read_prompts
-from hf_clm.generation.generate import generate
+from hf_clm.generation.decoding import Decoding
+from hf_clm.generation.generate import generate, to_prompt_ids
 from hf_clm.generation.load import read_run, run_recipe
-from hf_clm.model import load_config, load_model
+from hf_clm.generation.progress import watched
+from hf_clm.model import load_config, load_model, max_positions
 from hf_clm.schema import AnyExample, Document, Example, Segment, whole_text
 from hf_clm.tokenizer import load_tokenizer
 from hf_clm.training.output import write_json
@@ -67,8 +69,8 @@ def merge(options: Namespace) -> list[str]:
     facts = read_run(folder)
     prompts, source = _find_prompts(folder, options.prompts, facts=facts)
     tokenizer, (base, revision) = load_tokenizer(folder), read_base(folder)
-    adapted = load_adapted(folder, tokenizer, attention="sdpa").eval()
-    expected = _answer(adapted, tokenizer, prompts=prompts)
+    adapted = load_adapted(folder, tokenizer, attention=None).eval()
+    expected = _answer(adapted, tokenizer, prompts=prompts, of="the adapters")
     dtype = options.dtype or _stored_dtype(base, revision)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
@@ -76,8 +78,8 @@ def merge(options: Namespace) -> list[str]:
         plain = adapted.merge_and_unload(safe_merge=True)
         plain.to(getattr(torch, dtype)).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        merged = load_model(str(partial), tokenizer, dtype=dtype, attention="sdpa").eval()
-        same = _compare(expected, _answer(merged, tokenizer, prompts=prompts))
+        merged = load_model(str(partial), tokenizer, dtype=dtype, attention=None).eval()
+        same = _compare(expected, _answer(merged, tokenizer, prompts=prompts, of="the merged model"))
         tolerance = TOLERANCES[dtype] if options.tolerance is None else options.tolerance
         if not same.difference <= tolerance:
             got = f"a logit differs by {same.difference:.2g} of the largest, over {tolerance:g}"
@@ -125,15 +127,24 @@ def _to_prompt(example: AnyExample) -> Example | None:
 
 
 @torch.no_grad()
-def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, prompts: list[Example]) -> Answers:
-    """The logits behind each prompt, without the pad token's, and a greedy answer to it."""
+def _answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, prompts: list[Example], of: str
+) -> Answers:
+    """The logits after each prompt, without the pad token's, and a greedy answer to it.
+
+    Of a prompt that is longer than the model's positions its end counts.
+    """
+    longest = min(PROMPT_TOKENS, max_positions(model.config) or PROMPT_TOKENS)
     logits = []
-    for prompt in prompts:
-        ids = encode_prompts([prompt], tokenizer, LabelOptions(reasoning="drop"))[0]
-        found = model(input_ids=torch.tensor([ids[-PROMPT_TOKENS:]]), use_cache=False).logits[0, -1].float()
+    asked = to_prompt_ids(prompts, tokenizer, LabelOptions(reasoning="drop"))
+    for number in watched(range(len(asked)), what=f"logits of {of}"):
+        ids = asked[number]
+        found = model(input_ids=torch.tensor([ids[-longest:]]), use_cache=False).logits[0, -1].float()
         found[tokenizer.pad_token_id] = 0.0  # a row that was added for it holds any numbers
         logits.append(found)
-    answers = generate(model, tokenizer, prompts=prompts, max_new_tokens=NEW_TOKENS)
+    watch = partial(watched, what=f"answers of {of}")
+    decoding = Decoding(NEW_TOKENS)
+    answers = generate(model, tokenizer, prompts=prompts, decoding=decoding, slide=True, watch=watch)
     return torch.stack(logits), [answer.text for answer in answers]
 
 

@@ -1,11 +1,13 @@
 """Loads or initialises a causal language model that fits its tokenizer."""
 
 import inspect
+import json
 import logging
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,15 +20,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations import deepspeed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
+from transformers.utils.hub import cached_file
 
 from hf_clm import attention as packed
 from hf_clm.errors import ModelError, did_you_mean
 from hf_clm.hub import load_options, loading
+from hf_clm.schema import Json
 from hf_clm.shape_faults import is_causal_class, total_memory
 from hf_clm.text.chat import stop_token_ids
 from hf_clm.tokenizer import max_token_id, unique_ids
@@ -42,6 +47,7 @@ BUILD_ERRORS = (
 
 LOGGER = logging.getLogger(__name__)
 WHERE = "model.name_or_path"
+GENERATION_FILE = "generation_config.json"
 PACKED_LAYERS = {"full_attention", "sliding_attention"}
 MASKED_LAYERS = PACKED_LAYERS | {
     "chunked_attention"
@@ -106,9 +112,20 @@ def building(where: str) -> Iterator[None]:
         raise ModelError(f"no model can be built: {reason}", where=where) from error
 
 
+@contextmanager
+def in_one_piece() -> Iterator[None]:
+    """Inside, models are built whole, also in a run whose model ZeRO-3 spreads while it is built."""
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
 def build_without_memory(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration, whose weights have shapes and no values. Raises ModelError."""
-    with building("model.config"), torch.device("meta"):
+    with building("model.config"), in_one_piece(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
@@ -123,7 +140,7 @@ def check_shape(config: PretrainedConfig, *, bytes_per_weight: int) -> None:
         got = f"{weights:,} parameters need {needed / 2**30:,.0f} GiB of {available / 2**30:,.0f}"
         raise ModelError("the model does not fit into memory", where="model.config", got=got)
     if weights <= SMALL:
-        with building("model.config"), torch.random.fork_rng(devices=[]):
+        with building("model.config"), in_one_piece(), torch.random.fork_rng(devices=[]):
             check_causal(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
@@ -275,7 +292,7 @@ def load_model(
     tokenizer: PreTrainedTokenizerFast,
     *,
     dtype: str = "float32",
-    attention: str = packed.NAME,
+    attention: str | None = packed.NAME,
     revision: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
@@ -284,7 +301,8 @@ def load_model(
     Args:
         dtype: of the weights. Weights that are trained in bfloat16 hardly move at small learning rates.
         attention: any attention of transformers, or ``packed``; a model that cannot take that gets sdpa or
-            eager, which is logged, if these keep the documents of a packed row apart too.
+            eager, which is logged, if these keep the documents of a packed row apart too. None is the best
+            one that the model has for a row of its own: sdpa, or else eager.
         options: ``trust_remote_code``; ``allow_bin`` accepts pickled weights; ``quantization``, a
             quantization_config of transformers.
 
@@ -304,6 +322,7 @@ def load_model(
             use_safetensors=None if options.get("allow_bin") else True,
             trust_remote_code=options.get("trust_remote_code", False),
             quantization_config=options.get("quantization"),
+            generation_config=GenerationConfig(),  # else that of a file, whose mistakes would stop us here
             output_loading_info=True,
             **load_options(name_or_path, revision=revision, where=WHERE),
         )
@@ -314,10 +333,31 @@ def load_model(
         raise ModelError(
             what, where=f"{WHERE} {name_or_path}", fix="use the configuration that belongs to the weights"
         )
+    model.generation_config.eos_token_id = to_token_ids(
+        (read_generation_file(name_or_path, revision=revision) or {}).get("eos_token_id")
+    )
     fit_to_tokenizer(model, tokenizer)
     if attention == packed.NAME:
         settle_attention(model, reason)
     return model
+
+
+def read_generation_file(name_or_path: str, *, revision: str | None = None) -> dict[str, Json] | None:
+    """The content of a model's ``generation_config.json``; None where there is none that is a JSON object."""
+    options: dict[str, Any] = load_options(name_or_path, revision=revision, where=WHERE)
+    folder = Path(name_or_path).expanduser()
+    try:
+        path = cached_file(str(folder) if folder.is_dir() else name_or_path, GENERATION_FILE, **options)
+        content = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def to_token_ids(value: object) -> list[int]:
+    """The ids of a setting that holds one or several, without what is no id."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    return [id for id in listed if isinstance(id, int) and not isinstance(id, bool) and 0 <= id < 2**31]
 
 
 def init_model(
@@ -374,7 +414,8 @@ def plain_generation(config: PretrainedConfig) -> GenerationConfig:
 
 def grow_embeddings(model: PreTrainedModel, tokens: int) -> None:
     """Gives the model at least ``tokens`` rows; new rows are the mean of the old ones. Never shrinks it."""
-    old = model.get_input_embeddings().get_parameter("weight").shape[0]
+    rows = model.get_input_embeddings().get_parameter("weight")
+    old = getattr(rows, "ds_shape", rows.shape)[0]  # of ZeRO-3, which keeps an empty weight in its place
     if tokens <= old:
         return
     model.resize_token_embeddings(tokens, mean_resizing=False)

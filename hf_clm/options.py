@@ -50,7 +50,7 @@ def add_inspect_options(parser: Parser) -> None:
     parser.add_argument("target", help="a recipe, or a run's folder")
     parser.add_argument("--rows", type=at_least(0), default=5, help="rows to print (%(default)s)")
     parser.add_argument("--html", nargs="?", const="labels.html", help="also write a page (%(const)s)")
-    parser.add_argument("--split", choices=("train", "eval"), default="train", help="(%(default)s)")
+    parser.add_argument("--split", default="train", help="train, eval, or the name of a set (%(default)s)")
     parser.add_argument("--worst", action="store_true", help="look at all rows; those with flags first")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="(%(default)s)")
 
@@ -90,29 +90,52 @@ def add_generate_options(parser: Parser) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="take the prompt as it is, without the run's format"
     )
-    parser.add_argument("--max_new_tokens", type=at_least(1), help="default: 256, or what fits")
     parser.add_argument(
         "--slide", action="store_true", help="go on past the model's positions, rereading half of them"
     )
-    parser.add_argument("--temperature", type=at_least(0.0), default=0.0, help="0 is greedy (%(default)s)")
-    parser.add_argument("--top_k", type=at_least(1), help="sample among the k likeliest tokens")
+    parser.add_argument("--num_beams", type=at_least(1), help="beam search (1)")
+    add_decoding_options(parser)
+    parser.add_argument(
+        "--batch_size", type=at_least(1), default=16, help="prompts at once; changes no answer (%(default)s)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+
+
+def add_decoding_options(parser: Parser) -> None:
+    """How answers are decoded; hf_clm/generation/decoding.py has the rule. None: not asked for."""
+    parser.add_argument("--max_new_tokens", type=at_least(1), help="of an answer; default: 256, or what fits")
+    parser.add_argument(
+        "--temperature",
+        type=at_least(0.0),
+        help="0 is greedy, and the default, unless one of the next three is given: then 1",
+    )
+    parser.add_argument("--top_k", type=at_least(-1), help="sample among the k likeliest tokens; 0, -1: all")
     parser.add_argument(
         "--top_p",
         type=at_least(0.0, most=1.0),
         help="sample among the likeliest tokens of this total probability",
     )
-    parser.add_argument("--num_beams", type=at_least(1), default=1, help="beam search (%(default)s)")
     parser.add_argument(
-        "--no_repeat_ngram_size", type=at_least(0), default=0, help="repeat no n tokens (0: off)"
+        "--min_p",
+        type=at_least(0.0, most=1.0),
+        help="sample among tokens with this share of the likeliest one's probability",
     )
-    parser.add_argument("--repetition_penalty", type=at_least(0.01), default=1.0, help="(%(default)s)")
+    parser.add_argument("--repetition_penalty", type=at_least(0.01), help="of prompt and answer (1: none)")
+    parser.add_argument("--no_repeat_ngram_size", type=at_least(0), help="repeat no n tokens (0: off)")
     parser.add_argument(
         "--stop", action="append", default=[], help="a text that ends the answer; may be repeated"
     )
-    parser.add_argument("--batch_size", type=at_least(1), default=16, help="prompts at once (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling; prompt n adds n (%(default)s)")
+    add_model_settings(parser, "these options replace them one by one")
+
+
+def add_model_settings(parser: Parser, rest: str) -> None:
+    """The one flag by which generation_config.json has a say."""
+    text = (
+        "begin with the sampling settings of the model's generation_config.json, which have no effect without"
+    )
+    parser.add_argument("--use_model_settings", action="store_true", help=f"{text} this; {rest}")
 
 
 def add_evaluate_options(parser: Parser) -> None:
@@ -130,7 +153,8 @@ def add_evaluate_options(parser: Parser) -> None:
     parser.add_argument("--choices", help="yes,no: which of them is likeliest; of two the first is positive")
     by = "compare the sum of a choice's log-probabilities, or the mean a token (%(default)s)"
     parser.add_argument("--choices_by", choices=("sum", "mean"), default="sum", help=by)
-    parser.add_argument("--max_new_tokens", type=at_least(1), help="of an answer; default: 256, or what fits")
+    text = "of an answer, which is greedy; default: 256, or what fits"
+    parser.add_argument("--max_new_tokens", type=at_least(1), help=text)
     answers = parser.add_mutually_exclusive_group()
     asks = "also with choices; adds chrF and BLEU (extra eval), and prompt, target and answer to --json"
     answers.add_argument("--generate", action="store_true", help=asks)
@@ -152,15 +176,7 @@ def add_chat_options(parser: Parser) -> None:
         metavar="FILE",
         help="offer these functions: a JSON list, as OpenAI's API takes them; /tool gives a result",
     )
-    parser.add_argument("--max_new_tokens", type=at_least(1), help="of an answer; default: 256, or what fits")
-    parser.add_argument("--temperature", type=at_least(0.0), help="0 is greedy, the default")
-    parser.add_argument("--top_k", type=at_least(1), help="sample among the k likeliest tokens")
-    parser.add_argument(
-        "--top_p",
-        type=at_least(0.0, most=1.0),
-        help="sample among the likeliest tokens of this total probability",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
+    add_decoding_options(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
 
 
@@ -176,13 +192,14 @@ def add_serve_options(parser: Parser) -> None:
     parser.add_argument(
         "--api_key", help="asked of every client; better in HF_CLM_API_KEY, which no list of processes shows"
     )
+    add_model_settings(parser, "a request replaces them one by one")
     parser.add_argument("--name", help="of the model in the API; default: the folder's")
     parser.add_argument(
         "--max_prompt_tokens",
         type=at_least(1),
         help="of a request; default: 4096, or what the model has positions for",
     )
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=1024, help="of a request (%(default)s)")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=1024, help="of an answer (%(default)s)")
     parser.add_argument(
         "--max_body_bytes", type=at_least(1), default=1_000_000, help="of a request (%(default)s)"
     )

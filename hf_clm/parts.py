@@ -32,7 +32,7 @@ from hf_clm.data.prepared.stream_blocks import counted_by, read_stream, shares_o
 from hf_clm.data.read.plain_template import is_plain, plain_template
 from hf_clm.data.split import AnyDataset
 from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
-from hf_clm.hardware import bf16_instructions
+from hf_clm.hardware import has_bf16
 from hf_clm.launcher import check_spreading, is_one_of_many, spreads_with
 from hf_clm.model import (
     build_config,
@@ -66,7 +66,11 @@ STATIC_TARGETS = 256  # the number of targets is rounded up to a multiple of it
 def check_launch(recipe: Recipe) -> None:
     """Raises what check_spreading raises, before the processes meet and anything is loaded."""
     values = training_values(recipe)
-    check_spreading(values, on_cpu=_is_on_cpu(values), has_samples=recipe.samples is not None)
+    check_spreading(
+        values,
+        on_cpu=_is_on_cpu(values),
+        generates=recipe.samples is not None or recipe.evaluation.generate > 0,
+    )
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -77,8 +81,8 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     values = training_values(recipe)
     on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
     on_cpu = _is_on_cpu(values)
-    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    if (has_bf16 or (on_cpu and bf16_instructions())) and not values.get("fp16"):
+    device = torch.device("cuda" if on_gpu else "cpu")
+    if (on_gpu or on_cpu) and has_bf16(device) and not values.get("fp16"):
         values.setdefault("bf16", True)
     if on_cpu and (values.get("bf16") or is_one_of_many()):
         values["use_cpu"] = True  # else TrainingArguments asks for a GPU, and each process would train alone
@@ -373,7 +377,7 @@ def _quantization(recipe: Recipe) -> Any:
         raise EnvironmentFault(
             "needs the package bitsandbytes", where="lora.quantize", fix="pip install 'hf_clm[qlora]'"
         )
-    kind = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    kind = torch.bfloat16 if has_bf16(torch.device("cuda")) else torch.float16
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -16,6 +16,7 @@ FACTS = (
     "base_weights",
 )  # of a run, that are no keys of its recipe
 SHIPPED_TEMPLATES = ("chatml", "plain")
+ANSWER_METRICS = ("exact_match", "chrf", "bleu")
 
 
 def model_faults(recipe: Any) -> Iterator[Fault]:
@@ -78,6 +79,7 @@ def data_faults(recipe: Any) -> Iterator[Fault]:
     """What is wrong between the data, the stage and the Trainer's fields of a ``config.Recipe``."""
     data = recipe.data
     yield from source_faults(recipe)
+    yield from evaluation_faults(recipe)
     yield from mixing_faults(data)
     yield from streaming_faults(recipe)
     yield from _window_faults(recipe)
@@ -131,6 +133,72 @@ def _only_for_sft(recipe: Any) -> Iterator[Fault]:
         yield Fault("data.train_on", "data.train_on is for stage sft: pretraining learns everything")
     if recipe.data.render == "chat":
         yield Fault("data.render", "data.render: chat is for stage sft: pretraining reads plain text")
+
+
+def evaluation_faults(recipe: Any) -> Iterator[Fault]:
+    """What is wrong with the evaluation sets of a ``config.Recipe``, and with the answers to them."""
+    yield from _set_faults(recipe.data)
+    yield from _answer_faults(recipe)
+
+
+def _set_faults(data: Any) -> Iterator[Fault]:
+    for number, source in enumerate(data.train):
+        if source.set is not None:
+            what = "set says nothing to a source of data.train: it names an evaluation set"
+            yield Fault(f"data.train.{number}.set", what, fix="leave it out")
+    names = [source.set for source in data.eval]
+    if None in names and set(names) != {None}:
+        what = "some sources of data.eval are of a named set, and others are not"
+        yield Fault("data.eval", what, fix="{name: path, other: path}")
+    if "train" in names:
+        what = "an evaluation set has the name of what data.eval_train_rows measures"
+        yield Fault("data.eval", what, got="train", fix="another name")
+
+
+def _answer_faults(recipe: Any) -> Iterator[Fault]:
+    data, section = recipe.data, recipe.evaluation
+    default = type(section)()
+    changed = [key for key in type(section).model_fields if getattr(section, key) != getattr(default, key)]
+    if not section.generate:
+        for key in changed:
+            what = f"evaluation.{key} has no effect without evaluation.generate"
+            yield Fault(f"evaluation.{key}", what, fix="say how many examples are answered")
+    elif not data.eval and not data.eval_fraction:
+        what = "evaluation.generate answers examples of evaluation sets, and there is none"
+        yield Fault("evaluation.generate", what, fix="give data.eval or data.eval_fraction")
+    elif recipe.stage == "pretrain":
+        what = "evaluation.generate answers prompts, and pretraining has none"
+        yield Fault("evaluation.generate", what, fix="leave it out")
+    for number, name in enumerate(section.metrics):
+        if ":" not in name and name not in ANSWER_METRICS:
+            what = f"evaluation.metrics: expected {', '.join(ANSWER_METRICS)} or module:function"
+            near = did_you_mean(name, ANSWER_METRICS)
+            yield Fault(f"evaluation.metrics.{number}", what, got=f"{name!r}{near}")
+    if section.every > 1 and answer_metrics(recipe, chosen_only=True):
+        what = "evaluation.every leaves out evaluations, and train.metric_for_best_model needs all of them"
+        yield Fault("evaluation.every", what, got=str(section.every), fix="1")
+
+
+def answer_metrics(recipe: Any, *, chosen_only: bool = False) -> list[str]:
+    """The metrics of answers as the evaluations of a ``config.Recipe`` log them: ``eval_news_chrf``, ...
+
+    A function that returns several by name logs each behind its own: of these only that is known which the
+    recipe chooses as ``metric_for_best_model``.
+
+    Args:
+        chosen_only: the one that is chosen, if one is.
+    """
+    section = recipe.evaluation
+    if not section.generate:
+        return []
+    chosen = recipe.train.get("metric_for_best_model") or ""
+    chosen = chosen if chosen.startswith("eval_") else f"eval_{chosen}"
+    found = []
+    for prefix in recipe.data.eval_sets or ["eval"]:
+        for name in section.metrics:
+            key = f"{prefix}_{name.rpartition(':')[2]}"
+            found += [chosen] if ":" in name and chosen.startswith(f"{key}_") else [key]
+    return [name for name in found if name == chosen or not chosen_only]
 
 
 def source_faults(recipe: Any) -> Iterator[Fault]:

@@ -17,6 +17,7 @@ from hf_clm.errors import did_you_mean
 from hf_clm.schema import Format, OnBadRecord, Overflow, TokenizerKind
 from hf_clm.template import Template
 
+TRAIN, EVAL = "train", "eval"  # names of sets; one that has a name of its own is eval_NAME
 ASIDE: dict[str, JsonValue] = {"decides": False}  # of a key that changes nothing of the prepared rows
 
 
@@ -113,6 +114,8 @@ class Source(Section):
     """The configuration of a dataset on the Hub."""
     revision: str | None = None
     """A branch, tag or commit on the Hub."""
+    set: str | None = Field(default=None, pattern="^[A-Za-z0-9_-]+$")
+    """Of data.eval: the evaluation set that it belongs to; {news: a.jsonl, chat: b.jsonl} is short for it."""
 
 
 class Mixing(Section):
@@ -141,7 +144,21 @@ def to_sources(value: Any) -> Any:
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
+def to_list(value: Any) -> Any:
+    """One text is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def to_evaluated(value: Any) -> Any:
+    """As ``to_sources``; a mapping from names to sources is a set of each name."""
+    if not isinstance(value, dict) or value.keys() & Source.model_fields.keys():
+        return to_sources(value)
+    sources = [(str(name), source) for name, items in value.items() for source in to_sources(items)]
+    return [{**source, "set": name} if isinstance(source, dict) else source for name, source in sources]
+
+
 Sources = Annotated[list[Source], BeforeValidator(to_sources)]
+Evaluated = Annotated[list[Source], BeforeValidator(to_evaluated)]
 
 
 class Turns(Section):
@@ -163,8 +180,8 @@ class Data(Section):
 
     train: Sources = Field(min_length=1, json_schema_extra=ASIDE)
     """A path, a list of paths, or a list of sources."""
-    eval: Sources = Field(default=[], json_schema_extra=ASIDE)
-    """Its own sources; or see eval_fraction."""
+    eval: Evaluated = Field(default=[], json_schema_extra=ASIDE)
+    """Its own sources, or a mapping from the names of several sets to theirs; or see eval_fraction."""
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     """The share of the training examples held out, chosen by train.seed; of a single text its end."""
     mixing: Mixing | None = Field(default=None, json_schema_extra=ASIDE)
@@ -216,9 +233,16 @@ class Data(Section):
     """Documents of a stream that are packed together and whose rows are shuffled, in whole chunks of a file;
     fewer where they reach 1 MiB of text."""
 
+    @property
+    def eval_sets(self) -> list[str]:
+        """The names of the sets in eval, in order: ``eval``, or ``eval_news`` and such."""
+        names = [f"{EVAL}_{source.set}" if source.set else EVAL for source in self.eval]
+        return list(dict.fromkeys(names))
+
     def sources(self, name: str) -> list[Source]:
-        """The sources of a set: train or eval."""
-        return self.eval if name == "eval" else self.train
+        """The sources of a set: train, or one of eval."""
+        own = None if name == EVAL else name.removeprefix(f"{EVAL}_")
+        return self.train if name == TRAIN else [source for source in self.eval if source.set == own]
 
 
 class Lora(Section):
@@ -251,6 +275,18 @@ class Samples(Section):
     """The longest answer."""
     temperature: float = Field(default=0.0, ge=0)
     """0 is greedy."""
+
+
+class Evaluation(Section):
+    generate: int = Field(default=0, ge=0)
+    """So many examples of each evaluation set are answered, greedily, and compared with their targets."""
+    every: int = Field(default=1, ge=1)
+    """At every so manieth evaluation, and at the first and the last."""
+    metrics: Annotated[list[str], BeforeValidator(to_list)] = ["exact_match"]
+    """exact_match, chrf, bleu, or module:function of (answers, targets), two lists of texts, that returns a
+    number or several by name."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """The longest answer."""
 
 
 class EarlyStopping(Section):

@@ -37,6 +37,14 @@ SIZES = {
         "hidden_size": 32,
         "intermediate_size": 64,
     },
+    "mixtral": {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_local_experts": 4,
+    },
     "llama": {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,

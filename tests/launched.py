@@ -58,7 +58,7 @@ def launch(
     """``train`` with 2 rows on each process; ``words`` come behind."""
     settings = {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", ""))),
         "HF_HUB_OFFLINE": "1",
     }
     settings["CUDA_VISIBLE_DEVICES"] = ""

@@ -15,6 +15,7 @@ from hf_clm import adapters
 from hf_clm.adapters import add_adapters, find_new_tokens, is_adapter, load_adapted
 from hf_clm.config import Recipe
 from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
+from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
 from hf_clm.generation.load import load_run
 from hf_clm.model import is_adapted, takes_targets, without_adapters
@@ -232,7 +233,7 @@ def test_the_answers_of_a_run_are_those_of_plain_peft(tmp_path):
     expected = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)[0, 6:]
 
     run = load_run(str(tmp_path / "run"), attention="sdpa", device="cpu")
-    answer = generate(run.model, run.tokenizer, prompts=["say y\n"], max_new_tokens=4)[0]
+    answer = generate(run.model, run.tokenizer, prompts=["say y\n"], decoding=Decoding(4))[0]
 
     kept = [token for token in expected.tolist() if token < 256]
     assert answer.text == bytes(kept).decode("utf-8", "replace")

@@ -38,6 +38,7 @@ LAYERS = [
         "text",
         "attention",
         "loss",
+        "router_loss",
         "model",
         "adapters",
         "optimization",

@@ -18,6 +18,7 @@ from hf_clm.attention import (
 )
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.errors import ModelError
+from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
 from hf_clm.model import load_model
 from hf_clm.training.run import train
@@ -164,7 +165,9 @@ def test_a_packed_model_generates_what_the_same_weights_generate_with_sdpa(tmp_p
     prompts = ["A", "A longer prompt than the first", "mid size"]
     options = {"max_new_tokens": 12, "do_sample": False}
 
-    answers = generate(packed, byte_tokenizer(), prompts=prompts, **options)  # one batch, padded on the left
+    answers = generate(
+        packed, byte_tokenizer(), prompts=prompts, decoding=Decoding(12)
+    )  # one batch, padded on the left
 
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([list(prompt.encode())])
@@ -176,7 +179,7 @@ def test_a_packed_model_generates_what_the_same_weights_generate_with_sdpa(tmp_p
 def test_generate_leaves_the_model_as_it_was():
     model = packed_model("qwen2").train()
 
-    generate(model, byte_tokenizer(), prompts=["A"], max_new_tokens=2)
+    generate(model, byte_tokenizer(), prompts=["A"], decoding=Decoding(2))
 
     assert model.training
     assert model.config._attn_implementation == NAME

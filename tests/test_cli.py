@@ -490,7 +490,8 @@ def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(capsys, tmp_path)
         (["--num_beams", "0"], "argument --num_beams: expected 1 or more, got 0"),
         (["--max_new_tokens", "-1"], "argument --max_new_tokens: expected 1 or more, got -1"),
         (["--top_p", "2"], "argument --top_p: expected 0.0 to 1.0, got 2"),
-        (["--top_k", "0"], "argument --top_k: expected 1 or more, got 0"),
+        (["--top_k", "-2"], "argument --top_k: expected -1 or more, got -2"),
+        (["--min_p", "2"], "argument --min_p: expected 0.0 to 1.0, got 2"),
         (["--temperature", "-1"], "argument --temperature: expected 0.0 or more, got -1"),
         (["--temperature", "nan"], "argument --temperature: expected 0.0 or more, got nan"),
         (["--temperature", "warm"], "argument --temperature: invalid float value: 'warm'"),
@@ -503,6 +504,56 @@ def test_values_out_of_range_are_one_line(learned, capsys, options, message):
 
     assert code == 2
     assert message in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, ": cannot be read; got No such file or directory; fix: name a file with --file"),
+        ("a.txt", "one\né\n".encode("latin-1"), ": not UTF-8; got byte 0xe9 at 4; fix: save it as UTF-8, or"),
+        ("b.txt", "one".encode("utf-16"), ": not UTF-8; got byte 0xff at 0; fix: save it as UTF-8, or"),
+        ("c.txt", b"\n \n", ": holds no prompt"),
+        ("folder.txt", "folder", ": cannot be read; got Is a directory; fix: name a file with --file"),
+        ("none.jsonl", None, "none.jsonl"),
+        ("d.jsonl", '{"instruct": "é"}\n'.encode("latin-1"), "d.jsonl:1"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_read_is_one_line(learned, capsys, tmp_path, name, content, message):
+    path = tmp_path / name
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+
+    code, shown = failure(["generate", learned, "--file", str(path)], capsys)
+
+    assert code == 3
+    assert shown.startswith(f"{path}{message}" if message[0] == ":" else f"{tmp_path}/{message}")
+    assert shown.count("\n") <= 1
+
+
+def test_a_file_with_a_byte_order_mark_and_other_line_ends_is_read(learned, capsys, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\nthree\r\n")
+
+    lines = generated([learned, "--file", str(path), "--json"], capsys)
+
+    assert [json.loads(line)["prompt"] for line in lines] == ["one", "three"]
+
+
+def test_a_temperature_of_0_is_greedy_beside_other_options(learned, capsys):
+    words = [learned, "--prompt", "unknown", "--max_new_tokens", "12", "--json"]
+
+    greedy = generated(words, capsys)
+
+    assert generated([*words, "--temperature", "0", "--top_k", "40", "--top_p", "0.9"], capsys) == greedy
+    assert generated([*words, "--temperature", "3", "--top_k", "40"], capsys) != greedy
+
+
+def test_an_empty_prompt_is_continued_from_the_start(learned, capsys):
+    lines = generated([learned, "--raw", "--prompt", "", "--max_new_tokens", "2", "--json"], capsys)
+
+    assert (json.loads(lines[0])["prompt"], json.loads(lines[0])["tokens"]) == ("", 2)
 
 
 def test_a_folder_without_a_run_is_read_as_text(capsys, tmp_path):

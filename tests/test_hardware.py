@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import build_recipe
 
 from hf_clm import hardware
+from hf_clm.doctor.facts import read_machine
+from hf_clm.parts import training_arguments
 
 
 def test_bfloat16_needs_matrix_instructions(monkeypatch):
@@ -41,7 +44,6 @@ def test_cores_are_physical_and_within_the_containers_share(monkeypatch, sibling
         return siblings.get(path.split("/cpu/cpu")[1].split("/")[0], "")
 
     monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: {0, 1, 4, 5}, raising=False)
-    monkeypatch.setattr(hardware.torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(hardware, "_read", read)
 
     assert hardware.usable_cores() == cores
@@ -52,6 +54,7 @@ def test_a_named_number_of_threads_wins(monkeypatch):
     monkeypatch.setattr(hardware, "keep_memory", lambda: True)
     monkeypatch.setattr(hardware, "usable_cores", lambda: 6)
     chosen = []
+    monkeypatch.setattr(hardware.torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(hardware.torch, "set_num_threads", chosen.append)
 
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
@@ -69,6 +72,43 @@ def test_glibc_takes_the_settings():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
 
     assert found.stdout.split() == ["True", "tensor(9.)"]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA GeForce RTX 3090 Ti", 80e12),
+        # slower than what they are called after
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("GRID A100D-4C", None),
+        ("NVIDIA RTX A1000", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_device_has_the_peak_of_its_own_name_and_of_no_other(name, peak):
+    assert hardware.named_peak(name) == peak
+
+
+def test_training_and_the_doctor_ask_the_same_functions_for_cores_and_bfloat16(monkeypatch, tmp_path):
+    monkeypatch.setattr(hardware, "_read", lambda path: "100000 100000" if path.endswith("cpu.max") else "")
+    monkeypatch.setattr(hardware.torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(hardware.torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    recipe = build_recipe(tmp_path, [{"text": "a"}], stage="pretrain")
+    recipe = recipe.model_copy(update={"train": {"output_dir": str(tmp_path / "run"), "use_cpu": True}})
+    arguments = training_arguments(recipe)
+
+    machine = read_machine(recipe, arguments)
+
+    assert (hardware.usable_cores(), machine.cores) == (1, 1)
+    assert (arguments.bf16, machine.has_bf16) == (False, False)
 
 
 def test_the_measured_peak_is_that_of_a_matrix_product():

@@ -96,7 +96,7 @@ def test_launcher_and_recipe_say_what_spreads_the_model(values, environment, exp
 
 
 def test_what_can_be_spread_is_not_refused():
-    check_spreading({}, {}, on_cpu=True, has_samples=True)
+    check_spreading({}, {}, on_cpu=True, generates=True)
     check_spreading({}, FSDP, on_cpu=False)
     check_spreading({"fsdp": True}, {"LOCAL_RANK": "0"}, on_cpu=False)
     check_spreading({"fsdp": True, "fsdp_config": {"version": 2}}, {"LOCAL_RANK": "0"}, on_cpu=False)
@@ -136,7 +136,7 @@ def test_what_can_be_spread_is_not_refused():
         (
             {},
             FSDP,
-            {"on_cpu": False, "has_samples": True},
+            {"on_cpu": False, "generates": True},
             "samples: rank 0 cannot generate alone from a model that FSDP spreads; "
             "fix: set it to null; hf-clm generate works afterwards",
         ),

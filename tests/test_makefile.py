@@ -81,7 +81,7 @@ def test_every_phony_target_is_documented():
 
 def test_sft_trains_the_poems_and_lets_the_model_answer(ready):
     assert commands(make("-n", "sft", ready), ready) == [
-        "VENV/bin/hf-clm train 'recipes/sft/poems.yaml' --overwrite",
+        "VENV/bin/hf-clm train 'recipes/sft/poems.yaml' --overwrite done",
         "VENV/bin/hf-clm generate 'runs/sft-poems'"
         " --prompt 'Complete the poem about the lighthouse in winter.'",
     ]
@@ -91,9 +91,9 @@ def test_an_own_recipe_is_asked_where_run_names_its_folder(ready):
     without_run = commands(make("-n", "sft", ready, "RECIPE=my.yaml", "ARGS=--max_steps 3"), ready)
     with_run = commands(make("-n", "sft", ready, "RECIPE=my.yaml", "RUN=runs/mine", "PROMPT=Hello"), ready)
 
-    assert without_run == ["VENV/bin/hf-clm train 'my.yaml' --overwrite  --max_steps 3"]
+    assert without_run == ["VENV/bin/hf-clm train 'my.yaml' --overwrite done  --max_steps 3"]
     assert with_run == [
-        "VENV/bin/hf-clm train 'my.yaml' --overwrite --output_dir 'runs/mine'",
+        "VENV/bin/hf-clm train 'my.yaml' --overwrite done --output_dir 'runs/mine'",
         "VENV/bin/hf-clm generate 'runs/mine' --prompt 'Hello'",
     ]
 
@@ -103,7 +103,7 @@ def test_two_gpus_go_through_accelerate(ready):
 
     assert commands(done, ready)[0] == (
         "VENV/bin/accelerate launch --multi_gpu --num_processes '2' -m hf_clm"
-        " train 'recipes/sft/poems.yaml' --overwrite"
+        " train 'recipes/sft/poems.yaml' --overwrite done"
     )
 
 
@@ -112,7 +112,7 @@ def test_pretrain_trains_on_the_corpus(ready):
 
     assert commands(done, ready) == [
         "VENV/bin/python data/build_corpus.py",
-        "VENV/bin/hf-clm train 'recipes/pretrain/python-docs.yaml' --overwrite",
+        "VENV/bin/hf-clm train 'recipes/pretrain/python-docs.yaml' --overwrite done",
     ]
 
 

@@ -18,9 +18,10 @@ peft = pytest.importorskip("peft")
 RECORDS = [{"prompt": f"say {letter}\n", "completion": letter * 3} for letter in "abcdefgh"]
 
 
-def build_run(folder: Path, **lora: Any) -> Path:
+def build_run(folder: Path, positions: int = 512, **lora: Any) -> Path:
     """Adapters that change the answers of a float32 base."""
-    base = save_folder(folder / "base", tiny_model(), byte_tokenizer())
+    model = tiny_model(max_position_embeddings=positions)
+    base = save_folder(folder / "base", model, byte_tokenizer())
     settings = {"max_steps": 10, "learning_rate": 3e-2}
     recipe = helpers.build_recipe(
         folder, RECORDS, model={"name_or_path": base}, lora={"r": 4, **lora}, train=settings
@@ -92,6 +93,20 @@ def test_prompts_of_a_file_serve_where_the_data_are_gone(tmp_path, capsys):
     assert main([*words, "--prompts", prompts]) == 0
 
     assert json.loads((output / "merge.json").read_text())["prompts"] == 2
+
+
+def test_a_long_prompt_and_a_poisonous_generation_config_change_nothing(tmp_path, capsys):
+    """The base wants beams, suppresses tokens and gives no time; a prompt is longer than the positions."""
+    run, output = build_run(tmp_path, positions=64), tmp_path / "merged"
+    poison = {"max_time": 0.0, "num_beams": 3, "num_return_sequences": 2, "suppress_tokens": [97, 99]}
+    for folder in (tmp_path / "base", run):
+        (folder / "generation_config.json").write_text(json.dumps(poison))
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("say c\n", "x" * 200)])
+    capsys.readouterr()
+
+    assert main(["merge", str(run), "--output_dir", str(output), "--prompts", prompts]) == 0
+    proof = json.loads((output / "merge.json").read_text())
+    assert (proof["prompts"], proof["greedy_agreement"]) == (2, 1.0)
 
 
 def test_a_folder_without_adapters_and_an_output_that_exists_are_refused(tmp_path, capsys):

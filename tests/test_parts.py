@@ -31,7 +31,7 @@ ROWS = [
     ],
 )
 def test_bfloat16_is_the_default_where_the_cpu_has_it(tmp_path, monkeypatch, instructions, given, expected):
-    monkeypatch.setattr("hf_clm.parts.bf16_instructions", lambda: instructions)
+    monkeypatch.setattr("hf_clm.hardware.bf16_instructions", lambda: instructions)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     recipe = build_recipe(tmp_path, ROWS, stage="pretrain")
     values = {key: value for key, value in recipe.train.items() if key != "bf16"}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_clm.config import load_recipe
+from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate, to_prompt_example
 from hf_clm.generation.load import load_run
 from hf_clm.training.run import train
@@ -32,7 +33,7 @@ def _train_and_ask(folder: str, stage: str):
     turns = {"has_turns": run.has_turns}
     whole = [to_prompt_example(p["instruct"], "instruct", input_text=p["input"], **turns) for p in POEMS]
     alone = [to_prompt_example(p["instruct"], "instruct", **turns) for p in POEMS]
-    options = {"max_new_tokens": 100, "do_sample": False}
+    options = {"decoding": Decoding(100)}
     return [generate(run.model, run.tokenizer, prompts=prompts, **options) for prompts in (whole, alone)]
 
 

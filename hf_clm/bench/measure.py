@@ -148,7 +148,7 @@ def measure_speed(task: Task) -> Trial:
         step_seconds=middle["step_seconds"],
         tokens_per_second=middle["tokens_per_second"],
         target_tokens_per_second=middle["target_tokens_per_second"],
-        flops_per_second=middle["mfu"] * trainer.peak_flops,
+        flops_per_second=middle["flops_per_second"],
         peak_bytes=peak_memory(arguments.device),
         limit_bytes=limit,
     )
@@ -175,7 +175,7 @@ class WindowCallback(TrainerCallback):
     ) -> None:
         if "tokens_per_second" not in kwargs["logs"]:
             return
-        self.logs.append({"step": state.global_step, **kwargs["logs"]})
+        self.logs.append({"step": state.global_step, "flops": state.total_flos, **kwargs["logs"]})
         self.started, self.first = time.perf_counter(), state.global_step
         control.should_training_stop |= len(self.logs) > WINDOWS
 
@@ -185,11 +185,12 @@ def _to_figures(before: dict[str, float], after: dict[str, float]) -> dict[str, 
         after[key] - before[key] for key in ("tokens_seen", "target_tokens_seen", "step")
     )
     speed = after["tokens_per_second"]
+    seconds = tokens / speed
     return {
         "tokens_per_second": speed,
         "target_tokens_per_second": speed * targets / tokens,
-        "step_seconds": tokens / speed / steps,
-        "mfu": after["mfu"],
+        "step_seconds": seconds / steps,
+        "flops_per_second": (after["flops"] - before["flops"]) / seconds,
     }
 
 

@@ -18,14 +18,14 @@ from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.split import AnyDataset, Split
 from hf_clm.doctor.memory import MemoryEstimate, MicroStep, estimate_memory, free_memory
 from hf_clm.errors import RecipeError, UserError
+from hf_clm.hardware import has_bf16, usable_cores
 from hf_clm.hub import is_offline
 from hf_clm.parts import count_steps, rows_per_step, weights_dtype
+from hf_clm.recipe_sections import TRAIN
 from hf_clm.tokenizer import max_token_id
 
-CPU_INFO = Path("/proc/cpuinfo")
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # that the estimate needs
 OF_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of models that keep their own loss
-BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and ARM
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,12 @@ def build_facts(
 ) -> Facts:
     """With the machine and the memory estimate; None for that where the model is unknown, or no transformer.
 
-    ``splits``: train and, if there is one, eval.
+    ``splits``: train, and what is evaluated; of several sets the one with the longest row is estimated.
     """
     machine = read_machine(recipe, arguments)
-    facts = Facts(recipe, arguments, tokenizer, config, splits["train"], machine, splits.get("eval"), model)
+    evaluated = [split for name, split in splits.items() if name != TRAIN]
+    longest = max(evaluated, key=lambda split: split.lengths.max(initial=0), default=None)
+    facts = Facts(recipe, arguments, tokenizer, config, splits[TRAIN], machine, longest, model)
     is_transformer = all(hasattr(config.get_text_config(), name) for name in SIZES)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not is_transformer:
         return facts
@@ -174,11 +176,11 @@ def read_machine(recipe: Recipe, arguments: TrainingArguments) -> Machine:
     return Machine(
         free_disk=shutil.disk_usage(existing).free,
         free_memory=free_memory(device),
-        cores=_physical_cores(),
+        cores=usable_cores(),
         threads=int(threads) if threads.isdigit() else None,
         processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         gpus=torch.cuda.device_count(),
-        has_bf16=torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16(),
+        has_bf16=has_bf16(device),
         is_offline=is_offline(),
         origin=_origin(recipe),
     )
@@ -194,26 +196,6 @@ def _batch_tokens(dataset: AnyDataset, rows: int, *, recipe: Recipe) -> int:
     longest = np.sort(row_tokens(dataset))[-rows:]
     is_padded = recipe.resolved_packing == "none" and recipe.model.attention != PACKED
     return int(longest.max() * len(longest) if is_padded else longest.sum())
-
-
-def _physical_cores() -> int:
-    """Hyperthreads count once; only what this process may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not CPU_INFO.exists():
-        return usable
-    blocks = [dict(map(_key_value, block.splitlines())) for block in CPU_INFO.read_text().split("\n\n")]
-    cores = {(block.get("physical id"), block.get("core id")) for block in blocks if "core id" in block}
-    return min(usable, len(cores) or usable)
-
-
-def _cpu_has_bf16() -> bool:
-    text = CPU_INFO.read_text() if CPU_INFO.exists() else ""
-    return any(flag in text.split() for flag in BF16_FLAGS)
-
-
-def _key_value(line: str) -> tuple[str, str]:
-    key, _, value = line.partition(":")
-    return key.strip(), value.strip()
 
 
 def _origin(recipe: Recipe) -> str:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_clm.loss import BLOCK_TOKENS, TargetLoss, chunk_rows
+from hf_clm.model import build_without_memory
 
 FLOAT32 = 4  # bytes
 # Bytes that an optimizer keeps for each byte of trained weights; 2 (Adam's two averages) for all others.
@@ -120,10 +121,10 @@ class ModelSizes:
 def estimate_memory(config: PretrainedConfig, step: MicroStep) -> MemoryEstimate:
     """The memory of training by arithmetic. ``config.vocab_size`` must be the rows the embeddings will have.
 
-    Builds the model without memory (on torch's meta device) to count its weights. Raises what ``from_config``
-    raises for a model that transformers does not know.
+    Builds the model without memory (on torch's meta device) to count its weights. Raises ModelError
+    for a model that transformers cannot build.
     """
-    sizes = to_sizes(config, build_on_meta(config))
+    sizes = to_sizes(config, build_without_memory(config))
     weights = sizes.parameters * step.weight_bytes
     gradients = 0 if step.frozen else weights
     optimizer = round(gradients * OPTIMIZER_STATES.get(step.optimizer, 2.0))
@@ -149,12 +150,6 @@ def estimate_work(config: PretrainedConfig, sizes: ModelSizes, *, step: MicroSte
     kept = _activation_bytes(config, sizes, step=step) - _cast_bytes(sizes, step)
     logits = _logits_bytes(sizes, step, tokens=step.tokens)
     return _peak(sizes, replace(step, accumulates=False), activations=kept, logits=logits, gradients=0)
-
-
-def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """The model without memory, to be counted."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def to_sizes(config: PretrainedConfig, model: PreTrainedModel) -> ModelSizes:

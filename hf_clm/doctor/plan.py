@@ -27,11 +27,11 @@ from hf_clm.doctor.memory import (
     OPTIMIZER_STATES,
     MicroStep,
     ModelSizes,
-    build_on_meta,
     estimate_work,
     to_sizes,
 )
 from hf_clm.flops import FlopCount, count_flops
+from hf_clm.model import build_without_memory
 
 LOW = 2  # bytes of bfloat16
 SPARE = 0.1  # of the memory, for CUDA, NCCL and the holes of the allocator
@@ -118,7 +118,7 @@ class Plan:
 
 def to_planned_model(config: PretrainedConfig, step: MicroStep) -> PlannedModel:
     """Counts a model without its weights. Raises what ``from_config`` raises."""
-    model = build_on_meta(config)
+    model = build_without_memory(config)
     return PlannedModel(config, to_sizes(config, model), count_flops(model), replace(step, device="cuda"))
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.attention import use_for_generation, use_for_training
 from hf_clm.errors import ModelError
-from hf_clm.generation.generate import stop_ids
+from hf_clm.generation.decoding import stop_ids
 from hf_clm.model import is_adapted
 
 WHERE = "round trip"

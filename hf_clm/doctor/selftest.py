@@ -15,6 +15,7 @@ from hf_clm.data.label.labels import count_targets, slice_row
 from hf_clm.errors import ModelError
 from hf_clm.evaluation.metrics import token_nll
 from hf_clm.model import max_positions, takes_targets
+from hf_clm.router_loss import RouterLoss
 from hf_clm.schema import TokenizedExample
 
 BUDGET_FLOP = 2e11  # a second or two on two CPU cores
@@ -103,11 +104,12 @@ def self_test(
     total = sum(map(count_targets, documents))
     packed, padded = DataCollatorForPackedCausalLM(), DataCollatorForCausalLM(pad_token_id)
     row = packed([to_packed_row(documents)])
+    router = RouterLoss(model)
     with torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
-        together = _measure(model, [row], targets=total)
-        alone = _measure(model, [packed([document]) for document in documents], targets=total)
-        wide = _measure(model, [padded(documents)], targets=total)
-        own = _sum_nll(model, row) / total
+        together = _measure(model, [row], router=router, targets=total)
+        alone = _measure(model, [packed([part]) for part in documents], router=router, targets=total)
+        wide = _measure(model, [padded(documents)], router=router, targets=total)
+        own = _plain_loss(model, row, router=router, targets=total)
         beside = _change_beside(model, documents, collate=packed)
         trained = together if measuring is None else _measure_inside(model, documents, measuring=measuring)
     model.zero_grad(set_to_none=True)
@@ -160,14 +162,16 @@ def to_packed_row(documents: Sequence[TokenizedExample]) -> dict[str, list[int]]
 
 
 def _measure(
-    model: PreTrainedModel, batches: Sequence[dict[str, Any]], *, targets: int
+    model: PreTrainedModel, batches: Sequence[dict[str, Any]], *, router: RouterLoss, targets: int
 ) -> tuple[float, float]:
     """The loss of accumulated batches over all ``targets``, and the norm of its gradient."""
     model.zero_grad(set_to_none=True)
     items = torch.tensor(targets, device=model.device)
     loss = 0.0
     for batch in batches:
-        part = model(**_on(model, batch), use_cache=False, num_items_in_batch=items).loss
+        given = _on(model, batch)
+        with router.weighing(given, items):
+            part = model(**given, use_cache=False, num_items_in_batch=items).loss
         part.backward()
         loss += float(part.detach())
     norms = [weight.grad.float().norm() for weight in model.parameters() if weight.grad is not None]
@@ -183,7 +187,18 @@ def _measure_inside(
     """Loss and gradient norm of the packed row as training collates and computes it."""
     row = DataCollatorForPackedCausalLM(with_targets=takes_targets(model))([to_packed_row(documents)])
     with measuring():
-        return _measure(model, [row], targets=sum(map(count_targets, documents)))
+        return _measure(model, [row], router=RouterLoss(model), targets=sum(map(count_targets, documents)))
+
+
+@torch.no_grad()
+def _plain_loss(model: PreTrainedModel, batch: dict[str, Any], *, router: RouterLoss, targets: int) -> float:
+    """The mean cross entropy of the targets, and what the routers of a mixture add to it."""
+    loss = _sum_nll(model, batch) / targets
+    if not router.is_used:
+        return loss
+    given = _on(model, batch)
+    with router.weighing(given, targets):
+        return loss + router.coefficient * float(model(**given, use_cache=False).aux_loss)
 
 
 @torch.no_grad()

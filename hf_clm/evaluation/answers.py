@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hf_clm.data.label.render import LabelOptions
 from hf_clm.errors import EnvironmentFault
-from hf_clm.evaluation.progress import watched
-from hf_clm.generation.generate import generate
+from hf_clm.generation.decoding import Decoding
+from hf_clm.generation.generate import GREEDY, generate
+from hf_clm.generation.progress import watched
 from hf_clm.schema import AnyExample
 
 Metrics = Mapping[str, Callable[[list[str], list[list[str]]], Any]]  # answers and [targets] -> .score
@@ -75,18 +77,19 @@ def measure_answers(
     *,
     examples: Sequence[AnyExample],
     metrics: Metrics,
-    **options: Any,
+    decoding: Decoding = GREEDY,
+    rendering: LabelOptions | None = None,
 ) -> Answers | None:
     """Generates an answer for each example that has a prompt; None where none has.
 
-    Args:
-        options: of ``generate``.
+    ``decoding`` and ``rendering``: see ``generate``.
     """
     asked = {number: question for number, example in enumerate(examples) if (question := example.question)}
     if not asked:
         return None
     prompts = [prompt for prompt, _ in asked.values()]
-    found = generate(model, tokenizer, prompts=prompts, watch=partial(watched, what="answers"), **options)
+    watch = partial(watched, what="answers")
+    found = generate(model, tokenizer, prompts=prompts, decoding=decoding, rendering=rendering, watch=watch)
     samples = [
         Sample(number, prompt.shown, target, answer.text, answer.stopped)
         for (number, (prompt, target)), answer in zip(asked.items(), found, strict=True)

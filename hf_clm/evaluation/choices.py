@@ -17,7 +17,7 @@ from hf_clm.data.label.render import Policy
 from hf_clm.data.read.records import Examples
 from hf_clm.errors import DataError, ModelError, RecipeError, did_you_mean
 from hf_clm.evaluation.evaluate import measure_rows, target_places, target_starts
-from hf_clm.evaluation.progress import watched
+from hf_clm.generation.progress import watched
 from hf_clm.schema import Chat, Document, Example, Message, Segment, TokenizedExample, Tokens
 
 

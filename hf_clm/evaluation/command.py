@@ -18,6 +18,7 @@ from hf_clm.errors import DataError
 from hf_clm.evaluation.answers import Answers, load_metrics, measure_answers
 from hf_clm.evaluation.choices import Verdicts, choice_rows, find_expected, measure_choices, to_choices
 from hf_clm.evaluation.evaluate import Likelihood, measure_likelihood
+from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.load import LoadedRun, load_run, run_recipe
 from hf_clm.hub import load_options
 from hf_clm.schema import Overflow
@@ -98,9 +99,14 @@ def evaluate_run(options: Namespace) -> Evaluation:
         scores = measure_choices(run.model, rows, choices=len(choices), **ways)
         verdicts = Verdicts(choices, expected, scores)
     if options.generate or (stage == "sft" and not choices and not options.no_generate):
-        limits = {"max_new_tokens": options.max_new_tokens, "do_sample": False, "metrics": metrics}
-        limits["rendering"] = run.rendering
-        answers = measure_answers(run.model, run.tokenizer, examples=read.examples, **limits)
+        answers = measure_answers(
+            run.model,
+            run.tokenizer,
+            examples=read.examples,
+            metrics=metrics,
+            decoding=Decoding(max_new_tokens=options.max_new_tokens),
+            rendering=run.rendering,
+        )
     if options.generate and not answers:
         where = ", ".join(read.report.files[:2])
         raise DataError("no example has a prompt to answer", where=where, fix="leave out --generate")

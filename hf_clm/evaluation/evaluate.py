@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
 from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.evaluation.metrics import bits_per_byte, perplexity, target_nll
-from hf_clm.evaluation.progress import watched
+from hf_clm.generation.progress import watched
 from hf_clm.model import takes_targets
 from hf_clm.schema import IGNORE_INDEX, TokenizedExample
 from hf_clm.text.chat import stop_token_ids

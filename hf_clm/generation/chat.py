@@ -6,8 +6,9 @@ from itertools import takewhile
 
 from hf_clm.errors import DataError, RecipeError, UserError, did_you_mean
 from hf_clm.generation.command import read_tools
+from hf_clm.generation.decoding import Decoding, ask, base_decoding
 from hf_clm.generation.generate import (
-    fit_new_tokens,
+    cap_new_tokens,
     prompt_room,
     to_fitting_prompt,
     to_prompt_example,
@@ -15,7 +16,8 @@ from hf_clm.generation.generate import (
 )
 from hf_clm.generation.load import LoadedRun, load_run
 from hf_clm.generation.parsing import AnswerReader, find_syntax
-from hf_clm.generation.stream import Answer, Sampling, stream_answers, to_sampling
+from hf_clm.generation.stream import Answer, stream_answers
+from hf_clm.model import max_positions
 from hf_clm.schema import Chat, Json, Message, Role, ToolCall
 
 Write = Callable[[str], None]
@@ -42,16 +44,15 @@ class Conversation:
     def __init__(
         self,
         run: LoadedRun,
-        sampling: Sampling,
+        decoding: Decoding,
         *,
         system: str,
-        max_new_tokens: int | None,
         tools: Sequence[dict[str, Json]] = (),
     ):
         if tools and not run.has_turns:
             fix = "leave them out"
             raise RecipeError(f"a run of format {run.format} takes no tools", where="--tools", fix=fix)
-        self.run, self.sampling, self.max_new_tokens = run, sampling, max_new_tokens
+        self.run, self.decoding = run, decoding
         self.tools = list(tools)
         self.messages: list[Message] = []
         self._syntax = find_syntax(run.tokenizer)
@@ -75,8 +76,7 @@ class Conversation:
             return self._continue([*self.messages, _message("user", text)], write)
         prompt = to_prompt_example(text, self.run.format, template=self.run.template)
         ids = to_prompt_ids([prompt], self.run.tokenizer, self.run.rendering)[0]
-        room = fit_new_tokens(self.run.model, len(ids), max_new_tokens=self.max_new_tokens)
-        return self._generate(ids, room, write=write)
+        return self._generate(ids, self._room(ids, fix="shorten it"), write=write)
 
     def take_result(self, text: str, write: Write) -> Answer | None:
         """Takes the result of the first call that has none; answers when it was the last one.
@@ -105,10 +105,11 @@ class Conversation:
     def _continue(self, turns: list[Message], write: Write) -> Answer:
         """Generates the next turn. Where there is no room for all of them, the oldest are forgotten."""
         run = self.run
-        most = prompt_room(run.model, max_new_tokens=self.max_new_tokens)
+        most = prompt_room(run.model, max_new_tokens=self.decoding.max_new_tokens)
         chat = Chat(turns, self.tools)
         ids, chat = to_fitting_prompt(chat, run.tokenizer, rendering=run.rendering, most=most)
-        room = fit_new_tokens(run.model, len(ids), max_new_tokens=self.max_new_tokens)
+        fix = "shorten it, or the system message: /system TEXT" if self._system else "shorten it"
+        room = self._room(ids, fix=fix)
         if forgotten := len(turns) - len(chat.messages):
             write(f"(no room for the whole conversation: its oldest messages ({forgotten}) are forgotten)\n")
         answer = self._generate(ids, room, write=write)
@@ -120,9 +121,14 @@ class Conversation:
             self.messages = [*chat.messages, reader.message]
         return answer
 
+    def _room(self, ids: list[int], *, fix: str) -> int:
+        """The tokens of the answer. Raises RecipeError for a prompt that leaves none."""
+        asked = self.decoding.max_new_tokens
+        return cap_new_tokens(self.run.model, len(ids), max_new_tokens=asked, fix=fix)
+
     def _generate(self, ids: list[int], room: int, *, write: Write) -> Answer:
         hidden = self._syntax.hidden_ids
-        answer = Answer(ids, self.sampling, max_new_tokens=room, hidden_ids=hidden, emit=write)
+        answer = Answer(ids, self.decoding, max_new_tokens=room, hidden_ids=hidden, emit=write)
         try:
             stream_answers(self.run.model, self.run.tokenizer, answers=[answer])
         except KeyboardInterrupt:
@@ -135,12 +141,11 @@ def chat(options: Namespace, *, read: Callable[[], str], write: Write) -> None:
 
     A line that ends in a backslash goes on in the next one.
     """
-    sampling = to_sampling(options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    base = base_decoding(options.run, use_model_settings=options.use_model_settings)
+    decoding = ask(base, options)
     tools = read_tools(options.tools) if options.tools else []
-    run = load_run(options.run, attention="sdpa", device=options.device)
-    talk = Conversation(
-        run, sampling, system=options.system, max_new_tokens=options.max_new_tokens, tools=tools
-    )
+    run = load_run(options.run, attention=None, device=options.device)
+    talk = Conversation(run, decoding, system=options.system, tools=tools)
     if not run.has_turns:
         write(f"({NOTES.get(run.format, CONTINUES)})\n")
     was_interrupted = False
@@ -180,20 +185,21 @@ def _reply(talk: Conversation, text: str, *, write: Write) -> bool:
         word, _, rest = text.partition(" ")
         if word == "/tool":
             answer = talk.take_result(rest, write)
-            return answer is not None and _end_line(answer, write)
+            return answer is not None and _end_line(talk, answer, write=write)
         if text.startswith("/"):
             write(_command(talk, text) + "\n")
         elif text.strip():
-            return _end_line(talk.answer(text, write), write)
+            return _end_line(talk, talk.answer(text, write), write=write)
     except UserError as error:
         write(f"error: {error}\n")
     return False
 
 
-def _end_line(answer: Answer, write: Write) -> bool:
+def _end_line(talk: Conversation, answer: Answer, *, write: Write) -> bool:
     """Ends the line of an answer, saying where it was cut; True where Ctrl-C ended it."""
-    ends = {"length": "\n(cut: --max_new_tokens allows more)\n", "": "\n(stopped)\n"}
-    write(ends.get(answer.finish, "\n"))
+    is_full = len(answer.prompt_ids) + answer.tokens == max_positions(talk.run.model.config)
+    cut = "the model has no positions left; /reset begins anew" if is_full else "--max_new_tokens allows more"
+    write({"length": f"\n(cut: {cut})\n", "": "\n(stopped)\n"}.get(answer.finish, "\n"))
     return answer.is_cancelled
 
 

@@ -3,21 +3,20 @@
 import json
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
-
-from transformers import set_seed
+from typing import cast
 
 from hf_clm.data.read.formats import to_prompt
 from hf_clm.data.read.sources import ReadOptions, ReadReport, Record, read_records
 from hf_clm.data.read.templating import to_template_prompt
 from hf_clm.errors import DataError, RecipeError
+from hf_clm.generation.decoding import ask, base_decoding
 from hf_clm.generation.generate import Generated, generate, to_prompt_example
 from hf_clm.generation.load import load_run
+from hf_clm.generation.progress import watched
 from hf_clm.schema import Chat, Example, Format, Json
 from hf_clm.template import Template
-
-SETTINGS = ("max_new_tokens", "slide", "num_beams", "no_repeat_ngram_size", "repetition_penalty")
 
 
 def generate_from_run(options: Namespace) -> list[tuple[str, Generated]]:
@@ -33,8 +32,9 @@ def generate_from_run(options: Namespace) -> list[tuple[str, Generated]]:
         fix = "give a --prompt; the records of --file hold their own tools"
         raise RecipeError("offers functions with --prompt, and there is none", where="--tools", fix=fix)
     tools = read_tools(options.tools) if options.tools else []
-    settings = to_settings(options)
-    run = load_run(options.run, attention="sdpa", device=options.device)
+    base = base_decoding(options.run, use_model_settings=options.use_model_settings)
+    decoding = ask(base, options)
+    run = load_run(options.run, attention=None, device=options.device)
     format, template = ("text", None) if options.raw else (run.format, run.template)
     has_turns = run.has_turns and not options.raw
     prompts = [
@@ -45,14 +45,15 @@ def generate_from_run(options: Namespace) -> list[tuple[str, Generated]]:
         prompts = [with_tools(prompt, tools) for prompt in prompts]
     if options.file:
         prompts += read_prompts(options.file, format, template=template, has_turns=has_turns)
-    set_seed(options.seed)
     answers = generate(
         run.model,
         run.tokenizer,
         prompts=prompts,
+        decoding=decoding,
+        slide=options.slide,
         batch_size=options.batch_size,
         rendering=run.rendering,
-        **settings,
+        watch=partial(watched, what="answers"),
     )
     return [(prompt.shown, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
@@ -82,28 +83,16 @@ def with_tools(prompt: Example, tools: list[dict[str, Json]]) -> Chat:
     return replace(prompt, tools=tools)
 
 
-def to_settings(options: Namespace) -> dict[str, Any]:
-    """The options as settings of ``generate``. Sampling is on where one of its options is given."""
-    samples = options.temperature > 0 or options.top_k is not None or options.top_p is not None
-    settings: dict[str, Any] = {name: getattr(options, name) for name in SETTINGS}
-    settings["do_sample"] = samples
-    if samples:
-        settings["temperature"] = options.temperature or 1.0
-        settings["top_k"] = options.top_k or 0  # transformers' own default is 50
-        settings["top_p"] = options.top_p if options.top_p is not None else 1.0
-    if options.stop:
-        settings["stop_strings"] = options.stop
-    return settings
-
-
 def read_prompts(
     path: str, format: str, *, template: Template | None = None, has_turns: bool = False
 ) -> list[Example]:
-    """Prompts from a txt file, one a line, or from records whose target side may be missing."""
+    """Prompts from a txt file, one a line, or from records whose target side may be missing.
+
+    Raises DataError for a file that is not there or not UTF-8, and for one without a prompt.
+    """
     prompts: list[Example]
     if path.endswith(".txt"):
-        with open(path, encoding="utf-8") as file:
-            lines = [line.rstrip("\n") for line in file if line.strip()]
+        lines = [line for line in _read_text(path).splitlines() if line.strip()]
         prompts = [to_prompt_example(line, format, template=template, has_turns=has_turns) for line in lines]
     else:
         records = read_records(path, ReadOptions(), report=ReadReport())
@@ -113,6 +102,20 @@ def read_prompts(
     if not prompts:
         raise DataError("holds no prompt", where=path)
     return prompts
+
+
+def _read_text(path: str) -> str:
+    """Raises DataError for a file that cannot be read."""
+    fix = "name a file with --file"
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError("cannot be read", where=path, got=str(error.strerror), fix=fix) from error
+    except UnicodeDecodeError as error:
+        fix = "save it as UTF-8, or name the right file"
+        raise DataError(
+            "not UTF-8", where=path, got=f"byte {error.object[error.start]:#x} at {error.start}", fix=fix
+        ) from error
 
 
 def to_record_prompt(record: Record, format: str, *, template: Template | None, has_turns: bool) -> Example:

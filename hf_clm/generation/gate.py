@@ -6,7 +6,8 @@ from collections.abc import Collection
 from typing import Any
 from urllib.parse import urlsplit
 
-from hf_clm.generation.protocol import ApiError, Counts
+from hf_clm.generation.monitoring import Metrics
+from hf_clm.generation.protocol import ApiError
 
 OPEN = {"/", "/health"}  # no key is needed: neither says anything that the model knows
 
@@ -20,10 +21,10 @@ class Gate:
     """
 
     def __init__(
-        self, app: Any, *, api_key: str, hosts: Collection[str], max_body_bytes: int, counts: Counts
+        self, app: Any, *, api_key: str, hosts: Collection[str], max_body_bytes: int, metrics: Metrics
     ):
         self._app, self._key, self._hosts = app, api_key.encode(), hosts
-        self._max_bytes, self._counts = max_body_bytes, counts
+        self._max_bytes, self._metrics = max_body_bytes, metrics
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """ASGI: the app's reply, or a refusal."""
@@ -33,7 +34,7 @@ class Gate:
 
         async def counted(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                self._counts[f'hf_clm_replies_total{{status="{message["status"]}"}}'] += 1
+                self._metrics.count("hf_clm_replies_total", status=str(message["status"]))
             await send(message)
 
         try:

@@ -1,10 +1,10 @@
 """Generates text: the prompt rendered as in training, stopped at the stop tokens of training."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.attention import use_for_generation, use_for_training
@@ -14,10 +14,15 @@ from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.read.formats import join_turn, to_prompt
 from hf_clm.data.read.templating import to_template_words
 from hf_clm.errors import RecipeError
+from hf_clm.generation.decoding import Decoding
+from hf_clm.generation.padding import batches_as_alone
+from hf_clm.generation.stream import Answer, search_answers, stream_answers
 from hf_clm.model import NEW_TOKENS, max_positions
 from hf_clm.schema import Chat, Document, Example, Segment, whole_text
 from hf_clm.template import Template
 from hf_clm.tokenizer import find_unknown
+
+GREEDY = Decoding()
 
 
 @dataclass(frozen=True)
@@ -34,42 +39,62 @@ def generate(
     tokenizer: PreTrainedTokenizerFast,
     *,
     prompts: Sequence[Example | str],
+    decoding: Decoding = GREEDY,
+    slide: bool = False,
     batch_size: int = 16,
-    max_new_tokens: int | None = None,
     rendering: LabelOptions | None = None,
     watch: Callable[[range], Iterable[int]] = iter,
-    **options: Any,
 ) -> list[Generated]:
     """Continues each prompt; a string is taken as it is, an Example is rendered as in training.
 
     Args:
-        max_new_tokens: None is 256, or what the model has positions for.
+        decoding: how tokens are chosen, greedily by default; prompt number n draws by its seed + n.
+        slide: go on past the model's positions, in stretches that each reread the last half of them.
+        batch_size: prompts at once. A model whose answers depend on the batch answers one at a time, and
+            searches beams without a cache.
         rendering: how prompts are rendered, as in training.
         watch: passes on the starts of the batches, and may show how far they are.
-        options: of ``transformers.GenerationConfig``: do_sample, temperature, top_k, top_p, num_beams,
-            no_repeat_ngram_size, ...; and slide: go on past the model's positions, in stretches that each
-            reread the last half of them.
 
     Raises RecipeError for options that do not go together, and where prompt and new tokens exceed the model's
     positions; DataError for a prompt that the tokenizer cannot spell.
     """
+    if slide and decoding.num_beams > 1:
+        raise RecipeError("slide and num_beams exclude each other", where="generation options")
     examples = [to_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     ids = to_prompt_ids(examples, tokenizer, rendering or LabelOptions())
-    order = sorted(range(len(ids)), key=lambda number: len(ids[number]))  # a long prompt shortens no other
-    answer_batch = _slide_batch if options.pop("slide", False) else _generate_batch
+    asked = decoding.max_new_tokens
+    answers = [
+        Answer(
+            own,
+            decoding.of_prompt(number),
+            max_new_tokens=(asked or NEW_TOKENS)
+            if slide
+            else fit_new_tokens(model, len(own), max_new_tokens=asked),
+        )
+        for number, own in enumerate(ids)
+    ]
+    needs_probe = decoding.num_beams > 1 or (batch_size > 1 and len({len(own) for own in ids}) > 1)
+    with answering(model):
+        is_plain = not needs_probe or batches_as_alone(model, tokenizer)
+        order = sorted(answers, key=lambda answer: len(answer.prompt_ids))  # little padding
+        size = batch_size if is_plain else 1
+        for start in watch(range(0, len(order), size)):
+            batch = order[start : start + size]
+            if decoding.num_beams > 1:
+                _search(model, tokenizer, batch, with_cache=is_plain)
+            else:
+                stream_answers(model, tokenizer, answers=batch)
+    return [Generated(answer.text, answer.tokens, answer.finish == "stop") for answer in answers]
+
+
+@contextmanager
+def answering(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout, and with an attention that has a KV cache; afterwards the model is as it was."""
     was_training, attention = model.training, str(model.config._attn_implementation)
     model.eval()
     use_for_generation(model)
     try:
-        answers = {}
-        for start in watch(range(0, len(ids), batch_size)):
-            numbers = order[start : start + batch_size]
-            batch = [ids[number] for number in numbers]
-            found = answer_batch(
-                model, tokenizer, batch=batch, options={**options, "max_new_tokens": max_new_tokens}
-            )
-            answers |= zip(numbers, found, strict=True)
-        return [answers[number] for number in range(len(ids))]
+        yield
     finally:
         use_for_training(model, attention)
         model.train(was_training)
@@ -83,14 +108,19 @@ def to_text(text: str) -> Document:
 def to_prompt_ids(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, rendering: LabelOptions
 ) -> list[list[int]]:
-    """The ids that the model continues, of each prompt; an empty one is what follows the end of a text.
+    """The ids that the model continues, of each prompt; an empty one is the start token.
 
     Raises DataError for a prompt that the tokenizer cannot spell, and for tools that its template leaves out.
     """
     check_prompts(examples, tokenizer)
-    eos = tokenizer.eos_token_id
-    assert isinstance(eos, int), "load_tokenizer requires one"
-    return [ids or [eos] for ids in encode_prompts(examples, tokenizer, rendering)]
+    return [ids or [start_id(tokenizer)] for ids in encode_prompts(examples, tokenizer, rendering)]
+
+
+def start_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """What a text begins after: the start token, or else the end of another text."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    assert isinstance(start, int), "load_tokenizer requires an end token"
+    return start
 
 
 def to_fitting_prompt(
@@ -119,10 +149,14 @@ def to_fitting_prompt(
 def prompt_room(model: PreTrainedModel, *, max_new_tokens: int | None) -> int | None:
     """The tokens that a prompt may have, so that an answer has positions left; None where there is no limit.
 
-    Without ``max_new_tokens`` an answer gets 256, or a quarter of the positions.
+    An answer gets ``max_new_tokens``, but at most half of the positions; without it 256, or a quarter.
     """
     limit = max_positions(model.config)
-    return None if limit is None else limit - (max_new_tokens or min(NEW_TOKENS, limit // 4))
+    if limit is None:
+        return None
+    return limit - (
+        min(NEW_TOKENS, limit // 4) if max_new_tokens is None else min(max_new_tokens, limit // 2)
+    )
 
 
 def to_prompt_example(
@@ -157,108 +191,41 @@ def check_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFas
 
 
 def fit_new_tokens(model: PreTrainedModel, prompt_tokens: int, *, max_new_tokens: int | None) -> int:
-    """How many tokens to generate at most; by default as many as there is room for after the longest prompt.
+    """How many tokens to generate at most; by default as many as there is room for.
 
     Raises RecipeError where prompt and new tokens do not fit into the model's positions.
     """
     limit = max_positions(model.config)
-    if max_new_tokens is None:
-        max_new_tokens = NEW_TOKENS if limit is None else max(1, min(NEW_TOKENS, limit - prompt_tokens))
-    if limit is not None and prompt_tokens + max_new_tokens > limit:
+    asked = max(1, max_new_tokens or 1)
+    if limit is not None and prompt_tokens + asked > limit:
         raise RecipeError(
             f"the model has {limit} positions",
-            got=f"a prompt of {prompt_tokens} tokens and max_new_tokens {max_new_tokens}",
+            got=f"a prompt of {prompt_tokens} tokens and max_new_tokens {asked}",
             fix="shorten the prompt or lower max_new_tokens; hf-clm generate --slide goes on past them",
         )
-    return max_new_tokens
+    return cap_new_tokens(model, prompt_tokens, max_new_tokens=max_new_tokens)
 
 
-def to_left_padded(batch: Sequence[list[int]], pad: int, *, device: torch.device) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask``, both (B, T) int64, T the longest prompt; padding comes first."""
-    width = max(map(len, batch))
-    rows = [[pad] * (width - len(ids)) + ids for ids in batch]
-    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in batch]
-    return {
-        "input_ids": torch.tensor(rows, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
-    }
+def cap_new_tokens(
+    model: PreTrainedModel, prompt_tokens: int, *, max_new_tokens: int | None, fix: str = "shorten it"
+) -> int:
+    """How many tokens to generate at most: what is asked for, or 256, as far as there are positions.
+
+    Raises RecipeError, with this ``fix``, for a prompt that leaves none.
+    """
+    limit, most = max_positions(model.config), NEW_TOKENS if max_new_tokens is None else max_new_tokens
+    if limit is None:
+        return most
+    if prompt_tokens >= limit:
+        got = f"{prompt_tokens} tokens, and the model has {limit} positions"
+        raise RecipeError("the text is too long to be answered", got=got, fix=fix)
+    return min(most, limit - prompt_tokens)
 
 
-def stop_ids(model: PreTrainedModel) -> set[int | None]:
-    """The ids at which the model's answers end."""
-    assert model.generation_config is not None
-    stop = model.generation_config.eos_token_id
-    return set(stop if isinstance(stop, list) else [stop])
-
-
-@torch.no_grad()
-def _generate_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    batch: list[list[int]],
-    options: dict[str, Any],
-) -> list[Generated]:
-    room = fit_new_tokens(model, max(map(len, batch)), max_new_tokens=options["max_new_tokens"])
-    found = _generate_ids(model, tokenizer, batch=batch, options={**options, "max_new_tokens": room})
-    stops = stop_ids(model)
-    answers = [_to_generated(ids, tokenizer, stops=stops) for ids in found]
-    return [_cut_at(answer, options.get("stop_strings", [])) for answer in answers]
-
-
-def _slide_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    batch: list[list[int]],
-    options: dict[str, Any],
-) -> list[Generated]:
-    """Answers of any length. What looks back (no_repeat_ngram_size, ...) sees what a stretch rereads."""
-    limit, stops, ends = max_positions(model.config), stop_ids(model), options.get("stop_strings", [])
-    left = options["max_new_tokens"] or NEW_TOKENS
-    if options.get("num_beams", 1) > 1:
-        raise RecipeError("slide and num_beams exclude each other", where="generation options")
-    found: list[list[int]] = [[] for _ in batch]
-    answers: list[Generated] = [Generated("", 0, False) for _ in batch]
-    going = list(range(len(batch)))
-    while going and left:
-        read = [batch[number] + found[number] for number in going]
-        read = [ids if limit is None or len(ids) < limit else ids[-(limit // 2) :] for ids in read]
-        room = left if limit is None else min(left, limit - max(map(len, read)))
-        new = _generate_ids(model, tokenizer, batch=read, options={**options, "max_new_tokens": room})
-        left -= room
-        for number, ids in zip(going, new, strict=True):
-            found[number] += ids
-            answers[number] = _cut_at(_to_generated(found[number], tokenizer, stops=stops), ends)
-        going = [number for number in going if not answers[number].stopped]
-    return answers
-
-
-def _generate_ids(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    batch: list[list[int]],
-    options: dict[str, Any],
-) -> list[list[int]]:
-    """What follows each prompt; after a stop token padding."""
-    pad: Any = tokenizer.pad_token_id
-    prompts = to_left_padded(batch, pad, device=model.device)
-    decoder: Any = model  # typed without the generate that it has
-    settings = {"use_cache": True, "pad_token_id": pad, "tokenizer": tokenizer, **options}
-    try:
-        output = decoder.generate(**prompts, **settings)
-    except ValueError as error:  # transformers' checks of the options
-        raise RecipeError(str(error).splitlines()[0], where="generation options") from error
-    return [row[prompts["input_ids"].shape[1] :].tolist() for row in output]
-
-
-def _to_generated(ids: list[int], tokenizer: PreTrainedTokenizerFast, *, stops: set[int | None]) -> Generated:
-    end = next((i for i, token in enumerate(ids) if token in stops), None)
-    kept = ids[:end] if end is not None else [token for token in ids if token != tokenizer.pad_token_id]
-    return Generated(str(tokenizer.decode(kept, skip_special_tokens=True)), len(kept), end is not None)
-
-
-def _cut_at(answer: Generated, stop_strings: list[str]) -> Generated:
-    ends = [answer.text.find(stop) for stop in stop_strings if stop in answer.text]
-    return Generated(answer.text[: min(ends)], answer.tokens, True) if ends else answer
+def _search(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, answers: Sequence[Answer], *, with_cache: bool
+) -> None:
+    """Beams end together, and those that are sampled draw one after the other."""
+    together = groupby(answers, key=lambda answer: (answer.max_new_tokens, answer.decoding))
+    for _, group in together:
+        search_answers(model, tokenizer, answers=list(group), with_cache=with_cache)

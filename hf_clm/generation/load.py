@@ -36,7 +36,7 @@ class LoadedRun:
     template: Template | None = None
 
 
-def load_run(name_or_path: str, *, attention: str = PACKED, device: str | None = None) -> LoadedRun:
+def load_run(name_or_path: str, *, attention: str | None = PACKED, device: str | None = None) -> LoadedRun:
     """Loads a run's folder, any other folder, or a model of the Hub, in float32; adapters with
     the model that they belong to.
 

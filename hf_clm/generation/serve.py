@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_clm.errors import EnvironmentFault, RecipeError
+from hf_clm.generation.decoding import base_decoding
 from hf_clm.generation.gate import Gate
 from hf_clm.generation.load import LoadedRun, load_run
 from hf_clm.generation.protocol import ApiError
@@ -41,13 +42,15 @@ def serve(options: Namespace, *, say: Callable[[str], None]) -> None:
     key = options.api_key or os.environ.get(KEY_VARIABLE, "")
     check_key(options.host, key)
     with listen(options.host, options.port) as listener:
-        run = load_run(options.run, attention="sdpa", device=options.device)
+        run = load_run(options.run, attention=None, device=options.device)
         worker = Worker(run, batch_size=options.batch_size, max_waiting=options.max_waiting)
         app = build_app(options, key, worker=worker, run=run)
         url = to_url(listener)
         server = build_server(app, worker, grace_seconds=options.grace_seconds)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; uvicorn raises both at its end
         say(f"serving at {url} (Ctrl-C stops)")  # who connects from now on waits for the server's first turn
+        if worker.batch_size < options.batch_size:
+            say("one answer at a time: in a batch this model would answer otherwise")
         with suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
     say("stopped")
@@ -114,7 +117,9 @@ def build_app(options: Namespace, key: str, *, worker: Worker, run: LoadedRun) -
     positions = max_positions(run.model.config)
     prompt_tokens = options.max_prompt_tokens or min(PROMPT_TOKENS, (positions or PROMPT_TOKENS + 1) - 1)
     name = options.name or Path(options.run).resolve().name
-    service = Service(run, worker, name=name, limits=Limits(prompt_tokens, options.max_new_tokens))
+    decoding = base_decoding(options.run, use_model_settings=options.use_model_settings)
+    limits = Limits(prompt_tokens, options.max_new_tokens)
+    service = Service(run, worker, name=name, limits=limits, decoding=decoding)
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -124,8 +129,14 @@ def build_app(options: Namespace, key: str, *, worker: Worker, run: LoadedRun) -
         await running
 
     hosts = {"localhost", "127.0.0.1", "::1", options.host}
-    limits = {"max_body_bytes": options.max_body_bytes, "counts": worker.counts}
-    return Gate(_build_routes(service, lifespan), api_key=key, hosts=hosts, **limits)
+    routes = _build_routes(service, lifespan)
+    return Gate(
+        routes,
+        api_key=key,
+        hosts=hosts,
+        max_body_bytes=options.max_body_bytes,
+        metrics=worker.metrics,
+    )
 
 
 def _build_routes(service: Service, lifespan: Any) -> Any:

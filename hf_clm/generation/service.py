@@ -1,19 +1,40 @@
 """What a server replies: the prompt as in training, the limits, the answer whole or piece by piece."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+import copy
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from hf_clm.errors import RecipeError, UserError
-from hf_clm.generation.generate import fit_new_tokens, prompt_room, to_fitting_prompt, to_prompt_ids
+from hf_clm.generation.decoding import Decoding, ask
+from hf_clm.generation.generate import (
+    cap_new_tokens,
+    prompt_room,
+    start_id,
+    to_fitting_prompt,
+    to_prompt_ids,
+)
 from hf_clm.generation.load import LoadedRun
 from hf_clm.generation.parsing import AnswerReader, find_syntax
 from hf_clm.generation.protocol import ApiError, Body, ChatBody, CompletionBody, GenerateBody, read_body
-from hf_clm.generation.replies import ChatWriter, TextWriter, Writer, to_event, to_usage
+from hf_clm.generation.replies import (
+    ChatWriter,
+    Echo,
+    JsonObject,
+    TextWriter,
+    Writer,
+    to_body,
+    to_end,
+    to_event,
+    to_head,
+    to_usage,
+)
+from hf_clm.generation.scores import TokenNames
 from hf_clm.generation.stream import Answer
 from hf_clm.generation.worker import Ticket, Worker
-from hf_clm.schema import Chat
+from hf_clm.schema import Chat, Example
 
 Reply = Callable[[Any], Awaitable[Any]]  # of a starlette.requests.Request
 
@@ -27,18 +48,45 @@ class Limits:
 
 
 class Prompt(NamedTuple):
-    """What the model is given."""
+    """What the model is given; ``dropped``: the oldest messages of a chat, which there was no room for."""
 
     ids: list[int]
     text: str
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Order:
+    """The places of a request in the queue, one for each of its answers."""
+
+    tickets: Sequence[Ticket]
+    worker: Worker
+    watcher: asyncio.Task[None]  # cancels the answers where the client leaves
+
+    async def end(self) -> None:
+        """Waits for all the answers. Raises ApiError where one failed or was cancelled."""
+        try:
+            for ticket in self.tickets:
+                async for _ in ticket:
+                    pass
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Nobody waits any more: answers that are under way are cancelled."""
+        self.watcher.cancel()
+        for ticket in self.tickets:
+            self.worker.cancel(ticket)
 
 
 class Service:
     """The replies: a dictionary is JSON, an iterator a stream of server-sent events, a string plain text."""
 
-    def __init__(self, run: LoadedRun, worker: Worker, *, name: str, limits: Limits):
+    def __init__(self, run: LoadedRun, worker: Worker, *, name: str, limits: Limits, decoding: Decoding):
         self._run, self._worker, self._name, self._limits = run, worker, name, limits
+        self._decoding = decoding
         self._syntax = find_syntax(run.tokenizer)
+        self._names = TokenNames(copy.deepcopy(run.tokenizer))  # another thread reads prompts with that
         self._reading = asyncio.Lock()  # one prompt is tokenized at a time, outside the event loop's thread
 
     def routes(self) -> dict[str, tuple[str, Reply]]:
@@ -56,17 +104,29 @@ class Service:
     async def chat(self, request: Any) -> Any:
         """``POST /v1/chat/completions``."""
         body = read_body(ChatBody, await request.body())
-        prompt = await self._read(body)
-        ticket = self._queue(request, body, prompt, hidden_ids=self._syntax.hidden_ids)
+        prompts = await self._read(body)
+        order = self._queue(request, body, prompts, hidden_ids=self._syntax.hidden_ids)
+        answer, (prompt,) = order.tickets[0].answer, prompts
         tools, tokenizer = body.offered_tools, self._run.tokenizer
         reader = AnswerReader(tokenizer, self._syntax, prompt=prompt.text, tools=tools)
-        return await self._reply(ticket, ChatWriter(self._name, ticket.answer, reader), body)
+        head = to_head("chatcmpl", self._name, dropped=prompt.dropped)
+        return await self._reply(order, head, [ChatWriter(head, answer, self._names, reader=reader)], body)
 
     async def complete(self, request: Any) -> Any:
-        """``POST /v1/completions``."""
+        """``POST /v1/completions``: an answer for each prompt."""
         body = read_body(CompletionBody, await request.body())
-        ticket = self._queue(request, body, await self._read(body))
-        return await self._reply(ticket, TextWriter(self._name, ticket.answer), body)
+        prompts = await self._read(body)
+        order = self._queue(request, body, prompts, scores_prompt=body.echo)
+        head = to_head("cmpl", self._name)
+        texts = [
+            given if isinstance(given, str) else prompt.text
+            for given, prompt in zip(body.prompt, prompts, strict=True)
+        ]
+        writers = [
+            TextWriter(head, ticket.answer, self._names, index=index, prompt=Echo(text, body.echo))
+            for index, (ticket, text) in enumerate(zip(order.tickets, texts, strict=True))
+        ]
+        return await self._reply(order, head, writers, body)
 
     async def generate(self, request: Any) -> Any:
         """``/generate``: the keys in the query or, with POST, in a JSON body."""
@@ -75,8 +135,10 @@ class Service:
             query = request.query_params
             content = {key: query[key] for key in query} | {"stop": query.getlist("stop")}
         body = read_body(GenerateBody, content)
-        answer = await self._whole(self._queue(request, body, await self._read(body)))
-        return {"text": answer.text, "finish_reason": answer.finish, "usage": to_usage(answer)}
+        order = self._queue(request, body, await self._read(body))
+        await order.end()
+        answer = order.tickets[0].answer
+        return {"text": answer.text, "finish_reason": answer.finish, "usage": to_usage([answer])}
 
     async def models(self, request: Any) -> Any:
         """``GET /v1/models``: the one model."""
@@ -94,98 +156,122 @@ class Service:
 
     async def metrics(self, request: Any) -> str:
         """``GET /metrics``, as Prometheus reads it."""
-        counts = dict(sorted(self._worker.counts.items()))
-        lines, last = [], ""
-        for name, value in counts.items():
-            family = name.partition("{")[0]
-            lines += [f"# TYPE {family} counter"] * (family != last) + [f"{name} {value}"]
-            last = family
-        for name, tickets in {"waiting": self._worker.waiting, "generating": self._worker.batch}.items():
-            lines += [f"# TYPE hf_clm_{name} gauge", f"hf_clm_{name} {len(tickets)}"]
-        return "\n".join(lines) + "\n"
+        worker = self._worker
+        return worker.metrics.to_text(
+            {"hf_clm_waiting": len(worker.waiting), "hf_clm_generating": len(worker.batch)}
+        )
 
-    async def _reply(self, ticket: Ticket, writer: Writer, body: Body) -> Any:
+    async def _reply(self, order: Order, head: JsonObject, writers: Sequence[Writer], body: Body) -> Any:
         if body.stream:
-            return self._events(ticket, writer, with_usage=body.reports_usage)
-        await self._whole(ticket)
-        return writer.whole()
+            return self._events(order, head, writers, with_usage=body.reports_usage)
+        await order.end()
+        return to_body(head, writers)
 
-    async def _read(self, body: Body) -> Prompt:
-        """The prompt of a request. Raises ApiError for one that is refused."""
+    async def _read(self, body: Body) -> list[Prompt]:
+        """The prompts of a request. Raises ApiError for one that is refused."""
         self._check_name(body.model or self._name)
         self._worker.check_room()
         async with self._reading:
-            return await asyncio.to_thread(self._to_prompt, body)
+            return await asyncio.to_thread(self._to_prompts, body)
 
     def _queue(
-        self, request: Any, body: Body, prompt: Prompt, *, hidden_ids: Collection[int] | None = None
-    ) -> Ticket:
-        """Queues the request's answer, which ends where the client leaves. Raises ApiError over a limit."""
-        room = self._fit(prompt.ids, body.new_tokens)
-
-        def to_answer(emit: Callable[[str], None], on_end: Callable[[], None]) -> Answer:
-            return Answer(
-                prompt.ids,
-                body.sampling,
-                max_new_tokens=room,
-                stop=body.stop,
-                hidden_ids=hidden_ids,
-                emit=emit,
-                on_end=on_end,
+        self,
+        request: Any,
+        body: Body,
+        prompts: Sequence[Prompt],
+        *,
+        hidden_ids: Collection[int] | None = None,
+        scores_prompt: bool = False,
+    ) -> Order:
+        """Queues an answer to each prompt; all end where the client leaves. Raises ApiError over a limit."""
+        decoding = ask(self._decoding, body)
+        tickets = [
+            Ticket(
+                partial(
+                    Answer,
+                    prompt.ids,
+                    decoding.of_prompt(number),
+                    max_new_tokens=self._fit(prompt, body),
+                    hidden_ids=hidden_ids,
+                    likeliest=body.likeliest,
+                    scores_prompt=scores_prompt,
+                )
             )
+            for number, prompt in enumerate(prompts)
+        ]
+        self._worker.submit(tickets)
+        return Order(tickets, self._worker, asyncio.create_task(self._leave_with(request, tickets)))
 
-        ticket = Ticket(to_answer)
-        self._worker.submit(ticket)
-        ticket.watch(self._leave_with(request, ticket))
-        return ticket
-
-    def _to_prompt(self, body: Body) -> Prompt:
-        """A chat that is too long loses its oldest turns, as in ``hf-clm chat``."""
-        run, most = self._run, self._limits.prompt_tokens
+    def _to_prompts(self, body: Body) -> list[Prompt]:
+        """Raises ApiError for a prompt that cannot be spelled or rendered."""
         try:
-            example = body.to_example(run)
-            if isinstance(example, Chat):
-                room = prompt_room(run.model, max_new_tokens=body.new_tokens)
-                most = most if room is None else min(most, room)
-                ids, _ = to_fitting_prompt(example, run.tokenizer, rendering=run.rendering, most=most)
-            else:
-                ids = to_prompt_ids([example], run.tokenizer, run.rendering)[0]
+            return [self._to_prompt(prompt, body) for prompt in body.to_prompts(self._run)]
         except UserError as error:
             raise ApiError(400, str(error), code="invalid_value", param=body.text_key) from error
-        return Prompt(ids, str(run.tokenizer.decode(ids)))
 
-    def _fit(self, ids: list[int], asked: int | None) -> int:
-        """How many tokens to generate at most."""
-        limits = self._limits
-        if len(ids) > limits.prompt_tokens:
-            what = f"the prompt has {len(ids):,} tokens, and {limits.prompt_tokens:,} are allowed"
-            raise ApiError(400, what, code="context_length_exceeded", param="prompt")
-        if asked is not None and asked > limits.new_tokens:
-            what = f"max_tokens may be {limits.new_tokens:,} at most; got {asked:,}"
-            raise ApiError(400, what, code="invalid_value", param="max_tokens")
+    def _to_prompt(self, prompt: Example | list[int], body: Body) -> Prompt:
+        """A chat that is too long loses its oldest turns, as in ``hf-clm chat``."""
+        run, tokenizer = self._run, self._run.tokenizer
+        if isinstance(prompt, list):
+            self._check_ids(prompt)
+            ids = prompt or [start_id(tokenizer)]
+        elif isinstance(prompt, Chat):
+            room = prompt_room(run.model, max_new_tokens=self._cap(body))
+            most = min(self._limits.prompt_tokens, room or self._limits.prompt_tokens)
+            ids, kept = to_fitting_prompt(prompt, tokenizer, rendering=run.rendering, most=most)
+            return Prompt(ids, str(tokenizer.decode(ids)), len(prompt.messages) - len(kept.messages))
+        else:
+            ids = to_prompt_ids([prompt], tokenizer, run.rendering)[0]
+        return Prompt(ids, str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """Raises ApiError for an id that the model has no embedding of."""
+        size = self._run.model.get_input_embeddings().get_parameter("weight").shape[0]
+        for id in ids:
+            if not 0 <= id < size:
+                what = f"prompt: {id} is no token; ids are 0 to {size - 1}"
+                raise ApiError(400, what, code="invalid_value", param="prompt")
+
+    def _cap(self, body: Body) -> int | None:
+        """How many tokens are asked for, as far as the limit goes."""
+        asked = body.max_new_tokens
+        return None if asked is None else min(asked, self._limits.new_tokens)
+
+    def _fit(self, prompt: Prompt, body: Body) -> int:
+        """How many tokens to generate at most: what is asked for, as far as limits and positions go."""
+        tokens, most = len(prompt.ids), self._limits.prompt_tokens
+        if tokens > most:
+            what = f"the prompt has {tokens:,} tokens, and {most:,} are allowed"
+            if prompt.dropped:
+                what += "; older messages are left out already: shorten the last one, or the system message"
+            raise ApiError(400, what, code="context_length_exceeded", param=body.text_key)
         try:
-            return min(fit_new_tokens(self._run.model, len(ids), max_new_tokens=asked), limits.new_tokens)
+            room = cap_new_tokens(self._run.model, tokens, max_new_tokens=self._cap(body))
         except RecipeError as error:
-            raise ApiError(400, str(error), code="context_length_exceeded", param="max_tokens") from error
+            raise ApiError(400, str(error), code="context_length_exceeded", param=body.text_key) from error
+        return min(room, self._limits.new_tokens)
 
-    async def _leave_with(self, request: Any, ticket: Ticket) -> None:
+    async def _leave_with(self, request: Any, tickets: Sequence[Ticket]) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        self._worker.cancel(ticket)
+        for ticket in tickets:
+            self._worker.cancel(ticket)
 
-    async def _whole(self, ticket: Ticket) -> Answer:
-        async for _ in ticket:
-            pass
-        return ticket.answer
-
-    async def _events(self, ticket: Ticket, writer: Writer, *, with_usage: bool) -> AsyncIterator[str]:
+    async def _events(
+        self, order: Order, head: JsonObject, writers: Sequence[Writer], *, with_usage: bool
+    ) -> AsyncIterator[str]:
+        """One answer after the other."""
         try:
-            yield writer.opening()
-            async for piece in ticket:
-                yield writer.piece(piece)
-            yield writer.closing(with_usage=with_usage)
+            for ticket, writer in zip(order.tickets, writers, strict=True):
+                yield writer.opening()
+                async for piece in ticket:
+                    yield writer.piece(piece)
+                yield writer.closing()
+            yield to_end(head, writers, with_usage=with_usage)
         except ApiError as error:  # the status has been sent
             yield to_event(error.body)
+        finally:
+            order.close()
 
     def _check_name(self, name: str) -> None:
         if name != self._name:

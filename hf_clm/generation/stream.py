@@ -3,8 +3,8 @@
 prompts --left-padded--> model.generate --at each step--> a token for each Answer --> emit("some text")
 """
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,41 +15,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
-from hf_clm.generation.generate import stop_ids, to_left_padded
-
-UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the tokens of an answer are chosen; temperature 0 is greedy, top_k 0 and top_p 1 leave out none.
-
-    Without a ``seed`` every answer is another one.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    @property
-    def is_greedy(self) -> bool:
-        """True also for a temperature so low that logits divided by it have no number."""
-        return self.temperature < 1e-6
-
-
-def to_sampling(
-    temperature: float | None, *, top_k: int | None, top_p: float | None, seed: int | None
-) -> Sampling:
-    """Greedy where nothing is asked for; the plain distribution where only top_k or top_p are."""
-    if temperature is None:
-        temperature = 1.0 if top_k is not None or top_p is not None else 0.0
-    return Sampling(temperature, top_k or 0, 1.0 if top_p is None else top_p, seed)
+from hf_clm.errors import RecipeError
+from hf_clm.generation.decoding import Decoding, choose_token, random_state, stop_ids, to_config, under
+from hf_clm.generation.padding import pad_id, to_left_padded
+from hf_clm.generation.scores import UNFINISHED, Score, score, score_prompt
+from hf_clm.model import max_positions
 
 
 class Answer:
@@ -58,23 +30,35 @@ class Answer:
     ``finish`` says why it ended: "stop" (a stop token or a stop text, of which neither is in ``text``) or
     "length"; it is empty while the answer is under way and where it was cancelled. ``on_end`` is called after
     the last text, unless it was cancelled. ``hidden_ids``: see ``TextStream``.
+
+    With ``likeliest``, a number of tokens, ``scores`` has those of the answer's tokens, the stop token among
+    them, and with ``scores_prompt`` also ``prompt_scores`` those of the prompt's.
     """
 
     def __init__(
         self,
         prompt_ids: list[int],
-        sampling: Sampling,
+        decoding: Decoding,
         *,
         max_new_tokens: int,
-        stop: Sequence[str] = (),
         hidden_ids: Collection[int] | None = None,
-        emit: Callable[[str], None],
+        likeliest: int | None = None,
+        scores_prompt: bool = False,
+        emit: Callable[[str], None] = lambda text: None,
         on_end: Callable[[], None] = lambda: None,
     ):
-        self.prompt_ids, self.sampling, self.max_new_tokens = prompt_ids, sampling, max_new_tokens
-        self.hidden_ids = hidden_ids
-        self.text, self.finish, self.tokens, self.is_cancelled = "", "", 0, False
-        self._stop, self._emit, self._on_end, self._held = stop, emit, on_end, ""
+        self.prompt_ids, self.decoding, self.max_new_tokens = prompt_ids, decoding, max_new_tokens
+        self.hidden_ids, self.likeliest, self.scores_prompt = hidden_ids, likeliest, scores_prompt
+        self.ids: list[int] = []  # without the stop token
+        self.prompt_scores: list[Score] = []
+        self.scores: list[Score] = []
+        self.text, self.finish, self.is_cancelled = "", "", False
+        self._emit, self._on_end, self._held = emit, on_end, ""
+
+    @property
+    def tokens(self) -> int:
+        """How many were generated."""
+        return len(self.ids)
 
     @property
     def is_done(self) -> bool:
@@ -83,13 +67,14 @@ class Answer:
     def add(self, text: str) -> None:
         """Emits the text, but for an end that may become a stop text; ends before a stop text."""
         text = self._held + text
-        ends = [text.find(stop) for stop in self._stop if stop in text]
+        stop = self.decoding.stop
+        ends = [text.find(one) for one in stop if one in text]
         if ends:
             self._held, text = "", text[: min(ends)]
             self._show(text)
             self._finish("stop")
         else:
-            kept = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+            kept = len(text) - max((_overlap(text, one) for one in stop), default=0)
             self._held, text = text[kept:], text[:kept]
             self._show(text)
 
@@ -149,87 +134,181 @@ class TextStream:
 def stream_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, answers: Sequence[Answer]
 ) -> None:
-    """Generates all the answers together, until each has ended or was cancelled."""
+    """Generates all the answers together, until each has ended or was cancelled.
+
+    An answer that goes on past the model's positions rereads the last half of them; so do, all of their text,
+    the shorter ones beside an answer that has used up the positions.
+    """
+    for answer in answers:
+        if answer.scores_prompt and answer.likeliest is not None:
+            answer.prompt_scores = score_prompt(model, answer.prompt_ids, likeliest=answer.likeliest)
+        if not answer.max_new_tokens:
+            answer.end("length")
+    lines = [_Line(answer, tokenizer, model.device) for answer in answers]
+    while going := [line for line in lines if not line.answer.is_done]:
+        _stretch(model, tokenizer, going)
+
+
+@torch.no_grad()
+def search_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    answers: Sequence[Answer],
+    with_cache: bool = True,
+) -> None:
+    """Generates all the answers together by beam search; all have one Decoding, and one number of new tokens.
+
+    Without a cache also models answer rightly whose state does not follow when a beam takes another's place.
+    Raises RecipeError for a search that transformers refuses.
+    """
+    first, stops = answers[0], stop_ids(model)
+    pad = pad_id(tokenizer)
+    prompts = to_left_padded([answer.prompt_ids for answer in answers], pad, device=model.device)
+    width = prompts["input_ids"].shape[1]
+    config = to_config(first.decoding, new_tokens=first.max_new_tokens, stops=stops, pad=pad)
+    config.use_cache = with_cache
+    stop = first.decoding.stop
+    ends = StoppingCriteriaList([_StopText(tokenizer, stop, width)] if stop else [])
     decoder: Any = model  # typed without the generate that it has
-    pad: Any = tokenizer.pad_token_id
-    decoder.generate(
-        **to_left_padded([answer.prompt_ids for answer in answers], pad, device=model.device),
-        max_new_tokens=max(answer.max_new_tokens for answer in answers),
-        do_sample=False,  # _Choose leaves one token where an answer is sampled
-        num_beams=1,
-        use_cache=True,
-        pad_token_id=pad,
-        logits_processor=LogitsProcessorList([_Choose(answers)]),
-        stopping_criteria=StoppingCriteriaList([_Deliver(answers, tokenizer, stops=stop_ids(model))]),
-    )
+    try:
+        with under(model, config), _seeded(first.decoding, model.device):
+            rows = decoder.generate(**prompts, generation_config=config, stopping_criteria=ends)
+    except ValueError as error:  # transformers' checks
+        raise RecipeError(str(error).splitlines()[0], where="num_beams") from error
+    for answer, row in zip(answers, rows[:, width:].tolist(), strict=True):
+        line = _Line(answer, tokenizer, model.device)
+        for token in row:
+            if not answer.is_done:
+                line.take(token, stops=stops)
+        line.close()
+
+
+class _StopText(StoppingCriteria):
+    """Ends a beam whose answer holds a stop text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str], width: int):
+        self._tokenizer, self._stop, self._width = tokenizer, stop, width
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """(B * beams,) bool."""
+        texts = [self._tokenizer.decode(row, skip_special_tokens=True) for row in input_ids[:, self._width :]]
+        found = [any(stop in text for stop in self._stop) for text in texts]
+        return torch.tensor(found, device=input_ids.device)
+
+
+@contextmanager
+def _seeded(decoding: Decoding, device: torch.device) -> Iterator[None]:
+    """Beams that are sampled draw from torch's own random state, which is put back afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if decoding.seed is None:
+            torch.seed()
+        else:
+            torch.manual_seed(decoding.seed)
+        yield
+
+
+class _Line:
+    """An answer with what it takes to choose and to show its next token."""
+
+    def __init__(self, answer: Answer, tokenizer: PreTrainedTokenizerFast, device: torch.device):
+        self.answer = answer
+        self.draws = random_state(answer.decoding.seed, device)
+        self._text = TextStream(tokenizer, answer.hidden_ids)
+        self._logits = torch.empty(0)
+        self.read: list[int] = []  # by the model, in this stretch
+        self._skipped = 0  # tokens at the beginning that it reads no more
+
+    def choose(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """(1, V) scores of which the next token has the highest; ``ids`` (1, T) with the padding."""
+        answer = self.answer
+        if answer.likeliest is not None:
+            self._logits = logits[0].clone()
+        own = ids[:, ids.shape[1] - self._length :]
+        return choose_token(answer.decoding, own, logits, draws=self.draws)
+
+    def begin(self, limit: int | None) -> None:
+        """Decides what the model is to read: what it has read and said, or the last half of that."""
+        ids = self.answer.prompt_ids + self.answer.ids
+        if limit is not None and len(ids) - self._skipped >= limit:
+            self._skipped = len(ids) - max(1, limit // 2)
+        self.read = ids[self._skipped :]
+
+    @property
+    def left(self) -> int:
+        """The tokens that it may still have."""
+        return self.answer.max_new_tokens - self.answer.tokens
+
+    def take(self, token: int, *, stops: set[int]) -> None:
+        """The next token."""
+        answer = self.answer
+        if answer.likeliest is not None:
+            answer.scores.append(score(self._logits, token, likeliest=answer.likeliest))
+        if token in stops:
+            answer.end("stop", self._text.rest())
+            return
+        answer.ids.append(token)
+        answer.add(self._text.push(token))
+        if not answer.finish and not self.left:
+            answer.end("length", self._text.rest())
+
+    def close(self) -> None:
+        """Ends an answer whose tokens ended before their time: at a stop text, seen in half a character."""
+        if not self.answer.is_done:
+            self.answer.end("stop", self._text.rest())
+
+    @property
+    def _length(self) -> int:
+        """Of prompt and answer, as far as the model read them."""
+        return len(self.answer.prompt_ids) + self.answer.tokens - self._skipped
+
+
+def _stretch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, lines: Sequence[_Line]) -> None:
+    """Generates until all are done, or the positions are used up."""
+    limit, stops = max_positions(model.config), stop_ids(model)
+    for line in lines:
+        line.begin(limit)
+    room = max(line.left for line in lines)
+    if limit is not None:
+        room = max(1, min(room, limit - max(len(line.read) for line in lines)))
+    pad = pad_id(tokenizer)
+    config = to_config(Decoding(), new_tokens=room, stops=stops, pad=pad)
+    decoder: Any = model  # typed without the generate that it has
+    with under(model, config):
+        decoder.generate(
+            **to_left_padded([line.read for line in lines], pad, device=model.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_Choose(lines)]),
+            stopping_criteria=StoppingCriteriaList([_Deliver(lines, stops)]),
+        )
 
 
 class _Choose(LogitsProcessor):
-    """Draws the next token of each answer that is sampled, from a random state of its own."""
+    """Chooses the next token of each answer."""
 
-    def __init__(self, answers: Sequence[Answer]):
-        self._answers = answers
-        self._states: dict[int, torch.Generator] = {}
+    def __init__(self, lines: Sequence[_Line]):
+        self._lines = lines
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """(B, V) scores, V the vocabulary; in a sampled row all but the drawn token are -inf."""
-        for row, answer in enumerate(self._answers):
-            if not answer.sampling.is_greedy and not answer.is_done:
-                left = _warped(scores[row : row + 1], answer.sampling)
-                if row not in self._states:
-                    self._states[row] = _random_state(answer.sampling.seed, scores.device)
-                drawn = torch.multinomial(left.softmax(-1), 1, generator=self._states[row])
-                scores[row] = torch.full_like(scores[row], -torch.inf).scatter_(0, drawn[0], 0.0)
+        """(B, V) scores, V the vocabulary."""
+        for row, line in enumerate(self._lines):
+            if not line.answer.is_done:
+                scores[row] = line.choose(input_ids[row : row + 1], scores[row : row + 1])[0]
         return scores
 
 
 class _Deliver(StoppingCriteria):
     """Hands each new token to its answer; generate ends when all of them are done."""
 
-    def __init__(
-        self, answers: Sequence[Answer], tokenizer: PreTrainedTokenizerFast, *, stops: set[int | None]
-    ):
-        self._answers, self._stops = answers, stops
-        self._streams = [TextStream(tokenizer, answer.hidden_ids) for answer in answers]
+    def __init__(self, lines: Sequence[_Line], stops: set[int]):
+        self._lines, self._stops = lines, stops
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """(B,) bool: True for an answer that is done."""
-        for answer, stream, token in zip(
-            self._answers, self._streams, input_ids[:, -1].tolist(), strict=True
-        ):
-            if not answer.is_done:
-                self._take(answer, stream, token=token)
-        return torch.tensor([answer.is_done for answer in self._answers], device=input_ids.device)
-
-    def _take(self, answer: Answer, stream: TextStream, *, token: int) -> None:
-        if token in self._stops:
-            answer.end("stop", stream.rest())
-            return
-        answer.tokens += 1
-        answer.add(stream.push(token))
-        if not answer.finish and answer.tokens >= answer.max_new_tokens:
-            answer.end("length", stream.rest())
-
-
-def _warped(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """(1, V) scores with transformers' own temperature, top_k and top_p."""
-    warpers: list[Any] = [TemperatureLogitsWarper(float(sampling.temperature))]
-    if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    for warp in warpers:
-        scores = warp(torch.empty(0, dtype=torch.long), scores)  # none of them looks at the ids
-    return scores
-
-
-def _random_state(seed: int | None, device: torch.device) -> torch.Generator:
-    state = torch.Generator(device=device)
-    if seed is None:
-        state.seed()
-    else:
-        state.manual_seed(seed)
-    return state
+        for line, token in zip(self._lines, input_ids[:, -1].tolist(), strict=True):
+            if not line.answer.is_done:
+                line.take(token, stops=self._stops)
+        return torch.tensor([line.answer.is_done for line in self._lines], device=input_ids.device)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -23,6 +23,7 @@ from hf_clm.inspector.page import Charts, write_page
 from hf_clm.inspector.rows import Row
 from hf_clm.inspector.terminal import legend, to_lines, wrap_text
 from hf_clm.parts import build_collator, build_tokenizer_aside, settle_render, training_arguments
+from hf_clm.recipe_sections import EVAL, TRAIN
 from hf_clm.tokenizer import load_tokenizer
 
 HTML_ROWS = 10_000  # a page with more opens too slowly
@@ -47,20 +48,22 @@ def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[
     """
     recipe = load_recipe(find_recipe(target), overrides, options=options)
     arguments = training_arguments(recipe)
-    if view.split == "eval" and not (recipe.data.eval or recipe.data.eval_fraction):
-        fix = "set data.eval or data.eval_fraction, or --split train"
-        raise RecipeError("the recipe has no eval set", where=target, fix=fix)
+    known = [TRAIN, *(recipe.data.eval_sets or ([EVAL] if recipe.data.eval_fraction else []))]
+    name = view.split if view.split in known else f"{EVAL}_{view.split}"
+    if name not in known:
+        fix = f"--split {' or '.join(known)}" if len(known) > 1 else "set data.eval or data.eval_fraction"
+        raise RecipeError(f"the recipe has no set {view.split!r}", where=target, fix=fix)
     tokenizer = _tokenizer(recipe, arguments=arguments, target=target)
     recipe = settle_render(recipe, tokenizer)
-    split = read_splits(recipe, tokenizer, seed=arguments.seed)[view.split]
-    batch_size = arguments.train_batch_size if view.split == "train" else arguments.eval_batch_size
+    split = read_splits(recipe, tokenizer, seed=arguments.seed)[name]
+    batch_size = arguments.train_batch_size if name == TRAIN else arguments.eval_batch_size
     reader = Reader(split, tokenizer, recipe=recipe)
     found = inspect_rows(split, reader, collate=build_collator(recipe, tokenizer), batch_size=batch_size)
     wanted = max(HTML_ROWS, view.rows) if view.html else view.rows
     rows = nlargest(wanted, found, key=_severity) if view.worst else list(islice(found, wanted))
     charts = to_charts(split, recipe.data.max_length, batch_size=batch_size)
     facts = to_facts(split, charts, shown=len(rows))
-    if recipe.data.streaming and view.split == "train":
+    if recipe.data.streaming and name == TRAIN:
         facts = {"stream": f"the first {STREAM_HEAD:,} documents of each source", **facts}
     lines = _text(rows[: view.rows], facts, reader=reader, colors=_wants_colors(view.color))
     if view.html:

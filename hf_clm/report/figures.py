@@ -1,4 +1,24 @@
-"""Numbers as people read them."""
+"""Numbers as people read them, and the names of those that an evaluation logs."""
+
+import re
+
+# Of an evaluation, but nothing that training changes.
+ASIDE = re.compile(r"eval_(.*_)?(target_tokens|runtime|.*_per_second|model_preparation_time)")
+
+
+def is_evaluated(key: str) -> bool:
+    """Whether a key of a log event is a figure of an evaluation: ``eval_loss``, ``eval_news_chrf``, ..."""
+    return key.startswith("eval_") and not ASIDE.fullmatch(key)
+
+
+def evaluated_name(key: str) -> str:
+    """``eval_news_token_accuracy`` -> ``"news accuracy"``."""
+    return key.removeprefix("eval_").replace("token_accuracy", "accuracy").replace("_", " ")
+
+
+def to_evaluated(key: str, value: float) -> str:
+    """A figure of an evaluation: a share in percent, anything else in four digits."""
+    return to_percent(value) if key.endswith(("accuracy", "exact_match")) else f"{value:.4g}"
 
 
 def to_short(value: float) -> str:

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_clm.report.charts import Axis, Chart, Rule, Series, Style, draw
-from hf_clm.report.figures import to_count, to_duration, to_gigabytes, to_loss, to_percent, to_short
+from hf_clm.report.figures import (
+    evaluated_name,
+    is_evaluated,
+    to_count,
+    to_duration,
+    to_evaluated,
+    to_gigabytes,
+    to_loss,
+    to_percent,
+    to_short,
+)
 from hf_clm.report.record import Entries, RunRecord, final_figures, is_number, load_record, points
 
 FOLDER = Path(__file__).parent
@@ -87,7 +97,14 @@ def write_page(path: Path, page: str) -> None:
 
 def build_report(record: RunRecord, *, refresh_seconds: int | None = None) -> str:
     """The page of a run. What the record does not hold is left out."""
-    sections = (_proof(record), _ledger(record), _self_test(record), _recipe(record), _versions(record))
+    sections = (
+        _evaluated_table(record),
+        _proof(record),
+        _ledger(record),
+        _self_test(record),
+        _recipe(record),
+        _versions(record),
+    )
     return render(
         "report.html",
         title=record.name,
@@ -223,9 +240,29 @@ def _samples(samples: Entries) -> dict[str, Any] | None:
     return {"rows": rows, "note": f"{len(shown)} of {len(steps)} steps" if len(steps) > len(shown) else ""}
 
 
+def _splits(record: RunRecord) -> dict[str, tuple[str, ...]]:
+    """The names of the sets in ``proof`` -> where run.json counts them."""
+    named = {f"eval_{name}": ("evaluations", name) for name in record.part("evaluations")}
+    return {"train": ("train",), **(named or {"eval": ("evaluation",)})}
+
+
+def _evaluated_table(record: RunRecord) -> Section:
+    """Every figure of the evaluations, before and after: also of sets that tell what was forgotten."""
+    keys = [key for entry in record.metrics for key in entry]
+    rows = []
+    for key in dict.fromkeys(filter(is_evaluated, keys)):
+        values = [value for _, value in points(record.metrics, key)]
+        if len(values) > 1:
+            before, after = values[0], values[-1]
+            shown = (to_evaluated(key, before), to_evaluated(key, after), f"{after - before:+.4g}")
+            rows.append([evaluated_name(key), *shown])
+    head = ["evaluation", "before", "after", "change"]
+    return Section("Before and after", tables=[Table(head, rows, numeric=True)] if len(rows) > 2 else [])
+
+
 def _proof(record: RunRecord) -> Section:
     facts = []
-    for split in ("train", "eval"):
+    for split in _splits(record):
         if certificate := record.part("proof", split, "certificate"):
             said = "are certified" if certificate.get("valid") else "are NOT certified"
             digest = str(certificate.get("content_hash"))[:SHOWN_LETTERS]
@@ -266,10 +303,10 @@ def _to_text(value: Any) -> str:
 def _ledger(record: RunRecord) -> Section:
     """What was read, and what became of every input row."""
     tables, facts = [], []
-    for split, key in (("train", "train"), ("evaluation", "eval")):
-        if files := record.part(split).get("files"):
+    for key, part in _splits(record).items():
+        if files := record.part(*part).get("files"):
             facts.append((f"{key} files", ", ".join(map(str, files))))
-        if counts := record.part(split):
+        if counts := record.part(*part):
             names = [name for name in COUNTED if is_number(counts.get(name))]
             facts.append((key, ", ".join(f"{counts[name]:,} {COUNTED[name]}" for name in names)))
         rows = [

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_clm.errors import UserError
-from hf_clm.report.figures import to_duration
+from hf_clm.report.figures import evaluated_name, is_evaluated, to_duration, to_evaluated
 
 # What a progress line shows of a log event, and how.
 SHOWN = {
@@ -30,8 +30,10 @@ SHOWN = {
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
     "eval_loss": ("eval loss", "{:.4f}"),
     "eval_token_accuracy": ("eval accuracy", "{:.1%}"),
-    "eval_train_loss": ("loss of training rows", "{:.4f}"),
-    "eval_train_token_accuracy": ("accuracy", "{:.1%}"),
+    "eval_train_loss": ("train loss", "{:.4f}"),
+    "eval_train_token_accuracy": ("train accuracy", "{:.1%}"),
+    "gpu_memory": ("GPU memory", "{:.0%}"),
+    "gpu_utilization": ("busy", "{:.0%}"),
 }
 
 
@@ -69,15 +71,17 @@ class ProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         logs = kwargs["logs"]
-        if not state.is_world_process_zero or not (logs.keys() & {"loss", "eval_loss", "eval_train_loss"}):
+        if not state.is_world_process_zero or not (logs.keys() & {"loss", "eval_loss"}):
             return
         shown = [f"{name} {form.format(logs[key])}" for key, (name, form) in SHOWN.items() if key in logs]
+        others = [key for key in logs if is_evaluated(key) and key not in SHOWN]  # of named sets, and answers
+        shown += [f"{evaluated_name(key)} {to_evaluated(key, logs[key])}" for key in others]
         if self.bar is not None and "loss" in logs:
             self.bar.set_postfix_str(", ".join(shown))
             return
         left = f"  {self._time_left(state)} left" if "loss" in logs else ""
         step = f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
-        write_line(f"step {step}  {'  '.join(shown)}{left}")
+        write_line(f"step {step}  epoch {state.epoch or 0:.2f}  {'  '.join(shown)}{left}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

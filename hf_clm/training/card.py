@@ -110,9 +110,9 @@ def figures(run: Mapping[str, Any]) -> str:
 def data(run: Mapping[str, Any]) -> str:
     """Files by name, what became of their rows, and the certificate of the labels."""
     parts = []
-    for name, counts in (("train", run["train"]), ("eval", run["evaluation"])):
-        if counts is None:
-            continue
+    named = {f"eval_{name}": counts for name, counts in run.get("evaluations", {}).items()}
+    evaluated = named or ({"eval": run["evaluation"]} if run["evaluation"] else {})
+    for name, counts in ({"train": run["train"]} | evaluated).items():
         files = sorted({os.path.basename(file) for file in counts["files"]})
         shown = ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
         certificate = run["proof"].get(name, {}).get("certificate", {})

@@ -24,7 +24,8 @@ from hf_clm.data.prepared.stream import PositionCollator, StreamedRows
 from hf_clm.data.split import Split
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
-from hf_clm.errors import RecipeError, reach
+from hf_clm.errors import DataError, RecipeError, reach
+from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate, to_prompt_example
 from hf_clm.hardware import peak_memory, settle_cpu
 from hf_clm.inspector.documents import Reader
@@ -45,8 +46,11 @@ from hf_clm.parts import (
     static_shape,
     training_arguments,
 )
+from hf_clm.recipe_sections import EVAL, TRAIN
 from hf_clm.report.page import write_report
 from hf_clm.schema import whole_text
+from hf_clm.training.answering import Answering, load_answer_metrics
+from hf_clm.training.answering import find_questions as find_asked
 from hf_clm.training.callbacks import (
     EpochMeansCallback,
     LastEvaluationCallback,
@@ -116,6 +120,7 @@ def train_from(
     start: Start, recipe: Recipe, *, arguments: TrainingArguments, is_terminal: bool
 ) -> dict[str, Any]:
     """Prepares and proves data and model, trains to the end, saves."""
+    load_answer_metrics(recipe.evaluation)  # a function that is not there is said before data are read
     loaded = load_early(recipe, arguments.seed)
     tokenizer = build_tokenizer(recipe, loaded, arguments=arguments)
     config = build_model_config(recipe, tokenizer)
@@ -139,34 +144,57 @@ def train_from(
     with arguments.main_process_first(local=False, desc="proving the model"):
         if is_main:
             trainer.add_callback(ProgressCallback(is_terminal=is_terminal))
-            prove_and_record(trainer, facts, start=start, prepared=prepared)
+            with trainer.aside():
+                prove_and_record(trainer, facts, start=start, prepared=prepared)
     if is_to_be_tried(recipe, arguments):
-        try_largest(trainer, splits["train"].dataset)
+        with trainer.aside():
+            try_largest(trainer, splits[TRAIN].dataset)
+    if recipe.samples:
+        trainer.add_callback(build_samples(facts, trainer, tokenizer=tokenizer))
+    result = train_to_the_end(trainer, facts, start=start, proof=proof.facts)
+    if arguments.push_to_hub:  # the run is done, whatever the Hub says
+        trainer.push_run(with_data=recipe.card.data_samples > 0)
+    return result
+
+
+def train_to_the_end(
+    trainer: CLMTrainer, facts: RunFacts, *, start: Start, proof: dict[str, Any]
+) -> dict[str, Any]:
+    """Begins or goes on, and finishes; a signal stops it behind a checkpoint.
+
+    Raises DoesNotFit where it may start again with less in a batch.
+    """
+    recipe, arguments, is_main = facts.recipe, facts.arguments, facts.arguments.process_index == 0
     memory = partial(peak_memory, arguments.device)
     metrics = MetricsCallback(start.folder / "metrics.jsonl", measure_memory=memory)
     trainer.add_callback(metrics)
     trainer.add_callback(LastEvaluationCallback())
-    if stream is None:  # the end of an epoch is not known else
+    if not recipe.data.streaming:  # the end of an epoch is not known else
         trainer.add_callback(EpochMeansCallback(start.folder / "metrics.jsonl"))
-    if recipe.samples:
-        trainer.add_callback(build_samples(facts, trainer, tokenizer=tokenizer))
     report = ReportCallback(partial(write_report, start.folder, is_live=True), is_main=is_main)
     trainer.add_callback(report)
+    first_step = step_of(start.checkpoint) if start.checkpoint else 0
+    if trainer.answering:
+        trainer.answering.forget_after(first_step)
     if start.checkpoint:
         arguments.eval_on_start = False  # it was evaluated when it began
         trainer.overridden = frozenset(c.key for c in start.changes if c.fate == "overridden")
     patience = recipe.early_stopping.patience if recipe.early_stopping else None
     recording = recording_failure(start.folder / "run.json", is_main=is_main)
-    with stoppable(trainer), closing(report), recording, among_others(), writing(start.folder):
+    with (
+        stoppable(trainer, words="without --overwrite" if recipe.overwrite is True else ""),
+        closing(trainer),
+        closing(report),
+        recording,
+        among_others(),
+        writing(start.folder),
+    ):
         if start.checkpoint and has_ended(start.checkpoint, facts.steps, patience=patience):
             trainer.restore(start.checkpoint)
         else:
-            with fitting(trainer, first_step=step_of(start.checkpoint) if start.checkpoint else 0):
+            with fitting(trainer, first_step=first_step):
                 trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
-        result = finish(trainer, facts, proof=proof.facts, metrics=metrics)
-    if arguments.push_to_hub:  # the run is done, whatever the Hub says
-        trainer.push_run(with_data=recipe.card.data_samples > 0)
-    return result
+        return finish(trainer, facts, proof=proof, metrics=metrics)
 
 
 def known_date(folder: Path) -> str:
@@ -184,7 +212,8 @@ def prove_and_record(trainer: CLMTrainer, facts: RunFacts, *, start: Start, prep
     tokenizer: Any = trainer.processing_class
     trainer.seal_facts = seal_facts(facts, tokenizer, proof=proof.facts)
     goes_on = list(start.require_same(trainer.seal_facts))
-    write_line("\n".join([*start_lines(facts), *goes_on, *proof.lines]))
+    own = [f"loss      the model's own: {trainer.own_loss}"] if trainer.own_loss else []
+    write_line("\n".join([*start_lines(facts), *own, *goes_on, *proof.lines]))
     questions = find_questions(facts.train, tokenizer, recipe, format=facts.format)
     proof.facts |= prove_model(trainer, recipe, split=facts.train, tokenizer=tokenizer, questions=questions)
     # the first file that counts (is_in_use): a folder without it is not known to be this run's
@@ -205,8 +234,9 @@ def build_trainer(
     stream: StreamedRows | None = None,
 ) -> CLMTrainer:
     """The Trainer over the packed rows; without an eval set it evaluates on some of the training rows."""
-    train_split, eval_split = splits["train"], splits.get("eval")
-    watched = recipe.data.eval_train_rows
+    train_split, watched = splits[TRAIN], recipe.data.eval_train_rows
+    evaluated: dict[str, Any] = {name: split.dataset for name, split in splits.items() if name != TRAIN}
+    named = {name.removeprefix(f"{EVAL}_"): dataset for name, dataset in evaluated.items()}
     datasets = [split.dataset for split in splits.values()]
     static = static_shape(datasets, arguments) if arguments.torch_compile else None
     collate = build_collator(recipe, tokenizer, with_targets=takes_targets(model), static=static)
@@ -215,10 +245,12 @@ def build_trainer(
         args=arguments,
         data_collator=PositionCollator(collate) if stream else collate,
         train_dataset=stream or train_split.dataset,
-        eval_dataset=eval_split.dataset if eval_split else first_rows(train_split, EVALUATED_ROWS),
+        eval_dataset=evaluated.get(EVAL, named or first_rows(train_split, EVALUATED_ROWS)),
         processing_class=tokenizer,
         z_loss=recipe.loss.z_loss,
         watched_rows=first_rows(train_split, watched) if watched else None,
+        answering=build_answering(recipe, arguments, tokenizer=tokenizer, splits=splits),
+        answers_every=recipe.evaluation.every,
     )
     trainer.remove_callback(PrinterCallback)
     tolerate_trackers(trainer)
@@ -229,6 +261,31 @@ def build_trainer(
         what = f"has no effect: the model computes its own loss ({trainer.own_loss})"
         raise RecipeError(what, where="loss.z_loss", got=f"{recipe.loss.z_loss:g}", fix="leave it out")
     return trainer
+
+
+def build_answering(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    splits: Mapping[str, Split],
+) -> Answering | None:
+    """What measures answers at evaluations; None where the recipe asks for none.
+
+    Raises DataError for an evaluation set without a prompt.
+    """
+    section = recipe.evaluation
+    if not section.generate:
+        return None
+    sets = {name: find_asked(split, section.generate) for name, split in splits.items() if name != TRAIN}
+    for name, questions in sets.items():
+        if not questions:
+            files = ", ".join(splits[name].examples.report.files[:2])
+            what = "no example has a prompt to answer"
+            raise DataError(what, where=files, fix="set evaluation.generate to 0")
+    known = {"tokenizer": tokenizer, "rendering": label_options(recipe), "arguments": arguments}
+    metrics, room = load_answer_metrics(section), section.max_new_tokens
+    return Answering(sets, metrics, max_new_tokens=room, **known)
 
 
 def first_rows(split: Split, count: int) -> torch.utils.data.Subset:
@@ -245,15 +302,14 @@ def build_samples(
     shape: dict[str, Any] = {"template": facts.template}
     shape["has_turns"] = facts.has_turns
     prompts = [to_prompt_example(prompt, facts.format, **shape) for prompt in section.prompts]
-    options: dict[str, Any] = {"max_new_tokens": section.max_new_tokens, "do_sample": section.temperature > 0}
-    options["rendering"] = label_options(recipe)
-    if section.temperature > 0:
-        options["temperature"] = section.temperature
+    seed = trainer.args.seed
+    decoding = Decoding(section.max_new_tokens, temperature=section.temperature, seed=seed)
+    rendering = label_options(recipe)
 
     def answers() -> list[str]:
-        with trainer.untimed():
+        with trainer.aside():
             model = trainer.accelerator.unwrap_model(trainer.model)
-            found = generate(model, tokenizer, prompts=prompts, **options)
+            found = generate(model, tokenizer, prompts=prompts, decoding=decoding, rendering=rendering)
             return [answer.text for answer in found]
 
     path = Path(str(trainer.args.output_dir)) / "samples.jsonl"

@@ -45,6 +45,7 @@ class SavingTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.seal_facts: dict[str, Any] = {}
         self.overridden: frozenset[str] = frozenset()
+        self._loading = Path()  # the checkpoint whose weights are being loaded
         self.add_callback(GoingOnCallback())
 
     def restore(self, checkpoint: Path) -> None:
@@ -121,6 +122,7 @@ class SavingTrainer(Trainer):
         reach("after:random state")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._loading = Path(resume_from_checkpoint)
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         except RuntimeError as error:  # of torch, for another shape
@@ -128,11 +130,22 @@ class SavingTrainer(Trainer):
             raise ModelError(what, where=resume_from_checkpoint, got=got) from error
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Raises ModelError for weights that a checkpoint lacks: they would stay what they were."""
+        """Raises ModelError for weights that a checkpoint lacks: they would stay what they were.
+
+        Of a mixture the files hold each expert apart, as it is published, and the model all of them in one
+        weight: from_pretrained puts them together, the Trainer does not.
+        """
         model: Any = self.accelerator.unwrap_model(self.model)
-        lacking = set(load_result.missing_keys) - {*(getattr(model, "all_tied_weights_keys", None) or {})}
+        tied = {*(getattr(model, "all_tied_weights_keys", None) or {})}
+        lacking = set(load_result.missing_keys) - tied
         if lacking and not is_adapted(model):
-            raise ModelError("the checkpoint lacks weights of this model", got=", ".join(sorted(lacking)[:3]))
+            known: dict[str, Any] = {"config": model.config, "dtype": model.dtype, "local_files_only": True}
+            opened, found = type(model).from_pretrained(self._loading, output_loading_info=True, **known)
+            lacking = set(found["missing_keys"]) - tied
+            if lacking:
+                got = ", ".join(sorted(lacking)[:3])
+                raise ModelError("the checkpoint lacks weights of this model", got=got)
+            model.load_state_dict(opened.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer's; then what is overridden replaces what the checkpoint brought along.
@@ -167,6 +180,7 @@ class SavingTrainer(Trainer):
         if fault := fault_of(best):
             fix = "resume with --load_best_model_at_end false to take the last one"
             raise EnvironmentFault(f"the best checkpoint is damaged: {fault}", where=str(best), fix=fix)
+        self._loading = best
         super()._load_best_model()
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:

@@ -123,8 +123,8 @@ class StopCallback(TrainerCallback):
     ends as ever. Raises Preempted behind the save.
     """
 
-    def __init__(self, stop: Stop):
-        self.stop = stop
+    def __init__(self, stop: Stop, *, words: str):
+        self.stop, self.words = stop, words
         self.reason = 0
 
     def on_step_end(
@@ -149,17 +149,21 @@ class StopCallback(TrainerCallback):
             checkpoint = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
             facts = {"step": state.global_step, "steps": state.max_steps, "checkpoint": checkpoint}
             goes_on = str(args.resume_from_checkpoint or "auto").lower() in ("auto", "must", "true")
-            raise Preempted(REASONS[self.reason], **facts, by_itself=goes_on)
+            words = self.words if goes_on else "with --resume_from_checkpoint auto"
+            raise Preempted(REASONS[self.reason], **facts, words=words)
 
 
 @contextmanager
-def stoppable(trainer: Trainer) -> Iterator[None]:
+def stoppable(trainer: Trainer, *, words: str = "") -> Iterator[None]:
     """Lets signals stop the training inside, and says so; the handlers of the caller come back afterwards.
 
     No process leaves before the main one has written everything: a launcher ends the others with the first.
+
+    Args:
+        words: how the command must differ so that it goes on, such as "without --overwrite".
     """
     with listening(Stop(shows=trainer.is_world_process_zero())) as stop:
-        trainer.add_callback(StopCallback(stop))
+        trainer.add_callback(StopCallback(stop, words=words))
         try:
             yield
         except Preempted as error:

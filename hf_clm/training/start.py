@@ -157,7 +157,7 @@ def _tidy(recipe: Recipe, arguments: TrainingArguments) -> None:
         require_sound(Path(word))
     if not is_in_use(folder):
         return
-    if recipe.overwrite and word != "must" and not is_own:
+    if _begins_again(recipe, folder) and word != "must" and not is_own:
         move_aside(folder)
         return
     if word == "never" or (is_path and not is_own):
@@ -175,6 +175,15 @@ def _tidy(recipe: Recipe, arguments: TrainingArguments) -> None:
     publish(folder)
     for line in drop_broken(folder):
         write_line(line)
+
+
+def _begins_again(recipe: Recipe, folder: Path) -> bool:
+    if recipe.overwrite != "done":
+        return bool(recipe.overwrite)
+    try:
+        return json.loads((folder / "run.json").read_text("utf-8")).get("status") == "done"
+    except (OSError, ValueError):
+        return False
 
 
 def _require_agreement(start: Start, arguments: TrainingArguments) -> None:

@@ -2,7 +2,8 @@
 
 import platform
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -21,8 +22,9 @@ from hf_clm.hardware import bf16_instructions
 from hf_clm.hashing import fingerprint
 from hf_clm.model import is_adapted, without_adapters
 from hf_clm.parts import count_steps, resolve, rows_per_step
+from hf_clm.recipe_sections import EVAL, TRAIN
 from hf_clm.recipe_text import leaves
-from hf_clm.report.figures import to_duration
+from hf_clm.report.figures import evaluated_name, is_evaluated, to_duration, to_evaluated
 from hf_clm.schema import Chat
 from hf_clm.template import Template
 
@@ -50,9 +52,9 @@ class RunFacts:
         return self.splits["train"]
 
     @property
-    def evaluation(self) -> Split | None:
-        """What is evaluated on, if it is not some of the training rows."""
-        return self.splits.get("eval")
+    def evaluations(self) -> dict[str, Split]:
+        """What is evaluated on, if it is not some of the training rows: ``eval``, or sets of other names."""
+        return {name: split for name, split in self.splits.items() if name != TRAIN}
 
     @property
     def format(self) -> str:
@@ -125,7 +127,8 @@ class RunFacts:
             "parameters": self.model.num_parameters(),
             "trained_parameters": self.trained_parameters,
             "train": _count(self.train),
-            "evaluation": _count(self.evaluation) if self.evaluation else None,
+            "evaluation": _count_all(list(self.evaluations.values())) if self.evaluations else None,
+            **({} if self.evaluations.keys() <= {EVAL} else {"evaluations": to_counts(self.evaluations)}),
             "unigram_entropy": self.unigram_entropy,
             "steps": self.steps,
             "rows_per_step": self.rows_per_step,
@@ -161,6 +164,7 @@ class RunFacts:
             "loss_after": final["eval_loss"],
             "token_accuracy_before": first["eval_token_accuracy"],
             "token_accuracy_after": final["eval_token_accuracy"],
+            "evaluated": before_after(history, final),
         }
 
 
@@ -205,8 +209,8 @@ def start_lines(facts: RunFacts) -> list[str]:
     if facts.recipe.lora:
         trained = facts.trained_parameters
         lines.append(f"lora      {trained:,} parameters are trained, {trained / model.num_parameters():.2%}")
-    if facts.evaluation:
-        lines.append(f"eval      {_describe(facts.evaluation)}")
+    for name, split in facts.evaluations.items():
+        lines.append(f"{name:<10}{_describe(split)}" if len(name) < 10 else f"{name} {_describe(split)}")
     if facts.recipe.stage == "pretrain":
         lines.append(
             f"unigram   {facts.unigram_entropy:.3f} nats per token: the loss of guessing by frequency alone"
@@ -217,8 +221,7 @@ def start_lines(facts: RunFacts) -> list[str]:
         f"device    {facts.device}",
         f"output    {arguments.output_dir}",
     ]
-    splits = {"train": train} | ({"eval": facts.evaluation} if facts.evaluation else {})
-    lines += note_lines(splits)
+    lines += note_lines(facts.splits)
     if len(train.examples.formats) > 1:
         lines.append(f"note      several formats; prompts given as text are rendered as {facts.format}")
     return lines
@@ -226,7 +229,7 @@ def start_lines(facts: RunFacts) -> list[str]:
 
 def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:
     """The block that a run prints when it is done."""
-    on = "held-out data" if facts.evaluation else "training data"
+    on = "held-out data" if facts.evaluations else "training data"
     output, saved = facts.arguments.output_dir, "adapters" if facts.recipe.lora else "model"
     speed = f"{result['tokens_per_second']:,.0f} tokens/s ({result['mfu']:.0%} MFU)"
     accuracy = f"{result['token_accuracy_before']:.1%} -> {result['token_accuracy_after']:.1%}"
@@ -235,6 +238,7 @@ def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:
         f"{result['tokens_seen']:,} tokens, {speed}",
         f"loss      {result['loss_before']:.4f} -> {result['loss_after']:.4f} on {on}",
         f"accuracy  {accuracy} of the target tokens",
+        *(f"{'':<10}{line}" for line in _more_evaluated(result["evaluated"])),
     ]
     if facts.recipe.stage == "pretrain":
         lines.append(f"unigram   {facts.unigram_entropy:.4f}")
@@ -245,6 +249,22 @@ def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:
         f"written   {output}: the {saved}, recipe.yaml, run.json, metrics.jsonl, report.html, README.md",
         f'next      hf-clm generate {output} --prompt "..."',
     ]
+
+
+def before_after(
+    history: Sequence[Mapping[str, Any]], final: Mapping[str, float]
+) -> dict[str, tuple[float, float]]:
+    """Of each figure of the last evaluation: its value at the first one that has it, and in the end."""
+    keys = filter(is_evaluated, final)
+    first = {key: next((entry[key] for entry in history if key in entry), final[key]) for key in keys}
+    return {key: (value, final[key]) for key, value in first.items()}
+
+
+def _more_evaluated(found: Mapping[str, tuple[float, float]]) -> Iterator[str]:
+    """Of sets with a name, and of answers: ``news loss 2.1 -> 1.9``."""
+    for key, (before, after) in found.items():
+        if key not in ("eval_loss", "eval_token_accuracy"):
+            yield f"{evaluated_name(key)} {to_evaluated(key, before)} -> {to_evaluated(key, after)}"
 
 
 def stream_line(totals: dict[str, Any]) -> str:
@@ -284,6 +304,25 @@ def _describe(split: Split) -> str:
     packed = f" in {len(split.dataset):,} packed rows" if is_packed else ""
     fates = ", ".join(f"{count:,} {fate}" for fate, count in sorted(split.fates.items()))
     return f"{fates}; {split.tokens:,} tokens ({split.target_tokens:,} targets){packed}"
+
+
+def to_counts(splits: Mapping[str, Split]) -> dict[str, Any]:
+    """The counts of each set by its name in ``data.eval``."""
+    return {name.removeprefix(f"{EVAL}_"): _count(split) for name, split in splits.items()}
+
+
+def _count_all(splits: Sequence[Split]) -> dict[str, Any]:
+    """The counts of several sets together."""
+    if len(splits) == 1:
+        return _count(splits[0])
+    counts = [_count(split) for split in splits]
+    fates = sum((Counter(count["fates"]) for count in counts), Counter())
+    numbers = ("input_rows", "rows", "tokens", "target_tokens")
+    return {
+        "files": [file for count in counts for file in count["files"]],
+        "fates": dict(fates),
+        **{name: sum(count[name] for count in counts) for name in numbers},
+    }
 
 
 def _count(split: Split) -> dict[str, Any]:

@@ -1,12 +1,10 @@
 """The Trainer, with what it lacks: token accuracy, real tokens, token-weighted evaluation, a stop at NaN.
 
-How it saves and goes on: saving.py.
+How it evaluates: evaluating.py; how it saves and goes on: saving.py.
 """
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,20 +19,20 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from hf_clm.data.batch.sampling import EpochSampler, EvenRows
 from hf_clm.data.prepared.stream import StreamedRows, plain_errors
 from hf_clm.errors import DivergedError
 from hf_clm.evaluation.metrics import count_tokens, logit_figures
 from hf_clm.flops import count_flops
-from hf_clm.hardware import measure_peak, nominal_peak
+from hf_clm.hardware import gpu_figures, measure_peak, nominal_peak
 from hf_clm.loss import LossOptions, TargetLoss, TokenFigures, logit_loss, tally, use_target_loss, why_not
+from hf_clm.router_loss import RouterLoss
 from hf_clm.training.callbacks import ends_epoch
+from hf_clm.training.evaluating import EvaluatingTrainer
 from hf_clm.training.faults import checkpoint_bytes, writing
 from hf_clm.training.guard import write_diverged
-from hf_clm.training.saving import SavingTrainer
-from hf_clm.training.signals import let_workers_last
 from hf_clm.training.spread import settle_precision
 
 # What is counted since the last log event, in this order.
@@ -42,10 +40,9 @@ TARGETS, CORRECT, TOKENS, PAIRS, PLACES = range(5)
 # What the collator makes for a TargetLoss; the loss of a model itself takes the labels of all positions.
 OF_TARGETS = ("logits_to_keep", "shift_labels")
 WEIGHTS = "loss_weights"  # of the labels of a batch: how much the loss of each counts
-WATCHED = "eval_train"
 
 
-class CLMTrainer(SavingTrainer):
+class CLMTrainer(EvaluatingTrainer):
     """A ``transformers.Trainer`` for causal language models.
 
     Adds to each log event: token_accuracy, tokens_seen, target_tokens_seen, tokens_per_second (real tokens of
@@ -57,19 +54,17 @@ class CLMTrainer(SavingTrainer):
     labels, divided by the sum of their weights. Evaluation and token_accuracy count every label once.
 
     Args:
-        z_loss: see LossOptions.
-        watched_rows: rows of the training data that are evaluated after each evaluation (eval_train_loss).
+        z_loss: see LossOptions. The others are those of EvaluatingTrainer and of the Trainer.
     """
 
-    def __init__(self, *args: Any, z_loss: float = 0.0, watched_rows: Any = None, **kwargs: Any):
+    def __init__(self, *args: Any, z_loss: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.label_names = [*self.label_names, "weights"]  # remove_unused_columns would drop another column
         settle_precision(self.accelerator)
-        self.watched_rows = watched_rows
         model: Any = self.accelerator.unwrap_model(self.model)
         self.own_loss = why_not(model)  # the reason for the model's own loss, or empty
-        balance = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
-        smoothing = self.args.label_smoothing_factor
+        self.router_loss = RouterLoss(model)
+        smoothing, balance = self.args.label_smoothing_factor, self.router_loss.coefficient
         self._logit_loss = partial(logit_loss, label_smoothing=smoothing, balance=balance)
         self.target_loss: TargetLoss | None = None
         if not self.own_loss:
@@ -80,7 +75,6 @@ class CLMTrainer(SavingTrainer):
             self.train_dataset = self._even(self.train_dataset, self.args.train_batch_size)
         self.add_callback(EpochCallback(self))
         self._counts = torch.zeros(5, dtype=torch.int64, device=self.args.device)
-        self._counted_since = time.monotonic()
         self._timed = (0, 0.0)  # tokens and seconds of this session, without evaluation, samples and saving
         self._computed = 0.0  # FLOP in that time
         self._flops = count_flops(model)
@@ -139,10 +133,21 @@ class CLMTrainer(SavingTrainer):
             self._counts[PLACES] += inputs["input_ids"].numel()
         return (loss, outputs) if return_outputs else loss
 
+    def measure(self, model: torch.nn.Module, inputs: dict[str, Any]) -> TokenFigures:
+        """The figures of each target of a batch."""
+        return self._measure(model, inputs, items=None)[2]
+
     def _measure(
         self, model: torch.nn.Module, inputs: dict[str, Any], *, items: torch.Tensor | int | None
     ) -> tuple[torch.Tensor, Any, TokenFigures]:
         """The loss as the Trainer normalises it, the model's outputs, and the figures of each target."""
+        counted = inputs if model.training else {**inputs, WEIGHTS: None}  # evaluation is not weighted
+        with self.router_loss.weighing(counted, items):
+            return self._measure_tokens(model, inputs, items=items)
+
+    def _measure_tokens(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *, items: torch.Tensor | int | None
+    ) -> tuple[torch.Tensor, Any, TokenFigures]:
         left_out = ("padding_tokens", WEIGHTS, *(OF_TARGETS if self.target_loss is None else ()))
         batch: Any = {key: value for key, value in inputs.items() if key not in left_out}
         weights = inputs.get(WEIGHTS) if model.training else None  # evaluation is not weighted
@@ -216,15 +221,24 @@ class CLMTrainer(SavingTrainer):
     @cached_property
     def peak_flops(self) -> float:
         """FLOP/s of all processes: the maker's figure where it is known, else a large matrix product's."""
+        return (nominal_peak(self.args.device) or self._measure_peak()) * self.args.world_size
+
+    def _measure_peak(self) -> float:
         kind = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-        peak = nominal_peak(self.args.device) or measure_peak(self.args.device, kind)
-        return peak * self.args.world_size
+        return measure_peak(self.args.device, kind)
+
+    def _utilisation(self, flops_per_second: float) -> float:
+        """The share of the peak, at most 1. A step that beats it shows that the peak was measured too low."""
+        if flops_per_second > self.peak_flops:
+            again = self._measure_peak() * self.args.world_size
+            self.peak_flops = max(again, flops_per_second)
+        return flops_per_second / self.peak_flops
 
     @property
     def mfu(self) -> float:
         """Model FLOP utilisation up to the last log event: what real tokens need, by the peak."""
         seconds = self._timed[1]
-        return self._computed / seconds / self.peak_flops if seconds else self._logged("mfu")
+        return self._utilisation(self._computed / seconds) if seconds else self._logged("mfu")
 
     def _logged(self, name: str) -> float:
         """Of the last log event that has it: of a session before this one, which made no step."""
@@ -237,20 +251,8 @@ class CLMTrainer(SavingTrainer):
     def store_flos(self) -> None:
         """Nothing: the Trainer would gather the zeros of all processes at every log event."""
 
-    @contextmanager
-    def untimed(self) -> Iterator[None]:
-        """Leaves what happens inside (evaluation, samples, saving) out of tokens_per_second."""
-        start = time.monotonic()
-        yield
-        self._counted_since += time.monotonic() - start
-
     def get_train_dataloader(self) -> DataLoader:
-        return let_workers_last(super().get_train_dataloader())
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        loader = super().get_eval_dataloader(self._even(dataset, self.args.eval_batch_size))
-        return let_workers_last(loader)
+        return self._apart(super().get_train_dataloader())
 
     def set_epoch(self, epoch: int) -> None:
         """Decides the order of the rows; accelerate does not reach the sampler after every resume."""
@@ -268,58 +270,10 @@ class CLMTrainer(SavingTrainer):
         self._sampler = EpochSampler(rows, total=len(dataset), seed=seed)
         return self._sampler
 
-    def _even(self, dataset: Any, batch_size: int) -> Any:
-        """Filled up for several processes, of which accelerate wants as many full batches each."""
-        is_uneven = self.args.world_size > 1 or self.args.dataloader_drop_last
-        if isinstance(dataset, StreamedRows) or not is_uneven:
-            return dataset
-        return EvenRows(dataset, self.args.world_size * batch_size)
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """As the Trainer's; behind the evaluation set it evaluates the watched training rows."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.watched_rows is None or eval_dataset is not None:
-            return metrics
-        rows = self.get_eval_dataloader(self.watched_rows)
-        watched: Any = self.evaluation_loop(rows, "training rows", metric_key_prefix=WATCHED).metrics
-        self.log(watched)
-        return {**metrics, **watched}
-
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, None, None]:
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            figures = self._measure(model, inputs, items=None)[2]
-        sums = (figures.nll.double().sum(), figures.is_target.sum(), figures.correct.sum())
-        self._eval_sums += torch.stack([part.double() for part in sums])
-        return None, None, None
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """As the Trainer's; loss and token_accuracy are sums over all targets, divided once."""
-        self._eval_sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        with self.untimed():
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums: Any = self.accelerator.reduce(self._eval_sums, reduction="sum")
-        nll, targets, correct = sums.tolist()
-        metrics = {"loss": nll / targets, "token_accuracy": correct / targets, "target_tokens": int(targets)}
-        assert output.metrics is not None
-        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
-        return output
-
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         model: Any = self.model
         needed, name = checkpoint_bytes(model, self.optimizer), f"checkpoint-{self.state.global_step}"
-        with self.untimed(), writing(Path(str(self.args.output_dir)), name, needed=needed):
+        with self.aside(), writing(Path(str(self.args.output_dir)), name, needed=needed):
             super()._save_checkpoint(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -345,8 +299,9 @@ class CLMTrainer(SavingTrainer):
             "tokens_seen": before.get("tokens_seen", 0) + counts[TOKENS],
             "target_tokens_seen": before.get("target_tokens_seen", 0) + counts[TARGETS],
             "tokens_per_second": counts[TOKENS] / seconds,
-            "mfu": flops / seconds / self.peak_flops,
+            "mfu": self._utilisation(flops / seconds),
             "padding_share": 1 - counts[TOKENS] / max(1, counts[PLACES]),
+            **gpu_figures(self.args.device),
         }
 
 

@@ -22,12 +22,6 @@ from hf_clm.doctor.facts import (
 )
 from hf_clm.errors import DataError
 
-# Two hyperthreads on each of two cores.
-CPU_INFO = "\n\n".join(
-    f"processor\t: {number}\nphysical id\t: 0\ncore id\t\t: {number // 2}\nflags\t\t: fpu {flag}"
-    for number, flag in enumerate(["avx512_bf16"] * 4)
-)
-
 
 def build_recipe(**sections: Any) -> tuple[Recipe, TrainingArguments]:
     train = {"output_dir": "runs/x", "use_cpu": True, "per_device_train_batch_size": 2} | sections.get(
@@ -112,10 +106,8 @@ def test_a_model_that_transformers_does_not_know_is_not_estimated():
 
 
 def test_the_machine_is_read_from_the_environment(monkeypatch, tmp_path):
-    info = tmp_path / "cpuinfo"
-    info.write_text(CPU_INFO)
-    monkeypatch.setattr(facts, "CPU_INFO", info)
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2, 3})
+    monkeypatch.setattr(facts, "usable_cores", lambda: 2)
+    monkeypatch.setattr(facts, "has_bf16", lambda device: True)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -128,9 +120,7 @@ def test_the_machine_is_read_from_the_environment(monkeypatch, tmp_path):
 
 
 def test_an_unset_environment_and_a_folder(monkeypatch, tmp_path):
-    info = tmp_path / "cpuinfo"
-    info.write_text(CPU_INFO.replace("avx512_bf16", "avx2"))
-    monkeypatch.setattr(facts, "CPU_INFO", info)
+    monkeypatch.setattr(facts, "has_bf16", lambda device: False)
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
 

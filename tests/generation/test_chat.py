@@ -198,8 +198,8 @@ def test_a_conversation_that_fills_the_positions_loses_its_oldest_turns(tmp_path
         "hello",
         "(no room for the whole conversation: its oldest messages (2) are forgotten)",
         "hello",
-        "error: the model has 40 positions; got a prompt of 49 tokens and max_new_tokens 1; "
-        "fix: shorten the prompt or lower max_new_tokens; hf-clm generate --slide goes on past them",
+        "error: the text is too long to be answered; got 49 tokens, and the model has 40 positions; "
+        "fix: shorten it",
         "(no room for the whole conversation: its oldest messages (2) are forgotten)",
         "hello",
     ]
@@ -264,3 +264,44 @@ def test_ctrl_c_at_the_question_says_how_to_leave(taught, terminal):
     screen.type("\x04")
 
     assert screen.process.wait(timeout=60) == 0
+
+
+@pytest.fixture(scope="module")
+def cramped(tmp_path_factory) -> str:
+    """64 positions."""
+    records = [turns("hi", "hello", system="S"), turns("hi", "hello")]
+    folder = tmp_path_factory.mktemp("cramped")
+    return learn_by_heart(folder, records, format="messages", max_position_embeddings=64)
+
+
+@pytest.mark.parametrize("option", [[], ["--max_new_tokens", "40"], ["--max_new_tokens", "9000"]])
+def test_a_long_conversation_with_a_system_message_is_answered_at_every_line(cramped, talk, option):
+    """Whatever is asked for, the oldest turns make room, and the system message stays."""
+    lines = talk(cramped, "hi\n" * 6, "--system", "S", *option)
+
+    assert [line for line in lines if not line.startswith("(")] == ["hello"] * 6
+    assert lines.count("(no room for the whole conversation: its oldest messages (2) are forgotten)") == 5
+
+
+def test_a_line_that_is_too_long_beside_the_system_message_is_told_what_can_be_done(cramped, talk):
+    lines = talk(cramped, "hi\n" + "x" * 40 + "\n/system\nhi\n", "--system", "S" * 10)
+
+    assert lines[1] == (
+        "error: the text is too long to be answered; got 79 tokens, and the model has 64 positions; "
+        "fix: shorten it, or the system message: /system TEXT"
+    )
+    assert lines[3] == "hello"
+
+
+def test_an_answer_that_ends_at_the_positions_says_so(tmp_path, talk):
+    endless = tiny_model("gpt2", n_layer=1, n_positions=12, tie_word_embeddings=False)
+    with torch.no_grad():
+        endless.transformer.ln_f.bias.fill_(1.0)
+        endless.lm_head.weight[ord("z")] = 9.0
+    folder = save_folder(tmp_path / "model", endless, byte_tokenizer())
+
+    assert talk(folder, "abc\n")[1:] == [
+        "z" * 9,
+        "(cut: the model has no positions left; /reset begins anew)",
+    ]
+    assert talk(folder, "abc\n", "--max_new_tokens", "2")[2] == "(cut: --max_new_tokens allows more)"

@@ -2,18 +2,20 @@
 
 import pytest
 import torch
-from helpers import EOS, IM_END, PAD, byte_tokenizer, tiny_model
+from helpers import EOS, IM_END, IM_START, PAD, byte_tokenizer, tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.data.read.formats import to_prompt
 from hf_clm.errors import DataError, RecipeError
+from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import Generated, fit_new_tokens, generate, to_prompt_example
 from hf_clm.model import fit_to_tokenizer
 from hf_clm.schema import Chat, Document, Segment
 from hf_clm.tokenizer import use_chat_template
 from hf_clm.train_tokenizer import train_characters
 
-OPTIONS = {"max_new_tokens": 8, "do_sample": False}
+OPTIONS = {"decoding": Decoding(8)}
+PLAIN = {"max_new_tokens": 8, "do_sample": False}  # of transformers
 
 
 def build_model(kind: str = "qwen2", **settings) -> PreTrainedModel:
@@ -60,7 +62,7 @@ def test_the_answer_ends_at_the_stop_token_and_does_not_hold_it():
 
 
 def test_an_answer_that_is_cut_is_not_said_to_have_stopped():
-    answers = generate(counting_model(), byte_tokenizer(), prompts=["a"], max_new_tokens=2, do_sample=False)
+    answers = generate(counting_model(), byte_tokenizer(), prompts=["a"], decoding=Decoding(2))
 
     assert answers == [Generated("bc", 2, False)]
 
@@ -84,7 +86,10 @@ def test_a_prompt_is_padded_on_the_left_and_never_ends_in_a_stop_token(monkeypat
 
     generate(model, byte_tokenizer(), prompts=["abc", "a"], **OPTIONS)
 
-    assert batches == [[[PAD, PAD, 97], [97, 98, 99]]]  # the shortest first: a long prompt shortens no other
+    assert batches[-1] == [
+        [PAD, PAD, 97],
+        [97, 98, 99],
+    ]  # those before it tell whether a batch changes answers
 
 
 def test_an_instruction_is_asked_as_it_was_learned(monkeypatch):
@@ -121,13 +126,24 @@ def test_control_tokens_in_a_prompt_are_plain_text(monkeypatch):
     assert batches == [[list(b"<|pad|>")]]
 
 
-def test_an_empty_prompt_begins_after_the_end_of_another_text(monkeypatch):
+def test_without_a_start_token_an_empty_prompt_begins_after_the_end_of_another_text(monkeypatch):
     model = counting_model()
     batches = seen(model, monkeypatch)
 
     generate(model, byte_tokenizer(), prompts=["", "a"], **OPTIONS)
 
-    assert batches == [[[EOS], [97]]]
+    assert batches[-1] == [[EOS], [97]]
+
+
+def test_with_a_start_token_an_empty_prompt_begins_after_it(monkeypatch):
+    """A tokenizer that has one, but does not write it before a text."""
+    model, tokenizer = counting_model(), byte_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    batches = seen(model, monkeypatch)
+
+    generate(model, tokenizer, prompts=[""], **OPTIONS)
+
+    assert batches == [[[IM_START]]]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
@@ -143,20 +159,22 @@ def test_the_batch_a_prompt_is_in_changes_no_answer(kind):
 
 
 def test_sampling_repeats_with_the_seed():
-    model, answers = build_model(), []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        answers.append(generate(model, byte_tokenizer(), prompts=["a"], max_new_tokens=16, do_sample=True))
+    model = build_model()
+    answers = [
+        generate(model, byte_tokenizer(), prompts=["a"], decoding=Decoding(16, temperature=1.0, seed=seed))
+        for seed in (1, 1, 2)
+    ]
 
     assert answers[0] == answers[1]
     assert answers[0] != answers[2]
 
 
-@pytest.mark.parametrize("option", [{"top_k": 1}, {"top_p": 1e-6, "top_k": 0}])
+@pytest.mark.parametrize("option", [{"top_k": 1}, {"top_p": 1e-6}, {"top_p": 0}, {"min_p": 1}])
 def test_sampling_among_one_token_is_greedy(option):
     model = build_model()
 
-    sampled = generate(model, byte_tokenizer(), prompts=["a"], max_new_tokens=8, do_sample=True, **option)
+    one = Decoding(8, temperature=1.0, **option)
+    sampled = generate(model, byte_tokenizer(), prompts=["a"], decoding=one)
 
     assert sampled == generate(model, byte_tokenizer(), prompts=["a"], **OPTIONS)
 
@@ -168,7 +186,9 @@ def test_no_repeat_ngram_size_repeats_none():
         model.lm_head.weight[ord("b"), ord("a")] = model.lm_head.weight[ord("a"), ord("b")] = 1.0
 
     plain = generate(model, byte_tokenizer(), prompts=["a"], **OPTIONS)[0].text
-    without = generate(model, byte_tokenizer(), prompts=["a"], no_repeat_ngram_size=2, **OPTIONS)[0].text
+    without = generate(model, byte_tokenizer(), prompts=["a"], decoding=Decoding(8, no_repeat_ngram_size=2))[
+        0
+    ].text
 
     assert plain == "babababa"
     assert without.startswith("ba") and not without.startswith("bab")
@@ -183,9 +203,9 @@ def test_beams_find_an_answer_at_least_as_likely_as_greedy():
         return sum(float(logits[len(prompt) - 1 + i, token].detach()) for i, token in enumerate(text_ids))
 
     ids = torch.tensor([prompt])
-    greedy = model.generate(ids, attention_mask=torch.ones_like(ids), **OPTIONS)[0, 3:].tolist()
-    beams = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=4, **OPTIONS)[0, 3:].tolist()
-    answer = generate(model, byte_tokenizer(), prompts=["abc"], num_beams=4, **OPTIONS)[0]
+    greedy = model.generate(ids, attention_mask=torch.ones_like(ids), **PLAIN)[0, 3:].tolist()
+    beams = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=4, **PLAIN)[0, 3:].tolist()
+    answer = generate(model, byte_tokenizer(), prompts=["abc"], decoding=Decoding(8, num_beams=4))[0]
 
     assert answer.text == byte_tokenizer().decode([i for i in beams if i < EOS])
     assert likelihood(beams) >= likelihood(greedy) - 1e-4
@@ -202,7 +222,8 @@ def test_beams_in_a_batch_give_each_prompt_the_answer_that_it_gets_alone(kind):
     prompts = ["a", "the lamp turns", "boats", "12345678901234567890"]
     beams = {"num_beams": 5, "no_repeat_ngram_size": 2, "max_new_tokens": 12, "do_sample": False}
 
-    answers = generate(model, byte_tokenizer(), prompts=prompts, **beams)
+    how = Decoding(12, num_beams=5, no_repeat_ngram_size=2)
+    answers = generate(model, byte_tokenizer(), prompts=prompts, decoding=how)
 
     alone = []
     for prompt in prompts:
@@ -217,8 +238,10 @@ def test_beams_in_a_batch_give_each_prompt_the_answer_that_it_gets_alone(kind):
     assert {answer.stopped for answer in answers} == {True, False}
 
 
-def test_a_stop_text_ends_the_answer_before_itself():
-    answers = generate(counting_model(), byte_tokenizer(), prompts=["a", "c"], stop_strings=["d"], **OPTIONS)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_stop_text_ends_the_answer_before_itself(beams):
+    how = Decoding(8, stop=("d",), num_beams=beams)
+    answers = generate(counting_model(), byte_tokenizer(), prompts=["a", "c"], decoding=how)
 
     assert [answer.text for answer in answers] == ["bc", ""]
     assert [answer.stopped for answer in answers] == [True, True]
@@ -231,13 +254,23 @@ def test_what_is_after_the_end_of_a_stopped_row_is_not_part_of_it():
     assert answers == [Generated("", 0, True), Generated("bcde", 4, True)]
 
 
-def test_options_that_do_not_exist_are_one_line():
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"temperature": -1}, "temperature: expected 0 or more; got -1"),
+        ({"temperature": float("nan")}, "temperature: expected 0 or more; got nan"),
+        ({"top_k": 2.5}, "top_k: expected a whole number, -1 or more; got 2.5"),
+        ({"top_p": "0.5"}, "top_p: expected 0 to 1; got '0.5'"),
+        ({"seed": 2**63}, "seed: expected -2**63 to 2**63 - 1; got 9223372036854775808"),
+        ({"max_new_tokens": -1}, "max_new_tokens: expected 0 or more; got -1"),
+        ({"num_beams": True}, "num_beams: expected a whole number, 1 or more; got True"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_one_line(setting, message):
     with pytest.raises(RecipeError) as error:
-        generate(build_model(), byte_tokenizer(), prompts=["a"], max_new_tokens=2, top_kk=3)
+        Decoding(**setting)
 
-    assert str(error.value).startswith("generation options: ")
-    assert "top_kk" in str(error.value)
-    assert "\n" not in str(error.value)
+    assert str(error.value) == message
 
 
 def test_a_prompt_that_cannot_be_spelled_is_refused_with_the_character():
@@ -253,7 +286,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers():
             build_model(max_position_embeddings=16),
             byte_tokenizer(),
             prompts=["a", "123456789"],
-            max_new_tokens=8,
+            decoding=Decoding(8),
         )
 
     assert str(error.value) == (
@@ -318,12 +351,14 @@ def test_slide_goes_on_past_the_positions_and_rereads_half_of_them(kind):
         assert PAD not in ids
         expected[prompt] = byte_tokenizer().decode(ids[len(prompt) :], skip_special_tokens=True)
 
-    options = {"max_new_tokens": 30, "do_sample": False, "slide": True}
+    options = {"decoding": Decoding(30), "slide": True}
     answers = [generate(model, byte_tokenizer(), prompts=[prompt], **options)[0] for prompt in expected]
+    answers_together = generate(model, byte_tokenizer(), prompts=[*expected], **options)
 
     assert [(answer.text, answer.tokens, answer.stopped) for answer in answers] == [
         (text, 30, False) for text in expected.values()
     ]
+    assert answers_together == answers
 
 
 def test_slide_stops_where_the_model_does_and_takes_a_prompt_longer_than_the_positions():
@@ -336,4 +371,4 @@ def test_slide_stops_where_the_model_does_and_takes_a_prompt_longer_than_the_pos
 
 def test_slide_and_beams_exclude_each_other():
     with pytest.raises(RecipeError, match="slide and num_beams exclude each other"):
-        generate(build_model(), byte_tokenizer(), prompts=["a"], slide=True, num_beams=2)
+        generate(build_model(), byte_tokenizer(), prompts=["a"], slide=True, decoding=Decoding(num_beams=2))

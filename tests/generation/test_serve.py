@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -20,10 +21,11 @@ from helpers import byte_tokenizer, save_folder, tiny_model
 from served import Server, served
 
 from hf_clm.cli import main
+from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.load import LoadedRun
 from hf_clm.generation.protocol import ApiError
 from hf_clm.generation.serve import is_local, load_page
-from hf_clm.generation.stream import Answer, Sampling
+from hf_clm.generation.stream import Answer
 from hf_clm.generation.worker import Ticket, Worker
 from hf_clm.tokenizer import use_chat_template
 
@@ -224,6 +226,158 @@ def test_the_one_model_is_listed(chatty):
         client(chatty).chat.completions.create(model="gpt-4", messages=chat("hi"))
 
 
+# --- what asks for nothing, and for more than one answer
+
+NOTHING = {
+    "top_k": -1,
+    "top_p": 1.0,
+    "min_p": 0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "n": 1,
+    "best_of": 1,
+    "stop": "",
+    "seed": -1,
+    "logit_bias": {},
+    "logprobs": False,
+    "top_logprobs": 0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0,
+    "length_penalty": 1.0,
+    "min_tokens": 0,
+    "ignore_eos": False,
+    "use_beam_search": False,
+    "skip_special_tokens": True,
+    "stop_token_ids": [],
+    "prompt_cache_key": "x",
+    "safety_identifier": "x",
+    "service_tier": "auto",
+    "modalities": ["text"],
+    "response_format": {"type": "text"},
+    "tools": [],
+    "tool_choice": "none",
+    "reasoning_effort": None,
+    "web_search_options": None,
+    "max_tokens": 10**9,
+}
+
+
+@pytest.mark.parametrize("change", [{}, {"top_k": 0, "logprobs": None, "stop": [""]}, {"top_p": 0}])
+def test_parameters_that_ask_for_nothing_are_taken_and_change_nothing(chatty, change):
+    status, text = request(chatty, "/v1/chat/completions", {"messages": chat("count"), **NOTHING, **change})
+
+    assert (status, json.loads(text)["choices"][0]["message"]["content"]) == (200, "one two three four")
+
+
+def test_each_of_several_prompts_has_an_answer_in_its_place(squares):
+    texts = [f"{n} squared" for n in (7, 11, 30)]
+    expected = [SQUARES[text] for text in texts]
+
+    by_text = client(squares).completions.create(model="squares", prompt=texts)
+    by_ids = client(squares).completions.create(
+        model="squares", prompt=[list(text.encode()) for text in texts]
+    )
+    one = client(squares).completions.create(model="squares", prompt=list(b"7 squared"))
+    streamed = list(client(squares).completions.create(model="squares", prompt=texts, stream=True))
+
+    for reply in (by_text, by_ids):
+        assert [choice.text for choice in reply.choices] == expected
+        assert [choice.index for choice in reply.choices] == [0, 1, 2]
+        assert reply.usage.prompt_tokens == sum(len(text) for text in texts)
+        assert reply.usage.completion_tokens == sum(len(text) for text in expected)
+    assert one.choices[0].text == expected[0]
+    for index, text in enumerate(expected):
+        pieces = [chunk.choices[0] for chunk in streamed if chunk.choices[0].index == index]
+        assert "".join(piece.text for piece in pieces) == text
+        assert [piece.finish_reason for piece in pieces if piece.finish_reason] == ["stop"]
+
+
+def test_a_client_that_leaves_several_answers_ends_all_of_them(tmp_path):
+    with served(
+        save_folder(tmp_path, endless_model(), byte_tokenizer()), "--max_new_tokens", "90000"
+    ) as server:
+        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+        body = json.dumps({"prompt": ["a"] * 12, "max_tokens": 90000}).encode()
+        connection.request("POST", "/v1/completions", body)
+        wait_until(lambda: metrics(server)["hf_clm_generating"] == 8)
+        connection.close()
+        wait_until(lambda: metrics(server)["hf_clm_generating"] + metrics(server)["hf_clm_waiting"] == 0)
+
+        assert json.loads(request(server, "/generate?prompt=a&max_tokens=2")[1])["text"] == "zz"
+
+
+# --- log-probabilities
+
+
+def expected_logprobs(model: Any, ids: list[int]) -> torch.Tensor:
+    """(T - 1, V): of the tokens after each place."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 4])
+@pytest.mark.parametrize("as_ids", [True, False])
+def test_the_logprobs_of_an_echoed_prompt_are_those_of_the_model(small, max_tokens, as_ids):
+    text = "a 茶."
+    ids = list(text.encode())
+    body = {"prompt": ids if as_ids else text, "max_tokens": max_tokens, "logprobs": 2, "echo": True}
+    choice = json.loads(request(small, "/v1/completions", body)[1])["choices"][0]
+    found = choice["logprobs"]
+    model = tiny_model(max_position_embeddings=64)
+    with torch.no_grad():
+        prompt = torch.tensor([ids])
+        plain = {"do_sample": False, "max_new_tokens": max(1, max_tokens), "pad_token_id": 257}
+        whole = model.generate(prompt, attention_mask=torch.ones_like(prompt), **plain)[0].tolist()
+    whole = whole[: len(ids) + max_tokens]
+    expected = expected_logprobs(model, whole)
+
+    assert choice["text"].startswith(text)
+    assert {len(values) for values in found.values()} == {len(whole)}
+    assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
+    own = expected.gather(1, torch.tensor(whole[1:])[:, None])[:, 0]
+    assert found["token_logprobs"][1:] == pytest.approx(own.tolist(), abs=1e-4)
+    for place, likeliest in enumerate(found["top_logprobs"][1:]):
+        assert max(likeliest.values()) == pytest.approx(float(expected[place].max()), abs=1e-4)
+        assert found["token_logprobs"][place + 1] in likeliest.values()
+    assert found["tokens"][:2] == ["a", " "]
+    assert found["text_offset"][: len(ids)] == [0, 1, 2, 2, 2, 3]
+
+
+def test_the_logprobs_of_an_answer_are_those_of_the_model(chatty):
+    reply = ask(chatty, "hi", logprobs=True, top_logprobs=3)
+    chunks = list(ask(chatty, "hi", logprobs=True, top_logprobs=3, stream=True))
+
+    content = reply.choices[0].logprobs.content
+    parts = [chunk.choices[0].logprobs.content for chunk in chunks if chunk.choices[0].logprobs]
+    assert [one.token for one in content] == [*"hello", "<|im_end|>"]
+    assert [one.bytes for one in content[:2]] == [[104], [101]]
+    assert all(one.top_logprobs[0].token == one.token and len(one.top_logprobs) == 3 for one in content)
+    assert all(-0.7 < one.logprob <= 0 for one in content)  # it knows them by heart
+    assert [one.token for part in parts for one in part] == [*"hello", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("prompt", ["a 茶.", ["a", [98, 99]]])
+def test_a_stream_has_the_same_logprobs_as_the_whole(small, prompt):
+    body = {"prompt": prompt, "max_tokens": 3, "logprobs": 1, "echo": True}
+
+    whole = json.loads(request(small, "/v1/completions", body)[1])["choices"]
+    events = request(small, "/v1/completions", {**body, "stream": True})[1].split("\n\n")[:-2]
+
+    chunks = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    for choice in whole:
+        own = [chunk for chunk in chunks if chunk["index"] == choice["index"]]
+        assert "".join(chunk["text"] for chunk in own) == choice["text"]
+        for key, values in choice["logprobs"].items():
+            assert [value for chunk in own for value in chunk["logprobs"][key]] == values
+
+
+@pytest.mark.parametrize("prompt", ["", [""], [[]]])
+def test_an_empty_prompt_is_the_start_of_a_text(small, prompt):
+    reply = json.loads(request(small, "/v1/completions", {"prompt": prompt, "max_tokens": 2})[1])
+
+    assert reply["usage"] == {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+
+
 # --- refusals
 
 
@@ -231,16 +385,21 @@ def test_the_one_model_is_listed(chatty):
     ("body", "message"),
     [
         ({"n": 2}, "n: 2 is not served; leave it out, or give 1"),
-        ({"logprobs": True}, "logprobs: true is not served; leave it out, or give false"),
+        ({"n": True}, "n: true is not served; leave it out, or give 1"),
+        ({"min_tokens": 3}, "min_tokens: 3 is not served; leave it out, or give 0"),
+        ({"top_logprobs": 3}, "top_logprobs needs logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: Input should be less than or equal to 20"),
         ({"response_format": {"type": "json_object"}}, 'response_format: {"type": "json_object"} is not'),
         ({"temprature": 1}, "unknown key 'temprature'; did you mean 'temperature'?"),
         ({"temperature": 3}, "temperature: Input should be less than or equal to 2"),
-        ({"top_p": 0}, "top_p: Input should be greater than 0"),
+        ({"top_p": -0.1}, "top_p: Input should be greater than or equal to 0"),
+        ({"top_k": -2}, "top_k: Input should be greater than or equal to -1"),
+        ({"repetition_penalty": 0}, "repetition_penalty: Input should be greater than or equal to 0.01"),
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
-        ({"max_tokens": 9999}, "max_tokens may be 1,024 at most; got 9,999"),
-        ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
+        ({"seed": 2**63}, "seed: Input should be less than 9223372036854775808"),
         ({"stop": ["x"] * 17}, "stop: List should have at most 16 items"),
-        ({"stop": ""}, "stop.0: String should have at least 1 character"),
+        ({"stop": 3}, "stop: Input should be a valid array"),
+        ({"stop": [3]}, "stop.0: Input should be a valid string"),
         ({"messages": []}, "messages: List should have at least 1 item"),
         ({"messages": "hi"}, "messages: Input should be a valid array"),
         (
@@ -283,11 +442,22 @@ def test_tools_are_refused_where_no_conversation_was_learned(squares):
         client(squares).chat.completions.create(model="squares", messages=chat("1 squared"), tools=tools)
 
 
-def test_several_prompts_are_refused(squares):
-    with pytest.raises(openai.BadRequestError, match="one prompt a request is served; got 2"):
-        client(squares).completions.create(model="squares", prompt=["a", "b"])
-    with pytest.raises(openai.BadRequestError, match=r"prompt\.0: Input should be a valid string"):
-        client(squares).completions.create(model="squares", prompt=[1, 2])
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "prompt: Input should be a text, a list of texts, token ids, or a list of lists of token ids"),
+        ([1, "a"], "prompt: Input should be a text, a list of texts, token ids"),
+        ([[1], [True]], "prompt: Input should be a text, a list of texts, token ids"),
+        (7, "prompt: Input should be a text, a list of texts, token ids"),
+        ([1, 260], "prompt: 260 is no token; ids are 0 to 259"),
+        ([[1], [-1]], "prompt: -1 is no token; ids are 0 to 259"),
+        (["a"] * 65, "a request may have 64 prompts; got 65"),
+    ],
+)
+def test_prompts_of_another_shape_are_refused(squares, prompt, message):
+    status, _, shown = error_of(squares, "/v1/completions", {"prompt": prompt})
+
+    assert (status, shown[: len(message)]) == (400, message)
 
 
 def test_unknown_places_are_refused_in_the_same_shape(chatty):
@@ -313,11 +483,23 @@ def small(tmp_path_factory) -> Iterator[Server]:
         yield server
 
 
-def test_prompt_and_answer_must_fit_into_the_positions(small):
-    status, code, shown = error_of(small, "/v1/completions", {"prompt": "a" * 60, "max_tokens": 5})
+def test_max_tokens_are_capped_by_the_positions_and_by_the_limit(small, endless):
+    reply = json.loads(request(small, "/v1/completions", {"prompt": "a" * 60, "max_tokens": 5})[1])
+    limited = json.loads(
+        request(
+            endless, "/v1/completions", {"prompt": "a", "max_tokens": 10**6, "stop": "z" * 200}, **WITH_KEY
+        )[1]
+    )
+
+    assert (reply["choices"][0]["finish_reason"], reply["usage"]["completion_tokens"]) == ("length", 4)
+    assert limited["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_prompt_that_fills_the_positions_is_refused(small):
+    status, code, shown = error_of(small, "/v1/completions", {"prompt": "a" * 64, "max_tokens": 5})
 
     assert (status, code) == (400, "context_length_exceeded")
-    assert shown.startswith("the model has 64 positions; got a prompt of 60 tokens and max_new_tokens 5")
+    assert shown == "the prompt has 64 tokens, and 63 are allowed"
 
 
 @pytest.mark.parametrize(
@@ -331,9 +513,30 @@ def test_prompt_and_answer_must_fit_into_the_positions(small):
 def test_a_chat_that_is_too_long_loses_its_oldest_turns_and_the_usage_tells(small, options, tokens):
     body = {"messages": chat("hi", "hello", "hi", system="X"), **options}
 
-    usage = json.loads(request(small, "/v1/chat/completions", body)[1])["usage"]
+    reply = json.loads(request(small, "/v1/chat/completions", body)[1])
 
-    assert usage["prompt_tokens"] == tokens
+    assert reply["usage"]["prompt_tokens"] == tokens
+    assert reply.get("dropped_messages") == (2 if tokens == 32 else None)
+
+
+def test_a_stream_says_too_which_messages_had_no_room(small):
+    body = {"messages": chat("hi", "hello", "hi", system="X"), "stream": True, "max_tokens": 9000}
+
+    events = request(small, "/v1/chat/completions", body)[1].split("\n\n")
+
+    assert json.loads(events[0].removeprefix("data: "))["dropped_messages"] == 2
+
+
+def test_a_last_message_that_is_too_long_is_refused_with_advice(small):
+    body = {"messages": chat("hi", "hello", "x" * 60)}
+
+    status, code, shown = error_of(small, "/v1/chat/completions", body)
+
+    assert (status, code) == (400, "context_length_exceeded")
+    assert shown == (
+        "the prompt has 79 tokens, and 63 are allowed; older messages are left out already: "
+        "shorten the last one, or the system message"
+    )
 
 
 @pytest.mark.parametrize("empty", ["", None])
@@ -344,6 +547,19 @@ def test_an_empty_answer_may_be_sent_back(small, empty):
     status, text = request(small, "/v1/chat/completions", {"messages": messages, "max_tokens": 1})
 
     assert (status, json.loads(text)["usage"]["prompt_tokens"]) == (200, 44)
+
+
+def test_an_empty_answer_is_taken_back_as_the_client_holds_it(tmp_path):
+    """All that OpenAI's client makes of it: refusal, annotations, tool_calls and more that are None."""
+    tokenizer, model = byte_tokenizer(), endless_model()
+    use_chat_template(tokenizer, "chatml")
+    with served(save_folder(tmp_path, model, tokenizer), "--name", "empty") as server:
+        api = client(server).chat.completions
+        empty = api.create(model="empty", messages=chat("hi"), stop="z").choices[0]
+        turns: list[Any] = [*chat("hi"), empty.message.model_dump(), *chat("hi")]
+        again = api.create(model="empty", messages=turns, max_tokens=2).choices[0]
+
+    assert (empty.message.content, again.message.content) == ("", "zz")
 
 
 @pytest.mark.parametrize("given", ["", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer"])
@@ -507,6 +723,25 @@ def test_metrics_count(squares):
     assert (after["hf_clm_waiting"], after["hf_clm_generating"]) == (0, 0)
 
 
+def test_metrics_measure_the_time_of_an_answer(squares):
+    """In the text format of Prometheus: cumulative buckets, of which the last one is the count."""
+    before = metrics(squares)
+    client(squares).completions.create(model="squares", prompt=["7 squared", "8 squared"])
+    wait_until(lambda: metrics(squares)["hf_clm_generating"] == 0)
+    after, text = metrics(squares), request(squares, "/metrics")[1]
+
+    for name in ("hf_clm_answer_seconds", "hf_clm_queue_seconds", "hf_clm_first_token_seconds"):
+        buckets = [value for key, value in after.items() if key.startswith(f"{name}_bucket")]
+        assert after[f"{name}_count"] - before[f"{name}_count"] == 2
+        assert buckets == sorted(buckets) and buckets[-1] == after[f"{name}_count"]
+        assert f"# TYPE {name} histogram" in text
+    assert after["hf_clm_answer_seconds_sum"] - before["hf_clm_answer_seconds_sum"] > 0
+    assert after["hf_clm_answer_seconds_sum"] >= after["hf_clm_first_token_seconds_sum"]
+    families = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(families) == len(set(families))
+    assert [line.split()[2] for line in text.splitlines() if line.startswith("# HELP")] == families
+
+
 # --- beginning and end
 
 
@@ -617,8 +852,8 @@ def broken_run(error: Exception) -> LoadedRun:
 
 
 def asked(worker: Worker) -> Ticket:
-    ticket = Ticket(lambda emit, on_end: Answer([97], Sampling(), max_new_tokens=3, emit=emit, on_end=on_end))
-    worker.submit(ticket)
+    ticket = Ticket(lambda emit, on_end: Answer([97], Decoding(), max_new_tokens=3, emit=emit, on_end=on_end))
+    worker.submit([ticket])
     return ticket
 
 
@@ -662,13 +897,8 @@ def test_requests_that_do_not_fit_beside_each_other_are_generated_apart():
         model = tiny_model(max_position_embeddings=64)
         worker = Worker(LoadedRun(model, byte_tokenizer(), "text", "sft", 64), batch_size=8, max_waiting=9)
         for prompt, new in ((40, 20), (4, 20), (4, 30), (4, 30)):
-            worker.submit(
-                Ticket(
-                    lambda emit, on_end, p=prompt, n=new: Answer(
-                        [97] * p, Sampling(), max_new_tokens=n, emit=emit
-                    )
-                )
-            )
+            answer = partial(Answer, [97] * prompt, Decoding(), max_new_tokens=new)
+            worker.submit([Ticket(answer)])
         return [len(worker._next_batch()), len(worker._next_batch())]
 
     assert asyncio.run(batches()) == [2, 2]

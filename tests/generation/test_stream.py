@@ -1,5 +1,7 @@
 """Answers as they come: whole characters, stop texts, seeds; several in a batch as each alone."""
 
+from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,11 +9,12 @@ import torch
 from helpers import EOS, byte_tokenizer, sentencepiece_tokenizer, tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hf_clm.generation.decoding import Decoding, ask
 from hf_clm.generation.generate import generate
-from hf_clm.generation.stream import Answer, Sampling, TextStream, stream_answers, to_sampling
+from hf_clm.generation.stream import Answer, TextStream, stream_answers
 from hf_clm.model import fit_to_tokenizer
 
-GREEDY = Sampling()
+GREEDY = Decoding()
 
 
 def speaking_model(text: str | bytes) -> PreTrainedModel:
@@ -21,14 +24,14 @@ def speaking_model(text: str | bytes) -> PreTrainedModel:
     """
     spoken = [*(text.encode() if isinstance(text, str) else text), EOS]
     size = len(spoken)
-    sizes = {"n_layer": 1, "n_head": 1, "n_embd": size, "n_positions": size}
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": size, "n_positions": size + 1}
     model = tiny_model("gpt2", tie_word_embeddings=False, **sizes)
     fit_to_tokenizer(model, byte_tokenizer())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
         model.transformer.ln_f.weight.fill_(1.0)
-        model.transformer.wpe.weight.copy_(torch.eye(size))
+        model.transformer.wpe.weight[:size] = torch.eye(size)
         for position, token in enumerate(spoken):
             model.lm_head.weight[token, position] = 1.0
     return model
@@ -44,14 +47,19 @@ def streamed(
     model: PreTrainedModel,
     prompts: list[str],
     *,
-    sampling: list[Sampling] | None = None,
+    sampling: list[Decoding] | None = None,
     max_new_tokens: int = 64,
     stop: tuple[str, ...] = (),
 ) -> tuple[list[Answer], list[list[str]]]:
     """The answers and their pieces as they came."""
     pieces: list[list[str]] = [[] for _ in prompts]
     answers = [
-        Answer(list(prompt.encode()), how, max_new_tokens=max_new_tokens, stop=stop, emit=came.append)
+        Answer(
+            list(prompt.encode()),
+            replace(how, stop=stop),
+            max_new_tokens=max_new_tokens,
+            emit=came.append,
+        )
         for prompt, how, came in zip(prompts, sampling or [GREEDY] * len(prompts), pieces, strict=True)
     ]
     stream_answers(model, byte_tokenizer(), answers=answers)
@@ -150,7 +158,7 @@ def test_a_stop_text_is_never_shown_not_even_its_beginning(stop, pieces):
 def test_a_stop_text_may_end_inside_a_token():
     """The token that ends the stop text brings more, which is not shown."""
     pieces: list[str] = []
-    answer = Answer([1], GREEDY, max_new_tokens=9, stop=["\n"], emit=pieces.append)
+    answer = Answer([1], Decoding(stop=("\n",)), max_new_tokens=9, emit=pieces.append)
 
     for text in ("one", " two\nthree"):
         answer.add(text)
@@ -168,7 +176,7 @@ def test_answers_in_a_batch_are_those_that_generate_gives(kind):
 
     answers, pieces = streamed(model, prompts, max_new_tokens=12)
 
-    expected = generate(model, byte_tokenizer(), prompts=prompts, max_new_tokens=12)
+    expected = generate(model, byte_tokenizer(), prompts=prompts, decoding=Decoding(12))
     assert [(answer.text, answer.tokens) for answer in answers] == [
         (one.text, one.tokens) for one in expected
     ]
@@ -217,10 +225,10 @@ def sampled(model: PreTrainedModel, seed: int, **settings: Any) -> list[int]:
 )
 def test_a_seed_draws_what_transformers_draws_alone_and_in_a_batch(settings):
     model = random_model()
-    how = Sampling(seed=7, **settings)
+    how = Decoding(seed=7, **settings)
 
     alone, _ = streamed(model, ["a"], sampling=[how], max_new_tokens=12)
-    others = [GREEDY, how, Sampling(2.0, seed=1)]
+    others = [GREEDY, how, Decoding(temperature=2.0, seed=1)]
     together, _ = streamed(model, ["longer", "a", "b"], sampling=others, max_new_tokens=12)
 
     expected = byte_tokenizer().decode(sampled(model, 7, **settings), skip_special_tokens=True)
@@ -231,14 +239,14 @@ def test_a_seed_draws_what_transformers_draws_alone_and_in_a_batch(settings):
 def test_the_lowest_temperatures_are_greedy(temperature):
     greedy, cold = (
         streamed(random_model(), ["a"], sampling=[how], max_new_tokens=8)[0][0].text
-        for how in (GREEDY, Sampling(temperature, top_k=5, top_p=1e-320))
+        for how in (GREEDY, Decoding(temperature=temperature, top_k=5, top_p=1e-320))
     )
 
     assert cold == greedy
 
 
 def test_without_a_seed_no_two_answers_are_the_same():
-    how = [Sampling(2.0)] * 4
+    how = [Decoding(temperature=2.0)] * 4
 
     answers, _ = streamed(random_model(), ["a"] * 4, sampling=how, max_new_tokens=32)
 
@@ -249,22 +257,23 @@ def test_sampling_leaves_torchs_own_random_state_alone():
     model = random_model()
     before = torch.get_rng_state()
 
-    streamed(model, ["a"], sampling=[Sampling(1.0, seed=3)], max_new_tokens=4)
+    streamed(model, ["a"], sampling=[Decoding(temperature=1.0, seed=3)], max_new_tokens=4)
 
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
-    ("asked", "settings"),
+    ("asked", "decoding"),
     [
-        ((None, None, None), Sampling(0.0, 0, 1.0, 5)),
-        ((0.5, None, None), Sampling(0.5, 0, 1.0, 5)),
-        ((None, None, 0.9), Sampling(1.0, 0, 0.9, 5)),
-        ((None, 3, None), Sampling(1.0, 3, 1.0, 5)),
-        ((0.0, None, 0.9), Sampling(0.0, 0, 0.9, 5)),
+        ({}, Decoding()),
+        ({"temperature": 0.5}, Decoding(temperature=0.5)),
+        ({"top_p": 0.9}, Decoding(temperature=1.0, top_p=0.9)),
+        ({"top_k": 3}, Decoding(temperature=1.0, top_k=3)),
+        ({"min_p": 0.1}, Decoding(temperature=1.0, min_p=0.1)),
+        ({"temperature": 0.0, "top_p": 0.9}, Decoding(top_p=0.9)),
+        ({"top_k": -1, "top_p": 1.0, "min_p": 0.0}, Decoding(top_k=-1)),
+        ({"stop": ["", "x"], "seed": 5, "other": 3}, Decoding(stop=("x",), seed=5)),
     ],
 )
-def test_what_is_not_asked_for_is_greedy(asked, settings):
-    temperature, top_k, top_p = asked
-
-    assert to_sampling(temperature, top_k=top_k, top_p=top_p, seed=5) == settings
+def test_what_is_not_asked_for_is_greedy(asked, decoding):
+    assert ask(Decoding(), Namespace(**asked)) == decoding

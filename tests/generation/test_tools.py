@@ -21,10 +21,10 @@ from hf_clm.cli import main
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.generation.chat import Conversation
 from hf_clm.generation.command import read_prompts, read_tools, with_tools
+from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import to_prompt_example, to_prompt_ids
 from hf_clm.generation.load import LoadedRun
 from hf_clm.generation.protocol import ChatBody, read_body
-from hf_clm.generation.stream import Sampling
 from hf_clm.model import fit_to_tokenizer
 from hf_clm.tokenizer import use_chat_template
 
@@ -169,7 +169,7 @@ def test_variables_of_the_template_are_taken_and_options_of_transformers_are_not
 def served_prompt(tmp_path: Path) -> list[int]:
     body = read_body(ChatBody, {"messages": RESULT, "tools": TOOLS})
     run = build_run()
-    return to_prompt_ids([body.to_example(run)], run.tokenizer, run.rendering)[0]
+    return to_prompt_ids(body.to_prompts(run), run.tokenizer, run.rendering)[0]
 
 
 def recorded_prompt(tmp_path: Path) -> list[int]:
@@ -179,7 +179,7 @@ def recorded_prompt(tmp_path: Path) -> list[int]:
 
 
 def chat_prompt(tmp_path: Path) -> list[int]:
-    talk = Conversation(build_run(), Sampling(), system="", max_new_tokens=None, tools=TOOLS)
+    talk = Conversation(build_run(), Decoding(), system="", tools=TOOLS)
     talk.answer("Where?", lambda text: None)
     answer = talk.take_result("Rome", lambda text: None)
     assert answer is not None
@@ -205,7 +205,7 @@ def test_chat_shows_a_call_takes_its_result_and_goes_on(folder, tools_file, monk
 
 
 def test_chat_keeps_reasoning_and_calls_apart():
-    talk = Conversation(build_run(), Sampling(), system="", max_new_tokens=None, tools=TOOLS)
+    talk = Conversation(build_run(), Decoding(), system="", tools=TOOLS)
     talk.answer("Where?", lambda text: None)
     talk.take_result("Rome", lambda text: None)
 

@@ -58,7 +58,9 @@ def runs(request, tmp_path_factory) -> tuple[str, Path, Path, subprocess.Complet
     """The stage; a run of one process with the global batch of two; a run of two, and how it ended."""
     stage, folder = request.param, tmp_path_factory.mktemp("processes")
     recipe = RECIPE.replace("stage: sft", f"stage: {stage}")
-    alone, two = prepare(folder / "alone", recipe), prepare(folder / "two", recipe)
+    routed = {"kind": "mixtral", "output_router_logits": True, "router_aux_loss_coef": 1.0}
+    model = routed if stage == "pretrain" else {}  # of two losses each must be the same
+    alone, two = (prepare(folder / name, recipe, **model) for name in ("alone", "two"))
     done = launch(accelerate("cpu"), two)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(alone)

@@ -34,6 +34,7 @@ from hf_clm.data.label.labels import encode_prompts
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.read.formats import to_example
 from hf_clm.errors import DataError, DivergedError, RecipeError
+from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate, to_prompt_example
 from hf_clm.generation.load import load_run
 from hf_clm.schema import Chat
@@ -101,7 +102,7 @@ def test_the_model_learns_to_stop_by_itself(tmp_path):
 
     run = load_run(str(tmp_path / "run"), device="cpu")
     prompts = [to_prompt_example(word, "instruct") for word in ("one", "two")]
-    answers = generate(run.model, run.tokenizer, prompts=prompts, max_new_tokens=20, do_sample=False)
+    answers = generate(run.model, run.tokenizer, prompts=prompts, decoding=Decoding(20))
 
     assert [(answer.text, answer.stopped) for answer in answers] == [("first", True), ("2nd", True)]
 

@@ -183,6 +183,21 @@ def test_overwrite_moves_the_run_aside_and_begins(tmp_path):
     assert (tmp_path / "run.old-1" / "checkpoint-10").is_dir()
 
 
+def test_overwrite_done_goes_on_with_a_run_that_was_interrupted(tmp_path):
+    run = begun(tmp_path, 10)
+
+    assert prepare_start(*build(tmp_path, overwrite="done")) == Start(run, run / "checkpoint-10")
+    assert not (tmp_path / "run.old-1").exists()
+
+
+def test_overwrite_done_begins_again_where_the_run_is_done(tmp_path):
+    run = begun(tmp_path, 10)
+    (run / "run.json").write_text('{"status": "done"}')
+
+    assert prepare_start(*build(tmp_path, overwrite="done")) == Start(run)
+    assert (tmp_path / "run.old-1" / "checkpoint-10").is_dir()
+
+
 def test_a_named_checkpoint_is_taken_and_later_ones_are_moved_aside(tmp_path):
     run = begun(tmp_path, 9, 10)
     nine = run / "checkpoint-9"

@@ -190,7 +190,7 @@ def test_time_spent_elsewhere_is_not_counted_as_training(tmp_path, monkeypatch):
     trainer.peak_flops = 1e6
     trainer._flops = FlopCount(per_token=1000, per_target=2500, per_pair=20)
 
-    with trainer.untimed():  # from 105 to 107
+    with trainer.aside():  # from 105 to 107
         pass
     metrics = trainer._token_metrics()  # at 110: 8 of the 10 seconds were training
 
@@ -198,6 +198,16 @@ def test_time_spent_elsewhere_is_not_counted_as_training(tmp_path, monkeypatch):
     assert metrics["token_accuracy"] == 0.5
     assert metrics["padding_share"] == 0.25  # 24 of 32 places
     assert metrics["mfu"] == trainer.mfu == 35_000 / 8 / 1e6
+
+
+def test_a_step_that_beats_the_peak_shows_that_it_was_measured_too_low(tmp_path, monkeypatch):
+    trainer = build_trainer(tmp_path, tiny_model(), ROWS)
+    measured = iter([100.0, 300.0, 250.0])  # the machine was busy at first
+    monkeypatch.setattr("hf_clm.training.trainer.measure_peak", lambda *given: next(measured))
+
+    shares = [trainer._utilisation(flops) for flops in (80.0, 240.0, 150.0, 600.0, 300.0)]
+
+    assert shares == [0.8, 0.8, 0.5, 1.0, 0.5]
 
 
 def test_watched_training_rows_are_evaluated_behind_the_evaluation_set(tmp_path):

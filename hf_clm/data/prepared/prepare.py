@@ -43,6 +43,7 @@ from hf_clm.data.proof.proof import Proof, prove_split
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import Examples
 from hf_clm.data.split import check_dropped, pack_rows
+from hf_clm.recipe_sections import TRAIN
 from hf_clm.schema import AnyExample
 from hf_clm.tokenizer import fix_date
 
@@ -112,7 +113,7 @@ def divide(
 ) -> dict[str, Any]:
     """Writes the splits that the parts make, and proves them; returns the content of ``prepared.json``."""
     selections = select({name: part.candidates for name, part in parts.items()}, recipe.data, seed=seed)
-    read = ("train", "eval") if recipe.data.eval else ("train",)  # a single text that was parted is one file
+    read = (TRAIN, *recipe.data.eval_sets)  # a single text that was parted is one file
     files = [file for name in read for file in parts[name].report.files]
     index: dict[str, Any] = {"files": files, "splits": {}}
     for name, selection in selections.items():
@@ -136,10 +137,9 @@ def divide(
         check_dropped(split, recipe.data)
         certified = index["splits"][name]["certified"]
         prove_split(proof, name, split, recipe, tokenizer=tokenizer, certified=certified)
-    if "eval" in splits:
-        places = splits["eval"].ledger.places
-        leakage = measure_leakage(parts, selections, places=places)
-        proof.enter_leakage(leakage, max_leakage=recipe.data.max_leakage)
+    for name in [name for name in splits if name != TRAIN]:
+        leakage = measure_leakage(parts, selections, name=name, places=splits[name].ledger.places)
+        proof.enter_leakage(name, leakage, max_leakage=recipe.data.max_leakage)
     return {**index, "proof": {"facts": proof.facts, "lines": proof.lines}}
 
 
@@ -197,16 +197,21 @@ def count_ids(folder: Path, rows: StoredRows) -> tuple[str, int]:
 
 
 def measure_leakage(
-    parts: Mapping[str, Part], selections: Mapping[str, Selection], *, places: Sequence[str]
+    parts: Mapping[str, Part], selections: Mapping[str, Selection], *, name: str, places: Sequence[str]
 ) -> Leakage:
-    """Compares whole records, prompt and target, and prompts alone; ``places`` names the evaluation rows."""
-    found = {}
-    for name, split in selections.items():
-        part, numbers = parts[split.of], np.flatnonzero(split.is_chosen & split.is_new)
-        found[name] = (numbers, {kind: part.digests[kind][numbers] for kind in DIGESTS})
-    (own, evaluated), (_, trained) = found["eval"], found["train"]
+    """Compares an evaluation set with what is trained on: whole records, and prompts alone.
+
+    Args:
+        places: of the records of the set.
+    """
+
+    def known(split: Selection) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        numbers = np.flatnonzero(split.is_chosen & split.is_new)
+        return numbers, {kind: parts[split.of].digests[kind][numbers] for kind in DIGESTS}
+
+    (own, evaluated), (_, trained) = known(selections[name]), known(selections[TRAIN])
     shared = {kind: are_among(evaluated[kind], trained[kind]) for kind in DIGESTS}
-    lines = np.searchsorted(selections["eval"].numbers, own)  # of the ledger of the split
+    lines = np.searchsorted(selections[name].numbers, own)  # of the ledger of the split
     is_loose = shared["loose"] & ~shared["exact"]
     leaked = [
         [str(places[line]) for line in lines[chosen].tolist()] for chosen in (shared["exact"], is_loose)

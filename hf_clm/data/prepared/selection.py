@@ -7,6 +7,7 @@ import numpy as np
 
 from hf_clm.config import Data
 from hf_clm.errors import DataError
+from hf_clm.recipe_sections import TRAIN
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,16 @@ class Selection:
 
 
 def select(sets: Mapping[str, Candidates], data: Data, *, seed: int) -> dict[str, Selection]:
-    """The splits: train and, if there is one, eval. Raises DataError where one of them would be empty."""
+    """The splits: train, and what is evaluated. Raises DataError where one of them would be empty."""
     found = {}
-    for name in ("train", "eval"):
-        if name in sets:
-            equals = np.arange(len(sets[name].usable))
-            if data.duplicates == "drop":
-                usable = np.flatnonzero(sets[name].usable)
-                equals[usable] = usable[first_equal(sets[name].exact[usable])]
-            is_chosen = np.ones(len(equals), dtype=bool)
-            found[name] = Selection(name, is_chosen, equals, is_whole=data.duplicates == "keep")
-    if "eval" in found or not data.eval_fraction:
+    for name in sorted(sets, key=lambda name: name != TRAIN):  # first train, the others in their order
+        equals = np.arange(len(sets[name].usable))
+        if data.duplicates == "drop":
+            usable = np.flatnonzero(sets[name].usable)
+            equals[usable] = usable[first_equal(sets[name].exact[usable])]
+        is_chosen = np.ones(len(equals), dtype=bool)
+        found[name] = Selection(name, is_chosen, equals, is_whole=data.duplicates == "keep")
+    if len(found) > 1 or not data.eval_fraction:
         return found
     train = found["train"]
     is_kept = sets["train"].usable & train.is_new

@@ -13,6 +13,7 @@ from hf_clm.data.prepared.selection import Candidates, select
 from hf_clm.data.proof.leakage import digest
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import Examples, no_example
+from hf_clm.recipe_sections import EVAL, TRAIN
 from hf_clm.schema import AnyExample, Document, Segment, whole_text
 
 STREAM_HEAD = 1000  # documents of each source of a stream that are prepared and proved before the first step
@@ -29,17 +30,16 @@ class RawSet:
 
 
 def open_sets(data: Data) -> dict[str, RawSet]:
-    """The sets as they are read: train and, if it has its own, eval.
+    """The sets as they are read: train and, if they have sources of their own, those of the evaluation.
 
     A single text of which a share is held out is parted here.
     """
     if data.eval_fraction and not data.eval and (parts := part_alone(data)):
         return parts
     sets = {}
-    for name in ("train", "eval"):
-        if name == "train" or data.eval:
-            report = ReadReport()
-            sets[name] = RawSet(name, read_blocks(data, name, report=report), report)
+    for name in (TRAIN, *data.eval_sets):
+        report = ReadReport()
+        sets[name] = RawSet(name, read_blocks(data, name, report=report), report)
     return sets
 
 
@@ -52,10 +52,10 @@ def part_alone(data: Data) -> dict[str, RawSet] | None:
         return None
     parts = split_text(read.examples[0], data.eval_fraction)
     found = {}
-    for name, part in zip(("train", "eval"), parts or [], strict=False):
+    for name, part in zip((TRAIN, EVAL), parts or [], strict=False):
         chunk = Chunk(report.files[0], 0, 0, [(read.places[0], part)])
         block = replace(blocks[0], chunks=[chunk], formats=read.formats)
-        own = report if name == "train" else ReadReport(report.files)  # what was read is told once
+        own = report if name == TRAIN else ReadReport(report.files)  # what was read is told once
         found[name] = RawSet(name, iter([block]), own)
     return found or None
 

@@ -18,6 +18,7 @@ from hf_clm.data.proof.leakage import Leakage, check_leakage
 from hf_clm.data.proof.ledger import Totals
 from hf_clm.data.split import Split
 from hf_clm.errors import DataError
+from hf_clm.recipe_sections import EVAL
 from hf_clm.schema import TokenizedExample
 
 COMPARED = 50  # rows whose prompt is rendered again as for generation
@@ -40,16 +41,19 @@ class Proof:
         if compared:
             self.lines.append(f"{'':<10}the first {compared} prompts are what generate is given")
 
-    def enter_leakage(self, leakage: Leakage, *, max_leakage: float) -> None:
-        """What was found of training rows among the evaluation rows; raises DataError for too many."""
+    def enter_leakage(self, name: str, leakage: Leakage, *, max_leakage: float) -> None:
+        """What was found of training rows in an evaluation set; raises DataError for too many."""
+        of = "" if name == EVAL else f" of {name.removeprefix(EVAL + '_')}"
         if leakage.share:
-            self.lines.append(f"note      {leakage.share:.1%} of the evaluation rows are training rows")
+            self.lines.append(f"note      {leakage.share:.1%} of the evaluation rows{of} are training rows")
         if leakage.prompts > len(leakage.exact) + len(leakage.normalised):
             share = leakage.prompts / leakage.rows
-            self.lines.append(f"note      {share:.1%} of the evaluation prompts are training prompts")
+            self.lines.append(f"note      {share:.1%} of the evaluation prompts{of} are training prompts")
         check_leakage(leakage, max_leakage)
-        self.facts["leakage"] = {"exact": len(leakage.exact), "normalised": len(leakage.normalised)}
-        self.facts["leakage"]["prompts"] = leakage.prompts
+        found = {"exact": len(leakage.exact), "normalised": len(leakage.normalised)}
+        found["prompts"] = leakage.prompts
+        known = self.facts.get("leakage", {})  # of all sets together
+        self.facts["leakage"] = {kind: count + known.get(kind, 0) for kind, count in found.items()}
 
 
 def prove_split(

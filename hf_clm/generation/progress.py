@@ -1,4 +1,4 @@
-"""How far an evaluation has come, on stderr: a bar on a terminal, else up to three lines of a long one."""
+"""How far a long command has come, on stderr: a bar on a terminal, else up to three lines."""
 
 import sys
 import time
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-SILENT_SECONDS = 10.0  # of an evaluation whose stderr is a file: a shorter one says nothing
+SILENT_SECONDS = 10.0  # of a command whose stderr is a file: a shorter one says nothing
 QUARTERS = 4
 
 
 def watched(batches: range, *, what: str) -> Iterator[int]:
-    """Yields the first row of each batch, and shows how many rows are done.
+    """Yields the first row of each batch, and shows how many rows are done and what time is left.
 
     Args:
         batches: ``range(0, rows, batch_size)``.
@@ -26,4 +26,5 @@ def watched(batches: range, *, what: str) -> Iterator[int]:
             seconds, quarter = time.monotonic() - started, done * QUARTERS // rows
             if bar.disable and said < quarter < QUARTERS and seconds > SILENT_SECONDS:
                 said = quarter
-                sys.stderr.write(f"{what}: {done:,} of {rows:,} rows in {seconds:.0f} s\n")
+                left = seconds / done * (rows - done)
+                sys.stderr.write(f"{what}: {done:,} of {rows:,} rows in {seconds:.0f} s, {left:.0f} s left\n")

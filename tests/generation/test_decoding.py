@@ -1,0 +1,528 @@
+"""One rule of decoding: every command gives the answers that the arg max of the model gives.
+
+The reference is written by hand: the whole text is read anew for each token, without cache and padding.
+"""
+
+import json
+from argparse import Namespace
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import EOS, PAD, build_recipe, byte_tokenizer, save_folder, tiny_model, write_jsonl
+from starlette.testclient import TestClient
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from hf_clm.cli import main
+from hf_clm.config import Samples
+from hf_clm.errors import ModelError
+from hf_clm.generation.chat import Conversation
+from hf_clm.generation.decoding import Decoding, ask, read_model_settings, stop_ids, under
+from hf_clm.generation.generate import generate
+from hf_clm.generation.load import load_run
+from hf_clm.generation.padding import batches_as_alone
+from hf_clm.generation.serve import build_app
+from hf_clm.generation.worker import Worker
+from hf_clm.model import fit_to_tokenizer
+from hf_clm.training.run import build_samples
+
+PROMPTS = ["a", "hello there", "xyz", "the quick brown fox", "to be", "0123456789"]
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2}
+HEADS = {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+# Of the architectures that are not in helpers.SIZES: recurrent, hybrid, with a window shorter than prompts.
+SIZES: dict[str, dict[str, Any]] = {
+    "rwkv": {**SMALL, "attention_hidden_size": 32, "context_length": 64},
+    "mamba": {**SMALL, "state_size": 8},
+    "recurrent_gemma": {
+        **{**SMALL, "num_hidden_layers": 3},
+        **{**HEADS, "num_key_value_heads": 1},
+        "lru_width": 32,
+        "attention_window_size": 16,
+    },
+    "minimax": {
+        **{**SMALL, **HEADS, **EXPERTS},
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "mistral": {**SMALL, **HEADS, "sliding_window": 4},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
+}
+IN_BATCHES = {"gpt2": True, "qwen2": True, "llama": True, "mistral": True, "bloom": True, "mamba": True} | {
+    "rwkv": False,
+    "recurrent_gemma": False,
+    "minimax": False,
+}
+POISON: dict[str, dict[str, Any]] = {
+    "max_time": {"max_time": 0.0},
+    "stop_strings": {"stop_strings": ["a", "e"]},
+    "dict": {"return_dict_in_generate": True, "output_scores": True, "output_attentions": True},
+    "penalties": {"repetition_penalty": 1.7, "no_repeat_ngram_size": 1, "encoder_repetition_penalty": 2.0},
+    "suppressed": {
+        "suppress_tokens": [97, 98, 99, 100],
+        "begin_suppress_tokens": [101],
+        "bad_words_ids": [[97]],
+    },
+    "forced": {"forced_bos_token_id": 65, "forced_eos_token_id": 65, "min_new_tokens": 30},
+    "sampling": {"do_sample": True, "temperature": 5.0, "top_k": 3, "top_p": 0.2},
+    "beams": {"num_beams": 3, "num_return_sequences": 3, "length_penalty": -2.0},
+    "lookup": {"prompt_lookup_num_tokens": 3, "penalty_alpha": 0.6, "guidance_scale": 3.0},
+    "cache": {"cache_implementation": "static", "use_cache": False, "max_length": 3},
+    "wrong": {"temperature": "hot", "max_new_tokens": -1, "cache_implementation": "none", "num_beams": -2},
+    "ids": {"eos_token_id": ["x", -1, 1.5, True, 10**30, None], "pad_token_id": "x", "bos_token_id": {}},
+    "objects": {"compile_config": {"x": 2}, "watermarking_config": {"a": 1}, "custom": [1]},
+}
+
+
+def build_model(kind: str) -> PreTrainedModel:
+    """Weights far from their first values, so that padding that is read shows in the answers."""
+    if kind in SIZES:
+        torch.manual_seed(0)
+        ids = {"vocab_size": 260, "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": PAD}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **ids, **SIZES[kind])).eval()
+    else:
+        model = tiny_model(kind)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += torch.randn_like(weight) * 0.1
+    fit_to_tokenizer(model, byte_tokenizer())
+    return model
+
+
+@torch.no_grad()
+def arg_max(model: PreTrainedModel, prompt: str, *, new: int) -> str:
+    """The greedy answer, by definition."""
+    ids, found = list(prompt.encode()), []
+    while len(found) < new:
+        token = int(model(input_ids=torch.tensor([ids + found]), use_cache=False).logits[0, -1].argmax())
+        if token == EOS:
+            break
+        found.append(token)
+    return byte_tokenizer().decode(found, skip_special_tokens=True)
+
+
+# --- the commands
+
+
+def by_generate(folder: str, capsys: Any, **asked: Any) -> list[str]:
+    """``hf-clm generate``, all prompts at once."""
+    words = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    for name, value in asked.items():
+        for one in value if isinstance(value, list) else [value]:
+            words += [f"--{name}", str(one)]
+    capsys.readouterr()
+    assert main(["generate", folder, *words, "--device", "cpu", "--json"]) == 0
+    return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+
+
+def by_chat(folder: str, **asked: Any) -> list[str]:
+    """``hf-clm chat``: a text model continues each line."""
+    run = load_run(folder, attention=None, device="cpu")
+    found = []
+    for number, prompt in enumerate(PROMPTS):
+        decoding = ask(Decoding(), Namespace(**asked)).of_prompt(number)
+        found.append(Conversation(run, decoding, system="").answer(prompt, lambda text: None).text)
+    return found
+
+
+def by_serve(folder: str, *, use_model_settings: bool = False, **asked: Any) -> list[list[str]]:
+    """``hf-clm serve``: a list of prompts, each prompt streamed, /generate, and as chats."""
+    options = Namespace(run=folder, name="m", host="127.0.0.1", max_new_tokens=64, max_body_bytes=10**6)
+    options.use_model_settings, options.max_prompt_tokens = use_model_settings, None
+    body = {**asked, "max_tokens": asked["max_new_tokens"]}
+    del body["max_new_tokens"]
+    run = load_run(folder, attention=None, device="cpu")
+    with TestClient(app_of(run, options), base_url="http://localhost") as client:
+
+        def one(path: str, body: dict[str, Any], number: int) -> dict[str, Any]:
+            seed = {"seed": body["seed"] + number} if "seed" in body else {}
+            reply = client.post(path, json={**body, **seed})
+            assert reply.status_code == 200, reply.text
+            return reply.json()
+
+        together = client.post("/v1/completions", json={**body, "prompt": PROMPTS})
+        assert together.status_code == 200, together.text
+        asked_chats = [
+            one("/v1/chat/completions", {**body, "messages": [{"role": "user", "content": prompt}]}, number)
+            for number, prompt in enumerate(PROMPTS)
+        ]
+        alone = [
+            one("/generate", {**body, "prompt": prompt}, number) for number, prompt in enumerate(PROMPTS)
+        ]
+        return [
+            [choice["text"] for choice in together.json()["choices"]],
+            [reply["choices"][0]["message"]["content"] for reply in asked_chats],
+            [reply["text"] for reply in alone],
+        ]
+
+
+def app_of(run: Any, options: Namespace) -> Any:
+    """The server's app; its worker is made inside the loop that it runs in."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if "inner" not in made:
+            worker = Worker(run, batch_size=8, max_waiting=64)
+            made["inner"] = build_app(options, "", worker=worker, run=run)
+        await made["inner"](scope, receive, send)
+
+    made: dict[str, Any] = {}
+    return app
+
+
+def by_samples(folder: str, tmp_path: Path, **asked: Any) -> list[str]:
+    """The samples of a run."""
+    place = tmp_path / "run"
+    place.mkdir()
+    run = load_run(folder, attention=None, device="cpu")
+    samples = Samples(
+        prompts=PROMPTS, max_new_tokens=asked["max_new_tokens"], temperature=asked.get("temperature", 0)
+    )
+    recipe = build_recipe(place, [{"text": "a"}], stage="pretrain", samples=samples.model_dump())
+    facts: Any = SimpleNamespace(recipe=recipe, template=None, format="text", has_turns=False)
+    trainer: Any = SimpleNamespace(
+        model=run.model,
+        args=SimpleNamespace(seed=asked.get("seed", 0), output_dir=str(place)),
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+        untimed=nullcontext,
+    )
+    return build_samples(facts, trainer, tokenizer=run.tokenizer).generate()
+
+
+def by_evaluate(folder: str, tmp_path: Path, capsys: Any, *, new: int) -> list[str]:
+    """``hf-clm evaluate --generate``."""
+    records = [
+        {"segments": [{"text": text, "train": False}, {"text": "x", "train": True}]} for text in PROMPTS
+    ]
+    file = write_jsonl(tmp_path / "e.jsonl", records)
+    capsys.readouterr()
+    words = ["--generate", "--max_new_tokens", str(new), "--device", "cpu", "--json"]
+    assert main(["evaluate", folder, file, *words]) == 0
+    return [sample["generated"] for sample in json.loads(capsys.readouterr().out)["samples"]]
+
+
+# --- the rule
+
+
+@pytest.mark.parametrize("kind", [*IN_BATCHES])
+def test_every_command_gives_the_arg_max_of_the_model(kind, tmp_path, capsys):
+    model = build_model(kind)
+    folder = save_folder(tmp_path / "model", model, byte_tokenizer())
+    expected = [arg_max(model, prompt, new=10) for prompt in PROMPTS]
+
+    assert len(set(expected)) > 2
+    assert by_generate(folder, capsys, max_new_tokens=10) == expected
+    assert by_chat(folder, max_new_tokens=10) == expected
+    assert by_serve(folder, max_new_tokens=10) == [expected] * 3
+    assert by_samples(folder, tmp_path, max_new_tokens=10) == expected
+    if kind not in ("rwkv", "recurrent_gemma", "minimax", "mamba", "bloom"):  # evaluate takes packed rows
+        assert by_evaluate(folder, tmp_path, capsys, new=10) == expected
+
+
+@pytest.mark.parametrize("poison", [*POISON])
+def test_no_generation_config_has_a_say_in_any_command(poison, tmp_path, capsys):
+    model = build_model("gpt2")
+    expected = [arg_max(model, prompt, new=10) for prompt in PROMPTS]
+    folder = save_folder(tmp_path / "model", model, byte_tokenizer())
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(POISON[poison]))
+
+    assert by_generate(folder, capsys, max_new_tokens=10) == expected
+    assert by_chat(folder, max_new_tokens=10) == expected
+    assert by_serve(folder, max_new_tokens=10) == [expected] * 3
+    assert by_samples(folder, tmp_path, max_new_tokens=10) == expected
+    assert by_evaluate(folder, tmp_path, capsys, new=10) == expected
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "{", "\xff"])
+def test_a_generation_config_that_cannot_be_read_has_no_say_either(content, tmp_path, capsys):
+    model = build_model("gpt2")
+    folder = save_folder(tmp_path / "model", model, byte_tokenizer())
+    (tmp_path / "model/generation_config.json").write_text(content, encoding="latin-1")
+
+    assert by_generate(folder, capsys, max_new_tokens=6) == [arg_max(model, text, new=6) for text in PROMPTS]
+
+
+def test_no_value_of_any_setting_stops_a_model_or_changes_its_answers(tmp_path):
+    """Every setting that transformers knows, with one value after the other in generation_config.json."""
+    model = build_model("gpt2")
+    folder = save_folder(tmp_path / "model", model, byte_tokenizer())
+    expected = [arg_max(model, prompt, new=4) for prompt in PROMPTS[:2]]
+    junk = [True, 0, -1, 3, 0.5, 1e9, "x", [], [97], [[97]], {}, {"a": 1}]
+    names = sorted(set(GenerationConfig().to_dict()) - {"eos_token_id"})
+
+    faults = []
+    for number, name in enumerate(names):
+        settings = {name: junk[number % len(junk)], names[number - 1]: junk[(number * 5 + 3) % len(junk)]}
+        (tmp_path / "model/generation_config.json").write_text(json.dumps(settings))
+        run = load_run(folder, attention=None, device="cpu")
+        answers = generate(run.model, run.tokenizer, prompts=PROMPTS[:2], decoding=Decoding(4))
+        faults += [settings] if [answer.text for answer in answers] != expected else []
+
+    assert len(names) > 40
+    assert faults == []
+
+
+@pytest.mark.parametrize("poison", [name for name in POISON if name not in ("wrong", "ids", "objects")])
+def test_settings_on_a_model_in_memory_have_no_say_and_stay(poison):
+    """As a program may set them; a stop token that the model has still counts."""
+    model = build_model("qwen2")
+    expected = [arg_max(model, prompt, new=10) for prompt in PROMPTS]
+    settings = GenerationConfig(**POISON[poison], eos_token_id=EOS)
+    model.generation_config = settings
+
+    answers = generate(model, byte_tokenizer(), prompts=PROMPTS, decoding=Decoding(10))
+
+    assert [answer.text for answer in answers] == expected
+    assert model.generation_config is settings
+
+
+def test_legacy_settings_in_the_configuration_of_a_model_have_no_say():
+    model = build_model("gpt2")
+    expected = arg_max(model, "a", new=6)
+    model.config.repetition_penalty = 3.0  # transformers' generate raises where it finds these
+
+    assert generate(model, byte_tokenizer(), prompts=["a"], decoding=Decoding(6))[0].text == expected
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"temperature": 0.8, "seed": 3},
+        {"top_k": 5, "seed": 4},
+        {"temperature": 1.3, "top_p": 0.7, "min_p": 0.01, "seed": 5},
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 1},
+        {"temperature": 0, "top_k": 5, "top_p": 0.5, "seed": 7},
+        {"stop": ["\x1b", "e", "\ufffd"]},
+    ],
+)
+def test_every_command_gives_one_answer_to_the_same_settings(asked, tmp_path, capsys):
+    """Prompt number n draws by the seed + n, in a batch as alone."""
+    model = build_model("qwen2")
+    folder = save_folder(tmp_path / "model", model, byte_tokenizer())
+    settings = {**asked, "max_new_tokens": 10}
+
+    found = by_generate(folder, capsys, **settings)
+
+    assert by_chat(folder, **settings) == found
+    assert by_serve(folder, **settings) == [found] * 3
+    if set(asked) == {"temperature", "seed"}:
+        assert by_samples(folder, tmp_path, **settings) == found
+    greedy = [arg_max(model, prompt, new=10) for prompt in PROMPTS]
+    assert (found == greedy) == (asked.get("temperature") == 0)
+
+
+def test_penalties_do_not_see_the_padding():
+    """A penalty on the pad token, or an n-gram of padding, would tell a batch from a prompt alone."""
+    model = build_model("qwen2")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[PAD] *= 6  # it is likely
+    how = Decoding(12, repetition_penalty=2.0, no_repeat_ngram_size=2)
+
+    together = generate(model, byte_tokenizer(), prompts=PROMPTS, decoding=how)
+
+    assert together == [generate(model, byte_tokenizer(), prompts=[one], decoding=how)[0] for one in PROMPTS]
+
+
+def test_a_short_prompt_has_as_much_room_in_a_batch_as_alone():
+    """32 positions: each answer goes on to the last one of its own."""
+    model = tiny_model("gpt2", n_positions=32, eos_token_id=None)
+    model.generation_config.eos_token_id = None
+
+    together = generate(model, byte_tokenizer(), prompts=PROMPTS)
+
+    assert [answer.tokens for answer in together] == [32 - len(prompt) for prompt in PROMPTS]
+    assert together == [generate(model, byte_tokenizer(), prompts=[one])[0] for one in PROMPTS]
+
+
+# --- batches
+
+
+@pytest.mark.parametrize(("kind", "expected"), IN_BATCHES.items())
+def test_a_few_steps_tell_whether_a_batch_changes_answers(kind, expected):
+    assert batches_as_alone(build_model(kind), byte_tokenizer()) is expected
+
+
+def test_the_probe_sees_what_training_made_of_the_padding():
+    """recurrent_gemma reads padding as nothing as long as its biases are nothing, as they are at first."""
+    torch.manual_seed(0)
+    ids = {"vocab_size": 260, "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    config = AutoConfig.for_model("recurrent_gemma", **ids, **SIZES["recurrent_gemma"])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    fit_to_tokenizer(model, byte_tokenizer())
+
+    before = batches_as_alone(model, byte_tokenizer())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight += 0.3
+
+    assert (before, batches_as_alone(model, byte_tokenizer())) == (True, False)
+
+
+def test_a_probe_leaves_the_random_state_and_the_settings_as_they_were():
+    model = build_model("gpt2")
+    before, settings = torch.get_rng_state(), model.generation_config
+
+    batches_as_alone(model, byte_tokenizer())
+
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.generation_config is settings
+
+
+def test_a_model_of_few_positions_answers_one_at_a_time():
+    assert batches_as_alone(tiny_model("gpt2", n_positions=5), byte_tokenizer()) is False
+    assert batches_as_alone(tiny_model("gpt2", n_positions=8), byte_tokenizer()) is True
+
+
+@pytest.mark.parametrize("kind", [*IN_BATCHES])
+def test_beams_are_those_of_a_model_that_keeps_no_cache(kind):
+    """A state that stays behind when a beam takes another's place, as minimax's does, would show."""
+    model = build_model(kind)
+    expected = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([list(prompt.encode())])
+        plain = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "use_cache": False}
+        mask = {"attention_mask": torch.ones_like(ids), "pad_token_id": PAD, "eos_token_id": EOS}
+        row = model.generate(ids, **plain, **mask)[0, ids.shape[1] :].tolist()
+        row = row[: row.index(EOS)] if EOS in row else row
+        expected.append(byte_tokenizer().decode(row, skip_special_tokens=True))
+
+    answers = generate(model, byte_tokenizer(), prompts=PROMPTS, decoding=Decoding(6, num_beams=3))
+
+    assert [answer.text for answer in answers] == expected
+
+
+# --- stop texts and tokens
+
+
+def test_a_stop_text_is_looked_for_in_the_answer_alone():
+    """The prompt ends with its beginning, and the answer begins with its end."""
+    model = build_model("gpt2")
+    text = arg_max(model, "so it is", new=8)
+    stop = "is" + text[0]
+
+    for beams in (1, 2):
+        plain = generate(model, byte_tokenizer(), prompts=["so it is"], decoding=Decoding(8, num_beams=beams))
+        how = Decoding(8, num_beams=beams, stop=(stop,))
+        assert generate(model, byte_tokenizer(), prompts=["so it is"], decoding=how) == plain
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (5, {5}),
+        ([5, 6], {5, 6}),
+        (None, set()),
+        (["x", 7, True, -1, 1.5, 2**40], {7}),
+    ],
+)
+def test_what_is_no_id_ends_no_answer(given, expected):
+    model = tiny_model("gpt2")
+    model.generation_config.eos_token_id = given
+
+    assert stop_ids(model) == expected
+
+
+def test_settings_are_put_back_after_a_fault():
+    model = tiny_model("gpt2")
+    settings = model.generation_config
+
+    with pytest.raises(KeyError), under(model, GenerationConfig()):
+        raise KeyError
+
+    assert model.generation_config is settings
+
+
+# --- --use_model_settings
+
+
+def folder_with(tmp_path: Path, settings: Any) -> str:
+    folder = save_folder(tmp_path / "model", build_model("gpt2"), byte_tokenizer())
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (  # Qwen2.5-0.5B-Instruct
+            {"do_sample": True, "repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
+            | {
+                "eos_token_id": [5, 6],
+                "pad_token_id": 3,
+                "bos_token_id": 3,
+                "transformers_version": "4.37.0",
+            },
+            Decoding(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.1),
+        ),
+        ({"do_sample": True}, Decoding(temperature=1.0)),  # not transformers' top_k of 50
+        ({"temperature": 0.7, "top_k": 20}, Decoding(top_k=20)),  # greedy: do_sample is false by default
+        (
+            {"repetition_penalty": 1.2, "num_beams": 1, "suppress_tokens": []},
+            Decoding(repetition_penalty=1.2),
+        ),
+        ({"stop_strings": "x", "max_time": 1.0, "max_length": 3}, Decoding(stop=("x",))),
+        ({}, Decoding()),
+    ],
+)
+def test_the_settings_of_a_model_count_where_they_are_asked_for(settings, expected, tmp_path):
+    assert read_model_settings(folder_with(tmp_path, settings)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"suppress_tokens": [3]},
+            ": a setting that hf-clm does not follow; got suppress_tokens; fix: leave out ",
+        ),
+        ({"num_beams": 4}, ": a setting that hf-clm does not follow; got num_beams; fix: "),
+        (
+            {"temperature": "hot", "do_sample": True},
+            ": temperature: expected a number; got 'hot'; fix: leave out",
+        ),
+        ({"top_p": 2}, ": top_p: expected 0 to 1; got 2; fix: leave out --use_model_settings"),
+        ([], ": there is none that can be read; fix: leave out --use_model_settings"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused_where_they_are_asked_for(settings, message, tmp_path):
+    folder = folder_with(tmp_path, settings)
+
+    with pytest.raises(ModelError) as error:
+        read_model_settings(folder)
+
+    assert str(error.value).startswith(f"generation_config.json of {folder}{message}")
+
+
+def test_serve_begins_with_the_settings_of_the_model_where_it_is_told_to(tmp_path):
+    model = build_model("gpt2")
+    folder = folder_with(tmp_path, {"repetition_penalty": 1.9})
+    how = Decoding(8, repetition_penalty=1.9)
+
+    penalized = by_serve(folder, use_model_settings=True, max_new_tokens=8)
+    plain = by_serve(folder, use_model_settings=True, max_new_tokens=8, repetition_penalty=1)
+
+    answers = generate(model, byte_tokenizer(), prompts=PROMPTS, decoding=how)
+    assert penalized == [[answer.text for answer in answers]] * 3
+    assert plain == [[arg_max(model, prompt, new=8) for prompt in PROMPTS]] * 3
+
+
+@pytest.mark.parametrize("words", [[], ["--repetition_penalty", "1"]])
+def test_the_flag_gives_the_settings_and_an_option_replaces_one(words, tmp_path, capsys):
+    model = build_model("gpt2")
+    folder = folder_with(tmp_path, {"repetition_penalty": 1.9})
+    capsys.readouterr()
+
+    assert (
+        main(["generate", folder, "--prompt", "a", "--max_new_tokens", "8", "--use_model_settings", *words])
+        == 0
+    )
+    shown = capsys.readouterr().out.removesuffix("\n")
+
+    how = Decoding(8, repetition_penalty=1.0 if words else 1.9)
+    assert shown == generate(model, byte_tokenizer(), prompts=["a"], decoding=how)[0].text
+    assert (shown == arg_max(model, "a", new=8)) == bool(words)
