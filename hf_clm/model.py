@@ -148,8 +148,8 @@ def check_shape(config: PretrainedConfig, *, bytes_per_weight: int) -> None:
 def check_causal(model: PreTrainedModel) -> None:
     """Raises ModelError where a position sees the tokens after it: the loss would be that of a copy.
 
-    Runs the model on 8 tokens, the last of which is of two kinds. Finds nothing where there are no weights, or
-    none that give numbers.
+    Runs the model on 8 tokens, the last of which is of two kinds. Finds nothing where there are no weights,
+    or none that give numbers.
     """
     if any(weight.is_meta or hasattr(weight, "ds_id") for weight in model.parameters()):
         return

@@ -1,4 +1,4 @@
-"""What no single key of a recipe shows: keys that exclude each other, or say nothing together."""
+"""What no single key of a recipe shows: keys that exclude each other, or have no effect together."""
 
 import os
 import re
@@ -91,7 +91,7 @@ def data_faults(recipe: Any) -> Iterator[Fault]:
         what = "data.packing: stream cuts rows, so a target would lose its prompt"
         yield Fault("data.packing", what, fix="best_fit or none for stage sft")
     if data.overflow and recipe.resolved_packing == "stream":
-        what = "data.overflow says nothing where a stream cuts documents at the end of a row"
+        what = "data.overflow has no effect where a stream cuts documents at the end of a row"
         yield Fault("data.overflow", what, fix="leave it out, or set data.packing to none or best_fit")
     if data.shuffle_buffer != type(data).model_fields["shuffle_buffer"].default and not data.streaming:
         what = "data.shuffle_buffer has no effect without data.streaming: all rows are shuffled"
@@ -235,7 +235,7 @@ def mixing_faults(data: Any) -> Iterator[Fault]:
     for key in ("weight", "epochs"):
         for number, source in enumerate(data.eval):
             if getattr(source, key) is not None:
-                what = f"{key} says nothing to a source of data.eval, which is evaluated whole"
+                what = f"{key} has no effect on a source of data.eval, which is evaluated completely"
                 yield Fault(f"data.eval.{number}.{key}", what, fix="leave it out")
     weighted = [number for number, source in enumerate(data.train) if source.weight is not None]
     repeated = [number for number, source in enumerate(data.train) if source.epochs is not None]
@@ -243,7 +243,7 @@ def mixing_faults(data: Any) -> Iterator[Fault]:
         what = "weight and epochs are two ways to say how much of a source is read"
         yield Fault(f"data.train.{repeated[0]}.epochs", what, fix="give all sources weights, or none")
     elif weighted and len(data.train) == 1:
-        what = "weight says nothing to the only source"
+        what = "weight has no effect with a single source"
         yield Fault("data.train.0.weight", what, fix="leave it out, or say epochs")
     elif 0 < len(weighted) < len(data.train):
         missing = next(number for number in range(len(data.train)) if number not in weighted)
@@ -262,13 +262,13 @@ def streaming_faults(recipe: Any) -> Iterator[Fault]:
         what = "data.streaming needs train.max_steps: the length of a stream is not known"
         yield Fault("train.max_steps", what, got=str(train.get("max_steps", -1)))
     if data.eval_fraction:
-        what = "data.eval_fraction is chosen from all examples, which nobody has of a stream"
+        what = "data.eval_fraction needs the whole dataset, which streaming never loads"
         yield Fault("data.eval_fraction", what, fix="name data.eval")
     if data.duplicates == "drop":
-        what = "data.duplicates: drop compares all examples, which nobody has of a stream"
+        what = "data.duplicates: drop needs the whole dataset, which streaming never loads"
         yield Fault("data.duplicates", what, fix="keep")
     if recipe.tokenizer.train:
-        what = "tokenizer.train reads all of the data, which nobody has of a stream"
+        what = "tokenizer.train needs the whole dataset, which streaming never loads"
         yield Fault("tokenizer.train", what, fix="train one on a part first: hf-clm train-tokenizer")
     yield from _streamed_source_faults(data)
     for key, (is_fine, why) in FIELDS_OF_STREAMS.items():
@@ -331,14 +331,14 @@ def token_budget_faults(recipe: Any) -> Iterator[Fault]:
 
 
 def _unused_mixing(mixing: Any, *, has_weights: bool, has_epochs: bool) -> Iterator[Fault]:
-    """Keys of a ``config.Mixing`` that say nothing beside other keys."""
+    """Keys of a ``config.Mixing`` that have no effect beside other keys."""
     said = "weights" if has_weights else "epochs"
     if mixing.temperature != 1 and (has_weights or has_epochs):
         what = f"data.mixing.temperature makes shares of sizes, and the sources have {said}"
         yield Fault("data.mixing.temperature", what, fix=f"leave it out, or the {said}")
     for key in ("size", "stopping_strategy"):
         if has_epochs and getattr(mixing, key) is not None:
-            what = f"data.mixing.{key} says nothing where the sources have epochs: they make the size"
+            what = f"data.mixing.{key} has no effect where the sources have epochs, which decide the size"
             yield Fault(f"data.mixing.{key}", what, fix="leave it out, or give weights")
     if mixing.size is not None and mixing.stopping_strategy:
         what = "data.mixing.size and data.mixing.stopping_strategy exclude each other"
@@ -351,7 +351,7 @@ def _unused_sizes(section: Any) -> Iterator[Fault]:
     for name in unused.get(section.kind, ()) if section else ():
         if getattr(section, name) != type(section).model_fields[name].default:
             key = f"tokenizer.train.{name}"
-            yield Fault(key, f"{key} says nothing to kind: {section.kind}", fix="leave it out")
+            yield Fault(key, f"{key} has no effect with kind: {section.kind}", fix="leave it out")
 
 
 def override_faults(names: Sequence[str], *, sections: Iterable[str]) -> Iterator[Fault]:

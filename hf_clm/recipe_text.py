@@ -1,6 +1,7 @@
 """Between text and a recipe: YAML 1.2 and command-line words come in; places, types and errors go out."""
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from hf_clm.errors import RecipeError, did_you_mean
@@ -32,7 +33,7 @@ def load_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The file's content, and the place of each dotted key, such as "recipes/x.yaml:9"."""
     text = _load_text(path)
     try:
-        node = build_yaml().compose(text)
+        node = _compose(text)
         tree = _to_plain(node, path)
         places = {key: f"{path}:{line}" for key, line in _lines(node)}
     except MarkedYAMLError as error:
@@ -75,7 +76,7 @@ def to_value(key: str, text: str | None, *, types: tuple[str, ...]) -> Any:
     if types == ("str",):
         return text
     try:
-        value = _to_plain(build_yaml().compose(text), f"{COMMAND_LINE}: --{key}")
+        value = _to_plain(_compose(text), f"{COMMAND_LINE}: --{key}")
     except (YAMLError, RecursionError):
         if "str" in types:
             return text
@@ -201,6 +202,12 @@ def _load_text(path: str) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise RecipeError("not UTF-8 text", where=f"{path}:{line}", fix="save it as UTF-8") from None
+
+
+def _compose(text: str) -> Node | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReusedAnchorWarning)  # YAML takes the later one, and so do we
+        return build_yaml().compose(text)
 
 
 def _to_plain(node: Node | None, where: str) -> Any:

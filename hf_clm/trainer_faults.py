@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from hf_clm.errors import did_you_mean
+from hf_clm.launcher import spreads_with
 from hf_clm.trainer_fields import TRAIN_DEFAULTS, Fault, load_trainer_fields, shorten
 
 FIGURES = ("loss", "token_accuracy", "target_tokens")  # what an evaluation measures on each set
@@ -58,6 +59,9 @@ def _run_faults(values: Mapping[str, Any]) -> Iterator[Fault]:
     if isinstance(values["fsdp"], str) and values["fsdp"]:
         fix = "fsdp: true, with fsdp_config: {version: 2}"
         yield Fault("train.fsdp", "train.fsdp: text is the spelling of transformers 4", fix=fix)
+    if values["fsdp_config"] and spreads_with(values) != "FSDP":
+        what = "train.fsdp_config has no effect without train.fsdp"
+        yield Fault("train.fsdp_config", what, got=shorten(values["fsdp_config"]), fix="set fsdp: true")
     if not values["optim_target_modules"] and str(values["optim"]).startswith(("galore", "apollo")):
         what = f"train.optim_target_modules is missing: {values['optim']} needs it"
         yield Fault("train.optim_target_modules", what, fix="all-linear, or the names of layers")

@@ -176,6 +176,11 @@ def read_split(
         return read_splits(recipe, tokenizer or byte_tokenizer(), seed=0)["train"]
 
 
+def count_letters(answers: list[str], targets: list[str]) -> float:
+    """A metric of answers: how long they are together."""
+    return float(sum(map(len, answers)))
+
+
 def split_of(
     folder: Path, examples: Sequence[Any], recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> Any:

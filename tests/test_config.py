@@ -274,6 +274,13 @@ def test_an_alias_may_be_used_as_in_any_yaml():
     assert load(text).data.eval == [Source(path="poems.jsonl")]
 
 
+@pytest.mark.filterwarnings("error")
+def test_of_two_anchors_of_one_name_the_later_counts():
+    text = BASE.replace("poems.jsonl", "&data a.jsonl\n  cache_dir: &data b.jsonl\n  eval: *data")
+
+    assert load(text).data.eval == [Source(path="b.jsonl")]
+
+
 def test_an_endless_file_is_no_recipe():
     with pytest.raises(RecipeError, match="not a recipe: it has more than"):
         load_recipe("/dev/zero")
@@ -477,11 +484,11 @@ def test_a_key_from_a_yaml_merge_has_the_line_where_it_is_written():
         ),
         (
             ["--model.init=scratch", "--tokenizer.train={kind: characters, vocab_size: 300}"],
-            "tokenizer.train.vocab_size says nothing to kind: characters; fix: leave it out",
+            "tokenizer.train.vocab_size has no effect with kind: characters; fix: leave it out",
         ),
         (
             ["--model.init=scratch", "--tokenizer.train={kind: unigram, min_frequency: 3}"],
-            "tokenizer.train.min_frequency says nothing to kind: unigram",
+            "tokenizer.train.min_frequency has no effect with kind: unigram",
         ),
         (
             ["--model.init=scratch", "--tokenizer.train.kind", "character"],
@@ -510,7 +517,7 @@ def test_a_key_from_a_yaml_merge_has_the_line_where_it_is_written():
         ),
         (
             ["--stage=pretrain", "--data.overflow=drop"],
-            "data.overflow says nothing where a stream cuts documents at the end of a row; "
+            "data.overflow has no effect where a stream cuts documents at the end of a row; "
             "fix: leave it out, or set data.packing to none or best_fit",
         ),
         (
@@ -817,8 +824,8 @@ STREAM = ["--stage=pretrain", "--data.streaming=true", "--max_steps=5"]
     ("words", "message"),
     [
         (["--max_steps=-1"], "data.streaming needs train.max_steps: the length of a stream is not known"),
-        (["--data.eval_fraction=0.1"], "data.eval_fraction is chosen from all examples, which nobody has"),
-        (["--data.duplicates=drop"], "data.duplicates: drop compares all examples, which nobody has"),
+        (["--data.eval_fraction=0.1"], "data.eval_fraction needs the whole dataset, which streaming"),
+        (["--data.duplicates=drop"], "data.duplicates: drop needs the whole dataset, which streaming"),
         (["--data.train=[{path: a, limit: 3}]"], "a shard of a stream does not know how many were read"),
         (["--data.train=[{path: a, epochs: 2}]"], "the length of a stream is not known, and so not what an"),
         (
@@ -827,7 +834,7 @@ STREAM = ["--stage=pretrain", "--data.streaming=true", "--max_steps=5"]
         ),
         (
             ["--model={init: scratch, config: {model_type: gpt2}}", "--tokenizer.train={}"],
-            "tokenizer.train reads all of the data, which nobody has of a stream",
+            "tokenizer.train needs the whole dataset, which streaming never loads",
         ),
         (
             ["--train_sampling_strategy=group_by_length"],

@@ -49,6 +49,7 @@ JUDGED = {
     **{"train.save_strategy": "steps", "train.save_steps": 1, "train.max_steps": 4},
 }
 BEST = {**JUDGED, "train.load_best_model_at_end": True, "train.learning_rate": 0.3}
+ANSWERED = {**JUDGED, "evaluation": {"generate": 2, "metrics": ["helpers:count_letters"]}}
 SCRATCH = {
     "model": {"init": "scratch", "config": {"model_type": "gpt2", **helpers.SIZES["gpt2"]}},
     "tokenizer.name_or_path": "{folder}/model",
@@ -278,6 +279,10 @@ RECIPE = {
     ),
     "samples.max_new_tokens": Shown(4, "samples", SAMPLED),
     "samples.temperature": Shown(5.0, "samples", SAMPLED),
+    "evaluation.generate": Shown(2, "evaluations", JUDGED),
+    "evaluation.every": Shown(3, "evaluations", ANSWERED),
+    "evaluation.metrics": Shown(["exact_match"], "evaluations", ANSWERED),
+    "evaluation.max_new_tokens": Shown(1, "evaluations", ANSWERED),
     "early_stopping.patience": Shown(
         1, "steps", {**BEST, "early_stopping": {"patience": 3, "threshold": 100.0}}
     ),
@@ -319,6 +324,7 @@ SOURCE = {
     "quoting": Shown("none", "losses", {"source.path": "{folder}/table.csv"}),
     "split": Shown("test", "losses", {"source.path": "{folder}/parts"}),
     "revision": Shown("main", "error"),
+    "set": Shown("news", "error"),  # of a source of data.eval
 }
 TABLE = {
     **{f"train.{key}": shown for key, shown in TRAIN.items()},
@@ -402,7 +408,7 @@ def read_run(run: Path) -> dict[str, Any]:
     file = run / "metrics.jsonl"
     entries = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     trained = [entry for entry in entries if "loss" in entry]
-    figures = ("loss", "token_accuracy", "target_tokens")
+    figures = ("loss", "token_accuracy", "target_tokens", "exact_match", "count_letters")
     return {
         "files": sorted(str(path.relative_to(run)) for path in run.rglob("*")),
         "steps": trained[-1]["step"] if trained else 0,

@@ -87,8 +87,9 @@ def test_defaults_count_in_a_combination():
         ),
         (
             {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrantt": False}},
-            "train.activation_checkpointing_kwargs has no option 'use_reentrantt'; did you mean 'use_re",
+            "train.activation_checkpointing_kwargs has no option 'use_reentrantt'; did you mean",
         ),
+        ({"fsdp_config": {"version": 2}}, "train.fsdp_config has no effect without train.fsdp"),
         ({"optim_target_modules": ["q_proj"]}, "train.optim_target_modules has no effect: only galore"),
         (
             {"dataloader_persistent_workers": True},

@@ -576,11 +576,11 @@ def test_a_path_that_is_given_twice_is_told_apart(tmp_path):
             ["--data.train=[{path: a, weight: 1}, {path: b, epochs: 2}]"],
             "weight and epochs are two ways to say how much of a source is read",
         ),
-        (["--data.train=[{path: a, weight: 1}]"], "weight says nothing to the only source"),
+        (["--data.train=[{path: a, weight: 1}]"], "weight has no effect with a single source"),
         (["--data.train=[{path: a, weight: 0}, b]"], "data.train.0.weight: expected a number greater than 0"),
         (["--data.train=[{path: a, epochs: -1}]"], "data.train.0.epochs: expected a number greater than 0"),
-        (["--data.eval=[{path: a, weight: 1}]"], "weight says nothing to a source of data.eval"),
-        (["--data.eval=[{path: a, epochs: 2}]"], "epochs says nothing to a source of data.eval"),
+        (["--data.eval=[{path: a, weight: 1}]"], "weight has no effect on a source of data.eval"),
+        (["--data.eval=[{path: a, epochs: 2}]"], "epochs has no effect on a source of data.eval"),
         (
             ["--data.train=[{path: a, weight: 1}, {path: b, weight: 2}]", "--data.mixing.temperature=2.0"],
             "data.mixing.temperature makes shares of sizes, and the sources have weights",
@@ -591,7 +591,7 @@ def test_a_path_that_is_given_twice_is_told_apart(tmp_path):
         ),
         (
             ["--data.train=[{path: a, epochs: 2}, b]", "--data.mixing.size=20"],
-            "data.mixing.size says nothing where the sources have epochs",
+            "data.mixing.size has no effect where the sources have epochs",
         ),
         (
             ["--data.mixing.size=20", "--data.mixing.stopping_strategy=all_exhausted"],
