@@ -4,6 +4,7 @@ The reference is written by hand: the whole text is read anew for each token, wi
 """
 
 import json
+import random
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
@@ -108,9 +109,9 @@ def arg_max(model: PreTrainedModel, prompt: str, *, new: int) -> str:
 # --- the commands
 
 
-def by_generate(folder: str, capsys: Any, **asked: Any) -> list[str]:
+def by_generate(folder: str, capsys: Any, *, prompts: list[str] = PROMPTS, **asked: Any) -> list[str]:
     """``hf-clm generate``, all prompts at once."""
-    words = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    words = [word for prompt in prompts for word in ("--prompt", prompt)]
     for name, value in asked.items():
         for one in value if isinstance(value, list) else [value]:
             words += [f"--{name}", str(one)]
@@ -119,17 +120,19 @@ def by_generate(folder: str, capsys: Any, **asked: Any) -> list[str]:
     return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
 
 
-def by_chat(folder: str, **asked: Any) -> list[str]:
+def by_chat(folder: str, *, prompts: list[str] = PROMPTS, **asked: Any) -> list[str]:
     """``hf-clm chat``: a text model continues each line."""
     run = load_run(folder, attention=None, device="cpu")
     found = []
-    for number, prompt in enumerate(PROMPTS):
+    for number, prompt in enumerate(prompts):
         decoding = ask(Decoding(), Namespace(**asked)).of_prompt(number)
         found.append(Conversation(run, decoding, system="").answer(prompt, lambda text: None).text)
     return found
 
 
-def by_serve(folder: str, *, use_model_settings: bool = False, **asked: Any) -> list[list[str]]:
+def by_serve(
+    folder: str, *, prompts: list[str] = PROMPTS, use_model_settings: bool = False, **asked: Any
+) -> list[list[str]]:
     """``hf-clm serve``: a list of prompts, each prompt streamed, /generate, and as chats."""
     options = Namespace(run=folder, name="m", host="127.0.0.1", max_new_tokens=64, max_body_bytes=10**6)
     options.use_model_settings, options.max_prompt_tokens = use_model_settings, None
@@ -144,14 +147,14 @@ def by_serve(folder: str, *, use_model_settings: bool = False, **asked: Any) -> 
             assert reply.status_code == 200, reply.text
             return reply.json()
 
-        together = client.post("/v1/completions", json={**body, "prompt": PROMPTS})
+        together = client.post("/v1/completions", json={**body, "prompt": prompts})
         assert together.status_code == 200, together.text
         asked_chats = [
             one("/v1/chat/completions", {**body, "messages": [{"role": "user", "content": prompt}]}, number)
-            for number, prompt in enumerate(PROMPTS)
+            for number, prompt in enumerate(prompts)
         ]
         alone = [
-            one("/generate", {**body, "prompt": prompt}, number) for number, prompt in enumerate(PROMPTS)
+            one("/generate", {**body, "prompt": prompt}, number) for number, prompt in enumerate(prompts)
         ]
         return [
             [choice["text"] for choice in together.json()["choices"]],
@@ -313,6 +316,33 @@ def test_every_command_gives_one_answer_to_the_same_settings(asked, tmp_path, ca
         assert by_samples(folder, tmp_path, **settings) == found
     greedy = [arg_max(model, prompt, new=10) for prompt in PROMPTS]
     assert (found == greedy) == (asked.get("temperature") == 0)
+
+
+@pytest.mark.parametrize("draw", range(30))
+def test_every_command_gives_one_answer_to_whatever_is_asked(draw, tmp_path, capsys):
+    """Prompts, settings, an architecture and settings of its model, all drawn."""
+    chance = random.Random(draw)
+    kind, poison = chance.choice([*IN_BATCHES]), chance.choice([*POISON])
+    letters = "abc xyz.,\t茶🐉é<|im_end|>0123"
+    prompts = ["".join(chance.choices(letters, k=chance.randint(1, 12))) for _ in range(chance.randint(2, 5))]
+    asked: dict[str, Any] = {
+        "temperature": chance.choice([0, 0.5, 1.0, 1.9]),
+        "top_k": chance.choice([-1, 0, 1, 7, 500]),
+        "top_p": chance.choice([0, 0.3, 0.95, 1]),
+        "min_p": chance.choice([0, 0.05]),
+        "repetition_penalty": chance.choice([0.8, 1, 1.4]),
+        "no_repeat_ngram_size": chance.choice([0, 2]),
+        "stop": chance.sample(["a", "\x19", "\ufffd\ufffd", "33"], k=chance.randint(0, 3)),
+    }
+    settings = {name: asked[name] for name in asked if chance.random() < 0.6}
+    settings |= {"max_new_tokens": 8, "seed": chance.randint(0, 2**31)}
+    folder = save_folder(tmp_path / "model", build_model(kind), byte_tokenizer())
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(POISON[poison]))
+
+    found = by_generate(folder, capsys, prompts=prompts, **settings)
+
+    assert by_chat(folder, prompts=prompts, **settings) == found
+    assert by_serve(folder, prompts=prompts, **settings) == [found] * 3
 
 
 def test_penalties_do_not_see_the_padding():
