@@ -24,7 +24,7 @@ from hf_clm.generation.chat import Conversation
 from hf_clm.generation.decoding import Decoding, ask, read_model_settings, stop_ids, under
 from hf_clm.generation.generate import generate
 from hf_clm.generation.load import load_run
-from hf_clm.generation.padding import batches_as_alone
+from hf_clm.generation.padding import Probe, probe
 from hf_clm.generation.serve import build_app
 from hf_clm.generation.worker import Worker
 from hf_clm.model import fit_to_tokenizer
@@ -318,7 +318,7 @@ def test_every_command_gives_one_answer_to_the_same_settings(asked, tmp_path, ca
     assert (found == greedy) == (asked.get("temperature") == 0)
 
 
-@pytest.mark.parametrize("draw", range(30))
+@pytest.mark.parametrize("draw", range(8))
 def test_every_command_gives_one_answer_to_whatever_is_asked(draw, tmp_path, capsys):
     """Prompts, settings, an architecture and settings of its model, all drawn."""
     chance = random.Random(draw)
@@ -373,7 +373,7 @@ def test_a_short_prompt_has_as_much_room_in_a_batch_as_alone():
 
 @pytest.mark.parametrize(("kind", "expected"), IN_BATCHES.items())
 def test_a_few_steps_tell_whether_a_batch_changes_answers(kind, expected):
-    assert batches_as_alone(build_model(kind), byte_tokenizer()) is expected
+    assert probe(build_model(kind), byte_tokenizer()).takes_batches is expected
 
 
 def test_the_probe_sees_what_training_made_of_the_padding():
@@ -384,28 +384,45 @@ def test_the_probe_sees_what_training_made_of_the_padding():
     model = AutoModelForCausalLM.from_config(config).eval()
     fit_to_tokenizer(model, byte_tokenizer())
 
-    before = batches_as_alone(model, byte_tokenizer())
+    before = probe(model, byte_tokenizer()).takes_batches
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("bias"):
                 weight += 0.3
 
-    assert (before, batches_as_alone(model, byte_tokenizer())) == (True, False)
+    assert (before, probe(model, byte_tokenizer()).takes_batches) == (True, False)
+
+
+@pytest.mark.parametrize("kind", [*IN_BATCHES])
+def test_what_was_read_before_changes_no_answer_and_neither_does_a_batch_of_one_length(kind):
+    """recurrent_gemma takes a prompt of one token for the next one of the text before; rwkv mixes rows."""
+    model, prompts = build_model(kind), ["abcde", "z", "fghij", "z", "y", ""]
+    expected = [arg_max(model, prompt, new=6) for prompt in prompts[:5]]
+
+    one_by_one = [
+        generate(model, byte_tokenizer(), prompts=[one], decoding=Decoding(6))[0] for one in prompts
+    ]
+    together = generate(model, byte_tokenizer(), prompts=prompts, decoding=Decoding(6))
+    of_one_length = generate(model, byte_tokenizer(), prompts=["abcde", "fghij"], decoding=Decoding(6))
+
+    assert [answer.text for answer in one_by_one[:5]] == expected
+    assert together == one_by_one
+    assert [answer.text for answer in of_one_length] == [expected[0], expected[2]]
 
 
 def test_a_probe_leaves_the_random_state_and_the_settings_as_they_were():
     model = build_model("gpt2")
     before, settings = torch.get_rng_state(), model.generation_config
 
-    batches_as_alone(model, byte_tokenizer())
+    probe(model, byte_tokenizer())
 
     assert torch.equal(torch.get_rng_state(), before)
     assert model.generation_config is settings
 
 
 def test_a_model_of_few_positions_answers_one_at_a_time():
-    assert batches_as_alone(tiny_model("gpt2", n_positions=5), byte_tokenizer()) is False
-    assert batches_as_alone(tiny_model("gpt2", n_positions=8), byte_tokenizer()) is True
+    assert probe(tiny_model("gpt2", n_positions=5), byte_tokenizer()) == Probe(False, True)
+    assert probe(tiny_model("gpt2", n_positions=8), byte_tokenizer()) == Probe(True, True)
 
 
 @pytest.mark.parametrize("kind", [*IN_BATCHES])
