@@ -15,6 +15,7 @@ from hf_clm.generation.generate import (
     to_prompt_ids,
 )
 from hf_clm.generation.load import LoadedRun, load_run
+from hf_clm.generation.padding import probe
 from hf_clm.generation.parsing import AnswerReader, find_syntax
 from hf_clm.generation.stream import Answer, stream_answers
 from hf_clm.model import max_positions
@@ -56,6 +57,7 @@ class Conversation:
         self.tools = list(tools)
         self.messages: list[Message] = []
         self._syntax = find_syntax(run.tokenizer)
+        self._with_cache = probe(run.model, run.tokenizer).takes_cache
         self.begin(system)
 
     def begin(self, system: str) -> None:
@@ -130,7 +132,8 @@ class Conversation:
         hidden = self._syntax.hidden_ids
         answer = Answer(ids, self.decoding, max_new_tokens=room, hidden_ids=hidden, emit=write)
         try:
-            stream_answers(self.run.model, self.run.tokenizer, answers=[answer])
+            run, caches = self.run, self._with_cache
+            stream_answers(run.model, run.tokenizer, answers=[answer], with_cache=caches)
         except KeyboardInterrupt:
             answer.is_cancelled = True
         return answer

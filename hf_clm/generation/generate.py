@@ -15,7 +15,7 @@ from hf_clm.data.read.formats import join_turn, to_prompt
 from hf_clm.data.read.templating import to_template_words
 from hf_clm.errors import RecipeError
 from hf_clm.generation.decoding import Decoding
-from hf_clm.generation.padding import batches_as_alone
+from hf_clm.generation.padding import Probe, probe
 from hf_clm.generation.stream import Answer, search_answers, stream_answers
 from hf_clm.model import NEW_TOKENS, max_positions
 from hf_clm.schema import Chat, Document, Example, Segment, whole_text
@@ -73,17 +73,17 @@ def generate(
         )
         for number, own in enumerate(ids)
     ]
-    needs_probe = decoding.num_beams > 1 or (batch_size > 1 and len({len(own) for own in ids}) > 1)
+    is_simple = len(ids) == 1 and len(ids[0]) > 1 and decoding.num_beams == 1
     with answering(model):
-        is_plain = not needs_probe or batches_as_alone(model, tokenizer)
+        found = Probe(True, True) if is_simple else probe(model, tokenizer)
         order = sorted(answers, key=lambda answer: len(answer.prompt_ids))  # little padding
-        size = batch_size if is_plain else 1
+        size = batch_size if found.takes_batches else 1
         for start in watch(range(0, len(order), size)):
             batch = order[start : start + size]
             if decoding.num_beams > 1:
-                _search(model, tokenizer, batch, with_cache=is_plain)
+                _search(model, tokenizer, batch, with_cache=found.takes_batches)
             else:
-                stream_answers(model, tokenizer, answers=batch)
+                stream_answers(model, tokenizer, answers=batch, with_cache=found.takes_cache)
     return [Generated(answer.text, answer.tokens, answer.finish == "stop") for answer in answers]
 
 

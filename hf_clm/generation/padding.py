@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -37,37 +37,56 @@ def to_left_padded(batch: Sequence[list[int]], pad: int, *, device: torch.device
     }
 
 
-@torch.no_grad()
-def batches_as_alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the model answers two prompts of different lengths in one batch as it answers each alone.
+class Probe(NamedTuple):
+    """What a few steps of generation told of a model."""
 
-    Recurrent models read the padding (rwkv) or lose a part of their state with it (minimax); some fail.
-    A few steps of generation tell it. Nothing is kept: training changes what a model makes of padding.
+    takes_batches: bool
+    """It answers each prompt of a batch as it does alone."""
+    takes_cache: bool
+    """It answers with a cache as without one, whatever it has read before."""
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Probe:
+    """Compares two prompts of different lengths in one batch with each alone.
+
+    Recurrent models read the padding (rwkv) or lose a part of their state with it (minimax), and some take a
+    prompt of one token for the next one of an earlier text (recurrent_gemma). So where batches change answers
+    the cache is tried too. Nothing is kept: training changes what a model makes of padding.
     """
-    text, pad = model.config.get_text_config(), pad_id(tokenizer)
-    limit = max_positions(model.config)
+    limit, pad = max_positions(model.config), pad_id(tokenizer)
     longest = LONG if limit is None else min(LONG, limit - STEPS)
     if longest < 2:
-        return False
-    usable = [token for token in range(min(text.vocab_size, 1000)) if token != pad] or [pad]
+        return Probe(takes_batches=False, takes_cache=True)
+    vocabulary = min(model.config.get_text_config().vocab_size, 1000)
+    usable = [token for token in range(vocabulary) if token != pad] or [pad]
     prompts = [
         [usable[n * 7 % len(usable)] for n in range(size)] for size in (min(SHORT, longest - 1), longest)
     ]
+    alone = [_logits(model, [prompt], pad=pad) for prompt in prompts]
     try:
-        alone = [_logits(model, [prompt], pad=pad) for prompt in prompts]
         together = _logits(model, prompts, pad=pad)
-    except (RuntimeError, ValueError, IndexError):  # in a batch; alone it would say so with the user's prompt
-        return False
-    expected = torch.cat(alone)
-    difference = float((together - expected).abs().max() / expected.abs().max())
-    return difference <= TOLERANCES.get(model.dtype, COARSE)
+    except (RuntimeError, ValueError, IndexError):  # it takes no padding
+        together = torch.full((1,), torch.nan)
+    if _is_near(together, torch.cat(alone)):
+        return Probe(takes_batches=True, takes_cache=True)
+    after_another = _logits(model, [prompts[1][:1]], pad=pad)
+    afresh = _logits(model, [prompts[1][:1]], pad=pad, use_cache=False)
+    return Probe(takes_batches=False, takes_cache=_is_near(after_another, afresh))
 
 
-def _logits(model: PreTrainedModel, prompts: Sequence[list[int]], *, pad: int) -> torch.Tensor:
+def _is_near(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    return difference <= TOLERANCES.get(expected.dtype, COARSE)
+
+
+def _logits(
+    model: PreTrainedModel, prompts: Sequence[list[int]], *, pad: int, use_cache: bool = True
+) -> torch.Tensor:
     """(B, STEPS, V): the logits of each step of greedy answers, V the vocabulary."""
     config = GenerationConfig(
         do_sample=False,
-        use_cache=True,
+        use_cache=use_cache,
         max_new_tokens=STEPS,
         pad_token_id=pad,
         return_dict_in_generate=True,
@@ -78,4 +97,4 @@ def _logits(model: PreTrainedModel, prompts: Sequence[list[int]], *, pad: int) -
         output = decoder.generate(
             **to_left_padded(prompts, pad, device=model.device), generation_config=config
         )
-    return torch.stack(output.logits, dim=1).float()
+    return torch.stack(output.logits, dim=1).to(model.dtype)

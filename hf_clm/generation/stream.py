@@ -132,7 +132,11 @@ class TextStream:
 
 @torch.no_grad()
 def stream_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, answers: Sequence[Answer]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    answers: Sequence[Answer],
+    with_cache: bool = True,
 ) -> None:
     """Generates all the answers together, until each has ended or was cancelled.
 
@@ -146,7 +150,7 @@ def stream_answers(
             answer.end("length")
     lines = [_Line(answer, tokenizer, model.device) for answer in answers]
     while going := [line for line in lines if not line.answer.is_done]:
-        _stretch(model, tokenizer, going)
+        _stretch(model, tokenizer, going, with_cache=with_cache)
 
 
 @torch.no_grad()
@@ -263,7 +267,9 @@ class _Line:
         return len(self.answer.prompt_ids) + self.answer.tokens - self._skipped
 
 
-def _stretch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, lines: Sequence[_Line]) -> None:
+def _stretch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, lines: Sequence[_Line], *, with_cache: bool
+) -> None:
     """Generates until all are done, or the positions are used up."""
     limit, stops = max_positions(model.config), stop_ids(model)
     for line in lines:
@@ -273,6 +279,7 @@ def _stretch(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, lines: 
         room = max(1, min(room, limit - max(len(line.read) for line in lines)))
     pad = pad_id(tokenizer)
     config = to_config(Decoding(), new_tokens=room, stops=stops, pad=pad)
+    config.use_cache = with_cache
     decoder: Any = model  # typed without the generate that it has
     with under(model, config):
         decoder.generate(

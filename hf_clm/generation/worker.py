@@ -8,11 +8,12 @@ import copy
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 
 from hf_clm.errors import UserError
 from hf_clm.generation.load import LoadedRun
 from hf_clm.generation.monitoring import Metrics
-from hf_clm.generation.padding import batches_as_alone
+from hf_clm.generation.padding import probe
 from hf_clm.generation.protocol import ApiError
 from hf_clm.generation.stream import Answer, stream_answers
 from hf_clm.model import max_positions
@@ -63,8 +64,9 @@ class Worker:
     def __init__(self, run: LoadedRun, *, batch_size: int, max_waiting: int):
         self._model, self._limit = run.model, max_positions(run.model.config)
         self._tokenizer = copy.deepcopy(run.tokenizer)  # another thread reads prompts with the run's own
-        is_alone = batch_size == 1 or not batches_as_alone(run.model, run.tokenizer)
-        self.batch_size, self.max_waiting = 1 if is_alone else batch_size, max_waiting
+        self._probe = probe(run.model, run.tokenizer)
+        self.batch_size = batch_size if self._probe.takes_batches else 1
+        self.max_waiting = max_waiting
         self._has_work = asyncio.Event()
         self._is_closing = False
         self.waiting: deque[Ticket] = deque()
@@ -125,7 +127,9 @@ class Worker:
         for ticket in self.batch:
             self.metrics.observe("hf_clm_queue_seconds", started - ticket.asked_at)
         try:
-            await asyncio.to_thread(stream_answers, self._model, self._tokenizer, answers=answers)
+            caches = self._probe.takes_cache
+            generation = partial(stream_answers, answers=answers, with_cache=caches)
+            await asyncio.to_thread(generation, self._model, self._tokenizer)
         except (RuntimeError, ValueError, UserError) as error:  # out of memory, most of all
             what = f"the generation failed: {str(error).splitlines()[0]}"
             for ticket in self.batch:

@@ -4,6 +4,7 @@ The reference is written by hand: the whole text is read anew for each token, wi
 """
 
 import json
+import random
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +24,7 @@ from hf_clm.generation.chat import Conversation
 from hf_clm.generation.decoding import Decoding, ask, read_model_settings, stop_ids, under
 from hf_clm.generation.generate import generate
 from hf_clm.generation.load import load_run
-from hf_clm.generation.padding import batches_as_alone
+from hf_clm.generation.padding import Probe, probe
 from hf_clm.generation.serve import build_app
 from hf_clm.generation.worker import Worker
 from hf_clm.model import fit_to_tokenizer
@@ -108,9 +109,9 @@ def arg_max(model: PreTrainedModel, prompt: str, *, new: int) -> str:
 # --- the commands
 
 
-def by_generate(folder: str, capsys: Any, **asked: Any) -> list[str]:
+def by_generate(folder: str, capsys: Any, *, prompts: list[str] = PROMPTS, **asked: Any) -> list[str]:
     """``hf-clm generate``, all prompts at once."""
-    words = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    words = [word for prompt in prompts for word in ("--prompt", prompt)]
     for name, value in asked.items():
         for one in value if isinstance(value, list) else [value]:
             words += [f"--{name}", str(one)]
@@ -119,17 +120,19 @@ def by_generate(folder: str, capsys: Any, **asked: Any) -> list[str]:
     return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
 
 
-def by_chat(folder: str, **asked: Any) -> list[str]:
+def by_chat(folder: str, *, prompts: list[str] = PROMPTS, **asked: Any) -> list[str]:
     """``hf-clm chat``: a text model continues each line."""
     run = load_run(folder, attention=None, device="cpu")
     found = []
-    for number, prompt in enumerate(PROMPTS):
+    for number, prompt in enumerate(prompts):
         decoding = ask(Decoding(), Namespace(**asked)).of_prompt(number)
         found.append(Conversation(run, decoding, system="").answer(prompt, lambda text: None).text)
     return found
 
 
-def by_serve(folder: str, *, use_model_settings: bool = False, **asked: Any) -> list[list[str]]:
+def by_serve(
+    folder: str, *, prompts: list[str] = PROMPTS, use_model_settings: bool = False, **asked: Any
+) -> list[list[str]]:
     """``hf-clm serve``: a list of prompts, each prompt streamed, /generate, and as chats."""
     options = Namespace(run=folder, name="m", host="127.0.0.1", max_new_tokens=64, max_body_bytes=10**6)
     options.use_model_settings, options.max_prompt_tokens = use_model_settings, None
@@ -144,14 +147,14 @@ def by_serve(folder: str, *, use_model_settings: bool = False, **asked: Any) -> 
             assert reply.status_code == 200, reply.text
             return reply.json()
 
-        together = client.post("/v1/completions", json={**body, "prompt": PROMPTS})
+        together = client.post("/v1/completions", json={**body, "prompt": prompts})
         assert together.status_code == 200, together.text
         asked_chats = [
             one("/v1/chat/completions", {**body, "messages": [{"role": "user", "content": prompt}]}, number)
-            for number, prompt in enumerate(PROMPTS)
+            for number, prompt in enumerate(prompts)
         ]
         alone = [
-            one("/generate", {**body, "prompt": prompt}, number) for number, prompt in enumerate(PROMPTS)
+            one("/generate", {**body, "prompt": prompt}, number) for number, prompt in enumerate(prompts)
         ]
         return [
             [choice["text"] for choice in together.json()["choices"]],
@@ -315,6 +318,33 @@ def test_every_command_gives_one_answer_to_the_same_settings(asked, tmp_path, ca
     assert (found == greedy) == (asked.get("temperature") == 0)
 
 
+@pytest.mark.parametrize("draw", range(8))
+def test_every_command_gives_one_answer_to_whatever_is_asked(draw, tmp_path, capsys):
+    """Prompts, settings, an architecture and settings of its model, all drawn."""
+    chance = random.Random(draw)
+    kind, poison = chance.choice([*IN_BATCHES]), chance.choice([*POISON])
+    letters = "abc xyz.,\t茶🐉é<|im_end|>0123"
+    prompts = ["".join(chance.choices(letters, k=chance.randint(1, 12))) for _ in range(chance.randint(2, 5))]
+    asked: dict[str, Any] = {
+        "temperature": chance.choice([0, 0.5, 1.0, 1.9]),
+        "top_k": chance.choice([-1, 0, 1, 7, 500]),
+        "top_p": chance.choice([0, 0.3, 0.95, 1]),
+        "min_p": chance.choice([0, 0.05]),
+        "repetition_penalty": chance.choice([0.8, 1, 1.4]),
+        "no_repeat_ngram_size": chance.choice([0, 2]),
+        "stop": chance.sample(["a", "\x19", "\ufffd\ufffd", "33"], k=chance.randint(0, 3)),
+    }
+    settings = {name: asked[name] for name in asked if chance.random() < 0.6}
+    settings |= {"max_new_tokens": 8, "seed": chance.randint(0, 2**31)}
+    folder = save_folder(tmp_path / "model", build_model(kind), byte_tokenizer())
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(POISON[poison]))
+
+    found = by_generate(folder, capsys, prompts=prompts, **settings)
+
+    assert by_chat(folder, prompts=prompts, **settings) == found
+    assert by_serve(folder, prompts=prompts, **settings) == [found] * 3
+
+
 def test_penalties_do_not_see_the_padding():
     """A penalty on the pad token, or an n-gram of padding, would tell a batch from a prompt alone."""
     model = build_model("qwen2")
@@ -343,7 +373,7 @@ def test_a_short_prompt_has_as_much_room_in_a_batch_as_alone():
 
 @pytest.mark.parametrize(("kind", "expected"), IN_BATCHES.items())
 def test_a_few_steps_tell_whether_a_batch_changes_answers(kind, expected):
-    assert batches_as_alone(build_model(kind), byte_tokenizer()) is expected
+    assert probe(build_model(kind), byte_tokenizer()).takes_batches is expected
 
 
 def test_the_probe_sees_what_training_made_of_the_padding():
@@ -354,28 +384,45 @@ def test_the_probe_sees_what_training_made_of_the_padding():
     model = AutoModelForCausalLM.from_config(config).eval()
     fit_to_tokenizer(model, byte_tokenizer())
 
-    before = batches_as_alone(model, byte_tokenizer())
+    before = probe(model, byte_tokenizer()).takes_batches
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("bias"):
                 weight += 0.3
 
-    assert (before, batches_as_alone(model, byte_tokenizer())) == (True, False)
+    assert (before, probe(model, byte_tokenizer()).takes_batches) == (True, False)
+
+
+@pytest.mark.parametrize("kind", [*IN_BATCHES])
+def test_what_was_read_before_changes_no_answer_and_neither_does_a_batch_of_one_length(kind):
+    """recurrent_gemma takes a prompt of one token for the next one of the text before; rwkv mixes rows."""
+    model, prompts = build_model(kind), ["abcde", "z", "fghij", "z", "y", ""]
+    expected = [arg_max(model, prompt, new=6) for prompt in prompts[:5]]
+
+    one_by_one = [
+        generate(model, byte_tokenizer(), prompts=[one], decoding=Decoding(6))[0] for one in prompts
+    ]
+    together = generate(model, byte_tokenizer(), prompts=prompts, decoding=Decoding(6))
+    of_one_length = generate(model, byte_tokenizer(), prompts=["abcde", "fghij"], decoding=Decoding(6))
+
+    assert [answer.text for answer in one_by_one[:5]] == expected
+    assert together == one_by_one
+    assert [answer.text for answer in of_one_length] == [expected[0], expected[2]]
 
 
 def test_a_probe_leaves_the_random_state_and_the_settings_as_they_were():
     model = build_model("gpt2")
     before, settings = torch.get_rng_state(), model.generation_config
 
-    batches_as_alone(model, byte_tokenizer())
+    probe(model, byte_tokenizer())
 
     assert torch.equal(torch.get_rng_state(), before)
     assert model.generation_config is settings
 
 
 def test_a_model_of_few_positions_answers_one_at_a_time():
-    assert batches_as_alone(tiny_model("gpt2", n_positions=5), byte_tokenizer()) is False
-    assert batches_as_alone(tiny_model("gpt2", n_positions=8), byte_tokenizer()) is True
+    assert probe(tiny_model("gpt2", n_positions=5), byte_tokenizer()) == Probe(False, True)
+    assert probe(tiny_model("gpt2", n_positions=8), byte_tokenizer()) == Probe(True, True)
 
 
 @pytest.mark.parametrize("kind", [*IN_BATCHES])

@@ -143,7 +143,7 @@ def test_with_a_start_token_an_empty_prompt_begins_after_it(monkeypatch):
 
     generate(model, tokenizer, prompts=[""], **OPTIONS)
 
-    assert batches == [[[IM_START]]]
+    assert batches[-1] == [[IM_START]]  # those before it tell what the model takes
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])

@@ -838,9 +838,11 @@ def test_the_page_may_load_nothing_and_run_nothing_else():
 # --- faults
 
 
-def broken_run(error: Exception) -> LoadedRun:
-    """A model whose first generation fails."""
+def broken_worker(error: Exception) -> Worker:
+    """Its first generation fails."""
     model, tokenizer = tiny_model(), byte_tokenizer()
+    run = LoadedRun(model, tokenizer, format="text", stage="sft", max_length=64)
+    worker = Worker(run, batch_size=1, max_waiting=9)
     original = model.generate
 
     def generate(**options: Any) -> Any:
@@ -848,7 +850,7 @@ def broken_run(error: Exception) -> LoadedRun:
         raise error
 
     model.generate = generate
-    return LoadedRun(model, tokenizer, format="text", stage="sft", max_length=64)
+    return worker
 
 
 def asked(worker: Worker) -> Ticket:
@@ -859,7 +861,7 @@ def asked(worker: Worker) -> Ticket:
 
 def test_a_generation_that_fails_fails_its_own_requests_alone():
     async def both() -> tuple[str, int]:
-        worker = Worker(broken_run(RuntimeError("out of memory\nat 0x1")), batch_size=1, max_waiting=9)
+        worker = broken_worker(RuntimeError("out of memory\nat 0x1"))
         running = asyncio.create_task(worker.run())
         first, second = asked(worker), asked(worker)
         with pytest.raises(ApiError) as error:
@@ -874,7 +876,7 @@ def test_a_generation_that_fails_fails_its_own_requests_alone():
 
 def test_after_a_fault_of_our_own_nobody_waits_for_ever():
     async def both() -> list[int]:
-        worker = Worker(broken_run(KeyError("ours")), batch_size=1, max_waiting=9)
+        worker = broken_worker(KeyError("ours"))
         running = asyncio.create_task(worker.run())
         statuses = []
         for ticket in (asked(worker), asked(worker)):
