@@ -8,6 +8,8 @@ import os
 import hypothesis
 import pytest
 
+from hf_clm.errors import Preempted
+
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
@@ -17,3 +19,10 @@ def _cache_of_its_own(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_CLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def pytest_exception_interact(call):
+    """Ends the tests where a run under test took the SIGTERM that was meant for them: by a time limit."""
+    stopped = call.excinfo.value
+    if isinstance(stopped, Preempted) and stopped.reason == "SIGTERM":
+        pytest.exit("SIGTERM", returncode=143)

@@ -137,9 +137,10 @@ def to_charts(record: RunRecord) -> list[Chart]:
     level = Rule(f"clipped at {to_short(clip)}", clip) if is_number(clip) and clip > 0 else None
 
     def both(key: str) -> list[Series]:
-        evaluation = Series(_evaluated(record), at_step(f"eval_{key}"), dots=True)
-        watched = Series("training rows, evaluated", at_step(f"eval_train_{key}"), dots=True)
-        return [Series("training", at_step(key)), evaluation, *([watched] if watched.points else [])]
+        names = {_evaluated(record): f"eval_{key}", "training rows, evaluated": f"eval_train_{key}"}
+        names |= {name: f"eval_{name}_{key}" for name in record.part("evaluations")}
+        evaluated = [Series(name, at_step(logged), dots=True) for name, logged in names.items()]
+        return [Series("training", at_step(key)), *(series for series in evaluated if series.points)]
 
     found = [by_step(LOSS, both("loss"), rule=guess), by_step(ACCURACY, both("token_accuracy"))]
     found.append(by_step(GRADIENT, [Series("gradient norm", at_step("grad_norm"))], rule=level))
@@ -251,11 +252,14 @@ def _evaluated_table(record: RunRecord) -> Section:
     keys = [key for entry in record.metrics for key in entry]
     rows = []
     for key in dict.fromkeys(filter(is_evaluated, keys)):
-        values = [value for _, value in points(record.metrics, key)]
+        seen = [entry[key] for entry in record.metrics if is_number(entry.get(key))]
+        values = record.part("evaluated").get(key, seen)  # a run that is done says which is its last
         if len(values) > 1:
             before, after = values[0], values[-1]
-            shown = (to_evaluated(key, before), to_evaluated(key, after), f"{after - before:+.4g}")
-            rows.append([evaluated_name(key), *shown])
+            sign = "+" if after >= before else ""
+            change = sign + to_evaluated(key, after - before)
+            shown = [evaluated_name(key), to_evaluated(key, before), to_evaluated(key, after), change]
+            rows.append(shown)
     head = ["evaluation", "before", "after", "change"]
     return Section("Before and after", tables=[Table(head, rows, numeric=True)] if len(rows) > 2 else [])
 
