@@ -50,7 +50,6 @@ def test_cores_are_physical_and_within_the_containers_share(monkeypatch, sibling
 
 
 def test_a_named_number_of_threads_wins(monkeypatch):
-    threads = torch.get_num_threads()
     monkeypatch.setattr(hardware, "keep_memory", lambda: True)
     monkeypatch.setattr(hardware, "usable_cores", lambda: 6)
     chosen = []
@@ -62,7 +61,7 @@ def test_a_named_number_of_threads_wins(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     hardware.settle_cpu(2)
 
-    assert chosen == [3] and torch.get_num_threads() == threads
+    assert chosen == [3]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is of glibc")
@@ -130,3 +129,17 @@ def test_the_peak_of_the_memory_rises_with_what_is_held_and_stays():
 
     assert 40_000_000 < during - before < 90_000_000
     assert hardware.peak_memory(torch.device("cpu")) == during
+
+
+def test_of_a_gpu_its_memory_and_its_work_are_shares_and_without_the_library_the_memory_alone(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(hardware.torch.cuda, "mem_get_info", lambda device: (20, 80))
+    monkeypatch.setattr(hardware.torch.cuda, "utilization", lambda device: 93)
+    assert hardware.gpu_figures(gpu) == {"gpu_memory": 0.75, "gpu_utilization": 0.93}
+
+    def missing(device: torch.device) -> int:
+        raise ModuleNotFoundError("pynvml")
+
+    monkeypatch.setattr(hardware.torch.cuda, "utilization", missing)
+    assert hardware.gpu_figures(gpu) == {"gpu_memory": 0.75}
+    assert hardware.gpu_figures(torch.device("cpu")) == {}
