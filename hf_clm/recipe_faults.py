@@ -144,7 +144,7 @@ def evaluation_faults(recipe: Any) -> Iterator[Fault]:
 def _set_faults(data: Any) -> Iterator[Fault]:
     for number, source in enumerate(data.train):
         if source.set is not None:
-            what = "set says nothing to a source of data.train: it names an evaluation set"
+            what = "set has no effect on a source of data.train: it names an evaluation set"
             yield Fault(f"data.train.{number}.set", what, fix="leave it out")
     names = [source.set for source in data.eval]
     if None in names and set(names) != {None}:

@@ -127,7 +127,7 @@ class EvaluatingTrainer(SavingTrainer):
                 samples + (found.num_samples or 0),
                 sums + self._eval_sums,
             )
-        if len(sets) > 1:
+        if "" not in sets:
             metrics |= to_metrics(sums, metric_key_prefix)
         steps = math.ceil(samples / (self.args.eval_batch_size * self.args.world_size))
         metrics |= speed_metrics(metric_key_prefix, started, num_samples=samples, num_steps=steps)

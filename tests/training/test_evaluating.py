@@ -74,6 +74,13 @@ def test_each_set_has_its_own_figures_and_all_together_are_eval_loss(tmp_path):
     assert result["evaluations"]["news"]["input_rows"] == 4 and result["evaluation"]["input_rows"] == 7
 
 
+def test_one_set_with_a_name_is_eval_loss_too_and_may_choose_the_best_model(tmp_path):
+    best = {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
+    train(build(tmp_path, sets={"news": str(tmp_path / "news.jsonl")}, train=best))
+
+    assert [entry["eval_loss"] - entry["eval_news_loss"] for entry in evaluations(tmp_path)] == [0.0] * 4
+
+
 def test_the_end_and_the_report_show_before_and_after_of_every_set(tmp_path, capsys):
     train(build(tmp_path))
     before, after = (evaluations(tmp_path)[at]["eval_chat_loss"] for at in (0, -1))
