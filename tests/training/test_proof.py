@@ -177,3 +177,21 @@ def test_a_recipe_is_certified_under_its_own_stage(monkeypatch, tmp_path):
     prove_records(tmp_path, RECORDS)
 
     assert seen == [("sft", "keep_target", [256])]
+
+
+@pytest.mark.parametrize("how", ["in_content", "drop"])
+def test_reasoning_that_the_template_has_no_place_for_is_certified_as_it_is_written(tmp_path, how):
+    """The prompt is the same whether the answer holds its reasoning or not."""
+    answer = {"role": "assistant", "content": "Yo", "reasoning_content": "a greeting"}
+    records = [{"messages": [{"role": "user", "content": f"Hi {n}"}, answer]} for n in range(1, 5)]
+    data = {"train": [helpers.write_jsonl(tmp_path / "a.jsonl", records)], "reasoning": how}
+    data |= {"max_length": 128, "packing": "none", "cache_dir": None}
+    settings = {"output_dir": str(tmp_path / "run"), "max_steps": 1}
+
+    result = train(
+        helpers.build_recipe(
+            tmp_path, records, tokenizer={"chat_template": "chatml"}, data=data, train=settings
+        )
+    )
+
+    assert result["proof"]["train"]["certificate"]["valid"]

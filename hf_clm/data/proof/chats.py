@@ -126,12 +126,12 @@ class ChatChecker:
 
         Of a chat that was cut, for the turns that are left: it begins at a user's after message ``after``.
         """
-        target = row.stretches[at]
+        target, wrong = row.stretches[at], None
         systems = next((n for n, m in enumerate(chat.messages) if m["role"] != "system"), 0)
         users = [n for n in range(systems + 1, number) if chat.messages[n]["role"] == "user" and n > after]
         for first in (systems, *users):
             messages = [*chat.messages[:systems], *chat.messages[first : number + 1]]
-            for shown in _alternatives(list(map(self._without_end, messages))):
+            for shown in self._alternatives(messages):
                 prompt = self._apply(chat, shown[:-1], add_generation_prompt=True)
                 before = Chat(messages[:-1], chat.tools)
                 if prompt is None or not self._is_prompt(before, prompt, row, target[0]):
@@ -139,10 +139,11 @@ class ChatChecker:
                 full = self._apply(chat, shown, add_generation_prompt=False) or ""
                 is_cut = row.ends_early and target[1] == len(row.ids)
                 if full.startswith(prompt) and not is_cut and not self._is_rest(full[len(prompt) :], told):
-                    yield "targets", repr(full[len(prompt) :][-60:]), repr(told[-60:])
+                    wrong = wrong or ("targets", repr(full[len(prompt) :][-60:]), repr(told[-60:]))
+                    continue  # another spelling may have its reasoning in the content
                 yield from self._check_controls(Chat(messages[-1:]), told, row.ids[target[0] : target[1]])
                 return
-        yield "prompt", f"what generation is given for message {number + 1}", repr(told[:60])
+        yield wrong or ("prompt", f"what generation is given for message {number + 1}", repr(told[:60]))
 
     def _is_prompt(self, chat: Chat, text: str, row: Assembled, start: int) -> bool:
         before = row.ids[:start]
@@ -174,7 +175,7 @@ class ChatChecker:
     def _is_whole(self, chat: Chat, text: str, row: Assembled, *, proves: bool) -> bool:
         """Whether a conversation that is learned whole is what the template writes."""
         told = squeezed(text.strip(HALF_LETTER))
-        for shown in _alternatives(list(map(self._without_end, chat.messages))) if proves else ():
+        for shown in self._alternatives(chat.messages) if proves else ():
             whole = self._apply(chat, shown, add_generation_prompt=False) or ""
             whole = squeezed(self.texts.normalized(whole))
             if told == whole or (row.ends_early and whole.startswith(told)):
@@ -199,6 +200,17 @@ class ChatChecker:
                 continue
         return None
 
+    def _alternatives(self, messages: Sequence[Any]) -> Iterator[list[dict[str, Any]]]:
+        """The messages in the spellings that templates expect, the usual one first."""
+        has_calls = any("tool_calls" in message for message in messages)
+        has_reasoning = any("reasoning" in message for message in messages)
+        both, one = (False, True), (False,)
+        of_calls = both if has_calls else one
+        in_content = both if has_reasoning and self.texts.options.reasoning != "drop" else one
+        shown = list(map(self._without_end, messages))
+        for choice in product(in_content, both, of_calls, of_calls, of_calls):
+            yield [_spelled(message, Spelling(*choice)) for message in shown]
+
     def _without_end(self, message: Any) -> Any:
         """The message without an end token that an answer has written by hand."""
         content, ends = message.get("content", "").rstrip(), (self.texts.eos, *self.texts.special)
@@ -206,16 +218,6 @@ class ChatChecker:
         if message["role"] != "assistant" or end is None:
             return message
         return {**message, "content": content.removesuffix(end)}
-
-
-def _alternatives(messages: Sequence[Any]) -> Iterator[list[dict[str, Any]]]:
-    """The messages in the spellings that templates expect, the usual one first."""
-    has_calls = any("tool_calls" in message for message in messages)
-    has_reasoning = any("reasoning" in message for message in messages)
-    both, one = (False, True), (False,)
-    of_calls = both if has_calls else one
-    for choice in product(both if has_reasoning else one, both, of_calls, of_calls, of_calls):
-        yield [_spelled(message, Spelling(*choice)) for message in messages]
 
 
 def _spelled(message: Any, spelling: Spelling) -> dict[str, Any]:
