@@ -122,11 +122,11 @@ def by_generate(folder: str, capsys: Any, *, prompts: list[str] = PROMPTS, **ask
 
 def by_chat(folder: str, *, prompts: list[str] = PROMPTS, **asked: Any) -> list[str]:
     """``hf-clm chat``: a text model continues each line."""
-    run = load_run(folder, attention=None, device="cpu")
-    found = []
+    decoding, found = ask(Decoding(), Namespace(**asked)), []
+    talk = Conversation(load_run(folder, attention=None, device="cpu"), decoding, system="")
     for number, prompt in enumerate(prompts):
-        decoding = ask(Decoding(), Namespace(**asked)).of_prompt(number)
-        found.append(Conversation(run, decoding, system="").answer(prompt, lambda text: None).text)
+        talk.decoding = decoding.of_prompt(number)
+        found.append(talk.answer(prompt, lambda text: None).text)
     return found
 
 
