@@ -190,7 +190,7 @@ def by_samples(folder: str, tmp_path: Path, **asked: Any) -> list[str]:
         model=run.model,
         args=SimpleNamespace(seed=asked.get("seed", 0), output_dir=str(place)),
         accelerator=SimpleNamespace(unwrap_model=lambda model: model),
-        untimed=nullcontext,
+        aside=nullcontext,
     )
     return build_samples(facts, trainer, tokenizer=run.tokenizer).generate()
 
