@@ -279,9 +279,9 @@ class Samples(Section):
 
 class Evaluation(Section):
     generate: int = Field(default=0, ge=0)
-    """So many examples of each evaluation set are answered, greedily, and compared with their targets."""
+    """How many examples of each evaluation set are answered, greedily, and compared with their targets."""
     every: int = Field(default=1, ge=1)
-    """At every so manieth evaluation, and at the first and the last."""
+    """Only at every nth evaluation; always at the first and the last."""
     metrics: Annotated[list[str], BeforeValidator(to_list)] = ["exact_match"]
     """exact_match, chrf, bleu, or module:function of (answers, targets), two lists of texts, that returns a
     number or several by name."""

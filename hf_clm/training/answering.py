@@ -74,7 +74,7 @@ class Answering:
         return Path(str(self.arguments.output_dir)) / "answers.jsonl"
 
     def _answer(self, model: PreTrainedModel, questions: Sequence[Question]) -> list[Sample]:
-        """Every process answers each so manieth question; all get all of the answers, in order."""
+        """Each of n processes answers every nth question; all of them get all the answers, in order."""
         first, step = self.arguments.process_index, self.arguments.world_size
         numbers = range(first, len(questions), step)
         prompts = [questions[number].prompt for number in numbers]

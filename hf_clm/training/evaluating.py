@@ -31,7 +31,7 @@ class EvaluatingTrainer(SavingTrainer):
 
     Args:
         watched_rows: rows of the training data that are evaluated too (eval_train_loss).
-        answering: measures answers at each so manieth evaluation (``answers_every``).
+        answering: measures answers, at every nth evaluation (``answers_every``).
 
     Raises RecipeError for ``compute_metrics``, which would need the logits of all places.
     """
@@ -116,17 +116,15 @@ class EvaluatingTrainer(SavingTrainer):
         started, is_own = time.time(), eval_dataset is None
         given = self.eval_dataset if is_own else eval_dataset
         sets: dict[str, Any] = given if isinstance(given, dict) else {"": given}
-        metrics, samples = {}, 0
+        metrics: dict[str, float] = {}
+        samples = 0
         sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         for name, rows in sets.items():
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             found = self._evaluate_rows(rows, prefix, ignore_keys)
-            assert found.metrics is not None
-            metrics, samples, sums = (
-                {**metrics, **found.metrics},
-                samples + (found.num_samples or 0),
-                sums + self._eval_sums,
-            )
+            metrics |= found.metrics or {}
+            samples += found.num_samples or 0
+            sums += self._eval_sums
         if "" not in sets:
             metrics |= to_metrics(sums, metric_key_prefix)
         steps = math.ceil(samples / (self.args.eval_batch_size * self.args.world_size))
@@ -149,7 +147,7 @@ class EvaluatingTrainer(SavingTrainer):
         return self.evaluation_loop(loader, "Evaluation", metric_key_prefix=prefix, **options)
 
     def _answers_are_due(self) -> bool:
-        """At the first evaluation, the last one, and each so manieth between them."""
+        """At the first evaluation, at the last, and at every nth between them."""
         if self.answering is None:
             return False
         made = sum("eval_loss" in entry for entry in self.state.log_history)

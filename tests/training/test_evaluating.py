@@ -117,7 +117,7 @@ def test_training_rows_in_one_of_the_sets_are_found(tmp_path):
         train(strict)
 
 
-def test_answers_are_measured_at_the_first_the_last_and_every_so_manieth_evaluation(tmp_path):
+def test_answers_are_measured_at_the_first_the_last_and_every_nth_evaluation(tmp_path):
     asked = {"generate": 2, "every": 2, "max_new_tokens": 3, "metrics": ["exact_match", "chrf"]}
     train(build(tmp_path, evaluation=asked, train={"max_steps": 6}))
 
