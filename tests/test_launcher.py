@@ -137,8 +137,8 @@ def test_what_can_be_spread_is_not_refused():
             {},
             FSDP,
             {"on_cpu": False, "generates": True},
-            "samples: rank 0 cannot generate alone from a model that FSDP spreads; "
-            "fix: set it to null; hf-clm generate works afterwards",
+            "samples: no process can generate alone from a model that FSDP spreads; "
+            "fix: set samples to null and evaluation.generate to 0; hf-clm generate works afterwards",
         ),
     ],
 )
