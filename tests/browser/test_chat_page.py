@@ -122,10 +122,10 @@ def test_an_error_is_shown_and_the_next_text_is_answered(show, chatty):
     page = show(chatty)
 
     page.click("summary")
-    page.fill("#max_tokens", "5000")
+    page.fill("#stop", "x" * 201)
     say(page, "hi")
-    assert said(page) == ["hi", "max_tokens may be 1,024 at most; got 5,000"]
-    page.fill("#max_tokens", "")
+    assert said(page) == ["hi", "stop.0: String should have at most 200 characters"]
+    page.fill("#stop", "")
     say(page, "hi")
     assert said(page)[2:] == ["hi", "hello\nyou"]
 
