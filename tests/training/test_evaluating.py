@@ -238,3 +238,19 @@ def test_two_processes_share_the_answers_and_log_what_one_does(tmp_path):
     for key in ("step", "eval_exact_match", "eval_chrf"):
         assert [entry[key] for entry in found] == pytest.approx([entry[key] for entry in alone])
     assert (two / "run" / "answers.jsonl").read_text() == (two / "alone" / "answers.jsonl").read_text()
+
+
+def test_the_best_checkpoint_of_a_mixture_is_loaded(tmp_path):
+    """Its files hold each expert apart, the model all of them in one weight: the Trainer would load none."""
+    folder = helpers.save_folder(
+        tmp_path / "experts", helpers.tiny_model("mixtral"), helpers.byte_tokenizer()
+    )
+    best = {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True, "learning_rate": 0.05}
+
+    train(build(tmp_path, model={"name_or_path": folder}, train=best))
+
+    found = evaluations(tmp_path)
+    assert found[-1]["eval_loss"] == min(entry["eval_loss"] for entry in found[1:])
+    plain = [plain_loss(tmp_path / "run", rows) for rows in SETS.values()]
+    total, count = sum(nll for nll, _ in plain), sum(targets for _, targets in plain)
+    assert found[-1]["eval_loss"] == pytest.approx(total / count, rel=1e-5)
