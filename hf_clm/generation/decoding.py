@@ -119,8 +119,8 @@ class Decoding:
 def ask(base: Decoding, asked: object) -> Decoding:
     """``base`` with what the attributes of ``asked`` (of a command's options, or of a request) say instead.
 
-    An attribute that is missing or None says nothing. Where nothing but top_k, top_p or min_p asks to sample,
-    the temperature is 1.
+    Attributes that are missing or None are left out. Where only top_k, top_p or min_p ask for sampling, the
+    temperature is 1.
     """
     names = [field.name for field in fields(Decoding) if field.name != "stop"]
     given = {name: value for name in names if (value := getattr(asked, name, None)) is not None}
@@ -236,7 +236,7 @@ def choose_token(decoding: Decoding, ids: Any, scores: Any, *, draws: torch.Gene
 
 
 def random_state(seed: int | None, device: torch.device) -> torch.Generator:
-    """A random state of its own, so that nobody else's is touched."""
+    """A new random state; the global one is left alone."""
     state = torch.Generator(device=device)
     if seed is None:
         state.seed()

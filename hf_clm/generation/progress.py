@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-SILENT_SECONDS = 10.0  # of a command whose stderr is a file: a shorter one says nothing
+SILENT_SECONDS = 10.0  # of a command whose stderr is a file: a shorter one prints nothing
 QUARTERS = 4
 
 
