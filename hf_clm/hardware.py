@@ -91,13 +91,14 @@ def measure_peak(device: torch.device, dtype: torch.dtype, *, seconds: float = 0
 def gpu_figures(device: torch.device) -> dict[str, float]:
     """Of a GPU: the share of its memory that is in use, and the share of the time that it computes; 0 to 1.
 
-    The second needs NVIDIA's management library (the package nvidia-ml-py), and is left out without it.
+    The second needs NVIDIA's management library (the package nvidia-ml-py), and is left out without it, and
+    where a part of a GPU does not tell it.
     """
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)
     found = {"gpu_memory": 1 - free / total}
-    with suppress(ModuleNotFoundError, RuntimeError):
+    with suppress(Exception):  # NVIDIA's errors have a type of that package alone
         found["gpu_utilization"] = torch.cuda.utilization(device) / 100
     return found
 

@@ -151,7 +151,7 @@ def to_list(value: Any) -> Any:
 
 def to_evaluated(value: Any) -> Any:
     """As ``to_sources``; a mapping from names to sources is a set of each name."""
-    if not isinstance(value, dict) or value.keys() & Source.model_fields.keys():
+    if not isinstance(value, dict) or "path" in value or value.keys() <= Source.model_fields.keys():
         return to_sources(value)
     sources = [(str(name), source) for name, items in value.items() for source in to_sources(items)]
     return [{**source, "set": name} if isinstance(source, dict) else source for name, source in sources]

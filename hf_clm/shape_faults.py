@@ -85,7 +85,7 @@ def _kind_faults(kind: Any, settings: Mapping[str, Any]) -> Iterator[Fault]:
 def _size_faults(settings: Mapping[str, Any]) -> Iterator[Fault]:
     sizes = {name: settings[name] for name in SIZES if type(settings.get(name)) is int}
     for name, size in sizes.items():
-        if size < 1:
+        if size < (0 if name in EXPERTS else 1):
             what = f"model.config.{name}: expected a number above 0"
             yield Fault(f"model.config.{name}", what, got=str(size))
         elif name in LAYERS and size > MAX_LAYERS:
@@ -93,7 +93,7 @@ def _size_faults(settings: Mapping[str, Any]) -> Iterator[Fault]:
             yield Fault(f"model.config.{name}", what, got=f"{size:,}")
     width, heads = _given(sizes, WIDTHS), _given(sizes, HEADS)
     kind = settings.get("model_type")
-    has_own_width = "head_dim" in settings or _source_says(str(kind), "configuration", r"head_dim\b.*= \d")
+    has_own_width = kind in ROUNDED or "head_dim" in settings or _source_says(str(kind), "configuration", OWN)
     if width and heads and sizes[width] % sizes[heads] and not has_own_width:
         what = f"model.config.{width} must be a multiple of model.config.{heads}"
         yield Fault(f"model.config.{width}", what, got=f"{sizes[width]} and {sizes[heads]}")
@@ -131,7 +131,8 @@ def _given(sizes: Mapping[str, int], names: tuple[str, ...]) -> str:
 
 def _source_says(kind: str, part: str, pattern: str) -> bool:
     """Whether the source of a model type matches: its configuration, or its modeling."""
-    files = (_models() / kind.replace("-", "_")).glob(f"{part}_*.py")
+    folder = kind.replace("-", "_").removesuffix("_text")  # gemma4_text is in that of gemma4
+    files = (_models() / folder).glob(f"{part}_*.py")
     return any(re.search(pattern, file.read_text(encoding="utf-8")) for file in files)
 
 
@@ -141,5 +142,8 @@ def _models() -> Path:
     return Path(spec.origin).parent / "models"
 
 
+EXPERTS = ("num_experts", "num_local_experts")  # 0 is a dense model
+ROUNDED = ("phi", "nemotron")  # their heads leave the rest of the width out
+OWN = r"(head_dim|dim_head)\b.*= \d"  # a width of heads that does not follow from the model's
 CAUSAL = "name a causal language model, such as gpt2, llama or qwen2"
 ENCODERS = r"as a standalone, add .is_decoder=True"  # what their causal classes warn of

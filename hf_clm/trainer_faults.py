@@ -101,7 +101,7 @@ def _accelerator_faults(config: Any) -> Iterator[Fault]:
         if name not in (*ACCELERATOR_KEYS, "non_blocking", "gradient_accumulation_kwargs"):
             near = did_you_mean(str(name), [*ACCELERATOR_KEYS, "non_blocking"])
             yield Fault(f"{key}.{name}", f"{key} has no key {name!r}{near}")
-        elif name in ACCELERATOR_KEYS and value is not None:
+        elif name in ACCELERATOR_KEYS and value not in (None, ACCELERATOR_DEFAULTS.get(name)):
             yield Fault(f"{key}.{name}", f"{key}.{name} has no effect: {ACCELERATOR_KEYS[name]}", fix=OUT)
         elif name == "gradient_accumulation_kwargs" and set(value or ()) - {"sync_each_batch"}:
             what = f"{key}.{name} takes sync_each_batch only"
@@ -158,7 +158,7 @@ def _unused_faults(train: Mapping[str, Any]) -> Iterator[Fault]:
     for name, why in UNUSED.items():
         neutral = TRAIN_DEFAULTS.get(name, fields[name].default if name in fields else None)
         value = train.get(name)
-        if value not in (None, neutral) and not (value is False and neutral == "no"):
+        if value not in (None, neutral, []) and not (value is False and neutral == "no"):
             key = f"train.{name}"
             yield Fault(key, f"{key} {why}", got=shorten(value), fix=OUT)
 
@@ -178,6 +178,12 @@ OF_WORKERS = {
     "dataloader_persistent_workers": False,
     "dataloader_multiprocessing_context": None,
     "dataloader_in_order": True,
+}
+ACCELERATOR_DEFAULTS = {
+    "split_batches": False,
+    "even_batches": True,
+    "use_seedable_sampler": True,
+    "use_configured_state": False,
 }
 ACCELERATOR_KEYS = {
     "split_batches": "train.per_device_train_batch_size is the batch of a process",

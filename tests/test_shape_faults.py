@@ -63,6 +63,19 @@ def test_a_causal_architecture_is_accepted(kind):
     assert faults_of({"model_type": kind}) == []
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "qwen3_moe", "num_experts": 0},
+        {"model_type": "granitemoehybrid", "num_local_experts": 0},
+        {"model_type": "gemma4_text", "hidden_size": 96, "num_attention_heads": 10},
+        {"model_type": "phi", "hidden_size": 100, "num_attention_heads": 8},
+    ],
+)
+def test_a_shape_that_can_be_built_is_accepted(settings):
+    assert faults_of(settings) == []
+
+
 def test_an_encoder_that_is_told_to_be_a_decoder_is_accepted():
     assert faults_of({"model_type": "bert", "is_decoder": True}) == []
 

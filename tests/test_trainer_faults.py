@@ -109,8 +109,8 @@ def test_defaults_count_in_a_combination():
             "train.accelerator_config.gradient_accumulation_kwargs takes sync_each_batch only",
         ),
         *(
-            ({"accelerator_config": {name: True}}, f"train.accelerator_config.{name} has no effect: ")
-            for name in ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
+            ({"accelerator_config": {name: value}}, f"train.accelerator_config.{name} has no effect: ")
+            for name, value in (("split_batches", True), ("dispatch_batches", True), ("even_batches", False))
         ),
     ],
 )
@@ -141,3 +141,12 @@ def test_a_metric_that_no_evaluation_logs_is_refused_with_those_that_are(name):
         "train.metric_for_best_model: expected one of eval_loss, eval_token_accuracy, eval_target_tokens,"
         " eval_chrf"
     )
+
+
+def test_defaults_may_be_written_out():
+    """What accelerate and transformers take for granted has an effect on nothing, and is no fault."""
+    config = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
+    config |= {"use_seedable_sampler": True, "use_configured_state": False, "non_blocking": False}
+
+    train = {**GOOD, "accelerator_config": config, "label_names": []}
+    assert check_train_combination(train, has_eval=True, defaults={}) == []

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.data.label.render import LabelOptions
@@ -66,7 +66,26 @@ class Answering:
                 for sample in samples:
                     shown = {"prompt": sample.prompt, "target": sample.target, "text": sample.text}
                     append_json(self._path, {"step": step, "set": prefix, **shown, "exact": sample.is_exact})
-            found |= {f"{prefix}_{name}": value for name, value in self._compare(samples).items()}
+            found |= {f"{prefix}_{name}": value for name, value in self._agree(samples).items()}
+        return found
+
+    def _agree(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """The figures of the first process, on all: a metric may draw, and each would choose another model.
+
+        Raises what a metric raises, and RecipeError on the others: none waits for one that has ended.
+        """
+        given: list[Any] = [None]
+        failure: Exception | None = None
+        if self.arguments.process_index == 0:
+            try:
+                given = [self._compare(samples)]
+            except Exception as error:
+                given, failure = [str(error)], error
+        (found,) = broadcast_object_list(given)
+        if failure is not None:
+            raise failure
+        if isinstance(found, str):
+            raise RecipeError(f"failed on the first process: {found}", where=WHERE)
         return found
 
     @property
@@ -94,6 +113,7 @@ class Answering:
             value = stock[name] if metric is None else metric(answers, targets)
             named = value.items() if isinstance(value, Mapping) else [("", value)]
             for key, number in named:
+                number = number.item() if hasattr(number, "item") else number  # of NumPy or torch
                 if not isinstance(number, int | float):
                     got = f"{name} returned {type(number).__name__}"
                     raise RecipeError("a metric returns a number, or several by name", where=WHERE, got=got)

@@ -8,6 +8,7 @@ library. There the largest micro-batch is tried before the first step, and all p
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,14 +79,21 @@ def halved(recipe: Recipe, arguments: TrainingArguments, error: DoesNotFit) -> t
         elif size > 1:
             fix = "an even number, which can be halved without changing the global batch"
         raise EnvironmentFault(f"{at}, and it cannot be halved", where=where, got=str(size), fix=fix)
-    changes = {error.size: size // 2}
+    resumes = str(recipe.train.get("resume_from_checkpoint") or "auto")
+    if Path(resumes).resolve().parent != Path(str(arguments.output_dir)).resolve() and Path(resumes).is_dir():
+        fix = f"give {error.size} {size // 2}, with the same global batch, and another train.output_dir"
+        what = f"{at}, and a run from another folder's checkpoint does not start again by itself"
+        raise EnvironmentFault(what, where=where, got=str(size), fix=fix)
+    changes: dict[str, Any] = {error.size: size // 2}
+    if resumes.lower() in ("never", "false"):
+        changes["resume_from_checkpoint"] = "auto"  # what the first start has saved is its own
     line = f"restart   {at}: {error.size} {size // 2} instead of {size}"
     if error.size == TRAIN:
         changes["gradient_accumulation_steps"] = 2 * arguments.gradient_accumulation_steps
         line += (
             f", gradient_accumulation_steps {changes['gradient_accumulation_steps']}: the same global batch"
         )
-    return recipe.model_copy(update={"train": {**recipe.train, **changes}}), line
+    return recipe.model_copy(update={"train": {**recipe.train, **changes}, "overwrite": False}), line
 
 
 @contextmanager

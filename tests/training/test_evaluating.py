@@ -137,6 +137,12 @@ def length(answers, targets):
     return {"mean": sum(map(len, answers)) / len(answers), "targets": len("".join(targets))}
 
 
+def of_numpy(answers, targets):
+    import numpy
+
+    return numpy.float32(0.5)
+
+
 def wrong(answers, targets):
     return "much"
 """
@@ -163,6 +169,22 @@ def test_a_function_of_answers_and_targets_chooses_the_best_model(tmp_path):
     state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["best_metric"] == max(lengths[2], lengths[4])
     assert {entry["eval_chat_length_targets"] for entry in found} == {6.0}
+
+
+@pytest.mark.usefixtures("own_metrics")
+def test_a_metric_may_return_a_number_of_numpy(tmp_path):
+    train(build(tmp_path, evaluation={"generate": 1, "metrics": "metrics_of_mine:of_numpy"}))
+
+    assert {entry["eval_news_of_numpy"] for entry in evaluations(tmp_path)} == {0.5}
+
+
+def test_a_set_may_be_called_as_a_key_of_a_source(tmp_path):
+    recipe = build(tmp_path, sets={"name": "a.jsonl", "test": "b.jsonl"})
+
+    assert [(source.set, source.path) for source in recipe.data.eval] == [
+        ("name", "a.jsonl"),
+        ("test", "b.jsonl"),
+    ]
 
 
 @pytest.mark.usefixtures("own_metrics")

@@ -126,12 +126,15 @@ def test_what_is_tried_is_computed_as_in_training(tmp_path, monkeypatch):
     assert dtypes[0] == dtypes[1] == torch.bfloat16
 
 
-def test_it_goes_on_from_a_checkpoint_that_was_saved_before(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("begins", ["auto", "never", "overwrite"])
+def test_it_goes_on_from_a_checkpoint_that_was_saved_before(tmp_path, monkeypatch, capsys, begins):
+    """Also where the recipe says to begin: what the first start has saved is of this run."""
     fields = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
     memory = Memory(monkeypatch, rows=2)
     memory.from_step = 3
+    word = {"resume_from_checkpoint": begins} if begins != "overwrite" else {}
 
-    train(build(tmp_path, **fields))
+    train(build(tmp_path, **fields, **word).model_copy(update={"overwrite": begins == "overwrite"}))
 
     printed = capsys.readouterr().out
     assert "restart   out of memory at step 4: per_device_train_batch_size 2 instead of 4" in printed
