@@ -44,7 +44,7 @@ def check_spreading(
 ) -> None:
     """Raises where a model could not be spread as it was asked for; accelerate would train on all the same.
 
-    On a CPU it takes DDP in the place of FSDP, and of DeepSpeed without DS_ACCELERATOR=cpu, and says nothing.
+    On a CPU it silently uses DDP instead of FSDP, and instead of DeepSpeed without DS_ACCELERATOR=cpu.
 
     Args:
         generates: the recipe wants samples or answers, which no process can generate from its part alone.

@@ -146,7 +146,7 @@ def _check_schedule_arguments(arguments: TrainingArguments) -> None:
 
 
 def _build_schedule(arguments: TrainingArguments, *, steps: int) -> Any:
-    """The schedule of so many steps. Raises RecipeError where it cannot be built, or gives no number."""
+    """The schedule over these steps. Raises RecipeError where it cannot be built, or gives no number."""
     options: Any = arguments.lr_scheduler_kwargs
     try:
         schedule = get_scheduler(

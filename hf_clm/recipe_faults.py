@@ -182,8 +182,8 @@ def _answer_faults(recipe: Any) -> Iterator[Fault]:
 def answer_metrics(recipe: Any, *, chosen_only: bool = False) -> list[str]:
     """The metrics of answers as the evaluations of a ``config.Recipe`` log them: ``eval_news_chrf``, ...
 
-    A function that returns several by name logs each behind its own: of these only that is known which the
-    recipe chooses as ``metric_for_best_model``.
+    A function may return several numbers by name. Their names are not known before it runs, except for the
+    one that the recipe chooses as ``metric_for_best_model``.
 
     Args:
         chosen_only: the one that is chosen, if one is.

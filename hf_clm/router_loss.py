@@ -73,7 +73,7 @@ class RouterLoss:
 
 
 def number_documents(batch: Mapping[str, Any]) -> torch.Tensor:
-    """(B * T,) int64: the number of each token's document; padding has the next number behind the last."""
+    """(B * T,) int64: the number of each token's document; padding has the number after the last one."""
     labels, bounds, mask = batch["labels"], batch.get("cu_seq_lens_q"), batch.get("attention_mask")
     rows, width = labels.shape
     if bounds is not None:

@@ -140,8 +140,8 @@ def stream_answers(
 ) -> None:
     """Generates all the answers together, until each has ended or was cancelled.
 
-    An answer that goes on past the model's positions rereads the last half of them; so do, all of their text,
-    the shorter ones beside an answer that has used up the positions.
+    An answer that runs past the model's positions rereads the last half of them. The shorter answers of its
+    batch then reread all of their text.
     """
     for answer in answers:
         if answer.scores_prompt and answer.likeliest is not None:

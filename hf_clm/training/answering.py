@@ -6,7 +6,6 @@ compared with their targets. Answers and targets are in ``answers.jsonl``.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArgum
 
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.prepared.store import HEAD
+from hf_clm.data.read.formats import import_function
 from hf_clm.data.split import Split
 from hf_clm.errors import RecipeError
 from hf_clm.evaluation.answers import Answers, Sample, load_metrics
@@ -133,8 +133,9 @@ def load_answer_metrics(section: Evaluation) -> dict[str, Metric | None]:
         return {}
     found: dict[str, Metric | None] = {}
     for name in section.metrics:
-        module, _, function = name.partition(":")
-        found[function or name] = _import(name, module, function) if function else None
+        is_own = ":" in name
+        metric = import_function(name, kind="metric", where=WHERE) if is_own else None
+        found[name.rpartition(":")[2]] = metric
     if found.keys() & STOCK:
         load_metrics()
     return found
@@ -145,14 +146,3 @@ def find_questions(split: Split, count: int) -> list[Question]:
     first = split.examples.examples[: max(count, HEAD)]
     asked = (example.question for example in first)
     return [Question(*question) for question in islice(filter(None, asked), count)]
-
-
-def _import(name: str, module: str, function: str) -> Metric:
-    try:
-        found: Any = getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        fix = "module:function, with the module's folder in PYTHONPATH"
-        raise RecipeError(f"no such metric {name!r}: {error}", where=WHERE, fix=fix) from error
-    if not callable(found):
-        raise RecipeError(f"{name} is not a function", where=WHERE, got=type(found).__name__)
-    return found

@@ -100,8 +100,8 @@ def halved(recipe: Recipe, arguments: TrainingArguments, error: DoesNotFit) -> t
 def fitting(trainer: CLMTrainer, *, first_step: int) -> Iterator[None]:
     """Turns a lack of memory inside of training into DoesNotFit where the run can start again.
 
-    ``first_step``: the step of the checkpoint that training goes on from, or 0. Raises EnvironmentFault where
-    others would wait, and after the first steps.
+    ``first_step``: the step of the checkpoint that is resumed, or 0. Raises EnvironmentFault where other
+    processes would wait, and after the first steps.
     """
     try:
         yield
@@ -147,7 +147,7 @@ def try_largest(trainer: CLMTrainer, rows: AnyDataset) -> None:
         own = {key: options[key] for key in ("every_n_layers", "offload") if key in options}
         of_torch = {key: value for key, value in options.items() if key not in own} or None
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=of_torch, **own)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with trainer.aside():
         model.train()
         try:
             kept = _what_training_keeps(model, is_one_of_many=trainer.args.world_size > 1)

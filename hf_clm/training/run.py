@@ -147,8 +147,7 @@ def train_from(
             with trainer.aside():
                 prove_and_record(trainer, facts, start=start, prepared=prepared)
     if is_to_be_tried(recipe, arguments):
-        with trainer.aside():
-            try_largest(trainer, splits[TRAIN].dataset)
+        try_largest(trainer, splits[TRAIN].dataset)
     if recipe.samples:
         trainer.add_callback(build_samples(facts, trainer, tokenizer=tokenizer))
     result = train_to_the_end(trainer, facts, start=start, proof=proof.facts)

@@ -227,7 +227,7 @@ def find_format(format: Format | str | ReadRecord, fields: Fields = None) -> Rec
     if callable(format):
         return format
     if ":" in format:
-        return _import_function(format)
+        return cast(ReadRecord, import_function(format, kind="format", where="format"))
     known = FORMATS.get(cast(Format, format))
     if known is None:
         hint = did_you_mean(str(format), FORMATS)
@@ -366,16 +366,23 @@ def provide_modules(modules: Mapping[str, str]) -> None:
             exec(compile(source, f"{name}.py", "exec"), vars(module))
 
 
-def _import_function(name: str) -> ReadRecord:
+def import_function(name: str, *, kind: str, where: str) -> Callable[..., object]:
+    """A function of the user's own, named as ``module:function``.
+
+    Args:
+        kind: what it serves as, such as "format".
+
+    Raises RecipeError where there is none.
+    """
     module, _, function = name.partition(":")
     try:
         found = getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         fix = "module:function, with the module's folder in PYTHONPATH"
-        raise RecipeError(f"no such format {name!r}: {error}", where="format", fix=fix) from error
+        raise RecipeError(f"no such {kind} {name!r}: {error}", where=where, fix=fix) from error
     if not callable(found):
-        raise RecipeError(f"{name} is not a function", where="format", got=type(found).__name__)
-    return cast(ReadRecord, found)
+        raise RecipeError(f"{name} is not a function", where=where, got=type(found).__name__)
+    return found
 
 
 def _read_own(read: ReadRecord, row: Row) -> Example:
