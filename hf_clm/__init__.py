@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import Any
 
 PUBLIC_NAMES = {
-    "load_recipe": "hf_clm.config",
+    "load_recipe": "hf_clm.recipe.recipe",
     "train": "hf_clm.training.run",
-    "load_tokenizer": "hf_clm.tokenizer",
-    "load_model": "hf_clm.model",
+    "load_tokenizer": "hf_clm.text.tokenizer",
+    "load_model": "hf_clm.model.load",
     "to_example": "hf_clm.data.read.formats",
     "PretrainDataset": "hf_clm.data.label.datasets",
     "SFTDataset": "hf_clm.data.label.datasets",

@@ -77,8 +77,8 @@ def help_text() -> str:
 
 def run_train(words: list[str]) -> None:
     """RECIPE [--key value ...]: train, and write a folder that from_pretrained opens"""
-    from hf_clm.config import load_recipe, recipe_help
     from hf_clm.data.read.faults import check_data  # before torch, whose import takes seconds
+    from hf_clm.recipe.recipe import load_recipe, recipe_help
 
     recipe, overrides = _recipe_words(words, "train")
     if recipe is None:
@@ -97,13 +97,13 @@ def run_prepare(words: list[str]) -> None:
     parser = _parser("prepare")
     add_prepare_options(parser)
     if "-h" in words or "--help" in words:
-        from hf_clm.config import recipe_help
+        from hf_clm.recipe.recipe import recipe_help
 
         print(f"{parser.format_help()}\n{recipe_help()}")
         return
     options, overrides = parser.parse_with_overrides(words)
-    from hf_clm.config import load_recipe
     from hf_clm.data.read.faults import check_data
+    from hf_clm.recipe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, overrides, options=parser.names)
     check_data(recipe)
@@ -115,7 +115,7 @@ def run_prepare(words: list[str]) -> None:
 
 def run_config(words: list[str]) -> None:
     """RECIPE [--key value ...]: print every value of a recipe and where it came from"""
-    from hf_clm.config import describe_recipe, load_recipe, recipe_help
+    from hf_clm.recipe.recipe import describe_recipe, load_recipe, recipe_help
 
     recipe, overrides = _recipe_words(words, "config")
     if recipe is None:
@@ -132,12 +132,12 @@ def run_inspect(words: list[str]) -> None:
     parser = _parser("inspect")
     add_inspect_options(parser)
     options, overrides = parser.parse_with_overrides(words)
-    from hf_clm.config import find_recipe, load_recipe
     from hf_clm.data.read.faults import check_data
+    from hf_clm.recipe.recipe import find_recipe, load_recipe
 
     check_data(load_recipe(find_recipe(options.target), overrides, options=parser.names))
     _quiet_libraries()
-    from hf_clm.inspector.command import View, inspect
+    from hf_clm.pages.inspection import View, inspect
 
     view = View(options.rows, options.html, options.split, options.color, options.worst)
     print(inspect(options.target, overrides, view=view, options=parser.names))
@@ -148,8 +148,8 @@ def run_doctor(words: list[str]) -> int:
     parser = _parser("doctor")
     add_doctor_options(parser)
     options, overrides = parser.parse_with_overrides(words)
-    from hf_clm.config import load_recipe
     from hf_clm.data.read.faults import check_data
+    from hf_clm.recipe.recipe import load_recipe
 
     if options.plan is not None:
         return _plan(options, overrides, names=parser.names)
@@ -228,7 +228,7 @@ def run_evaluate(words: list[str]) -> None:
     _quiet_libraries()
     from hf_clm.evaluation.command import evaluate_run
     from hf_clm.evaluation.table import to_lines
-    from hf_clm.inspector.losses import write_losses
+    from hf_clm.pages.losses import write_losses
 
     evaluation = evaluate_run(options)
     found = evaluation.to_json()
@@ -242,7 +242,7 @@ def run_report(words: list[str]) -> None:
     parser = _parser("report")
     parser.add_argument("run", help="the folder of a run")
     options = parser.parse_args(words)
-    from hf_clm.report.page import write_report
+    from hf_clm.pages.report import write_report
 
     record = write_report(options.run)
     counts = f"{len(record.metrics):,} log events, {len(record.samples):,} samples, status {record.status}"
@@ -269,7 +269,7 @@ def run_compare(words: list[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
     parser.add_argument("--html", default="compare.html", help="the page to write (%(default)s)")
     options = parser.parse_args(words)
-    from hf_clm.report.compare import compare
+    from hf_clm.pages.compare import compare
 
     print("\n".join([*compare(options.runs, path=options.html).to_lines(), "", f"wrote {options.html}"]))
 
@@ -299,8 +299,8 @@ def run_bench(words: list[str]) -> None:
     parser.add_argument("--steps", type=at_least(5), default=30, help="to measure (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     options, overrides = parser.parse_with_overrides(words)
-    from hf_clm.config import load_recipe
     from hf_clm.data.read.faults import check_data
+    from hf_clm.recipe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, overrides, options=parser.names)
     check_data(recipe)
@@ -318,9 +318,9 @@ def run_train_tokenizer(words: list[str]) -> None:
     parser = _parser("train-tokenizer")
     add_train_tokenizer_options(parser)
     options = parser.parse_args(words)
-    from hf_clm.config import Data, Source
     from hf_clm.data.prepared.sets import load_examples
-    from hf_clm.train_tokenizer import train_tokenizer
+    from hf_clm.recipe.recipe import Data, Source
+    from hf_clm.text.train_tokenizer import train_tokenizer
 
     sources = [Source(path=path, format=options.format) for path in options.data]
     examples = load_examples(Data(train=sources))
@@ -356,8 +356,8 @@ def _parser(command: str) -> Parser:
 
 def _plan(options: Namespace, overrides: list[str], *, names: list[str]) -> int:
     """``hf-clm doctor --plan``: of a recipe, or without one of models from 0.5B to 72B."""
-    from hf_clm.config import load_recipe
     from hf_clm.doctor.cluster import parse_cluster
+    from hf_clm.recipe.recipe import load_recipe
 
     cluster = parse_cluster(options.plan)
     recipe = load_recipe(options.recipe, overrides, options=names) if options.recipe else None

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_clm.adapters import is_adapter, load_adapted, read_base
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.prepared.sets import load_examples
 from hf_clm.errors import ModelError, RecipeError
@@ -25,9 +24,10 @@ from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate, to_prompt_ids
 from hf_clm.generation.load import read_run, run_recipe
 from hf_clm.generation.progress import watched
-from hf_clm.model import load_config, load_model, max_positions
+from hf_clm.model.adapters import is_adapter, load_adapted, read_base
+from hf_clm.model.load import load_config, load_model, max_positions
 from hf_clm.schema import AnyExample, Document, Example, Segment, whole_text
-from hf_clm.tokenizer import load_tokenizer
+from hf_clm.text.tokenizer import load_tokenizer
 from hf_clm.training.output import write_json
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 100, 512, 16

@@ -7,13 +7,13 @@ from typing import Any
 from helpers import byte_tokenizer, save_folder, tiny_model
 from transformers import TrainingArguments
 
-from hf_clm.attention import NAME, register
 from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
 from hf_clm.data.label.datasets import SFTDataset
 from hf_clm.data.read.formats import to_example
-from hf_clm.model import fit_to_tokenizer
+from hf_clm.model.attention import NAME, register
+from hf_clm.model.load import fit_to_tokenizer
 from hf_clm.schema import Format
-from hf_clm.tokenizer import use_chat_template
+from hf_clm.text.tokenizer import use_chat_template
 from hf_clm.training.trainer import CLMTrainer
 
 

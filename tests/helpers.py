@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_clm.config import Recipe
+from hf_clm.recipe.recipe import Recipe
 from hf_clm.schema import Document, Segment, Tokens
 
 X = -100  # no label
@@ -185,7 +185,7 @@ def split_of(
     folder: Path, examples: Sequence[Any], recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> Any:
     """Examples as the training split of a recipe, written as records to ``folder``; not certified."""
-    from hf_clm.config import Source
+    from hf_clm.recipe.recipe import Source
 
     path = write_jsonl(folder / "examples.jsonl", list(map(to_record, examples)))
     data = recipe.data.model_copy(update={"train": [Source(path=path)], "eval": [], "cache_dir": None})
@@ -206,10 +206,10 @@ def prove_records(
     folder: Path, records: list[Any], *, evaluation: list[Any] | None = None, **data: Any
 ) -> Any:
     """The Proof of SFT records in ``a.jsonl``, evaluated on ``b.jsonl``; ``data`` changes the section."""
-    from hf_clm.config import Recipe  # in here: most tests need none of it
     from hf_clm.data.prepared.prepare import write_prepared
     from hf_clm.data.prepared.store import read_index
     from hf_clm.data.proof.proof import Proof
+    from hf_clm.recipe.recipe import Recipe  # in here: most tests need none of it
 
     folder.mkdir(exist_ok=True)
     content = {"train": [write_jsonl(folder / "a.jsonl", records)], "max_length": 32} | data

@@ -9,12 +9,12 @@ from typing import Any
 import datasets
 from helpers import byte_tokenizer
 
-from hf_clm.config import Recipe
 from hf_clm.data.prepared.block import Block, BlockMaker
 from hf_clm.data.prepared.chunks import RawBlock
 from hf_clm.data.prepared.prepare import MakeBlocks, in_turn, write_prepared
 from hf_clm.data.prepared.sets import read_examples
 from hf_clm.data.prepared.store import Stored, open_store, read_index
+from hf_clm.recipe.recipe import Recipe
 
 SECONDS = re.compile(r"\(\d+\.\d s, ")
 

@@ -11,8 +11,8 @@ from typing import Any
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-from hf_clm import parts
 from hf_clm.cli import main
+from hf_clm.training import arguments
 
 build_state = AcceleratorState.__init__
 
@@ -31,5 +31,5 @@ def build_spread_state(self: Any, *args: Any, fsdp_plugin: Any = None, **options
 
 if __name__ == "__main__":
     AcceleratorState.__init__ = build_spread_state
-    parts.check_spreading = lambda *args, **options: None  # it refuses FSDP on a CPU
+    arguments.check_spreading = lambda *args, **options: None  # it refuses FSDP on a CPU
     sys.exit(main())

@@ -18,37 +18,21 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 # A module imports from its own line and from the lines above it.
 LAYERS = [
-    {"errors"},
-    {"schema", "hardware", "hashing", "launcher", "flops"},
-    {
-        "trainer_fields",
-        "trainer_faults",
-        "recipe_text",
-        "recipe_faults",
-        "shape_faults",
-        "template",
-        "recipe_sections",
-        "options",
-    },
-    {"config"},
-    {
-        "hub",
-        "tokenizer",
-        "train_tokenizer",
-        "text",
-        "attention",
-        "loss",
-        "router_loss",
-        "model",
-        "adapters",
-        "optimization",
-        "sentencepiece_file",
-    },
+    {"errors", "hashing"},
+    {"schema", "machine"},
+    {"recipe"},
+    {"options", "hub"},
+    {"text"},
+    {"model"},
     {"data"},
     {"generation"},
     {"evaluation"},
-    {"parts"},
-    {"inspector", "doctor", "report"},  # checks before a step, and the pages of a run: training calls them
+    {
+        "training.arguments",
+        "training.optimizer",
+    },  # the checks of the doctor need them
+    {"run_folder"},
+    {"pages", "doctor"},  # checks before a step, and the pages of a run: training calls them
     {"training"},
     {"bench", "merge"},
     {"cli"},
@@ -58,10 +42,10 @@ LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer
 LIGHT = [
     "hf_clm.errors",
     "hf_clm.schema",
-    "hf_clm.trainer_fields",
-    "hf_clm.recipe_text",
-    "hf_clm.recipe_sections",
-    "hf_clm.config",
+    "hf_clm.recipe.trainer_fields",
+    "hf_clm.recipe.text",
+    "hf_clm.recipe.sections",
+    "hf_clm.recipe.recipe",
 ]
 HEAVY = {"torch", "transformers", "datasets"}
 WRITERS_OF_MASKS = {"hf_clm.schema", "hf_clm.data.label.labels", "hf_clm.data.batch.collators"}
@@ -120,9 +104,9 @@ def own_imports(tree: ast.Module) -> set[str]:
 
 
 def layer_of(module: str) -> int:
-    part = module.split(".")[1]
-    assert part in LEVEL, f"{module} has no place in LAYERS"
-    return LEVEL[part]
+    folder, part = module.split(".")[1], module.removeprefix("hf_clm.")
+    assert folder in LEVEL, f"{module} has no place in LAYERS"
+    return LEVEL.get(part, LEVEL[folder])
 
 
 def mask_writes(tree: ast.Module) -> list[int]:

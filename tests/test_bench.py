@@ -15,9 +15,9 @@ from hf_clm.bench import command, measure
 from hf_clm.bench.command import bench, find_fastest, with_values
 from hf_clm.bench.results import Bench, Start, Task, Trial, start_lines, to_flops
 from hf_clm.cli import main
-from hf_clm.config import recipe_to_yaml
 from hf_clm.errors import DataError, EnvironmentFault
-from hf_clm.flops import count_flops
+from hf_clm.model.flops import count_flops
+from hf_clm.recipe.recipe import recipe_to_yaml
 
 # "ask\n" and "answer" with the end token: 4 + 7 tokens, of which 7 are learned.
 RECORDS = [{"prompt": "ask\n", "completion": "answer"}] * 8

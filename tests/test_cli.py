@@ -13,12 +13,12 @@ from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 from report_runs import write_run
 from transformers import TrainingArguments
 
-from hf_clm.attention import NAME, register
 from hf_clm.cli import COMMANDS, main
 from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
 from hf_clm.data.label.datasets import SFTDataset
 from hf_clm.data.read.formats import to_example
 from hf_clm.errors import EnvironmentFault
+from hf_clm.model.attention import NAME, register
 from hf_clm.training.trainer import CLMTrainer
 
 ROOT = Path(__file__).resolve().parents[1]

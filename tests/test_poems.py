@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hf_clm.config import load_recipe
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate, to_prompt_example
 from hf_clm.generation.load import load_run
+from hf_clm.recipe.recipe import load_recipe
 from hf_clm.training.run import train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,7 +6,7 @@ import pytest
 from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from hf_clm.config import load_recipe
+from hf_clm.recipe.recipe import load_recipe
 from hf_clm.training.run import train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_clm.bench.results import Bench, Start, Task, Trial, start_lines
-from hf_clm.config import Recipe
 from hf_clm.errors import EnvironmentFault, RecipeError, UserError
+from hf_clm.recipe.recipe import Recipe
 
 # Nothing is written beside the temporary folder, evaluated, or logged but by the bench itself.
 QUIET = {

@@ -28,16 +28,12 @@ from transformers import (
 from hf_clm.bench.results import Start, Task, Trial
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.prepared.sets import load_early, load_examples
+from hf_clm.data.read.plain_template import settle_render
 from hf_clm.doctor.memory import free_memory
 from hf_clm.errors import UserError
-from hf_clm.hardware import measure_peak, nominal_peak, peak_memory, settle_cpu
-from hf_clm.parts import (
-    build_model,
-    build_model_config,
-    build_tokenizer_aside,
-    settle_render,
-    training_arguments,
-)
+from hf_clm.machine import measure_peak, nominal_peak, peak_memory, settle_cpu
+from hf_clm.model.build import build_model, build_model_config, build_tokenizer_aside
+from hf_clm.training.arguments import training_arguments
 from hf_clm.training.prepare import prepare
 from hf_clm.training.proof import prove_model
 from hf_clm.training.run import build_trainer

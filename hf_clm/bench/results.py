@@ -4,7 +4,7 @@ import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hf_clm.config import Recipe
+from hf_clm.recipe.recipe import Recipe
 
 WIDTH, INDENT = 100, " " * 10
 MIB, MB = 2**20, 1e6

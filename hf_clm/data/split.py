@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hf_clm.config import Data, Recipe
 from hf_clm.data.batch.mixing import DrawnDataset, Mix, MixOptions, RecordCounts, mix_rows
 from hf_clm.data.batch.packing import PackedDataset, Pieces
 from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.data.prepared.tables import StoredLedger, StoredRows
 from hf_clm.data.read.records import Examples
 from hf_clm.errors import DataError
-from hf_clm.recipe_sections import Mixing
+from hf_clm.recipe.recipe import Data, Recipe
+from hf_clm.recipe.sections import Mixing
 
 SHOWN_DROPS = 3  # an error lists the first few rows, not thousands
 

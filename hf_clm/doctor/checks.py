@@ -17,9 +17,9 @@ from hf_clm.doctor.environment import (
 )
 from hf_clm.doctor.facts import Check, Facts, Ok, Problem, to_problem
 from hf_clm.errors import DataError, ModelError, UserError
-from hf_clm.model import max_positions
+from hf_clm.model.load import max_positions
 from hf_clm.text.chat import stop_token_ids
-from hf_clm.tokenizer import control_tokens, max_token_id, unique_ids, unknown_id
+from hf_clm.text.tokenizer import control_tokens, max_token_id, unique_ids, unknown_id
 
 SAMPLE = 200  # examples that are looked at, where all would take too long
 FOREIGN_TOKENIZER = 0.1  # new rows, as a share of a pretrained model's: more are another model's tokenizer

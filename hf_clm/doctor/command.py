@@ -6,24 +6,20 @@ from typing import Any
 
 import torch
 
-from hf_clm.config import Recipe
+from hf_clm.data.batch.collators import build_collator
 from hf_clm.data.prepared.cache import read_splits
 from hf_clm.data.prepared.sets import load_early
 from hf_clm.data.read.faults import check_data
+from hf_clm.data.read.plain_template import settle_render
 from hf_clm.doctor.checks import run_checks
 from hf_clm.doctor.facts import Check, Facts, Problem, build_facts, longest_rows, to_micro_step, to_problem
 from hf_clm.doctor.memory import MemoryEstimate, measure_memory
 from hf_clm.errors import ExitCode, UserError
-from hf_clm.loss import use_target_loss, why_not
-from hf_clm.model import takes_targets
-from hf_clm.parts import (
-    build_collator,
-    build_model,
-    build_model_config,
-    build_tokenizer_aside,
-    settle_render,
-    training_arguments,
-)
+from hf_clm.model.build import build_model, build_model_config, build_tokenizer_aside
+from hf_clm.model.load import takes_targets
+from hf_clm.model.loss import use_target_loss, why_not
+from hf_clm.recipe.recipe import Recipe
+from hf_clm.training.arguments import training_arguments
 
 MIB = 2**20
 PARTS = ("weights", "optimizer", "gradients", "activations", "logits", "micro_step", "evaluation", "total")

@@ -12,17 +12,18 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from hf_clm.attention import NAME as PACKED
-from hf_clm.config import Recipe
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.split import AnyDataset, Split
 from hf_clm.doctor.memory import MemoryEstimate, MicroStep, estimate_memory, free_memory
 from hf_clm.errors import RecipeError, UserError
-from hf_clm.hardware import has_bf16, usable_cores
 from hf_clm.hub import is_offline
-from hf_clm.parts import count_steps, rows_per_step, weights_dtype
-from hf_clm.recipe_sections import TRAIN
-from hf_clm.tokenizer import max_token_id
+from hf_clm.machine import has_bf16, usable_cores
+from hf_clm.model.attention import NAME as PACKED
+from hf_clm.model.build import weights_dtype
+from hf_clm.recipe.recipe import Recipe
+from hf_clm.recipe.sections import TRAIN
+from hf_clm.text.tokenizer import max_token_id
+from hf_clm.training.arguments import count_steps, rows_per_step
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # that the estimate needs
 OF_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of models that keep their own loss

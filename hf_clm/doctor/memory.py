@@ -4,7 +4,7 @@ Four moments of a micro-step hold the most; the largest of them, on top of weigh
 
     loss   | activations | logits x 3 (log-softmax, its gradient, the gradient of the logits)
     head   | activations | logits x 1 | gradient of the output embedding
-    both   | activations | logits of a chunk | gradients of the embedding and the targets (hf_clm/loss.py)
+    both   | activations | logits of a chunk | gradients of the embedding and the targets (model/loss.py)
     layer  | activations | what the backward of one layer needs besides
     end    | gradients   | input embedding, once more where it is tied (its two gradients are added up)
 """
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_clm.loss import BLOCK_TOKENS, TargetLoss, chunk_rows
-from hf_clm.model import build_without_memory
+from hf_clm.model.load import build_without_memory
+from hf_clm.model.loss import BLOCK_TOKENS, TargetLoss, chunk_rows
 
 FLOAT32 = 4  # bytes
 # Bytes that an optimizer keeps for each byte of trained weights; 2 (Adam's two averages) for all others.
@@ -47,7 +47,7 @@ class MicroStep:
     Args:
         tokens: of the micro-batch, padding included.
         longest: tokens of the longest document (of the row, where rows are padded).
-        chunked_loss: the loss of hf_clm/loss.py; else the model's own, with the logits of all tokens.
+        chunked_loss: the loss of hf_clm/model/loss.py; else the model's own, with the logits of all tokens.
         eval_tokens: of a batch of the evaluation.
         dtype: of the weights; ``autocast``: of the products, None without autocast.
         accumulates: the gradients of an earlier micro-step are alive.

@@ -30,8 +30,8 @@ from hf_clm.doctor.memory import (
     estimate_work,
     to_sizes,
 )
-from hf_clm.flops import FlopCount, count_flops
-from hf_clm.model import build_without_memory
+from hf_clm.model.flops import FlopCount, count_flops
+from hf_clm.model.load import build_without_memory
 
 LOW = 2  # bytes of bfloat16
 SPARE = 0.1  # of the memory, for CUDA, NCCL and the holes of the allocator

@@ -6,13 +6,14 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from hf_clm.config import Recipe, training_values
 from hf_clm.data.prepared.sets import load_early
 from hf_clm.doctor.cluster import WHERE, Cluster
 from hf_clm.doctor.memory import MicroStep
 from hf_clm.doctor.plan import SPARE, WAYS, Plan, PlannedModel, choose, plan, to_planned_model
 from hf_clm.errors import RecipeError
-from hf_clm.parts import build_model_config, build_tokenizer_aside, training_arguments
+from hf_clm.model.build import build_model_config, build_tokenizer_aside
+from hf_clm.recipe.recipe import Recipe, training_values
+from hf_clm.training.arguments import training_arguments
 
 GB = 1e9
 # Qwen2.5: width, layers, query heads, key heads, width in the MLP, vocabulary, whether the head is tied.

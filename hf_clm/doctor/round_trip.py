@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_clm.attention import use_for_generation, use_for_training
 from hf_clm.errors import ModelError
 from hf_clm.generation.decoding import stop_ids
-from hf_clm.model import is_adapted
+from hf_clm.model.attention import use_for_generation, use_for_training
+from hf_clm.model.load import is_adapted
 
 WHERE = "round trip"
 FOLDER = ".round-trip"

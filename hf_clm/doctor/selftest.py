@@ -14,8 +14,8 @@ from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorFor
 from hf_clm.data.label.labels import count_targets, slice_row
 from hf_clm.errors import ModelError
 from hf_clm.evaluation.metrics import token_nll
-from hf_clm.model import max_positions, takes_targets
-from hf_clm.router_loss import RouterLoss
+from hf_clm.model.load import max_positions, takes_targets
+from hf_clm.model.router_loss import RouterLoss
 from hf_clm.schema import TokenizedExample
 
 BUDGET_FLOP = 2e11  # a second or two on two CPU cores

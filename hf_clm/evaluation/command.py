@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hf_clm.config import Data, Recipe, Source
 from hf_clm.data.label.datasets import TokenizedDataset, label_options, tokenize_rows
 from hf_clm.data.label.render import Policy
 from hf_clm.data.prepared.sets import load_examples
@@ -21,8 +20,9 @@ from hf_clm.evaluation.evaluate import Likelihood, measure_likelihood
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.load import LoadedRun, load_run, run_recipe
 from hf_clm.hub import load_options
+from hf_clm.recipe.recipe import Data, Recipe, Source
 from hf_clm.schema import Overflow
-from hf_clm.tokenizer import load_tokenizer
+from hf_clm.text.tokenizer import load_tokenizer
 
 Stage = Literal["sft", "pretrain"]
 DEFAULT_OVERFLOW: dict[str, Overflow] = {"sft": "keep_target", "pretrain": "split"}

@@ -12,7 +12,7 @@ from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
 from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.evaluation.metrics import bits_per_byte, perplexity, target_nll
 from hf_clm.generation.progress import watched
-from hf_clm.model import takes_targets
+from hf_clm.model.load import takes_targets
 from hf_clm.schema import IGNORE_INDEX, TokenizedExample
 from hf_clm.text.chat import stop_token_ids
 

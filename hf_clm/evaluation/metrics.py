@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from hf_clm.loss import TokenFigures
+from hf_clm.model.loss import TokenFigures
 from hf_clm.schema import IGNORE_INDEX
 
 CHUNK_TOKENS = 4096  # of a float32 copy of the logits

@@ -18,7 +18,7 @@ from hf_clm.generation.load import LoadedRun, load_run
 from hf_clm.generation.padding import probe
 from hf_clm.generation.parsing import AnswerReader, find_syntax
 from hf_clm.generation.stream import Answer, stream_answers
-from hf_clm.model import max_positions
+from hf_clm.model.load import max_positions
 from hf_clm.schema import Chat, Json, Message, Role, ToolCall
 
 Write = Callable[[str], None]

@@ -15,8 +15,8 @@ from hf_clm.generation.decoding import ask, base_decoding
 from hf_clm.generation.generate import Generated, generate, to_prompt_example
 from hf_clm.generation.load import load_run
 from hf_clm.generation.progress import watched
+from hf_clm.recipe.template import Template
 from hf_clm.schema import Chat, Example, Format, Json
-from hf_clm.template import Template
 
 
 def generate_from_run(options: Namespace) -> list[tuple[str, Generated]]:

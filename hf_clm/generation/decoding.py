@@ -26,9 +26,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hf_clm.adapters import is_adapter, read_base
 from hf_clm.errors import ModelError, RecipeError
-from hf_clm.model import GENERATION_FILE, read_generation_file, to_token_ids, without_adapters
+from hf_clm.model.adapters import is_adapter, read_base
+from hf_clm.model.load import GENERATION_FILE, read_generation_file, to_token_ids, without_adapters
 
 COLDEST = 1e-6  # below this temperature the logits have no room in float32
 # The numbers of a Decoding: type, least, most.

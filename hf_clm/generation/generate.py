@@ -7,7 +7,6 @@ from itertools import groupby
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_clm.attention import use_for_generation, use_for_training
 from hf_clm.data.label.datasets import unspelled
 from hf_clm.data.label.labels import cut_chat, encode_prompts
 from hf_clm.data.label.render import LabelOptions
@@ -17,10 +16,11 @@ from hf_clm.errors import RecipeError
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.padding import Probe, probe
 from hf_clm.generation.stream import Answer, search_answers, stream_answers
-from hf_clm.model import NEW_TOKENS, max_positions
+from hf_clm.model.attention import use_for_generation, use_for_training
+from hf_clm.model.load import NEW_TOKENS, max_positions
+from hf_clm.recipe.template import Template
 from hf_clm.schema import Chat, Document, Example, Segment, whole_text
-from hf_clm.template import Template
-from hf_clm.tokenizer import find_unknown
+from hf_clm.text.tokenizer import find_unknown
 
 GREEDY = Decoding()
 

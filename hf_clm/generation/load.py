@@ -8,15 +8,15 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_clm.adapters import is_adapter, load_adapted
-from hf_clm.attention import NAME as PACKED
-from hf_clm.config import Recipe, load_recipe
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.hub import load_options
-from hf_clm.model import load_model, max_positions
-from hf_clm.template import Template
-from hf_clm.tokenizer import load_tokenizer
+from hf_clm.model.adapters import is_adapter, load_adapted
+from hf_clm.model.attention import NAME as PACKED
+from hf_clm.model.load import load_model, max_positions
+from hf_clm.recipe.recipe import Recipe, load_recipe
+from hf_clm.recipe.template import Template
+from hf_clm.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.generation.decoding import under
-from hf_clm.model import max_positions
+from hf_clm.model.load import max_positions
 
 STEPS = 4  # new tokens of the probe: some models go wrong only with their cache
 SHORT, LONG = 3, 12  # tokens of its prompts

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_clm.schema import Json, Message, ToolCall
 from hf_clm.text.chat import CLOSING_MARKS
-from hf_clm.tokenizer import special_tokens
+from hf_clm.text.tokenizer import special_tokens
 
 Kind = Literal["reasoning", "content"]
 KINDS: dict[str, Kind] = {  # the fields of response templates that are text

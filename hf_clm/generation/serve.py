@@ -24,7 +24,7 @@ from hf_clm.generation.load import LoadedRun, load_run
 from hf_clm.generation.protocol import ApiError
 from hf_clm.generation.service import Limits, Reply, Service
 from hf_clm.generation.worker import Worker
-from hf_clm.model import max_positions
+from hf_clm.model.load import max_positions
 
 PAGE = Path(__file__).with_name("page.html")
 KEY_VARIABLE = "HF_CLM_API_KEY"

@@ -21,7 +21,7 @@ from hf_clm.errors import RecipeError
 from hf_clm.generation.decoding import Decoding, choose_token, random_state, stop_ids, to_config, under
 from hf_clm.generation.padding import pad_id, to_left_padded
 from hf_clm.generation.scores import UNFINISHED, Score, score, score_prompt
-from hf_clm.model import max_positions
+from hf_clm.model.load import max_positions
 
 
 class Answer:

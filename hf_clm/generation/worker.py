@@ -16,7 +16,7 @@ from hf_clm.generation.monitoring import Metrics
 from hf_clm.generation.padding import probe
 from hf_clm.generation.protocol import ApiError
 from hf_clm.generation.stream import Answer, stream_answers
-from hf_clm.model import max_positions
+from hf_clm.model.load import max_positions
 
 STOPPING = ApiError(503, "the server is stopping", code="server_stopping")
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_clm.errors import DataError, ModelError, UserError
 from hf_clm.schema import Chat, Json, Message, short_call_id
 from hf_clm.text.encode import MARK_END, MARK_START, Encoder
-from hf_clm.tokenizer import unique_ids, unread_variable
+from hf_clm.text.tokenizer import unique_ids, unread_variable
 
 Reasoning = Literal["refuse", "in_content", "drop"]
 # How templates name a turn's reasoning, and the variables that switch it on and off.

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.errors import DataError
-from hf_clm.tokenizer import alternatives, control_pattern, control_tokens, special_tokens
+from hf_clm.text.tokenizer import alternatives, control_pattern, control_tokens, special_tokens
 
 MARK_START, MARK_END = "\ufdd0", "\ufdd1"
 MARKED = re.compile(f"{MARK_START}(.*?){MARK_END}", re.DOTALL)

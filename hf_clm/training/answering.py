@@ -21,7 +21,7 @@ from hf_clm.errors import RecipeError
 from hf_clm.evaluation.answers import Answers, Sample, load_metrics
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
-from hf_clm.recipe_sections import Evaluation
+from hf_clm.recipe.sections import Evaluation
 from hf_clm.schema import Example
 from hf_clm.training.callbacks import append_json, drop_after
 

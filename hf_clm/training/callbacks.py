@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_clm.errors import UserError
-from hf_clm.report.figures import evaluated_name, is_evaluated, to_duration, to_evaluated
+from hf_clm.pages.figures import evaluated_name, is_evaluated, to_duration, to_evaluated
 
 # What a progress line shows of a log event, and how.
 SHOWN = {

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from hf_clm.config import Recipe
-from hf_clm.recipe_text import leaves
-from hf_clm.trainer_fields import shorten
+from hf_clm.recipe.recipe import Recipe
+from hf_clm.recipe.text import leaves
+from hf_clm.recipe.trainer_fields import shorten
 
 SHOWN_KEYS = 6  # of those that are refused, in the line of the error
 # Where a run lies and what it says is not what it trains; what is read is compared by its content.

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput, speed_metrics
 from hf_clm.data.batch.sampling import EvenRows
 from hf_clm.data.prepared.stream import StreamedRows
 from hf_clm.errors import RecipeError
-from hf_clm.loss import TokenFigures
+from hf_clm.model.loss import TokenFigures
 from hf_clm.training.answering import Answering
 from hf_clm.training.guard import draw_apart, undisturbed
 from hf_clm.training.saving import SavingTrainer

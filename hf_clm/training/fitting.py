@@ -16,11 +16,11 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
-from hf_clm.config import Recipe, training_values
 from hf_clm.data.split import AnyDataset
 from hf_clm.errors import EnvironmentFault
-from hf_clm.launcher import spreads_with
-from hf_clm.parts import training_arguments
+from hf_clm.machine import spreads_with
+from hf_clm.recipe.recipe import Recipe, training_values
+from hf_clm.training.arguments import training_arguments
 from hf_clm.training.callbacks import write_line
 from hf_clm.training.trainer import CLMTrainer
 

@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.inspector.page import write_page
-from hf_clm.inspector.rows import Vocabulary, to_rows
+from hf_clm.pages.labels_page import write_page
+from hf_clm.pages.rows import Vocabulary, to_rows
 
 
 @contextmanager

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_clm.errors import DivergedError, EnvironmentFault, Preempted, reach
-from hf_clm.parts import PREPARED, TRAINED_TOKENIZER
+from hf_clm.model.build import TRAINED_TOKENIZER
 from hf_clm.training.checkpoints import read_seal, sync
 from hf_clm.training.lock import keep_lock
 
+PREPARED = ".prepared"  # the prepared set, where it is not kept for other runs
 FINAL = ".final"  # the model of a run that is done, until all of it lies there
 LOOK_SECONDS = 0.2  # between two looks at a file that is to come
 FAILURES: dict[type[BaseException], str] = {

@@ -14,7 +14,6 @@ from uuid import uuid4
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from hf_clm.config import Recipe
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.data.prepared.cache import Place, find_place, open_place, today
@@ -24,17 +23,15 @@ from hf_clm.data.prepared.sets import STREAM_HEAD, load_early, to_head
 from hf_clm.data.prepared.store import Stored, require_writable
 from hf_clm.data.proof.ledger import Entered, write_ledger
 from hf_clm.data.proof.proof import Proof, prove_mix
+from hf_clm.data.read.plain_template import settle_render
 from hf_clm.data.split import Split, mix_splits, note_lines
 from hf_clm.errors import EnvironmentFault, RecipeError
-from hf_clm.parts import (
-    PREPARED,
-    build_model_config,
-    build_tokenizer_aside,
-    settle_render,
-    training_arguments,
-)
-from hf_clm.tokenizer import fix_date
+from hf_clm.model.build import build_model_config, build_tokenizer_aside
+from hf_clm.recipe.recipe import Recipe
+from hf_clm.text.tokenizer import fix_date
+from hf_clm.training.arguments import training_arguments
 from hf_clm.training.faults import require_others
+from hf_clm.training.output import PREPARED
 
 POLL_SECONDS = 0.2
 SHOWN_LETTERS = 12  # of a key

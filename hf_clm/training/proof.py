@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.config import Recipe
 from hf_clm.data.label.datasets import label_options
 from hf_clm.data.label.labels import encode_prompts
 from hf_clm.data.label.render import Renderer
@@ -19,8 +18,9 @@ from hf_clm.data.split import Split
 from hf_clm.doctor.round_trip import FOLDER, Question, RoundTrip, start_round_trip
 from hf_clm.doctor.selftest import SelfTest, self_test
 from hf_clm.errors import ModelError
-from hf_clm.loss import LossOptions, TargetLoss
-from hf_clm.model import is_adapted
+from hf_clm.model.load import is_adapted
+from hf_clm.model.loss import LossOptions, TargetLoss
+from hf_clm.recipe.recipe import Recipe
 from hf_clm.text.chat import stop_token_ids
 from hf_clm.training.callbacks import write_line
 from hf_clm.training.trainer import CLMTrainer

@@ -17,40 +17,29 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_clm.config import Recipe, recipe_to_yaml
+from hf_clm.data.batch.collators import build_collator, static_shape
 from hf_clm.data.label.datasets import label_options
 from hf_clm.data.prepared.sets import load_early
 from hf_clm.data.prepared.stream import PositionCollator, StreamedRows
+from hf_clm.data.read.plain_template import give_plain_template, settle_render
 from hf_clm.data.split import Split
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
 from hf_clm.errors import DataError, RecipeError, reach
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate, to_prompt_example
-from hf_clm.hardware import peak_memory, settle_cpu
-from hf_clm.inspector.documents import Reader
-from hf_clm.inspector.excerpt import write_excerpt
-from hf_clm.model import takes_targets
-from hf_clm.optimization import zero_rate_warning
-from hf_clm.parts import (
-    build_collator,
-    build_model,
-    build_model_config,
-    build_stream,
-    build_tokenizer,
-    check_launch,
-    check_model,
-    give_plain_template,
-    resolve,
-    settle_render,
-    static_shape,
-    training_arguments,
-)
-from hf_clm.recipe_sections import EVAL, TRAIN
-from hf_clm.report.page import write_report
+from hf_clm.machine import peak_memory, settle_cpu
+from hf_clm.model.build import build_model, build_model_config, build_tokenizer, check_model
+from hf_clm.model.load import takes_targets
+from hf_clm.pages.documents import Reader
+from hf_clm.pages.excerpt import write_excerpt
+from hf_clm.pages.report import write_report
+from hf_clm.recipe.recipe import Recipe, recipe_to_yaml
+from hf_clm.recipe.sections import EVAL, TRAIN
 from hf_clm.schema import whole_text
 from hf_clm.training.answering import Answering, load_answer_metrics
 from hf_clm.training.answering import find_questions as find_asked
+from hf_clm.training.arguments import build_stream, check_launch, resolve, training_arguments
 from hf_clm.training.callbacks import (
     EpochMeansCallback,
     LastEvaluationCallback,
@@ -66,6 +55,7 @@ from hf_clm.training.checkpoints import seal, step_of
 from hf_clm.training.faults import among_others, keep_timeout, writing
 from hf_clm.training.fitting import fitting, is_to_be_tried, train_fitting, try_largest
 from hf_clm.training.lock import locked
+from hf_clm.training.optimizer import zero_rate_warning
 from hf_clm.training.output import FINAL, publish, recording_failure, write_json, write_text
 from hf_clm.training.plots import write_loss_plots
 from hf_clm.training.prepare import Prepared, prepare
@@ -237,7 +227,8 @@ def build_trainer(
     evaluated: dict[str, Any] = {name: split.dataset for name, split in splits.items() if name != TRAIN}
     named = {name.removeprefix(f"{EVAL}_"): dataset for name, dataset in evaluated.items()}
     datasets = [split.dataset for split in splits.values()]
-    static = static_shape(datasets, arguments) if arguments.torch_compile else None
+    rows = max(arguments.train_batch_size, arguments.eval_batch_size)
+    static = static_shape(datasets, rows=rows) if arguments.torch_compile else None
     collate = build_collator(recipe, tokenizer, with_targets=takes_targets(model), static=static)
     trainer = CLMTrainer(
         model=model,

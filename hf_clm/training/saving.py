@@ -21,7 +21,7 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils.hub import PushInProgress
 
 from hf_clm.errors import EnvironmentFault, ModelError, RecipeError, reach
-from hf_clm.model import is_adapted
+from hf_clm.model.load import is_adapted
 from hf_clm.training.checkpoints import clear_place, fault_of, read_seal, rotate, seal
 from hf_clm.training.publish import push_checkpoint, push_folder, talking_to_the_hub
 from hf_clm.training.spread import saving_whole, without_copies

@@ -21,9 +21,9 @@ from uuid import uuid4
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainingArguments
 
-from hf_clm.config import Recipe, load_recipe
 from hf_clm.errors import EnvironmentFault, RecipeError, UserError
-from hf_clm.parts import resolve
+from hf_clm.recipe.recipe import Recipe, load_recipe
+from hf_clm.training.arguments import resolve
 from hf_clm.training.callbacks import spent_patience, write_line
 from hf_clm.training.changes import (
     Change,

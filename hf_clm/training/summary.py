@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
-from hf_clm.config import Recipe, describe_recipe
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.prepared.sets import NOTHING
 from hf_clm.data.prepared.store import HEAD
 from hf_clm.data.split import Split, note_lines
 from hf_clm.evaluation.metrics import unigram_entropy
-from hf_clm.hardware import bf16_instructions
 from hf_clm.hashing import fingerprint
-from hf_clm.model import is_adapted, without_adapters
-from hf_clm.parts import count_steps, resolve, rows_per_step
-from hf_clm.recipe_sections import EVAL, TRAIN
-from hf_clm.recipe_text import leaves
-from hf_clm.report.figures import evaluated_name, is_evaluated, to_duration, to_evaluated
+from hf_clm.machine import bf16_instructions
+from hf_clm.model.load import is_adapted, without_adapters
+from hf_clm.pages.figures import evaluated_name, is_evaluated, to_duration, to_evaluated
+from hf_clm.recipe.recipe import Recipe, describe_recipe
+from hf_clm.recipe.sections import EVAL, TRAIN
+from hf_clm.recipe.template import Template
+from hf_clm.recipe.text import leaves
 from hf_clm.schema import Chat
-from hf_clm.template import Template
+from hf_clm.training.arguments import count_steps, resolve, rows_per_step
 
 # Of a model's config: what a run sets, or what is compared elsewhere.
 NO_ARCHITECTURE = re.compile(r"_.*|.*_token_id|transformers_version|(torch_)?dtype|use_cache|architectures")

@@ -25,10 +25,18 @@ from hf_clm.data.batch.sampling import EpochSampler, EvenRows
 from hf_clm.data.prepared.stream import StreamedRows, plain_errors
 from hf_clm.errors import DivergedError
 from hf_clm.evaluation.metrics import count_tokens, logit_figures
-from hf_clm.flops import count_flops
-from hf_clm.hardware import gpu_figures, measure_peak, nominal_peak
-from hf_clm.loss import LossOptions, TargetLoss, TokenFigures, logit_loss, tally, use_target_loss, why_not
-from hf_clm.router_loss import RouterLoss
+from hf_clm.machine import gpu_figures, measure_peak, nominal_peak
+from hf_clm.model.flops import count_flops
+from hf_clm.model.loss import (
+    LossOptions,
+    TargetLoss,
+    TokenFigures,
+    logit_loss,
+    tally,
+    use_target_loss,
+    why_not,
+)
+from hf_clm.model.router_loss import RouterLoss
 from hf_clm.training.callbacks import ends_epoch
 from hf_clm.training.evaluating import EvaluatingTrainer
 from hf_clm.training.faults import checkpoint_bytes, writing
@@ -48,7 +56,7 @@ class CLMTrainer(EvaluatingTrainer):
     Adds to each log event: token_accuracy, tokens_seen, target_tokens_seen, tokens_per_second (real tokens of
     all processes), padding_share. Evaluation sums over tokens, so its loss is the same for every batch size.
     Raises DivergedError before the optimizer step that a NaN or Inf would spoil. Computes the loss at the
-    targets only (``hf_clm/loss.py``), unless the model needs its own (``own_loss`` says why).
+    targets only (``hf_clm/model/loss.py``), unless the model needs its own (``own_loss`` says why).
 
     Where rows hold ``weights``, the loss of an optimizer step is the sum of weight times loss over all its
     labels, divided by the sum of their weights. Evaluation and token_accuracy count every label once.

@@ -100,10 +100,11 @@ def trl_grouped(arm: Arm, job: Job) -> Any:
 def ours(arm: Arm, job: Job) -> Any:
     """This project, by the parts that ``hf_clm.train`` is made of."""
     from hf_clm import CLMTrainer, PackedDataset, PretrainDataset, SFTDataset
-    from hf_clm.config import Recipe
-    from hf_clm.hardware import keep_memory
-    from hf_clm.model import init_model, takes_targets
-    from hf_clm.parts import build_collator, training_arguments
+    from hf_clm.data.batch.collators import build_collator
+    from hf_clm.machine import keep_memory
+    from hf_clm.model.load import init_model, takes_targets
+    from hf_clm.recipe.recipe import Recipe
+    from hf_clm.training.arguments import training_arguments
 
     if arm.options != GLIBC:
         keep_memory()

@@ -184,7 +184,7 @@ def run_bare(case: Case, *, plan: Plan, rows: list[dict[str, Any]]) -> tuple[Wat
     """Our attention and loss without a Trainer."""
     import torch
 
-    from hf_clm.loss import use_target_loss
+    from hf_clm.model.loss import use_target_loss
 
     device = torch.device("cpu" if plan.is_miniature else "cuda")
     model, watch, collate = (
@@ -228,7 +228,7 @@ def measure_roofline(plan: Plan) -> dict[str, Any]:
     import torch
     import transformers
 
-    from hf_clm.hardware import nominal_peak
+    from hf_clm.machine import nominal_peak
 
     size, device = (512, "cpu") if plan.is_miniature else (8192, "cuda")
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))

@@ -117,7 +117,7 @@ def build_model(case: Case, attention: str) -> Any:
     """Random weights from one seed; a frozen base in bfloat16, what is trained in float32."""
     import torch
 
-    from hf_clm.model import build_config, init_model
+    from hf_clm.model.load import build_config, init_model
 
     common = {"vocab_size": case.vocab, "initializer_range": 0.02}
     settings: dict[str, Any] = {
@@ -190,8 +190,8 @@ def leak(model: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
     """
     import torch
 
-    from hf_clm.attention import use_for_generation, use_for_training
     from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
+    from hf_clm.model.attention import use_for_generation, use_for_training
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.eval()

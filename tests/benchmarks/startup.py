@@ -41,7 +41,7 @@ VALUES = {
 
 def write_corpus(folder: Path, records: int) -> dict[str, float]:
     """rows.jsonl of prompts and completions of invented words, and a tokenizer trained on some of them."""
-    from hf_clm.train_tokenizer import train_bpe
+    from hf_clm.text.train_tokenizer import train_bpe
 
     draw = np.random.default_rng(0)
     syllables = np.array([a + b for a in "bcdfghklmnprstvz" for b in "aeiou"])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from helpers import EOS, PAD, X, byte_tokenizer
 
-from hf_clm.inspector.page import Charts, write_page
-from hf_clm.inspector.rows import Document, Row, Vocabulary
+from hf_clm.pages.labels_page import Charts, write_page
+from hf_clm.pages.rows import Document, Row, Vocabulary
 
 INJECTED = "<script>document.title = 'injected'</script><img src=x onerror=\"document.title='injected'\">"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from report_runs import EVIL, to_metrics, write_run
 
-from hf_clm.report.compare import compare
-from hf_clm.report.page import write_report
+from hf_clm.pages.compare import compare
+from hf_clm.pages.report import write_report
 
 # Pairs of labels of one axis, or of one caption, that lie on each other.
 OVERLAPS = """() => [...document.querySelectorAll('svg.x, svg.y, figcaption')].flatMap(axis => {

@@ -10,13 +10,13 @@ from helpers import EOS, IM_END, PAD, byte_tokenizer, prompted, split_of, tiny_m
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from hf_clm.config import Recipe
 from hf_clm.doctor import checks
 from hf_clm.doctor.facts import Facts, Machine, Ok, Problem
 from hf_clm.doctor.memory import MemoryEstimate
 from hf_clm.errors import DataError, EnvironmentFault, ExitCode
+from hf_clm.recipe.recipe import Recipe
 from hf_clm.schema import Chat, Document, Tokens
-from hf_clm.tokenizer import use_chat_template
+from hf_clm.text.tokenizer import use_chat_template
 
 GIB = 2**30
 MACHINE = Machine(free_disk=100 * GIB, free_memory=100 * GIB, cores=8)

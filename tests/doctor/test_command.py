@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 
-from hf_clm.config import Recipe
 from hf_clm.doctor.command import Diagnosis, diagnose
 from hf_clm.doctor.facts import Ok, Problem
 from hf_clm.doctor.memory import MemoryEstimate
 from hf_clm.errors import EnvironmentFault, ExitCode, ModelError, RecipeError
+from hf_clm.recipe.recipe import Recipe
 
 MIB = 2**20
 # "say N\\n" is 6 tokens, read; N letters and the end token are learned.

@@ -8,7 +8,6 @@ import pytest
 from helpers import byte_tokenizer, prompted, split_of, tiny_model
 from transformers import AutoConfig, TrainingArguments
 
-from hf_clm.config import Recipe
 from hf_clm.data.split import Split
 from hf_clm.doctor import facts
 from hf_clm.doctor.facts import (
@@ -21,6 +20,7 @@ from hf_clm.doctor.facts import (
     to_problem,
 )
 from hf_clm.errors import DataError
+from hf_clm.recipe.recipe import Recipe
 
 
 def build_recipe(**sections: Any) -> tuple[Recipe, TrainingArguments]:

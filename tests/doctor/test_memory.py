@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import json, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM, logging
-from hf_clm.attention import register
+from hf_clm.model.attention import register
 from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
 from hf_clm.doctor.memory import MicroStep, estimate_memory, measure_memory
-from hf_clm.loss import use_target_loss
+from hf_clm.model.loss import use_target_loss
 
 logging.set_verbosity_error()
 kind, settings, step = json.loads(sys.argv[1])

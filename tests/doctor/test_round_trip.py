@@ -19,12 +19,12 @@ from helpers import EOS, IM_END, PAD, byte_tokenizer, save_folder, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_clm.attention import NAME
 from hf_clm.doctor import round_trip
 from hf_clm.doctor.round_trip import start_round_trip
 from hf_clm.errors import ExitCode, ModelError
-from hf_clm.model import load_model
-from hf_clm.tokenizer import use_chat_template
+from hf_clm.model.attention import NAME
+from hf_clm.model.load import load_model
+from hf_clm.text.tokenizer import use_chat_template
 from hf_clm.training.run import train
 
 PROMPT = [*b"say 3\n"]
@@ -274,7 +274,7 @@ def test_the_process_does_not_outlive_a_run_that_fails_meanwhile(tmp_path, monke
             started.append(self)
 
     monkeypatch.setattr(round_trip.subprocess, "Popen", Slow)
-    monkeypatch.setattr("hf_clm.attention.pairwise", lambda starts: [(starts[0], starts[-1])])
+    monkeypatch.setattr("hf_clm.model.attention.pairwise", lambda starts: [(starts[0], starts[-1])])
     with pytest.raises(ModelError):
         train(helpers.build_recipe(tmp_path, RECORDS, doctor={"round_trip": "start"}))
 

@@ -12,13 +12,13 @@ import torch
 from helpers import EOS, PAD, X, byte_tokenizer, save_folder, tiny_model
 from transformers import PreTrainedModel
 
-from hf_clm import loss
-from hf_clm.attention import NAME, register
 from hf_clm.data.batch import collators
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.doctor.selftest import SelfTest, choose_documents, self_test, to_packed_row
 from hf_clm.errors import ExitCode, ModelError
-from hf_clm.loss import LossOptions, use_target_loss
+from hf_clm.model import loss
+from hf_clm.model.attention import NAME, register
+from hf_clm.model.loss import LossOptions, use_target_loss
 from hf_clm.training import run as run_module
 from hf_clm.training.run import train
 
@@ -140,14 +140,14 @@ def test_a_packed_row_counts_the_positions_of_each_document():
 
 def one_document(monkeypatch, model) -> None:
     """The kernel of LLaMA-Factory without neat_packing: documents see each other."""
-    monkeypatch.setattr("hf_clm.attention.pairwise", lambda starts: [(starts[0], starts[-1])])
+    monkeypatch.setattr("hf_clm.model.attention.pairwise", lambda starts: [(starts[0], starts[-1])])
 
 
 def borders_shifted(monkeypatch, model) -> None:
     def shifted(starts):
         return pairwise([starts[0], *(start + 1 for start in starts[1:-1]), starts[-1]])
 
-    monkeypatch.setattr("hf_clm.attention.pairwise", shifted)
+    monkeypatch.setattr("hf_clm.model.attention.pairwise", shifted)
 
 
 def edit_packed(monkeypatch, **changes) -> None:

@@ -10,9 +10,7 @@ import torch
 from helpers import EOS, PAD, byte_tokenizer, document, prompted, save_folder, tiny_model, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from hf_clm.attention import NAME, register
 from hf_clm.cli import main
-from hf_clm.config import load_recipe
 from hf_clm.data.read.records import Examples
 from hf_clm.errors import DataError, ModelError, RecipeError
 from hf_clm.evaluation.choices import (
@@ -24,8 +22,10 @@ from hf_clm.evaluation.choices import (
     with_answer,
 )
 from hf_clm.evaluation.command import evaluate_run
+from hf_clm.model.attention import NAME, register
+from hf_clm.recipe.recipe import load_recipe
 from hf_clm.schema import Chat, Document, Segment, Tokens
-from hf_clm.tokenizer import use_chat_template
+from hf_clm.text.tokenizer import use_chat_template
 from hf_clm.training.run import train
 
 CHOICES = ["yes", "no", "maybe"]

@@ -7,9 +7,9 @@ import pytest
 from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 
 from hf_clm.cli import main
-from hf_clm.config import load_recipe
 from hf_clm.evaluation.command import evaluate_run
-from hf_clm.tokenizer import use_chat_template
+from hf_clm.recipe.recipe import load_recipe
+from hf_clm.text.tokenizer import use_chat_template
 from hf_clm.training.run import train
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}] * 2

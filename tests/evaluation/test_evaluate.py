@@ -7,9 +7,9 @@ import pytest
 import torch
 from helpers import EOS, X, byte_tokenizer, document, prompted, tiny_model
 
-from hf_clm.attention import NAME, register
 from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
 from hf_clm.evaluation.evaluate import Likelihood, measure_likelihood, target_kinds
+from hf_clm.model.attention import NAME, register
 from hf_clm.schema import Chat, Document, Segment
 
 EXAMPLES = [prompted("ab", "cd"), prompted("a", "é"), prompted("abcdefgh", "ijklmnop")]

@@ -18,7 +18,6 @@ from starlette.testclient import TestClient
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from hf_clm.cli import main
-from hf_clm.config import Samples
 from hf_clm.errors import ModelError
 from hf_clm.generation.chat import Conversation
 from hf_clm.generation.decoding import Decoding, ask, read_model_settings, stop_ids, under
@@ -27,7 +26,8 @@ from hf_clm.generation.load import load_run
 from hf_clm.generation.padding import Probe, probe
 from hf_clm.generation.serve import build_app
 from hf_clm.generation.worker import Worker
-from hf_clm.model import fit_to_tokenizer
+from hf_clm.model.load import fit_to_tokenizer
+from hf_clm.recipe.recipe import Samples
 from hf_clm.training.run import build_samples
 
 PROMPTS = ["a", "hello there", "xyz", "the quick brown fox", "to be", "0123456789"]

@@ -9,10 +9,10 @@ from hf_clm.data.read.formats import to_prompt
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import Generated, fit_new_tokens, generate, to_prompt_example
-from hf_clm.model import fit_to_tokenizer
+from hf_clm.model.load import fit_to_tokenizer
 from hf_clm.schema import Chat, Document, Segment
-from hf_clm.tokenizer import use_chat_template
-from hf_clm.train_tokenizer import train_characters
+from hf_clm.text.tokenizer import use_chat_template
+from hf_clm.text.train_tokenizer import train_characters
 
 OPTIONS = {"decoding": Decoding(8)}
 PLAIN = {"max_new_tokens": 8, "do_sample": False}  # of transformers

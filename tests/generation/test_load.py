@@ -9,7 +9,7 @@ from helpers import byte_tokenizer, save_folder, tiny_model
 
 from hf_clm.errors import EnvironmentFault, ModelError
 from hf_clm.generation.load import load_run, read_run
-from hf_clm.tokenizer import use_chat_template
+from hf_clm.text.tokenizer import use_chat_template
 
 FACTS = {"status": "done", "format": "instruct", "stage": "pretrain", "max_length": 77}
 

@@ -27,7 +27,7 @@ from hf_clm.generation.protocol import ApiError
 from hf_clm.generation.serve import is_local, load_page
 from hf_clm.generation.stream import Answer
 from hf_clm.generation.worker import Ticket, Worker
-from hf_clm.tokenizer import use_chat_template
+from hf_clm.text.tokenizer import use_chat_template
 
 KEY = "s3cret"
 WITH_KEY = {"Authorization": f"Bearer {KEY}"}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hf_clm.generation.decoding import Decoding, ask
 from hf_clm.generation.generate import generate
 from hf_clm.generation.stream import Answer, TextStream, stream_answers
-from hf_clm.model import fit_to_tokenizer
+from hf_clm.model.load import fit_to_tokenizer
 
 GREEDY = Decoding()
 

@@ -25,8 +25,8 @@ from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import to_prompt_example, to_prompt_ids
 from hf_clm.generation.load import LoadedRun
 from hf_clm.generation.protocol import ChatBody, read_body
-from hf_clm.model import fit_to_tokenizer
-from hf_clm.tokenizer import use_chat_template
+from hf_clm.model.load import fit_to_tokenizer
+from hf_clm.text.tokenizer import use_chat_template
 
 TEMPLATE = """\
 {%- if tools %}<|im_start|>system{{ '\\n' + (tools | tojson) }}<|im_end|>{{ '\\n' }}{% endif %}

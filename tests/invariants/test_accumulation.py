@@ -5,8 +5,8 @@ import torch
 from helpers import X, tiny_model
 from transformers import TrainingArguments
 
-from hf_clm.attention import NAME, register
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
+from hf_clm.model.attention import NAME, register
 from hf_clm.training.trainer import CLMTrainer
 
 # 24 rows of 1 to 70 targets: a mean of means would be far off.

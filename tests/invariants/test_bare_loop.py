@@ -9,8 +9,8 @@ import torch
 from helpers import X, tiny_model
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_clm.attention import NAME, register
 from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
+from hf_clm.model.attention import NAME, register
 from hf_clm.training.trainer import CLMTrainer
 
 STEPS, WARMUP, ACCUMULATION, RATE, DECAY, CLIP = 10, 2, 2, 3e-3, 0.1, 0.5

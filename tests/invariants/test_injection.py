@@ -17,7 +17,7 @@ from hf_clm.data.label.labels import encode_prompts
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.read.formats import to_example
 from hf_clm.errors import DataError
-from hf_clm.tokenizer import control_tokens, special_tokens, use_chat_template
+from hf_clm.text.tokenizer import control_tokens, special_tokens, use_chat_template
 
 # With special=True, as a user adds them for markup or tools; WRITTEN has special=False: a model writes those.
 ADDED = ["<think>", "</think>", "[TOOL]", "<|tool|>"]

@@ -7,10 +7,10 @@ import torch
 from helpers import X, build_recipe, byte_tokenizer, tiny_model
 from transformers import PreTrainedModel
 
-from hf_clm.attention import NAME, register
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
+from hf_clm.model.attention import NAME, register
 from hf_clm.training.run import train
 
 # Documents of 4 to 19 tokens; the last 1 to 8 of each are learned.

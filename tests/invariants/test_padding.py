@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers import EOS, PAD, X, tiny_model
 
-from hf_clm.attention import NAME, register
 from hf_clm.data.batch.collators import DataCollatorForCausalLM
 from hf_clm.evaluation.metrics import token_counts, token_nll
+from hf_clm.model.attention import NAME, register
 
 # The text holds the end token and the pad token as tokens of its own.
 ROWS = [

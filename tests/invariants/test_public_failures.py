@@ -25,8 +25,6 @@ from helpers import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_clm.attention import NAME, register
-from hf_clm.config import load_recipe
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import SFTDataset
@@ -37,8 +35,10 @@ from hf_clm.errors import DataError, DivergedError, RecipeError
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate, to_prompt_example
 from hf_clm.generation.load import load_run
+from hf_clm.model.attention import NAME, register
+from hf_clm.recipe.recipe import load_recipe
 from hf_clm.schema import Chat
-from hf_clm.tokenizer import add_pad_token, use_chat_template
+from hf_clm.text.tokenizer import add_pad_token, use_chat_template
 from hf_clm.training.run import train
 
 RECORDS = [{"instruct": f"say {n}", "input": "", "label": "xyz"[n % 3] * n} for n in range(1, 9)]

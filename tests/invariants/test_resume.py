@@ -10,7 +10,7 @@ import torch
 from helpers import byte_tokenizer, save_folder, tiny_model
 from safetensors.torch import load_file
 
-from hf_clm.config import Recipe
+from hf_clm.recipe.recipe import Recipe
 from hf_clm.training.run import train
 
 RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 14)]

@@ -10,9 +10,9 @@ from helpers import X, tiny_model
 from launched import run_ranks
 from transformers import AutoModelForCausalLM
 
-from hf_clm.attention import register
 from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
-from hf_clm.loss import use_target_loss
+from hf_clm.model.attention import register
+from hf_clm.model.loss import use_target_loss
 from hf_clm.training.spread import without_copies
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ import torch
 from helpers import byte_tokenizer, save_folder, tiny_model
 from safetensors.torch import load_file
 
-from hf_clm.config import Recipe
 from hf_clm.errors import DataError
+from hf_clm.recipe.recipe import Recipe
 from hf_clm.training.run import train
 
 # 28 documents, three or four to a chunk, 4 rows a step: 10 steps reach into the second pass of three shards.

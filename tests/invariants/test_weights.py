@@ -19,11 +19,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_clm.attention import NAME, register
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import TokenizedDataset, TokenizedRows
 from hf_clm.doctor.selftest import choose_documents
+from hf_clm.model.attention import NAME, register
 from hf_clm.training.trainer import CLMTrainer
 
 # Four rows of 2, 1, 3 and 5 targets. In micro-batches of one or two rows, and in the second of two

@@ -14,7 +14,7 @@ from helpers import X
 from hf_clm.data.batch.collators import DataCollatorForCausalLM
 from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
 from hf_clm.data.read.formats import to_example
-from hf_clm.tokenizer import load_tokenizer
+from hf_clm.text.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.peer
 

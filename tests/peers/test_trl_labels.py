@@ -24,7 +24,7 @@ from peers.test_templates import TEMPLATES, tokenizer_for
 from hf_clm.data.label.datasets import SFTDataset
 from hf_clm.schema import Chat, Message
 from hf_clm.text.chat import stop_token_ids
-from hf_clm.train_tokenizer import train_bpe
+from hf_clm.text.train_tokenizer import train_bpe
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.peer

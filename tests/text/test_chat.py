@@ -12,7 +12,7 @@ from hf_clm.errors import DataError, ModelError
 from hf_clm.schema import Chat, Message
 from hf_clm.text.chat import ChatRenderer, stop_token_ids
 from hf_clm.text.encode import Encoder
-from hf_clm.tokenizer import use_chat_template
+from hf_clm.text.tokenizer import use_chat_template
 
 START = "{{- '<|im_start|>' + message.role + '\n' }}"
 OPENS = "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"

@@ -8,7 +8,7 @@ from tokenizers import AddedToken
 
 from hf_clm.errors import DataError
 from hf_clm.text.encode import Encoder, Piece
-from hf_clm.tokenizer import use_chat_template
+from hf_clm.text.tokenizer import use_chat_template
 
 TOOL_TOKENS = ["<tool_call>", "</tool_call>"]  # special=False, as in Qwen's vocabulary: ids 260 and 261
 

@@ -12,12 +12,12 @@ from launched import launch, prepare, read_metrics, torchrun
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_clm.config import Recipe, load_recipe, recipe_to_yaml
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.evaluation.metrics import token_nll
-from hf_clm.inspector.command import View, inspect
-from hf_clm.report.page import build_report
-from hf_clm.report.record import load_record
+from hf_clm.pages.inspection import View, inspect
+from hf_clm.pages.report import build_report
+from hf_clm.recipe.recipe import Recipe, load_recipe, recipe_to_yaml
+from hf_clm.run_folder import load_record
 from hf_clm.training.run import train
 from hf_clm.training.trainer import CLMTrainer
 

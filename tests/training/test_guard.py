@@ -13,7 +13,7 @@ from helpers import EOS, byte_tokenizer, save_folder, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_clm.cli import main
-from hf_clm.config import recipe_to_yaml
+from hf_clm.recipe.recipe import recipe_to_yaml
 from hf_clm.training.guard import write_diverged
 from hf_clm.training.trainer import CLMTrainer
 

@@ -19,11 +19,11 @@ from pyarrow import parquet
 
 import hf_clm
 from hf_clm.cli import main
-from hf_clm.config import Recipe, recipe_to_yaml
 from hf_clm.data.prepared import cache, chunks
 from hf_clm.doctor.command import diagnose
 from hf_clm.errors import DataError, EnvironmentFault, RecipeError
-from hf_clm.inspector.command import View, inspect
+from hf_clm.pages.inspection import View, inspect
+from hf_clm.recipe.recipe import Recipe, recipe_to_yaml
 from hf_clm.training import prepare as module
 from hf_clm.training.prepare import prepare, prepare_recipe
 from hf_clm.training.run import train

@@ -123,7 +123,7 @@ def test_a_refused_run_leaves_neither_weights_nor_metrics_nor_a_done_status(tmp_
 
 def test_after_a_refusal_the_same_folder_takes_the_mended_run(tmp_path, monkeypatch):
     with monkeypatch.context() as broken, pytest.raises(ModelError):
-        broken.setattr("hf_clm.loss._add_product", lambda *args, **kwargs: None)
+        broken.setattr("hf_clm.model.loss._add_product", lambda *args, **kwargs: None)
         train(helpers.build_recipe(tmp_path, RECORDS))
 
     assert train(helpers.build_recipe(tmp_path, RECORDS, train={"max_steps": 1}))["status"] == "done"

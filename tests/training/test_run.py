@@ -13,8 +13,8 @@ import torch
 from helpers import EOS, PAD, byte_tokenizer, save_folder, tiny_model, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_clm.config import Recipe, load_recipe
 from hf_clm.errors import DataError, ExitCode, ModelError, RecipeError
+from hf_clm.recipe.recipe import Recipe, load_recipe
 from hf_clm.training import run as run_module
 from hf_clm.training.run import train
 

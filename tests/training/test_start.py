@@ -7,9 +7,9 @@ from typing import Any
 import helpers
 import pytest
 
-from hf_clm.config import recipe_to_yaml
 from hf_clm.errors import RecipeError
-from hf_clm.parts import resolve, training_arguments
+from hf_clm.recipe.recipe import recipe_to_yaml
+from hf_clm.training.arguments import resolve, training_arguments
 from hf_clm.training.changes import Change
 from hf_clm.training.checkpoints import read_seal, seal
 from hf_clm.training.start import Start, prepare_start

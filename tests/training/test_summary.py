@@ -9,8 +9,8 @@ import pytest
 from helpers import byte_tokenizer, tiny_model, write_jsonl
 from transformers import TrainingArguments
 
-from hf_clm.config import Recipe, load_recipe
 from hf_clm.data.prepared.cache import read_splits
+from hf_clm.recipe.recipe import Recipe, load_recipe
 from hf_clm.training.summary import RunFacts, end_lines, start_lines, versions
 
 # "say N\n" and N letters and the end token: 8, 9, 10 and 11 tokens, of which 2, 3, 4 and 5 are learned.

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.errors import DivergedError, ExitCode
-from hf_clm.flops import FlopCount
+from hf_clm.model.flops import FlopCount
 from hf_clm.training.trainer import CLMTrainer
 
 ROWS = [
@@ -85,7 +85,7 @@ def test_evaluation_weighs_every_target_token_alike_in_batches_of_any_size(tmp_p
         nll += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
         right += int((logits.argmax(-1) == targets).sum())
     if isinstance(collator, DataCollatorForPackedCausalLM):
-        from hf_clm.attention import NAME, register
+        from hf_clm.model.attention import NAME, register
 
         register()
         model.set_attn_implementation(NAME)

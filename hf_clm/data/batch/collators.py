@@ -1,13 +1,22 @@
 """Rows -> one batch. The only place where padding becomes -100."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import (
+    PreTrainedTokenizerFast,
+)
 
+from hf_clm.data.batch.packing import PackedDataset
+from hf_clm.data.split import AnyDataset
+from hf_clm.model.attention import NAME as PACKED
+from hf_clm.recipe.recipe import Recipe
 from hf_clm.schema import IGNORE_INDEX
+
+STATIC_TARGETS = 256  # the number of targets is rounded up to a multiple of it
 
 
 class DataCollatorForCausalLM:
@@ -189,3 +198,31 @@ def _weights(example: Any) -> np.ndarray:
 def _positions(example: Any) -> Any:
     positions = example.get("position_ids")
     return np.arange(len(example["input_ids"])) if positions is None else positions
+
+
+def build_collator(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    with_targets: bool = False,
+    static: StaticShape | None = None,
+) -> Callable[..., dict[str, Any]]:
+    """Rows laid one behind the other; padded only where nothing is packed and the attention is another."""
+    assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer gives it one"
+    if recipe.resolved_packing == "none" and recipe.model.attention != PACKED:
+        return DataCollatorForCausalLM(tokenizer.pad_token_id)
+    options: dict[str, Any] = {"with_targets": with_targets, "static": static}
+    return DataCollatorForPackedCausalLM(**options, pad_token_id=tokenizer.pad_token_id)
+
+
+def static_shape(datasets: Sequence[AnyDataset], *, rows: int) -> StaticShape:
+    """One shape that holds every batch of at most ``rows`` rows, so that torch.compile compiles once."""
+    longest, documents = 1, rows
+    for dataset in datasets:
+        if isinstance(dataset, PackedDataset):
+            fullest = np.sort(np.diff(dataset.pieces.offsets))[-rows:]
+            longest, documents = max(longest, dataset.max_length), max(documents, int(fullest.sum()))
+        else:
+            longest = max(longest, int(dataset.lengths.max()))
+    # every process may have rows of one token that only fill up
+    return StaticShape(rows * longest, documents + rows, longest, targets_multiple=STATIC_TARGETS)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.config import Recipe, Source
 from hf_clm.data.label.labels import (
     Fate,
     Rows,
@@ -26,10 +25,11 @@ from hf_clm.data.label.labels import (
 from hf_clm.data.label.render import LabelOptions, Plan, Policy, Renderer, TrainOn, check_not_rendered
 from hf_clm.data.read.formats import FirstSeen, ReadRecord, check_same_masks, detect_format, to_example
 from hf_clm.errors import DataError
+from hf_clm.recipe.recipe import Recipe, Source
 from hf_clm.schema import AnyExample, Chat, Format, TokenizedExample, Tokens, whole_text
 from hf_clm.text.chat import Reasoning
 from hf_clm.text.encode import Encoder
-from hf_clm.tokenizer import find_unknown, unknown_id
+from hf_clm.text.tokenizer import find_unknown, unknown_id
 
 COLLECTED_EVERY = 50_000  # new objects; Python's own 700 suit a program that keeps few
 BATCH_ROWS = 1000  # examples in one call of the tokenizer: enough to keep its threads busy, little memory

@@ -17,7 +17,7 @@ from hf_clm.data.label.render import APART, LabelOptions, Plan, Renderer
 from hf_clm.errors import DataError
 from hf_clm.schema import IGNORE_INDEX, Chat, Example, Message, TokenizedExample, Tokens
 from hf_clm.text.encode import Encoder, Piece
-from hf_clm.tokenizer import max_token_id
+from hf_clm.text.tokenizer import max_token_id
 
 Rows = list[TokenizedExample]
 AnyRow = TypeVar("AnyRow", bound=Any)

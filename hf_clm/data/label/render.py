@@ -22,7 +22,7 @@ from hf_clm.errors import DataError, ModelError
 from hf_clm.schema import AnyExample, Chat, Document, Example, Message, Segment, Tokens
 from hf_clm.text.chat import ChatRenderer, Reasoning, Turn
 from hf_clm.text.encode import Encoder, Piece, Span
-from hf_clm.tokenizer import bos_token
+from hf_clm.text.tokenizer import bos_token
 
 Policy = Literal["encode_as_text", "error", "allow"]
 APART = "a row for each turn"

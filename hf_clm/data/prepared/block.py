@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.config import Data, Recipe
 from hf_clm.data.label.datasets import UNREADABLE, TokenizedRows, label_options, tokenize_rows
 from hf_clm.data.label.labels import Fate
 from hf_clm.data.label.render import Renderer
@@ -26,6 +25,7 @@ from hf_clm.data.read.formats import own_modules, provide_modules
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import check_record, read_options
 from hf_clm.errors import DataError
+from hf_clm.recipe.recipe import Data, Recipe
 from hf_clm.schema import AnyExample
 from hf_clm.text.chat import stop_token_ids
 

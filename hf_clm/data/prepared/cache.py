@@ -16,7 +16,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 import hf_clm.schema
-from hf_clm.config import Data, Recipe, Source
 from hf_clm.data.prepared.prepare import write_prepared
 from hf_clm.data.prepared.sets import read_examples, to_head
 from hf_clm.data.prepared.store import Stored, open_store
@@ -25,7 +24,8 @@ from hf_clm.data.read.readers import ReadReport, compression, suffix
 from hf_clm.data.read.sources import find_files
 from hf_clm.data.split import Split, mix_splits
 from hf_clm.hashing import fingerprint, hash_file
-from hf_clm.tokenizer import fix_date, prints_date
+from hf_clm.recipe.recipe import Data, Recipe, Source
+from hf_clm.text.tokenizer import fix_date, prints_date
 
 COMMIT = re.compile("[0-9a-f]{40}")
 KEY_LETTERS = 32  # of the sha256, in the name of the folder
@@ -33,7 +33,7 @@ HASHES = ".hashes"  # in the cache: sha256 of large data files that were read be
 REMEMBERED_BYTES = 1 << 20
 SETTLED_NS = 10 * 10**9
 LIBRARIES = ("tokenizers", "transformers")  # which render and encode
-LABELLING = ("schema.py", "template.py", "tokenizer.py", "text", "data")  # where labels are made and proved
+LABELLING = ("schema.py", "recipe/template.py", "text", "data")  # where labels are made and proved
 
 
 @dataclass(frozen=True)

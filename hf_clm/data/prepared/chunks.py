@@ -17,7 +17,6 @@ from typing import TypeAlias
 
 import pyarrow
 
-from hf_clm.config import Data, Source
 from hf_clm.data.read.formats import BEHIND, FirstSeen
 from hf_clm.data.read.readers import (
     READERS,
@@ -33,6 +32,7 @@ from hf_clm.data.read.readers import (
 from hf_clm.data.read.records import read_example, read_options
 from hf_clm.data.read.sources import check_value, find_files, open_stream, read_hub
 from hf_clm.errors import DataError
+from hf_clm.recipe.recipe import Data, Source
 
 LINES = (".jsonl", ".ndjson")
 COLUMNS = (".parquet", ".arrow")

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow
 from tqdm import tqdm
 
-from hf_clm.config import Data
 from hf_clm.data.label.datasets import UNREADABLE, rare_collection
 from hf_clm.data.prepared.block import DIGESTS, LEDGER, ROWS, Block, read_raw
 from hf_clm.data.prepared.selection import Candidates
@@ -24,6 +23,7 @@ from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import no_example
 from hf_clm.data.read.sources import no_record
 from hf_clm.errors import UserError, reach
+from hf_clm.recipe.recipe import Data
 
 SAID_SECONDS = 60.0  # between two lines on how far it has come
 READ_ON_SECONDS = 60.0  # after the first record that cannot be used, to find others

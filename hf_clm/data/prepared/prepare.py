@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.config import Data, Recipe
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.data.prepared.block import DIGESTS, ROWS, Block, BlockMaker
@@ -43,9 +42,10 @@ from hf_clm.data.proof.proof import Proof, prove_split
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import Examples
 from hf_clm.data.split import check_dropped, pack_rows
-from hf_clm.recipe_sections import TRAIN
+from hf_clm.recipe.recipe import Data, Recipe
+from hf_clm.recipe.sections import TRAIN
 from hf_clm.schema import AnyExample
-from hf_clm.tokenizer import fix_date
+from hf_clm.text.tokenizer import fix_date
 
 PARTS = "parts"  # in the folder, while it is made
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_clm.config import Data
 from hf_clm.errors import DataError
-from hf_clm.recipe_sections import TRAIN
+from hf_clm.recipe.recipe import Data
+from hf_clm.recipe.sections import TRAIN
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ from itertools import islice
 
 import numpy as np
 
-from hf_clm.config import Data, Recipe
 from hf_clm.data.prepared.block import ReadBlock, read_raw
 from hf_clm.data.prepared.chunks import Chunk, RawBlock, read_blocks
 from hf_clm.data.prepared.selection import Candidates, select
 from hf_clm.data.proof.leakage import digest
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import Examples, no_example
-from hf_clm.recipe_sections import EVAL, TRAIN
+from hf_clm.recipe.recipe import Data, Recipe
+from hf_clm.recipe.sections import EVAL, TRAIN
 from hf_clm.schema import AnyExample, Document, Segment, whole_text
 
 STREAM_HEAD = 1000  # documents of each source of a stream that are prepared and proved before the first step

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from hf_clm.config import Recipe
 from hf_clm.data.batch.packing import PackedDataset, Pieces
 from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.data.prepared.tables import StoredLedger, StoredRows
@@ -31,6 +30,7 @@ from hf_clm.data.read.sources import ReadReport
 from hf_clm.data.split import Split, pack_rows
 from hf_clm.errors import DataError, EnvironmentFault
 from hf_clm.hashing import fingerprint
+from hf_clm.recipe.recipe import Recipe
 from hf_clm.schema import AnyExample, example_from_json
 
 INDEX, LEDGER, PARTIAL = "prepared.json", "ledger", ".partial-"

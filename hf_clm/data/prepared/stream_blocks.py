@@ -6,9 +6,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    PreTrainedTokenizerFast,
+)
 
-from hf_clm.config import Data, Recipe, Source
 from hf_clm.data.label.datasets import UNREADABLE, TokenizedDataset
 from hf_clm.data.prepared.block import BlockMaker
 from hf_clm.data.prepared.chunks import (
@@ -29,6 +30,7 @@ from hf_clm.data.read.opening import file_size, open_raw
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import read_options
 from hf_clm.data.split import pack_rows
+from hf_clm.recipe.recipe import Data, Recipe, Source
 from hf_clm.schema import Json
 
 PROBES, PROBE_BYTES = 16, 16_384  # of a file, to tell that it is the same

@@ -15,7 +15,7 @@ from hf_clm.data.proof.chats import ChatChecker
 from hf_clm.data.proof.documents import DocumentChecker
 from hf_clm.data.proof.texts import CHECKS, Assembled, Texts
 from hf_clm.schema import AnyExample, Chat, Document, Tokens
-from hf_clm.tokenizer import bos_token
+from hf_clm.text.tokenizer import bos_token
 
 PROVED_OF_SHAPE = 20  # rows of each shape in a block that are proved
 PROVED_SHARE = 50  # and one row in this many

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.config import Recipe
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import label_options
 from hf_clm.data.label.labels import encode_prompts
@@ -18,7 +17,8 @@ from hf_clm.data.proof.leakage import Leakage, check_leakage
 from hf_clm.data.proof.ledger import Totals
 from hf_clm.data.split import Split
 from hf_clm.errors import DataError
-from hf_clm.recipe_sections import EVAL
+from hf_clm.recipe.recipe import Recipe
+from hf_clm.recipe.sections import EVAL
 from hf_clm.schema import TokenizedExample
 
 COMPARED = 50  # rows whose prompt is rendered again as for generation

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.schema import Chat, Document, whole_text
-from hf_clm.tokenizer import control_pattern, control_tokens, special_tokens
+from hf_clm.text.tokenizer import control_pattern, control_tokens, special_tokens
 
 HALF_LETTER = "\ufffd"  # what is left of a letter whose bytes a cut has parted
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from hf_clm.config import Data, Recipe, Source
 from hf_clm.data.read.files import find_files
 from hf_clm.data.read.formats import FirstSeen
 from hf_clm.data.read.opening import is_remote, open_stream
@@ -22,7 +21,8 @@ from hf_clm.data.read.readers import READERS, ReadReport, compression, suffix
 from hf_clm.data.read.records import check_record, read_options
 from hf_clm.data.read.sources import no_record
 from hf_clm.errors import DataError, EnvironmentFault, UserError
-from hf_clm.launcher import is_first_here
+from hf_clm.machine import is_first_here
+from hf_clm.recipe.recipe import Data, Recipe, Source
 
 CHECKED_BYTES = 8 * 1024 * 1024  # of all files together: about half a second
 EXPANSION = 5  # about how much larger the text of a compressed file or of Parquet is

@@ -7,7 +7,12 @@ system text where the format has one. What else a record held stands in keys of 
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any, cast
+
+from transformers import (
+    PreTrainedTokenizerFast,
+)
 
 from hf_clm.data.read.formats import (
     ALPACA_HEAD,
@@ -16,8 +21,12 @@ from hf_clm.data.read.formats import (
     ALPACA_PREAMBLE_WITH_INPUT,
     ALPACA_TAIL,
 )
+from hf_clm.recipe.recipe import Recipe
+from hf_clm.recipe.template import Template, split_template
 from hf_clm.schema import Chat, Example
-from hf_clm.template import Template, split_template
+from hf_clm.text.tokenizer import (
+    bos_token,
+)
 
 ALPACA = re.compile(
     rf"(?P<head>.*?)\n\n{ALPACA_HEAD}(?P<instruction>.*?)"
@@ -119,3 +128,29 @@ def _text(text: str) -> str:
     """A Jinja string."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
     return f"'{escaped}'"
+
+
+def settle_render(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Recipe:
+    """The recipe with ``data.render: auto`` decided. A template that only writes plain prompts is none."""
+    return recipe.for_tokenizer(has_template=bool(tokenizer.chat_template) and not is_plain(tokenizer))
+
+
+def give_plain_template(
+    tokenizer: PreTrainedTokenizerFast, recipe: Recipe, *, formats: Iterable[str]
+) -> list[str]:
+    """Gives the tokenizer a chat template that writes the plain prompts of a run; returns lines to print.
+
+    So the model can be asked with transformers alone. Nothing is done for chats and for pretraining.
+    """
+    found = sorted(formats)
+    if recipe.stage != "sft" or recipe.data.render == "chat" or {"messages", "sharegpt"}.intersection(found):
+        return []
+    templates = [source.template for source in recipe.data.train]
+    starts = bos_token(tokenizer) is not None
+    is_alike = len(found) == 1 and all(template == templates[0] for template in templates)
+    text = plain_template(found[0], templates[0], starts=starts) if is_alike else None
+    if text is None:
+        why = f"{', '.join(found)} have no single form of a prompt"
+        return [f"asked     by hf-clm generate alone: no chat template is saved ({why})"]
+    tokenizer.chat_template = text
+    return [f"asked     as messages too: a chat template that writes these prompts ({found[0]}) is saved"]

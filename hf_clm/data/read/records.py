@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_clm.config import Data, Source
 from hf_clm.data.read.formats import (
     FirstSeen,
     check_same_masks,
@@ -19,6 +18,7 @@ from hf_clm.data.read.formats import (
 from hf_clm.data.read.sources import ReadOptions, ReadReport, Record, check_value
 from hf_clm.data.read.templating import to_template_example
 from hf_clm.errors import DataError
+from hf_clm.recipe.recipe import Data, Source
 from hf_clm.schema import AnyExample
 
 NONCHARACTER = re.compile("[\ufdd0\ufdd1]")  # the marks of hf_clm.text.encode

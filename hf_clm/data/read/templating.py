@@ -11,8 +11,8 @@ from typing import Any
 
 from hf_clm.data.read.row import is_missing, look_up, missing_name
 from hf_clm.errors import DataError
+from hf_clm.recipe.template import Part, Template, split_template, to_cell
 from hf_clm.schema import Document, Segment
-from hf_clm.template import Part, Template, split_template, to_cell
 
 Record = Mapping[str, Any]
 

@@ -8,8 +8,8 @@ import torch
 from helpers import PAD, X, tiny_model
 from transformers import PreTrainedModel
 
-from hf_clm.attention import NAME, register
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
+from hf_clm.model.attention import NAME, register
 
 SHORT = {"input_ids": [1, 2], "labels": [X, 2]}
 LONG = {"input_ids": [3, 4, 5], "labels": [X, X, 5]}

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from hf_clm.config import Recipe, load_recipe
 from hf_clm.data.batch.mixing import (
     MixOptions,
     RecordCounts,
@@ -33,8 +32,9 @@ from hf_clm.data.prepared.cache import read_splits
 from hf_clm.data.proof.proof import prove_mix
 from hf_clm.data.split import Split, mix_splits
 from hf_clm.errors import DataError, RecipeError
-from hf_clm.inspector.command import View, inspect
-from hf_clm.parts import training_arguments
+from hf_clm.pages.inspection import View, inspect
+from hf_clm.recipe.recipe import Recipe, load_recipe
+from hf_clm.training.arguments import training_arguments
 from hf_clm.training.prepare import prepare
 from hf_clm.training.run import train
 from hf_clm.training.summary import guessing_loss

@@ -20,7 +20,7 @@ from hf_clm.data.label.labels import Fate, count_targets, encode_plans
 from hf_clm.data.label.render import LabelOptions, Renderer, TrainOn
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.schema import Chat, Document, Segment, Tokens
-from hf_clm.tokenizer import use_chat_template
+from hf_clm.text.tokenizer import use_chat_template
 
 PLAIN = byte_tokenizer()
 TOKENIZER = byte_tokenizer()

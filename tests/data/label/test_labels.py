@@ -36,9 +36,9 @@ from hf_clm.data.label.labels import (
 from hf_clm.data.label.render import LabelOptions, TrainOn
 from hf_clm.errors import DataError, ModelError
 from hf_clm.schema import Chat, Document, Message, Segment, TokenizedExample, Tokens
-from hf_clm.sentencepiece_file import load_sentencepiece
 from hf_clm.text.encode import Piece
-from hf_clm.tokenizer import use_chat_template
+from hf_clm.text.sentencepiece_file import load_sentencepiece
+from hf_clm.text.tokenizer import use_chat_template
 
 P, Q = ord("p"), ord("q")
 TOKENIZER = byte_tokenizer()

@@ -15,7 +15,7 @@ from hf_clm.data.label.labels import encode_prompts
 from hf_clm.data.label.render import LabelOptions, Renderer, TrainOn
 from hf_clm.errors import DataError, ModelError
 from hf_clm.schema import Chat, Document, Message, Segment
-from hf_clm.tokenizer import control_tokens, use_chat_template
+from hf_clm.text.tokenizer import control_tokens, use_chat_template
 
 THINKS = (  # reasoning of the last turn only, as Qwen3
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' }}"

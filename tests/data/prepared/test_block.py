@@ -18,7 +18,7 @@ from hf_clm.data.proof.leakage import digest, loose_digest
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.errors import DataError
 from hf_clm.schema import Document, Segment
-from hf_clm.train_tokenizer import train_characters
+from hf_clm.text.train_tokenizer import train_characters
 
 # "a\n" is read, N letters and the end token are learned: 4, 5, 6 tokens.
 RECORDS = [{"instruct": "a\n", "input": "", "label": "x" * n} for n in (1, 2, 3)]

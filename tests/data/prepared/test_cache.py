@@ -11,14 +11,14 @@ from helpers import byte_tokenizer, write_jsonl
 from prepared_sets import recipe_of
 
 import hf_clm.schema
-from hf_clm.config import Recipe
 from hf_clm.data.prepared import cache
 from hf_clm.data.prepared.cache import cache_folder, find_place, open_place, read_splits
 from hf_clm.data.prepared.prepare import write_prepared
 from hf_clm.data.read.formats import own_modules
 from hf_clm.errors import DataError
-from hf_clm.recipe_sections import Data, Source
-from hf_clm.tokenizer import use_chat_template
+from hf_clm.recipe.recipe import Recipe
+from hf_clm.recipe.sections import Data, Source
+from hf_clm.text.tokenizer import use_chat_template
 
 RECORDS = [{"prompt": "a", "completion": "x" * n} for n in (1, 2, 3)]
 
@@ -257,7 +257,7 @@ def test_another_letter_in_a_module_that_makes_labels_is_another_key(copied, mod
     assert key() != before
 
 
-@pytest.mark.parametrize("module", ["cli.py", "training/trainer.py", "report/page.css", "loss.py"])
+@pytest.mark.parametrize("module", ["cli.py", "training/trainer.py", "pages/style.css", "model/loss.py"])
 def test_another_letter_elsewhere_is_not(copied, module):
     before = key()
     (copied / module).parent.mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ import hf_clm
 from hf_clm.data.prepared import chunks
 from hf_clm.data.prepared.cluster import RayBlocks
 from hf_clm.errors import DataError, EnvironmentFault, ExitCode, RecipeError
-from hf_clm.tokenizer import use_chat_template
+from hf_clm.text.tokenizer import use_chat_template
 from hf_clm.training.prepare import prepare_recipe
 
 ray = pytest.importorskip("ray")

@@ -23,7 +23,7 @@ from hf_clm.data.read import faults
 from hf_clm.data.split import Split
 from hf_clm.errors import DataError, ExitCode
 from hf_clm.schema import whole_text
-from hf_clm.tokenizer import use_chat_template
+from hf_clm.text.tokenizer import use_chat_template
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo, <|im_end|> you"}]
 FORMATS: dict[str, list[dict[str, Any]]] = {

@@ -20,13 +20,18 @@ from helpers import byte_tokenizer, read_split, save_folder, tiny_model, write_j
 from pyarrow import parquet
 
 from hf_clm.cli import main
-from hf_clm.config import Recipe
 from hf_clm.data.prepared import chunks
 from hf_clm.data.prepared.sets import load_examples, to_head
 from hf_clm.data.prepared.stream import StreamedRows, StreamPlan
-from hf_clm.data.prepared.stream_blocks import counted_by, read_stream, shares_of, stream_identity
+from hf_clm.data.prepared.stream_blocks import (
+    build_stream,
+    counted_by,
+    read_stream,
+    shares_of,
+    stream_identity,
+)
 from hf_clm.errors import DataError, RecipeError
-from hf_clm.parts import build_stream
+from hf_clm.recipe.recipe import Recipe
 
 TOKENIZER = byte_tokenizer()
 SIZE = 2500  # letters of the longest records: at least four lie in a chunk of lines, which has 8 KiB

@@ -12,7 +12,7 @@ from hf_clm.data.proof.certificate import certify
 from hf_clm.errors import DataError
 from hf_clm.schema import Chat, Document, Segment, Tokens
 from hf_clm.text.chat import stop_token_ids
-from hf_clm.tokenizer import use_chat_template
+from hf_clm.text.tokenizer import use_chat_template
 
 CHAT = [
     {"role": "user", "content": "Hi, who <|im_end|> are you?"},

@@ -9,7 +9,6 @@ import pytest
 from helpers import byte_tokenizer, document, prompted, prove_records, split_of
 from pyarrow import parquet
 
-from hf_clm.config import Recipe
 from hf_clm.data.batch.packing import PackedDataset, Pieces
 from hf_clm.data.label.datasets import PretrainDataset
 from hf_clm.data.label.labels import Fate
@@ -18,6 +17,7 @@ from hf_clm.data.proof.leakage import Leakage, are_among, check_leakage, digest,
 from hf_clm.data.proof.ledger import Entered, Totals, write_ledger
 from hf_clm.data.split import Split
 from hf_clm.errors import DataError, ExitCode
+from hf_clm.recipe.recipe import Recipe
 from hf_clm.schema import Chat, Document, Segment, Tokens
 
 # "say\n" is read (4 tokens); 2, 4, 8 and 20 letters and the end token are learned: 7, 9, 13 and 25 tokens.

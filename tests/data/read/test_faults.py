@@ -12,9 +12,9 @@ import pytest
 from helpers import write_jsonl
 
 from hf_clm.cli import main
-from hf_clm.config import load_recipe
 from hf_clm.data.read.faults import CHECKED_BYTES, Faults, check_data
 from hf_clm.errors import DataError, EnvironmentFault, UserError
+from hf_clm.recipe.recipe import load_recipe
 
 DOCUMENT_FIX = "one object a line; a JSON array or pretty-printed object belongs into a .json file"
 NONCHARACTER = "the text holds a noncharacter (U+FDD0 or U+FDD1); fix: remove it; no valid text contains one"

@@ -4,7 +4,6 @@ import pandas
 import pytest
 from helpers import EOS, X, build_recipe, byte_tokenizer, read_split, shown, write_jsonl
 
-from hf_clm.config import Data, Source
 from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
 from hf_clm.data.label.labels import encode_prompts
 from hf_clm.data.label.render import LabelOptions, Renderer
@@ -13,9 +12,10 @@ from hf_clm.data.proof.certificate import certify
 from hf_clm.data.read.plain_template import is_plain, plain_template
 from hf_clm.data.read.templating import to_template_example, to_template_prompt, to_template_words, with_title
 from hf_clm.errors import DataError
+from hf_clm.recipe.recipe import Data, Source
+from hf_clm.recipe.template import Template
 from hf_clm.schema import Document, Segment
-from hf_clm.template import Template
-from hf_clm.tokenizer import add_control_tokens
+from hf_clm.text.tokenizer import add_control_tokens
 
 PAIR = Template(prompt="{a} = {b}?\n", completion="{label}", labels={"0": "no", "1": "yes"})
 ESSAY = Template(text="{title}<sep>{content}")

@@ -1,0 +1,147 @@
+"""``hf-clm inspect``: a recipe or a run becomes a view of the rows that its training is given."""
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import nlargest
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast, TrainingArguments
+
+from hf_clm.data.batch.collators import build_collator
+from hf_clm.data.batch.packing import PackedDataset
+from hf_clm.data.prepared.cache import read_splits
+from hf_clm.data.prepared.sets import STREAM_HEAD, load_early
+from hf_clm.data.read.plain_template import settle_render
+from hf_clm.data.split import Split
+from hf_clm.errors import RecipeError
+from hf_clm.model.build import build_tokenizer_aside
+from hf_clm.pages.documents import Reader, inspect_rows
+from hf_clm.pages.labels_page import Charts, write_page
+from hf_clm.pages.rows import Row
+from hf_clm.pages.terminal import legend, to_lines, wrap_text
+from hf_clm.recipe.recipe import Recipe, find_recipe, load_recipe
+from hf_clm.recipe.sections import EVAL, TRAIN
+from hf_clm.text.tokenizer import load_tokenizer
+from hf_clm.training.arguments import training_arguments
+
+HTML_ROWS = 10_000  # a page with more opens too slowly
+LISTED_DROPS = 5
+
+
+@dataclass(frozen=True)
+class View:
+    """What to show of a split, and how. ``worst`` looks at all rows and shows those with the worst flags."""
+
+    rows: int = 5
+    html: str | None = None
+    split: str = "train"
+    color: str = "auto"
+    worst: bool = False
+
+
+def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[str] = ()) -> str:
+    """The text to print; writes the page too if the view names one.
+
+    Raises RecipeError for a folder that is no run, or a split that the recipe does not have.
+    """
+    recipe = load_recipe(find_recipe(target), overrides, options=options)
+    arguments = training_arguments(recipe)
+    known = [TRAIN, *(recipe.data.eval_sets or ([EVAL] if recipe.data.eval_fraction else []))]
+    name = view.split if view.split in known else f"{EVAL}_{view.split}"
+    if name not in known:
+        fix = f"--split {' or '.join(known)}" if len(known) > 1 else "set data.eval or data.eval_fraction"
+        raise RecipeError(f"the recipe has no set {view.split!r}", where=target, fix=fix)
+    tokenizer = _tokenizer(recipe, arguments=arguments, target=target)
+    recipe = settle_render(recipe, tokenizer)
+    split = read_splits(recipe, tokenizer, seed=arguments.seed)[name]
+    batch_size = arguments.train_batch_size if name == TRAIN else arguments.eval_batch_size
+    reader = Reader(split, tokenizer, recipe=recipe)
+    found = inspect_rows(split, reader, collate=build_collator(recipe, tokenizer), batch_size=batch_size)
+    wanted = max(HTML_ROWS, view.rows) if view.html else view.rows
+    rows = nlargest(wanted, found, key=_severity) if view.worst else list(islice(found, wanted))
+    charts = to_charts(split, recipe.data.max_length, batch_size=batch_size)
+    facts = to_facts(split, charts, shown=len(rows))
+    if recipe.data.streaming and name == TRAIN:
+        facts = {"stream": f"the first {STREAM_HEAD:,} documents of each source", **facts}
+    lines = _text(rows[: view.rows], facts, reader=reader, colors=_wants_colors(view.color))
+    if view.html:
+        write_page(
+            view.html, rows, vocabulary=reader.vocabulary, facts={"from": target, **facts}, charts=charts
+        )
+        lines.append(f"wrote {view.html}: {len(rows):,} of {len(split.dataset):,} rows")
+    return "\n".join(lines)
+
+
+def to_facts(split: Split, charts: Charts, *, shown: int) -> dict[str, str]:
+    """The counts of a split, by name, as they are printed."""
+    ledger, targets = split.ledger, split.target_tokens
+    drops = [f"{ledger.places[at]} ({ledger.fates[at].reason})" for at in ledger.where("dropped").tolist()]
+    over, longest = charts.lengths > charts.max_length, charts.lengths.max(initial=0)
+    facts = {
+        "rows": f"{len(split.dataset):,} ({shown:,} shown), of {len(split.lengths):,} documents",
+        "tokens": f"{split.tokens:,}, {targets:,} targets ({targets / split.tokens:.1%})",
+        "examples": ", ".join(f"{count:,} {fate}" for fate, count in split.fates.most_common()),
+        "length": f"median {np.median(charts.lengths):,.0f}, longest {longest:,}; "
+        f"{over.mean():.1%} over max_length {charts.max_length:,}",
+        "fill": ", ".join(f"{name} {share:.1%}" for name, share in charts.fills.items()),
+    }
+    if split.mix:
+        shares = [f"{one.source} {one.drawn:.1%} ({one.asked:.1%} asked)" for one in split.mix.shares]
+        facts["mixing"] = ", ".join(shares)
+    if drops:
+        facts["dropped"] = "; ".join(drops[:LISTED_DROPS]) + ("; ..." if len(drops) > LISTED_DROPS else "")
+    if ledger.spelled:
+        spelled = ledger.spelled.most_common(LISTED_DROPS)
+        facts["control tokens in text"] = ", ".join(f"{text!r} × {count:,}" for text, count in spelled)
+    return facts
+
+
+def to_charts(split: Split, max_length: int, *, batch_size: int) -> Charts:
+    """The lengths before anything was cut, and how full padded batches would be beside packed rows."""
+    padded = padded_fill(split.lengths, max_length, batch_size=batch_size)
+    fills = {f"padded in batches of {batch_size}": padded}
+    if isinstance(split.dataset, PackedDataset):
+        fills["packed"] = split.dataset.fill
+    return Charts(split.ledger.numbers("tokens"), max_length, fills)
+
+
+def padded_fill(lengths: np.ndarray, max_length: int, *, batch_size: int) -> float:
+    """The share of real tokens if rows of at most ``max_length`` were padded to their batch's longest."""
+    rows = np.array(
+        [min(max_length, length - i) for length in lengths.tolist() for i in range(0, length, max_length)]
+    )
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return float(rows.sum() / sum(len(batch) * batch.max() for batch in batches))
+
+
+def _tokenizer(recipe: Recipe, *, arguments: TrainingArguments, target: str) -> PreTrainedTokenizerFast:
+    """The run's own, if the run trained it."""
+    if recipe.tokenizer.train is not None and Path(target).is_dir():
+        return load_tokenizer(target, pad_token=recipe.tokenizer.pad_token)
+    loaded = load_early(recipe, arguments.seed)
+    return build_tokenizer_aside(recipe, loaded, arguments=arguments)
+
+
+def _severity(row: Row) -> tuple[int, ...]:
+    return row.severity
+
+
+def _wants_colors(choice: str) -> bool:
+    if choice != "auto":
+        return choice == "always"
+    is_off = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not is_off
+
+
+def _text(rows: list[Row], facts: dict[str, str], *, reader: Reader, colors: bool) -> list[str]:
+    width = shutil.get_terminal_size((80, 24)).columns
+    lines = [line for name, value in facts.items() for line in wrap_text(f"{name}: {value}", width=width)]
+    lines += ["", *legend(width=width, colors=colors)]
+    for row in rows:
+        lines += ["", *to_lines(row, reader.vocabulary, width=width, colors=colors)]
+    return lines

@@ -1,0 +1,277 @@
+"""The recipe: one YAML file and the words of the command line become one frozen, checked ``Recipe``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from hf_clm.errors import RecipeError
+from hf_clm.recipe.checks import (
+    answer_metrics,
+    data_faults,
+    model_faults,
+    override_faults,
+    token_budget_faults,
+)
+from hf_clm.recipe.sections import (
+    EVAL,
+    Card,
+    Data,
+    Doctor,
+    EarlyStopping,
+    Evaluation,
+    Lora,
+    Loss,
+    Model,
+    Samples,
+    Section,
+    Source,
+    Tokenizer,
+    to_sources,
+)
+from hf_clm.recipe.text import (
+    COMMAND_LINE,
+    accepted_types,
+    build_yaml,
+    leaves,
+    list_keys,
+    load_yaml,
+    override,
+    place_of,
+    secret_faults,
+    suggest_key,
+    to_fault,
+    to_options,
+    to_type_text,
+    to_value,
+)
+from hf_clm.recipe.trainer_checks import check_train_combination, metric_names
+from hf_clm.recipe.trainer_fields import (
+    TRAIN_DEFAULTS,
+    V4_NAMES,
+    Fault,
+    check_train_values,
+    load_trainer_fields,
+    shorten,
+    to_trainer_types,
+)
+from hf_clm.schema import Overflow
+
+
+@dataclass
+class _Origins:
+    """Where each key was given; two of them are always equal, so recipes compare by what they say."""
+
+    places: dict[str, str] = field(default_factory=dict, compare=False)
+    file: str = field(default="", compare=False)
+
+
+class _Faults(ValueError):
+    def __init__(self, faults: list[Fault]):
+        self.faults = faults
+        super().__init__(faults[0].what)
+
+
+class Recipe(Section):
+    """A run: one that was built has passed every check that needs neither data nor model."""
+
+    stage: Literal["pretrain", "sft"]
+    """Learn whole texts, or the targets only."""
+    model: Model
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data
+    lora: Lora | None = None
+    """Train small updates of a frozen model; null: train the model."""
+    samples: Samples | None = None
+    """Text generated during training; null: none."""
+    evaluation: Evaluation = Evaluation()
+    """What an evaluation does beside the loss and the accuracy of the target tokens."""
+    early_stopping: EarlyStopping | None = None
+    """null: train to the end."""
+    loss: Loss = Loss()
+    """Terms beside the likelihood; see also train.label_smoothing_factor."""
+    card: Card = Card()
+    """The model card, README.md of the output folder."""
+    doctor: Doctor = Doctor()
+    """Checks on the real model and data."""
+    train: dict[str, Any] = Field(default={})
+    """transformers.TrainingArguments, verbatim."""
+    overwrite: bool | Literal["done"] = False
+    """Move an existing output folder aside; done: only that of a run that is done, and go on with others."""
+    resume_override: list[str] = Field(default=[])
+    """What may differ from the run that is gone on with: keys, data, tokenizer, template, global_batch."""
+    _origins: _Origins = PrivateAttr(default_factory=_Origins)
+
+    @field_validator("resume_override", mode="before")
+    @classmethod
+    def _split_words(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("train")
+    @classmethod
+    def _check_train(cls, train: dict[str, Any]) -> dict[str, Any]:
+        if faults := check_train_values(train):
+            raise _Faults(faults)
+        return to_trainer_types(train)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Recipe":
+        has_eval = bool(self.data.eval or self.data.eval_fraction)
+        faults = [*model_faults(self), *data_faults(self), *token_budget_faults(self)]
+        faults += override_faults(self.resume_override, sections=Recipe.model_fields)
+        sets = [name.removeprefix(f"{EVAL}_") for name in self.data.eval_sets if name != EVAL]
+        sets += ["train"] if self.data.eval_train_rows else []
+        metrics = metric_names(sets, answer_metrics(self))
+        faults += check_train_combination(
+            self.train, has_eval=has_eval, defaults=TRAIN_DEFAULTS, metrics=metrics
+        )
+        if self.early_stopping and not self.train.get("load_best_model_at_end"):
+            what = "early_stopping needs train.load_best_model_at_end: true and an eval set"
+            faults.append(Fault("early_stopping", what))
+        if faults:
+            raise _Faults(faults)
+        return self
+
+    @property
+    def file(self) -> str:
+        """Where the recipe was read; empty for one made in Python."""
+        return self._origins.file
+
+    @property
+    def resolved_overflow(self) -> Overflow:
+        return self.data.overflow or ("keep_target" if self.stage == "sft" else "split")
+
+    def for_tokenizer(self, *, has_template: bool) -> "Recipe":
+        """The recipe with ``data.render: auto`` decided: by whether the tokenizer has a chat template."""
+        if self.data.render != "auto":
+            return self
+        render = "chat" if has_template and self.stage == "sft" else "plain"
+        return self.model_copy(update={"data": self.data.model_copy(update={"render": render})})
+
+    @property
+    def resolved_packing(self) -> str:
+        return self.data.packing or ("best_fit" if self.stage == "sft" else "stream")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe; ``overrides`` are words: ``["--bf16", "--learning_rate", "1e-4", "--stage=sft"]``.
+
+    ``options``: names that the command knows besides, for one that was mistyped. Raises RecipeError with the
+    line of the file, or "command line", for the first thing that is wrong.
+    """
+    tree, places = load_yaml(str(path))
+    fields = dict(list_keys(Recipe))
+    for name, text in to_options(overrides):
+        key = _to_key(name, options)
+        value = to_value(key, text, types=_types_of(key, fields.get(key)))
+        if key in ("data.train", "data.eval") and isinstance(tree.get("data"), dict):
+            value = _with_known_format(value, tree["data"].get(key.removeprefix("data.")))
+        override(tree, places, key=key, value=value)
+    if not (faults := secret_faults(tree)):
+        try:
+            recipe = Recipe.model_validate(tree)
+        except ValidationError as error:
+            faults = _to_faults(error)
+        else:
+            recipe._origins.places.update(places)
+            recipe._origins.file = str(path)
+            return recipe
+    first, more = faults[0], f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    what, got = (first.what, first.got + more) if first.got else (first.what + more, "")
+    raise RecipeError(what, where=place_of(first.key, places, otherwise=str(path)), got=got, fix=first.fix)
+
+
+def find_recipe(target: str) -> str:
+    """The path of a recipe, which may be named by its run's folder. Raises RecipeError for another folder."""
+    if not Path(target).is_dir():
+        return target
+    path = Path(target, "recipe.yaml")
+    if not path.is_file():
+        what, fix = "holds no recipe.yaml: not a run's folder", "name a recipe or a run"
+        raise RecipeError(what, where=target, fix=fix)
+    return str(path)
+
+
+def training_values(recipe: Recipe) -> dict[str, Any]:
+    """What ``transformers.TrainingArguments`` is given; of a token budget, the row is the micro-batch."""
+    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
+    return TRAIN_DEFAULTS | (dict.fromkeys(sizes, 1) if recipe.data.tokens_per_batch else {}) | recipe.train
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The whole recipe, defaults included; reading it gives an equal one."""
+    text = StringIO()
+    build_yaml().dump(recipe.model_dump(), text)
+    return text.getvalue()
+
+
+def describe_recipe(recipe: Recipe) -> list[tuple[str, Any, str]]:
+    """(dotted key, value, origin): "default", "hf_clm default", "command line" or "recipes/x.yaml:9"."""
+    places = recipe._origins.places
+    values = recipe.model_dump()
+    defaults = training_values(recipe)
+    values["train"] |= {key: value for key, value in defaults.items() if key not in recipe.train}
+
+    def origin(key: str) -> str:
+        may_be_short = key.startswith("data.") and key.endswith(".path")  # data.train: my.jsonl
+        default = "hf_clm default" if key.startswith("train.") else "default"
+        return place_of(key, places, otherwise=default) if may_be_short else places.get(key, default)
+
+    return [(key, value, origin(key)) for key, value in leaves(values)]
+
+
+def recipe_help() -> str:
+    """Every key of a recipe with its type, default and meaning."""
+    lines = ["Keys of a recipe, in YAML, or as --section.key VALUE on the command line:"]
+    lines += [line for key, info in list_keys(Recipe) for line in _help_lines(f"--{key}", info)]
+    lines += ["", "Keys of a source in data.train and data.eval:"]
+    lines += [line for key, info in list_keys(Source) for line in _help_lines(key, info)]
+    lines += ["", "Every field of transformers.TrainingArguments can be given bare: --learning_rate 1e-4"]
+    return "\n".join(lines)
+
+
+def _to_faults(error: ValidationError) -> list[Fault]:
+    known = [key for key, _ in list_keys(Recipe)] + [f"train.{name}" for name in load_trainer_fields()]
+    faults = []
+    for details in error.errors():
+        cause = details.get("ctx", {}).get("error")
+        faults += cause.faults if isinstance(cause, _Faults) else [to_fault(details, known)]
+    return faults
+
+
+def _to_key(name: str, options: Sequence[str]) -> str:
+    if "." in name or name in Recipe.model_fields:
+        return name
+    fields = load_trainer_fields()
+    if name in fields or name in V4_NAMES:
+        return f"train.{name}"
+    near = suggest_key(name, [*options, *fields, *(key for key, _ in list_keys(Recipe))])
+    raise RecipeError(f"unknown option --{name}{near}", where=COMMAND_LINE)
+
+
+def _types_of(key: str, info: FieldInfo | None) -> tuple[str, ...]:
+    field = load_trainer_fields().get(key.removeprefix("train.")) if key.startswith("train.") else None
+    return field.types if field else accepted_types(info)
+
+
+def _with_known_format(value: Any, old: Any) -> Any:
+    """A path alone gets the format and the columns that all the recipe's sources share."""
+    paths = value if isinstance(value, list) else [value]
+    sources = [source for source in to_sources(old or []) if isinstance(source, dict)]
+    shared = ("format", "fields", "template")
+    known = [{key: source[key] for key in shared if key in source} for source in sources]
+    is_shared = bool(known) and all(item == known[0] for item in known)
+    if is_shared and all(isinstance(path, str) for path in paths):
+        return [{"path": path, **known[0]} for path in paths]
+    return value
+
+
+def _help_lines(key: str, info: FieldInfo) -> list[str]:
+    if not info.description:  # a section
+        return [""]
+    default = "required" if info.is_required() else f"default {shorten(info.default)}"
+    return [f"  {key}  {to_type_text(info.annotation)}  ({default})", f"      {info.description}"]

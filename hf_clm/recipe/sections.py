@@ -1,0 +1,317 @@
+"""The sections of a recipe: every key with its type, default and meaning. ``train`` is of transformers."""
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from hf_clm.errors import did_you_mean
+from hf_clm.recipe.template import Template
+from hf_clm.schema import Format, OnBadRecord, Overflow, TokenizerKind
+
+TRAIN, EVAL = "train", "eval"  # names of sets; one that has a name of its own is eval_NAME
+ASIDE: dict[str, JsonValue] = {"decides": False}  # of a key that changes nothing of the prepared rows
+
+
+class Section(BaseModel):
+    """Frozen, and strict about types and names of keys."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @classmethod
+    def deciding(cls) -> set[str]:
+        """The keys that decide what is prepared of the same data: all but those marked ASIDE."""
+        return {name for name, field in cls.model_fields.items() if field.json_schema_extra is not ASIDE}
+
+
+class Model(Section):
+    name_or_path: str | None = None
+    """A model on the Hub or a folder."""
+    revision: str | None = None
+    """A branch, tag or commit on the Hub."""
+    init: Literal["pretrained", "scratch"] = "pretrained"
+    """Start from trained weights or from random ones."""
+    config: dict[str, Any] = {}
+    """For scratch: {model_type: gpt2, n_layer: 4, ...}."""
+    embedding_std: float | None = Field(default=None, gt=0)
+    """For scratch: of the first embeddings; 1.0 is PyTorch's own, and learns small texts by heart faster."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the trained weights; small updates are lost below float32."""
+    attention: str = "packed"
+    """packed, sdpa, eager, flash_attention_2, ..."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model; needs a commit as revision, or a folder."""
+    allow_bin: bool = False
+    """Load pickled weights where there are no safetensors."""
+
+
+class TokenizerTraining(Section):
+    kind: TokenizerKind = "bpe"
+    """Byte-level BPE; SentencePiece's Unigram, with bytes for what is rare; every character a token."""
+    vocab_size: int = Field(default=4096, ge=260)
+    """Number of tokens, the 256 bytes and the special ones included; not for characters."""
+    min_frequency: int = Field(default=2, ge=1)
+    """How often a pair must occur to become a token of a bpe."""
+
+
+class Tokenizer(Section):
+    name_or_path: str | None = None
+    """Default: the model's."""
+    train: TokenizerTraining | None = None
+    """Train one on data.train instead of loading one."""
+    pad_token: str = "<|pad|>"
+    """Added when the tokenizer has none of its own, or when it equals EOS."""
+    eos_token: str | None = None
+    """Default: the tokenizer's; <|endoftext|> of one that is trained."""
+    control_tokens: list[str] = []
+    """Added where the tokenizer has not got them; a template writes them."""
+    chat_template: str | None = None
+    """chatml, plain, or a .jinja file; default: the tokenizer's."""
+    chat_template_kwargs: dict[str, JsonValue] = {}
+    """Variables of the chat template, such as {enable_thinking: false}; saved with it as its defaults."""
+
+
+def _known_format(format: str | None) -> str | None:
+    known = get_args(Format)
+    if format is None or format in known or (":" in format and " " not in format):
+        return format
+    reason = f"expected one of {', '.join(known)}, or module:function; got {format!r}"
+    raise PydanticCustomError("format", "{reason}", {"reason": reason + did_you_mean(format, known)})
+
+
+class Source(Section):
+    path: str = Field(json_schema_extra=ASIDE)
+    """A file, a glob, a folder, or a dataset on the Hub."""
+    format: Annotated[str | None, AfterValidator(_known_format)] = None
+    """A format, or module:function for a function of your own; default: told from the keys of the records."""
+    fields: dict[str, str] = {}
+    """The format's key -> the column in the file."""
+    template: Template | None = None
+    """In place of a format: {prompt: "{column} ...", completion: ..., labels: {0: no}}, or {text: ...}."""
+    overflow: Overflow | None = None
+    """For an example over max_length; default: data.overflow."""
+    limit: int | None = Field(default=None, ge=1)
+    """Read at most this many records."""
+    weight: float | None = Field(default=None, gt=0, json_schema_extra=ASIDE)
+    """Its share of an epoch, beside the weights of the other sources; see data.mixing."""
+    epochs: float | None = Field(default=None, gt=0, json_schema_extra=ASIDE)
+    """How often one epoch of the run reads it: 2, 0.5, ...; in place of weights; default beside others: 1."""
+    quoting: Literal["auto", "csv", "none"] = "auto"
+    """Whether quotes enclose the cells of a table (csv) or are letters (none); auto: letters in .tsv only."""
+    split: str = "train"
+    """Of a dataset on the Hub, or of a folder whose files or sub-folders are named train, test, ..."""
+    name: str | None = None
+    """The configuration of a dataset on the Hub."""
+    revision: str | None = None
+    """A branch, tag or commit on the Hub."""
+    set: str | None = Field(default=None, pattern="^[A-Za-z0-9_-]+$")
+    """Of data.eval: the evaluation set that it belongs to; {news: a.jsonl, chat: b.jsonl} is short for it."""
+
+
+class Mixing(Section):
+    by: Literal["rows", "tokens", "target_tokens"] = "rows"
+    """What shares and sizes count: records, their tokens, or those of them that are learned."""
+    temperature: float = Field(default=1.0, ge=0.1)
+    """Without weights, a source of n has a share in proportion to n ** (1 / temperature)."""
+    replacement: bool = False
+    """Draw every row anew; else all rows of a source come before one of them comes again."""
+    size: int | None = Field(default=None, ge=1)
+    """Of an epoch, in what by counts; default: all sources together."""
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] | None = None
+    """In place of size: an epoch ends when the first source, or each, was read once."""
+
+
+class Window(Section):
+    size: int = Field(ge=2)
+    """Tokens in a window."""
+    step: int = Field(ge=1)
+    """Tokens from the start of a window to the start of the next."""
+
+
+def to_sources(value: Any) -> Any:
+    """A path alone, or a list in which some are, as a list of sources."""
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+def to_list(value: Any) -> Any:
+    """One text is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def to_evaluated(value: Any) -> Any:
+    """As ``to_sources``; a mapping from names to sources is a set of each name."""
+    if not isinstance(value, dict) or "path" in value or value.keys() <= Source.model_fields.keys():
+        return to_sources(value)
+    sources = [(str(name), source) for name, items in value.items() for source in to_sources(items)]
+    return [{**source, "set": name} if isinstance(source, dict) else source for name, source in sources]
+
+
+Sources = Annotated[list[Source], BeforeValidator(to_sources)]
+Evaluated = Annotated[list[Source], BeforeValidator(to_evaluated)]
+
+
+class Turns(Section):
+    turns: Literal["all", "last"] = "all"
+    """Which assistant turns are learned."""
+    reasoning: bool = True
+    """Whether the reasoning of a learned turn is learned; false: it is only read."""
+
+
+class Data(Section):
+    @model_validator(mode="before")
+    @classmethod
+    def _from_version_0_4(cls, value: Any) -> Any:
+        """The recipe in the folder of a run of that version says ``skip_bad_lines``."""
+        if not isinstance(value, dict) or "skip_bad_lines" not in value:
+            return value
+        others = {key: item for key, item in value.items() if key != "skip_bad_lines"}
+        return {"on_bad_record": "drop" if value["skip_bad_lines"] else "error", **others}
+
+    train: Sources = Field(min_length=1, json_schema_extra=ASIDE)
+    """A path, a list of paths, or a list of sources."""
+    eval: Evaluated = Field(default=[], json_schema_extra=ASIDE)
+    """Its own sources, or a mapping from the names of several sets to theirs; or see eval_fraction."""
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """The share of the training examples held out, chosen by train.seed; of a single text its end."""
+    mixing: Mixing | None = Field(default=None, json_schema_extra=ASIDE)
+    """How the sources of train share an epoch; null: by their weights or epochs, or every row once."""
+    eval_train_rows: int = Field(default=0, ge=0, json_schema_extra=ASIDE)
+    """So many of the training rows are evaluated too, without dropout: eval_train_loss in the logs."""
+    max_length: int = Field(default=1024, ge=2)
+    """Tokens in a row."""
+    overflow: Overflow | None = None
+    """For an example over max_length; default: keep_target for sft, split for pretrain."""
+    render: Literal["auto", "chat", "plain"] = "auto"
+    """How instruct, alpaca and prompt_completion are written: as turns of the chat template, or as text.
+    auto: as turns for sft where the tokenizer has a template."""
+    packing: Literal["none", "best_fit", "stream"] | None = None
+    """Default: best_fit for sft, stream (rows are cut, no token is lost) for pretrain."""
+    tokens_per_batch: int | None = Field(default=None, ge=2)
+    """The size of a micro-batch in tokens, filled with whole examples; with packing none."""
+    window: Window | None = None
+    """Overlapping pieces of long documents; with packing none."""
+    train_on: Literal["all_turns", "last_turn", "everything"] | Turns = "all_turns"
+    """Which parts of an example are learned; {turns: all | last, reasoning: false} reads reasoning only."""
+    reasoning: Literal["refuse", "in_content", "drop"] = "refuse"
+    """For reasoning that the chat template has no place for: an error, written into the content between
+    <think> and </think>, or left out and counted."""
+    special_tokens_in_text: Literal["encode_as_text", "error", "allow"] = "encode_as_text"
+    """For text in a record that spells a control token."""
+    max_dropped: float = Field(default=0.01, ge=0, le=1)
+    """The largest share of examples that may be dropped."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Whether rows that are exactly equal to an earlier one are learned again."""
+    max_leakage: float = Field(default=0.01, ge=0, le=1)
+    """The largest share of evaluation rows that may be training rows."""
+    on_bad_record: OnBadRecord = "error"
+    """For a record that cannot be used: stop with a list of them all, or drop it and count it, within
+    max_dropped. A stream always drops it once training has begun."""
+    max_line_bytes: int = Field(default=8_388_608, ge=1)
+    """The longest line that is read."""
+    strict: bool = False
+    """Unknown keys of a record are errors."""
+    nul: Literal["warn", "error"] = "warn"
+    """For a NUL character in a text."""
+    allow_empty_prompt: bool = False
+    """Learn completions that follow nothing."""
+    cache_dir: str | None = Field(default="~/.cache/hf_clm", json_schema_extra=ASIDE)
+    """Where prepared data are kept; null: nowhere. HF_CLM_CACHE in the environment moves the default."""
+    streaming: bool = Field(default=False, json_schema_extra=ASIDE)
+    """Read and tokenize while training, what is too large to prepare; needs train.max_steps."""
+    shuffle_buffer: int = Field(default=1000, ge=1, json_schema_extra=ASIDE)
+    """Documents of a stream that are packed together and whose rows are shuffled, in whole chunks of a file;
+    fewer where they reach 1 MiB of text."""
+
+    @property
+    def eval_sets(self) -> list[str]:
+        """The names of the sets in eval, in order: ``eval``, or ``eval_news`` and such."""
+        names = [f"{EVAL}_{source.set}" if source.set else EVAL for source in self.eval]
+        return list(dict.fromkeys(names))
+
+    def sources(self, name: str) -> list[Source]:
+        """The sources of a set: train, or one of eval."""
+        own = None if name == EVAL else name.removeprefix(f"{EVAL}_")
+        return self.train if name == TRAIN else [source for source in self.eval if source.set == own]
+
+
+class Lora(Section):
+    r: int = Field(default=16, ge=1)
+    """Rank of the updates."""
+    alpha: int = Field(default=32, ge=1)
+    """The updates are scaled by alpha / r."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of what goes into an update."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Which layers are updated: all but the head, or the ends of their names, such as q_proj."""
+    modules_to_save: list[str] = []
+    """Modules that are trained whole, and saved with the adapter."""
+    use_dora: bool = False
+    """Train the size of each update apart from its direction."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r), for large r."""
+    quantize: Literal["4bit"] | None = None
+    """Keep the frozen model in 4 bits (QLoRA); on a GPU, with the extra qlora."""
+
+
+class Samples(Section):
+    prompts: list[str] = Field(min_length=1)
+    """Each is continued during training."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """Default: before and after training only."""
+    every_epoch: bool = False
+    """At the end of each epoch."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """The longest answer."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 is greedy."""
+
+
+class Evaluation(Section):
+    generate: int = Field(default=0, ge=0)
+    """How many examples of each evaluation set are answered, greedily, and compared with their targets."""
+    every: int = Field(default=1, ge=1)
+    """Only at every nth evaluation; always at the first and the last."""
+    metrics: Annotated[list[str], BeforeValidator(to_list)] = ["exact_match"]
+    """exact_match, chrf, bleu, or module:function of (answers, targets), two lists of texts, that returns a
+    number or several by name."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    """The longest answer."""
+
+
+class EarlyStopping(Section):
+    patience: int = Field(default=3, ge=1)
+    """Evaluations without improvement before the run stops."""
+    threshold: float = Field(default=0.0, ge=0)
+    """The smallest change that counts as improvement."""
+
+
+class Card(Section):
+    license: str | None = None
+    """Of the model, as the Hub names it: apache-2.0, mit, ..."""
+    language: list[str] = []
+    """Of the texts: [en], [zh], ..."""
+    data_samples: int = Field(default=0, ge=0)
+    """So many training examples are shown in the card; the report is pushed to the Hub too then."""
+
+
+class Doctor(Section):
+    self_test: bool = True
+    """Before the first step, prove on the real model and data that batching changes no loss."""
+    round_trip: Literal["start", "end", "off"] = "start"
+    """When the saved model is opened in a fresh process and compared."""
+
+
+class Loss(Section):
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of the squared log of the softmax's sum, which keeps logits from drifting; 1e-4 is usual."""

@@ -1,0 +1,149 @@
+"""Architectures and shapes that cannot be trained, told without loading a library: it would take seconds.
+
+The architectures stand in the source of the installed transformers, those of a folder in its config.json.
+What passes here is built without memory (``model.check_shape``) before the data are read.
+"""
+
+import ast
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hf_clm.errors import did_you_mean
+from hf_clm.recipe.trainer_fields import Fault
+
+MAPPING = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+MAX_LAYERS = 2000  # building more takes minutes; the deepest models that were published have some hundred
+# Names by which configurations of transformers call the same size.
+WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
+SIZES = (*WIDTHS, *HEADS, *LAYERS, "num_key_value_heads", "intermediate_size", "n_inner", "vocab_size")
+SIZES += ("n_positions", "max_position_embeddings", "head_dim", "num_experts", "num_local_experts", "ffn_dim")
+
+
+def is_causal_class(name: str) -> bool:
+    """Whether a class of transformers is a causal language model, by its name."""
+    return name.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def scratch_faults(settings: Mapping[str, Any]) -> Iterator[Fault]:
+    """What is wrong with ``model.config``, the settings of a new model."""
+    kind = settings.get("model_type")
+    if kind is not None:
+        yield from _kind_faults(kind, settings)
+    yield from _size_faults(settings)
+
+
+def folder_faults(folder: str) -> Iterator[Fault]:
+    """What is wrong with the architecture that the config.json of a local model names, if there is one."""
+    try:
+        config = json.loads((Path(folder).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # another fault, which is told where the model is loaded
+    if not isinstance(config, dict) or config.get("auto_map"):  # code of its own
+        return
+    names = [name for name in config.get("architectures") or [] if isinstance(name, str)]
+    causal = any(map(is_causal_class, names)) if names else config.get("model_type") in causal_kinds()
+    if config.get("is_encoder_decoder") or not causal:
+        got = ", ".join(names) or repr(config.get("model_type"))
+        key = "model.name_or_path"
+        yield Fault(key, f"{key}: not a causal language model", got=got, fix=CAUSAL)
+
+
+@lru_cache(maxsize=1)
+def causal_kinds() -> dict[str, str]:
+    """The ``model_type``s of transformers that have a causal language model, and its class."""
+    tree = ast.parse((_models() / "auto" / "modeling_auto.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == MAPPING:
+            assert isinstance(node.value, ast.Call), "an OrderedDict of pairs"
+            return dict(ast.literal_eval(node.value.args[0]))
+    raise AssertionError(f"transformers has no {MAPPING}")
+
+
+def _kind_faults(kind: Any, settings: Mapping[str, Any]) -> Iterator[Fault]:
+    key = "model.config.model_type"
+    kinds = causal_kinds()
+    if not isinstance(kind, str) or kind not in kinds:
+        what = f"{key}: transformers has no causal language model of this type"
+        yield Fault(key, what, got=f"{kind!r}{did_you_mean(str(kind), kinds)}", fix=CAUSAL)
+    elif not is_causal_class(kinds[kind]) and kinds[kind].endswith("ForConditionalGeneration"):
+        yield Fault(key, f"{key}: not a model of text alone", got=f"{kind!r} ({kinds[kind]})", fix=CAUSAL)
+    elif _source_says(kind, "configuration", r"is_encoder_decoder\b.*= True"):
+        yield Fault(key, f"{key}: an encoder-decoder is no causal language model", got=repr(kind), fix=CAUSAL)
+    elif settings.get("is_decoder") is not True and _source_says(kind, "modeling", ENCODERS):
+        what = f"{key}: each position of this encoder sees the tokens after it"
+        yield Fault(key, what, got=repr(kind), fix=f"{CAUSAL}; or set model.config.is_decoder: true")
+
+
+def _size_faults(settings: Mapping[str, Any]) -> Iterator[Fault]:
+    sizes = {name: settings[name] for name in SIZES if type(settings.get(name)) is int}
+    for name, size in sizes.items():
+        if size < (0 if name in EXPERTS else 1):
+            what = f"model.config.{name}: expected a number above 0"
+            yield Fault(f"model.config.{name}", what, got=str(size))
+        elif name in LAYERS and size > MAX_LAYERS:
+            what = f"model.config.{name}: expected at most {MAX_LAYERS:,} layers"
+            yield Fault(f"model.config.{name}", what, got=f"{size:,}")
+    width, heads = _given(sizes, WIDTHS), _given(sizes, HEADS)
+    kind = settings.get("model_type")
+    has_own_width = kind in ROUNDED or "head_dim" in settings or _source_says(str(kind), "configuration", OWN)
+    if width and heads and sizes[width] % sizes[heads] and not has_own_width:
+        what = f"model.config.{width} must be a multiple of model.config.{heads}"
+        yield Fault(f"model.config.{width}", what, got=f"{sizes[width]} and {sizes[heads]}")
+    groups = sizes.get("num_key_value_heads")
+    if heads and groups and groups > 0 and sizes[heads] % groups:
+        what = f"model.config.{heads} must be a multiple of model.config.num_key_value_heads"
+        yield Fault("model.config.num_key_value_heads", what, got=f"{sizes[heads]} and {groups}")
+    if width and not {size for size in sizes.values() if size < 1}:
+        yield from _memory_faults(sizes, width)
+
+
+def _memory_faults(sizes: Mapping[str, int], width: str) -> Iterator[Fault]:
+    """A model that does not fit with one square of its width a layer; they have more."""
+    layers = sizes[name] if (name := _given(sizes, LAYERS)) else 1
+    weights = layers * sizes[width] ** 2 + sizes.get("vocab_size", 0) * sizes[width]
+    available = total_memory()
+    if available and 2 * weights > available:
+        what = "the model of model.config does not fit into the memory of this machine"
+        got = f"over {weights / 1e9:,.0f} billion parameters, and {available / 2**30:,.0f} GiB"
+        yield Fault(f"model.config.{width}", what, got=got)
+
+
+def total_memory() -> int:
+    """Bytes of memory of this machine; 0 where it is not known."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):  # Windows has no sysconf
+        return 0
+
+
+def _given(sizes: Mapping[str, int], names: tuple[str, ...]) -> str:
+    """The first of the names that has a size above 0, or nothing."""
+    return next((name for name in names if sizes.get(name, 0) > 0), "")
+
+
+def _source_says(kind: str, part: str, pattern: str) -> bool:
+    """Whether the source of a model type matches: its configuration, or its modeling."""
+    folder = kind.replace("-", "_").removesuffix("_text")  # gemma4_text is in that of gemma4
+    files = (_models() / folder).glob(f"{part}_*.py")
+    return any(re.search(pattern, file.read_text(encoding="utf-8")) for file in files)
+
+
+def _models() -> Path:
+    spec = find_spec("transformers")
+    assert spec is not None and spec.origin is not None, "load_trainer_fields requires it"
+    return Path(spec.origin).parent / "models"
+
+
+EXPERTS = ("num_experts", "num_local_experts")  # 0 is a dense model
+ROUNDED = ("phi", "nemotron")  # their heads leave the rest of the width out
+OWN = r"(head_dim|dim_head)\b.*= \d"  # a width of heads that does not follow from the model's
+CAUSAL = "name a causal language model, such as gpt2, llama or qwen2"
+ENCODERS = r"as a standalone, add .is_decoder=True"  # what their causal classes warn of

@@ -1,0 +1,302 @@
+"""Between text and a recipe: YAML 1.2 and command-line words come in; places, types and errors go out."""
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from hf_clm.errors import RecipeError, did_you_mean
+from hf_clm.recipe.trainer_fields import TYPE_WORDS, Fault, drop_quotes_hint, shorten
+
+COMMAND_LINE = "command line"
+
+
+def build_yaml() -> YAML:
+    """Reads and writes YAML 1.2, plain types only, keys in their own order."""
+    yaml = YAML(typ="safe", pure=True)  # the C parser reads YAML 1.1
+    yaml.default_flow_style = False
+    yaml.representer.sort_base_mapping_type_on_output = False
+    yaml.width = 4096
+    return yaml
+
+
+def load_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The file's content, and the place of each dotted key, such as "recipes/x.yaml:9"."""
+    text = _load_text(path)
+    try:
+        node = _compose(text)
+        tree = _to_plain(node, path)
+        places = {key: f"{path}:{line}" for key, line in _lines(node)}
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        duplicate = re.match('found duplicate key "(.*?)"', error.problem or "")
+        what = f"the key {duplicate[1]!r} is given twice" if duplicate else f"not valid YAML: {error.problem}"
+        raise RecipeError(what, where=f"{path}:{line}") from None
+    except YAMLError as error:  # a character that YAML forbids
+        line = text.count("\n", 0, getattr(error, "position", 0)) + 1
+        raise RecipeError("not valid YAML: a control character", where=f"{path}:{line}") from None
+    except RecursionError:
+        raise RecipeError("not a recipe: its mappings and lists are nested too deeply", where=path) from None
+    if tree is None:
+        raise RecipeError("an empty recipe", where=path)
+    if not isinstance(tree, dict):
+        raise RecipeError("expected a mapping such as stage: sft", where=path, got=type(tree).__name__)
+    return tree, places
+
+
+def to_options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """``--name value``, ``--name=value`` and ``--flag`` as (name, text); a flag has no text."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not name:
+            raise RecipeError(f"unexpected word {word!r}", where=COMMAND_LINE, fix="--section.key VALUE")
+        if equals:
+            yield name, text
+        else:
+            yield name, rest.pop(0) if rest and not rest[0].startswith("--") else None
+
+
+def to_value(key: str, text: str | None, *, types: tuple[str, ...]) -> Any:
+    """Text stays text where the key takes text, and is read as YAML otherwise; ``types`` is () if unknown."""
+    if text is None:
+        if types and "bool" not in types:
+            raise RecipeError(f"--{key} needs a value", where=COMMAND_LINE)
+        return True
+    if types == ("str",):
+        return text
+    try:
+        value = _to_plain(_compose(text), f"{COMMAND_LINE}: --{key}")
+    except (YAMLError, RecursionError):
+        if "str" in types:
+            return text
+        raise RecipeError(f"--{key}: not valid YAML", where=COMMAND_LINE, got=shorten(text)) from None
+    if "str" not in types or (value is None and text in ("null", "~")):
+        return value
+    return value if type(value).__name__ in set(types) - {"str"} else text
+
+
+def override(tree: dict[str, Any], places: dict[str, str], *, key: str, value: Any) -> None:
+    """Sets a dotted key in ``tree``, and its place in ``places``."""
+    *parents, last = key.split(".")
+    node = tree
+    for depth, parent in enumerate(parents, start=1):
+        whole = ".".join(parents[:depth])
+        if node.get(parent) is None:
+            node[parent], places[whole] = {}, COMMAND_LINE
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise RecipeError(f"--{key}: {whole} is not a mapping", where=COMMAND_LINE, fix=f"give --{whole}")
+    node[last] = value
+    for old in [old for old in places if old == key or old.startswith(f"{key}.")]:
+        del places[old]
+    places |= {key: COMMAND_LINE} | {inner: COMMAND_LINE for inner, _ in leaves(value, key)}
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) for each value that holds no others."""
+    if isinstance(value, dict | list) and value:
+        for name, child in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(child, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
+
+
+def place_of(key: str, places: dict[str, str], *, otherwise: str) -> str:
+    """The place of a key, or of the nearest section around it that has one."""
+    while key:
+        if key in places:
+            return places[key]
+        key = key.rpartition(".")[0]
+    return otherwise
+
+
+def secret_faults(tree: dict[str, Any]) -> list[Fault]:
+    """A recipe is copied into every run folder, so a token or password in it is refused and not shown."""
+    fix = "remove it and use the environment variable HF_TOKEN (WANDB_API_KEY, ...)"
+    found = [key for key, value in leaves(tree) if value and _is_secret(key, value)]
+    return [Fault(key, f"{key}: a secret does not belong in a recipe", fix=fix) for key in found]
+
+
+def list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """(dotted key, field) of a model and of the models inside it."""
+    for name, info in model.model_fields.items():
+        yield f"{prefix}{name}", info
+        if inner := _model_of(info.annotation):
+            yield from list_keys(inner, f"{prefix}{name}.")
+
+
+def accepted_types(info: FieldInfo | None) -> tuple[str, ...]:
+    """``str | None`` is ("str", "None"), a Literal ("str",); () for a key that is not a field."""
+    items = _members(info.annotation) if info else ()
+    types = [str if get_origin(item) is Literal else get_origin(item) or item for item in items]
+    return tuple("None" if item is type(None) else item.__name__ for item in types)
+
+
+def to_type_text(annotation: Any) -> str:
+    """``none|best_fit|stream``, ``int``, ``list[str]``, ..."""
+    texts = []
+    for item in _members(annotation):
+        if get_origin(item) is Literal:
+            texts += get_args(item)
+        elif item is not type(None):
+            texts.append(re.sub(r"[\w.]+\.", "", str(item)) if get_origin(item) else item.__name__)
+    return "|".join(texts)
+
+
+def to_fault(details: Mapping[str, Any], known_keys: Iterable[str]) -> Fault:
+    """Says one of pydantic's errors in the words of a recipe."""
+    key, kind, value = ".".join(map(str, details["loc"])), details["type"], details["input"]
+    if kind == "extra_forbidden":
+        return Fault(key, f"{key} is not a key of a recipe{suggest_key(key, known_keys)}")
+    if kind == "missing":
+        return Fault(key, f"{key} is missing")
+    if kind == "literal_error":
+        words = re.findall("'(.*?)'", details["ctx"]["expected"])
+        near = did_you_mean(value, words) if isinstance(value, str) else ""
+        return Fault(key, f"{key}: expected one of {', '.join(words)}", got=f"{shorten(value)}{near}")
+    name = PYDANTIC_TYPES.get(kind)
+    if name is None:
+        message = re.sub("^Input should be (?=greater|less)", "expected a number ", details["msg"])
+        message = message.replace("Input should be", "expected")
+        return Fault(key, f"{key}: {message}", got=shorten(value))
+    fix = drop_quotes_hint(value, [name])
+    return Fault(key, f"{key}: expected {TYPE_WORDS[name]}", got=shorten(value), fix=fix)
+
+
+def suggest_key(key: str, known_keys: Iterable[str]) -> str:
+    """The nearest key of the same section, or else the nearest of any."""
+    parent, _, name = key.rpartition(".")
+    places = [known.rpartition(".") for known in known_keys]
+    near = did_you_mean(name, [word for section, _, word in places if section == parent])
+    whole = {word: f"{section}.{word}" for section, _, word in places if section}
+    others = get_close_matches(name.lower(), list(whole), n=1)
+    return near or (f"; did you mean {whole[others[0]]!r}?" if others else "")
+
+
+def _load_text(path: str) -> str:
+    if Path(path).is_dir():
+        raise RecipeError("a folder, not a recipe", where=path)
+    try:
+        with open(path, "rb") as file:  # which may be a pipe, or as endless as /dev/zero
+            content = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise RecipeError("no such recipe", where=path) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RecipeError(f"cannot be read: {reason}", where=path) from None
+    if len(content) > MAX_BYTES:
+        raise RecipeError(f"not a recipe: it has more than {MAX_BYTES:,} bytes", where=path)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError("not UTF-8 text", where=f"{path}:{line}", fix="save it as UTF-8") from None
+
+
+def _compose(text: str) -> Node | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReusedAnchorWarning)  # YAML takes the later one, and so do we
+        return build_yaml().compose(text)
+
+
+def _to_plain(node: Node | None, where: str) -> Any:
+    """The value of a YAML node: numbers, text, lists and mappings. Raises RecipeError for all else."""
+    if node is None:
+        return None
+    _check_nodes(node, where, sizes={})
+    return build_yaml().constructor.construct_document(node)
+
+
+def _check_nodes(node: Node, where: str, *, sizes: dict[int, int | None]) -> int:
+    """The number of values below a node, each alias counted as what it stands for.
+
+    A few lines of aliases to aliases stand for billions of values. ``sizes``: by the id of a node; None while
+    its own children are counted. Raises RecipeError for what no recipe holds.
+    """
+    place = f"{where}:{node.start_mark.line + 1}" if COMMAND_LINE not in where else where
+    if id(node) in sizes:
+        size = sizes[id(node)]
+        if size is None:
+            raise RecipeError("not valid YAML: an alias that holds itself", where=where)
+        return size
+    sizes[id(node)], size = None, 1
+    if isinstance(node, ScalarNode):
+        _check_scalar(node, place)
+    elif isinstance(node, MappingNode):
+        for key, value in node.value:
+            if not isinstance(key, ScalarNode):
+                raise RecipeError("the key of a mapping must be a word or a number", where=place)
+            size += _check_nodes(key, where, sizes=sizes) + _check_nodes(value, where, sizes=sizes)
+    else:
+        size += sum(_check_nodes(child, where, sizes=sizes) for child in node.value)
+    if str(node.tag).removeprefix(YAML_PREFIX) not in YAML_TYPES:
+        what = f"not valid YAML: the tag {str(node.tag).replace(YAML_PREFIX, '!!')} is not allowed"
+        raise RecipeError(what, where=place, fix="write plain text, and put dates in quotes")
+    if size > MAX_VALUES:
+        raise RecipeError(
+            f"not a recipe: with its aliases it holds more than {MAX_VALUES:,} values", where=place
+        )
+    sizes[id(node)] = size
+    return size
+
+
+def _check_scalar(node: ScalarNode, place: str) -> None:
+    if len(node.value) > MAX_DIGITS and str(node.tag) == f"{YAML_PREFIX}int":
+        raise RecipeError("a number of too many digits", where=place, got=shorten(node.value))
+    if "\0" in node.value or re.search("[\ud800-\udfff]", node.value):
+        what = "text with a NUL character or half of a surrogate pair cannot be used"
+        raise RecipeError(what, where=place, got=shorten(node.value))
+
+
+def _lines(node: Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(node, MappingNode):
+        children = [(key.value, key, child) for key, child in node.value]
+    elif isinstance(node, SequenceNode):
+        children = [(index, child, child) for index, child in enumerate(node.value)]
+    else:
+        return
+    for name, start, child in children:
+        yield f"{prefix}{name}", start.start_mark.line + 1
+        yield from _lines(child, f"{prefix}{name}.")
+
+
+def _is_secret(key: str, value: Any) -> bool:
+    is_token = isinstance(value, str) and re.match("hf_[A-Za-z0-9]{20}", value)
+    return bool(is_token or re.search(SECRET_KEY, key.lower()))
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    classes = [item for item in _members(annotation) if isinstance(item, type) and get_origin(item) is None]
+    return next((item for item in classes if issubclass(item, BaseModel)), None)
+
+
+MAX_BYTES = 256 * 1024  # of a recipe; the parser takes seconds for it
+MAX_VALUES = 50_000
+MAX_DIGITS = 18  # what 64 bits hold
+YAML_PREFIX = "tag:yaml.org,2002:"
+YAML_TYPES = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
+SECRET_KEY = r"(api_?key|wandb_key|(hub|hf|auth|access|api)_token|password|secret)$"
+PYDANTIC_TYPES = {
+    "int_type": "int",
+    "float_type": "float",
+    "bool_type": "bool",
+    "string_type": "str",
+    "list_type": "list",
+    "dict_type": "dict",
+    "model_type": "dict",
+}

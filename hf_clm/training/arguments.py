@@ -1,0 +1,116 @@
+"""The TrainingArguments of a recipe, and what follows from them: rows, steps, the stream."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
+
+from hf_clm.data.prepared.stream import StreamedRows, StreamPlan
+from hf_clm.data.prepared.stream_blocks import counted_by, read_stream, shares_of, stream_identity
+from hf_clm.errors import RecipeError
+from hf_clm.machine import check_spreading, has_bf16, is_one_of_many, spreads_with
+from hf_clm.model.build import weights_dtype
+from hf_clm.recipe.recipe import Recipe, training_values
+from hf_clm.training.optimizer import check_optimization
+
+
+def check_launch(recipe: Recipe) -> None:
+    """Raises what check_spreading raises, before the processes meet and anything is loaded."""
+    values = training_values(recipe)
+    check_spreading(
+        values,
+        on_cpu=_is_on_cpu(values),
+        generates=recipe.samples is not None or recipe.evaluation.generate > 0,
+    )
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """TrainingArguments of the recipe; bf16 autocast where the device has it and the recipe is silent.
+
+    Raises RecipeError for what TrainingArguments refuses, and as check_optimization.
+    """
+    values = training_values(recipe)
+    on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
+    on_cpu = _is_on_cpu(values)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    if (on_gpu or on_cpu) and has_bf16(device) and not values.get("fp16"):
+        values.setdefault("bf16", True)
+    if on_cpu and (values.get("bf16") or is_one_of_many()):
+        values["use_cpu"] = True  # else TrainingArguments asks for a GPU, and each process would train alone
+    if values.pop("auto_find_batch_size", False) and (spread := spreads_with(values)):
+        what = (
+            f"the largest micro-batch cannot be tried on one process of {spread}"  # else training/fitting.py
+        )
+        raise RecipeError(what, where="train.auto_find_batch_size", fix="leave it out")
+    values.setdefault("eval_on_start", True)  # the loss before, to compare with the loss after
+    values.setdefault("dataloader_pin_memory", on_gpu)  # else a warning on every run on a CPU
+    try:
+        arguments = TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(str(error).splitlines()[0], where="train") from error
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel cannot split a packed row: use a launcher
+    check_optimization(arguments, recipe.train)
+    return arguments
+
+
+def rows_per_step(arguments: TrainingArguments) -> int:
+    """The global batch: rows that all processes take in one optimizer step."""
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+
+
+def count_steps(arguments: TrainingArguments, rows: int) -> int:
+    """Optimizer steps that the Trainer makes over so many rows; 0 where it would make none."""
+    rounded = math.floor if arguments.dataloader_drop_last else math.ceil
+    batches = rounded(rows / arguments.world_size / arguments.train_batch_size)
+    if batches == 0 or arguments.max_steps > 0:
+        return arguments.max_steps if batches else 0
+    per_epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
+    return math.ceil(arguments.num_train_epochs * per_epoch)
+
+
+def resolve(recipe: Recipe, arguments: TrainingArguments) -> Recipe:
+    """The recipe with what its run decided: our defaults of the Trainer, the precision, the packing."""
+    values = {**training_values(recipe), "bf16": arguments.bf16}
+    data = recipe.data.model_copy(update={"packing": recipe.resolved_packing})
+    model = recipe.model.model_copy(update={"dtype": weights_dtype(recipe, arguments)})
+    decided = {"model": model, "train": values, "data": data}
+    return recipe.model_copy(update={**decided, "overwrite": False, "resume_override": []})
+
+
+def build_stream(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    arguments: TrainingArguments,
+    checkpoint: Path | None = None,
+) -> StreamedRows | None:
+    """The rows of a run that are made while it trains, a shard a worker; None where they are prepared.
+
+    Raises RecipeError for a checkpoint of other data, or that read them in another order.
+    """
+    if not recipe.data.streaming:
+        return None
+    shards = arguments.world_size * max(1, arguments.dataloader_num_workers)
+    rows = rows_per_step(arguments) * arguments.max_steps
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    stream = StreamedRows(
+        partial(read_stream, recipe=recipe, tokenizer=tokenizer),
+        StreamPlan(rows, arguments.train_batch_size, shards, shares_of(recipe.data), counted_by(recipe.data)),
+        seed=seed if arguments.train_sampling_strategy == "random" else None,
+        max_dropped=recipe.data.max_dropped,
+        identity=stream_identity(recipe),
+    )
+    if checkpoint:
+        stream.read_state(checkpoint)
+    return stream
+
+
+def _is_on_cpu(values: Mapping[str, Any]) -> bool:
+    return bool(values.get("use_cpu")) or not torch.accelerator.is_available()

@@ -1,0 +1,624 @@
+"""The loss at the targets only: its numbers and gradients are those of the whole logits, with less memory."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import SIZES, X
+from torch.nn.functional import cross_entropy, linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
+from hf_clm.model import loss as module
+from hf_clm.model.attention import NAME, register
+from hf_clm.model.loss import (
+    DeferringHead,
+    LossOptions,
+    TargetLoss,
+    measure_targets,
+    use_target_loss,
+    why_not,
+)
+from hf_clm.training.trainer import CLMTrainer
+
+PLAIN = LossOptions()
+VOCABULARY, WIDTH = 37, 8
+# Three documents of 4, 3 and 6 tokens: 2, 2 and 3 targets.
+ROWS = [
+    {"input_ids": [5, 6, 7, 8], "labels": [X, X, 7, 8]},
+    {"input_ids": [9, 1, 2], "labels": [X, 1, 2]},
+    {"input_ids": [3, 3, 4, 4, 5, 250], "labels": [X, X, X, 4, 5, 250]},
+]
+LLAMA = SIZES["llama"]
+HEADS_OF_8 = {**SIZES["qwen2"], "head_dim": 8}
+# Architectures and settings whose head is a matrix product, and those that scale or cap their logits.
+PLAIN_MODELS = {
+    "qwen2": SIZES["qwen2"],
+    "qwen2-tied": {**SIZES["qwen2"], "tie_word_embeddings": True},
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen3": HEADS_OF_8,
+    "gemma": HEADS_OF_8,
+    "gpt2": SIZES["gpt2"],
+    "phi": LLAMA,  # its head has a bias
+    "olmo2": LLAMA,
+    "gpt_neox": LLAMA,
+    "qwen3_moe": {
+        **HEADS_OF_8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "output_router_logits": True,  # adds a loss of its own
+    },
+}
+OTHER_MODELS = {
+    "gemma2": HEADS_OF_8,  # caps its logits
+    "granite": {**LLAMA, "logits_scaling": 2.0},
+    "cohere": {**LLAMA, "logit_scale": 0.5},
+}
+
+
+def build(name: str) -> PreTrainedModel:
+    """A tiny model in training mode, without dropout."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {**PLAIN_MODELS, **OTHER_MODELS}[name]
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(name.removesuffix("-tied"), **{"vocab_size": 260, **ids, **sizes})
+    register()
+    model = AutoModelForCausalLM.from_config(config).train()
+    model.set_attn_implementation("eager" if name == "gemma2" else NAME)
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    return model
+
+
+def loss_and_gradients(
+    model: Any, batch: dict[str, Any], **options: Any
+) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch, use_cache=False, **options).loss
+    loss.backward()
+    return loss.item(), {
+        name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
+    }
+
+
+def assert_alike(found: dict[str, Any], expected: dict[str, Any], *, rtol: float = 1e-5) -> None:
+    """The same names, and tensors that differ by ``rtol`` of the largest element at most.
+
+    Where a gradient cancels to nothing (the bias of keys), what counts is the largest of all gradients.
+    """
+    assert found.keys() == expected.keys()
+    largest = max(float(value.abs().max()) for value in expected.values())
+    for name, value in expected.items():
+        scale = max(float(value.abs().max()), 1e-3 * largest)
+        assert float((found[name] - value).abs().max()) <= rtol * scale, name
+
+
+def assert_same_pass(found: tuple[float, dict], expected: tuple[float, dict]) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert_alike(found[1], expected[1])
+
+
+# --- measure_targets alone
+
+
+@pytest.fixture(params=["one-chunk", "many-chunks", "few-bytes"])
+def chunks(request, monkeypatch) -> None:
+    """11 rows: in one chunk, in chunks of 4 with blocks of 3, in chunks of the 2 that fit 300 bytes."""
+    if request.param == "many-chunks":
+        monkeypatch.setitem(module.CHUNK_TOKENS, "cpu", 4)
+        monkeypatch.setitem(module.BLOCK_TOKENS, "cpu", 3)
+    if request.param == "few-bytes":
+        monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 300)
+
+
+def head_inputs(rows: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden, weight, bias, targets; of 11 rows the first, the sixth and the last two have no target."""
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, WIDTH, requires_grad=True)
+    weight = torch.randn(VOCABULARY, WIDTH, requires_grad=True)
+    bias = torch.randn(VOCABULARY, requires_grad=True)
+    targets = torch.tensor([X, 3, 0, 36, 3, X, 9, 17, 3, X, X])[:rows]
+    return hidden, weight, bias, targets
+
+
+def gradients_of(loss: torch.Tensor, parts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = ["hidden", "weight", "bias"][: len(parts)]
+    return dict(zip(names, torch.autograd.grad(3.5 * loss, parts), strict=True))
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(
+    "options", [PLAIN, LossOptions(0.1), LossOptions(0.0, 1e-2), LossOptions(0.2, 0.3)], ids=str
+)
+def test_sum_figures_and_gradients_are_those_of_cross_entropy(options, has_bias, chunks):
+    """z-loss by its formula, label smoothing by PyTorch's own; 3.5 is what backward is given."""
+    hidden, weight, bias, targets = head_inputs()
+    parts = [hidden, weight, bias] if has_bias else [hidden, weight]
+    logits = linear(hidden, weight, bias if has_bias else None)
+    expected = cross_entropy(
+        logits, targets, ignore_index=X, label_smoothing=options.label_smoothing, reduction="sum"
+    )
+    expected = expected + options.z_loss * logits.logsumexp(dim=-1)[targets != X].square().sum()
+    nlls = cross_entropy(logits, targets, ignore_index=X, reduction="none").detach()
+
+    total, nll, correct = measure_targets(
+        hidden, weight, bias=bias if has_bias else None, targets=targets, options=options
+    )
+
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(nll, nlls, rtol=1e-5, atol=1e-6)
+    assert correct.tolist() == (logits.argmax(dim=-1) == targets).tolist()
+    assert (nll.requires_grad, correct.requires_grad) == (False, False)
+    assert_alike(gradients_of(total, parts), gradients_of(expected, parts))
+
+
+@pytest.mark.parametrize("options", [PLAIN, LossOptions(0.2, 0.3)], ids=str)
+def test_weights_scale_every_term_of_a_target_in_the_sum_and_in_no_figure(options, chunks):
+    """Smoothed likelihood by PyTorch and z-loss by its formula, a target at a time."""
+    hidden, weight, bias, targets = head_inputs()
+    weights = torch.tensor([9, 0.5, 2, 0, 1, 9, 0.3, 1, 4, 9, 9])  # a 9 is of a row without a target
+    logits = linear(hidden, weight, bias)
+    terms = cross_entropy(
+        logits, targets, ignore_index=X, label_smoothing=options.label_smoothing, reduction="none"
+    )
+    terms = terms + options.z_loss * logits.logsumexp(dim=-1).square()
+    at = [1, 2, 3, 4, 6, 7, 8]
+    expected = (terms[at] * torch.tensor([0.5, 2, 0, 1, 0.3, 1, 4])).sum()
+    unweighted = measure_targets(hidden, weight, bias=bias, targets=targets, options=options)
+
+    total, nll, correct = measure_targets(
+        hidden, weight, bias=bias, targets=targets, options=options, target_weights=weights
+    )
+
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.equal(nll, unweighted[1])
+    assert torch.equal(correct, unweighted[2])
+    parts = [hidden, weight, bias]
+    assert_alike(gradients_of(total, parts), gradients_of(expected, parts))
+
+
+def test_under_bfloat16_autocast_a_weight_is_not_rounded():
+    """257/256 would be 1 as a bfloat16: 0.4 % less in every gradient, and on the same side."""
+    hidden, weight, bias, targets = head_inputs()
+    parts = [hidden, weight, bias]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole, weighted = (
+            measure_targets(
+                hidden, weight, bias=bias, targets=targets, options=PLAIN, target_weights=weights
+            )[0]
+            for weights in (None, torch.full((11,), 257 / 256))
+        )
+
+    assert weighted.item() == pytest.approx(257 / 256 * whole.item(), rel=1e-6)
+    expected, found = gradients_of(whole, parts), gradients_of(weighted, parts)
+    for name, gradient in found.items():
+        share = (gradient * expected[name]).sum() / expected[name].square().sum()
+        assert share.item() == pytest.approx(257 / 256, abs=2e-3), name
+
+
+def test_without_gradients_the_same_is_measured(chunks):
+    hidden, weight, bias, targets = head_inputs()
+    expected = measure_targets(hidden, weight, bias=bias, targets=targets, options=PLAIN)
+
+    with torch.no_grad():
+        found = measure_targets(hidden, weight, bias=bias, targets=targets, options=PLAIN)
+
+    assert not found[0].requires_grad
+    assert all(torch.equal(part, other) for part, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("targets", [[], [X], [X, X, X]], ids=str)
+def test_rows_without_a_target_give_0_and_gradients_of_0(targets):
+    hidden, weight, bias, _ = head_inputs(len(targets))
+
+    total, nll, correct = measure_targets(
+        hidden,
+        weight,
+        bias=bias,
+        targets=torch.tensor(targets, dtype=torch.int64),
+        options=LossOptions(0.1, 0.1),
+    )
+
+    assert (total.item(), nll.tolist(), correct.tolist()) == (
+        0.0,
+        [0.0] * len(targets),
+        [False] * len(targets),
+    )
+    for gradient in torch.autograd.grad(total, [hidden, weight, bias]):
+        assert not gradient.any()
+
+
+def test_of_equal_logits_the_first_token_is_the_guess():
+    hidden, weight = torch.ones(3, WIDTH), torch.zeros(VOCABULARY, WIDTH)
+
+    total, nll, correct = measure_targets(
+        hidden, weight, bias=None, targets=torch.tensor([0, 1, 0]), options=PLAIN
+    )
+
+    assert correct.tolist() == [True, False, True]
+    assert nll.tolist() == pytest.approx([3.610918] * 3, abs=1e-6)  # ln 37
+    assert total.item() == pytest.approx(10.832753, abs=1e-5)
+
+
+def test_a_target_whose_share_is_0_in_float32_has_its_loss():
+    """exp(-200) is 0 in float32; its logarithm would be minus infinity."""
+    hidden, weight = torch.ones(1, 1, requires_grad=True), torch.tensor([[200.0], [0.0]])
+
+    total, nll, _ = measure_targets(hidden, weight, bias=None, targets=torch.tensor([1]), options=PLAIN)
+
+    assert (total.item(), nll.item()) == (200.0, 200.0)
+    assert torch.autograd.grad(total, hidden)[0].item() == 200.0
+
+
+class OfTheHeadsShape(TorchDispatchMode):
+    """Counts what is made in the shape of the head's weight."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.made += torch.is_tensor(found) and found.shape == (VOCABULARY, WIDTH)
+        return found
+
+
+def test_a_frozen_head_has_no_gradient_and_nothing_of_its_size_is_made():
+    hidden, weight, bias, targets = head_inputs()
+    expected = gradients_of(
+        measure_targets(hidden, weight, bias=bias, targets=targets, options=PLAIN)[0], [hidden]
+    )
+    with OfTheHeadsShape() as trained:
+        measure_targets(hidden, weight, bias=bias, targets=targets, options=PLAIN)[0].backward()
+    weight, bias = (part.detach() for part in (weight, bias))
+    hidden.grad = None
+
+    with OfTheHeadsShape() as frozen:
+        measure_targets(hidden, weight, bias=bias, targets=targets, options=PLAIN)[0].backward()
+
+    assert trained.made >= 1
+    assert frozen.made == 0
+    assert weight.grad is bias.grad is None
+    assert torch.equal(3.5 * hidden.grad, expected["hidden"])
+
+
+def test_under_bfloat16_autocast_it_is_as_far_from_float32_as_the_stock_path(chunks):
+    """Loss within 1e-3, gradients within 2 % of their norm: a bfloat16 keeps 8 bits (0.4 %)."""
+    hidden, weight, bias, targets = head_inputs()
+    parts = [hidden, weight, bias]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = linear(hidden, weight, bias)
+        stock = cross_entropy(logits.float(), targets, ignore_index=X, reduction="sum")
+        found, nll, _ = measure_targets(hidden, weight, bias=bias, targets=targets, options=PLAIN)
+
+    assert (found.dtype, nll.dtype) == (torch.float32, torch.float32)
+    assert found.item() == pytest.approx(stock.item(), rel=1e-3)
+    expected = gradients_of(stock, parts)
+    for name, gradient in gradients_of(found, parts).items():
+        assert gradient.dtype == torch.float32
+        assert float((gradient - expected[name]).norm()) <= 2e-2 * float(expected[name].norm()), name
+
+
+# --- in a model
+
+
+@pytest.fixture(params=PLAIN_MODELS)
+def model(request) -> PreTrainedModel:
+    return build(request.param)
+
+
+def test_it_equals_the_models_own_loss_and_gradients(model):
+    """In a padded batch, with and without the number of targets of a whole step, given."""
+    batch = DataCollatorForCausalLM(0)(ROWS)
+    expected = [loss_and_gradients(model, batch, **more) for more in ({}, {"num_items_in_batch": 7})]
+    assert why_not(model) == ""
+
+    target_loss = use_target_loss(model)
+
+    for more, stock in zip(({}, {"num_items_in_batch": 7}), expected, strict=True):
+        with target_loss.measuring():
+            assert_same_pass(loss_and_gradients(model, batch, **more), stock)
+    assert int(target_loss.figures.is_target.sum()) == 7
+
+
+def test_it_equals_the_models_own_loss_in_a_packed_row_given_the_targets(model):
+    plain, targets = (DataCollatorForPackedCausalLM(with_targets=given)(ROWS) for given in (False, True))
+    items = torch.tensor(23)
+    expected = loss_and_gradients(model, plain, num_items_in_batch=items)
+
+    target_loss = use_target_loss(model)
+
+    with target_loss.measuring():
+        assert_same_pass(loss_and_gradients(model, targets, num_items_in_batch=items), expected)
+    assert target_loss.figures.is_target.tolist() == [True] * 7
+
+
+def test_outside_of_measuring_the_model_is_stock(model, tmp_path):
+    batch = DataCollatorForCausalLM(0)(ROWS)
+    prompt = torch.tensor([[5, 6, 7]])
+    names = list(model.state_dict())
+    expected = loss_and_gradients(model, batch)
+    with torch.no_grad():
+        logits = model(input_ids=prompt, use_cache=False).logits
+
+    target_loss = use_target_loss(model)
+    with target_loss.measuring(), torch.no_grad():
+        model(**batch, use_cache=False)
+
+    found = loss_and_gradients(model, batch)
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=prompt, use_cache=False).logits, logits)
+    assert list(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=NAME)
+    assert type(loaded.get_output_embeddings()) is torch.nn.Linear
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=prompt, use_cache=False).logits, logits)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+def test_it_generates_what_it_generated_before(kind):
+    model = build(kind).eval()
+    model.set_attn_implementation("sdpa")
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(torch.tensor([[5, 6, 7]]), **options).tolist()
+
+    use_target_loss(model)
+
+    assert model.generate(torch.tensor([[5, 6, 7]]), **options).tolist() == expected
+
+
+def test_a_second_use_changes_the_options_only():
+    model = build("qwen2")
+    batch = DataCollatorForCausalLM(0)(ROWS)
+    own = model.loss_function
+
+    first = use_target_loss(model, LossOptions(z_loss=0.5))
+    second = use_target_loss(model)
+
+    assert second is first is model.loss_function
+    assert (first.options, first.stock) == (PLAIN, own)
+    assert why_not(model) == ""
+    assert isinstance(model.get_output_embeddings(), DeferringHead)
+    plain = model(**batch).loss
+    with first.measuring():
+        assert model(**batch).loss.item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_a_model_that_scales_or_caps_its_logits_is_named(name):
+    model = build(name)
+
+    assert why_not(model) == "it does more with its logits than a matrix product"
+    assert type(model.loss_function) is not TargetLoss
+
+
+def test_to_find_that_out_leaves_the_model_as_it_was():
+    model = build("gpt2")
+    own, state = model.loss_function, torch.get_rng_state()
+
+    why_not(model)
+
+    assert model.loss_function is own
+    assert model.training
+    assert len(model.get_output_embeddings()._forward_hooks) == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_head_that_forgets_to_hand_on_its_hidden_states_is_found():
+    """As in a model whose forward changes after why_not: no other loss is computed in silence."""
+    model = build("qwen2")
+    target_loss = use_target_loss(model)
+    model.get_output_embeddings().register_forward_hook(lambda head, given, found: 2 * found)
+
+    with target_loss.measuring(), pytest.raises(AssertionError, match="the model does more with its logits"):
+        model(**DataCollatorForCausalLM(0)(ROWS))
+
+
+# --- in the Trainer
+
+
+class Gradients(TrainerCallback):
+    """The gradients of each step, before they are used."""
+
+    def __init__(self):
+        self.of_steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        self.of_steps.append({name: weight.grad.clone() for name, weight in trained})
+
+
+def build_trainer(folder: Path, model: Any, *, trainer: type[Trainer] = CLMTrainer, **settings: Any) -> Any:
+    """Two steps of 2 x 2 rows; the stock Trainer gets labels alone."""
+    options = {**settings}
+    z_loss = {"z_loss": options.pop("z_loss")} if "z_loss" in options else {}
+    collator = DataCollatorForPackedCausalLM(with_targets=trainer is CLMTrainer)
+    defaults: dict[str, Any] = {
+        **{"use_cpu": True, "report_to": "none", "logging_steps": 1, "save_strategy": "no", "max_steps": 2},
+        **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3},
+        **{"remove_unused_columns": False, "disable_tqdm": True, "max_grad_norm": 0.0},
+        "train_sampling_strategy": "sequential",
+    }
+    rows = [{key: values * n for key, values in row.items()} for n in (1, 3) for row in ROWS]
+    arguments = TrainingArguments(str(folder), **(defaults | options))
+    return trainer(model, arguments, data_collator=collator, train_dataset=rows, eval_dataset=rows, **z_loss)
+
+
+def two_steps(trainer: Trainer) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], gradients.of_steps
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", *OTHER_MODELS])
+def test_a_run_has_the_losses_and_gradients_of_the_stock_trainer(name, smoothing, tmp_path):
+    """Also of a model that keeps its own loss. The steps accumulate batches of unequal targets."""
+    option = {"label_smoothing_factor": smoothing}
+    losses, gradients = two_steps(build_trainer(tmp_path, build(name), trainer=Trainer, **option))
+
+    trainer = build_trainer(tmp_path, build(name), **option)
+    found_losses, found_gradients = two_steps(trainer)
+
+    assert (trainer.target_loss is None) == (name in OTHER_MODELS) == bool(trainer.own_loss)
+    assert len(losses) == len(gradients) == 2
+    assert found_losses == pytest.approx(losses, rel=1e-5)
+    assert_alike(found_gradients[0], gradients[0])
+
+
+@pytest.mark.parametrize("name", ["qwen2", "granite"])
+def test_label_smoothing_is_that_of_pytorch(name, tmp_path):
+    model = build(name)
+    rows = [{key: values * n for key, values in row.items()} for n in (1, 3) for row in ROWS]
+    logits, targets = flat_logits(model, rows)
+    expected = cross_entropy(logits, targets, ignore_index=X, label_smoothing=0.3).item()
+    settings = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1, "max_steps": 1}
+
+    losses, _ = two_steps(build_trainer(tmp_path, model, label_smoothing_factor=0.3, **settings))
+
+    assert losses == pytest.approx([expected], rel=1e-5)
+
+
+def test_z_loss_is_its_formula_and_evaluation_leaves_both_terms_out(tmp_path):
+    """Evaluation is the likelihood of the targets alone, each of which weighs the same."""
+    model = build("qwen2")
+    rows = [{key: values * n for key, values in row.items()} for n in (1, 3) for row in ROWS]
+    logits, targets = flat_logits(model, rows)
+    is_target = targets != X
+    nll = cross_entropy(logits, targets, ignore_index=X)
+    expected = nll + 0.5 * logits.logsumexp(dim=-1)[is_target].square().mean()
+    settings = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1, "max_steps": 1}
+    trainer = build_trainer(tmp_path, model, z_loss=0.5, **settings)
+
+    metrics = trainer.evaluate()
+    losses, _ = two_steps(trainer)
+
+    assert losses == pytest.approx([expected.item()], rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(nll.item(), rel=1e-6)
+    assert metrics["eval_target_tokens"] == int(is_target.sum()) == 28  # 7 and 3 x 7
+    assert metrics["eval_token_accuracy"] == (logits.argmax(dim=-1) == targets)[is_target].float().mean()
+
+
+def flat_logits(model: PreTrainedModel, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (T, V) and targets (T,) of each row alone, from the stock model."""
+    with torch.no_grad():
+        logits = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1] for row in rows]
+    return torch.cat(logits), torch.cat([torch.tensor(row["labels"][1:]) for row in rows])
+
+
+# --- with other libraries
+
+
+def test_adapters_of_peft_get_the_gradients_of_stock_peft_and_the_head_none(tmp_path):
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+
+    def adapted() -> Any:
+        model = build("qwen2")
+        torch.manual_seed(1)
+        return peft.get_peft_model(model, settings)
+
+    losses, gradients = two_steps(build_trainer(tmp_path, adapted(), trainer=Trainer))
+    trainer = build_trainer(tmp_path, adapted())
+    found_losses, found_gradients = two_steps(trainer)
+
+    assert trainer.own_loss == ""
+    assert trainer.target_loss.figures is not None
+    assert found_losses == pytest.approx(losses, rel=1e-5)
+    assert len(gradients[0]) == 8  # A and B of 2 matrices in 2 layers
+    assert_alike(found_gradients[0], gradients[0])
+    assert trainer.model.get_output_embeddings().weight.grad is None
+
+
+@pytest.mark.parametrize("option", ["target_modules", "modules_to_save"])
+def test_a_head_that_peft_wraps_keeps_its_own_loss(option):
+    peft = pytest.importorskip("peft")
+    chosen = {"target_modules": ["q_proj"], option: ["lm_head"]}
+
+    assert why_not(peft.get_peft_model(build("qwen2"), peft.LoraConfig(**chosen))).startswith(
+        "its head is a peft."
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_a_compiled_model_has_the_same_gradients_and_is_not_compiled_again(name):
+    """One shape but for the number of targets: the second one makes it a symbol, the others fit."""
+    from torch._dynamo import reset
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    shape = StaticShape(tokens=16, documents=3, max_length=8)
+    collate = DataCollatorForPackedCausalLM(with_targets=True, static=shape)
+    batches = [collate(rows) for rows in (ROWS, ROWS[:2], ROWS[1:], ROWS[:1], ROWS[2:])]
+    for batch in batches:
+        del batch["padding_tokens"]
+    model = build(name)
+    model.set_attn_implementation("eager")
+    expected = [loss_and_gradients(model, batch, num_items_in_batch=7) for batch in batches]
+    target_loss = use_target_loss(model)
+    reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model.forward = torch.compile(model.forward, backend=counter)
+
+    compiled = []
+    for batch, stock in zip(batches, expected, strict=True):
+        with target_loss.measuring():
+            assert_same_pass(loss_and_gradients(model, batch, num_items_in_batch=7), stock)
+        compiled.append(counter.frame_count)
+    reset()
+
+    assert compiled == [1, 2, 2, 2, 2]  # no graph break leaves more than one graph with work
+
+
+# --- memory
+
+PEAK = """
+import resource, sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from hf_clm.model.loss import use_target_loss
+
+torch.manual_seed(0)
+sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 64}
+config = AutoConfig.for_model("qwen2", **sizes, intermediate_size=64, vocab_size=151_936)
+model = AutoModelForCausalLM.from_config(config)
+ids = torch.randint(0, 151_936, (8, 513))
+model.model(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+without = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+target_loss = use_target_loss(model)
+if sys.argv[1] == "targets":
+    with target_loss.measuring():
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+else:
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+loss.backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - without, loss.item())
+"""
+
+
+@pytest.mark.slow
+def test_a_large_vocabulary_takes_under_a_quarter_of_the_stock_memory():
+    """4,096 targets of 151,936 tokens in float32; what the model itself needs is not counted."""
+    found = {}
+    for arm in ("stock", "targets"):
+        command = [sys.executable, "-c", PEAK, arm]
+        root = Path(__file__).resolve().parents[2]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        found[arm] = [float(word) for word in done.stdout.split()]
+
+    assert found["targets"][1] == pytest.approx(found["stock"][1], rel=1e-5)
+    assert found["targets"][0] < 0.25 * found["stock"][0]

@@ -1,0 +1,131 @@
+"""``hf-clm inspect`` on a recipe and on a run's folder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import byte_tokenizer, write_jsonl
+
+from hf_clm.errors import RecipeError
+from hf_clm.pages.inspection import View, inspect, padded_fill
+
+RECORDS = [{"prompt": "Say hi.\n", "completion": "Hi"}, {"prompt": "p", "completion": "q"}] * 2
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch) -> Path:
+    """A recipe beside its data and tokenizer, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    write_jsonl(tmp_path / "d.jsonl", RECORDS)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "stage: sft\n"
+        "model: {init: scratch, config: {model_type: gpt2}, attention: sdpa}\n"
+        "tokenizer: {name_or_path: tokenizer}\n"
+        "data: {train: d.jsonl, max_length: 16, packing: none}\n"
+        "train: {output_dir: runs/x, use_cpu: true, per_device_train_batch_size: 2}\n"
+    )
+    return path
+
+
+def test_a_recipe_is_shown_with_counts_legend_and_rows(recipe):
+    text = inspect(str(recipe), [], view=View(rows=2))
+
+    assert text.splitlines() == [
+        "rows: 4 (2 shown), of 4 documents",
+        "tokens: 28, 10 targets (35.7%)",
+        "examples: 4 used",
+        "length: median 7, longest 11; 0.0% over max_length 16",
+        "fill: padded in batches of 2 63.6%",
+        "",
+        "⟦trained⟧  read only  ⟪control token⟫  ⦃partly trained character⦄",
+        "",
+        "row 0: 11 tokens, 1 document, 3 targets (27.3%)",
+        "┌ d.jsonl:1  11 tokens, 3 targets",
+        "├ prompt",
+        "│ Say hi.↵",
+        "├ completion",
+        "│ ⟦Hi⟪<|endoftext|>⟫⟧",
+        "",
+        "row 1: 3 tokens, 1 document, 2 targets (66.7%)",
+        "┌ d.jsonl:2  3 tokens, 2 targets",
+        "├ prompt",
+        "│ p",
+        "├ completion",
+        "│ ⟦q⟪<|endoftext|>⟫⟧",
+        "└ padding: 8 × <|pad|>",
+    ]
+    assert not Path("runs").exists()
+
+
+def test_the_worst_rows_are_found_among_all_and_dropped_ones_are_named(recipe):
+    overrides = ["--data.max_length", "10", "--data.max_dropped", "1", "--data.special_tokens_in_text=allow"]
+    write_jsonl(Path("d.jsonl"), [*RECORDS, {"prompt": "a", "completion": "0123456789<|pad|>"}])
+
+    lines = inspect(str(recipe), overrides, view=View(rows=1, worst=True)).splitlines()
+
+    assert lines[2] == "examples: 2 cut, 2 used, 1 dropped: no whole target fits in max_length"
+    assert lines[3] == "length: median 11, longest 13; 60.0% over max_length 10"
+    assert lines[5] == "dropped: d.jsonl:5 (no whole target fits in max_length)"
+    assert lines[6] == "control tokens in text: '<|pad|>' × 1"
+    assert lines[10] == "row 2: 10 tokens, 1 document, 3 targets (30.0%)"
+    assert lines[12:14] == ["├ ! cut prompt: the first 1 tokens are gone", "├ ! duplicate: of d.jsonl:1"]
+
+
+def test_the_page_holds_more_rows_than_the_terminal(recipe):
+    text = inspect(str(recipe), ["--data.packing", "best_fit"], view=View(rows=0, html="labels.html"))
+
+    assert text.splitlines()[-1] == "wrote labels.html: 2 of 2 rows"
+    assert '["from","' in Path("labels.html").read_text(encoding="utf-8")
+
+
+def test_a_run_is_inspected_with_the_tokenizer_that_it_trained(recipe):
+    """The recipe would train another one, on data that have changed since."""
+    run = Path("run")
+    byte_tokenizer().save_pretrained(run)
+    text = recipe.read_text().replace("name_or_path: tokenizer", "train: {vocab_size: 300}")
+    (run / "recipe.yaml").write_text(text)
+
+    assert "tokens: 28, 10 targets (35.7%)" in inspect("run", [], view=View(rows=0))
+
+
+def test_a_tokenizer_that_a_recipe_trains_leaves_no_folder(recipe):
+    recipe.write_text(recipe.read_text().replace("name_or_path: tokenizer", "train: {vocab_size: 260}"))
+
+    assert "⟦Hi⟪<|endoftext|>⟫⟧" in inspect(str(recipe), [], view=View(rows=1))
+    assert not Path("runs").exists()
+
+
+def test_the_eval_split_is_shown_on_request(recipe):
+    write_jsonl(Path("e.jsonl"), [{"prompt": "only", "completion": "here"}])
+
+    text = inspect(str(recipe), ["--data.eval", "e.jsonl"], view=View(split="eval"))
+
+    assert "┌ e.jsonl:1  9 tokens, 5 targets" in text.splitlines()
+
+
+def test_a_missing_eval_split_and_a_folder_without_a_run_are_refused(recipe):
+    with pytest.raises(RecipeError, match="the recipe has no set 'eval'"):
+        inspect(str(recipe), [], view=View(split="eval"))
+    with pytest.raises(RecipeError, match="not a run's folder"):
+        inspect("tokenizer", [], view=View())
+
+
+@pytest.mark.parametrize(
+    ("color", "no_color", "is_colored"),
+    [("always", "1", True), ("never", "", False), ("auto", "", True), ("auto", "1", False)],
+)
+def test_colours_are_for_terminals_and_can_be_turned_off(recipe, monkeypatch, color, no_color, is_colored):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", "xterm")
+
+    assert ("\x1b[" in inspect(str(recipe), [], view=View(rows=1, color=color))) == is_colored
+
+
+def test_the_padded_fill_counts_the_longest_of_each_batch():
+    """Batches of [4, 2] and [3]: 9 tokens in 8 + 3 places; a 5 over max_length 4 makes a 4 and a 1."""
+    assert padded_fill(np.array([4, 2, 3]), 4, batch_size=2) == 9 / 11
+    assert padded_fill(np.array([5, 3]), 4, batch_size=2) == 8 / 11

@@ -1,0 +1,284 @@
+"""report.html as text; tests/browser looks at it in a browser."""
+
+import base64
+import hashlib
+import json
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from report_runs import EVIL, FACTS, write_run
+
+from hf_clm.errors import RecipeError
+from hf_clm.pages.report import build_report, write_report
+from hf_clm.run_folder import load_record
+
+
+class Reader(HTMLParser):
+    """The tags, the attributes and the text of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.texts += [data.strip()] if data.strip() else []
+
+
+def read(folder: Path) -> Reader:
+    return Reader(build_report(load_record(folder)))
+
+
+def headings(text: str) -> list[str]:
+    return [found.strip() for found in re.findall(r"<(?:h2|summary)>([^<]*)", text)]
+
+
+def test_a_whole_run_has_every_part(tmp_path):
+    text = build_report(load_record(write_run(tmp_path / "poems")))
+
+    assert headings(text) == [
+        *("Training", "Samples", "Labels", "Certificate", "Ledger"),
+        *("Self-test of the loss", "Recipe", "Versions"),
+    ]
+    assert re.findall("<figcaption><b>(.*?)</b>", text) == [
+        *("Loss", "Token accuracy", "Gradient norm", "Learning rate"),
+        *("Throughput", "MFU", "Memory"),
+    ]
+
+
+def test_the_figures_stand_at_the_top(tmp_path):
+    texts = read(write_run(tmp_path / "poems")).texts
+
+    first = texts.index("Token accuracy") - 3
+    assert texts[first : first + 21] == [
+        *("Loss", "6.5000 → 0.2500", "some training rows"),
+        *("Token accuracy", "0% → 97.5%", "some training rows"),
+        *("Steps", "40", "of 40"),
+        *("Time", "5s"),
+        *("Tokens", "4,000", "1,600 of them learned"),
+        *("Tokens a second", "800", "9.5% MFU"),
+        *("Memory", "1.08 GB", "at its peak"),
+        "Packed rows",
+    ]
+    assert texts[first + 21 : first + 23] == ["94.5% full", "0% padding"]
+
+
+def test_what_is_not_there_is_left_out(tmp_path):
+    (tmp_path / "run.json").write_text('{"status": "running"}')
+
+    text = build_report(load_record(tmp_path))
+
+    assert headings(text) == []
+    assert "<figure" not in text and "<table" not in text and "<dt>" not in text
+
+
+def test_a_run_of_an_older_version_has_its_recipe_without_origins(tmp_path):
+    texts = read(write_run(tmp_path / "old", facts={"origins": None})).texts
+
+    assert "data.max_length" in texts
+    assert "origin" not in texts and "Given" not in texts
+
+
+def test_no_text_of_a_user_becomes_markup(tmp_path):
+    folder = write_run(tmp_path / EVIL.replace("/", "-"), facts={"status": EVIL, "error": [EVIL]})
+    (folder / "label_rows.jsonl").write_text(
+        (folder / "label_rows.jsonl").read_text().replace("poems.jsonl:9", json.dumps(EVIL)[1:-1])
+    )
+
+    found = read(folder)
+
+    assert not {"script", "img"} & set(found.tags)
+    assert not [name for name, _ in found.attributes if name.startswith("on") or name == "style"]
+    assert "49" not in found.texts
+    assert found.texts.count(EVIL) >= 4  # the model, the error, the place, the prompt
+
+
+def test_the_policy_allows_the_one_style_and_nothing_else(tmp_path):
+    text = build_report(load_record(write_run(tmp_path / "run")))
+
+    (policy,) = re.findall('http-equiv="Content-Security-Policy" content="(.*?)"', text)
+    (style,) = re.findall("<style>(.*?)</style>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert policy == (f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'")
+    assert "url(" not in style and "@import" not in style
+    assert "http://" not in text and "https://" not in text
+
+
+@pytest.mark.parametrize(
+    ("status", "is_live", "refreshes"),
+    [("running", True, True), ("running", False, False), ("done", True, False), ("diverged", True, False)],
+)
+def test_the_page_loads_itself_anew_while_the_run_goes_on(tmp_path, status, is_live, refreshes):
+    folder = write_run(tmp_path / "run", facts={"status": status})
+
+    write_report(folder, is_live=is_live)
+
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert ('<meta http-equiv="refresh" content="10">' in text) is refreshes
+
+
+def test_a_running_run_says_how_far_it_is_and_how_long_it_takes(tmp_path):
+    left_out = ("loss_after", "loss_before", "steps_done", "tokens_seen", "tokens_per_second")
+    facts = {"status": "running", "steps": 120, **dict.fromkeys(left_out)}
+
+    texts = read(write_run(tmp_path / "run", facts=facts)).texts
+
+    place = texts.index("Steps")
+    assert texts[place : place + 5] == ["Steps", "40", "of 120", "Time", "5s"]
+    assert texts[place + 5] == "about 10s left"  # 40 steps in 5 seconds, 80 to go
+
+
+def test_before_its_second_evaluation_a_run_shows_its_training_loss(tmp_path):
+    metrics = [{"step": 0, "eval_loss": 7.0}, {"step": 5, "loss": 5.0}]
+    facts = {"status": "running", "loss_after": None}
+
+    texts = read(write_run(tmp_path / "run", facts=facts, metrics=metrics)).texts
+
+    place = texts.index("Loss")
+    assert texts[place : place + 3] == ["Loss", "5.0000", "training data"]
+
+
+def test_a_run_that_failed_says_why(tmp_path):
+    facts = {"status": "diverged", "error": ["step 7: the loss is not finite"]}
+
+    text = build_report(load_record(write_run(tmp_path / "run", facts=facts)))
+
+    assert '<span class="status diverged">diverged</span>' in text
+    assert '<p class="error">step 7: the loss is not finite</p>' in text
+
+
+def test_pretraining_is_compared_with_guessing_and_gradients_with_their_clip(tmp_path):
+    learned = build_report(load_record(write_run(tmp_path / "a")))
+    whole = build_report(load_record(write_run(tmp_path / "b", facts={"stage": "pretrain"})))
+
+    assert re.findall('key level">(.*?)<', learned) == ["clipped at 1"]
+    assert re.findall('key level">(.*?)<', whole) == ["guessing by frequency", "clipped at 1"]
+
+
+def test_padding_is_drawn_where_there_is_some(tmp_path):
+    metrics = [{"step": 1, "loss": 1.0, "padding_share": 0.25}]
+
+    texts = read(write_run(tmp_path / "run", metrics=metrics)).texts
+
+    assert "share of the places in a batch, by step" in texts
+    assert "25% padding" in texts
+
+
+def test_samples_of_five_steps_stand_side_by_side(tmp_path):
+    text = build_report(load_record(write_run(tmp_path / "run")))
+
+    assert "5 of 7 steps" in text
+    assert re.findall("step ([0-9]+)</span>", text) == ["0", "15", "20", "25", "40"] * 2
+
+
+def test_targets_and_prompts_are_told_apart_in_the_labels(tmp_path):
+    text = build_report(load_record(write_run(tmp_path / "run")))
+
+    assert '<span class="t trained">ok</span>' in text
+    assert '<span class="t trained control">&lt;|endoftext|&gt;</span>' in text
+    assert '<span class="t read-only">ask↵\n&lt;/script&gt;' in text
+
+
+def test_the_recipe_says_where_each_value_was_given(tmp_path):
+    texts = read(write_run(tmp_path / "run")).texts
+
+    given = texts[texts.index("Given") + 1 : texts.index("Not given")]
+    rest = texts[texts.index("Not given") + 1 :]
+    assert given == [
+        *("key", "value", "origin"),
+        *("stage", '"sft"', "poems.yaml:1"),
+        *("data.max_length", "64", "command line"),
+    ]
+    assert rest[rest.index("data.packing") :][:3] == ["data.packing", '"best_fit"', "default"]
+    assert rest[rest.index("train.bf16") :][:3] == ["train.bf16", "true", "hf_clm default"]
+    assert rest[rest.index("train.learning_rate") :][:3] == [
+        "train.learning_rate",
+        "0.002",
+        "chosen by the run",
+    ]
+
+
+def test_the_ledger_and_the_certificate_are_those_of_run_json(tmp_path):
+    texts = read(write_run(tmp_path / "run")).texts
+
+    assert "all 48 rows are certified, sha256 0fb1e8d1d674" in texts
+    assert "48 input rows, 12 rows, 2,911 tokens, 1,099 of them targets" in texts
+    place = texts.index("used")
+    assert texts[place : place + 12] == [
+        *("used", "48", "2,911", "1,099", "2,911", "1,099"),
+        *("unreadable", "1", "0", "0", "0", "0"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("proof", "said"),
+    [
+        ({"self_test": "off"}, "not tested: off"),
+        ({"round_trip": "off: the model is sharded"}, "not tested: off: the model is sharded"),
+        ({"round_trip": "end"}, "tested at the end"),
+        ({"train": {"certificate": {"valid": False, "rows": 3}}}, "are NOT certified"),
+    ],
+)
+def test_what_was_not_proved_is_said(tmp_path, proof, said):
+    assert said in build_report(load_record(write_run(tmp_path / "run", facts={"proof": proof})))
+
+
+def test_text_that_is_no_unicode_is_written_all_the_same(tmp_path):
+    folder = write_run(tmp_path / "run", facts={"model": "a\ud800b"})
+
+    write_report(folder)
+
+    assert "a\\ud800b" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one_and_no_half(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run")
+    write_report(folder)
+    before, names = (folder / "report.html").read_bytes(), sorted(folder.iterdir())
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+
+    def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(folder)
+
+    assert (folder / "report.html").read_bytes() == before
+    assert sorted(folder.iterdir()) == names
+
+
+def test_a_folder_without_a_run_gets_no_page(tmp_path):
+    with pytest.raises(RecipeError):
+        write_report(tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", sorted(FACTS))
+@pytest.mark.parametrize("odd", [7, "text", [1, "a"], {"a": [1]}, {}, True], ids=repr)
+def test_facts_of_another_shape_spoil_no_page(tmp_path, key, odd):
+    """Another version of hf_clm, or a hand, may have written them."""
+    assert build_report(load_record(write_run(tmp_path / "run", facts={key: odd})))
+
+
+def test_a_page_is_written_in_milliseconds(tmp_path):
+    """Its time is taken from the training's. 5 ms were measured; the bound allows for a busy machine."""
+    folder = write_run(tmp_path / "run")
+    write_report(folder)
+
+    started = time.perf_counter()
+    write_report(folder)
+
+    assert time.perf_counter() - started < 0.25

@@ -1,0 +1,152 @@
+"""Fields of the section train that contradict each other, or that change nothing in a run."""
+
+import pytest
+
+from hf_clm.recipe.trainer_checks import check_train_combination, metric_names
+
+GOOD = {"output_dir": "runs/x"}
+BEST = {**GOOD, "load_best_model_at_end": True}
+STEPS = {**BEST, "eval_strategy": "steps", "save_strategy": "steps"}
+
+
+@pytest.mark.parametrize(
+    ("train", "what"),
+    [
+        ({}, "train.output_dir is missing"),
+        ({"output_dir": ""}, "train.output_dir is missing"),
+        (
+            {**GOOD, "num_train_epochs": -1},
+            "train.num_train_epochs: expected a number above 0 where max_steps is not given",
+        ),
+        ({**GOOD, "bf16": True, "fp16": True}, "train.fp16 and train.bf16 are both true"),
+        ({**GOOD, "fsdp": "full_shard auto_wrap"}, "train.fsdp: text is the spelling of transformers 4"),
+        (
+            {**GOOD, "dataloader_prefetch_factor": 2},
+            "train.dataloader_prefetch_factor needs train.dataloader_num_workers of 1 or more",
+        ),
+        (BEST, "train.load_best_model_at_end needs an eval set and eval_strategy steps or epoch"),
+        (
+            {**STEPS, "save_strategy": "epoch"},
+            "train.load_best_model_at_end needs the same strategy for save and eval",
+        ),
+        (
+            {**STEPS, "eval_steps": 20, "save_steps": 30},
+            "train.load_best_model_at_end needs save_steps to be a multiple of eval_steps",
+        ),
+        (
+            {**STEPS, "eval_steps": 0.1, "save_steps": 30},
+            "train.load_best_model_at_end needs save_steps to be a multiple of eval_steps",
+        ),
+        (
+            {**STEPS, "logging_steps": 7, "save_steps": 20},  # eval_steps falls back to logging_steps
+            "train.load_best_model_at_end needs save_steps to be a multiple of eval_steps",
+        ),
+    ],
+)
+def test_a_combination_that_cannot_work_is_a_fault(train, what):
+    (fault,) = check_train_combination(train, has_eval=True, defaults={})
+
+    assert fault.what == what
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {**GOOD, "num_train_epochs": -1, "max_steps": 5},
+        {**STEPS, "eval_steps": 10, "save_steps": 30},
+        {**STEPS, "eval_steps": 0.1, "save_steps": 0.3},
+        {**BEST, "eval_strategy": "epoch", "save_strategy": "epoch"},
+        {**BEST, "eval_strategy": "epoch", "save_strategy": "best"},
+    ],
+)
+def test_a_combination_that_works_is_accepted(train):
+    assert check_train_combination(train, has_eval=True, defaults={}) == []
+
+
+def test_evaluation_without_an_eval_set_is_a_fault():
+    (fault,) = check_train_combination({**GOOD, "eval_strategy": "epoch"}, has_eval=False, defaults={})
+
+    assert fault.what == "train.eval_strategy is epoch, but there is no eval set"
+
+
+def test_defaults_count_in_a_combination():
+    (fault,) = check_train_combination(
+        STEPS | {"save_steps": 15}, has_eval=True, defaults={"logging_steps": 10}
+    )
+
+    assert fault.got == "save_steps 15 and eval_steps 10"
+
+
+@pytest.mark.parametrize(
+    ("train", "what"),
+    [
+        ({"bf16_full_eval": True, "fp16_full_eval": True}, "train.fp16_full_eval and train.bf16_full_eval"),
+        (
+            {"activation_checkpointing_kwargs": {"use_reentrant": False}},
+            "train.activation_checkpointing_kwargs has no effect without train.activation_checkpointing",
+        ),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrantt": False}},
+            "train.activation_checkpointing_kwargs has no option 'use_reentrantt'; did you mean",
+        ),
+        ({"fsdp_config": {"version": 2}}, "train.fsdp_config has no effect without train.fsdp"),
+        ({"optim_target_modules": ["q_proj"]}, "train.optim_target_modules has no effect: only galore"),
+        (
+            {"dataloader_persistent_workers": True},
+            "train.dataloader_persistent_workers needs train.dataloader",
+        ),
+        ({"dataloader_in_order": False}, "train.dataloader_in_order needs train.dataloader_num_workers of 1"),
+        ({"dataloader_multiprocessing_context": "fork"}, "train.dataloader_multiprocessing_context needs"),
+        ({"save_strategy": "best"}, "train.save_strategy: best needs an eval set and eval_strategy steps"),
+        ({"greater_is_better": True}, "train.greater_is_better has no effect without train.metric_for_best"),
+        ({"accelerator_config": "x.json"}, "train.accelerator_config: expected a mapping"),
+        (
+            {"accelerator_config": {"split_batch": True}},
+            "train.accelerator_config has no key 'split_batch'; did",
+        ),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}},
+            "train.accelerator_config.gradient_accumulation_kwargs takes sync_each_batch only",
+        ),
+        *(
+            ({"accelerator_config": {name: value}}, f"train.accelerator_config.{name} has no effect: ")
+            for name, value in (("split_batches", True), ("dispatch_batches", True), ("even_batches", False))
+        ),
+    ],
+)
+def test_a_field_that_changes_nothing_is_a_fault(train, what):
+    (fault,) = check_train_combination({**GOOD, **train}, has_eval=True, defaults={})
+
+    assert fault.what.startswith(what)
+
+
+@pytest.mark.parametrize(
+    "name", ["loss", "eval_loss", "token_accuracy", "eval_train_loss", "train_target_tokens"]
+)
+def test_the_metric_of_the_best_model_may_be_any_that_is_logged(name):
+    train = {**STEPS, "metric_for_best_model": name}
+
+    assert check_train_combination(train, has_eval=True, defaults={}, metrics=metric_names(["train"])) == []
+
+
+@pytest.mark.parametrize("name", ["accuracy", "f1", "eval_accuracy", "eval_eval_loss", "", "train_loss"])
+def test_a_metric_that_no_evaluation_logs_is_refused_with_those_that_are(name):
+    train = {**STEPS, "metric_for_best_model": name}
+
+    (fault,) = check_train_combination(
+        train, has_eval=True, defaults={}, metrics=[*metric_names(), "eval_chrf"]
+    )
+
+    assert fault.what == (
+        "train.metric_for_best_model: expected one of eval_loss, eval_token_accuracy, eval_target_tokens,"
+        " eval_chrf"
+    )
+
+
+def test_defaults_may_be_written_out():
+    """What accelerate and transformers take for granted has an effect on nothing, and is no fault."""
+    config = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
+    config |= {"use_seedable_sampler": True, "use_configured_state": False, "non_blocking": False}
+
+    train = {**GOOD, "accelerator_config": config, "label_names": []}
+    assert check_train_combination(train, has_eval=True, defaults={}) == []

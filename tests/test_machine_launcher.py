@@ -1,0 +1,182 @@
+"""What a launcher asks for is done, or refused before anything is loaded: accelerate says nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from helpers import build_recipe
+from launched import free_port
+
+from hf_clm.errors import EnvironmentFault, RecipeError
+from hf_clm.machine import check_spreading, is_one_of_many, spreads_with
+from hf_clm.training.run import train
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "LOCAL_RANK": "0"}
+KNOWN = {action.dest for action in launch_command_parser()._actions}
+
+
+def test_all_launcher_files_are_found():
+    names = ["cpu.yaml", "ddp.yaml", "deepspeed_zero3.yaml", "fsdp2.yaml", "fsdp2_offload.yaml"]
+
+    assert [path.name for path in FILES] == names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_accelerate_knows_every_key_and_the_header_holds_the_command(path):
+    """Its loader refuses unknown keys of the file; those of a section become options of its command line."""
+    found = load_config_from_file(str(path))
+
+    assert isinstance(found, ClusterConfig)
+    sections = {**found.fsdp_config, **found.deepspeed_config, **found.dynamo_config}
+    assert set(sections) <= KNOWN
+    assert f"#   accelerate launch --config_file recipes/accelerate/{path.name} " in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "on_cpu"),
+    [
+        ("cpu", "MULTI_GPU", True),
+        ("ddp", "MULTI_GPU", False),
+        ("fsdp2", "FSDP", False),
+        ("fsdp2_offload", "FSDP", False),
+        ("deepspeed_zero3", "DEEPSPEED", False),
+    ],
+)
+def test_a_launcher_file_spreads_what_its_name_says(name, kind, on_cpu):
+    found = load_config_from_file(str(ROOT / "recipes" / "accelerate" / f"{name}.yaml"))
+
+    assert (found.distributed_type.value, found.use_cpu, found.main_process_port) == (kind, on_cpu, 0)
+    assert found.fsdp_config.get("fsdp_version") == (2 if kind == "FSDP" else None)
+    assert found.fsdp_config.get("fsdp_offload_params", False) == (name == "fsdp2_offload")
+    assert found.deepspeed_config.get("zero_stage") == (3 if kind == "DEEPSPEED" else None)
+
+
+def test_deepspeed_on_two_boxes_starts_the_processes_of_its_own_box(monkeypatch):
+    """None: no command of DeepSpeed's, which would reach the other box by pdsh and a file of hosts."""
+    monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: True)
+    words = ["--config_file", str(ROOT / "recipes" / "accelerate" / "deepspeed_zero3.yaml")]
+    words += ["--num_machines", "2", "--num_processes", "16", "--machine_rank", "1"]
+    words += ["--main_process_ip", "10.0.0.1", "--main_process_port", (port := free_port())]
+    parsed = launch_command_parser().parse_args([*words, "-m", "hf_clm", "train", "RECIPE"])
+    arguments, _, _ = _validate_launch_command(parsed)
+    arguments.deepspeed_fields_from_accelerate_config = ""
+
+    command, _ = prepare_deepspeed_cmd_env(arguments)
+
+    assert command is None
+    assert (arguments.nnodes, arguments.node_rank, arguments.nproc_per_node) == ("2", 1, "8")
+    assert arguments.rdzv_endpoint == f"10.0.0.1:{port}"
+
+
+def test_a_process_knows_whether_it_is_one_of_many():
+    assert is_one_of_many({"WORLD_SIZE": "2"})
+    assert not is_one_of_many({"WORLD_SIZE": "1"})
+    assert not is_one_of_many({})
+
+
+@pytest.mark.parametrize(
+    ("values", "environment", "expected"),
+    [
+        ({}, {}, ""),
+        ({}, {"ACCELERATE_USE_FSDP": "false"}, ""),
+        ({}, FSDP, "FSDP"),
+        ({"fsdp": True}, {}, "FSDP"),
+        ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"deepspeed": "zero.json"}, {}, "DeepSpeed"),
+    ],
+)
+def test_launcher_and_recipe_say_what_spreads_the_model(values, environment, expected):
+    assert spreads_with(values, environment) == expected
+
+
+def test_what_can_be_spread_is_not_refused():
+    check_spreading({}, {}, on_cpu=True, generates=True)
+    check_spreading({}, FSDP, on_cpu=False)
+    check_spreading({"fsdp": True}, {"LOCAL_RANK": "0"}, on_cpu=False)
+    check_spreading({"fsdp": True, "fsdp_config": {"version": 2}}, {"LOCAL_RANK": "0"}, on_cpu=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "environment", "options", "expected"),
+    [
+        (
+            {},
+            FSDP,
+            {"on_cpu": True},
+            "accelerate launch: FSDP needs GPUs: on a CPU each process would keep the whole model; fix: "
+            "accelerate launch --config_file recipes/accelerate/cpu.yaml -m hf_clm train RECIPE",
+        ),
+        (
+            {"deepspeed": "zero.json"},
+            {},
+            {"on_cpu": True},
+            "train.deepspeed: DeepSpeed needs GPUs: on a CPU each process would keep the whole model; fix: "
+            "accelerate launch --config_file recipes/accelerate/cpu.yaml -m hf_clm train RECIPE",
+        ),
+        (
+            {"fsdp": True},
+            {},
+            {"on_cpu": False},
+            "train.fsdp: needs a launcher; fix: "
+            "accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m hf_clm train RECIPE",
+        ),
+        (
+            {},
+            FSDP | {"FSDP_VERSION": "1"},
+            {"on_cpu": False},
+            "accelerate launch: FSDP of version 1 is not supported; got 1; "
+            "fix: fsdp_version: 2, as in recipes/accelerate",
+        ),
+        (
+            {},
+            FSDP,
+            {"on_cpu": False, "generates": True},
+            "samples: no process can generate alone from a model that FSDP spreads; "
+            "fix: set samples to null and evaluation.generate to 0; hf-clm generate works afterwards",
+        ),
+    ],
+)
+def test_what_cannot_be_spread_is_refused_with_a_way_out(values, environment, options, expected):
+    with pytest.raises(RecipeError) as raised:
+        check_spreading(values, environment, **options)
+
+    assert str(raised.value) == expected
+
+
+def test_deepspeed_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    with pytest.raises(EnvironmentFault) as raised:
+        check_spreading({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, on_cpu=False)
+
+    expected = "accelerate launch: needs the package deepspeed; fix: pip install 'hf_clm[deepspeed]'"
+    assert str(raised.value) == expected
+
+
+def test_fsdp_on_a_cpu_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    recipe = build_recipe(tmp_path, [])  # no rows: reading them would be another error
+
+    with pytest.raises(RecipeError, match="FSDP needs GPUs"):
+        train(recipe)
+
+
+def test_accelerate_itself_takes_ddp_for_fsdp_on_a_cpu_and_says_nothing():
+    """The reason for the check: where this fails, accelerate has begun to say so, or to spread on a CPU."""
+    code = """
+import os
+os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "RANK": "0", "LOCAL_RANK": "0"}
+os.environ |= {"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+from accelerate import Accelerator
+print(Accelerator(cpu=True).distributed_type.value)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "MULTI_CPU\n"
+    assert "FSDP" not in done.stderr
