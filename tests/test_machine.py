@@ -53,8 +53,8 @@ def test_a_named_number_of_threads_wins(monkeypatch):
     monkeypatch.setattr(machine, "keep_memory", lambda: True)
     monkeypatch.setattr(machine, "usable_cores", lambda: 6)
     chosen = []
-    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: 64)
-    monkeypatch.setattr(machine.torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
 
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     machine.settle_cpu(2)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_clm.report import figures
+from hf_clm.pages import figures
 
 
 @pytest.mark.parametrize(
