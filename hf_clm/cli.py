@@ -13,6 +13,7 @@ from logging import ERROR, getLogger
 from pathlib import Path
 
 from hf_clm.errors import ExitCode, Preempted, RecipeError, UserError, did_you_mean
+from hf_clm.machine import is_first_here
 from hf_clm.options import (
     Parser,
     add_chat_options,
@@ -390,10 +391,10 @@ def _quiet_libraries() -> None:
 
 
 def _fail(message: str, code: int, *, shows_traceback: bool, is_own: bool | None = None) -> int:
-    """Prints the error once: where ``is_own`` says; else on rank 0, or where one machine may meet it."""
+    """Prints the error, unless it is one that the first process of this machine meets too, and reports."""
     rank = os.environ.get("RANK", "0")
     if shows_traceback:
         traceback.print_exc()
-    if is_own or (is_own is None and (rank == "0" or code == ExitCode.ENVIRONMENT)):
+    if is_own or (is_own is None and (is_first_here() or code == ExitCode.ENVIRONMENT)):
         print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr)
     return int(code)

@@ -1,13 +1,9 @@
 """The one exception for what a user can fix, that of a run asked to stop, and the exit codes."""
 
 import difflib
-import os
-import signal
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any
-
-FAULT = "HF_CLM_FAULT"  # in the environment, for tests: the point at which the process kills itself
 
 
 class ExitCode(IntEnum):
@@ -25,7 +21,7 @@ class UserError(Exception):
     """What a user can fix: where, what, what was got, how to fix; shown as one line, without a traceback."""
 
     exit_code = ExitCode.RECIPE
-    is_own: bool | None = None  # whether this process says it, or another that met it too; None: not known
+    is_own: bool | None = None  # whether this process reports it; None: the first one of each machine does
 
     def __init__(self, what: str, *, where: str = "", got: str = "", fix: str = ""):
         self.what, self.where, self.got, self.fix = what, where, got, fix
@@ -77,7 +73,7 @@ class Preempted(SystemExit):
     def __str__(self) -> str:
         done = f"stopped by {self.reason} at step {self.step:,} of {self.steps:,}"
         how = f" ({self.words})" if self.words else ""
-        return f"{done}; saved in {self.checkpoint}; the same command goes on from there{how}"
+        return f"{done}; saved in {self.checkpoint}; the same command resumes from there{how}"
 
     def to_json(self) -> dict[str, Any]:
         """What run.json says of it."""
@@ -88,9 +84,3 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def reach(point: str) -> None:
-    """Dies here, as by kill -9, where HF_CLM_FAULT of the environment names this point."""
-    if os.environ.get(FAULT) == point:
-        os.kill(os.getpid(), signal.SIGKILL)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,42 @@ def dropout_recipe(folder: Path, **changes: Any) -> Any:
     )
 
 
+def die_at(point: str) -> None:
+    """Patches this process so that it dies, as by kill -9, when it reaches a point of a save."""
+    from hf_clm.training import checkpoints, output, run, saving
+
+    def is_moved(file: Path, target: Path) -> bool:
+        return point == f"moved:{target.name}" and file.parent.name == output.FINAL
+
+    after = {
+        "after:model": (saving.SavingTrainer, "_save"),
+        "after:optimizer": (saving.SavingTrainer, "_save_optimizer_and_scheduler"),
+        "after:random state": (saving.SavingTrainer, "_save_rng_state"),
+        "within:rotation": (checkpoints, "_renamed_to_delete"),
+        "moved:model.safetensors": (Path, "replace", is_moved),
+    }
+    before = {
+        "after:files": (saving, "seal"),
+        "before:seal": (Path, "write_text", lambda file, *_: file.name == "SEALED.json.partial"),
+        "within:seal": (Path, "replace", lambda file, *_: file.name == "SEALED.json.partial"),
+        "after:seal": (saving, "rotate"),
+        "after:final": (run, "publish"),
+    }
+    owner, name, *condition = {**after, **before}[point]
+    original = getattr(owner, name)
+
+    def deadly(*arguments: Any, **options: Any) -> Any:
+        is_here = not condition or condition[0](*arguments)
+        if is_here and point in before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*arguments, **options)
+        if is_here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, deadly)
+
+
 def start_run(folder: Path, *, fault: str = "", **changes: Any) -> Any:
     """A process that trains; ``fault``: the point at which it kills itself. Its output is in out.txt."""
     process = SERVER.Process(target=_train, args=(folder, fault, changes))
@@ -40,7 +77,8 @@ def _train(folder: Path, fault: str, changes: dict[str, Any]) -> None:
     from hf_clm.errors import UserError
     from hf_clm.training.run import train
 
-    os.environ["HF_CLM_FAULT"] = fault
+    if fault:
+        die_at(fault)
     multiprocessing.set_start_method("fork", force=True)  # as in a run: its workers see that it has died
     torch.set_num_threads(1)
     with (folder / "out.txt").open("a", buffering=1) as out:

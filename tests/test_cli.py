@@ -277,6 +277,7 @@ def test_a_full_disk_is_one_line(capsys, monkeypatch):
 
 def test_other_processes_of_a_run_leave_the_message_to_the_first(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
 
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == ""

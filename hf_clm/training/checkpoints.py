@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hf_clm.errors import RecipeError, reach
+from hf_clm.errors import RecipeError
 from hf_clm.hashing import fingerprint, hash_file
 
 SEAL = "SEALED.json"
@@ -35,16 +35,13 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": found}
         for path, found in zip(paths, hashes, strict=True)
     }
-    reach("before:seal")
     partial = folder / f"{SEAL}.partial"
     content = json.loads(json.dumps({**facts, "files": files}))
     partial.write_text(json.dumps({**content, "sha256": fingerprint([content])}, indent=1) + "\n", "utf-8")
     sync(partial)
-    reach("within:seal")
     partial.replace(folder / SEAL)
     sync(folder)
     sync(folder.parent)
-    reach("after:seal")
 
 
 def read_seal(folder: Path) -> dict[str, Any]:
@@ -200,5 +197,4 @@ def _renamed_to_delete(path: Path) -> Path:
     aside = path.with_name(path.name + DELETED)
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
-    reach("within:rotation")
     return aside

@@ -1,12 +1,14 @@
 """The Trainer's evaluation: sums over tokens, several sets, answers; it leaves the training as it was."""
 
 import math
+import random
 import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -17,7 +19,6 @@ from hf_clm.data.prepared.stream import StreamedRows
 from hf_clm.errors import RecipeError
 from hf_clm.model.loss import TokenFigures
 from hf_clm.training.answering import Answering
-from hf_clm.training.guard import draw_apart, undisturbed
 from hf_clm.training.saving import SavingTrainer
 from hf_clm.training.signals import let_workers_last
 
@@ -204,3 +205,35 @@ def to_metrics(sums: torch.Tensor, prefix: str) -> dict[str, float]:
     nll, targets, correct = sums.tolist()
     found = {"loss": nll / targets, "token_accuracy": correct / targets, "target_tokens": int(targets)}
     return {f"{prefix}_{key}": value for key, value in found.items()}
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Leaves the random states of Python, NumPy and torch, on the CPU and this device, as it found them.
+
+    What evaluates, samples or tests a model runs inside: else training would go on with other dropout.
+    """
+    draws: list[tuple[Any, Any]] = [
+        (random.getstate, random.setstate),
+        (np.random.get_state, np.random.set_state),
+        (torch.get_rng_state, torch.set_rng_state),
+    ]
+    if device.type != "cpu":
+        own = getattr(torch, device.type)  # torch.cuda, torch.mps, torch.xpu
+        draws.append((own.get_rng_state, own.set_rng_state))
+    states = [get() for get, _ in draws]
+    try:
+        yield
+    finally:
+        for (_, put), state in zip(draws, states, strict=True):
+            put(state)
+
+
+def draw_apart(loader: DataLoader, *, seed: int) -> DataLoader:
+    """Lets a loader draw the seed of its workers from a generator of its own, not from that of dropout.
+
+    Workers that persist are seeded once, others in every epoch: a run that goes on would draw differently.
+    """
+    own: Any = getattr(loader, "base_dataloader", loader)  # of accelerate's
+    own.generator = torch.Generator().manual_seed(seed)
+    return loader

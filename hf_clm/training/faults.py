@@ -4,12 +4,12 @@ import errno
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import TrainingArguments
@@ -25,9 +25,6 @@ FIXES = {
 }
 CUT_OFF = "a file was cut off"
 MIB = 2**20
-# In the store by which the processes met: one of them has ended with an error; what rank 0 said of its own.
-ENDED, SAID = "hf_clm.ended", "hf_clm.said"
-WORD_SECONDS = 5.0  # that another waits for rank 0 to meet the same error
 
 
 @contextmanager
@@ -62,38 +59,43 @@ def writing(folder: Path, part: str = "", *, needed: int = 0) -> Iterator[None]:
 
 @contextmanager
 def among_others() -> Iterator[None]:
-    """What a lost process does to the others becomes an EnvironmentFault; what several meet is said by one.
+    """Turns what a lost process does to the others into an EnvironmentFault.
 
-    A process that dies or raises leaves the others inside of a library, at most for train.ddp_timeout, or in
-    a loop that calls ``require_others``.
+    A process that dies or raises leaves the others waiting inside of a library, for at most
+    train.ddp_timeout, or in a loop that calls ``require_alive``.
     """
     try:
         yield
-    except UserError as error:
-        if error.is_own is None and not isinstance(error, DivergedError):  # which is of all processes
-            error.is_own = _is_to_say(error)
-        raise
-    except Exception as error:
-        _leave_note(ENDED)
-        if not (isinstance(error, RuntimeError) and _is_of_another(error)):
+    except RuntimeError as error:
+        if not _is_of_another(error):
             raise
         words = re.search("Connection reset|Connection closed|Broken pipe|Timed out", str(error))
         raise _lost(words[0] if words else type(error).__name__) from error
 
 
-def require_others() -> None:
-    """For one that waits without a barrier. Raises, inside of ``among_others``, where another has ended.
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Lets this process report the errors inside, though it is not the first: others may not meet them.
 
-    The store is rank 0's or the launcher's: where it does not answer, that one has ended.
+    A loss that is not finite is met by all of them.
     """
-    if _are_many() and _store().check([ENDED]):
+    try:
+        yield
+    except DivergedError:
+        raise
+    except UserError as error:
+        error.is_own = True if error.is_own is None else error.is_own
+        raise
+
+
+def require_alive(process: int) -> None:
+    """Raises EnvironmentFault if a process of this machine has ended; to be called while waiting for it."""
+    try:
+        is_alive = psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        is_alive = False
+    if not is_alive:
         raise _lost()
-
-
-def forget_others() -> None:
-    """Removes the notes of an earlier run of the same processes. Rank 0 calls it once all are in the next."""
-    for key in (ENDED, SAID):
-        _store().delete_key(key)
 
 
 def keep_timeout(arguments: TrainingArguments) -> None:
@@ -120,51 +122,13 @@ def checkpoint_bytes(model: torch.nn.Module, optimizer: Any) -> int:
 
 
 def _is_of_another(error: RuntimeError) -> bool:
-    return _are_many() and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))
-
-
-def _are_many() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _store() -> Any:
-    return torch.distributed.distributed_c10d._get_default_store()
+    is_one_of_many = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return is_one_of_many and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))
 
 
 def _lost(got: str = "") -> EnvironmentFault:
-    fix = "look for its own error; the same command goes on from the last checkpoint"
-    error = EnvironmentFault("another process of this run has ended, or does not answer", got=got, fix=fix)
-    error.is_own = True
-    return error
-
-
-def _is_to_say(error: UserError) -> bool | None:
-    """Whether this process says its error: rank 0 does, another unless rank 0 has met the same."""
-    if not _are_many():
-        return None
-    is_first = torch.distributed.get_rank() == 0
-    if is_first:
-        _leave_note(SAID, str(error))
-    _leave_note(ENDED)
-    return is_first or not _is_said(str(error))
-
-
-def _leave_note(key: str, text: str = "") -> None:
-    if _are_many():
-        with suppress(RuntimeError):  # the store is gone, as is rank 0 or the launcher: all others see that
-            _store().set(key, text)
-
-
-def _is_said(text: str) -> bool:
-    end = time.monotonic() + WORD_SECONDS
-    try:
-        while not _store().check([SAID]):
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.1)
-        return _store().get(SAID) == text.encode()
-    except RuntimeError:  # rank 0 has ended, with the store, and said why
-        return True
+    fix = "look for its own error; the same command resumes from the last checkpoint"
+    return EnvironmentFault("another process of this run has ended, or does not answer", got=got, fix=fix)
 
 
 def _require_folder(folder: Path) -> None:

@@ -6,7 +6,7 @@ library. There the largest micro-batch is tried before the first step, and all p
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from hf_clm.data.split import AnyDataset
 from hf_clm.errors import EnvironmentFault
 from hf_clm.machine import spreads_with
 from hf_clm.recipe.recipe import Recipe, training_values
-from hf_clm.training.arguments import training_arguments
 from hf_clm.training.callbacks import write_line
 from hf_clm.training.trainer import CLMTrainer
 
@@ -30,39 +29,36 @@ TRAIN, EVAL = "per_device_train_batch_size", "per_device_eval_batch_size"
 WORDS = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
 
 
-class DoesNotFit(Exception):
+class DoesNotFit(RuntimeError):
     """All processes raise it, of a run that may start again with less in a batch."""
 
     def __init__(self, size: str, step: int):
-        super().__init__()
+        super().__init__(f"out of memory at step {step}: {size}")
         self.size, self.step = size, step  # the field of the batch that was too large
 
 
-def train_fitting(
-    attempt: Callable[[Recipe, TrainingArguments], dict[str, Any]],
-    recipe: Recipe,
-    arguments: TrainingArguments,
-) -> dict[str, Any]:
-    """What ``attempt`` returns once its batches fit; it is called again while it raises DoesNotFit.
+def to_smaller(recipe: Recipe, arguments: TrainingArguments, error: RuntimeError) -> Recipe:
+    """The recipe to start again with after an error, and says so.
 
-    Raises EnvironmentFault where a batch cannot be halved, and for other lacks of memory.
+    Raises the error itself if it is no lack of memory; EnvironmentFault where a batch cannot be halved, and
+    for other lacks of memory.
     """
-    while True:
-        try:
-            return attempt(recipe, arguments)
-        except DoesNotFit as error:
-            recipe, line = halved(recipe, arguments, error)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            what, fix = "out of memory before the first step", "a smaller model, or model.dtype: bfloat16"
-            raise EnvironmentFault(what, where=str(arguments.device), fix=fix) from error
-        gc.collect()  # the frames of the error held the model
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    if isinstance(error, DoesNotFit):
+        recipe, line = halved(recipe, arguments, error)
         if arguments.process_index == 0:
             write_line(line)
-        arguments = training_arguments(recipe)
+        return recipe
+    if not is_out_of_memory(error):
+        raise error
+    what, fix = "out of memory before the first step", "a smaller model, or model.dtype: bfloat16"
+    raise EnvironmentFault(what, where=str(arguments.device), fix=fix) from error
+
+
+def free_memory() -> None:
+    """Frees the model of a run that starts again."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def halved(recipe: Recipe, arguments: TrainingArguments, error: DoesNotFit) -> tuple[Recipe, str]:
@@ -152,7 +148,7 @@ def try_largest(trainer: CLMTrainer, rows: AnyDataset) -> None:
         try:
             kept = _what_training_keeps(model, is_one_of_many=trainer.args.world_size > 1)
             with trainer.accelerator.autocast():  # the Trainer wraps the model only when it trains
-                loss = trainer._measure(model, batch, items=None)[0]
+                loss = trainer.measure_loss(model, batch, items=None)[0]
             loss.backward()
             del kept, loss
         except RuntimeError as error:

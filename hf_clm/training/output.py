@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hf_clm.errors import DivergedError, EnvironmentFault, Preempted, reach
+from hf_clm.errors import DivergedError, EnvironmentFault, Preempted
 from hf_clm.model.build import TRAINED_TOKENIZER
 from hf_clm.training.checkpoints import read_seal, sync
 from hf_clm.training.lock import keep_lock
@@ -73,7 +73,6 @@ def publish(folder: Path) -> None:
         if (final / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (final / name).replace(folder / name)
-            reach(f"moved:{name}")
     if names:
         sync(folder)
         for name in (TRAINED_TOKENIZER, PREPARED):  # the tokenizer is the model's now

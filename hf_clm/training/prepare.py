@@ -3,6 +3,7 @@
 content of data, tokenizer and options -> key -> folder    there: opened     not there: prepared and written
 """
 
+import os
 import shutil
 import tempfile
 import time
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.data.batch.packing import PackedDataset
@@ -30,7 +31,7 @@ from hf_clm.model.build import build_model_config, build_tokenizer_aside
 from hf_clm.recipe.recipe import Recipe
 from hf_clm.text.tokenizer import fix_date
 from hf_clm.training.arguments import training_arguments
-from hf_clm.training.faults import require_others
+from hf_clm.training.faults import require_alive
 from hf_clm.training.output import PREPARED
 
 POLL_SECONDS = 0.2
@@ -81,6 +82,8 @@ def prepare(
     started = time.monotonic()
     aside = Path(str(arguments.output_dir)) / PREPARED
     launch, date = broadcast_object_list([uuid4().hex, date or today(tokenizer)])  # the same on all processes
+    pids = gather_object([os.getpid()])
+    first = pids[arguments.process_index - arguments.local_process_index]  # which prepares, on this machine
     place = find_place(recipe, tokenizer, seed=arguments.seed, aside=aside, launch=launch)
     stored = open_place(place, recipe)
     notes = [f"note      {note}" for note in place.notes]
@@ -103,7 +106,7 @@ def prepare(
     while stored is None:
         stored = open_place(place, recipe)
         if stored is None:
-            require_others()
+            require_alive(first)
             time.sleep(POLL_SECONDS)
     if stored.date:
         fix_date(tokenizer, stored.date)

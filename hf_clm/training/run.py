@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from hf_clm.data.read.plain_template import give_plain_template, settle_render
 from hf_clm.data.split import Split
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
-from hf_clm.errors import DataError, RecipeError, reach
+from hf_clm.errors import DataError, RecipeError
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate, to_prompt_example
 from hf_clm.machine import peak_memory, settle_cpu
@@ -48,12 +48,13 @@ from hf_clm.training.callbacks import (
     ProgressCallback,
     ReportCallback,
     SamplesCallback,
+    tolerate_trackers,
     write_line,
 )
 from hf_clm.training.card import write_card
-from hf_clm.training.checkpoints import seal, step_of
-from hf_clm.training.faults import among_others, keep_timeout, writing
-from hf_clm.training.fitting import fitting, is_to_be_tried, train_fitting, try_largest
+from hf_clm.training.checkpoints import seal
+from hf_clm.training.faults import among_others, keep_timeout, own_errors, writing
+from hf_clm.training.fitting import fitting, free_memory, is_to_be_tried, to_smaller, try_largest
 from hf_clm.training.lock import locked
 from hf_clm.training.optimizer import zero_rate_warning
 from hf_clm.training.output import FINAL, publish, recording_failure, write_json, write_text
@@ -63,83 +64,82 @@ from hf_clm.training.proof import find_questions, prove_model, prove_saved
 from hf_clm.training.publish import check_can_push
 from hf_clm.training.signals import first_parent, stoppable
 from hf_clm.training.start import Start, has_ended, prepare_start
-from hf_clm.training.streamed import stream_totals
 from hf_clm.training.summary import RunFacts, end_lines, guessing_loss, seal_facts, start_lines
-from hf_clm.training.trackers import tolerate_trackers
 from hf_clm.training.trainer import CLMTrainer
 
+TRAIN_ON = "--overwrite begins again; a larger --max_steps with --resume_override max_steps trains on"
 EVALUATED_ROWS = 64  # of the training data, where there is no eval set: they show a loss before and after
 
 
 def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
-    """Trains, saves, returns what run.json holds; a run that is done is left as it is.
+    """Trains, saves, and returns what run.json holds. A run that is done is left as it is.
+
+    Starts again with half the micro-batch where the first steps run out of memory (fitting.py).
 
     Raises UserError before the first step; Preempted, a SystemExit, where SIGTERM, SIGUSR1 or SIGINT stopped
-    it behind a checkpoint.
+    the run after it saved a checkpoint.
     """
     first_parent()
     check_launch(recipe)
     arguments = training_arguments(recipe)
     folder = Path(str(arguments.output_dir))
     with among_others(), locked(folder, is_main=arguments.process_index == 0):
-        return train_locked(recipe, arguments, is_terminal=is_terminal)
-
-
-def train_locked(recipe: Recipe, arguments: TrainingArguments, *, is_terminal: bool) -> dict[str, Any]:
-    """The run, in a folder that no other run writes to."""
-    check_can_push(arguments)
-    if arguments.device.type == "cpu":
-        settle_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        keep_timeout(arguments)
-    check_model(recipe, arguments)
-    return train_fitting(partial(start_or_resume, is_terminal=is_terminal), recipe, arguments)
+        check_can_push(arguments)
+        if arguments.device.type == "cpu":
+            settle_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            keep_timeout(arguments)
+        check_model(recipe, arguments)
+        while True:
+            try:
+                return start_or_resume(recipe, arguments, is_terminal=is_terminal)
+            except RuntimeError as error:  # DoesNotFit among them
+                recipe = to_smaller(recipe, arguments, error)
+            free_memory()  # outside of the handler, whose error still holds the model
+            arguments = training_arguments(recipe)
 
 
 def start_or_resume(recipe: Recipe, arguments: TrainingArguments, *, is_terminal: bool) -> dict[str, Any]:
-    """The run from its beginning or its last checkpoint. Raises DoesNotFit as ``fitting``."""
+    """The run from its beginning or its last checkpoint: data, model, proof, training, and what is saved."""
     start = prepare_start(recipe, arguments)
-    if start.result is None:
-        return train_from(start, recipe, arguments=arguments, is_terminal=is_terminal)
-    if arguments.process_index == 0:
-        more = "--overwrite begins again; a larger --max_steps with --resume_override max_steps trains on"
-        write_line(f"{start.folder}: this run is done, there is nothing to do; {more}")
-    return start.result
+    if start.result is not None:
+        if arguments.process_index == 0:
+            write_line(f"{start.folder}: this run is done, there is nothing to do; {TRAIN_ON}")
+        return start.result
 
-
-def train_from(
-    start: Start, recipe: Recipe, *, arguments: TrainingArguments, is_terminal: bool
-) -> dict[str, Any]:
-    """Prepares and proves data and model, trains to the end, saves."""
-    load_answer_metrics(recipe.evaluation)  # a function that is not there is said before data are read
-    loaded = load_early(recipe, arguments.seed)
-    tokenizer = build_tokenizer(recipe, loaded, arguments=arguments)
+    # Data. Whatever can be refused is refused before the model is loaded.
+    load_answer_metrics(recipe.evaluation)
+    tokenizer = build_tokenizer(recipe, load_early(recipe, arguments.seed), arguments=arguments)
     config = build_model_config(recipe, tokenizer)
     settled = settle_render(recipe, tokenizer)
     prepared = prepare(settled, tokenizer, arguments=arguments, date=known_date(start.folder))
     splits, proof = prepared.splits, prepared.proof
-    proof.lines += give_plain_template(tokenizer, settled, formats=splits["train"].examples.formats)
-    known = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
-    proof.lines += [f"warning   {line}" for line in check_before_training(known)]
+    proof.lines += give_plain_template(tokenizer, settled, formats=splits[TRAIN].examples.formats)
+    checked = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
+    proof.lines += [f"warning   {line}" for line in check_before_training(checked)]
     stream = build_stream(settled, tokenizer, arguments=arguments, checkpoint=start.checkpoint)
-    model = build_model(recipe, tokenizer, config=config, arguments=arguments)
 
-    trainer = build_trainer(
-        model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits, stream=stream
-    )
-    entropy = guessing_loss(splits["train"])
+    # Model and Trainer.
+    model = build_model(recipe, tokenizer, config=config, arguments=arguments)
+    entropy = guessing_loss(splits[TRAIN])
     facts = RunFacts(recipe, arguments, model, splits, entropy, render=settled.data.render)
+    sealed = seal_facts(facts, tokenizer, proof=proof.facts)
+    trainer = build_trainer(
+        model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits, stream=stream, sealed=sealed
+    )
+    trainer.overridden = start.override_keys
     if warning := zero_rate_warning(arguments, facts.steps):
         proof.lines.append(f"warning   {warning}")
-    is_main = arguments.process_index == 0
+
+    # Proof, before the first step.
     with arguments.main_process_first(local=False, desc="proving the model"):
-        if is_main:
+        if arguments.process_index == 0:
             trainer.add_callback(ProgressCallback(is_terminal=is_terminal))
             with trainer.aside():
                 prove_and_record(trainer, facts, start=start, prepared=prepared)
     if is_to_be_tried(recipe, arguments):
         try_largest(trainer, splits[TRAIN].dataset)
-    if recipe.samples:
-        trainer.add_callback(build_samples(facts, trainer, tokenizer=tokenizer))
+
+    # Training.
     result = train_to_the_end(trainer, facts, start=start, proof=proof.facts)
     if arguments.push_to_hub:  # the run is done, whatever the Hub says
         trainer.push_run(with_data=recipe.card.data_samples > 0)
@@ -149,45 +149,64 @@ def train_from(
 def train_to_the_end(
     trainer: CLMTrainer, facts: RunFacts, *, start: Start, proof: dict[str, Any]
 ) -> dict[str, Any]:
-    """Begins or goes on, and finishes; a signal stops it behind a checkpoint.
-
-    Raises DoesNotFit where it may start again with less in a batch.
-    """
-    recipe, arguments, is_main = facts.recipe, facts.arguments, facts.arguments.process_index == 0
-    memory = partial(peak_memory, arguments.device)
-    metrics = MetricsCallback(start.folder / "metrics.jsonl", measure_memory=memory)
-    trainer.add_callback(metrics)
-    trainer.add_callback(LastEvaluationCallback())
-    if not recipe.data.streaming:  # the end of an epoch is not known else
-        trainer.add_callback(EpochMeansCallback(start.folder / "metrics.jsonl"))
-    report = ReportCallback(partial(write_report, start.folder, is_live=True), is_main=is_main)
-    trainer.add_callback(report)
-    first_step = step_of(start.checkpoint) if start.checkpoint else 0
+    """Trains from the start that was found, and finishes. Raises DoesNotFit as ``fitting``."""
+    recipe, arguments = facts.recipe, facts.arguments
+    metrics = MetricsCallback(
+        start.folder / "metrics.jsonl", measure_memory=partial(peak_memory, arguments.device)
+    )
+    report = ReportCallback(
+        partial(write_report, start.folder, is_live=True), is_main=arguments.process_index == 0
+    )
+    add_callbacks(trainer, facts, metrics=metrics, report=report)
     if trainer.answering:
-        trainer.answering.forget_after(first_step)
+        trainer.answering.forget_after(start.step)
     if start.checkpoint:
         arguments.eval_on_start = False  # it was evaluated when it began
-        trainer.overridden = frozenset(c.key for c in start.changes if c.fate == "overridden")
     patience = recipe.early_stopping.patience if recipe.early_stopping else None
-    recording = recording_failure(start.folder / "run.json", is_main=is_main)
-    with (
-        stoppable(trainer, words="without --overwrite" if recipe.overwrite is True else ""),
-        closing(trainer),
-        closing(report),
-        recording,
-        among_others(),
-        writing(start.folder),
-    ):
+    with guarding(trainer, start.folder, report=report, is_overwriting=recipe.overwrite is True):
         if start.checkpoint and has_ended(start.checkpoint, facts.steps, patience=patience):
             trainer.restore(start.checkpoint)
         else:
-            with fitting(trainer, first_step=first_step):
+            with fitting(trainer, first_step=start.step):
                 trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
         return finish(trainer, facts, proof=proof, metrics=metrics)
 
 
+def add_callbacks(
+    trainer: CLMTrainer, facts: RunFacts, *, metrics: MetricsCallback, report: ReportCallback
+) -> None:
+    """Adds what writes files while the trainer trains, in the order in which they see an event."""
+    if facts.recipe.samples:
+        trainer.add_callback(build_samples(facts, trainer))
+    trainer.add_callback(metrics)
+    trainer.add_callback(LastEvaluationCallback())
+    if not facts.recipe.data.streaming:  # where the end of an epoch is known
+        trainer.add_callback(EpochMeansCallback(metrics.path))
+    trainer.add_callback(report)
+
+
+@contextmanager
+def guarding(
+    trainer: CLMTrainer, folder: Path, *, report: ReportCallback, is_overwriting: bool
+) -> Iterator[None]:
+    """Inside, a run may be stopped, fail, or lose its disk or a process: what it leaves is sound."""
+    with ExitStack() as stack:
+        # The last to leave: a signal ends the process once everything below has been written.
+        stack.enter_context(stoppable(trainer, words="without --overwrite" if is_overwriting else ""))
+        stack.enter_context(closing(trainer))  # ends the workers that load data
+        stack.enter_context(closing(report))  # its last page shows how the run ended, which run.json knows
+        is_main = trainer.is_world_process_zero()
+        stack.enter_context(recording_failure(folder / "run.json", is_main=is_main))
+        stack.enter_context(among_others())
+        stack.enter_context(
+            own_errors()
+        )  # processes train on rows of their own, and meet faults of their own
+        stack.enter_context(writing(folder))
+        yield
+
+
 def known_date(folder: Path) -> str:
-    """The date that the chat template of a run that goes on prints; nothing where none is known."""
+    """The date that the chat template of this run prints, if an earlier start has fixed one."""
     try:
         facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         return facts["proof"]["prepared"].get("date", "")
@@ -199,10 +218,9 @@ def prove_and_record(trainer: CLMTrainer, facts: RunFacts, *, start: Start, prep
     """Proves the model, and writes and prints what is known before the first step. Rank 0 only."""
     recipe, folder, proof = facts.recipe, start.folder, prepared.proof
     tokenizer: Any = trainer.processing_class
-    trainer.seal_facts = seal_facts(facts, tokenizer, proof=proof.facts)
-    goes_on = list(start.require_same(trainer.seal_facts))
+    differences = start.require_same(trainer.seal_facts)
     own = [f"loss      the model's own: {trainer.own_loss}"] if trainer.own_loss else []
-    write_line("\n".join([*start_lines(facts), *own, *goes_on, *proof.lines]))
+    write_line("\n".join([*start_lines(facts), *own, *differences, *proof.lines]))
     questions = find_questions(facts.train, tokenizer, recipe, format=facts.format)
     proof.facts |= prove_model(trainer, recipe, split=facts.train, tokenizer=tokenizer, questions=questions)
     # the first file that counts (is_in_use): a folder without it is not known to be this run's
@@ -221,6 +239,7 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerFast,
     splits: Mapping[str, Split],
     stream: StreamedRows | None = None,
+    sealed: Mapping[str, Any] | None = None,
 ) -> CLMTrainer:
     """The Trainer over the packed rows; without an eval set it evaluates on some of the training rows."""
     train_split, watched = splits[TRAIN], recipe.data.eval_train_rows
@@ -241,6 +260,7 @@ def build_trainer(
         watched_rows=first_rows(train_split, watched) if watched else None,
         answering=build_answering(recipe, arguments, tokenizer=tokenizer, splits=splits),
         answers_every=recipe.evaluation.every,
+        seal_facts=sealed,
     )
     trainer.remove_callback(PrinterCallback)
     tolerate_trackers(trainer)
@@ -283,15 +303,15 @@ def first_rows(split: Split, count: int) -> torch.utils.data.Subset:
     return torch.utils.data.Subset(split.dataset, range(min(count, len(split.dataset))))
 
 
-def build_samples(
-    facts: RunFacts, trainer: CLMTrainer, *, tokenizer: PreTrainedTokenizerFast
-) -> SamplesCallback:
-    """Generates the recipe's sample prompts, rendered as the training data are."""
+def build_samples(facts: RunFacts, trainer: CLMTrainer) -> SamplesCallback:
+    """The callback that answers the recipe's sample prompts, rendered as the training data are."""
     recipe, section = facts.recipe, facts.recipe.samples
     assert section is not None
-    shape: dict[str, Any] = {"template": facts.template}
-    shape["has_turns"] = facts.has_turns
-    prompts = [to_prompt_example(prompt, facts.format, **shape) for prompt in section.prompts]
+    tokenizer: Any = trainer.processing_class
+    prompts = [
+        to_prompt_example(prompt, facts.format, template=facts.template, has_turns=facts.has_turns)
+        for prompt in section.prompts
+    ]
     seed = trainer.args.seed
     decoding = Decoding(section.max_new_tokens, temperature=section.temperature, seed=seed)
     rendering = label_options(recipe)
@@ -303,8 +323,13 @@ def build_samples(
             return [answer.text for answer in found]
 
     path = Path(str(trainer.args.output_dir)) / "samples.jsonl"
-    every: dict[str, Any] = {"every_steps": section.every_steps, "every_epoch": section.every_epoch}
-    return SamplesCallback(section.prompts, answers, path=path, **every)
+    return SamplesCallback(
+        section.prompts,
+        answers,
+        path=path,
+        every_steps=section.every_steps,
+        every_epoch=section.every_epoch,
+    )
 
 
 def shown_examples(facts: RunFacts) -> list[str]:
@@ -327,7 +352,7 @@ def finish(
     final = last if is_known else trainer.evaluate()
     folder = output_dir / FINAL
     trainer.save_model(str(folder), _internal_call=True)  # pushed when everything is written
-    totals = stream_totals(trainer)
+    totals = trainer.stream_totals()
     result = {
         "status": "done",
         **facts.to_json(),
@@ -357,7 +382,6 @@ def finish(
         write_card(output_dir, result, samples=shown_examples(facts), **about)
         write_json(folder / "run.json", result)
         seal(folder, {"step": trainer.state.global_step})
-        reach("after:final")
         publish(output_dir)
         write_line("\n".join(end_lines(facts, result)))
     return result

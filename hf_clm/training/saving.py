@@ -1,11 +1,14 @@
 """The Trainer's saving and going on: sealed checkpoints, the state of a run, and what goes to the Hub."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch.distributed.fsdp import StateDictType
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PreTrainedTokenizerFast,
@@ -17,14 +20,13 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 from transformers.utils.hub import PushInProgress
 
-from hf_clm.errors import EnvironmentFault, ModelError, RecipeError, reach
+from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 from hf_clm.model.load import is_adapted
 from hf_clm.training.checkpoints import clear_place, fault_of, read_seal, rotate, seal
 from hf_clm.training.publish import push_checkpoint, push_folder, talking_to_the_hub
-from hf_clm.training.spread import saving_whole, without_copies
 
 # Of an optimizer's groups: what a recipe decides, and a checkpoint brings along.
 SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
@@ -37,14 +39,21 @@ class SavingTrainer(Trainer):
     deleted by their step, sealed ones only, at least two and the best kept. The Trainer goes by their time.
     Saves no training_args.bin, and a model that uses its KV cache.
 
-    ``seal_facts`` is what SEALED.json says beside step, processes and files; ``overridden`` are the keys of
-    the recipe whose value is another than in the checkpoint that training goes on from.
+    Args:
+        seal_facts: what SEALED.json says beside step, processes and files.
+        overridden: the keys of the recipe whose values replace those of the checkpoint that is resumed.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        seal_facts: Mapping[str, Any] | None = None,
+        overridden: Collection[str] = (),
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
-        self.seal_facts: dict[str, Any] = {}
-        self.overridden: frozenset[str] = frozenset()
+        self.seal_facts = dict(seal_facts or {})
+        self.overridden = frozenset(overridden)
         self._loading = Path()  # the checkpoint whose weights are being loaded
         self.add_callback(GoingOnCallback())
 
@@ -70,7 +79,6 @@ class SavingTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
         self.accelerator.wait_for_everyone()  # every process has written its part
         if self.args.should_save:
-            reach("after:files")
             step = {"step": self.state.global_step, "processes": self.args.world_size}
             seal(folder, {**step, "is_resumable": not self.args.save_only_model, **self.seal_facts})
             rotate(run, limit=limit, best=self.state.best_model_checkpoint)
@@ -111,15 +119,12 @@ class SavingTrainer(Trainer):
             super()._save(output_dir, without_copies(model, state_dict))
             model.config.use_cache = self.args.use_cache
             (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle, with hub_token in clear
-        reach("after:model")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        reach("after:optimizer")
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        reach("after:random state")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._loading = Path(resume_from_checkpoint)
@@ -241,3 +246,45 @@ def _apply(fresh: list[dict[str, Any]], groups: list[dict[str, Any]], *, schedul
     for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * factor(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def spreading_plugin(accelerator: Accelerator) -> Any:
+    """Accelerate's settings for FSDP; None where the model is not spread by it."""
+    return getattr(accelerator.state, "fsdp_plugin", None)
+
+
+def settle_precision(accelerator: Accelerator) -> None:
+    """Changes how FSDP2 computes in 16 bits: gradients of the processes are summed in float32, as by DDP.
+
+    Accelerate would sum them in 16 bits, and round the loss to 3 digits.
+    """
+    plugin = spreading_plugin(accelerator)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if policy is not None:
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+
+
+@contextmanager
+def saving_whole(accelerator: Accelerator, folder: str) -> Iterator[None]:
+    """Inside, a model is gathered to be saved, also where checkpoints are written in parts.
+
+    In parts (SHARDED_STATE_DICT) the Trainer would save no model at all. A checkpoint stays in parts.
+    """
+    plugin = spreading_plugin(accelerator)
+    if plugin is None or Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
+        yield
+        return
+    kind = plugin.state_dict_type
+    plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+    try:
+        yield
+    finally:
+        plugin.state_dict_type = kind
+
+
+def without_copies(model: Any, state_dict: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Drops the second name of weights that are tied: gathered, they are no longer one tensor."""
+    if state_dict is None:
+        return None
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: part for name, part in state_dict.items() if tied.get(name) not in state_dict}

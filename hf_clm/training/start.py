@@ -12,7 +12,6 @@ What ``resume_override`` names may differ.
 import json
 import shutil
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,6 @@ from hf_clm.training.checkpoints import (
     require_sound,
     step_of,
 )
-from hf_clm.training.faults import forget_others
 from hf_clm.training.output import FINAL, is_in_use, is_seen, make_writable, move_aside, publish
 
 WORDS = {"": "auto", "auto": "auto", "false": "never", "never": "never", "true": "must", "must": "must"}
@@ -64,17 +62,26 @@ class Start:
     overridden: tuple[str, ...] = ()
     begins_again: bool = False  # the folder holds a run of this recipe, of which nothing was saved
 
-    def require_same(self, facts: dict[str, Any]) -> Iterator[str]:
+    @property
+    def override_keys(self) -> frozenset[str]:
+        """The keys of the recipe that resume_override lets differ, and that do."""
+        return frozenset(change.key for change in self.changes if change.fate == "overridden")
+
+    @property
+    def step(self) -> int:
+        """The step that training starts behind."""
+        return step_of(self.checkpoint) if self.checkpoint else 0
+
+    def require_same(self, facts: dict[str, Any]) -> list[str]:
         """Compares data, tokenizer, template, batch and versions with those of the checkpoint.
 
-        Yields the lines that say where training goes on and what differs. Raises RecipeError where that is
-        not overridden.
+        Returns the lines that say where training resumes and what differs. Raises RecipeError for what
+        may not differ and is not overridden.
         """
         if self.checkpoint is None:
-            if self.begins_again:
-                why = f"(train.save_strategy: {facts['recipe']['train'].get('save_strategy')})"
-                yield f"start     no checkpoint in {self.folder} {why}: from the beginning"
-            return
+            why = f"(train.save_strategy: {facts['recipe']['train'].get('save_strategy')})"
+            line = f"start     no checkpoint in {self.folder} {why}: from the beginning"
+            return [line] if self.begins_again else []
         before = read_seal(self.checkpoint)
         changes = compare(before.get("facts", {}), facts["facts"], overridden=self.overridden)
         configs = shared(before.get("architecture", {}), facts.get("architecture", {}))
@@ -86,8 +93,7 @@ class Start:
             what = f"with other {' and '.join(moved)} an epoch has other steps: when it ends must be said"
             raise RecipeError(what, where=str(self.checkpoint), fix="give --max_steps, and override it too")
         changes += compare_versions(before.get("versions", {}), facts["versions"])
-        yield f"goes on   from {self.checkpoint}{', which differs:' if changes else ''}"
-        yield from to_table(changes)
+        return [f"resumes   from {self.checkpoint}{', with changes:' if changes else ''}", *to_table(changes)]
 
 
 def prepare_start(recipe: Recipe, arguments: TrainingArguments) -> Start:
@@ -124,8 +130,6 @@ def _require_one_folder(arguments: TrainingArguments) -> None:
     finally:
         if is_main:
             file.unlink(missing_ok=True)
-    if is_main:
-        forget_others()
     if hosts := sorted(set(found) - {""}):
         what, got = "the processes do not see the same output folder", f"another one on {', '.join(hosts)}"
         fix = "an --output_dir on a disk that all machines share"

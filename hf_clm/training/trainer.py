@@ -5,12 +5,14 @@ How it evaluates: evaluating.py; how it saves and goes on: saving.py.
 
 import math
 import time
+from collections import Counter
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     PreTrainedTokenizerFast,
@@ -22,6 +24,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from hf_clm.data.batch.sampling import EpochSampler, EvenRows
+from hf_clm.data.prepared.division import furthest
 from hf_clm.data.prepared.stream import StreamedRows, plain_errors
 from hf_clm.errors import DivergedError
 from hf_clm.evaluation.metrics import count_tokens, logit_figures
@@ -37,11 +40,12 @@ from hf_clm.model.loss import (
     why_not,
 )
 from hf_clm.model.router_loss import RouterLoss
+from hf_clm.pages.labels_page import write_page
+from hf_clm.pages.rows import Vocabulary, to_rows
 from hf_clm.training.callbacks import ends_epoch
 from hf_clm.training.evaluating import EvaluatingTrainer
 from hf_clm.training.faults import checkpoint_bytes, writing
-from hf_clm.training.guard import write_diverged
-from hf_clm.training.spread import settle_precision
+from hf_clm.training.saving import settle_precision
 
 # What is counted since the last log event, in this order.
 TARGETS, CORRECT, TOKENS, PAIRS, PLACES = range(5)
@@ -131,7 +135,7 @@ class CLMTrainer(EvaluatingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        loss, outputs, figures = self._measure(model, inputs, items=num_items_in_batch)
+        loss, outputs, figures = self.measure_loss(model, inputs, items=num_items_in_batch)
         if model.training:
             self._counts[TARGETS] += figures.is_target.sum()
             self._counts[CORRECT] += figures.correct.sum()
@@ -143,9 +147,9 @@ class CLMTrainer(EvaluatingTrainer):
 
     def measure(self, model: torch.nn.Module, inputs: dict[str, Any]) -> TokenFigures:
         """The figures of each target of a batch."""
-        return self._measure(model, inputs, items=None)[2]
+        return self.measure_loss(model, inputs, items=None)[2]
 
-    def _measure(
+    def measure_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], *, items: torch.Tensor | int | None
     ) -> tuple[torch.Tensor, Any, TokenFigures]:
         """The loss as the Trainer normalises it, the model's outputs, and the figures of each target."""
@@ -202,9 +206,12 @@ class CLMTrainer(EvaluatingTrainer):
         page = ""
         is_ours = self.is_world_process_zero() or not math.isfinite(float(self._step_loss))
         if isinstance(self.processing_class, PreTrainedTokenizerFast) and is_ours:
-            folder = Path(str(self.args.output_dir))
-            options = {"tokenizer": self.processing_class, "facts": facts}
-            page = f"; its rows are in {write_diverged(folder, self._step_batches, **options)}"
+            path = Path(str(self.args.output_dir)) / "diverged.html"
+            rows = []
+            for batch in self._step_batches:
+                rows += to_rows(batch, first_number=len(rows))
+            write_page(path, rows, vocabulary=Vocabulary(self.processing_class), facts=facts)
+            page = f"; its rows are in {path}"
         # DeepSpeed updates inside the backward
         done = "the last checkpoint is sound" if self.is_deepspeed_enabled else "no weight was updated"
         raise DivergedError(
@@ -251,6 +258,28 @@ class CLMTrainer(EvaluatingTrainer):
     def _logged(self, name: str) -> float:
         """Of the last log event that has it: of a session before this one, which made no step."""
         return next((entry[name] for entry in reversed(self.state.log_history) if name in entry), 0.0)
+
+    def stream_totals(self) -> dict[str, Any] | None:
+        """Shards of a stream, least and most passes of one, documents by their fate; None without a stream.
+
+        Counts the blocks that were begun. Every process has to call it.
+        """
+        rows = self.train_dataset
+        if not isinstance(rows, StreamedRows):
+            return None
+        found = furthest(gather_object([position for position in rows.positions.values() if position.steps]))
+        epochs, fates = [min(place.epoch for place in position.places) for position in found], Counter()
+        for place in (place for position in found for place in position.places):
+            fates.update(place.counts)
+        everyone = len(found) == rows.plan.shards  # else a shard was not asked yet
+        passes = [min(epochs) if everyone else 0, max(epochs, default=0)]
+        return {
+            "shards": rows.plan.shards,
+            "shuffle_buffer": rows.identity["documents"],
+            "passes": passes,
+            "documents": sum(fates.values()),
+            "fates": dict(sorted(fates.items())),
+        }
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: they are counted with the tokens, where the Trainer leaves out head and attention."""

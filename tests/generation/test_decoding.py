@@ -192,7 +192,7 @@ def by_samples(folder: str, tmp_path: Path, **asked: Any) -> list[str]:
         accelerator=SimpleNamespace(unwrap_model=lambda model: model),
         aside=nullcontext,
     )
-    return build_samples(facts, trainer, tokenizer=run.tokenizer).generate()
+    return build_samples(facts, trainer).generate()
 
 
 def by_evaluate(folder: str, tmp_path: Path, capsys: Any, *, new: int) -> list[str]:

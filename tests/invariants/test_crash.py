@@ -67,7 +67,7 @@ def test_a_run_that_died_behind_its_last_checkpoint_is_finished_without_a_step(w
 
     assert finish_run(place, **LIMIT) == 0
 
-    assert "goes on   from" in (place / "out.txt").read_text()
+    assert "resumes   from" in (place / "out.txt").read_text()
     check_equal(place, whole)
     facts = json.loads((place / "run" / "run.json").read_text())
     last = json.loads((place / "run" / "metrics.jsonl").read_text().splitlines()[-1])

@@ -62,7 +62,7 @@ def test_a_run_that_is_killed_between_saves_goes_on_exactly(tmp_path, case):
     kill_after(tmp_path / "cut", KILLED_AT, **changes)
     assert finish_run(tmp_path / "cut", **changes) == 0, (tmp_path / "cut" / "out.txt").read_text()
 
-    assert "goes on   from" in (tmp_path / "cut" / "out.txt").read_text()
+    assert "resumes   from" in (tmp_path / "cut" / "out.txt").read_text()
     assert same_weights(tmp_path / "cut" / "run", tmp_path / "whole" / "run")
     assert read_metrics(tmp_path / "cut" / "run") == read_metrics(tmp_path / "whole" / "run")
 
@@ -98,7 +98,7 @@ def test_what_ends_an_epoch_is_done_before_its_step_is_saved(tmp_path, case):
     assert finish_run(tmp_path / "cut", **changes) == 0, (tmp_path / "cut" / "out.txt").read_text()
 
     whole, cut = (tmp_path / name / "run" for name in ("whole", "cut"))
-    assert "goes on   from" in (tmp_path / "cut" / "out.txt").read_text()
+    assert "resumes   from" in (tmp_path / "cut" / "out.txt").read_text()
     assert read_metrics(cut) == read_metrics(whole)
     assert same_weights(cut, whole)
     assert (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()

@@ -186,7 +186,7 @@ def test_a_process_that_hangs_ends_the_other_after_the_timeout(folder):
     assert not any(is_alive(child) for child in of_ranks.values())
     assert errors(folder) == [
         "error: another process of this run has ended, or does not answer; got Timed out; "
-        "fix: look for its own error; the same command goes on from the last checkpoint"
+        "fix: look for its own error; the same command resumes from the last checkpoint"
     ]
 
 

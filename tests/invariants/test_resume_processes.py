@@ -109,7 +109,7 @@ def test_two_processes_that_are_killed_go_on_exactly(tmp_path):
     done = launch(torchrun(), cut)
 
     assert done.returncode == 0, done.stderr
-    assert re.search(r"goes on   from run/checkpoint-[246]", done.stdout), done.stdout
+    assert re.search(r"resumes   from run/checkpoint-[246]", done.stdout), done.stdout
     same = [load_file(place / "run" / "model.safetensors") for place in (whole, cut)]
     assert all(torch.equal(weight, same[1][name]) for name, weight in same[0].items())
     left_out = ("seconds", "per_second", "mfu", "peak_memory_bytes", "runtime")

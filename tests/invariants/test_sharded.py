@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
 from hf_clm.model.attention import register
 from hf_clm.model.loss import use_target_loss
-from hf_clm.training.spread import without_copies
+from hf_clm.training.saving import without_copies
 
 ROOT = Path(__file__).resolve().parents[2]
 # Documents of the two processes: 2 + 1 + 3 and 5 + 4 targets, so that a mean of means would be off.

@@ -53,7 +53,7 @@ def check_stopped(folder: Path, reason: str) -> None:
     lines = (folder / "out.txt").read_text().splitlines()
     assert [line for line in lines if line.startswith("stopped")] == [
         f"stopped by {reason} at step {last:,} of 100,000; saved in run/checkpoint-{last}; "
-        "the same command goes on from there"
+        "the same command resumes from there"
     ]
 
 

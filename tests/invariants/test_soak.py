@@ -37,7 +37,7 @@ def started_at(printed: str) -> int:
     """The step that a start went on from, by what it printed; the last where the run was done."""
     if "this run is done" in printed:
         return CHANGES["train"]["max_steps"]
-    lines = [line for line in printed.splitlines() if line.startswith("goes on   from")]
+    lines = [line for line in printed.splitlines() if line.startswith("resumes   from")]
     return step_of(Path(lines[0].split()[3].rstrip(","))) if lines else 0
 
 

@@ -10,7 +10,7 @@ import torch
 from helpers import build_recipe, byte_tokenizer, save_folder, tiny_model, write_jsonl
 from safetensors.torch import load_file
 
-from hf_clm.training.guard import undisturbed
+from hf_clm.training.evaluating import undisturbed
 from hf_clm.training.run import train
 
 RECORDS = [{"prompt": f"say {n}\n", "completion": "x" * n} for n in range(1, 9)]

@@ -2,14 +2,16 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from hf_clm.errors import DataError, DivergedError, EnvironmentFault, ExitCode, UserError
-from hf_clm.training.faults import among_others, checkpoint_bytes, forget_others, require_others, writing
+from hf_clm.errors import DataError, DivergedError, EnvironmentFault, ExitCode
+from hf_clm.training.faults import among_others, checkpoint_bytes, own_errors, require_alive, writing
 
 OF_RUST = "Error while serializing: I/O error: No space left on device (os error 28)"
 OF_TORCH = "[enforce fail at inline_container.cc:672] . unexpected pos 226368 vs 226260"
@@ -104,24 +106,14 @@ def test_a_checkpoint_takes_weights_and_two_averages_of_each():
     assert checkpoint_bytes(model, optimizer) == 1204  # and a count of the steps
 
 
-@pytest.fixture
-def rank(monkeypatch):
-    """Lets this process be one rank, then another, of a run whose store is in memory."""
-    store = torch.distributed.HashStore()
+def test_a_lost_process_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
-    monkeypatch.setattr("hf_clm.training.faults.WORD_SECONDS", 0.2)
-    return lambda number: monkeypatch.setattr(torch.distributed, "get_rank", lambda: number)
-
-
-def test_a_lost_process_is_one_line(rank):
-    rank(1)
     with pytest.raises(EnvironmentFault) as error, among_others():
         raise RuntimeError(OF_GLOO)
 
     assert str(error.value) == (
         "another process of this run has ended, or does not answer; got Connection reset; "
-        "fix: look for its own error; the same command goes on from the last checkpoint"
+        "fix: look for its own error; the same command resumes from the last checkpoint"
     )
 
 
@@ -132,60 +124,24 @@ def test_one_process_alone_has_lost_none():
     assert str(error.value) == OF_GLOO
 
 
-def is_said(error: UserError) -> bool | None:
-    """Whether the process that meets an error has to say it."""
-    with pytest.raises(type(error)), among_others(), among_others():
-        raise error
-    return error.is_own
-
-
-def test_an_error_that_several_processes_meet_is_said_by_the_first(rank):
-    rank(0)
-    assert is_said(DataError("row 7 cannot be read")) is True
-    rank(1)
-    assert is_said(DataError("row 7 cannot be read")) is False
-    assert is_said(DataError("row 8 cannot be read")) is True
-    assert is_said(DivergedError("NaN")) is None  # of all: by the first, without a look at the others
-
-
-def test_an_error_that_one_process_alone_meets_is_said_by_it(rank):
-    rank(1)
-    assert is_said(DataError("row 7 cannot be read")) is True
-
-
-def test_where_the_first_has_ended_and_its_store_with_it_nothing_more_is_said(rank, monkeypatch):
-    class Gone:
-        def check(self, *words):
-            raise torch.distributed.DistNetworkError("Broken pipe")
-
-        set = check
-
-    rank(1)
-    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", Gone)
-
-    assert is_said(DataError("row 7 cannot be read")) is False
-    with (
-        pytest.raises(EnvironmentFault, match="has ended, or does not answer; got Broken pipe"),
-        among_others(),
-    ):
-        require_others()
-
-
-@pytest.mark.parametrize("error", [DataError("row 7"), ValueError("a fault of ours"), RuntimeError(OF_GLOO)])
-def test_one_that_waits_ends_where_another_has_failed_and_the_next_run_knows_nothing_of_it(rank, error):
-    rank(1)
-    require_others()
-    with pytest.raises((type(error), EnvironmentFault)), among_others():
+@pytest.mark.parametrize(
+    ("error", "is_own"), [(DataError("row 7 cannot be read"), True), (DivergedError("NaN"), None)]
+)
+def test_an_error_in_training_is_reported_by_the_process_that_meets_it_and_a_loss_that_all_share_by_one(
+    error, is_own
+):
+    with pytest.raises(type(error)), own_errors():
         raise error
 
-    rank(2)
-    with pytest.raises(EnvironmentFault, match="another process of this run has ended") as found:
-        require_others()
-    assert is_said(found.value) is True
-    forget_others()
-    require_others()
+    assert error.is_own is is_own
 
 
-def test_one_process_alone_waits_for_no_other():
-    require_others()
-    assert is_said(DataError("row 7 cannot be read")) is None
+def test_waiting_for_a_process_ends_when_that_process_has_ended():
+    waiting = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    require_alive(waiting.pid)
+
+    waiting.kill()
+    waiting.wait()
+
+    with pytest.raises(EnvironmentFault, match="another process of this run has ended"):
+        require_alive(waiting.pid)

@@ -25,7 +25,7 @@ class Memory:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int, *, error: Exception | None = None):
         self.rows, self.from_step, self.tries = rows, 0, []
         error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        measure = CLMTrainer._measure
+        measure = CLMTrainer.measure_loss
 
         def limited(trainer: CLMTrainer, model: Any, inputs: Any, **options: Any) -> Any:
             size = trainer.args.train_batch_size if model.training else trainer.args.eval_batch_size
@@ -35,7 +35,7 @@ class Memory:
                 raise error
             return measure(trainer, model, inputs, **options)
 
-        monkeypatch.setattr(CLMTrainer, "_measure", limited)
+        monkeypatch.setattr(CLMTrainer, "measure_loss", limited)
 
 
 def build(folder: Path, **train_fields: Any):
@@ -105,7 +105,7 @@ def test_without_a_lack_of_memory_trying_changes_nothing(small, tmp_path):
 def test_what_is_tried_is_computed_as_in_training(tmp_path, monkeypatch):
     """Autocast and checkpointing decide what memory a step takes."""
     dtypes, computed = [], []
-    measure = CLMTrainer._measure
+    measure = CLMTrainer.measure_loss
 
     def noted(trainer: CLMTrainer, model: Any, inputs: Any, **options: Any) -> Any:
         layer = (
@@ -118,7 +118,7 @@ def test_what_is_tried_is_computed_as_in_training(tmp_path, monkeypatch):
         finally:
             hook.remove()
 
-    monkeypatch.setattr(CLMTrainer, "_measure", noted)
+    monkeypatch.setattr(CLMTrainer, "measure_loss", noted)
     fields = {"bf16": True, "activation_checkpointing": True, "auto_find_batch_size": True, "max_steps": 1}
     train(build(tmp_path, **fields, eval_on_start=False))
 
@@ -138,7 +138,7 @@ def test_it_goes_on_from_a_checkpoint_that_was_saved_before(tmp_path, monkeypatc
 
     printed = capsys.readouterr().out
     assert "restart   out of memory at step 4: per_device_train_batch_size 2 instead of 4" in printed
-    assert "goes on   from " in printed and "checkpoint-2" in printed
+    assert "resumes   from " in printed and "checkpoint-2" in printed
     assert [entry["step"] for entry in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert memory.tries[:4] == [4] * 4 and set(memory.tries[4:]) == {2}
 
@@ -215,14 +215,14 @@ import os, sys, torch
 from hf_clm.cli import main
 from hf_clm.training.trainer import CLMTrainer
 
-measure = CLMTrainer._measure
+measure = CLMTrainer.measure_loss
 
 def limited(trainer, model, inputs, **options):
     if os.environ["RANK"] == "1" and model.training and trainer.args.train_batch_size > 1:
         raise torch.OutOfMemoryError("CUDA out of memory")
     return measure(trainer, model, inputs, **options)
 
-CLMTrainer._measure = limited
+CLMTrainer.measure_loss = limited
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -254,9 +254,19 @@ def test_a_tokenizer_that_the_recipe_trains_has_the_same_key_again(tmp_path):
     assert "read from cache" in second[0]
 
 
+# Dies when it has written two blocks of the training data, as by kill -9.
 KILLED = """
-import sys
-from hf_clm.data.prepared import chunks
+import os, signal, sys
+from hf_clm.data.prepared import chunks, parts
+
+class Deadly(parts.TableWriter):
+    def write(self, batch):
+        super().write(batch)
+        self.written = getattr(self, "written", 0) + 1
+        if self.written == 2 and self.folder.name == "ledger":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+parts.TableWriter = Deadly
 chunks.BLOCK_BYTES, chunks.CHUNK_BYTES = 300, 100
 from hf_clm.cli import main
 sys.exit(main(sys.argv[1:]))
@@ -271,7 +281,7 @@ def test_of_a_command_that_was_killed_nothing_is_opened_and_the_next_makes_the_s
     words = {
         name: ["prepare", path, "--data.cache_dir", str(tmp_path / name)] for name in ("killed", "alone")
     }
-    environment = {**os.environ, "HF_CLM_FAULT": "prepare.train.1", "PYTHONPATH": ROOT}
+    environment = {**os.environ, "PYTHONPATH": ROOT}
 
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, *words["killed"]], env=environment, capture_output=True, check=False

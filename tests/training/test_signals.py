@@ -99,7 +99,7 @@ def test_a_signal_stops_at_the_end_of_its_step_and_saves_once(tmp_path, capfd, n
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
     shown = capfd.readouterr()
     line = f"stopped by {name} at step 3 of 6; saved in {tmp_path / 'checkpoint-3'}; "
-    assert shown.out.splitlines()[-1] == f"{line}the same command goes on from there"
+    assert shown.out.splitlines()[-1] == f"{line}the same command resumes from there"
     assert f"{name}: the run saves and stops at the end of this step; once more ends it now\n" in shown.err
 
 

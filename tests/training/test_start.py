@@ -245,7 +245,7 @@ def test_a_fact_that_differs_is_refused_with_both_values(tmp_path, name):
     run = begun(tmp_path, 9)
 
     with pytest.raises(RecipeError) as error:
-        list(start(tmp_path).require_same(facts(**{name: 7})))
+        start(tmp_path).require_same(facts(**{name: 7}))
 
     before = FACTS[name] if name == "global_batch" else repr(FACTS[name])
     assert str(error.value) == (
@@ -265,7 +265,7 @@ def test_what_is_said_of_the_config_holds_for_the_architecture(tmp_path, name):
     now = {**facts(), "architecture": {"architecture.attn_pdrop": 0.2, "architecture.new": 1}}
 
     with pytest.raises(RecipeError, match=r"recipe: architecture.attn_pdrop \(0.1, now 0.2\); fix"):
-        list(start(tmp_path).require_same(now))
+        start(tmp_path).require_same(now)
     found = prepare_start(*build(tmp_path, resume_override=[name]))
 
     shown = [line.split() for line in found.require_same(now)]
@@ -282,7 +282,7 @@ def test_what_differs_is_shown_in_a_table(tmp_path):
     found = prepare_start(*build(tmp_path, **changes))
 
     assert list(found.require_same(facts(data="14 rows", processes=1))) == [
-        f"goes on   from {run / 'checkpoint-9'}, which differs:",
+        f"resumes   from {run / 'checkpoint-9'}, with changes:",
         "                               in the checkpoint  now",
         "          train.logging_steps  1                  3          applied",
         "          train.learning_rate  0.001              0.5        applied",
@@ -298,7 +298,7 @@ def test_with_another_batch_the_end_must_be_said(tmp_path):
     found = prepare_start(*build(tmp_path, resume_override=["global_batch"]))
 
     with pytest.raises(RecipeError) as error:
-        list(found.require_same({**facts(global_batch=8), "recipe": {"train": {"max_steps": -1}}}))
+        found.require_same({**facts(global_batch=8), "recipe": {"train": {"max_steps": -1}}})
 
     assert str(error.value) == (
         f"{run / 'checkpoint-9'}: with other global_batch an epoch has other steps: when it ends must be "
@@ -309,9 +309,9 @@ def test_with_another_batch_the_end_must_be_said(tmp_path):
 def test_where_nothing_differs_there_is_no_table(tmp_path):
     run = begun(tmp_path, 9)
 
-    lines = list(start(tmp_path).require_same({"facts": FACTS, "versions": VERSIONS}))
+    lines = start(tmp_path).require_same({"facts": FACTS, "versions": VERSIONS})
 
-    assert lines == [f"goes on   from {run / 'checkpoint-9'}"]
+    assert lines == [f"resumes   from {run / 'checkpoint-9'}"]
 
 
 def test_a_key_that_a_later_version_has_added_does_not_count_as_changed(tmp_path):

@@ -22,7 +22,7 @@ from hf_clm.data.read.faults import Faults
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import no_example
 from hf_clm.data.read.sources import no_record
-from hf_clm.errors import UserError, reach
+from hf_clm.errors import UserError
 from hf_clm.recipe.recipe import Data
 
 SAID_SECONDS = 60.0  # between two lines on how far it has come
@@ -97,7 +97,6 @@ def write_part(folder: Path, raw: RawSet, blocks: Iterable[Block], *, data: Data
                 digests[kind].append(found)
             usable.append(np.array([fate != UNREADABLE for fate in block.ledger.column("fate").to_pylist()]))
             part.enter(block)
-            reach(f"prepare.{raw.name}.{number}")
     part.certificate.require()
     part.digests = {kind: np.concatenate(found) for kind, found in digests.items()}
     part.usable = np.concatenate(usable)

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_clm.cli import main
 from hf_clm.recipe.recipe import recipe_to_yaml
-from hf_clm.training.guard import write_diverged
 from hf_clm.training.trainer import CLMTrainer
 
 RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": f"answer {n}"} for n in range(1, 5)]
@@ -121,18 +120,3 @@ def test_without_the_self_test_the_guard_finds_them_at_the_first(tmp_path, capsy
         "error: step 1: the loss or its gradient is not finite; no weight was updated; "
     )
     assert (tmp_path / "run" / "diverged.html").is_file()
-
-
-def test_every_row_of_every_micro_batch_is_on_the_page_and_its_text_stays_text(tmp_path):
-    batches = [to_batch(b"</script><script>alert(1)</script>"), to_batch(b"two")]
-
-    path = write_diverged(tmp_path, batches, tokenizer=byte_tokenizer(), facts={"step": 7, "loss": "nan"})
-
-    facts, rows = read_page(path)
-    assert path == tmp_path / "diverged.html"
-    assert (facts, rows) == ({"step": "7", "loss": "nan"}, [b"</script><script>alert(1)</script>", b"two"])
-
-
-def to_batch(text: bytes) -> dict[str, torch.Tensor]:
-    ids = torch.tensor([[*text, EOS]])
-    return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
