@@ -125,8 +125,12 @@ def divide(
             write_pieces(folder / name, packed)
         # what was lost in reading is told once, of the set that was read
         report = part.report if name == part.name else ReadReport(part.report.files)
-        examples = Examples(read_head(recipe.data, selection), report=report)
-        examples.formats, examples.unknown_keys = part.formats, part.unknown_keys
+        examples = Examples(
+            read_head(recipe.data, selection),
+            report=report,
+            formats=part.formats,
+            unknown_keys=part.unknown_keys,
+        )
         certified = {"seconds": part.certificate.seconds, "content": content}
         index["splits"][name] = split_json(examples, of=part.name, least_id=least, certified=certified)
     for at in (folder, folder / LEDGER):

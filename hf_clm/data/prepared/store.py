@@ -145,16 +145,26 @@ def open_splits(
         ledger = StoredLedger(folder / LEDGER / name, names)
         rows = StoredRows(folder / name, ledger)
         counts = [np.load(folder / name / f"{counted}.npy") for counted in ("id_counts", "label_counts")]
-        report = ReadReport(**content["report"])
-        report.files = [names[file] for file in report.files]
-        report.notes = list(map(ledger.rename, report.notes))
-        report.bad_lines = ledger.unreadable
+        known = content["report"]
+        report = ReadReport(
+            **{
+                **known,
+                "files": [names[file] for file in known["files"]],
+                "notes": list(map(ledger.rename, known["notes"])),
+                "bad_lines": ledger.unreadable,
+            }
+        )
         head = list(map(example_from_json, content["head"]))
         numbers = folder / name / RECORDS
         load = _Loader(load_examples, content["set"], np.load(numbers) if numbers.exists() else None)
-        examples = Examples(LazyList(len(ledger), load, head=head), ledger.places)
-        examples.report, examples.origins = report, ledger.numbers("source")
-        examples.formats, examples.unknown_keys = set(content["formats"]), set(content["unknown_keys"])
+        examples = Examples(
+            LazyList(len(ledger), load, head=head),
+            ledger.places,
+            report,
+            formats=set(content["formats"]),
+            unknown_keys=set(content["unknown_keys"]),
+            origins=ledger.numbers("source"),
+        )
         packed = pack_rows(TokenizedDataset(rows), recipe, pieces=read_pieces(folder / name))
         splits[name] = Split(rows, packed, examples, ledger, *counts, least_id=content["least_id"])
     return splits
