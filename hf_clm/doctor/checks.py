@@ -3,20 +3,12 @@
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from hf_clm.data.batch.packing import PackedDataset
-from hf_clm.doctor.environment import (
-    check_disk,
-    check_dtype,
-    check_gpus,
-    check_memory,
-    check_network,
-    check_threads,
-)
-from hf_clm.doctor.facts import Check, Facts, Ok, Problem, to_problem
-from hf_clm.errors import DataError, ModelError, UserError
+from hf_clm.doctor.facts import Facts
+from hf_clm.errors import DataError, EnvironmentFault, ModelError, RecipeError, UserError
 from hf_clm.model.load import max_positions
 from hf_clm.text.chat import stop_token_ids
 from hf_clm.text.tokenizer import control_tokens, max_token_id, unique_ids, unknown_id
@@ -29,6 +21,33 @@ UNKNOWN_TOKENS = 0.01
 OVERLONG_ROWS = 0.05
 TOKEN_LIKE = re.compile(r"<\|?\w+\|?>|\[[A-Z]+\]")  # <sep>, <|eot|>, [SEP]
 FILL = 0.75  # best fit cannot leave two rows half empty: under 0.5 it never gets
+ESTIMATE_ERROR = 1.15  # the estimate is good to 15 %: over this much of what is free it cannot fit
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Ok:
+    """Nothing to fix; ``what`` was found."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Stops the run as an ``error``; a warning does not."""
+
+    what: str
+    where: str = ""
+    fix: str = ""
+    error: type[UserError] = RecipeError
+    is_warning: bool = False
+
+    def to_error(self) -> UserError:
+        """The error that the run raises."""
+        return self.error(self.what, where=self.where, fix=self.fix)
+
+
+Check = Ok | Problem
 
 
 def run_checks(facts: Facts) -> dict[str, Check]:
@@ -243,6 +262,89 @@ def check_stop_tokens(facts: Facts) -> Check | None:
     return Ok(f"generation stops at {', '.join(map(str, known))}")
 
 
+def check_memory(facts: Facts) -> Check | None:
+    """Weights, gradients, optimizer, activations and logits against what is free on the device."""
+    estimate, model = facts.estimate, facts.model
+    if estimate is None:
+        return None
+    is_measured = facts.measured is not None
+    peak = max(facts.measured if facts.measured is not None else estimate.micro_step, estimate.evaluation)
+    needed = estimate.at_rest + peak
+    is_loaded = model is not None and model.device.type == facts.arguments.device.type
+    free = facts.machine.free_memory + (estimate.weights if is_loaded else 0)
+    what = f"{_gib(needed)} needed, {_gib(free)} free"
+    if needed > (free if is_measured else free / ESTIMATE_ERROR):
+        is_sure = is_measured or (needed > free * ESTIMATE_ERROR and not estimate.is_rough)
+        fix = (
+            "lower train.per_device_train_batch_size (and _eval_), data.max_length, "
+            "or set train.activation_checkpointing: true"
+        )
+        return Problem(what, "memory", fix, EnvironmentFault, is_warning=not is_sure)
+    return Ok(what)
+
+
+def check_disk(facts: Facts) -> Check | None:
+    """The checkpoints that lie there at one time, the newest beside those kept, and the final model."""
+    estimate, arguments = facts.estimate, facts.arguments
+    if estimate is None:
+        return None
+    saves = _saves(facts)
+    kept = min(saves, arguments.save_total_limit + 1 if arguments.save_total_limit else saves)
+    checkpoint = estimate.weights + (0 if arguments.save_only_model else estimate.optimizer)
+    needed, free = checkpoint * kept + estimate.weights, facts.machine.free_disk
+    what = f"{kept} checkpoints and the model take {_gib(needed)}, {_gib(free)} are free"
+    if needed > free:
+        fix = "lower train.save_total_limit, set train.save_only_model, or free some space"
+        return Problem(what, str(arguments.output_dir), fix, EnvironmentFault)
+    return Ok(what)
+
+
+def check_threads(facts: Facts) -> Check:
+    """More threads than cores slow each other down; fewer leave cores idle where the CPU computes."""
+    machine = facts.machine
+    if machine.threads is None:
+        return Ok(f"{machine.cores} cores, OMP_NUM_THREADS is not set")
+    used = machine.threads * machine.processes
+    is_idle = facts.arguments.device.type == "cpu" and used <= machine.cores // 2
+    what = f"{machine.processes} x {machine.threads} threads on {machine.cores} physical cores"
+    if used > machine.cores or is_idle:
+        fix = f"OMP_NUM_THREADS={max(1, machine.cores // machine.processes)}"
+        return Problem(what, "OMP_NUM_THREADS", fix, EnvironmentFault, is_warning=True)
+    return Ok(what)
+
+
+def check_dtype(facts: Facts) -> Check:
+    """A number format that the device has, and that the optimizer can train in."""
+    arguments, dtype = facts.arguments, facts.recipe.model.dtype
+    device, where = arguments.device.type, "train.bf16"
+    if dtype == "float16":
+        what = "weights in float16 cannot be trained: their gradients overflow"
+        return Problem(what, "model.dtype", "float32, with train.fp16: true", RecipeError)
+    if arguments.fp16 and device == "cpu":
+        return Problem(
+            "float16 autocast needs a GPU", "train.fp16", "train.bf16: true, or neither", RecipeError
+        )
+    if (arguments.bf16 or dtype == "bfloat16") and not facts.machine.has_bf16:
+        what = f"this {device} has no bfloat16 of its own: slower than float32"
+        return Problem(what, where, "leave it out, or set train.fp16 on a GPU", is_warning=True)
+    if dtype == "bfloat16":
+        what = "weights in bfloat16 lose small updates"
+        return Problem(what, "model.dtype", "float32, with train.bf16: true", is_warning=True)
+    autocast = ", bfloat16 autocast" if arguments.bf16 else ", float16 autocast" if arguments.fp16 else ""
+    return Ok(f"{dtype} weights{autocast} on {device}")
+
+
+def check_gpus(facts: Facts) -> Check:
+    """GPUs that stand idle."""
+    machine, arguments = facts.machine, facts.arguments
+    used = machine.processes if arguments.device.type == "cuda" else 0
+    if used < machine.gpus:
+        fix = "accelerate launch --multi_gpu -m hf_clm train RECIPE" if used else "leave out train.use_cpu"
+        what = f"{used} of {machine.gpus} GPUs used"
+        return Problem(what, "GPUs", fix, EnvironmentFault, is_warning=True)
+    return Ok(f"{used} of {machine.gpus} GPUs used" if machine.gpus else "none here")
+
+
 CHECKS: dict[str, Callable[[Facts], Check | None]] = {
     "steps": check_steps,
     "batch": check_global_batch,
@@ -262,15 +364,20 @@ CHECKS: dict[str, Callable[[Facts], Check | None]] = {
     "stop tokens": check_stop_tokens,
     "memory": check_memory,
     "disk": check_disk,
-    "network": check_network,
     "threads": check_threads,
     "precision": check_dtype,
     "GPUs": check_gpus,
 }
 
 
+def to_problem(error: UserError) -> Problem:
+    """An error that a part of the program raised, as a finding."""
+    what = f"{error.what}; got {error.got}" if error.got else error.what
+    return Problem(what, error.where, error.fix, type(error))
+
+
 def _look(check: Callable[[Facts], Check | None], facts: Facts) -> Check | None:
-    """What the check says; what a part that it calls refuses is a problem too."""
+    """What the check finds; an error that a part it calls raises is a problem too."""
     try:
         return check(facts)
     except UserError as error:
@@ -287,3 +394,18 @@ def _every(facts: Facts, kind: str) -> int | None:
 
 def _strategy(facts: Facts, kind: str) -> str:
     return str(getattr(facts.arguments, f"{kind}_strategy").value)
+
+
+def _saves(facts: Facts) -> int:
+    """The checkpoints that the run would write."""
+    match _strategy(facts, "save"):
+        case "epoch":
+            return max(1, math.ceil(facts.arguments.num_train_epochs))
+        case "steps":
+            return math.ceil(facts.steps / max(1, _every(facts, "save") or 1))
+        case strategy:
+            return 1 if strategy == "best" else 0
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:,.2f} GiB"

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.doctor import checks
-from hf_clm.doctor.facts import Facts, Machine, Ok, Problem
+from hf_clm.doctor.checks import Ok, Problem
+from hf_clm.doctor.facts import Facts, Machine
 from hf_clm.doctor.memory import MemoryEstimate
 from hf_clm.errors import DataError, EnvironmentFault, ExitCode
 from hf_clm.recipe.recipe import Recipe

@@ -8,7 +8,7 @@ import pytest
 from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 
 from hf_clm.doctor.command import Diagnosis, diagnose
-from hf_clm.doctor.facts import Ok, Problem
+from hf_clm.doctor.checks import Ok, Problem
 from hf_clm.doctor.memory import MemoryEstimate
 from hf_clm.errors import EnvironmentFault, ExitCode, ModelError, RecipeError
 from hf_clm.recipe.recipe import Recipe

@@ -17,7 +17,6 @@ from hf_clm.doctor.facts import (
     read_machine,
     row_tokens,
     to_micro_step,
-    to_problem,
 )
 from hf_clm.errors import DataError
 from hf_clm.recipe.recipe import Recipe
