@@ -1,4 +1,4 @@
-"""The checks before the first step: each says Ok, or what is wrong, where and how to mend it."""
+"""The checks before the first step: each says Ok, or what is wrong, where, and how to fix it."""
 
 import math
 import re
@@ -78,7 +78,7 @@ def check_global_batch(facts: Facts) -> Check:
     """A batch larger than the data is one step an epoch."""
     rows = len(facts.train.dataset)
     if facts.recipe.data.streaming:
-        return Ok(f"{facts.rows_per_step} rows of a stream; what is said here is of its first documents")
+        return Ok(f"{facts.rows_per_step} rows of a stream; the checks are of its first documents")
     if facts.rows_per_step > rows:
         what = f"a step takes {facts.rows_per_step} rows, and there are {rows}: one step an epoch"
         fix = "lower train.per_device_train_batch_size or train.gradient_accumulation_steps"
@@ -120,7 +120,7 @@ def check_evaluation(facts: Facts) -> Check:
 
 
 def check_logging(facts: Facts) -> Check:
-    """A run that says nothing of its loss."""
+    """A run that never logs its loss."""
     every, strategy = _every(facts, "logging"), _strategy(facts, "logging")
     is_silent = every is not None and every > facts.steps and not facts.arguments.logging_first_step
     if strategy == "no" or is_silent:
@@ -130,7 +130,7 @@ def check_logging(facts: Facts) -> Check:
 
 
 def check_vocabulary(facts: Facts) -> Check:
-    """A tokenizer of another model, or rows that no token uses."""
+    """A tokenizer of another model, or rows that belong to no token."""
     ids, rows = max_token_id(facts.tokenizer) + 1, facts.config.vocab_size
     new, unused = max(0, ids - rows), max(0, rows - ids)
     if facts.recipe.model.init == "pretrained" and new > FOREIGN_TOKENIZER * rows:
@@ -146,17 +146,11 @@ def check_vocabulary(facts: Facts) -> Check:
 
 
 def check_special_tokens(facts: Facts) -> Check:
-    """The end token is learned, the pad token never: they must not be one, and must have rows."""
-    tokenizer = facts.tokenizer
-    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
-    fix = "name another in tokenizer.pad_token"
+    """The end token is learned, the pad token never: they must not be the same."""
+    ids = {name: getattr(facts.tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
     if ids["pad"] is None or ids["eos"] is None or ids["pad"] == ids["eos"]:
         what = f"the pad token (id {ids['pad']}) must be there and not be the end token (id {ids['eos']})"
-        return Problem(what, "tokenizer.pad_token", fix, ModelError)
-    outside = [name for name, id in ids.items() if id is not None and not 0 <= id < facts.embedding_rows]
-    if outside:
-        what = f"the {outside[0]} token (id {ids[outside[0]]}) has no row in the embeddings"
-        return Problem(what, "tokenizer", "load the tokenizer with hf_clm.load_tokenizer", ModelError)
+        return Problem(what, "tokenizer.pad_token", "name another in tokenizer.pad_token", ModelError)
     return Ok(", ".join(f"{name} {id}" for name, id in ids.items() if id is not None))
 
 
@@ -179,8 +173,8 @@ def check_bytes_per_token(facts: Facts) -> Check | None:
 
 def check_unknown_tokens(facts: Facts) -> Check | None:
     """Text that the tokenizer cannot spell is lost."""
-    unknown: Any = facts.tokenizer.unk_token_id
-    if unknown is None or unknown == facts.tokenizer.eos_token_id:  # GPT-2 names its end token so
+    unknown = facts.tokenizer.unk_token_id
+    if not isinstance(unknown, int) or unknown == facts.tokenizer.eos_token_id:  # GPT-2 uses its end token
         return None
     counts, tokens = facts.train.id_counts, max(1, int(facts.train.id_counts.sum()))
     share = int(counts[unknown : unknown + 1].sum()) / tokens
@@ -236,7 +230,7 @@ def check_overlong(facts: Facts) -> Check:
 
 
 def check_fill(facts: Facts) -> Check | None:
-    """Packed rows with much room: most documents are a little over half of max_length."""
+    """Packed rows that are not full: most documents are a little over half of max_length."""
     packed = facts.train.dataset
     if not isinstance(packed, PackedDataset) or len(packed) < 2:
         return None
@@ -247,34 +241,15 @@ def check_fill(facts: Facts) -> Check | None:
     return Ok(f"{packed.fill:.0%} full")
 
 
-def check_stop_tokens(facts: Facts) -> Check | None:
-    """Generation must stop where training ends a target, and never at a pad token."""
-    settings = facts.model.generation_config if facts.model is not None else None
-    if settings is None:
-        return None
-    ends, pad = settings.eos_token_id, settings.pad_token_id
-    known = unique_ids(ends if isinstance(ends, list) else [ends])
-    missing = [id for id in stop_token_ids(facts.tokenizer) if id not in known]
-    if missing or pad in known:
-        got = f"it does not stop at {missing[0]}" if missing else f"it stops at the pad token, {pad}"
-        where, fix = "generation_config.eos_token_id", "load the model with hf_clm.load_model"
-        return Problem(f"{got}, unlike training", where, fix, ModelError)
-    return Ok(f"generation stops at {', '.join(map(str, known))}")
-
-
 def check_memory(facts: Facts) -> Check | None:
     """Weights, gradients, optimizer, activations and logits against what is free on the device."""
-    estimate, model = facts.estimate, facts.model
+    estimate, measured, free = facts.estimate, facts.measured, facts.machine.free_memory
     if estimate is None:
         return None
-    is_measured = facts.measured is not None
-    peak = max(facts.measured if facts.measured is not None else estimate.micro_step, estimate.evaluation)
-    needed = estimate.at_rest + peak
-    is_loaded = model is not None and model.device.type == facts.arguments.device.type
-    free = facts.machine.free_memory + (estimate.weights if is_loaded else 0)
+    needed = estimate.at_rest + max(estimate.evaluation, measured or estimate.micro_step)
     what = f"{_gib(needed)} needed, {_gib(free)} free"
-    if needed > (free if is_measured else free / ESTIMATE_ERROR):
-        is_sure = is_measured or (needed > free * ESTIMATE_ERROR and not estimate.is_rough)
+    if needed > (free if measured else free / ESTIMATE_ERROR):
+        is_sure = bool(measured) or (needed > free * ESTIMATE_ERROR and not estimate.is_rough)
         fix = (
             "lower train.per_device_train_batch_size (and _eval_), data.max_length, "
             "or set train.activation_checkpointing: true"
@@ -284,7 +259,7 @@ def check_memory(facts: Facts) -> Check | None:
 
 
 def check_disk(facts: Facts) -> Check | None:
-    """The checkpoints that lie there at one time, the newest beside those kept, and the final model."""
+    """The most checkpoints that exist at one time, one more than are kept, and the final model."""
     estimate, arguments = facts.estimate, facts.arguments
     if estimate is None:
         return None
@@ -300,7 +275,7 @@ def check_disk(facts: Facts) -> Check | None:
 
 
 def check_threads(facts: Facts) -> Check:
-    """More threads than cores slow each other down; fewer leave cores idle where the CPU computes."""
+    """More threads than cores slow each other down; fewer leave cores idle on a CPU."""
     machine = facts.machine
     if machine.threads is None:
         return Ok(f"{machine.cores} cores, OMP_NUM_THREADS is not set")
@@ -335,7 +310,7 @@ def check_dtype(facts: Facts) -> Check:
 
 
 def check_gpus(facts: Facts) -> Check:
-    """GPUs that stand idle."""
+    """GPUs that are idle."""
     machine, arguments = facts.machine, facts.arguments
     used = machine.processes if arguments.device.type == "cuda" else 0
     if used < machine.gpus:
@@ -361,7 +336,6 @@ CHECKS: dict[str, Callable[[Facts], Check | None]] = {
     "positions": check_positions,
     "overlong rows": check_overlong,
     "packing": check_fill,
-    "stop tokens": check_stop_tokens,
     "memory": check_memory,
     "disk": check_disk,
     "threads": check_threads,

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from hf_clm.data.batch.collators import build_collator
 from hf_clm.data.prepared.cache import read_splits
@@ -110,17 +111,15 @@ def diagnose(recipe: Recipe, *, measure: bool) -> Diagnosis:
             part = "model"
             model = build_model(recipe, tokenizer, config=config, arguments=arguments)
             part = "memory"
-            facts = replace(facts, model=model)
-            facts = replace(facts, measured=_measure(facts))
+            facts = replace(facts, measured=_measure(model, facts))
     except UserError as error:
         return Diagnosis({part: to_problem(error)}, seconds=time.monotonic() - started)
     return Diagnosis(run_checks(facts), facts.estimate, facts.measured, time.monotonic() - started)
 
 
-def _measure(facts: Facts) -> int | None:
-    model, arguments, dataset = facts.model, facts.arguments, facts.train.dataset
-    assert model is not None and facts.estimate is not None
-    step = to_micro_step(facts)
+def _measure(model: PreTrainedModel, facts: Facts) -> int | None:
+    arguments, dataset, step = facts.arguments, facts.train.dataset, to_micro_step(facts)
+    assert facts.estimate is not None
     rows = [dataset[number] for number in longest_rows(dataset, arguments.train_batch_size)]
     batch = build_collator(facts.recipe, facts.tokenizer, with_targets=takes_targets(model))(rows)
     torch.nn.Module.to(model, arguments.device)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedTokenizerFast, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_clm.data.batch.packing import PackedDataset
@@ -60,7 +60,7 @@ class Facts:
     """What is known before the first step.
 
     ``config.vocab_size`` is that of the files; the model is given more rows where the tokenizer has more ids.
-    ``model``: None until it is loaded. ``measured``: bytes of a micro-step over the model, if measured.
+    ``measured``: bytes of a micro-step over weights and optimizer, if measured.
     """
 
     recipe: Recipe
@@ -70,7 +70,6 @@ class Facts:
     train: Split
     machine: Machine
     evaluation: Split | None = None
-    model: PreTrainedModel | None = None
     estimate: MemoryEstimate | None = None
     measured: int | None = None
 

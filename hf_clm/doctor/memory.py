@@ -199,9 +199,7 @@ def read_sizes(config: PretrainedConfig) -> ModelSizes:
     )
 
 
-def estimate_memory(
-    sizes: ModelSizes, step: MicroStep, sharding: Sharding = ONE_DEVICE
-) -> MemoryEstimate:
+def estimate_memory(sizes: ModelSizes, step: MicroStep, sharding: Sharding = ONE_DEVICE) -> MemoryEstimate:
     """The memory of training on each device, by arithmetic."""
     weights = sizes.parameters * step.weight_bytes
     gradients = 0 if step.frozen else weights

@@ -47,9 +47,7 @@ KEYS = (
 )
 HEADINGS = ("way", "GB at rest", "with a row", "micro-batch", "launch with")
 # Gradients are counted as held throughout: one function for every way, and a little to spare.
-STEP = MicroStep(
-    tokens=0, longest=0, chunked_loss=True, autocast="bfloat16", accumulates=True, device="cuda"
-)
+STEP = MicroStep(tokens=0, longest=0, chunked_loss=True, autocast="bfloat16", accumulates=True, device="cuda")
 
 
 @dataclass(frozen=True)
@@ -202,11 +200,12 @@ def _advice(plan: Plan | None, cluster: Cluster) -> list[str]:
         return ["take      nothing fits: more GPUs, or a smaller data.max_length"]
     file, change = WAYS[plan.way]
     tokens = plan.rows * cluster.length * cluster.gpus
+    rows = f"per_device_train_batch_size up to {plan.rows} ({tokens:,} tokens a step)"
     checkpointing = "; activation_checkpointing: true" if plan.checkpointing else ""
     host = f"; {_gigabytes(plan.host)} GB of host memory for each GPU" if plan.host else ""
     return [
         f"take      recipes/accelerate/{file}{f' with {change}' if change else ''}",
-        f"          per_device_train_batch_size up to {plan.rows} ({tokens:,} tokens a step){checkpointing}{host}",
+        f"          {rows}{checkpointing}{host}",
     ]
 
 

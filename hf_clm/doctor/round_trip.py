@@ -1,4 +1,4 @@
-"""Opens the saved model in a fresh process with nothing but transformers, and compares it with the model here.
+"""Opens the saved model in a fresh process with transformers alone, and compares it with the model here.
 
 this process    save ----> compare logits, ids, template, prompts, answers <----+
                   |                                                             |
@@ -88,8 +88,11 @@ class RoundTrip:
         with torch.no_grad(), answering(model):
             self._compare_answers(model, tokenizer, prompts=seen["prompts"], answers=seen["answers"])
             logits, own = torch.tensor(seen["logits"]), _last_logits(model, self.prompt).cpu()
-        if is_adapted(model):  # the row that was added for the pad token, which is not saved, holds any numbers
-            logits[tokenizer.pad_token_id] = own[tokenizer.pad_token_id] = 0.0
+        if is_adapted(
+            model
+        ):  # the row that was added for the pad token, which is not saved, holds any numbers
+            pad: Any = tokenizer.pad_token_id
+            logits[pad] = own[pad] = 0.0
         difference = float((logits - own).abs().max() / own.abs().max().clamp(min=1e-6))
         if not difference <= TOLERANCES[model.dtype]:
             got = f"a relative difference of {difference:g}"
