@@ -9,7 +9,6 @@ from itertools import islice
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.doctor.facts import Facts
 from hf_clm.errors import DataError, EnvironmentFault, ModelError, RecipeError, UserError
-from hf_clm.model.load import max_positions
 from hf_clm.text.chat import stop_token_ids
 from hf_clm.text.tokenizer import control_tokens, max_token_id, unique_ids, unknown_id
 
@@ -145,15 +144,6 @@ def check_vocabulary(facts: Facts) -> Check:
     return Ok(f"{ids:,} ids, {max(rows, ids):,} rows" + (f" ({new:,} new)" if new else ""))
 
 
-def check_special_tokens(facts: Facts) -> Check:
-    """The end token is learned, the pad token never: they must not be the same."""
-    ids = {name: getattr(facts.tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
-    if ids["pad"] is None or ids["eos"] is None or ids["pad"] == ids["eos"]:
-        what = f"the pad token (id {ids['pad']}) must be there and not be the end token (id {ids['eos']})"
-        return Problem(what, "tokenizer.pad_token", "name another in tokenizer.pad_token", ModelError)
-    return Ok(", ".join(f"{name} {id}" for name, id in ids.items() if id is not None))
-
-
 def check_bytes_per_token(facts: Facts) -> Check | None:
     """A tokenizer that spells the text byte by byte makes rows long and learning slow."""
     if unknown_id(facts.tokenizer) is not None:
@@ -208,15 +198,6 @@ def check_stop_is_learned(facts: Facts) -> Check:
         fix = "put one at the end of each target" if is_own else "raise data.max_length"
         return Problem(f"no label is a stop token ({names})", "data.train", fix, DataError, is_warning=is_own)
     return Ok(f"{count:,} stop tokens among the labels")
-
-
-def check_positions(facts: Facts) -> Check:
-    """A row longer than the model's positions."""
-    longest, limit = facts.recipe.data.max_length, max_positions(facts.config)
-    if limit is not None and longest > limit:
-        what = f"data.max_length {longest} is over the model's {limit} positions"
-        return Problem(what, "data.max_length", f"set it to {limit} or less", ModelError)
-    return Ok(f"rows of {longest:,} tokens, {limit or 'any number of'} positions")
 
 
 def check_overlong(facts: Facts) -> Check:
@@ -328,12 +309,10 @@ CHECKS: dict[str, Callable[[Facts], Check | None]] = {
     "evaluation": check_evaluation,
     "logging": check_logging,
     "vocabulary": check_vocabulary,
-    "special tokens": check_special_tokens,
     "bytes per token": check_bytes_per_token,
     "unknown tokens": check_unknown_tokens,
     "template tokens": check_template_tokens,
     "learned stops": check_stop_is_learned,
-    "positions": check_positions,
     "overlong rows": check_overlong,
     "packing": check_fill,
     "memory": check_memory,

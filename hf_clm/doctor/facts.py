@@ -114,13 +114,22 @@ def build_facts(
 
 def to_micro_step(facts: Facts) -> MicroStep:
     """The largest micro-batch of the run."""
-    arguments, recipe = facts.arguments, facts.recipe
-    evaluated = facts.evaluation or facts.train
-    return MicroStep(
-        tokens=_batch_tokens(facts.train.dataset, arguments.train_batch_size, recipe=recipe),
-        longest=min(int(facts.train.rows.rows.lengths.max()), recipe.data.max_length),
-        chunked_loss=all(getattr(facts.config, name, None) in (None, 1) for name in OF_LOGITS),
+    arguments, recipe, train = facts.arguments, facts.recipe, facts.train
+    evaluated = facts.evaluation or train
+    return replace(
+        empty_step(recipe, arguments, facts.config),
+        tokens=_batch_tokens(train.dataset, arguments.train_batch_size, recipe=recipe),
+        longest=min(int(train.rows.rows.lengths.max()), recipe.data.max_length),
         eval_tokens=_batch_tokens(evaluated.dataset, arguments.eval_batch_size, recipe=recipe),
+    )
+
+
+def empty_step(recipe: Recipe, arguments: TrainingArguments, config: PretrainedConfig) -> MicroStep:
+    """A micro-step of the run, without its tokens."""
+    return MicroStep(
+        tokens=0,
+        longest=0,
+        chunked_loss=all(getattr(config, name, None) in (None, 1) for name in OF_LOGITS),
         dtype=weights_dtype(recipe, arguments),
         frozen=recipe.lora is not None,  # what adapters take is little
         autocast="bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None,

@@ -8,10 +8,11 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from hf_clm.data.prepared.sets import load_early
+from hf_clm.doctor.facts import empty_step
 from hf_clm.doctor.memory import MemoryEstimate, MicroStep, ModelSizes, Sharding, estimate_memory, read_sizes
 from hf_clm.errors import RecipeError
 from hf_clm.model.build import build_model_config, build_tokenizer_aside
-from hf_clm.recipe.recipe import Recipe, training_values
+from hf_clm.recipe.recipe import Recipe
 from hf_clm.training.arguments import training_arguments
 
 WHERE = "--plan"
@@ -129,22 +130,18 @@ def family_config(name: str) -> PretrainedConfig:
 
 
 def read_model(recipe: Recipe) -> tuple[ModelSizes, MicroStep]:
-    """The recipe's model, with its optimizer and precision; bfloat16 unless the recipe says otherwise."""
+    """The recipe's model and a micro-step of it on a GPU: in bfloat16 unless the recipe says otherwise."""
     if recipe.lora:
         what = "a plan is one of training all weights"
         raise RecipeError(what, where="lora", fix="--lora null; the updates of LoRA take little")
-    values = training_values(recipe)
     arguments = training_arguments(recipe)
     loaded = load_early(recipe, arguments.seed)
     tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)
-    return read_sizes(build_model_config(recipe, tokenizer)), replace(
-        STEP,
-        dtype=recipe.model.dtype,
-        autocast=None if values.get("bf16") is False and not values.get("fp16") else "bfloat16",
-        optimizer=str(values.get("optim", STEP.optimizer)),
-        attention=recipe.model.attention,
-        checkpointing=bool(values.get("activation_checkpointing")),
-    )
+    config = build_model_config(recipe, tokenizer)
+    step = replace(empty_step(recipe, arguments, config), accumulates=True, device="cuda")
+    if recipe.train.get("bf16") is not False:
+        step = replace(step, autocast="bfloat16")
+    return read_sizes(config), step
 
 
 def make_plans(sizes: ModelSizes, step: MicroStep, cluster: Cluster) -> list[Plan]:

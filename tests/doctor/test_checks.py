@@ -108,7 +108,6 @@ ACCEPTED: list[tuple[str, dict[str, Any], str]] = [
     ("vocabulary", {"config": {"vocab_size": 258}}, "260 ids, 260 rows (2 new)"),
     ("template tokens", templated("{a}<|endoftext|>"), "<|endoftext|>"),
     ("template tokens", templated("{a} < {b} > {c}"), "none"),
-    ("special tokens", {}, "eos 256, pad 257"),
     (
         "bytes per token",
         {"rows": [prompted("alpha", "beta")], "tokenizer": word_tokenizer()},
@@ -116,7 +115,6 @@ ACCEPTED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("unknown tokens", {"rows": [prompted("alpha", "beta")], "tokenizer": word_tokenizer()}, "none"),
     ("learned stops", {}, "8 stop tokens among the labels"),
-    ("positions", {"config": {"max_position_embeddings": 64}}, "rows of 64 tokens, 64 positions"),
     ("overlong rows", {}, "0 of 8 rows over max_length"),
     ("packing", {"data": {"max_length": 13, "packing": "best_fit"}}, "84% full"),  # 76 tokens, 7 rows of 13
     ("memory", {"machine": {"free_memory": 28 * GIB}}, "24.00 GiB needed, 28.00 GiB free"),
@@ -200,13 +198,6 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
         MODEL,
         True,
     ),
-    (
-        "special tokens",
-        {"tokenizer": byte_tokenizer(pad="<|endoftext|>")},
-        "the pad token (id 256) must be there and not be the end token (id 256)",
-        MODEL,
-        False,
-    ),
     ("bytes per token", {}, "a token holds 1.0 bytes of the text; 3 to 4 are usual", MODEL, True),
     (
         "unknown tokens",
@@ -238,13 +229,6 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
         {"rows": [prompted("say\n", "xxx")], "data": {"max_length": 5, "overflow": "truncate"}},
         "no label is a stop token (<|endoftext|>)",
         DATA,
-        False,
-    ),
-    (
-        "positions",
-        {"config": {"max_position_embeddings": 63}},
-        "data.max_length 64 is over the model's 63 positions",
-        MODEL,
         False,
     ),
     (
@@ -336,7 +320,7 @@ def test_every_check_is_tried_both_ways():
     both = {name for name, *_ in ACCEPTED} & {name for name, *_ in REFUSED}
 
     assert set(checks.CHECKS) == both
-    assert len(checks.CHECKS) == 20
+    assert len(checks.CHECKS) == 18
 
 
 def test_checks_that_do_not_apply_are_left_out():

@@ -12,7 +12,14 @@ from helpers import tiny_model
 from transformers import AutoConfig, PretrainedConfig
 
 from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
-from hf_clm.doctor.memory import MicroStep, estimate_memory, free_memory, measure_memory, read_sizes
+from hf_clm.doctor.memory import (
+    MicroStep,
+    Sharding,
+    estimate_memory,
+    free_memory,
+    measure_memory,
+    read_sizes,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,19 +89,13 @@ def test_each_part_is_counted():
 @pytest.mark.parametrize(
     ("part", "changes", "count"),
     [
-        ("weights", {"dtype": "bfloat16"}, 504),
-        ("optimizer", {"dtype": "bfloat16"}, 1008),
         ("optimizer", {"optimizer": "sgd"}, 0),
-        ("optimizer", {"frozen": True}, 0),
         ("gradients", {"frozen": True}, 0),
-        ("logits", {"chunked_loss": True}, 5 * 10 * 4 * 2),  # and the softmax
         ("micro_step", {"chunked_loss": True}, 1780 + 400 + 2 * 5 * 4 * 4 + 160),  # hidden states, gradients
-        ("evaluation", {"chunked_loss": True, "eval_tokens": 100}, 100 * 10 * 4 * 2),
         ("micro_step", {"accumulates": True}, 2380 + 1008),
-        ("evaluation", {"eval_tokens": 100}, 4000),
         ("evaluation", {"eval_tokens": 100, "autocast": "bfloat16"}, 6000),
-        ("total", {"eval_tokens": 100}, 1008 + 2016 + 4000),
         ("activations", {"attention": "eager"}, 1780 + 5 * (5 * 8 - 4)),  # scores and their softmax
+        ("activations", {"checkpointing": True}, 5 * (16 + 308 + 48)),  # the layer's input, and it once whole
     ],
 )
 def test_what_changes_a_part(part, changes, count):
@@ -103,27 +104,14 @@ def test_what_changes_a_part(part, changes, count):
     assert getattr(estimate_memory(SIZES, step), part) == count
 
 
-def test_checkpointing_keeps_the_input_of_each_layer_and_one_whole_layer():
-    step = MicroStep(tokens=5, longest=5, device="cuda", checkpointing=True)
+def test_many_gpus_hold_a_share_and_what_they_gather():
+    """1,008 bytes of weights: on 4 GPUs 252 with as many gradients and twice as much of the optimizer."""
+    step = MicroStep(tokens=5, longest=5, device="cuda", accumulates=True)
+    estimate = estimate_memory(SIZES, step, Sharding("fsdp2-grad", 4))
 
-    estimate = estimate_memory(read_sizes(tiny_config(num_hidden_layers=10)), step)
-
-    assert estimate.activations == 5 * (10 * 16 + 308 + 48)
-
-
-def test_a_tied_embedding_is_counted_once():
-    step = MicroStep(tokens=5, longest=5)
-
-    assert estimate_memory(read_sizes(tiny_config(tie_word_embeddings=True)), step).weights == 1008 - 160
-
-
-def test_attention_dropout_on_a_cpu_keeps_the_scores():
-    """Three blocks of tokens x longest for each head, and scaled copies of the queries."""
-    step = MicroStep(tokens=5, longest=5)
-
-    with_dropout = estimate_memory(read_sizes(tiny_config(attention_dropout=0.5)), step).activations
-
-    assert with_dropout == 1780 + 5 * (3 * 5 * 4 + 16 - 4)
+    assert (estimate.at_rest, estimate.is_rough) == (252 + 504, True)
+    assert estimate.copies == 1008 + (4 + 4) * 172  # 252 - 80 of the embeddings, and the layer's gradient
+    assert estimate.micro_step == 2380 + 252 + estimate.copies
 
 
 def test_a_family_that_was_never_measured_is_rough():
