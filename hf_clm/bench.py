@@ -1,7 +1,7 @@
 """``hf-clm bench``: what a recipe and its data make of this machine. Nothing that it trains is kept.
 
-bench --> a process for each micro-batch: prepare, build, prove, train as ``train`` does --> Measured
-          (the first prepares the data for all, and proves the model)
+bench --> a process for each micro-batch: prepare, build, prove, train as ``train`` does --> Start, Trial
+          (the first prepares the data for all of them, and proves the model)
 """
 
 import math

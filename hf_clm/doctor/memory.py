@@ -25,9 +25,7 @@ import ctypes
 import gc
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -243,9 +241,15 @@ def measure_memory(
         return None
     moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
     short = {key: moved[key][:1, :WARM_UP_TOKENS] for key in ("input_ids", "labels")}
-    loss, was_training = model.loss_function, model.training
-    measuring = loss.measuring if isinstance(loss, TargetLoss) else contextlib.nullcontext
-    run = partial(_run, model, autocast=autocast, measuring=measuring)
+    own_loss, was_training = model.loss_function, model.training
+    measuring = own_loss.measuring if isinstance(own_loss, TargetLoss) else contextlib.nullcontext
+    dtype = getattr(torch, autocast) if autocast else None
+
+    def run(given: dict[str, Any]) -> None:
+        with torch.autocast(device.type, dtype=dtype, enabled=autocast is not None), measuring():
+            loss = model(**given, use_cache=False).loss
+        loss.backward()
+
     model.train()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -372,19 +376,6 @@ def _llama_layer(sizes: ModelSizes, *, low: int, weight: int) -> int:
     else:
         norms = 2 * sizes.width * 3 * FLOAT32
     return norms + low * (3 * sizes.queries + 2 * sizes.keys + 4 * sizes.inner)
-
-
-def _run(
-    model: PreTrainedModel,
-    batch: dict[str, Any],
-    *,
-    autocast: str | None,
-    measuring: Callable[[], AbstractContextManager[None]],
-) -> None:
-    dtype = getattr(torch, autocast) if autocast else None
-    with torch.autocast(model.device.type, dtype=dtype, enabled=autocast is not None), measuring():
-        loss = model(**batch, use_cache=False).loss
-    loss.backward()
 
 
 def _reset_peak(device: torch.device) -> int:
