@@ -305,7 +305,7 @@ def run_bench(words: list[str]) -> None:
 
     recipe = load_recipe(options.recipe, overrides, options=parser.names)
     check_data(recipe)
-    from hf_clm.bench.command import bench
+    from hf_clm.bench import bench
 
     path = writable(options.json, "--json") if options.json else None
     found = bench(recipe, steps=options.steps, say=lambda line: print(line, flush=True))
@@ -357,14 +357,13 @@ def _parser(command: str) -> Parser:
 
 def _plan(options: Namespace, overrides: list[str], *, names: list[str]) -> int:
     """``hf-clm doctor --plan``: of a recipe, or without one of models from 0.5B to 72B."""
-    from hf_clm.doctor.cluster import parse_cluster
     from hf_clm.recipe.recipe import load_recipe
 
-    cluster = parse_cluster(options.plan)
     recipe = load_recipe(options.recipe, overrides, options=names) if options.recipe else None
     _quiet_libraries()
-    from hf_clm.doctor.plan_text import plan_family, plan_recipe
+    from hf_clm.doctor.plan import parse_cluster, plan_family, plan_recipe
 
+    cluster = parse_cluster(options.plan, length=recipe.data.max_length if recipe else None)
     lines, found = plan_recipe(recipe, cluster) if recipe else plan_family(cluster)
     print(json.dumps(found, ensure_ascii=False) if options.json else "\n".join(lines))
     return ExitCode.DONE

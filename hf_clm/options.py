@@ -63,9 +63,8 @@ def add_doctor_options(parser: Parser) -> None:
     parser.add_argument(
         "--plan",
         metavar="gpus=64,memory=80GB",
-        help="memory and speed on GPUs by arithmetic, and what to take; without a recipe of 0.5B to 72B; "
-        "also node (GPUs of a box), bandwidth, network, host (bytes/s of a GPU), flops, mfu, and length "
-        "(of a row, without a recipe)",
+        help="what fits on these GPUs by arithmetic, and what to take; without a recipe, of models from 0.5B "
+        "to 72B, with rows of 4,096 tokens unless length=TOKENS follows",
     )
 
 

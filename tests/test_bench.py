@@ -11,9 +11,8 @@ import pytest
 import torch
 from helpers import build_recipe, tiny_model
 
-from hf_clm.bench import command, measure
-from hf_clm.bench.command import bench, find_fastest, with_values
-from hf_clm.bench.results import Bench, Start, Task, Trial, start_lines, to_flops
+from hf_clm import bench as module
+from hf_clm.bench import Bench, Start, Trial, bench, find_fastest, measure, to_flops, to_quiet
 from hf_clm.cli import main
 from hf_clm.errors import DataError, EnvironmentFault
 from hf_clm.model.flops import count_flops
@@ -23,18 +22,12 @@ from hf_clm.recipe.recipe import recipe_to_yaml
 RECORDS = [{"prompt": "ask\n", "completion": "answer"}] * 8
 START = Start(
     device="1 x cpu with 2 threads, float32 weights",
-    precision="bfloat16",
-    roofline={"float32": 1e11, "bfloat16": 4e11},
-    nominal=None,
-    micro_batch=4,
-    accumulation=2,
+    peak=4e11,
     examples=1000,
     rows=90,
     tokens=90_000,
     target_tokens=30_000,
     fill=0.985,
-    text_bytes=4_000_000,
-    collate_seconds=25e-6,
     rows_per_second=12_000,
     seconds={"import": 3.0, "tokenizer": 0.5, "prepare": 2.0, "first step": 0.25},
     versions={"torch": "2.13.0"},
@@ -46,9 +39,9 @@ def trial(rows: int, speed: float, **changes) -> Trial:
     return Trial(rows, max(1, 8 // rows), step_seconds=0.5, peak_bytes=2**30, **(figures | changes))
 
 
-def attempts(speeds: dict[int, float], **changes) -> Callable[[int], Trial]:
+def attempts(speeds: dict[int, float]) -> Callable[[int], Trial]:
     """A speed of 0 is a micro-batch that does not fit; rows that are not named must not be tried."""
-    return lambda rows: trial(rows, speeds[rows], **changes) if speeds[rows] else Trial(rows, 1, "too large")
+    return lambda rows: trial(rows, speeds[rows]) if speeds[rows] else Trial(rows, 1, "too large")
 
 
 @pytest.mark.parametrize(
@@ -57,13 +50,13 @@ def attempts(speeds: dict[int, float], **changes) -> Callable[[int], Trial]:
         ({4: 10, 8: 20, 16: 20.5}, 4, 99, [4, 8, 16], "16 rows at once are not faster than 8"),
         ({4: 10, 8: 10, 2: 12, 1: 11}, 4, 99, [4, 8, 2, 1], "8 rows at once are not faster than 4"),
         ({4: 10, 8: 0, 2: 9}, 4, 99, [4, 8, 2], "8 rows at once: too large"),
-        ({4: 0, 2: 0, 1: 5}, 4, 99, [4, 2, 1], "4 rows at once: too large"),
         ({4: 10, 8: 20}, 4, 15, [4, 8], "the data are 15 rows"),
         ({1: 10, 2: 5}, 1, 99, [1, 2], "2 rows at once are not faster than 1"),
     ],
 )
 def test_more_rows_at_once_are_tried_while_that_is_faster_and_else_fewer(speeds, first, most, tried, stopped):
-    trials, why = find_fastest(attempts(speeds), first, most=most)
+    attempt = attempts(speeds)
+    trials, why = find_fastest(attempt, attempt(first), most=most)
 
     assert [one.rows for one in trials] == tried
     assert why == stopped
@@ -71,70 +64,56 @@ def test_more_rows_at_once_are_tried_while_that_is_faster_and_else_fewer(speeds,
 
 def test_rows_that_might_not_fit_into_the_memory_of_the_machine_are_not_tried():
     """A peak of 1 GiB, 1.9 GiB free: twice the rows may take 2."""
-    trials, why = find_fastest(attempts({1: 10}, limit_bytes=int(1.9 * 2**30)), 1, most=99)
+    first = trial(1, 10, limit_bytes=int(1.9 * 2**30))
+    trials, why = find_fastest(attempts({}), first, most=99)
 
     assert [one.rows for one in trials] == [1]
     assert why == "2 rows at once might not fit into the memory"
 
 
 def test_the_report_names_the_fastest_by_more_than_the_noise():
-    found = Bench("r.yaml", START, [trial(4, 1000), trial(8, 1500), trial(16, 0, failure="out of memory")])
+    trials = [trial(4, 1000), trial(8, 1500), trial(16, 0, failure="out of memory")]
+    found = Bench("r.yaml", START, trials, "16 rows at once: out of memory")
 
-    assert found.fastest.rows == 8
-    assert Bench("r.yaml", START, [trial(4, 1000), trial(2, 1020)]).fastest.rows == 4
-    assert found.to_json()["trials"][0]["mfu"] == {"measured": 0.25, "nominal": None}
-    assert found.to_json()["start"]["prepare_bytes_per_second"] == 2e6
-    assert found.to_lines()[1:5] == [
+    assert found.to_lines() == [
+        "",
         "rows at once  rows a step  s a step  tokens/s  targets/s  per second    MFU  peak MiB",
         "           4            8     0.500     1,000        333   100 GFLOP  25.0%     1,024",
         "           8            8     0.500     1,500        500   100 GFLOP  25.0%     1,024",
         "          16  out of memory",
+        "",
+        "fastest   --per_device_train_batch_size 8 --gradient_accumulation_steps 1 (1.50x)",
+        "          16 rows at once: out of memory",
+        "kept      nothing: the weights are thrown away, the data were prepared in a temporary folder",
     ]
-    assert (
-        "fastest   --per_device_train_batch_size 8 --gradient_accumulation_steps 1 (1.50x)"
-        in found.to_lines()
-    )
+    assert Bench("r.yaml", START, [trial(4, 1000), trial(2, 1020)], "").fastest.rows == 4
 
 
 def test_the_start_is_shown_part_by_part():
-    assert start_lines(START) == [
+    assert START.to_lines() == [
         "device    1 x cpu with 2 threads, float32 weights",
-        "peak      100 GFLOP/s in float32, 400 GFLOP/s in bfloat16",
+        "peak      400 GFLOP/s in a matrix product",
         "data      1,000 examples, 90,000 tokens (30,000 targets) in 90 rows, 98.5% full",
-        "input     prepare 2.00 MB/s, collate 25 us a batch, 12,000 rows/s",
+        "input     prepare 45,000 tokens/s, collate 12,000 rows/s",
         "start     5.8 s: import 3.00, tokenizer 0.50, prepare 2.00, first step 0.25",
     ]
     assert [to_flops(count) for count in (1.5e9, 4.1e11, 9.89e14)] == ["1.5 GFLOP", "410 GFLOP", "989 TFLOP"]
 
 
-@pytest.fixture
-def quiet(tmp_path, monkeypatch):
-    """A recipe of 8 rows, 2 at once, as the bench gives it to a child; the process keeps its settings."""
-    monkeypatch.setattr(measure, "settle_cpu", lambda processes: None)
-    monkeypatch.setattr(measure, "PEAK_SECONDS", 0.05)
-    monkeypatch.setattr(measure, "INPUT_SECONDS", 0.05)
-    recipe = build_recipe(tmp_path, RECORDS, data={"cache_dir": str(tmp_path / "kept")})
-    return with_values(recipe, command.QUIET | {"output_dir": str(tmp_path / "run")})
+def test_a_process_measures_the_start_in_parts_and_the_speed_of_its_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "settle_cpu", lambda processes: None)  # this process keeps its settings
+    monkeypatch.setattr(module, "PEAK_SECONDS", 0.05)
+    monkeypatch.setattr(module, "INPUT_SECONDS", 0.05)
+    recipe = to_quiet(build_recipe(tmp_path, RECORDS), str(tmp_path), steps=5)
 
+    start, result = measure(recipe, started=time.time() - 2.0)
 
-def test_the_start_of_a_run_is_measured_in_parts_and_its_data_are_kept_for_the_trials(quiet, tmp_path):
-    start = measure.measure_start(Task(quiet, 0, time.time() - 2.0))
-
-    assert (start.examples, start.rows, start.tokens, start.target_tokens) == (8, 8, 88, 56)
-    assert (start.micro_batch, start.accumulation, start.fill, start.text_bytes) == (2, 1, None, 80)
-    assert list(start.seconds) == [
-        *("import", "tokenizer", "prepare"),
-        *("load model", "test model", "first step"),
-    ]
+    assert (start.examples, start.rows, start.tokens, start.target_tokens, start.fill) == (8, 8, 88, 56, None)
+    parts = ["import", "tokenizer", "prepare", "load model", "test model", "first step"]
+    assert list(start.seconds) == parts
     assert start.seconds["import"] > 2.0 and min(start.seconds.values()) >= 0
-    assert list(start.roofline) == [start.precision] == ["float32"]
-    assert start.roofline["float32"] > 1e8 and start.rows_per_second > 100
-    assert len(list((tmp_path / "kept").iterdir())) == 1
-
-
-def test_a_trial_counts_tokens_targets_and_flop_of_a_step(quiet):
-    result = measure.measure_speed(Task(quiet, 5, time.time()))
-
+    assert start.peak > 1e8 and start.rows_per_second > 100
+    assert len(list((tmp_path / "prepared").iterdir())) == 1  # kept for the processes that follow
     assert (result.rows, result.accumulation, result.failure) == (2, 1, "")
     assert result.target_tokens_per_second / result.tokens_per_second == pytest.approx(7 / 11)
     assert result.step_seconds * result.tokens_per_second == pytest.approx(22)
@@ -144,7 +123,7 @@ def test_a_trial_counts_tokens_targets_and_flop_of_a_step(quiet):
 
 
 def test_the_command_measures_and_leaves_nothing_but_its_json(tmp_path, monkeypatch, capsys):
-    """A token budget is one micro-batch: two children."""
+    """A token budget is one micro-batch."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     data, train = {"tokens_per_batch": 33, "max_length": 32}, {"per_device_train_batch_size": 1}
@@ -174,7 +153,7 @@ def test_the_command_measures_and_leaves_nothing_but_its_json(tmp_path, monkeypa
         (1, b"ZeroDivisionError", RuntimeError),
     ],
 )
-def test_a_child_that_ends_without_a_result_ran_out_of_memory_or_is_a_bug(
+def test_a_process_that_ends_without_a_result_ran_out_of_memory_or_is_a_bug(
     tmp_path, monkeypatch, code, stderr, error
 ):
     monkeypatch.setattr(
@@ -185,7 +164,7 @@ def test_a_child_that_ends_without_a_result_ran_out_of_memory_or_is_a_bug(
         bench(build_recipe(tmp_path, RECORDS), steps=5, say=print)
 
 
-def test_what_a_user_can_fix_comes_out_of_the_child_whole(tmp_path, monkeypatch):
+def test_what_a_user_can_fix_comes_out_of_the_process_unchanged(tmp_path, monkeypatch):
     wrong = DataError("no such file", where="rows.jsonl", fix="name one that is there")
 
     def run(words, **_):

@@ -104,7 +104,7 @@ def test_training_and_the_doctor_ask_the_same_functions_for_cores_and_bfloat16(m
     recipe = recipe.model_copy(update={"train": {"output_dir": str(tmp_path / "run"), "use_cpu": True}})
     arguments = training_arguments(recipe)
 
-    found = read_machine(recipe, arguments)
+    found = read_machine(arguments)
 
     assert (machine.usable_cores(), found.cores) == (1, 1)
     assert (arguments.bf16, found.has_bf16) == (False, False)

@@ -1,23 +1,14 @@
-"""The checks before the first step: each says Ok, or what is wrong, where and how to mend it."""
+"""The checks before the first step: each says Ok, or what is wrong, where, and how to fix it."""
 
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from hf_clm.data.batch.packing import PackedDataset
-from hf_clm.doctor.environment import (
-    check_disk,
-    check_dtype,
-    check_gpus,
-    check_memory,
-    check_network,
-    check_threads,
-)
-from hf_clm.doctor.facts import Check, Facts, Ok, Problem, to_problem
-from hf_clm.errors import DataError, ModelError, UserError
-from hf_clm.model.load import max_positions
+from hf_clm.doctor.facts import Facts
+from hf_clm.errors import DataError, EnvironmentFault, ModelError, RecipeError, UserError
 from hf_clm.text.chat import stop_token_ids
 from hf_clm.text.tokenizer import control_tokens, max_token_id, unique_ids, unknown_id
 
@@ -29,6 +20,33 @@ UNKNOWN_TOKENS = 0.01
 OVERLONG_ROWS = 0.05
 TOKEN_LIKE = re.compile(r"<\|?\w+\|?>|\[[A-Z]+\]")  # <sep>, <|eot|>, [SEP]
 FILL = 0.75  # best fit cannot leave two rows half empty: under 0.5 it never gets
+ESTIMATE_ERROR = 1.15  # the estimate is good to 15 %: over this much of what is free it cannot fit
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Ok:
+    """Nothing to fix; ``what`` was found."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Stops the run as an ``error``; a warning does not."""
+
+    what: str
+    where: str = ""
+    fix: str = ""
+    error: type[UserError] = RecipeError
+    is_warning: bool = False
+
+    def to_error(self) -> UserError:
+        """The error that the run raises."""
+        return self.error(self.what, where=self.where, fix=self.fix)
+
+
+Check = Ok | Problem
 
 
 def run_checks(facts: Facts) -> dict[str, Check]:
@@ -59,7 +77,7 @@ def check_global_batch(facts: Facts) -> Check:
     """A batch larger than the data is one step an epoch."""
     rows = len(facts.train.dataset)
     if facts.recipe.data.streaming:
-        return Ok(f"{facts.rows_per_step} rows of a stream; what is said here is of its first documents")
+        return Ok(f"{facts.rows_per_step} rows of a stream; the checks are of its first documents")
     if facts.rows_per_step > rows:
         what = f"a step takes {facts.rows_per_step} rows, and there are {rows}: one step an epoch"
         fix = "lower train.per_device_train_batch_size or train.gradient_accumulation_steps"
@@ -101,7 +119,7 @@ def check_evaluation(facts: Facts) -> Check:
 
 
 def check_logging(facts: Facts) -> Check:
-    """A run that says nothing of its loss."""
+    """A run that never logs its loss."""
     every, strategy = _every(facts, "logging"), _strategy(facts, "logging")
     is_silent = every is not None and every > facts.steps and not facts.arguments.logging_first_step
     if strategy == "no" or is_silent:
@@ -111,7 +129,7 @@ def check_logging(facts: Facts) -> Check:
 
 
 def check_vocabulary(facts: Facts) -> Check:
-    """A tokenizer of another model, or rows that no token uses."""
+    """A tokenizer of another model, or rows that belong to no token."""
     ids, rows = max_token_id(facts.tokenizer) + 1, facts.config.vocab_size
     new, unused = max(0, ids - rows), max(0, rows - ids)
     if facts.recipe.model.init == "pretrained" and new > FOREIGN_TOKENIZER * rows:
@@ -124,21 +142,6 @@ def check_vocabulary(facts: Facts) -> Check:
         fix = "leave vocab_size out of model.config, or use the tokenizer of the model"
         return Problem(what, "model.config", fix, ModelError, is_warning=True)
     return Ok(f"{ids:,} ids, {max(rows, ids):,} rows" + (f" ({new:,} new)" if new else ""))
-
-
-def check_special_tokens(facts: Facts) -> Check:
-    """The end token is learned, the pad token never: they must not be one, and must have rows."""
-    tokenizer = facts.tokenizer
-    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad", "bos")}
-    fix = "name another in tokenizer.pad_token"
-    if ids["pad"] is None or ids["eos"] is None or ids["pad"] == ids["eos"]:
-        what = f"the pad token (id {ids['pad']}) must be there and not be the end token (id {ids['eos']})"
-        return Problem(what, "tokenizer.pad_token", fix, ModelError)
-    outside = [name for name, id in ids.items() if id is not None and not 0 <= id < facts.embedding_rows]
-    if outside:
-        what = f"the {outside[0]} token (id {ids[outside[0]]}) has no row in the embeddings"
-        return Problem(what, "tokenizer", "load the tokenizer with hf_clm.load_tokenizer", ModelError)
-    return Ok(", ".join(f"{name} {id}" for name, id in ids.items() if id is not None))
 
 
 def check_bytes_per_token(facts: Facts) -> Check | None:
@@ -160,8 +163,8 @@ def check_bytes_per_token(facts: Facts) -> Check | None:
 
 def check_unknown_tokens(facts: Facts) -> Check | None:
     """Text that the tokenizer cannot spell is lost."""
-    unknown: Any = facts.tokenizer.unk_token_id
-    if unknown is None or unknown == facts.tokenizer.eos_token_id:  # GPT-2 names its end token so
+    unknown = facts.tokenizer.unk_token_id
+    if not isinstance(unknown, int) or unknown == facts.tokenizer.eos_token_id:  # GPT-2 uses its end token
         return None
     counts, tokens = facts.train.id_counts, max(1, int(facts.train.id_counts.sum()))
     share = int(counts[unknown : unknown + 1].sum()) / tokens
@@ -197,15 +200,6 @@ def check_stop_is_learned(facts: Facts) -> Check:
     return Ok(f"{count:,} stop tokens among the labels")
 
 
-def check_positions(facts: Facts) -> Check:
-    """A row longer than the model's positions."""
-    longest, limit = facts.recipe.data.max_length, max_positions(facts.config)
-    if limit is not None and longest > limit:
-        what = f"data.max_length {longest} is over the model's {limit} positions"
-        return Problem(what, "data.max_length", f"set it to {limit} or less", ModelError)
-    return Ok(f"rows of {longest:,} tokens, {limit or 'any number of'} positions")
-
-
 def check_overlong(facts: Facts) -> Check:
     """Rows that lose a part by data.max_length; a split row loses nothing."""
     fates = facts.train.fates
@@ -217,7 +211,7 @@ def check_overlong(facts: Facts) -> Check:
 
 
 def check_fill(facts: Facts) -> Check | None:
-    """Packed rows with much room: most documents are a little over half of max_length."""
+    """Packed rows that are not full: most documents are a little over half of max_length."""
     packed = facts.train.dataset
     if not isinstance(packed, PackedDataset) or len(packed) < 2:
         return None
@@ -228,19 +222,83 @@ def check_fill(facts: Facts) -> Check | None:
     return Ok(f"{packed.fill:.0%} full")
 
 
-def check_stop_tokens(facts: Facts) -> Check | None:
-    """Generation must stop where training ends a target, and never at a pad token."""
-    settings = facts.model.generation_config if facts.model is not None else None
-    if settings is None:
+def check_memory(facts: Facts) -> Check | None:
+    """Weights, gradients, optimizer, activations and logits against what is free on the device."""
+    estimate, measured, free = facts.estimate, facts.measured, facts.machine.free_memory
+    if estimate is None:
         return None
-    ends, pad = settings.eos_token_id, settings.pad_token_id
-    known = unique_ids(ends if isinstance(ends, list) else [ends])
-    missing = [id for id in stop_token_ids(facts.tokenizer) if id not in known]
-    if missing or pad in known:
-        got = f"it does not stop at {missing[0]}" if missing else f"it stops at the pad token, {pad}"
-        where, fix = "generation_config.eos_token_id", "load the model with hf_clm.load_model"
-        return Problem(f"{got}, unlike training", where, fix, ModelError)
-    return Ok(f"generation stops at {', '.join(map(str, known))}")
+    needed = estimate.at_rest + max(estimate.evaluation, measured or estimate.micro_step)
+    what = f"{_gib(needed)} needed, {_gib(free)} free"
+    if needed > (free if measured else free / ESTIMATE_ERROR):
+        is_sure = bool(measured) or (needed > free * ESTIMATE_ERROR and not estimate.is_rough)
+        fix = (
+            "lower train.per_device_train_batch_size (and _eval_), data.max_length, "
+            "or set train.activation_checkpointing: true"
+        )
+        return Problem(what, "memory", fix, EnvironmentFault, is_warning=not is_sure)
+    return Ok(what)
+
+
+def check_disk(facts: Facts) -> Check | None:
+    """The most checkpoints that exist at one time, one more than are kept, and the final model."""
+    estimate, arguments = facts.estimate, facts.arguments
+    if estimate is None:
+        return None
+    saves = _saves(facts)
+    kept = min(saves, arguments.save_total_limit + 1 if arguments.save_total_limit else saves)
+    checkpoint = estimate.weights + (0 if arguments.save_only_model else estimate.optimizer)
+    needed, free = checkpoint * kept + estimate.weights, facts.machine.free_disk
+    what = f"{kept} checkpoints and the model take {_gib(needed)}, {_gib(free)} are free"
+    if needed > free:
+        fix = "lower train.save_total_limit, set train.save_only_model, or free some space"
+        return Problem(what, str(arguments.output_dir), fix, EnvironmentFault)
+    return Ok(what)
+
+
+def check_threads(facts: Facts) -> Check:
+    """More threads than cores slow each other down; fewer leave cores idle on a CPU."""
+    machine = facts.machine
+    if machine.threads is None:
+        return Ok(f"{machine.cores} cores, OMP_NUM_THREADS is not set")
+    used = machine.threads * machine.processes
+    is_idle = facts.arguments.device.type == "cpu" and used <= machine.cores // 2
+    what = f"{machine.processes} x {machine.threads} threads on {machine.cores} physical cores"
+    if used > machine.cores or is_idle:
+        fix = f"OMP_NUM_THREADS={max(1, machine.cores // machine.processes)}"
+        return Problem(what, "OMP_NUM_THREADS", fix, EnvironmentFault, is_warning=True)
+    return Ok(what)
+
+
+def check_dtype(facts: Facts) -> Check:
+    """A number format that the device has, and that the optimizer can train in."""
+    arguments, dtype = facts.arguments, facts.recipe.model.dtype
+    device, where = arguments.device.type, "train.bf16"
+    if dtype == "float16":
+        what = "weights in float16 cannot be trained: their gradients overflow"
+        return Problem(what, "model.dtype", "float32, with train.fp16: true", RecipeError)
+    if arguments.fp16 and device == "cpu":
+        return Problem(
+            "float16 autocast needs a GPU", "train.fp16", "train.bf16: true, or neither", RecipeError
+        )
+    if (arguments.bf16 or dtype == "bfloat16") and not facts.machine.has_bf16:
+        what = f"this {device} has no bfloat16 of its own: slower than float32"
+        return Problem(what, where, "leave it out, or set train.fp16 on a GPU", is_warning=True)
+    if dtype == "bfloat16":
+        what = "weights in bfloat16 lose small updates"
+        return Problem(what, "model.dtype", "float32, with train.bf16: true", is_warning=True)
+    autocast = ", bfloat16 autocast" if arguments.bf16 else ", float16 autocast" if arguments.fp16 else ""
+    return Ok(f"{dtype} weights{autocast} on {device}")
+
+
+def check_gpus(facts: Facts) -> Check:
+    """GPUs that are idle."""
+    machine, arguments = facts.machine, facts.arguments
+    used = machine.processes if arguments.device.type == "cuda" else 0
+    if used < machine.gpus:
+        fix = "accelerate launch --multi_gpu -m hf_clm train RECIPE" if used else "leave out train.use_cpu"
+        what = f"{used} of {machine.gpus} GPUs used"
+        return Problem(what, "GPUs", fix, EnvironmentFault, is_warning=True)
+    return Ok(f"{used} of {machine.gpus} GPUs used" if machine.gpus else "none here")
 
 
 CHECKS: dict[str, Callable[[Facts], Check | None]] = {
@@ -251,26 +309,28 @@ CHECKS: dict[str, Callable[[Facts], Check | None]] = {
     "evaluation": check_evaluation,
     "logging": check_logging,
     "vocabulary": check_vocabulary,
-    "special tokens": check_special_tokens,
     "bytes per token": check_bytes_per_token,
     "unknown tokens": check_unknown_tokens,
     "template tokens": check_template_tokens,
     "learned stops": check_stop_is_learned,
-    "positions": check_positions,
     "overlong rows": check_overlong,
     "packing": check_fill,
-    "stop tokens": check_stop_tokens,
     "memory": check_memory,
     "disk": check_disk,
-    "network": check_network,
     "threads": check_threads,
     "precision": check_dtype,
     "GPUs": check_gpus,
 }
 
 
+def to_problem(error: UserError) -> Problem:
+    """An error that a part of the program raised, as a finding."""
+    what = f"{error.what}; got {error.got}" if error.got else error.what
+    return Problem(what, error.where, error.fix, type(error))
+
+
 def _look(check: Callable[[Facts], Check | None], facts: Facts) -> Check | None:
-    """What the check says; what a part that it calls refuses is a problem too."""
+    """What the check finds; an error that a part it calls raises is a problem too."""
     try:
         return check(facts)
     except UserError as error:
@@ -287,3 +347,18 @@ def _every(facts: Facts, kind: str) -> int | None:
 
 def _strategy(facts: Facts, kind: str) -> str:
     return str(getattr(facts.arguments, f"{kind}_strategy").value)
+
+
+def _saves(facts: Facts) -> int:
+    """The checkpoints that the run would write."""
+    match _strategy(facts, "save"):
+        case "epoch":
+            return max(1, math.ceil(facts.arguments.num_train_epochs))
+        case "steps":
+            return math.ceil(facts.steps / max(1, _every(facts, "save") or 1))
+        case strategy:
+            return 1 if strategy == "best" else 0
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:,.2f} GiB"

@@ -1,4 +1,4 @@
-"""What the checks look at, and what they answer."""
+"""What the checks look at: the run before its first step, and the machine that it would run on."""
 
 import os
 import shutil
@@ -9,49 +9,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedTokenizerFast, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.split import AnyDataset, Split
-from hf_clm.doctor.memory import MemoryEstimate, MicroStep, estimate_memory, free_memory
-from hf_clm.errors import RecipeError, UserError
-from hf_clm.hub import is_offline
-from hf_clm.machine import has_bf16, usable_cores
+from hf_clm.doctor.memory import (
+    MemoryEstimate,
+    MicroStep,
+    Sharding,
+    estimate_memory,
+    free_memory,
+    read_sizes,
+)
+from hf_clm.machine import has_bf16, spreads_with, usable_cores
 from hf_clm.model.attention import NAME as PACKED
 from hf_clm.model.build import weights_dtype
-from hf_clm.recipe.recipe import Recipe
+from hf_clm.recipe.recipe import Recipe, training_values
 from hf_clm.recipe.sections import TRAIN
 from hf_clm.text.tokenizer import max_token_id
 from hf_clm.training.arguments import count_steps, rows_per_step
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # that the estimate needs
 OF_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of models that keep their own loss
-
-
-@dataclass(frozen=True)
-class Ok:
-    """Nothing to mend; ``what`` was found."""
-
-    what: str
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Stops the run as an ``error``; a warning does not."""
-
-    what: str
-    where: str = ""
-    fix: str = ""
-    error: type[UserError] = RecipeError
-    is_warning: bool = False
-
-    def to_error(self) -> UserError:
-        """As the run raises it."""
-        return self.error(self.what, where=self.where, fix=self.fix)
-
-
-Check = Ok | Problem
 
 
 @dataclass(frozen=True)
@@ -64,7 +44,6 @@ class Machine:
         threads: OMP_NUM_THREADS, if it is set.
         processes: of the run on this machine.
         has_bf16: the device computes in bfloat16 at full speed.
-        origin: of the model: "scratch", "folder", "cache" or "Hub".
     """
 
     free_disk: int
@@ -74,8 +53,6 @@ class Machine:
     processes: int = 1
     gpus: int = 0
     has_bf16: bool = True
-    is_offline: bool = False
-    origin: str = "folder"
 
 
 @dataclass(frozen=True)
@@ -83,7 +60,7 @@ class Facts:
     """What is known before the first step.
 
     ``config.vocab_size`` is that of the files; the model is given more rows where the tokenizer has more ids.
-    ``model``: None until it is loaded. ``measured``: bytes of a micro-step over the model, if measured.
+    ``measured``: bytes of a micro-step over weights and optimizer, if measured.
     """
 
     recipe: Recipe
@@ -93,7 +70,6 @@ class Facts:
     train: Split
     machine: Machine
     evaluation: Split | None = None
-    model: PreTrainedModel | None = None
     estimate: MemoryEstimate | None = None
     measured: int | None = None
 
@@ -118,33 +94,42 @@ def build_facts(
     tokenizer: PreTrainedTokenizerFast,
     config: PretrainedConfig,
     splits: Mapping[str, Split],
-    model: PreTrainedModel | None = None,
 ) -> Facts:
-    """With the machine and the memory estimate; None for that where the model is unknown, or no transformer.
+    """Reads the machine and estimates the memory, unless the model is unknown or not a transformer.
 
     ``splits``: train, and what is evaluated; of several sets the one with the longest row is estimated.
     """
-    machine = read_machine(recipe, arguments)
+    machine = read_machine(arguments)
     evaluated = [split for name, split in splits.items() if name != TRAIN]
     longest = max(evaluated, key=lambda split: split.lengths.max(initial=0), default=None)
-    facts = Facts(recipe, arguments, tokenizer, config, splits[TRAIN], machine, longest, model)
+    facts = Facts(recipe, arguments, tokenizer, config, splits[TRAIN], machine, longest)
     is_transformer = all(hasattr(config.get_text_config(), name) for name in SIZES)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not is_transformer:
         return facts
     sized = deepcopy(config)
     sized.vocab_size = facts.embedding_rows
-    return replace(facts, estimate=estimate_memory(sized, to_micro_step(facts)))
+    estimate = estimate_memory(read_sizes(sized), to_micro_step(facts), read_sharding(recipe, arguments))
+    return replace(facts, estimate=estimate)
 
 
 def to_micro_step(facts: Facts) -> MicroStep:
     """The largest micro-batch of the run."""
-    arguments, recipe = facts.arguments, facts.recipe
-    evaluated = facts.evaluation or facts.train
-    return MicroStep(
-        tokens=_batch_tokens(facts.train.dataset, arguments.train_batch_size, recipe=recipe),
-        longest=min(int(facts.train.rows.rows.lengths.max()), recipe.data.max_length),
-        chunked_loss=all(getattr(facts.config, name, None) in (None, 1) for name in OF_LOGITS),
+    arguments, recipe, train = facts.arguments, facts.recipe, facts.train
+    evaluated = facts.evaluation or train
+    return replace(
+        empty_step(recipe, arguments, facts.config),
+        tokens=_batch_tokens(train.dataset, arguments.train_batch_size, recipe=recipe),
+        longest=min(int(train.rows.rows.lengths.max()), recipe.data.max_length),
         eval_tokens=_batch_tokens(evaluated.dataset, arguments.eval_batch_size, recipe=recipe),
+    )
+
+
+def empty_step(recipe: Recipe, arguments: TrainingArguments, config: PretrainedConfig) -> MicroStep:
+    """A micro-step of the run, without its tokens."""
+    return MicroStep(
+        tokens=0,
+        longest=0,
+        chunked_loss=all(getattr(config, name, None) in (None, 1) for name in OF_LOGITS),
         dtype=weights_dtype(recipe, arguments),
         frozen=recipe.lora is not None,  # what adapters take is little
         autocast="bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None,
@@ -156,6 +141,14 @@ def to_micro_step(facts: Facts) -> MicroStep:
     )
 
 
+def read_sharding(recipe: Recipe, arguments: TrainingArguments) -> Sharding:
+    """How the launcher spreads the model, as far as its environment tells."""
+    spread = spreads_with(training_values(recipe))
+    way = {"FSDP": "fsdp2", "DeepSpeed": "zero3"}.get(spread, "ddp")
+    offloads = os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
+    return Sharding("fsdp2-offload" if way == "fsdp2" and offloads else way, arguments.world_size)
+
+
 def longest_rows(dataset: AnyDataset, count: int) -> list[int]:
     """The numbers of the rows with the most tokens."""
     return np.argsort(-row_tokens(dataset), kind="stable")[:count].tolist()
@@ -163,49 +156,26 @@ def longest_rows(dataset: AnyDataset, count: int) -> list[int]:
 
 def row_tokens(dataset: AnyDataset) -> np.ndarray:
     """(N,) int64, the tokens of each of N rows, without making them."""
-    if isinstance(dataset, PackedDataset):
-        return dataset.pieces.row_tokens
-    return dataset.lengths
+    return dataset.pieces.row_tokens if isinstance(dataset, PackedDataset) else dataset.lengths
 
 
-def read_machine(recipe: Recipe, arguments: TrainingArguments) -> Machine:
+def read_machine(arguments: TrainingArguments) -> Machine:
     """What this process sees of its machine."""
     folder = Path(str(arguments.output_dir)).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    device = arguments.device
     return Machine(
         free_disk=shutil.disk_usage(existing).free,
-        free_memory=free_memory(device),
+        free_memory=free_memory(arguments.device),
         cores=usable_cores(),
         threads=int(threads) if threads.isdigit() else None,
         processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         gpus=torch.cuda.device_count(),
-        has_bf16=has_bf16(device),
-        is_offline=is_offline(),
-        origin=_origin(recipe),
+        has_bf16=has_bf16(arguments.device),
     )
-
-
-def to_problem(error: UserError) -> Problem:
-    """An error that a part of the program raised, as a finding."""
-    what = f"{error.what}; got {error.got}" if error.got else error.what
-    return Problem(what, error.where, error.fix, type(error))
 
 
 def _batch_tokens(dataset: AnyDataset, rows: int, *, recipe: Recipe) -> int:
     longest = np.sort(row_tokens(dataset))[-rows:]
     is_padded = recipe.resolved_packing == "none" and recipe.model.attention != PACKED
     return int(longest.max() * len(longest) if is_padded else longest.sum())
-
-
-def _origin(recipe: Recipe) -> str:
-    name = recipe.model.name_or_path
-    if name is None:
-        return "scratch"
-    if Path(name).expanduser().is_dir():
-        return "folder"
-    from huggingface_hub import try_to_load_from_cache  # 0.3 s to import; not needed for a local folder
-
-    found = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
-    return "cache" if isinstance(found, str) else "Hub"

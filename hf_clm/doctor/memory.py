@@ -1,12 +1,23 @@
-"""How much memory a step takes: by arithmetic from the configuration, and measured.
+"""How much memory a micro-step takes on a device: by arithmetic from the configuration, and measured.
 
-Four moments of a micro-step hold the most; the largest of them, on top of weights and optimizer, is the peak:
+Five moments of a micro-step hold the most. The largest of them, on top of weights and optimizer, is the peak:
 
     loss   | activations | logits x 3 (log-softmax, its gradient, the gradient of the logits)
     head   | activations | logits x 1 | gradient of the output embedding
     both   | activations | logits of a chunk | gradients of the embedding and the targets (model/loss.py)
     layer  | activations | what the backward of one layer needs besides
     end    | gradients   | input embedding, once more where it is tied (its two gradients are added up)
+
+Many GPUs hold the model in one of these ways; P weights, N GPUs, bytes of float32 AdamW under bfloat16:
+
+    way            weights, gradients, optimizer   copies, on each GPU
+    ddp            16 P                            2 P cast by autocast; 4 P in buckets of gradients if N > 1
+    fsdp2-grad     16 P / N                        2 P gathered, and the gradient of a layer
+    fsdp2          16 P / N                        2 of embeddings and two layers, and a layer's gradient
+    fsdp2-offload  0 (16 P / N on its host)        as fsdp2
+    zero3          16 P / N                        as fsdp2, and 2 P / N of weights in bfloat16
+
+fsdp2-grad does not release the weights after the forward. ZeRO: arXiv:1910.02054.
 """
 
 import contextlib
@@ -14,7 +25,7 @@ import ctypes
 import gc
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +61,7 @@ class MicroStep:
         chunked_loss: the loss of hf_clm/model/loss.py; else the model's own, with the logits of all tokens.
         eval_tokens: of a batch of the evaluation.
         dtype: of the weights; ``autocast``: of the products, None without autocast.
-        accumulates: the gradients of an earlier micro-step are alive.
+        accumulates: gradients are held from the start, as in the second micro-step of an optimizer step.
         checkpointing: only the input of each layer is kept.
         frozen: no gradients and no optimizer for the weights.
         device: cpu or cuda.
@@ -79,12 +90,30 @@ class MicroStep:
 
 
 @dataclass(frozen=True)
+class Sharding:
+    """How the model is held by ``gpus``: in a ``way`` of the table above."""
+
+    way: str = "ddp"
+    gpus: int = 1
+
+    @property
+    def share(self) -> float:
+        """The share of weights, gradients and optimizer that lies on each GPU."""
+        return {"ddp": 1.0, "fsdp2-offload": 0.0}.get(self.way, 1 / self.gpus)
+
+
+ONE_DEVICE = Sharding()
+
+
+@dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes, each part at its largest.
 
-    ``micro_step``: the most that is alive at one time over weights and optimizer; less than the sum of
-    gradients, activations and logits. ``evaluation``: the same for a batch of it. ``is_rough``: the model is
-    of a family that was never measured.
+    ``weights``, ``gradients`` and ``optimizer`` are those of the whole model, of which a device holds
+    ``share``; ``copies`` are those of weights that are cast, gathered or in buckets. ``micro_step``: the most
+    that is alive at one time over weights and optimizer; less than the sum of gradients, copies, activations
+    and logits. ``evaluation``: the same for a batch of the evaluation. ``is_rough``: the model is of a family
+    that was never measured, or is sharded.
     """
 
     weights: int
@@ -94,17 +123,25 @@ class MemoryEstimate:
     logits: int
     micro_step: int
     evaluation: int = 0
+    copies: int = 0
+    share: float = 1.0
     is_rough: bool = False
 
     @property
+    def at_rest(self) -> int:
+        """Weights and optimizer on each device."""
+        return round(self.share * (self.weights + self.optimizer))
+
+    @property
     def total(self) -> int:
-        return self.weights + self.optimizer + max(self.micro_step, self.evaluation)
+        return self.at_rest + max(self.micro_step, self.evaluation)
 
 
 @dataclass(frozen=True)
 class ModelSizes:
     """What the arithmetic needs of a model; ``parameters`` counts a tied embedding once."""
 
+    family: str  # config.model_type
     layers: int
     width: int
     heads: int
@@ -117,48 +154,35 @@ class ModelSizes:
     dropouts: int  # in a layer, without that of the attention
     drops_attention: bool
 
+    @property
+    def embedding(self) -> int:
+        """Weights of the input embedding."""
+        return self.width * self.vocabulary
 
-def estimate_memory(config: PretrainedConfig, step: MicroStep) -> MemoryEstimate:
-    """The memory of training by arithmetic. ``config.vocab_size`` must be the rows the embeddings will have.
+    @property
+    def products(self) -> int:
+        """Weights that are multiplied: all but an input embedding of its own."""
+        return self.parameters - (0 if self.is_tied else self.embedding)
+
+    @property
+    def layer(self) -> int:
+        """Weights of a layer."""
+        return (self.parameters - self.embedding * (1 if self.is_tied else 2)) // self.layers
+
+
+def read_sizes(config: PretrainedConfig) -> ModelSizes:
+    """The sizes of a configuration, whose ``vocab_size`` must be the rows the embeddings will have.
 
     Builds the model without memory (on torch's meta device) to count its weights. Raises ModelError
     for a model that transformers cannot build.
     """
-    sizes = to_sizes(config, build_without_memory(config))
-    weights = sizes.parameters * step.weight_bytes
-    gradients = 0 if step.frozen else weights
-    optimizer = round(gradients * OPTIMIZER_STATES.get(step.optimizer, 2.0))
-    activations = _activation_bytes(config, sizes, step=step)
-    logits = _logits_bytes(sizes, step, tokens=step.tokens)
-    peak = _peak(sizes, step, activations=activations, logits=logits, gradients=gradients)
-    if step.device == "cpu":
-        peak += LIBRARY_BUFFERS + _heap_holes(config, sizes, step=step, logits=logits)
-    return MemoryEstimate(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=activations,
-        logits=logits,
-        micro_step=peak,
-        evaluation=_evaluation_bytes(sizes, step),
-        is_rough=config.model_type not in LAYERS,
-    )
-
-
-def estimate_work(config: PretrainedConfig, sizes: ModelSizes, *, step: MicroStep) -> int:
-    """Bytes that a micro-step takes at most besides weights, whole or cast, gradients and optimizer."""
-    kept = _activation_bytes(config, sizes, step=step) - _cast_bytes(sizes, step)
-    logits = _logits_bytes(sizes, step, tokens=step.tokens)
-    return _peak(sizes, replace(step, accumulates=False), activations=kept, logits=logits, gradients=0)
-
-
-def to_sizes(config: PretrainedConfig, model: PreTrainedModel) -> ModelSizes:
-    """What the arithmetic needs of a configuration and of its model."""
+    parameters, family = build_without_memory(config).num_parameters(), config.model_type
     config = config.get_text_config()
     width, heads = config.hidden_size, config.num_attention_heads
     head_width = getattr(config, "head_dim", None) or width // heads
     drops = [getattr(config, name, 0.0) for name in ("resid_pdrop", "attn_pdrop", "attention_dropout")]
     return ModelSizes(
+        family=family,
         layers=config.num_hidden_layers,
         width=width,
         heads=heads,
@@ -167,21 +191,46 @@ def to_sizes(config: PretrainedConfig, model: PreTrainedModel) -> ModelSizes:
         inner=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width,
         vocabulary=config.vocab_size,
         is_tied=bool(config.tie_word_embeddings),
-        parameters=model.num_parameters(),
+        parameters=parameters,
         dropouts=2 if drops[0] else 0,
         drops_attention=bool(drops[1] or drops[2]),
+    )
+
+
+def estimate_memory(sizes: ModelSizes, step: MicroStep, sharding: Sharding = ONE_DEVICE) -> MemoryEstimate:
+    """The memory of training on each device, by arithmetic."""
+    weights = sizes.parameters * step.weight_bytes
+    gradients = 0 if step.frozen else weights
+    copies = _copies(sizes, step, sharding)
+    activations = _activation_bytes(sizes, step)
+    logits = _logits_bytes(sizes, step, tokens=step.tokens)
+    held = round(sharding.share * gradients)
+    peak = _peak(sizes, step, kept=activations + copies, logits=logits, gradients=held)
+    if step.device == "cpu":
+        peak += LIBRARY_BUFFERS + _heap_holes(sizes, step, logits=logits)
+    return MemoryEstimate(
+        weights=weights,
+        gradients=gradients,
+        optimizer=round(gradients * OPTIMIZER_STATES.get(step.optimizer, 2.0)),
+        activations=activations,
+        logits=logits,
+        micro_step=peak,
+        evaluation=_evaluation_bytes(sizes, step),
+        copies=copies,
+        share=sharding.share,
+        is_rough=sizes.family not in LAYERS or sharding.way != "ddp",
     )
 
 
 def measure_memory(
     model: PreTrainedModel, batch: dict[str, Any], *, autocast: str | None = None
 ) -> int | None:
-    """Runs forward and backward and returns the bytes that they needed at most over the loaded model.
+    """Runs forward and backward; returns the bytes that they needed at most over the loaded model.
 
-    The growth of the resident memory on a CPU, of the allocated memory on a GPU; None on a CPU that is not
-    Linux's. Changes neither the weights nor the random state; leaves no gradients. The loss is the
-    model's, a TargetLoss if it has one (``use_target_loss``). On a CPU the heap grows by
-    another quarter in the micro-steps that follow (measured), because freed blocks leave holes.
+    That is the growth of the resident memory on a CPU, of the allocated memory on a GPU; None on a CPU
+    without Linux. Changes neither the weights nor the random state, and leaves no gradients. The loss is the
+    model's, a TargetLoss if it has one (``use_target_loss``). On a CPU the heap grows by another quarter in
+    the micro-steps that follow (measured), because freed blocks leave holes.
 
     Args:
         batch: of a collator, on any device; the longest one, if the answer is to hold for the run.
@@ -192,17 +241,22 @@ def measure_memory(
         return None
     moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
     short = {key: moved[key][:1, :WARM_UP_TOKENS] for key in ("input_ids", "labels")}
-    loss = model.loss_function
-    measuring = loss.measuring if isinstance(loss, TargetLoss) else contextlib.nullcontext
-    options: dict[str, Any] = {"autocast": autocast, "measuring": measuring}
-    was_training = model.training
+    own_loss, was_training = model.loss_function, model.training
+    measuring = own_loss.measuring if isinstance(own_loss, TargetLoss) else contextlib.nullcontext
+    dtype = getattr(torch, autocast) if autocast else None
+
+    def run(given: dict[str, Any]) -> None:
+        with torch.autocast(device.type, dtype=dtype, enabled=autocast is not None), measuring():
+            loss = model(**given, use_cache=False).loss
+        loss.backward()
+
     model.train()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            _run(model, short, **options)  # loads kernels, and weights that are still on the disk
+            run(short)  # loads kernels, and weights that are still on the disk
             model.zero_grad(set_to_none=True)
             before = _reset_peak(device)
-            _run(model, moved, **options)
+            run(moved)
             return _peak_bytes(device) - before
     finally:
         model.zero_grad(set_to_none=True)
@@ -223,41 +277,50 @@ def free_memory(device: torch.device) -> int:
     return min((count for count in free if count is not None), default=sys.maxsize)
 
 
-def _activation_bytes(config: PretrainedConfig, sizes: ModelSizes, *, step: MicroStep) -> int:
-    """What is kept for the backward, and the weights that autocast has cast."""
-    layer = _layer_bytes(config, sizes, step=step) * step.tokens
+def _copies(sizes: ModelSizes, step: MicroStep, sharding: Sharding) -> int:
+    """Weights that are cast or gathered, and gradients in buckets, on each device."""
+    low, trained = step.product_bytes, not step.frozen
+    if sharding.way == "ddp":
+        cast = low * sizes.products if step.autocast else 0
+        return cast + (step.weight_bytes * sizes.parameters if trained and sharding.gpus > 1 else 0)
+    gradient = (low + FLOAT32) * sizes.layer if trained else 0
+    if sharding.way == "fsdp2-grad":
+        return low * sizes.parameters + gradient
+    gathered = low * (sizes.parameters - (sizes.layers - 2) * sizes.layer)
+    own = low * sizes.parameters // sharding.gpus if sharding.way == "zero3" else 0
+    return gathered + gradient + own
+
+
+def _activation_bytes(sizes: ModelSizes, step: MicroStep) -> int:
+    """What is kept for the backward."""
+    layer = _layer_bytes(sizes, step) * step.tokens
     kept = layer * sizes.layers
     if step.checkpointing:  # one layer at a time is computed again
         kept = sizes.layers * sizes.width * step.weight_bytes * step.tokens + layer
     stem = sizes.width * (2 * step.weight_bytes + step.product_bytes) * step.tokens  # embedding, last norm
-    return kept + stem + _cast_bytes(sizes, step)
+    return kept + stem
 
 
-def _cast_bytes(sizes: ModelSizes, step: MicroStep) -> int:
-    """The weights of matrix products that autocast casts, and keeps for the backward."""
-    products = sizes.parameters - (0 if sizes.is_tied else sizes.width * sizes.vocabulary)
-    return products * step.product_bytes if step.autocast else 0
-
-
-def _heap_holes(config: PretrainedConfig, sizes: ModelSizes, *, step: MicroStep, logits: int) -> int:
+def _heap_holes(sizes: ModelSizes, step: MicroStep, *, logits: int) -> int:
     """Of all that the layers have computed, kept or not."""
-    computed = _layer_bytes(config, sizes, step=step) * step.tokens * sizes.layers
+    computed = _layer_bytes(sizes, step) * step.tokens * sizes.layers
     is_in_heap = step.tokens * sizes.inner * step.product_bytes < LARGEST_HEAP_BLOCK
     holes = HEAP_HOLES * computed
-    if config.model_type == "gpt2" and is_in_heap:
+    if sizes.family == "gpt2" and is_in_heap:
         holes = max(holes, GELU_HOLES * computed - (0 if step.checkpointing else logits))
     return round(holes)
 
 
-def _peak(sizes: ModelSizes, step: MicroStep, *, activations: int, logits: int, gradients: int) -> int:
-    """The largest of the moments drawn above."""
+def _peak(sizes: ModelSizes, step: MicroStep, *, kept: int, logits: int, gradients: int) -> int:
+    """The largest of the moments drawn above; ``kept``: activations and copies."""
     low = step.product_bytes
-    held = activations + (gradients if step.accumulates else 0)
-    embedding = 0 if step.frozen else sizes.width * sizes.vocabulary * step.weight_bytes
+    held = kept + (gradients if step.accumulates else 0)
+    embedding = 0 if step.frozen else sizes.embedding * step.weight_bytes
     cast = embedding // 2 if low < step.weight_bytes else 0
     copies = (2 if sizes.is_tied else 0) + (1 if step.accumulates else 0)
     if step.chunked_loss:
-        moments = [held + logits + _deferred_bytes(sizes, step) + embedding + 2 * cast]
+        deferred = 2 * step.tokens * sizes.width * low  # the targets' hidden states, and their gradient
+        moments = [held + logits + deferred + embedding + 2 * cast]
     else:
         moments = [held + logits, held + logits // 3 * low // FLOAT32 + embedding + cast]
     return max(
@@ -277,11 +340,6 @@ def _logits_bytes(sizes: ModelSizes, step: MicroStep, *, tokens: int) -> int:
     return sizes.vocabulary * (rows * low + block * FLOAT32)
 
 
-def _deferred_bytes(sizes: ModelSizes, step: MicroStep) -> int:
-    """The hidden states of the targets, at most all tokens, and their gradient."""
-    return 2 * step.tokens * sizes.width * step.product_bytes
-
-
 def _evaluation_bytes(sizes: ModelSizes, step: MicroStep) -> int:
     """The loss of a batch of the evaluation; a model's own takes the logits in one piece."""
     if step.eval_tokens and step.chunked_loss:
@@ -289,10 +347,10 @@ def _evaluation_bytes(sizes: ModelSizes, step: MicroStep) -> int:
     return step.eval_tokens * sizes.vocabulary * (FLOAT32 + (step.product_bytes if step.autocast else 0))
 
 
-def _layer_bytes(config: PretrainedConfig, sizes: ModelSizes, *, step: MicroStep) -> int:
+def _layer_bytes(sizes: ModelSizes, step: MicroStep) -> int:
     """What one layer keeps for its backward, bytes for each token."""
     low = step.product_bytes
-    linear = LAYERS.get(config.model_type, _llama_layer)(sizes, low=low, weight=step.weight_bytes)
+    linear = LAYERS.get(sizes.family, _llama_layer)(sizes, low=low, weight=step.weight_bytes)
     linear += sizes.dropouts * sizes.width * (low if step.device == "cpu" else 1)
     scores = sizes.heads * step.longest
     if step.device == "cpu" and step.attention == "packed":  # computes in float32
@@ -318,15 +376,6 @@ def _llama_layer(sizes: ModelSizes, *, low: int, weight: int) -> int:
     else:
         norms = 2 * sizes.width * 3 * FLOAT32
     return norms + low * (3 * sizes.queries + 2 * sizes.keys + 4 * sizes.inner)
-
-
-def _run(
-    model: PreTrainedModel, batch: dict[str, Any], *, autocast: str | None, measuring: Callable[..., Any]
-) -> None:
-    dtype = getattr(torch, autocast) if autocast else None
-    with torch.autocast(model.device.type, dtype=dtype, enabled=autocast is not None), measuring():
-        loss = model(**batch, use_cache=False).loss
-    loss.backward()
 
 
 def _reset_peak(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Saves the model, opens it in a fresh process with nothing but transformers, and compares what comes out.
+"""Opens the saved model in a fresh process with transformers alone, and compares it with the model here.
 
 this process    save ----> compare logits, ids, template, prompts, answers <----+
                   |                                                             |
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.errors import ModelError
 from hf_clm.generation.decoding import stop_ids
-from hf_clm.model.attention import use_for_generation, use_for_training
+from hf_clm.generation.generate import answering
 from hf_clm.model.load import is_adapted
 
 WHERE = "round trip"
@@ -28,10 +28,10 @@ SAMPLE = "Hello, world. 你好，世界。 \n\t1234"
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 PROMPT_TOKENS = 16
 NEW_TOKENS = 16  # of an answer
-# Relative to the largest logit: another attention kernel, and another device, sum in another order.
+# Relative to the largest logit: another attention kernel or device sums in another order.
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
-# What runs in the fresh process: no line of hf_clm.
+# What runs in the fresh process, without hf_clm.
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -79,27 +79,35 @@ class RoundTrip:
     started: float
 
     def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-        """Waits for it and compares. Raises ModelError for the first difference."""
+        """Waits for the process and compares. Raises ModelError for the first difference."""
         text, errors = self.process.communicate()
         if self.process.returncode != 0:
             last = errors.strip().splitlines()[-1] if errors.strip() else "no message"
             raise ModelError("the saved model does not open with from_pretrained", where=WHERE, got=last)
-        seen, expected = json.loads(text), expect(model, tokenizer, prompt=self.prompt)
-        self._compare_answers(model, tokenizer, prompts=seen.pop("prompts"), answers=seen.pop("answers"))
-        logits, own = torch.tensor(seen.pop("logits")), torch.tensor(expected.pop("logits"))
-        if is_adapted(model):
-            logits, own = (_without(part, tokenizer.pad_token_id) for part in (logits, own))
+        seen = json.loads(text)
+        with torch.no_grad(), answering(model):
+            self._compare_answers(model, tokenizer, prompts=seen["prompts"], answers=seen["answers"])
+            logits, own = torch.tensor(seen["logits"]), _last_logits(model, self.prompt).cpu()
+        if is_adapted(
+            model
+        ):  # the row that was added for the pad token, which is not saved, holds any numbers
+            pad: Any = tokenizer.pad_token_id
+            logits[pad] = own[pad] = 0.0
         difference = float((logits - own).abs().max() / own.abs().max().clamp(min=1e-6))
         if not difference <= TOLERANCES[model.dtype]:
             got = f"a relative difference of {difference:g}"
             raise ModelError("the saved model gives other logits", where=WHERE, got=got)
+        expected = _expect(model, tokenizer)
         for key, value in expected.items():
             if seen[key] != value:
                 got = f"{seen[key]!r} instead of {value!r}"
                 raise ModelError(f"the saved model has another {key}", where=WHERE, got=got)
-        seconds = time.monotonic() - self.started
-        found = {"logit_difference": difference, "compared": sorted(expected), "seconds": seconds}
-        return {**found, "asked": len(self.asked)}
+        return {
+            "logit_difference": difference,
+            "compared": sorted(expected),
+            "seconds": time.monotonic() - self.started,
+            "asked": len(self.asked),
+        }
 
     def _compare_answers(
         self,
@@ -109,7 +117,7 @@ class RoundTrip:
         prompts: list[list[int]],
         answers: list[str],
     ) -> None:
-        """Raises ModelError where the saved folder is asked, or answers, otherwise than this process."""
+        """Raises ModelError where the saved model is asked or answers differently from the model here."""
         for question, ids, answer in zip(self.asked, prompts, answers, strict=True):
             if ids != question.ids:
                 what = "the saved chat template does not write the prompt of training"
@@ -128,36 +136,31 @@ def start_round_trip(
 
     Args:
         prompt: token ids; the first few are used.
-        dtype: of the weights; adapters do not say it of the model that they belong to.
+        dtype: of the weights; adapters do not name that of the model they belong to.
         asked: what to ask it with ``pipeline("text-generation")``.
     """
-    prompt = prompt[:PROMPT_TOKENS]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT], text=True, **pipes)
+    started, prompt = time.monotonic(), prompt[:PROMPT_TOKENS]
+    words, pipe = [sys.executable, "-c", SCRIPT], subprocess.PIPE
+    process = subprocess.Popen(words, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
     assert process.stdin is not None
     messages = [question.messages for question in asked]
     process.stdin.write(json.dumps([str(folder), SAMPLE, MESSAGES, prompt, dtype, messages, NEW_TOKENS]))
     process.stdin.close()
     process.stdin = None  # communicate() would flush it
-    return RoundTrip(process, prompt, asked, time.monotonic())
+    return RoundTrip(process, prompt, asked, started)
 
 
-@torch.no_grad()
 def _answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids: list[int], *, other: str
 ) -> tuple[str, bool]:
-    """A greedy answer, and whether it is surely another one than ``other``.
+    """A greedy answer, and whether it surely differs from ``other``.
 
-    It is not where two tokens are as likely within the rounding of this device.
+    It does not where two tokens are equally likely within the rounding of this device.
     """
-    attention, was_training = str(model.config._attn_implementation), model.training
-    use_for_generation(model)
-    model.eval()
     found: list[int] = []
     is_sure = True
     for _ in range(NEW_TOKENS):
-        tokens = torch.tensor([ids + found], device=model.device)
-        logits = model(input_ids=tokens, use_cache=False).logits[0, -1].float()
+        logits = _last_logits(model, ids + found)
         best = logits.topk(2)
         gap = float(best.values[0] - best.values[1]) / float(logits.abs().max().clamp(min=1e-6))
         found.append(int(best.indices[0]))
@@ -165,34 +168,22 @@ def _answer(
             break
         text = str(tokenizer.decode(found, skip_special_tokens=True)).strip()
         is_sure &= gap > TOLERANCES[model.dtype] or other.strip().startswith(text)
-    model.train(was_training)
-    use_for_training(model, attention)
     return str(tokenizer.decode(found, skip_special_tokens=True)), is_sure
 
 
-def _without(logits: torch.Tensor, token: Any) -> torch.Tensor:
-    """A row that was added for a token that nothing is learned of holds any numbers."""
-    return torch.cat([logits[:token], logits[token + 1 :]])
+def _last_logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """(V,) float32, of the token after ``ids``."""
+    tokens = torch.tensor([ids], device=model.device)
+    return model(input_ids=tokens, use_cache=False).logits[0, -1].float()
 
 
-@torch.no_grad()
-def expect(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, prompt: list[int]
-) -> dict[str, Any]:
-    """What the fresh process must see."""
-    attention, was_training = str(model.config._attn_implementation), model.training
-    use_for_generation(model)
-    model.eval()
-    ids = torch.tensor([prompt], device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, -1].float()
-    model.train(was_training)
-    use_for_training(model, attention)
+def _expect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What the fresh process must see besides logits and answers."""
     assert model.generation_config is not None
     # the model that adapters belong to keeps a configuration of its own
     config = {} if is_adapted(model) else {"config_pad": tokenizer.pad_token_id}
     return {
         **config,
-        "logits": logits.tolist(),
         "sample": tokenizer(SAMPLE)["input_ids"],
         "template": tokenizer.chat_template and tokenizer.apply_chat_template(MESSAGES, tokenize=False),
         "pad": tokenizer.pad_token_id,

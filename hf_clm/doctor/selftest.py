@@ -1,10 +1,11 @@
-"""Proves on the real model, data and kernel that how rows are batched changes neither loss nor gradient."""
+"""Proves on the real model, data and kernel that batching changes neither loss nor gradient."""
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,19 +22,17 @@ from hf_clm.schema import TokenizedExample
 BUDGET_FLOP = 2e11  # a second or two on two CPU cores
 PASSES = 5  # forward and backward passes over the documents
 DOCUMENTS = 4
-OF_TRAINING = "the loss of training is not the model's", "the gradient of training is not the model's"
+OF_TRAINING = "the {} of training is not the model's"
 SHORTEST, LONGEST = 8, 256  # tokens taken of a document
 
 # Largest relative difference that rounding explains, by the type that the model computes in.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-NEIGHBOUR = (
-    1e-5  # the same sums in the same order: where documents are apart, the difference is 0 in any type
-)
+NEIGHBOUR = 1e-5  # the same sums in the same order: if documents are apart, the difference is 0 in any type
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two ways to the same number; ``name`` says what is wrong where they differ."""
+    """One number computed in two ways; ``name`` says what is wrong if they differ."""
 
     name: str
     value: float
@@ -64,7 +63,7 @@ class SelfTest:
             if comparison.holds:
                 continue
             where, fix = "model.attention", "set model.attention to sdpa or eager, or data.packing to none"
-            if comparison.name in OF_TRAINING:
+            if "of training" in comparison.name:
                 where, fix = "model", "report it with the model's config.json; it needs a loss of its own"
             got = f"{comparison.value:.6g} instead of {comparison.reference:.6g}"
             raise ModelError(
@@ -87,49 +86,44 @@ def self_test(
     autocast: torch.dtype | None = None,
     measuring: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> SelfTest:
-    """Compares a packed row, one document at a time, and padding; and changes a document beside the others.
+    """Compares a packed row with one document at a time and with padding, and changes one of its documents.
 
-    The model must be on its device. Its gradients are None afterwards, its mode is as before.
+    The model must be on its device. Its gradients are None afterwards; its mode is as before.
 
     Args:
         autocast: the type of autocast in training; None is without.
         measuring: inside what it returns, the model computes the loss of training, which is then compared
             with the model's own; None where they are the same.
     """
-    started = time.monotonic()
-    limit = max_positions(model.config)
-    documents = choose_documents(examples, model.num_parameters(), positions=limit)
-    was_training = model.training
-    model.eval()  # dropout draws other numbers for another batch
-    total = sum(map(count_targets, documents))
+    started, was_training = time.monotonic(), model.training
+    documents = choose_documents(examples, model.num_parameters(), positions=max_positions(model.config))
+    targets, tolerance = sum(map(count_targets, documents)), TOLERANCES[autocast or model.dtype]
     packed, padded = DataCollatorForPackedCausalLM(), DataCollatorForCausalLM(pad_token_id)
-    row = packed([to_packed_row(documents)])
-    router = RouterLoss(model)
+    row, router = packed([to_packed_row(documents)]), RouterLoss(model)
+    measure = partial(_measure, model, router=router, targets=targets)
+    model.eval()  # dropout draws other numbers for another batch
     with torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
-        together = _measure(model, [row], router=router, targets=total)
-        alone = _measure(model, [packed([part]) for part in documents], router=router, targets=total)
-        wide = _measure(model, [padded(documents)], router=router, targets=total)
-        own = _plain_loss(model, row, router=router, targets=total)
-        beside = _change_beside(model, documents, collate=packed)
-        trained = together if measuring is None else _measure_inside(model, documents, measuring=measuring)
+        together = measure([row])
+        alone = measure([packed([part]) for part in documents])
+        wide = measure([padded(documents)])
+        plain = _plain_loss(model, row, router=router, targets=targets)
+        changed, kept = _change_beside(model, documents, collate=packed)
+        trained = None
+        if measuring is not None:
+            collate = DataCollatorForPackedCausalLM(with_targets=takes_targets(model))
+            with measuring():
+                trained = measure([collate([to_packed_row(documents)])])
     model.zero_grad(set_to_none=True)
     model.train(was_training)
-    labels, loss = int((row["labels"] >= 0).sum()), TOLERANCES[autocast or model.dtype]
-    gradient = 10 * loss
+    labels = int((row["labels"] >= 0).sum())
     comparisons = [
-        Comparison("one document at a time gives another loss", alone[0], together[0], loss),
-        Comparison("one document at a time gives another gradient", alone[1], together[1], gradient),
-        Comparison("padded rows give another loss", wide[0], together[0], loss),
-        Comparison("padded rows give another gradient", wide[1], together[1], gradient),
-        Comparison("the model's loss is not the cross entropy of the targets", together[0], own, loss),
-        Comparison("a document changes with its neighbour in a row", *beside, NEIGHBOUR),
-        Comparison("a batch has other labels than its rows", labels, total, 0.0),
+        *_compare("one document at a time gives another {}", alone, together, tolerance),
+        *_compare("padded rows give another {}", wide, together, tolerance),
+        Comparison("the model's loss is not the cross entropy of the targets", together[0], plain, tolerance),
+        Comparison("a document changes with its neighbour in a row", changed, kept, NEIGHBOUR),
+        Comparison("a batch has other labels than its rows", labels, targets, 0.0),
+        *(_compare(OF_TRAINING, trained, together, tolerance) if trained else []),
     ]
-    if measuring is not None:
-        comparisons += [
-            Comparison(OF_TRAINING[0], trained[0], together[0], loss),
-            Comparison(OF_TRAINING[1], trained[1], together[1], gradient),
-        ]
     tokens = sum(len(document["input_ids"]) for document in documents)
     return SelfTest(comparisons, len(documents), tokens, time.monotonic() - started)
 
@@ -137,12 +131,12 @@ def self_test(
 def choose_documents(
     examples: Sequence[TokenizedExample], parameters: int, *, positions: int | None = None
 ) -> list[TokenizedExample]:
-    """A few documents of different lengths: of the first ones, what leads to the last label.
+    """The first few documents, each cut to what leads to its last label, with different lengths.
 
-    Without their weights, which the model's own loss does not know.
+    Their weights are left out, because the model's own loss does not know them.
 
     Args:
-        positions: of the model, tokens: a row of a stream may be longer; None states no limit.
+        positions: of the model, in tokens, because a row of a stream may be longer; None: no limit.
     """
     tokens = BUDGET_FLOP / (6 * parameters * PASSES)
     length = int(min(LONGEST, max(SHORTEST, tokens / DOCUMENTS), positions or LONGEST))
@@ -156,9 +150,19 @@ def choose_documents(
 
 
 def to_packed_row(documents: Sequence[TokenizedExample]) -> dict[str, list[int]]:
-    """The documents one behind the other, with positions that begin again: as ``PackedDataset`` does it."""
+    """Concatenates documents, with positions that begin again at each, as ``PackedDataset`` does."""
     row = {key: [i for document in documents for i in document[key]] for key in ("input_ids", "labels")}
     return {**row, "position_ids": [i for document in documents for i in range(len(document["input_ids"]))]}
+
+
+def _compare(
+    name: str, found: tuple[float, float], reference: tuple[float, float], tolerance: float
+) -> list[Comparison]:
+    """Loss and gradient of one way with those of another; ``name`` has a place for the word."""
+    return [
+        Comparison(name.format("loss"), found[0], reference[0], tolerance),
+        Comparison(name.format("gradient"), found[1], reference[1], 10 * tolerance),
+    ]
 
 
 def _measure(
@@ -178,18 +182,6 @@ def _measure(
     return loss, float(torch.stack(norms).norm())
 
 
-def _measure_inside(
-    model: PreTrainedModel,
-    documents: Sequence[TokenizedExample],
-    *,
-    measuring: Callable[[], AbstractContextManager[None]],
-) -> tuple[float, float]:
-    """Loss and gradient norm of the packed row as training collates and computes it."""
-    row = DataCollatorForPackedCausalLM(with_targets=takes_targets(model))([to_packed_row(documents)])
-    with measuring():
-        return _measure(model, [row], router=RouterLoss(model), targets=sum(map(count_targets, documents)))
-
-
 @torch.no_grad()
 def _plain_loss(model: PreTrainedModel, batch: dict[str, Any], *, router: RouterLoss, targets: int) -> float:
     """The mean cross entropy of the targets, and what the routers of a mixture add to it."""
@@ -203,7 +195,7 @@ def _plain_loss(model: PreTrainedModel, batch: dict[str, Any], *, router: Router
 
 @torch.no_grad()
 def _sum_nll(model: PreTrainedModel, batch: dict[str, Any], *, start: int = 0) -> float:
-    """The negative log-likelihood of the labels behind position ``start``, by plain cross entropy."""
+    """The negative log-likelihood of the labels after position ``start``, by plain cross entropy."""
     inputs = _on(model, batch)
     labels = inputs.pop("labels")
     nll = token_nll(model(**inputs, use_cache=False).logits, labels)
@@ -213,14 +205,14 @@ def _sum_nll(model: PreTrainedModel, batch: dict[str, Any], *, start: int = 0) -
 def _change_beside(
     model: PreTrainedModel, documents: list[TokenizedExample], *, collate: Callable[..., dict[str, Any]]
 ) -> tuple[float, float]:
-    """The loss of all documents but the first, with another first document, and with the first as it is."""
+    """The loss of all documents but the first: with another first document, and with the first as it is."""
     first, text = documents[0], model.config.get_text_config()
     others = [token for token in range(text.vocab_size) if token != text.pad_token_id]  # GPT-2 warns of a pad
     ids = [others[(token + 1) % len(others)] for token in first["input_ids"]]
     other: TokenizedExample = {"input_ids": ids, "labels": first["labels"]}
     batches = [collate([to_packed_row([head, *documents[1:]])]) for head in (other, first)]
     changed, kept = (_sum_nll(model, batch, start=len(first["input_ids"])) for batch in batches)
-    return changed + 1.0, kept + 1.0  # of one document alone nothing is behind the first
+    return changed + 1.0, kept + 1.0  # a single document has nothing after it
 
 
 def _on(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 
+from hf_clm.doctor.checks import Ok, Problem
 from hf_clm.doctor.command import Diagnosis, diagnose
-from hf_clm.doctor.facts import Ok, Problem
 from hf_clm.doctor.memory import MemoryEstimate
 from hf_clm.errors import EnvironmentFault, ExitCode, ModelError, RecipeError
 from hf_clm.recipe.recipe import Recipe
@@ -41,16 +41,14 @@ def test_a_sound_run_has_no_problem_and_writes_nothing(tmp_path):
 
     assert (diagnosis.problems, diagnosis.exit_code, diagnosis.measured) == ([], ExitCode.DONE, None)
     assert diagnosis.checks["steps"] == Ok("12 steps of 2 rows")
-    assert diagnosis.checks["network"] == Ok("the model is a folder here")
     assert diagnosis.estimate is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "say.jsonl"]
 
 
-def test_measuring_loads_the_model_and_checks_its_stop_tokens(tmp_path):
-    diagnosis = diagnose(build_recipe(tmp_path), measure=True)
+def test_measuring_loads_the_model_and_makes_a_micro_step(tmp_path):
+    measured = diagnose(build_recipe(tmp_path), measure=True).measured
 
-    assert diagnosis.checks["stop tokens"] == Ok("generation stops at 256")
-    assert diagnosis.measured is not None and diagnosis.measured > 0
+    assert measured is not None and measured > 0
 
 
 def test_gradients_that_are_accumulated_are_added_to_the_measurement(tmp_path, monkeypatch):
@@ -73,7 +71,7 @@ def test_a_tokenizer_that_is_trained_is_not_left_in_the_output_folder(tmp_path):
 
     diagnosis = diagnose(Recipe.model_validate(recipe), measure=False)
 
-    assert diagnosis.checks["network"] == Ok("no model is loaded")
+    assert diagnosis.problems == []
     assert not (tmp_path / "run").exists()
 
 
@@ -131,8 +129,8 @@ def test_the_table_shows_the_memory_estimated_and_measured():
     lines = Diagnosis({"steps": Ok("12 steps")}, ESTIMATE, 10 * MIB).to_lines()
 
     assert lines[1:3] == [
-        "memory (MiB, estimated): weights 1, optimizer 2, gradients 1, activations 3, logits 4, micro step 9,"
-        " evaluation 5, total 12",
+        "memory (MiB, estimated): weights 1, optimizer 2, gradients 1, copies 0, activations 3, logits 4,"
+        " micro step 9, evaluation 5, total 12",
         "memory (MiB, measured): micro step 10; estimate 90% of it",
     ]
 

@@ -10,15 +10,17 @@ from transformers import AutoConfig, TrainingArguments
 
 from hf_clm.data.split import Split
 from hf_clm.doctor import facts
+from hf_clm.doctor.checks import Problem, to_problem
 from hf_clm.doctor.facts import (
     Facts,
     build_facts,
     longest_rows,
     read_machine,
+    read_sharding,
     row_tokens,
     to_micro_step,
-    to_problem,
 )
+from hf_clm.doctor.memory import Sharding
 from hf_clm.errors import DataError
 from hf_clm.recipe.recipe import Recipe
 
@@ -110,30 +112,37 @@ def test_the_machine_is_read_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setattr(facts, "has_bf16", lambda device: True)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    _, arguments = build_recipe(train={"output_dir": str(tmp_path / "not" / "there")})
 
-    machine = read_machine(*build_recipe(train={"output_dir": str(tmp_path / "not" / "there")}))
+    machine = read_machine(arguments)
 
-    assert (machine.cores, machine.threads, machine.processes) == (2, 3, 2)
-    assert (machine.is_offline, machine.has_bf16, machine.origin) == (True, True, "Hub")
+    assert (machine.cores, machine.threads, machine.processes, machine.has_bf16) == (2, 3, 2, True)
     assert machine.free_disk > 0
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert read_machine(arguments).threads is None
 
 
-def test_an_unset_environment_and_a_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(facts, "has_bf16", lambda device: False)
-    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Sharding("ddp", 1)),
+        ({"ACCELERATE_USE_FSDP": "true"}, Sharding("fsdp2", 1)),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}, Sharding("fsdp2-offload", 1)),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, Sharding("zero3", 1)),
+    ],
+)
+def test_the_launcher_decides_how_the_model_is_spread(environment, expected, monkeypatch):
+    recipe, arguments = build_recipe()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
 
-    machine = read_machine(*build_recipe(model={"name_or_path": str(tmp_path)}))
-
-    assert (machine.threads, machine.processes, machine.is_offline) == (None, 1, False)
-    assert (machine.has_bf16, machine.origin) == (False, "folder")
+    assert read_sharding(recipe, arguments) == expected
 
 
 def test_an_error_becomes_a_problem_with_what_was_got():
     found = to_problem(DataError("too long", where="a.jsonl:3", got="9 tokens", fix="cut it"))
 
-    assert found == facts.Problem("too long; got 9 tokens", "a.jsonl:3", "cut it", DataError)
+    assert found == Problem("too long; got 9 tokens", "a.jsonl:3", "cut it", DataError)
     assert str(found.to_error()) == "a.jsonl:3: too long; got 9 tokens; fix: cut it"
 
 
@@ -156,7 +165,7 @@ def test_a_model_that_does_more_with_its_logits_needs_the_memory_of_all_of_them(
         byte_tokenizer(),
         config,
         build_rows(recipe),
-        read_machine(recipe, arguments),
+        read_machine(arguments),
     )
 
     assert to_micro_step(found).chunked_loss is is_chunked

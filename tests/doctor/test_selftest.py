@@ -9,12 +9,12 @@ from typing import Any
 import helpers
 import pytest
 import torch
-from helpers import EOS, PAD, X, byte_tokenizer, save_folder, tiny_model
+from helpers import EOS, PAD, X, tiny_model
 from transformers import PreTrainedModel
 
 from hf_clm.data.batch import collators
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
-from hf_clm.doctor.selftest import SelfTest, choose_documents, self_test, to_packed_row
+from hf_clm.doctor.selftest import SelfTest, choose_documents, self_test
 from hf_clm.errors import ExitCode, ModelError
 from hf_clm.model import loss
 from hf_clm.model.attention import NAME, register
@@ -68,10 +68,6 @@ def test_right_models_pass(kind, attention, autocast):
     assert [len(content["comparisons"]), content["comparisons"][0]["name"]] == [7, ALONE]
 
 
-def test_a_tiny_model_takes_less_than_5_seconds():
-    assert 0 < run(build_model("gpt2")).seconds < 5
-
-
 def test_gradients_mode_and_random_state_are_left_as_they_were():
     model = build_model("gpt2", resid_pdrop=0.5).train()
     before = torch.get_rng_state()
@@ -81,26 +77,6 @@ def test_gradients_mode_and_random_state_are_left_as_they_were():
     assert all(weight.grad is None for weight in model.parameters())
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_training_after_it_is_training_without_it(tmp_path):
-    """With dropout, which a random number drawn by the test would change."""
-    model = tiny_model("gpt2", resid_pdrop=0.3, embd_pdrop=0.3)
-    name = save_folder(tmp_path / "model", model, byte_tokenizer())
-    losses = []
-    for on in (True, False):
-        settings = {"output_dir": str(tmp_path / f"run-{on}"), "max_steps": 3}
-        doctor = {"self_test": on, "round_trip": "off"}
-        train(
-            helpers.build_recipe(
-                tmp_path, RECORDS, model={"name_or_path": name}, doctor=doctor, train=settings
-            )
-        )
-        lines = (tmp_path / f"run-{on}" / "metrics.jsonl").read_text().splitlines()
-        losses.append([entry["loss"] for line in lines if "loss" in (entry := json.loads(line))])
-
-    assert len(losses[0]) == 3
-    assert losses[0] == losses[1]
 
 
 def test_only_what_leads_to_the_last_label_is_taken_and_every_document_has_one():
@@ -123,16 +99,6 @@ def test_a_document_is_no_longer_than_the_positions_of_the_model():
 
     assert choose_documents(rows, 2_000, positions=3) == [{"input_ids": [57, 58, 59], "labels": [X, 58, 59]}]
     assert len(choose_documents(rows, 2_000)[0]["input_ids"]) == 40
-
-
-def test_a_packed_row_counts_the_positions_of_each_document():
-    assert to_packed_row(
-        [{"input_ids": [5, 6], "labels": [X, 6]}, {"input_ids": [7, 8, 9], "labels": [X, X, 9]}]
-    ) == {
-        "input_ids": [5, 6, 7, 8, 9],
-        "labels": [X, 6, X, X, 9],
-        "position_ids": [0, 1, 0, 1, 2],
-    }
 
 
 # --- what is broken
@@ -266,10 +232,9 @@ def test_each_break_is_named(breaks, kind, attention, found, monkeypatch):
     assert str(error.value).startswith("model.attention: the self-test of the loss fails: ")
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
-def test_documents_that_see_each_other_are_found_below_the_noise_of_bfloat16(kind, monkeypatch):
+def test_documents_that_see_each_other_are_found_below_the_noise_of_bfloat16(monkeypatch):
     """Untrained weights attend to everything alike, so the loss hardly moves; but it must not move at all."""
-    model = build_model(kind)
+    model = build_model()
     one_document(monkeypatch, model)
 
     assert failed(run(model, autocast=torch.bfloat16)) >= {NEIGHBOUR}
@@ -367,17 +332,6 @@ def test_a_broken_loss_of_training_is_named(breaks, monkeypatch):
 
 
 # --- in a run
-
-
-@pytest.mark.parametrize("breaks", [last_chunk_dropped, chunk_counted_twice])
-def test_a_run_with_a_broken_loss_makes_no_step(breaks, tmp_path, monkeypatch, capsys):
-    breaks(monkeypatch)
-
-    with pytest.raises(ModelError, match="of training is not the model's"):
-        train(helpers.build_recipe(tmp_path, RECORDS))
-
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    assert "step 1/" not in capsys.readouterr().out
 
 
 def test_label_smoothing_is_no_difference(tmp_path):

@@ -1,1 +1,0 @@
-"""How fast a recipe trains on this machine."""
