@@ -1,24 +1,22 @@
 """The recipe: one YAML file and the words of the command line become one frozen, checked ``Recipe``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from hf_clm.errors import RecipeError
-from hf_clm.recipe.checks import (
-    answer_metrics,
-    data_faults,
-    model_faults,
-    override_faults,
-    token_budget_faults,
-)
+from hf_clm.recipe.checks import recipe_faults
+from hf_clm.recipe.faults import RecipeFaults, shorten, suggest_key, to_faults
 from hf_clm.recipe.sections import (
-    EVAL,
+    FACTS,
+    FREE,
+    REMOVED,
+    UNSEEN,
     Card,
     Data,
     Doctor,
@@ -27,10 +25,12 @@ from hf_clm.recipe.sections import (
     Lora,
     Loss,
     Model,
+    Rule,
     Samples,
     Section,
     Source,
     Tokenizer,
+    rule_of,
     to_sources,
 )
 from hf_clm.recipe.text import (
@@ -40,24 +40,21 @@ from hf_clm.recipe.text import (
     leaves,
     list_keys,
     load_yaml,
+    model_of,
     override,
     place_of,
     secret_faults,
-    suggest_key,
-    to_fault,
     to_options,
     to_type_text,
     to_value,
 )
-from hf_clm.recipe.trainer_checks import check_train_combination, metric_names
 from hf_clm.recipe.trainer_fields import (
     TRAIN_DEFAULTS,
     V4_NAMES,
-    Fault,
-    check_train_values,
-    load_trainer_fields,
-    shorten,
-    to_trainer_types,
+    check_train,
+    train_fields,
+    train_rule,
+    train_section,
 )
 from hf_clm.schema import Overflow
 
@@ -70,12 +67,6 @@ class _Origins:
     file: str = field(default="", compare=False)
 
 
-class _Faults(ValueError):
-    def __init__(self, faults: list[Fault]):
-        self.faults = faults
-        super().__init__(faults[0].what)
-
-
 class Recipe(Section):
     """A run: one that was built has passed every check that needs neither data nor model."""
 
@@ -86,24 +77,24 @@ class Recipe(Section):
     data: Data
     lora: Lora | None = None
     """Train small updates of a frozen model; null: train the model."""
-    samples: Samples | None = None
+    samples: Annotated[Samples | None, FREE] = None
     """Text generated during training; null: none."""
     evaluation: Evaluation = Evaluation()
     """What an evaluation does beside the loss and the accuracy of the target tokens."""
-    early_stopping: EarlyStopping | None = None
+    early_stopping: Annotated[EarlyStopping | None, FREE] = None
     """null: train to the end."""
     loss: Loss = Loss()
     """Terms beside the likelihood; see also train.label_smoothing_factor."""
-    card: Card = Card()
+    card: Annotated[Card, UNSEEN] = Card()
     """The model card, README.md of the output folder."""
-    doctor: Doctor = Doctor()
+    doctor: Annotated[Doctor, UNSEEN] = Doctor()
     """Checks on the real model and data."""
     train: dict[str, Any] = Field(default={})
     """transformers.TrainingArguments, verbatim."""
-    overwrite: bool | Literal["done"] = False
-    """Move an existing output folder aside; done: only that of a run that is done, and go on with others."""
-    resume_override: list[str] = Field(default=[])
-    """What may differ from the run that is gone on with: keys, data, tokenizer, template, global_batch."""
+    overwrite: Annotated[bool | Literal["done"], UNSEEN] = False
+    """Move an existing output folder aside; done: only that of a finished run; others are resumed."""
+    resume_override: Annotated[list[str], UNSEEN] = Field(default=[])
+    """What may differ from the run that is resumed: keys, data, tokenizer, template, global_batch."""
     _origins: _Origins = PrivateAttr(default_factory=_Origins)
 
     @field_validator("resume_override", mode="before")
@@ -114,26 +105,15 @@ class Recipe(Section):
     @field_validator("train")
     @classmethod
     def _check_train(cls, train: dict[str, Any]) -> dict[str, Any]:
-        if faults := check_train_values(train):
-            raise _Faults(faults)
-        return to_trainer_types(train)
+        values, faults = check_train(train)
+        if faults:
+            raise RecipeFaults(faults)
+        return values
 
     @model_validator(mode="after")
     def _check_together(self) -> "Recipe":
-        has_eval = bool(self.data.eval or self.data.eval_fraction)
-        faults = [*model_faults(self), *data_faults(self), *token_budget_faults(self)]
-        faults += override_faults(self.resume_override, sections=Recipe.model_fields)
-        sets = [name.removeprefix(f"{EVAL}_") for name in self.data.eval_sets if name != EVAL]
-        sets += ["train"] if self.data.eval_train_rows else []
-        metrics = metric_names(sets, answer_metrics(self))
-        faults += check_train_combination(
-            self.train, has_eval=has_eval, defaults=TRAIN_DEFAULTS, metrics=metrics
-        )
-        if self.early_stopping and not self.train.get("load_best_model_at_end"):
-            what = "early_stopping needs train.load_best_model_at_end: true and an eval set"
-            faults.append(Fault("early_stopping", what))
-        if faults:
-            raise _Faults(faults)
+        if faults := recipe_faults(self):
+            raise RecipeFaults(faults)
         return self
 
     @property
@@ -157,6 +137,13 @@ class Recipe(Section):
         return self.data.packing or ("best_fit" if self.stage == "sft" else "stream")
 
 
+# Keys of earlier versions and of transformers 4 -> what to do.
+GONE = {f"train.{name}": fix for name, fix in V4_NAMES.items()}
+GONE |= {
+    f"{section}.{name}": fix for name, (_, fix) in REMOVED.items() for section in ("data", "data.mixing")
+}
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Sequence[str] = ()) -> Recipe:
     """Reads a recipe; ``overrides`` are words: ``["--bf16", "--learning_rate", "1e-4", "--stage=sft"]``.
 
@@ -164,10 +151,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
     line of the file, or "command line", for the first thing that is wrong.
     """
     tree, places = load_yaml(str(path))
-    fields = dict(list_keys(Recipe))
+    fields = dict(list_keys(Recipe)) | {
+        f"train.{name}": info for name, info in train_section().model_fields.items()
+    }
     for name, text in to_options(overrides):
         key = _to_key(name, options)
-        value = to_value(key, text, types=_types_of(key, fields.get(key)))
+        value = to_value(key, text, types=accepted_types(fields.get(key)))
         if key in ("data.train", "data.eval") and isinstance(tree.get("data"), dict):
             value = _with_known_format(value, tree["data"].get(key.removeprefix("data.")))
         override(tree, places, key=key, value=value)
@@ -175,7 +164,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
         try:
             recipe = Recipe.model_validate(tree)
         except ValidationError as error:
-            faults = _to_faults(error)
+            known = [*(key for key, _ in list_keys(Recipe)), *(f"train.{name}" for name in train_fields())]
+            faults = list(to_faults(error, known, gone=GONE))
         else:
             recipe._origins.places.update(places)
             recipe._origins.file = str(path)
@@ -183,6 +173,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
     first, more = faults[0], f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     what, got = (first.what, first.got + more) if first.got else (first.what + more, "")
     raise RecipeError(what, where=place_of(first.key, places, otherwise=str(path)), got=got, fix=first.fix)
+
+
+def rule_of_key(key: str) -> Rule:
+    """The rule of a dotted key or a fact; what it does not say of ``resume``, the section around it does."""
+    if key.startswith("train."):
+        return train_rule(key.removeprefix("train."))
+    found, model = FACTS.get(key, Rule()), Recipe
+    for name in key.split("."):
+        if info := model.model_fields.get(name):
+            rule = rule_of(info)
+            found = replace(rule, resume=rule.resume or found.resume)
+            inner = map(model_of, (info.annotation, *get_args(info.annotation)))
+            model = next(filter(None, inner), model)
+    return replace(found, resume=found.resume or "refused")
 
 
 def find_recipe(target: str) -> str:
@@ -234,28 +238,14 @@ def recipe_help() -> str:
     return "\n".join(lines)
 
 
-def _to_faults(error: ValidationError) -> list[Fault]:
-    known = [key for key, _ in list_keys(Recipe)] + [f"train.{name}" for name in load_trainer_fields()]
-    faults = []
-    for details in error.errors():
-        cause = details.get("ctx", {}).get("error")
-        faults += cause.faults if isinstance(cause, _Faults) else [to_fault(details, known)]
-    return faults
-
-
 def _to_key(name: str, options: Sequence[str]) -> str:
     if "." in name or name in Recipe.model_fields:
         return name
-    fields = load_trainer_fields()
+    fields = train_fields()
     if name in fields or name in V4_NAMES:
         return f"train.{name}"
     near = suggest_key(name, [*options, *fields, *(key for key, _ in list_keys(Recipe))])
     raise RecipeError(f"unknown option --{name}{near}", where=COMMAND_LINE)
-
-
-def _types_of(key: str, info: FieldInfo | None) -> tuple[str, ...]:
-    field = load_trainer_fields().get(key.removeprefix("train.")) if key.startswith("train.") else None
-    return field.types if field else accepted_types(info)
 
 
 def _with_known_format(value: Any, old: Any) -> Any:

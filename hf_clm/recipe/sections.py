@@ -1,16 +1,11 @@
-"""The sections of a recipe: every key with its type, default and meaning. ``train`` is of transformers."""
+"""The sections of a recipe: each key with its type, default, help and rule; ``train`` is of transformers."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from hf_clm.errors import did_you_mean
@@ -18,7 +13,40 @@ from hf_clm.recipe.template import Template
 from hf_clm.schema import Format, OnBadRecord, Overflow, TokenizerKind
 
 TRAIN, EVAL = "train", "eval"  # names of sets; one that has a name of its own is eval_NAME
-ASIDE: dict[str, JsonValue] = {"decides": False}  # of a key that changes nothing of the prepared rows
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What holds for a key beside its type. It is metadata of the field; most keys need none.
+
+    resume   of another value when a run is resumed: refused, unless resume_override names the key; free;
+             unseen, as it says where a run lies, or what is compared by its content. None: as the section
+             around it; refused at the top
+    decides  whether the key decides what is prepared of the same data
+    stream   why data.streaming takes the default alone; empty: it takes every value
+    """
+
+    resume: Literal["refused", "free", "unseen"] | None = None
+    decides: bool = True
+    stream: str = ""
+
+
+FREE, UNSEEN = Rule("free"), Rule("unseen")
+ASIDE = Rule(decides=False)
+NEEDS_ALL = "it needs the whole dataset, which streaming never loads"
+UNCOUNTED = "the number of records of a stream is not known"
+NO_EPOCHS = "a stream has no epochs; train.max_steps ends the run"
+# Facts of a run that are compared on resume like keys of its recipe.
+FACTS = {
+    **dict.fromkeys(("template", "global_batch", "architecture", "base_weights"), Rule()),
+    "processes": FREE,
+}
+# Keys of version 0.4: the default, which may still be written out, and what to do about another value.
+REMOVED: dict[str, tuple[JsonValue, str]] = {
+    "skip_bad_lines": (False, "write on_bad_record: drop"),
+    "nul": ("warn", "remove it, and remove U+0000 from the data"),
+    "stopping_strategy": (None, "remove it, and write size: the rows or tokens of an epoch"),
+}
 
 
 class Section(BaseModel):
@@ -28,10 +56,39 @@ class Section(BaseModel):
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_removed(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: item for key, item in value.items() if key not in REMOVED or REMOVED[key][0] != item}
+
     @classmethod
     def deciding(cls) -> set[str]:
-        """The keys that decide what is prepared of the same data: all but those marked ASIDE."""
-        return {name for name, field in cls.model_fields.items() if field.json_schema_extra is not ASIDE}
+        """The keys that decide what is prepared of the same data."""
+        return {name for name, info in cls.model_fields.items() if rule_of(info).decides}
+
+    @property
+    def changed(self) -> list[str]:
+        """The keys whose value is not the default."""
+        fields = type(self).model_fields
+        return [name for name, info in fields.items() if getattr(self, name) != info.default]
+
+
+def rule_of(info: FieldInfo) -> Rule:
+    """The rule on a field."""
+    return next((item for item in info.metadata if isinstance(item, Rule)), Rule())
+
+
+def walk(section: Section, prefix: str = "") -> Iterator[tuple[str, Section, str]]:
+    """(dotted key, the section it is in, its name there) of every key, those of sections inside included."""
+    for name in type(section).model_fields:
+        key, value = f"{prefix}{name}", getattr(section, name)
+        yield key, section, name
+        inner = {f"{key}.{at}.": item for at, item in enumerate(value)} if isinstance(value, list) else {}
+        for start, item in (inner or {f"{key}.": value}).items():
+            if isinstance(item, Section):
+                yield from walk(item, start)
 
 
 class Model(Section):
@@ -67,7 +124,7 @@ class TokenizerTraining(Section):
 class Tokenizer(Section):
     name_or_path: str | None = None
     """Default: the model's."""
-    train: TokenizerTraining | None = None
+    train: Annotated[TokenizerTraining | None, Rule(stream=f"{NEEDS_ALL}; see hf-clm train-tokenizer")] = None
     """Train one on data.train instead of loading one."""
     pad_token: str = "<|pad|>"
     """Added when the tokenizer has none of its own, or when it equals EOS."""
@@ -90,29 +147,29 @@ def _known_format(format: str | None) -> str | None:
 
 
 class Source(Section):
-    path: str = Field(json_schema_extra=ASIDE)
+    path: Annotated[str, Rule("unseen", decides=False)]
     """A file, a glob, a folder, or a dataset on the Hub."""
-    format: Annotated[str | None, AfterValidator(_known_format)] = None
+    format: Annotated[str | None, AfterValidator(_known_format), UNSEEN] = None
     """A format, or module:function for a function of your own; default: told from the keys of the records."""
-    fields: dict[str, str] = {}
+    fields: Annotated[dict[str, str], UNSEEN] = {}
     """The format's key -> the column in the file."""
-    template: Template | None = None
+    template: Annotated[Template | None, UNSEEN] = None
     """In place of a format: {prompt: "{column} ...", completion: ..., labels: {0: no}}, or {text: ...}."""
     overflow: Overflow | None = None
     """For an example over max_length; default: data.overflow."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: Annotated[int | None, Rule("unseen", stream=UNCOUNTED)] = Field(default=None, ge=1)
     """Read at most this many records."""
-    weight: float | None = Field(default=None, gt=0, json_schema_extra=ASIDE)
+    weight: Annotated[float | None, ASIDE] = Field(default=None, gt=0)
     """Its share of an epoch, beside the weights of the other sources; see data.mixing."""
-    epochs: float | None = Field(default=None, gt=0, json_schema_extra=ASIDE)
+    epochs: Annotated[float | None, Rule(decides=False, stream=UNCOUNTED)] = Field(default=None, gt=0)
     """How often one epoch of the run reads it: 2, 0.5, ...; in place of weights; default beside others: 1."""
     quoting: Literal["auto", "csv", "none"] = "auto"
     """Whether quotes enclose the cells of a table (csv) or are letters (none); auto: letters in .tsv only."""
-    split: str = "train"
+    split: Annotated[str, UNSEEN] = "train"
     """Of a dataset on the Hub, or of a folder whose files or sub-folders are named train, test, ..."""
-    name: str | None = None
+    name: Annotated[str | None, UNSEEN] = None
     """The configuration of a dataset on the Hub."""
-    revision: str | None = None
+    revision: Annotated[str | None, UNSEEN] = None
     """A branch, tag or commit on the Hub."""
     set: str | None = Field(default=None, pattern="^[A-Za-z0-9_-]+$")
     """Of data.eval: the evaluation set that it belongs to; {news: a.jsonl, chat: b.jsonl} is short for it."""
@@ -121,14 +178,12 @@ class Source(Section):
 class Mixing(Section):
     by: Literal["rows", "tokens", "target_tokens"] = "rows"
     """What shares and sizes count: records, their tokens, or those of them that are learned."""
-    temperature: float = Field(default=1.0, ge=0.1)
+    temperature: Annotated[float, Rule(stream=UNCOUNTED)] = Field(default=1.0, ge=0.1)
     """Without weights, a source of n has a share in proportion to n ** (1 / temperature)."""
-    replacement: bool = False
-    """Draw every row anew; else all rows of a source come before one of them comes again."""
-    size: int | None = Field(default=None, ge=1)
+    replacement: Annotated[bool, Rule(stream="a stream is read in its order")] = False
+    """Draw each row independently; else all rows of a source come before one of them is repeated."""
+    size: Annotated[int | None, Rule(stream=NO_EPOCHS)] = Field(default=None, ge=1)
     """Of an epoch, in what by counts; default: all sources together."""
-    stopping_strategy: Literal["first_exhausted", "all_exhausted"] | None = None
-    """In place of size: an epoch ends when the first source, or each, was read once."""
 
 
 class Window(Section):
@@ -169,25 +224,18 @@ class Turns(Section):
 
 
 class Data(Section):
-    @model_validator(mode="before")
-    @classmethod
-    def _from_version_0_4(cls, value: Any) -> Any:
-        """The recipe in the folder of a run of that version says ``skip_bad_lines``."""
-        if not isinstance(value, dict) or "skip_bad_lines" not in value:
-            return value
-        others = {key: item for key, item in value.items() if key != "skip_bad_lines"}
-        return {"on_bad_record": "drop" if value["skip_bad_lines"] else "error", **others}
-
-    train: Sources = Field(min_length=1, json_schema_extra=ASIDE)
+    train: Annotated[Sources, ASIDE] = Field(min_length=1)
     """A path, a list of paths, or a list of sources."""
-    eval: Evaluated = Field(default=[], json_schema_extra=ASIDE)
+    eval: Annotated[Evaluated, Rule("free", decides=False)] = []
     """Its own sources, or a mapping from the names of several sets to theirs; or see eval_fraction."""
-    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    eval_fraction: Annotated[float, Rule(stream=f"{NEEDS_ALL}; name data.eval")] = Field(
+        default=0.0, ge=0, lt=1
+    )
     """The share of the training examples held out, chosen by train.seed; of a single text its end."""
-    mixing: Mixing | None = Field(default=None, json_schema_extra=ASIDE)
+    mixing: Annotated[Mixing | None, ASIDE] = None
     """How the sources of train share an epoch; null: by their weights or epochs, or every row once."""
-    eval_train_rows: int = Field(default=0, ge=0, json_schema_extra=ASIDE)
-    """So many of the training rows are evaluated too, without dropout: eval_train_loss in the logs."""
+    eval_train_rows: Annotated[int, Rule("free", decides=False)] = Field(default=0, ge=0)
+    """Number of training rows to evaluate as well, without dropout: eval_train_loss in the logs."""
     max_length: int = Field(default=1024, ge=2)
     """Tokens in a row."""
     overflow: Overflow | None = None
@@ -208,28 +256,26 @@ class Data(Section):
     <think> and </think>, or left out and counted."""
     special_tokens_in_text: Literal["encode_as_text", "error", "allow"] = "encode_as_text"
     """For text in a record that spells a control token."""
-    max_dropped: float = Field(default=0.01, ge=0, le=1)
+    max_dropped: Annotated[float, FREE] = Field(default=0.01, ge=0, le=1)
     """The largest share of examples that may be dropped."""
-    duplicates: Literal["keep", "drop"] = "keep"
+    duplicates: Annotated[Literal["keep", "drop"], Rule(stream=NEEDS_ALL)] = "keep"
     """Whether rows that are exactly equal to an earlier one are learned again."""
-    max_leakage: float = Field(default=0.01, ge=0, le=1)
+    max_leakage: Annotated[float, FREE] = Field(default=0.01, ge=0, le=1)
     """The largest share of evaluation rows that may be training rows."""
-    on_bad_record: OnBadRecord = "error"
+    on_bad_record: Annotated[OnBadRecord, FREE] = "error"
     """For a record that cannot be used: stop with a list of them all, or drop it and count it, within
     max_dropped. A stream always drops it once training has begun."""
-    max_line_bytes: int = Field(default=8_388_608, ge=1)
+    max_line_bytes: Annotated[int, FREE] = Field(default=8_388_608, ge=1)
     """The longest line that is read."""
-    strict: bool = False
+    strict: Annotated[bool, FREE] = False
     """Unknown keys of a record are errors."""
-    nul: Literal["warn", "error"] = "warn"
-    """For a NUL character in a text."""
     allow_empty_prompt: bool = False
     """Learn completions that follow nothing."""
-    cache_dir: str | None = Field(default="~/.cache/hf_clm", json_schema_extra=ASIDE)
+    cache_dir: Annotated[str | None, Rule("unseen", decides=False)] = "~/.cache/hf_clm"
     """Where prepared data are kept; null: nowhere. HF_CLM_CACHE in the environment moves the default."""
-    streaming: bool = Field(default=False, json_schema_extra=ASIDE)
+    streaming: Annotated[bool, ASIDE] = False
     """Read and tokenize while training, what is too large to prepare; needs train.max_steps."""
-    shuffle_buffer: int = Field(default=1000, ge=1, json_schema_extra=ASIDE)
+    shuffle_buffer: Annotated[int, ASIDE] = Field(default=1000, ge=1)
     """Documents of a stream that are packed together and whose rows are shuffled, in whole chunks of a file;
     fewer where they reach 1 MiB of text."""
 

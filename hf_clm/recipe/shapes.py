@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_clm.errors import did_you_mean
-from hf_clm.recipe.trainer_fields import Fault
+from hf_clm.recipe.faults import Fault
 
 MAPPING = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 MAX_LAYERS = 2000  # building more takes minutes; the deepest models that were published have some hundred
@@ -52,8 +52,7 @@ def folder_faults(folder: str) -> Iterator[Fault]:
     causal = any(map(is_causal_class, names)) if names else config.get("model_type") in causal_kinds()
     if config.get("is_encoder_decoder") or not causal:
         got = ", ".join(names) or repr(config.get("model_type"))
-        key = "model.name_or_path"
-        yield Fault(key, f"{key}: not a causal language model", got=got, fix=CAUSAL)
+        yield Fault("model.name_or_path", ": not a causal language model", CAUSAL, got)
 
 
 @lru_cache(maxsize=1)
@@ -68,52 +67,37 @@ def causal_kinds() -> dict[str, str]:
 
 
 def _kind_faults(kind: Any, settings: Mapping[str, Any]) -> Iterator[Fault]:
-    key = "model.config.model_type"
-    kinds = causal_kinds()
+    key, kinds = "model.config.model_type", causal_kinds()
     if not isinstance(kind, str) or kind not in kinds:
-        what = f"{key}: transformers has no causal language model of this type"
-        yield Fault(key, what, got=f"{kind!r}{did_you_mean(str(kind), kinds)}", fix=CAUSAL)
+        what = ": transformers has no causal language model of this type"
+        yield Fault(key, what, CAUSAL, f"{kind!r}{did_you_mean(str(kind), kinds)}")
     elif not is_causal_class(kinds[kind]) and kinds[kind].endswith("ForConditionalGeneration"):
-        yield Fault(key, f"{key}: not a model of text alone", got=f"{kind!r} ({kinds[kind]})", fix=CAUSAL)
+        yield Fault(key, ": not a model of text alone", CAUSAL, f"{kind!r} ({kinds[kind]})")
     elif _source_says(kind, "configuration", r"is_encoder_decoder\b.*= True"):
-        yield Fault(key, f"{key}: an encoder-decoder is no causal language model", got=repr(kind), fix=CAUSAL)
+        yield Fault(key, ": an encoder-decoder is no causal language model", CAUSAL, repr(kind))
     elif settings.get("is_decoder") is not True and _source_says(kind, "modeling", ENCODERS):
-        what = f"{key}: each position of this encoder sees the tokens after it"
-        yield Fault(key, what, got=repr(kind), fix=f"{CAUSAL}; or set model.config.is_decoder: true")
+        fix = f"{CAUSAL}; or set model.config.is_decoder: true"
+        yield Fault(key, ": each position of this encoder sees the tokens after it", fix, repr(kind))
 
 
 def _size_faults(settings: Mapping[str, Any]) -> Iterator[Fault]:
     sizes = {name: settings[name] for name in SIZES if type(settings.get(name)) is int}
     for name, size in sizes.items():
         if size < (0 if name in EXPERTS else 1):
-            what = f"model.config.{name}: expected a number above 0"
-            yield Fault(f"model.config.{name}", what, got=str(size))
+            yield Fault(f"model.config.{name}", ": expected a number above 0", got=str(size))
         elif name in LAYERS and size > MAX_LAYERS:
-            what = f"model.config.{name}: expected at most {MAX_LAYERS:,} layers"
+            what = f": expected at most {MAX_LAYERS:,} layers"
             yield Fault(f"model.config.{name}", what, got=f"{size:,}")
     width, heads = _given(sizes, WIDTHS), _given(sizes, HEADS)
     kind = settings.get("model_type")
     has_own_width = kind in ROUNDED or "head_dim" in settings or _source_says(str(kind), "configuration", OWN)
     if width and heads and sizes[width] % sizes[heads] and not has_own_width:
-        what = f"model.config.{width} must be a multiple of model.config.{heads}"
+        what = f"must be a multiple of model.config.{heads}"
         yield Fault(f"model.config.{width}", what, got=f"{sizes[width]} and {sizes[heads]}")
-    groups = sizes.get("num_key_value_heads")
-    if heads and groups and groups > 0 and sizes[heads] % groups:
-        what = f"model.config.{heads} must be a multiple of model.config.num_key_value_heads"
-        yield Fault("model.config.num_key_value_heads", what, got=f"{sizes[heads]} and {groups}")
-    if width and not {size for size in sizes.values() if size < 1}:
-        yield from _memory_faults(sizes, width)
-
-
-def _memory_faults(sizes: Mapping[str, int], width: str) -> Iterator[Fault]:
-    """A model that does not fit with one square of its width a layer; they have more."""
-    layers = sizes[name] if (name := _given(sizes, LAYERS)) else 1
-    weights = layers * sizes[width] ** 2 + sizes.get("vocab_size", 0) * sizes[width]
-    available = total_memory()
-    if available and 2 * weights > available:
-        what = "the model of model.config does not fit into the memory of this machine"
-        got = f"over {weights / 1e9:,.0f} billion parameters, and {available / 2**30:,.0f} GiB"
-        yield Fault(f"model.config.{width}", what, got=got)
+    groups = sizes.get("num_key_value_heads", 0)
+    if heads and groups > 0 and sizes[heads] % groups:
+        what = "must be a multiple of model.config.num_key_value_heads"
+        yield Fault(f"model.config.{heads}", what, got=f"{sizes[heads]} and {groups}")
 
 
 def total_memory() -> int:

@@ -2,8 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -14,8 +13,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from hf_clm.errors import RecipeError, did_you_mean
-from hf_clm.recipe.trainer_fields import TYPE_WORDS, Fault, drop_quotes_hint, shorten
+from hf_clm.errors import RecipeError
+from hf_clm.recipe.faults import Fault, shorten
 
 COMMAND_LINE = "command line"
 
@@ -125,15 +124,21 @@ def secret_faults(tree: dict[str, Any]) -> list[Fault]:
     """A recipe is copied into every run folder, so a token or password in it is refused and not shown."""
     fix = "remove it and use the environment variable HF_TOKEN (WANDB_API_KEY, ...)"
     found = [key for key, value in leaves(tree) if value and _is_secret(key, value)]
-    return [Fault(key, f"{key}: a secret does not belong in a recipe", fix=fix) for key in found]
+    return [Fault(key, ": a secret does not belong in a recipe", fix) for key in found]
 
 
 def list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """(dotted key, field) of a model and of the models inside it."""
     for name, info in model.model_fields.items():
         yield f"{prefix}{name}", info
-        if inner := _model_of(info.annotation):
+        if inner := model_of(info.annotation):
             yield from list_keys(inner, f"{prefix}{name}.")
+
+
+def model_of(annotation: Any) -> type[BaseModel] | None:
+    """The model among the members of a type: ``Lora`` of ``Lora | None``."""
+    classes = [item for item in _members(annotation) if isinstance(item, type) and get_origin(item) is None]
+    return next((item for item in classes if issubclass(item, BaseModel)), None)
 
 
 def accepted_types(info: FieldInfo | None) -> tuple[str, ...]:
@@ -152,36 +157,6 @@ def to_type_text(annotation: Any) -> str:
         elif item is not type(None):
             texts.append(re.sub(r"[\w.]+\.", "", str(item)) if get_origin(item) else item.__name__)
     return "|".join(texts)
-
-
-def to_fault(details: Mapping[str, Any], known_keys: Iterable[str]) -> Fault:
-    """Says one of pydantic's errors in the words of a recipe."""
-    key, kind, value = ".".join(map(str, details["loc"])), details["type"], details["input"]
-    if kind == "extra_forbidden":
-        return Fault(key, f"{key} is not a key of a recipe{suggest_key(key, known_keys)}")
-    if kind == "missing":
-        return Fault(key, f"{key} is missing")
-    if kind == "literal_error":
-        words = re.findall("'(.*?)'", details["ctx"]["expected"])
-        near = did_you_mean(value, words) if isinstance(value, str) else ""
-        return Fault(key, f"{key}: expected one of {', '.join(words)}", got=f"{shorten(value)}{near}")
-    name = PYDANTIC_TYPES.get(kind)
-    if name is None:
-        message = re.sub("^Input should be (?=greater|less)", "expected a number ", details["msg"])
-        message = message.replace("Input should be", "expected")
-        return Fault(key, f"{key}: {message}", got=shorten(value))
-    fix = drop_quotes_hint(value, [name])
-    return Fault(key, f"{key}: expected {TYPE_WORDS[name]}", got=shorten(value), fix=fix)
-
-
-def suggest_key(key: str, known_keys: Iterable[str]) -> str:
-    """The nearest key of the same section, or else the nearest of any."""
-    parent, _, name = key.rpartition(".")
-    places = [known.rpartition(".") for known in known_keys]
-    near = did_you_mean(name, [word for section, _, word in places if section == parent])
-    whole = {word: f"{section}.{word}" for section, _, word in places if section}
-    others = get_close_matches(name.lower(), list(whole), n=1)
-    return near or (f"; did you mean {whole[others[0]]!r}?" if others else "")
 
 
 def _load_text(path: str) -> str:
@@ -280,23 +255,9 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    classes = [item for item in _members(annotation) if isinstance(item, type) and get_origin(item) is None]
-    return next((item for item in classes if issubclass(item, BaseModel)), None)
-
-
 MAX_BYTES = 256 * 1024  # of a recipe; the parser takes seconds for it
 MAX_VALUES = 50_000
 MAX_DIGITS = 18  # what 64 bits hold
 YAML_PREFIX = "tag:yaml.org,2002:"
 YAML_TYPES = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
 SECRET_KEY = r"(api_?key|wandb_key|(hub|hf|auth|access|api)_token|password|secret)$"
-PYDANTIC_TYPES = {
-    "int_type": "int",
-    "float_type": "float",
-    "bool_type": "bool",
-    "string_type": "str",
-    "list_type": "list",
-    "dict_type": "dict",
-    "model_type": "dict",
-}

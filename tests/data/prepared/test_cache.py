@@ -124,7 +124,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "on_bad_record": {"on_bad_record": "drop"},
     "max_line_bytes": {"max_line_bytes": 1000},
     "strict": {"strict": True},
-    "nul": {"nul": "error"},
     "allow_empty_prompt": {"allow_empty_prompt": True},
 }
 ASIDE: dict[str, dict[str, Any]] = {
