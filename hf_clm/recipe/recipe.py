@@ -1,12 +1,12 @@
 """The recipe: one YAML file and the words of the command line become one frozen, checked ``Recipe``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from hf_clm.errors import RecipeError
@@ -15,6 +15,7 @@ from hf_clm.recipe.faults import RecipeFaults, shorten, suggest_key, to_faults
 from hf_clm.recipe.sections import (
     FACTS,
     FREE,
+    OF_TRAINED_MODELS,
     REMOVED,
     UNSEEN,
     Card,
@@ -30,7 +31,7 @@ from hf_clm.recipe.sections import (
     Section,
     Source,
     Tokenizer,
-    rule_of,
+    to_list,
     to_sources,
 )
 from hf_clm.recipe.text import (
@@ -40,10 +41,9 @@ from hf_clm.recipe.text import (
     leaves,
     list_keys,
     load_yaml,
-    model_of,
     override,
     place_of,
-    secret_faults,
+    text_faults,
     to_options,
     to_type_text,
     to_value,
@@ -75,13 +75,15 @@ class Recipe(Section):
     model: Model
     tokenizer: Tokenizer = Tokenizer()
     data: Data
-    lora: Lora | None = None
+    lora: Annotated[Lora | None, OF_TRAINED_MODELS] = None
     """Train small updates of a frozen model; null: train the model."""
     samples: Annotated[Samples | None, FREE] = None
     """Text generated during training; null: none."""
     evaluation: Evaluation = Evaluation()
     """What an evaluation does beside the loss and the accuracy of the target tokens."""
-    early_stopping: Annotated[EarlyStopping | None, FREE] = None
+    early_stopping: Annotated[
+        EarlyStopping | None, Rule("free", needs={"train.load_best_model_at_end": (True,)})
+    ] = None
     """null: train to the end."""
     loss: Loss = Loss()
     """Terms beside the likelihood; see also train.label_smoothing_factor."""
@@ -93,14 +95,9 @@ class Recipe(Section):
     """transformers.TrainingArguments, verbatim."""
     overwrite: Annotated[bool | Literal["done"], UNSEEN] = False
     """Move an existing output folder aside; done: only that of a finished run; others are resumed."""
-    resume_override: Annotated[list[str], UNSEEN] = Field(default=[])
+    resume_override: Annotated[list[str], BeforeValidator(to_list), UNSEEN] = Field(default=[])
     """What may differ from the run that is resumed: keys, data, tokenizer, template, global_batch."""
     _origins: _Origins = PrivateAttr(default_factory=_Origins)
-
-    @field_validator("resume_override", mode="before")
-    @classmethod
-    def _split_words(cls, value: Any) -> Any:
-        return value.split(",") if isinstance(value, str) else value
 
     @field_validator("train")
     @classmethod
@@ -160,7 +157,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
         if key in ("data.train", "data.eval") and isinstance(tree.get("data"), dict):
             value = _with_known_format(value, tree["data"].get(key.removeprefix("data.")))
         override(tree, places, key=key, value=value)
-    if not (faults := secret_faults(tree)):
+    if not (faults := text_faults(tree)):
         try:
             recipe = Recipe.model_validate(tree)
         except ValidationError as error:
@@ -175,18 +172,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
     raise RecipeError(what, where=place_of(first.key, places, otherwise=str(path)), got=got, fix=first.fix)
 
 
-def rule_of_key(key: str) -> Rule:
-    """The rule of a dotted key or a fact; what it does not say of ``resume``, the section around it does."""
-    if key.startswith("train."):
-        return train_rule(key.removeprefix("train."))
-    found, model = FACTS.get(key, Rule()), Recipe
-    for name in key.split("."):
-        if info := model.model_fields.get(name):
-            rule = rule_of(info)
-            found = replace(rule, resume=rule.resume or found.resume)
-            inner = map(model_of, (info.annotation, *get_args(info.annotation)))
-            model = next(filter(None, inner), model)
-    return replace(found, resume=found.resume or "refused")
+def resume_rule(key: str) -> str:
+    """Whether a dotted key, or a fact of a run, may differ when it is resumed: refused, free or unseen."""
+    if key in FACTS:
+        return FACTS[key]
+    rule = train_rule(key.removeprefix("train.")) if key.startswith("train.") else Recipe.rule(key)
+    return rule.resume or "refused"
 
 
 def find_recipe(target: str) -> str:

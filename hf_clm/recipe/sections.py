@@ -1,15 +1,15 @@
 """The sections of a recipe: each key with its type, default, help and rule; ``train`` is of transformers."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
-from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from hf_clm.errors import did_you_mean
 from hf_clm.recipe.template import Template
+from hf_clm.recipe.text import model_of
 from hf_clm.schema import Format, OnBadRecord, Overflow, TokenizerKind
 
 TRAIN, EVAL = "train", "eval"  # names of sets; one that has a name of its own is eval_NAME
@@ -23,23 +23,28 @@ class Rule:
              unseen, as it says where a run lies, or what is compared by its content. None: as the section
              around it; refused at the top
     decides  whether the key decides what is prepared of the same data
-    stream   why data.streaming takes the default alone; empty: it takes every value
+    stream   whether data.streaming takes another value than the default
+    needs    the values that other keys must have beside another value than the default; () is any that
+             is not false, null or 0
+    unused   why another value than the default has no effect here; it is refused
     """
 
     resume: Literal["refused", "free", "unseen"] | None = None
     decides: bool = True
-    stream: str = ""
+    stream: bool = True
+    needs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, hash=False)
+    unused: str = ""
 
 
-FREE, UNSEEN = Rule("free"), Rule("unseen")
-ASIDE = Rule(decides=False)
-NEEDS_ALL = "it needs the whole dataset, which streaming never loads"
-UNCOUNTED = "the number of records of a stream is not known"
-NO_EPOCHS = "a stream has no epochs; train.max_steps ends the run"
+FREE, UNSEEN, ASIDE, NOT_STREAMED = Rule("free"), Rule("unseen"), Rule(decides=False), Rule(stream=False)
+OF_NEW_MODELS = Rule(needs={"model.init": ("scratch",)})
+OF_TRAINED_MODELS = Rule(needs={"model.init": ("pretrained",)})
+OF_WHOLE_ROWS = Rule(needs={"data.packing": ("none", "best_fit")})
+OF_ANSWERS = Rule(needs={"evaluation.generate": ()})
 # Facts of a run that are compared on resume like keys of its recipe.
 FACTS = {
-    **dict.fromkeys(("template", "global_batch", "architecture", "base_weights"), Rule()),
-    "processes": FREE,
+    **dict.fromkeys(("template", "global_batch", "architecture", "base_weights"), "refused"),
+    "processes": "free",
 }
 # Keys of version 0.4: the default, which may still be written out, and what to do about another value.
 REMOVED: dict[str, tuple[JsonValue, str]] = {
@@ -66,29 +71,28 @@ class Section(BaseModel):
     @classmethod
     def deciding(cls) -> set[str]:
         """The keys that decide what is prepared of the same data."""
-        return {name for name, info in cls.model_fields.items() if rule_of(info).decides}
+        return {name for name in cls.model_fields if cls.rule(name).decides}
 
-    @property
-    def changed(self) -> list[str]:
-        """The keys whose value is not the default."""
-        fields = type(self).model_fields
-        return [name for name, info in fields.items() if getattr(self, name) != info.default]
+    @classmethod
+    def rule(cls, key: str) -> Rule:
+        """The rule of a dotted key; what it does not say of ``resume``, the section around it does."""
+        name, _, rest = key.partition(".")
+        if name not in cls.model_fields:
+            return cls.rule(rest) if rest else Rule()  # the number of a source
+        info = cls.model_fields[name]
+        rule = next((item for item in info.metadata if isinstance(item, Rule)), Rule())
+        inner = [model for item in (info.annotation, *get_args(info.annotation)) if (model := model_of(item))]
+        below = inner[0].rule(rest) if rest and inner and issubclass(inner[0], Section) else rule
+        return replace(below, resume=below.resume or rule.resume)
 
-
-def rule_of(info: FieldInfo) -> Rule:
-    """The rule on a field."""
-    return next((item for item in info.metadata if isinstance(item, Rule)), Rule())
-
-
-def walk(section: Section, prefix: str = "") -> Iterator[tuple[str, Section, str]]:
-    """(dotted key, the section it is in, its name there) of every key, those of sections inside included."""
-    for name in type(section).model_fields:
-        key, value = f"{prefix}{name}", getattr(section, name)
-        yield key, section, name
-        inner = {f"{key}.{at}.": item for at, item in enumerate(value)} if isinstance(value, list) else {}
-        for start, item in (inner or {f"{key}.": value}).items():
-            if isinstance(item, Section):
-                yield from walk(item, start)
+    def changed(self, prefix: str = "") -> Iterator[tuple[str, Rule]]:
+        """(dotted key, its rule) of each value that is not the default, in sections inside too."""
+        for name in self.model_dump(exclude_defaults=True):
+            yield f"{prefix}{name}", self.rule(name)
+            value = getattr(self, name)
+            for at, item in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(item, Section):
+                    yield from item.changed(f"{prefix}{name}.{f'{at}.' * isinstance(value, list)}")
 
 
 class Model(Section):
@@ -98,9 +102,9 @@ class Model(Section):
     """A branch, tag or commit on the Hub."""
     init: Literal["pretrained", "scratch"] = "pretrained"
     """Start from trained weights or from random ones."""
-    config: dict[str, Any] = {}
+    config: Annotated[dict[str, JsonValue], OF_NEW_MODELS] = {}
     """For scratch: {model_type: gpt2, n_layer: 4, ...}."""
-    embedding_std: float | None = Field(default=None, gt=0)
+    embedding_std: Annotated[float | None, OF_NEW_MODELS] = Field(default=None, gt=0)
     """For scratch: of the first embeddings; 1.0 is PyTorch's own, and learns small texts by heart faster."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the trained weights; small updates are lost below float32."""
@@ -108,23 +112,36 @@ class Model(Section):
     """packed, sdpa, eager, flash_attention_2, ..."""
     trust_remote_code: bool = False
     """Run code that comes with the model; needs a commit as revision, or a folder."""
-    allow_bin: bool = False
+    allow_bin: Annotated[bool, OF_TRAINED_MODELS] = False
     """Load pickled weights where there are no safetensors."""
+
+
+def _known_template(template: str | None) -> str | None:
+    shipped = ("chatml", "plain")
+    if template is None or template in shipped or template.endswith(".jinja"):
+        return template
+    reason = f"expected one of {', '.join(shipped)}, or a .jinja file; got {template!r}"
+    raise PydanticCustomError("template", "{reason}", {"reason": reason + did_you_mean(template, shipped)})
 
 
 class TokenizerTraining(Section):
     kind: TokenizerKind = "bpe"
     """Byte-level BPE; SentencePiece's Unigram, with bytes for what is rare; every character a token."""
-    vocab_size: int = Field(default=4096, ge=260)
+    vocab_size: Annotated[int, Rule(needs={"tokenizer.train.kind": ("bpe", "unigram")})] = Field(
+        default=4096, ge=260
+    )
     """Number of tokens, the 256 bytes and the special ones included; not for characters."""
-    min_frequency: int = Field(default=2, ge=1)
+    min_frequency: Annotated[int, Rule(needs={"tokenizer.train.kind": ("bpe",)})] = Field(default=2, ge=1)
     """How often a pair must occur to become a token of a bpe."""
 
 
 class Tokenizer(Section):
     name_or_path: str | None = None
     """Default: the model's."""
-    train: Annotated[TokenizerTraining | None, Rule(stream=f"{NEEDS_ALL}; see hf-clm train-tokenizer")] = None
+    train: Annotated[
+        TokenizerTraining | None,
+        Rule(stream=False, needs={"model.init": ("scratch",), "tokenizer.name_or_path": (None,)}),
+    ] = None
     """Train one on data.train instead of loading one."""
     pad_token: str = "<|pad|>"
     """Added when the tokenizer has none of its own, or when it equals EOS."""
@@ -132,7 +149,7 @@ class Tokenizer(Section):
     """Default: the tokenizer's; <|endoftext|> of one that is trained."""
     control_tokens: list[str] = []
     """Added where the tokenizer has not got them; a template writes them."""
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, AfterValidator(_known_template)] = None
     """chatml, plain, or a .jinja file; default: the tokenizer's."""
     chat_template_kwargs: dict[str, JsonValue] = {}
     """Variables of the chat template, such as {enable_thinking: false}; saved with it as its defaults."""
@@ -155,13 +172,13 @@ class Source(Section):
     """The format's key -> the column in the file."""
     template: Annotated[Template | None, UNSEEN] = None
     """In place of a format: {prompt: "{column} ...", completion: ..., labels: {0: no}}, or {text: ...}."""
-    overflow: Overflow | None = None
+    overflow: Annotated[Overflow | None, OF_WHOLE_ROWS] = None
     """For an example over max_length; default: data.overflow."""
-    limit: Annotated[int | None, Rule("unseen", stream=UNCOUNTED)] = Field(default=None, ge=1)
+    limit: Annotated[int | None, Rule("unseen", stream=False)] = Field(default=None, ge=1)
     """Read at most this many records."""
     weight: Annotated[float | None, ASIDE] = Field(default=None, gt=0)
     """Its share of an epoch, beside the weights of the other sources; see data.mixing."""
-    epochs: Annotated[float | None, Rule(decides=False, stream=UNCOUNTED)] = Field(default=None, gt=0)
+    epochs: Annotated[float | None, Rule(decides=False, stream=False)] = Field(default=None, gt=0)
     """How often one epoch of the run reads it: 2, 0.5, ...; in place of weights; default beside others: 1."""
     quoting: Literal["auto", "csv", "none"] = "auto"
     """Whether quotes enclose the cells of a table (csv) or are letters (none); auto: letters in .tsv only."""
@@ -178,11 +195,11 @@ class Source(Section):
 class Mixing(Section):
     by: Literal["rows", "tokens", "target_tokens"] = "rows"
     """What shares and sizes count: records, their tokens, or those of them that are learned."""
-    temperature: Annotated[float, Rule(stream=UNCOUNTED)] = Field(default=1.0, ge=0.1)
+    temperature: Annotated[float, NOT_STREAMED] = Field(default=1.0, ge=0.1)
     """Without weights, a source of n has a share in proportion to n ** (1 / temperature)."""
-    replacement: Annotated[bool, Rule(stream="a stream is read in its order")] = False
+    replacement: Annotated[bool, NOT_STREAMED] = False
     """Draw each row independently; else all rows of a source come before one of them is repeated."""
-    size: Annotated[int | None, Rule(stream=NO_EPOCHS)] = Field(default=None, ge=1)
+    size: Annotated[int | None, NOT_STREAMED] = Field(default=None, ge=1)
     """Of an epoch, in what by counts; default: all sources together."""
 
 
@@ -200,8 +217,8 @@ def to_sources(value: Any) -> Any:
 
 
 def to_list(value: Any) -> Any:
-    """One text is a list of one."""
-    return [value] if isinstance(value, str) else value
+    """A text is the list of its parts between commas."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 def to_evaluated(value: Any) -> Any:
@@ -228,9 +245,7 @@ class Data(Section):
     """A path, a list of paths, or a list of sources."""
     eval: Annotated[Evaluated, Rule("free", decides=False)] = []
     """Its own sources, or a mapping from the names of several sets to theirs; or see eval_fraction."""
-    eval_fraction: Annotated[float, Rule(stream=f"{NEEDS_ALL}; name data.eval")] = Field(
-        default=0.0, ge=0, lt=1
-    )
+    eval_fraction: Annotated[float, NOT_STREAMED] = Field(default=0.0, ge=0, lt=1)
     """The share of the training examples held out, chosen by train.seed; of a single text its end."""
     mixing: Annotated[Mixing | None, ASIDE] = None
     """How the sources of train share an epoch; null: by their weights or epochs, or every row once."""
@@ -238,18 +253,22 @@ class Data(Section):
     """Number of training rows to evaluate as well, without dropout: eval_train_loss in the logs."""
     max_length: int = Field(default=1024, ge=2)
     """Tokens in a row."""
-    overflow: Overflow | None = None
+    overflow: Annotated[Overflow | None, OF_WHOLE_ROWS] = None
     """For an example over max_length; default: keep_target for sft, split for pretrain."""
     render: Literal["auto", "chat", "plain"] = "auto"
     """How instruct, alpaca and prompt_completion are written: as turns of the chat template, or as text.
     auto: as turns for sft where the tokenizer has a template."""
     packing: Literal["none", "best_fit", "stream"] | None = None
     """Default: best_fit for sft, stream (rows are cut, no token is lost) for pretrain."""
-    tokens_per_batch: int | None = Field(default=None, ge=2)
+    tokens_per_batch: Annotated[
+        int | None, Rule(needs={"data.packing": ("none",), "model.attention": ("packed",)})
+    ] = Field(default=None, ge=2)
     """The size of a micro-batch in tokens, filled with whole examples; with packing none."""
-    window: Window | None = None
+    window: Annotated[Window | None, Rule(needs={"stage": ("pretrain",), "data.packing": ("none",)})] = None
     """Overlapping pieces of long documents; with packing none."""
-    train_on: Literal["all_turns", "last_turn", "everything"] | Turns = "all_turns"
+    train_on: Annotated[
+        Literal["all_turns", "last_turn", "everything"] | Turns, Rule(needs={"stage": ("sft",)})
+    ] = "all_turns"
     """Which parts of an example are learned; {turns: all | last, reasoning: false} reads reasoning only."""
     reasoning: Literal["refuse", "in_content", "drop"] = "refuse"
     """For reasoning that the chat template has no place for: an error, written into the content between
@@ -258,7 +277,7 @@ class Data(Section):
     """For text in a record that spells a control token."""
     max_dropped: Annotated[float, FREE] = Field(default=0.01, ge=0, le=1)
     """The largest share of examples that may be dropped."""
-    duplicates: Annotated[Literal["keep", "drop"], Rule(stream=NEEDS_ALL)] = "keep"
+    duplicates: Annotated[Literal["keep", "drop"], NOT_STREAMED] = "keep"
     """Whether rows that are exactly equal to an earlier one are learned again."""
     max_leakage: Annotated[float, FREE] = Field(default=0.01, ge=0, le=1)
     """The largest share of evaluation rows that may be training rows."""
@@ -275,7 +294,9 @@ class Data(Section):
     """Where prepared data are kept; null: nowhere. HF_CLM_CACHE in the environment moves the default."""
     streaming: Annotated[bool, ASIDE] = False
     """Read and tokenize while training, what is too large to prepare; needs train.max_steps."""
-    shuffle_buffer: Annotated[int, ASIDE] = Field(default=1000, ge=1)
+    shuffle_buffer: Annotated[int, Rule(decides=False, needs={"data.streaming": (True,)})] = Field(
+        default=1000, ge=1
+    )
     """Documents of a stream that are packed together and whose rows are shuffled, in whole chunks of a file;
     fewer where they reach 1 MiB of text."""
 
@@ -324,14 +345,14 @@ class Samples(Section):
 
 
 class Evaluation(Section):
-    generate: int = Field(default=0, ge=0)
+    generate: Annotated[int, Rule(needs={"stage": ("sft",)})] = Field(default=0, ge=0)
     """How many examples of each evaluation set are answered, greedily, and compared with their targets."""
-    every: int = Field(default=1, ge=1)
+    every: Annotated[int, OF_ANSWERS] = Field(default=1, ge=1)
     """Only at every nth evaluation; always at the first and the last."""
-    metrics: Annotated[list[str], BeforeValidator(to_list)] = ["exact_match"]
+    metrics: Annotated[list[str], BeforeValidator(to_list), OF_ANSWERS] = ["exact_match"]
     """exact_match, chrf, bleu, or module:function of (answers, targets), two lists of texts, that returns a
     number or several by name."""
-    max_new_tokens: int = Field(default=128, ge=1)
+    max_new_tokens: Annotated[int, OF_ANSWERS] = Field(default=128, ge=1)
     """The longest answer."""
 
 

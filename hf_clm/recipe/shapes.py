@@ -19,12 +19,7 @@ from hf_clm.recipe.faults import Fault
 
 MAPPING = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 MAX_LAYERS = 2000  # building more takes minutes; the deepest models that were published have some hundred
-# Names by which configurations of transformers call the same size.
-WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
-HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
-SIZES = (*WIDTHS, *HEADS, *LAYERS, "num_key_value_heads", "intermediate_size", "n_inner", "vocab_size")
-SIZES += ("n_positions", "max_position_embeddings", "head_dim", "num_experts", "num_local_experts", "ffn_dim")
 
 
 def is_causal_class(name: str) -> bool:
@@ -81,23 +76,12 @@ def _kind_faults(kind: Any, settings: Mapping[str, Any]) -> Iterator[Fault]:
 
 
 def _size_faults(settings: Mapping[str, Any]) -> Iterator[Fault]:
-    sizes = {name: settings[name] for name in SIZES if type(settings.get(name)) is int}
-    for name, size in sizes.items():
-        if size < (0 if name in EXPERTS else 1):
-            yield Fault(f"model.config.{name}", ": expected a number above 0", got=str(size))
-        elif name in LAYERS and size > MAX_LAYERS:
-            what = f": expected at most {MAX_LAYERS:,} layers"
+    """Numbers of layers that would be built: none at all, or more than time allows."""
+    for name in LAYERS:
+        size = settings.get(name, 1)
+        if isinstance(size, int) and not 0 < size <= MAX_LAYERS:
+            what = f": expected 1 to {MAX_LAYERS:,} layers"
             yield Fault(f"model.config.{name}", what, got=f"{size:,}")
-    width, heads = _given(sizes, WIDTHS), _given(sizes, HEADS)
-    kind = settings.get("model_type")
-    has_own_width = kind in ROUNDED or "head_dim" in settings or _source_says(str(kind), "configuration", OWN)
-    if width and heads and sizes[width] % sizes[heads] and not has_own_width:
-        what = f"must be a multiple of model.config.{heads}"
-        yield Fault(f"model.config.{width}", what, got=f"{sizes[width]} and {sizes[heads]}")
-    groups = sizes.get("num_key_value_heads", 0)
-    if heads and groups > 0 and sizes[heads] % groups:
-        what = "must be a multiple of model.config.num_key_value_heads"
-        yield Fault(f"model.config.{heads}", what, got=f"{sizes[heads]} and {groups}")
 
 
 def total_memory() -> int:
@@ -106,11 +90,6 @@ def total_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):  # Windows has no sysconf
         return 0
-
-
-def _given(sizes: Mapping[str, int], names: tuple[str, ...]) -> str:
-    """The first of the names that has a size above 0, or nothing."""
-    return next((name for name in names if sizes.get(name, 0) > 0), "")
 
 
 def _source_says(kind: str, part: str, pattern: str) -> bool:
@@ -126,8 +105,5 @@ def _models() -> Path:
     return Path(spec.origin).parent / "models"
 
 
-EXPERTS = ("num_experts", "num_local_experts")  # 0 is a dense model
-ROUNDED = ("phi", "nemotron")  # their heads leave the rest of the width out
-OWN = r"(head_dim|dim_head)\b.*= \d"  # a width of heads that does not follow from the model's
 CAUSAL = "name a causal language model, such as gpt2, llama or qwen2"
 ENCODERS = r"as a standalone, add .is_decoder=True"  # what their causal classes warn of

@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -120,11 +121,17 @@ def place_of(key: str, places: dict[str, str], *, otherwise: str) -> str:
     return otherwise
 
 
-def secret_faults(tree: dict[str, Any]) -> list[Fault]:
-    """A recipe is copied into every run folder, so a token or password in it is refused and not shown."""
+def text_faults(tree: dict[str, Any]) -> list[Fault]:
+    """Texts that no recipe may hold: half a character, and a token or password, which is not shown.
+
+    A recipe is copied into every run folder.
+    """
     fix = "remove it and use the environment variable HF_TOKEN (WANDB_API_KEY, ...)"
     found = [key for key, value in leaves(tree) if value and _is_secret(key, value)]
-    return [Fault(key, ": a secret does not belong in a recipe", fix) for key in found]
+    halves = [key for key, value in leaves(tree) if re.search("[\0\ud800-\udfff]", str(value))]
+    what = ": text with a NUL character or half of a surrogate pair cannot be used"
+    faults = [Fault(key, what) for key in halves]
+    return faults + [Fault(key, ": a secret does not belong in a recipe", fix) for key in found]
 
 
 def list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -186,52 +193,30 @@ def _compose(text: str) -> Node | None:
 
 
 def _to_plain(node: Node | None, where: str) -> Any:
-    """The value of a YAML node: numbers, text, lists and mappings. Raises RecipeError for all else."""
+    """The value of a YAML node. Raises RecipeError for what no recipe holds."""
     if node is None:
         return None
-    _check_nodes(node, where, sizes={})
-    return build_yaml().constructor.construct_document(node)
+    if _count(node, {}) > MAX_VALUES:
+        what = f"not a recipe: with its aliases it holds more than {MAX_VALUES:,} values, or itself"
+        raise RecipeError(what, where=where)
+    try:
+        return build_yaml().constructor.construct_document(node)
+    except ValueError as error:  # a number of thousands of digits, a date that is none
+        raise RecipeError(f"not valid YAML: {error}", where=where) from None
 
 
-def _check_nodes(node: Node, where: str, *, sizes: dict[int, int | None]) -> int:
-    """The number of values below a node, each alias counted as what it stands for.
+def _count(node: Node, sizes: dict[int, int]) -> int:
+    """The values below a node, each alias counted as what it stands for; one that holds itself is too many.
 
-    A few lines of aliases to aliases stand for billions of values. ``sizes``: by the id of a node; None while
-    its own children are counted. Raises RecipeError for what no recipe holds.
+    A few lines of aliases to aliases stand for billions of values. ``sizes``: by the id of a node.
     """
-    place = f"{where}:{node.start_mark.line + 1}" if COMMAND_LINE not in where else where
-    if id(node) in sizes:
-        size = sizes[id(node)]
-        if size is None:
-            raise RecipeError("not valid YAML: an alias that holds itself", where=where)
-        return size
-    sizes[id(node)], size = None, 1
     if isinstance(node, ScalarNode):
-        _check_scalar(node, place)
-    elif isinstance(node, MappingNode):
-        for key, value in node.value:
-            if not isinstance(key, ScalarNode):
-                raise RecipeError("the key of a mapping must be a word or a number", where=place)
-            size += _check_nodes(key, where, sizes=sizes) + _check_nodes(value, where, sizes=sizes)
-    else:
-        size += sum(_check_nodes(child, where, sizes=sizes) for child in node.value)
-    if str(node.tag).removeprefix(YAML_PREFIX) not in YAML_TYPES:
-        what = f"not valid YAML: the tag {str(node.tag).replace(YAML_PREFIX, '!!')} is not allowed"
-        raise RecipeError(what, where=place, fix="write plain text, and put dates in quotes")
-    if size > MAX_VALUES:
-        raise RecipeError(
-            f"not a recipe: with its aliases it holds more than {MAX_VALUES:,} values", where=place
-        )
-    sizes[id(node)] = size
-    return size
-
-
-def _check_scalar(node: ScalarNode, place: str) -> None:
-    if len(node.value) > MAX_DIGITS and str(node.tag) == f"{YAML_PREFIX}int":
-        raise RecipeError("a number of too many digits", where=place, got=shorten(node.value))
-    if "\0" in node.value or re.search("[\ud800-\udfff]", node.value):
-        what = "text with a NUL character or half of a surrogate pair cannot be used"
-        raise RecipeError(what, where=place, got=shorten(node.value))
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = MAX_VALUES
+        parts = chain.from_iterable(node.value) if isinstance(node, MappingNode) else node.value
+        sizes[id(node)] = 1 + sum(_count(part, sizes) for part in parts)
+    return sizes[id(node)]
 
 
 def _lines(node: Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -257,7 +242,4 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 
 MAX_BYTES = 256 * 1024  # of a recipe; the parser takes seconds for it
 MAX_VALUES = 50_000
-MAX_DIGITS = 18  # what 64 bits hold
-YAML_PREFIX = "tag:yaml.org,2002:"
-YAML_TYPES = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
 SECRET_KEY = r"(api_?key|wandb_key|(hub|hf|auth|access|api)_token|password|secret)$"

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 from pydantic_core import PydanticCustomError
@@ -20,6 +20,8 @@ from hf_clm.errors import EnvironmentFault
 from hf_clm.recipe.faults import Fault
 from hf_clm.recipe.sections import FREE, UNSEEN, Rule
 
+T = TypeVar("T")
+NO_LOGITS = Rule(unused="an evaluation sums losses and hits on the device, and keeps no logits")
 # Where ours differ from those of transformers.TrainingArguments.
 TRAIN_DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "cosine",  # ends at zero like linear, and stays high for longer
@@ -36,33 +38,42 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "report_to": "none",  # the default only since transformers 5
 }
 
-# The rules of fields, by pattern; another value of any other field is refused when a run is resumed.
-RESUME = {
-    FREE: (
-        *("logging_*", "save_*", "eval_*", "per_device_*", "gradient_accumulation_steps", "use_cpu"),
-        *("dataloader_num_workers", "dataloader_p*", "ddp_timeout", "load_best_model_at_end"),
-        *("metric_for_best_model", "greater_is_better"),
-    ),
-    UNSEEN: (
-        *("output_dir", "resume_from_checkpoint", "run_name", "disable_tqdm", "log_level*", "report_to"),
-        *("hub_*", "push_to_hub*"),
-    ),
+# The rules of fields, by pattern; the first counts. Any other may not differ when a run is resumed.
+RULES = {
+    "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps": NO_LOGITS,
+    "include_for_metrics batch_eval_metrics": NO_LOGITS,
+    "remove_unused_columns label_names": Rule(unused="the collator makes exactly what the model takes"),
+    "length_column_name": Rule(unused="the length of a row is counted"),
+    "logging_nan_inf_filter": Rule(unused="a loss that is not finite ends the run"),
+    "include_num_input_*": Rule(unused="tokens_seen and target_tokens_seen are always logged"),
+    "do_*": Rule(unused="hf-clm train always trains, and evaluates as train.eval_strategy says"),
+    "use_cache": Rule(unused="training reads each row once, so there is nothing to keep"),
+    "enable_jit_checkpoint": Rule(unused="SIGTERM always saves a checkpoint"),
+    "*liger_kernel*": Rule(unused="it gives no logits, which the token accuracy is counted on"),
+    "local_rank parallelism_config": Rule(unused="the launcher says how processes work together"),
+    "ignore_data_skip restore_callback_*": Rule(unused="a resume is exact"),
+    "logging_* save_* eval_* per_device_* gradient_accumulation_steps use_cpu ddp_timeout": FREE,
+    "dataloader_num_workers dataloader_pin_memory metric_for_best_model greater_is_better": FREE,
+    "output_dir resume_from_checkpoint run_name disable_tqdm log_level* report_to *hub*": UNSEEN,
+    "load_best_model_at_end": Rule("free", needs={"train.eval_strategy": ("steps", "epoch")}),
+    "dataloader_p*": Rule("free", needs={"train.dataloader_num_workers": ()}),
+    "dataloader_multi* dataloader_in_order": Rule(needs={"train.dataloader_num_workers": ()}),
+    "activation_*_kwargs": Rule(needs={"train.activation_checkpointing": (True,)}),
+    "fp16": Rule(needs={"train.bf16": (False,)}),
+    "fp16_full_eval": Rule(needs={"train.bf16_full_eval": (False,)}),
 }
-# The values that data.streaming excludes, and why.
-NO_EPOCH = (("epoch",), "no end of an epoch is known; use steps")
-NOT_STREAMED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "train_sampling_strategy": (("group_by_length", "batch_rebalance"), "no other order is known"),
-    "dataloader_in_order": ((False,), "each worker has its turn"),
-    "auto_find_batch_size": ((True,), "a batch is of one shard"),
-    "torch_compile": ((True,), "the longest batch is not known"),
-    **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), NO_EPOCH),
+# The values that data.streaming excludes: the ends of epochs and the longest batch are not known.
+NOT_STREAMED: dict[str, tuple[Any, ...]] = {
+    "train_sampling_strategy": ("group_by_length", "batch_rebalance"),
+    "dataloader_in_order": (False,),
+    **dict.fromkeys(("auto_find_batch_size", "torch_compile"), (True,)),
+    **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), ("epoch",)),
 }
 
 
 def train_rule(name: str) -> Rule:
     """The rule of a field of ``train``."""
-    found = (rule for rule, patterns in RESUME.items() if any(fnmatchcase(name, p) for p in patterns))
-    return next(found, Rule("refused"))
+    return _look_up(RULES, name) or Rule()
 
 
 @lru_cache(maxsize=1)
@@ -77,6 +88,11 @@ def train_section() -> type[BaseModel]:
 def train_fields() -> dict[str, Any]:
     """The names of the fields and their defaults; None where the source computes one."""
     return {name: info.default for name, info in train_section().model_fields.items()}
+
+
+def train_values(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Every field with its value, ours or the library's default where none is given."""
+    return {**train_fields(), **TRAIN_DEFAULTS, **train}
 
 
 def check_train(train: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
@@ -110,7 +126,7 @@ def read_train_section(package: Path) -> type[BaseModel]:
     for node in classes["TrainingArguments"].body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             name = node.target.id
-            kind, limits = TYPES.get(name) or _to_type(node.annotation, names), LIMITS.get(name, ())
+            kind, limits = TYPES.get(name) or _to_type(node.annotation, names), _look_up(LIMITS, name)
             fields[name] = (Annotated[(kind, *limits)] if limits else kind, _default(node.value))
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # aliases of late 5.x
         if name.replace("gradient_", "activation_") in fields:
@@ -126,6 +142,12 @@ def _to_type(annotation: ast.expr, names: Mapping[str, Any]) -> Any:
     found = eval(ast.unparse(annotation), known)
     words = [item for item in get_args(found) if str in map(type, get_args(item))]
     return words[0] if words else found
+
+
+def _look_up(table: Mapping[str, T], name: str) -> T | None:
+    """The value of the first row with a pattern that the name matches."""
+    rows = (value for names, value in table.items() if any(fnmatchcase(name, one) for one in names.split()))
+    return next(rows, None)
 
 
 def _default(node: Any) -> Any:
@@ -151,20 +173,15 @@ def _max_steps(value: int) -> int:
 
 
 LIMITS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("learning_rate", "adam_epsilon", "neftune_noise_alpha"), (Field(gt=0),)),
-    **dict.fromkeys(("ddp_timeout", "ddp_bucket_cap_mb"), (Field(gt=0),)),
-    **dict.fromkeys(("save_steps", "logging_steps", "eval_steps"), (Field(gt=0), AfterValidator(_steps))),
-    **dict.fromkeys(
-        ("weight_decay", "max_grad_norm", "dataloader_num_workers", "eval_delay"), (Field(ge=0),)
-    ),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (Field(ge=1),)),
-    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), (Field(ge=1),)),
-    **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor"), (Field(ge=1),)),
-    "torch_empty_cache_steps": (Field(ge=1),),
-    **dict.fromkeys(("seed", "data_seed"), (Field(ge=0, lt=2**32),)),
-    **dict.fromkeys(("label_smoothing_factor", "adam_beta1", "adam_beta2"), (Field(ge=0, lt=1),)),
+    "learning_rate adam_epsilon neftune_noise_alpha ddp_timeout ddp_bucket_cap_mb": (Field(gt=0),),
+    "save_steps logging_steps eval_steps": (Field(gt=0), AfterValidator(_steps)),
     "warmup_steps": (AfterValidator(_steps),),
     "max_steps": (AfterValidator(_max_steps),),
+    "weight_decay max_grad_norm dataloader_num_workers eval_delay": (Field(ge=0),),
+    "*_batch_size gradient_accumulation_steps eval_accumulation_steps save_total_limit": (Field(ge=1),),
+    "dataloader_prefetch_factor torch_empty_cache_steps": (Field(ge=1),),
+    "seed data_seed": (Field(ge=0, lt=2**32),),
+    "label_smoothing_factor adam_beta1 adam_beta2": (Field(ge=0, lt=1),),
 }
 TRACKERS = ("clearml", "codecarbon", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 TRACKER: Any = Literal[

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from hf_clm.recipe.faults import shorten
-from hf_clm.recipe.recipe import Recipe, rule_of_key
+from hf_clm.recipe.recipe import Recipe, resume_rule
 from hf_clm.recipe.text import leaves
 
 SHOWN_KEYS = 6  # of those that are refused, in the line of the error
@@ -44,7 +44,7 @@ def compare(
     return [
         Change(key, before.get(key), now.get(key), _fate(key, overridden))
         for key in {**before, **now}
-        if before.get(key) != now.get(key) and rule_of_key(key).resume != "unseen"
+        if before.get(key) != now.get(key) and resume_rule(key) != "unseen"
     ]
 
 
@@ -108,7 +108,7 @@ def _fate(key: str, overridden: Sequence[str]) -> Literal["refused", "overridden
     spelled = {*overridden, *(f"train.{name}" for name in overridden)}
     if any(key == name or key.startswith(f"{name}.") for name in spelled):
         return "overridden"
-    return "free" if rule_of_key(key).resume == "free" else "refused"
+    return "free" if resume_rule(key) == "free" else "refused"
 
 
 def _short(key: str) -> str:
