@@ -106,7 +106,7 @@ def check_train(train: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
     needed = [("report_to", name) for name in TRACKERS if name in trackers]
     needed += [("optim", package) for part, package in OPTIMIZERS.items() if part in optim]
     return values, [
-        Fault(f"train.{key}", f"{values[key]!r} needs the package {package}", fix=f"pip install {package}")
+        Fault(f"train.{key}", f": {values[key]!r} needs the package {package}", fix=f"pip install {package}")
         for key, package in needed
         if find_spec(package) is None
     ]

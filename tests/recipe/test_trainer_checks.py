@@ -56,7 +56,7 @@ def test_evaluation_without_an_eval_set_is_a_fault():
     [
         (
             {"save_strategy": "epoch"},
-            "Evaluation strategy: IntervalStrategy.STEPS - Save strategy: SaveStrategy.EPOCH",
+            "IntervalStrategy.STEPS - Save strategy: SaveStrategy.EPOCH",
         ),
         ({"eval_steps": 20, "save_steps": 30}, "requires the saving steps to be a round multiple of"),
         ({"eval_steps": 0.1, "save_steps": 30}, "requires the saving steps to be a multiple of"),

@@ -178,7 +178,7 @@ def test_a_value_that_needs_a_missing_package_names_it(monkeypatch, key, value, 
 
     _, (fault,) = check_train({key: value})
 
-    assert fault.what == f"train.{key} {value!r} needs the package {package}"
+    assert fault.what == f"train.{key}: {value!r} needs the package {package}"
     assert fault.fix == f"pip install {package}"
 
 
