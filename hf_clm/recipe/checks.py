@@ -4,22 +4,19 @@ import os
 import re
 from collections.abc import Iterator
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_clm.errors import did_you_mean
 from hf_clm.recipe.faults import OUT, Fault, shorten
-from hf_clm.recipe.sections import EVAL, FACTS, TRAIN, Data, Model, Tokenizer
+from hf_clm.recipe.sections import EVAL, FACTS, TRAIN, Data, Keys, Model, Tokenizer
 from hf_clm.recipe.shapes import folder_faults, scratch_faults
 from hf_clm.recipe.trainer_checks import metric_names, train_faults
 from hf_clm.recipe.trainer_fields import NOT_STREAMED, train_fields, train_rule, train_values
 
-if TYPE_CHECKING:
-    from hf_clm.recipe.recipe import Recipe
-
 ANSWER_METRICS = ("exact_match", "chrf", "bleu")
 
 
-def recipe_faults(recipe: "Recipe") -> list[Fault]:
+def recipe_faults(recipe: Keys) -> list[Fault]:
     """What is wrong between the keys of a recipe."""
     data = recipe.data
     sets = [name.removeprefix(f"{EVAL}_") for name in data.eval_sets if name != EVAL]
@@ -38,7 +35,7 @@ def recipe_faults(recipe: "Recipe") -> list[Fault]:
     ]
 
 
-def answer_metrics(recipe: "Recipe") -> list[str]:
+def answer_metrics(recipe: Keys) -> list[str]:
     """The metrics of answers as the evaluations of a recipe log them: ``eval_news_chrf``, ...
 
     A function may return several numbers by name. Their names are not known before it runs, except for the
@@ -53,12 +50,12 @@ def answer_metrics(recipe: "Recipe") -> list[str]:
     return found
 
 
-def _chosen_metric(recipe: "Recipe") -> str:
+def _chosen_metric(recipe: Keys) -> str:
     name = recipe.train.get("metric_for_best_model") or ""
     return name if name.startswith("eval_") else f"eval_{name}"
 
 
-def _rule_faults(recipe: "Recipe") -> Iterator[Fault]:
+def _rule_faults(recipe: Keys) -> Iterator[Fault]:
     """What the rules of the keys exclude, those of ``train`` included."""
     values, defaults = train_values(recipe.train), train_values({})
     changed = [(key, recipe.rule(key)) for key, _ in recipe.changed()]
@@ -110,7 +107,7 @@ def _model_faults(model: Model, tokenizer: Tokenizer) -> Iterator[Fault]:
         yield Fault("tokenizer.eos_token", "and tokenizer.pad_token are the same")
 
 
-def _data_faults(recipe: "Recipe") -> Iterator[Fault]:
+def _data_faults(recipe: Keys) -> Iterator[Fault]:
     """What is wrong between the data and how their rows are laid out."""
     data, train, window, packing = recipe.data, recipe.train, recipe.data.window, recipe.resolved_packing
     if data.eval and data.eval_fraction:
@@ -168,7 +165,7 @@ def _set_faults(data: Data) -> Iterator[Fault]:
         yield Fault("data.eval", what, "another name", "train")
 
 
-def _answer_faults(recipe: "Recipe") -> Iterator[Fault]:
+def _answer_faults(recipe: Keys) -> Iterator[Fault]:
     data, section = recipe.data, recipe.evaluation
     if section.generate and not data.eval and not data.eval_fraction:
         what = "answers examples of evaluation sets, and there is none"
@@ -207,7 +204,7 @@ def _share_faults(data: Data) -> Iterator[Fault]:
         yield Fault("data.mixing.size", what, "leave it out, or give weights")
 
 
-def _stream_faults(recipe: "Recipe") -> Iterator[Fault]:
+def _stream_faults(recipe: Keys) -> Iterator[Fault]:
     """What ``data.streaming`` excludes beside the rules of the keys."""
     data, train = recipe.data, recipe.train
     if train.get("max_steps", -1) <= 0:
@@ -222,7 +219,7 @@ def _stream_faults(recipe: "Recipe") -> Iterator[Fault]:
             yield Fault(f"train.{name}", what, OUT)
 
 
-def _override_faults(recipe: "Recipe") -> Iterator[Fault]:
+def _override_faults(recipe: Keys) -> Iterator[Fault]:
     """What in ``resume_override`` is neither a key nor a fact that could differ."""
     known = {*type(recipe).model_fields, *FACTS, *train_fields()}
     for name in recipe.resume_override:

@@ -4,36 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from hf_clm.errors import RecipeError
 from hf_clm.recipe.checks import recipe_faults
 from hf_clm.recipe.faults import RecipeFaults, shorten, suggest_key, to_faults
-from hf_clm.recipe.sections import (
-    FACTS,
-    FREE,
-    OF_TRAINED_MODELS,
-    REMOVED,
-    UNSEEN,
-    Card,
-    Data,
-    Doctor,
-    EarlyStopping,
-    Evaluation,
-    Lora,
-    Loss,
-    Model,
-    Rule,
-    Samples,
-    Section,
-    Source,
-    Tokenizer,
-    to_list,
-    to_sources,
-)
+from hf_clm.recipe.sections import FACTS, REMOVED, Keys, Source, to_sources
+from hf_clm.recipe.sections import Data as Data
 from hf_clm.recipe.text import (
     COMMAND_LINE,
     accepted_types,
@@ -56,7 +36,6 @@ from hf_clm.recipe.trainer_fields import (
     train_rule,
     train_section,
 )
-from hf_clm.schema import Overflow
 
 
 @dataclass
@@ -67,36 +46,9 @@ class _Origins:
     file: str = field(default="", compare=False)
 
 
-class Recipe(Section):
+class Recipe(Keys):
     """A run: one that was built has passed every check that needs neither data nor model."""
 
-    stage: Literal["pretrain", "sft"]
-    """Learn whole texts, or the targets only."""
-    model: Model
-    tokenizer: Tokenizer = Tokenizer()
-    data: Data
-    lora: Annotated[Lora | None, OF_TRAINED_MODELS] = None
-    """Train small updates of a frozen model; null: train the model."""
-    samples: Annotated[Samples | None, FREE] = None
-    """Text generated during training; null: none."""
-    evaluation: Evaluation = Evaluation()
-    """What an evaluation does beside the loss and the accuracy of the target tokens."""
-    early_stopping: Annotated[
-        EarlyStopping | None, Rule("free", needs={"train.load_best_model_at_end": (True,)})
-    ] = None
-    """null: train to the end."""
-    loss: Loss = Loss()
-    """Terms beside the likelihood; see also train.label_smoothing_factor."""
-    card: Annotated[Card, UNSEEN] = Card()
-    """The model card, README.md of the output folder."""
-    doctor: Annotated[Doctor, UNSEEN] = Doctor()
-    """Checks on the real model and data."""
-    train: dict[str, Any] = Field(default={})
-    """transformers.TrainingArguments, verbatim."""
-    overwrite: Annotated[bool | Literal["done"], UNSEEN] = False
-    """Move an existing output folder aside; done: only that of a finished run; others are resumed."""
-    resume_override: Annotated[list[str], BeforeValidator(to_list), UNSEEN] = Field(default=[])
-    """What may differ from the run that is resumed: keys, data, tokenizer, template, global_batch."""
     _origins: _Origins = PrivateAttr(default_factory=_Origins)
 
     @field_validator("train")
@@ -118,20 +70,12 @@ class Recipe(Section):
         """Where the recipe was read; empty for one made in Python."""
         return self._origins.file
 
-    @property
-    def resolved_overflow(self) -> Overflow:
-        return self.data.overflow or ("keep_target" if self.stage == "sft" else "split")
-
     def for_tokenizer(self, *, has_template: bool) -> "Recipe":
         """The recipe with ``data.render: auto`` decided: by whether the tokenizer has a chat template."""
         if self.data.render != "auto":
             return self
         render = "chat" if has_template and self.stage == "sft" else "plain"
         return self.model_copy(update={"data": self.data.model_copy(update={"render": render})})
-
-    @property
-    def resolved_packing(self) -> str:
-        return self.data.packing or ("best_fit" if self.stage == "sft" else "stream")
 
 
 # Keys of earlier versions and of transformers 4 -> what to do.
@@ -148,9 +92,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
     line of the file, or "command line", for the first thing that is wrong.
     """
     tree, places = load_yaml(str(path))
-    fields = dict(list_keys(Recipe)) | {
-        f"train.{name}": info for name, info in train_section().model_fields.items()
-    }
+    fields = dict([*list_keys(Recipe), *list_keys(train_section(), "train.")])
     for name, text in to_options(overrides):
         key = _to_key(name, options)
         value = to_value(key, text, types=accepted_types(fields.get(key)))
@@ -161,8 +103,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
         try:
             recipe = Recipe.model_validate(tree)
         except ValidationError as error:
-            known = [*(key for key, _ in list_keys(Recipe)), *(f"train.{name}" for name in train_fields())]
-            faults = list(to_faults(error, known, gone=GONE))
+            faults = list(to_faults(error, fields, gone=GONE))
         else:
             recipe._origins.places.update(places)
             recipe._origins.file = str(path)

@@ -382,3 +382,43 @@ class Doctor(Section):
 class Loss(Section):
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of the squared log of the softmax's sum, which keeps logits from drifting; 1e-4 is usual."""
+
+
+class Keys(Section):
+    """All keys of a recipe, not yet checked with each other."""
+
+    stage: Literal["pretrain", "sft"]
+    """Learn whole texts, or the targets only."""
+    model: Model
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data
+    lora: Annotated[Lora | None, OF_TRAINED_MODELS] = None
+    """Train small updates of a frozen model; null: train the model."""
+    samples: Annotated[Samples | None, FREE] = None
+    """Text generated during training; null: none."""
+    evaluation: Evaluation = Evaluation()
+    """What an evaluation does beside the loss and the accuracy of the target tokens."""
+    early_stopping: Annotated[
+        EarlyStopping | None, Rule("free", needs={"train.load_best_model_at_end": (True,)})
+    ] = None
+    """null: train to the end."""
+    loss: Loss = Loss()
+    """Terms beside the likelihood; see also train.label_smoothing_factor."""
+    card: Annotated[Card, UNSEEN] = Card()
+    """The model card, README.md of the output folder."""
+    doctor: Annotated[Doctor, UNSEEN] = Doctor()
+    """Checks on the real model and data."""
+    train: dict[str, Any] = Field(default={})
+    """transformers.TrainingArguments, verbatim."""
+    overwrite: Annotated[bool | Literal["done"], UNSEEN] = False
+    """Move an existing output folder aside; done: only that of a finished run; others are resumed."""
+    resume_override: Annotated[list[str], BeforeValidator(to_list), UNSEEN] = Field(default=[])
+    """What may differ from the run that is resumed: keys, data, tokenizer, template, global_batch."""
+
+    @property
+    def resolved_overflow(self) -> Overflow:
+        return self.data.overflow or ("keep_target" if self.stage == "sft" else "split")
+
+    @property
+    def resolved_packing(self) -> str:
+        return self.data.packing or ("best_fit" if self.stage == "sft" else "stream")

@@ -6,20 +6,23 @@ from pydantic import ValidationError
 from hf_clm.errors import ExitCode, RecipeError
 from hf_clm.recipe.recipe import (
     TRAIN_DEFAULTS,
-    Data,
-    EarlyStopping,
-    Model,
     Recipe,
-    Samples,
-    Source,
-    Tokenizer,
     describe_recipe,
     load_recipe,
     recipe_help,
     recipe_to_yaml,
     training_values,
 )
-from hf_clm.recipe.sections import TokenizerTraining, Window
+from hf_clm.recipe.sections import (
+    Data,
+    EarlyStopping,
+    Model,
+    Samples,
+    Source,
+    Tokenizer,
+    TokenizerTraining,
+    Window,
+)
 from hf_clm.recipe.trainer_fields import train_fields
 
 BASE = """\

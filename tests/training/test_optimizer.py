@@ -50,7 +50,6 @@ def test_every_optimizer_is_built_here_or_refused_for_the_package_it_needs(name,
     else:
         with pytest.raises(RecipeError, match=rf"^train.optim: {name} cannot be built: .*(install|import)"):
             training_arguments(recipe_of(tmp_path, optim=name))
-        assert faults[0].fix.startswith("pip install ")
 
 
 @pytest.mark.parametrize(
