@@ -11,6 +11,7 @@ from hf_clm.recipe.recipe import (
     load_recipe,
     recipe_help,
     recipe_to_yaml,
+    resume_rule,
     training_values,
 )
 from hf_clm.recipe.sections import (
@@ -845,6 +846,29 @@ def test_every_key_outside_the_sections_has_a_docstring_that_is_its_help():
         if not info.description
     ]
     assert undescribed == []
+
+
+@pytest.mark.parametrize(
+    ("key", "rule"),
+    [
+        ("data.max_length", "refused"),
+        ("model.config.n_layer", "refused"),
+        ("data.train.0.weight", "refused"),
+        ("data.train.0.path", "unseen"),
+        ("data.eval.1.path", "unseen"),
+        ("data.eval.1.set", "free"),  # as all of data.eval
+        ("samples.prompts.0", "free"),
+        ("doctor.round_trip", "unseen"),
+        ("train.learning_rate", "refused"),
+        ("train.save_steps", "free"),
+        ("train.output_dir", "unseen"),
+        ("processes", "free"),
+        ("global_batch", "refused"),
+        ("architecture.n_layer", "refused"),
+    ],
+)
+def test_a_key_says_whether_it_may_differ_when_a_run_is_resumed(key, rule):
+    assert resume_rule(key) == rule
 
 
 # --- streams

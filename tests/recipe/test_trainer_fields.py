@@ -14,7 +14,6 @@ from hf_clm.recipe.trainer_fields import (
     check_train,
     read_train_section,
     train_fields,
-    train_rule,
     train_section,
 )
 
@@ -263,19 +262,3 @@ def test_the_words_that_the_source_does_not_give_are_those_of_the_libraries():
     }.items():
         listed = fault_of(key, "nonsense").partition("expected one of ")[2].partition("; got")[0]
         assert set(listed.split(", ")) == words
-
-
-def test_a_pattern_of_the_table_of_rules_stands_for_some_field():
-    rules = {name: train_rule(name).resume for name in train_fields()}
-
-    assert {name for name, rule in rules.items() if rule == "free" and name.startswith("dataloader")} == {
-        "dataloader_num_workers",
-        "dataloader_pin_memory",
-        "dataloader_persistent_workers",
-        "dataloader_prefetch_factor",
-    }
-    assert (rules["save_steps"], rules["hub_model_id"], rules["learning_rate"]) == (
-        "free",
-        "unseen",
-        None,
-    )
