@@ -13,8 +13,6 @@ from hf_clm.recipe.shapes import folder_faults, scratch_faults
 from hf_clm.recipe.trainer_checks import metric_names, train_faults
 from hf_clm.recipe.trainer_fields import NOT_STREAMED, train_fields, train_rule, train_values
 
-ANSWER_METRICS = ("exact_match", "chrf", "bleu")
-
 
 def recipe_faults(recipe: Keys) -> list[Fault]:
     """What is wrong between the keys of a recipe."""
@@ -58,7 +56,7 @@ def _chosen_metric(recipe: Keys) -> str:
 def _rule_faults(recipe: Keys) -> Iterator[Fault]:
     """What the rules of the keys exclude, those of ``train`` included."""
     values, defaults = train_values(recipe.train), train_values({})
-    changed = [(key, recipe.rule(key)) for key, _ in recipe.changed()]
+    changed = [*recipe.changed()]
     changed += [
         (f"train.{key}", train_rule(key))
         for key, value in recipe.train.items()
@@ -170,11 +168,6 @@ def _answer_faults(recipe: Keys) -> Iterator[Fault]:
     if section.generate and not data.eval and not data.eval_fraction:
         what = "answers examples of evaluation sets, and there is none"
         yield Fault("evaluation.generate", what, "give data.eval or data.eval_fraction")
-    for number, name in enumerate(section.metrics):
-        if ":" not in name and name not in ANSWER_METRICS:
-            what = f": expected {', '.join(ANSWER_METRICS)} or module:function"
-            near = did_you_mean(name, ANSWER_METRICS)
-            yield Fault(f"evaluation.metrics.{number}", what, got=f"{name!r}{near}")
     if section.every > 1 and _chosen_metric(recipe) in answer_metrics(recipe):
         what = "leaves out evaluations, and train.metric_for_best_model needs all of them"
         yield Fault("evaluation.every", what, "1", str(section.every))

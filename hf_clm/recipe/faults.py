@@ -108,17 +108,18 @@ def _to_fault(key: str, errors: list[Any], known: Iterable[str], gone: Mapping[s
         return Fault(key, f"is not {of}{suggest_key(key, known)}")
     if "missing" in kinds:
         return Fault(key, "is missing")
+    expected = [EXPECTED[kind] for kind in kinds if kind in EXPECTED]
     if "literal_error" in kinds and (isinstance(value, str) or len(kinds) == 1):
         words = re.findall("'(.*?)'", kinds["literal_error"]["ctx"]["expected"])
         longer = [word for word in words if value and word.startswith(str(value))]
         near = f"; did you mean {longer[0]!r}?" if longer else did_you_mean(str(value), words)
         shown = [*words[:MOST_WORDS], "..."][: len(words)]
-        return Fault(key, f": expected one of {', '.join(shown)}", got=f"{shorten(value)}{near}")
-    expected = [EXPECTED[kind] for kind in kinds if kind in EXPECTED]
+        others = "".join(f", or {word}" for word in expected)
+        return Fault(key, f": expected one of {', '.join(shown)}{others}", got=f"{shorten(value)}{near}")
     if not expected:
         message = re.sub("^Input should be (?=greater|less)", "expected a number ", details["msg"])
         message = message.replace("Input should be", "expected")
-        return Fault(key, f": {message}", got=shorten(value))
+        return Fault(key, f": {message}", got="" if "; got " in message else shorten(value))
     return Fault(key, f": expected {' or '.join(expected)}", _drop_quotes(value, kinds), shorten(value))
 
 

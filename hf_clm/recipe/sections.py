@@ -1,5 +1,6 @@
 """The sections of a recipe: each key with its type, default, help and rule; ``train`` is of transformers."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, get_args
@@ -12,6 +13,7 @@ from hf_clm.recipe.template import Template
 from hf_clm.recipe.text import model_of
 from hf_clm.schema import Format, OnBadRecord, Overflow, TokenizerKind
 
+OWN = ("module:function", r"[^ ]+:[^ ]+")
 TRAIN, EVAL = "train", "eval"  # names of sets; one that has a name of its own is eval_NAME
 
 
@@ -116,12 +118,16 @@ class Model(Section):
     """Load pickled weights where there are no safetensors."""
 
 
-def _known_template(template: str | None) -> str | None:
-    shipped = ("chatml", "plain")
-    if template is None or template in shipped or template.endswith(".jinja"):
-        return template
-    reason = f"expected one of {', '.join(shipped)}, or a .jinja file; got {template!r}"
-    raise PydanticCustomError("template", "{reason}", {"reason": reason + did_you_mean(template, shipped)})
+def _word_of(known: tuple[str, ...], other: str, pattern: str) -> AfterValidator:
+    """Takes one of these words, or text that matches the pattern."""
+
+    def check(word: str | None) -> str | None:
+        if word is None or word in known or re.fullmatch(pattern, word):
+            return word
+        reason = f"expected one of {', '.join(known)}, or {other}; got {word!r}{did_you_mean(word, known)}"
+        raise PydanticCustomError("word", "{reason}", {"reason": reason})
+
+    return AfterValidator(check)
 
 
 class TokenizerTraining(Section):
@@ -149,24 +155,16 @@ class Tokenizer(Section):
     """Default: the tokenizer's; <|endoftext|> of one that is trained."""
     control_tokens: list[str] = []
     """Added where the tokenizer has not got them; a template writes them."""
-    chat_template: Annotated[str | None, AfterValidator(_known_template)] = None
+    chat_template: Annotated[str | None, _word_of(("chatml", "plain"), "a .jinja file", r".*\.jinja")] = None
     """chatml, plain, or a .jinja file; default: the tokenizer's."""
     chat_template_kwargs: dict[str, JsonValue] = {}
     """Variables of the chat template, such as {enable_thinking: false}; saved with it as its defaults."""
 
 
-def _known_format(format: str | None) -> str | None:
-    known = get_args(Format)
-    if format is None or format in known or (":" in format and " " not in format):
-        return format
-    reason = f"expected one of {', '.join(known)}, or module:function; got {format!r}"
-    raise PydanticCustomError("format", "{reason}", {"reason": reason + did_you_mean(format, known)})
-
-
 class Source(Section):
     path: Annotated[str, Rule("unseen", decides=False)]
     """A file, a glob, a folder, or a dataset on the Hub."""
-    format: Annotated[str | None, AfterValidator(_known_format), UNSEEN] = None
+    format: Annotated[str | None, _word_of(get_args(Format), *OWN), UNSEEN] = None
     """A format, or module:function for a function of your own; default: told from the keys of the records."""
     fields: Annotated[dict[str, str], UNSEEN] = {}
     """The format's key -> the column in the file."""
@@ -349,7 +347,11 @@ class Evaluation(Section):
     """How many examples of each evaluation set are answered, greedily, and compared with their targets."""
     every: Annotated[int, OF_ANSWERS] = Field(default=1, ge=1)
     """Only at every nth evaluation; always at the first and the last."""
-    metrics: Annotated[list[str], BeforeValidator(to_list), OF_ANSWERS] = ["exact_match"]
+    metrics: Annotated[
+        list[Annotated[str, _word_of(("exact_match", "chrf", "bleu"), *OWN)]],
+        BeforeValidator(to_list),
+        OF_ANSWERS,
+    ] = ["exact_match"]
     """exact_match, chrf, bleu, or module:function of (answers, targets), two lists of texts, that returns a
     number or several by name."""
     max_new_tokens: Annotated[int, OF_ANSWERS] = Field(default=128, ge=1)

@@ -149,10 +149,11 @@ def model_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def accepted_types(info: FieldInfo | None) -> tuple[str, ...]:
-    """``str | None`` is ("str", "None"), a Literal ("str",); () for a key that is not a field."""
+    """``str | None`` is ("str", "None"), a Literal ("str",), a section "dict"; () for what is no field."""
     items = _members(info.annotation) if info else ()
     types = [str if get_origin(item) is Literal else get_origin(item) or item for item in items]
-    return tuple("None" if item is type(None) else item.__name__ for item in types)
+    names = {type(None): "None"} | {item: "dict" for item in types if model_of(item)}
+    return tuple(names.get(item, item.__name__) for item in types)
 
 
 def to_type_text(annotation: Any) -> str:
