@@ -4,35 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from hf_clm.errors import RecipeError
-from hf_clm.recipe.checks import (
-    answer_metrics,
-    data_faults,
-    model_faults,
-    override_faults,
-    token_budget_faults,
-)
-from hf_clm.recipe.sections import (
-    EVAL,
-    Card,
-    Data,
-    Doctor,
-    EarlyStopping,
-    Evaluation,
-    Lora,
-    Loss,
-    Model,
-    Samples,
-    Section,
-    Source,
-    Tokenizer,
-    to_sources,
-)
+from hf_clm.recipe.checks import recipe_faults
+from hf_clm.recipe.faults import RecipeFaults, shorten, suggest_key, to_faults
+from hf_clm.recipe.sections import FACTS, REMOVED, Keys, Source, to_sources
+from hf_clm.recipe.sections import Data as Data
 from hf_clm.recipe.text import (
     COMMAND_LINE,
     accepted_types,
@@ -42,24 +23,19 @@ from hf_clm.recipe.text import (
     load_yaml,
     override,
     place_of,
-    secret_faults,
-    suggest_key,
-    to_fault,
+    text_faults,
     to_options,
     to_type_text,
     to_value,
 )
-from hf_clm.recipe.trainer_checks import check_train_combination, metric_names
 from hf_clm.recipe.trainer_fields import (
     TRAIN_DEFAULTS,
     V4_NAMES,
-    Fault,
-    check_train_values,
-    load_trainer_fields,
-    shorten,
-    to_trainer_types,
+    check_train,
+    train_fields,
+    train_rule,
+    train_section,
 )
-from hf_clm.schema import Overflow
 
 
 @dataclass
@@ -70,80 +46,29 @@ class _Origins:
     file: str = field(default="", compare=False)
 
 
-class _Faults(ValueError):
-    def __init__(self, faults: list[Fault]):
-        self.faults = faults
-        super().__init__(faults[0].what)
-
-
-class Recipe(Section):
+class Recipe(Keys):
     """A run: one that was built has passed every check that needs neither data nor model."""
 
-    stage: Literal["pretrain", "sft"]
-    """Learn whole texts, or the targets only."""
-    model: Model
-    tokenizer: Tokenizer = Tokenizer()
-    data: Data
-    lora: Lora | None = None
-    """Train small updates of a frozen model; null: train the model."""
-    samples: Samples | None = None
-    """Text generated during training; null: none."""
-    evaluation: Evaluation = Evaluation()
-    """What an evaluation does beside the loss and the accuracy of the target tokens."""
-    early_stopping: EarlyStopping | None = None
-    """null: train to the end."""
-    loss: Loss = Loss()
-    """Terms beside the likelihood; see also train.label_smoothing_factor."""
-    card: Card = Card()
-    """The model card, README.md of the output folder."""
-    doctor: Doctor = Doctor()
-    """Checks on the real model and data."""
-    train: dict[str, Any] = Field(default={})
-    """transformers.TrainingArguments, verbatim."""
-    overwrite: bool | Literal["done"] = False
-    """Move an existing output folder aside; done: only that of a run that is done, and go on with others."""
-    resume_override: list[str] = Field(default=[])
-    """What may differ from the run that is gone on with: keys, data, tokenizer, template, global_batch."""
     _origins: _Origins = PrivateAttr(default_factory=_Origins)
-
-    @field_validator("resume_override", mode="before")
-    @classmethod
-    def _split_words(cls, value: Any) -> Any:
-        return value.split(",") if isinstance(value, str) else value
 
     @field_validator("train")
     @classmethod
     def _check_train(cls, train: dict[str, Any]) -> dict[str, Any]:
-        if faults := check_train_values(train):
-            raise _Faults(faults)
-        return to_trainer_types(train)
+        values, faults = check_train(train)
+        if faults:
+            raise RecipeFaults(faults)
+        return values
 
     @model_validator(mode="after")
     def _check_together(self) -> "Recipe":
-        has_eval = bool(self.data.eval or self.data.eval_fraction)
-        faults = [*model_faults(self), *data_faults(self), *token_budget_faults(self)]
-        faults += override_faults(self.resume_override, sections=Recipe.model_fields)
-        sets = [name.removeprefix(f"{EVAL}_") for name in self.data.eval_sets if name != EVAL]
-        sets += ["train"] if self.data.eval_train_rows else []
-        metrics = metric_names(sets, answer_metrics(self))
-        faults += check_train_combination(
-            self.train, has_eval=has_eval, defaults=TRAIN_DEFAULTS, metrics=metrics
-        )
-        if self.early_stopping and not self.train.get("load_best_model_at_end"):
-            what = "early_stopping needs train.load_best_model_at_end: true and an eval set"
-            faults.append(Fault("early_stopping", what))
-        if faults:
-            raise _Faults(faults)
+        if faults := recipe_faults(self):
+            raise RecipeFaults(faults)
         return self
 
     @property
     def file(self) -> str:
         """Where the recipe was read; empty for one made in Python."""
         return self._origins.file
-
-    @property
-    def resolved_overflow(self) -> Overflow:
-        return self.data.overflow or ("keep_target" if self.stage == "sft" else "split")
 
     def for_tokenizer(self, *, has_template: bool) -> "Recipe":
         """The recipe with ``data.render: auto`` decided: by whether the tokenizer has a chat template."""
@@ -152,9 +77,12 @@ class Recipe(Section):
         render = "chat" if has_template and self.stage == "sft" else "plain"
         return self.model_copy(update={"data": self.data.model_copy(update={"render": render})})
 
-    @property
-    def resolved_packing(self) -> str:
-        return self.data.packing or ("best_fit" if self.stage == "sft" else "stream")
+
+# Keys of earlier versions and of transformers 4 -> what to do.
+GONE = {f"train.{name}": fix for name, fix in V4_NAMES.items()}
+GONE |= {
+    f"{section}.{name}": fix for name, (_, fix) in REMOVED.items() for section in ("data", "data.mixing")
+}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Sequence[str] = ()) -> Recipe:
@@ -164,18 +92,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
     line of the file, or "command line", for the first thing that is wrong.
     """
     tree, places = load_yaml(str(path))
-    fields = dict(list_keys(Recipe))
+    fields = dict([*list_keys(Recipe), *list_keys(train_section(), "train.")])
     for name, text in to_options(overrides):
         key = _to_key(name, options)
-        value = to_value(key, text, types=_types_of(key, fields.get(key)))
+        value = to_value(key, text, types=accepted_types(fields.get(key)))
         if key in ("data.train", "data.eval") and isinstance(tree.get("data"), dict):
             value = _with_known_format(value, tree["data"].get(key.removeprefix("data.")))
         override(tree, places, key=key, value=value)
-    if not (faults := secret_faults(tree)):
+    if not (faults := text_faults(tree)):
         try:
             recipe = Recipe.model_validate(tree)
         except ValidationError as error:
-            faults = _to_faults(error)
+            faults = list(to_faults(error, fields, gone=GONE))
         else:
             recipe._origins.places.update(places)
             recipe._origins.file = str(path)
@@ -183,6 +111,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
     first, more = faults[0], f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     what, got = (first.what, first.got + more) if first.got else (first.what + more, "")
     raise RecipeError(what, where=place_of(first.key, places, otherwise=str(path)), got=got, fix=first.fix)
+
+
+def resume_rule(key: str) -> str:
+    """Whether a dotted key, or a fact of a run, may differ when it is resumed: refused, free or unseen."""
+    if key in FACTS:
+        return FACTS[key]
+    rule = train_rule(key.removeprefix("train.")) if key.startswith("train.") else Recipe.rule(key)
+    return rule.resume or "refused"
 
 
 def find_recipe(target: str) -> str:
@@ -234,28 +170,14 @@ def recipe_help() -> str:
     return "\n".join(lines)
 
 
-def _to_faults(error: ValidationError) -> list[Fault]:
-    known = [key for key, _ in list_keys(Recipe)] + [f"train.{name}" for name in load_trainer_fields()]
-    faults = []
-    for details in error.errors():
-        cause = details.get("ctx", {}).get("error")
-        faults += cause.faults if isinstance(cause, _Faults) else [to_fault(details, known)]
-    return faults
-
-
 def _to_key(name: str, options: Sequence[str]) -> str:
     if "." in name or name in Recipe.model_fields:
         return name
-    fields = load_trainer_fields()
+    fields = train_fields()
     if name in fields or name in V4_NAMES:
         return f"train.{name}"
     near = suggest_key(name, [*options, *fields, *(key for key, _ in list_keys(Recipe))])
     raise RecipeError(f"unknown option --{name}{near}", where=COMMAND_LINE)
-
-
-def _types_of(key: str, info: FieldInfo | None) -> tuple[str, ...]:
-    field = load_trainer_fields().get(key.removeprefix("train.")) if key.startswith("train.") else None
-    return field.types if field else accepted_types(info)
 
 
 def _with_known_format(value: Any, old: Any) -> Any:

@@ -15,16 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_clm.errors import did_you_mean
-from hf_clm.recipe.trainer_fields import Fault
+from hf_clm.recipe.faults import Fault
 
 MAPPING = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 MAX_LAYERS = 2000  # building more takes minutes; the deepest models that were published have some hundred
-# Names by which configurations of transformers call the same size.
-WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
-HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
-SIZES = (*WIDTHS, *HEADS, *LAYERS, "num_key_value_heads", "intermediate_size", "n_inner", "vocab_size")
-SIZES += ("n_positions", "max_position_embeddings", "head_dim", "num_experts", "num_local_experts", "ffn_dim")
 
 
 def is_causal_class(name: str) -> bool:
@@ -52,8 +47,7 @@ def folder_faults(folder: str) -> Iterator[Fault]:
     causal = any(map(is_causal_class, names)) if names else config.get("model_type") in causal_kinds()
     if config.get("is_encoder_decoder") or not causal:
         got = ", ".join(names) or repr(config.get("model_type"))
-        key = "model.name_or_path"
-        yield Fault(key, f"{key}: not a causal language model", got=got, fix=CAUSAL)
+        yield Fault("model.name_or_path", ": not a causal language model", CAUSAL, got)
 
 
 @lru_cache(maxsize=1)
@@ -68,52 +62,26 @@ def causal_kinds() -> dict[str, str]:
 
 
 def _kind_faults(kind: Any, settings: Mapping[str, Any]) -> Iterator[Fault]:
-    key = "model.config.model_type"
-    kinds = causal_kinds()
+    key, kinds = "model.config.model_type", causal_kinds()
     if not isinstance(kind, str) or kind not in kinds:
-        what = f"{key}: transformers has no causal language model of this type"
-        yield Fault(key, what, got=f"{kind!r}{did_you_mean(str(kind), kinds)}", fix=CAUSAL)
+        what = ": transformers has no causal language model of this type"
+        yield Fault(key, what, CAUSAL, f"{kind!r}{did_you_mean(str(kind), kinds)}")
     elif not is_causal_class(kinds[kind]) and kinds[kind].endswith("ForConditionalGeneration"):
-        yield Fault(key, f"{key}: not a model of text alone", got=f"{kind!r} ({kinds[kind]})", fix=CAUSAL)
+        yield Fault(key, ": not a model of text alone", CAUSAL, f"{kind!r} ({kinds[kind]})")
     elif _source_says(kind, "configuration", r"is_encoder_decoder\b.*= True"):
-        yield Fault(key, f"{key}: an encoder-decoder is no causal language model", got=repr(kind), fix=CAUSAL)
+        yield Fault(key, ": an encoder-decoder is no causal language model", CAUSAL, repr(kind))
     elif settings.get("is_decoder") is not True and _source_says(kind, "modeling", ENCODERS):
-        what = f"{key}: each position of this encoder sees the tokens after it"
-        yield Fault(key, what, got=repr(kind), fix=f"{CAUSAL}; or set model.config.is_decoder: true")
+        fix = f"{CAUSAL}; or set model.config.is_decoder: true"
+        yield Fault(key, ": each position of this encoder sees the tokens after it", fix, repr(kind))
 
 
 def _size_faults(settings: Mapping[str, Any]) -> Iterator[Fault]:
-    sizes = {name: settings[name] for name in SIZES if type(settings.get(name)) is int}
-    for name, size in sizes.items():
-        if size < (0 if name in EXPERTS else 1):
-            what = f"model.config.{name}: expected a number above 0"
-            yield Fault(f"model.config.{name}", what, got=str(size))
-        elif name in LAYERS and size > MAX_LAYERS:
-            what = f"model.config.{name}: expected at most {MAX_LAYERS:,} layers"
+    """Numbers of layers that would be built: none at all, or more than time allows."""
+    for name in LAYERS:
+        size = settings.get(name, 1)
+        if isinstance(size, int) and not 0 < size <= MAX_LAYERS:
+            what = f": expected 1 to {MAX_LAYERS:,} layers"
             yield Fault(f"model.config.{name}", what, got=f"{size:,}")
-    width, heads = _given(sizes, WIDTHS), _given(sizes, HEADS)
-    kind = settings.get("model_type")
-    has_own_width = kind in ROUNDED or "head_dim" in settings or _source_says(str(kind), "configuration", OWN)
-    if width and heads and sizes[width] % sizes[heads] and not has_own_width:
-        what = f"model.config.{width} must be a multiple of model.config.{heads}"
-        yield Fault(f"model.config.{width}", what, got=f"{sizes[width]} and {sizes[heads]}")
-    groups = sizes.get("num_key_value_heads")
-    if heads and groups and groups > 0 and sizes[heads] % groups:
-        what = f"model.config.{heads} must be a multiple of model.config.num_key_value_heads"
-        yield Fault("model.config.num_key_value_heads", what, got=f"{sizes[heads]} and {groups}")
-    if width and not {size for size in sizes.values() if size < 1}:
-        yield from _memory_faults(sizes, width)
-
-
-def _memory_faults(sizes: Mapping[str, int], width: str) -> Iterator[Fault]:
-    """A model that does not fit with one square of its width a layer; they have more."""
-    layers = sizes[name] if (name := _given(sizes, LAYERS)) else 1
-    weights = layers * sizes[width] ** 2 + sizes.get("vocab_size", 0) * sizes[width]
-    available = total_memory()
-    if available and 2 * weights > available:
-        what = "the model of model.config does not fit into the memory of this machine"
-        got = f"over {weights / 1e9:,.0f} billion parameters, and {available / 2**30:,.0f} GiB"
-        yield Fault(f"model.config.{width}", what, got=got)
 
 
 def total_memory() -> int:
@@ -122,11 +90,6 @@ def total_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):  # Windows has no sysconf
         return 0
-
-
-def _given(sizes: Mapping[str, int], names: tuple[str, ...]) -> str:
-    """The first of the names that has a size above 0, or nothing."""
-    return next((name for name in names if sizes.get(name, 0) > 0), "")
 
 
 def _source_says(kind: str, part: str, pattern: str) -> bool:
@@ -142,8 +105,5 @@ def _models() -> Path:
     return Path(spec.origin).parent / "models"
 
 
-EXPERTS = ("num_experts", "num_local_experts")  # 0 is a dense model
-ROUNDED = ("phi", "nemotron")  # their heads leave the rest of the width out
-OWN = r"(head_dim|dim_head)\b.*= \d"  # a width of heads that does not follow from the model's
 CAUSAL = "name a causal language model, such as gpt2, llama or qwen2"
 ENCODERS = r"as a standalone, add .is_decoder=True"  # what their causal classes warn of

@@ -2,8 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -14,8 +14,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from hf_clm.errors import RecipeError, did_you_mean
-from hf_clm.recipe.trainer_fields import TYPE_WORDS, Fault, drop_quotes_hint, shorten
+from hf_clm.errors import RecipeError
+from hf_clm.recipe.faults import Fault, shorten
 
 COMMAND_LINE = "command line"
 
@@ -121,26 +121,39 @@ def place_of(key: str, places: dict[str, str], *, otherwise: str) -> str:
     return otherwise
 
 
-def secret_faults(tree: dict[str, Any]) -> list[Fault]:
-    """A recipe is copied into every run folder, so a token or password in it is refused and not shown."""
+def text_faults(tree: dict[str, Any]) -> list[Fault]:
+    """Texts that no recipe may hold: half a character, and a token or password, which is not shown.
+
+    A recipe is copied into every run folder.
+    """
     fix = "remove it and use the environment variable HF_TOKEN (WANDB_API_KEY, ...)"
     found = [key for key, value in leaves(tree) if value and _is_secret(key, value)]
-    return [Fault(key, f"{key}: a secret does not belong in a recipe", fix=fix) for key in found]
+    halves = [key for key, value in leaves(tree) if re.search("[\0\ud800-\udfff]", str(value))]
+    what = ": text with a NUL character or half of a surrogate pair cannot be used"
+    faults = [Fault(key, what) for key in halves]
+    return faults + [Fault(key, ": a secret does not belong in a recipe", fix) for key in found]
 
 
 def list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """(dotted key, field) of a model and of the models inside it."""
     for name, info in model.model_fields.items():
         yield f"{prefix}{name}", info
-        if inner := _model_of(info.annotation):
+        if inner := model_of(info.annotation):
             yield from list_keys(inner, f"{prefix}{name}.")
 
 
+def model_of(annotation: Any) -> type[BaseModel] | None:
+    """The model among the members of a type: ``Lora`` of ``Lora | None``."""
+    classes = [item for item in _members(annotation) if isinstance(item, type) and get_origin(item) is None]
+    return next((item for item in classes if issubclass(item, BaseModel)), None)
+
+
 def accepted_types(info: FieldInfo | None) -> tuple[str, ...]:
-    """``str | None`` is ("str", "None"), a Literal ("str",); () for a key that is not a field."""
+    """``str | None`` is ("str", "None"), a Literal ("str",), a section "dict"; () for what is no field."""
     items = _members(info.annotation) if info else ()
     types = [str if get_origin(item) is Literal else get_origin(item) or item for item in items]
-    return tuple("None" if item is type(None) else item.__name__ for item in types)
+    names = {type(None): "None"} | {item: "dict" for item in types if model_of(item)}
+    return tuple(names.get(item, item.__name__) for item in types)
 
 
 def to_type_text(annotation: Any) -> str:
@@ -152,36 +165,6 @@ def to_type_text(annotation: Any) -> str:
         elif item is not type(None):
             texts.append(re.sub(r"[\w.]+\.", "", str(item)) if get_origin(item) else item.__name__)
     return "|".join(texts)
-
-
-def to_fault(details: Mapping[str, Any], known_keys: Iterable[str]) -> Fault:
-    """Says one of pydantic's errors in the words of a recipe."""
-    key, kind, value = ".".join(map(str, details["loc"])), details["type"], details["input"]
-    if kind == "extra_forbidden":
-        return Fault(key, f"{key} is not a key of a recipe{suggest_key(key, known_keys)}")
-    if kind == "missing":
-        return Fault(key, f"{key} is missing")
-    if kind == "literal_error":
-        words = re.findall("'(.*?)'", details["ctx"]["expected"])
-        near = did_you_mean(value, words) if isinstance(value, str) else ""
-        return Fault(key, f"{key}: expected one of {', '.join(words)}", got=f"{shorten(value)}{near}")
-    name = PYDANTIC_TYPES.get(kind)
-    if name is None:
-        message = re.sub("^Input should be (?=greater|less)", "expected a number ", details["msg"])
-        message = message.replace("Input should be", "expected")
-        return Fault(key, f"{key}: {message}", got=shorten(value))
-    fix = drop_quotes_hint(value, [name])
-    return Fault(key, f"{key}: expected {TYPE_WORDS[name]}", got=shorten(value), fix=fix)
-
-
-def suggest_key(key: str, known_keys: Iterable[str]) -> str:
-    """The nearest key of the same section, or else the nearest of any."""
-    parent, _, name = key.rpartition(".")
-    places = [known.rpartition(".") for known in known_keys]
-    near = did_you_mean(name, [word for section, _, word in places if section == parent])
-    whole = {word: f"{section}.{word}" for section, _, word in places if section}
-    others = get_close_matches(name.lower(), list(whole), n=1)
-    return near or (f"; did you mean {whole[others[0]]!r}?" if others else "")
 
 
 def _load_text(path: str) -> str:
@@ -211,52 +194,30 @@ def _compose(text: str) -> Node | None:
 
 
 def _to_plain(node: Node | None, where: str) -> Any:
-    """The value of a YAML node: numbers, text, lists and mappings. Raises RecipeError for all else."""
+    """The value of a YAML node. Raises RecipeError for what no recipe holds."""
     if node is None:
         return None
-    _check_nodes(node, where, sizes={})
-    return build_yaml().constructor.construct_document(node)
+    if _count(node, {}) > MAX_VALUES:
+        what = f"not a recipe: with its aliases it holds more than {MAX_VALUES:,} values, or itself"
+        raise RecipeError(what, where=where)
+    try:
+        return build_yaml().constructor.construct_document(node)
+    except ValueError as error:  # a number of thousands of digits, a date that is none
+        raise RecipeError(f"not valid YAML: {error}", where=where) from None
 
 
-def _check_nodes(node: Node, where: str, *, sizes: dict[int, int | None]) -> int:
-    """The number of values below a node, each alias counted as what it stands for.
+def _count(node: Node, sizes: dict[int, int]) -> int:
+    """The values below a node, each alias counted as what it stands for; one that holds itself is too many.
 
-    A few lines of aliases to aliases stand for billions of values. ``sizes``: by the id of a node; None while
-    its own children are counted. Raises RecipeError for what no recipe holds.
+    A few lines of aliases to aliases stand for billions of values. ``sizes``: by the id of a node.
     """
-    place = f"{where}:{node.start_mark.line + 1}" if COMMAND_LINE not in where else where
-    if id(node) in sizes:
-        size = sizes[id(node)]
-        if size is None:
-            raise RecipeError("not valid YAML: an alias that holds itself", where=where)
-        return size
-    sizes[id(node)], size = None, 1
     if isinstance(node, ScalarNode):
-        _check_scalar(node, place)
-    elif isinstance(node, MappingNode):
-        for key, value in node.value:
-            if not isinstance(key, ScalarNode):
-                raise RecipeError("the key of a mapping must be a word or a number", where=place)
-            size += _check_nodes(key, where, sizes=sizes) + _check_nodes(value, where, sizes=sizes)
-    else:
-        size += sum(_check_nodes(child, where, sizes=sizes) for child in node.value)
-    if str(node.tag).removeprefix(YAML_PREFIX) not in YAML_TYPES:
-        what = f"not valid YAML: the tag {str(node.tag).replace(YAML_PREFIX, '!!')} is not allowed"
-        raise RecipeError(what, where=place, fix="write plain text, and put dates in quotes")
-    if size > MAX_VALUES:
-        raise RecipeError(
-            f"not a recipe: with its aliases it holds more than {MAX_VALUES:,} values", where=place
-        )
-    sizes[id(node)] = size
-    return size
-
-
-def _check_scalar(node: ScalarNode, place: str) -> None:
-    if len(node.value) > MAX_DIGITS and str(node.tag) == f"{YAML_PREFIX}int":
-        raise RecipeError("a number of too many digits", where=place, got=shorten(node.value))
-    if "\0" in node.value or re.search("[\ud800-\udfff]", node.value):
-        what = "text with a NUL character or half of a surrogate pair cannot be used"
-        raise RecipeError(what, where=place, got=shorten(node.value))
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = MAX_VALUES
+        parts = chain.from_iterable(node.value) if isinstance(node, MappingNode) else node.value
+        sizes[id(node)] = 1 + sum(_count(part, sizes) for part in parts)
+    return sizes[id(node)]
 
 
 def _lines(node: Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -280,23 +241,6 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    classes = [item for item in _members(annotation) if isinstance(item, type) and get_origin(item) is None]
-    return next((item for item in classes if issubclass(item, BaseModel)), None)
-
-
 MAX_BYTES = 256 * 1024  # of a recipe; the parser takes seconds for it
 MAX_VALUES = 50_000
-MAX_DIGITS = 18  # what 64 bits hold
-YAML_PREFIX = "tag:yaml.org,2002:"
-YAML_TYPES = ("str", "int", "float", "bool", "null", "seq", "map", "merge")
 SECRET_KEY = r"(api_?key|wandb_key|(hub|hf|auth|access|api)_token|password|secret)$"
-PYDANTIC_TYPES = {
-    "int_type": "int",
-    "float_type": "float",
-    "bool_type": "bool",
-    "string_type": "str",
-    "list_type": "list",
-    "dict_type": "dict",
-    "model_type": "dict",
-}

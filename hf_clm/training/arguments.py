@@ -54,7 +54,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     try:
         arguments = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(str(error).splitlines()[0], where="train") from error
+        raise RecipeError(" ".join(str(error).split()), where="train") from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel cannot split a packed row: use a launcher
     check_optimization(arguments, recipe.train)
     return arguments

@@ -8,30 +8,17 @@ logging, saving, evaluation    applied
 versions                       applied, with a warning
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from hf_clm.recipe.recipe import Recipe
+from hf_clm.recipe.faults import shorten
+from hf_clm.recipe.recipe import Recipe, resume_rule
 from hf_clm.recipe.text import leaves
-from hf_clm.recipe.trainer_fields import shorten
 
 SHOWN_KEYS = 6  # of those that are refused, in the line of the error
-# Where a run lies and what it says is not what it trains; what is read is compared by its content.
-UNSEEN = re.compile(
-    r"overwrite|resume_override|doctor\.|card\.|data\.cache_dir"
-    r"|data\.(train|eval)\.\d+\.(path|format|fields|template|split|name|revision|limit)\b"
-    r"|train\.(output_dir|resume_from_checkpoint|run_name|disable_tqdm|log_level|report_to|hub_|push_to_hub)"
-)
-# What may change without a word of the user: the batch of all processes together is a fact of its own.
-FREE = re.compile(
-    r"data\.(eval\b|eval_train_rows|max_dropped|max_leakage|max_line_bytes|strict|nul|on_bad_record)"
-    r"|samples|early_stopping|processes|train\.(logging_|save_|eval_|per_device_|dataloader_num_workers"
-    r"|dataloader_p|gradient_accumulation_steps|ddp_timeout|use_cpu|load_best|metric_for_best|greater_is)"
-)
 
 
 @dataclass(frozen=True)
@@ -57,7 +44,7 @@ def compare(
     return [
         Change(key, before.get(key), now.get(key), _fate(key, overridden))
         for key in {**before, **now}
-        if before.get(key) != now.get(key) and not UNSEEN.match(key)
+        if before.get(key) != now.get(key) and resume_rule(key) != "unseen"
     ]
 
 
@@ -121,7 +108,7 @@ def _fate(key: str, overridden: Sequence[str]) -> Literal["refused", "overridden
     spelled = {*overridden, *(f"train.{name}" for name in overridden)}
     if any(key == name or key.startswith(f"{name}.") for name in spelled):
         return "overridden"
-    return "free" if FREE.match(key) else "refused"
+    return "free" if resume_rule(key) == "free" else "refused"
 
 
 def _short(key: str) -> str:

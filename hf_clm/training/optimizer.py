@@ -17,7 +17,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from hf_clm.errors import RecipeError, did_you_mean
-from hf_clm.recipe.trainer_fields import TRAIN_DEFAULTS, load_trainer_fields
+from hf_clm.recipe.trainer_fields import TRAIN_DEFAULTS, train_fields
 
 NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")
 REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ZeroDivisionError)
@@ -59,9 +59,9 @@ def zero_rate_warning(arguments: TrainingArguments, steps: int) -> str:
 
 def _check_optimizer(arguments: TrainingArguments, given: Mapping[str, Any]) -> None:
     built = _optimizer(arguments)
-    fields = load_trainer_fields()
+    defaults = train_fields()
     for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-        is_own = name in given and given[name] != fields[name].default
+        is_own = name in given and given[name] != defaults[name]
         if is_own and _optimizer(_changed(arguments, name, given[name] / 2)) == built:
             what = f"has no effect with optim {_optim(arguments)}"
             raise RecipeError(what, where=f"train.{name}", got=str(given[name]), fix="leave it out")

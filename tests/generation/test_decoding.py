@@ -27,7 +27,7 @@ from hf_clm.generation.padding import Probe, probe
 from hf_clm.generation.serve import build_app
 from hf_clm.generation.worker import Worker
 from hf_clm.model.load import fit_to_tokenizer
-from hf_clm.recipe.recipe import Samples
+from hf_clm.recipe.sections import Samples
 from hf_clm.training.run import build_samples
 
 PROMPTS = ["a", "hello there", "xyz", "the quick brown fox", "to be", "0123456789"]

@@ -29,7 +29,7 @@ from hf_clm.errors import UserError
 from hf_clm.recipe.recipe import Recipe, load_recipe
 from hf_clm.recipe.sections import Source
 from hf_clm.recipe.text import list_keys
-from hf_clm.recipe.trainer_fields import load_trainer_fields
+from hf_clm.recipe.trainer_fields import train_fields
 from hf_clm.training import run as run_module
 from hf_clm.training.run import train
 from hf_clm.training.trainer import CLMTrainer
@@ -113,8 +113,6 @@ TRAIN = {
     "fp16_full_eval": Shown(True, "final_loss", BEST),
     "activation_checkpointing": Shown(True, "layers_computed"),
     "activation_checkpointing_kwargs": Shown({"use_reentrant": True}, "error"),
-    "gradient_checkpointing": Shown(True, "error"),
-    "gradient_checkpointing_kwargs": Shown({}, "error"),
     "use_liger_kernel": Shown(True, "error"),
     "liger_kernel_config": Shown({"rope": True}, "error"),
     "use_cache": Shown(True, "error"),
@@ -219,12 +217,9 @@ RECIPE = {
     "data.eval": Shown("{folder}/eval.jsonl", "evaluations"),
     "data.eval_fraction": Shown(0.25, "evaluations"),
     "data.mixing.by": Shown("tokens", "losses", WEIGHED),
-    "data.mixing.temperature": Shown(
-        5.0, "steps", {**TWO, "data.mixing": {"stopping_strategy": "all_exhausted"}}
-    ),
+    "data.mixing.temperature": Shown(5.0, "losses", {**TWO, "data.mixing": {"size": 10}}),
     "data.mixing.replacement": Shown(True, "losses", {**WEIGHED, "data.mixing.size": 10}),
     "data.mixing.size": Shown(4, "steps", WEIGHED),
-    "data.mixing.stopping_strategy": Shown("all_exhausted", "steps", WEIGHED),
     "data.eval_train_rows": Shown(2, "evaluations"),
     "data.max_length": Shown(12, "losses", {"data.max_dropped": 1.0}),
     "data.overflow": Shown("drop", "losses", {"data.max_length": 12, "data.max_dropped": 1.0}),
@@ -259,7 +254,6 @@ RECIPE = {
     ),
     "data.max_line_bytes": Shown(20, "error"),
     "data.strict": Shown(True, "error", {"data.train": "{folder}/further.jsonl"}),
-    "data.nul": Shown("error", "error", {"data.train": "{folder}/nul.jsonl"}),
     "data.allow_empty_prompt": Shown(True, "error", {"data.train": "{folder}/promptless.jsonl"}),
     "data.cache_dir": Shown("{folder}/cache", "places"),
     "data.streaming": Shown(True, "lines", TEXT),
@@ -338,7 +332,7 @@ def all_keys() -> set[str]:
     names = [*(key for key, _ in list_keys(Recipe)), *(f"source.{key}" for key, _ in list_keys(Source))]
     sections = {key for key in names if any(other.startswith(f"{key}.") for other in names)}
     values = {key for key in names if key not in sections} | {"data.train_on"}
-    return (values - {"train"}) | {f"train.{name}" for name in load_trainer_fields()}
+    return (values - {"train"}) | {f"train.{name}" for name in train_fields()}
 
 
 def test_every_key_stands_in_one_table():
@@ -492,7 +486,6 @@ def shared_files() -> Path:
         "twice": [*rows, *rows[:4], rows[0]],
         "bad": [*rows, {"instruct": "no label"}],
         "further": [{**row, "note": 1} for row in rows],
-        "nul": [{**row, "input": "a\0"} for row in rows],
         "spelled": [{**row, "input": "<|im_end|>"} for row in rows],
         "promptless": [{"prompt": "", "completion": "x" * n} for n in range(1, 9)],
         "chats": [{"messages": turns(n)} for n in range(1, 9)],

@@ -63,19 +63,6 @@ def test_a_causal_architecture_is_accepted(kind):
     assert faults_of({"model_type": kind}) == []
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"model_type": "qwen3_moe", "num_experts": 0},
-        {"model_type": "granitemoehybrid", "num_local_experts": 0},
-        {"model_type": "gemma4_text", "hidden_size": 96, "num_attention_heads": 10},
-        {"model_type": "phi", "hidden_size": 100, "num_attention_heads": 8},
-    ],
-)
-def test_a_shape_that_can_be_built_is_accepted(settings):
-    assert faults_of(settings) == []
-
-
 def test_an_encoder_that_is_told_to_be_a_decoder_is_accepted():
     assert faults_of({"model_type": "bert", "is_decoder": True}) == []
 
@@ -83,40 +70,16 @@ def test_an_encoder_that_is_told_to_be_a_decoder_is_accepted():
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        ({**GPT2, "n_layer": 0}, "model.config.n_layer: expected a number above 0; got 0"),
-        (
-            {**LLAMA, "num_hidden_layers": -2},
-            "model.config.num_hidden_layers: expected a number above 0; got -2",
-        ),
-        ({**LLAMA, "hidden_size": 0}, "model.config.hidden_size: expected a number above 0; got 0"),
-        ({**LLAMA, "vocab_size": -1}, "model.config.vocab_size: expected a number above 0; got -1"),
-        (
-            {**GPT2, "n_embd": 33},
-            "model.config.n_embd must be a multiple of model.config.n_head; got 33 and 2",
-        ),
-        (
-            {**LLAMA, "num_key_value_heads": 3},
-            "model.config.num_attention_heads must be a multiple of model.config.num_key_value_heads",
-        ),
+        ({**GPT2, "n_layer": 0}, "model.config.n_layer: expected 1 to 2,000 layers; got 0"),
+        ({**LLAMA, "num_hidden_layers": -2}, "model.config.num_hidden_layers: expected 1 to 2,000 layers"),
         (
             {**LLAMA, "num_hidden_layers": 10**12},
-            "model.config.num_hidden_layers: expected at most 2,000 layers",
-        ),
-        ({**LLAMA, "hidden_size": 2**40}, "the model of model.config does not fit into the memory"),
-        ({**LLAMA, "vocab_size": 10**15}, "the model of model.config does not fit into the memory"),
-        (
-            {**LLAMA, "num_hidden_layers": 2000, "hidden_size": 2**20},
-            "the model of model.config does not fit",
+            "model.config.num_hidden_layers: expected 1 to 2,000 layers; got 1,000,000,000,000",
         ),
     ],
 )
-def test_a_shape_that_no_model_has_is_refused(settings, fault):
+def test_a_number_of_layers_that_no_model_has_is_refused(settings, fault):
     assert faults_of(settings)[0].startswith(fault)
-
-
-def test_heads_of_a_width_of_their_own_need_not_divide_the_model():
-    assert faults_of({"model_type": "qwen3", "hidden_size": 100, "num_attention_heads": 3}) == []
-    assert faults_of({**LLAMA, "hidden_size": 33, "head_dim": 8}) == []
 
 
 def test_a_folder_of_another_architecture_is_refused_by_its_configuration(tmp_path):
@@ -141,6 +104,11 @@ def test_a_folder_of_another_architecture_is_refused_by_its_configuration(tmp_pa
             "The hidden size (33) is not a multiple of the number of attention heads",
         ),
         ({**LLAMA, "intermediate_size": "wide"}, ""),
+        ({**LLAMA, "hidden_size": 0}, ""),
+        ({**LLAMA, "vocab_size": -1}, ""),
+        ({**GPT2, "n_embd": 33}, "`embed_dim` must be divisible by num_heads"),
+        ({**LLAMA, "num_key_value_heads": 3}, ""),
+        ({**LLAMA, "vocab_size": 10**15}, "the model does not fit into memory"),
         ({**LLAMA, "hidden_act": "nope"}, ""),
         ({**GPT2, "activation_function": "nope"}, ""),
         ({**LLAMA, "rope_scaling": {"rope_type": "nope"}}, ""),
@@ -218,9 +186,9 @@ def test_z_loss_beside_a_loss_of_the_models_own_is_refused_before_the_first_step
     ("change", "code", "message"),
     [
         ("model.config={model_type: t5}", 2, "no causal language model of this type"),
-        ("model.config={model_type: gpt2, n_layer: 0}", 2, "expected a number above 0"),
-        ("model.config={model_type: gpt2, n_embd: 33, n_head: 2}", 2, "must be a multiple"),
-        ("model.config={model_type: gpt2, n_layer: 999999999}", 2, "at most 2,000 layers"),
+        ("model.config={model_type: gpt2, n_layer: 999999999}", 2, "expected 1 to 2,000 layers"),
+        ("learnin_rate=1", 2, "did you mean 'learning_rate'?"),
+        ("max_steps=four", 2, "expected a whole number"),
     ],
 )
 def test_the_command_answers_an_impossible_recipe_within_five_seconds(change, code, message, tmp_path):

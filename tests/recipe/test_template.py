@@ -90,8 +90,8 @@ def test_a_path_alone_keeps_the_template_of_the_recipe(tmp_path):
         ),
         (
             '{path: a, format: text, template: {text: "{a}"}}',
-            "recipe.yaml:6: a template names the columns itself: format has no effect beside it; "
-            "fix: leave it out",
+            "recipe.yaml:6: data.train.0.format has no effect beside a template, which names the columns "
+            "itself; fix: leave it out",
         ),
     ],
 )

@@ -1,9 +1,13 @@
 """Fields of the section train that contradict each other, or that change nothing in a run."""
 
 import pytest
+from helpers import build_recipe
 
-from hf_clm.recipe.trainer_checks import check_train_combination, metric_names
+from hf_clm.errors import RecipeError
+from hf_clm.recipe.trainer_checks import metric_names, train_faults
+from hf_clm.training.arguments import training_arguments
 
+METRICS = metric_names()
 GOOD = {"output_dir": "runs/x"}
 BEST = {**GOOD, "load_best_model_at_end": True}
 STEPS = {**BEST, "eval_strategy": "steps", "save_strategy": "steps"}
@@ -18,33 +22,11 @@ STEPS = {**BEST, "eval_strategy": "steps", "save_strategy": "steps"}
             {**GOOD, "num_train_epochs": -1},
             "train.num_train_epochs: expected a number above 0 where max_steps is not given",
         ),
-        ({**GOOD, "bf16": True, "fp16": True}, "train.fp16 and train.bf16 are both true"),
         ({**GOOD, "fsdp": "full_shard auto_wrap"}, "train.fsdp: text is the spelling of transformers 4"),
-        (
-            {**GOOD, "dataloader_prefetch_factor": 2},
-            "train.dataloader_prefetch_factor needs train.dataloader_num_workers of 1 or more",
-        ),
-        (BEST, "train.load_best_model_at_end needs an eval set and eval_strategy steps or epoch"),
-        (
-            {**STEPS, "save_strategy": "epoch"},
-            "train.load_best_model_at_end needs the same strategy for save and eval",
-        ),
-        (
-            {**STEPS, "eval_steps": 20, "save_steps": 30},
-            "train.load_best_model_at_end needs save_steps to be a multiple of eval_steps",
-        ),
-        (
-            {**STEPS, "eval_steps": 0.1, "save_steps": 30},
-            "train.load_best_model_at_end needs save_steps to be a multiple of eval_steps",
-        ),
-        (
-            {**STEPS, "logging_steps": 7, "save_steps": 20},  # eval_steps falls back to logging_steps
-            "train.load_best_model_at_end needs save_steps to be a multiple of eval_steps",
-        ),
     ],
 )
 def test_a_combination_that_cannot_work_is_a_fault(train, what):
-    (fault,) = check_train_combination(train, has_eval=True, defaults={})
+    (fault,) = train_faults(train, has_eval=True, metrics=METRICS)
 
     assert fault.what == what
 
@@ -60,44 +42,46 @@ def test_a_combination_that_cannot_work_is_a_fault(train, what):
     ],
 )
 def test_a_combination_that_works_is_accepted(train):
-    assert check_train_combination(train, has_eval=True, defaults={}) == []
+    assert train_faults(train, has_eval=True, metrics=METRICS) == []
 
 
 def test_evaluation_without_an_eval_set_is_a_fault():
-    (fault,) = check_train_combination({**GOOD, "eval_strategy": "epoch"}, has_eval=False, defaults={})
+    (fault,) = train_faults({**GOOD, "eval_strategy": "epoch"}, has_eval=False, metrics=METRICS)
 
     assert fault.what == "train.eval_strategy is epoch, but there is no eval set"
 
 
-def test_defaults_count_in_a_combination():
-    (fault,) = check_train_combination(
-        STEPS | {"save_steps": 15}, has_eval=True, defaults={"logging_steps": 10}
-    )
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        (
+            {"save_strategy": "epoch"},
+            "IntervalStrategy.STEPS - Save strategy: SaveStrategy.EPOCH",
+        ),
+        ({"eval_steps": 20, "save_steps": 30}, "requires the saving steps to be a round multiple of"),
+        ({"eval_steps": 0.1, "save_steps": 30}, "requires the saving steps to be a multiple of"),
+        ({"logging_steps": 7, "save_steps": 20}, "multiple of the evaluation steps, but found 20, which is"),
+    ],
+)
+def test_what_the_library_refuses_is_one_line_before_data_are_read(tmp_path, changes, what):
+    recipe = build_recipe(tmp_path, [], data={"eval": "e.jsonl"}, train={**STEPS, **changes})
 
-    assert fault.got == "save_steps 15 and eval_steps 10"
+    with pytest.raises(RecipeError) as error:
+        training_arguments(recipe)
+
+    assert what in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("train", "what"),
     [
-        ({"bf16_full_eval": True, "fp16_full_eval": True}, "train.fp16_full_eval and train.bf16_full_eval"),
-        (
-            {"activation_checkpointing_kwargs": {"use_reentrant": False}},
-            "train.activation_checkpointing_kwargs has no effect without train.activation_checkpointing",
-        ),
         (
             {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrantt": False}},
             "train.activation_checkpointing_kwargs has no option 'use_reentrantt'; did you mean",
         ),
         ({"fsdp_config": {"version": 2}}, "train.fsdp_config has no effect without train.fsdp"),
         ({"optim_target_modules": ["q_proj"]}, "train.optim_target_modules has no effect: only galore"),
-        (
-            {"dataloader_persistent_workers": True},
-            "train.dataloader_persistent_workers needs train.dataloader",
-        ),
-        ({"dataloader_in_order": False}, "train.dataloader_in_order needs train.dataloader_num_workers of 1"),
-        ({"dataloader_multiprocessing_context": "fork"}, "train.dataloader_multiprocessing_context needs"),
-        ({"save_strategy": "best"}, "train.save_strategy: best needs an eval set and eval_strategy steps"),
+        ({"save_strategy": "best"}, "train.save_strategy: best needs train.eval_strategy: steps or epoch"),
         ({"greater_is_better": True}, "train.greater_is_better has no effect without train.metric_for_best"),
         ({"accelerator_config": "x.json"}, "train.accelerator_config: expected a mapping"),
         (
@@ -115,7 +99,7 @@ def test_defaults_count_in_a_combination():
     ],
 )
 def test_a_field_that_changes_nothing_is_a_fault(train, what):
-    (fault,) = check_train_combination({**GOOD, **train}, has_eval=True, defaults={})
+    (fault,) = train_faults({**GOOD, **train}, has_eval=True, metrics=METRICS)
 
     assert fault.what.startswith(what)
 
@@ -126,16 +110,14 @@ def test_a_field_that_changes_nothing_is_a_fault(train, what):
 def test_the_metric_of_the_best_model_may_be_any_that_is_logged(name):
     train = {**STEPS, "metric_for_best_model": name}
 
-    assert check_train_combination(train, has_eval=True, defaults={}, metrics=metric_names(["train"])) == []
+    assert train_faults(train, has_eval=True, metrics=metric_names(["train"])) == []
 
 
 @pytest.mark.parametrize("name", ["accuracy", "f1", "eval_accuracy", "eval_eval_loss", "", "train_loss"])
 def test_a_metric_that_no_evaluation_logs_is_refused_with_those_that_are(name):
     train = {**STEPS, "metric_for_best_model": name}
 
-    (fault,) = check_train_combination(
-        train, has_eval=True, defaults={}, metrics=[*metric_names(), "eval_chrf"]
-    )
+    (fault,) = train_faults(train, has_eval=True, metrics=[*metric_names(), "eval_chrf"])
 
     assert fault.what == (
         "train.metric_for_best_model: expected one of eval_loss, eval_token_accuracy, eval_target_tokens,"
@@ -149,4 +131,4 @@ def test_defaults_may_be_written_out():
     config |= {"use_seedable_sampler": True, "use_configured_state": False, "non_blocking": False}
 
     train = {**GOOD, "accelerator_config": config, "label_names": []}
-    assert check_train_combination(train, has_eval=True, defaults={}) == []
+    assert train_faults(train, has_eval=True, metrics=METRICS) == []

@@ -205,14 +205,14 @@ def test_a_metric_that_does_not_work_is_one_line(tmp_path, metric, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"evaluation": {"every": 2}}, "evaluation.every has no effect without evaluation.generate"),
+        ({"evaluation": {"every": 2}}, "evaluation.every needs evaluation.generate"),
         (
             {"evaluation": {"generate": 1, "metrics": ["rouge"]}},
-            "expected exact_match, chrf, bleu or module:f",
+            "expected one of exact_match, chrf, bleu, or module:function",
         ),
-        ({"evaluation": {"generate": 1}, "stage": "pretrain"}, "pretraining has none"),
+        ({"evaluation": {"generate": 1}, "stage": "pretrain"}, "evaluation.generate needs stage: sft"),
         ({"evaluation": {"generate": 1}, "sets": []}, "and there is none"),
-        ({"sets": {"train": "a.jsonl"}}, "an evaluation set has the name"),
+        ({"sets": {"train": "a.jsonl"}}, "data.eval: a set has the name"),
         ({"sets": [{"path": "a", "set": "one"}, "b"]}, "of a named set, and others are not"),
         ({"train": {"metric_for_best_model": "news_chrf"}}, "expected one of eval_loss, .*eval_news_loss"),
     ],

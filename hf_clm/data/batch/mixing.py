@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
-from math import ceil, floor
+from math import floor
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ class MixOptions:
         by: what is counted: ``rows``, ``tokens`` or ``target_tokens``.
         weights, epochs: one for each source, not both.
         replacement: every row is drawn anew.
-        size: of an epoch; None: by ``stopping_strategy``, or as much as all sources hold together.
+        size: of an epoch; None: as much as all sources hold together.
     """
 
     by: str = "rows"
@@ -46,7 +46,6 @@ class MixOptions:
     temperature: float = 1.0
     replacement: bool = False
     size: int | None = None
-    stopping_strategy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -199,16 +198,7 @@ def to_amounts(totals: Sequence[int], options: MixOptions) -> list[Fraction]:
         return [total * _exact(epochs) for total, epochs in zip(totals, options.epochs, strict=True)]
     parts = [_exact(weight) for weight in options.weights or temper(totals, options.temperature)]
     shares = [part / sum(parts) for part in parts]
-    once = [total / share for total, share in zip(totals, shares, strict=True)]  # epochs that hold all of it
-    match options.stopping_strategy:
-        case "first_exhausted":
-            size = min(once)
-            size = floor(size) if options.by == "rows" else size
-        case "all_exhausted":
-            size = max(once)
-            size = ceil(size) if options.by == "rows" else size
-        case _:
-            size = options.size or sum(totals)
+    size = options.size or sum(totals)
     return [share * size for share in shares]
 
 

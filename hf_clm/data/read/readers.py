@@ -42,13 +42,14 @@ class Record:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """``max_line_bytes`` bounds a line of jsonl, csv and tsv; ``nul`` is about U+0000 in a text.
+    """How files are read.
 
-    ``quoting``: whether quotes enclose the cells of a table; auto: those of csv, and not of tsv.
+    Args:
+        max_line_bytes: the longest line of jsonl, csv and tsv.
+        quoting: whether quotes enclose the cells of a table; auto: those of csv, and not of tsv.
     """
 
     max_line_bytes: int = 8 * 1024 * 1024
-    nul: Literal["warn", "error"] = "warn"
     quoting: Literal["auto", "csv", "none"] = "auto"
 
 

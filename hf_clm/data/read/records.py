@@ -45,7 +45,7 @@ class Examples:
 
 def read_options(data: Data, source: Source) -> ReadOptions:
     """How the recipe wants the files of a source to be read."""
-    return ReadOptions(data.max_line_bytes, data.nul, source.quoting)
+    return ReadOptions(data.max_line_bytes, source.quoting)
 
 
 class CheckedRecord(NamedTuple):
@@ -63,8 +63,6 @@ def check_record(value: Any, where: str, source: Source, *, data: Data, first: F
     Raises DataError for a record that cannot be used.
     """
     has_nul = check_value(value, where)
-    if has_nul and data.nul == "error":
-        raise DataError("U+0000 in a text", where=where, fix="remove it, or set nul to warn")
     record = Record(value, where)
     format, example = read_example(record, source, data=data, first=first)
     unknown = unknown_columns(record, source, format=format)

@@ -59,11 +59,8 @@ def to_records(items: Items, *, file: str, options: ReadOptions, report: ReadRep
     """Checks what a reader gives; nothing at all is an error too."""
     records = report.records
     for where, value in items:
-        has_nul = check_value(value, where)
-        if has_nul and options.nul == "error":
-            raise DataError("U+0000 in a text", where=where, fix="remove it, or set nul to warn")
+        report.nul_records += check_value(value, where)
         report.records += 1
-        report.nul_records += has_nul
         yield Record(value, where)
     if report.records == records:
         raise no_record(file, [])

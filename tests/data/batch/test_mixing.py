@@ -56,9 +56,6 @@ def _in_tmp_path(tmp_path, monkeypatch):
         ([40, 40], {"weights": [3, 1]}, [60, 20]),  # as much as both hold together
         ([4, 3], {"weights": [3, 1], "size": 8}, [6, 2]),
         ([40, 40], {"weights": [0.1, 0.2], "size": 30}, [10, 20]),  # tenths are exact
-        ([6, 100], {"weights": [1, 3], "stopping_strategy": "first_exhausted"}, [6, 18]),
-        ([6, 90], {"weights": [2, 1], "stopping_strategy": "first_exhausted"}, [6, 3]),
-        ([6, 90], {"weights": [1, 3], "stopping_strategy": "all_exhausted"}, [30, 90]),
         ([6, 90], {}, [6, 90]),  # by size: every row once
         ([6, 90], {"size": 32}, [2, 30]),
         ([6, 5], {"epochs": [2, 0.5]}, [12, Fraction(5, 2)]),
@@ -166,28 +163,14 @@ def test_with_replacement_the_amount_is_met_within_half_a_row(sizes, amount, see
 
 
 @settings(deadline=None)
-@given(
-    totals=st.lists(st.integers(1, 500), min_size=1, max_size=5),
-    data=st.data(),
-    by=st.sampled_from(["rows", "tokens"]),
-    stopping=st.sampled_from([None, "first_exhausted", "all_exhausted"]),
-)
-def test_an_exhausted_source_is_read_whole_and_none_twice_where_the_first_ends_the_epoch(
-    totals, data, by, stopping
-):
+@given(totals=st.lists(st.integers(1, 500), min_size=1, max_size=5), data=st.data())
+def test_without_a_size_an_epoch_is_as_long_as_all_sources_whatever_the_weights(totals, data):
     weights = data.draw(st.lists(st.integers(1, 9), min_size=len(totals), max_size=len(totals)))
 
-    amounts = to_amounts(totals, MixOptions(by=by, weights=weights, stopping_strategy=stopping))
+    amounts = to_amounts(totals, MixOptions(weights=weights))
 
     assert [amount / sum(amounts) for amount in amounts] == [Fraction(w, sum(weights)) for w in weights]
-    drawn = apportion(amounts) if by == "rows" else amounts
-    pairs = list(zip(drawn, totals, strict=True))
-    if stopping == "first_exhausted":
-        assert all(amount <= total for amount, total in pairs)
-    elif stopping == "all_exhausted":
-        assert all(amount >= total for amount, total in pairs)
-    else:
-        assert sum(amounts) == sum(totals)
+    assert sum(amounts) == sum(totals)
 
 
 def tokenized(lengths: list[int], sources: list[int]) -> TokenizedRows:
@@ -228,7 +211,7 @@ def test_an_example_in_several_rows_is_drawn_whole_and_one_without_a_row_never()
 def test_shares_of_tokens_are_met_by_whole_rows(by, drawn):
     """Sources of 2 and 6 rows of 5 tokens, 4 of them learned: 1 to 2 is 3 rows to 6."""
     rows = tokenized([5] * 8, list(range(8)))
-    options = MixOptions(by=by, weights=[1, 2], stopping_strategy="all_exhausted")
+    options = MixOptions(by=by, weights=[1, 2], size=sum(drawn))
 
     mix = mix_rows(counts_of(rows), np.array([0] * 2 + [1] * 6), sources=["a", "b"], options=options, seed=1)
 
@@ -527,7 +510,7 @@ def test_a_share_below_half_a_row_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "mixing"),
     [
-        ([{"weight": 1}, {"weight": 1e12}], {"stopping_strategy": "all_exhausted"}),
+        ([{"weight": 1}, {"weight": 1e12}], {"size": 10**13}),
         ([{"epochs": 1}, {"epochs": 1e12}], None),
         ([{"weight": 1}, {"weight": 1}], {"size": 10**15}),
         ([{"weight": 1}, {"weight": 1}], {"size": 10**15, "by": "tokens", "replacement": True}),
@@ -574,7 +557,7 @@ def test_a_path_that_is_given_twice_is_told_apart(tmp_path):
         ),
         (
             ["--data.train=[{path: a, weight: 1}, {path: b, epochs: 2}]"],
-            "weight and epochs are two ways to say how much of a source is read",
+            "data.train.1.epochs and weight are two ways to say how much of a source is read",
         ),
         (["--data.train=[{path: a, weight: 1}]"], "weight has no effect with a single source"),
         (["--data.train=[{path: a, weight: 0}, b]"], "data.train.0.weight: expected a number greater than 0"),
@@ -594,8 +577,8 @@ def test_a_path_that_is_given_twice_is_told_apart(tmp_path):
             "data.mixing.size has no effect where the sources have epochs",
         ),
         (
-            ["--data.mixing.size=20", "--data.mixing.stopping_strategy=all_exhausted"],
-            "data.mixing.size and data.mixing.stopping_strategy exclude each other",
+            ["--data.mixing.stopping_strategy=all_exhausted"],
+            "data.mixing.stopping_strategy is a key of version 0.4; fix: remove it, and write size",
         ),
         (["--data.mixing.size=0"], "data.mixing.size: expected a number greater than or equal to 1"),
         (["--data.mixing.by=row"], "data.mixing.by: expected one of rows, tokens, target_tokens"),

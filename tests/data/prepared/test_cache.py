@@ -124,7 +124,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "on_bad_record": {"on_bad_record": "drop"},
     "max_line_bytes": {"max_line_bytes": 1000},
     "strict": {"strict": True},
-    "nul": {"nul": "error"},
     "allow_empty_prompt": {"allow_empty_prompt": True},
 }
 ASIDE: dict[str, dict[str, Any]] = {
@@ -246,7 +245,7 @@ def copied(monkeypatch, tmp_path) -> Path:
 @pytest.mark.parametrize(
     "module",
     [
-        *("schema.py", "template.py", "tokenizer.py", "text/encode.py", "data/label/labels.py"),
+        *("schema.py", "recipe/template.py", "text/tokenizer.py", "text/encode.py", "data/label/labels.py"),
         *("data/label/render.py", "data/read/formats.py", "data/prepared/block.py", "data/proof/checker.py"),
     ],
 )

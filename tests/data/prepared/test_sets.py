@@ -12,8 +12,8 @@ from hf_clm.data.prepared import chunks, sets
 from hf_clm.data.prepared.block import read_raw
 from hf_clm.data.prepared.sets import load_early, load_examples, open_sets, read_examples, split_text, to_head
 from hf_clm.errors import DataError
-from hf_clm.recipe.recipe import Recipe, Tokenizer
-from hf_clm.recipe.sections import TokenizerTraining
+from hf_clm.recipe.recipe import Recipe
+from hf_clm.recipe.sections import Tokenizer, TokenizerTraining
 from hf_clm.schema import whole_text
 
 RECORDS = [{"prompt": "a", "completion": "x" * n} for n in (1, 2, 3)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from helpers import write_jsonl
 
 from hf_clm.cli import main
 from hf_clm.data.read.faults import CHECKED_BYTES, Faults, check_data
-from hf_clm.errors import DataError, EnvironmentFault, UserError
+from hf_clm.errors import DataError, EnvironmentFault, RecipeError, UserError
 from hf_clm.recipe.recipe import load_recipe
 
 DOCUMENT_FIX = "one object a line; a JSON array or pretty-printed object belongs into a .json file"
@@ -270,9 +271,21 @@ def test_of_two_processes_on_a_machine_one_says_what_is_wrong_and_both_end():
 # --- the name of before
 
 
-@pytest.mark.parametrize(("old", "new"), [("true", "drop"), ("false", "error")])
-def test_the_recipe_of_a_run_of_version_0_4_is_read(old, new):
+@pytest.mark.parametrize(
+    ("line", "fix"),
+    [
+        ("skip_bad_lines: {}", "write on_bad_record: drop"),
+        ("nul: {}", "remove it, and remove U+0000 from the data"),
+        ("mixing: {stopping_strategy: {}}", "remove it, and write size: the rows or tokens of an epoch"),
+    ],
+)
+def test_a_key_of_version_0_4_is_read_at_its_default_and_otherwise_told(line, fix):
     text = Path("recipe.yaml").read_text()
-    Path("recipe.yaml").write_text(text.replace("data:\n", f"data:\n  skip_bad_lines: {old}\n"))
+    default, other = {"s": ("false", "true"), "n": ("warn", "error"), "m": ("null", "all_exhausted")}[line[0]]
 
-    assert load_recipe("recipe.yaml").data.on_bad_record == new
+    Path("recipe.yaml").write_text(text.replace("data:\n", f"data:\n  {line.replace('{}', default)}\n"))
+    assert load_recipe("recipe.yaml").data.on_bad_record == "error"
+
+    Path("recipe.yaml").write_text(text.replace("data:\n", f"data:\n  {line.replace('{}', other)}\n"))
+    with pytest.raises(RecipeError, match=re.escape(f"is a key of version 0.4; fix: {fix}")):
+        load_recipe("recipe.yaml")

@@ -304,12 +304,11 @@ def test_an_escaped_surrogate_pair_is_one_character():
     assert read(write("a.jsonl", '{"a": "\\ud83d\\ude00"}\n'))[0] == [{"a": "😀"}]
 
 
-def test_a_nul_character_is_counted_or_refused():
+def test_a_nul_character_is_counted():
     path = write("a.jsonl", '{"a": "x\\u0000y"}\n{"a": ["\\u0000"]}\n{"a": "\\\\u0000"}\n')
     records, report = read(path)
     assert records == [{"a": "x\0y"}, {"a": ["\0"]}, {"a": "\\u0000"}]
     assert report.nul_records == 2
-    assert refusal(path, nul="error") == "a.jsonl:1: U+0000 in a text; fix: remove it, or set nul to warn"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,132 @@
+"""What is wrong with a recipe, in its own words: pydantic's errors and the faults that checks find."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+
+from hf_clm.errors import did_you_mean
+
+OUT = "leave it out"
+NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+MOST_WORDS = 16  # of those that a key accepts, in a message
+# A kind of pydantic's errors -> what is expected.
+EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+}
+# What pydantic puts into the place of an error for the members of a union, and is no key.
+MEMBER = re.compile(r"\w[\w-]*\[.*\]|bool|int|float|str|[A-Z]\w*")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with a recipe, at a dotted key; whoever read the recipe knows the line of that key."""
+
+    key: str
+    problem: str
+    fix: str = ""
+    got: str = ""
+
+    @property
+    def what(self) -> str:
+        """The key and its problem: ``data.window needs ...``, or ``data.window: expected ...``."""
+        return f"{self.key}{'' if self.problem.startswith(':') else ' '}{self.problem}"
+
+
+class RecipeFaults(ValueError):
+    """Faults that a validator found."""
+
+    def __init__(self, faults: list[Fault]):
+        self.faults = faults
+        super().__init__(faults[0].what)
+
+
+def to_faults(error: ValidationError, known: Iterable[str], *, gone: Mapping[str, str]) -> Iterator[Fault]:
+    """Says pydantic's errors in the words of a recipe.
+
+    Args:
+        known: all keys, of which the nearest is suggested.
+        gone: keys of earlier versions, and what to write instead.
+    """
+    by_key: dict[str, list[Any]] = {}
+    for key, details in _flatten(error):
+        by_key.setdefault(key, []).append(details)
+    for key, errors in by_key.items():
+        cause = errors[0].get("ctx", {}).get("error")
+        if isinstance(cause, RecipeFaults):
+            yield from cause.faults
+        elif not any(other.startswith(f"{key}.") for other in by_key):  # else it is of another union member
+            yield _to_fault(key, errors, known, gone)
+
+
+def suggest_key(key: str, known_keys: Iterable[str]) -> str:
+    """The nearest key of the same section, or else the nearest of any."""
+    parent, _, name = key.rpartition(".")
+    places = [known.rpartition(".") for known in known_keys]
+    near = did_you_mean(name, [word for section, _, word in places if section == parent])
+    whole = {word: f"{section}.{word}" for section, _, word in places if section}
+    others = get_close_matches(name.lower(), list(whole), n=1)
+    return near or (f"; did you mean {whole[others[0]]!r}?" if others else "")
+
+
+def shorten(value: Any) -> str:
+    """As in YAML where Python would say None, True or False; at most 60 characters."""
+    is_word = value is None or isinstance(value, bool)
+    text = str(value).lower().replace("none", "null") if is_word else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _flatten(error: ValidationError, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for details in error.errors():
+        cause = details.get("ctx", {}).get("error")
+        key = prefix + ".".join(str(name) for name in details["loc"] if not MEMBER.fullmatch(str(name)))
+        if isinstance(cause, ValidationError):  # of a validator that asked another model
+            yield from _flatten(cause, f"{key}.")
+        else:
+            yield key, details
+
+
+def _to_fault(key: str, errors: list[Any], known: Iterable[str], gone: Mapping[str, str]) -> Fault:
+    """One fault for the errors of all members of a union."""
+    kinds = {details["type"]: details for details in errors}
+    details = errors[0]
+    value = details["input"]
+    if "extra_forbidden" in kinds and key in gone:
+        of = "name of transformers 4" if key.startswith("train.") else "key of version 0.4"
+        return Fault(key, f"is a {of}", gone[key])
+    if "extra_forbidden" in kinds:
+        of = "a field of transformers.TrainingArguments" if key.startswith("train.") else "a key of a recipe"
+        return Fault(key, f"is not {of}{suggest_key(key, known)}")
+    if "missing" in kinds:
+        return Fault(key, "is missing")
+    expected = [EXPECTED[kind] for kind in kinds if kind in EXPECTED]
+    if "literal_error" in kinds and (isinstance(value, str) or len(kinds) == 1):
+        words = re.findall("'(.*?)'", kinds["literal_error"]["ctx"]["expected"])
+        longer = [word for word in words if value and word.startswith(str(value))]
+        near = f"; did you mean {longer[0]!r}?" if longer else did_you_mean(str(value), words)
+        shown = [*words[:MOST_WORDS], "..."][: len(words)]
+        others = "".join(f", or {word}" for word in expected)
+        return Fault(key, f": expected one of {', '.join(shown)}{others}", got=f"{shorten(value)}{near}")
+    if not expected:
+        message = re.sub("^Input should be (?=greater|less)", "expected a number ", details["msg"])
+        message = message.replace("Input should be", "expected")
+        return Fault(key, f": {message}", got="" if "; got " in message else shorten(value))
+    return Fault(key, f": expected {' or '.join(expected)}", _drop_quotes(value, kinds), shorten(value))
+
+
+def _drop_quotes(value: Any, kinds: Iterable[str]) -> str:
+    """The fix for text such as "2e-5" or "true " where a number or a boolean is expected."""
+    text = value.strip() if isinstance(value, str) else ""
+    is_number = {"int_type", "float_type"} & {*kinds} and re.fullmatch(NUMBER, text)
+    return (
+        "drop the quotes" if is_number or ("bool_type" in kinds and text.lower() in ("true", "false")) else ""
+    )
