@@ -29,7 +29,8 @@ from hf_clm.doctor.memory import free_memory
 from hf_clm.errors import EnvironmentFault, RecipeError, UserError
 from hf_clm.machine import measure_peak, peak_memory, settle_cpu
 from hf_clm.model.build import build_model, build_model_config, build_tokenizer_aside
-from hf_clm.recipe.recipe import Doctor, Recipe
+from hf_clm.recipe.recipe import Recipe
+from hf_clm.recipe.sections import Doctor
 from hf_clm.training.arguments import training_arguments
 from hf_clm.training.prepare import prepare
 from hf_clm.training.proof import prove_model
