@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.errors import ModelError
-from hf_clm.generation.decoding import stop_ids
+from hf_clm.generation.sampling import stop_ids
 from hf_clm.model.attention import use_for_generation, use_for_training
 from hf_clm.model.load import is_adapted
 

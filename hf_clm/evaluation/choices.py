@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from tqdm import trange
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.data.label.datasets import SFTDataset
@@ -16,8 +17,7 @@ from hf_clm.data.label.labels import slice_row
 from hf_clm.data.label.render import Policy
 from hf_clm.data.read.records import Examples
 from hf_clm.errors import DataError, ModelError, RecipeError, did_you_mean
-from hf_clm.evaluation.evaluate import measure_rows, target_places, target_starts
-from hf_clm.generation.progress import watched
+from hf_clm.evaluation.likelihood import measure_rows, target_places, target_starts
 from hf_clm.schema import Chat, Document, Example, Message, Segment, TokenizedExample, Tokens
 
 
@@ -128,7 +128,7 @@ def measure_choices(
     Raises ModelError where one is NaN.
     """
     scores = []
-    for start in watched(range(0, len(rows), batch_size), what="choices"):
+    for start in trange(0, len(rows), batch_size, desc="choices", disable=None, leave=False):
         batch = rows[start : start + batch_size]
         for row, (nll, _) in zip(batch, measure_rows(model, batch), strict=True):
             own = nll[_last_target(row) :].astype(np.float64)

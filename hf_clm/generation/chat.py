@@ -5,18 +5,19 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 from hf_clm.errors import DataError, RecipeError, UserError, did_you_mean
-from hf_clm.generation.command import read_tools
-from hf_clm.generation.decoding import Decoding, ask, base_decoding
-from hf_clm.generation.generate import (
+from hf_clm.generation.decoding import Decoding, ask
+from hf_clm.generation.load import LoadedRun, load_run
+from hf_clm.generation.padding import probe
+from hf_clm.generation.parsing import AnswerReader, find_syntax
+from hf_clm.generation.prompts import (
     cap_new_tokens,
     prompt_room,
+    read_tools,
     to_fitting_prompt,
     to_prompt_example,
     to_prompt_ids,
 )
-from hf_clm.generation.load import LoadedRun, load_run
-from hf_clm.generation.padding import probe
-from hf_clm.generation.parsing import AnswerReader, find_syntax
+from hf_clm.generation.sampling import base_decoding
 from hf_clm.generation.stream import Answer, stream_answers
 from hf_clm.model.load import max_positions
 from hf_clm.schema import Chat, Json, Message, Role, ToolCall
@@ -130,7 +131,7 @@ class Conversation:
 
     def _generate(self, ids: list[int], room: int, *, write: Write) -> Answer:
         hidden = self._syntax.hidden_ids
-        answer = Answer(ids, self.decoding, max_new_tokens=room, hidden_ids=hidden, emit=write)
+        answer = Answer(ids, self.decoding, room, hidden_ids=hidden, emit=write)
         try:
             run, caches = self.run, self._with_cache
             stream_answers(run.model, run.tokenizer, answers=[answer], with_cache=caches)
@@ -145,7 +146,7 @@ def chat(options: Namespace, *, read: Callable[[], str], write: Write) -> None:
     A line that ends in a backslash goes on in the next one.
     """
     base = base_decoding(options.run, use_model_settings=options.use_model_settings)
-    decoding = ask(base, options)
+    decoding = ask(base, vars(options))
     tools = read_tools(options.tools) if options.tools else []
     run = load_run(options.run, attention=None, device=options.device)
     talk = Conversation(run, decoding, system=options.system, tools=tools)
@@ -200,7 +201,7 @@ def _reply(talk: Conversation, text: str, *, write: Write) -> bool:
 
 def _end_line(talk: Conversation, answer: Answer, *, write: Write) -> bool:
     """Ends the line of an answer, saying where it was cut; True where Ctrl-C ended it."""
-    is_full = len(answer.prompt_ids) + answer.tokens == max_positions(talk.run.model.config)
+    is_full = len(answer.prompt_ids) + len(answer.ids) == max_positions(talk.run.model.config)
     cut = "the model has no positions left; /reset begins anew" if is_full else "--max_new_tokens allows more"
     write({"length": f"\n(cut: {cut})\n", "": "\n(stopped)\n"}.get(answer.finish, "\n"))
     return answer.is_cancelled

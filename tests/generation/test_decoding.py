@@ -20,10 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from hf_clm.cli import main
 from hf_clm.errors import ModelError
 from hf_clm.generation.chat import Conversation
-from hf_clm.generation.decoding import Decoding, ask, read_model_settings, stop_ids, under
+from hf_clm.generation.decoding import Decoding, ask
 from hf_clm.generation.generate import generate
 from hf_clm.generation.load import load_run
 from hf_clm.generation.padding import Probe, probe
+from hf_clm.generation.sampling import read_model_settings, stop_ids, under
 from hf_clm.generation.serve import build_app
 from hf_clm.generation.worker import Worker
 from hf_clm.model.load import fit_to_tokenizer
@@ -122,7 +123,7 @@ def by_generate(folder: str, capsys: Any, *, prompts: list[str] = PROMPTS, **ask
 
 def by_chat(folder: str, *, prompts: list[str] = PROMPTS, **asked: Any) -> list[str]:
     """``hf-clm chat``: a text model continues each line."""
-    decoding, found = ask(Decoding(), Namespace(**asked)), []
+    decoding, found = ask(Decoding(), asked), []
     talk = Conversation(load_run(folder, attention=None, device="cpu"), decoding, system="")
     for number, prompt in enumerate(prompts):
         talk.decoding = decoding.of_prompt(number)

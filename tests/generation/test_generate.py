@@ -8,7 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hf_clm.data.read.formats import to_prompt
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.generation.decoding import Decoding
-from hf_clm.generation.generate import Generated, fit_new_tokens, generate, to_prompt_example
+from hf_clm.generation.generate import Generated, generate
+from hf_clm.generation.prompts import fit_new_tokens, to_prompt_example
 from hf_clm.model.load import fit_to_tokenizer
 from hf_clm.schema import Chat, Document, Segment
 from hf_clm.text.tokenizer import use_chat_template

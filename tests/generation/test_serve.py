@@ -9,7 +9,6 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -24,8 +23,8 @@ from hf_clm.cli import main
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.load import LoadedRun
 from hf_clm.generation.protocol import ApiError
-from hf_clm.generation.serve import is_local, load_page
-from hf_clm.generation.stream import Answer
+from hf_clm.generation.serve import is_local
+from hf_clm.generation.service import load_page
 from hf_clm.generation.worker import Ticket, Worker
 from hf_clm.text.tokenizer import use_chat_template
 
@@ -801,7 +800,7 @@ def test_an_address_in_use_is_an_error_before_the_model_is_loaded(capsys):
     assert "cannot listen: Address already in use" in shown
 
 
-@pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
+@pytest.mark.parametrize("package", ["starlette", "uvicorn"])
 def test_a_missing_package_names_the_extra(package, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, package, None)
 
@@ -854,7 +853,7 @@ def broken_worker(error: Exception) -> Worker:
 
 
 def asked(worker: Worker) -> Ticket:
-    ticket = Ticket(lambda emit, on_end: Answer([97], Decoding(), max_new_tokens=3, emit=emit, on_end=on_end))
+    ticket = Ticket([97], Decoding(), max_new_tokens=3)
     worker.submit([ticket])
     return ticket
 
@@ -869,7 +868,7 @@ def test_a_generation_that_fails_fails_its_own_requests_alone():
         [piece async for piece in second]
         worker.close()
         await running
-        return str(error.value), second.answer.tokens
+        return str(error.value), len(second.ids)
 
     assert asyncio.run(both()) == ("the generation failed: out of memory", 3)
 
@@ -899,8 +898,7 @@ def test_requests_that_do_not_fit_beside_each_other_are_generated_apart():
         model = tiny_model(max_position_embeddings=64)
         worker = Worker(LoadedRun(model, byte_tokenizer(), "text", "sft", 64), batch_size=8, max_waiting=9)
         for prompt, new in ((40, 20), (4, 20), (4, 30), (4, 30)):
-            answer = partial(Answer, [97] * prompt, Decoding(), max_new_tokens=new)
-            worker.submit([Ticket(answer)])
+            worker.submit([Ticket([97] * prompt, Decoding(), max_new_tokens=new)])
         return [len(worker._next_batch()), len(worker._next_batch())]
 
     assert asyncio.run(batches()) == [2, 2]
