@@ -31,6 +31,17 @@ class Sample:
         """Whether the answer is the target, stop token included."""
         return self.stopped and self.text == self.target
 
+    def to_json(self, places: Sequence[str]) -> dict[str, str | bool]:
+        """All of it, with the place of its example."""
+        return {
+            "where": places[self.number],
+            "prompt": self.prompt,
+            "target": self.target,
+            "generated": self.text,
+            "exact": self.is_exact,
+            "stopped": self.stopped,
+        }
+
 
 @dataclass(frozen=True)
 class Answers:

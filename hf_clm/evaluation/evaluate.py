@@ -57,11 +57,7 @@ class Evaluation:
         if len(names) > 1:
             found["sources"] = {name: self.figures(files == name) for name in names}
         if self.answers and self.answers.metrics:
-            found["samples"] = [
-                {"where": self.read.places[sample.number], "prompt": sample.prompt, "target": sample.target}
-                | {"generated": sample.text, "exact": sample.is_exact, "stopped": sample.stopped}
-                for sample in self.answers.samples
-            ]
+            found["samples"] = [sample.to_json(self.read.places) for sample in self.answers.samples]
         return found
 
     def figures(self, chosen: np.ndarray) -> dict[str, Any]:
@@ -95,15 +91,16 @@ def evaluate_run(options: Namespace) -> Evaluation:
     stage: Stage = options.stage or run.stage
     max_length = options.max_length or run.max_length
     dataset = build_dataset(read, run, stage=stage, recipe=recipe, max_length=max_length)
-    sizes = {"dataset": dataset, "batch_size": options.batch_size}
-    likelihood = measure_likelihood(run.model, run.tokenizer, **sizes)
+    size = options.batch_size
+    likelihood = measure_likelihood(run.model, run.tokenizer, dataset=dataset, batch_size=size)
     verdicts = answers = None
     if expected is not None:
         policy: Policy = data.special_tokens_in_text
-        known: dict[str, Any] = {"max_length": max_length, "special_tokens_in_text": policy}
-        rows = choice_rows(read, run.tokenizer, choices=choices, **known)
-        ways = {"by": options.choices_by, "batch_size": options.batch_size}
-        scores = measure_choices(run.model, rows, choices=len(choices), **ways)
+        rows = choice_rows(
+            read, run.tokenizer, choices=choices, max_length=max_length, special_tokens_in_text=policy
+        )
+        count, by = len(choices), options.choices_by
+        scores = measure_choices(run.model, rows, choices=count, by=by, batch_size=size)
         verdicts = Verdicts(choices, expected, scores)
     if options.generate or (stage == "sft" and not choices and not options.no_generate):
         answers = measure_answers(
@@ -130,11 +127,10 @@ def to_data(options: Namespace, recipe: Recipe | None) -> Data:
         is_asked_by_template = bool(tokenizer.chat_template) and not is_plain(tokenizer)
         sources = [Source(path=path, format=options.format) for path in options.data]
         return Data(train=sources, render="chat" if is_asked_by_template else "plain")
-    keys = ("format", "fields", "template")
-    first, *others = ({key: getattr(source, key) for key in keys} for source in recipe.data.train)
+    first, *others = [(source.format, source.fields, source.template) for source in recipe.data.train]
     is_shared = all(other == first for other in others) and not options.format
-    shape = first if is_shared else {"format": options.format}
-    sources = [Source(path=path, **shape) for path in options.data]
+    format, fields, template = first if is_shared else (options.format, {}, None)
+    sources = [Source(path=path, format=format, fields=fields, template=template) for path in options.data]
     return recipe.data.model_copy(update={"train": sources, "duplicates": "keep"})
 
 
@@ -192,10 +188,6 @@ def _to_text(value: float | str) -> str:
 
 def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of columns of one width each: the first to the left, the others to the right."""
-    table = [head, *rows]
-    widths = [max(len(row[number]) for row in table) for number in range(len(head))]
-    cells = (
-        [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        for row in table
-    )
-    return ["  ".join(row).rstrip() for row in cells]
+    first, *others = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    form = f"{{:<{first}}}" + "".join(f"  {{:>{width}}}" for width in others)
+    return [form.format(*row).rstrip() for row in (head, *rows)]

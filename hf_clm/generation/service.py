@@ -17,12 +17,12 @@ from typing import NamedTuple
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hf_clm.errors import UserError
 from hf_clm.generation.decoding import Decoding, ask
@@ -46,7 +46,7 @@ from hf_clm.generation.protocol import (
 )
 from hf_clm.generation.replies import ChatWriter, Reply, TextWriter, Writer, to_usage
 from hf_clm.generation.scores import TokenNames
-from hf_clm.generation.worker import Ticket, Worker
+from hf_clm.generation.worker import Metrics, Ticket, Worker
 from hf_clm.schema import Chat, Example
 
 PAGE = Path(__file__).with_name("page.html")
@@ -77,7 +77,7 @@ class Access:
         return ["*"] if self.key else ["localhost", "127.0.0.1", "[::1]", host]
 
     def check(self, request: Request) -> None:
-        """Raises ApiError for pages of other sites, and without the key."""
+        """Raises ApiError for pages of other sites, without the key, and for a large body."""
         path, headers = request.url.path, request.headers
         origin, given = headers.get("origin", ""), headers.get("authorization", "")
         is_foreign = headers.get("sec-fetch-site") == "cross-site" and path != "/"
@@ -90,6 +90,30 @@ class Access:
         if self.key and path not in OPEN and not (is_same and scheme.lower() == "bearer"):
             what = "no API key, or a wrong one; send 'Authorization: Bearer KEY'"
             raise ApiError(401, what, code="invalid_api_key")
+        if int(headers.get("content-length", 0)) > self.body_bytes:
+            raise ApiError(413, f"a request may have {self.body_bytes:,} bytes", code="request_too_large")
+
+
+class Gate:
+    """ASGI middleware that refuses or passes on a request, and counts the reply."""
+
+    def __init__(self, app: ASGIApp, access: Access, metrics: Metrics):
+        self._app, self._access, self._metrics = app, access, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.count("replies_total", status=str(message["status"]))
+            await send(message)
+
+        app = self._app
+        if scope["type"] == "http":
+            request = Request(scope)
+            try:
+                self._access.check(request)
+            except ApiError as error:
+                app = await _refuse(request, error)
+        await app(scope, receive, counted)
 
 
 class Prompt(NamedTuple):
@@ -135,7 +159,7 @@ class Service:
             Route("/metrics", self.metrics),
         ]
         middleware = [
-            Middleware(BaseHTTPMiddleware, dispatch=self._gate),
+            Middleware(Gate, access=self._access, metrics=self._worker.metrics),
             Middleware(TrustedHostMiddleware, allowed_hosts=self._access.hosts),
             Middleware(RequestBodyLimitMiddleware, max_body_size=self._access.body_bytes),
         ]
@@ -203,16 +227,6 @@ class Service:
         worker = self._worker
         gauges = {"waiting": len(worker.waiting), "generating": len(worker.batch)}
         return PlainTextResponse(worker.metrics.to_text(gauges))
-
-    async def _gate(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
-        """Refuses or passes on a request, and counts the reply."""
-        try:
-            self._access.check(request)
-            reply = await call_next(request)
-        except ApiError as error:
-            reply = await _refuse(request, error)
-        self._worker.metrics.count("replies_total", status=str(reply.status_code))
-        return reply
 
     async def _read(self, body: Body) -> list[Prompt]:
         """The prompts of a request. Raises ApiError for one that is refused."""

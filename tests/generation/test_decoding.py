@@ -531,9 +531,12 @@ def test_the_settings_of_a_model_count_where_they_are_asked_for(settings, expect
         ({"num_beams": 4}, ": a setting that hf-clm does not follow; got num_beams; fix: "),
         (
             {"temperature": "hot", "do_sample": True},
-            ": temperature: expected a number; got 'hot'; fix: leave out",
+            ": temperature: expected a valid number, unable to parse string as a number; got 'hot'; fix: ",
         ),
-        ({"top_p": 2}, ": top_p: expected 0 to 1; got 2; fix: leave out --use_model_settings"),
+        (
+            {"top_p": 2},
+            ": top_p: expected less than or equal to 1; got 2; fix: leave out --use_model_settings",
+        ),
         ([], ": there is none that can be read; fix: leave out --use_model_settings"),
     ],
 )

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.data.read.formats import to_prompt
 from hf_clm.errors import DataError, RecipeError
-from hf_clm.generation.decoding import Decoding
+from hf_clm.generation.decoding import Decoding, ask
 from hf_clm.generation.generate import Generated, generate
 from hf_clm.generation.prompts import fit_new_tokens, to_prompt_example
 from hf_clm.model.load import fit_to_tokenizer
@@ -258,18 +258,18 @@ def test_what_is_after_the_end_of_a_stopped_row_is_not_part_of_it():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"temperature": -1}, "temperature: expected 0 or more; got -1"),
-        ({"temperature": float("nan")}, "temperature: expected 0 or more; got nan"),
-        ({"top_k": 2.5}, "top_k: expected a whole number, -1 or more; got 2.5"),
-        ({"top_p": "0.5"}, "top_p: expected 0 to 1; got '0.5'"),
-        ({"seed": 2**63}, "seed: expected -2**63 to 2**63 - 1; got 9223372036854775808"),
-        ({"max_new_tokens": -1}, "max_new_tokens: expected 0 or more; got -1"),
-        ({"num_beams": True}, "num_beams: expected a whole number, 1 or more; got True"),
+        ({"temperature": -1}, "temperature: expected greater than or equal to 0; got -1"),
+        ({"temperature": float("nan")}, "temperature: expected a finite number; got nan"),
+        ({"top_k": 2.5}, "top_k: expected a valid integer, got a number with a fractional part; got 2.5"),
+        ({"top_p": 2}, "top_p: expected less than or equal to 1; got 2"),
+        ({"seed": 2**63}, "seed: expected less than 9223372036854775808; got 9223372036854775808"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected greater than or equal to 1; got 0"),
+        ({"stop": ["x" * 201]}, "stop.0: String should have at most 200 characters"),
     ],
 )
 def test_a_setting_out_of_its_range_is_one_line(setting, message):
     with pytest.raises(RecipeError) as error:
-        Decoding(**setting)
+        ask(Decoding(), setting)
 
     assert str(error.value) == message
 
