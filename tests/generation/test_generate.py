@@ -93,20 +93,6 @@ def test_a_prompt_is_padded_on_the_left_and_never_ends_in_a_stop_token(monkeypat
     ]  # those before it tell whether a batch changes answers
 
 
-def test_an_instruction_is_asked_as_it_was_learned(monkeypatch):
-    model = counting_model()
-    batches = seen(model, monkeypatch)
-
-    generate(
-        model,
-        byte_tokenizer(),
-        prompts=[Document([Segment("hi\n", 0.0), Segment("an answer is not given away", 1.0)])],
-        **OPTIONS,
-    )
-
-    assert batches == [[[104, 105, 10]]]
-
-
 def test_a_chat_opens_the_turn_of_the_assistant_and_stops_at_its_end(monkeypatch):
     model, tokenizer = counting_model(last=ord("\n"), stop=IM_END), chat_tokenizer()
     fit_to_tokenizer(model, tokenizer)
@@ -127,15 +113,6 @@ def test_control_tokens_in_a_prompt_are_plain_text(monkeypatch):
     assert batches == [[list(b"<|pad|>")]]
 
 
-def test_without_a_start_token_an_empty_prompt_begins_after_the_end_of_another_text(monkeypatch):
-    model = counting_model()
-    batches = seen(model, monkeypatch)
-
-    generate(model, byte_tokenizer(), prompts=["", "a"], **OPTIONS)
-
-    assert batches[-1] == [[EOS], [97]]
-
-
 def test_with_a_start_token_an_empty_prompt_begins_after_it(monkeypatch):
     """A tokenizer that has one, but does not write it before a text."""
     model, tokenizer = counting_model(), byte_tokenizer()
@@ -145,29 +122,6 @@ def test_with_a_start_token_an_empty_prompt_begins_after_it(monkeypatch):
     generate(model, tokenizer, prompts=[""], **OPTIONS)
 
     assert batches[-1] == [[IM_START]]  # those before it tell what the model takes
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
-def test_the_batch_a_prompt_is_in_changes_no_answer(kind):
-    model, prompts = build_model(kind), ["a", "bcd", "a much longer prompt", "ef"]
-
-    answers = [
-        generate(model, byte_tokenizer(), prompts=prompts, batch_size=size, **OPTIONS)
-        for size in (1, 2, 3, 4)
-    ]
-
-    assert answers[1:] == [answers[0]] * 3
-
-
-def test_sampling_repeats_with_the_seed():
-    model = build_model()
-    answers = [
-        generate(model, byte_tokenizer(), prompts=["a"], decoding=Decoding(16, temperature=1.0, seed=seed))
-        for seed in (1, 1, 2)
-    ]
-
-    assert answers[0] == answers[1]
-    assert answers[0] != answers[2]
 
 
 @pytest.mark.parametrize("option", [{"top_k": 1}, {"top_p": 1e-6}, {"top_p": 0}, {"min_p": 1}])
@@ -193,23 +147,6 @@ def test_no_repeat_ngram_size_repeats_none():
 
     assert plain == "babababa"
     assert without.startswith("ba") and not without.startswith("bab")
-
-
-def test_beams_find_an_answer_at_least_as_likely_as_greedy():
-    model = build_model()
-    prompt = list(b"abc")
-
-    def likelihood(text_ids: list[int]) -> float:
-        logits = model(torch.tensor([prompt + text_ids])).logits[0].log_softmax(-1)
-        return sum(float(logits[len(prompt) - 1 + i, token].detach()) for i, token in enumerate(text_ids))
-
-    ids = torch.tensor([prompt])
-    greedy = model.generate(ids, attention_mask=torch.ones_like(ids), **PLAIN)[0, 3:].tolist()
-    beams = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=4, **PLAIN)[0, 3:].tolist()
-    answer = generate(model, byte_tokenizer(), prompts=["abc"], decoding=Decoding(8, num_beams=4))[0]
-
-    assert answer.text == byte_tokenizer().decode([i for i in beams if i < EOS])
-    assert likelihood(beams) >= likelihood(greedy) - 1e-4
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
@@ -246,13 +183,6 @@ def test_a_stop_text_ends_the_answer_before_itself(beams):
 
     assert [answer.text for answer in answers] == ["bc", ""]
     assert [answer.stopped for answer in answers] == [True, True]
-
-
-def test_what_is_after_the_end_of_a_stopped_row_is_not_part_of_it():
-    """The first row stops at once and is padded until the second one is done."""
-    answers = generate(counting_model(), byte_tokenizer(), prompts=["e", "a"], **OPTIONS)
-
-    assert answers == [Generated("", 0, True), Generated("bcde", 4, True)]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from helpers import EOS, byte_tokenizer, sentencepiece_tokenizer, tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.generation.decoding import Decoding, ask
-from hf_clm.generation.generate import generate
 from hf_clm.generation.stream import Answer, TextStream, stream_answers
 from hf_clm.model.load import fit_to_tokenizer
 
@@ -167,29 +166,6 @@ def test_a_stop_text_may_end_inside_a_token():
 
 
 # --- batches
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
-def test_answers_in_a_batch_are_those_that_generate_gives(kind):
-    model, prompts = random_model(kind), ["a", "bcd", "a much longer prompt", "ef"]
-
-    answers, pieces = streamed(model, prompts, max_new_tokens=12)
-
-    expected = generate(model, byte_tokenizer(), prompts=prompts, decoding=Decoding(12))
-    assert [(answer.text, len(answer.ids)) for answer in answers] == [
-        (one.text, one.tokens) for one in expected
-    ]
-    assert ["".join(came) for came in pieces] == [one.text for one in expected]
-
-
-def test_each_answer_of_a_batch_has_its_own_length():
-    model, answers = random_model(), []
-    for tokens in (3, 9, 1):
-        answers.append(Answer([97], GREEDY, max_new_tokens=tokens, emit=lambda text: None))
-
-    stream_answers(model, byte_tokenizer(), answers=answers)
-
-    assert [len(answer.ids) for answer in answers] == [3, 9, 1]
 
 
 def test_a_cancelled_answer_ends_and_leaves_the_others_alone():
