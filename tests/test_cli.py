@@ -175,7 +175,7 @@ def test_these_are_all_the_commands():
         (["generate", "run", "--prom", "x"], "did you mean '--prompt'?"),
         (
             ["generate", "run", "--top_k", "many"],
-            "hf-clm generate: argument --top_k: expected a valid integer, unable to parse string as an integer",
+            "hf-clm generate: argument --top_k: expected a valid integer, unable to parse",
         ),
         (["evaluate", "run", "x", "--format", "instrct"], "argument --format: invalid choice: 'instrct'"),
         (["evaluate", "run", "x", "--batch_size", "0"], "argument --batch_size: expected 1 or more, got 0"),
