@@ -3,7 +3,6 @@
 import argparse
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -91,7 +90,8 @@ def add_generate_options(parser: Parser) -> None:
     )
     text = "continue past the model's positions, rereading half of them"
     parser.add_argument("--slide", action="store_true", help=text)
-    add_decoding_options(parser, *SETTINGS)
+    add_decoding_options(parser)
+    add_setting(parser, "num_beams")
     text = "prompts at once; changes no answer (%(default)s)"
     parser.add_argument("--batch_size", type=at_least(1), default=16, help=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
@@ -103,7 +103,7 @@ def add_chat_options(parser: Parser) -> None:
     parser.add_argument("--system", default="", help="what the conversation begins with; /system changes it")
     text = "offer these functions: a JSON list, as OpenAI's API takes them; /tool gives a result"
     parser.add_argument("--tools", metavar="FILE", help=text)
-    add_decoding_options(parser, *(SETTINGS.keys() - {"num_beams"}))
+    add_decoding_options(parser)
 
 
 def add_run(parser: Parser) -> None:
@@ -112,24 +112,29 @@ def add_run(parser: Parser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
 
 
-def add_decoding_options(parser: Parser, *names: str) -> None:
-    """Options of these settings of ``Decoding``, which are None where they are not given."""
-    for name in SETTINGS:
-        if name == "stop" in names:
-            parser.add_argument("--stop", action="append", help=SETTINGS[name].description)
-        elif name in names:
-            read = partial(_read_setting, name)
-            parser.add_argument(f"--{name}", type=read, help=SETTINGS[name].description)
-    if "seed" in names:
-        parser.set_defaults(seed=0)
-        add_model_settings(parser, "these options replace them one by one")
+def add_decoding_options(parser: Parser) -> None:
+    """All settings of ``Decoding`` but beams."""
+
+    for name in [name for name in SETTINGS if name != "num_beams"]:
+        add_setting(parser, name)
+    parser.set_defaults(seed=0)
+    add_model_settings(parser, "these options replace them one by one")
 
 
-def _read_setting(name: str, text: str) -> object:
-    try:
-        return getattr(ask(Decoding(), {name: text}), name)
-    except RecipeError as error:
-        raise argparse.ArgumentTypeError(f"{error.what}, got {text}") from error
+def add_setting(parser: Parser, name: str) -> None:
+    """An option for a setting of ``Decoding``; it is None where it is not given."""
+
+    def read(text: str) -> object:
+        try:
+            return getattr(ask(Decoding(), {name: text}), name)
+        except RecipeError as error:
+            raise argparse.ArgumentTypeError(f"{error.what}, got {text}") from error
+
+    help = SETTINGS[name].description
+    if name == "stop":
+        parser.add_argument("--stop", action="append", help=help)
+    else:
+        parser.add_argument(f"--{name}", type=read, help=help)
 
 
 def add_model_settings(parser: Parser, rest: str) -> None:
@@ -153,7 +158,7 @@ def add_evaluate_options(parser: Parser) -> None:
     parser.add_argument("--choices", help="yes,no: which of them is likeliest; of two the first is positive")
     text = "compare the sum of a choice's log-probabilities, or the mean a token (%(default)s)"
     parser.add_argument("--choices_by", choices=("sum", "mean"), default="sum", help=text)
-    add_decoding_options(parser, "max_new_tokens")
+    add_setting(parser, "max_new_tokens")
     answers = parser.add_mutually_exclusive_group()
     text = "also with choices; adds chrF and BLEU (extra eval), and prompt, target and answer to --json"
     answers.add_argument("--generate", action="store_true", help=text)

@@ -1,4 +1,4 @@
-"""Chooses among given answers the one that the model finds likeliest behind the prompt; generates nothing.
+"""Chooses among given answers the one that the model finds likeliest after the prompt; generates nothing.
 
 prompt | yes <eos>     -0.3      a choice is written, tokenized and ended as training does a completion;
 prompt | no  <eos>     -1.6      the log-probabilities of its tokens are summed, or their mean is taken
@@ -169,7 +169,7 @@ def choice_rows(
 
 
 def _learned(example: Document) -> list[Segment]:
-    """The segments behind the last one that is only read."""
+    """The segments after the last one that is only read."""
     ends = [number for number, segment in enumerate(example.segments, start=1) if not segment.is_target]
     return example.segments[ends[-1] if ends else 0 :]
 

@@ -33,7 +33,7 @@ OF_FILE = ("examples", "loss", "bits_per_byte", "token_accuracy", "accuracy", "f
 Table = tuple[list[str], list[list[str]]]  # head, rows; the first column holds names
 
 
-LINE = re.compile(r":[0-9]+$|: record [0-9]+$")  # of a place, behind its file
+LINE = re.compile(r":[0-9]+$|: record [0-9]+$")  # of a place, after its file
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def generate(
 
     Args:
         decoding: how tokens are chosen, greedily by default; prompt number n draws by its seed + n.
-        slide: go on past the model's positions, in stretches that each reread the last half of them.
+        slide: continue past the model's positions, in stretches that each reread the last half of them.
         batch_size: prompts at once. A model whose answers depend on the batch answers one at a time, and
             searches beams without a cache.
         rendering: how prompts are rendered, as in training.

@@ -191,6 +191,6 @@ def fit_new_tokens(model: PreTrainedModel, prompt_tokens: int, *, max_new_tokens
         raise RecipeError(
             f"the model has {limit} positions",
             got=f"a prompt of {prompt_tokens} tokens and max_new_tokens {asked}",
-            fix="shorten the prompt or lower max_new_tokens; hf-clm generate --slide goes on past them",
+            fix="shorten the prompt or lower max_new_tokens; hf-clm generate --slide continues past them",
         )
     return cap_new_tokens(model, prompt_tokens, max_new_tokens=max_new_tokens)

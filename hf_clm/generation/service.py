@@ -46,7 +46,7 @@ from hf_clm.generation.protocol import (
 )
 from hf_clm.generation.replies import ChatWriter, Reply, TextWriter, Writer, to_usage
 from hf_clm.generation.scores import TokenNames
-from hf_clm.generation.worker import Metrics, Ticket, Worker
+from hf_clm.generation.worker import ServerMetrics, Ticket, Worker
 from hf_clm.schema import Chat, Example
 
 PAGE = Path(__file__).with_name("page.html")
@@ -97,7 +97,7 @@ class Access:
 class Gate:
     """ASGI middleware that refuses or passes on a request, and counts the reply."""
 
-    def __init__(self, app: ASGIApp, access: Access, metrics: Metrics):
+    def __init__(self, app: ASGIApp, access: Access, metrics: ServerMetrics):
         self._app, self._access, self._metrics = app, access, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -36,7 +36,7 @@ METRICS = {
 }
 
 
-class Metrics:
+class ServerMetrics:
     """Counters and histograms since the server began."""
 
     def __init__(self) -> None:
@@ -119,7 +119,7 @@ class Worker:
         self._is_closing = False
         self.waiting: deque[Ticket] = deque()
         self.batch: list[Ticket] = []
-        self.metrics = Metrics()
+        self.metrics = ServerMetrics()
 
     def check_alive(self) -> None:
         """Raises ApiError where the server is stopping, or has stopped at a fault of its own."""
@@ -143,7 +143,7 @@ class Worker:
         self._has_work.set()
 
     def cancel(self, tickets: Sequence[Ticket]) -> None:
-        """Ends their generation at the next token, or takes them out of the queue; nobody waits any more."""
+        """Ends their generation at the next token, or takes them out of the queue."""
         for ticket in tickets:
             ticket.fail(ApiError(499, "the client has left", code="client_left"))
             if ticket in self.waiting:
@@ -160,7 +160,7 @@ class Worker:
                 if not self.waiting:
                     self._has_work.clear()
         finally:
-            self.close()  # after a fault of our own nobody waits for ever
+            self.close()  # also after a fault of our own: no client waits forever
 
     def close(self) -> None:
         """Refuses new requests and ends those under way; ``run`` then returns."""

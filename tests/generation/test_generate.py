@@ -222,7 +222,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers():
 
     assert str(error.value) == (
         "the model has 16 positions; got a prompt of 9 tokens and max_new_tokens 8; "
-        "fix: shorten the prompt or lower max_new_tokens; hf-clm generate --slide goes on past them"
+        "fix: shorten the prompt or lower max_new_tokens; hf-clm generate --slide continues past them"
     )
 
 
