@@ -175,7 +175,7 @@ def run_generate(words: list[str]) -> None:
     add_generate_options(parser)
     options = parser.parse_args(words)
     _quiet_libraries()
-    from hf_clm.generation.command import generate_from_run
+    from hf_clm.generation.generate import generate_from_run
 
     answers = generate_from_run(options)
     for prompt, answer in answers:
@@ -227,8 +227,7 @@ def run_evaluate(words: list[str]) -> None:
     options = parser.parse_args(words)
     page = writable(options.html, "--html") if options.html else None
     _quiet_libraries()
-    from hf_clm.evaluation.command import evaluate_run
-    from hf_clm.evaluation.table import to_lines
+    from hf_clm.evaluation.evaluate import evaluate_run, to_lines
     from hf_clm.pages.losses import write_losses
 
     evaluation = evaluate_run(options)

@@ -9,21 +9,20 @@ import shutil
 import tempfile
 from argparse import Namespace
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.prepared.sets import load_examples
 from hf_clm.errors import ModelError, RecipeError
-from hf_clm.generation.command import read_prompts
 from hf_clm.generation.decoding import Decoding
-from hf_clm.generation.generate import generate, to_prompt_ids
+from hf_clm.generation.generate import generate
 from hf_clm.generation.load import read_run, run_recipe
-from hf_clm.generation.progress import watched
+from hf_clm.generation.prompts import read_prompts, to_prompt_ids
 from hf_clm.model.adapters import is_adapter, load_adapted, read_base
 from hf_clm.model.load import load_config, load_model, max_positions
 from hf_clm.schema import AnyExample, Document, Example, Segment, whole_text
@@ -137,14 +136,13 @@ def _answer(
     longest = min(PROMPT_TOKENS, max_positions(model.config) or PROMPT_TOKENS)
     logits = []
     asked = to_prompt_ids(prompts, tokenizer, LabelOptions(reasoning="drop"))
-    for number in watched(range(len(asked)), what=f"logits of {of}"):
+    for number in tqdm(range(len(asked)), desc=f"logits of {of}", disable=None, leave=False):
         ids = asked[number]
         found = model(input_ids=torch.tensor([ids[-longest:]]), use_cache=False).logits[0, -1].float()
         found[tokenizer.pad_token_id] = 0.0  # a row that was added for it holds any numbers
         logits.append(found)
-    watch = partial(watched, what=f"answers of {of}")
-    decoding = Decoding(NEW_TOKENS)
-    answers = generate(model, tokenizer, prompts=prompts, decoding=decoding, slide=True, watch=watch)
+    decoding, progress = Decoding(NEW_TOKENS), f"answers of {of}"
+    answers = generate(model, tokenizer, prompts=prompts, decoding=decoding, slide=True, progress=progress)
     return torch.stack(logits), [answer.text for answer in answers]
 
 

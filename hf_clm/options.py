@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hf_clm.errors import RecipeError, did_you_mean
+from hf_clm.generation.decoding import SETTINGS, Decoding, ask
 from hf_clm.schema import Format, TokenizerKind
 
 
@@ -77,60 +78,66 @@ def add_prepare_options(parser: Parser) -> None:
 
 def add_generate_options(parser: Parser) -> None:
     """Those of ``hf-clm generate``."""
-    parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
+    add_run(parser)
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--input", default="", help="the input that belongs to an instruction")
-    parser.add_argument(
-        "--tools",
-        metavar="FILE",
-        help="offer these functions with --prompt: a JSON list, as OpenAI's API takes them",
-    )
+    text = "offer these functions with --prompt: a JSON list, as OpenAI's API takes them"
+    parser.add_argument("--tools", metavar="FILE", help=text)
     parser.add_argument("--file", help="prompts: a txt file with one a line, or records in the run's format")
     parser.add_argument(
-        "--raw", action="store_true", help="take the prompt as it is, without the run's format"
+        "--raw", action="store_true", help="continue the prompt as it is, without the run's format"
     )
-    parser.add_argument(
-        "--slide", action="store_true", help="go on past the model's positions, rereading half of them"
-    )
-    parser.add_argument("--num_beams", type=at_least(1), help="beam search (1)")
+    text = "continue past the model's positions, rereading half of them"
+    parser.add_argument("--slide", action="store_true", help=text)
     add_decoding_options(parser)
-    parser.add_argument(
-        "--batch_size", type=at_least(1), default=16, help="prompts at once; changes no answer (%(default)s)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    add_setting(parser, "num_beams")
+    text = "prompts at once; changes no answer (%(default)s)"
+    parser.add_argument("--batch_size", type=at_least(1), default=16, help=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
 
 
+def add_chat_options(parser: Parser) -> None:
+    """Those of ``hf-clm chat``."""
+    add_run(parser)
+    parser.add_argument("--system", default="", help="what the conversation begins with; /system changes it")
+    text = "offer these functions: a JSON list, as OpenAI's API takes them; /tool gives a result"
+    parser.add_argument("--tools", metavar="FILE", help=text)
+    add_decoding_options(parser)
+
+
+def add_run(parser: Parser) -> None:
+    """The model to use, and where."""
+    parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+
+
 def add_decoding_options(parser: Parser) -> None:
-    """How answers are decoded; hf_clm/generation/decoding.py has the rule. None: not asked for."""
-    parser.add_argument("--max_new_tokens", type=at_least(1), help="of an answer; default: 256, or what fits")
-    parser.add_argument(
-        "--temperature",
-        type=at_least(0.0),
-        help="0 is greedy, and the default, unless one of the next three is given: then 1",
-    )
-    parser.add_argument("--top_k", type=at_least(-1), help="sample among the k likeliest tokens; 0, -1: all")
-    parser.add_argument(
-        "--top_p",
-        type=at_least(0.0, most=1.0),
-        help="sample among the likeliest tokens of this total probability",
-    )
-    parser.add_argument(
-        "--min_p",
-        type=at_least(0.0, most=1.0),
-        help="sample among tokens with this share of the likeliest one's probability",
-    )
-    parser.add_argument("--repetition_penalty", type=at_least(0.01), help="of prompt and answer (1: none)")
-    parser.add_argument("--no_repeat_ngram_size", type=at_least(0), help="repeat no n tokens (0: off)")
-    parser.add_argument(
-        "--stop", action="append", default=[], help="a text that ends the answer; may be repeated"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of sampling; prompt n adds n (%(default)s)")
+    """All settings of ``Decoding`` but beams."""
+
+    for name in [name for name in SETTINGS if name != "num_beams"]:
+        add_setting(parser, name)
+    parser.set_defaults(seed=0)
     add_model_settings(parser, "these options replace them one by one")
 
 
+def add_setting(parser: Parser, name: str) -> None:
+    """An option for a setting of ``Decoding``; it is None where it is not given."""
+
+    def read(text: str) -> object:
+        try:
+            return getattr(ask(Decoding(), {name: text}), name)
+        except RecipeError as error:
+            raise argparse.ArgumentTypeError(f"{error.what}, got {text}") from error
+
+    help = SETTINGS[name].description
+    if name == "stop":
+        parser.add_argument("--stop", action="append", help=help)
+    else:
+        parser.add_argument(f"--{name}", type=read, help=help)
+
+
 def add_model_settings(parser: Parser, rest: str) -> None:
-    """The one flag by which generation_config.json has a say."""
+    """The one flag that makes the settings of generation_config.json count."""
     text = (
         "begin with the sampling settings of the model's generation_config.json, which have no effect without"
     )
@@ -139,85 +146,51 @@ def add_model_settings(parser: Parser, rest: str) -> None:
 
 def add_evaluate_options(parser: Parser) -> None:
     """Those of ``hf-clm evaluate``."""
-    parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
+    add_run(parser)
     parser.add_argument("data", nargs="+", help="files, globs, folders, or datasets on the Hub")
     parser.add_argument("--format", choices=get_args(Format), help="of the data; default: told from the keys")
-    parser.add_argument(
-        "--stage", choices=("pretrain", "sft"), help="what counts as target; default: the run's own"
-    )
+    text = "what counts as target; default: the run's own"
+    parser.add_argument("--stage", choices=("pretrain", "sft"), help=text)
     parser.add_argument("--max_length", type=at_least(2), help="tokens in a row; default: the run's own")
-    parser.add_argument(
-        "--batch_size", type=at_least(1), default=8, help="rows at once; changes no figure (%(default)s)"
-    )
+    text = "rows at once; changes no figure (%(default)s)"
+    parser.add_argument("--batch_size", type=at_least(1), default=8, help=text)
     parser.add_argument("--choices", help="yes,no: which of them is likeliest; of two the first is positive")
-    by = "compare the sum of a choice's log-probabilities, or the mean a token (%(default)s)"
-    parser.add_argument("--choices_by", choices=("sum", "mean"), default="sum", help=by)
-    text = "of an answer, which is greedy; default: 256, or what fits"
-    parser.add_argument("--max_new_tokens", type=at_least(1), help=text)
+    text = "compare the sum of a choice's log-probabilities, or the mean a token (%(default)s)"
+    parser.add_argument("--choices_by", choices=("sum", "mean"), default="sum", help=text)
+    add_setting(parser, "max_new_tokens")
     answers = parser.add_mutually_exclusive_group()
-    asks = "also with choices; adds chrF and BLEU (extra eval), and prompt, target and answer to --json"
-    answers.add_argument("--generate", action="store_true", help=asks)
+    text = "also with choices; adds chrF and BLEU (extra eval), and prompt, target and answer to --json"
+    answers.add_argument("--generate", action="store_true", help=text)
     answers.add_argument("--no_generate", action="store_true", help="leave out the generated answers")
-    parser.add_argument(
-        "--html", metavar="FILE", help="also write a page: the loss of each token, worst rows first"
-    )
+    text = "also write a page: the loss of each token, worst rows first"
+    parser.add_argument("--html", metavar="FILE", help=text)
     parser.add_argument("--rows", type=at_least(1), default=20, help="rows on the page (%(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def add_chat_options(parser: Parser) -> None:
-    """Those of ``hf-clm chat``."""
-    parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
-    parser.add_argument("--system", default="", help="what the conversation begins with; /system changes it")
-    parser.add_argument(
-        "--tools",
-        metavar="FILE",
-        help="offer these functions: a JSON list, as OpenAI's API takes them; /tool gives a result",
-    )
-    add_decoding_options(parser)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
 
 
 def add_serve_options(parser: Parser) -> None:
     """Those of ``hf-clm serve``."""
-    parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address; others than this one need a key (%(default)s)"
-    )
-    parser.add_argument(
-        "--port", type=at_least(0, most=65535), default=8000, help="0 takes a free one (%(default)s)"
-    )
-    parser.add_argument(
-        "--api_key", help="asked of every client; better in HF_CLM_API_KEY, which no list of processes shows"
-    )
+    add_run(parser)
+    text = "address; others than this one need a key (%(default)s)"
+    parser.add_argument("--host", default="127.0.0.1", help=text)
+    text = "0 takes a free one (%(default)s)"
+    parser.add_argument("--port", type=at_least(0, most=65535), default=8000, help=text)
+    text = "required from every client; better in HF_CLM_API_KEY, which no list of processes shows"
+    parser.add_argument("--api_key", help=text)
     add_model_settings(parser, "a request replaces them one by one")
     parser.add_argument("--name", help="of the model in the API; default: the folder's")
-    parser.add_argument(
-        "--max_prompt_tokens",
-        type=at_least(1),
-        help="of a request; default: 4096, or what the model has positions for",
-    )
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=1024, help="of an answer (%(default)s)")
-    parser.add_argument(
-        "--max_body_bytes", type=at_least(1), default=1_000_000, help="of a request (%(default)s)"
-    )
-    parser.add_argument(
-        "--max_waiting",
-        type=at_least(1),
-        default=64,
-        help="requests in the queue; more get 429 (%(default)s)",
-    )
-    parser.add_argument(
-        "--batch_size", type=at_least(1), default=8, help="answers generated at once (%(default)s)"
-    )
-    parser.add_argument(
-        "--grace_seconds",
-        type=at_least(0.0),
-        default=20.0,
-        help="for answers under way at its end (%(default)s)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    text = "of a request; default: 4096, or what the model has positions for"
+    parser.add_argument("--max_prompt_tokens", type=at_least(1), help=text)
+    limits = {
+        "max_new_tokens": (1024, "of an answer"),
+        "max_body_bytes": (1_000_000, "of a request"),
+        "max_waiting": (64, "requests in the queue; more get 429"),
+        "batch_size": (8, "answers generated at once"),
+    }
+    for name, (default, text) in limits.items():
+        parser.add_argument(f"--{name}", type=at_least(1), default=default, help=f"{text} (%(default)s)")
+    text = "for answers under way at its end (%(default)s)"
+    parser.add_argument("--grace_seconds", type=at_least(0.0), default=20.0, help=text)
 
 
 def add_train_tokenizer_options(parser: Parser) -> None:

@@ -21,7 +21,7 @@ LAYERS = [
     {"errors", "hashing"},
     {"schema", "machine"},
     {"recipe"},
-    {"options", "hub"},
+    {"hub"},
     {"text"},
     {"model"},
     {"data"},
@@ -34,7 +34,7 @@ LAYERS = [
     {"run_folder"},
     {"pages", "doctor"},  # checks before a step, and the pages of a run: training calls them
     {"training"},
-    {"bench", "merge"},
+    {"bench", "merge", "options"},
     {"cli"},
     {"__main__"},
 ]

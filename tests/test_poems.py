@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from hf_clm.generation.decoding import Decoding
-from hf_clm.generation.generate import generate, to_prompt_example
+from hf_clm.generation.generate import generate
 from hf_clm.generation.load import load_run
+from hf_clm.generation.prompts import to_prompt_example
 from hf_clm.recipe.recipe import load_recipe
 from hf_clm.training.run import train
 

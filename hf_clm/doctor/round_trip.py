@@ -18,8 +18,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.errors import ModelError
-from hf_clm.generation.decoding import stop_ids
 from hf_clm.generation.generate import answering
+from hf_clm.generation.sampling import stop_ids
 from hf_clm.model.load import is_adapted
 
 WHERE = "round trip"

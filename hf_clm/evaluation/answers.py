@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from hf_clm.data.label.render import LabelOptions
 from hf_clm.errors import EnvironmentFault
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import GREEDY, generate
-from hf_clm.generation.progress import watched
 from hf_clm.schema import AnyExample
 
 Metrics = Mapping[str, Callable[[list[str], list[list[str]]], Any]]  # answers and [targets] -> .score
@@ -32,6 +30,17 @@ class Sample:
     def is_exact(self) -> bool:
         """Whether the answer is the target, stop token included."""
         return self.stopped and self.text == self.target
+
+    def to_json(self, places: Sequence[str]) -> dict[str, str | bool]:
+        """All of it, with the place of its example."""
+        return {
+            "where": places[self.number],
+            "prompt": self.prompt,
+            "target": self.target,
+            "generated": self.text,
+            "exact": self.is_exact,
+            "stopped": self.stopped,
+        }
 
 
 @dataclass(frozen=True)
@@ -88,8 +97,9 @@ def measure_answers(
     if not asked:
         return None
     prompts = [prompt for prompt, _ in asked.values()]
-    watch = partial(watched, what="answers")
-    found = generate(model, tokenizer, prompts=prompts, decoding=decoding, rendering=rendering, watch=watch)
+    found = generate(
+        model, tokenizer, prompts=prompts, decoding=decoding, rendering=rendering, progress="answers"
+    )
     samples = [
         Sample(number, prompt.shown, target, answer.text, answer.stopped)
         for (number, (prompt, target)), answer in zip(asked.items(), found, strict=True)

@@ -1,4 +1,4 @@
-"""Chooses among given answers the one that the model finds likeliest behind the prompt; generates nothing.
+"""Chooses among given answers the one that the model finds likeliest after the prompt; generates nothing.
 
 prompt | yes <eos>     -0.3      a choice is written, tokenized and ended as training does a completion;
 prompt | no  <eos>     -1.6      the log-probabilities of its tokens are summed, or their mean is taken
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from tqdm import trange
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.data.label.datasets import SFTDataset
@@ -16,8 +17,7 @@ from hf_clm.data.label.labels import slice_row
 from hf_clm.data.label.render import Policy
 from hf_clm.data.read.records import Examples
 from hf_clm.errors import DataError, ModelError, RecipeError, did_you_mean
-from hf_clm.evaluation.evaluate import measure_rows, target_places, target_starts
-from hf_clm.generation.progress import watched
+from hf_clm.evaluation.likelihood import measure_rows, target_places, target_starts
 from hf_clm.schema import Chat, Document, Example, Message, Segment, TokenizedExample, Tokens
 
 
@@ -128,7 +128,7 @@ def measure_choices(
     Raises ModelError where one is NaN.
     """
     scores = []
-    for start in watched(range(0, len(rows), batch_size), what="choices"):
+    for start in trange(0, len(rows), batch_size, desc="choices", disable=None, leave=False):
         batch = rows[start : start + batch_size]
         for row, (nll, _) in zip(batch, measure_rows(model, batch), strict=True):
             own = nll[_last_target(row) :].astype(np.float64)
@@ -169,7 +169,7 @@ def choice_rows(
 
 
 def _learned(example: Document) -> list[Segment]:
-    """The segments behind the last one that is only read."""
+    """The segments after the last one that is only read."""
     ends = [number for number, segment in enumerate(example.segments, start=1) if not segment.is_target]
     return example.segments[ends[-1] if ends else 0 :]
 

@@ -1,173 +1,193 @@
-"""The likelihood of the targets of examples, row by row and by the kind of target."""
+"""``hf-clm evaluate``: a run and data files become figures, of all examples and of each file."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import re
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
-from hf_clm.data.label.datasets import TokenizedDataset
-from hf_clm.evaluation.metrics import bits_per_byte, perplexity, target_nll
-from hf_clm.generation.progress import watched
-from hf_clm.model.load import takes_targets
-from hf_clm.schema import IGNORE_INDEX, TokenizedExample
-from hf_clm.text.chat import stop_token_ids
+from hf_clm.data.label.datasets import TokenizedDataset, label_options, tokenize_rows
+from hf_clm.data.label.render import Policy
+from hf_clm.data.prepared.sets import load_examples
+from hf_clm.data.read.faults import check_sources
+from hf_clm.data.read.plain_template import is_plain
+from hf_clm.data.read.records import Examples
+from hf_clm.errors import DataError
+from hf_clm.evaluation.answers import Answers, load_metrics, measure_answers
+from hf_clm.evaluation.choices import Verdicts, choice_rows, find_expected, measure_choices, to_choices
+from hf_clm.evaluation.likelihood import Likelihood, measure_likelihood
+from hf_clm.generation.decoding import Decoding
+from hf_clm.generation.load import LoadedRun, load_run, run_recipe
+from hf_clm.hub import load_options
+from hf_clm.recipe.recipe import Data, Recipe, Source
+from hf_clm.schema import Overflow
+from hf_clm.text.tokenizer import load_tokenizer
 
-KINDS = ("first", "content", "stop")  # of a target token, by its place: see target_kinds
+Stage = Literal["sft", "pretrain"]
+DEFAULT_OVERFLOW: dict[str, Overflow] = {"sft": "keep_target", "pretrain": "split"}
+# Of the figures of one file, those that stand in its line.
+OF_FILE = ("examples", "loss", "bits_per_byte", "token_accuracy", "accuracy", "f1", "exact_match", "chrf")
+
+Table = tuple[list[str], list[list[str]]]  # head, rows; the first column holds names
 
 
-@dataclass(frozen=True, eq=False)
-class Likelihood:
-    """What was found of each row; sums, so that any set of rows is divided once.
+LINE = re.compile(r":[0-9]+$|: record [0-9]+$")  # of a place, after its file
 
-    N = rows, K = kinds of targets (KINDS).
 
-        nll          (N, K) float64, nats
-        tokens       (N, K) int64, targets
-        correct      (N,) int64, targets that are the likeliest token
-        text_bytes   (N,) int64, of the decoded targets, UTF-8
-    """
+@dataclass(frozen=True)
+class Evaluation:
+    """What a run was found to know of its examples. ``verdicts``: with choices; ``answers``: generated."""
 
-    nll: np.ndarray
-    tokens: np.ndarray
-    correct: np.ndarray
-    text_bytes: np.ndarray
+    run: LoadedRun
+    read: Examples
+    dataset: TokenizedDataset
+    likelihood: Likelihood
+    verdicts: Verdicts | None
+    answers: Answers | None
 
-    def select(self, rows: np.ndarray) -> "Likelihood":
-        """Of these rows alone; ``rows`` are numbers, or (N,) bool."""
-        return Likelihood(self.nll[rows], self.tokens[rows], self.correct[rows], self.text_bytes[rows])
+    def to_json(self) -> dict[str, Any]:
+        """All figures, then those of each file where there are several, and what was generated if asked."""
+        found = self.figures(np.ones(len(self.read), dtype=bool))
+        if self.read.report.bad_lines:  # data.on_bad_record: drop, of the run
+            found["skipped"] = len(self.read.report.bad_lines)
+        files = np.array([LINE.sub("", place) for place in self.read.places])
+        names = list(dict.fromkeys(files.tolist()))
+        if len(names) > 1:
+            found["sources"] = {name: self.figures(files == name) for name in names}
+        if self.answers and self.answers.metrics:
+            found["samples"] = [sample.to_json(self.read.places) for sample in self.answers.samples]
+        return found
 
-    @property
-    def row_losses(self) -> np.ndarray:
-        """(N,) float64: the mean over the targets of each row."""
-        return self.nll.sum(axis=1) / self.tokens.sum(axis=1)
-
-    def to_json(self) -> dict[str, float]:
-        """The figures; of each kind of targets the mean loss. Without a row only that there is none."""
-        targets, nll = int(self.tokens.sum()), float(self.nll.sum())
-        if not targets:
-            return {"rows": 0, "target_tokens": 0}
-        both = zip(KINDS, self.nll.sum(axis=0).tolist(), self.tokens.sum(axis=0).tolist(), strict=True)
+    def figures(self, chosen: np.ndarray) -> dict[str, Any]:
+        """The figures of some of the examples; ``chosen`` (examples,) bool."""
+        rows = self.dataset.rows
+        fates = zip(rows.fates, chosen, strict=True)
         return {
-            "rows": len(self.tokens),
-            "target_tokens": targets,
-            "loss": nll / targets,
-            "perplexity": perplexity(nll / targets),
-            "bits_per_byte": bits_per_byte(nll, int(self.text_bytes.sum())),
-            "token_accuracy": int(self.correct.sum()) / targets,
-            **{f"loss_{kind}": total / count for kind, total, count in both if count},
+            "examples": int(chosen.sum()),
+            "dropped": sum(fate.kind == "dropped" for fate, is_chosen in fates if is_chosen),
+            **self.likelihood.select(chosen[rows.sources]).to_json(),
+            **(self.verdicts.select(chosen).to_json() if self.verdicts else {}),
+            **(self.answers.select(chosen).to_json() if self.answers else {}),
         }
 
 
-def measure_likelihood(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    dataset: TokenizedDataset,
-    batch_size: int = 8,
-) -> Likelihood:
-    """The likelihood of every target token; ``batch_size`` (rows) changes nothing."""
-    stops = stop_token_ids(tokenizer)
-    nll, tokens, correct, text_bytes = [], [], [], []
-    for start in watched(range(0, len(dataset), batch_size), what="loss"):
-        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        for row, (row_nll, row_correct) in zip(rows, measure_rows(model, rows), strict=True):
-            kinds = target_kinds(np.array(row["labels"]), stops)
-            nll.append(np.bincount(kinds, row_nll, minlength=len(KINDS)))
-            tokens.append(np.bincount(kinds, minlength=len(KINDS)))
-            correct.append(int(row_correct.sum()))
-            text_bytes.append(len(_target_text(row["labels"], tokenizer).encode()))
-    return Likelihood(np.array(nll), np.array(tokens), np.array(correct), np.array(text_bytes))
+def evaluate_run(options: Namespace) -> Evaluation:
+    """Likelihood of the targets, and the choices or, where the examples have prompts, greedy answers.
 
-
-def measure_rows(
-    model: PreTrainedModel, rows: Sequence[TokenizedExample]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each row the nll (n,) float32 of its n targets, and whether each was guessed (n,) bool."""
-    logits, targets = target_logits(model, rows)
-    figures = target_nll(logits, targets), logits.argmax(dim=-1) == targets
-    ends = np.cumsum([len(target_places(np.array(row["labels"]))) for row in rows])[:-1]
-    parts = (np.split(figure.cpu().numpy(), ends) for figure in figures)
-    return list(zip(*parts, strict=True))
-
-
-@dataclass(frozen=True, eq=False)
-class Guesses:
-    """What a model expected at each target of a row.
-
-    n = targets, A = alternatives.
-
-        nll        (n,) float32, nats
-        rank       (n,) int64, of the target among all tokens: 1 for the likeliest
-        likeliest  (n, A) int64, the likeliest tokens, best first
-        shares     (n, A) float32, their probabilities
+    The data are read and labelled as in the run's recipe: its eval set gives the eval loss of its training.
+    Raises DataError where no example has a target, or one has none of the choices.
     """
+    metrics = load_metrics() if options.generate else {}
+    choices = to_choices(options.choices) if options.choices is not None else []
+    load_options(options.run, revision=None, where="run or model")  # what is not there is said at once
+    recipe = run_recipe(options.run)
+    data = to_data(options, recipe)
+    check_sources(data.model_copy(update={"eval": []}))
+    read = load_examples(data)
+    expected = find_expected(read, choices) if choices else None
+    run = load_run(options.run, device=options.device)
+    stage: Stage = options.stage or run.stage
+    max_length = options.max_length or run.max_length
+    dataset = build_dataset(read, run, stage=stage, recipe=recipe, max_length=max_length)
+    size = options.batch_size
+    likelihood = measure_likelihood(run.model, run.tokenizer, dataset=dataset, batch_size=size)
+    verdicts = answers = None
+    if expected is not None:
+        policy: Policy = data.special_tokens_in_text
+        rows = choice_rows(
+            read, run.tokenizer, choices=choices, max_length=max_length, special_tokens_in_text=policy
+        )
+        count, by = len(choices), options.choices_by
+        scores = measure_choices(run.model, rows, choices=count, by=by, batch_size=size)
+        verdicts = Verdicts(choices, expected, scores)
+    if options.generate or (stage == "sft" and not choices and not options.no_generate):
+        answers = measure_answers(
+            run.model,
+            run.tokenizer,
+            examples=read.examples,
+            metrics=metrics,
+            decoding=Decoding(max_new_tokens=options.max_new_tokens),
+            rendering=run.rendering,
+        )
+    if options.generate and not answers:
+        where = ", ".join(read.report.files[:2])
+        raise DataError("no example has a prompt to answer", where=where, fix="leave out --generate")
+    return Evaluation(run, read, dataset, likelihood, verdicts, answers)
 
-    nll: np.ndarray
-    rank: np.ndarray
-    likeliest: np.ndarray
-    shares: np.ndarray
 
+def to_data(options: Namespace, recipe: Recipe | None) -> Data:
+    """The data section to read ``options.data`` with: the run's, but for its sources.
 
-def guess_row(model: PreTrainedModel, row: TokenizedExample, *, alternatives: int) -> Guesses:
-    """What the model expects at the targets of one row."""
-    logits, targets = target_logits(model, [row])
-    own = logits.gather(1, targets[:, None])
-    rank = (logits > own).sum(dim=1) + 1
-    shares, likeliest = torch.softmax(logits.float(), dim=1).topk(min(alternatives, logits.shape[1]), dim=1)
-    figures = (target_nll(logits, targets), rank, likeliest, shares)
-    return Guesses(*(figure.cpu().numpy() for figure in figures))
-
-
-@torch.no_grad()
-def target_logits(
-    model: PreTrainedModel, rows: Sequence[TokenizedExample]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits (N, V) that predict the N targets of the rows, and these targets (N,) int64, in order.
-
-    Each row is a document of its own; the first token of a row has no label.
+    Format and columns are those that all sources of the run share, unless ``--format`` names another.
     """
-    model.eval()
-    collate = DataCollatorForPackedCausalLM(with_targets=takes_targets(model))
-    batch = {key: _to_device(value, model.device) for key, value in collate(rows).items()}
-    labels, targets = batch.pop("labels")[0], batch.pop("shift_labels", None)
-    logits = model(**batch, use_cache=False).logits[0]
-    if targets is not None:
-        return logits, targets[0]
-    places = torch.nonzero(labels[1:] != IGNORE_INDEX)[:, 0]
-    return logits[places], labels[places + 1]
+    if recipe is None:
+        tokenizer = load_tokenizer(options.run)
+        is_asked_by_template = bool(tokenizer.chat_template) and not is_plain(tokenizer)
+        sources = [Source(path=path, format=options.format) for path in options.data]
+        return Data(train=sources, render="chat" if is_asked_by_template else "plain")
+    first, *others = [(source.format, source.fields, source.template) for source in recipe.data.train]
+    is_shared = all(other == first for other in others) and not options.format
+    format, fields, template = first if is_shared else (options.format, {}, None)
+    sources = [Source(path=path, format=format, fields=fields, template=template) for path in options.data]
+    return recipe.data.model_copy(update={"train": sources, "duplicates": "keep"})
 
 
-def target_places(labels: np.ndarray) -> np.ndarray:
-    """(n,) int64: where a row has a target; its first token never is one."""
-    return np.flatnonzero(labels[1:] != IGNORE_INDEX) + 1
+def build_dataset(
+    read: Examples, run: LoadedRun, *, stage: Stage, recipe: Recipe | None, max_length: int
+) -> TokenizedDataset:
+    """The examples labelled as the run labels them. Raises DataError where none has a target that fits."""
+    options = run.rendering
+    if recipe and recipe.stage == stage:
+        options = label_options(recipe)
+    overflow = options.overflow if recipe and recipe.stage == stage == "sft" else DEFAULT_OVERFLOW[stage]
+    options = replace(options, stage=stage, max_length=max_length, overflow=overflow, window=None)
+    try:
+        rows = tokenize_rows(read.examples, run.tokenizer, options)
+    except DataError as error:
+        raise error if error.row is None else error.at(read.places[error.row]) from error
+    if len(rows) == 0:
+        where = ", ".join(read.report.files[:2])
+        raise DataError("no example has a target that fits", where=where, fix="raise --max_length")
+    return TokenizedDataset(rows)
 
 
-def target_starts(labels: np.ndarray) -> np.ndarray:
-    """(n,) bool: which of the n target tokens of a row begins a target."""
-    return np.diff(target_places(labels), prepend=-1) != 1
+def to_lines(found: Mapping[str, Any]) -> list[str]:
+    """A line for each figure, then the confusion of choices and the figures by file, where there are any."""
+    lines = [f"{name:<16} {value}" for name, value in to_figures(found).items()]
+    for table in to_tables(found).values():
+        lines += ["", *_aligned(*table)]
+    return lines
 
 
-def target_kinds(labels: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:
-    """(n,) int64: the kind of each of the n target tokens of a row, as its number in KINDS.
-
-        prompt prompt | T      T        T        <eos> | prompt | T      <eos>
-                        first  content  content  stop             first  stop
-
-    A stop token is one only where it ends a target.
-    """
-    starts = target_starts(labels)
-    ends = np.append(starts[1:], True)
-    is_stop = ends & np.isin(labels[target_places(labels)], list(stop_ids))
-    return np.where(is_stop, KINDS.index("stop"), np.where(starts, 0, KINDS.index("content")))
+def to_figures(found: Mapping[str, Any]) -> dict[str, str]:
+    """The single figures, as text."""
+    return {name: _to_text(value) for name, value in found.items() if not isinstance(value, dict | list)}
 
 
-def _target_text(labels: list[int], tokenizer: PreTrainedTokenizerFast) -> str:
-    return str(tokenizer.decode([label for label in labels if label >= 0], skip_special_tokens=True))
+def to_tables(found: Mapping[str, Any]) -> dict[str, Table]:
+    """The tables by what they are about."""
+    tables = {}
+    if confusion := found.get("confusion"):
+        rows = [[f"is {right}", *map(_to_text, chosen.values())] for right, chosen in confusion.items()]
+        tables["choices"] = (["", *(f"chose {choice}" for choice in confusion)], rows)
+    if sources := found.get("sources"):
+        names = [name for name in OF_FILE if name in found]
+        rows = [[file, *(_to_text(own.get(name, "")) for name in names)] for file, own in sources.items()]
+        tables["files"] = (["file", *names], rows)
+    return tables
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+def _to_text(value: float | str) -> str:
+    """A count with separators, a share with four places, a word as it is."""
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns of one width each: the first to the left, the others to the right."""
+    first, *others = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    form = f"{{:<{first}}}" + "".join(f"  {{:>{width}}}" for width in others)
+    return [form.format(*row).rstrip() for row in (head, *rows)]

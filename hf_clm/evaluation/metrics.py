@@ -14,18 +14,6 @@ CHUNK_TOKENS = 4096  # of a float32 copy of the logits
 
 
 @torch.no_grad()
-def token_counts(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(2,) int64 on the device: target tokens, and those of them that the logits predict.
-
-    logits (B, T, V); labels (B, T) int64, unshifted: logits t are compared with labels t+1.
-    """
-    targets = labels[:, 1:]
-    learned = targets != IGNORE_INDEX
-    correct = (logits[:, :-1].argmax(dim=-1) == targets) & learned
-    return torch.stack([learned.sum(), correct.sum()])
-
-
-@torch.no_grad()
 def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """(B, T - 1) float32: the negative log-likelihood (nats) of labels t+1 by logits t; 0 without a label.
 

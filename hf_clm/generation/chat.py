@@ -5,18 +5,19 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 from hf_clm.errors import DataError, RecipeError, UserError, did_you_mean
-from hf_clm.generation.command import read_tools
-from hf_clm.generation.decoding import Decoding, ask, base_decoding
-from hf_clm.generation.generate import (
+from hf_clm.generation.decoding import Decoding, ask
+from hf_clm.generation.load import LoadedRun, load_run
+from hf_clm.generation.padding import probe
+from hf_clm.generation.parsing import AnswerReader, find_syntax
+from hf_clm.generation.prompts import (
     cap_new_tokens,
     prompt_room,
+    read_tools,
     to_fitting_prompt,
     to_prompt_example,
     to_prompt_ids,
 )
-from hf_clm.generation.load import LoadedRun, load_run
-from hf_clm.generation.padding import probe
-from hf_clm.generation.parsing import AnswerReader, find_syntax
+from hf_clm.generation.sampling import base_decoding
 from hf_clm.generation.stream import Answer, stream_answers
 from hf_clm.model.load import max_positions
 from hf_clm.schema import Chat, Json, Message, Role, ToolCall
@@ -53,9 +54,7 @@ class Conversation:
         if tools and not run.has_turns:
             fix = "leave them out"
             raise RecipeError(f"a run of format {run.format} takes no tools", where="--tools", fix=fix)
-        self.run, self.decoding = run, decoding
-        self.tools = list(tools)
-        self.messages: list[Message] = []
+        self.run, self.decoding, self.tools = run, decoding, list(tools)
         self._syntax = find_syntax(run.tokenizer)
         self._with_cache = probe(run.model, run.tokenizer).takes_cache
         self.begin(system)
@@ -65,12 +64,8 @@ class Conversation:
         if system and not self.run.has_turns:
             fix = "leave it out, or put it into the text"
             raise RecipeError(f"a run of format {self.run.format} has no system message", fix=fix)
-        self._system: list[Message] = [_message("system", system)] if system else []
-        self.messages = list(self._system)
-
-    def reset(self) -> None:
-        """Forgets all but the system message."""
-        self.messages = list(self._system)
+        self.system = system
+        self.messages = [_message("system", system)] if system else []
 
     def answer(self, text: str, write: Write) -> Answer:
         """Answers ``text``; Ctrl-C ends the answer where it is. Raises UserError for a prompt it refuses."""
@@ -78,7 +73,7 @@ class Conversation:
             return self._continue([*self.messages, _message("user", text)], write)
         prompt = to_prompt_example(text, self.run.format, template=self.run.template)
         ids = to_prompt_ids([prompt], self.run.tokenizer, self.run.rendering)[0]
-        return self._generate(ids, self._room(ids, fix="shorten it"), write=write)
+        return self._generate(ids, write)
 
     def take_result(self, text: str, write: Write) -> Answer | None:
         """Takes the result of the first call that has none; answers when it was the last one.
@@ -110,11 +105,9 @@ class Conversation:
         most = prompt_room(run.model, max_new_tokens=self.decoding.max_new_tokens)
         chat = Chat(turns, self.tools)
         ids, chat = to_fitting_prompt(chat, run.tokenizer, rendering=run.rendering, most=most)
-        fix = "shorten it, or the system message: /system TEXT" if self._system else "shorten it"
-        room = self._room(ids, fix=fix)
-        if forgotten := len(turns) - len(chat.messages):
-            write(f"(no room for the whole conversation: its oldest messages ({forgotten}) are forgotten)\n")
-        answer = self._generate(ids, room, write=write)
+        dropped = len(turns) - len(chat.messages)
+        note = f"(no room for the whole conversation: its oldest messages ({dropped}) are forgotten)\n"
+        answer = self._generate(ids, write, note=note if dropped else "")
         if answer.text.strip():  # a turn without a word is in no training set
             prompt = str(run.tokenizer.decode(ids))
             reader = AnswerReader(run.tokenizer, self._syntax, prompt=prompt, tools=self.tools)
@@ -123,17 +116,15 @@ class Conversation:
             self.messages = [*chat.messages, reader.message]
         return answer
 
-    def _room(self, ids: list[int], *, fix: str) -> int:
-        """The tokens of the answer. Raises RecipeError for a prompt that leaves none."""
-        asked = self.decoding.max_new_tokens
-        return cap_new_tokens(self.run.model, len(ids), max_new_tokens=asked, fix=fix)
-
-    def _generate(self, ids: list[int], room: int, *, write: Write) -> Answer:
-        hidden = self._syntax.hidden_ids
-        answer = Answer(ids, self.decoding, max_new_tokens=room, hidden_ids=hidden, emit=write)
+    def _generate(self, ids: list[int], write: Write, *, note: str = "") -> Answer:
+        """Writes the note and the answer. Raises RecipeError for a prompt that leaves no room."""
+        run, asked = self.run, self.decoding.max_new_tokens
+        fix = "shorten it, or the system message: /system TEXT" if self.system else "shorten it"
+        room = cap_new_tokens(run.model, len(ids), max_new_tokens=asked, fix=fix)
+        write(note)
+        answer = Answer(ids, self.decoding, room, hidden_ids=self._syntax.hidden_ids, emit=write)
         try:
-            run, caches = self.run, self._with_cache
-            stream_answers(run.model, run.tokenizer, answers=[answer], with_cache=caches)
+            stream_answers(run.model, run.tokenizer, answers=[answer], with_cache=self._with_cache)
         except KeyboardInterrupt:
             answer.is_cancelled = True
         return answer
@@ -142,10 +133,10 @@ class Conversation:
 def chat(options: Namespace, *, read: Callable[[], str], write: Write) -> None:
     """Reads a text, writes its answer, until the texts end: ``read`` raises EOFError then.
 
-    A line that ends in a backslash goes on in the next one.
+    A line that ends in a backslash continues in the next one.
     """
     base = base_decoding(options.run, use_model_settings=options.use_model_settings)
-    decoding = ask(base, options)
+    decoding = ask(base, vars(options))
     tools = read_tools(options.tools) if options.tools else []
     run = load_run(options.run, attention=None, device=options.device)
     talk = Conversation(run, decoding, system=options.system, tools=tools)
@@ -165,7 +156,8 @@ def chat(options: Namespace, *, read: Callable[[], str], write: Write) -> None:
             continue
         if text.strip() == "/quit":
             return
-        was_interrupted = _reply(talk, text, write=write)
+        answer = _reply(talk, text, write=write)
+        was_interrupted = answer is not None and answer.is_cancelled
 
 
 def _read_text(read: Callable[[], str]) -> str:
@@ -175,48 +167,44 @@ def _read_text(read: Callable[[], str]) -> str:
     return text
 
 
-def check_unicode(text: str) -> None:
-    """Raises DataError for a text with half a character (a surrogate), which no tokenizer takes."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise DataError("the text is not UTF-8", got=repr(text[:40]))
-
-
-def _reply(talk: Conversation, text: str, *, write: Write) -> bool:
-    """Does what a command says, or answers; True where Ctrl-C ended the answer."""
+def _reply(talk: Conversation, text: str, *, write: Write) -> Answer | None:
+    """Does what a command says, or answers; then says where an answer was cut."""
+    word, _, rest = text.partition(" ")
+    answer = None
     try:
-        check_unicode(text)
-        word, _, rest = text.partition(" ")
+        if any(
+            "\ud800" <= letter <= "\udfff" for letter in text
+        ):  # half a character, which no tokenizer takes
+            raise DataError("the text is not UTF-8", got=repr(text[:40]))
         if word == "/tool":
             answer = talk.take_result(rest, write)
-            return answer is not None and _end_line(talk, answer, write=write)
-        if text.startswith("/"):
-            write(_command(talk, text) + "\n")
+        elif text.startswith("/"):
+            write(_command(talk, word.strip(), rest.strip()) + "\n")
         elif text.strip():
-            return _end_line(talk, talk.answer(text, write), write=write)
+            answer = talk.answer(text, write)
     except UserError as error:
         write(f"error: {error}\n")
-    return False
+    if answer:
+        is_full = len(answer.prompt_ids) + len(answer.ids) == max_positions(talk.run.model.config)
+        cut = (
+            "the model has no positions left; /reset begins anew"
+            if is_full
+            else "--max_new_tokens allows more"
+        )
+        write({"length": f"\n(cut: {cut})\n", "": "\n(stopped)\n"}.get(answer.finish, "\n"))
+    return answer
 
 
-def _end_line(talk: Conversation, answer: Answer, *, write: Write) -> bool:
-    """Ends the line of an answer, saying where it was cut; True where Ctrl-C ended it."""
-    is_full = len(answer.prompt_ids) + answer.tokens == max_positions(talk.run.model.config)
-    cut = "the model has no positions left; /reset begins anew" if is_full else "--max_new_tokens allows more"
-    write({"length": f"\n(cut: {cut})\n", "": "\n(stopped)\n"}.get(answer.finish, "\n"))
-    return answer.is_cancelled
-
-
-def _command(talk: Conversation, line: str) -> str:
+def _command(talk: Conversation, word: str, rest: str) -> str:
     """Runs a command and says what it did. Raises RecipeError for one that does not exist."""
-    word, _, rest = line.strip().partition(" ")
     if word == "/help":
         return "\n".join(f"{name:<8} {help}" for name, help in COMMANDS.items())
     if word == "/reset":
-        talk.reset()
+        talk.begin(talk.system)
         return "(the conversation is forgotten)"
     if word == "/system":
-        talk.begin(rest.strip())
-        return "(begun anew with this system message)" if rest.strip() else "(begun anew without one)"
+        talk.begin(rest)
+        return "(begun anew with this system message)" if rest else "(begun anew without one)"
     fix = f"one of {', '.join(COMMANDS)}{did_you_mean(word, COMMANDS)}; a text may begin with a space and /"
     raise RecipeError("no such command", got=repr(word), fix=fix)
 

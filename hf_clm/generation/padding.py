@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_clm.generation.decoding import under
+from hf_clm.generation.sampling import under
 from hf_clm.model.load import max_positions
 
 STEPS = 4  # new tokens of the probe: some models go wrong only with their cache

@@ -1,121 +1,94 @@
-"""Answers in OpenAI's shape: whole, or in chunks of server-sent events.
+"""Answers in OpenAI's shape: complete, or in chunks of server-sent events.
 
-to_head --> a Writer for each answer --> to_body | opening, piece, piece, closing, to_end
+tickets --> a Writer for each --> Reply --> body | events
 """
 
 import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from collections.abc import AsyncIterator, Sequence
+from typing import ClassVar
 
 from hf_clm.generation.parsing import AnswerReader, Part
+from hf_clm.generation.protocol import ApiError
 from hf_clm.generation.scores import Score, TokenNames
 from hf_clm.generation.stream import Answer, TextStream
-from hf_clm.schema import Json, ToolCall
+from hf_clm.generation.worker import Ticket
+from hf_clm.schema import ToolCall
 
-JsonObject = dict[str, Json]
-
-
-class Echo(NamedTuple):
-    """The text of a prompt, and whether the reply is to begin with it."""
-
-    text: str
-    is_asked: bool
+JsonObject = dict[str, object]
 
 
 class Writer(ABC):
-    """Writes one answer of a reply; ``index`` counts the answers from 0."""
+    """Writes the choice of one answer: what stands in it beside index, logprobs and finish_reason."""
 
-    whole_kind: ClassVar[str]
+    prefix: ClassVar[str]
+    kind: ClassVar[str]
     chunk_kind: ClassVar[str]
+    nothing: ClassVar[JsonObject]  # of the last chunk, which comes with the finish_reason
 
-    def __init__(self, head: JsonObject, answer: Answer, names: TokenNames, *, index: int = 0):
-        self.answer = answer
-        self._head, self._names, self._index = head, names, index
+    def __init__(self, ticket: Ticket, names: TokenNames):
+        self.ticket, self._names = ticket, names
+        self._sent = 0  # scores that were written
 
-    @abstractmethod
-    def whole(self) -> JsonObject:
-        """The choice of an answer that is not streamed."""
-
-    @abstractmethod
-    def opening(self) -> str:
-        """The events before the text."""
+    @property
+    def finish(self) -> str:
+        """Why the answer ended."""
+        return self.ticket.finish
 
     @abstractmethod
-    def piece(self, text: str) -> str:
-        """The events of a piece of text."""
+    def complete(self) -> JsonObject:
+        """All of an answer that has ended."""
 
     @abstractmethod
-    def closing(self) -> str:
-        """The events after the text; the last one says why it ended."""
+    def pieces(self) -> AsyncIterator[JsonObject]:
+        """An answer as it comes. Raises ApiError where it fails."""
 
     @abstractmethod
-    def _logprobs(self) -> Json:
-        """Of the tokens that have come since the last call; None where they were not asked for."""
+    def logprobs(self) -> JsonObject:
+        """Of the tokens that have come since the last call."""
 
-    def _choice(self, content: JsonObject, *, finish: str | None) -> JsonObject:
-        return {"index": self._index, **content, "logprobs": self._logprobs(), "finish_reason": finish}
-
-    def _event(self, content: JsonObject, *, finish: str | None = None) -> str:
-        choices: list[Json] = [self._choice(content, finish=finish)]
-        return to_event({**self._head, "object": self.chunk_kind, "choices": choices})
+    def _take(self, scores: Sequence[Score]) -> Sequence[Score]:
+        self._sent, new = len(scores), scores[self._sent :]
+        return new
 
 
 class TextWriter(Writer):
-    """Writes an answer of ``/v1/completions``; what is ``echoed``, the prompt or nothing, comes before it."""
+    """Writes an answer of ``/v1/completions``; with ``echo`` the prompt comes before it."""
 
-    whole_kind, chunk_kind = "text_completion", "text_completion"
+    prefix, kind, chunk_kind, nothing = "cmpl", "text_completion", "text_completion", {"text": ""}
 
-    def __init__(self, head: JsonObject, answer: Answer, names: TokenNames, *, index: int, prompt: Echo):
-        super().__init__(head, answer, names, index=index)
-        self._echoed = prompt.text if prompt.is_asked else ""
-        self._first = answer.prompt_ids[:1] if prompt.is_asked else []
+    def __init__(self, ticket: Ticket, names: TokenNames, *, prompt: str, echo: bool):
+        super().__init__(ticket, names)
+        self._echoed, self._offset = (prompt, 0) if echo else ("", len(prompt))
+        self._first = [Score(id, None, ()) for id in ticket.prompt_ids[:1] if echo]
         self._text = TextStream(names.tokenizer, hidden_ids=frozenset())
-        self._place = 0 if prompt.is_asked else len(prompt.text)
-        self._sent = 0  # tokens
 
-    def whole(self) -> JsonObject:
-        """The choice of an answer that is not streamed."""
-        return self._choice({"text": self._echoed + self.answer.text}, finish=self.answer.finish)
+    def complete(self) -> JsonObject:
+        return {"text": self._echoed + self.ticket.text}
 
-    def opening(self) -> str:
-        """The prompt, if it was asked for."""
-        return self._event({"text": self._echoed}) if self._echoed else ""
+    async def pieces(self) -> AsyncIterator[JsonObject]:
+        if self._echoed:
+            yield {"text": self._echoed}
+        async for piece in self.ticket:
+            yield {"text": piece}
 
-    def piece(self, text: str) -> str:
-        """The event of a piece of text."""
-        return self._event({"text": text})
-
-    def closing(self) -> str:
-        """The last event."""
-        return self._event({"text": ""}, finish=self.answer.finish)
-
-    def _logprobs(self) -> Json:
+    def logprobs(self) -> JsonObject:
         """As OpenAI gives them here: lists of equal length, with nothing for the first token of a prompt."""
-        if self.answer.likeliest is None:
-            return None
-        nothing: list[Score | None] = [None for _ in self._first]
-        scores = [*nothing, *self.answer.prompt_scores, *self.answer.scores][self._sent :]
-        self._sent += len(scores)
-        ids = [score.token if score else self._first[0] for score in scores]
-        tokens: list[Json] = [self._names.name(id) for id in ids]
-        logprobs: list[Json] = [score.logprob if score else None for score in scores]
-        likeliest: list[Json] = [{**self._names.by_name(score)} if score else None for score in scores]
-        places: list[Json] = [self._advance(id) for id in ids]
+        scores = self._take([*self._first, *self.ticket.prompt_scores, *self.ticket.scores])
         return {
-            "tokens": tokens,
-            "token_logprobs": logprobs,
-            "top_logprobs": likeliest,
-            "text_offset": places,
+            "tokens": [self._names.name(score.token) for score in scores],
+            "token_logprobs": [score.logprob for score in scores],
+            "top_logprobs": [self._names.by_name(score) for score in scores],
+            "text_offset": [self._advance(score.token) for score in scores],
         }
 
     def _advance(self, token: int) -> int:
         """Where the token's text begins, in characters of prompt and answer."""
-        place = self._place
-        self._place += len(self._text.push(token))
-        return place
+        offset = self._offset
+        self._offset += len(self._text.push(token))
+        return offset
 
 
 class ChatWriter(Writer):
@@ -124,15 +97,21 @@ class ChatWriter(Writer):
     In a stream the tool calls come last; a text that may be one is held back until the end.
     """
 
-    whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    nothing: ClassVar[JsonObject] = {"delta": {}}
 
-    def __init__(self, head: JsonObject, answer: Answer, names: TokenNames, *, reader: AnswerReader):
-        super().__init__(head, answer, names)
-        self._reader, self._sent = reader, 0
+    def __init__(self, ticket: Ticket, names: TokenNames, *, reader: AnswerReader):
+        super().__init__(ticket, names)
+        self._reader = reader
 
-    def whole(self) -> JsonObject:
-        """The choice of an answer that is not streamed."""
-        self._reader.feed(self.answer.text)
+    @property
+    def finish(self) -> str:
+        """A call that was cut after another one ended at the length, not at the calls."""
+        finish = self.ticket.finish
+        return "tool_calls" if self._reader.tool_calls and finish == "stop" else finish
+
+    def complete(self) -> JsonObject:
+        self._reader.feed(self.ticket.text)
         self._reader.finish()
         said = self._reader.message
         message: JsonObject = {"role": "assistant", "content": said.get("content")}
@@ -140,93 +119,93 @@ class ChatWriter(Writer):
             message["reasoning_content"] = said["reasoning"]
         if self._reader.tool_calls:
             message["tool_calls"] = [_to_api_call(call) for call in self._reader.tool_calls]
-        return self._choice({"message": message}, finish=self._finish)
+        return {"message": message}
 
-    def opening(self) -> str:
-        """The event that says whose turn it is."""
-        return self._event({"delta": {"role": "assistant", "content": ""}})
-
-    def piece(self, text: str) -> str:
-        """The events of what is certain with this piece of text; none where it is held back."""
-        return self._events(self._reader.feed(text))
-
-    def closing(self) -> str:
-        """What was held back, the tool calls, and the last event."""
-        events = self._events(self._reader.finish())
+    async def pieces(self) -> AsyncIterator[JsonObject]:
+        yield {"delta": {"role": "assistant", "content": ""}}
+        async for piece in self.ticket:
+            for part in self._reader.feed(piece):
+                yield _to_delta(part)
+        for part in self._reader.finish():
+            yield _to_delta(part)
         for number, call in enumerate(self._reader.tool_calls):
-            calls: list[Json] = [{"index": number, **_to_api_call(call)}]
-            events += self._event({"delta": {"tool_calls": calls}})
-        return events + self._event({"delta": {}}, finish=self._finish)
+            yield {"delta": {"tool_calls": [{"index": number, **_to_api_call(call)}]}}
 
-    @property
-    def _finish(self) -> str:
-        """A call that was cut after another one ended at the length, not at the calls."""
-        finish = self.answer.finish
-        return "tool_calls" if self._reader.tool_calls and finish == "stop" else finish
-
-    def _logprobs(self) -> Json:
-        if self.answer.likeliest is None:
-            return None
-        scores = self.answer.scores[self._sent :]
-        self._sent += len(scores)
-        content: list[Json] = [
+    def logprobs(self) -> JsonObject:
+        content = [
             {
                 **self._to_entry(score.token, score.logprob),
                 "top_logprobs": [self._to_entry(*one) for one in score.likeliest],
             }
-            for score in scores
+            for score in self._take(self.ticket.scores)
         ]
         return {"content": content, "refusal": None}
 
-    def _to_entry(self, token: int, logprob: float) -> JsonObject:
+    def _to_entry(self, token: int, logprob: float | None) -> JsonObject:
         name = self._names.name(token)
-        letters: list[Json] = [*name.encode()]
         is_text = name != f"token_id:{token}"
-        return {"token": name, "logprob": logprob, "bytes": letters if is_text else None}
-
-    def _events(self, parts: list[Part]) -> str:
-        keys = {"reasoning": "reasoning_content", "content": "content"}
-        return "".join(self._event({"delta": {keys[part.kind]: part.text}}) for part in parts)
+        return {"token": name, "logprob": logprob, "bytes": [*name.encode()] if is_text else None}
 
 
-def to_head(prefix: str, model: str, *, dropped: int = 0) -> JsonObject:
-    """What a reply and all its chunks begin with; ``dropped``: the messages that there was no room for."""
-    head: JsonObject = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-    return {**head, "dropped_messages": dropped} if dropped else head
+class Reply:
+    """The reply to one request; ``dropped``: the messages that there was no room for."""
 
+    def __init__(self, model: str, writers: Sequence[Writer], *, dropped: int = 0):
+        self._writers, first = writers, writers[0]
+        self._head: JsonObject = {"id": f"{first.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
+        self._head |= {"model": model, **({"dropped_messages": dropped} if dropped else {})}
 
-def to_body(head: JsonObject, writers: Sequence[Writer]) -> JsonObject:
-    """The reply that is not streamed."""
-    choices: list[Json] = [writer.whole() for writer in writers]
-    usage = to_usage([writer.answer for writer in writers])
-    return {**head, "object": writers[0].whole_kind, "choices": choices, "usage": usage}
+    def body(self) -> JsonObject:
+        """All of it, once the answers have ended."""
+        choices = [
+            self._choice(index, writer.complete(), writer.finish)
+            for index, writer in enumerate(self._writers)
+        ]
+        return {**self._head, "object": self._writers[0].kind, "choices": choices, "usage": self._usage}
 
+    async def events(self, *, with_usage: bool) -> AsyncIterator[str]:
+        """It as a stream, one answer after the other."""
+        try:
+            for index, writer in enumerate(self._writers):
+                async for content in writer.pieces():
+                    yield self._chunk([self._choice(index, content, None)])
+                yield self._chunk([self._choice(index, writer.nothing, writer.finish)])
+            if with_usage:
+                yield self._chunk([], usage=self._usage)
+            yield "data: [DONE]\n\n"
+        except ApiError as error:  # the status has been sent
+            yield _to_event(error.body)
 
-def to_end(head: JsonObject, writers: Sequence[Writer], *, with_usage: bool) -> str:
-    """The last events of a stream: the tokens if they were asked for, and the end."""
-    done = "data: [DONE]\n\n"
-    if not with_usage:
-        return done
-    usage = to_usage([writer.answer for writer in writers])
-    return to_event({**head, "object": writers[0].chunk_kind, "choices": [], "usage": usage}) + done
+    @property
+    def _usage(self) -> JsonObject:
+        return to_usage([writer.ticket for writer in self._writers])
 
+    def _choice(self, index: int, content: JsonObject, finish: str | None) -> JsonObject:
+        writer = self._writers[index]
+        logprobs = None if writer.ticket.likeliest is None else writer.logprobs()
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
 
-def to_event(content: JsonObject) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    def _chunk(self, choices: Sequence[JsonObject], **more: object) -> str:
+        return _to_event({**self._head, "object": self._writers[0].chunk_kind, "choices": choices, **more})
 
 
 def to_usage(answers: Sequence[Answer]) -> JsonObject:
     """The tokens of the prompts as they were read, of the answers without their stop tokens, and of both."""
     read = sum(len(answer.prompt_ids) for answer in answers)
-    new = sum(answer.tokens for answer in answers)
+    new = sum(len(answer.ids) for answer in answers)
     return {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
+
+
+def _to_event(content: object) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def _to_delta(part: Part) -> JsonObject:
+    return {"delta": {"reasoning_content" if part.kind == "reasoning" else "content": part.text}}
 
 
 def _to_api_call(call: ToolCall) -> JsonObject:
     """A call as OpenAI writes it: its arguments are JSON text."""
-    function: JsonObject = {
-        "name": call["function"]["name"],
-        "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-    }
+    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    function = {"name": call["function"]["name"], "arguments": arguments}
     return {"id": call.get("id"), "type": "function", "function": function}

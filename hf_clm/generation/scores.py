@@ -14,10 +14,11 @@ CHUNK = 512  # positions of a prompt whose log-probabilities are computed at onc
 
 
 class Score(NamedTuple):
-    """A token and its log-probability; the likeliest tokens in its place with theirs, likeliest first."""
+    """A token and its log-probability, None for the first of a text; the likeliest tokens in its place with
+    theirs, likeliest first."""
 
     token: int
-    logprob: float
+    logprob: float | None
     likeliest: tuple[tuple[int, float], ...]
 
 
@@ -69,8 +70,10 @@ class TokenNames:
         own = text.removeprefix(self._start)
         return own if own and UNFINISHED not in own else f"token_id:{token}"
 
-    def by_name(self, score: Score) -> dict[str, float]:
+    def by_name(self, score: Score) -> dict[str, float] | None:
         """The likeliest tokens of a place, and the one that stands there, each under a name of its own."""
+        if score.logprob is None:
+            return None
         found = {self.name(score.token): score.logprob}
         for token, logprob in score.likeliest:
             name = self.name(token)

@@ -1,50 +1,119 @@
-"""What a server replies: the prompt as in training, the limits, the answer whole or piece by piece."""
+"""The replies of a server: who may ask, the prompt as in training, the limits, the answer.
+
+request --> gate (host, site, key, size) --> Service --> Worker (queue) --> Reply
+"""
 
 import asyncio
+import base64
 import copy
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+import hashlib
+import hmac
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
-from hf_clm.errors import RecipeError, UserError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hf_clm.errors import UserError
 from hf_clm.generation.decoding import Decoding, ask
-from hf_clm.generation.generate import (
+from hf_clm.generation.load import LoadedRun
+from hf_clm.generation.parsing import AnswerReader, find_syntax
+from hf_clm.generation.prompts import (
     cap_new_tokens,
     prompt_room,
     start_id,
     to_fitting_prompt,
     to_prompt_ids,
 )
-from hf_clm.generation.load import LoadedRun
-from hf_clm.generation.parsing import AnswerReader, find_syntax
-from hf_clm.generation.protocol import ApiError, Body, ChatBody, CompletionBody, GenerateBody, read_body
-from hf_clm.generation.replies import (
-    ChatWriter,
-    Echo,
-    JsonObject,
-    TextWriter,
-    Writer,
-    to_body,
-    to_end,
-    to_event,
-    to_head,
-    to_usage,
+from hf_clm.generation.protocol import (
+    ApiError,
+    Body,
+    ChatBody,
+    CompletionBody,
+    GenerateBody,
+    read_body,
+    wrong,
 )
+from hf_clm.generation.replies import ChatWriter, Reply, TextWriter, Writer, to_usage
 from hf_clm.generation.scores import TokenNames
-from hf_clm.generation.stream import Answer
-from hf_clm.generation.worker import Ticket, Worker
+from hf_clm.generation.worker import ServerMetrics, Ticket, Worker
 from hf_clm.schema import Chat, Example
 
-Reply = Callable[[Any], Awaitable[Any]]  # of a starlette.requests.Request
+PAGE = Path(__file__).with_name("page.html")
+OPEN = {"/", "/health"}  # no key is needed: neither says anything that the model knows
+POLL_SECONDS = 0.2  # between two looks whether a client has left
+NOT_KEPT = {"Cache-Control": "no-store"}
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one request may ask for."""
+class Access:
+    """Who may ask, and for how much.
 
+    Without a key only this machine can connect, and so can a page of any site that its browser shows: by
+    naming this address its own (the middleware of hosts tells), or by asking without reading (``Origin`` and
+    ``Sec-Fetch-Site`` tell).
+    """
+
+    key: str
+    host: str
+    body_bytes: int
     prompt_tokens: int
     new_tokens: int
+
+    @property
+    def hosts(self) -> list[str]:
+        """The names that the server answers to."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return ["*"] if self.key else ["localhost", "127.0.0.1", "[::1]", host]
+
+    def check(self, request: Request) -> None:
+        """Raises ApiError for pages of other sites, without the key, and for a large body."""
+        path, headers = request.url.path, request.headers
+        origin, given = headers.get("origin", ""), headers.get("authorization", "")
+        is_foreign = headers.get("sec-fetch-site") == "cross-site" and path != "/"
+        if is_foreign or (origin and origin.partition("://")[2] != headers.get("host")):
+            raise ApiError(403, "pages of other sites may not ask", code="cross_site")
+        scheme, _, key = given.partition(" ")
+        is_same = hmac.compare_digest(
+            key.strip().encode(), self.key.encode()
+        )  # in the same time if nearly right
+        if self.key and path not in OPEN and not (is_same and scheme.lower() == "bearer"):
+            what = "no API key, or a wrong one; send 'Authorization: Bearer KEY'"
+            raise ApiError(401, what, code="invalid_api_key")
+        if int(headers.get("content-length", 0)) > self.body_bytes:
+            raise ApiError(413, f"a request may have {self.body_bytes:,} bytes", code="request_too_large")
+
+
+class Gate:
+    """ASGI middleware that refuses or passes on a request, and counts the reply."""
+
+    def __init__(self, app: ASGIApp, access: Access, metrics: ServerMetrics):
+        self._app, self._access, self._metrics = app, access, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.count("replies_total", status=str(message["status"]))
+            await send(message)
+
+        app = self._app
+        if scope["type"] == "http":
+            request = Request(scope)
+            try:
+                self._access.check(request)
+            except ApiError as error:
+                app = await _refuse(request, error)
+        await app(scope, receive, counted)
 
 
 class Prompt(NamedTuple):
@@ -52,120 +121,112 @@ class Prompt(NamedTuple):
 
     ids: list[int]
     text: str
-    dropped: int = 0
-
-
-@dataclass(frozen=True)
-class Order:
-    """The places of a request in the queue, one for each of its answers."""
-
-    tickets: Sequence[Ticket]
-    worker: Worker
-    watcher: asyncio.Task[None]  # cancels the answers where the client leaves
-
-    async def end(self) -> None:
-        """Waits for all the answers. Raises ApiError where one failed or was cancelled."""
-        try:
-            for ticket in self.tickets:
-                async for _ in ticket:
-                    pass
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Nobody waits any more: answers that are under way are cancelled."""
-        self.watcher.cancel()
-        for ticket in self.tickets:
-            self.worker.cancel(ticket)
+    new_tokens: int
+    dropped: int
 
 
 class Service:
-    """The replies: a dictionary is JSON, an iterator a stream of server-sent events, a string plain text."""
+    """The replies of a server."""
 
-    def __init__(self, run: LoadedRun, worker: Worker, *, name: str, limits: Limits, decoding: Decoding):
-        self._run, self._worker, self._name, self._limits = run, worker, name, limits
-        self._decoding = decoding
-        self._syntax = find_syntax(run.tokenizer)
+    def __init__(self, run: LoadedRun, worker: Worker, *, name: str, access: Access, decoding: Decoding):
+        self._run, self._worker, self._name, self._access = run, worker, name, access
+        self._decoding, self._syntax = decoding, find_syntax(run.tokenizer)
         self._names = TokenNames(copy.deepcopy(run.tokenizer))  # another thread reads prompts with that
         self._reading = asyncio.Lock()  # one prompt is tokenized at a time, outside the event loop's thread
 
-    def routes(self) -> dict[str, tuple[str, Reply]]:
-        """path -> methods, what replies"""
-        return {
-            "/v1/chat/completions": ("POST", self.chat),
-            "/v1/completions": ("POST", self.complete),
-            "/generate": ("GET POST", self.generate),
-            "/v1/models": ("GET", self.models),
-            "/v1/models/{name:path}": ("GET", self.model),
-            "/health": ("GET", self.health),
-            "/metrics": ("GET", self.metrics),
-        }
+    def build_app(self) -> Starlette:
+        """The ASGI app, whose life is that of the worker."""
+        page, headers = load_page()
 
-    async def chat(self, request: Any) -> Any:
+        @asynccontextmanager
+        async def lifespan(app: Starlette) -> AsyncIterator[None]:
+            running = asyncio.create_task(self._worker.run())
+            yield
+            self._worker.close()
+            await running
+
+        async def show_page(request: Request) -> Response:
+            return HTMLResponse(page, headers=headers)
+
+        routes = [
+            Route("/", show_page),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.complete, methods=["POST"]),
+            Route("/generate", self.generate, methods=["GET", "POST"]),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.models),
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+        ]
+        middleware = [
+            Middleware(Gate, access=self._access, metrics=self._worker.metrics),
+            Middleware(TrustedHostMiddleware, allowed_hosts=self._access.hosts),
+            Middleware(RequestBodyLimitMiddleware, max_body_size=self._access.body_bytes),
+        ]
+        handlers = {ApiError: _refuse, HTTPException: _refuse}
+        return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
+
+    async def chat(self, request: Request) -> Response:
         """``POST /v1/chat/completions``."""
         body = read_body(ChatBody, await request.body())
         prompts = await self._read(body)
-        order = self._queue(request, body, prompts, hidden_ids=self._syntax.hidden_ids)
-        answer, (prompt,) = order.tickets[0].answer, prompts
-        tools, tokenizer = body.offered_tools, self._run.tokenizer
-        reader = AnswerReader(tokenizer, self._syntax, prompt=prompt.text, tools=tools)
-        head = to_head("chatcmpl", self._name, dropped=prompt.dropped)
-        return await self._reply(order, head, [ChatWriter(head, answer, self._names, reader=reader)], body)
+        tickets = self._queue(body, prompts, hidden_ids=self._syntax.hidden_ids)
+        tokenizer, (prompt,) = self._run.tokenizer, prompts
+        reader = AnswerReader(tokenizer, self._syntax, prompt=prompt.text, tools=body.offered_tools)
+        writers = [ChatWriter(ticket, self._names, reader=reader) for ticket in tickets]
+        return await self._reply(request, body, writers, dropped=prompt.dropped)
 
-    async def complete(self, request: Any) -> Any:
+    async def complete(self, request: Request) -> Response:
         """``POST /v1/completions``: an answer for each prompt."""
         body = read_body(CompletionBody, await request.body())
         prompts = await self._read(body)
-        order = self._queue(request, body, prompts, scores_prompt=body.echo)
-        head = to_head("cmpl", self._name)
+        tickets = self._queue(body, prompts, scores_prompt=body.echo)
         texts = [
             given if isinstance(given, str) else prompt.text
             for given, prompt in zip(body.prompt, prompts, strict=True)
         ]
         writers = [
-            TextWriter(head, ticket.answer, self._names, index=index, prompt=Echo(text, body.echo))
-            for index, (ticket, text) in enumerate(zip(order.tickets, texts, strict=True))
+            TextWriter(ticket, self._names, prompt=text, echo=body.echo)
+            for ticket, text in zip(tickets, texts, strict=True)
         ]
-        return await self._reply(order, head, writers, body)
+        return await self._reply(request, body, writers)
 
-    async def generate(self, request: Any) -> Any:
+    async def generate(self, request: Request) -> Response:
         """``/generate``: the keys in the query or, with POST, in a JSON body."""
-        content: Any = await request.body()
-        if not content:
-            query = request.query_params
-            content = {key: query[key] for key in query} | {"stop": query.getlist("stop")}
-        body = read_body(GenerateBody, content)
-        order = self._queue(request, body, await self._read(body))
-        await order.end()
-        answer = order.tickets[0].answer
-        return {"text": answer.text, "finish_reason": answer.finish, "usage": to_usage([answer])}
+        query = request.query_params
+        asked = {**query, "stop": query.getlist("stop")}
+        body = read_body(GenerateBody, await request.body() or asked)
+        (ticket,) = tickets = self._queue(body, await self._read(body))
+        await self._wait(request, tickets)
+        return JSONResponse({"text": ticket.text, "finish_reason": ticket.finish, "usage": to_usage(tickets)})
 
-    async def models(self, request: Any) -> Any:
-        """``GET /v1/models``: the one model."""
-        return {"object": "list", "data": [self._model()]}
-
-    async def model(self, request: Any) -> Any:
-        """``GET /v1/models/NAME``."""
+    async def models(self, request: Request) -> Response:
+        """``GET /v1/models`` and ``/v1/models/NAME``: the one model."""
+        model = {
+            "id": self._name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "hf_clm",
+            "format": self._run.format,
+            "has_turns": self._run.has_turns,
+            "max_prompt_tokens": self._access.prompt_tokens,
+            "max_new_tokens": self._access.new_tokens,
+        }
+        if "name" not in request.path_params:
+            return JSONResponse({"object": "list", "data": [model]})
         self._check_name(request.path_params["name"])
-        return self._model()
+        return JSONResponse(model)
 
-    async def health(self, request: Any) -> Any:
+    async def health(self, request: Request) -> Response:
         """``GET /health``: 200 until the server stops."""
         self._worker.check_alive()
-        return {"status": "ok"}
+        return JSONResponse({"status": "ok"})
 
-    async def metrics(self, request: Any) -> str:
+    async def metrics(self, request: Request) -> Response:
         """``GET /metrics``, as Prometheus reads it."""
         worker = self._worker
-        return worker.metrics.to_text(
-            {"hf_clm_waiting": len(worker.waiting), "hf_clm_generating": len(worker.batch)}
-        )
-
-    async def _reply(self, order: Order, head: JsonObject, writers: Sequence[Writer], body: Body) -> Any:
-        if body.stream:
-            return self._events(order, head, writers, with_usage=body.reports_usage)
-        await order.end()
-        return to_body(head, writers)
+        gauges = {"waiting": len(worker.waiting), "generating": len(worker.batch)}
+        return PlainTextResponse(worker.metrics.to_text(gauges))
 
     async def _read(self, body: Body) -> list[Prompt]:
         """The prompts of a request. Raises ApiError for one that is refused."""
@@ -174,118 +235,129 @@ class Service:
         async with self._reading:
             return await asyncio.to_thread(self._to_prompts, body)
 
-    def _queue(
-        self,
-        request: Any,
-        body: Body,
-        prompts: Sequence[Prompt],
-        *,
-        hidden_ids: Collection[int] | None = None,
-        scores_prompt: bool = False,
-    ) -> Order:
-        """Queues an answer to each prompt; all end where the client leaves. Raises ApiError over a limit."""
-        decoding = ask(self._decoding, body)
-        tickets = [
-            Ticket(
-                partial(
-                    Answer,
-                    prompt.ids,
-                    decoding.of_prompt(number),
-                    max_new_tokens=self._fit(prompt, body),
-                    hidden_ids=hidden_ids,
-                    likeliest=body.likeliest,
-                    scores_prompt=scores_prompt,
-                )
-            )
-            for number, prompt in enumerate(prompts)
-        ]
-        self._worker.submit(tickets)
-        return Order(tickets, self._worker, asyncio.create_task(self._leave_with(request, tickets)))
-
     def _to_prompts(self, body: Body) -> list[Prompt]:
         """Raises ApiError for a prompt that cannot be spelled or rendered."""
         try:
             return [self._to_prompt(prompt, body) for prompt in body.to_prompts(self._run)]
         except UserError as error:
-            raise ApiError(400, str(error), code="invalid_value", param=body.text_key) from error
+            raise wrong(str(error), body.text_key) from error
 
-    def _to_prompt(self, prompt: Example | list[int], body: Body) -> Prompt:
-        """A chat that is too long loses its oldest turns, as in ``hf-clm chat``."""
-        run, tokenizer = self._run, self._run.tokenizer
-        if isinstance(prompt, list):
-            self._check_ids(prompt)
-            ids = prompt or [start_id(tokenizer)]
-        elif isinstance(prompt, Chat):
-            room = prompt_room(run.model, max_new_tokens=self._cap(body))
-            most = min(self._limits.prompt_tokens, room or self._limits.prompt_tokens)
-            ids, kept = to_fitting_prompt(prompt, tokenizer, rendering=run.rendering, most=most)
-            return Prompt(ids, str(tokenizer.decode(ids)), len(prompt.messages) - len(kept.messages))
+    def _to_prompt(self, given: Example | list[int], body: Body) -> Prompt:
+        """A chat that is too long loses its oldest turns, as in ``hf-clm chat``.
+
+        Raises ApiError over a limit.
+        """
+        run, tokenizer, most, dropped = self._run, self._run.tokenizer, self._access.prompt_tokens, 0
+        asked = body.max_new_tokens and min(body.max_new_tokens, self._access.new_tokens)
+        if isinstance(given, list):
+            self._check_ids(given)
+            ids = given or [start_id(tokenizer)]
+        elif isinstance(given, Chat):
+            room = min(most, prompt_room(run.model, max_new_tokens=asked) or most)
+            ids, fitting = to_fitting_prompt(given, tokenizer, rendering=run.rendering, most=room)
+            dropped = len(given.messages) - len(fitting.messages)
         else:
-            ids = to_prompt_ids([prompt], tokenizer, run.rendering)[0]
-        return Prompt(ids, str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
+            (ids,) = to_prompt_ids([given], tokenizer, run.rendering)
+        if len(ids) > most:
+            what = f"the prompt has {len(ids):,} tokens, and {most:,} are allowed"
+            if dropped:
+                what += "; older messages are left out already: shorten the last one, or the system message"
+            raise wrong(what, body.text_key, code="context_length_exceeded")
+        new = min(cap_new_tokens(run.model, len(ids), max_new_tokens=asked), self._access.new_tokens)
+        return Prompt(ids, str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)), new, dropped)
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         """Raises ApiError for an id that the model has no embedding of."""
         size = self._run.model.get_input_embeddings().get_parameter("weight").shape[0]
         for id in ids:
             if not 0 <= id < size:
-                what = f"prompt: {id} is no token; ids are 0 to {size - 1}"
-                raise ApiError(400, what, code="invalid_value", param="prompt")
+                raise wrong(f"prompt: {id} is no token; ids are 0 to {size - 1}", "prompt")
 
-    def _cap(self, body: Body) -> int | None:
-        """How many tokens are asked for, as far as the limit goes."""
-        asked = body.max_new_tokens
-        return None if asked is None else min(asked, self._limits.new_tokens)
-
-    def _fit(self, prompt: Prompt, body: Body) -> int:
-        """How many tokens to generate at most: what is asked for, as far as limits and positions go."""
-        tokens, most = len(prompt.ids), self._limits.prompt_tokens
-        if tokens > most:
-            what = f"the prompt has {tokens:,} tokens, and {most:,} are allowed"
-            if prompt.dropped:
-                what += "; older messages are left out already: shorten the last one, or the system message"
-            raise ApiError(400, what, code="context_length_exceeded", param=body.text_key)
+    def _queue(
+        self,
+        body: Body,
+        prompts: Sequence[Prompt],
+        *,
+        hidden_ids: Collection[int] | None = None,
+        scores_prompt: bool = False,
+    ) -> list[Ticket]:
+        """Queues an answer to each prompt. Raises ApiError for a wrong setting and a full queue."""
         try:
-            room = cap_new_tokens(self._run.model, tokens, max_new_tokens=self._cap(body))
-        except RecipeError as error:
-            raise ApiError(400, str(error), code="context_length_exceeded", param=body.text_key) from error
-        return min(room, self._limits.new_tokens)
+            decoding = ask(self._decoding, body.asked)
+        except UserError as error:
+            raise wrong(str(error), error.where.partition(".")[0]) from error
+        tickets = [
+            Ticket(
+                prompt.ids,
+                decoding.of_prompt(number),
+                prompt.new_tokens,
+                hidden_ids=hidden_ids,
+                likeliest=body.likeliest,
+                scores_prompt=scores_prompt,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        self._worker.submit(tickets)
+        return tickets
 
-    async def _leave_with(self, request: Any, tickets: Sequence[Ticket]) -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        for ticket in tickets:
-            self._worker.cancel(ticket)
+    async def _reply(
+        self, request: Request, body: Body, writers: Sequence[Writer], *, dropped: int = 0
+    ) -> Response:
+        reply, tickets = Reply(self._name, writers, dropped=dropped), [writer.ticket for writer in writers]
 
-    async def _events(
-        self, order: Order, head: JsonObject, writers: Sequence[Writer], *, with_usage: bool
-    ) -> AsyncIterator[str]:
-        """One answer after the other."""
+        async def events() -> AsyncIterator[str]:
+            try:
+                async for event in reply.events(with_usage=body.stream_options.include_usage):
+                    yield event
+            finally:  # also where the client leaves
+                self._worker.cancel(tickets)
+
+        if body.stream:
+            return StreamingResponse(events(), media_type="text/event-stream", headers=NOT_KEPT)
+        await self._wait(request, tickets)
+        return JSONResponse(reply.body())
+
+    async def _wait(self, request: Request, tickets: Sequence[Ticket]) -> None:
+        """Until all have ended, or the client has left. Raises ApiError where one failed."""
+        ends = asyncio.gather(*(ticket.wait() for ticket in tickets))
         try:
-            for ticket, writer in zip(order.tickets, writers, strict=True):
-                yield writer.opening()
-                async for piece in ticket:
-                    yield writer.piece(piece)
-                yield writer.closing()
-            yield to_end(head, writers, with_usage=with_usage)
-        except ApiError as error:  # the status has been sent
-            yield to_event(error.body)
+            while not ends.done() and not await request.is_disconnected():
+                await asyncio.wait([ends], timeout=POLL_SECONDS)
         finally:
-            order.close()
+            self._worker.cancel(tickets)
+        await ends
 
     def _check_name(self, name: str) -> None:
         if name != self._name:
             what = f"there is no model {name!r} here; the one model is {self._name!r}"
             raise ApiError(404, what, code="model_not_found", param="model")
 
-    def _model(self) -> dict[str, Any]:
-        return {
-            "id": self._name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "hf_clm",
-            "format": self._run.format,
-            "has_turns": self._run.has_turns,
-            "max_prompt_tokens": self._limits.prompt_tokens,
-            "max_new_tokens": self._limits.new_tokens,
-        }
+
+def load_page() -> tuple[str, dict[str, str]]:
+    """The page and its headers: its own script and style run, and nothing else is loaded."""
+    page = PAGE.read_text(encoding="utf-8")
+
+    def hash_of(tag: str) -> str:
+        content = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{hash_of('script')}'; "
+        f"style-src 'sha256-{hash_of('style')}'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return page, {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    """A refusal in OpenAI's shape, of ours or of Starlette's."""
+    if isinstance(error, HTTPException):
+        code = "request_too_large" if error.status_code == 413 else "no_such_url"
+        error = ApiError(error.status_code, error.detail, code=code)
+    assert isinstance(error, ApiError)
+    headers = {"Retry-After": "1"} if error.status == 429 else None
+    return JSONResponse(error.body, status_code=error.status, headers=headers)

@@ -6,43 +6,76 @@ ask --> waiting (bounded) --> a batch, in one thread --> pieces of text --> each
 import asyncio
 import copy
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from hf_clm.errors import UserError
 from hf_clm.generation.load import LoadedRun
-from hf_clm.generation.monitoring import Metrics
 from hf_clm.generation.padding import probe
 from hf_clm.generation.protocol import ApiError
 from hf_clm.generation.stream import Answer, stream_answers
 from hf_clm.model.load import max_positions
 
 STOPPING = ApiError(503, "the server is stopping", code="server_stopping")
+BUCKETS_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+# The name of each metric, after hf_clm_ -> its type and its help.
+METRICS = {
+    "replies_total": ("counter", "HTTP replies, by status."),
+    "answers_total": ("counter", "Answers, by the reason why they ended."),
+    "batches_total": ("counter", "Batches of answers that were generated together."),
+    "prompt_tokens_total": ("counter", "Tokens of the prompts that were read."),
+    "generated_tokens_total": ("counter", "Tokens of the answers."),
+    "generation_seconds_total": ("counter", "Seconds in which at least one answer was generated."),
+    "answer_seconds": ("histogram", "Seconds from the request for an answer to its end."),
+    "queue_seconds": ("histogram", "Seconds that an answer waited in the queue."),
+    "first_token_seconds": ("histogram", "Seconds from the request for an answer to its first text."),
+    "waiting": ("gauge", "Answers in the queue."),
+    "generating": ("gauge", "Answers that are being generated."),
+}
 
 
-class Ticket:
-    """One place in the queue; iterating over it gives the pieces of its answer as they come."""
+class ServerMetrics:
+    """Counters and histograms since the server began."""
 
-    def __init__(self, to_answer: Callable[..., Answer]):
-        """``to_answer`` is given ``emit`` and ``on_end`` of an Answer."""
-        loop = asyncio.get_running_loop()  # the answer is generated in another thread
+    def __init__(self) -> None:
+        self._values: defaultdict[str, float] = defaultdict(
+            float
+        )  # as Prometheus names them, labels included
 
-        def put(piece: str | None) -> None:
-            if self.first_at is None and piece:
-                self.first_at = time.monotonic()
-            loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+    def count(self, name: str, value: float = 1, **labels: str) -> None:
+        """Adds to a counter."""
+        shown = ",".join(f'{key}="{label}"' for key, label in labels.items())
+        self._values[f"{name}{{{shown}}}" if shown else name] += value
 
-        def end() -> None:
-            self.ended_at = time.monotonic()
-            put(None)
+    def observe(self, name: str, seconds: float) -> None:
+        """Adds a measurement to a histogram."""
+        for bound in (*BUCKETS_SECONDS, "+Inf"):
+            self.count(f"{name}_bucket", seconds <= float(bound), le=str(bound))
+        self.count(f"{name}_sum", seconds)
+        self.count(f"{name}_count")
 
+    def to_text(self, gauges: Mapping[str, int]) -> str:
+        """All of them, in the text format of Prometheus."""
+        lines: list[str] = []
+        for name, (kind, help) in METRICS.items():
+            lines += [f"# HELP hf_clm_{name} {help}", f"# TYPE hf_clm_{name} {kind}"]
+            values = {**self._values, **gauges}.items()
+            lines += [f"hf_clm_{key} {value}" for key, value in values if key.startswith(name)]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(eq=False)
+class Ticket(Answer):
+    """An answer in the queue; iterating over it gives its pieces as they come."""
+
+    def __post_init__(self) -> None:
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()  # the answer is generated in another thread
         self._error: ApiError | None = None
-        self.asked_at = time.monotonic()
-        self.first_at: float | None = None  # its first text
-        self.ended_at: float | None = None
-        self.answer = to_answer(emit=put, on_end=end)
+        self.asked_at, self.first_at, self.ended_at = time.monotonic(), 0.0, 0.0
+        self.emit = self._put
 
     async def __aiter__(self) -> AsyncIterator[str]:
         """Raises ApiError where the answer failed or was cancelled."""
@@ -51,11 +84,26 @@ class Ticket:
         if self._error:
             raise self._error
 
+    async def wait(self) -> None:
+        """Waits for the end. Raises ApiError as iterating does."""
+        async for _ in self:
+            pass
+
+    def close(self, reason: str) -> None:
+        """Notes why and when it ended."""
+        super().close(reason)
+        self.ended_at = time.monotonic()
+        self._put(None)
+
     def fail(self, error: ApiError) -> None:
-        """Ends it with an error, unless its answer has ended."""
-        if not self.answer.is_done:
-            self._error, self.answer.is_cancelled = error, True
+        """Ends it with an error, unless it has ended."""
+        if not self.is_done:
+            self._error, self.is_cancelled = error, True
             self._pieces.put_nowait(None)
+
+    def _put(self, piece: str | None) -> None:
+        self.first_at = self.first_at or (time.monotonic() if piece else 0.0)
+        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
 
 class Worker:
@@ -71,7 +119,7 @@ class Worker:
         self._is_closing = False
         self.waiting: deque[Ticket] = deque()
         self.batch: list[Ticket] = []
-        self.metrics = Metrics()
+        self.metrics = ServerMetrics()
 
     def check_alive(self) -> None:
         """Raises ApiError where the server is stopping, or has stopped at a fault of its own."""
@@ -94,11 +142,12 @@ class Worker:
         self.waiting.extend(tickets)
         self._has_work.set()
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Ends its generation at the next token, or takes it out of the queue."""
-        ticket.fail(ApiError(499, "the client has left", code="client_left"))
-        if ticket in self.waiting:
-            self.waiting.remove(ticket)
+    def cancel(self, tickets: Sequence[Ticket]) -> None:
+        """Ends their generation at the next token, or takes them out of the queue."""
+        for ticket in tickets:
+            ticket.fail(ApiError(499, "the client has left", code="client_left"))
+            if ticket in self.waiting:
+                self.waiting.remove(ticket)
 
     async def run(self) -> None:
         """Generates until ``close``."""
@@ -111,10 +160,10 @@ class Worker:
                 if not self.waiting:
                     self._has_work.clear()
         finally:
-            self.close()  # after a fault of our own nobody waits for ever
+            self.close()  # also after a fault of our own: no client waits forever
 
     def close(self) -> None:
-        """Refuses what comes and ends what is under way; ``run`` then returns."""
+        """Refuses new requests and ends those under way; ``run`` then returns."""
         self._is_closing = True
         for ticket in [*self.waiting, *self.batch]:
             ticket.fail(STOPPING)
@@ -122,41 +171,38 @@ class Worker:
         self._has_work.set()
 
     async def _generate(self) -> None:
-        answers = [ticket.answer for ticket in self.batch]
         started = time.monotonic()
         for ticket in self.batch:
-            self.metrics.observe("hf_clm_queue_seconds", started - ticket.asked_at)
+            self.metrics.observe("queue_seconds", started - ticket.asked_at)
         try:
-            caches = self._probe.takes_cache
-            generation = partial(stream_answers, answers=answers, with_cache=caches)
-            await asyncio.to_thread(generation, self._model, self._tokenizer)
+            together = partial(stream_answers, answers=self.batch, with_cache=self._probe.takes_cache)
+            await asyncio.to_thread(together, self._model, self._tokenizer)
         except (RuntimeError, ValueError, UserError) as error:  # out of memory, most of all
             what = f"the generation failed: {str(error).splitlines()[0]}"
             for ticket in self.batch:
                 ticket.fail(ApiError(500, what, code="generation_failed"))
-        self.metrics.count("hf_clm_generation_seconds_total", time.monotonic() - started)
-        self.metrics.count("hf_clm_batches_total")
+        self.metrics.count("generation_seconds_total", time.monotonic() - started)
+        self.metrics.count("batches_total")
         for ticket in self.batch:
             self._measure(ticket)
         self.batch = []
 
     def _measure(self, ticket: Ticket) -> None:
-        answer = ticket.answer
-        self.metrics.count("hf_clm_prompt_tokens_total", len(answer.prompt_ids))
-        self.metrics.count("hf_clm_generated_tokens_total", answer.tokens)
-        self.metrics.count("hf_clm_answers_total", finish=answer.finish or "cancelled")
-        if ticket.first_at is not None:
-            self.metrics.observe("hf_clm_first_token_seconds", ticket.first_at - ticket.asked_at)
-        if ticket.ended_at is not None:
-            self.metrics.observe("hf_clm_answer_seconds", ticket.ended_at - ticket.asked_at)
+        self.metrics.count("prompt_tokens_total", len(ticket.prompt_ids))
+        self.metrics.count("generated_tokens_total", len(ticket.ids))
+        self.metrics.count("answers_total", finish=ticket.finish or "cancelled")
+        if ticket.first_at:
+            self.metrics.observe("first_token_seconds", ticket.first_at - ticket.asked_at)
+        if ticket.ended_at:
+            self.metrics.observe("answer_seconds", ticket.ended_at - ticket.asked_at)
 
     def _next_batch(self) -> list[Ticket]:
         """The first that wait, as many as fit beside each other into the model's positions."""
         batch: list[Ticket] = []
         while self.waiting and len(batch) < self.batch_size:
-            answers = [ticket.answer for ticket in [*batch, self.waiting[0]]]
-            longest = max(len(answer.prompt_ids) for answer in answers)
-            room = longest + max(answer.max_new_tokens for answer in answers)
+            together = [*batch, self.waiting[0]]
+            longest = max(len(ticket.prompt_ids) for ticket in together)
+            room = longest + max(ticket.max_new_tokens for ticket in together)
             if batch and self._limit is not None and room > self._limit:
                 break
             batch.append(self.waiting.popleft())

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from hf_clm.evaluation.answers import Sample
-from hf_clm.evaluation.command import Evaluation
-from hf_clm.evaluation.evaluate import Guesses, guess_row, target_places
-from hf_clm.evaluation.table import to_figures, to_tables
+from hf_clm.evaluation.evaluate import Evaluation, to_figures, to_tables
+from hf_clm.evaluation.likelihood import Guesses, guess_row, target_places
 from hf_clm.pages.rows import Vocabulary, escape
 from hf_clm.schema import TokenizedExample
 

@@ -27,7 +27,8 @@ from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.generation.decoding import Decoding
-from hf_clm.generation.generate import generate, to_prompt_example
+from hf_clm.generation.generate import generate
+from hf_clm.generation.prompts import to_prompt_example
 from hf_clm.machine import peak_memory, settle_cpu
 from hf_clm.model.build import build_model, build_model_config, build_tokenizer, check_model
 from hf_clm.model.load import takes_targets

@@ -21,7 +21,7 @@ from hf_clm.evaluation.choices import (
     to_choices,
     with_answer,
 )
-from hf_clm.evaluation.command import evaluate_run
+from hf_clm.evaluation.evaluate import evaluate_run
 from hf_clm.model.attention import NAME, register
 from hf_clm.recipe.recipe import load_recipe
 from hf_clm.schema import Chat, Document, Segment, Tokens
@@ -86,7 +86,7 @@ def test_or_the_mean_a_token(batch_size):
 def test_a_model_that_computes_all_logits_gives_the_same_scores(monkeypatch):
     rows = to_rows([prompted(prompt, "yes") for prompt in PROMPTS])
     found = measure_choices(packed_model(), rows, choices=3, by="sum", batch_size=4)
-    monkeypatch.setattr("hf_clm.evaluation.evaluate.takes_targets", lambda model: False)
+    monkeypatch.setattr("hf_clm.evaluation.likelihood.takes_targets", lambda model: False)
 
     assert measure_choices(packed_model(), rows, choices=3, by="sum", batch_size=4) == pytest.approx(found)
 

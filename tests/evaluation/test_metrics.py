@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import X
 
-from hf_clm.evaluation.metrics import bits_per_byte, perplexity, token_counts, token_nll, unigram_entropy
+from hf_clm.evaluation.metrics import bits_per_byte, logit_figures, perplexity, token_nll, unigram_entropy
 
 # Two tokens, A = 0 and B = 1; each row of logits says "A, three to one" or "B, three to one".
 A, B = [math.log(3.0), 0.0], [0.0, math.log(3.0)]
@@ -17,7 +17,7 @@ def test_logits_are_compared_with_the_label_that_follows():
     logits = torch.tensor([[A, B, A, B]])  # predicts: 0 1 0, and what would come next
     labels = torch.tensor([[X, 0, 0, 0]])
 
-    assert token_counts(logits, labels).tolist() == [3, 2]
+    assert logit_figures(logits, labels).correct.tolist() == [[True, False, True]]
     assert token_nll(logits, labels)[0].tolist() == pytest.approx(
         [math.log(4 / 3), math.log(4), math.log(4 / 3)]
     )
@@ -27,7 +27,7 @@ def test_what_has_no_label_counts_nothing():
     logits = torch.tensor([[A, B, A], [A, A, A]])
     labels = torch.tensor([[0, X, 0], [X, X, X]])
 
-    assert token_counts(logits, labels).tolist() == [1, 0]
+    assert logit_figures(logits, labels).is_target.tolist() == [[False, True], [False, False]]
     assert token_nll(logits, labels).tolist() == [pytest.approx([0.0, math.log(4)]), [0.0, 0.0]]
 
 

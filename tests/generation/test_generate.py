@@ -7,8 +7,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.data.read.formats import to_prompt
 from hf_clm.errors import DataError, RecipeError
-from hf_clm.generation.decoding import Decoding
-from hf_clm.generation.generate import Generated, fit_new_tokens, generate, to_prompt_example
+from hf_clm.generation.decoding import Decoding, ask
+from hf_clm.generation.generate import Generated, generate
+from hf_clm.generation.prompts import fit_new_tokens, to_prompt_example
 from hf_clm.model.load import fit_to_tokenizer
 from hf_clm.schema import Chat, Document, Segment
 from hf_clm.text.tokenizer import use_chat_template
@@ -92,20 +93,6 @@ def test_a_prompt_is_padded_on_the_left_and_never_ends_in_a_stop_token(monkeypat
     ]  # those before it tell whether a batch changes answers
 
 
-def test_an_instruction_is_asked_as_it_was_learned(monkeypatch):
-    model = counting_model()
-    batches = seen(model, monkeypatch)
-
-    generate(
-        model,
-        byte_tokenizer(),
-        prompts=[Document([Segment("hi\n", 0.0), Segment("an answer is not given away", 1.0)])],
-        **OPTIONS,
-    )
-
-    assert batches == [[[104, 105, 10]]]
-
-
 def test_a_chat_opens_the_turn_of_the_assistant_and_stops_at_its_end(monkeypatch):
     model, tokenizer = counting_model(last=ord("\n"), stop=IM_END), chat_tokenizer()
     fit_to_tokenizer(model, tokenizer)
@@ -126,15 +113,6 @@ def test_control_tokens_in_a_prompt_are_plain_text(monkeypatch):
     assert batches == [[list(b"<|pad|>")]]
 
 
-def test_without_a_start_token_an_empty_prompt_begins_after_the_end_of_another_text(monkeypatch):
-    model = counting_model()
-    batches = seen(model, monkeypatch)
-
-    generate(model, byte_tokenizer(), prompts=["", "a"], **OPTIONS)
-
-    assert batches[-1] == [[EOS], [97]]
-
-
 def test_with_a_start_token_an_empty_prompt_begins_after_it(monkeypatch):
     """A tokenizer that has one, but does not write it before a text."""
     model, tokenizer = counting_model(), byte_tokenizer()
@@ -144,29 +122,6 @@ def test_with_a_start_token_an_empty_prompt_begins_after_it(monkeypatch):
     generate(model, tokenizer, prompts=[""], **OPTIONS)
 
     assert batches[-1] == [[IM_START]]  # those before it tell what the model takes
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
-def test_the_batch_a_prompt_is_in_changes_no_answer(kind):
-    model, prompts = build_model(kind), ["a", "bcd", "a much longer prompt", "ef"]
-
-    answers = [
-        generate(model, byte_tokenizer(), prompts=prompts, batch_size=size, **OPTIONS)
-        for size in (1, 2, 3, 4)
-    ]
-
-    assert answers[1:] == [answers[0]] * 3
-
-
-def test_sampling_repeats_with_the_seed():
-    model = build_model()
-    answers = [
-        generate(model, byte_tokenizer(), prompts=["a"], decoding=Decoding(16, temperature=1.0, seed=seed))
-        for seed in (1, 1, 2)
-    ]
-
-    assert answers[0] == answers[1]
-    assert answers[0] != answers[2]
 
 
 @pytest.mark.parametrize("option", [{"top_k": 1}, {"top_p": 1e-6}, {"top_p": 0}, {"min_p": 1}])
@@ -192,23 +147,6 @@ def test_no_repeat_ngram_size_repeats_none():
 
     assert plain == "babababa"
     assert without.startswith("ba") and not without.startswith("bab")
-
-
-def test_beams_find_an_answer_at_least_as_likely_as_greedy():
-    model = build_model()
-    prompt = list(b"abc")
-
-    def likelihood(text_ids: list[int]) -> float:
-        logits = model(torch.tensor([prompt + text_ids])).logits[0].log_softmax(-1)
-        return sum(float(logits[len(prompt) - 1 + i, token].detach()) for i, token in enumerate(text_ids))
-
-    ids = torch.tensor([prompt])
-    greedy = model.generate(ids, attention_mask=torch.ones_like(ids), **PLAIN)[0, 3:].tolist()
-    beams = model.generate(ids, attention_mask=torch.ones_like(ids), num_beams=4, **PLAIN)[0, 3:].tolist()
-    answer = generate(model, byte_tokenizer(), prompts=["abc"], decoding=Decoding(8, num_beams=4))[0]
-
-    assert answer.text == byte_tokenizer().decode([i for i in beams if i < EOS])
-    assert likelihood(beams) >= likelihood(greedy) - 1e-4
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
@@ -247,28 +185,21 @@ def test_a_stop_text_ends_the_answer_before_itself(beams):
     assert [answer.stopped for answer in answers] == [True, True]
 
 
-def test_what_is_after_the_end_of_a_stopped_row_is_not_part_of_it():
-    """The first row stops at once and is padded until the second one is done."""
-    answers = generate(counting_model(), byte_tokenizer(), prompts=["e", "a"], **OPTIONS)
-
-    assert answers == [Generated("", 0, True), Generated("bcde", 4, True)]
-
-
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"temperature": -1}, "temperature: expected 0 or more; got -1"),
-        ({"temperature": float("nan")}, "temperature: expected 0 or more; got nan"),
-        ({"top_k": 2.5}, "top_k: expected a whole number, -1 or more; got 2.5"),
-        ({"top_p": "0.5"}, "top_p: expected 0 to 1; got '0.5'"),
-        ({"seed": 2**63}, "seed: expected -2**63 to 2**63 - 1; got 9223372036854775808"),
-        ({"max_new_tokens": -1}, "max_new_tokens: expected 0 or more; got -1"),
-        ({"num_beams": True}, "num_beams: expected a whole number, 1 or more; got True"),
+        ({"temperature": -1}, "temperature: expected greater than or equal to 0; got -1"),
+        ({"temperature": float("nan")}, "temperature: expected a finite number; got nan"),
+        ({"top_k": 2.5}, "top_k: expected a valid integer, got a number with a fractional part; got 2.5"),
+        ({"top_p": 2}, "top_p: expected less than or equal to 1; got 2"),
+        ({"seed": 2**63}, "seed: expected less than 9223372036854775808; got 9223372036854775808"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected greater than or equal to 1; got 0"),
+        ({"stop": ["x" * 201]}, "stop.0: String should have at most 200 characters"),
     ],
 )
 def test_a_setting_out_of_its_range_is_one_line(setting, message):
     with pytest.raises(RecipeError) as error:
-        Decoding(**setting)
+        ask(Decoding(), setting)
 
     assert str(error.value) == message
 
@@ -291,7 +222,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers():
 
     assert str(error.value) == (
         "the model has 16 positions; got a prompt of 9 tokens and max_new_tokens 8; "
-        "fix: shorten the prompt or lower max_new_tokens; hf-clm generate --slide goes on past them"
+        "fix: shorten the prompt or lower max_new_tokens; hf-clm generate --slide continues past them"
     )
 
 

@@ -20,10 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hf_clm.cli import main
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.generation.chat import Conversation
-from hf_clm.generation.command import read_prompts, read_tools, with_tools
 from hf_clm.generation.decoding import Decoding
-from hf_clm.generation.generate import to_prompt_example, to_prompt_ids
 from hf_clm.generation.load import LoadedRun
+from hf_clm.generation.prompts import read_prompts, read_tools, to_prompt_example, to_prompt_ids, with_tools
 from hf_clm.generation.protocol import ChatBody, read_body
 from hf_clm.model.load import fit_to_tokenizer
 from hf_clm.text.tokenizer import use_chat_template

@@ -33,8 +33,9 @@ from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.read.formats import to_example
 from hf_clm.errors import DataError, DivergedError, RecipeError
 from hf_clm.generation.decoding import Decoding
-from hf_clm.generation.generate import generate, to_prompt_example
+from hf_clm.generation.generate import generate
 from hf_clm.generation.load import load_run
+from hf_clm.generation.prompts import to_prompt_example
 from hf_clm.model.attention import NAME, register
 from hf_clm.recipe.recipe import load_recipe
 from hf_clm.schema import Chat

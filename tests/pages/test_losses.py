@@ -9,7 +9,7 @@ import torch
 from helpers import EOS, byte_tokenizer, save_folder, tiny_model, write_jsonl
 
 from hf_clm.cli import main
-from hf_clm.evaluation.evaluate import guess_row
+from hf_clm.evaluation.likelihood import guess_row
 
 INJECTED = "</script><img src=x onerror=\"document.title='injected'\">"
 ROWS = [
