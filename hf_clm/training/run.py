@@ -1,9 +1,9 @@
 """One run, from a recipe to a folder that ``from_pretrained`` opens. Read this first."""
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,11 +31,13 @@ from hf_clm.generation.generate import generate, to_prompt_example
 from hf_clm.machine import peak_memory, settle_cpu
 from hf_clm.model.build import build_model, build_model_config, build_tokenizer, check_model
 from hf_clm.model.load import takes_targets
+from hf_clm.pages.charts import write_loss_plots
 from hf_clm.pages.documents import Reader
 from hf_clm.pages.excerpt import write_excerpt
 from hf_clm.pages.report import write_report
 from hf_clm.recipe.recipe import Recipe, recipe_to_yaml
 from hf_clm.recipe.sections import EVAL, TRAIN
+from hf_clm.run_folder import load_folder, read_record, step_of, write_record, write_text
 from hf_clm.schema import whole_text
 from hf_clm.training.answering import Answering, load_answer_metrics
 from hf_clm.training.answering import find_questions as find_asked
@@ -51,20 +53,19 @@ from hf_clm.training.callbacks import (
     write_line,
 )
 from hf_clm.training.card import write_card
-from hf_clm.training.checkpoints import seal, step_of
+from hf_clm.training.checkpoints import seal
 from hf_clm.training.faults import among_others, keep_timeout, writing
 from hf_clm.training.fitting import fitting, is_to_be_tried, train_fitting, try_largest
 from hf_clm.training.lock import locked
 from hf_clm.training.optimizer import zero_rate_warning
-from hf_clm.training.output import FINAL, publish, recording_failure, write_json, write_text
-from hf_clm.training.plots import write_loss_plots
+from hf_clm.training.output import FINAL, publish, recording_failure
 from hf_clm.training.prepare import Prepared, prepare
 from hf_clm.training.proof import find_questions, prove_model, prove_saved
 from hf_clm.training.publish import check_can_push
 from hf_clm.training.signals import first_parent, stoppable
 from hf_clm.training.start import Start, has_ended, prepare_start
 from hf_clm.training.streamed import stream_totals
-from hf_clm.training.summary import RunFacts, end_lines, guessing_loss, seal_facts, start_lines
+from hf_clm.training.summary import RunFacts, add_outcome, end_lines, guessing_loss, seal_facts, start_lines
 from hf_clm.training.trackers import tolerate_trackers
 from hf_clm.training.trainer import CLMTrainer
 
@@ -188,11 +189,8 @@ def train_to_the_end(
 
 def known_date(folder: Path) -> str:
     """The date that the chat template of a run that goes on prints; nothing where none is known."""
-    try:
-        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return facts["proof"]["prepared"].get("date", "")
-    except (OSError, ValueError, LookupError):
-        return ""
+    record = read_record(folder)
+    return record.proof.prepared.date if record else ""
 
 
 def prove_and_record(trainer: CLMTrainer, facts: RunFacts, *, start: Start, prepared: Prepared) -> None:
@@ -210,7 +208,7 @@ def prove_and_record(trainer: CLMTrainer, facts: RunFacts, *, start: Start, prep
     prepared.write_ledger(folder / "ledger.parquet")
     reader = Reader(facts.train, tokenizer, recipe=recipe)
     write_excerpt(folder / "label_rows.jsonl", reader, collate=build_collator(recipe, tokenizer))
-    write_json(folder / "run.json", {"status": "running", **facts.to_json(), "proof": proof.facts})
+    write_record(folder, facts.to_record("running", proof=proof.facts))
 
 
 def build_trainer(
@@ -328,36 +326,31 @@ def finish(
     folder = output_dir / FINAL
     trainer.save_model(str(folder), _internal_call=True)  # pushed when everything is written
     totals = stream_totals(trainer)
-    result = {
-        "status": "done",
-        **facts.to_json(),
-        **facts.outcome(
-            history,
-            final,
-            seconds=metrics.seconds,
-            steps=trainer.state.global_step,
-            speed={"tokens_per_second": trainer.tokens_per_second, "mfu": trainer.mfu},
-        ),
-        "proof": proof,
-        **({"stream": totals} if totals else {}),
-    }
-    if trainer.is_world_process_zero():
-        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        if facts.recipe.doctor.round_trip == "end" and not is_sharded:
-            tokenizer: Any = trainer.processing_class
-            train = facts.train
-            questions = find_questions(train, tokenizer, facts.recipe, format=facts.format)
-            proof["round_trip"] = prove_saved(
-                trainer, folder, split=train, tokenizer=tokenizer, questions=questions
-            )
-        lines = (output_dir / "metrics.jsonl").read_text("utf-8").splitlines()
-        write_loss_plots([json.loads(line) for line in lines], folder)
-        section = facts.recipe.card
-        about: dict[str, Any] = {"license": section.license, "language": section.language}
-        write_card(output_dir, result, samples=shown_examples(facts), **about)
-        write_json(folder / "run.json", result)
-        seal(folder, {"step": trainer.state.global_step})
+    steps, speed = trainer.state.global_step, {"tokens_per_second": trainer.tokens_per_second}
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    is_main = trainer.is_world_process_zero()
+    if is_main and facts.recipe.doctor.round_trip == "end" and not is_sharded:
+        tokenizer: Any = trainer.processing_class
+        questions = find_questions(facts.train, tokenizer, facts.recipe, format=facts.format)
+        proof["round_trip"] = prove_saved(
+            trainer, folder, split=facts.train, tokenizer=tokenizer, questions=questions
+        )
+    record = add_outcome(
+        facts.to_record("done", proof=proof),
+        history,
+        final,
+        seconds=metrics.seconds,
+        steps=steps,
+        speed=speed | {"mfu": trainer.mfu},
+    )
+    record = record.updated(stream=totals) if totals else record
+    if is_main:
+        run = replace(load_folder(output_dir), record=record)
+        write_loss_plots(run.metrics, folder)
+        write_card(run, facts.recipe.card, examples=shown_examples(facts))
+        write_record(folder, record)
+        seal(folder, {"step": steps})
         reach("after:final")
         publish(output_dir)
-        write_line("\n".join(end_lines(facts, result)))
-    return result
+        write_line("\n".join(end_lines(facts, record)))
+    return record.to_json()

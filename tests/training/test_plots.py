@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from hf_clm.training.plots import write_loss_plots
 
 TRAIN = [
