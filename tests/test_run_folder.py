@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hf_clm.errors import ExitCode, RecipeError
-from hf_clm.run_folder import final_figures, load_record, points, read_lines
+from hf_clm.run_folder import final_figures, load_folder, points, read_lines
 
 
 def write_run(folder, *, facts=None, metrics=(), **files):
@@ -23,7 +23,7 @@ def test_all_files_of_a_run_are_read(tmp_path):
     )
     (folder / "samples.jsonl").write_text('{"step": 0, "prompt": "a", "text": "b\u2028c"}\n', "utf-8")
 
-    record = load_record(folder)
+    record = load_folder(folder)
 
     assert (record.name, record.status, record.unreadable) == ("r", "done", 0)
     assert record.metrics == [{"step": 1, "loss": 2.0}]
@@ -52,13 +52,13 @@ def test_half_a_character_at_the_end_is_left_out(tmp_path):
 def test_files_that_are_missing_are_empty(tmp_path):
     (tmp_path / "run.json").write_text("{}")
 
-    record = load_record(tmp_path)
+    record = load_folder(tmp_path)
 
     assert (record.status, record.metrics, record.recipe) == ("unknown", [], {})
 
 
 def test_a_recipe_that_is_no_yaml_is_left_out(tmp_path):
-    assert load_record(write_run(tmp_path / "r", recipe_yaml="a: [")).recipe == {}
+    assert load_folder(write_run(tmp_path / "r", recipe_yaml="a: [")).recipe == {}
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, content, said):
         (tmp_path / "run.json").write_text(content)
 
     with pytest.raises(RecipeError) as error:
-        load_record(tmp_path)
+        load_folder(tmp_path)
 
     assert str(error.value).startswith(said.format(folder=tmp_path))
     assert error.value.exit_code == ExitCode.RECIPE
@@ -82,7 +82,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, content, said):
 
 def test_a_folder_that_is_not_there_is_refused():
     with pytest.raises(RecipeError, match=r"^nowhere: no such folder; fix: "):
-        load_record("nowhere")
+        load_folder("nowhere")
 
 
 def test_only_finite_numbers_are_points_and_they_stand_in_order():
@@ -106,9 +106,9 @@ def test_the_figures_are_those_of_run_json_and_else_of_the_last_log_events(tmp_p
         {"step": 5, "loss": 5.0, "tokens_seen": 50, "mfu": 0.1, "seconds": 8.0},
         {"step": 9, "eval_loss": 4.0, "seconds": 9.0},
     ]
-    running = load_record(write_run(tmp_path / "a", facts={"status": "running"}, metrics=metrics))
+    running = load_folder(write_run(tmp_path / "a", facts={"status": "running"}, metrics=metrics))
     facts = {"loss_before": 6.5, "loss_after": 3.5, "mfu": 0.2, "seconds": 2.0}
-    done = load_record(write_run(tmp_path / "b", facts=facts, metrics=metrics))
+    done = load_folder(write_run(tmp_path / "b", facts=facts, metrics=metrics))
 
     assert final_figures(running) == {
         "loss_before": 7.0,
@@ -127,13 +127,13 @@ def test_the_figures_are_those_of_run_json_and_else_of_the_last_log_events(tmp_p
 def test_the_evaluation_before_training_is_not_one_after_it(tmp_path):
     metrics = [{"step": 0, "eval_loss": 7.0}, {"step": 5, "loss": 5.0}]
 
-    found = final_figures(load_record(write_run(tmp_path / "a", metrics=metrics)))
+    found = final_figures(load_folder(write_run(tmp_path / "a", metrics=metrics)))
 
     assert found == {"loss_before": 7.0, "training_loss": 5.0, "steps_done": 5}
 
 
 def test_a_part_of_run_json_that_is_no_mapping_is_empty(tmp_path):
-    record = load_record(write_run(tmp_path / "r", facts={"proof": {"train": "off"}, "a": {"b": {"c": 1}}}))
+    record = load_folder(write_run(tmp_path / "r", facts={"proof": {"train": "off"}, "a": {"b": {"c": 1}}}))
 
     assert record.part("a", "b") == {"c": 1}
     assert record.part("proof", "train", "certificate") == {}

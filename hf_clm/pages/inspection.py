@@ -1,13 +1,18 @@
 """``hf-clm inspect``: a recipe or a run becomes a view of the rows that its training is given."""
 
+import base64
+import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 from itertools import islice
 from pathlib import Path
+from textwrap import wrap
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast, TrainingArguments
@@ -21,16 +26,30 @@ from hf_clm.data.split import Split
 from hf_clm.errors import RecipeError
 from hf_clm.model.build import build_tokenizer_aside
 from hf_clm.pages.documents import Reader, inspect_rows
-from hf_clm.pages.labels_page import Charts, write_page
-from hf_clm.pages.rows import Row
-from hf_clm.pages.terminal import legend, to_lines, wrap_text
+from hf_clm.pages.rows import FLAGS, Document, Row, Vocabulary, escape
+from hf_clm.pages.terminal import legend, to_lines
 from hf_clm.recipe.recipe import Recipe, find_recipe, load_recipe
 from hf_clm.recipe.sections import EVAL, TRAIN
+from hf_clm.run_folder import write_text
 from hf_clm.text.tokenizer import load_tokenizer
 from hf_clm.training.arguments import training_arguments
 
 HTML_ROWS = 10_000  # a page with more opens too slowly
 LISTED_DROPS = 5
+TEMPLATE = Path(__file__).with_name("labels.html")
+BINS = 40
+
+
+@dataclass(frozen=True)
+class Charts:
+    """What the page draws: the lengths of the examples before anything was cut, and how full the rows are.
+
+    ``fills`` maps a name ("padded", "packed") to the share of places that hold a token.
+    """
+
+    lengths: np.ndarray
+    max_length: int
+    fills: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,7 @@ def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[
         facts = {"stream": f"the first {STREAM_HEAD:,} documents of each source", **facts}
     lines = _text(rows[: view.rows], facts, reader=reader, colors=_wants_colors(view.color))
     if view.html:
-        write_page(
+        write_labels(
             view.html, rows, vocabulary=reader.vocabulary, facts={"from": target, **facts}, charts=charts
         )
         lines.append(f"wrote {view.html}: {len(rows):,} of {len(split.dataset):,} rows")
@@ -140,8 +159,70 @@ def _wants_colors(choice: str) -> bool:
 
 def _text(rows: list[Row], facts: dict[str, str], *, reader: Reader, colors: bool) -> list[str]:
     width = shutil.get_terminal_size((80, 24)).columns
-    lines = [line for name, value in facts.items() for line in wrap_text(f"{name}: {value}", width=width)]
-    lines += ["", *legend(width=width, colors=colors)]
+    lines = [line for name, value in facts.items() for line in wrap(escape(f"{name}: {value}"), width)]
+    lines += ["", legend(colors=colors)]
     for row in rows:
         lines += ["", *to_lines(row, reader.vocabulary, width=width, colors=colors)]
     return lines
+
+
+def write_labels(
+    path: str | Path,
+    rows: Sequence[Row],
+    *,
+    vocabulary: Vocabulary,
+    facts: Mapping[str, Any],
+    charts: Charts | None = None,
+) -> None:
+    """Writes the page. ``facts`` stand at its top: what the set is, or a batch's step and learning rate."""
+    content = to_content(rows, vocabulary)
+    content |= {"facts": [[name, str(value)] for name, value in facts.items()], "charts": _to_charts(charts)}
+    # In a script element only "<" could end the data, or begin a comment.
+    data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    write_text(Path(path), TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", data))
+
+
+def to_content(rows: Sequence[Row], vocabulary: Vocabulary) -> dict[str, Any]:
+    """The rows as JSON: ids and labels of all tokens (int32) in base64; a row is [number, tokens, documents].
+
+    ``texts`` has the text of each id, or its bytes where they are not complete characters.
+    """
+    ids, labels = (
+        np.concatenate([np.zeros(0, np.int32), *parts]).astype("<i4")
+        for parts in ([row.input_ids for row in rows], [row.labels for row in rows])
+    )
+    known = np.unique(ids).tolist()
+    return {
+        "tokens": base64.b64encode(ids.tobytes()).decode(),
+        "labels": base64.b64encode(labels.tobytes()).decode(),
+        "texts": {token: _to_text(vocabulary.to_bytes(token)) for token in known},
+        "control": [token for token in known if vocabulary.is_control(token)],
+        "flags": list(FLAGS.items()),
+        "rows": [[row.number, len(row.input_ids), list(map(_to_document, row.documents))] for row in rows],
+    }
+
+
+def _to_document(document: Document) -> dict[str, Any]:
+    """Its fields, with the file and the line of its place apart."""
+    file, line = re.split(r"(?=:[0-9]+$|: record [0-9]+$|$)", document.place, maxsplit=1)
+    return {**vars(document), "file": file, "line": line}
+
+
+def _to_text(spelled: bytes) -> str | list[int]:
+    try:
+        return spelled.decode()
+    except UnicodeDecodeError:
+        return list(spelled)
+
+
+def _to_charts(charts: Charts | None) -> dict[str, Any] | None:
+    if charts is None or not len(charts.lengths):
+        return None
+    counts, edges = np.histogram(charts.lengths, bins=BINS, range=(0, max(1, int(charts.lengths.max()))))
+    return {
+        "counts": counts.tolist(),
+        "edges": edges.tolist(),
+        "max_length": charts.max_length,
+        "over": float((charts.lengths > charts.max_length).mean()),
+        "fills": list(charts.fills.items()),
+    }

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.pages.labels_page import write_page
+from hf_clm.pages.inspection import write_labels
 from hf_clm.pages.rows import Vocabulary, to_rows
 
 
@@ -59,5 +59,5 @@ def write_diverged(
     rows = []
     for batch in batches:
         rows += to_rows(batch, first_number=len(rows))
-    write_page(path, rows, vocabulary=Vocabulary(tokenizer), facts=facts)
+    write_labels(path, rows, vocabulary=Vocabulary(tokenizer), facts=facts)
     return path

@@ -32,8 +32,7 @@ from hf_clm.machine import peak_memory, settle_cpu
 from hf_clm.model.build import build_model, build_model_config, build_tokenizer, check_model
 from hf_clm.model.load import takes_targets
 from hf_clm.pages.charts import write_loss_plots
-from hf_clm.pages.documents import Reader
-from hf_clm.pages.excerpt import write_excerpt
+from hf_clm.pages.documents import Reader, write_excerpt
 from hf_clm.pages.report import write_report
 from hf_clm.recipe.recipe import Recipe, recipe_to_yaml
 from hf_clm.recipe.sections import EVAL, TRAIN

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import EOS, PAD, X, byte_tokenizer
 
-from hf_clm.pages.labels_page import Charts, write_page
+from hf_clm.pages.inspection import Charts, write_labels
 from hf_clm.pages.rows import Document, Row, Vocabulary
 
 INJECTED = "<script>document.title = 'injected'</script><img src=x onerror=\"document.title='injected'\">"
@@ -45,7 +45,7 @@ def path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("page") / "labels.html"
     charts = Charts(np.array([5, 9, 60]), 32, {"padded in batches of 2": 0.4, "packed": 0.9})
     facts = {"from": INJECTED, "step": 17}
-    write_page(path, to_rows(), vocabulary=Vocabulary(byte_tokenizer()), facts=facts, charts=charts)
+    write_labels(path, to_rows(), vocabulary=Vocabulary(byte_tokenizer()), facts=facts, charts=charts)
     return path
 
 
@@ -225,7 +225,7 @@ def test_10000_rows_open_in_under_3_seconds(browser, tmp_path):
         to_row(number, f"{number} {text}", read=40, place=f"a.jsonl:{number}") for number in range(10_000)
     ]
     path = tmp_path / "labels.html"
-    write_page(path, rows, vocabulary=Vocabulary(byte_tokenizer()), facts={})
+    write_labels(path, rows, vocabulary=Vocabulary(byte_tokenizer()), facts={})
     page = browser.new_page()
 
     page.goto(path.as_uri())

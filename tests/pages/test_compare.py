@@ -7,7 +7,7 @@ from report_runs import EVIL, RECIPE, to_metrics, write_run
 
 from hf_clm.errors import ExitCode, RecipeError
 from hf_clm.pages.compare import compare, to_charts, to_names
-from hf_clm.run_folder import load_record
+from hf_clm.run_folder import load_folder
 
 FASTER = RECIPE.replace("0.002", "0.02").replace("output_dir: run", "output_dir: other, seed: 7")
 
@@ -60,7 +60,7 @@ def test_the_folder_alone_is_no_difference(tmp_path):
 
 
 def test_losses_are_overlaid_by_step_by_tokens_and_by_time(runs):
-    records = [load_record(folder) for folder in runs]
+    records = [load_folder(folder) for folder in runs]
 
     charts = to_charts(records, ["base", "fast"])
 
@@ -75,7 +75,7 @@ def test_losses_are_overlaid_by_step_by_tokens_and_by_time(runs):
 
 
 def test_an_evaluation_stands_at_the_tokens_of_the_training_before_it(runs):
-    records = [load_record(folder) for folder in runs]
+    records = [load_folder(folder) for folder in runs]
 
     by_tokens = to_charts(records, ["base", "fast"])[4]
 
@@ -85,7 +85,7 @@ def test_an_evaluation_stands_at_the_tokens_of_the_training_before_it(runs):
 @pytest.mark.parametrize(("seconds", "unit"), [(100, "seconds"), (130, "minutes"), (7300, "hours")])
 def test_time_is_drawn_in_a_unit_that_can_be_read(tmp_path, seconds, unit):
     metrics = [{"step": 1, "loss": 2.0, "seconds": 1.0}, {"step": 2, "loss": 1.0, "seconds": seconds}]
-    record = load_record(write_run(tmp_path / "a", metrics=metrics))
+    record = load_folder(write_run(tmp_path / "a", metrics=metrics))
 
     charts = to_charts([record, record], ["a", "b"])
 
@@ -115,7 +115,7 @@ def test_the_page_holds_what_is_printed_and_runs_nothing(tmp_path):
 
 
 def test_folders_of_one_name_are_told_apart_by_their_paths(tmp_path):
-    records = [load_record(write_run(tmp_path / name / "run")) for name in ("a", "b")]
+    records = [load_folder(write_run(tmp_path / name / "run")) for name in ("a", "b")]
 
     assert to_names(records) == [f"{tmp_path}/a/run", f"{tmp_path}/b/run"]
 

@@ -13,7 +13,7 @@ from report_runs import EVIL, FACTS, write_run
 
 from hf_clm.errors import RecipeError
 from hf_clm.pages.report import build_report, write_report
-from hf_clm.run_folder import load_record
+from hf_clm.run_folder import load_folder
 
 
 class Reader(HTMLParser):
@@ -35,7 +35,7 @@ class Reader(HTMLParser):
 
 
 def read(folder: Path) -> Reader:
-    return Reader(build_report(load_record(folder)))
+    return Reader(build_report(load_folder(folder)))
 
 
 def headings(text: str) -> list[str]:
@@ -43,7 +43,7 @@ def headings(text: str) -> list[str]:
 
 
 def test_a_whole_run_has_every_part(tmp_path):
-    text = build_report(load_record(write_run(tmp_path / "poems")))
+    text = build_report(load_folder(write_run(tmp_path / "poems")))
 
     assert headings(text) == [
         *("Training", "Samples", "Labels", "Certificate", "Ledger"),
@@ -75,7 +75,7 @@ def test_the_figures_stand_at_the_top(tmp_path):
 def test_what_is_not_there_is_left_out(tmp_path):
     (tmp_path / "run.json").write_text('{"status": "running"}')
 
-    text = build_report(load_record(tmp_path))
+    text = build_report(load_folder(tmp_path))
 
     assert headings(text) == []
     assert "<figure" not in text and "<table" not in text and "<dt>" not in text
@@ -103,7 +103,7 @@ def test_no_text_of_a_user_becomes_markup(tmp_path):
 
 
 def test_the_policy_allows_the_one_style_and_nothing_else(tmp_path):
-    text = build_report(load_record(write_run(tmp_path / "run")))
+    text = build_report(load_folder(write_run(tmp_path / "run")))
 
     (policy,) = re.findall('http-equiv="Content-Security-Policy" content="(.*?)"', text)
     (style,) = re.findall("<style>(.*?)</style>", text, re.DOTALL)
@@ -150,15 +150,15 @@ def test_before_its_second_evaluation_a_run_shows_its_training_loss(tmp_path):
 def test_a_run_that_failed_says_why(tmp_path):
     facts = {"status": "diverged", "error": ["step 7: the loss is not finite"]}
 
-    text = build_report(load_record(write_run(tmp_path / "run", facts=facts)))
+    text = build_report(load_folder(write_run(tmp_path / "run", facts=facts)))
 
     assert '<span class="status diverged">diverged</span>' in text
     assert '<p class="error">step 7: the loss is not finite</p>' in text
 
 
 def test_pretraining_is_compared_with_guessing_and_gradients_with_their_clip(tmp_path):
-    learned = build_report(load_record(write_run(tmp_path / "a")))
-    whole = build_report(load_record(write_run(tmp_path / "b", facts={"stage": "pretrain"})))
+    learned = build_report(load_folder(write_run(tmp_path / "a")))
+    whole = build_report(load_folder(write_run(tmp_path / "b", facts={"stage": "pretrain"})))
 
     assert re.findall('key level">(.*?)<', learned) == ["clipped at 1"]
     assert re.findall('key level">(.*?)<', whole) == ["guessing by frequency", "clipped at 1"]
@@ -174,14 +174,14 @@ def test_padding_is_drawn_where_there_is_some(tmp_path):
 
 
 def test_samples_of_five_steps_stand_side_by_side(tmp_path):
-    text = build_report(load_record(write_run(tmp_path / "run")))
+    text = build_report(load_folder(write_run(tmp_path / "run")))
 
     assert "5 of 7 steps" in text
     assert re.findall("step ([0-9]+)</span>", text) == ["0", "15", "20", "25", "40"] * 2
 
 
 def test_targets_and_prompts_are_told_apart_in_the_labels(tmp_path):
-    text = build_report(load_record(write_run(tmp_path / "run")))
+    text = build_report(load_folder(write_run(tmp_path / "run")))
 
     assert '<span class="t trained">ok</span>' in text
     assert '<span class="t trained control">&lt;|endoftext|&gt;</span>' in text
@@ -229,7 +229,7 @@ def test_the_ledger_and_the_certificate_are_those_of_run_json(tmp_path):
     ],
 )
 def test_what_was_not_proved_is_said(tmp_path, proof, said):
-    assert said in build_report(load_record(write_run(tmp_path / "run", facts={"proof": proof})))
+    assert said in build_report(load_folder(write_run(tmp_path / "run", facts={"proof": proof})))
 
 
 def test_text_that_is_no_unicode_is_written_all_the_same(tmp_path):
@@ -270,7 +270,7 @@ def test_a_folder_without_a_run_gets_no_page(tmp_path):
 @pytest.mark.parametrize("odd", [7, "text", [1, "a"], {"a": [1]}, {}, True], ids=repr)
 def test_facts_of_another_shape_spoil_no_page(tmp_path, key, odd):
     """Another version of hf_clm, or a hand, may have written them."""
-    assert build_report(load_record(write_run(tmp_path / "run", facts={key: odd})))
+    assert build_report(load_folder(write_run(tmp_path / "run", facts={key: odd})))
 
 
 def test_a_page_is_written_in_milliseconds(tmp_path):

@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from hf_clm.errors import DivergedError, EnvironmentFault, ExitCode
-from hf_clm.training.checkpoints import seal
 from hf_clm.run_folder import write_json
+from hf_clm.training.checkpoints import seal
 from hf_clm.training.output import (
     is_in_use,
     is_seen,
