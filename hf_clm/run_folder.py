@@ -402,13 +402,8 @@ def load_folder(path: str | Path) -> RunFolder:
 
 def points(entries: Entries, key: str, *, over: str = "step") -> list[Point]:
     """(x, y) of the entries that have both as finite numbers, by x; ``over`` and ``key`` name them."""
-    return sorted(
-        (entry[over], entry[key])
-        for entry in entries
-        if all(
-            isinstance(entry.get(name), int | float) and math.isfinite(entry[name]) for name in (over, key)
-        )
-    )
+    pairs = ((entry[over], entry[key]) for entry in entries if key in entry and over in entry)
+    return sorted((x, y) for x, y in pairs if _is_finite(x) and _is_finite(y))
 
 
 def to_short(value: float) -> str:
@@ -498,6 +493,10 @@ def metric_of(key: str) -> Metric | None:
     name = key.removeprefix("eval_").replace("token_accuracy", "accuracy").replace("_", " ")
     form = to_percent if key.endswith(("accuracy", "exact_match")) else to_short
     return Metric(key, name, form, name)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _to_object(line: bytes) -> dict[str, Any] | None:

@@ -76,10 +76,10 @@ def to_charts(run: RunFolder) -> list[Chart]:
         levels["loss"] = ("guessing by frequency", record.unigram_entropy)
     if record.max_grad_norm:
         levels["grad_norm"] = (f"clipped at {to_short(record.max_grad_norm)}", record.max_grad_norm)
-    for metric in METRICS.values():
+    for metric in (metric for metric in METRICS.values() if metric.chart):
         series = to_series(run.metrics, metric.name, sets=record.evaluations)
         chart = Chart(metric, series, level=levels.get(metric.name))
-        if metric.chart and series and (metric.name != "padding_share" or chart.highest > 0):
+        if series and (metric.name != "padding_share" or chart.highest > 0):
             found.append(chart)
     return found
 

@@ -21,7 +21,8 @@ from hf_clm.errors import UserError
 from hf_clm.run_folder import append_json, drop_after, metric_of, to_duration
 
 BUDGET = 0.01  # of the time of training, for the report
-GROWTH = 1.5  # a page takes at most so much longer than the one before it
+GROWTH = 1.5  # a page takes at most this many times as long as the one before it
+LEAST = 1.0  # seconds that a page may take: the first with a chart imports matplotlib
 
 # Figures rather than a bar: in 80 columns there is room for one of them.
 BAR = "step {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]{postfix}"
@@ -264,7 +265,7 @@ class ReportCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        expected = self.spent + GROWTH * self.last
+        expected = self.spent + max(LEAST, GROWTH * self.last)
         if expected <= BUDGET * (time.monotonic() - self.started):
             self._write()
 
