@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,16 +43,6 @@ class Counts(Recorded):
     packing_fill: float | None = None
 
 
-class FateTotals(Recorded):
-    """The records of one fate; ``kept_*`` are what training gets of them."""
-
-    rows: int = 0
-    tokens: int = 0
-    target_tokens: int = 0
-    kept_tokens: int = 0
-    kept_targets: int = 0
-
-
 class LabelProof(Recorded):
     """The certificate of a set's labels. ``content_hash`` is the sha256 of all rows."""
 
@@ -62,26 +52,17 @@ class LabelProof(Recorded):
 
 
 class SetProof(Recorded):
-    """What was proved of one set of rows."""
+    """What was proved of one set of rows. ``ledger``: counts by fate, such as rows, tokens, kept_tokens."""
 
     certificate: LabelProof | None = None
-    ledger: dict[str, FateTotals] = {}
-
-
-class Comparison(Recorded):
-    """One comparison of the self-test; ``name`` says what a difference would mean."""
-
-    name: str = ""
-    value: float = math.nan
-    reference: float = math.nan
-    tolerance: float = math.nan
+    ledger: dict[str, dict[str, int]] = {}
 
 
 class LossProof(Recorded):
-    """The self-test of the loss on the real model."""
+    """The self-test of the loss; each comparison has a name, value, reference and tolerance."""
 
     documents: int = 0
-    comparisons: list[Comparison] = []
+    comparisons: list[dict[str, float | str]] = []
 
 
 class SavedProof(Recorded):
@@ -112,25 +93,11 @@ class Proof(Recorded):
         return self.__pydantic_extra__ or {}
 
 
-class MixedSource(Recorded):
-    """What a source gives to an epoch; ``asked`` and ``drawn`` are shares."""
-
-    source: str = ""
-    asked: float = math.nan
-    drawn: float = math.nan
-    rows_there: int = 0
-    rows: int = 0
-    rows_left_out: int = 0
-    passes: float = math.nan
-    tokens: int = 0
-    target_tokens: int = 0
-
-
 class Mixing(Recorded):
-    """How an epoch is mixed from the sources."""
+    """How an epoch is mixed from the sources: of each, its rows, tokens, passes and shares."""
 
     by: str = ""
-    sources: list[MixedSource] = []
+    sources: list[dict[str, float | str]] = []
 
 
 class StreamTotals(Recorded):
@@ -420,6 +387,11 @@ def to_percent(value: float) -> str:
     return f"{100 * value:.3g}%"
 
 
+def to_gigabytes(value: float) -> str:
+    """``1234567890`` -> ``"1.23 GB"``."""
+    return f"{value / 1e9:.3g} GB"
+
+
 def to_duration(seconds: float) -> str:
     """``75`` -> ``"1m15s"``."""
     minutes, rest = divmod(round(seconds), 60)
@@ -429,7 +401,7 @@ def to_duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-_to_loss, _to_count, _to_gigabytes = "{:.4f}".format, "{:,.0f}".format, lambda value: f"{value / 1e9:.3g} GB"
+to_loss, to_count = "{:.4f}".format, "{:,.0f}".format
 
 
 class Metric(NamedTuple):
@@ -452,27 +424,25 @@ class Metric(NamedTuple):
     unit: str = ""
 
 
-def _rows() -> Iterator[Metric]:
-    share = "share of target tokens"
-    yield Metric("eval_loss", "Evaluation loss", _to_loss, "eval loss")
-    yield Metric("eval_token_accuracy", "Evaluation accuracy", to_percent, "eval accuracy")
-    yield Metric("loss", "Loss", _to_loss, "loss", chart="fits", unit="nats per target token")
-    yield Metric("token_accuracy", "Token accuracy", to_percent, "accuracy", chart="zero", unit=share)
-    yield Metric("learning_rate", "Learning rate", to_short, "lr", is_figure=False, chart="zero")
-    yield Metric("grad_norm", "Gradient norm", to_short, "grad norm", False, "zero", "before clipping")
-    yield Metric("step", "Steps", _to_count)
-    yield Metric("seconds", "Time", to_duration)
-    yield Metric("tokens_seen", "Tokens", _to_count)
-    yield Metric("target_tokens_seen", "Target tokens", _to_count)
-    yield Metric("tokens_per_second", "Tokens per second", _to_count, "tokens/s", chart="zero")
-    yield Metric("mfu", "MFU", to_percent, chart="zero", unit="share of the machine's peak")
-    yield Metric("peak_memory_bytes", "Peak memory", _to_gigabytes, chart="zero", unit="so far")
-    yield Metric("padding_share", "Padding", to_percent, chart="zero", unit="share of the places in a batch")
-    yield Metric("gpu_memory", "GPU memory", to_percent, "GPU memory", is_figure=False)
-    yield Metric("gpu_utilization", "GPU utilization", to_percent, "busy", is_figure=False)
-
-
-METRICS = {metric.name: metric for metric in _rows()}
+_TABLE = (
+    Metric("eval_loss", "Evaluation loss", to_loss, "eval loss", unit="nats per target token"),
+    Metric("eval_token_accuracy", "Evaluation accuracy", to_percent, "eval accuracy"),
+    Metric("loss", "Loss", to_loss, "loss", chart="fits", unit="nats per target token"),
+    Metric("token_accuracy", "Token accuracy", to_percent, "accuracy", True, "zero", "of the target tokens"),
+    Metric("learning_rate", "Learning rate", to_short, "lr", is_figure=False, chart="zero"),
+    Metric("grad_norm", "Gradient norm", to_short, "grad norm", False, "zero", "before clipping"),
+    Metric("step", "Steps", to_count),
+    Metric("seconds", "Time", to_duration),
+    Metric("tokens_seen", "Tokens", to_count),
+    Metric("target_tokens_seen", "Target tokens", to_count),
+    Metric("tokens_per_second", "Tokens per second", to_count, "tokens/s", chart="zero"),
+    Metric("mfu", "MFU", to_percent, chart="zero", unit="share of the machine's peak"),
+    Metric("peak_memory_bytes", "Peak memory", to_gigabytes, chart="zero", unit="so far"),
+    Metric("padding_share", "Padding", to_percent, chart="zero", unit="share of the places in a batch"),
+    Metric("gpu_memory", "GPU memory", to_percent, "GPU memory", is_figure=False),
+    Metric("gpu_utilization", "GPU utilization", to_percent, "busy", is_figure=False),
+)
+METRICS = {metric.name: metric for metric in _TABLE}
 
 # Of an evaluation, but nothing that training changes.
 ASIDE = re.compile(r"eval_(.*_)?(target_tokens|runtime|.*_per_second|model_preparation_time)")

@@ -160,7 +160,7 @@ def test_a_record_is_written_as_it_was_read_with_the_keys_of_other_versions(tmp_
     write_record(tmp_path, record)
 
     assert json.loads((tmp_path / "run.json").read_text()) == content
-    assert record.proof.sets["eval_news"].ledger["used"].rows == 3
+    assert record.proof.sets["eval_news"].ledger == {"used": {"rows": 3}}
     assert (record.proof.self_test, record.train.tokens, record.mfu) == ("off", 0, None)
 
 

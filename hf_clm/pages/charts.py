@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hf_clm.run_folder import METRICS, Entries, Metric, Point, points, to_percent, to_short
+from hf_clm.run_folder import METRICS, Entries, Metric, Point, points, to_loss, to_short
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import: only what draws waits for it
     from matplotlib.axes import Axes
@@ -84,9 +84,8 @@ class Chart(NamedTuple):
             axes.update_datalim([(0, 0), (0, 1e-9)])
         axes.margins(0, tight=False)
         axes.set_xlim(0, max(1e-9, *(x for one in self.series for x, _ in one.points)))
-        to_text = self.metric.form if self.metric.form is to_percent else to_short
-        scale = 1e9 if self.metric.name.endswith("_bytes") else 1.0
-        axes.yaxis.set_major_formatter(lambda value, _: to_text(value / scale) + " GB" * (scale > 1))
+        to_text = to_short if self.metric.form is to_loss else self.metric.form
+        axes.yaxis.set_major_formatter(lambda value, _: to_text(value))
         axes.xaxis.set_major_formatter(lambda value, _: to_short(value))
         axes.locator_params(axis="y", nbins=5)
         axes.locator_params(axis="x", nbins=5, integer=self.axis in ("step", "tokens"))
