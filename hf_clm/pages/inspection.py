@@ -26,6 +26,7 @@ from hf_clm.data.split import Split
 from hf_clm.errors import RecipeError
 from hf_clm.model.build import build_tokenizer_aside
 from hf_clm.pages.documents import Reader, inspect_rows
+from hf_clm.pages.report import render
 from hf_clm.pages.rows import FLAGS, Document, Row, Vocabulary, escape
 from hf_clm.pages.terminal import legend, to_lines
 from hf_clm.recipe.recipe import Recipe, find_recipe, load_recipe
@@ -36,7 +37,6 @@ from hf_clm.training.arguments import training_arguments
 
 HTML_ROWS = 10_000  # a page with more opens too slowly
 LISTED_DROPS = 5
-TEMPLATE = Path(__file__).with_name("labels.html")
 BINS = 40
 
 
@@ -179,7 +179,7 @@ def write_labels(
     content |= {"facts": [[name, str(value)] for name, value in facts.items()], "charts": _to_charts(charts)}
     # In a script element only "<" could end the data, or begin a comment.
     data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    write_text(Path(path), TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", data))
+    write_text(Path(path), render("labels.html", {"data": data}))
 
 
 def to_content(rows: Sequence[Row], vocabulary: Vocabulary) -> dict[str, Any]:
