@@ -5,10 +5,12 @@ colours are the variables of style.css, so that it follows the page into the dar
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from hf_clm.run_folder import METRICS, Entries, Metric, Point, points, to_loss, to_short
 
@@ -22,6 +24,7 @@ VARIABLES = {colour: f"var(--s{number})" for number, colour in enumerate(COLOURS
 VARIABLES |= {LINE: "var(--line)", QUIET: "var(--quiet)", LEVEL: "var(--on-bad)"}
 WIDTH, HEIGHT = 340, 190  # pixels of an SVG at its natural size: a phone's width inside a card
 MARGINS = (0.15, 0.13, 0.82, 0.81)  # of the plot: left, bottom, width, height
+BINS = 40  # of a histogram
 LOW = 0.4  # an axis that fits its values begins at 0 all the same where the lowest is below this share
 FAR = 2.0  # a level this many times above all values is named, and not drawn
 STYLE: "dict[RcKeyType, Any]" = {
@@ -64,16 +67,7 @@ class Chart(NamedTuple):
 
     def to_svg(self) -> str:
         """The plot without its caption, which the page writes."""
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-
-        file = StringIO()
-        with rc_context(STYLE):
-            figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))  # matplotlib writes 72 units an inch
-            axes = figure.add_axes(MARGINS)
-            self._plot(axes)
-            figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-        return _to_inline(file.getvalue())
+        return _draw(self._plot)
 
     def _plot(self, axes: "Axes") -> None:
         draw_lines(axes, self.series)
@@ -86,12 +80,7 @@ class Chart(NamedTuple):
         axes.set_xlim(0, max(1e-9, *(x for one in self.series for x, _ in one.points)))
         to_text = to_short if self.metric.form is to_loss else self.metric.form
         axes.yaxis.set_major_formatter(lambda value, _: to_text(value))
-        axes.xaxis.set_major_formatter(lambda value, _: to_short(value))
-        axes.locator_params(axis="y", nbins=5)
-        axes.locator_params(axis="x", nbins=5, integer=self.axis in ("step", "tokens"))
-        axes.grid(axis="y", color=LINE, linewidth=0.8)
-        axes.tick_params(length=0, pad=6, labelcolor=QUIET)
-        axes.spines[:].set_visible(False)
+        axes.locator_params(axis="x", integer=self.axis in ("step", "tokens"))
 
 
 def draw_lines(axes: "Axes", series: Sequence[Series]) -> None:
@@ -120,6 +109,19 @@ def to_series(metrics: Entries, key: str, *, over: str = "step", sets: Iterable[
     return [one for one in found if one.points]
 
 
+def histogram(values: np.ndarray, *, limit: int) -> str:
+    """The SVG of a histogram; what is over the limit has another colour."""
+
+    def plot(axes: "Axes") -> None:
+        counts, edges = np.histogram(values, bins=BINS, range=(0, max(1, values.max())))
+        colours = [LEVEL if edge >= limit else COLOURS[0] for edge in edges[:-1]]
+        axes.bar(edges[:-1], counts, width=0.9 * edges[1], align="edge", color=colours)
+        if limit <= edges[-1]:
+            axes.axvline(limit, color=LEVEL, linewidth=1)
+
+    return _draw(plot)
+
+
 def write_loss_plots(metrics: Entries, folder: Path) -> None:
     """Writes loss.png and loss.pdf: the loss over epochs, with the tokens seen on a second axis.
 
@@ -143,6 +145,24 @@ def write_loss_plots(metrics: Entries, folder: Path) -> None:
         top.set_xlabel("tokens seen")
     for name in ("loss.png", "loss.pdf"):
         figure.savefig(folder / name, dpi=130)
+
+
+def _draw(plot: Callable[["Axes"], None]) -> str:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    file = StringIO()
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))  # matplotlib writes 72 units an inch
+        axes = figure.add_axes(MARGINS)
+        axes.xaxis.set_major_formatter(lambda value, _: to_short(value))
+        axes.locator_params(nbins=5)
+        plot(axes)
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
+        axes.tick_params(length=0, pad=6, labelcolor=QUIET)
+        axes.spines[:].set_visible(False)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return _to_inline(file.getvalue())
 
 
 def _to_inline(svg: str) -> str:

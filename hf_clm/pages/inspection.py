@@ -25,6 +25,7 @@ from hf_clm.data.read.plain_template import settle_render
 from hf_clm.data.split import Split
 from hf_clm.errors import RecipeError
 from hf_clm.model.build import build_tokenizer_aside
+from hf_clm.pages.charts import histogram
 from hf_clm.pages.documents import Reader, inspect_rows
 from hf_clm.pages.report import render
 from hf_clm.pages.rows import FLAGS, Document, Row, Vocabulary, escape
@@ -37,19 +38,23 @@ from hf_clm.training.arguments import training_arguments
 
 HTML_ROWS = 10_000  # a page with more opens too slowly
 LISTED_DROPS = 5
-BINS = 40
 
 
 @dataclass(frozen=True)
-class Charts:
-    """What the page draws: the lengths of the examples before anything was cut, and how full the rows are.
+class Lengths:
+    """The tokens of each example before anything was cut, and the limit; drawn as a histogram."""
 
-    ``fills`` maps a name ("padded", "packed") to the share of places that hold a token.
-    """
+    tokens: np.ndarray
+    limit: int
 
-    lengths: np.ndarray
-    max_length: int
-    fills: Mapping[str, float]
+    @property
+    def title(self) -> str:
+        """How many are over the limit."""
+        return f"Lengths: {(self.tokens > self.limit).mean():.1%} over max_length {self.limit:,}"
+
+    def to_svg(self) -> str:
+        """The histogram."""
+        return histogram(self.tokens, limit=self.limit)
 
 
 @dataclass(frozen=True)
@@ -83,31 +88,33 @@ def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[
     found = inspect_rows(split, reader, collate=build_collator(recipe, tokenizer), batch_size=batch_size)
     wanted = max(HTML_ROWS, view.rows) if view.html else view.rows
     rows = nlargest(wanted, found, key=_severity) if view.worst else list(islice(found, wanted))
-    charts = to_charts(split, recipe.data.max_length, batch_size=batch_size)
-    facts = to_facts(split, charts, shown=len(rows))
+    lengths = Lengths(split.ledger.numbers("tokens"), recipe.data.max_length)
+    facts = to_facts(split, lengths, batch_size=batch_size, shown=len(rows))
     if recipe.data.streaming and name == TRAIN:
         facts = {"stream": f"the first {STREAM_HEAD:,} documents of each source", **facts}
     lines = _text(rows[: view.rows], facts, reader=reader, colors=_wants_colors(view.color))
     if view.html:
         write_labels(
-            view.html, rows, vocabulary=reader.vocabulary, facts={"from": target, **facts}, charts=charts
+            view.html, rows, vocabulary=reader.vocabulary, facts={"from": target, **facts}, lengths=lengths
         )
         lines.append(f"wrote {view.html}: {len(rows):,} of {len(split.dataset):,} rows")
     return "\n".join(lines)
 
 
-def to_facts(split: Split, charts: Charts, *, shown: int) -> dict[str, str]:
+def to_facts(split: Split, lengths: Lengths, *, batch_size: int, shown: int) -> dict[str, str]:
     """The counts of a split, by name, as they are printed."""
     ledger, targets = split.ledger, split.target_tokens
     drops = [f"{ledger.places[at]} ({ledger.fates[at].reason})" for at in ledger.where("dropped").tolist()]
-    over, longest = charts.lengths > charts.max_length, charts.lengths.max(initial=0)
+    tokens, limit = lengths.tokens, lengths.limit
+    padded = padded_fill(split.lengths, limit, batch_size=batch_size)
+    packed = f", packed {split.dataset.fill:.1%}" if isinstance(split.dataset, PackedDataset) else ""
     facts = {
         "rows": f"{len(split.dataset):,} ({shown:,} shown), of {len(split.lengths):,} documents",
         "tokens": f"{split.tokens:,}, {targets:,} targets ({targets / split.tokens:.1%})",
         "examples": ", ".join(f"{count:,} {fate}" for fate, count in split.fates.most_common()),
-        "length": f"median {np.median(charts.lengths):,.0f}, longest {longest:,}; "
-        f"{over.mean():.1%} over max_length {charts.max_length:,}",
-        "fill": ", ".join(f"{name} {share:.1%}" for name, share in charts.fills.items()),
+        "length": f"median {np.median(tokens):,.0f}, longest {tokens.max(initial=0):,}; "
+        f"{(tokens > limit).mean():.1%} over max_length {limit:,}",
+        "fill": f"padded in batches of {batch_size} {padded:.1%}{packed}",
     }
     if split.mix:
         shares = [f"{one.source} {one.drawn:.1%} ({one.asked:.1%} asked)" for one in split.mix.shares]
@@ -118,15 +125,6 @@ def to_facts(split: Split, charts: Charts, *, shown: int) -> dict[str, str]:
         spelled = ledger.spelled.most_common(LISTED_DROPS)
         facts["control tokens in text"] = ", ".join(f"{text!r} × {count:,}" for text, count in spelled)
     return facts
-
-
-def to_charts(split: Split, max_length: int, *, batch_size: int) -> Charts:
-    """The lengths before anything was cut, and how full padded batches would be beside packed rows."""
-    padded = padded_fill(split.lengths, max_length, batch_size=batch_size)
-    fills = {f"padded in batches of {batch_size}": padded}
-    if isinstance(split.dataset, PackedDataset):
-        fills["packed"] = split.dataset.fill
-    return Charts(split.ledger.numbers("tokens"), max_length, fills)
 
 
 def padded_fill(lengths: np.ndarray, max_length: int, *, batch_size: int) -> float:
@@ -172,14 +170,14 @@ def write_labels(
     *,
     vocabulary: Vocabulary,
     facts: Mapping[str, Any],
-    charts: Charts | None = None,
+    lengths: Lengths | None = None,
 ) -> None:
     """Writes the page. ``facts`` stand at its top: what the set is, or a batch's step and learning rate."""
     content = to_content(rows, vocabulary)
-    content |= {"facts": [[name, str(value)] for name, value in facts.items()], "charts": _to_charts(charts)}
+    content |= {"facts": [[name, str(value)] for name, value in facts.items()]}
     # In a script element only "<" could end the data, or begin a comment.
     data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    write_text(Path(path), render("labels.html", {"data": data}))
+    write_text(Path(path), render("labels.html", {"data": data, "lengths": lengths}))
 
 
 def to_content(rows: Sequence[Row], vocabulary: Vocabulary) -> dict[str, Any]:
@@ -213,16 +211,3 @@ def _to_text(spelled: bytes) -> str | list[int]:
         return spelled.decode()
     except UnicodeDecodeError:
         return list(spelled)
-
-
-def _to_charts(charts: Charts | None) -> dict[str, Any] | None:
-    if charts is None or not len(charts.lengths):
-        return None
-    counts, edges = np.histogram(charts.lengths, bins=BINS, range=(0, max(1, int(charts.lengths.max()))))
-    return {
-        "counts": counts.tolist(),
-        "edges": edges.tolist(),
-        "max_length": charts.max_length,
-        "over": float((charts.lengths > charts.max_length).mean()),
-        "fills": list(charts.fills.items()),
-    }

@@ -15,7 +15,7 @@ from helpers import EOS, PAD, X, byte_tokenizer, write_jsonl
 
 from hf_clm.data.batch.collators import DataCollatorForCausalLM
 from hf_clm.errors import RecipeError
-from hf_clm.pages.inspection import Charts, View, inspect, padded_fill, to_content, write_labels
+from hf_clm.pages.inspection import Lengths, View, inspect, padded_fill, to_content, write_labels
 from hf_clm.pages.rows import Document, Row, Vocabulary, to_rows
 
 RECORDS = [{"prompt": "Say hi.\n", "completion": "Hi"}, {"prompt": "p", "completion": "q"}] * 2
@@ -212,17 +212,15 @@ def test_the_page_names_no_address_to_load_from(tmp_path):
     assert [word for word in ("src=", "href=", "url(", "@import", "https:", "fetch(") if word in text] == []
 
 
-def test_charts_hold_the_histogram_and_the_share_over_max_length(tmp_path):
-    charts = Charts(np.array([1, 10, 30, 40]), 30, {"packed": 0.5})
+def test_the_page_holds_a_histogram_of_the_lengths(tmp_path):
+    lengths = Lengths(np.array([1, 10, 30, 40]), 30)
 
-    write_labels(tmp_path / "labels.html", [], vocabulary=VOCABULARY, facts={"rows": 4}, charts=charts)
+    write_labels(tmp_path / "labels.html", [], vocabulary=VOCABULARY, facts={"rows": 4}, lengths=lengths)
 
-    data = read_data(tmp_path / "labels.html")
-    assert data["charts"]["over"] == 0.25
-    assert data["charts"]["fills"] == [["packed", 0.5]]
-    assert [i for i, count in enumerate(data["charts"]["counts"]) if count] == [1, 10, 30, 39]
-    assert (len(data["charts"]["edges"]), data["charts"]["edges"][-1]) == (41, 40.0)
-    assert data["facts"] == [["rows", "4"]]
+    text = (tmp_path / "labels.html").read_text(encoding="utf-8")
+    assert "<b>Lengths: 25.0% over max_length 30</b>" in text  # that is 40; 30 fits
+    assert text.count('fill="var(--s0)"') == 40 - 10 and text.count('fill="var(--on-bad)"') == 10
+    assert read_data(tmp_path / "labels.html")["facts"] == [["rows", "4"]]
 
 
 def test_a_batch_of_a_trainer_can_be_written_without_its_records(tmp_path):
@@ -235,4 +233,4 @@ def test_a_batch_of_a_trainer_can_be_written_without_its_records(tmp_path):
     data = read_data(tmp_path / "batch.html")
     assert data["facts"] == [["step", "17"], ["learning rate", "0.001"], ["gradient norm", "nan"]]
     assert (decode(data, "tokens"), decode(data, "labels")) == ([65, 66], [X, 66])
-    assert data["charts"] is None
+    assert "<svg" not in (tmp_path / "batch.html").read_text(encoding="utf-8")
