@@ -118,6 +118,8 @@ def histogram(values: np.ndarray, *, limit: int) -> str:
         axes.bar(edges[:-1], counts, width=0.9 * edges[1], align="edge", color=colours)
         if limit <= edges[-1]:
             axes.axvline(limit, color=LEVEL, linewidth=1)
+        axes.set_xlim(0, edges[-1])
+        axes.locator_params(axis="y", integer=True)
 
     return _draw(plot)
 
@@ -155,10 +157,12 @@ def _draw(plot: Callable[["Axes"], None]) -> str:
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))  # matplotlib writes 72 units an inch
         axes = figure.add_axes(MARGINS)
-        axes.xaxis.set_major_formatter(lambda value, _: to_short(value))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: to_short(value))
         axes.locator_params(nbins=5)
         plot(axes)
         axes.grid(axis="y", color=LINE, linewidth=0.8)
+        axes.set_axisbelow(True)
         axes.tick_params(length=0, pad=6, labelcolor=QUIET)
         axes.spines[:].set_visible(False)
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
