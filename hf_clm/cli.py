@@ -244,11 +244,11 @@ def run_report(words: list[str]) -> None:
     options = parser.parse_args(words)
     from hf_clm.pages.report import write_report
 
-    record = write_report(options.run)
-    counts = f"{len(record.metrics):,} log events, {len(record.samples):,} samples, status {record.status}"
-    print(f"wrote {record.folder / 'report.html'}: {counts}")
-    if record.unreadable:
-        print(f"left out: unreadable lines of its logs: {record.unreadable}")
+    run = write_report(options.run)
+    counts = f"{len(run.metrics):,} log events, {len(run.samples):,} samples, status {run.record.status}"
+    print(f"wrote {run.path / 'report.html'}: {counts}")
+    if run.unreadable:
+        print(f"left out: unreadable lines of its logs: {run.unreadable}")
 
 
 def run_checkpoints(words: list[str]) -> int:

@@ -21,13 +21,13 @@ from hf_clm.data.prepared.sets import load_examples
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
-from hf_clm.generation.load import read_run, run_recipe
+from hf_clm.generation.load import run_recipe
 from hf_clm.generation.prompts import read_prompts, to_prompt_ids
 from hf_clm.model.adapters import is_adapter, load_adapted, read_base
 from hf_clm.model.load import load_config, load_model, max_positions
+from hf_clm.run_folder import RunRecord, find_record, write_json, write_record
 from hf_clm.schema import AnyExample, Document, Example, Segment, whole_text
 from hf_clm.text.tokenizer import load_tokenizer
-from hf_clm.training.output import write_json
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 100, 512, 16
 TEXT_LENGTH = 200  # characters of a document that serves as a prompt
@@ -65,8 +65,8 @@ def merge(options: Namespace) -> list[str]:
         raise RecipeError("holds no adapters", where=folder, fix="name the folder of a run with lora")
     if output.exists():
         raise RecipeError("exists", where=str(output), fix="name another --output_dir")
-    facts = read_run(folder)
-    prompts, source = _find_prompts(folder, options.prompts, facts=facts)
+    record = find_record(folder)
+    prompts, source = _find_prompts(folder, options.prompts, record=record)
     tokenizer, (base, revision) = load_tokenizer(folder), read_base(folder)
     adapted = load_adapted(folder, tokenizer, attention=None).eval()
     expected = _answer(adapted, tokenizer, prompts=prompts, of="the adapters")
@@ -86,8 +86,8 @@ def merge(options: Namespace) -> list[str]:
             raise ModelError("the merged model is not the same", where=folder, got=got, fix=fix)
         proof = {**same.to_json(), "tolerance": tolerance, "dtype": dtype, "compared_on": source}
         write_json(partial / "merge.json", {"base": base, "adapters": str(Path(folder).resolve()), **proof})
-        if facts:  # so that generate and evaluate know the format
-            write_json(partial / "run.json", facts)
+        if record:  # so that generate and evaluate know the format
+            write_record(partial, record)
         partial.chmod(0o755)  # mkdtemp's is for the owner alone
         partial.rename(output)
     finally:
@@ -100,11 +100,11 @@ def merge(options: Namespace) -> list[str]:
     ]
 
 
-def _find_prompts(folder: str, file: str | None, *, facts: dict[str, Any]) -> tuple[list[Example], str]:
+def _find_prompts(folder: str, file: str | None, *, record: RunRecord | None) -> tuple[list[Example], str]:
     """At most PROMPTS, and where they come from: a file, or the training data of the run."""
     if file:
-        format, has_turns = facts.get("format") or "text", bool(facts.get("has_turns"))
-        return read_prompts(file, format, has_turns=has_turns)[:PROMPTS], file
+        known = record or RunRecord()
+        return read_prompts(file, known.format or "text", has_turns=bool(known.has_turns))[:PROMPTS], file
     place = Path(folder).expanduser()
     recipe = run_recipe(str(place)) or run_recipe(str(place.parent))
     if recipe is None:

@@ -1,30 +1,310 @@
-"""What a run left in its folder: read as far as it goes, also of an old run, or one that was killed."""
+"""The folder of a run: its typed record (run.json), its logs, recipe, checkpoints; and the table of METRICS.
+
+Everything that reads or writes these files does it here, so that a key has one name and one type.
+"""
 
 import json
-from collections.abc import Iterable
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hf_clm.errors import RecipeError, UserError
+from hf_clm.recipe.template import Template
 from hf_clm.recipe.text import leaves, load_yaml
 
-TINY, HUGE = 1e-100, 1e100
-Entries = list[dict[str, Any]]
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+Entries = list[dict[str, Any]]  # lines of a log
 Point = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """The files of a run: ``facts`` of run.json, the lines of the others, the dotted keys of recipe.yaml.
+class Recorded(BaseModel):
+    """A part of run.json. A missing key has its default; keys of other versions are kept, and never read."""
 
-    ``unreadable`` counts lines that are no JSON: the last one of a run that was killed as it wrote.
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+
+class Counts(Recorded):
+    """What a set of rows holds, and what became of each record."""
+
+    files: list[str] = []
+    input_rows: int = 0
+    fates: dict[str, int] = {}
+    rows: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    packing_fill: float | None = None
+
+
+class LabelProof(Recorded):
+    """The certificate of a set's labels. ``content_hash`` is the sha256 of all rows."""
+
+    valid: bool = False
+    rows: int = 0
+    content_hash: str = ""
+
+
+class SetProof(Recorded):
+    """What was proved of one set of rows. ``ledger``: counts by fate, such as rows, tokens, kept_tokens."""
+
+    certificate: LabelProof | None = None
+    ledger: dict[str, dict[str, int]] = {}
+
+
+class LossProof(Recorded):
+    """The self-test of the loss; each comparison has a name, value, reference and tolerance."""
+
+    documents: int = 0
+    comparisons: list[dict[str, float | str]] = []
+
+
+class SavedProof(Recorded):
+    """The round trip of the saved model through a fresh process."""
+
+    logit_difference: float = math.nan
+
+
+class PreparedSet(Recorded):
+    """``date``: what the chat template printed, if it prints one."""
+
+    date: str = ""
+
+
+class Proof(Recorded):
+    """What was proved before the first step. A test that was not made says why, as text."""
+
+    __pydantic_extra__: dict[str, SetProof] = Field(init=False)  # by set: train, eval, eval_NAME
+
+    prepared: PreparedSet = PreparedSet()
+    self_test: LossProof | str = ""
+    round_trip: SavedProof | str = ""
+    leakage: dict[str, int] = {}
+
+    @property
+    def sets(self) -> dict[str, SetProof]:
+        """By the name of the set."""
+        return self.__pydantic_extra__ or {}
+
+
+class Mixing(Recorded):
+    """How an epoch is mixed from the sources: of each, its rows, tokens, passes and shares."""
+
+    by: str = ""
+    sources: list[dict[str, float | str]] = []
+
+
+class StreamTotals(Recorded):
+    """What was read of a stream: complete passes (least, most), documents by fate."""
+
+    shards: int = 1
+    passes: tuple[int, int] = (0, 0)
+    documents: int = 0
+    fates: dict[str, int] = {}
+
+
+class RunRecord(Recorded):
+    """run.json. The figures at its end are missing while a run trains, and of one that was stopped."""
+
+    status: str = "unknown"
+    error: list[str] | str = ""
+    stopped_by: str = ""
+    stopped_at_step: int | None = None
+    started: str = ""
+    recipe: str | None = None
+    origins: dict[str, str] = {}
+    stage: Literal["sft", "pretrain"] | None = None
+    max_length: int | None = None
+    special_tokens_in_text: Literal["encode_as_text", "allow", "error"] | None = None
+    reasoning: str | None = None
+    format: str | None = None
+    render: str = "auto"
+    has_turns: bool | None = None
+    template: Template | None = None
+    model: str = ""
+    from_scratch: bool = False
+    parameters: int = 0
+    trained_parameters: int = 0
+    train: Counts = Counts()
+    evaluation: Counts | None = None
+    evaluations: dict[str, Counts] = {}
+    unigram_entropy: float | None = None
+    steps: int = 0
+    rows_per_step: int = 0
+    processes: int = 1
+    device: str = ""
+    precision: str = ""
+    attention: str | None = None
+    max_grad_norm: float | None = None
+    versions: dict[str, str] = {}
+    mixing: Mixing | None = None
+    steps_done: int = 0
+    seconds: float | None = None
+    tokens_seen: int | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    token_accuracy_before: float | None = None
+    token_accuracy_after: float | None = None
+    evaluated: dict[str, tuple[float, float]] = {}
+    proof: Proof = Proof()
+    stream: StreamTotals | None = None
+
+    @property
+    def evaluated_on(self) -> str:
+        """What the evaluation loss is measured on."""
+        return "held-out data" if self.evaluation else "training data"
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether adapters were trained, beside a model that stays as it was."""
+        return self.trained_parameters < self.parameters
+
+    @property
+    def sets(self) -> dict[str, Counts]:
+        """The counts of each set by its name in ``proof``: train, and eval or those with names."""
+        named = {f"eval_{name}": counts for name, counts in self.evaluations.items()}
+        return {"train": self.train} | (named or ({"eval": self.evaluation} if self.evaluation else {}))
+
+    def to_json(self) -> dict[str, Any]:
+        """What the file holds: the keys that were given."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    def updated(self, **changes: object) -> "RunRecord":
+        """The record with other values of these keys."""
+        return RunRecord.model_validate({**self.to_json(), **changes})
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """The record of a run's folder; None where there is no run.json.
+
+    Raises RecipeError for a run.json that is not the record of a run.
     """
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    fix = "name the output folder of a run; its metrics.jsonl may still be read"
+    try:
+        return RunRecord.model_validate(json.loads(path.read_bytes()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        what = f"{key}: {first['msg']}" if key else "not a JSON object"
+        raise RecipeError(what, where=str(path), fix=fix) from None
+    except ValueError:
+        raise RecipeError("not a JSON object", where=str(path), fix=fix) from None
 
-    folder: Path
-    facts: dict[str, Any]
+
+def find_record(name_or_path: str) -> RunRecord | None:
+    """The record of a run, or of the run that a checkpoint belongs to, which holds a complete model."""
+    path = Path(name_or_path).expanduser()
+    record = read_record(path)
+    if record is None and step_of(path) >= 0 and (record := read_record(path.parent)):
+        return record.updated(status="done")
+    return record
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Writes run.json."""
+    write_json(folder / "run.json", record.to_json())
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON as ``write_text`` writes text."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never half of it, at any crash.
+
+    What is not Unicode (half a surrogate pair from a data file) is written as ``\\ud800``.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(text.encode("utf-8", errors="backslashreplace"))
+        sync(partial)
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or the names in a folder, have reached the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def find_checkpoints(run: Path) -> list[Path]:
+    """The checkpoint-N folders of a run, by N; whether they are complete is another question."""
+    found = [path for path in run.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """100 of ``checkpoint-100``; -1 of another name."""
+    match = CHECKPOINT.fullmatch(checkpoint.name)
+    return int(match.group(1)) if match else -1
+
+
+def append_json(path: Path, entry: Mapping[str, Any]) -> None:
+    """Appends one line of JSON."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def drop_after(path: Path, step: int, *, history: Entries | None = None) -> Entries:
+    """Drops the lines that a run wrote after the checkpoint it resumes from: their steps are trained again.
+
+    Args:
+        history: the log events that the checkpoint knows; others of its own step were written after it.
+
+    Returns the entries that stay: none at step 0, where a run starts from its beginning.
+    """
+    if not path.is_file():
+        return []
+    known = [event.keys() - {"step"} for event in history or [] if event["step"] == step]
+    known += [{"epoch_loss"}]  # which is in no log event
+
+    def stays(entry: dict[str, Any]) -> bool:
+        if entry["step"] != step or not history:
+            return entry["step"] <= step
+        return any(keys <= entry.keys() for keys in known)
+
+    entries = [entry for entry in read_lines(path)[0] if step and stays(entry)]
+    write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    return entries
+
+
+def read_lines(path: Path) -> tuple[Entries, int]:
+    """The JSON objects of a log, and the number of lines that are not one: the last, where a run was killed.
+
+    A missing file has no line.
+    """
+    if not path.is_file():
+        return [], 0
+    found = [_to_object(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+    entries = [entry for entry in found if entry is not None]
+    return entries, len(found) - len(entries)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run as far as it came. ``recipe`` has dotted keys; ``unreadable`` counts lines that are not JSON."""
+
+    path: Path
+    record: RunRecord
     metrics: Entries
     samples: Entries
     label_rows: Entries
@@ -34,99 +314,159 @@ class RunRecord:
     @property
     def name(self) -> str:
         """The folder's own name."""
-        return self.folder.resolve().name
+        return self.path.resolve().name
 
-    @property
-    def status(self) -> str:
-        return str(self.facts.get("status", "unknown"))
+    def evaluated(self) -> Mapping[str, Sequence[float]]:
+        """The first and the last value of each figure of the evaluations; one where there was only one.
 
-    def part(self, *keys: str) -> dict[str, Any]:
-        """A mapping inside those of run.json; empty where there is none."""
-        content = self.facts
-        for key in keys:
-            found = content.get(key)
-            content = found if isinstance(found, dict) else {}
-        return content
+        A run that is done says which its last is: with ``load_best_model_at_end`` it is not the last logged.
+        """
+        seen: dict[str, list[float]] = {}
+        for entry in self.metrics:
+            for key in filter(is_evaluated, entry):
+                seen.setdefault(key, []).append(entry[key])
+        return {key: [values[0], *values[1:][-1:]] for key, values in seen.items()} | self.record.evaluated
+
+    def figures(self) -> dict[str, str]:
+        """What a run reached, by name: while it trains, or where it was killed, as far as its log goes."""
+        found, evaluated = {}, self.evaluated()
+        last = {key: value for entry in self.metrics for key, value in entry.items()}
+        for metric in METRICS.values():
+            final = getattr(self.record, metric.name, None)
+            values = evaluated.get(metric.name) or [last.get(metric.name) if final is None else final]
+            shown = [metric.form(value) for value in values if value is not None]
+            if metric.is_figure and shown:
+                found[metric.title] = " -> ".join(shown)
+        if "Evaluation loss" in found:
+            found["Evaluated on"] = self.record.evaluated_on
+        if "Steps" in found and self.record.steps:
+            found["Steps"] += f" of {self.record.steps:,}"
+        if "Time" in found and self.record.status == "running" and last["step"]:
+            left = last["seconds"] / last["step"] * max(0, self.record.steps - last["step"])
+            found["Time"] += f", about {to_duration(left)} left"
+        if fill := self.record.train.packing_fill:
+            found["Packed rows"] = f"{to_percent(fill)} full"
+        return found
 
 
-def load_record(folder: str | Path) -> RunRecord:
+def load_folder(path: str | Path) -> RunFolder:
     """Reads a run's folder. Raises RecipeError where it holds no run.json that can be read."""
-    folder = Path(folder)
-    path = folder / "run.json"
-    if not path.is_file():
-        what = "holds no run.json: not a run's folder" if folder.is_dir() else "no such folder"
-        raise RecipeError(what, where=str(folder), fix="name the output folder of a run")
+    path = Path(path)
+    if (record := read_record(path)) is None:
+        what = "holds no run.json: not a run's folder" if path.is_dir() else "no such folder"
+        raise RecipeError(what, where=str(path), fix="name the output folder of a run")
+    metrics, samples, rows = (
+        read_lines(path / name) for name in ("metrics.jsonl", "samples.jsonl", "label_rows.jsonl")
+    )
+    unreadable = metrics[1] + samples[1] + rows[1]
     try:
-        facts = json.loads(path.read_bytes())
-    except ValueError:
-        facts = None
-    if not isinstance(facts, dict):
-        fix = "name the output folder of a run; its metrics.jsonl may still be read"
-        raise RecipeError("not a JSON object", where=str(path), fix=fix)
-    names = ("metrics.jsonl", "samples.jsonl", "label_rows.jsonl")
-    (metrics, *lost), (samples, *lost_too), (rows, *also) = (read_lines(folder / name) for name in names)
-    unreadable = sum([*lost, *lost_too, *also])
-    return RunRecord(folder, facts, metrics, samples, rows, _read_recipe(folder / "recipe.yaml"), unreadable)
+        file = path / "recipe.yaml"
+        recipe = _to_leaves(str(file), file.stat().st_mtime_ns)
+    except (OSError, UserError):
+        recipe = {}
+    return RunFolder(path, record, metrics[0], samples[0], rows[0], recipe, unreadable)
 
 
-def read_lines(path: Path) -> tuple[Entries, int]:
-    """The JSON objects of a file, one a line, and how many lines are none; nothing of a missing file."""
-    if not path.is_file():
-        return [], 0
-    found = [_to_object(line) for line in path.read_bytes().split(b"\n") if line.strip()]
-    entries = [entry for entry in found if entry is not None]
-    return entries, len(found) - len(entries)
+def points(entries: Entries, key: str, *, over: str = "step") -> list[Point]:
+    """(x, y) of the entries that have both as finite numbers, by x; ``over`` and ``key`` name them."""
+    pairs = ((entry[over], entry[key]) for entry in entries if key in entry and over in entry)
+    return sorted((x, y) for x, y in pairs if _is_finite(x) and _is_finite(y))
 
 
-def points(entries: Iterable[dict[str, Any]], key: str, *, over: str = "step") -> list[Point]:
-    """(x, y) of the entries that have both as numbers, in the order of x: ``over`` and ``key`` name them."""
-    pairs = ((entry.get(over), entry.get(key)) for entry in entries)
-    return sorted((float(a), float(b)) for a, b in pairs if is_number(a) and is_number(b))
+def to_short(value: float) -> str:
+    """``4.62416`` -> ``"4.624"``, ``6843.2`` -> ``"6,843"``, ``2500000`` -> ``"2.5M"``."""
+    size = abs(value)
+    if size < 1e6:
+        return f"{value:.4g}" if size < 1000 else f"{value:,.0f}"
+    unit, name = (1e6, "M") if size < 1e9 else (1e9, "B")
+    return f"{value / unit:.4g}{name}"
 
 
-def is_number(value: Any) -> TypeGuard[float]:
-    """True for an int or float that can be drawn: finite, and neither huge nor all but 0; a bool is none."""
-    return type(value) in (int, float) and (value == 0 or TINY < abs(value) < HUGE)
+def to_percent(value: float) -> str:
+    """``0.15195`` -> ``"15.2%"``, ``0.0025`` -> ``"0.25%"``."""
+    return f"{100 * value:.3g}%"
 
 
-def final_figures(record: RunRecord) -> dict[str, float]:
-    """What a run reached: of run.json, and while it goes on, or where it was killed, of its log events.
+def to_gigabytes(value: float) -> str:
+    """``1234567890`` -> ``"1.23 GB"``."""
+    return f"{value / 1e9:.3g} GB"
 
-    The seconds are those of the log events, which count on where a run was resumed.
+
+def to_duration(seconds: float) -> str:
+    """``75`` -> ``"1m15s"``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+to_loss, to_count = "{:.4f}".format, "{:,.0f}".format
+
+
+class Metric(NamedTuple):
+    """A number of the log. What computes it logs it under ``name``; all else about it stands in METRICS.
+
+    title:      its name on pages and in the model card
+    form:       how a value is written
+    short:      its name in a progress line; empty: left out there
+    is_figure:  its last value (of an evaluation the first too) is among the figures of a run
+    chart:      drawn over the steps, on an axis that begins at "zero" or "fits" the values; empty: not drawn
+    unit:       of the chart
     """
-    found = {}
-    for key, logged in FIGURES.items():
-        seen = _logged(record.metrics, logged, of=key)
-        said = record.facts.get(key)
-        value = seen if key == "seconds" and seen is not None else said if is_number(said) else seen
-        found |= {} if value is None else {key: value}
-    return found
+
+    name: str
+    title: str
+    form: Callable[[float], str]
+    short: str = ""
+    is_figure: bool = True
+    chart: Literal["", "zero", "fits"] = ""
+    unit: str = ""
 
 
-def _logged(metrics: Entries, key: str, *, of: str) -> float | None:
-    """The last value, or the first of a figure before training; one alone is no figure after it."""
-    entries = metrics if of.endswith("_before") else reversed(metrics)
-    found = islice((entry[key] for entry in entries if is_number(entry.get(key))), 2)
-    first = next(found, None)
-    return None if of.endswith("_after") and next(found, None) is None else first
+_TABLE = (
+    Metric("eval_loss", "Evaluation loss", to_loss, "eval loss", unit="nats per target token"),
+    Metric("eval_token_accuracy", "Evaluation accuracy", to_percent, "eval accuracy"),
+    Metric("loss", "Loss", to_loss, "loss", chart="fits", unit="nats per target token"),
+    Metric("token_accuracy", "Token accuracy", to_percent, "accuracy", True, "zero", "of the target tokens"),
+    Metric("learning_rate", "Learning rate", to_short, "lr", is_figure=False, chart="zero"),
+    Metric("grad_norm", "Gradient norm", to_short, "grad norm", False, "zero", "before clipping"),
+    Metric("step", "Steps", to_count),
+    Metric("seconds", "Time", to_duration),
+    Metric("tokens_seen", "Tokens", to_count),
+    Metric("target_tokens_seen", "Target tokens", to_count),
+    Metric("tokens_per_second", "Tokens per second", to_count, "tokens/s", chart="zero"),
+    Metric("mfu", "MFU", to_percent, chart="zero", unit="share of the machine's peak"),
+    Metric("peak_memory_bytes", "Peak memory", to_gigabytes, chart="zero", unit="so far"),
+    Metric("padding_share", "Padding", to_percent, chart="zero", unit="share of the places in a batch"),
+    Metric("gpu_memory", "GPU memory", to_percent, "GPU memory", is_figure=False),
+    Metric("gpu_utilization", "GPU utilization", to_percent, "busy", is_figure=False),
+)
+METRICS = {metric.name: metric for metric in _TABLE}
+
+# Of an evaluation, but nothing that training changes.
+ASIDE = re.compile(r"eval_(.*_)?(target_tokens|runtime|.*_per_second|model_preparation_time)")
 
 
-# A figure of run.json -> the key in a log event.
-FIGURES = {
-    "loss_before": "eval_loss",
-    "loss_after": "eval_loss",
-    "training_loss": "loss",
-    "training_token_accuracy": "token_accuracy",
-    "token_accuracy_before": "eval_token_accuracy",
-    "token_accuracy_after": "eval_token_accuracy",
-    "steps_done": "step",
-    "tokens_seen": "tokens_seen",
-    "target_tokens_seen": "target_tokens_seen",
-    "seconds": "seconds",
-    "tokens_per_second": "tokens_per_second",
-    "mfu": "mfu",
-    "peak_memory_bytes": "peak_memory_bytes",
-}
+def is_evaluated(key: str) -> bool:
+    """Whether a key of a log event is a figure of an evaluation: ``eval_loss``, ``eval_news_chrf``, ..."""
+    return key.startswith("eval_") and not ASIDE.fullmatch(key)
+
+
+def metric_of(key: str) -> Metric | None:
+    """How to show a key of a log event. A figure of a named set, or of answers, is named after its key.
+
+    ``eval_news_token_accuracy`` -> ``"news accuracy"``
+    """
+    if key in METRICS or not is_evaluated(key):
+        return METRICS.get(key)
+    name = key.removeprefix("eval_").replace("token_accuracy", "accuracy").replace("_", " ")
+    form = to_percent if key.endswith(("accuracy", "exact_match")) else to_short
+    return Metric(key, name, form, name)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _to_object(line: bytes) -> dict[str, Any] | None:
@@ -137,14 +477,7 @@ def _to_object(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        return _to_leaves(str(path), path.stat().st_mtime_ns)
-    except (OSError, UserError):
-        return {}
-
-
 @lru_cache(maxsize=8)
 def _to_leaves(path: str, changed: int) -> dict[str, Any]:
-    """Kept while the file stays as it is: YAML takes longer than all the rest of a page."""
+    """The recipe's dotted keys, read again when the file changes: YAML takes longer than a page."""
     return dict(leaves(load_yaml(path)[0]))

@@ -41,6 +41,7 @@ FACTS: dict[str, Any] = {
     "tokens_seen": 4000,
     "tokens_per_second": 800.0,
     "mfu": 0.095,
+    "evaluated": {"eval_loss": [6.5, 0.25], "eval_token_accuracy": [0.0, 0.975]},
     "proof": {
         "train": {
             "certificate": {"valid": True, "rows": 48, "content_hash": "0fb1e8d1d6746279f7"},

@@ -21,7 +21,7 @@ LAYERS = [
     {"errors", "hashing"},
     {"schema", "machine"},
     {"recipe"},
-    {"hub"},
+    {"hub", "run_folder"},
     {"text"},
     {"model"},
     {"data"},
@@ -31,7 +31,6 @@ LAYERS = [
         "training.arguments",
         "training.optimizer",
     },  # the checks of the doctor need them
-    {"run_folder"},
     {"pages", "doctor"},  # checks before a step, and the pages of a run: training calls them
     {"training"},
     {"bench", "merge", "options"},

@@ -1,6 +1,5 @@
 """Opens what a run wrote, or any causal language model, to generate with it or to evaluate it."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,6 +15,7 @@ from hf_clm.model.attention import NAME as PACKED
 from hf_clm.model.load import load_model, max_positions
 from hf_clm.recipe.recipe import Recipe, load_recipe
 from hf_clm.recipe.template import Template
+from hf_clm.run_folder import RunRecord, find_record
 from hf_clm.text.tokenizer import load_tokenizer
 
 
@@ -43,30 +43,29 @@ def load_run(name_or_path: str, *, attention: str | None = PACKED, device: str |
     Without a run.json the format is ``messages`` where the tokenizer has a chat template, else ``text``.
     Raises ModelError for a run that has not written its model yet.
     """
-    facts = read_run(name_or_path)
-    if facts and facts.get("status") != "done":
+    record = find_record(name_or_path) or RunRecord(status="done")
+    if record.status != "done":
         fix = "train it to its end, or name one of its checkpoint-N folders"
-        raise ModelError(
-            f"the run is {facts.get('status')}: it has no final model", where=name_or_path, fix=fix
-        )
+        raise ModelError(f"the run is {record.status}: it has no final model", where=name_or_path, fix=fix)
     load_options(name_or_path, revision=None, where="run or model")  # one message for what is not there
     tokenizer = load_tokenizer(name_or_path)
     load = load_adapted if is_adapter(name_or_path) else load_model
     model = load(name_or_path, tokenizer, attention=attention)
     move_to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    format = facts.get("format") or ("messages" if tokenizer.chat_template else "text")
+    format = record.format or ("messages" if tokenizer.chat_template else "text")
+    has_turns = format in ("messages", "sharegpt") if record.has_turns is None else record.has_turns
     return LoadedRun(
         model.eval(),
         tokenizer,
         format=format,
-        stage=facts.get("stage") or "sft",
-        max_length=facts.get("max_length") or min(max_positions(model.config) or 1024, 4096),
-        has_turns=facts.get("has_turns", format in ("messages", "sharegpt")),
+        stage=record.stage or "sft",
+        max_length=record.max_length or min(max_positions(model.config) or 1024, 4096),
+        has_turns=has_turns,
         rendering=LabelOptions(
-            special_tokens_in_text=facts.get("special_tokens_in_text") or "encode_as_text",
-            reasoning="in_content" if facts.get("reasoning") == "in_content" else "drop",
+            special_tokens_in_text=record.special_tokens_in_text or "encode_as_text",
+            reasoning="in_content" if record.reasoning == "in_content" else "drop",
         ),
-        template=Template.model_validate(facts["template"]) if facts.get("template") else None,
+        template=record.template,
     )
 
 
@@ -75,8 +74,8 @@ def run_recipe(folder: str) -> Recipe | None:
     path = Path(folder).expanduser() / "recipe.yaml"
     if not path.is_file():
         return None
-    recipe = load_recipe(path)
-    return recipe.for_tokenizer(has_template=read_run(folder).get("render") == "chat")
+    record = find_record(folder)
+    return load_recipe(path).for_tokenizer(has_template=record is not None and record.render == "chat")
 
 
 def move_to(model: PreTrainedModel, device: str) -> None:
@@ -85,14 +84,3 @@ def move_to(model: PreTrainedModel, device: str) -> None:
         torch.nn.Module.to(model, torch.device(device))
     except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
         raise RecipeError("no such device", where="--device", got=repr(device)) from error
-
-
-def read_run(folder: str) -> dict:
-    """The content of ``run.json``; of the run's for one of its checkpoints; {} where there is none."""
-    path = Path(folder).expanduser()
-    for place, own in ((path, True), (path.parent, False)):
-        file = place / "run.json"
-        if file.is_file() and (own or path.name.startswith("checkpoint-")):
-            facts = json.loads(file.read_text(encoding="utf-8"))
-            return facts if own else {**facts, "status": "done"}  # a checkpoint holds a whole model
-    return {}

@@ -1,21 +1,37 @@
-"""Series of numbers as the geometry of a chart: paths, ticks and readings that a template draws as SVG.
+"""Every chart of hf_clm, drawn by matplotlib: inline SVG for report and compare, loss.png and loss.pdf.
 
-Places are shares of the plot: percent for ticks and readings, 0 to 1,000 in paths; y counts from the top.
+The SVG has no style attribute, which a page's policy would refuse, and no text but that of the ticks. Its
+colours are the variables of style.css, so that it follows the page into the dark.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from statistics import fmean
-from typing import NamedTuple
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hf_clm.run_folder import Point
+import numpy as np
 
-UNITS = 1000  # of a path, across and down
-BINS = 60  # where the pointer reads a value
-BUCKETS = 250  # of a line with more points: their mean, and in a band the lowest and highest
-LOW = 0.4  # a lowest value under this share of the highest has its axis begin at 0
+from hf_clm.run_folder import METRICS, Entries, Metric, Point, points, to_loss, to_short
+
+if TYPE_CHECKING:  # matplotlib takes half a second to import: only what draws waits for it
+    from matplotlib.axes import Axes
+    from matplotlib.typing import RcKeyType
+
+COLOURS = ("#0b5cad", "#c2410c", "#16783a", "#8b1d96", "#806400", "#0f766e")  # --s0 to --s5 by day
+LINE, QUIET, LEVEL = "#d9d9d4", "#5a5e66", "#96200f"
+VARIABLES = {colour: f"var(--s{number})" for number, colour in enumerate(COLOURS)}
+VARIABLES |= {LINE: "var(--line)", QUIET: "var(--quiet)", LEVEL: "var(--on-bad)"}
+WIDTH, HEIGHT = 340, 190  # pixels of an SVG at its natural size: a phone's width inside a card
+MARGINS = (0.15, 0.13, 0.82, 0.81)  # of the plot: left, bottom, width, height
+BINS = 40  # of a histogram
+LOW = 0.4  # an axis that fits its values begins at 0 all the same where the lowest is below this share
+FAR = 2.0  # a level this many times above all values is named, and not drawn
+STYLE: "dict[RcKeyType, Any]" = {
+    "svg.fonttype": "none",
+    "path.simplify_threshold": 0.5,
+    "axes.autolimit_mode": "round_numbers",
+}
 
 
 class Series(NamedTuple):
@@ -26,171 +42,145 @@ class Series(NamedTuple):
     dots: bool = False
 
 
-class Rule(NamedTuple):
-    """A level that the values are compared with, such as the norm at which gradients are clipped."""
+class Chart(NamedTuple):
+    """A metric drawn over ``axis``, beside a level to compare it with (its name and value), if it has one."""
 
-    name: str
-    value: float
+    metric: Metric
+    series: Sequence[Series]
+    axis: str = "step"
+    level: tuple[str, float] | None = None
 
+    @property
+    def note(self) -> str:
+        """The unit and what runs from left to right."""
+        return ", ".join(filter(None, [self.metric.unit, f"by {self.axis}"]))
 
-class Axis(NamedTuple):
-    """What runs from left to right, how its values are written, and the smallest distance of its ticks."""
+    @property
+    def keys(self) -> Iterator[tuple[int, str]]:
+        """The number of each line that is drawn, which decides its colour, and its name."""
+        return ((number, one.name) for number, one in enumerate(self.series) if one.points)
 
-    name: str
-    to_text: Callable[[float], str]
-    least: float = 0.0
+    @property
+    def highest(self) -> float:
+        """The highest value of all lines."""
+        return max(y for one in self.series for _, y in one.points)
 
+    def to_svg(self) -> str:
+        """The plot without its caption, which the page writes."""
+        return _draw(self._plot)
 
-class Tick(NamedTuple):
-    """A place on an axis, in percent, and what stands there."""
-
-    place: float
-    text: str
-
-
-class Line(NamedTuple):
-    """A drawn series: its number, for the colour, its name, and the paths of its line, band and dots."""
-
-    number: int
-    name: str
-    path: str
-    band: str
-    dots: str
-
-
-class Reading(NamedTuple):
-    """What the pointer reads between two places: the x, and (number, name, value) of each line."""
-
-    left: float
-    width: float
-    x: str
-    values: list[tuple[int, str, str]]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A drawn chart. ``rule`` is None where the level lies far above all values; ``rule_text`` stays."""
-
-    title: str
-    note: str
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    lines: list[Line]
-    readings: list[Reading]
-    rule: float | None = None
-    rule_text: str = ""
+    def _plot(self, axes: "Axes") -> None:
+        draw_lines(axes, self.series)
+        if self.level and self.level[1] <= FAR * self.highest:
+            axes.axhline(self.level[1], color=LEVEL, linestyle=":", linewidth=1.2)
+        lowest = min(y for one in self.series for _, y in one.points)
+        if lowest >= 0 and (self.metric.chart == "zero" or lowest < LOW * self.highest):
+            axes.update_datalim([(0, 0), (0, 1e-9)])
+        axes.margins(0, tight=False)
+        axes.set_xlim(0, max(1e-9, *(x for one in self.series for x, _ in one.points)))
+        to_text = to_short if self.metric.form is to_loss else self.metric.form
+        axes.yaxis.set_major_formatter(lambda value, _: to_text(value))
+        axes.locator_params(axis="x", integer=self.axis in ("step", "tokens"))
 
 
-class Style(NamedTuple):
-    """What a chart says: title, unit, how its values are written; whether its axis begins at 0."""
-
-    title: str
-    note: str
-    to_text: Callable[[float], str]
-    from_zero: bool = False
-
-
-class _Scale(NamedTuple):
-    low: float
-    high: float
-
-    def place(self, value: float) -> float:
-        return (value - self.low) / (self.high - self.low)
-
-
-def draw(style: Style, series: Sequence[Series], *, axis: Axis, rule: Rule | None = None) -> Chart | None:
-    """The chart of the series that have points; None where none has."""
-    numbered = [(number, one) for number, one in enumerate(series) if one.points]
-    if not numbered:
-        return None
-    values = [y for _, one in numbered for _, y in one.points]
-    is_near = rule is not None and rule.value <= 2 * max(values)
-    if rule is not None and is_near:
-        values.append(rule.value)
-    y_steps = nice_ticks(min(values), max(values), from_zero=style.from_zero)
-    y_scale = _Scale(y_steps[0], y_steps[-1])
-    across = [x for _, one in numbered for x, _ in one.points]
-    x_scale = _Scale(min(0.0, *across), max(across) if max(across) > 0 else 1.0)
-    x_steps = [
-        x for x in nice_ticks(x_scale.low, x_scale.high, least=axis.least) if x_scale.low <= x <= x_scale.high
-    ]
-    return Chart(
-        style.title,
-        ", ".join([*filter(None, [style.note]), f"by {axis.name}"]),
-        x_ticks=[Tick(round(100 * x_scale.place(x), 2), axis.to_text(x)) for x in x_steps],
-        y_ticks=[Tick(round(100 - 100 * y_scale.place(y), 2), style.to_text(y)) for y in y_steps],
-        lines=[_to_line(number, one, x_scale=x_scale, y_scale=y_scale) for number, one in numbered],
-        readings=_to_readings(numbered, x_scale, axis=axis, y_text=style.to_text),
-        rule=round(100 - 100 * y_scale.place(rule.value), 2) if rule is not None and is_near else None,
-        rule_text="" if rule is None else rule.name + ("" if is_near else ", far above"),
-    )
+def draw_lines(axes: "Axes", series: Sequence[Series]) -> None:
+    """Draws each line in the colour of its number; what has few points, or comes after six, is dashed."""
+    for number, one in enumerate(series):
+        if one.points:
+            is_dashed = one.dots or number >= len(COLOURS)
+            axes.plot(
+                *zip(*one.points, strict=True),
+                color=COLOURS[number % len(COLOURS)],
+                label=one.name,
+                linestyle="--" if is_dashed else "-",
+                linewidth=1.4,
+                marker="o" if one.dots or len(one.points) == 1 else "",
+                markersize=4,
+                clip_on=False,
+            )
 
 
-def nice_ticks(low: float, high: float, *, from_zero: bool = False, least: float = 0.0) -> list[float]:
-    """About five round numbers, the first at or below ``low`` and the last at or above ``high``.
+def to_series(metrics: Entries, key: str, *, over: str = "step", sets: Iterable[str] = ()) -> list[Series]:
+    """A figure of training and of each evaluation that logs it; ``sets``: evaluation sets with names."""
+    names = {"evaluation": f"eval_{key}", "training rows, evaluated": f"eval_train_{key}"}
+    names |= {name: f"eval_{name}_{key}" for name in sets}
+    found = [Series("training", points(metrics, key, over=over))]
+    found += [Series(name, points(metrics, logged, over=over), dots=True) for name, logged in names.items()]
+    return [one for one in found if one.points]
 
-    Their distance is a multiple of ``least``, if that is not 0.
+
+def histogram(values: np.ndarray, *, limit: int) -> str:
+    """The SVG of a histogram; what is over the limit has another colour."""
+
+    def plot(axes: "Axes") -> None:
+        counts, edges = np.histogram(values, bins=BINS, range=(0, max(1, values.max())))
+        colours = [LEVEL if edge >= limit else COLOURS[0] for edge in edges[:-1]]
+        axes.bar(edges[:-1], counts, width=0.9 * edges[1], align="edge", color=colours)
+        if limit <= edges[-1]:
+            axes.axvline(limit, color=LEVEL, linewidth=1)
+        axes.set_xlim(0, edges[-1])
+        axes.locator_params(axis="y", integer=True)
+
+    return _draw(plot)
+
+
+def write_loss_plots(metrics: Entries, folder: Path) -> None:
+    """Writes loss.png and loss.pdf: the loss over epochs, with the tokens seen on a second axis.
+
+    Writes nothing where no loss was logged.
     """
-    if from_zero or 0 < low < LOW * high:
-        low = min(0.0, low)
-    largest = max(abs(low), abs(high))
-    if high - low <= 1e-9 * largest:
-        low, high = (low - largest / 10, high + largest / 10) if largest else (0.0, 1.0)
-    rough = (high - low) / 4
-    size = 10 ** math.floor(math.log10(rough))
-    steps = [size * times for times in (1, 2, 2.5, 5, 10, 20, 50, 100) if size * times >= rough * (1 - 1e-9)]
-    step = next((step for step in steps if not least or step % least == 0), least)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
+    train = [entry for entry in metrics if "loss" in entry]
+    if not train:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    draw_lines(axes, to_series(metrics, "loss", over="epoch"))
+    axes.set(xlabel="epoch", ylabel=f"loss ({METRICS['loss'].unit})")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    if (epochs := train[-1]["epoch"]) > 0:
+        rate = train[-1]["tokens_seen"] / epochs
+        top = axes.secondary_xaxis("top", functions=(lambda x: x * rate, lambda x: x / rate))
+        top.set_xlabel("tokens seen")
+    for name in ("loss.png", "loss.pdf"):
+        figure.savefig(folder / name, dpi=130)
 
 
-def thin(points: Sequence[Point]) -> list[list[Point]]:
-    """The points in at most BUCKETS groups of neighbours; each alone where they are not many more."""
-    if len(points) <= 2 * BUCKETS:
-        return [[point] for point in points]
-    low, high = points[0][0], points[-1][0]
-    size = (high - low) / BUCKETS or 1.0
-    groups = groupby(points, key=lambda point: min(BUCKETS - 1, int((point[0] - low) / size)))
-    return [list(group) for _, group in groups]
+def _draw(plot: Callable[["Axes"], None]) -> str:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    file = StringIO()
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))  # matplotlib writes 72 units an inch
+        axes = figure.add_axes(MARGINS)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: to_short(value))
+        axes.locator_params(nbins=5)
+        plot(axes)
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, pad=6, labelcolor=QUIET)
+        axes.spines[:].set_visible(False)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return _to_inline(file.getvalue())
 
 
-def _to_line(number: int, series: Series, *, x_scale: _Scale, y_scale: _Scale) -> Line:
-    def to_path(found: list[Point]) -> list[str]:
-        return [
-            f"{round(UNITS * x_scale.place(x))} {round(UNITS * (1 - y_scale.place(y)))}" for x, y in found
-        ]
-
-    groups = thin(series.points)
-    across = [fmean(x for x, _ in group) for group in groups]
-    levels = [[y for _, y in group] for group in groups]
-    places = to_path([*zip(across, map(fmean, levels), strict=True)])
-    lows, highs = (to_path([*zip(across, map(end, levels), strict=True)]) for end in (min, max))
-    is_dotted = series.dots or len(places) == 1
-    return Line(
-        number,
-        series.name,
-        path="M" + "L".join(places),
-        band="M" + "L".join(highs + lows[::-1]) + "z" if len(groups) < len(series.points) else "",
-        dots="".join(f"M{place}h0" for place in places) if is_dotted else "",  # a round cap makes it a dot
-    )
+def _to_inline(svg: str) -> str:
+    """matplotlib's SVG as an element of a page: sized by the page, coloured by its variables, without ids."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<svg .*?viewBox="([^"]*)".*?>', r'<svg class="plot" viewBox="\1" aria-hidden="true">', svg)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r' style="([^"]*)"', lambda found: _to_attributes(found[1]), svg)
+    svg = re.sub("#[0-9a-f]{6}", lambda found: VARIABLES.get(found[0], found[0]), svg)
+    return re.sub(r"\s*\n\s*", " ", svg)
 
 
-def _to_readings(
-    numbered: Sequence[tuple[int, Series]], scale: _Scale, *, axis: Axis, y_text: Callable[[float], str]
-) -> list[Reading]:
-    """The last value of each series in each of BINS parts of the plot."""
-    last: dict[int, dict[int, Point]] = {}
-    for number, one in numbered:
-        for point in one.points:
-            last.setdefault(min(BINS - 1, int(BINS * scale.place(point[0]))), {})[number] = point
-    names = {number: one.name for number, one in numbered}
-    width = 100 / BINS
-    return [
-        Reading(
-            round(place * width, 3),
-            round(width, 3),
-            f"{axis.name} {axis.to_text(max(x for x, _ in found.values()))}",
-            [(number, names[number], y_text(y)) for number, (_, y) in sorted(found.items())],
-        )
-        for place, found in sorted(last.items())
-    ]
+def _to_attributes(style: str) -> str:
+    """``fill: none; stroke: #d9d9d4`` -> ``fill="none" stroke="#d9d9d4"``; fonts are the page's."""
+    pairs = (pair.partition(": ") for pair in style.split("; ") if not pair.startswith("font"))
+    return "".join(f' {name}="{value}"' for name, _, value in pairs)

@@ -1,12 +1,17 @@
 """What a document's example tells of it: its place, who speaks, what was cut, what is wrong.
 
-Nothing here decides what is shown as a token or as trained: that comes from the batch.
+Nothing here decides what is shown as a token or as trained: that comes from the batch. A run keeps the first
+documents as JSON lines for its report.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby, islice, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,20 +20,26 @@ from transformers import PreTrainedTokenizerFast
 from hf_clm.data.batch.mixing import DrawnDataset
 from hf_clm.data.batch.packing import PackedDataset, Piece
 from hf_clm.data.label.datasets import label_options
-from hf_clm.data.label.labels import Fate, encode_plans, tokens_to_rows
+from hf_clm.data.label.labels import encode_plans, tokens_to_rows
 from hf_clm.data.label.render import Plan, Renderer
+from hf_clm.data.prepared.store import HEAD
 from hf_clm.data.split import Split
-from hf_clm.pages.roles import Spelling, Turn, find_turns, spell_pieces
-from hf_clm.pages.rows import FLAGS, Document, Row, Vocabulary, to_rows
+from hf_clm.pages.rows import FLAGS, Document, Row, Vocabulary, escape, to_atoms, to_rows
 from hf_clm.recipe.recipe import Recipe
+from hf_clm.run_folder import write_text
 from hf_clm.schema import IGNORE_INDEX, AnyExample, Chat, TokenizedExample, Tokens
+from hf_clm.schema import Document as DocumentExample
 from hf_clm.text.chat import stop_token_ids
+from hf_clm.text.encode import MARK_END, MARK_START
 from hf_clm.text.encode import Piece as TextPiece
+from hf_clm.text.tokenizer import control_pattern
 
-REACH = 64  # characters on either side of a border that can matter to a token across it
 CACHED_EXAMPLES = 64  # a stream's rows hold many pieces of one example
+EXCERPT_DOCUMENTS, EXCERPT_TOKENS = 5, 400  # that a run keeps, and of each
+LONGEST = 50_000  # tokens: a whole book would be tokenized again
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
+Turn = tuple[int, str]  # first token (or character), role
 
 
 def inspect_rows(split: Split, reader: "Reader", *, collate: Collator, batch_size: int) -> Iterator[Row]:
@@ -43,18 +54,30 @@ def inspect_rows(split: Split, reader: "Reader", *, collate: Collator, batch_siz
             yield reader.annotate(row, its)
 
 
-def merged_borders(spelling: Spelling, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The tokens that would span a border between read-only text and a target, were both tokenized as one."""
-    merged = []
-    for (left, _), (right, _) in pairwise(spelling):
-        head = left[-REACH:]
-        text = head + right[:REACH]
-        end = 0
-        for _, stop in tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets:
-            if end < len(head) < stop:  # from `end`: some tokenizers leave a leading space out of the offsets
-                merged.append(text[end:stop])
-            end = max(end, stop)
-    return merged
+def write_excerpt(path: Path, reader: "Reader", *, collate: Collator) -> None:
+    """Writes a line for each of the first documents of the reader's split, packed or not."""
+    rows = islice(_first_rows(reader, collate=collate), EXCERPT_DOCUMENTS)
+    entries = to_entries(rows, reader.vocabulary)
+    write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+
+
+def to_entries(rows: Iterable[Row], vocabulary: Vocabulary) -> Iterator[dict[str, Any]]:
+    """A document's place, counts, flags, and its turns: [[role, [[style, text], ...]], ...]."""
+    for row, document in ((one, document) for one in rows for document in one.documents):
+        stop = min(document.stop, document.start + EXCERPT_TOKENS)
+        turns = []
+        for start, end, role in document.turns(stop):
+            atoms = to_atoms(row, (start, end), vocabulary=vocabulary)
+            runs = groupby(atoms, key=lambda atom: atom[1])
+            turns.append([role, [[style, escape("".join(text for text, _ in run))] for style, run in runs]])
+        yield {
+            "place": document.place,
+            "tokens": document.stop - document.start,
+            "targets": int(row.trained[document.start : document.stop].sum()),
+            "shown": stop - document.start,
+            "flags": dict(document.flags),
+            "turns": turns,
+        }
 
 
 @dataclass(frozen=True)
@@ -76,24 +99,16 @@ class Reader:
         self.split, self.tokenizer, self.recipe = split, tokenizer, recipe
         self.vocabulary = Vocabulary(tokenizer)
         self.stop_ids = stop_token_ids(tokenizer)
-        options = label_options(recipe)
-        self.renderer = Renderer(tokenizer, options)
+        self.renderer = Renderer(tokenizer, label_options(recipe))
         self._places: dict[bytes, str] = {}
         self._whole = lru_cache(maxsize=CACHED_EXAMPLES)(self._load_whole)
 
     def annotate(self, row: Row, pieces: Sequence[Piece]) -> Row:
         """The row with what is known of its documents; ``pieces`` says what was packed into it."""
-        starts = np.cumsum([0, *(stop - start for _, start, stop in pieces)])
-        numbers = [
-            int(np.searchsorted(starts, document.start, side="right")) - 1 for document in row.documents
-        ]
-        documents = [
-            self._examine(row, document, piece=pieces[number])
-            for document, number in zip(row.documents, numbers, strict=True)
-        ]
-        return replace(row, documents=tuple(documents))
+        documents = zip(row.documents, pieces, strict=True)
+        return replace(row, documents=tuple(self._examine(row, *document) for document in documents))
 
-    def _examine(self, row: Row, document: Document, *, piece: Piece) -> Document:
+    def _examine(self, row: Row, document: Document, piece: Piece) -> Document:
         number, start, _ = piece
         source = int(self.split.rows.rows.sources[number])
         fate = self.split.rows.rows.fates[source]
@@ -101,10 +116,13 @@ class Reader:
         before = self._offset(number, whole=whole) + start
         after = max(0, len(whole.ids) - before - (document.stop - document.start))
         found = replace(document, place=whole.place, before=before, after=after)
-        flags = dict(self._token_flags(row, found, whole=whole))
+        flags = dict(self._token_flags(row, found, whole=whole)) | whole.flags
         if fate.kind == "cut":
-            flags |= dict(_cut_flags(found, whole, reason=fate.reason))
-        flags |= whole.flags
+            lost = whole.is_target[len(whole.ids) - after :].sum()
+            if lost:
+                flags["cut answer"] = f"{lost:,} of {whole.is_target.sum():,} target tokens are gone"
+            if before or "left out" in fate.reason:
+                flags["cut prompt"] = fate.reason or f"the first {before:,} tokens are gone"
         flags = {name: flags[name] for name in FLAGS if name in flags}
         return replace(found, flags=flags, roles=tuple(_roles(found, whole.turns)))
 
@@ -127,21 +145,19 @@ class Reader:
     def _load_whole(self, source: int, sibling: int) -> _Whole:
         """The row of an example before it was cut; of a chat with a row for each turn the ``sibling``-th."""
         examples, rows = self.split.examples, self.split.rows.rows
-        place, example, fate = examples.places[source], examples.examples[source], rows.fates[source]
-        pieces = self._plan(example, sibling)
-        is_whole = fate.kind == "used" or _is_cut_by_turns(example, fate)
+        example, fate = examples.examples[source], rows.fates[source]
+        is_chat, pieces = isinstance(example, Chat), self._plan(example, sibling)
+        # A chat that was cut by turns is complete but for earlier turns, or turns of which none fits.
+        is_whole = fate.kind == "used" or (is_chat and fate.kind == "cut" and "left out" in fate.reason)
         row = rows[self._first_row(source) + sibling] if is_whole else self._encode(example, pieces)
         ids, is_target = np.asarray(row["input_ids"]), np.asarray(row["labels"]) != IGNORE_INDEX
-        if isinstance(example, Tokens):
-            return _Whole(place, False, ids, is_target, [], {})
-        spelled = [self.vocabulary.to_bytes(token_id) for token_id in ids.tolist()]
-        turns = find_turns(example, pieces, self.tokenizer, spelled=spelled)
-        flags = {}
-        if controls := self.renderer.control_texts(example):
-            flags["control text"] = ", ".join(map(repr, dict.fromkeys(controls)))
-        if merged := merged_borders(spell_pieces(pieces), self.tokenizer):
-            flags["merged border"] = ", ".join(map(repr, merged))
-        return _Whole(place, isinstance(example, Chat), ids, is_target, turns, flags)
+        turns, flags = [], {}
+        if not isinstance(example, Tokens):
+            spelled = [self.vocabulary.to_bytes(token_id) for token_id in ids.tolist()]
+            turns = find_turns(example, pieces, self.tokenizer, spelled=spelled)
+            if controls := self.renderer.control_texts(example):
+                flags["control text"] = ", ".join(map(repr, dict.fromkeys(controls)))
+        return _Whole(examples.places[source], is_chat, ids, is_target, turns, flags)
 
     def _plan(self, example: AnyExample, sibling: int) -> list[TextPiece]:
         """The pieces of a row; a long chat's are those of all its turns."""
@@ -175,23 +191,71 @@ class Reader:
         return next((i for i in starts if np.array_equal(whole.ids[i : i + len(ids)], ids)), 0)
 
 
+def find_turns(
+    example: AnyExample,
+    pieces: Sequence[TextPiece],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    spelled: Sequence[bytes],
+) -> list[Turn]:
+    """The turns of a row by role, each with its first token; of a document its prompt and completion.
+
+    Args:
+        spelled: the bytes of each token of the row. Where they do not add up to its text (the tokenizer
+            changes case, say), the turns are not known and left out.
+    """
+    # Without the marks of control tokens that a user spelled.
+    texts = [(piece.text.replace(MARK_START, "").replace(MARK_END, ""), piece.weight > 0) for piece in pieces]
+    text, starts = "".join(text for text, _ in texts), []
+    if isinstance(example, Chat):
+        starts = list(_turn_starts(example, text, tokenizer=tokenizer))
+    elif isinstance(example, DocumentExample):
+        kinds = [is_target for text, is_target in texts if text]
+        if kinds == sorted(kinds) and len(set(kinds)) == 2:
+            prompt = sum(len(text) for text, is_target in texts if not is_target)
+            starts = [(0, "prompt"), (prompt, "completion")]
+    whole = b"".join(spelled)
+    if text.encode() != whole:
+        text = unicodedata.normalize("NFC", text)  # as Qwen's tokenizer does
+    if text.encode() != whole:
+        return []
+    ends = np.cumsum([0, *map(len, spelled)])
+    return [(int(np.searchsorted(ends, len(text[:start].encode()))), role) for start, role in starts]
+
+
+def _turn_starts(chat: Chat, text: str, *, tokenizer: PreTrainedTokenizerFast) -> Iterator[Turn]:
+    """(first character, role). A turn begins where the last one ended, or after what the template put in."""
+    contents = list(_find_contents(chat, text))
+    control = control_pattern(tokenizer).pattern
+    tail = re.compile(rf"\s*({control})?\s*")
+    ends = [tail.match(text, stop) for _, stop, _ in contents]
+    closing = "|".join({re.escape(end[1]) for end in ends if end and end[1]}) or "(?!)"
+    turn_end, before = 0, ""
+    for (start, _, role), end in zip(contents, ends, strict=True):
+        inserted = re.match(rf".*(?:{closing})\s*", text[turn_end:start], re.DOTALL)
+        if inserted and before != "tool call":  # the rest of a call is its own
+            yield turn_end, "template"
+        yield turn_end + (inserted.end() if inserted else 0), role
+        turn_end, before = (end.end() if end else turn_end), role
+
+
+def _find_contents(chat: Chat, text: str) -> Iterator[tuple[int, int, str]]:
+    """What the messages say, in order, as far as the template has kept it: [start, stop) and role."""
+    at = 0
+    for message in chat.messages:
+        calls = [str(call["function"]["name"]) for call in message.get("tool_calls", [])]
+        parts = [(message.get("reasoning", ""), "reasoning"), (message.get("content", ""), message["role"])]
+        for part, role in [*parts, *((name, "tool call") for name in calls)]:
+            start = text.find(part.strip(), at) if part.strip() else -1
+            if start >= 0:
+                at = start + len(part.strip())
+                yield start, at, role
+
+
 def _pieces(split: Split, number: int) -> list[Piece]:
     if isinstance(split.dataset, PackedDataset | DrawnDataset):
         return split.dataset.pieces[number]
     return [(number, 0, int(split.rows.lengths[number]))]
-
-
-def _is_cut_by_turns(example: AnyExample, fate: Fate) -> bool:
-    """Whether the row is complete but for earlier turns, or turns of which none fits."""
-    return isinstance(example, Chat) and fate.kind == "cut" and "left out" in fate.reason
-
-
-def _cut_flags(document: Document, whole: _Whole, *, reason: str) -> Iterator[tuple[str, str]]:
-    lost = whole.is_target[len(whole.ids) - document.after :].sum()
-    if lost:
-        yield "cut answer", f"{lost:,} of {whole.is_target.sum():,} target tokens are gone"
-    if document.before or "left out" in reason:
-        yield "cut prompt", reason or f"the first {document.before:,} tokens are gone"
 
 
 def _roles(document: Document, turns: list[Turn]) -> Iterator[Turn]:
@@ -201,3 +265,13 @@ def _roles(document: Document, turns: list[Turn]) -> Iterator[Turn]:
     for (start, role), (stop, _) in pairwise([*inside, (length, "")]):
         if max(start, 0) < min(stop, length):
             yield document.start + max(0, start), role
+
+
+def _first_rows(reader: Reader, *, collate: Collator) -> Iterator[Row]:
+    """Of the examples that are kept with a prepared set: the others would all be read again."""
+    dataset, rows = reader.split.rows, reader.split.rows.rows
+    for number, source in enumerate(rows.sources[:HEAD].tolist()):
+        if source < HEAD and rows.fates[source].tokens <= LONGEST:
+            length = int(rows.lengths[number])
+            (row,) = to_rows(collate([dataset[number]]), [length], first_number=number)
+            yield reader.annotate(row, [(number, 0, length)])

@@ -1,13 +1,18 @@
 """``hf-clm inspect``: a recipe or a run becomes a view of the rows that its training is given."""
 
+import base64
+import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nlargest
 from itertools import islice
 from pathlib import Path
+from textwrap import wrap
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast, TrainingArguments
@@ -20,17 +25,36 @@ from hf_clm.data.read.plain_template import settle_render
 from hf_clm.data.split import Split
 from hf_clm.errors import RecipeError
 from hf_clm.model.build import build_tokenizer_aside
+from hf_clm.pages.charts import histogram
 from hf_clm.pages.documents import Reader, inspect_rows
-from hf_clm.pages.labels_page import Charts, write_page
-from hf_clm.pages.rows import Row
-from hf_clm.pages.terminal import legend, to_lines, wrap_text
+from hf_clm.pages.report import render
+from hf_clm.pages.rows import FLAGS, Document, Row, Vocabulary, escape
+from hf_clm.pages.terminal import legend, to_lines
 from hf_clm.recipe.recipe import Recipe, find_recipe, load_recipe
 from hf_clm.recipe.sections import EVAL, TRAIN
+from hf_clm.run_folder import write_text
 from hf_clm.text.tokenizer import load_tokenizer
 from hf_clm.training.arguments import training_arguments
 
 HTML_ROWS = 10_000  # a page with more opens too slowly
 LISTED_DROPS = 5
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The tokens of each example before anything was cut, and the limit; drawn as a histogram."""
+
+    tokens: np.ndarray
+    limit: int
+
+    @property
+    def title(self) -> str:
+        """How many are over the limit."""
+        return f"Lengths: {(self.tokens > self.limit).mean():.1%} over max_length {self.limit:,}"
+
+    def to_svg(self) -> str:
+        """The histogram."""
+        return histogram(self.tokens, limit=self.limit)
 
 
 @dataclass(frozen=True)
@@ -64,31 +88,33 @@ def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[
     found = inspect_rows(split, reader, collate=build_collator(recipe, tokenizer), batch_size=batch_size)
     wanted = max(HTML_ROWS, view.rows) if view.html else view.rows
     rows = nlargest(wanted, found, key=_severity) if view.worst else list(islice(found, wanted))
-    charts = to_charts(split, recipe.data.max_length, batch_size=batch_size)
-    facts = to_facts(split, charts, shown=len(rows))
+    lengths = Lengths(split.ledger.numbers("tokens"), recipe.data.max_length)
+    facts = to_facts(split, lengths, batch_size=batch_size, shown=len(rows))
     if recipe.data.streaming and name == TRAIN:
         facts = {"stream": f"the first {STREAM_HEAD:,} documents of each source", **facts}
     lines = _text(rows[: view.rows], facts, reader=reader, colors=_wants_colors(view.color))
     if view.html:
-        write_page(
-            view.html, rows, vocabulary=reader.vocabulary, facts={"from": target, **facts}, charts=charts
+        write_labels(
+            view.html, rows, vocabulary=reader.vocabulary, facts={"from": target, **facts}, lengths=lengths
         )
         lines.append(f"wrote {view.html}: {len(rows):,} of {len(split.dataset):,} rows")
     return "\n".join(lines)
 
 
-def to_facts(split: Split, charts: Charts, *, shown: int) -> dict[str, str]:
+def to_facts(split: Split, lengths: Lengths, *, batch_size: int, shown: int) -> dict[str, str]:
     """The counts of a split, by name, as they are printed."""
     ledger, targets = split.ledger, split.target_tokens
     drops = [f"{ledger.places[at]} ({ledger.fates[at].reason})" for at in ledger.where("dropped").tolist()]
-    over, longest = charts.lengths > charts.max_length, charts.lengths.max(initial=0)
+    tokens, limit = lengths.tokens, lengths.limit
+    padded = padded_fill(split.lengths, limit, batch_size=batch_size)
+    packed = f", packed {split.dataset.fill:.1%}" if isinstance(split.dataset, PackedDataset) else ""
     facts = {
         "rows": f"{len(split.dataset):,} ({shown:,} shown), of {len(split.lengths):,} documents",
         "tokens": f"{split.tokens:,}, {targets:,} targets ({targets / split.tokens:.1%})",
         "examples": ", ".join(f"{count:,} {fate}" for fate, count in split.fates.most_common()),
-        "length": f"median {np.median(charts.lengths):,.0f}, longest {longest:,}; "
-        f"{over.mean():.1%} over max_length {charts.max_length:,}",
-        "fill": ", ".join(f"{name} {share:.1%}" for name, share in charts.fills.items()),
+        "length": f"median {np.median(tokens):,.0f}, longest {tokens.max(initial=0):,}; "
+        f"{(tokens > limit).mean():.1%} over max_length {limit:,}",
+        "fill": f"padded in batches of {batch_size} {padded:.1%}{packed}",
     }
     if split.mix:
         shares = [f"{one.source} {one.drawn:.1%} ({one.asked:.1%} asked)" for one in split.mix.shares]
@@ -99,15 +125,6 @@ def to_facts(split: Split, charts: Charts, *, shown: int) -> dict[str, str]:
         spelled = ledger.spelled.most_common(LISTED_DROPS)
         facts["control tokens in text"] = ", ".join(f"{text!r} × {count:,}" for text, count in spelled)
     return facts
-
-
-def to_charts(split: Split, max_length: int, *, batch_size: int) -> Charts:
-    """The lengths before anything was cut, and how full padded batches would be beside packed rows."""
-    padded = padded_fill(split.lengths, max_length, batch_size=batch_size)
-    fills = {f"padded in batches of {batch_size}": padded}
-    if isinstance(split.dataset, PackedDataset):
-        fills["packed"] = split.dataset.fill
-    return Charts(split.ledger.numbers("tokens"), max_length, fills)
 
 
 def padded_fill(lengths: np.ndarray, max_length: int, *, batch_size: int) -> float:
@@ -140,8 +157,57 @@ def _wants_colors(choice: str) -> bool:
 
 def _text(rows: list[Row], facts: dict[str, str], *, reader: Reader, colors: bool) -> list[str]:
     width = shutil.get_terminal_size((80, 24)).columns
-    lines = [line for name, value in facts.items() for line in wrap_text(f"{name}: {value}", width=width)]
-    lines += ["", *legend(width=width, colors=colors)]
+    lines = [line for name, value in facts.items() for line in wrap(escape(f"{name}: {value}"), width)]
+    lines += ["", legend(colors=colors)]
     for row in rows:
         lines += ["", *to_lines(row, reader.vocabulary, width=width, colors=colors)]
     return lines
+
+
+def write_labels(
+    path: str | Path,
+    rows: Sequence[Row],
+    *,
+    vocabulary: Vocabulary,
+    facts: Mapping[str, Any],
+    lengths: Lengths | None = None,
+) -> None:
+    """Writes the page. ``facts`` stand at its top: what the set is, or a batch's step and learning rate."""
+    content = to_content(rows, vocabulary)
+    content |= {"facts": [[name, str(value)] for name, value in facts.items()]}
+    # In a script element only "<" could end the data, or begin a comment.
+    data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    write_text(Path(path), render("labels.html", {"data": data, "lengths": lengths}))
+
+
+def to_content(rows: Sequence[Row], vocabulary: Vocabulary) -> dict[str, Any]:
+    """The rows as JSON: ids and labels of all tokens (int32) in base64; a row is [number, tokens, documents].
+
+    ``texts`` has the text of each id, or its bytes where they are not complete characters.
+    """
+    ids, labels = (
+        np.concatenate([np.zeros(0, np.int32), *parts]).astype("<i4")
+        for parts in ([row.input_ids for row in rows], [row.labels for row in rows])
+    )
+    known = np.unique(ids).tolist()
+    return {
+        "tokens": base64.b64encode(ids.tobytes()).decode(),
+        "labels": base64.b64encode(labels.tobytes()).decode(),
+        "texts": {token: _to_text(vocabulary.to_bytes(token)) for token in known},
+        "control": [token for token in known if vocabulary.is_control(token)],
+        "flags": list(FLAGS.items()),
+        "rows": [[row.number, len(row.input_ids), list(map(_to_document, row.documents))] for row in rows],
+    }
+
+
+def _to_document(document: Document) -> dict[str, Any]:
+    """Its fields, with the file and the line of its place apart."""
+    file, line = re.split(r"(?=:[0-9]+$|: record [0-9]+$|$)", document.place, maxsplit=1)
+    return {**vars(document), "file": file, "line": line}
+
+
+def _to_text(spelled: bytes) -> str | list[int]:
+    try:
+        return spelled.decode()
+    except UnicodeDecodeError:
+        return list(spelled)

@@ -24,7 +24,6 @@ FLAGS = {
     "cut prompt": "the prompt was cut from the left to fit max_length",
     "control text": "the text spells a control token",
     "duplicate": "the same tokens as an earlier document",
-    "merged border": "tokenized as one string, a token would span prompt and target",
 }
 FORMATS_OF_TEXT = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories of Unicode that steer a terminal or hide text
 Atom = tuple[str, str]  # text, style
@@ -46,6 +45,14 @@ class Document:
     before: int = 0
     after: int = 0
     flags: Mapping[str, str] = field(default_factory=dict)
+
+    def turns(self, end: int | None = None) -> Iterator[tuple[int, int, str]]:
+        """(first token, past the last, role) of each turn, as far as ``end``; no role before the first."""
+        end = self.stop if end is None else end
+        starts = [(self.start, ""), *(turn for turn in self.roles if turn[0] < end), (end, "")]
+        for (start, role), (stop, _) in pairwise(starts):
+            if start < stop:
+                yield start, stop, role
 
 
 @dataclass(frozen=True, eq=False)

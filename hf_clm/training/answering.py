@@ -22,8 +22,8 @@ from hf_clm.evaluation.answers import Answers, Sample, load_metrics
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
 from hf_clm.recipe.sections import Evaluation
+from hf_clm.run_folder import append_json, drop_after
 from hf_clm.schema import Example
-from hf_clm.training.callbacks import append_json, drop_after
 
 WHERE = "evaluation.metrics"
 # (answers, targets), both texts -> a number, or several by name

@@ -1,6 +1,5 @@
 """What a run shows and writes while it trains: progress, metrics.jsonl, samples.jsonl, report.html."""
 
-import json
 import os
 import sys
 import time
@@ -22,26 +21,11 @@ from transformers import (
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_clm.errors import UserError
-from hf_clm.pages.figures import evaluated_name, is_evaluated, to_duration, to_evaluated
-
-# What a progress line shows of a log event, and how.
-SHOWN = {
-    "loss": ("loss", "{:.4f}"),
-    "token_accuracy": ("accuracy", "{:.1%}"),
-    "learning_rate": ("lr", "{:.2e}"),
-    "grad_norm": ("grad norm", "{:.2f}"),
-    "tokens_per_second": ("tokens/s", "{:,.0f}"),
-    "eval_loss": ("eval loss", "{:.4f}"),
-    "eval_token_accuracy": ("eval accuracy", "{:.1%}"),
-    "eval_train_loss": ("train loss", "{:.4f}"),
-    "eval_train_token_accuracy": ("train accuracy", "{:.1%}"),
-    "gpu_memory": ("GPU memory", "{:.0%}"),
-    "gpu_utilization": ("busy", "{:.0%}"),
-}
-
+from hf_clm.run_folder import append_json, drop_after, metric_of, to_duration
 
 BUDGET = 0.01  # of the time of training, for the report
-GROWTH = 1.5  # a page takes at most so much longer than the one before it
+GROWTH = 1.5  # a page takes at most this many times as long as the one before it
+LEAST = 1.0  # seconds that a page may take: the first with a chart imports matplotlib
 
 # Figures rather than a bar: in 80 columns there is room for one of them.
 BAR = "step {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]{postfix}"
@@ -76,9 +60,8 @@ class ProgressCallback(TrainerCallback):
         logs = kwargs["logs"]
         if not state.is_world_process_zero or not (logs.keys() & {"loss", "eval_loss"}):
             return
-        shown = [f"{name} {form.format(logs[key])}" for key, (name, form) in SHOWN.items() if key in logs]
-        others = [key for key in logs if is_evaluated(key) and key not in SHOWN]  # of named sets, and answers
-        shown += [f"{evaluated_name(key)} {to_evaluated(key, logs[key])}" for key in others]
+        found = ((metric_of(key), value) for key, value in logs.items())
+        shown = [f"{metric.short} {metric.form(value)}" for metric, value in found if metric and metric.short]
         if self.bar is not None and "loss" in logs:
             self.bar.set_postfix_str(", ".join(shown))
             return
@@ -321,7 +304,7 @@ class ReportCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        expected = self.spent + GROWTH * self.last
+        expected = self.spent + max(LEAST, GROWTH * self.last)
         if expected <= BUDGET * (time.monotonic() - self.started):
             self._write()
 
@@ -341,37 +324,6 @@ class ReportCallback(TrainerCallback):
             self.has_failed = True
         self.last = time.monotonic() - began
         self.spent += self.last
-
-
-def drop_after(path: Path, step: int, *, history: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
-    """Drops what an interrupted run wrote behind the checkpoint it goes on from: the steps come again.
-
-    ``history``: the log events that the checkpoint knows; others of its own step were written after it.
-    Returns the entries that stay: none at step 0, where a run begins again.
-    """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # splitlines would cut at U+2028 too
-    entries = [(line, json.loads(line)) for line in lines]
-    known = [event.keys() - {"step"} for event in history or [] if event["step"] == step]
-    known += [{"epoch_loss"}]  # of no log event
-
-    def stays(entry: dict[str, Any]) -> bool:
-        if entry["step"] != step or not history:
-            return entry["step"] <= step
-        return any(keys <= entry.keys() for keys in known)
-
-    kept = [(line, entry) for line, entry in entries if step and stays(entry)]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
-    partial.replace(path)
-    return [entry for _, entry in kept]
-
-
-def append_json(path: Path, entry: dict[str, Any]) -> None:
-    """Appends one line of JSON."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def write_line(line: str) -> None:

@@ -6,7 +6,6 @@ start: newest sealed one -> verified -> gone on from      unsealed or damaged ->
 
 import json
 import os
-import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 
 from hf_clm.errors import RecipeError
 from hf_clm.hashing import fingerprint, hash_file
+from hf_clm.run_folder import find_checkpoints, step_of, sync
 
 SEAL = "SEALED.json"
-NAME = re.compile(r"checkpoint-(\d+)")
 DELETED = ".del"  # the end of a name: what is being deleted
 LEAST_KEPT = 2  # where the newest is damaged there is one before it
 
@@ -68,18 +67,6 @@ def fault_of(folder: Path) -> str:
         hashes = pool.map(hash_file, [folder / name for name in files])
         damaged = [name for name, found in zip(files, hashes, strict=True) if found != files[name]["sha256"]]
     return f"{damaged[0]} is not what was saved (sha256)" if damaged else ""
-
-
-def find_checkpoints(run: Path) -> list[Path]:
-    """The checkpoint-N folders of a run, by N; whether they count is another question."""
-    found = [path for path in run.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """100 of ``checkpoint-100``; -1 of another name."""
-    match = NAME.fullmatch(checkpoint.name)
-    return int(match.group(1)) if match else -1
 
 
 def newest_sealed(run: Path) -> Path | None:
@@ -173,15 +160,6 @@ def list_files(folder: Path) -> list[Path]:
     """All files below a folder but its seal, in order."""
     ours = {folder / SEAL, folder / f"{SEAL}.partial"}
     return sorted(path for path in folder.rglob("*") if path.is_file() and path not in ours)
-
-
-def sync(path: Path) -> None:
-    """Returns when a file, or the names in a folder, have reached the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _hash_to_disk(path: Path) -> str:

@@ -1,17 +1,16 @@
 """The output folder: never mixed with an older run, and written whole."""
 
-import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from hf_clm.errors import DivergedError, EnvironmentFault, Preempted
 from hf_clm.model.build import TRAINED_TOKENIZER
-from hf_clm.training.checkpoints import read_seal, sync
+from hf_clm.run_folder import read_record, sync, write_record
+from hf_clm.training.checkpoints import read_seal
 from hf_clm.training.lock import keep_lock
 
 PREPARED = ".prepared"  # the prepared set, where it is not kept for other runs
@@ -32,32 +31,19 @@ def move_aside(folder: Path) -> Path:
     return moved
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON as ``write_text`` writes text."""
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never half of it, at any crash."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
-
-
 @contextmanager
 def recording_failure(path: Path, *, is_main: bool) -> Iterator[None]:
     """Writes into run.json how a run ended that was not done: diverged, interrupted, preempted or failed."""
     try:
         yield
     except BaseException as error:
-        if is_main and path.is_file():
+        if is_main and (record := read_record(path.parent)):
             status = FAILURES.get(type(error), "failed")
-            facts = json.loads(path.read_text(encoding="utf-8"))
             ending = error.to_json() if isinstance(error, Preempted) else {}
-            error_line = str(error).splitlines()[:1]
             with suppress(OSError):  # the disk may be what failed
-                write_json(path, {**facts, "status": status, "error": error_line, **ending})
+                write_record(
+                    path.parent, record.updated(status=status, error=str(error).splitlines()[:1], **ending)
+                )
         raise
 
 

@@ -1,9 +1,9 @@
 """One run, from a recipe to a folder that ``from_pretrained`` opens. Read this first."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,11 +32,12 @@ from hf_clm.generation.prompts import to_prompt_example
 from hf_clm.machine import peak_memory, settle_cpu
 from hf_clm.model.build import build_model, build_model_config, build_tokenizer, check_model
 from hf_clm.model.load import takes_targets
-from hf_clm.pages.documents import Reader
-from hf_clm.pages.excerpt import write_excerpt
+from hf_clm.pages.charts import write_loss_plots
+from hf_clm.pages.documents import Reader, write_excerpt
 from hf_clm.pages.report import write_report
 from hf_clm.recipe.recipe import Recipe, recipe_to_yaml
 from hf_clm.recipe.sections import EVAL, TRAIN
+from hf_clm.run_folder import load_folder, read_record, write_record, write_text
 from hf_clm.schema import whole_text
 from hf_clm.training.answering import Answering, load_answer_metrics
 from hf_clm.training.answering import find_questions as find_asked
@@ -58,14 +59,13 @@ from hf_clm.training.faults import among_others, keep_timeout, own_errors, writi
 from hf_clm.training.fitting import fitting, free_memory, is_to_be_tried, to_smaller, try_largest
 from hf_clm.training.lock import locked
 from hf_clm.training.optimizer import zero_rate_warning
-from hf_clm.training.output import FINAL, publish, recording_failure, write_json, write_text
-from hf_clm.training.plots import write_loss_plots
+from hf_clm.training.output import FINAL, publish, recording_failure
 from hf_clm.training.prepare import Prepared, prepare
 from hf_clm.training.proof import find_questions, prove_model, prove_saved
 from hf_clm.training.publish import check_can_push
 from hf_clm.training.signals import first_parent, stoppable
 from hf_clm.training.start import Start, has_ended, prepare_start
-from hf_clm.training.summary import RunFacts, end_lines, guessing_loss, seal_facts, start_lines
+from hf_clm.training.summary import RunFacts, add_outcome, end_lines, guessing_loss, seal_facts, start_lines
 from hf_clm.training.trainer import CLMTrainer
 
 TRAIN_ON = "--overwrite begins again; a larger --max_steps with --resume_override max_steps trains on"
@@ -208,11 +208,8 @@ def guarding(
 
 def known_date(folder: Path) -> str:
     """The date that the chat template of this run prints, if an earlier start has fixed one."""
-    try:
-        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return facts["proof"]["prepared"].get("date", "")
-    except (OSError, ValueError, LookupError):
-        return ""
+    record = read_record(folder)
+    return record.proof.prepared.date if record else ""
 
 
 def prove_and_record(trainer: CLMTrainer, facts: RunFacts, *, start: Start, prepared: Prepared) -> None:
@@ -229,7 +226,7 @@ def prove_and_record(trainer: CLMTrainer, facts: RunFacts, *, start: Start, prep
     prepared.write_ledger(folder / "ledger.parquet")
     reader = Reader(facts.train, tokenizer, recipe=recipe)
     write_excerpt(folder / "label_rows.jsonl", reader, collate=build_collator(recipe, tokenizer))
-    write_json(folder / "run.json", {"status": "running", **facts.to_json(), "proof": proof.facts})
+    write_record(folder, facts.to_record("running", proof=proof.facts))
 
 
 def build_trainer(
@@ -354,35 +351,30 @@ def finish(
     folder = output_dir / FINAL
     trainer.save_model(str(folder), _internal_call=True)  # pushed when everything is written
     totals = trainer.stream_totals()
-    result = {
-        "status": "done",
-        **facts.to_json(),
-        **facts.outcome(
-            history,
-            final,
-            seconds=metrics.seconds,
-            steps=trainer.state.global_step,
-            speed={"tokens_per_second": trainer.tokens_per_second, "mfu": trainer.mfu},
-        ),
-        "proof": proof,
-        **({"stream": totals} if totals else {}),
-    }
-    if trainer.is_world_process_zero():
-        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        if facts.recipe.doctor.round_trip == "end" and not is_sharded:
-            tokenizer: Any = trainer.processing_class
-            train = facts.train
-            questions = find_questions(train, tokenizer, facts.recipe, format=facts.format)
-            proof["round_trip"] = prove_saved(
-                trainer, folder, split=train, tokenizer=tokenizer, questions=questions
-            )
-        lines = (output_dir / "metrics.jsonl").read_text("utf-8").splitlines()
-        write_loss_plots([json.loads(line) for line in lines], folder)
-        section = facts.recipe.card
-        about: dict[str, Any] = {"license": section.license, "language": section.language}
-        write_card(output_dir, result, samples=shown_examples(facts), **about)
-        write_json(folder / "run.json", result)
-        seal(folder, {"step": trainer.state.global_step})
+    steps, speed = trainer.state.global_step, {"tokens_per_second": trainer.tokens_per_second}
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    is_main = trainer.is_world_process_zero()
+    if is_main and facts.recipe.doctor.round_trip == "end" and not is_sharded:
+        tokenizer: Any = trainer.processing_class
+        questions = find_questions(facts.train, tokenizer, facts.recipe, format=facts.format)
+        proof["round_trip"] = prove_saved(
+            trainer, folder, split=facts.train, tokenizer=tokenizer, questions=questions
+        )
+    record = add_outcome(
+        facts.to_record("done", proof=proof),
+        history,
+        final,
+        seconds=metrics.seconds,
+        steps=steps,
+        speed=speed | {"mfu": trainer.mfu},
+    )
+    record = record.updated(stream=totals) if totals else record
+    if is_main:
+        run = replace(load_folder(output_dir), record=record)
+        write_loss_plots(run.metrics, folder)
+        write_card(run, facts.recipe.card, examples=shown_examples(facts))
+        write_record(folder, record)
+        seal(folder, {"step": steps})
         publish(output_dir)
-        write_line("\n".join(end_lines(facts, result)))
-    return result
+        write_line("\n".join(end_lines(facts, record)))
+    return record.to_json()

@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 
 from hf_clm.errors import EnvironmentFault, RecipeError, UserError
 from hf_clm.recipe.recipe import Recipe, load_recipe
+from hf_clm.run_folder import find_checkpoints, read_record, step_of
 from hf_clm.training.arguments import resolve
 from hf_clm.training.callbacks import spent_patience, write_line
 from hf_clm.training.changes import (
@@ -39,11 +40,9 @@ from hf_clm.training.checkpoints import (
     SEAL,
     drop_broken,
     drop_later,
-    find_checkpoints,
     newest_sealed,
     read_seal,
     require_sound,
-    step_of,
 )
 from hf_clm.training.output import FINAL, is_in_use, is_seen, make_writable, move_aside, publish
 
@@ -184,10 +183,8 @@ def _tidy(recipe: Recipe, arguments: TrainingArguments) -> None:
 def _begins_again(recipe: Recipe, folder: Path) -> bool:
     if recipe.overwrite != "done":
         return bool(recipe.overwrite)
-    try:
-        return json.loads((folder / "run.json").read_text("utf-8")).get("status") == "done"
-    except (OSError, ValueError):
-        return False
+    record = read_record(folder)
+    return record is not None and record.status == "done"
 
 
 def _require_agreement(start: Start, arguments: TrainingArguments) -> None:
@@ -217,12 +214,11 @@ def _find_start(recipe: Recipe, arguments: TrainingArguments) -> Start:
     changes = _changes(recipe, arguments, checkpoint=checkpoint)
     _require_allowed(changes, checkpoint or folder)
     overridden = tuple(recipe.resume_override)
-    run = folder / "run.json"
-    facts = json.loads(run.read_text("utf-8")) if run.is_file() and word in WORDS.values() else {}
+    record = read_record(folder) if word in WORDS.values() else None
     trains_on = any(change.fate == "overridden" for change in changes)
-    is_done = facts.get("status") == "done" and not trains_on
+    result = record.to_json() if record and record.status == "done" and not trains_on else None
     begins_again = is_used and checkpoint is None
-    return Start(folder, checkpoint, facts if is_done else None, changes, overridden, begins_again)
+    return Start(folder, checkpoint, result, changes, overridden, begins_again)
 
 
 def _changes(recipe: Recipe, arguments: TrainingArguments, *, checkpoint: Path | None) -> list[Change]:

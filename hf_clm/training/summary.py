@@ -3,7 +3,7 @@
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -20,11 +20,11 @@ from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.hashing import fingerprint
 from hf_clm.machine import bf16_instructions
 from hf_clm.model.load import is_adapted, without_adapters
-from hf_clm.pages.figures import evaluated_name, is_evaluated, to_duration, to_evaluated
 from hf_clm.recipe.recipe import Recipe, describe_recipe
 from hf_clm.recipe.sections import EVAL, TRAIN
 from hf_clm.recipe.template import Template
 from hf_clm.recipe.text import leaves
+from hf_clm.run_folder import METRICS, Counts, Proof, RunRecord, StreamTotals, is_evaluated, metric_of
 from hf_clm.schema import Chat
 from hf_clm.training.arguments import count_steps, resolve, rows_per_step
 
@@ -107,65 +107,76 @@ class RunFacts:
                 chosen = f" (this CPU has {bf16_instructions()}; --bf16 false turns it off)"
         return f"{self.arguments.world_size} x {kind}, {self.precision}{chosen}"
 
-    def to_json(self) -> dict[str, Any]:
-        """What run.json holds from the start on; ``origins`` lacks the keys that nobody gave."""
+    def to_record(self, status: str, *, proof: Mapping[str, Any]) -> RunRecord:
+        """The record from the start on; ``origins`` lacks the keys that have their default."""
         origins = {key: origin for key, _, origin in describe_recipe(self.recipe) if origin != "default"}
-        return {
-            "started": self.started,
-            "recipe": self.recipe.file,
-            "origins": origins,
-            "stage": self.recipe.stage,
-            "max_length": self.recipe.data.max_length,
-            "special_tokens_in_text": self.recipe.data.special_tokens_in_text,
-            "reasoning": self.recipe.data.reasoning,
-            "format": self.format,
-            "render": self.render,
-            "has_turns": self.has_turns,
-            "template": self.template.model_dump() if self.template else None,
-            "model": self.recipe.model.name_or_path or self.model.config.model_type,
-            "from_scratch": self.recipe.model.init == "scratch",
-            "parameters": self.model.num_parameters(),
-            "trained_parameters": self.trained_parameters,
-            "train": _count(self.train),
-            "evaluation": _count_all(list(self.evaluations.values())) if self.evaluations else None,
-            **({} if self.evaluations.keys() <= {EVAL} else {"evaluations": to_counts(self.evaluations)}),
-            "unigram_entropy": self.unigram_entropy,
-            "steps": self.steps,
-            "rows_per_step": self.rows_per_step,
-            "processes": self.arguments.world_size,
-            "device": str(self.arguments.device),
-            "precision": self.precision,
-            "attention": self.model.config._attn_implementation,  # not always that of the recipe
-            "max_grad_norm": self.arguments.max_grad_norm,
-            "versions": versions(),
-            **({"mixing": self.train.mix.to_json()} if self.train.mix else {}),
-        }
-
-    def outcome(
-        self,
-        history: list[dict[str, Any]],
-        final: dict[str, float],
-        *,
-        seconds: float,
-        steps: int,
-        speed: Mapping[str, float],
-    ) -> dict[str, Any]:
-        """What run.json holds in the end; ``speed``: tokens_per_second and mfu."""
-        first = next((entry for entry in history if "eval_loss" in entry), final)
-        last = next(
-            (entry for entry in reversed(history) if "tokens_seen" in entry), {"tokens_seen": 0, "step": 0}
+        evaluations = list(self.evaluations.values())
+        record = RunRecord(
+            status=status,
+            started=self.started,
+            recipe=self.recipe.file,
+            origins=origins,
+            stage=self.recipe.stage,
+            max_length=self.recipe.data.max_length,
+            special_tokens_in_text=self.recipe.data.special_tokens_in_text,
+            reasoning=self.recipe.data.reasoning,
+            format=self.format,
+            render=self.render,
+            has_turns=self.has_turns,
+            template=self.template,
+            model=self.recipe.model.name_or_path or self.model.config.model_type,
+            from_scratch=self.recipe.model.init == "scratch",
+            parameters=self.model.num_parameters(),
+            trained_parameters=self.trained_parameters,
+            train=count([self.train]),
+            evaluation=count(evaluations) if evaluations else None,
+            unigram_entropy=self.unigram_entropy,
+            steps=self.steps,
+            rows_per_step=self.rows_per_step,
+            processes=self.arguments.world_size,
+            device=str(self.arguments.device),
+            precision=self.precision,
+            attention=self.model.config._attn_implementation,  # not always that of the recipe
+            max_grad_norm=self.arguments.max_grad_norm,
+            versions=versions(),
+            proof=Proof.model_validate(proof),
         )
-        return {
-            "steps_done": steps,
-            "seconds": seconds,
-            "tokens_seen": last["tokens_seen"],
-            **speed,
-            "loss_before": first["eval_loss"],
-            "loss_after": final["eval_loss"],
-            "token_accuracy_before": first["eval_token_accuracy"],
-            "token_accuracy_after": final["eval_token_accuracy"],
-            "evaluated": before_after(history, final),
-        }
+        if not self.evaluations.keys() <= {EVAL}:
+            named = {name.removeprefix(f"{EVAL}_"): count([one]) for name, one in self.evaluations.items()}
+            record = record.updated(evaluations=named)
+        return record.updated(mixing=self.train.mix.to_json()) if self.train.mix else record
+
+
+def add_outcome(
+    record: RunRecord,
+    history: Sequence[Mapping[str, Any]],
+    final: Mapping[str, float],
+    *,
+    seconds: float,
+    steps: int,
+    speed: Mapping[str, float],
+) -> RunRecord:
+    """The record of a run at its end.
+
+    Args:
+        history: the log events.
+        final: the last evaluation, which may be of an earlier model (``load_best_model_at_end``).
+        speed: tokens_per_second and mfu.
+    """
+    tokens = [entry["tokens_seen"] for entry in history if "tokens_seen" in entry]
+    first = {key: next((entry[key] for entry in history if key in entry), final[key]) for key in final}
+    evaluated = {key: (first[key], final[key]) for key in filter(is_evaluated, final)}
+    return record.updated(
+        steps_done=steps,
+        seconds=seconds,
+        tokens_seen=tokens[-1] if tokens else 0,
+        loss_before=first["eval_loss"],
+        loss_after=final["eval_loss"],
+        token_accuracy_before=first["eval_token_accuracy"],
+        token_accuracy_after=final["eval_token_accuracy"],
+        evaluated=evaluated,
+        **speed,
+    )
 
 
 def seal_facts(
@@ -227,23 +238,28 @@ def start_lines(facts: RunFacts) -> list[str]:
     return lines
 
 
-def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:
+def end_lines(facts: RunFacts, record: RunRecord) -> list[str]:
     """The block that a run prints when it is done."""
-    on = "held-out data" if facts.evaluations else "training data"
     output, saved = facts.arguments.output_dir, "adapters" if facts.recipe.lora else "model"
-    speed = f"{result['tokens_per_second']:,.0f} tokens/s ({result['mfu']:.0%} MFU)"
-    accuracy = f"{result['token_accuracy_before']:.1%} -> {result['token_accuracy_after']:.1%}"
+    amounts = {"step": record.steps_done, "tokens_seen": record.tokens_seen, "mfu": record.mfu}
+    amounts |= {"seconds": record.seconds, "tokens_per_second": record.tokens_per_second}
+    said = {key: METRICS[key].form(value or 0) for key, value in amounts.items()}
+    changes = {}
+    for key, (before, after) in record.evaluated.items():
+        if metric := metric_of(key):
+            changes[metric.short] = f"{metric.form(before)} -> {metric.form(after)}"
+    loss, accuracy = changes.pop("eval loss"), changes.pop("eval accuracy")
     lines = [
-        f"done      {result['steps_done']:,} steps in {to_duration(result['seconds'])}, "
-        f"{result['tokens_seen']:,} tokens, {speed}",
-        f"loss      {result['loss_before']:.4f} -> {result['loss_after']:.4f} on {on}",
+        f"done      {said['step']} steps in {said['seconds']}, {said['tokens_seen']} tokens, "
+        f"{said['tokens_per_second']} tokens/s ({said['mfu']} MFU)",
+        f"loss      {loss} on {record.evaluated_on}",
         f"accuracy  {accuracy} of the target tokens",
-        *(f"{'':<10}{line}" for line in _more_evaluated(result["evaluated"])),
+        *(f"{'':<10}{name} {change}" for name, change in changes.items()),
     ]
     if facts.recipe.stage == "pretrain":
         lines.append(f"unigram   {facts.unigram_entropy:.4f}")
-    if "stream" in result:
-        lines.append(stream_line(result["stream"]))
+    if record.stream:
+        lines.append(stream_line(record.stream))
     return [
         *lines,
         f"written   {output}: the {saved}, recipe.yaml, run.json, metrics.jsonl, report.html, README.md",
@@ -251,29 +267,13 @@ def end_lines(facts: RunFacts, result: dict[str, Any]) -> list[str]:
     ]
 
 
-def before_after(
-    history: Sequence[Mapping[str, Any]], final: Mapping[str, float]
-) -> dict[str, tuple[float, float]]:
-    """Of each figure of the last evaluation: its value at the first one that has it, and in the end."""
-    keys = filter(is_evaluated, final)
-    first = {key: next((entry[key] for entry in history if key in entry), final[key]) for key in keys}
-    return {key: (value, final[key]) for key, value in first.items()}
-
-
-def _more_evaluated(found: Mapping[str, tuple[float, float]]) -> Iterator[str]:
-    """Of sets with a name, and of answers: ``news loss 2.1 -> 1.9``."""
-    for key, (before, after) in found.items():
-        if key not in ("eval_loss", "eval_token_accuracy"):
-            yield f"{evaluated_name(key)} {to_evaluated(key, before)} -> {to_evaluated(key, after)}"
-
-
-def stream_line(totals: dict[str, Any]) -> str:
+def stream_line(totals: StreamTotals) -> str:
     """What was read of a stream, block by block, and what became of it."""
-    fates = ", ".join(f"{count:,} {fate}" for fate, count in totals["fates"].items())
-    least, most = totals["passes"]
+    fates = ", ".join(f"{count:,} {fate}" for fate, count in totals.fates.items())
+    least, most = totals.passes
     passes = f"{least}" if least == most else f"{least} to {most}"
-    how = f"by {totals['shards']} workers, " if totals["shards"] > 1 else ""
-    return f"stream    {totals['documents']:,} documents read ({fates}), {how}whole passes: {passes}"
+    how = f"by {totals.shards} workers, " if totals.shards > 1 else ""
+    return f"stream    {totals.documents:,} documents read ({fates}), {how}whole passes: {passes}"
 
 
 def versions() -> dict[str, str]:
@@ -306,33 +306,15 @@ def _describe(split: Split) -> str:
     return f"{fates}; {split.tokens:,} tokens ({split.target_tokens:,} targets){packed}"
 
 
-def to_counts(splits: Mapping[str, Split]) -> dict[str, Any]:
-    """The counts of each set by its name in ``data.eval``."""
-    return {name.removeprefix(f"{EVAL}_"): _count(split) for name, split in splits.items()}
-
-
-def _count_all(splits: Sequence[Split]) -> dict[str, Any]:
-    """The counts of several sets together."""
-    if len(splits) == 1:
-        return _count(splits[0])
-    counts = [_count(split) for split in splits]
-    fates = sum((Counter(count["fates"]) for count in counts), Counter())
-    numbers = ("input_rows", "rows", "tokens", "target_tokens")
-    return {
-        "files": [file for count in counts for file in count["files"]],
-        "fates": dict(fates),
-        **{name: sum(count[name] for count in counts) for name in numbers},
-    }
-
-
-def _count(split: Split) -> dict[str, Any]:
-    packed = {"packing_fill": split.dataset.fill} if isinstance(split.dataset, PackedDataset) else {}
-    return {
-        "files": split.examples.report.files,
-        "input_rows": len(split.examples),
-        "fates": dict(split.fates),
-        "rows": len(split.dataset),
-        "tokens": split.tokens,
-        "target_tokens": split.target_tokens,
-        **packed,
-    }
+def count(splits: Sequence[Split]) -> Counts:
+    """The counts of a set, or of several together."""
+    fills = [split.dataset.fill for split in splits if isinstance(split.dataset, PackedDataset)]
+    return Counts(
+        files=[file for split in splits for file in split.examples.report.files],
+        input_rows=sum(len(split.examples) for split in splits),
+        fates=dict(sum((split.fates for split in splits), Counter())),
+        rows=sum(len(split.dataset) for split in splits),
+        tokens=sum(split.tokens for split in splits),
+        target_tokens=sum(split.target_tokens for split in splits),
+        **({"packing_fill": fills[0]} if len(splits) == len(fills) == 1 else {}),
+    )

@@ -40,7 +40,7 @@ from hf_clm.model.loss import (
     why_not,
 )
 from hf_clm.model.router_loss import RouterLoss
-from hf_clm.pages.labels_page import write_page
+from hf_clm.pages.inspection import write_labels
 from hf_clm.pages.rows import Vocabulary, to_rows
 from hf_clm.training.callbacks import ends_epoch
 from hf_clm.training.evaluating import EvaluatingTrainer
@@ -210,7 +210,7 @@ class CLMTrainer(EvaluatingTrainer):
             rows = []
             for batch in self._step_batches:
                 rows += to_rows(batch, first_number=len(rows))
-            write_page(path, rows, vocabulary=Vocabulary(self.processing_class), facts=facts)
+            write_labels(path, rows, vocabulary=Vocabulary(self.processing_class), facts=facts)
             page = f"; its rows are in {path}"
         # DeepSpeed updates inside the backward
         done = "the last checkpoint is sound" if self.is_deepspeed_enabled else "no weight was updated"

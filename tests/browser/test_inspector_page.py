@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import EOS, PAD, X, byte_tokenizer
 
-from hf_clm.pages.labels_page import Charts, write_page
+from hf_clm.pages.inspection import Lengths, write_labels
 from hf_clm.pages.rows import Document, Row, Vocabulary
 
 INJECTED = "<script>document.title = 'injected'</script><img src=x onerror=\"document.title='injected'\">"
@@ -43,9 +43,9 @@ def to_rows() -> list[Row]:
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("page") / "labels.html"
-    charts = Charts(np.array([5, 9, 60]), 32, {"padded in batches of 2": 0.4, "packed": 0.9})
+    lengths = Lengths(np.array([5, 9, 60]), 32)
     facts = {"from": INJECTED, "step": 17}
-    write_page(path, to_rows(), vocabulary=Vocabulary(byte_tokenizer()), facts=facts, charts=charts)
+    write_labels(path, to_rows(), vocabulary=Vocabulary(byte_tokenizer()), facts=facts, lengths=lengths)
     return path
 
 
@@ -188,13 +188,9 @@ def test_tokens_are_reached_and_left_by_keyboard(page):
     assert page.is_hidden("#tip")
 
 
-def test_the_charts_tell_the_share_over_max_length_and_the_fills(page):
-    text = page.inner_text("#charts")
-
-    assert text.splitlines()[0] == "Lengths: 33.3% over max_length 32"
-    assert "padded in batches of 2: 40.0%" in text
-    assert "packed: 90.0%" in text
-    assert page.locator("#charts rect").count() == 41
+def test_the_histogram_tells_the_share_over_max_length(page):
+    assert page.inner_text("#lengths b") == "Lengths: 33.3% over max_length 32"
+    assert page.locator("#lengths svg").bounding_box()["width"] > 300
 
 
 def test_light_and_dark_follow_the_system_and_can_be_switched(browser, path):
@@ -225,7 +221,7 @@ def test_10000_rows_open_in_under_3_seconds(browser, tmp_path):
         to_row(number, f"{number} {text}", read=40, place=f"a.jsonl:{number}") for number in range(10_000)
     ]
     path = tmp_path / "labels.html"
-    write_page(path, rows, vocabulary=Vocabulary(byte_tokenizer()), facts={})
+    write_labels(path, rows, vocabulary=Vocabulary(byte_tokenizer()), facts={})
     page = browser.new_page()
 
     page.goto(path.as_uri())

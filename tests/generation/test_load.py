@@ -8,7 +8,8 @@ import torch
 from helpers import byte_tokenizer, save_folder, tiny_model
 
 from hf_clm.errors import EnvironmentFault, ModelError
-from hf_clm.generation.load import load_run, read_run
+from hf_clm.generation.load import load_run
+from hf_clm.run_folder import RunRecord, find_record
 from hf_clm.text.tokenizer import use_chat_template
 
 FACTS = {"status": "done", "format": "instruct", "stage": "pretrain", "max_length": 77}
@@ -73,9 +74,9 @@ def test_only_a_checkpoint_folder_looks_at_its_parent(tmp_path):
     folder = build_run(tmp_path, FACTS)
     (folder / "other").mkdir()
 
-    assert read_run(str(folder / "other")) == {}
-    assert read_run(str(folder))["format"] == "instruct"
-    assert read_run("a/name-on-the-hub") == {}
+    assert find_record(str(folder / "other")) is None
+    assert find_record(str(folder)) == RunRecord.model_validate(FACTS)
+    assert find_record("a/name-on-the-hub") is None
 
 
 def test_a_folder_that_is_not_there_is_one_line():

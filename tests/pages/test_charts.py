@@ -1,125 +1,114 @@
-"""Numbers as the geometry of a chart; places are percent of the plot, from the left and from the top."""
+"""What matplotlib draws: the SVG of report and compare, loss.png and loss.pdf."""
+
+import re
+from pathlib import Path
 
 import pytest
 
-from hf_clm.pages.charts import Axis, Rule, Series, Style, draw, nice_ticks, thin
+from hf_clm.pages.charts import Chart, Series, to_series, write_loss_plots
+from hf_clm.run_folder import METRICS
 
-STEP = Axis("step", "{:g}".format, least=1)
-LOSS = Style("Loss", "nats", "{:g}".format)
+TRAIN = [
+    {"step": 1, "epoch": 0.5, "loss": 2.0, "tokens_seen": 50},
+    {"step": 2, "epoch": 1.0, "loss": 1.0, "tokens_seen": 100},
+]
+EVALUATION = {"step": 2, "epoch": 1.0, "eval_loss": 1.5}
 
 
-def chart(*series: Series, rule: Rule | None = None, style: Style = LOSS):
-    found = draw(style, series, axis=STEP, rule=rule)
-    assert found is not None
-    return found
+def chart(*values: float, key: str = "loss", **more) -> Chart:
+    return Chart(METRICS[key], [Series("training", list(enumerate(values)))], **more)
+
+
+def ticks(one: Chart) -> list[str]:
+    return re.findall("<text[^>]*>(.*?)</text>", one.to_svg())
+
+
+def test_a_chart_follows_the_colours_of_its_page_and_holds_nothing_that_its_policy_refuses():
+    svg = chart(4.0, 1.0, level=("clipped at 1", 1.0)).to_svg()
+
+    assert svg.startswith('<svg class="plot" viewBox="0 0 340 190" aria-hidden="true">')
+    assert 'stroke="var(--s0)"' in svg and 'stroke="var(--line)"' in svg and 'fill="var(--quiet)"' in svg
+    assert "#" not in re.sub(r"url\(#|href=\"#", "", svg)
+    assert not re.search(r"style|font|<script|<image|<g id|http://(?!www.w3.org)", svg)
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "ticks"),
+    ("one", "shown"),
     [
-        (0, 4, [0, 1, 2, 3, 4]),
-        (0.3, 7.2, [0, 2, 4, 6, 8]),  # 0.3 is near 0, compared with 7.2
-        (6.1, 7.2, [6, 6.5, 7, 7.5]),
-        (0, 0.002, [0, 0.0005, 0.001, 0.0015, 0.002]),
-        (-3, 5, [-4, -2, 0, 2, 4, 6]),
-        (5, 5, [4.5, 4.75, 5, 5.25, 5.5]),
-        (0, 0, [0, 0.25, 0.5, 0.75, 1]),
-        (0, 360, [0, 100, 200, 300, 400]),
+        (chart(4.0, 0.1, 1.0), ["0", "1", "2", "0", "1", "2", "3", "4"]),  # steps, then losses
+        (chart(1.2, 1.1), ["0", "1", "1.1", "1.125", "1.15", "1.175", "1.2"]),
+        (chart(0.9, 0.95, key="token_accuracy"), ["0", "1", "0%", "20%", "40%", "60%", "80%", "100%"]),
+        (chart(2e9, 3e9, key="peak_memory_bytes"), ["0", "1", "0 GB", "1 GB", "2 GB", "3 GB"]),
+        (chart(0.0, 0.0, key="learning_rate")._replace(axis="hours"), None),
     ],
 )
-def test_an_axis_has_a_few_round_ticks_around_its_values(low, high, ticks):
-    assert nice_ticks(low, high) == ticks
-
-
-def test_an_axis_begins_at_0_where_that_is_asked():
-    assert nice_ticks(90, 100, from_zero=True) == [0, 25, 50, 75, 100]
-
-
-@pytest.mark.parametrize(
-    ("high", "ticks"),
-    [(1, [0, 1]), (3, [0, 1, 2, 3]), (10, [0, 5, 10]), (100, [0, 25, 50, 75, 100]), (2, [0, 1, 2])],
-)
-def test_there_is_no_half_step(high, ticks):
-    assert nice_ticks(0, high, least=1) == ticks
-
-
-@pytest.mark.parametrize(("low", "high"), [(1e-99, 1e-98), (-1e99, 1e99), (1e15, 1e15 + 1), (-2e-9, 3e-9)])
-def test_no_range_is_too_small_or_too_large(low, high):
-    ticks = nice_ticks(low, high)
-
-    assert 3 <= len(ticks) <= 7
-    assert ticks[0] <= low and high <= ticks[-1]
-
-
-def test_a_line_runs_from_the_first_to_the_last_point():
-    found = chart(Series("training", [(0, 4.0), (5, 1.0), (10, 0.0)]))
-
-    assert [(line.name, line.path, line.band, line.dots) for line in found.lines] == [
-        ("training", "M0 0L500 750L1000 1000", "", "")
-    ]
-    assert [(tick.place, tick.text) for tick in found.y_ticks] == [
-        (100, "0"),
-        (75, "1"),
-        (50, "2"),
-        (25, "3"),
-        (0, "4"),
-    ]
-    assert [(tick.place, tick.text) for tick in found.x_ticks] == [
-        (0, "0"),
-        (50, "5"),
-        (100, "10"),
-    ]
-    assert found.note == "nats, by step"
-
-
-def test_few_values_are_dots_and_so_is_one_value_alone():
-    found = chart(Series("evaluation", [(0, 4.0), (10, 0.0)], dots=True), Series("b", [(10, 4.0)]))
-
-    assert [line.dots for line in found.lines] == ["M0 0h0M1000 1000h0", "M1000 0h0"]
-
-
-def test_a_series_without_a_point_is_left_out_and_the_others_keep_their_colour():
-    found = chart(Series("a", []), Series("b", [(1, 2.0)]))
-
-    assert [(line.number, line.name) for line in found.lines] == [(1, "b")]
-    assert draw(LOSS, [Series("a", [])], axis=STEP) is None
-
-
-def test_the_pointer_reads_the_last_value_of_each_series_in_a_part():
-    found = chart(Series("a", [(0, 4.0), (60, 1.0)]), Series("b", [(59.5, 2.0), (60, 3.0)]))
-
-    assert [(reading.left, reading.x, reading.values) for reading in found.readings] == [
-        (0, "step 0", [(0, "a", "4")]),
-        (98.333, "step 60", [(0, "a", "1"), (1, "b", "3")]),
-    ]
+def test_an_axis_has_a_few_round_ticks_and_begins_at_0_where_that_helps(one, shown):
+    assert ticks(one) == shown if shown else len(ticks(one)) > 3
 
 
 def test_a_level_is_drawn_where_it_is_near_the_values_and_named_where_it_is_not():
-    values = Series("norm", [(0, 0.5), (10, 2.0)])
-    near = chart(values, rule=Rule("clipped at 1", 1.0))
-    far = chart(values, rule=Rule("clipped at 50", 50.0))
+    near, far = chart(0.5, 2.0, level=("clipped at 1", 1.0)), chart(0.5, 2.0, level=("clipped at 50", 50.0))
 
-    assert (near.rule, near.rule_text) == (50, "clipped at 1")
-    assert (far.rule, far.rule_text, far.y_ticks[-1].text) == (None, "clipped at 50, far above", "2")
+    assert "var(--on-bad)" in near.to_svg()
+    assert "var(--on-bad)" not in far.to_svg()
 
 
-def test_many_points_are_their_mean_in_a_band_that_keeps_every_spike():
-    points = [(float(step), 1.0) for step in range(1000)]
-    points[600] = (600.0, 9.0)
+def test_few_values_are_dots_and_a_seventh_line_is_dashed():
+    lines = [Series(str(number), [(0, 1.0), (1, number)], dots=number == 1) for number in range(7)]
+    svg = Chart(METRICS["loss"], lines).to_svg()
 
-    groups = thin(points)
-    found = chart(Series("training", points))
-
-    assert [len(group) for group in groups] == [4] * 250
-    assert found.y_ticks[-1].text == "10"
-    assert found.lines[0].path.count("L") == 249
-    assert " 700L" in found.lines[0].path  # the mean of 1, 1, 1 and 9 is 3 of 10
-    assert " 100L" in found.lines[0].band  # 9 of 10
-    assert found.lines[0].band.count("L") == 499
+    assert svg.count("stroke-dasharray") == 2
+    assert svg.count("<use") == 2
 
 
-def test_500_points_are_drawn_as_they_are():
-    found = chart(Series("training", [(float(step), 1.0) for step in range(500)]))
+def test_a_hundred_thousand_points_are_a_small_picture():
+    assert len(chart(*(step % 97 for step in range(100_000))).to_svg()) < 50_000
 
-    assert found.lines[0].path.count("L") == 499
-    assert found.lines[0].band == ""
+
+def test_training_is_drawn_beside_every_evaluation_that_logs_the_figure():
+    metrics = [*TRAIN, EVALUATION, {"step": 2, "eval_train_loss": 0.9, "eval_news_loss": 3.0}]
+
+    assert to_series(metrics, "loss", sets=["news", "silent"]) == [
+        Series("training", [(1, 2.0), (2, 1.0)]),
+        Series("evaluation", [(2, 1.5)], dots=True),
+        Series("training rows, evaluated", [(2, 0.9)], dots=True),
+        Series("news", [(2, 3.0)], dots=True),
+    ]
+
+
+def size(path: Path) -> tuple[int, int]:
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [[*TRAIN, EVALUATION], [TRAIN[0]], [{"step": 1, "epoch": 0.0, "loss": 2.0, "tokens_seen": 5}]],
+)
+def test_the_plot_is_a_png_and_a_pdf(tmp_path, metrics):
+    write_loss_plots(metrics, tmp_path)
+
+    assert size(tmp_path / "loss.png") == (1040, 585)
+    assert (tmp_path / "loss.pdf").read_bytes().startswith(b"%PDF-")
+
+
+def test_without_a_training_loss_there_is_no_plot(tmp_path):
+    write_loss_plots([EVALUATION], tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_both_curves_and_the_tokens_are_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: drawn.append(figure)
+    )
+
+    write_loss_plots([*TRAIN, EVALUATION], tmp_path)
+
+    axes = drawn[0].axes[0]
+    curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert curves == {"training": ([0.5, 1.0], [2.0, 1.0]), "evaluation": ([1.0], [1.5])}
+    assert axes.child_axes[0].get_xlabel() == "tokens seen"
+    assert axes.child_axes[0]._functions[0](0.5) == 50.0

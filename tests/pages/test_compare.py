@@ -7,7 +7,7 @@ from report_runs import EVIL, RECIPE, to_metrics, write_run
 
 from hf_clm.errors import ExitCode, RecipeError
 from hf_clm.pages.compare import compare, to_charts, to_names
-from hf_clm.run_folder import load_record
+from hf_clm.run_folder import load_folder
 
 FASTER = RECIPE.replace("0.002", "0.02").replace("output_dir: run", "output_dir: other, seed: 7")
 
@@ -16,7 +16,8 @@ FASTER = RECIPE.replace("0.002", "0.02").replace("output_dir: run", "output_dir:
 def runs(tmp_path) -> list[str]:
     """``base`` with 40 steps, and ``fast`` with 20, another recipe, other data and another torch."""
     proof = {"train": {"certificate": {"valid": True, "rows": 48, "content_hash": "ffff0000ffff0000"}}}
-    facts = {"steps_done": 20, "loss_after": 1.5, "proof": proof, "mfu": None, "tokens_seen": 2000}
+    evaluated = {"eval_loss": [6.5, 1.5]}
+    facts = {"steps_done": 20, "evaluated": evaluated, "proof": proof, "mfu": None, "tokens_seen": 2000}
     facts |= {"versions": {"python": "3.11.7", "torch": "2.11.0"}}
     metrics = [{key: value for key, value in one.items() if key != "mfu"} for one in to_metrics(20)]
     base, fast = tmp_path / "base", tmp_path / "fast"
@@ -27,19 +28,22 @@ def test_figures_and_differences_are_printed_side_by_side(runs, tmp_path):
     found = compare(runs, path=str(tmp_path / "c.html"))
 
     assert found.to_lines() == [
-        "                         base     fast",
-        "status                   done     done",
-        "loss before            6.5000   6.5000",
-        "loss after             0.2500   1.5000",
-        "last training loss     0.0961   0.7902",  # 6.5 x 0.9^40, 6.5 x 0.9^20
-        "token accuracy after    97.5%    97.5%",
-        "steps                      40       20",
-        "tokens                  4,000    2,000",
-        "target tokens           1,600      800",
-        "time                       5s       2s",
-        "tokens a second           800      800",
-        "MFU                      9.5%        -",
-        "peak memory           1.08 GB  1.08 GB",
+        "                                 base              fast",
+        "Status                           done              done",
+        "Evaluation loss      6.5000 -> 0.2500  6.5000 -> 1.5000",
+        "Evaluation accuracy       0% -> 97.5%       0% -> 97.5%",
+        "Loss                           0.0961            0.7902",  # 6.5 x 0.9^40, 6.5 x 0.9^20
+        "Token accuracy                  98.5%             87.8%",
+        "Steps                        40 of 40          20 of 40",
+        "Time                               5s                2s",
+        "Tokens                          4,000             2,000",
+        "Target tokens                   1,600               800",
+        "Tokens per second                 800               800",
+        "MFU                              9.5%                 -",
+        "Peak memory                   1.08 GB           1.08 GB",
+        "Padding                            0%                0%",
+        "Evaluated on            training data     training data",
+        "Packed rows                94.5% full        94.5% full",
         "",
         "differs in           base          fast",
         "train.learning_rate  0.002         0.02",
@@ -60,36 +64,32 @@ def test_the_folder_alone_is_no_difference(tmp_path):
 
 
 def test_losses_are_overlaid_by_step_by_tokens_and_by_time(runs):
-    records = [load_record(folder) for folder in runs]
+    charts = to_charts([load_folder(folder) for folder in runs], ["base", "fast"])
 
-    charts = to_charts(records, ["base", "fast"])
-
-    assert [(chart.title, chart.note.rpartition("by ")[2]) for chart in charts] == [
+    assert [(chart.metric.title, chart.axis) for chart in charts] == [
         *(("Loss", "step"), ("Loss", "tokens"), ("Loss", "seconds")),
         *(("Evaluation loss", "step"), ("Evaluation loss", "tokens"), ("Evaluation loss", "seconds")),
-        *(("Throughput", "step"), ("Learning rate", "step")),
+        *(("Tokens per second", "step"), ("Learning rate", "step")),
     ]
-    assert [[line.name for line in chart.lines] for chart in charts] == [["base", "fast"]] * 8
-    assert charts[1].readings[-1].x == "tokens 4,000"
-    assert charts[2].readings[-1].x == "seconds 5"
+    assert [list(chart.keys) for chart in charts] == [[(0, "base"), (1, "fast")]] * 8
+    assert charts[1].series[0].points[-1][0] == 4000
+    assert charts[2].series[0].points[-1][0] == 5.0
 
 
 def test_an_evaluation_stands_at_the_tokens_of_the_training_before_it(runs):
-    records = [load_record(folder) for folder in runs]
+    by_tokens = to_charts([load_folder(folder) for folder in runs], ["base", "fast"])[4]
 
-    by_tokens = to_charts(records, ["base", "fast"])[4]
-
-    assert [reading.x for reading in by_tokens.readings] == ["tokens 0", "tokens 2,000", "tokens 4,000"]
+    assert [one.points for one in by_tokens.series] == [[(0, 6.5), (4000, 0.25)], [(0, 6.5), (2000, 0.25)]]
 
 
 @pytest.mark.parametrize(("seconds", "unit"), [(100, "seconds"), (130, "minutes"), (7300, "hours")])
 def test_time_is_drawn_in_a_unit_that_can_be_read(tmp_path, seconds, unit):
     metrics = [{"step": 1, "loss": 2.0, "seconds": 1.0}, {"step": 2, "loss": 1.0, "seconds": seconds}]
-    record = load_record(write_run(tmp_path / "a", metrics=metrics))
+    record = load_folder(write_run(tmp_path / "a", metrics=metrics))
 
     charts = to_charts([record, record], ["a", "b"])
 
-    assert charts[1].note == f"nats per target token, by {unit}"  # these runs count no tokens: no chart
+    assert [chart.axis for chart in charts] == ["step", unit]  # these runs count no tokens: no chart
 
 
 def test_runs_of_an_older_version_are_compared_as_far_as_they_go(tmp_path):
@@ -98,7 +98,7 @@ def test_runs_of_an_older_version_are_compared_as_far_as_they_go(tmp_path):
 
     found = compare([str(old), str(write_run(tmp_path / "new"))], path=str(tmp_path / "c.html"))
 
-    assert ["peak memory", "-", "1.08 GB"] in found.figures
+    assert ["Peak memory", "-", "1.08 GB"] in found.figures
 
 
 def test_the_page_holds_what_is_printed_and_runs_nothing(tmp_path):
@@ -115,7 +115,7 @@ def test_the_page_holds_what_is_printed_and_runs_nothing(tmp_path):
 
 
 def test_folders_of_one_name_are_told_apart_by_their_paths(tmp_path):
-    records = [load_record(write_run(tmp_path / name / "run")) for name in ("a", "b")]
+    records = [load_folder(write_run(tmp_path / name / "run")) for name in ("a", "b")]
 
     assert to_names(records) == [f"{tmp_path}/a/run", f"{tmp_path}/b/run"]
 

@@ -1,13 +1,22 @@
-"""``hf-clm inspect`` on a recipe and on a run's folder."""
+"""``hf-clm inspect`` on a recipe and on a run's folder, and the data in its page.
 
+How the page shows them is tested in a browser.
+"""
+
+import base64
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from helpers import byte_tokenizer, write_jsonl
+import torch
+from helpers import EOS, PAD, X, byte_tokenizer, write_jsonl
 
+from hf_clm.data.batch.collators import DataCollatorForCausalLM
 from hf_clm.errors import RecipeError
-from hf_clm.pages.inspection import View, inspect, padded_fill
+from hf_clm.pages.inspection import Lengths, View, inspect, padded_fill, to_content, write_labels
+from hf_clm.pages.rows import Document, Row, Vocabulary, to_rows
 
 RECORDS = [{"prompt": "Say hi.\n", "completion": "Hi"}, {"prompt": "p", "completion": "q"}] * 2
 
@@ -129,3 +138,99 @@ def test_the_padded_fill_counts_the_longest_of_each_batch():
     """Batches of [4, 2] and [3]: 9 tokens in 8 + 3 places; a 5 over max_length 4 makes a 4 and a 1."""
     assert padded_fill(np.array([4, 2, 3]), 4, batch_size=2) == 9 / 11
     assert padded_fill(np.array([5, 3]), 4, batch_size=2) == 8 / 11
+
+
+VOCABULARY = Vocabulary(byte_tokenizer())
+
+
+def to_row(ids: list[int], labels: list[int], *documents: Document) -> Row:
+    return Row(4, np.array(ids), np.array(labels), documents or (Document(0, len(ids)),))
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    _, _, rest = path.read_text(encoding="utf-8").partition('id="data">')
+    return json.loads(rest.partition("</script>")[0])
+
+
+def decode(data: dict[str, Any], name: str) -> list[int]:
+    return np.frombuffer(base64.b64decode(data[name]), dtype="<i4").tolist()
+
+
+def test_the_page_holds_ids_labels_and_the_text_of_each_id():
+    content = to_content([to_row([98, EOS, 97, 97, 0xE8], [X, EOS, 97, 7, X])], VOCABULARY)
+
+    assert decode(content, "tokens") == [98, EOS, 97, 97, 0xE8]
+    assert decode(content, "labels") == [X, EOS, 97, 7, X]
+    assert content["texts"] == {97: "a", 98: "b", 0xE8: [0xE8], EOS: "<|endoftext|>"}
+    assert content["control"] == [EOS]
+
+
+def test_a_row_has_its_number_its_length_and_what_is_known_of_its_documents():
+    first = Document(0, 3, "a.jsonl:17", ((0, "user"), (1, "assistant")), 0, 5, {"cut answer": "x"})
+    second = Document(3, 4, "b.json: record 2", before=2)
+    row = to_row([97, 98, 99, 100, PAD], [X, 98, 99, 7, X], first, second)
+
+    ((number, length, documents),) = to_content([row], VOCABULARY)["rows"]
+
+    assert (number, length) == (4, 5)
+    assert documents[0] == {
+        "start": 0,
+        "stop": 3,
+        "place": "a.jsonl:17",
+        "roles": ((0, "user"), (1, "assistant")),
+        "before": 0,
+        "after": 5,
+        "flags": {"cut answer": "x"},
+        "file": "a.jsonl",
+        "line": ":17",
+    }
+    assert (documents[1]["file"], documents[1]["line"]) == ("b.json", ": record 2")
+
+
+def test_nothing_in_the_data_can_end_its_script_element(tmp_path):
+    document = Document(0, 1, place="</script><script>alert(1)</script>:3", flags={"duplicate": "<!--"})
+
+    write_labels(
+        tmp_path / "labels.html",
+        [to_row([60], [60], document)],
+        vocabulary=VOCABULARY,
+        facts={"<b>": "</SCRIPT ><img src=x onerror=alert(1)>"},
+    )
+
+    text = (tmp_path / "labels.html").read_text(encoding="utf-8")
+    data = text.partition('id="data">')[2].partition("</script>\n<script>")[0]
+    assert "<" not in data
+    assert json.loads(data)["texts"] == {"60": "<"}
+    assert read_data(tmp_path / "labels.html")["facts"] == [["<b>", "</SCRIPT ><img src=x onerror=alert(1)>"]]
+
+
+def test_the_page_names_no_address_to_load_from(tmp_path):
+    write_labels(tmp_path / "labels.html", [], vocabulary=VOCABULARY, facts={})
+
+    text = (tmp_path / "labels.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in text
+    assert [word for word in ("src=", "href=", "url(", "@import", "https:", "fetch(") if word in text] == []
+
+
+def test_the_page_holds_a_histogram_of_the_lengths(tmp_path):
+    lengths = Lengths(np.array([1, 10, 30, 40]), 30)
+
+    write_labels(tmp_path / "labels.html", [], vocabulary=VOCABULARY, facts={"rows": 4}, lengths=lengths)
+
+    text = (tmp_path / "labels.html").read_text(encoding="utf-8")
+    assert "<b>Lengths: 25.0% over max_length 30</b>" in text  # that is 40; 30 fits
+    assert text.count('fill="var(--s0)"') == 40 - 10 and text.count('fill="var(--on-bad)"') == 10
+    assert read_data(tmp_path / "labels.html")["facts"] == [["rows", "4"]]
+
+
+def test_a_batch_of_a_trainer_can_be_written_without_its_records(tmp_path):
+    batch = DataCollatorForCausalLM(PAD)([{"input_ids": [65, 66], "labels": [X, 66]}])
+    batch["labels"] = batch["labels"].to(torch.int32)
+    facts = {"step": 17, "learning rate": 1e-3, "gradient norm": float("nan")}
+
+    write_labels(tmp_path / "batch.html", to_rows(batch), vocabulary=VOCABULARY, facts=facts)
+
+    data = read_data(tmp_path / "batch.html")
+    assert data["facts"] == [["step", "17"], ["learning rate", "0.001"], ["gradient norm", "nan"]]
+    assert (decode(data, "tokens"), decode(data, "labels")) == ([65, 66], [X, 66])
+    assert "<svg" not in (tmp_path / "batch.html").read_text(encoding="utf-8")

@@ -58,7 +58,7 @@ def test_the_worst_row_has_the_worst_flag():
         documents = (Document(0, 2, flags=dict.fromkeys(flags, "")),)
         return Row(0, bare.input_ids, bare.labels, documents)
 
-    fine, duplicate, two, cut = row(), row("duplicate"), row("duplicate", "merged border"), row("cut answer")
+    fine, duplicate, two, cut = row(), row("duplicate"), row("duplicate", "control text"), row("cut answer")
 
     assert fine.severity < duplicate.severity < two.severity < cut.severity < row("nothing trained").severity
 

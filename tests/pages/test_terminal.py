@@ -5,7 +5,7 @@ import pytest
 from helpers import EOS, IM_END, PAD, X, byte_tokenizer
 
 from hf_clm.pages.rows import Document, Row, Vocabulary
-from hf_clm.pages.terminal import display_width, legend, to_lines, wrap_text
+from hf_clm.pages.terminal import legend, to_lines
 
 VOCABULARY = Vocabulary(byte_tokenizer())
 
@@ -98,6 +98,7 @@ def test_no_control_character_reaches_the_terminal_from_places_and_details():
         ("abcdefghijkl", 12, ["│ ⟦abcdefghi", "│ jkl⟧"]),
         ("茶茶茶茶茶茶", 12, ["│ ⟦茶茶茶茶", "│ 茶茶⟧"]),
         ("茶" * 5, 3, ["│ ⟦茶茶茶", "│ 茶茶⟧"]),
+        ("e\u0301" * 9 + "👩\u200d🚀", 12, ["│ ⟦" + "e\u0301" * 9, "│ 👩\u200d🚀⟧"]),
         ("a" * 9 + "\nb", 12, ["│ ⟦aaaaaaaaa", "│ ↵", "│ b⟧"]),
     ],
 )
@@ -106,20 +107,8 @@ def test_lines_are_wrapped_by_columns(text, width, shown):
     assert marked(to_trained(text), width)[-len(shown) :] == shown
 
 
-@pytest.mark.parametrize(
-    ("text", "columns"), [("abc", 3), ("茶", 2), ("🐉", 2), ("e\u0301", 1), ("👩\u200d🚀", 4), ("\n", 0)]
-)
-def test_east_asian_letters_take_two_columns(text, columns):
-    assert display_width(text) == columns
-
-
-def test_a_long_word_is_cut_and_others_are_kept_whole():
-    assert wrap_text("one two three four", width=10) == ["one two ", "three four"]
-    assert wrap_text("abcdefghijk", width=10) == ["abcdefghij", "k"]
-
-
 def test_the_legend_names_every_mark():
     text = "⟦trained⟧  read only  ⟪control token⟫  ⦃partly trained character⦄"
 
-    assert legend(width=80, colors=False) == [text]
-    assert "\x1b[4;32mtrained\x1b[0m" in "".join(legend(width=200, colors=True))
+    assert legend(colors=False) == text
+    assert "\x1b[4;32mtrained\x1b[0m" in legend(colors=True)

@@ -11,10 +11,7 @@ from hf_clm.training.callbacks import (
     ProgressCallback,
     ReportCallback,
     SamplesCallback,
-    append_json,
-    drop_after,
     epoch_means,
-    to_duration,
 )
 
 LOG = {
@@ -40,7 +37,7 @@ def test_a_log_event_is_one_line_with_the_time_left(capsys, monkeypatch):
     event(callback, "on_log", step=50, logs=LOG)
 
     assert capsys.readouterr().out == (
-        "step  50/200  epoch 0.00  loss 1.2500  accuracy 50.0%  lr 1.00e-03  grad norm 0.50  tokens/s 1,235"
+        "step  50/200  epoch 0.00  loss 1.2500  grad norm 0.5  lr 0.001  accuracy 50%  tokens/s 1,235"
         "  30s left\n"
     )
 
@@ -53,7 +50,7 @@ def test_an_evaluation_is_one_line(capsys):
         logs={"eval_loss": 2.0, "eval_token_accuracy": 0.25},
     )
 
-    assert capsys.readouterr().out == "step 200/200  epoch 0.00  eval loss 2.0000  eval accuracy 25.0%\n"
+    assert capsys.readouterr().out == "step 200/200  epoch 0.00  eval loss 2.0000  eval accuracy 25%\n"
 
 
 @pytest.mark.parametrize(
@@ -192,43 +189,6 @@ def test_the_means_of_an_epoch_weigh_steps_and_targets(history, means):
     assert epoch_means(history) == expected
 
 
-def test_text_is_written_as_it_is_read(tmp_path):
-    append_json(tmp_path / "x.jsonl", {"text": "床前明月光\n"})
-
-    assert (tmp_path / "x.jsonl").read_text(encoding="utf-8") == '{"text": "床前明月光\\n"}\n'
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0s"),
-        (59.4, "59s"),
-        (59.6, "1m00s"),
-        (75, "1m15s"),
-        (3599, "59m59s"),
-        (3600, "1h00m"),
-        (7384, "2h03m"),
-    ],
-)
-def test_a_duration_is_short(seconds, text):
-    assert to_duration(seconds) == text
-
-
-def test_lines_behind_the_checkpoint_are_dropped_and_so_is_half_a_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 4, "loss": 2.0}\n{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
-
-    assert drop_after(path, 4) == [{"step": 4, "loss": 2.0}]
-    assert path.read_text() == '{"step": 4, "loss": 2.0}\n'
-
-
-def test_a_line_separator_in_a_sample_does_not_end_its_line(tmp_path):
-    path = tmp_path / "samples.jsonl"
-    append_json(path, {"step": 1, "text": "a\u2028b\x85c"})
-
-    assert drop_after(path, 1) == [{"step": 1, "text": "a\u2028b\x85c"}]
-
-
 class Clock:
     """Time that passes where the test says so."""
 
@@ -260,7 +220,7 @@ def test_the_report_takes_at_most_one_hundredth_of_the_time(monkeypatch):
             assert spent <= 0.01 * (clock.now - 1000)
 
     assert written[0] == pytest.approx(0.1)
-    assert 24 < written[1] < 26  # 0.1 seconds were spent, and 0.15 are expected
+    assert 110 < written[1] < 111  # 0.1 seconds were spent, and 1 is expected
     assert len(written) == 23  # 1.1^23 - 1 = 7.95 of 907 seconds; with 1.5 x 0.81 it would be too much
 
 
@@ -290,7 +250,7 @@ def test_a_full_disk_is_said_once_and_stops_nothing(monkeypatch, capsys):
 
     callback = ReportCallback(write, is_main=True)
     event(callback, "on_train_begin", step=0)
-    clock.pass_seconds(60)
+    clock.pass_seconds(101)
     event(callback, "on_log", step=1)
     callback.close()
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from hf_clm.recipe.sections import Card
+from hf_clm.run_folder import RunFolder, RunRecord
 from hf_clm.training.card import base_model, write_card
 
 HASH = "ab" * 32
@@ -30,19 +32,17 @@ RUN = {
     "processes": 1,
     "device": "cpu",
     "precision": "float32",
-    "loss_before": 6.958,
-    "loss_after": 5.8523,
-    "token_accuracy_before": 0.002,
-    "token_accuracy_after": 0.076,
+    "evaluated": {"eval_loss": [6.958, 5.8523], "eval_token_accuracy": [0.002, 0.076]},
     "proof": {"train": {"certificate": {"content_hash": HASH}}},
     "versions": {"python": "3.11", "torch": "2.13"},
 }
 
 
-def card_of(folder: Path, run: dict, **about) -> tuple[dict, str]:
+def card_of(folder: Path, content: dict, *, examples: tuple[str, ...] = (), **about) -> tuple[dict, str]:
     """The front matter, and what follows it."""
     (folder / "recipe.yaml").write_text("stage: sft\n", encoding="utf-8")
-    write_card(folder, run, **about)
+    run = RunFolder(folder, RunRecord.model_validate(content), [], [], [], {}, 0)
+    write_card(run, Card(**about), examples=examples)
     _, front, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return YAML(typ="safe").load(front), text
 
@@ -82,7 +82,7 @@ def test_adapters_name_their_base_and_open_with_peft(tmp_path):
 def test_a_folder_of_somebodys_machine_is_no_base_model(change, name, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
 
-    assert base_model({**RUN, **change}) == name
+    assert base_model(RunRecord.model_validate({**RUN, **change})) == name
 
 
 def test_the_text_holds_the_figures_and_the_hash_and_names_files_without_their_folders(tmp_path):
@@ -90,9 +90,11 @@ def test_the_text_holds_the_figures_and_the_hash_and_names_files_without_their_f
 
     for line in (
         "48 records with 1,099 learned tokens of 2,911, 18 steps",
-        "| loss on training data, nats a token | 6.9580 -> 5.8523 |",
-        "| token accuracy | 0.2% -> 7.6% |",
-        "| hours | 1.50 |",
+        "The evaluation is on training data; losses are in nats per target token.",
+        "| Evaluation loss | 6.9580 -> 5.8523 |",
+        "| Evaluation accuracy | 0.2% -> 7.6% |",
+        "| Time | 1h30m |",
+        "| Device | 1 x cpu, float32 |",
         f"| train | poems.jsonl | 1 dropped: too \\| long, 47 used | `{HASH}` |",
         "![loss](loss.png)",
         "python 3.11, torch 2.13",
@@ -102,7 +104,7 @@ def test_the_text_holds_the_figures_and_the_hash_and_names_files_without_their_f
 
 
 def test_examples_are_shown_where_they_are_asked_for_and_cannot_end_their_fence(tmp_path):
-    _, text = card_of(tmp_path, RUN, samples=["a ```` fence\n# no heading"])
+    _, text = card_of(tmp_path, RUN, examples=["a ```` fence\n# no heading"])
 
     assert "## Examples of the data\n\n`````\na ```` fence\n# no heading\n`````" in text
 

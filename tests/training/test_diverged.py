@@ -27,8 +27,8 @@ def write_recipe(folder: Path, **changes) -> str:
 def read_page(path: Path) -> tuple[dict[str, str], list[bytes]]:
     """The facts at the top of a page, and the bytes of each row without its control tokens."""
     data = json.loads(path.read_text(encoding="utf-8").partition('id="data">')[2].partition("</script>")[0])
-    numbers = np.frombuffer(base64.b64decode(data["tokens"]), dtype=f"<u{data['bytes']}")
-    rows = np.split(np.array(data["ids"])[numbers], np.cumsum([row[1] for row in data["rows"]])[:-1])
+    ids = np.frombuffer(base64.b64decode(data["tokens"]), dtype="<i4")
+    rows = np.split(ids, np.cumsum([row[1] for row in data["rows"]])[:-1])
     return dict(data["facts"]), [bytes(i for i in row.tolist() if i < 256) for row in rows]
 
 

@@ -17,7 +17,7 @@ from hf_clm.evaluation.metrics import token_nll
 from hf_clm.pages.inspection import View, inspect
 from hf_clm.pages.report import build_report
 from hf_clm.recipe.recipe import Recipe, load_recipe, recipe_to_yaml
-from hf_clm.run_folder import load_record
+from hf_clm.run_folder import load_folder
 from hf_clm.training.run import train
 from hf_clm.training.trainer import CLMTrainer
 
@@ -86,7 +86,7 @@ def test_the_end_and_the_report_show_before_and_after_of_every_set(tmp_path, cap
     before, after = (evaluations(tmp_path)[at]["eval_chat_loss"] for at in (0, -1))
 
     assert f"          chat loss {before:.4g} -> {after:.4g}" in capsys.readouterr().out.splitlines()
-    page = build_report(load_record(tmp_path / "run"))
+    page = build_report(load_folder(tmp_path / "run"))
     assert (
         "Before and after" in page and f"<td>chat loss</td><td>{before:.4g}</td><td>{after:.4g}</td>" in page
     )

@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from hf_clm.errors import DivergedError, EnvironmentFault, ExitCode
+from hf_clm.run_folder import write_json
 from hf_clm.training.checkpoints import seal
 from hf_clm.training.output import (
     is_in_use,
@@ -14,7 +15,6 @@ from hf_clm.training.output import (
     move_aside,
     publish,
     recording_failure,
-    write_json,
 )
 
 
@@ -80,26 +80,6 @@ def test_a_final_model_that_was_not_sealed_is_deleted(tmp_path):
     publish(tmp_path)
 
     assert list(tmp_path.iterdir()) == []
-
-
-def test_json_is_replaced_whole(tmp_path):
-    path = tmp_path / "run.json"
-
-    write_json(path, {"status": "running"})
-    write_json(path, {"status": "done", "text": "诗"})
-
-    assert json.loads(path.read_text(encoding="utf-8")) == {"status": "done", "text": "诗"}
-    assert [found.name for found in tmp_path.iterdir()] == ["run.json"]
-
-
-def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
-    path = tmp_path / "run.json"
-    write_json(path, {"status": "running"})
-
-    with pytest.raises(TypeError):
-        write_json(path, {"status": object()})
-
-    assert json.loads(path.read_text()) == {"status": "running"}
 
 
 @pytest.mark.parametrize(

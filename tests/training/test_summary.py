@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from hf_clm.data.prepared.cache import read_splits
 from hf_clm.recipe.recipe import Recipe, load_recipe
-from hf_clm.training.summary import RunFacts, end_lines, start_lines, versions
+from hf_clm.training.summary import RunFacts, add_outcome, end_lines, start_lines, versions
 
 # "say N\n" and N letters and the end token: 8, 9, 10 and 11 tokens, of which 2, 3, 4 and 5 are learned.
 RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "x" * n} for n in range(1, 5)]
@@ -70,7 +70,11 @@ def test_tokens_of_a_step_are_those_of_an_average_row(tmp_path):
 
 
 def test_run_json_begins_with_what_goes_in(tmp_path):
-    content = build_facts(tmp_path, per_device_train_batch_size=2, max_steps=3).to_json()
+    content = (
+        build_facts(tmp_path, per_device_train_batch_size=2, max_steps=3)
+        .to_record("running", proof={})
+        .to_json()
+    )
 
     assert content["train"] == {
         "files": [str(tmp_path / "say.jsonl")],
@@ -93,7 +97,7 @@ def test_run_json_says_where_each_value_of_the_recipe_was_given(tmp_path):
     path.write_text("stage: sft\nmodel: {name_or_path: m}\ndata: {train: a.jsonl}\ntrain: {output_dir: o}\n")
     facts = replace(build_facts(tmp_path), recipe=load_recipe(path, ["--data.max_length", "64"]))
 
-    origins = facts.to_json()["origins"]
+    origins = facts.to_record("running", proof={}).origins
 
     assert origins["stage"] == f"{path}:1"
     assert origins["data.max_length"] == "command line"
@@ -114,28 +118,34 @@ def test_packed_rows_are_counted(tmp_path):
     facts = build_facts(tmp_path, data={"packing": "best_fit", "max_length": 20})
 
     assert "2 packed rows" in "\n".join(start_lines(facts))  # 11 + 9 and 10 + 8
-    assert facts.to_json()["train"]["packing_fill"] == 38 / 40
+    assert facts.to_record("running", proof={}).train.packing_fill == 38 / 40
 
 
 def test_held_out_rows_are_counted_and_named_at_the_end(tmp_path):
     facts = build_facts(tmp_path, data={"eval_fraction": 0.25})
-    outcome = facts.outcome(
+    record = add_outcome(
+        facts.to_record("done", proof={}),
         [
-            {"step": 0, "eval_loss": 3.0, "eval_token_accuracy": 0.0},
+            {"step": 0, "eval_loss": 3.0, "eval_token_accuracy": 0.0, "eval_runtime": 1.0},
             {"step": 7, "loss": 1.5, "tokens_seen": 700},
         ],
-        {"eval_loss": 1.0, "eval_token_accuracy": 0.5},
+        {"eval_loss": 1.0, "eval_token_accuracy": 0.5, "eval_runtime": 2.0, "eval_chrf": 61.25},
         seconds=2.0,
         steps=7,
         speed={"tokens_per_second": 350.0, "mfu": 0.4},
     )
 
-    assert (outcome["tokens_per_second"], outcome["mfu"]) == (350.0, 0.4)
-    assert (outcome["steps_done"], outcome["tokens_seen"]) == (7, 700)
-    assert (outcome["loss_before"], outcome["loss_after"]) == (3.0, 1.0)
-    assert (outcome["token_accuracy_before"], outcome["token_accuracy_after"]) == (0.0, 0.5)
-    text = "\n".join(end_lines(facts, facts.to_json() | outcome))
-    assert "held-out data" in text and "3.0000 -> 1.0000" in text
+    assert (record.tokens_per_second, record.mfu) == (350.0, 0.4)
+    assert (record.steps_done, record.tokens_seen) == (7, 700)
+    assert (record.loss_before, record.loss_after) == (3.0, 1.0)
+    assert (record.token_accuracy_before, record.token_accuracy_after) == (0.0, 0.5)
+    assert set(record.evaluated) == {"eval_loss", "eval_token_accuracy", "eval_chrf"}
+    assert end_lines(facts, record)[:4] == [
+        "done      7 steps in 2s, 700 tokens, 350 tokens/s (40% MFU)",
+        "loss      3.0000 -> 1.0000 on held-out data",
+        "accuracy  0% -> 50% of the target tokens",
+        "          chrf 61.25 -> 61.25",
+    ]
 
 
 def test_versions_are_those_of_what_computes():
