@@ -23,15 +23,13 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_clm.data.batch.packing import PackedDataset
-from hf_clm.data.prepared.sets import load_early
-from hf_clm.data.read.plain_template import settle_render
 from hf_clm.doctor.memory import free_memory
 from hf_clm.errors import EnvironmentFault, RecipeError, UserError
 from hf_clm.machine import measure_peak, peak_memory, settle_cpu
-from hf_clm.model.build import build_model, build_model_config, build_tokenizer_aside
+from hf_clm.model.build import build_model, build_model_config
 from hf_clm.recipe.recipe import Recipe
 from hf_clm.recipe.sections import Doctor
-from hf_clm.training.arguments import training_arguments
+from hf_clm.training.arguments import load_tokenizer_and_settle, training_arguments
 from hf_clm.training.prepare import prepare
 from hf_clm.training.proof import prove_model
 from hf_clm.training.run import build_trainer
@@ -272,8 +270,7 @@ def measure(recipe: Recipe, *, started: float) -> tuple[Start, Trial]:
     limit = free_memory(arguments.device) if arguments.device.type == "cpu" else None
     if arguments.device.type == "cpu":
         settle_cpu(1)
-    tokenizer = build_tokenizer_aside(recipe, load_early(recipe, arguments.seed), arguments=arguments)
-    recipe = settle_render(recipe, tokenizer)
+    tokenizer, recipe = load_tokenizer_and_settle(recipe, arguments)
     config = build_model_config(recipe, tokenizer)
     ends["tokenizer"] = time.time()
     splits = prepare(recipe, tokenizer, arguments=arguments).splits

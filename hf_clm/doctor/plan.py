@@ -7,13 +7,12 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from hf_clm.data.prepared.sets import load_early
 from hf_clm.doctor.facts import empty_step
 from hf_clm.doctor.memory import MemoryEstimate, MicroStep, ModelSizes, Sharding, estimate_memory, read_sizes
 from hf_clm.errors import RecipeError
-from hf_clm.model.build import build_model_config, build_tokenizer_aside
+from hf_clm.model.build import build_model_config
 from hf_clm.recipe.recipe import Recipe
-from hf_clm.training.arguments import training_arguments
+from hf_clm.training.arguments import load_tokenizer_and_settle, training_arguments
 
 WHERE = "--plan"
 CLUSTER = re.compile(r"gpus=(\d+),memory=(\d+(?:\.\d+)?)(gi?b)(?:,length=(\d+))?", re.IGNORECASE)
@@ -135,8 +134,7 @@ def read_model(recipe: Recipe) -> tuple[ModelSizes, MicroStep]:
         what = "a plan is one of training all weights"
         raise RecipeError(what, where="lora", fix="--lora null; the updates of LoRA take little")
     arguments = training_arguments(recipe)
-    loaded = load_early(recipe, arguments.seed)
-    tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)
+    tokenizer, recipe = load_tokenizer_and_settle(recipe, arguments)
     config = build_model_config(recipe, tokenizer)
     step = replace(empty_step(recipe, arguments, config), accumulates=True, device="cuda")
     if recipe.train.get("bf16") is not False:

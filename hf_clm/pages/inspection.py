@@ -15,26 +15,24 @@ from textwrap import wrap
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.data.batch.collators import build_collator
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.prepared.cache import read_splits
-from hf_clm.data.prepared.sets import STREAM_HEAD, load_early
+from hf_clm.data.prepared.sets import STREAM_HEAD
 from hf_clm.data.read.plain_template import settle_render
 from hf_clm.data.split import Split
 from hf_clm.errors import RecipeError
-from hf_clm.model.build import build_tokenizer_aside
 from hf_clm.pages.charts import histogram
 from hf_clm.pages.documents import Reader, inspect_rows
 from hf_clm.pages.report import render
 from hf_clm.pages.rows import FLAGS, Document, Row, Vocabulary, escape
 from hf_clm.pages.terminal import legend, to_lines
-from hf_clm.recipe.recipe import Recipe, find_recipe, load_recipe
+from hf_clm.recipe.recipe import find_recipe, load_recipe
 from hf_clm.recipe.sections import EVAL, TRAIN
 from hf_clm.run_folder import write_text
 from hf_clm.text.tokenizer import load_tokenizer
-from hf_clm.training.arguments import training_arguments
+from hf_clm.training.arguments import load_tokenizer_and_settle, training_arguments
 
 HTML_ROWS = 10_000  # a page with more opens too slowly
 LISTED_DROPS = 5
@@ -80,8 +78,11 @@ def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[
     if name not in known:
         fix = f"--split {' or '.join(known)}" if len(known) > 1 else "set data.eval or data.eval_fraction"
         raise RecipeError(f"the recipe has no set {view.split!r}", where=target, fix=fix)
-    tokenizer = _tokenizer(recipe, arguments=arguments, target=target)
-    recipe = settle_render(recipe, tokenizer)
+    if recipe.tokenizer.train is not None and Path(target).is_dir():  # the run has trained it
+        tokenizer = load_tokenizer(target, pad_token=recipe.tokenizer.pad_token)
+        recipe = settle_render(recipe, tokenizer)
+    else:
+        tokenizer, recipe = load_tokenizer_and_settle(recipe, arguments)
     split = read_splits(recipe, tokenizer, seed=arguments.seed)[name]
     batch_size = arguments.train_batch_size if name == TRAIN else arguments.eval_batch_size
     reader = Reader(split, tokenizer, recipe=recipe)
@@ -134,14 +135,6 @@ def padded_fill(lengths: np.ndarray, max_length: int, *, batch_size: int) -> flo
     )
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     return float(rows.sum() / sum(len(batch) * batch.max() for batch in batches))
-
-
-def _tokenizer(recipe: Recipe, *, arguments: TrainingArguments, target: str) -> PreTrainedTokenizerFast:
-    """The run's own, if the run trained it."""
-    if recipe.tokenizer.train is not None and Path(target).is_dir():
-        return load_tokenizer(target, pad_token=recipe.tokenizer.pad_token)
-    loaded = load_early(recipe, arguments.seed)
-    return build_tokenizer_aside(recipe, loaded, arguments=arguments)
 
 
 def _severity(row: Row) -> tuple[int, ...]:

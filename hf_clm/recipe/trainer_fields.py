@@ -178,7 +178,7 @@ LIMITS: dict[str, tuple[Any, ...]] = {
     "warmup_steps": (AfterValidator(_steps),),
     "max_steps": (AfterValidator(_max_steps),),
     "weight_decay max_grad_norm dataloader_num_workers eval_delay": (Field(ge=0),),
-    "*_batch_size gradient_accumulation_steps eval_accumulation_steps save_total_limit": (Field(ge=1),),
+    "per_*_batch_size gradient_accumulation_steps eval_accumulation_steps save_total_limit": (Field(ge=1),),
     "dataloader_prefetch_factor torch_empty_cache_steps": (Field(ge=1),),
     "seed data_seed": (Field(ge=0, lt=2**32),),
     "label_smoothing_factor adam_beta1 adam_beta2": (Field(ge=0, lt=1),),

@@ -12,11 +12,13 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_clm.data.prepared.sets import load_early
 from hf_clm.data.prepared.stream import StreamedRows, StreamPlan
 from hf_clm.data.prepared.stream_blocks import counted_by, read_stream, shares_of, stream_identity
+from hf_clm.data.read.plain_template import settle_render
 from hf_clm.errors import RecipeError
 from hf_clm.machine import check_spreading, has_bf16, is_one_of_many, spreads_with
-from hf_clm.model.build import weights_dtype
+from hf_clm.model.build import build_tokenizer_aside, weights_dtype
 from hf_clm.recipe.recipe import Recipe, training_values
 from hf_clm.training.optimizer import check_optimization
 
@@ -110,6 +112,17 @@ def build_stream(
     if checkpoint:
         stream.read_state(checkpoint)
     return stream
+
+
+def load_tokenizer_and_settle(
+    recipe: Recipe, arguments: TrainingArguments
+) -> tuple[PreTrainedTokenizerFast, Recipe]:
+    """The tokenizer of a recipe, and the recipe with ``data.render`` decided by it, for what is no run.
+
+    A tokenizer that the recipe trains is trained again, and written to no output folder.
+    """
+    tokenizer = build_tokenizer_aside(recipe, load_early(recipe, arguments.seed), arguments=arguments)
+    return tokenizer, settle_render(recipe, tokenizer)
 
 
 def _is_on_cpu(values: Mapping[str, Any]) -> bool:

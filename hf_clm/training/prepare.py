@@ -20,17 +20,16 @@ from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.data.prepared.cache import Place, find_place, open_place, today
 from hf_clm.data.prepared.cluster import RayBlocks
 from hf_clm.data.prepared.prepare import MakeBlocks, in_turn, write_prepared
-from hf_clm.data.prepared.sets import STREAM_HEAD, load_early, to_head
+from hf_clm.data.prepared.sets import STREAM_HEAD, to_head
 from hf_clm.data.prepared.store import Stored, require_writable
 from hf_clm.data.proof.ledger import Entered, write_ledger
 from hf_clm.data.proof.proof import Proof, prove_mix
-from hf_clm.data.read.plain_template import settle_render
 from hf_clm.data.split import Split, mix_splits, note_lines
 from hf_clm.errors import EnvironmentFault, RecipeError
-from hf_clm.model.build import build_model_config, build_tokenizer_aside
+from hf_clm.model.build import build_model_config
 from hf_clm.recipe.recipe import Recipe
 from hf_clm.text.tokenizer import fix_date
-from hf_clm.training.arguments import training_arguments
+from hf_clm.training.arguments import load_tokenizer_and_settle, training_arguments
 from hf_clm.training.faults import require_alive
 from hf_clm.training.output import PREPARED
 
@@ -139,9 +138,7 @@ def prepare_recipe(recipe: Recipe, *, ray: str | None = None) -> list[str]:
         fix = "hf-clm train reads it, and prepares data.eval alone; or set data.streaming to false"
         raise RecipeError("nothing is prepared of a stream", where="data.streaming", fix=fix)
     arguments = training_arguments(recipe)
-    loaded = load_early(recipe, arguments.seed)
-    tokenizer = build_tokenizer_aside(recipe, loaded, arguments=arguments)
-    recipe = settle_render(recipe, tokenizer)
+    tokenizer, recipe = load_tokenizer_and_settle(recipe, arguments)
     build_model_config(recipe, tokenizer)  # refuses rows that are longer than the model's positions
     place = find_place(recipe, tokenizer, seed=arguments.seed, aside=Path(tempfile.gettempdir()))
     if place.why_not:

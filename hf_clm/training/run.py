@@ -199,9 +199,7 @@ def guarding(
         is_main = trainer.is_world_process_zero()
         stack.enter_context(recording_failure(folder / "run.json", is_main=is_main))
         stack.enter_context(among_others())
-        stack.enter_context(
-            own_errors()
-        )  # processes train on rows of their own, and meet faults of their own
+        stack.enter_context(own_errors())  # each process trains on rows of its own
         stack.enter_context(writing(folder))
         yield
 

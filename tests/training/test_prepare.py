@@ -334,7 +334,7 @@ def test_which_files_of_a_folder_are_read_is_told_by_prepare_and_of_a_set_from_t
 def test_prepare_prints_what_nothing_reads(tmp_path, monkeypatch):
     records = [{**record, "id": 1} for record in RECORDS]
     recipe = build_recipe(tmp_path, records)
-    monkeypatch.setattr(module, "build_tokenizer_aside", lambda *args, **options: byte_tokenizer())
+    monkeypatch.setattr(module, "load_tokenizer_and_settle", lambda recipe, _: (byte_tokenizer(), recipe))
     monkeypatch.setattr(module, "build_model_config", lambda *args: None)
 
     assert "note      keys not used: id" in prepare_recipe(recipe)
