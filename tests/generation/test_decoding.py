@@ -189,6 +189,7 @@ def by_samples(folder: str, tmp_path: Path, **asked: Any) -> list[str]:
     facts: Any = SimpleNamespace(recipe=recipe, template=None, format="text", has_turns=False)
     trainer: Any = SimpleNamespace(
         model=run.model,
+        processing_class=run.tokenizer,
         args=SimpleNamespace(seed=asked.get("seed", 0), output_dir=str(place)),
         accelerator=SimpleNamespace(unwrap_model=lambda model: model),
         aside=nullcontext,

@@ -645,7 +645,8 @@ def test_a_client_that_leaves_while_it_waits_for_the_whole_ends_its_generation(e
     connection.close()
     wait_until(lambda: metrics(endless, **WITH_KEY)["hf_clm_generating"] == 0)
 
-    assert metrics(endless, **WITH_KEY)['hf_clm_answers_total{finish="cancelled"}'] == cancelled + 1
+    counted = 'hf_clm_answers_total{finish="cancelled"}'
+    wait_until(lambda: metrics(endless, **WITH_KEY).get(counted) == cancelled + 1)
 
 
 def test_metrics_count(squares):

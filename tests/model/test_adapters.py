@@ -286,9 +286,7 @@ def test_a_model_from_scratch_has_nothing_to_freeze(tmp_path):
     )
     from hf_clm.recipe.recipe import load_recipe
 
-    with pytest.raises(
-        RecipeError, match=r"recipe.yaml:5: lora freezes the model, which has to be a trained"
-    ):
+    with pytest.raises(RecipeError, match=r"recipe.yaml:5: lora needs model.init: pretrained; got scratch"):
         load_recipe(path)
 
 
