@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import SERVER
 from helpers import build_recipe, byte_tokenizer, save_folder, tiny_model
 from safetensors.torch import load_file
 
 RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 14)]
 OF_THE_CLOCK = ("seconds", "per_second", "mfu", "peak_memory_bytes", "runtime")
-SERVER = multiprocessing.get_context("forkserver")  # has imported everything, and has no threads yet
-SERVER.set_forkserver_preload(["hf_clm.training.run", "helpers"])
 
 
 def dropout_recipe(folder: Path, **changes: Any) -> Any:

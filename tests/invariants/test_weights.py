@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import PAD, SIZES, X, tiny_model
-from launched import free_port, run_ranks
+from forked import free_port, run_program
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
@@ -177,7 +177,7 @@ def test_a_step_is_the_bare_weighted_mean_however_it_is_batched(
 def test_a_step_of_two_processes_of_which_one_has_no_weights_is_that_of_one(tmp_path):
     (tmp_path / "port").write_text(free_port())
 
-    run_ranks(__file__, tmp_path)
+    run_program(__file__, tmp_path)
 
     found = torch.load(tmp_path / "found.pt")
     for name in MODELS:
