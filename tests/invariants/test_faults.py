@@ -12,7 +12,19 @@ from pathlib import Path
 import pytest
 from forked import LIMIT_SECONDS, finish
 from launched import prepare, torchrun
-from watched import ALONE, RECIPE, children, facts, fork, fork_two, is_alive, reach_step, start, steps, wait_for
+from watched import (
+    ALONE,
+    RECIPE,
+    children,
+    facts,
+    fork,
+    fork_two,
+    is_alive,
+    reach_step,
+    start,
+    steps,
+    wait_for,
+)
 
 SAVING = ("--save_strategy", "steps", "--save_steps", "20", "--logging_steps", "20")
 # What a run does in one process of two: its data cannot be read at the third step.
