@@ -1,17 +1,21 @@
-"""What holds for all tests: a cache of their own, and the same cases each time they are run.
+"""What holds for all tests: a cache of their own, the same cases each time they are run, and an end by SIGTERM.
 
 HYPOTHESIS_PROFILE=default lets Hypothesis search at random.
 """
 
 import os
+import signal
+from types import FrameType
 
 import hypothesis
+import psutil
 import pytest
-
-from hf_clm.errors import Preempted
 
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+# What a run in this process prints to stderr where it takes a SIGTERM that was meant for the tests.
+TAKEN_BY_A_RUN = "SIGTERM: the run saves and stops"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -21,8 +25,25 @@ def _cache_of_its_own(tmp_path_factory):
         yield
 
 
-def pytest_exception_interact(call):
-    """Ends the tests where a run under test took the SIGTERM that was meant for them: by a time limit."""
-    stopped = call.excinfo.value
-    if isinstance(stopped, Preempted) and stopped.reason == "SIGTERM":
-        pytest.exit("SIGTERM", returncode=143)
+def pytest_configure():
+    signal.signal(signal.SIGTERM, _end)
+
+
+def pytest_exception_interact(report):
+    """Ends the tests where one failed because a run in this process took their SIGTERM."""
+    if TAKEN_BY_A_RUN in getattr(report, "capstderr", ""):
+        _end()
+
+
+def _end(number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
+    """Kills every process below the one that began the tests, and ends that one too.
+
+    At once, as a test may wait inside a library for as long as its own time limit.
+    """
+    this = psutil.Process()
+    for process in this.children(recursive=True):
+        process.kill()
+    if IS_WORKER:
+        os.kill(os.getppid(), signal.SIGTERM)  # which kills the other workers
+    os.write(2, b"\nSIGTERM: the tests end here\n")
+    os._exit(128 + number)
