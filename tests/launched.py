@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from forked import PROGRAM, Ended, free_port, run_ranks
+from forked import Ended, free_port, run_ranks
 from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,6 @@ import torch
 from forked import finish
 from launched import BATCH, EVAL_BATCH, RECIPE, TWO_ROWS, prepare, read_metrics, train_on_two
 from safetensors.torch import load_file
-
 from watched import fork_two, steps, wait_for
 
 from hf_clm.cli import main

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import X, tiny_model
 from forked import run_program
+from helpers import X, tiny_model
 from transformers import AutoModelForCausalLM
 
 from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM

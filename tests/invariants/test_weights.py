@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import PAD, SIZES, X, tiny_model
 from forked import free_port, run_program
+from helpers import PAD, SIZES, X, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,

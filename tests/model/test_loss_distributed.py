@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import X, tiny_model
 from forked import run_program
+from helpers import X, tiny_model
 
 from hf_clm.data.batch.collators import DataCollatorForCausalLM
 from hf_clm.model.loss import use_target_loss, why_not
