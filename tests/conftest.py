@@ -1,4 +1,4 @@
-"""What holds for all tests: a cache of their own, the same cases each time they are run, and an end by SIGTERM.
+"""What holds for all tests: a cache of their own, the same cases each time they run, and an end by SIGTERM.
 
 HYPOTHESIS_PROFILE=default lets Hypothesis search at random.
 """

@@ -208,7 +208,8 @@ def test_a_process_that_hangs_ends_the_other_after_the_timeout(folder):
 
     assert code == 6
     assert errors(folder) == [
-        f"error: {LOST}; got Timed out; fix: look for its own error; the same command resumes from the last checkpoint"
+        f"error: {LOST}; got Timed out; "
+        "fix: look for its own error; the same command resumes from the last checkpoint"
     ]
 
 

@@ -27,27 +27,12 @@ from transformers import AutoModelForCausalLM
 
 from hf_clm.cli import main
 
-FILES = set(
-    [
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "recipe.yaml",
-        "run.json",
-        "metrics.jsonl",
-        "samples.jsonl",
-        "ledger.parquet",
-        "loss.png",
-        "loss.pdf",
-        "README.md",
-        "label_rows.jsonl",
-        "report.html",
-        "checkpoint-4",
-        "checkpoint-8",
-    ]
-)
+FILES = {
+    *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"),
+    *("tokenizer_config.json", "recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl"),
+    *("ledger.parquet", "loss.png", "loss.pdf", "README.md", "label_rows.jsonl", "report.html"),
+    *("checkpoint-4", "checkpoint-8"),
+}
 
 
 @pytest.fixture(scope="module", params=["sft", "pretrain"])

@@ -49,7 +49,10 @@ JUDGED = {
     **{"train.save_strategy": "steps", "train.save_steps": 1, "train.max_steps": 4},
 }
 BEST = {**JUDGED, "train.load_best_model_at_end": True, "train.learning_rate": 0.3}
-ANSWERED = {**JUDGED, "evaluation": {"generate": 2, "metrics": ["helpers:count_letters"]}}
+ANSWERED = {
+    **JUDGED,
+    "evaluation": {"generate": 2, "metrics": ["helpers:count_letters"], "max_new_tokens": 4},
+}
 SCRATCH = {
     "model": {"init": "scratch", "config": {"model_type": "gpt2", **helpers.SIZES["gpt2"]}},
     "tokenizer.name_or_path": "{folder}/model",
