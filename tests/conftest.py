@@ -3,9 +3,15 @@
 HYPOTHESIS_PROFILE=default lets Hypothesis search at random.
 """
 
+import gc
 import os
+import shutil
 import signal
+import sys
+from functools import cache
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import hypothesis
 import psutil
@@ -23,6 +29,36 @@ def _cache_of_its_own(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_CLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _once_in_all_runs(tmp_path_factory):
+    """The speed of this machine is measured and the plots of the loss are drawn once, then copied.
+
+    They take most of the time of a run of two steps. Both have tests of their own.
+    """
+    run, trainer = (sys.modules.get(f"hf_clm.training.{name}") for name in ("run", "trainer"))
+    if run is None or trainer is None:  # no test needs them
+        yield
+        return
+    draw, drawn = run.write_loss_plots, tmp_path_factory.mktemp("plots")
+
+    def copy_plots(metrics: list[dict[str, Any]], folder: Path) -> None:
+        if not (drawn / "loss.pdf").exists():
+            draw(metrics, drawn)
+        if any("loss" in entry for entry in metrics):
+            shutil.copytree(drawn, folder, dirs_exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "write_loss_plots", copy_plots)
+        patch.setattr(trainer, "measure_peak", cache(trainer.measure_peak))
+        yield
+
+
+def pytest_collection_finish():
+    """Lets the garbage collector, which the Trainer calls at its end, pass over all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure():

@@ -4,6 +4,8 @@ A fresh interpreter takes 6 CPU seconds to import torch and transformers. What a
 tested with real ones (launched.py); what the ranks of a run do together needs none.
 """
 
+import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -50,6 +52,7 @@ class Forked:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", **settings}
         self._process = SERVER.Process(target=_run, args=(folder, list(words), environment, self.files))
         self._process.start()
+        atexit.register(self.kill)  # of a test that failed; else Python would wait for it at its end
         self.pid: int = self._process.pid or 0
 
     def poll(self) -> int | None:
@@ -81,6 +84,7 @@ class Forked:
 
 def _run(folder: Path, words: list[str], environment: dict[str, str], files: list[Path]) -> None:
     """In the new process: what Python does with these words."""
+    gc.freeze()  # else the collector, which the Trainer calls, looks at all that was imported
     os.setsid()
     os.chdir(folder)
     os.environ.clear()

@@ -1,5 +1,6 @@
 """Runs in processes of their own that are killed, and what is left of them."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -76,6 +77,7 @@ def _train(folder: Path, fault: str, changes: dict[str, Any]) -> None:
     from hf_clm.errors import UserError
     from hf_clm.training.run import train
 
+    gc.freeze()
     if fault:
         die_at(fault)
     multiprocessing.set_start_method("fork", force=True)  # as in a run: its workers see that it has died
