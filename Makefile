@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup sft pretrain generate test test-peers test-browser bench-peers soak test-fast lint format clean
+.PHONY: help setup sft pretrain generate test test-large test-peers test-browser bench-peers soak test-fast lint format clean
 
 VENV := .venv
 BIN = $(VENV)/bin
@@ -43,8 +43,14 @@ pretrain: $(READY) $(CORPUS)  ## Train a small GPT-2 from scratch on Python's do
 generate: $(READY)  ## Let a trained model answer. RUN=runs/sft-poems PROMPT="..." ARGS="--max_new_tokens 64"
 	$(call ask,RUN) $(ARGS)
 
-test: lint  ## Format, lint, types and all tests that need no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --timeout 300 -m 'not gpu and not browser' $(ARGS)
+# A worker that was ended by SIGTERM ends the tests; a new one in its place would not.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist worksteal
+
+test: lint  ## Format, lint, types and the tests of every promise on a CPU; 10 minutes
+	$(PYTEST) --timeout 300 -m 'not gpu and not browser and not large' $(ARGS)
+
+test-large: $(READY)  ## The tests that test leaves out: true shapes, minutes of training, more variants. ARGS="-k poems"
+	$(PYTEST) --timeout 900 -m 'large and not gpu and not browser' $(ARGS)
 
 test-peers: $(VENV)/.setup-peers  ## Compare with TRL; installs it. ARGS="-k labels"
 	$(BIN)/python -m pytest -m peer $(ARGS)
@@ -64,7 +70,7 @@ soak: $(READY)  ## Kill runs 200 times at random, and compare each with one that
 	HF_CLM_SOAK_KILLS=$(if $(KILLS),$(call text,KILLS),200) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/invariants/test_soak.py $(ARGS)
 
 test-fast: $(READY)  ## The tests that take seconds. ARGS="-k labels"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not peer and not gpu and not browser' $(ARGS)
+	$(PYTEST) -m 'not slow and not large and not peer and not gpu and not browser' $(ARGS)
 
 lint: $(READY)  ## Format, lint and types, checked and not changed
 	$(BIN)/ruff format --check .

@@ -1,5 +1,6 @@
 """Runs in processes of their own that are killed, and what is left of them."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -9,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import SERVER
 from helpers import build_recipe, byte_tokenizer, save_folder, tiny_model
 from safetensors.torch import load_file
 
 RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 14)]
 OF_THE_CLOCK = ("seconds", "per_second", "mfu", "peak_memory_bytes", "runtime")
-SERVER = multiprocessing.get_context("forkserver")  # has imported everything, and has no threads yet
-SERVER.set_forkserver_preload(["hf_clm.training.run", "helpers"])
 
 
 def dropout_recipe(folder: Path, **changes: Any) -> Any:
@@ -77,6 +77,7 @@ def _train(folder: Path, fault: str, changes: dict[str, Any]) -> None:
     from hf_clm.errors import UserError
     from hf_clm.training.run import train
 
+    gc.freeze()
     if fault:
         die_at(fault)
     multiprocessing.set_start_method("fork", force=True)  # as in a run: its workers see that it has died

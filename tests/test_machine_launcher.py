@@ -8,8 +8,8 @@ import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from forked import free_port
 from helpers import build_recipe
-from launched import free_port
 
 from hf_clm.errors import EnvironmentFault, RecipeError
 from hf_clm.machine import check_spreading, is_one_of_many, spreads_with

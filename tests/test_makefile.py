@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ["help", "setup", "sft", "pretrain", "generate"]
 TARGETS += [
     "test",
+    "test-large",
     "test-peers",
     "test-browser",
     "bench-peers",

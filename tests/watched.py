@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
-from launched import BIN, RECORDS, ROOT
+from forked import LIMIT_SECONDS, PROGRAM, Forked, start_ranks
+from launched import BIN, environment
 
 ALONE = [sys.executable]
-LIMIT_SECONDS = 120
 # Ends only when it is stopped; saves nothing on its own.
 RECIPE = """\
 stage: sft
@@ -35,37 +34,34 @@ train:
 """
 
 
-def prepare(folder: Path, recipe: str = RECIPE) -> Path:
-    """A folder with a tiny model, 14 rows and a recipe."""
-    folder.mkdir()
-    save_folder(folder / "model", tiny_model(), byte_tokenizer())
-    write_jsonl(folder / "train.jsonl", RECORDS)
-    (folder / "recipe.yaml").write_text(recipe)
-    return folder
-
-
 def accelerate(*words: str) -> list[str]:
     """One process, or as many as the words say."""
     plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     return [str(BIN / "accelerate"), "launch", *(words or ("--cpu", "--num_processes", "1")), *plain]
 
 
-PROGRAM = ("-m", "hf_clm", "train", "recipe.yaml")
-
-
-def start(
-    folder: Path, launcher: list[str], *words: str, program: Sequence[str] = PROGRAM, **settings: str
-) -> subprocess.Popen:
+def start(folder: Path, launcher: list[str], *words: str, **settings: str) -> subprocess.Popen:
     """Starts a run in an empty ``run`` folder; its output goes to out.txt and err.txt."""
     shutil.rmtree(folder / "run", ignore_errors=True)
-    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **settings}
-    command = [*launcher, *program, *words]
+    command = [*launcher, "-m", "hf_clm", "train", "recipe.yaml", *words]
     with (folder / "out.txt").open("w") as out, (folder / "err.txt").open("w") as err:
-        options: dict[str, Any] = {"cwd": folder, "env": os.environ | ours, "stdout": out, "stderr": err}
-        return subprocess.Popen(command, **options)
+        given = os.environ | environment() | settings
+        return subprocess.Popen(command, cwd=folder, env=given, stdout=out, stderr=err)
 
 
-def reach_step(folder: Path, process: subprocess.Popen) -> None:
+def fork(folder: Path, *words: str, program: Sequence[str] = PROGRAM) -> Forked:
+    """Starts it in one process, without a launcher."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    return Forked(folder, [*program, *words])
+
+
+def fork_two(folder: Path, *words: str, **options: Any) -> list[Forked]:
+    """Starts it in two processes, without a launcher; ``options`` are those of ``start_ranks``."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    return start_ranks([folder] * 2, *words, **options)
+
+
+def reach_step(folder: Path, process: subprocess.Popen | Forked) -> None:
     """Waits for the first step of a run."""
     try:
         wait_for(lambda: steps(folder) or process.poll() is not None)

@@ -18,7 +18,7 @@ def run(*words: str) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_the_script_runs_on_two_processes_of_a_cpu():
     found = run("--on_cpu")
 

@@ -10,7 +10,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("gpu.py")
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_the_gpu_benchmark_runs_in_miniature():
     options = ["--miniature", "--cases", "qwen2.5-0.5b-sft", "--arms", "ours-compile", "stock"]
 

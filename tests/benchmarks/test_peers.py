@@ -93,7 +93,6 @@ def test_a_precision_left_to_the_trainer_stands_in_the_column_of_what_it_was(tab
     assert lines[-2] == "| Arm |  |  |  | 1,234 | 5 | 2.00 |"
 
 
-@pytest.mark.slow
 @pytest.mark.peer
 def test_a_tiny_case_runs_to_its_end_and_every_loss_is_that_of_the_rows_alone(tmp_path):
     pytest.importorskip("trl")

@@ -177,9 +177,17 @@ CHUNKED: list[tuple[tuple[str, dict[str, Any]], dict[str, Any]]] = [
 ]
 
 
+ALL = [*MEASURED, *((model, {**step, "chunked_loss": True}) for model, step in CHUNKED)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "step"), [*MEASURED, *((model, {**step, "chunked_loss": True}) for model, step in CHUNKED)]
+    ("model", "step"),
+    # one with the model's own loss and one with that of training
+    [
+        case if case in (MEASURED[0], ALL[-2]) else pytest.param(*case, marks=pytest.mark.large)
+        for case in ALL
+    ],
 )
 def test_the_estimate_is_within_15_percent_of_the_measured_peak(model, step):
     words = [sys.executable, "-c", SCRIPT, json.dumps([*model, step])]

@@ -1,15 +1,14 @@
 """From a file on disk to an answer, through the command line alone."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked
 from helpers import write_jsonl
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("red", "green", "blue", "white", "black", "grey", "gold", "pink")
 DOCUMENTS = [{"text": f"The {word} door opens. Behind the {word} door is a {word} room.\n"} for word in WORDS]
 ANSWERS = {"red": "A cherry.", "green": "The forest.", "blue": "Sky and sea.", "white": "Snow."}
@@ -60,20 +59,12 @@ print(tokenizer.decode(output[inputs["input_ids"].shape[1]:], skip_special_token
 """
 
 
-def run(words: list[str], folder: Path) -> str:
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=folder,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr and "[transformers]" not in done.stderr, done.stderr
-    return done.stdout
+def run(folder: Path, *words: str) -> str:
+    """What a command prints; nothing warns."""
+    process = Forked(folder, ["-m", "hf_clm", *words])
+    assert process.wait() == 0, process.read().err
+    assert "Warning" not in process.read().err and "[transformers]" not in process.read().err
+    return process.read().out
 
 
 @pytest.mark.slow
@@ -82,13 +73,13 @@ def test_pretrain_then_fine_tune_then_answer(tmp_path):
     write_jsonl(tmp_path / "questions.jsonl", QUESTIONS)
     (tmp_path / "pretrain.yaml").write_text(PRETRAIN)
     (tmp_path / "sft.yaml").write_text(SFT)
-    program = ["-m", "hf_clm"]
 
-    base = run([*program, "train", "pretrain.yaml"], tmp_path)
-    tuned = run([*program, "train", "sft.yaml"], tmp_path)
-    answers = run([*program, "generate", "runs/answers", "--file", "questions.jsonl", "--json"], tmp_path)
-    figures = json.loads(run([*program, "evaluate", "runs/answers", "questions.jsonl", "--json"], tmp_path))
-    plain = run(["-c", PLAIN, "runs/answers", "blue"], tmp_path)
+    base = run(tmp_path, "train", "pretrain.yaml")
+    tuned = run(tmp_path, "train", "sft.yaml")
+    answers = run(tmp_path, "generate", "runs/answers", "--file", "questions.jsonl", "--json")
+    figures = json.loads(run(tmp_path, "evaluate", "runs/answers", "questions.jsonl", "--json"))
+    fresh = [sys.executable, "-c", PLAIN, "runs/answers", "blue"]
+    plain = subprocess.run(fresh, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
 
     facts = json.loads((tmp_path / "runs" / "base" / "run.json").read_text())
     assert "random weights" in base and "sample at step 10" in base

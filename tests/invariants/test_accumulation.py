@@ -48,8 +48,7 @@ def three_steps(
     return [entry for entry in trainer.state.log_history if "loss" in entry], model.state_dict()
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("packed", "kind"), [(False, "qwen2"), (True, "mixtral")])
 def test_accumulation_changes_neither_loss_nor_gradient_nor_weights(tmp_path, packed, kind):
     whole, weights = three_steps(tmp_path, batch=8, accumulation=1, packed=packed, kind=kind)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.large
 
 WORDS = ("--samples", "null", "--max_steps", "6", "--save_steps", "3", "--save_total_limit", "5")
 

@@ -10,14 +10,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launched import ROOT, torchrun
+from forked import LIMIT_SECONDS, finish
+from launched import prepare, torchrun
 from watched import (
     ALONE,
-    LIMIT_SECONDS,
+    RECIPE,
     children,
     facts,
+    fork,
+    fork_two,
     is_alive,
-    prepare,
     reach_step,
     start,
     steps,
@@ -25,7 +27,6 @@ from watched import (
 )
 
 SAVING = ("--save_strategy", "steps", "--save_steps", "20", "--logging_steps", "20")
-SHORT = ("--max_steps", "3")
 # What a run does in one process of two: its data cannot be read at the third step.
 BROKEN_DATA = """
 import os
@@ -44,10 +45,21 @@ run.CLMTrainer = Broken
 raise SystemExit(main(["train", "recipe.yaml"]))
 """
 
+# Its output goes into a pipe that nobody reads, and cannot be written.
+UNREAD = """
+import os
+from hf_clm.cli import main
+
+reader, writer = os.pipe()
+os.dup2(writer, 1)
+os.close(reader)
+raise SystemExit(main(["train", "recipe.yaml", "--max_steps", "3"]))
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return prepare(tmp_path_factory.mktemp("faults") / "work")
+    return prepare(tmp_path_factory.mktemp("faults") / "work", RECIPE)
 
 
 def errors(folder: Path) -> list[str]:
@@ -62,11 +74,11 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def test_a_limit_on_the_size_of_files_ends_a_run_in_one_line_and_the_last_checkpoint_stays(folder):
-    process = start(folder, ALONE, *SAVING)
+    process = fork(folder, *SAVING)
     wait_for(lambda: checkpoints(folder) or process.poll() is not None)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))  # the model takes 144,152
 
-    assert process.wait(LIMIT_SECONDS) == 6
+    assert process.wait() == 6
     (error,) = errors(folder)
     assert f": cannot be written; got {os.strerror(errno.EFBIG)} (0.4 MiB needed, " in error
     assert "fix: raise the limit of this shell on the size of a file (ulimit -f)" in error
@@ -110,11 +122,11 @@ def test_a_full_disk_ends_a_run_in_one_line_and_all_checkpoints_on_it_are_whole(
 
 
 def test_a_folder_that_is_moved_ends_a_run_and_nothing_is_written_in_its_place(folder):
-    process = start(folder, ALONE, *SAVING)
+    process = fork(folder, *SAVING)
     wait_for(lambda: checkpoints(folder) or process.poll() is not None)
     (folder / "run").rename(folder / "moved")
 
-    assert process.wait(LIMIT_SECONDS) == 6
+    assert process.wait() == 6
     assert errors(folder) == [
         "error: run: the output folder was moved or deleted while the run wrote to it; nothing is written "
         "elsewhere; fix: --output_dir names the folder that was moved: the run goes on there"
@@ -124,31 +136,26 @@ def test_a_folder_that_is_moved_ends_a_run_and_nothing_is_written_in_its_place(f
 
 
 def test_training_goes_on_where_nobody_reads_what_it_prints(folder):
-    command = [*ALONE, "-m", "hf_clm", "train", "recipe.yaml", *SHORT, "--output_dir", "unread"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.close()
-        assert process.stderr.read() == ""
-        assert process.wait(LIMIT_SECONDS) == 0
+    (folder / "unread.py").write_text(UNREAD)
 
-    assert (folder / "unread" / "model.safetensors").is_file()
+    process = fork(folder, program=("unread.py",))
+
+    assert process.wait() == 0
+    assert process.read().err == ""
+    assert (folder / "run" / "model.safetensors").is_file()
 
 
-@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_looked_for(folder):
     """/sys takes no folder, from root either."""
-    process = start(folder, ALONE, "--output_dir", "/sys/run", "--model.name_or_path", "./missing")
+    process = fork(folder, "--output_dir", "/sys/run", "--model.name_or_path", "./missing")
 
-    assert process.wait(LIMIT_SECONDS) == 6
+    assert process.wait() == 6
     assert errors(folder)[0].startswith("error: /sys/run: cannot write to the output folder; got ")
 
 
 @pytest.mark.slow
 def test_a_hub_that_cannot_be_reached_is_one_line(folder):
-    """Port 9 is closed; the cache is empty."""
+    """Port 9 is closed; the cache is empty. The address is read where its package is imported."""
     hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "0"}
     process = start(folder, ALONE, "--model.name_or_path", "nobody/nothing", **hub)
 
@@ -159,45 +166,60 @@ def test_a_hub_that_cannot_be_reached_is_one_line(folder):
     assert "hf download nobody/nothing" in error
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", ["0", "1"])
+LOST = "another process of this run has ended, or does not answer"
+
+
+@pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_is_killed_ends_the_other(folder, killed):
+    ranks = fork_two(folder)
+    reach_step(folder, ranks[0])
+    ranks[killed].send_signal(signal.SIGKILL)
+
+    ended = finish(ranks)
+
+    other = ended[1 - killed]
+    assert (ended[killed].code, other.code) == (-9, 6)
+    assert [line for line in other.err.splitlines() if LOST in line] == other.err.splitlines()[-1:]
+    assert "Traceback" not in other.err
+
+
+@pytest.mark.large
+def test_torchrun_ends_with_a_process_that_is_killed(folder):
     launcher = start(folder, torchrun())
     reach_step(folder, launcher)
     of_ranks = children(launcher.pid)
-    os.kill(of_ranks[killed], signal.SIGKILL)
+    os.kill(of_ranks["1"], signal.SIGKILL)
 
     assert launcher.wait(LIMIT_SECONDS) == 1
     assert not any(is_alive(child) for child in of_ranks.values())
     text = (folder / "err.txt").read_text()
     assert "exitcode  : -9" in text
     assert "[rank" not in text  # a traceback of the other
-    assert len([line for line in errors(folder) if "another process of this run has ended" in line]) <= 1
+    assert len([line for line in errors(folder) if LOST in line]) <= 1
 
 
-@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_other_after_the_timeout(folder):
-    launcher = start(folder, torchrun(), "--ddp_timeout", "4", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2")
-    reach_step(folder, launcher)
-    of_ranks = children(launcher.pid)
-    os.kill(of_ranks["1"], signal.SIGSTOP)
+    ranks = fork_two(folder, "--ddp_timeout", "2")
+    reach_step(folder, ranks[0])
+    ranks[1].send_signal(signal.SIGSTOP)
 
-    assert launcher.wait(LIMIT_SECONDS) == 1
-    assert not any(is_alive(child) for child in of_ranks.values())
+    code = ranks[0].wait()
+    ranks[1].kill()
+
+    assert code == 6
     assert errors(folder) == [
-        "error: another process of this run has ended, or does not answer; got Timed out; "
+        f"error: {LOST}; got Timed out; "
         "fix: look for its own error; the same command resumes from the last checkpoint"
     ]
 
 
-@pytest.mark.slow
 def test_an_error_in_the_data_of_one_process_is_said_once_and_ends_both(folder):
     (folder / "broken.py").write_text(BROKEN_DATA)
-    launcher = start(folder, torchrun(), program=("broken.py",))
 
-    assert launcher.wait(LIMIT_SECONDS) == 1
+    first, second = finish(fork_two(folder, program=("broken.py",)))
+
+    assert (first.code, second.code) == (6, 3)
     assert steps(folder) == [1, 2]
-    own = "error on rank 1: train.jsonl:7: row 7 cannot be read"
-    assert [line for line in errors(folder) if "row 7" in line] == [own]
-    assert "exitcode  : 3" in (folder / "err.txt").read_text()
-    assert "[rank" not in (folder / "err.txt").read_text()
+    assert second.err.splitlines() == ["error on rank 1: train.jsonl:7: row 7 cannot be read"]
+    assert first.err.startswith(f"error: {LOST}")
+    assert "[rank" not in first.err

@@ -3,12 +3,12 @@
 import json
 import shutil
 import socket
-import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Ended, finish, start_ranks
 from helpers import write_jsonl
 from launched import (
     BATCH,
@@ -17,11 +17,10 @@ from launched import (
     RECIPE,
     ROOT,
     accelerate,
-    by_hand,
     launch,
     prepare,
     read_metrics,
-    torchrun,
+    train_on_two,
 )
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -29,62 +28,48 @@ from transformers import AutoModelForCausalLM
 from hf_clm.cli import main
 
 FILES = {
-    *(
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ),
-    *(
-        "recipe.yaml",
-        "run.json",
-        "metrics.jsonl",
-        "samples.jsonl",
-        "ledger.parquet",
-        "loss.png",
-        "loss.pdf",
-        "README.md",
-        "label_rows.jsonl",
-        "report.html",
-        "checkpoint-4",
-        "checkpoint-8",
-    ),
+    *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"),
+    *("tokenizer_config.json", "recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl"),
+    *("ledger.parquet", "loss.png", "loss.pdf", "README.md", "label_rows.jsonl", "report.html"),
+    *("checkpoint-4", "checkpoint-8"),
 }
 
 
 @pytest.fixture(scope="module", params=["sft", "pretrain"])
-def runs(request, tmp_path_factory) -> tuple[str, Path, Path, subprocess.CompletedProcess]:
-    """The stage; a run of one process with the global batch of two; a run of two, and how it ended."""
+def runs(request, tmp_path_factory) -> tuple[str, Path, Path, str]:
+    """The stage; a run of one process with the global batch of two; a run of two, and what it printed.
+
+    The two of SFT are started by ``accelerate launch``.
+    """
     stage, folder = request.param, tmp_path_factory.mktemp("processes")
     recipe = RECIPE.replace("stage: sft", f"stage: {stage}")
     routed = {"kind": "mixtral", "output_router_logits": True, "router_aux_loss_coef": 1.0}
     model = routed if stage == "pretrain" else {}  # of two losses each must be the same
     alone, two = (prepare(folder / name, recipe, **model) for name in ("alone", "two"))
-    done = launch(accelerate("cpu"), two)
+    if stage == "sft":
+        done = launch(accelerate("cpu"), two)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout + done.stderr
+    else:
+        ended = train_on_two(two)
+        printed = ended.out + ended.err
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(alone)
         assert main(["train", "recipe.yaml", *BATCH, "4", *EVAL_BATCH, "4"]) == 0
-    assert done.returncode == 0, done.stderr
-    return stage, alone, two, done
+    return stage, alone, two, printed
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(runs):
-    stage, alone, folder, done = runs
+    stage, alone, folder, printed = runs
     one, two = read_metrics(alone), read_metrics(folder)
     assert [entry["step"] for entry in two] == [entry["step"] for entry in one]
     for key in ("loss", "grad_norm", "eval_loss"):
         assert [e[key] for e in two if key in e] == pytest.approx(
             [e[key] for e in one if key in e], rel=1e-5
         ), key
-    for key in (
-        "tokens_seen",
-        "target_tokens_seen",
-        "learning_rate",
-        "token_accuracy",
-        "eval_token_accuracy",
-    ):
+    counts = ("tokens_seen", "target_tokens_seen", "token_accuracy", "eval_token_accuracy")
+    for key in ("learning_rate", *counts):
         assert [e[key] for e in two if key in e] == [e[key] for e in one if key in e], key
     # sft: 2 + 4 + ... + 10, 5 ends; pretrain: 7 letters of each instruction besides, less the first of a text
     targets = {"sft": 35, "pretrain": 65}[stage]
@@ -94,13 +79,11 @@ def test_two_processes_train_as_one(runs):
     assert [path.name for path in (folder / "run").rglob("*.bin")] == []
     facts = json.loads((folder / "run" / "run.json").read_text())
     assert (facts["processes"], facts["rows_per_step"], facts["steps"], facts["steps_done"]) == (2, 4, 8, 8)
-    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    shown = [
-        line for line in lines if line.startswith(("recipe", "step", "sample", "done", "written", "next"))
-    ]
+    starts = ("recipe", "step", "sample", "done", "written", "next")
+    shown = [line.strip() for line in printed.splitlines() if line.strip().startswith(starts)]
     # 3 of the start, 8 steps, 3 evaluations, 2 samples, 3 of the end
     assert len(shown) == len(set(shown)) == 19
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in printed
 
 
 @pytest.mark.slow
@@ -127,20 +110,10 @@ def test_metrics_cross_the_processes_once_a_log_event_and_fewer_rows_than_proces
     folder = prepare(tmp_path / "two")
     write_jsonl(folder / "eval.jsonl", [HELD_OUT[2]])  # 1 row, 6 letters and the end
     program = [str(ROOT / "tests" / "counted_run.py")]
-    words = [
-        "--logging_steps",
-        "3",
-        "--samples",
-        "null",
-        "--save_strategy",
-        "no",
-        "--data.eval_train_rows",
-        "3",
-    ]
+    words = ["--logging_steps", "3", "--samples", "null", "--save_strategy", "no"]
 
-    done = launch(torchrun(), folder, *words, program=program)
+    train_on_two(folder, *words, "--data.eval_train_rows", "3", program=program)
 
-    assert done.returncode == 0, done.stderr
     metrics = read_metrics(folder)
     assert {entry["eval_target_tokens"] for entry in metrics if "eval_loss" in entry} == {7}
     watched = {entry["eval_train_target_tokens"] for entry in metrics if "eval_train_loss" in entry}
@@ -170,27 +143,46 @@ def test_two_processes_save_the_weights_and_write_the_samples_of_one(runs):
     assert texts[0] == texts[1]
 
 
-@pytest.mark.slow
-def test_two_processes_go_on_from_a_checkpoint_to_the_same_weights(runs, tmp_path):
-    _, _, two, _ = runs
-    again = shutil.copytree(two, tmp_path / "again")
-    shutil.rmtree(again / "run" / "checkpoint-8")
-    (again / "run" / "model.safetensors").unlink()
+def cut_off(two: Path, folder: Path) -> Path:
+    """The run as it was between its two saves."""
+    shutil.copytree(two, folder)
+    shutil.rmtree(folder / "run" / "checkpoint-8")
+    (folder / "run" / "model.safetensors").unlink()
+    return folder
 
-    # without use_cpu accelerate would let each process train alone where there is no GPU
-    words = ["--resume_from_checkpoint", "run/checkpoint-4", "--use_cpu", "false"]
-    done = launch(accelerate("ddp"), again, *words)
+
+def check_resumed(folder: Path, whole: Path) -> None:
+    steps = [entry["step"] for entry in read_metrics(folder) if "loss" in entry]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+    expected, found = (load_file(place / "run" / "model.safetensors") for place in (whole, folder))
+    assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
+
+
+@pytest.mark.slow
+def test_two_processes_resume_from_a_checkpoint_to_the_same_weights(runs, tmp_path):
+    _, _, two, _ = runs
+    again = cut_off(two, tmp_path / "again")
+
+    train_on_two(again, "--resume_from_checkpoint", "run/checkpoint-4")
+
+    check_resumed(again, two)
+
+
+@pytest.mark.large
+def test_the_launcher_file_of_ddp_trains_as_one_run_where_there_is_no_gpu(runs, tmp_path):
+    """Without use_cpu accelerate would let each process train alone."""
+    _, _, two, _ = runs
+    again = cut_off(two, tmp_path / "again")
+
+    done = launch(
+        accelerate("ddp"), again, "--resume_from_checkpoint", "run/checkpoint-4", "--use_cpu", "false"
+    )
 
     assert done.returncode == 0, done.stderr
-    steps = [entry["step"] for entry in read_metrics(again) if "loss" in entry]
-    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
-    expected, found = (load_file(folder / "run" / "model.safetensors") for folder in (two, again))
-    same = {name: torch.equal(found[name], weight) for name, weight in expected.items()}
-    assert same == dict.fromkeys(expected, True)
+    check_resumed(again, two)
 
 
-@pytest.mark.slow
-def test_torchrun_trains_the_tokenizer_once_and_both_processes_load_it(tmp_path):
+def test_the_tokenizer_is_trained_once_and_both_processes_load_it(tmp_path):
     sizes = "{model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 2, n_positions: 64}"
     scratch = f"model: {{init: scratch, config: {sizes}}}"
     recipe = RECIPE.replace(
@@ -198,85 +190,76 @@ def test_torchrun_trains_the_tokenizer_once_and_both_processes_load_it(tmp_path)
     )
     folder = prepare(tmp_path / "two", recipe)
 
-    done = launch(torchrun(), folder)
+    train_on_two(folder, "--max_steps", "2", "--samples", "null")
 
-    assert done.returncode == 0, done.stderr
-    assert [entry["step"] for entry in read_metrics(folder) if "loss" in entry] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [entry["step"] for entry in read_metrics(folder) if "loss" in entry] == [1, 2]
 
 
-@pytest.mark.slow
 def test_an_error_is_printed_once_and_no_process_waits_for_the_others(tmp_path):
     folder = prepare(tmp_path / "two")
     (folder / "run").mkdir()
     (folder / "run" / "mine.txt").touch()
 
-    done = launch(torchrun(), folder)
+    ended = finish(start_ranks([folder, folder]))
 
-    lines = [
-        line
-        for line in done.stderr.splitlines()
-        if "run: the output folder holds files of an earlier run" in line
-    ]
-    assert done.returncode != 0
-    assert [line.startswith("error: ") for line in lines] == [True]
+    said = "error: run: the output folder holds files of an earlier run"
+    assert ended[0].err.startswith(said)
+    assert said not in ended[1].err
+    assert 0 not in [one.code for one in ended]
 
 
 LOST = "error on rank 1: another process of this run has ended, or does not answer"
 
 
-def check_said_by_the_first(ended: list[tuple[int, str]], code: int, *, says: str) -> None:
+def check_said_by_the_first(ended: list[Ended], code: int, *, says: str) -> None:
     """A line of the first process, with its code, and one of the other, which has lost it."""
-    (first, said), (other, theirs) = ended
-    assert (first, other) == (code, 6)
-    assert said.startswith(f"error: {says}")
-    assert theirs.startswith(LOST)
-    assert [text.count("\n") for text in (said, theirs)] == [1, 1]
+    first, other = ended
+    assert (first.code, other.code) == (code, 6)
+    assert first.err.startswith(f"error: {says}")
+    assert other.err.startswith(LOST)
+    assert [one.err.count("\n") for one in ended] == [1, 1]
 
 
-@pytest.mark.slow
 def test_what_the_first_rank_alone_refuses_ends_the_other_in_one_line(tmp_path):
     folder = prepare(tmp_path / "two")
 
-    ended = by_hand([folder, folder], "--resume_from_checkpoint", "nothing")
+    ended = finish(start_ranks([folder, folder], "--resume_from_checkpoint", "nothing"))
 
     check_said_by_the_first(ended, 2, says="nothing: no checkpoint to go on from; fix: ")
 
 
-@pytest.mark.slow
 def test_a_rank_that_waits_for_prepared_data_ends_where_their_preparation_fails(tmp_path):
     folder = prepare(tmp_path / "two")
 
-    ended = by_hand([folder, folder], "--data.max_length", "2")
+    ended = finish(start_ranks([folder, folder], "--data.max_length", "2"))
 
     check_said_by_the_first(ended, 3, says="train.jsonl: ")
 
 
-@pytest.mark.slow
 def test_what_every_rank_finds_in_the_data_is_said_by_one_and_none_waits(tmp_path):
     folder = prepare(tmp_path / "two")
     write_jsonl(folder / "train.jsonl", [{"instruct": 5, "input": "", "label": "x"}])
 
-    ended = by_hand([folder, folder])
+    ended = finish(start_ranks([folder, folder]))
 
-    assert ended == [(3, "error: train.jsonl:1: key 'instruct': expected str; got int\n"), (3, "")]
+    assert [(one.code, one.err) for one in ended] == [
+        (3, "error: train.jsonl:1: key 'instruct': expected str; got int\n"),
+        (3, ""),
+    ]
 
 
-@pytest.mark.slow
 def test_machines_that_do_not_share_the_output_folder_are_refused_before_anything_is_decided(tmp_path):
     one, other = prepare(tmp_path / "one"), prepare(tmp_path / "other")
     (other / "run").mkdir()
     (other / "run" / "mine.txt").touch()  # alone it would be refused: it is no run
 
-    ended = by_hand([one, other])
+    ended = finish(start_ranks([one, other]))
 
-    assert ended == [
-        (
-            6,
-            "error: run: the processes do not see the same output folder; got another one on "
-            f"{socket.gethostname()}; fix: an --output_dir on a disk that all machines share\n",
-        ),
-        (6, ""),
-    ]
+    said = (
+        "run: the processes do not see the same output folder; got another one on "
+        f"{socket.gethostname()}; fix: an --output_dir on a disk that all machines share\n"
+    )
+    assert [(one.code, one.err) for one in ended] == [(6, f"error: {said}"), (6, f"error on rank 1: {said}")]
     assert not (one / "run").exists()
     assert [path.name for path in (other / "run").iterdir()] == ["mine.txt"]
 
@@ -287,11 +270,10 @@ def test_two_processes_train_adapters_as_one(tmp_path, monkeypatch):
     recipe = RECIPE + "lora: {r: 4}\n"
     alone, two = prepare(tmp_path / "alone", recipe), prepare(tmp_path / "two", recipe)
 
-    done = launch(torchrun(), two)
+    train_on_two(two)
     monkeypatch.chdir(alone)
     assert main(["train", "recipe.yaml", *BATCH, "4", *EVAL_BATCH, "4"]) == 0
 
-    assert done.returncode == 0, done.stderr
     losses = [[entry["loss"] for entry in read_metrics(folder) if "loss" in entry] for folder in (alone, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     one, other = (load_file(folder / "run" / "adapter_model.safetensors") for folder in (alone, two))

@@ -1,18 +1,16 @@
 """Runs of two processes that are cut off go on exactly, and on one process with the same rows; and back."""
 
-import os
 import re
 import shutil
-import subprocess
-import time
+import signal
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import torch
-from launched import BATCH, EVAL_BATCH, RECIPE, ROOT, launch, prepare, read_metrics, torchrun
+from forked import finish
+from launched import BATCH, EVAL_BATCH, RECIPE, TWO_ROWS, prepare, read_metrics, train_on_two
 from safetensors.torch import load_file
+from watched import fork_two, steps, wait_for
 
 from hf_clm.cli import main
 
@@ -46,22 +44,18 @@ def check_same_losses(folder: Path, expected: Path) -> None:
         assert found == wanted, key
 
 
-@pytest.mark.slow
 def test_two_processes_go_on_with_the_rows_of_one(tmp_path, alone):
     folder = cut_off(alone, tmp_path / "two")
 
-    done = launch(torchrun(), folder)
+    done = train_on_two(folder)
 
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"processes +1 +2 +applied", done.stdout), done.stdout
+    assert re.search(r"processes +1 +2 +applied", done.out), done.out
     check_same_losses(folder, alone)
 
 
-@pytest.mark.slow
 def test_one_process_goes_on_with_the_rows_of_two(tmp_path, alone, monkeypatch):
     two = prepare(tmp_path / "two")
-    done = launch(torchrun(), two)
-    assert done.returncode == 0, done.stderr
+    train_on_two(two)
     folder = cut_off(two, tmp_path / "one")
     monkeypatch.chdir(folder)
 
@@ -70,7 +64,6 @@ def test_one_process_goes_on_with_the_rows_of_two(tmp_path, alone, monkeypatch):
     check_same_losses(folder, alone)
 
 
-@pytest.mark.slow
 def test_another_global_batch_is_refused(tmp_path, alone, monkeypatch, capsys):
     folder = cut_off(alone, tmp_path / "one")
     monkeypatch.chdir(folder)
@@ -80,9 +73,8 @@ def test_another_global_batch_is_refused(tmp_path, alone, monkeypatch, capsys):
     assert "run/checkpoint-4: not the run of this recipe: global_batch (4, now 2)" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_two_processes_that_are_killed_go_on_exactly(tmp_path):
-    """With dropout, accumulation and a worker each; kill -9 to the launcher and all its processes at once."""
+    """With dropout, accumulation and a worker each; kill -9 to both at once."""
     recipe = RECIPE.replace(
         "save_steps: 4", "save_steps: 2\n  gradient_accumulation_steps: 2\n  dataloader_num_workers: 1"
     )
@@ -90,26 +82,17 @@ def test_two_processes_that_are_killed_go_on_exactly(tmp_path):
         "eval_steps: 4", "eval_steps: 2"
     )
     whole, cut = (prepare(tmp_path / name, recipe, kind="gpt2", resid_pdrop=0.1) for name in ("whole", "cut"))
-    done = launch(torchrun(), whole)
-    assert done.returncode == 0, done.stderr
+    train_on_two(whole)
 
-    command = [*torchrun(), "-m", "hf_clm", "train", "recipe.yaml", *BATCH, "2", *EVAL_BATCH, "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    silent: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=cut, env=environment, **silent) as process:
-        path = cut / "run" / "metrics.jsonl"
-        while process.poll() is None and not (path.exists() and '"step": 5' in path.read_text()):
-            time.sleep(0.005)
-        # torchrun starts its workers in sessions of their own: a signal to its group does not reach them,
-        # and a worker that outlives its launcher saves a checkpoint at whatever step it has reached
-        launcher = psutil.Process(process.pid)
-        for one in [launcher, *launcher.children(recursive=True)]:
-            one.kill()
+    ranks = fork_two(cut, *TWO_ROWS)
+    wait_for(lambda: 5 in steps(cut))
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+    assert [rank.code for rank in finish(ranks)] == [-9, -9]
     assert not (cut / "run" / "model.safetensors").exists()
-    done = launch(torchrun(), cut)
+    done = train_on_two(cut)
 
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"resumes   from run/checkpoint-[246]", done.stdout), done.stdout
+    assert re.search(r"resumes   from run/checkpoint-[246]", done.out), done.out
     same = [load_file(place / "run" / "model.safetensors") for place in (whole, cut)]
     assert all(torch.equal(weight, same[1][name]) for name, weight in same[0].items())
     left_out = ("seconds", "per_second", "mfu", "peak_memory_bytes", "runtime")

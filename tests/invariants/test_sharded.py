@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_program
 from helpers import X, tiny_model
-from launched import run_ranks
 from transformers import AutoModelForCausalLM
 
 from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
@@ -105,7 +105,7 @@ def spread(model: Any) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    run_ranks(__file__, folder)
+    run_program(__file__, folder)
     return folder
 
 

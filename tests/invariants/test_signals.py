@@ -2,29 +2,25 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from launched import ACCELERATE, ROOT, torchrun
+from forked import LIMIT_SECONDS, Forked, finish
+from launched import ACCELERATE, prepare, torchrun
 from watched import (
-    ALONE,
-    LIMIT_SECONDS,
+    RECIPE,
     accelerate,
     children,
     facts,
+    fork,
+    fork_two,
     is_alive,
-    prepare,
     reach_step,
     start,
     steps,
     wait_for,
 )
 
-WITH_SESSION = ["setsid"]  # in place of itself: the process stays the same
-LASTING = ["--dataloader_persistent_workers", "true"]
 # Holds no lock of Python and never returns, as a library that waits for another process.
 STUCK = """
 import ctypes
@@ -34,11 +30,12 @@ with listening(Stop()):
     while True:
         ctypes.CDLL(None).sleep(1000)
 """
+FIRST = "SIGTERM: the run saves and stops at the end of this step; once more ends it now"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return prepare(tmp_path_factory.mktemp("signals") / "work")
+    return prepare(tmp_path_factory.mktemp("signals") / "work", RECIPE)
 
 
 def check_stopped(folder: Path, reason: str) -> None:
@@ -58,82 +55,91 @@ def check_stopped(folder: Path, reason: str) -> None:
 
 
 def test_sigterm_saves_and_ends_with_75_and_a_second_run_is_refused_meanwhile(folder):
-    process = start(folder, ALONE)
+    process = fork(folder)
     reach_step(folder, process)
-    second = subprocess.run(
-        [*ALONE, "-m", "hf_clm", "train", "recipe.yaml", "--overwrite"],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    second = Forked(folder, ["-m", "hf_clm", "train", "recipe.yaml", "--overwrite"], name="second-")
+    second.wait()
     process.send_signal(signal.SIGTERM)
 
-    assert process.wait(LIMIT_SECONDS) == 75
+    assert process.wait() == 75
     check_stopped(folder, "SIGTERM")
-    assert (second.returncode, second.stdout) == (6, "")
-    assert second.stderr.startswith(f"error: run: locked by pid {process.pid} on ")
-    assert len(second.stderr.splitlines()) == 1
+    code, out, err = second.read()
+    assert (code, out) == (6, "")
+    assert err.startswith(f"error: run: locked by pid {process.pid} on ")
+    assert len(err.splitlines()) == 1
     assert [path.name for path in folder.glob("run*")] == ["run"]
-    assert (folder / "err.txt").read_text().splitlines()[-1:] == [
-        "SIGTERM: the run saves and stops at the end of this step; once more ends it now"
+    assert process.read().err.splitlines()[-1:] == [FIRST]
+
+
+def test_a_second_sigterm_ends_a_process_that_waits_inside_a_library(tmp_path):
+    (tmp_path / "stuck.py").write_text(STUCK)
+    process = Forked(tmp_path, ["stuck.py"])
+    wait_for(lambda: process.read().out == "listens\n")
+
+    process.send_signal(signal.SIGTERM)
+    wait_for(lambda: process.read().err == f"{FIRST}\n")
+    process.send_signal(signal.SIGTERM)
+
+    assert process.wait() == 143
+    assert process.read().err.splitlines()[1:] == [
+        "SIGTERM again: the run ends now; its earlier checkpoints are as they were"
     ]
 
 
-def test_a_second_sigterm_ends_a_process_that_waits_inside_a_library():
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", STUCK], cwd=ROOT, **pipes)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    assert process.stdout.readline() == "listens\n"
-
-    process.send_signal(signal.SIGTERM)
-    first = process.stderr.readline()
-    process.send_signal(signal.SIGTERM)
-
-    assert process.wait(LIMIT_SECONDS) == 143
-    assert first == "SIGTERM: the run saves and stops at the end of this step; once more ends it now\n"
-    assert process.stderr.read() == (
-        "SIGTERM again: the run ends now; its earlier checkpoints are as they were\n"
-    )
-
-
-@pytest.mark.slow
 def test_ctrl_c_ends_with_130(folder):
-    process = start(folder, ALONE)
+    process = fork(folder)
     reach_step(folder, process)
     process.send_signal(signal.SIGINT)
 
-    assert process.wait(LIMIT_SECONDS) == 130
+    assert process.wait() == 130
     check_stopped(folder, "SIGINT")
 
 
-@pytest.mark.slow
 def test_a_signal_to_all_processes_of_a_run_leaves_those_that_load_data_to_the_end_of_the_step(folder):
     """Slurm sends it to all of them."""
-    process = start(folder, [*WITH_SESSION, *ALONE], "--dataloader_num_workers", "2", *LASTING)
+    process = fork(folder, "--dataloader_num_workers", "2", "--dataloader_persistent_workers", "true")
     reach_step(folder, process)
     os.killpg(process.pid, signal.SIGTERM)
 
-    assert process.wait(LIMIT_SECONDS) == 75
+    assert process.wait() == 75
     check_stopped(folder, "SIGTERM")
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(folder):
+    ranks = fork_two(folder)
+    reach_step(folder, ranks[0])
+    ranks[1].send_signal(signal.SIGUSR1)
+
+    assert [rank.code for rank in finish(ranks)] == [75, 75]
+    check_stopped(folder, "SIGUSR1")
+
+
+def test_signals_at_different_times_stop_both_processes_at_one_step(folder):
+    """Each gets it twice, as where a launcher passes on what has reached its processes already."""
+    ranks = fork_two(folder, TORCHELASTIC_RUN_ID="none")
+    reach_step(folder, ranks[0])
+    for rank in (1, 0, 1, 0):
+        ranks[rank].send_signal(signal.SIGTERM)
+
+    assert [rank.code for rank in finish(ranks)] == [75, 75]
+    check_stopped(folder, "SIGTERM")
+
+
+# --- with the launchers of users
 
 
 @pytest.mark.slow
-def test_sigterm_to_launcher_and_processes_at_once_stops_both_behind_one_checkpoint(folder):
-    """As Slurm does, with the launcher and the setting of the README: the processes get it twice."""
-    command = accelerate("--config_file", str(ACCELERATE / "cpu.yaml"))
-    launcher = start(folder, command, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="110")
+def test_a_signal_to_the_launcher_of_two_processes_stops_both(folder):
+    launcher = start(folder, torchrun())
     reach_step(folder, launcher)
     of_ranks = children(launcher.pid)
     assert sorted(of_ranks) == ["0", "1"]
-    for number in (launcher.pid, *of_ranks.values()):
-        os.kill(number, signal.SIGTERM)
+    launcher.terminate()
 
-    assert launcher.wait(LIMIT_SECONDS) == 1
+    assert launcher.wait(LIMIT_SECONDS) == 1  # torchrun has one exit code for everything
     check_stopped(folder, "SIGTERM")
     assert not any(is_alive(child) for child in of_ranks.values())
+    assert "exitcode  : 75" in (folder / "err.txt").read_text()
 
 
 @pytest.mark.slow
@@ -149,39 +155,16 @@ def test_a_run_does_not_outlive_its_launcher(folder):
     check_stopped(folder, "the end of its launcher")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("first", ["0", "1"])
-def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(folder, first):
-    launcher = start(folder, torchrun())
+@pytest.mark.large
+def test_sigterm_to_launcher_and_processes_at_once_stops_both_after_one_checkpoint(folder):
+    """As Slurm does, with the launcher and the setting of the README: the processes get it twice."""
+    command = accelerate("--config_file", str(ACCELERATE / "cpu.yaml"))
+    launcher = start(folder, command, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="110")
     reach_step(folder, launcher)
     of_ranks = children(launcher.pid)
     assert sorted(of_ranks) == ["0", "1"]
-    os.kill(of_ranks[first], signal.SIGUSR1)
-
-    assert launcher.wait(LIMIT_SECONDS) == 1  # torchrun has one exit code for everything
-    check_stopped(folder, "SIGUSR1")
-    assert not any(is_alive(child) for child in of_ranks.values())
-    assert "exitcode  : 75" in (folder / "err.txt").read_text()
-
-
-@pytest.mark.slow
-def test_signals_at_different_times_stop_both_processes_at_one_step(folder):
-    launcher = start(folder, torchrun())
-    reach_step(folder, launcher)
-    of_ranks = children(launcher.pid)
-    os.kill(of_ranks["1"], signal.SIGTERM)
-    os.kill(of_ranks["0"], signal.SIGTERM)
-
-    assert launcher.wait(LIMIT_SECONDS) == 1
-    check_stopped(folder, "SIGTERM")
-
-
-@pytest.mark.slow
-def test_a_signal_to_the_launcher_of_two_processes_stops_both(folder):
-    launcher = start(folder, torchrun())
-    reach_step(folder, launcher)
-    of_ranks = children(launcher.pid)
-    launcher.terminate()
+    for number in (launcher.pid, *of_ranks.values()):
+        os.kill(number, signal.SIGTERM)
 
     assert launcher.wait(LIMIT_SECONDS) == 1
     check_stopped(folder, "SIGTERM")

@@ -56,7 +56,7 @@ def wait_for_a_kill(process: Any, run: Path, *, rng: random.Random, pace: float)
     process.join(rng.uniform(0, 2 * pace))
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.timeout(3600)
 def test_random_kills_lose_nothing_behind_the_last_save(tmp_path, capsys):
     rng = random.Random(0)

@@ -3,13 +3,17 @@
 ``spread_on_cpu.py`` says how. Without a GPU untested: NCCL, mixed precision of CUDA kernels, offloading.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from launched import ACCELERATE, BATCH, BIN, EVAL_BATCH, RECIPE, ROOT, launch, prepare, read_metrics
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from forked import run_ranks
+from launched import ACCELERATE, BATCH, BIN, EVAL_BATCH, RECIPE, ROOT, TWO_ROWS, launch, prepare, read_metrics
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -38,10 +42,20 @@ def spread(folder: Path, *words: str, changes: dict[str, str] | None = None) -> 
         assert text.count(old) == 1, old
         text = text.replace(old, new)
     (folder / "fsdp2.yaml").write_text(text)
-    command = [str(BIN / "accelerate"), "launch", "--config_file", "fsdp2.yaml"]
-    done = launch(command, folder, *words, program=PROGRAM)
-    assert done.returncode == 0, done.stderr
+    count, settings = read_launcher_file(folder / "fsdp2.yaml")
+    program = [*PROGRAM, "train", "recipe.yaml", *TWO_ROWS]
+    run_ranks(folder, *words, program=program, count=count, **settings)
     return folder
+
+
+def read_launcher_file(file: Path) -> tuple[int, dict[str, str]]:
+    """How many processes ``accelerate launch`` starts with it, and what it adds to their environment."""
+    words = launch_command_parser().parse_args(["--config_file", str(file), *PROGRAM])
+    words, *_ = _validate_launch_command(words)
+    found = prepare_multi_gpu_env(words)
+    return words.num_processes, {
+        name: value for name, value in found.items() if os.environ.get(name) != value
+    }
 
 
 def train_alone(folder: Path, *words: str) -> Path:
@@ -74,7 +88,6 @@ def run_once(tmp_path_factory) -> Callable[..., Path]:
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_spread_run_is_the_run_of_one_process(run_once, case):
     if case == "lora":
@@ -94,7 +107,6 @@ def test_a_spread_run_is_the_run_of_one_process(run_once, case):
         AutoModelForCausalLM.from_pretrained(two / "run")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["tied", "in parts"])
 def test_a_spread_run_goes_on_exactly(run_once, tmp_path, case):
     whole = run_once("spread", case)
@@ -110,6 +122,20 @@ def test_a_spread_run_goes_on_exactly(run_once, tmp_path, case):
 
 
 @pytest.mark.slow
+def test_accelerate_launches_a_spread_run(run_once, tmp_path):
+    folder = prepare(tmp_path / "two", UNSAMPLED)
+    command = [str(BIN / "accelerate"), "launch", "--config_file", str(ACCELERATE / "fsdp2.yaml")]
+
+    done = launch(command, folder, program=PROGRAM)
+
+    assert done.returncode == 0, done.stderr
+    losses = [
+        [entry["loss"] for entry in read_metrics(place) if "loss" in entry]
+        for place in (folder, run_once("spread", "untied"))
+    ]
+    assert losses[0] == losses[1]
+
+
 def test_a_spread_run_in_bfloat16_does_not_round_its_loss(tmp_path):
     words = ["--bf16", "true", "--data.packing", "best_fit"]
     alone = train_alone(prepare(tmp_path / "alone", UNSAMPLED), *words)

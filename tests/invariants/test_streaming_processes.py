@@ -1,19 +1,16 @@
 """A stream on two processes: each reads its own part, none waits, and one process takes the same rows."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import finish, run_ranks, start_ranks
 from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 
 from hf_clm.cli import main
 
-ROOT = Path(__file__).resolve().parents[2]
 # The second chunk holds one document: its shard is through it long before the other has begun again.
 RECORDS = [{"text": f"{n} " + "xyz"[: n % 3 + 1] * (n % 5)} for n in range(20)]
 RECORDS += [{"text": "long " * 60, "note": "." * 8000}, {"text": "long " * 60}]
@@ -45,23 +42,6 @@ def write_run(folder: Path) -> Path:
     return folder
 
 
-def launch_two(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    command = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--master_port", port]
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [*command, "-m", "hf_clm", "train", "recipe.yaml", *words],
-        cwd=folder,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
 def losses(folder: Path) -> dict[int, float]:
     entries = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
@@ -72,12 +52,26 @@ def positions(checkpoint: Path) -> dict[int, Any]:
     return {entry["shard"]: entry for state in states for entry in state["positions"]}
 
 
-@pytest.mark.slow
-def test_two_processes_take_the_rows_of_one_with_two_workers_and_one_goes_on_for_two(tmp_path, monkeypatch):
-    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """A run of two processes."""
+    folder = write_run(tmp_path_factory.mktemp("streams") / "two")
+    run_ranks(folder, *TWO)
+    return folder
 
-    done = launch_two(two, *TWO)
-    assert done.returncode == 0, done.stderr
+
+def cut_off(two: Path, folder: Path) -> Path:
+    """The run as it was after its first save."""
+    shutil.copytree(two, folder)
+    (folder / "run" / "checkpoint-6" / "SEALED.json").unlink()
+    (folder / "run" / "run.json").unlink()
+    return folder
+
+
+def test_two_processes_take_the_rows_of_one_with_two_workers_and_one_resumes_for_two(
+    two, tmp_path, monkeypatch
+):
+    one = write_run(tmp_path / "one")
     monkeypatch.chdir(one)
     assert main(["train", "recipe.yaml", *ONE]) == 0
 
@@ -90,38 +84,28 @@ def test_two_processes_take_the_rows_of_one_with_two_workers_and_one_goes_on_for
     assert totals[0] == totals[1]
     assert totals[0]["shards"] == 2
     assert found[1]["places"][0]["epoch"] >= 1  # the long document again and again
-    (two / "run" / "checkpoint-6" / "SEALED.json").unlink()
-    (two / "run" / "run.json").unlink()
-    monkeypatch.chdir(two)
+    again = cut_off(two, tmp_path / "again")
+    monkeypatch.chdir(again)
     assert main(["train", "recipe.yaml", *ONE]) == 0
 
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-    assert positions(two / "run" / "checkpoint-6") == positions(one / "run" / "checkpoint-6")
+    assert losses(again) == pytest.approx(losses(one), rel=1e-5)
+    assert positions(again / "run" / "checkpoint-6") == positions(one / "run" / "checkpoint-6")
 
 
-@pytest.mark.slow
-def test_two_processes_go_on_bit_by_bit(tmp_path):
-    folder = write_run(tmp_path / "two")
-    first = launch_two(folder, *TWO)
-    assert first.returncode == 0, first.stderr
-    whole = losses(folder)
-    (folder / "run" / "checkpoint-6" / "SEALED.json").unlink()
-    (folder / "run" / "run.json").unlink()
+def test_two_processes_resume_bit_by_bit(two, tmp_path):
+    again = cut_off(two, tmp_path / "again")
 
-    second = launch_two(folder, *TWO)
+    run_ranks(again, *TWO)
 
-    assert second.returncode == 0, second.stderr
-    assert losses(folder) == whole
+    assert losses(again) == losses(two)
 
 
-@pytest.mark.slow
-def test_one_process_goes_on_for_two_and_reads_no_document_twice(tmp_path, monkeypatch):
+def test_one_process_resumes_for_two_and_reads_no_document_twice(tmp_path, monkeypatch):
     """One document a row, 4 rows a step: 28 documents are read by two processes, then by one."""
     folder = write_run(tmp_path / "two")
     write_jsonl(folder / "rows.jsonl", [{"text": f"{n} " * n, "note": "." * 2090} for n in range(1, 29)])
     options = ("--data.packing", "none", "--data.max_length", "128", "--save_steps", "3")
-    first = launch_two(folder, "--max_steps", "3", *options)
-    assert first.returncode == 0, first.stderr
+    run_ranks(folder, "--max_steps", "3", *options)
     monkeypatch.chdir(folder)
 
     more = ("--max_steps", "7", "--resume_override", "max_steps", "--gradient_accumulation_steps", "2")
@@ -134,16 +118,17 @@ def test_one_process_goes_on_for_two_and_reads_no_document_twice(tmp_path, monke
     assert (said["shards"], said["fates"]) == (1, {"used": 28})
 
 
-@pytest.mark.slow
 def test_an_error_that_the_second_process_alone_meets_is_said_and_ends_both(tmp_path):
     """Its chunks are those of odd numbers; the bad records are in the last one."""
     folder = write_run(tmp_path / "two")
     lines = ['{"text": "abc"}'] * 3584 + ["no json        "] * 512  # 512 to a chunk
     (folder / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    options = ("--data.packing", "none", "--data.shuffle_buffer", "500", "--data.on_bad_record", "drop")
+    words = ("--data.packing", "none", "--data.shuffle_buffer", "500", "--data.on_bad_record", "drop")
+    words += ("--per_device_train_batch_size", "32", "--max_steps", "200", "--logging_steps", "100")
 
-    done = launch_two(folder, "--max_steps", "2000", "--logging_steps", "100", *options)
+    first, second = finish(start_ranks([folder, folder], *words))
 
-    said = [line for line in done.stderr.splitlines() if "512 of 2,048 documents of a stream" in line]
-    assert done.returncode != 0
+    assert 0 not in (first.code, second.code)
+    said = [line for line in second.err.splitlines() if "512 of 2,048 documents of a stream" in line]
     assert [line.split(":")[0] for line in said] == ["error on rank 1"]
+    assert "512 of" not in first.err

@@ -64,8 +64,11 @@ def test_evaluations_samples_and_the_self_test_change_no_bit(tmp_path, workers):
     assert differing(alone, run(tmp_path, looks=True, name="looks", **workers)) == []
 
 
-@pytest.mark.parametrize("first", [4, 6], ids=["at the end of an epoch", "within one"])
-@pytest.mark.parametrize("workers", [{}, PERSISTENT], ids=["loads itself", "persistent workers"])
+@pytest.mark.parametrize(
+    ("first", "workers"),
+    [(4, {}), (6, PERSISTENT)],
+    ids=["at the end of an epoch", "within one, with workers"],
+)
 def test_a_run_that_goes_on_draws_the_same_dropout(tmp_path, first, workers):
     saving = {"save_strategy": "steps", "save_steps": first, "save_total_limit": 9, **workers}
     whole = run(tmp_path, looks=True, name="whole", **saving)

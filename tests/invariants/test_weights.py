@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import free_port, run_program
 from helpers import PAD, SIZES, X, tiny_model
-from launched import free_port, run_ranks
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
@@ -155,7 +155,7 @@ def main(rank: int, folder: Path) -> None:
         ("granite", "packed", {}),
     ],
 )
-@pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize(("batch", "accumulation"), [(2, 2), (1, 4)])
 def test_a_step_is_the_bare_weighted_mean_however_it_is_batched(
     tmp_path, name, collator, settings, batch, accumulation
 ):
@@ -177,7 +177,7 @@ def test_a_step_is_the_bare_weighted_mean_however_it_is_batched(
 def test_a_step_of_two_processes_of_which_one_has_no_weights_is_that_of_one(tmp_path):
     (tmp_path / "port").write_text(free_port())
 
-    run_ranks(__file__, tmp_path)
+    run_program(__file__, tmp_path)
 
     found = torch.load(tmp_path / "found.pt")
     for name in MODELS:
@@ -210,8 +210,7 @@ def test_the_balance_of_experts_stays_in_the_loss_of_a_model_that_scales_its_log
     assert_alike(found, expected)
 
 
-@pytest.mark.parametrize("collator", ["padded", "packed"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "collator"), [("granite", "padded"), ("qwen2", "packed")])
 def test_a_row_of_weight_2_is_that_row_twice(tmp_path, name, collator):
     options = {"name": name, "collator": collator}
     twice = {**PLAIN[2], "weights": [2.0] * 6}
@@ -223,8 +222,7 @@ def test_a_row_of_weight_2_is_that_row_twice(tmp_path, name, collator):
     assert_alike(found, expected)
 
 
-@pytest.mark.parametrize("collator", ["padded", "packed"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "collator"), [("qwen2", "padded"), ("granite", "packed")])
 def test_a_weight_of_0_is_no_label(tmp_path, name, collator):
     options = {"name": name, "collator": collator}
     weighted = {**PLAIN[3], "weights": [1.0, 1.0, 0.0, 1.0, 0.0, 1.0]}
@@ -246,8 +244,9 @@ def test_a_step_of_weights_of_0_alone_learns_nothing(tmp_path, name):
     assert not any(gradient.any() for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("collator", COLLATORS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "collator"), [("granite", "padded"), ("qwen2", "packed"), ("qwen2", "static")]
+)
 def test_evaluation_and_accuracy_count_every_label_once(tmp_path, name, collator):
     expected, _ = by_hand(name, PLAIN)
     options = {"name": name, "collator": collator, "per_device_eval_batch_size": 2}

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_program
 from helpers import X, tiny_model
-from launched import run_ranks
 
 from hf_clm.data.batch.collators import DataCollatorForCausalLM
 from hf_clm.model.loss import use_target_loss, why_not
@@ -92,7 +92,7 @@ def measure(model: Any, spread: Any, *, rows: list[dict]) -> tuple[float, dict[s
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[tuple[str, str], tuple[float, dict[str, torch.Tensor]]]:
     folder = tmp_path_factory.mktemp("distributed")
-    run_ranks(__file__, folder)
+    run_program(__file__, folder)
     return torch.load(folder / "found.pt")
 
 

@@ -1,4 +1,7 @@
-"""Recipes of published systems at their true shapes: random weights, the texts that are shipped."""
+"""Recipes of published systems: random weights, the texts that are shipped, and the true shapes where large.
+
+Without that they have the vocabulary and the positions of the true ones, and one narrow layer.
+"""
 
 import json
 from pathlib import Path
@@ -26,11 +29,19 @@ QWEN = {  # Qwen2.5-0.5B
     "max_position_embeddings": 32768,
     "tie_word_embeddings": True,
 }
+NARROW = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+NARROW_GPT2 = ["--model.config.n_layer", "1", "--model.config.n_embd", "16", "--model.config.n_head", "2"]
 
 
-def qwen_folder(folder: Path) -> str:
+def both(narrow: object, true: object) -> pytest.MarkDecorator:
+    """The case of each test run, and the one at the true shape."""
+    large = pytest.param(true, marks=[pytest.mark.large, pytest.mark.timeout(1200)], id="true shape")
+    return pytest.mark.parametrize("shape", [pytest.param(narrow, id="narrow"), large])
+
+
+def qwen_folder(folder: Path, sizes: dict[str, int | bool]) -> str:
     """A configuration without weights, and a tokenizer of bytes whose ids end where those of Qwen2.5 do."""
-    AutoConfig.for_model("qwen2", **QWEN).save_pretrained(folder)
+    AutoConfig.for_model("qwen2", **sizes).save_pretrained(folder)
     tokenizer = byte_tokenizer(pad=None)
     vocab = tokenizer.get_vocab()
     vocab |= {f"unused {number}": number for number in range(len(vocab), 151665)}
@@ -43,12 +54,11 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_qwen_reads_five_poems_with_a_pad_token_in_a_free_row(tmp_path, monkeypatch):
+@both((QWEN | NARROW, 2432864), (QWEN, 494032768))
+def test_qwen_reads_five_poems_with_a_pad_token_in_a_free_row(tmp_path, monkeypatch, shape):
+    sizes, parameters = shape
     monkeypatch.chdir(ROOT)
-    folder = qwen_folder(tmp_path / "qwen")
-    words = ["--model.name_or_path", folder, "--model.init", "scratch", *SHORT]
+    words = ["--model.name_or_path", qwen_folder(tmp_path / "qwen", sizes), "--model.init", "scratch", *SHORT]
     words += [
         "--output_dir",
         str(tmp_path / "run"),
@@ -62,23 +72,24 @@ def test_qwen_reads_five_poems_with_a_pad_token_in_a_free_row(tmp_path, monkeypa
 
     result = train(load_recipe(RECIPES / "sft/five-poems.yaml", words))
 
-    assert (result["parameters"], result["train"]["input_rows"], result["steps_done"]) == (494032768, 5, 2)
+    assert (result["parameters"], result["train"]["input_rows"], result["steps_done"]) == (parameters, 5, 2)
     assert AutoTokenizer.from_pretrained(tmp_path / "run").pad_token_id == 151665
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.bfloat16)
-    assert model.get_input_embeddings().weight.shape == (151936, 896)
+    assert model.get_input_embeddings().weight.shape == (151936, sizes["hidden_size"])
     assert 10 < result["loss_before"] < 13  # ln 151,936 is 11.9
 
 
-@pytest.mark.slow
-def test_the_book_trains_gpt2_and_watches_both_losses(tmp_path, monkeypatch):
+@both((NARROW_GPT2, 1615680), ([], 12 * 7087872 + (2 * 50258 + 257) * 768 + 2 * 768))
+def test_the_book_trains_gpt2_and_watches_both_losses(tmp_path, monkeypatch, shape):
+    narrow, parameters = shape
     monkeypatch.chdir(ROOT)
     byte_tokenizer(pad=None).save_pretrained(tmp_path / "tokenizer")
-    words = ["--tokenizer.name_or_path", str(tmp_path / "tokenizer"), "--max_steps", "5", *SHORT]
+    words = ["--tokenizer.name_or_path", str(tmp_path / "tokenizer"), "--max_steps", "5", *SHORT, *narrow]
     words += ["--output_dir", str(tmp_path / "run"), "--model.config.vocab_size", "50258", "--bf16", "true"]
 
     result = train(load_recipe(RECIPES / "pretrain/book.yaml", [*words, "--samples.max_new_tokens", "2"]))
 
-    assert result["parameters"] == 12 * 7087872 + (2 * 50258 + 257) * 768 + 2 * 768
+    assert result["parameters"] == parameters
     assert result["train"]["rows"] == 15  # 3,700 letters in rows of 256
     entries = metrics(tmp_path / "run")
     assert [entry["step"] for entry in entries if "eval_loss" in entry] == [0, 5]
@@ -87,19 +98,20 @@ def test_the_book_trains_gpt2_and_watches_both_losses(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "loss.pdf").is_file()
 
 
-@pytest.mark.slow
-def test_the_essays_are_learned_in_windows_behind_their_titles(tmp_path, monkeypatch):
+@both((NARROW_GPT2, 1, 16), ([], 12, 768))
+def test_the_essays_are_learned_in_windows_after_their_titles(tmp_path, monkeypatch, shape):
+    narrow, layers, width = shape
     monkeypatch.chdir(ROOT)
-    words = ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", *SHORT, *UNSAVED, "--bf16", "true"]
+    words = ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", *SHORT, *UNSAVED, *narrow]
 
-    result = train(load_recipe(RECIPES / "pretrain/essays-zh.yaml", words))
+    result = train(load_recipe(RECIPES / "pretrain/essays-zh.yaml", [*words, "--bf16", "true"]))
 
     assert (result["train"]["input_rows"], result["evaluation"]["input_rows"]) == (18, 2)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<eod>", "<pad>")
     assert len(tokenizer("<sep>")["input_ids"]) == 1
     config = AutoConfig.from_pretrained(tmp_path / "run")
-    assert (config.n_layer, config.n_embd, config.n_positions) == (12, 768, 1024)
+    assert (config.n_layer, config.n_embd, config.n_positions) == (layers, width, 1024)
 
 
 def test_the_essays_are_twenty_with_a_title_each():

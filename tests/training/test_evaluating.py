@@ -8,7 +8,7 @@ from typing import Any
 import helpers
 import pytest
 from helpers import write_jsonl
-from launched import launch, prepare, read_metrics, torchrun
+from launched import prepare, read_metrics, train_on_two
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -242,12 +242,10 @@ def test_compute_metrics_would_never_be_called_and_is_refused(tmp_path):
         CLMTrainer(helpers.tiny_model(), compute_metrics=lambda found: {})
 
 
-@pytest.mark.slow
 def test_two_processes_share_the_answers_and_log_what_one_does(tmp_path):
     two = prepare(tmp_path / "two")
     words = ["--evaluation.generate", "5", "--evaluation.metrics", "[exact_match, chrf]"]
-    done = launch(torchrun(), two, *words, "--samples", "null", "--max_steps", "4")
-    assert done.returncode == 0, done.stderr
+    train_on_two(two, *words, "--samples", "null", "--max_steps", "4")
     recipe = load_recipe(two / "recipe.yaml", [*words, "--samples", "null", "--max_steps", "4"])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(two)

@@ -227,28 +227,17 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
 def test_two_processes_start_again_together_where_one_has_too_little(tmp_path):
     poor, rich = launched.prepare(tmp_path / "poor"), launched.prepare(tmp_path / "rich")
     (poor / "poor.py").write_text(POOR)
 
-    words = ["--auto_find_batch_size", "--save_strategy", "no"]
-    done = launched.launch(launched.torchrun(), poor, *words, program=[str(poor / "poor.py")])
-    smaller = [
-        "--per_device_train_batch_size",
-        "1",
-        "--gradient_accumulation_steps",
-        "2",
-        "--save_strategy",
-        "no",
-    ]
-    assert launched.launch(launched.torchrun(), rich, *smaller).returncode == 0
+    words = ["--max_steps", "2", "--samples", "null", "--save_strategy", "no"]
+    done = launched.train_on_two(poor, *words, "--auto_find_batch_size", program=[str(poor / "poor.py")])
+    smaller = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    launched.train_on_two(rich, *words, *smaller)
 
-    assert done.returncode == 0, done.stderr
-    assert (
-        done.stdout.count("restart   out of memory at step 1: per_device_train_batch_size 1 instead of 2")
-        == 1
-    )
+    said = "restart   out of memory at step 1: per_device_train_batch_size 1 instead of 2"
+    assert done.out.count(said) == 1
     found, expected = weights(poor), weights(rich)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

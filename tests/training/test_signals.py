@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from helpers import X, tiny_model
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
@@ -260,16 +259,14 @@ raise SystemExit(3)
 """
 
 
-@pytest.mark.slow
-def test_a_process_that_ends_early_takes_those_that_load_its_data_along():
+def test_a_process_that_ends_early_takes_those_that_load_its_data_along(tmp_path):
     """They would outlive it for as long as they outlive any SIGTERM, and then be called failed."""
-    root = str(Path(__file__).resolve().parents[2])
+    (tmp_path / "leaves.py").write_text(LEAVES_WORKERS)
 
-    ended = subprocess.run(
-        [sys.executable, "-c", LEAVES_WORKERS], cwd=root, capture_output=True, text=True, timeout=100
-    )
+    process = Forked(tmp_path, ["leaves.py"])
 
-    assert (ended.returncode, ended.stderr) == (3, "")
+    assert process.wait(20) == 3
+    assert process.read().err == ""
 
 
 def test_a_loop_that_catches_exceptions_ends_too():

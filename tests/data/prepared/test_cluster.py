@@ -173,6 +173,7 @@ def test_an_error_that_a_task_raises_is_raised_as_it_is():
         write_set(recipe, make_blocks=RayBlocks("local"))
 
 
+@pytest.mark.large  # Ray tries again for a while
 def test_a_block_that_kills_every_worker_is_one_line():
     write_jsonl(Path("a.jsonl"), RECORDS)
     recipe = recipe_of([{"path": "a.jsonl", "format": "formats_of_ray_test:die"}])

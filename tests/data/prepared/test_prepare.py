@@ -579,11 +579,12 @@ def test_the_first_examples_of_a_split_are_kept_beside_it():
 
 def test_a_long_preparation_says_how_far_it_has_come(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parts, "SAID_SECONDS", 0.0)
-    records = [{"prompt": f"{n}?\n", "completion": "x" * 100} for n in range(12_000)]
+    records = [{"prompt": f"{n}?\n", "completion": "x" * 100} for n in range(1_200)]
+    monkeypatch.setattr(chunks, "BLOCK_BYTES", 50_000)
     recipe = recipe_of(write_jsonl(tmp_path / "a.jsonl", records), max_length=256)
 
     write_set(recipe, tmp_path / "prepared")
 
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 1
-    assert lines[-1] == "preparing train: 12,000 records"
+    assert lines[-1] == "preparing train: 1,200 records"
