@@ -196,7 +196,7 @@ def read_record(folder: Path) -> RunRecord | None:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        what = f"{key}: {first['msg']}" if key else "not a JSON object"
+        what = f"{key}: {first['msg'].replace('Input should be', 'expected')}" if key else "not a JSON object"
         raise RecipeError(what, where=str(path), fix=fix) from None
     except ValueError:
         raise RecipeError("not a JSON object", where=str(path), fix=fix) from None
@@ -376,6 +376,8 @@ def points(entries: Entries, key: str, *, over: str = "step") -> list[Point]:
 def to_short(value: float) -> str:
     """``4.62416`` -> ``"4.624"``, ``6843.2`` -> ``"6,843"``, ``2500000`` -> ``"2.5M"``."""
     size = abs(value)
+    if not size < 1e12:  # NaN and infinity too
+        return f"{value:.4g}"
     if size < 1e6:
         return f"{value:.4g}" if size < 1000 else f"{value:,.0f}"
     unit, name = (1e6, "M") if size < 1e9 else (1e9, "B")

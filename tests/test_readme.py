@@ -143,3 +143,10 @@ def test_every_recipe_stands_in_the_table():
 
     assert len(recipes) >= 6
     assert [path.name for path in recipes if f"{path.parent.name}/{path.name}" not in README] == []
+
+
+def test_every_test_and_module_that_the_readme_names_is_there():
+    named = set(re.findall(r"\b(?:tests|hf_clm|recipes|data)/[\w./-]+\.(?:py|yaml|md)\b", README))
+
+    assert len(named) > 10
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []

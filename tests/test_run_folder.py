@@ -83,7 +83,7 @@ def test_a_recipe_that_is_no_yaml_is_left_out(tmp_path):
         ("[1]", "{folder}/run.json: not a JSON object; fix: name the output folder of a run"),
         (
             '{"train": {"rows": "many"}}',
-            "{folder}/run.json: train.rows: Input should be a valid integer, unable to parse string as an "
+            "{folder}/run.json: train.rows: expected a valid integer, unable to parse string as an "
             "integer; fix: name the output folder of a run",
         ),
     ],
@@ -212,6 +212,9 @@ def test_memory_and_counts_have_their_units():
         (6843.2, "6,843"),
         (2_500_000, "2.5M"),
         (50_000_000_000, "50B"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        (1e30, "1e+30"),
     ],
 )
 def test_a_number_is_short(value, text):

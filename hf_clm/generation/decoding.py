@@ -108,5 +108,8 @@ def to_fault(error: ValidationError) -> RecipeError:
     """The first of pydantic's errors as one line."""
     first = error.errors()[0]
     what, got = first["msg"].replace("Input should be", "expected"), repr(first["input"])
-    where = ".".join(map(str, first["loc"]))
-    return RecipeError(what, where=where, got=got if len(got) < 40 and first["type"] != "missing" else "")
+    what = {"missing": "is missing", "tuple_type": "expected text, or a list of texts"}.get(
+        first["type"], what
+    )
+    is_shown = len(got) < 40 and first["type"] not in ("missing", "json_invalid")
+    return RecipeError(what, where=".".join(map(str, first["loc"])), got=got if is_shown else "")

@@ -8,6 +8,7 @@ import base64
 import copy
 import hashlib
 import hmac
+import re
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -60,7 +60,7 @@ class Access:
     """Who may ask, and for how much.
 
     Without a key only this machine can connect, and so can a page of any site that its browser shows: by
-    naming this address its own (the middleware of hosts tells), or by asking without reading (``Origin`` and
+    naming this address its own (``Host`` tells), or by asking without reading (``Origin`` and
     ``Sec-Fetch-Site`` tell).
     """
 
@@ -70,15 +70,14 @@ class Access:
     prompt_tokens: int
     new_tokens: int
 
-    @property
-    def hosts(self) -> list[str]:
-        """The names that the server answers to."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return ["*"] if self.key else ["localhost", "127.0.0.1", "[::1]", host]
-
     def check(self, request: Request) -> None:
-        """Raises ApiError for pages of other sites, without the key, and for a large body."""
+        """Raises ApiError for other hosts, pages of other sites, a wrong key, and a large body."""
         path, headers = request.url.path, request.headers
+        match = re.fullmatch(r"(?:\[(.*)\]|([^:\[\]]*))(?::\d*)?", headers.get("host", ""))
+        name = (match[1] or match[2] or "").lower() if match else ""
+        if not self.key and name not in ("localhost", "127.0.0.1", "::1", self.host.lower()):
+            what = f"this server is not called {name!r}; with an API key it answers to any name"
+            raise ApiError(403, what, code="wrong_host")
         origin, given = headers.get("origin", ""), headers.get("authorization", "")
         is_foreign = headers.get("sec-fetch-site") == "cross-site" and path != "/"
         if is_foreign or (origin and origin.partition("://")[2] != headers.get("host")):
@@ -160,7 +159,6 @@ class Service:
         ]
         middleware = [
             Middleware(Gate, access=self._access, metrics=self._worker.metrics),
-            Middleware(TrustedHostMiddleware, allowed_hosts=self._access.hosts),
             Middleware(RequestBodyLimitMiddleware, max_body_size=self._access.body_bytes),
         ]
         handlers = {ApiError: _refuse, HTTPException: _refuse}

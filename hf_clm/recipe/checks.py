@@ -60,11 +60,11 @@ def _rule_faults(recipe: Keys) -> Iterator[Fault]:
     changed += [
         (f"train.{key}", train_rule(key))
         for key, value in recipe.train.items()
-        if value not in (None, {}, [], defaults[key])
+        if value not in (None, {}, [], defaults[key]) and (value, defaults[key]) != (False, "no")
     ]
     for key, rule in changed:
         if recipe.data.streaming and not rule.stream and not key.startswith(f"data.{EVAL}."):
-            yield Fault(key, "and data.streaming exclude each other", OUT)
+            yield Fault(key, "and data.streaming exclude each other", rule.instead or OUT)
         if rule.unused:
             yield Fault(key, f"has no effect: {rule.unused}", OUT)
         for other, allowed in rule.needs.items():
@@ -72,7 +72,13 @@ def _rule_faults(recipe: Keys) -> Iterator[Fault]:
             found = values[name] if section == "train" else reduce(getattr, other.split("."), recipe)
             found = recipe.resolved_packing if other == "data.packing" else found
             if found not in allowed if allowed else not found:
-                words = f": {' or '.join(map(_word, allowed))}" if allowed else ""
+                words = (
+                    f": {' or '.join(map(_word, allowed))}"
+                    if allowed
+                    else " of 1 or more"
+                    if found == 0
+                    else ""
+                )
                 yield Fault(key, f"needs {other}{words}", got=_word(found))
 
 

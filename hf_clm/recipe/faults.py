@@ -69,13 +69,15 @@ def to_faults(error: ValidationError, known: Iterable[str], *, gone: Mapping[str
 
 
 def suggest_key(key: str, known_keys: Iterable[str]) -> str:
-    """The nearest key of the same section, or else the nearest of any."""
+    """The nearest key of the same section; of a key without a section, else the nearest of any."""
     parent, _, name = key.rpartition(".")
     places = [known.rpartition(".") for known in known_keys]
-    near = did_you_mean(name, [word for section, _, word in places if section == parent])
+    own = [word for section, _, word in places if section == parent]
+    longer = [word for word in own if len(name) > 2 and word.startswith(f"{name}_")]  # name -> name_or_path
+    near = f"; did you mean {longer[0]!r}?" if longer else did_you_mean(name, own)
     whole = {word: f"{section}.{word}" for section, _, word in places if section}
     others = get_close_matches(name.lower(), list(whole), n=1)
-    return near or (f"; did you mean {whole[others[0]]!r}?" if others else "")
+    return near or (f"; did you mean {whole[others[0]]!r}?" if others and not parent else "")
 
 
 def shorten(value: Any) -> str:
@@ -109,7 +111,7 @@ def _to_fault(key: str, errors: list[Any], known: Iterable[str], gone: Mapping[s
     if "missing" in kinds:
         return Fault(key, "is missing")
     expected = [EXPECTED[kind] for kind in kinds if kind in EXPECTED]
-    if "literal_error" in kinds and (isinstance(value, str) or len(kinds) == 1):
+    if "literal_error" in kinds:
         words = re.findall("'(.*?)'", kinds["literal_error"]["ctx"]["expected"])
         longer = [word for word in words if value and word.startswith(str(value))]
         near = f"; did you mean {longer[0]!r}?" if longer else did_you_mean(str(value), words)

@@ -26,6 +26,7 @@ class Rule:
              around it; refused at the top
     decides  whether the key decides what is prepared of the same data
     stream   whether data.streaming takes another value than the default
+    instead  what to write where it does not; empty: leave the key out
     needs    the values that other keys must have beside another value than the default; () is any that
              is not false, null or 0
     unused   why another value than the default has no effect here; it is refused
@@ -34,6 +35,7 @@ class Rule:
     resume: Literal["refused", "free", "unseen"] | None = None
     decides: bool = True
     stream: bool = True
+    instead: str = ""
     needs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, hash=False)
     unused: str = ""
 
@@ -146,7 +148,11 @@ class Tokenizer(Section):
     """Default: the model's."""
     train: Annotated[
         TokenizerTraining | None,
-        Rule(stream=False, needs={"model.init": ("scratch",), "tokenizer.name_or_path": (None,)}),
+        Rule(
+            stream=False,
+            instead="train it with hf-clm train-tokenizer",
+            needs={"model.init": ("scratch",), "tokenizer.name_or_path": (None,)},
+        ),
     ] = None
     """Train one on data.train instead of loading one."""
     pad_token: str = "<|pad|>"
@@ -176,7 +182,9 @@ class Source(Section):
     """Read at most this many records."""
     weight: Annotated[float | None, ASIDE] = Field(default=None, gt=0)
     """Its share of an epoch, beside the weights of the other sources; see data.mixing."""
-    epochs: Annotated[float | None, Rule(decides=False, stream=False)] = Field(default=None, gt=0)
+    epochs: Annotated[
+        float | None, Rule(decides=False, stream=False, instead="give each source a weight")
+    ] = Field(default=None, gt=0)
     """How often one epoch of the run reads it: 2, 0.5, ...; in place of weights; default beside others: 1."""
     quoting: Literal["auto", "csv", "none"] = "auto"
     """Whether quotes enclose the cells of a table (csv) or are letters (none); auto: letters in .tsv only."""
@@ -243,7 +251,9 @@ class Data(Section):
     """A path, a list of paths, or a list of sources."""
     eval: Annotated[Evaluated, Rule("free", decides=False)] = []
     """Its own sources, or a mapping from the names of several sets to theirs; or see eval_fraction."""
-    eval_fraction: Annotated[float, NOT_STREAMED] = Field(default=0.0, ge=0, lt=1)
+    eval_fraction: Annotated[float, Rule(stream=False, instead="name the files of data.eval")] = Field(
+        default=0.0, ge=0, lt=1
+    )
     """The share of the training examples held out, chosen by train.seed; of a single text its end."""
     mixing: Annotated[Mixing | None, ASIDE] = None
     """How the sources of train share an epoch; null: by their weights or epochs, or every row once."""

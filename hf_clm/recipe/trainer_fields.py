@@ -203,6 +203,7 @@ TYPES: dict[str, Any] = {
     "dataloader_multiprocessing_context": Literal["fork", "spawn", "forkserver"] | None,
     "include_num_input_tokens_seen": bool | Literal["all", "non_padding", "no"],
     "fsdp": bool | str | None,
+    "ddp_backend": Literal["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"] | None,
 }
 # Packages of the optimizers that are built with the model: part of the name -> package.
 OPTIMIZERS = {"galore_": "galore_torch", "apollo_": "apollo_torch", "lomo": "lomo_optim"}

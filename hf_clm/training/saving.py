@@ -120,12 +120,6 @@ class SavingTrainer(Trainer):
             model.config.use_cache = self.args.use_cache
             (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle, with hub_token in clear
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._loading = Path(resume_from_checkpoint)
         try:

@@ -326,7 +326,7 @@ def test_an_endless_file_is_no_recipe():
         (
             "  name_or_path: gpt2",
             "  name: gpt2",
-            "r.yaml:3: model.name is not a key of a recipe; did you mean",
+            "r.yaml:3: model.name is not a key of a recipe; did you mean 'name_or_path'?",
         ),
         (
             "gpt2",
@@ -595,7 +595,7 @@ def test_a_key_from_a_yaml_merge_has_the_line_where_it_is_written():
         (["--bf16_full_eval", "--fp16_full_eval"], "train.fp16_full_eval needs train.bf16_full_eval: false"),
         (
             ["--dataloader_prefetch_factor=2"],
-            "train.dataloader_prefetch_factor needs train.dataloader_num_workers; got 0",
+            "train.dataloader_prefetch_factor needs train.dataloader_num_workers of 1 or more; got 0",
         ),
         (
             ["--dataloader_persistent_workers"],
