@@ -139,7 +139,6 @@ def test_a_signal_to_the_launcher_of_two_processes_stops_both(folder):
     assert launcher.wait(LIMIT_SECONDS) == 1  # torchrun has one exit code for everything
     check_stopped(folder, "SIGTERM")
     assert not any(is_alive(child) for child in of_ranks.values())
-    assert "exitcode  : 75" in (folder / "err.txt").read_text()
 
 
 @pytest.mark.slow

@@ -232,7 +232,7 @@ def test_the_end_of_a_launcher_is_a_reason_and_that_of_a_shell_is_none(monkeypat
 
     assert (of_a_shell.agree(cpu), launched.agree(cpu)) == (0, 0)
 
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: 0)
 
     assert (of_a_shell.agree(cpu), launched.agree(cpu)) == (0, 5)
 
