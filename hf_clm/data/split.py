@@ -148,10 +148,10 @@ def mix_options(data: Data) -> MixOptions | None:
 
 
 def packing_of(recipe: Recipe) -> tuple[int | None, str]:
-    """(tokens of a packed row, best_fit or stream); None for rows that are not packed."""
+    """(tokens of a packed row, how rows are packed); None for rows that are not packed."""
     packing = recipe.resolved_packing
     capacity = recipe.data.tokens_per_batch if packing == "none" else recipe.data.max_length
-    return capacity, "stream" if packing == "stream" else "best_fit"
+    return capacity, "best_fit" if packing == "none" else packing
 
 
 def check_dropped(split: Split, data: Data) -> None:

@@ -32,6 +32,7 @@ from hf_clm.generation.prompts import to_prompt_example
 from hf_clm.machine import peak_memory, settle_cpu
 from hf_clm.model.build import build_model, build_model_config, build_tokenizer, check_model
 from hf_clm.model.load import takes_targets
+from hf_clm.model.loss import LossOptions
 from hf_clm.pages.charts import write_loss_plots
 from hf_clm.pages.documents import Reader, write_excerpt
 from hf_clm.pages.report import write_report
@@ -252,7 +253,7 @@ def build_trainer(
         train_dataset=stream or train_split.dataset,
         eval_dataset=evaluated.get(EVAL, named or first_rows(train_split, EVALUATED_ROWS)),
         processing_class=tokenizer,
-        z_loss=recipe.loss.z_loss,
+        loss_options=LossOptions(**recipe.loss.model_dump()),
         watched_rows=first_rows(train_split, watched) if watched else None,
         answering=build_answering(recipe, arguments, tokenizer=tokenizer, splits=splits),
         answers_every=recipe.evaluation.every,
@@ -263,9 +264,10 @@ def build_trainer(
     if recipe.early_stopping:
         patience, threshold = recipe.early_stopping.patience, recipe.early_stopping.threshold
         trainer.add_callback(PatienceCallback(patience, threshold))
-    if recipe.loss.z_loss and trainer.own_loss:
-        what = f"has no effect: the model computes its own loss ({trainer.own_loss})"
-        raise RecipeError(what, where="loss.z_loss", got=f"{recipe.loss.z_loss:g}", fix="leave it out")
+    for key, value in recipe.loss.model_dump(exclude_defaults=True).items():
+        if trainer.own_loss:
+            what = f"has no effect: the model computes its own loss ({trainer.own_loss})"
+            raise RecipeError(what, where=f"loss.{key}", got=f"{value:g}", fix="leave it out")
     return trainer
 
 

@@ -6,6 +6,7 @@ How it evaluates: evaluating.py; how it saves and goes on: saving.py.
 import math
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -66,10 +67,11 @@ class CLMTrainer(EvaluatingTrainer):
     labels, divided by the sum of their weights. Evaluation and token_accuracy count every label once.
 
     Args:
-        z_loss: see LossOptions. The others are those of EvaluatingTrainer and of the Trainer.
+        loss_options: terms beside the likelihood; the label smoothing is that of the arguments. All others
+            are those of EvaluatingTrainer and of the Trainer.
     """
 
-    def __init__(self, *args: Any, z_loss: float = 0.0, **kwargs: Any):
+    def __init__(self, *args: Any, loss_options: LossOptions | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.label_names = [*self.label_names, "weights"]  # remove_unused_columns would drop another column
         settle_precision(self.accelerator)
@@ -81,7 +83,8 @@ class CLMTrainer(EvaluatingTrainer):
         self.target_loss: TargetLoss | None = None
         if not self.own_loss:
             self.label_smoother = None
-            self.target_loss = use_target_loss(model, LossOptions(smoothing, z_loss))
+            options = replace(loss_options or LossOptions(), label_smoothing=smoothing)
+            self.target_loss = use_target_loss(model, options)
         self._sampler: EpochSampler | None = None
         if self.train_dataset is not None and not self.args.dataloader_drop_last:
             self.train_dataset = self._even(self.train_dataset, self.args.train_batch_size)

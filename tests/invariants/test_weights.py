@@ -24,6 +24,7 @@ from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import TokenizedDataset, TokenizedRows
 from hf_clm.doctor.selftest import choose_documents
 from hf_clm.model.attention import NAME, register
+from hf_clm.model.loss import LossOptions
 from hf_clm.training.trainer import CLMTrainer
 
 # Four rows of 2, 1, 3 and 5 targets. In micro-batches of one or two rows, and in the second of two
@@ -81,14 +82,14 @@ def build_trainer(
     options: dict[str, Any] = {"use_cpu": True, "report_to": "none", "logging_steps": 1, "max_steps": 1}
     options |= {"save_strategy": "no", "disable_tqdm": True, "max_grad_norm": 0.0}
     options |= {"train_sampling_strategy": "sequential", "per_device_train_batch_size": len(rows)}
-    z_loss = settings.pop("z_loss", 0.0)
+    terms = LossOptions(z_loss=settings.pop("z_loss", 0.0))
     return CLMTrainer(
         build(name),
         TrainingArguments(str(folder), **(options | settings)),
         data_collator=COLLATORS[collator],
         train_dataset=rows,
         eval_dataset=rows,
-        z_loss=z_loss,
+        loss_options=terms,
     )
 
 

@@ -445,7 +445,7 @@ class Gradients(TrainerCallback):
 def build_trainer(folder: Path, model: Any, *, trainer: type[Trainer] = CLMTrainer, **settings: Any) -> Any:
     """Two steps of 2 x 2 rows; the stock Trainer gets labels alone."""
     options = {**settings}
-    z_loss = {"z_loss": options.pop("z_loss")} if "z_loss" in options else {}
+    terms = LossOptions(z_loss=options.pop("z_loss", 0.0))
     collator = DataCollatorForPackedCausalLM(with_targets=trainer is CLMTrainer)
     defaults: dict[str, Any] = {
         **{"use_cpu": True, "report_to": "none", "logging_steps": 1, "save_strategy": "no", "max_steps": 2},
@@ -455,7 +455,8 @@ def build_trainer(folder: Path, model: Any, *, trainer: type[Trainer] = CLMTrain
     }
     rows = [{key: values * n for key, values in row.items()} for n in (1, 3) for row in ROWS]
     arguments = TrainingArguments(str(folder), **(defaults | options))
-    return trainer(model, arguments, data_collator=collator, train_dataset=rows, eval_dataset=rows, **z_loss)
+    own = {"loss_options": terms} if trainer is CLMTrainer else {}
+    return trainer(model, arguments, data_collator=collator, train_dataset=rows, eval_dataset=rows, **own)
 
 
 def two_steps(trainer: Trainer) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
