@@ -69,7 +69,7 @@ def squares(tmp_path_factory) -> Iterator[Server]:
     """Learned 50 instructions by heart."""
     records = [{"instruct": question, "label": answer} for question, answer in SQUARES.items()]
     folder = tmp_path_factory.mktemp("squares")
-    run = learn_by_heart(folder, records, format="instruct", steps=350, learning_rate=3e-3, hidden_size=128)
+    run = learn_by_heart(folder, records, format="instruct", steps=200, learning_rate=5e-3, hidden_size=96)
     with served(run, "--name", "squares") as server:
         yield server
 
