@@ -38,7 +38,7 @@ def started_at(printed: str) -> int:
     if "this run is done" in printed:
         return CHANGES["train"]["max_steps"]
     lines = [line for line in printed.splitlines() if line.startswith("resumes   from")]
-    return step_of(Path(lines[0].split()[3].rstrip(","))) if lines else 0
+    return step_of(Path(lines[0].split()[2].rstrip(","))) if lines else 0
 
 
 def wait_for_a_kill(process: Any, run: Path, *, rng: random.Random, pace: float) -> None:
