@@ -38,7 +38,7 @@ class Forked:
     """A process with the calls of ``subprocess.Popen``, in a session of its own.
 
     Args:
-        words: a program as it stands behind ``python``: ``-m hf_clm`` or a file, and its arguments.
+        words: the arguments of ``python``: ``-m hf_clm`` or a file, and what it is given.
         settings: more of its environment.
         name: of the files for its output in ``folder``, ``NAMEout.txt`` and ``NAMEerr.txt``.
     """
@@ -104,7 +104,7 @@ def _run(folder: Path, words: list[str], environment: dict[str, str], files: lis
 
 
 def free_port() -> str:
-    """A port that nobody listens to."""
+    """Returns a port that is free."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return str(found.getsockname()[1])

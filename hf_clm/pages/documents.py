@@ -133,7 +133,9 @@ class Reader:
         if not trained.any():
             yield "nothing trained", ""
         ends = np.flatnonzero(trained & ~np.append(trained[1:], False))
-        if document.after and whole.is_target[-document.after :].any():  # the last target goes on elsewhere
+        if (
+            document.after and whole.is_target[-document.after :].any()
+        ):  # the last target continues in another row
             ends = ends[ends < len(ids) - 1] if whole.is_chat else ends[:0]
         ends = ends if whole.is_chat else ends[-1:]
         if unstopped := [end for end in ends if ids[end] not in self.stop_ids]:

@@ -68,7 +68,7 @@ def rows_per_step(arguments: TrainingArguments) -> int:
 
 
 def count_steps(arguments: TrainingArguments, rows: int) -> int:
-    """Optimizer steps that the Trainer makes over so many rows; 0 where it would make none."""
+    """The number of optimizer steps that the Trainer makes over this many rows; it may be 0."""
     rounded = math.floor if arguments.dataloader_drop_last else math.ceil
     batches = rounded(rows / arguments.world_size / arguments.train_batch_size)
     if batches == 0 or arguments.max_steps > 0:

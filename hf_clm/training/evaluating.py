@@ -232,7 +232,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 def draw_apart(loader: DataLoader, *, seed: int) -> DataLoader:
     """Lets a loader draw the seed of its workers from a generator of its own, not from that of dropout.
 
-    Workers that persist are seeded once, others in every epoch: a run that goes on would draw differently.
+    Workers that persist are seeded once, others in every epoch: a resumed run would draw differently.
     """
     own: Any = getattr(loader, "base_dataloader", loader)  # of accelerate's
     own.generator = torch.Generator().manual_seed(seed)

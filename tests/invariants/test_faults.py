@@ -45,7 +45,7 @@ run.CLMTrainer = Broken
 raise SystemExit(main(["train", "recipe.yaml"]))
 """
 
-# Its output goes into a pipe that nobody reads, and cannot be written.
+# Its output goes into a pipe without a reader, so it cannot be written.
 UNREAD = """
 import os
 from hf_clm.cli import main

@@ -207,12 +207,13 @@ def build_collator(
     with_targets: bool = False,
     static: StaticShape | None = None,
 ) -> Callable[..., dict[str, Any]]:
-    """Rows laid one behind the other; padded only where nothing is packed and the attention is another."""
+    """The collator of a recipe: it concatenates rows, and pads only unpacked rows for another attention."""
     assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer gives it one"
     if recipe.resolved_packing == "none" and recipe.model.attention != PACKED:
         return DataCollatorForCausalLM(tokenizer.pad_token_id)
-    options: dict[str, Any] = {"with_targets": with_targets, "static": static}
-    return DataCollatorForPackedCausalLM(**options, pad_token_id=tokenizer.pad_token_id)
+    return DataCollatorForPackedCausalLM(
+        with_targets=with_targets, static=static, pad_token_id=tokenizer.pad_token_id
+    )
 
 
 def static_shape(datasets: Sequence[AnyDataset], *, rows: int) -> StaticShape:
