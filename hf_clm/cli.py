@@ -134,9 +134,9 @@ def run_inspect(words: list[str]) -> None:
     add_inspect_options(parser)
     options, overrides = parser.parse_with_overrides(words)
     from hf_clm.data.read.faults import check_data
-    from hf_clm.recipe.recipe import find_recipe, load_recipe
+    from hf_clm.recipe.recipe import load_recipe
 
-    check_data(load_recipe(find_recipe(options.target), overrides, options=parser.names))
+    check_data(load_recipe(options.target, overrides, options=parser.names))
     _quiet_libraries()
     from hf_clm.pages.inspection import View, inspect
 

@@ -28,7 +28,7 @@ from hf_clm.pages.documents import Reader, inspect_rows
 from hf_clm.pages.report import render
 from hf_clm.pages.rows import FLAGS, Document, Row, Vocabulary, escape
 from hf_clm.pages.terminal import legend, to_lines
-from hf_clm.recipe.recipe import find_recipe, load_recipe
+from hf_clm.recipe.recipe import load_recipe
 from hf_clm.recipe.sections import EVAL, TRAIN
 from hf_clm.run_folder import write_text
 from hf_clm.text.tokenizer import load_tokenizer
@@ -71,7 +71,7 @@ def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[
 
     Raises RecipeError for a folder that is no run, or a split that the recipe does not have.
     """
-    recipe = load_recipe(find_recipe(target), overrides, options=options)
+    recipe = load_recipe(target, overrides, options=options)
     arguments = training_arguments(recipe)
     known = [TRAIN, *(recipe.data.eval_sets or ([EVAL] if recipe.data.eval_fraction else []))]
     name = view.split if view.split in known else f"{EVAL}_{view.split}"

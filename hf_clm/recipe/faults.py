@@ -9,9 +9,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from hf_clm.errors import did_you_mean
+from hf_clm.recipe.other_names import advise
 
 OUT = "leave it out"
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+TYPING_ERROR = 0.8  # likeness of two words, for difflib; "max_seq_len" and "max_steps" have 0.7
 MOST_WORDS = 16  # of those that a key accepts, in a message
 # A kind of pydantic's errors -> what is expected.
 EXPECTED = {
@@ -50,12 +52,12 @@ class RecipeFaults(ValueError):
         super().__init__(faults[0].what)
 
 
-def to_faults(error: ValidationError, known: Iterable[str], *, gone: Mapping[str, str]) -> Iterator[Fault]:
+def to_faults(error: ValidationError, known: Iterable[str], *, removed: Mapping[str, str]) -> Iterator[Fault]:
     """Says pydantic's errors in the words of a recipe.
 
     Args:
         known: all keys, of which the nearest is suggested.
-        gone: keys of earlier versions, and what to write instead.
+        removed: keys of earlier versions, and what to write instead.
     """
     by_key: dict[str, list[Any]] = {}
     for key, details in _flatten(error):
@@ -65,19 +67,28 @@ def to_faults(error: ValidationError, known: Iterable[str], *, gone: Mapping[str
         if isinstance(cause, RecipeFaults):
             yield from cause.faults
         elif not any(other.startswith(f"{key}.") for other in by_key):  # else it is of another union member
-            yield _to_fault(key, errors, known, gone)
+            yield _to_fault(key, errors, known, removed)
 
 
 def suggest_key(key: str, known_keys: Iterable[str]) -> str:
-    """The nearest key of the same section; of a key without a section, else the nearest of any."""
+    """Suggests the nearest key of the same section, or the key of another section with exactly this name.
+
+    Of a key without a section, a typing error is looked for in all sections; a mere likeness is not enough.
+    """
     parent, _, name = key.rpartition(".")
     places = [known.rpartition(".") for known in known_keys]
-    own = [word for section, _, word in places if section == parent]
-    longer = [word for word in own if len(name) > 2 and word.startswith(f"{name}_")]  # name -> name_or_path
-    near = f"; did you mean {longer[0]!r}?" if longer else did_you_mean(name, own)
-    whole = {word: f"{section}.{word}" for section, _, word in places if section}
-    others = get_close_matches(name.lower(), list(whole), n=1)
-    return near or (f"; did you mean {whole[others[0]]!r}?" if others and not parent else "")
+    siblings = [word for section, _, word in places if section == parent]
+    longer = [
+        word for word in siblings if len(name) > 2 and word.startswith(f"{name}_")
+    ]  # name -> name_or_path
+    near = longer[:1] or get_close_matches(
+        name.lower(), siblings, n=1, cutoff=0.6 if parent else TYPING_ERROR
+    )
+    elsewhere = {word: f"{section}.{word}" for section, _, word in places if section and section != parent}
+    if not near:
+        likeness = 1.0 if parent else TYPING_ERROR
+        near = [elsewhere[word] for word in get_close_matches(name.lower(), elsewhere, n=1, cutoff=likeness)]
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def shorten(value: Any) -> str:
@@ -97,14 +108,15 @@ def _flatten(error: ValidationError, prefix: str = "") -> Iterator[tuple[str, An
             yield key, details
 
 
-def _to_fault(key: str, errors: list[Any], known: Iterable[str], gone: Mapping[str, str]) -> Fault:
+def _to_fault(key: str, errors: list[Any], known: Iterable[str], removed: Mapping[str, str]) -> Fault:
     """One fault for the errors of all members of a union."""
     kinds = {details["type"]: details for details in errors}
     details = errors[0]
     value = details["input"]
-    if "extra_forbidden" in kinds and key in gone:
-        of = "name of transformers 4" if key.startswith("train.") else "key of version 0.4"
-        return Fault(key, f"is a {of}", gone[key])
+    if "extra_forbidden" in kinds and key in removed:
+        return Fault(key, "is a key of version 0.4", removed[key])
+    if "extra_forbidden" in kinds and (advice := advise(key)):
+        return Fault(key, f"is a name of {advice[0]}", advice[1])
     if "extra_forbidden" in kinds:
         of = "a field of transformers.TrainingArguments" if key.startswith("train.") else "a key of a recipe"
         return Fault(key, f"is not {of}{suggest_key(key, known)}")

@@ -1,6 +1,6 @@
 """The recipe: one YAML file and the words of the command line become one frozen, checked ``Recipe``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -12,8 +12,10 @@ from pydantic.fields import FieldInfo
 from hf_clm.errors import RecipeError
 from hf_clm.recipe.checks import recipe_faults
 from hf_clm.recipe.faults import RecipeFaults, shorten, suggest_key, to_faults
+from hf_clm.recipe.other_names import advise
 from hf_clm.recipe.sections import FACTS, REMOVED, Keys, Source, to_sources
 from hf_clm.recipe.sections import Data as Data
+from hf_clm.recipe.shipped import find_recipe, locate
 from hf_clm.recipe.text import (
     COMMAND_LINE,
     accepted_types,
@@ -30,8 +32,8 @@ from hf_clm.recipe.text import (
 )
 from hf_clm.recipe.trainer_fields import (
     TRAIN_DEFAULTS,
-    V4_NAMES,
     check_train,
+    to_field,
     train_fields,
     train_rule,
     train_section,
@@ -78,39 +80,68 @@ class Recipe(Keys):
         return self.model_copy(update={"data": self.data.model_copy(update={"render": render})})
 
 
-# Keys of earlier versions and of transformers 4 -> what to do.
-GONE = {f"train.{name}": fix for name, fix in V4_NAMES.items()}
-GONE |= {
+REMOVED_KEYS = {
     f"{section}.{name}": fix for name, (_, fix) in REMOVED.items() for section in ("data", "data.mixing")
 }
+# A section given as text is one of its keys: --model Qwen/Qwen2.5-0.5B.
+SHORT = {"model": "model.name_or_path", "tokenizer": "tokenizer.name_or_path", "data": "data.train"}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Sequence[str] = ()) -> Recipe:
     """Reads a recipe; ``overrides`` are words: ``["--bf16", "--learning_rate", "1e-4", "--stage=sft"]``.
 
-    ``options``: names that the command knows besides, for one that was mistyped. Raises RecipeError with the
-    line of the file, or "command line", for the first thing that is wrong.
+    Args:
+        path: a file, the folder of a run, or the name of a shipped recipe, such as ``sft/poems``.
+        options: names that the command has beside the keys, which a misspelt name may have meant.
+
+    Raises RecipeError with the line of the file, or "command line", for the first thing that is wrong.
     """
-    tree, places = load_yaml(str(path))
-    fields = dict([*list_keys(Recipe), *list_keys(train_section(), "train.")])
-    for name, text in to_options(overrides):
-        key = _to_key(name, options)
-        value = to_value(key, text, types=accepted_types(fields.get(key)))
+    file = find_recipe(str(path))
+    tree, places = load_yaml(file)
+    for key, value in read_overrides(overrides, options=options):
         if key in ("data.train", "data.eval") and isinstance(tree.get("data"), dict):
             value = _with_known_format(value, tree["data"].get(key.removeprefix("data.")))
         override(tree, places, key=key, value=value)
+    return build_recipe(tree, places, file=file)
+
+
+def read_overrides(words: Sequence[str], *, options: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value) for words of the command line. Raises RecipeError for a word of no key."""
+    fields = recipe_fields()
+    for name, text in to_options(words):
+        key = _to_key(name, options)
+        if key in SHORT and text and not text.lstrip().startswith("{"):
+            key = SHORT[key]
+        yield key, to_value(key, text, types=accepted_types(fields.get(key)))
+
+
+def build_recipe(tree: dict[str, Any], places: dict[str, str], *, file: str = "") -> Recipe:
+    """Checks nested keys and values, and makes a recipe of them.
+
+    Args:
+        places: where each dotted key was given, such as ``recipes/x.yaml:9``.
+        file: the recipe's file, beside which its relative paths are looked up too.
+
+    Raises RecipeError for the first fault, and says how many more there are.
+    """
     if not (faults := text_faults(tree)):
         try:
             recipe = Recipe.model_validate(tree)
         except ValidationError as error:
-            faults = list(to_faults(error, fields, gone=GONE))
+            faults = list(to_faults(error, recipe_fields(), removed=REMOVED_KEYS))
         else:
             recipe._origins.places.update(places)
-            recipe._origins.file = str(path)
-            return recipe
+            recipe._origins.file = file
+            return _locate_paths(recipe)
     first, more = faults[0], f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     what, got = (first.what, first.got + more) if first.got else (first.what + more, "")
-    raise RecipeError(what, where=place_of(first.key, places, otherwise=str(path)), got=got, fix=first.fix)
+    where = place_of(first.key, places, otherwise=file)
+    raise RecipeError(what, where=where, got=got, fix=first.fix)
+
+
+def recipe_fields() -> dict[str, FieldInfo]:
+    """Returns every dotted key of a recipe with its field."""
+    return dict([*list_keys(Recipe), *list_keys(train_section(), "train.")])
 
 
 def resume_rule(key: str) -> str:
@@ -119,17 +150,6 @@ def resume_rule(key: str) -> str:
         return FACTS[key]
     rule = train_rule(key.removeprefix("train.")) if key.startswith("train.") else Recipe.rule(key)
     return rule.resume or "refused"
-
-
-def find_recipe(target: str) -> str:
-    """The path of a recipe, which may be named by its run's folder. Raises RecipeError for another folder."""
-    if not Path(target).is_dir():
-        return target
-    path = Path(target, "recipe.yaml")
-    if not path.is_file():
-        what, fix = "holds no recipe.yaml: not a run's folder", "name a recipe or a run"
-        raise RecipeError(what, where=target, fix=fix)
-    return str(path)
 
 
 def training_values(recipe: Recipe) -> dict[str, Any]:
@@ -170,13 +190,41 @@ def recipe_help() -> str:
     return "\n".join(lines)
 
 
+def _locate_paths(recipe: Recipe) -> Recipe:
+    """The recipe with the paths that its file names, where they exist: from here, else beside the file."""
+    places = recipe._origins.places
+
+    def find(path: str | None, key: str) -> str | None:
+        is_typed = place_of(key, places, otherwise="") == COMMAND_LINE
+        return path if path is None or is_typed else locate(path, recipe=recipe.file)
+
+    def find_sources(key: str, sources: list[Source]) -> list[Source]:
+        paths = [find(source.path, f"data.{key}.{number}.path") for number, source in enumerate(sources)]
+        return [source.model_copy(update={"path": path}) for source, path in zip(sources, paths, strict=True)]
+
+    model, tokenizer, data = recipe.model, recipe.tokenizer, recipe.data
+    model = model.model_copy(update={"name_or_path": find(model.name_or_path, "model.name_or_path")})
+    names = {
+        key: find(getattr(tokenizer, key), f"tokenizer.{key}") for key in ("name_or_path", "chat_template")
+    }
+    sources = {key: find_sources(key, getattr(data, key)) for key in ("train", "eval")}
+    return recipe.model_copy(
+        update={
+            "model": model,
+            "tokenizer": tokenizer.model_copy(update=names),
+            "data": data.model_copy(update=sources),
+        }
+    )
+
+
 def _to_key(name: str, options: Sequence[str]) -> str:
     if "." in name or name in Recipe.model_fields:
         return name
-    fields = train_fields()
-    if name in fields or name in V4_NAMES:
-        return f"train.{name}"
-    near = suggest_key(name, [*options, *fields, *(key for key, _ in list_keys(Recipe))])
+    if name in train_fields() or to_field(name) != name:
+        return f"train.{to_field(name)}"
+    if advice := advise(name, is_option=True):
+        raise RecipeError(f"--{name} is a name of {advice[0]}", where=COMMAND_LINE, fix=advice[1])
+    near = suggest_key(name, [*options, *train_fields(), *(key for key, _ in list_keys(Recipe))])
     raise RecipeError(f"unknown option --{name}{near}", where=COMMAND_LINE)
 
 

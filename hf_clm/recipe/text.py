@@ -49,7 +49,10 @@ def load_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     if tree is None:
         raise RecipeError("an empty recipe", where=path)
     if not isinstance(tree, dict):
-        raise RecipeError("expected a mapping such as stage: sft", where=path, got=type(tree).__name__)
+        is_data = isinstance(tree, list) and tree and isinstance(tree[0], dict)
+        fix = f"hf-clm train --model MODEL --data {path}" if is_data else ""
+        what = "this is data, not a recipe" if is_data else "expected a mapping such as stage: sft"
+        raise RecipeError(what, where=path, got=type(tree).__name__, fix=fix)
     return tree, places
 
 

@@ -38,6 +38,12 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "report_to": "none",  # the default only since transformers 5
 }
 
+# The older spelling of a field, which everyone types, and that of late 5.x. Either is accepted.
+SPELLINGS = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
 # The rules of fields, by pattern; the first counts. Any other may not differ when a run is resumed.
 RULES = {
     "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps": NO_LOGITS,
@@ -100,8 +106,12 @@ def check_train(train: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
 
     In ``*_steps`` 1 stays as it is: it is a step there, and 0.5 half of the run. Raises ValidationError.
     """
-    checked = train_section().model_validate(dict(train))
-    values = {key: value if key.endswith("_steps") else getattr(checked, key) for key, value in train.items()}
+    given = {to_field(key): value for key, value in train.items()}
+    if len(given) < len(train):
+        twice = next(key for key in train if to_field(key) != key)
+        return {}, [Fault(f"train.{twice}", f"is {to_field(twice)}, which is given too", fix="remove one")]
+    checked = train_section().model_validate(given)
+    values = {key: value if key.endswith("_steps") else getattr(checked, key) for key, value in given.items()}
     trackers, optim = values.get("report_to") or [], str(values.get("optim"))
     needed = [("report_to", name) for name in TRACKERS if name in trackers]
     needed += [("optim", package) for part, package in OPTIMIZERS.items() if part in optim]
@@ -110,6 +120,12 @@ def check_train(train: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
         for key, package in needed
         if find_spec(package) is None
     ]
+
+
+def to_field(name: str) -> str:
+    """Returns the name of a field by which the installed transformers knows it."""
+    newer = SPELLINGS.get(name, name)
+    return newer if newer in train_section().model_fields else name
 
 
 def read_train_section(package: Path) -> type[BaseModel]:
@@ -128,9 +144,9 @@ def read_train_section(package: Path) -> type[BaseModel]:
             name = node.target.id
             kind, limits = TYPES.get(name) or _to_type(node.annotation, names), _look_up(LIMITS, name)
             fields[name] = (Annotated[(kind, *limits)] if limits else kind, _default(node.value))
-    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # aliases of late 5.x
-        if name.replace("gradient_", "activation_") in fields:
-            fields.pop(name, None)
+    for older, name in SPELLINGS.items():
+        if name in fields:
+            fields.pop(older, None)
     config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     return create_model("Train", __config__=config, **fields)
 
@@ -207,25 +223,3 @@ TYPES: dict[str, Any] = {
 }
 # Packages of the optimizers that are built with the model: part of the name -> package.
 OPTIMIZERS = {"galore_": "galore_torch", "apollo_": "apollo_torch", "lomo": "lomo_optim"}
-
-V4_NAMES = {
-    "evaluation_strategy": "write eval_strategy",
-    "warmup_ratio": "write warmup_steps: a number below 1 is a share of the run",
-    "group_by_length": "write train_sampling_strategy: group_by_length",
-    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
-    "save_safetensors": "remove it: safetensors is the only format",
-    "overwrite_output_dir": "write overwrite: true at the recipe's top level",
-    "include_tokens_per_second": "remove it: tokens per second are always measured",
-    "no_cuda": "write use_cpu: true",
-    "tokenizer": "write it in the section tokenizer",
-    "torch_dtype": "write model.dtype",
-    "gradient_checkpointing": "write activation_checkpointing",
-    "gradient_checkpointing_kwargs": "write activation_checkpointing_kwargs",
-    "per_gpu_train_batch_size": "write per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "write per_device_eval_batch_size",
-    "adafactor": "write optim: adafactor",
-    "half_precision_backend": "remove it",
-    "include_inputs_for_metrics": "write include_for_metrics: [inputs]",
-    "push_to_hub_token": "set the environment variable HF_TOKEN",
-    "max_seq_length": "write data.max_length",
-}

@@ -201,12 +201,15 @@ overwrite: true
 
 
 def test_a_missing_recipe_is_named():
-    with pytest.raises(RecipeError, match=r"^nope\.yaml: no such recipe$"):
+    with pytest.raises(
+        RecipeError, match=r"^nope\.yaml: no such recipe; fix: hf-clm recipes lists the shipped ones$"
+    ):
         load_recipe("nope.yaml")
 
 
-def test_a_folder_is_not_a_recipe(tmp_path):
-    with pytest.raises(RecipeError, match=r": a folder, not a recipe$"):
+def test_a_folder_without_a_recipe_is_not_a_run(tmp_path):
+    message = ": no recipe.yaml in this folder: it is not the folder of a run; fix: name a recipe or a run$"
+    with pytest.raises(RecipeError, match=message):
         load_recipe(tmp_path)
 
 
@@ -331,9 +334,9 @@ def test_an_endless_file_is_no_recipe():
         (
             "gpt2",
             "gpt2\n  torch_dtype: x",
-            "r.yaml:4: model.torch_dtype is not a key of a recipe; did you mean 'dtype'?",
+            "r.yaml:4: model.torch_dtype is a name of transformers 4; fix: write model.dtype",
         ),
-        ("stage", "lr: 1\nstage", "r.yaml:1: lr is not a key of a recipe"),
+        ("stage", "lr: 1\nstage", "r.yaml:1: lr is a name of other trainers; fix: write train.learning_rate"),
         (
             "stage",
             "learning_rate: 1\nstage",
@@ -712,7 +715,7 @@ def test_words_of_the_command_line_set_keys_of_every_section():
         (["--learning", "1"], "unknown option --learning"),
         (
             ["--warmup_ratio", "0.1"],
-            "train.warmup_ratio is a name of transformers 4; fix: write warmup_steps",
+            "--warmup_ratio is a name of transformers 4; fix: write warmup_steps",
         ),
         (["--learning_rate"], "--train.learning_rate needs a value"),
         (["--data.max_length", "--bf16"], "--data.max_length needs a value"),
@@ -725,7 +728,7 @@ def test_words_of_the_command_line_set_keys_of_every_section():
             ["--data.train.0.path", "5"],
             "--data.train.0.path: data.train is not a mapping; fix: give --data.train",
         ),
-        (["--tokenizer", "gpt2"], "tokenizer: expected a mapping; got 'gpt2'"),
+        (["--tokenizer", "{name: gpt2}"], "tokenizer.name is not a key of a recipe"),
         (["--samples.max_new_tokens", "5"], "samples.prompts is missing"),
         (["--hub_token", "x"], "train.hub_token: a secret does not belong in a recipe"),
         (["--model.revision", TOKEN], "model.revision: a secret does not belong in a recipe"),

@@ -98,13 +98,11 @@ def test_nothing_heavy_is_imported():
 @pytest.mark.parametrize(
     ("key", "fix"),
     [
-        ("evaluation_strategy", "write eval_strategy"),
+        ("evaluation_strategy", "write train.eval_strategy"),
         ("warmup_ratio", "write warmup_steps: a number below 1 is a share of the run"),
         ("logging_dir", "set the environment variable TENSORBOARD_LOGGING_DIR"),
         ("no_cuda", "write use_cpu: true"),
         ("torch_dtype", "write model.dtype"),
-        ("gradient_checkpointing", "write activation_checkpointing"),
-        ("gradient_checkpointing_kwargs", "write activation_checkpointing_kwargs"),
     ],
 )
 def test_a_name_of_transformers_4_is_told_its_new_spelling(key, fix):

@@ -1,0 +1,231 @@
+"""The options of other training tools, and what to write here instead.
+
+Users bring the names that they have typed for years. A name that is unknown here is looked up in these tables
+before the nearest spelling is suggested, as ``max_steps`` is near ``max_seq_length`` in letters only.
+
+A value is a key of the recipe, or a sentence that begins with a lower-case verb.
+"""
+
+import re
+
+LAUNCHED = "remove it, and start the run with accelerate launch --num_processes N -m hf_clm train RECIPE"
+TARGETS = "remove it: only the targets are learned in stage sft; data.train_on selects the turns"
+ROWS = (
+    "write per_device_train_batch_size and gradient_accumulation_steps, whose product with the number of "
+    "processes is the number of rows in a step"
+)
+NO_PADDING = "remove it: packed rows hold no padding"
+WORKERS = "remove it; hf-clm prepare RECIPE --ray local prepares the data on all cores"
+LORA = "add a section lora, or write --lora true"
+
+# Names of transformers 4 that version 5 no longer has.
+TRANSFORMERS_4 = {
+    "evaluation_strategy": "train.eval_strategy",
+    "warmup_ratio": "write warmup_steps: a number below 1 is a share of the run",
+    "group_by_length": "write train_sampling_strategy: group_by_length",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
+    "save_safetensors": "remove it: safetensors is the only format",
+    "overwrite_output_dir": "write overwrite: true at the recipe's top level",
+    "include_tokens_per_second": "remove it: tokens per second are always measured",
+    "no_cuda": "write use_cpu: true",
+    "tokenizer": "write it in the section tokenizer",
+    "per_gpu_train_batch_size": "train.per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "train.per_device_eval_batch_size",
+    "adafactor": "write optim: adafactor",
+    "torch_dtype": "model.dtype",
+    "half_precision_backend": "remove it",
+    "include_inputs_for_metrics": "write include_for_metrics: [inputs]",
+    "push_to_hub_token": "set the environment variable HF_TOKEN",
+}
+TRL = {
+    "model_name_or_path": "model.name_or_path",
+    "model_revision": "model.revision",
+    "dtype": "model.dtype",
+    "attn_implementation": "model.attention",
+    "trust_remote_code": "model.trust_remote_code",
+    "model_init_kwargs": "write the keys of the section model: dtype, attention, revision, ...",
+    "dataset_name": "data.train",
+    "train_dataset": "data.train",
+    "eval_dataset": "data.eval",
+    "dataset_config": "write data.train: [{path: ..., name: CONFIGURATION}]",
+    "dataset_train_split": "write data.train: [{path: ..., split: SPLIT}]",
+    "dataset_test_split": "write data.eval: [{path: ..., split: SPLIT}]",
+    "dataset_text_field": "write data.train: [{path: ..., format: text, fields: {text: COLUMN}}]",
+    "dataset_streaming": "data.streaming",
+    "dataset_num_proc": WORKERS,
+    "dataset_kwargs": "remove it",
+    "formatting_func": "write format: module:function, a function from a record to a Chat or a Document",
+    "max_seq_length": "data.max_length",
+    "max_length": "data.max_length",
+    "truncation_mode": "data.overflow",
+    "packing": "data.packing",
+    "packing_strategy": "data.packing",
+    "eval_packing": "remove it: evaluation rows are packed as the training rows",
+    "padding_free": NO_PADDING,
+    "pad_to_multiple_of": NO_PADDING,
+    "assistant_only_loss": TARGETS,
+    "completion_only_loss": TARGETS,
+    "pad_token": "tokenizer.pad_token",
+    "eos_token": "tokenizer.eos_token",
+    "chat_template_path": "tokenizer.chat_template",
+    "use_peft": LORA,
+    "peft_config": LORA,
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target_modules": "lora.target_modules",
+    "lora_modules_to_save": "lora.modules_to_save",
+    "lora_bias": "remove it: biases stay frozen",
+    "use_rslora": "lora.use_rslora",
+    "use_dora": "lora.use_dora",
+    "load_in_4bit": "write lora.quantize: 4bit",
+    "load_in_8bit": "write lora.quantize: 4bit, the only quantization here",
+    "bnb_4bit_quant_type": "remove it: lora.quantize: 4bit is NF4 with double quantization",
+    "use_bnb_nested_quant": "remove it: lora.quantize: 4bit is NF4 with double quantization",
+    "loss_type": "remove it: the loss is the weighted cross-entropy of the targets",
+}
+AXOLOTL = {
+    "base_model": "model.name_or_path",
+    "base_model_config": "remove it: the configuration comes with the model",
+    "model_type": "remove it: the class of the model comes with its configuration",
+    "tokenizer_type": "remove it: the class of the tokenizer comes with its files",
+    "tokenizer_config": "tokenizer.name_or_path",
+    "special_tokens": "write tokenizer.pad_token, tokenizer.eos_token and tokenizer.control_tokens",
+    "added_tokens": "tokenizer.control_tokens",
+    "datasets": "data.train",
+    "test_datasets": "data.eval",
+    "pretraining_dataset": "write stage: pretrain and data.train",
+    "val_set_size": "data.eval_fraction",
+    "dataset_prepared_path": "data.cache_dir",
+    "dataset_processes": WORKERS,
+    "sequence_len": "data.max_length",
+    "excess_length_strategy": "data.overflow",
+    "sample_packing": "data.packing",
+    "pad_to_sequence_len": NO_PADDING,
+    "train_on_inputs": "write data.train_on: everything",
+    "roles_to_train": TARGETS,
+    "adapter": LORA,
+    "lora_target_linear": "write lora.target_modules: all-linear",
+    "peft_use_dora": "lora.use_dora",
+    "peft_use_rslora": "lora.use_rslora",
+    "micro_batch_size": "train.per_device_train_batch_size",
+    "num_epochs": "train.num_train_epochs",
+    "optimizer": "train.optim",
+    "lr_scheduler": "train.lr_scheduler_type",
+    "evals_per_epoch": "write eval_strategy: steps and eval_steps: a number below 1 is a share of the run",
+    "saves_per_epoch": "write save_strategy: steps and save_steps: a number below 1 is a share of the run",
+    "early_stopping_patience": "early_stopping.patience",
+    "flash_attention": "model.attention",
+    "xformers_attention": "model.attention",
+    "wandb_project": "set the environment variable WANDB_PROJECT, and write report_to: wandb",
+    "wandb_name": "train.run_name",
+    "chat_template_jinja": "tokenizer.chat_template",
+    "load_in_bf16": "write model.dtype: bfloat16",
+}
+LLAMA_FACTORY = {
+    "finetuning_type": LORA,
+    "do_train": "remove it: hf-clm train always trains",
+    "dataset": "data.train",
+    "dataset_dir": "write paths in data.train",
+    "val_size": "data.eval_fraction",
+    "template": "tokenizer.chat_template",
+    "cutoff_len": "data.max_length",
+    "neat_packing": "data.packing",
+    "max_samples": "write data.train: [{path: ..., limit: N}]",
+    "preprocessing_num_workers": WORKERS,
+    "overwrite_cache": "remove it: prepared data are found by their content",
+    "tokenized_path": "data.cache_dir",
+    "mask_history": "write data.train_on: {turns: last}",
+    "train_on_prompt": "write data.train_on: everything",
+    "mix_strategy": "data.mixing",
+    "interleave_probs": "write a weight for each source of data.train",
+    "lora_rank": "lora.r",
+    "lora_target": "lora.target_modules",
+    "additional_target": "lora.modules_to_save",
+    "quantization_bit": "write lora.quantize: 4bit",
+    "quantization_method": "remove it: lora.quantize: 4bit is bitsandbytes' NF4",
+    "flash_attn": "model.attention",
+    "resize_vocab": "remove it: the embeddings grow when a token needs it",
+    "plot_loss": "remove it: loss.png and report.html are always written",
+    "enable_thinking": "write tokenizer.chat_template_kwargs: {enable_thinking: false}",
+}
+LITGPT = {
+    "checkpoint_dir": "model.name_or_path",
+    "out_dir": "train.output_dir",
+    "precision": "write bf16: true or fp16: true",
+    "devices": LAUNCHED,
+    "num_nodes": LAUNCHED,
+    "global_batch_size": ROWS,
+    "lr_warmup_steps": "train.warmup_steps",
+    "lr_warmup_fraction": "write warmup_steps: a number below 1 is a share of the run",
+    "epochs": "train.num_train_epochs",
+    "max_tokens": "write max_steps",
+    "save_interval": "train.save_steps",
+    "log_interval": "train.logging_steps",
+    "interval": "train.eval_steps",
+    "max_norm": "train.max_grad_norm",
+    "quantize": "lora.quantize",
+}
+PYTORCH_SCRIPTS = {
+    "lr": "train.learning_rate",
+    "batch_size": "train.per_device_train_batch_size",
+    "train_batch_size": "train.per_device_train_batch_size",
+    "eval_batch_size": "train.per_device_eval_batch_size",
+    "device_batch_size": "train.per_device_train_batch_size",
+    "total_batch_size": ROWS,
+    "grad_accum_steps": "train.gradient_accumulation_steps",
+    "num_iterations": "train.max_steps",
+    "max_iters": "train.max_steps",
+    "grad_clip": "train.max_grad_norm",
+    "block_size": "data.max_length",
+    "train_file": "data.train",
+    "validation_file": "data.eval",
+    "train_data": "data.train",
+    "eval_data": "data.eval",
+    "output": "train.output_dir",
+    "device": "write use_cpu: true, or set CUDA_VISIBLE_DEVICES",
+    "gpus": LAUNCHED,
+    "num_gpus": LAUNCHED,
+    "compile": "train.torch_compile",
+    "resume": "train.resume_from_checkpoint",
+}
+TOOLS = {
+    "transformers 4": TRANSFORMERS_4,
+    "TRL": TRL,
+    "axolotl": AXOLOTL,
+    "LLaMA-Factory": LLAMA_FACTORY,
+    "litgpt": LITGPT,
+    "other trainers": PYTORCH_SCRIPTS,
+}
+IS_KEY = re.compile(r"[a-z_]+\.[a-z_]+")
+SECTIONS = (
+    "train",
+    "model",
+    "data",
+    "lora",
+    "tokenizer",
+    "eval",
+    "optimizer",
+)  # litgpt's options have them too
+
+
+def advise(key: str, *, is_option: bool = False) -> tuple[str, str] | None:
+    """Returns (the tool that uses this name, what to write instead), or None for a name of no tool.
+
+    Args:
+        key: a dotted key that the recipe does not have: ``max_seq_length``, ``train.micro_batch_size``.
+        is_option: whether it was an option of the command line.
+    """
+    section, _, name = key.rpartition(".")
+    if section and section not in SECTIONS:
+        return None
+    name = name.replace("-", "_").lower()
+    for tool, names in TOOLS.items():
+        if advice := names.get(name):
+            if advice == key:  # the right name in the right place is another mistake
+                return None
+            if not IS_KEY.fullmatch(advice):
+                return tool, advice
+            short = advice.removeprefix("train.")
+            return tool, f"write {f'--{short}' if is_option else advice}"
+    return None
