@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import platform
 import sys
 import traceback
 from argparse import Namespace
@@ -13,7 +14,7 @@ from logging import ERROR, getLogger
 from pathlib import Path
 
 from hf_clm.errors import ExitCode, Preempted, RecipeError, UserError, did_you_mean
-from hf_clm.machine import is_first_here
+from hf_clm.machine import is_first_here, version_of
 from hf_clm.options import (
     Parser,
     add_chat_options,
@@ -25,6 +26,7 @@ from hf_clm.options import (
     add_serve_options,
     add_train_tokenizer_options,
     at_least,
+    is_drafted,
     writable,
 )
 
@@ -38,6 +40,9 @@ def main(words: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--traceback"]
     if not words or words[0] in ("-h", "--help"):
         print(help_text())
+        return ExitCode.DONE
+    if words[0] in ("-V", "--version"):
+        print(version_text())
         return ExitCode.DONE
     try:
         if words[0] not in COMMANDS:
@@ -76,16 +81,27 @@ def help_text() -> str:
     )
 
 
+def version_text() -> str:
+    """What ``hf-clm --version`` prints."""
+    packages = ("torch", "transformers", "accelerate", "datasets")
+    versions = [f"{name} {version_of(name) or 'is not installed'}" for name in packages]
+    own = version_of("hf_clm") or "(not installed)"
+    return f"hf_clm {own}, {', '.join(versions)}, Python {platform.python_version()}"
+
+
 def run_train(words: list[str]) -> None:
-    """RECIPE [--key value ...]: train, and write a folder that from_pretrained opens"""
+    """RECIPE [--key value ...], or --model MODEL --data FILE: train, and write a folder like any model"""
     from hf_clm.data.read.faults import check_data  # before torch, whose import takes seconds
-    from hf_clm.recipe.recipe import load_recipe, recipe_help
+    from hf_clm.draft import open_recipe, to_lines
+    from hf_clm.recipe.recipe import recipe_help
 
     recipe, overrides = _recipe_words(words, "train")
     if recipe is None:
         print(recipe_help())
         return
-    loaded = load_recipe(recipe, overrides)
+    loaded = open_recipe(recipe, overrides)
+    if is_first_here() and (lines := to_lines(loaded)):
+        print("\n".join(lines), flush=True)
     check_data(loaded)
     _quiet_libraries()
     from hf_clm.training.run import train  # torch and transformers take seconds to import
@@ -104,9 +120,9 @@ def run_prepare(words: list[str]) -> None:
         return
     options, overrides = parser.parse_with_overrides(words)
     from hf_clm.data.read.faults import check_data
-    from hf_clm.recipe.recipe import load_recipe
+    from hf_clm.draft import open_recipe
 
-    recipe = load_recipe(options.recipe, overrides, options=parser.names)
+    recipe = open_recipe(options.recipe, overrides, options=parser.names)
     check_data(recipe)
     _quiet_libraries()
     from hf_clm.training.prepare import prepare_recipe
@@ -116,16 +132,28 @@ def run_prepare(words: list[str]) -> None:
 
 def run_config(words: list[str]) -> None:
     """RECIPE [--key value ...]: print every value of a recipe and where it came from"""
-    from hf_clm.recipe.recipe import describe_recipe, load_recipe, recipe_help
+    from hf_clm.draft import open_recipe
+    from hf_clm.recipe.recipe import describe_recipe, recipe_help
 
     recipe, overrides = _recipe_words(words, "config")
     if recipe is None:
         print(recipe_help())
         return
-    rows = describe_recipe(load_recipe(recipe, overrides))
+    rows = describe_recipe(open_recipe(recipe, overrides))
     width = max(len(key) for key, _, _ in rows)
     for key, value, origin in rows:
         print(f"{key:<{width}}  {json.dumps(value, ensure_ascii=False):<40}  {origin}")
+
+
+def run_recipes(words: list[str]) -> None:
+    """list the recipes that come with hf_clm; hf-clm train NAME runs one"""
+    _parser("recipes").parse_args(words)
+    from hf_clm.recipe.shipped import list_recipes, shipped_folder
+
+    recipes = list_recipes()
+    width = max(len(name) for name, _ in recipes)
+    print("\n".join(f"{name:<{width}}  {text}" for name, text in recipes))
+    print(f"\nhf-clm train NAME [--key VALUE ...]; the files are in {shipped_folder() / 'recipes'}")
 
 
 def run_inspect(words: list[str]) -> None:
@@ -134,9 +162,9 @@ def run_inspect(words: list[str]) -> None:
     add_inspect_options(parser)
     options, overrides = parser.parse_with_overrides(words)
     from hf_clm.data.read.faults import check_data
-    from hf_clm.recipe.recipe import load_recipe
+    from hf_clm.draft import open_recipe
 
-    check_data(load_recipe(options.target, overrides, options=parser.names))
+    check_data(open_recipe(options.target, overrides, options=parser.names))
     _quiet_libraries()
     from hf_clm.pages.inspection import View, inspect
 
@@ -150,7 +178,7 @@ def run_doctor(words: list[str]) -> int:
     add_doctor_options(parser)
     options, overrides = parser.parse_with_overrides(words)
     from hf_clm.data.read.faults import check_data
-    from hf_clm.recipe.recipe import load_recipe
+    from hf_clm.draft import open_recipe
 
     if options.plan is not None:
         return _plan(options, overrides, names=parser.names)
@@ -158,7 +186,7 @@ def run_doctor(words: list[str]) -> int:
         raise RecipeError(
             "needs a recipe", where="hf-clm doctor", fix="hf-clm doctor RECIPE [--key value ...]"
         )
-    recipe = load_recipe(options.recipe, overrides, options=parser.names)
+    recipe = open_recipe(options.recipe, overrides, options=parser.names)
     if not options.json:
         check_data(recipe)
     _quiet_libraries()
@@ -300,9 +328,9 @@ def run_bench(words: list[str]) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     options, overrides = parser.parse_with_overrides(words)
     from hf_clm.data.read.faults import check_data
-    from hf_clm.recipe.recipe import load_recipe
+    from hf_clm.draft import open_recipe
 
-    recipe = load_recipe(options.recipe, overrides, options=parser.names)
+    recipe = open_recipe(options.recipe, overrides, options=parser.names)
     check_data(recipe)
     from hf_clm.bench import bench
 
@@ -334,6 +362,7 @@ def run_train_tokenizer(words: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": run_train,
     "prepare": run_prepare,
+    "recipes": run_recipes,
     "config": run_config,
     "inspect": run_inspect,
     "doctor": run_doctor,
@@ -356,9 +385,9 @@ def _parser(command: str) -> Parser:
 
 def _plan(options: Namespace, overrides: list[str], *, names: list[str]) -> int:
     """``hf-clm doctor --plan``: of a recipe, or without one of models from 0.5B to 72B."""
-    from hf_clm.recipe.recipe import load_recipe
+    from hf_clm.draft import open_recipe
 
-    recipe = load_recipe(options.recipe, overrides, options=names) if options.recipe else None
+    recipe = open_recipe(options.recipe, overrides, options=names) if options.recipe is not None else None
     _quiet_libraries()
     from hf_clm.doctor.plan import parse_cluster, plan_family, plan_recipe
 
@@ -369,13 +398,14 @@ def _plan(options: Namespace, overrides: list[str], *, names: list[str]) -> int:
 
 
 def _recipe_words(words: list[str], command: str) -> tuple[str | None, list[str]]:
-    """The recipe and the overrides; None for --help."""
+    """The recipe (empty where --model and --data replace it) and the overrides; None for --help."""
     if "-h" in words or "--help" in words:
         return None, []
+    if is_drafted(words):
+        return "", words
     if not words or words[0].startswith("-"):
-        raise RecipeError(
-            "needs a recipe", where=f"hf-clm {command}", fix=f"hf-clm {command} RECIPE [--key value ...]"
-        )
+        fix = f"hf-clm {command} RECIPE, or hf-clm {command} --model MODEL --data FILE"
+        raise RecipeError("needs a recipe", where=f"hf-clm {command}", fix=f"{fix} [--key value ...]")
     return words[0], words[1:]
 
 

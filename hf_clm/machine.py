@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,21 @@ def keep_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # musl has none, macOS and Windows have another allocator
         return False
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, TRIM_BYTES))
+
+
+def version_of(package: str) -> str | None:
+    """Returns the version of an installed package, or None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def has_gpu() -> bool:
+    """Whether this machine seems to have a GPU for training, told without importing torch."""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    devices = ("/dev/nvidia0", "/dev/kfd")  # of CUDA and of ROCm
+    return not is_hidden and any(map(os.path.exists, devices))
 
 
 def usable_cores() -> int:

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,11 +31,12 @@ class Parser(argparse.ArgumentParser):
     def parse_with_overrides(self, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """The options, and the other words: overrides of the recipe, which is the first word of all.
 
-        Raises RecipeError for overrides before it: argparse takes the value of one for the recipe.
+        The recipe is empty where ``--model`` and ``--data`` are given in its place. Raises RecipeError for
+        overrides before a recipe: argparse takes the value of one for the recipe.
         """
-        options, overrides = self.parse_known_args(words)
+        options, overrides = self.parse_known_args(["", *words] if is_drafted(words) else words)
         recipe = getattr(options, next(action.dest for action in self._actions if not action.option_strings))
-        if overrides and (recipe is None or words.index(overrides[0]) < words.index(recipe)):
+        if overrides and (recipe is None or (recipe and words.index(overrides[0]) < words.index(recipe))):
             got = f"{overrides[0]}{self._nearest(overrides[0])}"
             fix = f"{self.prog} RECIPE [--key value ...]"
             raise RecipeError("overrides need a recipe before them", where=self.prog, got=got, fix=fix)
@@ -44,6 +45,13 @@ class Parser(argparse.ArgumentParser):
     def _nearest(self, word: str = "") -> str:
         known = [f"--{name}" for name in self.names]
         return did_you_mean(word, known) if word and word not in known else ""
+
+
+def is_drafted(words: Sequence[str]) -> bool:
+    """Whether words of the command line name a model and data in place of a recipe."""
+    names = ("--model", "--model.name_or_path", "--data", "--data.train")
+    is_named = any(word.partition("=")[0] in names for word in words)
+    return is_named and words[0].startswith("--")
 
 
 def add_inspect_options(parser: Parser) -> None:

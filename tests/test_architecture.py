@@ -25,6 +25,7 @@ LAYERS = [
     {"text"},
     {"model"},
     {"data"},
+    {"draft"},
     {"generation"},
     {"evaluation"},
     {

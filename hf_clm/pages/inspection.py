@@ -22,13 +22,13 @@ from hf_clm.data.prepared.cache import read_splits
 from hf_clm.data.prepared.sets import STREAM_HEAD
 from hf_clm.data.read.plain_template import settle_render
 from hf_clm.data.split import Split
+from hf_clm.draft import open_recipe
 from hf_clm.errors import RecipeError
 from hf_clm.pages.charts import histogram
 from hf_clm.pages.documents import Reader, inspect_rows
 from hf_clm.pages.report import render
 from hf_clm.pages.rows import FLAGS, Document, Row, Vocabulary, escape
 from hf_clm.pages.terminal import legend, to_lines
-from hf_clm.recipe.recipe import load_recipe
 from hf_clm.recipe.sections import EVAL, TRAIN
 from hf_clm.run_folder import write_text
 from hf_clm.text.tokenizer import load_tokenizer
@@ -71,7 +71,7 @@ def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[
 
     Raises RecipeError for a folder that is no run, or a split that the recipe does not have.
     """
-    recipe = load_recipe(target, overrides, options=options)
+    recipe = open_recipe(target, overrides, options=options)
     arguments = training_arguments(recipe)
     known = [TRAIN, *(recipe.data.eval_sets or ([EVAL] if recipe.data.eval_fraction else []))]
     name = view.split if view.split in known else f"{EVAL}_{view.split}"
@@ -96,7 +96,11 @@ def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[
     lines = _text(rows[: view.rows], facts, reader=reader, colors=_wants_colors(view.color))
     if view.html:
         write_labels(
-            view.html, rows, vocabulary=reader.vocabulary, facts={"from": target, **facts}, lengths=lengths
+            view.html,
+            rows,
+            vocabulary=reader.vocabulary,
+            facts={"from": target or str(recipe.train["output_dir"]), **facts},
+            lengths=lengths,
         )
         lines.append(f"wrote {view.html}: {len(rows):,} of {len(split.dataset):,} rows")
     return "\n".join(lines)

@@ -222,6 +222,11 @@ def to_sources(value: Any) -> Any:
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
+def to_section(value: Any) -> Any:
+    """``true`` is a section with all of its defaults, ``false`` is none."""
+    return {} if value is True else None if value is False else value
+
+
 def to_list(value: Any) -> Any:
     """A text is the list of its parts between commas."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -404,8 +409,8 @@ class Keys(Section):
     model: Model
     tokenizer: Tokenizer = Tokenizer()
     data: Data
-    lora: Annotated[Lora | None, OF_TRAINED_MODELS] = None
-    """Train small updates of a frozen model; null: train the model."""
+    lora: Annotated[Lora | None, BeforeValidator(to_section), OF_TRAINED_MODELS] = None
+    """Train small updates of a frozen model: true, or a mapping; null: train all weights of the model."""
     samples: Annotated[Samples | None, FREE] = None
     """Text generated during training; null: none."""
     evaluation: Evaluation = Evaluation()

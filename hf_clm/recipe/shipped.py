@@ -119,7 +119,8 @@ def _no_recipe(target: str, name: str, matches: list[str], *, known: list[str]) 
     near = matches or get_close_matches(name, known, n=3) or get_close_matches(name, stems, n=3)
     names = " or ".join(stems.get(item, item) for item in near)
     hint = f"; did you mean {names}?" if near else ""
-    if not near and name == target and target.count("/") == 1:
+    stages = {stem.partition("/")[0] for stem in known}
+    if target.count("/") == 1 and target.partition("/")[0] not in {*stages, "recipes"}:
         return RecipeError(
             "no such recipe; a model is named with --model",
             where=target,

@@ -89,21 +89,23 @@ def to_value(key: str, text: str | None, *, types: tuple[str, ...]) -> Any:
     return value if type(value).__name__ in set(types) - {"str"} else text
 
 
-def override(tree: dict[str, Any], places: dict[str, str], *, key: str, value: Any) -> None:
-    """Sets a dotted key in ``tree``, and its place in ``places``."""
+def override(
+    tree: dict[str, Any], places: dict[str, str], *, key: str, value: Any, place: str = COMMAND_LINE
+) -> None:
+    """Sets a dotted key in ``tree``, and in ``places`` that it was given at ``place``."""
     *parents, last = key.split(".")
     node = tree
     for depth, parent in enumerate(parents, start=1):
         whole = ".".join(parents[:depth])
         if node.get(parent) is None:
-            node[parent], places[whole] = {}, COMMAND_LINE
+            node[parent], places[whole] = {}, place
         node = node[parent]
         if not isinstance(node, dict):
-            raise RecipeError(f"--{key}: {whole} is not a mapping", where=COMMAND_LINE, fix=f"give --{whole}")
+            raise RecipeError(f"--{key}: {whole} is not a mapping", where=place, fix=f"give --{whole}")
     node[last] = value
     for old in [old for old in places if old == key or old.startswith(f"{key}.")]:
         del places[old]
-    places |= {key: COMMAND_LINE} | {inner: COMMAND_LINE for inner, _ in leaves(value, key)}
+    places |= dict.fromkeys([key, *(inner for inner, _ in leaves(value, key))], place)
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

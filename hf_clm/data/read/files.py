@@ -22,6 +22,7 @@ from hf_clm.data.read.readers import (
     suffix,
 )
 from hf_clm.errors import DataError, did_you_mean
+from hf_clm.recipe.shipped import how_to_make
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 # The names by which datasets.load_dataset sorts the files of a folder into splits.
@@ -58,7 +59,7 @@ def find_files(path: str, *, split: str = "train", report: ReadReport | None = N
     if files or (not is_local and HUB_NAME.fullmatch(path)):
         return _once(files, report) or None
     what = "no file matches" if glob.has_magic(path) else "no such file" + nearest(path)
-    raise DataError(what, where=path, fix="check name and working directory")
+    raise DataError(what, where=path, fix=how_to_make(path) or "check name and working directory")
 
 
 def nearest(path: str) -> str:
