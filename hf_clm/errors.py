@@ -33,6 +33,10 @@ class UserError(Exception):
             text += f"; got {self.got}"
         return f"{text}; fix: {self.fix}" if self.fix else text
 
+    def _render_traceback_(self) -> list[str]:
+        """What Jupyter shows: the line, as on the command line, in place of a traceback."""
+        return [f"error: {self}"]
+
 
 class RecipeError(UserError):
     exit_code = ExitCode.RECIPE

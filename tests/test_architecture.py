@@ -34,7 +34,8 @@ LAYERS = [
     },  # the checks of the doctor need them
     {"pages", "doctor"},  # checks before a step, and the pages of a run: training calls them
     {"training"},
-    {"bench", "merge", "options"},
+    {"bench", "merge", "options", "notebook"},
+    {"api"},
     {"cli"},
     {"__main__"},
 ]

@@ -52,6 +52,11 @@ def load_run(name_or_path: str, *, attention: str | None = PACKED, device: str |
     load = load_adapted if is_adapter(name_or_path) else load_model
     model = load(name_or_path, tokenizer, attention=attention)
     move_to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return to_loaded_run(model, tokenizer, record)
+
+
+def to_loaded_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, record: RunRecord) -> LoadedRun:
+    """Returns a model with what its run's record says about prompts."""
     format = record.format or ("messages" if tokenizer.chat_template else "text")
     has_turns = format in ("messages", "sharegpt") if record.has_turns is None else record.has_turns
     return LoadedRun(

@@ -1,6 +1,6 @@
 """The recipe: one YAML file and the words of the command line become one frozen, checked ``Recipe``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -68,6 +68,11 @@ class Recipe(Keys):
         return self
 
     @property
+    def places(self) -> Mapping[str, str]:
+        """Where each dotted key was given: ``{"data.max_length": "recipes/x.yaml:9"}``."""
+        return self._origins.places
+
+    @property
     def file(self) -> str:
         """Where the recipe was read; empty for one made in Python."""
         return self._origins.file
@@ -100,7 +105,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
     tree, places = load_yaml(file)
     for key, value in read_overrides(overrides, options=options):
         if key in ("data.train", "data.eval") and isinstance(tree.get("data"), dict):
-            value = _with_known_format(value, tree["data"].get(key.removeprefix("data.")))
+            value = keep_format(value, tree["data"].get(key.removeprefix("data.")))
         override(tree, places, key=key, value=value)
     return build_recipe(tree, places, file=file)
 
@@ -217,19 +222,34 @@ def _locate_paths(recipe: Recipe) -> Recipe:
     )
 
 
-def _to_key(name: str, options: Sequence[str]) -> str:
+def find_key(name: str) -> str | None:
+    """Returns the dotted key of a name: ``learning_rate`` is ``train.learning_rate``; else None.
+
+    A name with a dot is returned as it is, to be checked with its section.
+    """
     if "." in name or name in Recipe.model_fields:
         return name
-    if name in train_fields() or to_field(name) != name:
-        return f"train.{to_field(name)}"
+    return f"train.{to_field(name)}" if name in train_fields() or to_field(name) != name else None
+
+
+def suggest(name: str, options: Sequence[str] = ()) -> str:
+    """Returns ``"; did you mean 'x'?"`` for a name without a section, or an empty string."""
+    return suggest_key(name, [*options, *train_fields(), *(key for key, _ in list_keys(Recipe))])
+
+
+def _to_key(name: str, options: Sequence[str]) -> str:
+    if key := find_key(name):
+        return key
     if advice := advise(name, is_option=True):
         raise RecipeError(f"--{name} is a name of {advice[0]}", where=COMMAND_LINE, fix=advice[1])
-    near = suggest_key(name, [*options, *train_fields(), *(key for key, _ in list_keys(Recipe))])
-    raise RecipeError(f"unknown option --{name}{near}", where=COMMAND_LINE)
+    raise RecipeError(f"unknown option --{name}{suggest(name, options)}", where=COMMAND_LINE)
 
 
-def _with_known_format(value: Any, old: Any) -> Any:
-    """A path alone gets the format and the columns that all the recipe's sources share."""
+def keep_format(value: Any, old: Any) -> Any:
+    """Returns new sources of ``data.train`` or ``data.eval`` in the place of the old ones.
+
+    A path alone gets the format and the columns that all the old sources share.
+    """
     paths = value if isinstance(value, list) else [value]
     sources = [source for source in to_sources(old or []) if isinstance(source, dict)]
     shared = ("format", "fields", "template")

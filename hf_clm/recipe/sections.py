@@ -1,8 +1,10 @@
 """The sections of a recipe: each key with its type, default, help and rule; ``train`` is of transformers."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
@@ -323,6 +325,13 @@ class Data(Section):
         """The sources of a set: train, or one of eval."""
         own = None if name == EVAL else name.removeprefix(f"{EVAL}_")
         return self.train if name == TRAIN else [source for source in self.eval if source.set == own]
+
+
+def cache_folder(cache_dir: str) -> Path:
+    """Returns the folder of ``data.cache_dir``; HF_CLM_CACHE of the environment moves the default one."""
+    is_default = cache_dir == Data.model_fields["cache_dir"].default
+    moved = os.environ.get("HF_CLM_CACHE") if is_default else None
+    return Path(moved or cache_dir).expanduser().absolute()
 
 
 class Lora(Section):

@@ -82,6 +82,24 @@ class ProgressCallback(TrainerCallback):
         return to_duration(seconds)
 
 
+class WatchCallback(TrainerCallback):
+    """Shows the state of the training at every step, log event and at the end. Rank 0 only."""
+
+    def __init__(self, show: Callable[[TrainerState], None]):
+        self.show = show
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.show(state)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.on_step_end(args, state, control)
+
+
 class MetricsCallback(TrainerCallback):
     """Appends one JSON object a log event to ``metrics.jsonl``. Rank 0 only.
 

@@ -16,13 +16,15 @@ from transformers.trainer_utils import EvalLoopOutput, speed_metrics
 
 from hf_clm.data.batch.sampling import EvenRows
 from hf_clm.data.prepared.stream import StreamedRows
-from hf_clm.errors import RecipeError
+from hf_clm.model.attention import use_for_training
 from hf_clm.model.loss import TokenFigures
 from hf_clm.training.answering import Answering
 from hf_clm.training.saving import SavingTrainer
 from hf_clm.training.signals import let_workers_last
 
 WATCHED = "eval_train"
+# What of a batch only the loss needs.
+OF_LOSS = ("labels", "shift_labels", "logits_to_keep", "loss_weights", "padding_tokens")
 
 
 class EvaluatingTrainer(SavingTrainer):
@@ -34,7 +36,9 @@ class EvaluatingTrainer(SavingTrainer):
         watched_rows: rows of the training data that are evaluated too (eval_train_loss).
         answering: measures answers, at every nth evaluation (``answers_every``).
 
-    Raises RecipeError for ``compute_metrics``, which would need the logits of all places.
+    ``compute_metrics`` is given the logits (rows, T, V) and labels (rows, T) of the collated rows, as by the
+    Trainer; without ``preprocess_logits_for_metrics`` that is a lot of memory. Without ``compute_metrics`` no
+    logits are kept.
     """
 
     def __init__(
@@ -46,14 +50,12 @@ class EvaluatingTrainer(SavingTrainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        if self.compute_metrics or self.preprocess_logits_for_metrics:
-            what = "has no effect: an evaluation keeps no logits"
-            fix = "pass answering, or set evaluation.metrics to a function of answers and targets"
-            raise RecipeError(what, where="compute_metrics", fix=fix)
         if (self.args.bf16_full_eval or self.args.fp16_full_eval) and not self.place_model_on_device:
             self.place_model_on_device = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
             if self.place_model_on_device:  # the Trainer puts it off until it rounds the weights
                 self._move_model_to_device(cast(Any, self.model), self.args.device)
+        # Whoever asked the model since may have left it with the attention of generation.
+        self._attention = str(self.accelerator.unwrap_model(self.model).config._attn_implementation)
         self.watched_rows = watched_rows
         self.answering, self.answers_every = answering, answers_every
         self._all_loaders: list[DataLoader] = []
@@ -115,6 +117,7 @@ class EvaluatingTrainer(SavingTrainer):
         """
         self._memory_tracker.start()
         started, is_own = time.time(), eval_dataset is None
+        use_for_training(cast(Any, self.accelerator.unwrap_model(self.model)), self._attention)
         given = self.eval_dataset if is_own else eval_dataset
         sets: dict[str, Any] = given if isinstance(given, dict) else {"": given}
         metrics: dict[str, float] = {}
@@ -144,7 +147,8 @@ class EvaluatingTrainer(SavingTrainer):
 
     def _evaluate_rows(self, rows: Any, prefix: str, ignore_keys: list[str] | None) -> EvalLoopOutput:
         loader = self.get_eval_dataloader(rows)
-        options: dict[str, Any] = {"prediction_loss_only": True, "ignore_keys": ignore_keys}
+        keeps_logits = self.compute_metrics is not None
+        options: dict[str, Any] = {"prediction_loss_only": not keeps_logits, "ignore_keys": ignore_keys}
         return self.evaluation_loop(loader, "Evaluation", metric_key_prefix=prefix, **options)
 
     def _answers_are_due(self) -> bool:
@@ -161,13 +165,17 @@ class EvaluatingTrainer(SavingTrainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, None, None]:
+    ) -> tuple[None, torch.Tensor | None, torch.Tensor | None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             figures = self.measure(model, inputs)
-        sums = (figures.nll.double().sum(), figures.is_target.sum(), figures.correct.sum())
-        self._eval_sums += torch.stack([part.double() for part in sums])
-        return None, None, None
+            sums = (figures.nll.double().sum(), figures.is_target.sum(), figures.correct.sum())
+            self._eval_sums += torch.stack([part.double() for part in sums])
+            if prediction_loss_only:
+                return None, None, None
+            # The loss at the targets computes no logits to keep: compute_metrics pays for a second forward.
+            row = {key: value for key, value in inputs.items() if key not in OF_LOSS}
+            return None, model(**row, use_cache=False).logits, inputs["labels"]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As the Trainer's; loss and token_accuracy are sums over all targets, divided once."""

@@ -38,7 +38,7 @@ from hf_clm.pages.documents import Reader, write_excerpt
 from hf_clm.pages.report import write_report
 from hf_clm.recipe.recipe import Recipe, recipe_to_yaml
 from hf_clm.recipe.sections import EVAL, TRAIN
-from hf_clm.run_folder import load_folder, read_record, write_record, write_text
+from hf_clm.run_folder import RunRecord, load_folder, read_record, write_record, write_text
 from hf_clm.schema import whole_text
 from hf_clm.training.answering import Answering, load_answer_metrics
 from hf_clm.training.answering import find_questions as find_asked
@@ -64,17 +64,24 @@ from hf_clm.training.output import FINAL, publish, recording_failure
 from hf_clm.training.prepare import Prepared, prepare
 from hf_clm.training.proof import find_questions, prove_model, prove_saved
 from hf_clm.training.publish import check_can_push
+from hf_clm.training.python import Additions, Run
 from hf_clm.training.signals import first_parent, stoppable
 from hf_clm.training.start import Start, has_ended, prepare_start
 from hf_clm.training.summary import RunFacts, add_outcome, end_lines, guessing_loss, seal_facts, start_lines
 from hf_clm.training.trainer import CLMTrainer
 
 TRAIN_ON = "--overwrite begins again; a larger --max_steps with --resume_override max_steps trains on"
+NO_ADDITIONS = Additions()
 EVALUATED_ROWS = 64  # of the training data, where there is no eval set: they show a loss before and after
 
 
 def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
-    """Trains, saves, and returns what run.json holds. A run that is done is left as it is.
+    """Trains, saves, and returns what run.json holds; see ``run``."""
+    return run(recipe, is_terminal=is_terminal).record.to_json()
+
+
+def run(recipe: Recipe, *, is_terminal: bool = False, additions: Additions = NO_ADDITIONS) -> Run:
+    """Trains, saves, and returns the run. A run that is done is left as it is.
 
     Starts again with half the micro-batch where the first steps run out of memory (fitting.py).
 
@@ -93,20 +100,22 @@ def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
         check_model(recipe, arguments)
         while True:
             try:
-                return start_or_resume(recipe, arguments, is_terminal=is_terminal)
+                return start_or_resume(recipe, arguments, is_terminal=is_terminal, additions=additions)
             except RuntimeError as error:  # DoesNotFit among them
                 recipe = to_smaller(recipe, arguments, error)
             free_memory()  # outside of the handler, whose error still holds the model
             arguments = training_arguments(recipe)
 
 
-def start_or_resume(recipe: Recipe, arguments: TrainingArguments, *, is_terminal: bool) -> dict[str, Any]:
+def start_or_resume(
+    recipe: Recipe, arguments: TrainingArguments, *, is_terminal: bool, additions: Additions
+) -> Run:
     """The run from its beginning or its last checkpoint: data, model, proof, training, and what is saved."""
     start = prepare_start(recipe, arguments)
     if start.result is not None:
         if arguments.process_index == 0:
             write_line(f"{start.folder}: this run is done, there is nothing to do; {TRAIN_ON}")
-        return start.result
+        return Run(start.folder, RunRecord.model_validate(start.result))
 
     # Data. Whatever can be refused is refused before the model is loaded.
     load_answer_metrics(recipe.evaluation)
@@ -126,7 +135,14 @@ def start_or_resume(recipe: Recipe, arguments: TrainingArguments, *, is_terminal
     facts = RunFacts(recipe, arguments, model, splits, entropy, render=settled.data.render)
     sealed = seal_facts(facts, tokenizer, proof=proof.facts)
     trainer = build_trainer(
-        model, arguments, recipe=recipe, tokenizer=tokenizer, splits=splits, stream=stream, sealed=sealed
+        model,
+        arguments,
+        recipe=recipe,
+        tokenizer=tokenizer,
+        splits=splits,
+        stream=stream,
+        sealed=sealed,
+        additions=additions,
     )
     trainer.overridden = start.override_keys
     if warning := zero_rate_warning(arguments, facts.steps):
@@ -142,15 +158,15 @@ def start_or_resume(recipe: Recipe, arguments: TrainingArguments, *, is_terminal
         try_largest(trainer, splits[TRAIN].dataset)
 
     # Training.
-    result = train_to_the_end(trainer, facts, start=start, proof=proof.facts)
+    record = train_to_the_end(trainer, facts, start=start, proof=proof.facts)
     if arguments.push_to_hub:  # the run is done, whatever the Hub says
         trainer.push_run(with_data=recipe.card.data_samples > 0)
-    return result
+    return Run(start.folder, record, trainer)
 
 
 def train_to_the_end(
     trainer: CLMTrainer, facts: RunFacts, *, start: Start, proof: dict[str, Any]
-) -> dict[str, Any]:
+) -> RunRecord:
     """Trains from the start that was found, and finishes. Raises DoesNotFit as ``fitting``."""
     recipe, arguments = facts.recipe, facts.arguments
     metrics = MetricsCallback(
@@ -237,6 +253,7 @@ def build_trainer(
     splits: Mapping[str, Split],
     stream: StreamedRows | None = None,
     sealed: Mapping[str, Any] | None = None,
+    additions: Additions = NO_ADDITIONS,
 ) -> CLMTrainer:
     """The Trainer over the packed rows; without an eval set it evaluates on some of the training rows."""
     train_split, watched = splits[TRAIN], recipe.data.eval_train_rows
@@ -246,7 +263,7 @@ def build_trainer(
     rows = max(arguments.train_batch_size, arguments.eval_batch_size)
     static = static_shape(datasets, rows=rows) if arguments.torch_compile else None
     collate = build_collator(recipe, tokenizer, with_targets=takes_targets(model), static=static)
-    trainer = CLMTrainer(
+    trainer = additions.trainer_class(
         model=model,
         args=arguments,
         data_collator=PositionCollator(collate) if stream else collate,
@@ -258,6 +275,9 @@ def build_trainer(
         answering=build_answering(recipe, arguments, tokenizer=tokenizer, splits=splits),
         answers_every=recipe.evaluation.every,
         seal_facts=sealed,
+        callbacks=list(additions.callbacks),
+        compute_metrics=additions.compute_metrics,
+        optimizers=additions.optimizers(model),
     )
     trainer.remove_callback(PrinterCallback)
     tolerate_trackers(trainer)
@@ -341,7 +361,7 @@ def shown_examples(facts: RunFacts) -> list[str]:
 
 def finish(
     trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], metrics: MetricsCallback
-) -> dict[str, Any]:
+) -> RunRecord:
     """Evaluates, saves the model, run.json and the plots, and prints what was reached."""
     output_dir = Path(str(trainer.args.output_dir))
     history, arguments = trainer.state.log_history, trainer.args
@@ -377,4 +397,4 @@ def finish(
         seal(folder, {"step": steps})
         publish(output_dir)
         write_line("\n".join(end_lines(facts, record)))
-    return record.to_json()
+    return record

@@ -25,6 +25,7 @@ from hf_clm.data.read.sources import find_files
 from hf_clm.data.split import Split, mix_splits
 from hf_clm.hashing import fingerprint, hash_file
 from hf_clm.recipe.recipe import Data, Recipe, Source
+from hf_clm.recipe.sections import cache_folder
 from hf_clm.text.tokenizer import fix_date, prints_date
 
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -70,7 +71,7 @@ def find_place(
     """
     data = recipe.data
     report = ReadReport()
-    folder = cache_folder(data) if data.cache_dir else aside
+    folder = cache_folder(data.cache_dir) if data.cache_dir else aside
     contents = [_source_content(source, report, folder=folder) for source in (*data.train, *data.eval)]
     why_not = "data.cache_dir is null" if data.cache_dir is None else ""
     if data.streaming:
@@ -90,14 +91,6 @@ def find_place(
     }
     key = fingerprint([parts])[:KEY_LETTERS]
     return Place((aside if why_not else folder) / key, report.files, report.to_lines(), why_not)
-
-
-def cache_folder(data: Data) -> Path:
-    """``data.cache_dir``; where it is the default, HF_CLM_CACHE of the environment comes first."""
-    assert data.cache_dir is not None
-    is_default = data.cache_dir == Data.model_fields["cache_dir"].default
-    moved = os.environ.get("HF_CLM_CACHE") if is_default else None
-    return Path(moved or data.cache_dir).expanduser().absolute()
 
 
 def open_place(place: Place, recipe: Recipe) -> Stored | None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import cast
 
 from hf_clm.data.read.messages import (
@@ -314,9 +314,38 @@ def own_modules(formats: Iterable[str | None]) -> dict[str, str]:
     With the modules that these import, before them; not those that are installed.
     """
     found: dict[str, str] = {}
-    for name in {format.partition(":")[0]: None for format in formats if format and ":" in format}:
-        _add_module(name, found, seen=set())
+    named = [format for format in formats if format and ":" in format]
+    for format in named:
+        module, _, function = format.partition(":")
+        if module == "__main__":  # a script's or a notebook's: there is no file that could be imported
+            found[format] = _describe_function(getattr(import_module(module), function, None), set())
+        else:
+            _add_module(module, found, seen=set())
     return found
+
+
+def _describe_function(function: object, seen: set[str]) -> str:
+    """What a function computes with: its code, and the functions and values of its module that it names.
+
+    For functions of a script or a notebook, whose module is more than what the function needs.
+    """
+    if not isinstance(function, FunctionType):
+        return repr(function)
+    parts, codes = [], [function.__code__]
+    while codes:
+        code = codes.pop()
+        parts += [
+            code.co_code.hex(),
+            repr([item for item in code.co_consts if not isinstance(item, CodeType)]),
+        ]
+        codes += [item for item in code.co_consts if isinstance(item, CodeType)]
+        for name in sorted({*code.co_names} & function.__globals__.keys() - seen):
+            seen.add(name)
+            value = function.__globals__[name]
+            is_local = getattr(value, "__module__", function.__module__) == function.__module__
+            if is_local and not isinstance(value, ModuleType):
+                parts.append(f"{name}={_describe_function(value, seen)}")
+    return "\n".join(parts)
 
 
 def _add_module(name: str, found: dict[str, str], *, seen: set[str]) -> None:
@@ -361,7 +390,11 @@ def _imports(source: str, *, package: str) -> Iterator[str]:
 def provide_modules(modules: Mapping[str, str]) -> None:
     """Makes modules of their sources where they cannot be imported: on another machine."""
     for name, source in modules.items():
-        if name not in sys.modules and importlib.util.find_spec(name.partition(".")[0]) is None:
+        if (
+            ":" not in name
+            and name not in sys.modules
+            and importlib.util.find_spec(name.partition(".")[0]) is None
+        ):
             module = sys.modules[name] = ModuleType(name)
             exec(compile(source, f"{name}.py", "exec"), vars(module))
 

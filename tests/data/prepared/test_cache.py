@@ -12,12 +12,12 @@ from prepared_sets import recipe_of
 
 import hf_clm.schema
 from hf_clm.data.prepared import cache
-from hf_clm.data.prepared.cache import cache_folder, find_place, open_place, read_splits
+from hf_clm.data.prepared.cache import find_place, open_place, read_splits
 from hf_clm.data.prepared.prepare import write_prepared
 from hf_clm.data.read.formats import own_modules
 from hf_clm.errors import DataError
 from hf_clm.recipe.recipe import Recipe
-from hf_clm.recipe.sections import Data, Source
+from hf_clm.recipe.sections import Data, Source, cache_folder
 from hf_clm.text.tokenizer import use_chat_template
 
 RECORDS = [{"prompt": "a", "completion": "x" * n} for n in (1, 2, 3)]
@@ -341,12 +341,12 @@ def test_data_that_are_not_there_are_refused():
 def test_the_environment_moves_the_default_cache_and_no_other(monkeypatch, tmp_path):
     default = build_recipe(cache_dir="~/.cache/hf_clm").data
     monkeypatch.setenv("HF_CLM_CACHE", "/somewhere")
-    assert str(cache_folder(default)) == "/somewhere"
-    assert cache_folder(build_recipe().data) == tmp_path / "cache"
+    assert str(cache_folder(default.cache_dir)) == "/somewhere"
+    assert cache_folder(build_recipe().data.cache_dir) == tmp_path / "cache"
 
     monkeypatch.delenv("HF_CLM_CACHE")
     monkeypatch.setenv("HOME", "/home/me")
-    assert str(cache_folder(default)) == "/home/me/.cache/hf_clm"
+    assert str(cache_folder(default.cache_dir)) == "/home/me/.cache/hf_clm"
 
 
 # --- reading the splits of a recipe

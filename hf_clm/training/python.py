@@ -1,0 +1,118 @@
+"""What a Python caller can add to a run that no recipe holds, and what the caller gets back."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+
+from hf_clm.data.read.formats import to_prompt
+from hf_clm.errors import RecipeError
+from hf_clm.generation.decoding import Decoding
+from hf_clm.generation.generate import GREEDY, generate
+from hf_clm.generation.load import LoadedRun, load_run, to_loaded_run
+from hf_clm.generation.prompts import to_prompt_example
+from hf_clm.model.attention import use_for_generation
+from hf_clm.run_folder import RunRecord
+from hf_clm.schema import Example
+from hf_clm.training.trainer import CLMTrainer
+
+BuildOptimizer = Callable[[PreTrainedModel], tuple[Optimizer, LRScheduler | None]]
+
+
+@dataclass(frozen=True)
+class Additions:
+    """Objects that are passed to the Trainer.
+
+    callbacks         see every event, after those of hf_clm
+    compute_metrics   as of transformers.Trainer; its figures are logged with those of an evaluation
+    trainer_class     CLMTrainer or a subclass of it
+    build_optimizer   makes the optimizer, and a schedule or None, from the model that was loaded
+    """
+
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
+    trainer_class: type[CLMTrainer] = CLMTrainer
+    build_optimizer: BuildOptimizer | None = None
+
+    def __post_init__(self):
+        if not (isinstance(self.trainer_class, type) and issubclass(self.trainer_class, CLMTrainer)):
+            name = getattr(self.trainer_class, "__name__", repr(self.trainer_class))
+            fix = "derive it from hf_clm.CLMTrainer, which is a transformers.Trainer"
+            raise RecipeError("not a subclass of CLMTrainer", where="trainer_class", got=name, fix=fix)
+
+    def optimizers(self, model: PreTrainedModel) -> tuple[Optimizer | None, LRScheduler | None]:
+        """Returns what ``Trainer(optimizers=...)`` takes. Raises RecipeError for what is no optimizer."""
+        if self.build_optimizer is None:
+            return None, None
+        optimizer, schedule = self.build_optimizer(model)
+        if not isinstance(optimizer, Optimizer):
+            fix = "return (a torch.optim.Optimizer, a schedule or None)"
+            got = type(optimizer).__name__
+            raise RecipeError("the function returned no optimizer", where="optimizers", got=got, fix=fix)
+        return optimizer, schedule
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended: its model can be asked at once.
+
+    ``trainer`` is None for a run that was done before, and was left as it is.
+    """
+
+    folder: Path
+    record: RunRecord
+    trainer: CLMTrainer | None = None
+
+    @cached_property
+    def _loaded(self) -> LoadedRun:
+        if self.trainer is None:
+            return load_run(str(self.folder))
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        tokenizer = self.trainer.processing_class
+        assert isinstance(tokenizer, PreTrainedTokenizerFast)
+        return to_loaded_run(model, tokenizer, self.record)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The trained model, ready to generate: in evaluation mode, with a KV cache."""
+        model = self._loaded.model.eval()
+        use_for_generation(model)
+        model.config.use_cache = True
+        return model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer that was saved with the model."""
+        return self._loaded.tokenizer
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Every figure of the last evaluation, such as ``eval_loss`` and ``eval_token_accuracy``."""
+        return {key: after for key, (_, after) in self.record.evaluated.items()}
+
+    def answer(self, prompt: str | Sequence[Mapping[str, object]], decoding: Decoding = GREEDY) -> str:
+        """Returns the model's answer to an instruction, or to a list of messages.
+
+        The prompt is rendered as in training. Raises DataError for messages that no template takes.
+        """
+        loaded = self._loaded
+        with torch.inference_mode():
+            (answer,) = generate(
+                self.model,
+                loaded.tokenizer,
+                prompts=[self._to_example(prompt)],
+                decoding=decoding,
+                rendering=loaded.rendering,
+            )
+        return answer.text
+
+    def _to_example(self, prompt: str | Sequence[Mapping[str, object]]) -> Example:
+        loaded = self._loaded
+        if not isinstance(prompt, str):
+            return to_prompt({"messages": [dict(message) for message in prompt]}, format="messages")
+        return to_prompt_example(prompt, loaded.format, template=loaded.template, has_turns=loaded.has_turns)
