@@ -139,15 +139,15 @@ def choose(values: dict[str, Any], size: ModelSize, data: DataSize) -> Iterator[
     epochs = _epochs(data, stage=stage)
     rows = max(1, data.tokens // length) * epochs
     per_step = 2 ** min(4, max(0, math.floor(math.log2(max(1, rows / STEPS)))))
-    is_divisible = data.records >= 20 or (data.records == 1 and data.is_text and data.tokens >= 2000)
-    has_own = "data.eval" in values or "data.eval_fraction" in values
-    if is_divisible and not has_own and "data.streaming" not in values:
+    can_hold_out = data.records >= 20 or (data.records == 1 and data.is_text and data.tokens >= 2000)
+    holds_out = can_hold_out and not values.keys() & {"data.eval", "data.eval_fraction", "data.streaming"}
+    if holds_out:
         fraction = round(min(0.1, max(0.005, 100 / data.records)), 3)
         yield Choice("data.eval_fraction", fraction, "held out, to see the loss on new data")
-        if stage == "sft":
-            yield Choice("evaluation.generate", 3, "held-out prompts that are answered before and after")
-            yield Choice("evaluation.every", 10, "at the start and the end only")
-            yield Choice("evaluation.max_new_tokens", 64, "the longest answer")
+    if holds_out and stage == "sft" and not any(key.startswith("evaluation") for key in values):
+        yield Choice("evaluation.generate", 3, "held-out prompts that are answered before and after")
+        yield Choice("evaluation.every", 10, "at the start and the end only")
+        yield Choice("evaluation.max_new_tokens", 64, "the longest answer")
     yield Choice("train.output_dir", _output_dir(values, is_adapted=is_adapted), "from both names")
     yield Choice("train.num_train_epochs", epochs, str(data))
     yield from _batch(per_step)
@@ -155,11 +155,16 @@ def choose(values: dict[str, Any], size: ModelSize, data: DataSize) -> Iterator[
     what = "LoRA" if is_adapted else f"{_billions(parameters)} parameters"
     yield Choice("train.learning_rate", rate, f"usual for {what}")
     share = 0.1 if rows / per_step >= 20 else 0.5
-    if is_divisible or has_own:
+    if (holds_out or values.get("data.eval") or values.get("data.eval_fraction")) and (
+        "train.eval_strategy" not in values
+    ):
         yield Choice("train.eval_strategy", "steps", "")
         yield Choice("train.eval_steps", share, "a share of the run")
-    yield Choice("train.save_strategy", "steps", "so that the same command resumes a run that was stopped")
-    yield Choice("train.save_steps", share, "a share of the run")
+    if "train.save_strategy" not in values:
+        yield Choice(
+            "train.save_strategy", "steps", "so that the same command resumes a run that was stopped"
+        )
+        yield Choice("train.save_steps", share, "a share of the run")
     yield Choice("train.logging_steps", 0.02 if rows / per_step >= 50 else 1, "about 50 lines")
 
 
