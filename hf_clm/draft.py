@@ -233,7 +233,10 @@ def _sample(files: Sequence[str], source: Source) -> tuple[list[tuple[int, bool]
         except DataError:
             break  # the checks of the data say more about it
         found += [(_bytes_of(value), _is_text(value, file, source)) for value in values]
-        seen += sum(_bytes_of(value) for value in values) if len(values) == left else _text_bytes(file)
+        is_cut = len(values) == left
+        seen += (
+            sum(len(json.dumps(value, default=str)) + 1 for value in values) if is_cut else _text_bytes(file)
+        )
         if len(found) >= SAMPLED_RECORDS:
             break
     return found, min(1.0, max(seen / total, 1e-9)) if total else 1.0

@@ -129,9 +129,7 @@ def test_help_of_another_command_lists_its_options(name, option, capsys):
 
 
 def test_these_are_all_the_commands():
-    expected = (
-        "train prepare config inspect doctor generate chat serve evaluate report checkpoints compare merge"
-    )
+    expected = "train prepare recipes config inspect doctor generate chat serve evaluate report checkpoints compare merge"
     assert " ".join(COMMANDS) == f"{expected} bench train-tokenizer"
 
 
@@ -140,10 +138,10 @@ def test_these_are_all_the_commands():
     [
         (
             ["trian"],
-            "no such command; got 'trian'; fix: one of train, prepare, config, inspect, doctor, generate, ",
+            "no such command; got 'trian'; fix: one of train, prepare, recipes, config, inspect, doctor, ",
         ),
         (["trian"], "did you mean 'train'?"),
-        (["train"], "hf-clm train: needs a recipe; fix: hf-clm train RECIPE [--key value ...]"),
+        (["train"], "hf-clm train: needs a recipe; fix: hf-clm train RECIPE, or hf-clm train --model MODEL"),
         (["train", "--learning_rate", "1"], "hf-clm train: needs a recipe"),
         (["train", "nope.yaml"], "nope.yaml"),
         (["train", "recipe.yaml", "--learning_rat", "1"], "unknown option --learning_rat"),

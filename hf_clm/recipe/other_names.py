@@ -124,7 +124,6 @@ AXOLOTL = {
 }
 LLAMA_FACTORY = {
     "finetuning_type": LORA,
-    "do_train": "remove it: hf-clm train always trains",
     "dataset": "data.train",
     "dataset_dir": "write paths in data.train",
     "val_size": "data.eval_fraction",
@@ -146,7 +145,7 @@ LLAMA_FACTORY = {
     "quantization_method": "remove it: lora.quantize: 4bit is bitsandbytes' NF4",
     "flash_attn": "model.attention",
     "resize_vocab": "remove it: the embeddings grow when a token needs it",
-    "plot_loss": "remove it: loss.png and report.html are always written",
+    "plot_loss": "remove it: a plot and a report are always written",
     "enable_thinking": "write tokenizer.chat_template_kwargs: {enable_thinking: false}",
 }
 LITGPT = {
