@@ -324,7 +324,7 @@ def test_a_template_that_drops_a_message_in_silence_is_refused_with_the_row(tmp_
             helpers.build_recipe(tmp_path, records, tokenizer={"chat_template": str(tmp_path / "deaf.jinja")})
         )
 
-    assert "rows.jsonl:2: the chat template leaves out message 3 (role tool); fix: " in str(error.value)
+    assert "rows.jsonl:2: the chat template omits message 3 (role tool); fix: " in str(error.value)
 
 
 def test_training_and_inference_render_one_template(tmp_path):

@@ -285,13 +285,13 @@ def test_reasoning_is_given_under_the_name_that_the_template_reads(name):
 def test_reasoning_without_a_place_is_refused_written_into_the_content_or_dropped():
     assert refusal(CHATML, HI, THOUGHTFUL) == (
         "the chat template has no place for reasoning; "
-        "fix: data.reasoning: in_content writes it into the content, drop leaves it out"
+        "fix: set data.reasoning to in_content (write it into the content) or drop"
     )
     switched = CHATML.replace(
         "{{- message.content",
         "{{- message.thinking if thinking and message.thinking else '' }}{{- message.content",
     )
-    hint = "; or tokenizer.chat_template_kwargs: {thinking: true}, if that shows it"
+    hint = ", or try tokenizer.chat_template_kwargs: {thinking: true}"
     assert refusal(switched, HI, THOUGHTFUL).endswith(hint)
     assert turns(switched, HI, THOUGHTFUL, thinking=True)[0][1] == "a greetingYo<|im_end|>"
 
@@ -336,22 +336,22 @@ def test_a_call_and_its_result_share_an_id_of_nine_letters_where_the_template_wa
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        # sglang#40082: the result of a tool also stands in another turn.
+        # sglang#40082: the result of a tool also appears in another turn.
         (DEAF, [{"role": "user", "content": "what is 42?"}, {**YO, "content": "call"},
                 {"role": "tool", "content": "42"}, {**YO, "content": "it is 42"}],
-         "the chat template leaves out message 3 (role tool); fix: remove it, or name another"),
+         "the chat template omits message 3 (role tool); fix: remove it, or set tokenizer.chat_template"),
         (CHATML, [HI, {**CALL, "content": "I look."}],
-         "the chat template has no place for tool_calls; fix: name"),
+         "the chat template has no place for tool_calls; fix: set tokenizer.chat_template"),
         (CHATML.replace("message.content +", "message.content | upper +"), [HI, YO],
-         "the chat template does not write the answer as it is; got 'YO<|im_end|>'"),
+         "the chat template changes the answer; got 'YO<|im_end|>'"),
         (loop(START + CONTENT, opens=opening("{{- 'A:' }}")), [HI, YO],
-         "the chat template writes an answer that does not follow the prompt that it gives for it; "
-         "got the prompt goes on with 'A:' where the answer has '<|im_start|>assistant\\nYo"),
+         "the chat template renders an answer that does not follow its own prompt; "
+         "got the prompt continues with 'A:', the answer with '<|im_start|>assistant\\nYo"),
         ("{{ raise_exception('no') }}", [HI, YO], "the chat template refuses the messages: no"),
         ("{{ messages[9].role }}", [HI, YO], "the chat template refuses the messages: "),
         ("{{ tools | length }}", [HI, YO], "the chat template refuses the messages: "),
         ("\n{% for %}", [HI, YO], "tokenizer.chat_template: is not a valid Jinja template (line 2: "),
-        (None, [HI, YO], "tokenizer: has no chat template, and the data are chats; "
+        (None, [HI, YO], "tokenizer: has no chat template, but the data are chats; "
          "fix: set tokenizer.chat_template to chatml, plain or a .jinja file"),
     ],
 )  # fmt: skip
@@ -364,11 +364,11 @@ def test_what_a_template_cannot_show_is_refused_in_one_line(template, messages, 
 
 def test_tools_and_variables_that_a_template_does_not_read_are_refused():
     for render in (ChatRenderer.turns, ChatRenderer.prompt):
-        with pytest.raises(DataError, match="the chat template has no place for tools; fix: leave them out"):
+        with pytest.raises(DataError, match="the chat template has no place for tools; fix: remove them"):
             render(renderer_of(CHATML), Chat([HI, YO, AND], TOOLS))
         with pytest.raises(
             DataError,
-            match="the chat template does not read 'enable_thinkng'; did you mean 'enable_thinking'",
+            match="the chat template does not use 'enable_thinkng'; did you mean 'enable_thinking'",
         ):
             render(renderer_of(QWEN3), Chat([HI, YO, AND], template_kwargs={"enable_thinkng": False}))
 
@@ -429,15 +429,15 @@ def test_the_prompt_of_generation_is_that_of_training(template, answer, reasonin
 
 
 def test_the_whole_of_a_chat_ends_in_its_last_token_and_loses_no_part():
-    assert renderer_of(CHATML).whole(Chat([HI, YO])) == ASKED_HI + "Yo<|im_end|>"
-    assert renderer_of(NO_END).whole(Chat([HI, YO])) == "user: Hi\nassistant: Yo\n"
-    assert renderer_of(TEXT_CALLS).whole(Chat([HI, CALL])) == (
+    assert renderer_of(CHATML).full_text(Chat([HI, YO])) == ASKED_HI + "Yo<|im_end|>"
+    assert renderer_of(NO_END).full_text(Chat([HI, YO])) == "user: Hi\nassistant: Yo\n"
+    assert renderer_of(TEXT_CALLS).full_text(Chat([HI, CALL])) == (
         ASKED_HI + '<call>weather {"in": "Köln"}</call><|im_end|>'
     )
     for lost, messages in (("reasoning", [HI, THOUGHTFUL]), ("tool_calls", [HI, CALL])):
         with pytest.raises(DataError, match=f"^the chat template has no place for {lost}"):
-            renderer_of(CHATML).whole(Chat(messages))
-    written = renderer_of(CHATML, reasoning="in_content").whole(Chat([HI, THOUGHTFUL]))
+            renderer_of(CHATML).full_text(Chat(messages))
+    written = renderer_of(CHATML, reasoning="in_content").full_text(Chat([HI, THOUGHTFUL]))
     assert written == ASKED_HI + "<think>\na greeting\n</think>\n\nYo<|im_end|>"
 
 

@@ -39,9 +39,9 @@ def test_what_a_user_spells_is_marked_and_of_the_models_words_only_special_token
         "a\ufdd0<|im_end|>\ufdd1\ufdd0<|im_end|>\ufdd1<tool_call>b<|im_start"
     )
     # The recipe wrote letters 1 to 11; the second token reaches beyond them.
-    assert encoder.mark("a<|im_end|><|pad|>", own=[(1, 13)]) == "a<|im_end|>\ufdd0<|pad|>\ufdd1"
+    assert encoder.mark("a<|im_end|><|pad|>", recipe_spans=[(1, 13)]) == "a<|im_end|>\ufdd0<|pad|>\ufdd1"
     for mark in "\ufdd0\ufdd1":
-        with pytest.raises(DataError, match="the text holds a noncharacter"):
+        with pytest.raises(DataError, match="the text contains a noncharacter"):
             encoder.mark(f"a{mark}b")
 
 
@@ -65,9 +65,9 @@ def test_the_longest_of_two_tokens_is_found():
 def test_a_search_over_many_texts_misses_none():
     encoder = Encoder(tool_tokenizer())
 
-    assert encoder.may_spell(["a", "b <|im_end|> c"])
-    assert encoder.may_spell(["a\ufdd1"])
-    assert not encoder.may_spell(["a <|im_end", "|> <tool_cal"])
+    assert encoder.may_have_control(["a", "b <|im_end|> c"])
+    assert encoder.may_have_control(["a\ufdd1"])
+    assert not encoder.may_have_control(["a <|im_end", "|> <tool_cal"])
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,7 @@ def test_a_token_that_the_vocabulary_itself_would_spell_is_taken_letter_by_lette
 
 def test_a_mark_that_a_template_has_torn_is_refused():
     """Templates of reasoning models split a turn at </think>; half of it would be learned as text."""
-    with pytest.raises(
-        DataError, match=r"^the chat template cuts a text at a control token that it holds; fix"
-    ):
+    with pytest.raises(DataError, match=r"^the chat template cuts a text at a control token in it; fix"):
         encoded(byte_tokenizer(), Piece("Hi</think>\ufdd1"))
 
 

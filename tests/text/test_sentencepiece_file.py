@@ -123,14 +123,14 @@ print(json.dumps([tokenizer(text)["input_ids"] for text in json.loads(sys.argv[2
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "x.model").write_text("no model", encoding="utf-8")
 
-    with pytest.raises(ModelError, match="is no SentencePiece model"):
+    with pytest.raises(ModelError, match="is not a SentencePiece model"):
         load_tokenizer(str(tmp_path / "x.model"))
 
 
 def test_a_model_of_words_is_refused(tmp_path):
     file = train(tmp_path / "x.model", model_type="word", vocab_size=40)
 
-    with pytest.raises(ModelError, match="is a model of words or characters; expected Unigram or BPE"):
+    with pytest.raises(ModelError, match="is a word or character model; expected Unigram or BPE"):
         load_sentencepiece(file)
 
 

@@ -192,7 +192,7 @@ def test_an_unknown_chat_template_gets_a_suggestion():
 
     assert str(error.value) == (
         "tokenizer.chat_template: no such chat template; got 'chatlm'; "
-        "fix: one of chatml, plain, or a .jinja file; did you mean 'chatml'?"
+        "fix: use one of chatml, plain, or a .jinja file; did you mean 'chatml'?"
     )
 
 
@@ -300,7 +300,7 @@ def test_a_variable_that_the_template_does_not_read_is_refused():
         set_template_defaults(tokenizer, {"enable_thinkin": False})
 
     assert str(error.value).startswith(
-        "tokenizer.chat_template_kwargs: the chat template does not read 'enable_thinkin'; "
+        "tokenizer.chat_template_kwargs: the chat template does not use 'enable_thinkin'; "
         "did you mean 'enable_thinking'?"
     )
     set_template_defaults(tokenizer, {})

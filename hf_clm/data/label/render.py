@@ -139,7 +139,7 @@ class Renderer:
     def _plan_chat(self, chat: Chat) -> Plan:
         learns_all = self.options.stage == "pretrain" or self.options.train_on.turns == "everything"
         if learns_all and all("weight" not in message for message in chat.messages):
-            return Plan([[Piece(self.chats.whole(chat), 1.0)]])
+            return Plan([[Piece(self.chats.full_text(chat), 1.0)]])
         turns = self.chats.turns(chat)
         weights = [self._weight(chat.messages[turn.message], turn is turns[-1]) for turn in turns]
         if not any(weights) and not learns_all:
@@ -178,11 +178,11 @@ class Renderer:
     def _target(self, turn: Turn, weight: float, *, must_join: bool = False) -> list[Piece]:
         """The target of a turn; its reasoning apart where that is only read."""
         context = self.encoder.last_context(turn.prompt)
-        if self.options.train_on.reasoning or not turn.thought:
+        if self.options.train_on.reasoning or not turn.reasoning_end:
             return [Piece(turn.target, weight, context, must_join)]
-        thought, answer = turn.target[: turn.thought], turn.target[turn.thought :]
-        after = self.encoder.last_context(turn.prompt + thought)
-        return [Piece(thought, 0.0, context, must_join), Piece(answer, weight, after, must_join)]
+        reasoning, answer = turn.target[: turn.reasoning_end], turn.target[turn.reasoning_end :]
+        after = self.encoder.last_context(turn.prompt + reasoning)
+        return [Piece(reasoning, 0.0, context, must_join), Piece(answer, weight, after, must_join)]
 
     def _weight(self, message: Message, is_last: bool) -> float:
         is_chosen = is_last or self.options.train_on.turns != "last"
@@ -192,7 +192,7 @@ class Renderer:
         """The pieces of a document; what is learned last ends in the end token."""
         segments = document.segments
         if self.options.stage == "pretrain" or self.options.train_on.turns == "everything":
-            segments = document.learned_whole().segments
+            segments = document.as_targets().segments
         if self.options.train_on.turns == "last":
             last = max((n for n, s in enumerate(segments) if not s.is_target), default=-1)
             segments = [replace(s, weight=0.0) if n < last else s for n, s in enumerate(segments)]

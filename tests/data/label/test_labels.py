@@ -322,7 +322,7 @@ def test_a_token_that_can_only_be_written_as_itself_is_refused_with_its_row():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
 
     assert tokenized(document("yes yes"), tokenizer) == row([1, 1, 2], [X, 1, 2])
-    with pytest.raises(DataError, match="cannot write a control token as plain text; got '</s>'") as error:
+    with pytest.raises(DataError, match="cannot encode a control token as plain text; got '</s>'") as error:
         SFTDataset([document("yes"), document("yes </s> yes")], tokenizer)
     assert error.value.row == 1
 
