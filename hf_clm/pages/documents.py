@@ -18,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.data.batch.mixing import DrawnDataset
-from hf_clm.data.batch.packing import PackedDataset, Piece
+from hf_clm.data.batch.packing import PackedDataset, RowPiece
 from hf_clm.data.label.datasets import label_options
 from hf_clm.data.label.labels import encode_plans, tokens_to_rows
 from hf_clm.data.label.render import Plan, Renderer
@@ -31,7 +31,7 @@ from hf_clm.schema import IGNORE_INDEX, AnyExample, Chat, TokenizedExample, Toke
 from hf_clm.schema import Document as DocumentExample
 from hf_clm.text.chat import stop_token_ids
 from hf_clm.text.encode import MARK_END, MARK_START
-from hf_clm.text.encode import Piece as TextPiece
+from hf_clm.text.encode import RowPiece as TextPiece
 from hf_clm.text.tokenizer import control_pattern
 
 CACHED_EXAMPLES = 64  # a stream's rows hold many pieces of one example
@@ -103,12 +103,12 @@ class Reader:
         self._places: dict[bytes, str] = {}
         self._whole = lru_cache(maxsize=CACHED_EXAMPLES)(self._load_whole)
 
-    def annotate(self, row: Row, pieces: Sequence[Piece]) -> Row:
+    def annotate(self, row: Row, pieces: Sequence[RowPiece]) -> Row:
         """The row with what is known of its documents; ``pieces`` says what was packed into it."""
         documents = zip(row.documents, pieces, strict=True)
         return replace(row, documents=tuple(self._examine(row, *document) for document in documents))
 
-    def _examine(self, row: Row, document: Document, piece: Piece) -> Document:
+    def _examine(self, row: Row, document: Document, piece: RowPiece) -> Document:
         number, start, _ = piece
         source = int(self.split.rows.rows.sources[number])
         fate = self.split.rows.rows.fates[source]
@@ -254,7 +254,7 @@ def _find_contents(chat: Chat, text: str) -> Iterator[tuple[int, int, str]]:
                 yield start, at, role
 
 
-def _pieces(split: Split, number: int) -> list[Piece]:
+def _pieces(split: Split, number: int) -> list[RowPiece]:
     if isinstance(split.dataset, PackedDataset | DrawnDataset):
         return split.dataset.pieces[number]
     return [(number, 0, int(split.rows.lengths[number]))]

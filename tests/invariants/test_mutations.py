@@ -15,7 +15,7 @@ import torch
 from helpers import EOS, PAD, X, byte_tokenizer, save_folder, tiny_model
 
 from hf_clm.data.batch import collators, packing
-from hf_clm.data.batch.packing import PackedDataset, Piece, Pieces
+from hf_clm.data.batch.packing import PackedDataset, RowPiece, Pieces
 from hf_clm.data.label import datasets, labels, render
 from hf_clm.data.label.render import Renderer
 from hf_clm.errors import DataError, ModelError
@@ -178,7 +178,7 @@ def only_the_first_turn_learned(patch: pytest.MonkeyPatch) -> None:
 
 
 def edit_pieces(
-    patch: pytest.MonkeyPatch, packer: str, change: Callable[[list[list[Piece]]], list[list[Piece]]]
+    patch: pytest.MonkeyPatch, packer: str, change: Callable[[list[list[RowPiece]]], list[list[RowPiece]]]
 ) -> None:
     """The pieces of each row as they were packed -> as they are used."""
     pack = getattr(packing, packer)

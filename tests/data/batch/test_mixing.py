@@ -504,7 +504,7 @@ def refusal(recipe: Recipe) -> str:
 def test_a_share_below_half_a_row_is_refused(tmp_path):
     recipe = build_recipe(tmp_path, {"weight": 1000}, {"weight": 1})
 
-    assert "b.jsonl: its share is less than half a row; got 0.00699 rows" in refusal(recipe)
+    assert "b.jsonl: the share is less than half a row; got 0.00699 rows" in refusal(recipe)
 
 
 @pytest.mark.parametrize(
@@ -527,14 +527,14 @@ def test_a_source_without_a_row_is_refused(tmp_path):
     sizes = {"max_length": 12, "overflow": "drop", "max_dropped": 0.5}
     recipe = build_recipe(tmp_path, {"weight": 1}, {"weight": 1}, **sizes)
 
-    assert refusal(recipe).startswith("b.jsonl: has no row to draw; fix: take it out of data.train; ")
+    assert refusal(recipe).startswith("b.jsonl: has no rows to draw; fix: remove it from data.train; ")
 
 
 def test_a_source_that_only_repeats_another_is_refused(tmp_path):
     recipe = build_recipe(tmp_path, {"weight": 1}, {"weight": 1}, duplicates="drop")
     write_jsonl(tmp_path / "b.jsonl", SHORT[:2])
 
-    assert refusal(recipe).startswith("b.jsonl: has no row to draw")
+    assert refusal(recipe).startswith("b.jsonl: has no rows to draw")
 
 
 def test_a_path_that_is_given_twice_is_told_apart(tmp_path):

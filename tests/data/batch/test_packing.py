@@ -9,7 +9,14 @@ from helpers import EOS, X, byte_tokenizer, document, prompted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_clm.data.batch.packing import PackedDataset, Piece, Pieces, best_fit_rows, stream_blocks, stream_rows
+from hf_clm.data.batch.packing import (
+    PackedDataset,
+    RowPiece,
+    Pieces,
+    best_fit_rows,
+    stream_blocks,
+    stream_rows,
+)
 from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
 
 TOKENIZER = byte_tokenizer()
@@ -32,9 +39,9 @@ def textbook_best_fit(lengths: list[int], max_length: int) -> list[int]:
     return rows
 
 
-def stream_token_by_token(lengths: list[int], max_length: int) -> list[list[Piece]]:
+def stream_token_by_token(lengths: list[int], max_length: int) -> list[list[RowPiece]]:
     """One document at a time, row by row."""
-    rows: list[list[Piece]] = [[]]
+    rows: list[list[RowPiece]] = [[]]
     room = max_length
     for number, length in enumerate(lengths):
         start = 0
