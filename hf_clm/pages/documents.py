@@ -30,8 +30,7 @@ from hf_clm.run_folder import write_text
 from hf_clm.schema import IGNORE_INDEX, AnyExample, Chat, TokenizedExample, Tokens
 from hf_clm.schema import Document as DocumentExample
 from hf_clm.text.chat import stop_token_ids
-from hf_clm.text.encode import MARK_END, MARK_START
-from hf_clm.text.encode import RowPiece as TextPiece
+from hf_clm.text.encode import MARK_END, MARK_START, Piece
 from hf_clm.text.tokenizer import control_pattern
 
 CACHED_EXAMPLES = 64  # a stream's rows hold many pieces of one example
@@ -161,7 +160,7 @@ class Reader:
                 flags["control text"] = ", ".join(map(repr, dict.fromkeys(controls)))
         return _Whole(examples.places[source], is_chat, ids, is_target, turns, flags)
 
-    def _plan(self, example: AnyExample, sibling: int) -> list[TextPiece]:
+    def _plan(self, example: AnyExample, sibling: int) -> list[Piece]:
         """The pieces of a row; a long chat's are those of all its turns."""
         if isinstance(example, Tokens):
             return []
@@ -169,7 +168,7 @@ class Reader:
         rows = plan.rows if sibling < len(plan.rows) else plan.apart or plan.rows[-1:]
         return rows[min(sibling, len(rows) - 1)]
 
-    def _encode(self, example: AnyExample, pieces: list[TextPiece]) -> TokenizedExample:
+    def _encode(self, example: AnyExample, pieces: list[Piece]) -> TokenizedExample:
         """A row tokenized as in the split, with nothing cut off or split."""
         if isinstance(example, Tokens):
             return tokens_to_rows(example, self.tokenizer)[0]
@@ -195,7 +194,7 @@ class Reader:
 
 def find_turns(
     example: AnyExample,
-    pieces: Sequence[TextPiece],
+    pieces: Sequence[Piece],
     tokenizer: PreTrainedTokenizerFast,
     *,
     spelled: Sequence[bytes],

@@ -15,7 +15,7 @@ import torch
 from helpers import EOS, PAD, X, byte_tokenizer, save_folder, tiny_model
 
 from hf_clm.data.batch import collators, packing
-from hf_clm.data.batch.packing import PackedDataset, RowPiece, Pieces
+from hf_clm.data.batch.packing import PackedDataset, Pieces, RowPiece
 from hf_clm.data.label import datasets, labels, render
 from hf_clm.data.label.render import Renderer
 from hf_clm.errors import DataError, ModelError

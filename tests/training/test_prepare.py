@@ -337,4 +337,4 @@ def test_prepare_prints_what_nothing_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_tokenizer_and_settle", lambda recipe, _: (byte_tokenizer(), recipe))
     monkeypatch.setattr(module, "build_model_config", lambda *args: None)
 
-    assert "note      keys not used: id" in prepare_recipe(recipe)
+    assert "note      unused keys: id" in prepare_recipe(recipe)

@@ -129,7 +129,7 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 def best_fit_rows(lengths: Sequence[int] | np.ndarray, max_length: int) -> Pieces:
-    """Packs by best-fit decreasing: each example, longest first, goes into the fullest row with room.
+    """Packs by best-fit decreasing: each example, longest first, goes into the fullest row that fits.
 
     Every example is in exactly one row. No length may exceed ``max_length``.
     """
@@ -162,7 +162,7 @@ class Shelves:
         self._open: dict[int, list[np.ndarray]] = defaultdict(list)  # room -> the rows, in several arrays
 
     def place(self, length: int, count: int) -> Iterator[np.ndarray]:
-        """Yields the row of each of ``count`` examples, in several arrays. Call it with decreasing lengths."""
+        """Yields the rows of ``count`` examples, in several arrays. Call it with decreasing lengths."""
         for room in (np.flatnonzero(self.counts[length:]) + length).tolist():
             if count == 0:
                 return

@@ -27,8 +27,8 @@ from hf_clm.data.proof.texts import CHECKS
 from hf_clm.errors import DataError
 from hf_clm.schema import AnyExample
 
-SHOWN = 3  # failures in an error
-KEPT = 100  # failures in the certificate
+LISTED_FAILURES = 3  # in an error message
+MAX_FAILURES = 100  # in a certificate
 PROVED_WHOLE = 2000  # every row is proved of a set of up to this many
 
 
@@ -63,7 +63,8 @@ class Certificate:
         if self.is_valid:
             return
         listed = [
-            f"{f.place}: {CHECKS[f.check]}: expected {f.expected}, got {f.got}" for f in self.failures[:SHOWN]
+            f"{f.place}: {CHECKS[f.check]}: expected {f.expected}, got {f.got}"
+            for f in self.failures[:LISTED_FAILURES]
         ]
         counts = ", ".join(f"{count:,} {name}" for name, count in self.failed.most_common())
         raise DataError(
@@ -76,7 +77,7 @@ class Certificate:
     def enter(self, failure: Failure) -> None:
         """Counts a failure; the first ones are kept."""
         self.failed[failure.check] += 1
-        if len(self.failures) < KEPT:
+        if len(self.failures) < MAX_FAILURES:
             self.failures.append(failure)
 
     def to_json(self) -> dict[str, Any]:

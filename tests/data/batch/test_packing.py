@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from hf_clm.data.batch.packing import (
     PackedDataset,
-    RowPiece,
     Pieces,
+    RowPiece,
     best_fit_rows,
     stream_blocks,
     stream_rows,

@@ -290,11 +290,11 @@ def test_stretches_of_rows_are_views_of_the_arrays():
         (document("a" * 9), {"max_length": 4, "overflow": "error"}, "longer than max_length=4"),
         (Tokens([*range(9)], [*range(9)], [9]), {"max_length": 4, "overflow": "error"},
          "longer than max_length"),
-        (document("a<|pad|>"), {"special_tokens_in_text": "error"}, "the text holds a control token"),
+        (document("a<|pad|>"), {"special_tokens_in_text": "error"}, "the text contains a control token"),
         (Chat([{"role": "user", "content": "\ufdd0"}, *CHAT.messages[1:]]), {},
-         "the text holds a noncharacter"),
+         "the text contains a noncharacter"),
         (Chat([CHAT.messages[0], {**CHAT.messages[1], "reasoning": "hm"}]), {}, "has no place for reasoning"),
-        (Tokens([260], [260], [1]), {}, "an id that is not in the vocabulary"),
+        (Tokens([260], [260], [1]), {}, "an id is not in the vocabulary"),
     ],
 )  # fmt: skip
 def test_an_error_of_the_data_carries_the_number_of_its_row(example, options, what):

@@ -313,7 +313,7 @@ def test_an_ordinary_letter_as_pad_or_end_token_is_refused_at_the_tokenizer(spec
     with pytest.raises(ModelError) as error:
         tokenized(document("Hi!\nHo"), byte_tokenizer(**special))
 
-    assert str(error.value).startswith(f"tokenizer: its {name} is ordinary text; fix: set tokenizer.")
+    assert str(error.value).startswith(f"tokenizer: the {name} is ordinary text; fix: set tokenizer.")
 
 
 def test_a_token_that_can_only_be_written_as_itself_is_refused_with_its_row():
@@ -351,8 +351,8 @@ def test_an_id_that_the_vocabulary_has_not_is_refused_with_its_position(ids, lab
         tokens_to_rows(Tokens(ids, labels, [3]), TOKENIZER)
 
     assert str(error.value) == (
-        f"an id that is not in the vocabulary; got {got} at position {position}, and the largest id is 259; "
-        "fix: use the tokenizer of the data"
+        f"an id is not in the vocabulary; got {got} at position {position}, but the largest id is 259; "
+        "fix: use the tokenizer with which the data were tokenized"
     )
 
 

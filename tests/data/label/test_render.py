@@ -262,7 +262,7 @@ def test_control_tokens_that_are_spelled_are_counted_and_error_refuses_the_first
     with pytest.raises(DataError) as error:
         renderer.plan(example)
     assert str(error.value) == (
-        f"the text holds a control token; got {found[0]!r}; "
+        f"the text contains a control token; got {found[0]!r}; "
         "fix: remove it, or set data.special_tokens_in_text to encode_as_text or allow"
     )
 
@@ -275,9 +275,9 @@ def test_texts_that_are_rendered_already_are_refused_where_they_are_the_most():
         with pytest.raises(DataError) as error:
             SFTDataset(examples, tokenizer_with())
         assert str(error.value).startswith(
-            f"{got} texts are rendered already: they spell control tokens; got '<"
+            f"{got} texts are already rendered: they contain control tokens; got '<"
         )
-        assert "fix: give messages, or learn these as tokens with data.special_" in str(error.value)
+        assert "fix: provide messages, or encode them as tokens with data.special_" in str(error.value)
     assert len(SFTDataset([rendered, plain], tokenizer_with())) == 2
     assert rows(rendered, special_tokens_in_text="allow")[0].startswith("<|im_start|>⟦user\nHi<|im_end|>\n")
 

@@ -12,7 +12,7 @@ from helpers import EOS, X, byte_tokenizer, write_jsonl
 from prepared_sets import recipe_of
 
 from hf_clm.data.prepared import block as module
-from hf_clm.data.prepared.block import LEDGER, ROWS, WEIGHTED_ROWS, Block, BlockMaker
+from hf_clm.data.prepared.block import LEDGER_SCHEMA, ROWS, WEIGHTED_ROWS, Block, BlockMaker
 from hf_clm.data.prepared.chunks import read_blocks
 from hf_clm.data.proof.leakage import digest, loose_digest
 from hf_clm.data.read.readers import ReadReport
@@ -79,7 +79,7 @@ def test_each_record_has_one_line_in_the_ledger_whatever_became_of_it():
         max_length=8,
     )
 
-    assert block.ledger.schema == LEDGER
+    assert block.ledger.schema == LEDGER_SCHEMA
     assert columns(block, "place", "fate", "tokens", "target_tokens", "cut_tokens") == [
         ("a.jsonl:1", "used", 4, 2, 0),
         ("a.jsonl:2", "unreadable", 0, 0, 0),
@@ -108,7 +108,7 @@ def test_a_record_of_several_rows_is_one_line():
         (
             {**RECORDS[0], "label": "<|endoftext|>"},
             {"special_tokens_in_text": "error"},
-            "a.jsonl:2: the text holds a control token",
+            "a.jsonl:2: the text contains a control token",
         ),
         (
             {**RECORDS[0], "label": "x" * 9},
@@ -130,7 +130,7 @@ def test_a_character_without_a_token_is_named_with_its_record():
 
     assert list(map(str, block.faults)) == [
         "a.jsonl:2: the tokenizer has no token for it; got '雪' (U+96EA); "
-        "fix: take it out, or add a text that holds it to those that the tokenizer is trained on"
+        "fix: remove it, or train the tokenizer on text that contains it"
     ]
 
 

@@ -432,7 +432,7 @@ def test_one_fault_is_named_by_its_file_and_line():
 
 
 def test_reading_on_after_the_first_fault_ends_after_a_while(monkeypatch):
-    monkeypatch.setattr(parts, "READ_ON_SECONDS", -1.0)
+    monkeypatch.setattr(parts, "FAULT_SEARCH_SECONDS", -1.0)
 
     assert refusal([BAD, *RECORDS, BAD]).startswith("a.jsonl:1: ")
 
@@ -456,23 +456,23 @@ def test_max_dropped_bounds_what_cannot_be_read_and_is_inclusive(dropped, is_all
         assert len(prepared(records, on_bad_record="drop", max_dropped=0.05)["train"].rows) == 40 - dropped
     else:
         message = refusal(records, on_bad_record="drop", max_dropped=0.05)
-        assert message.startswith("a.jsonl: 3 of 40 rows cannot be trained on; got a.jsonl:38: ")
-        assert message.endswith("; fix: mend the rows, or allow it by data.max_dropped=0.075")
+        assert message.startswith("a.jsonl: 3 of 40 records cannot be trained on; got a.jsonl:38: ")
+        assert message.endswith("; fix: correct the records, or set data.max_dropped=0.075")
 
 
 def test_max_dropped_bounds_what_is_too_long_and_lists_the_first():
     assert refusal(RECORDS[:4], max_length=6, overflow="drop", max_dropped=0.1) == (
-        "a.jsonl: 3 of 4 rows cannot be trained on within data.max_length=6; "
+        "a.jsonl: 3 of 4 records cannot be trained on within data.max_length=6; "
         "got a.jsonl:2 (longer than max_length); a.jsonl:3 (longer than max_length); "
         "a.jsonl:4 (longer than max_length); "
-        "fix: raise data.max_length, mend the rows, or allow it by data.max_dropped=0.75"
+        "fix: raise data.max_length, correct the records, or set data.max_dropped=0.75"
     )
 
 
 def test_all_rows_dropped_are_an_error_whatever_is_allowed():
     message = refusal(RECORDS[:4], max_length=2, overflow="drop")
 
-    assert message.startswith("a.jsonl: 4 of 4 rows cannot be trained on")
+    assert message.startswith("a.jsonl: 4 of 4 records cannot be trained on")
 
 
 def test_lines_lost_in_reading_do_not_count_against_the_part_that_is_held_out():
@@ -578,7 +578,7 @@ def test_the_first_examples_of_a_split_are_kept_beside_it():
 
 
 def test_a_long_preparation_says_how_far_it_has_come(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(parts, "SAID_SECONDS", 0.0)
+    monkeypatch.setattr(parts, "PROGRESS_SECONDS", 0.0)
     records = [{"prompt": f"{n}?\n", "completion": "x" * 100} for n in range(1_200)]
     monkeypatch.setattr(chunks, "BLOCK_BYTES", 50_000)
     recipe = recipe_of(write_jsonl(tmp_path / "a.jsonl", records), max_length=256)

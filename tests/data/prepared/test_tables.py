@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 
 from hf_clm.data.label.labels import Fate
-from hf_clm.data.prepared.block import LEDGER, ROWS, WEIGHTED_ROWS
+from hf_clm.data.prepared.block import LEDGER_SCHEMA, ROWS, WEIGHTED_ROWS
 from hf_clm.data.prepared.tables import StoredLedger, StoredRows, TableWriter, read_batches, write_dict
 
 BYTES_PER_ROW = 16
@@ -52,7 +52,11 @@ def write(folder: Path, schema: pyarrow.Schema, *batches: pyarrow.RecordBatch) -
 
 def write_ledger(folder: Path, lines: list[dict[str, Any]], names: Any = None) -> StoredLedger:
     parts = [lines[:2], lines[2:]]
-    write(folder, LEDGER, *(pyarrow.RecordBatch.from_pylist(part, schema=LEDGER) for part in parts))
+    write(
+        folder,
+        LEDGER_SCHEMA,
+        *(pyarrow.RecordBatch.from_pylist(part, schema=LEDGER_SCHEMA) for part in parts),
+    )
     return StoredLedger(folder, names or {})
 
 
