@@ -21,7 +21,7 @@ from hf_clm.data.prepared.cache import Place, find_place, open_place, today
 from hf_clm.data.prepared.cluster import RayBlocks
 from hf_clm.data.prepared.prepare import MakeBlocks, in_turn, write_prepared
 from hf_clm.data.prepared.sets import STREAM_HEAD, to_head
-from hf_clm.data.prepared.store import Stored, require_writable
+from hf_clm.data.prepared.store import PreparedSet, require_writable
 from hf_clm.data.proof.ledger import Entered, write_ledger
 from hf_clm.data.proof.proof import Proof, prove_mix
 from hf_clm.data.split import Split, mix_splits, note_lines
@@ -46,7 +46,7 @@ class Prepared:
 
     splits: dict[str, Split]
     proof: Proof
-    stored: Stored
+    stored: PreparedSet
 
     def write_ledger(self, path: Path) -> None:
         """Writes ledger.parquet; where sources are mixed, it says how often each record is drawn."""

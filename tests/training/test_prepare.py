@@ -167,7 +167,7 @@ def test_where_neither_folder_can_be_written_it_is_refused_before_the_work(tmp_p
     recipe = recipe.model_copy(update={"train": output})
     refuse_work(monkeypatch)
 
-    with pytest.raises(EnvironmentFault, match="cannot keep prepared data"):
+    with pytest.raises(EnvironmentFault, match="cannot store prepared data"):
         prepare_as(recipe)
 
 

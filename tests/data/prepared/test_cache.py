@@ -75,7 +75,7 @@ def test_one_byte_of_the_data_is_another_key():
 
 
 def test_one_byte_of_a_large_file_whose_digest_is_remembered_is_another_key(monkeypatch):
-    monkeypatch.setattr(cache, "REMEMBERED_BYTES", 10)
+    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 10)
     monkeypatch.setattr(cache, "SETTLED_NS", -1)
     before = key()
     assert len(list(Path("cache/.hashes").iterdir())) == 1

@@ -83,7 +83,7 @@ def test_of_a_file_those_lines_are_read_that_begin_in_the_chunks_that_are_wanted
         at += len(line)
 
     assert (
-        b"".join(bytes(chunk.content) for chunk in read(name, wanted=lambda number: number in wanted))
+        b"".join(bytes(chunk.content) for chunk in read(name, is_needed=lambda number: number in wanted))
         == expected
     )
 
@@ -98,7 +98,7 @@ def test_of_other_files_the_records_of_the_chunks_that_are_wanted_are_given(coun
     file = write_as(kind, records)
     every = list(range(count)) if kind != "txt" else [0]
 
-    found = read(file, wanted=lambda number: number in wanted)
+    found = read(file, is_needed=lambda number: number in wanted)
 
     values = [value for _, value in items_of(found)]
     assert len(values) == len([number for number in every if number // 3 in wanted])
@@ -113,7 +113,7 @@ def test_of_columns_the_batches_that_are_wanted_are_given_with_their_places(kind
     whole = read(file)
     size = len(whole[0].content)
 
-    found = read(file, wanted=lambda number: number in wanted)
+    found = read(file, is_needed=lambda number: number in wanted)
 
     numbers = [n for n in range(30) if (n // size if n // size in range(len(whole)) else -1) in wanted]
     assert places(found) == [f"{file}: record {number + 1}" for number in numbers]
@@ -144,7 +144,7 @@ def test_lines_are_named_by_their_number_and_after_a_jump_by_the_byte_that_they_
     file = write_jsonl(Path("a.jsonl"), [{"text": "x" * 20} for _ in range(6)])  # 33 bytes a line
 
     assert places(read(file)) == [f"a.jsonl:{number}" for number in range(1, 7)]
-    assert places(read(file, wanted=lambda number: number == 2)) == [
+    assert places(read(file, is_needed=lambda number: number == 2)) == [
         "a.jsonl (behind byte 132):1",
         "a.jsonl (behind byte 132):2",
     ]

@@ -90,7 +90,7 @@ def test_a_cluster_that_does_not_answer_is_one_line(address):
     with pytest.raises(EnvironmentFault) as error:
         write_set(recipe_of(["a.jsonl"]), make_blocks=RayBlocks(address))
 
-    message = rf"--ray: no Ray cluster answers: .+; got {address}; fix: start one: ray start --head"
+    message = rf"--ray: no Ray cluster responds: .+; got {address}; fix: start one: ray start --head"
     assert re.fullmatch(message, str(error.value))
     assert error.value.exit_code == ExitCode.ENVIRONMENT
     assert list(Path("cache").iterdir()) == []
@@ -178,7 +178,7 @@ def test_a_block_that_kills_every_worker_is_one_line():
     write_jsonl(Path("a.jsonl"), RECORDS)
     recipe = recipe_of([{"path": "a.jsonl", "format": "formats_of_ray_test:die"}])
 
-    message = r"^--ray: Ray gave up: .+; got local; fix: see the logs of Ray$"
+    message = r"^--ray: Ray failed: .+; got local; fix: see Ray's logs$"
     with pytest.raises(EnvironmentFault, match=message):
         write_set(recipe, make_blocks=RayBlocks("local"))
 

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.labels import Fate
 from hf_clm.data.prepared import store
-from hf_clm.data.prepared.store import HEAD, LazyList, Stored, open_store, require_writable
+from hf_clm.data.prepared.store import HEAD, LazyList, PreparedSet, open_store, require_writable
 from hf_clm.data.proof.ledger import Entered, write_ledger
 from hf_clm.data.split import Split
 from hf_clm.errors import DataError, EnvironmentFault
@@ -50,7 +50,7 @@ def seen(split: Split) -> dict[str, Any]:
     }
 
 
-def ledger_of(stored: Stored) -> list[dict[str, Any]]:
+def ledger_of(stored: PreparedSet) -> list[dict[str, Any]]:
     """The ledger as a run writes it."""
     splits = stored.splits.items()
     packed = {name: s.dataset if isinstance(s.dataset, PackedDataset) else None for name, s in splits}
@@ -152,7 +152,7 @@ def test_data_that_changed_since_are_not_taken_for_those_that_were_prepared():
     found = write_set(recipe)
     write_jsonl(Path("a.jsonl"), [{"text": "other"}])
 
-    with pytest.raises(DataError, match="the data changed during the run; got 1 rows where there were 250"):
+    with pytest.raises(DataError, match="the data changed during the run; got 1 records instead of 250"):
         list(found.splits["train"].examples.examples)
 
 
@@ -324,8 +324,8 @@ def test_a_cache_that_cannot_be_written_is_an_error_of_the_environment():
         require_writable(Path("file/cache"))
 
     assert str(error.value) == (
-        "file/cache: cannot keep prepared data; got Not a directory; "
-        "fix: name another data.cache_dir, or null to keep nothing"
+        "file/cache: cannot store prepared data; got Not a directory; "
+        "fix: set data.cache_dir to another folder, or to null to disable the cache"
     )
 
 

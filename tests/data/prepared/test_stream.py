@@ -395,12 +395,15 @@ def test_each_process_may_go_on_twice():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 6}, "the stream cannot go on: seed was 3; got 6; fix: the seed"),
-        ({"shuffle_buffer": 7}, "the stream cannot go on: documents was 10; got 7; fix: data.shuffle_buffer"),
-        ({"train": ["a.jsonl"]}, "the stream cannot go on: files was "),
+        ({"seed": 6}, "cannot resume the stream: seed was 3; got 6; fix: use the same seed"),
+        (
+            {"shuffle_buffer": 7},
+            "cannot resume the stream: documents was 10; got 7; fix: use the same data.shuffle",
+        ),
+        ({"train": ["a.jsonl"]}, "cannot resume the stream: files was "),
         (
             {"train": [{"path": "a.jsonl", "weight": 1}, {"path": "b.jsonl", "weight": 2}]},
-            "the stream cannot go on: weights was None; got ['rows', 1.0, 2.0]; fix: the weights of the",
+            "cannot resume the stream: weights was None; got ['rows', 1.0, 2.0]; fix: use the same source",
         ),
     ],
 )
@@ -418,7 +421,7 @@ def test_what_would_be_other_rows_is_refused(changes, message):
 def test_changed_files_and_a_checkpoint_without_a_position_are_refused():
     recipe = recipe_of(write_lines("a.jsonl", range(9)))
     rows = stream(recipe)
-    with pytest.raises(RecipeError, match="the checkpoint holds no position in a stream"):
+    with pytest.raises(RecipeError, match="the checkpoint has no stream position"):
         rows.read_state(Path())
     rows.write_state(Path(), rank=0)
     Path("a.jsonl").write_text('{"text": "another"}\n')
@@ -611,7 +614,7 @@ def test_too_many_drops_stop_the_stream_once_a_thousand_documents_tell():
         one_pass(stream(recipe))
 
     assert str(error.value).startswith("data.train: ")
-    assert " documents of a stream cannot be trained on; got " in str(error.value)
+    assert " documents of the stream cannot be trained on; got " in str(error.value)
     assert " dropped: longer than max_length; fix: raise data.max_length, mend them" in str(error.value)
 
 
@@ -621,7 +624,7 @@ def test_a_shard_without_a_document_is_refused():
 
     assert str(error.value).startswith("data.train: no document to train on for shard ")
     assert str(error.value).endswith(
-        " of 40; fix: fewer processes or train.dataloader_num_workers, or data.streaming: false"
+        " of 40; fix: use fewer processes or train.dataloader_num_workers, or set data.streaming: false"
     )
 
 
