@@ -373,7 +373,7 @@ def test_an_empty_prompt_is_the_start_of_a_text(small, prompt):
         ({"messages": "hi"}, "messages: expected a valid array; got 'hi'"),
         (
             {"messages": [{"role": "usr", "content": "hi"}]},
-            "message 1 has role 'usr'; fix: one of system, user",
+            "message 1 has unknown role 'usr'; fix: use one of system, user",
         ),
         ({"messages": chat("hi", "hello")}, "the last message is an answer already"),
         ({"messages": chat("\ufdd0")}, "the text contains a noncharacter"),

@@ -21,7 +21,7 @@ from hf_clm.data.proof.balance import check_entry
 from hf_clm.data.proof.certificate import PROVED_WHOLE, Certificate, certify_rows
 from hf_clm.data.proof.checker import Checker
 from hf_clm.data.proof.leakage import digest, loose_digest
-from hf_clm.data.read.formats import own_modules, provide_modules
+from hf_clm.data.read.formats import custom_modules, provide_modules
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import check_record, read_options
 from hf_clm.errors import DataError
@@ -77,7 +77,7 @@ class BlockMaker:
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, digests: Sequence[str] = ()):
         self.recipe, self.tokenizer, self.digests = recipe, tokenizer, tuple(digests)
         sources = (*recipe.data.train, *recipe.data.eval)
-        self.modules = own_modules([source.format for source in sources])
+        self.modules = custom_modules([source.format for source in sources])
 
     def make(self, raw: RawBlock) -> Block:
         """Reads, labels, fits and certifies a block. Raises DataError if the ledger does not balance."""

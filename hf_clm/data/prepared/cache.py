@@ -19,7 +19,7 @@ import hf_clm.schema
 from hf_clm.data.prepared.prepare import write_prepared
 from hf_clm.data.prepared.sets import read_examples, to_head
 from hf_clm.data.prepared.store import PreparedSet, open_store
-from hf_clm.data.read.formats import own_modules
+from hf_clm.data.read.formats import custom_modules
 from hf_clm.data.read.readers import ReadReport, compression, suffix
 from hf_clm.data.read.sources import find_files
 from hf_clm.data.split import Split, mix_splits
@@ -147,7 +147,7 @@ def _code_content(formats: list[str | None]) -> str:
     package = Path(hf_clm.schema.__file__).parent
     paths = [path for name in LABELLING for path in (package / name, *sorted((package / name).rglob("*.py")))]
     sources = [path.read_bytes() for path in paths if path.is_file()]
-    return fingerprint([*sources, own_modules(formats)])
+    return fingerprint([*sources, custom_modules(formats)])
 
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from typing import TypeAlias
 
 import pyarrow
 
-from hf_clm.data.read.formats import BEHIND, FirstSeen
+from hf_clm.data.read.formats import AFTER_BYTE, FirstSeen
 from hf_clm.data.read.readers import (
     READERS,
     Items,
+    RawRecord,
     ReadOptions,
     ReadReport,
-    Record,
     Stream,
     batch_rows,
     column_batches,
@@ -85,7 +85,7 @@ class Chunk:
         match self.content:
             case bytes():
                 text: io.BufferedReader = io.BufferedReader(io.BytesIO(self.content))
-                origin = f"{BEHIND}{self.counted_from:,})" if self.counted_from else ""
+                origin = f"{AFTER_BYTE}{self.counted_from:,})" if self.counted_from else ""
                 name = f"{self.file}{origin}"
                 lines = Stream(name, text, options, report, before=self.before)
                 yield from READERS[".jsonl"](lines)
@@ -144,7 +144,7 @@ def see_first(chunk: Chunk, source: Source, *, data: Data, first: FirstSeen) -> 
     for where, value in chunk.items(read_options(data, source), ReadReport()):
         with suppress(DataError):
             check_value(value, where)
-            read_example(Record(value, where), source, data=data, first=first)
+            read_example(RawRecord(value, where), source, data=data, first=first)
         if _of_file(first, chunk.file):
             return
 
@@ -157,7 +157,7 @@ def knows_first(file: str, source: Source, first: FirstSeen) -> bool:
 
 def _of_file(first: FirstSeen, file: str) -> FirstSeen:
     """Returns the known properties of one file."""
-    names = (f"format {file}", f"tokenized with {file}")
+    names = (f"format {file}", f"masks {file}")
     return {key: seen for key, seen in first.items() if key in names}
 
 

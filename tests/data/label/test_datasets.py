@@ -155,10 +155,10 @@ def test_a_format_can_be_named_or_be_a_function():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"quest": "a"}, "record 1: the keys fit no format; got keys 'quest'"),
+        ({"quest": "a"}, "record 1: the keys match no format; got keys 'quest'"),
         ({"messages": [{"role": "assistant", "content": "a", "trian": 0}]},
          "record 1: message 1: unknown key"),
-        ({"text": "a", "weight": -1}, "record 1: key 'weight': expected a number from 0 up; got -1"),
+        ({"text": "a", "weight": -1}, "record 1: key 'weight': expected a number of at least 0; got -1"),
         ({"input_ids": [1], "labels": None}, "record 1: key 'labels' is null"),
     ],
 )  # fmt: skip

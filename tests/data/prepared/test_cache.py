@@ -14,7 +14,7 @@ import hf_clm.schema
 from hf_clm.data.prepared import cache
 from hf_clm.data.prepared.cache import find_place, open_place, read_splits
 from hf_clm.data.prepared.prepare import write_prepared
-from hf_clm.data.read.formats import own_modules
+from hf_clm.data.read.formats import custom_modules
 from hf_clm.errors import DataError
 from hf_clm.recipe.recipe import Recipe
 from hf_clm.recipe.sections import Data, Source, cache_folder
@@ -294,7 +294,7 @@ def test_what_a_format_of_ones_own_imports_is_in_the_key(tmp_path, monkeypatch):
     Path("own_prompts.py").write_text("ASK = 'Question: '\n")
 
     assert key(recipe) != before
-    assert list(own_modules(["own_format:read"])) == ["own_prompts", "own_format"]
+    assert list(custom_modules(["own_format:read"])) == ["own_prompts", "own_format"]
 
 
 @pytest.mark.parametrize("name", ["no_module", "no_package.inner"])

@@ -145,8 +145,8 @@ def test_lines_are_named_by_their_number_and_after_a_jump_by_the_byte_that_they_
 
     assert places(read(file)) == [f"a.jsonl:{number}" for number in range(1, 7)]
     assert places(read(file, is_needed=lambda number: number == 2)) == [
-        "a.jsonl (behind byte 132):1",
-        "a.jsonl (behind byte 132):2",
+        "a.jsonl (after byte 132):1",
+        "a.jsonl (after byte 132):2",
     ]
 
 
@@ -164,7 +164,7 @@ def test_a_line_that_is_too_long_is_refused_with_its_number_and_those_behind_it_
         ("a.jsonl:3", {"text": "b"}),
     ]
     assert [str(value) for _, value in found if isinstance(value, DataError)] == [
-        "a.jsonl:2: line too long; got over 200 bytes; fix: raise max_line_bytes"
+        "a.jsonl:2: line too long; got over 200 bytes; fix: increase max_line_bytes"
     ]
     assert sum(chunk.size for chunk in chunks) < 300
 

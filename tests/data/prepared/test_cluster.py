@@ -160,7 +160,7 @@ def test_records_that_cannot_be_used_are_named_by_file_and_line_also_those_of_bl
         write_set(recipe_of(["a.jsonl"]), make_blocks=RayBlocks("local"))
 
     lines = str(error.value).splitlines()
-    assert lines[0].startswith("3 faults in the data")
+    assert lines[0].startswith("3 errors in the data")
     places = [line.split()[0] for line in lines if line.startswith("  ")]
     assert places == ["a.jsonl:1", "a.jsonl:17", "a.jsonl:63"]
 

@@ -80,7 +80,7 @@ def test_two_kinds_of_record_in_one_file_are_an_error_however_far_apart(monkeypa
         load_examples(recipe_of(["a.jsonl"]).data)
 
     assert str(error.value).startswith(
-        "a.jsonl:31: a record of format prompt_completion in a file of format text (a.jsonl:1)"
+        "a.jsonl:31: the record has format prompt_completion, but a.jsonl:1 has format text"
     )
 
 

@@ -426,7 +426,9 @@ def test_changed_files_and_a_checkpoint_without_a_position_are_refused():
     rows.write_state(Path(), rank=0)
     Path("a.jsonl").write_text('{"text": "another"}\n')
 
-    with pytest.raises(RecipeError, match=r"cannot go on: files was .*fix: the same files as before"):
+    with pytest.raises(
+        RecipeError, match=r"cannot resume the stream: files was .*fix: use the same files as before"
+    ):
         stream(recipe).read_state(Path())
 
 
@@ -615,7 +617,9 @@ def test_too_many_drops_stop_the_stream_once_a_thousand_documents_tell():
 
     assert str(error.value).startswith("data.train: ")
     assert " documents of the stream cannot be trained on; got " in str(error.value)
-    assert " dropped: longer than max_length; fix: raise data.max_length, mend them" in str(error.value)
+    assert " dropped: longer than max_length; fix: raise data.max_length, correct the documents" in str(
+        error.value
+    )
 
 
 def test_a_shard_without_a_document_is_refused():

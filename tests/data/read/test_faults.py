@@ -17,8 +17,10 @@ from hf_clm.data.read.faults import CHECKED_BYTES, Faults, check_data
 from hf_clm.errors import DataError, EnvironmentFault, RecipeError, UserError
 from hf_clm.recipe.recipe import load_recipe
 
-DOCUMENT_FIX = "one object a line; a JSON array or pretty-printed object belongs into a .json file"
-NONCHARACTER = "the text holds a noncharacter (U+FDD0 or U+FDD1); fix: remove it; no valid text contains one"
+DOCUMENT_FIX = "write one object per line; put a JSON array or a pretty-printed object into a .json file"
+NONCHARACTER = (
+    "the text contains a noncharacter (U+FDD0 or U+FDD1); fix: remove it; no valid text contains one"
+)
 GOOD = {"prompt": "p", "completion": "c"}
 RECIPE = """\
 stage: sft
@@ -30,7 +32,7 @@ train: {output_dir: run, use_cpu: true}
 """
 # Seven kinds of bad rows, in two files, and how they are listed.
 SEVEN = f"""\
-9 faults in the data; data.on_bad_record: drop would leave out 9 of them
+9 errors in the data; data.on_bad_record: drop would skip 9 of them
 1 x not valid JSON: Expecting value (column 12); fix: {DOCUMENT_FIX}
   a.jsonl:2 (got '}}')
 2 x key 'completion' is null; fix: fill it in, or remove the record
@@ -39,7 +41,7 @@ SEVEN = f"""\
 2 x key 'prompt': expected str
   a.jsonl:4 (got int)
   b.jsonl:3 (got object)
-1 x missing key 'completion'; fix: add it, or name its column: fields: {{completion: COLUMN}}
+1 x missing key 'completion'; fix: add it, or set its column with fields: {{completion: COLUMN}}
   a.jsonl:5 (got keys 'prompt')
 1 x key 'prompt' is empty; fix: fill it in, or remove the record
   a.jsonl:7 (got ' ')
@@ -103,7 +105,7 @@ def test_faults_that_differ_by_place_got_and_numbers_are_one_kind():
 
     assert len(faults) == 3
     assert str(faults.to_error()) == (
-        "3 faults in the data\n"
+        "3 errors in the data\n"
         "2 x message N is empty; fix: fill it in\n"
         "  a.jsonl:1 (N: 3, got ' ')\n"
         "  a.jsonl:7 (N: 12)\n"
@@ -121,9 +123,9 @@ def test_of_each_kind_the_first_20_places_are_shown_and_of_kinds_the_first_20():
 
     lines = str(faults.to_error()).splitlines()
 
-    assert lines[:3] == ["77 faults in the data", "51 x is empty", "  a.jsonl:1"]
+    assert lines[:3] == ["77 errors in the data", "51 x is empty", "  a.jsonl:1"]
     assert lines[21:24] == ["  a.jsonl:20", "  and 31 more", "1 x no key a"]
-    assert lines[-3:] == ["1 x no key s", "  b.jsonl:1", "7 x something else"]
+    assert lines[-3:] == ["1 x no key s", "  b.jsonl:1", "7 x other errors"]
 
 
 def test_a_single_fault_is_raised_as_it_is():
@@ -165,14 +167,14 @@ def test_what_ends_a_file_does_not_end_the_others():
         *("nope/1.jsonl", "nope/2.jsonl", "cut.jsonl.gz", "empty.jsonl", "b.jsonl:1"),
     ]
     assert shown.startswith(
-        "5 faults in the data; data.on_bad_record: drop would leave out 1 of them\n2 x no such"
+        "5 errors in the data; data.on_bad_record: drop would skip 1 of them\n2 x no such"
     )
 
 
 def test_the_missing_files_of_all_sources_are_named():
     assert faults_of("--data.train", "first-set.jsonl", "--data.eval", "second-set.jsonl") == (
-        "2 faults in the data\n"
-        "2 x no such file; fix: check name and working directory\n"
+        "2 errors in the data\n"
+        "2 x no such file; fix: check the name and the working directory\n"
         "  first-set.jsonl\n"
         "  second-set.jsonl"
     )
@@ -195,7 +197,7 @@ def test_dropped_records_are_no_faults_and_a_missing_file_is_one():
 
     assert faults_of("--data.on_bad_record", "drop") == ""
     assert faults_of("--data.on_bad_record", "drop", "--data.eval", "other-set.jsonl") == (
-        "other-set.jsonl: no such file; fix: check name and working directory"
+        "other-set.jsonl: no such file; fix: check the name and the working directory"
     )
 
 
@@ -249,7 +251,7 @@ def test_the_answer_comes_without_torch_and_within_seconds_of_cpu_time():
     missing, seconds_missing = run_process("prepare", "recipe.yaml", "--data.eval", "other-set.jsonl")
 
     assert (done.returncode, done.stderr) == (3, f"error: {SEVEN}\n")
-    assert (missing.returncode, missing.stderr[:29]) == (3, "error: 6 faults in the data; ")
+    assert (missing.returncode, missing.stderr[:29]) == (3, "error: 6 errors in the data; ")
     assert seconds < 2.5
     assert seconds_missing < 2.5
     code = "from hf_clm.cli import main; main(['train', 'recipe.yaml']); import sys; print(*sys.modules)"

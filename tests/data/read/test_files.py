@@ -73,14 +73,14 @@ def test_a_second_name_of_the_same_file_is_read_once_and_said(link):
     for path in ("d", "d/*.jsonl"):
         texts, report = read(path)
         assert texts == ["d/a.jsonl"]
-        assert report.notes == ["d/b.jsonl is a link to the same file as d/a.jsonl: read once"]
+        assert report.notes == ["d/b.jsonl is a link to the same file as d/a.jsonl; read once"]
 
 
 @pytest.mark.parametrize("path", ["d", "d/*"])
 def test_a_file_beside_its_compressed_form_is_refused(path):
     write("d/a.jsonl", "d/a.jsonl.gz")
-    fix = "fix: remove one of them, or name the files that you mean"
-    assert refusal(path) == f"d/a.jsonl: the same file twice, by its name; got d/a.jsonl.gz; {fix}"
+    fix = "fix: remove one of them, or list the files to read"
+    assert refusal(path) == f"d/a.jsonl: the same file twice, by name; got d/a.jsonl.gz; {fix}"
 
 
 @pytest.mark.parametrize("split", ["validation", "valid", "dev", "val"])
@@ -99,7 +99,7 @@ def test_a_folder_without_the_split_lists_those_that_it_has():
     write("d/poems.jsonl", "d/poems_test.jsonl")
     assert refusal("d") == (
         "d: no split 'train' in this folder; got test (poems_test.jsonl), no split of poems.jsonl; "
-        "fix: split: test, or a glob, which takes every file that it matches: d/**/*.jsonl"
+        "fix: set split: test, or use a glob to read all matching files: d/**/*.jsonl"
     )
     write("e/a.jsonl")
     assert refusal("e", "test").startswith("e: no split 'test' in this folder; got no split of a.jsonl")
@@ -165,9 +165,7 @@ def test_a_saved_dataset_whose_rows_are_selected_by_indices_is_refused():
     state = json.loads(Path("d/state.json").read_text())
     Path("d/state.json").write_text(json.dumps({**state, "_indices_data_files": [{"filename": "i.arrow"}]}))
 
-    assert refusal("d").startswith(
-        "d/state.json: a saved dataset of which indices select the rows; fix: load it"
-    )
+    assert refusal("d").startswith("d/state.json: a saved dataset with an indices mapping; fix: load it")
 
 
 def test_values_that_datasets_stores_as_json_are_decoded():

@@ -25,7 +25,7 @@ from hf_clm.schema import AnyExample, Chat, Document, Format, Message, Segment, 
 USER: Message = {"role": "user", "content": "2+2?"}
 ASSISTANT: Message = {"role": "assistant", "content": "4"}
 SYSTEM: Message = {"role": "system", "content": "Be brief."}
-ROLES = "one of system, user, assistant, tool"
+ROLES = "use one of system, user, assistant, tool"
 PREAMBLE = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
@@ -176,16 +176,16 @@ def test_every_spelling_of_a_turns_weight_says_what_it_says_elsewhere(keys, weig
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"trian": False}, "unknown key 'trian'; did you mean 'train'?; fix: it may have role, content, "),
+        ({"trian": False}, "unknown key 'trian'; did you mean 'train'?; fix: allowed keys are role, "),
         ({"wieght": 0}, "unknown key 'wieght'; did you mean 'weight'?"),
         ({"reasoning_contents": "a"}, "unknown key 'reasoning_contents'; did you mean 'reasoning_content'?"),
-        ({"emotion": "calm"}, "unknown key 'emotion'; fix: it may have role, content, "),
+        ({"emotion": "calm"}, "unknown key 'emotion'; fix: allowed keys are role, content, "),
         ({"train": 0}, "'train': expected true or false; got 0"),
         ({"training": "no"}, "'training': expected true or false; got 'no'"),
         ({"masked": 1}, "'masked': expected true or false; got 1"),
-        ({"weight": -1}, "'weight': expected a number from 0 up; got -1"),
-        ({"loss_weight": "2"}, "'loss_weight': expected a number from 0 up; got '2'"),
-        ({"loss": "no"}, "'loss': expected a number from 0 up; got 'no'"),
+        ({"weight": -1}, "'weight': expected a number of at least 0; got -1"),
+        ({"loss_weight": "2"}, "'loss_weight': expected a number of at least 0; got '2'"),
+        ({"loss": "no"}, "'loss': expected a number of at least 0; got 'no'"),
     ],
 )  # fmt: skip
 def test_a_key_that_could_change_what_is_learned_is_never_ignored(keys, message):
@@ -330,9 +330,9 @@ def test_a_sharegpt_chat_may_call_functions_and_observe_what_they_say(value):
             "prompt_completion",
             {"prompt": "a", "completon": "b"},
             "missing key 'completion'; got keys 'prompt', 'completon'; did you mean 'completon'?; "
-            "fix: add it, or name its column: fields: {completion: COLUMN}",
+            "fix: add it, or set its column with fields: {completion: COLUMN}",
         ),
-        ("text", {}, "missing key 'text'; got keys none; fix: add it, or name its column: fields:"),
+        ("text", {}, "missing key 'text'; got keys none; fix: add it, or set its column with fields:"),
         ("text", {"text": None}, "key 'text' is null; fix: fill it in, or remove the record"),
         ("text", {"text": 5}, "key 'text': expected str; got int"),
         ("text", {"text": " \n"}, "key 'text' is empty; got ' \\n'; fix: fill it in, or remove the record"),
@@ -346,21 +346,21 @@ def test_a_sharegpt_chat_may_call_functions_and_observe_what_they_say(value):
         ("prompt_completion", {"prompt": "", "completion": "b"}, "key 'prompt' is empty; got ''"),
         ("prompt_completion", {"prompt": "a", "completion": "\t "}, "key 'completion' is empty; got '\\t '"),
         ("prompt_completion", {"prompt": "a", "completion": "b", "tools": [WEATHER]},
-         "key 'tools' needs turns, and the prompt is plain text"),
+         "key 'tools' needs chat turns, but the prompt is plain text"),
         ("instruct", {"instruct": "a", "label": None}, "key 'label' is null"),
         ("instruct", {"instruct": "a", "label": "b", "input": 5}, "key 'input': expected str; got int"),
         ("alpaca", {"instruction": "a", "output": " "}, "key 'output' is empty; got ' '"),
         ("alpaca", {"instruction": "a", "output": "b", "history": [["q", "a"]]},
-         "key 'history' needs turns, and the prompt is plain text; fix: give the tokenizer a chat"),
+         "key 'history' needs chat turns, but the prompt is plain text; fix: set a chat template"),
         ("alpaca", {"instruction": "a", "output": "b", "history": [["q"]]},
          "pair 1 of key 'history': expected a question and its answer; got 1 items"),
         ("messages", {"messages": "hi"}, "key 'messages': expected list; got str"),
         ("messages", {"messages": []}, "key 'messages' is an empty list"),
         ("messages", {"messages": [USER, ASSISTANT], "tools": "{"}, "key 'tools': expected list or its JSON"),
         ("messages", {"messages": [USER, ASSISTANT], "tools": [{}]}, "tool 1 has no name; got keys none"),
-        ("messages", {"messages": [SYSTEM, USER], "system": "b"}, "key 'system' and a system turn; fix: rem"),
+        ("messages", {"messages": [SYSTEM, USER], "system": "b"}, "both key 'system' and a system turn; "),
         ("sharegpt", {"conversations": [{"from": "bot", "value": "a"}]},
-         "message 1 has role 'bot'; fix: one " "of system, human, gpt, tool"),
+         "message 1 has unknown role 'bot'; fix: use one " "of system, human, gpt, tool"),
         ("sharegpt", {"conversations": [{"from": "function_call", "value": "{"}]}, "message 1: the call: "),
         ("segments", {"segments": [{"text": "a", "train": False}]}, "the text with \"train\": true is empty"),
         ("segments", {"segments": [{"text": " ", "train": True}]}, "the text with \"train\": true is empty"),
@@ -381,10 +381,11 @@ def test_a_record_of_another_shape_is_refused_with_place_and_key(format, record,
     ("messages", "message"),
     [
         ([{**USER, "role": "asistant"}],
-         f"message 1 has role 'asistant'; fix: {ROLES} (did you mean 'assistant'?)"),
-        ([USER, {**USER, "role": "User"}], f"message 2 has role 'User'; fix: {ROLES} (did you mean 'user'?)"),
-        ([{**USER, "role": "zzz"}], f"message 1 has role 'zzz'; fix: {ROLES}"),
-        ([{**USER, "role": "user<|im_end|>"}], f"message 1 has role 'user<|im_end|>'; fix: {ROLES}"),
+         f"message 1 has unknown role 'asistant'; fix: {ROLES} (did you mean 'assistant'?)"),
+        ([USER, {**USER, "role": "User"}],
+         f"message 2 has unknown role 'User'; fix: {ROLES} (did you mean 'user'?)"),
+        ([{**USER, "role": "zzz"}], f"message 1 has unknown role 'zzz'; fix: {ROLES}"),
+        ([{**USER, "role": "user<|im_end|>"}], f"message 1 has unknown role 'user<|im_end|>'; fix: {ROLES}"),
         ([{"role": 5, "content": "a"}], "message 1: role: expected str; got int"),
         ([{"content": "a"}], "message 1 has no role; got keys 'content'"),
         ([USER, {"role": "assistant"}], "message 2 has no content; got role assistant"),
@@ -464,13 +465,13 @@ def test_an_empty_prompt_is_allowed_by_a_flag_only():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"name": "weather", "input": {"city": "Berlin"}}, "unknown key 'input'; fix: it may have type"),
+        ({"name": "weather", "input": {"city": "Berlin"}}, "unknown key 'input'; fix: allowed keys are type"),
         (
             {"function": {"name": "weather", "argument": {}}},
             "unknown key 'argument'; did you mean 'arguments'?",
         ),
         ({"function": {"name": "weather"}, "arguments": {}}, "unknown key 'arguments'"),
-        ({"name": "weather", "arguments": {}, "parameters": {}}, "has arguments and parameters"),
+        ({"name": "weather", "arguments": {}, "parameters": {}}, "has both arguments and parameters"),
         ({"name": "weather", "arguments": {}, "id": 5}, "id: expected str; got int"),
     ],
 )
@@ -491,7 +492,7 @@ def test_a_call_is_given_once():
     older = called(BERLIN, function_call=BERLIN["function"])
 
     assert refusal({"messages": [USER, older]}, "messages").startswith(
-        "f.jsonl:7: message 2 has tool_calls and function_call; fix: remove function_call"
+        "f.jsonl:7: message 2 has both tool_calls and function_call; fix: remove function_call"
     )
 
 
@@ -501,7 +502,7 @@ def test_a_call_is_given_once():
         ({"from": "gpt", "value": "good", "content": "bad"}, "message 2 has 'value' and 'content'"),
         ({"from": "gpt", "role": "human", "value": "a"}, "message 2 has 'from' and 'role'"),
         ({"from": "function_call", "value": "[]", "tool_calls": [BERLIN]},
-         "message 2 is a function_call and has tool_calls"),
+         "message 2 is a function_call with tool_calls"),
     ],
 )  # fmt: skip
 def test_a_sharegpt_turn_says_a_thing_once(turn, message):
@@ -549,7 +550,7 @@ def test_a_column_that_would_change_the_prompt_is_refused(key):
 def test_a_completion_of_a_list_of_messages_is_one_too():
     assert refusal({"prompt": [USER], "completion": "4"}, "prompt_completion") == (
         "f.jsonl:7: key 'completion': expected list; got str; "
-        "fix: write it as a list of messages, as the prompt is"
+        "fix: write it as a list of messages, like the prompt"
     )
 
 
@@ -597,7 +598,7 @@ def test_the_weight_of_a_record_multiplies_those_in_it(format, record, found, ke
     [(-1, "-1"), (float("inf"), "inf"), (True, "True"), ("1", "'1'")],
 )
 def test_a_weight_is_a_number_from_0_up(value, got):
-    message = f"expected a number from 0 up; got {got}"
+    message = f"expected a number of at least 0; got {got}"
 
     assert refusal({"text": "a", "weight": value}, "text") == f"f.jsonl:7: key 'weight': {message}"
     segment = {"text": "a", "train": True, "weight": value}
@@ -662,7 +663,7 @@ def test_every_column_beside_the_ids_is_used(masks, rows):
         ({"input_ids": [1, 2], "seq_lengths": [1]}, "seq_lengths do not add up to the row; got 1 of 2"),
         ({"input_ids": [1, 2], "seq_lengths": [2, 0]}, "seq_lengths do not add up to the row"),
         ({"input_ids": [1, 2, 3], "seq_lengths": [1, 2], "attention_mask": [1, 1, 0]},
-         "a packed row with padding; fix: remove the padding and its attention_mask"),
+         "a packed row with padding; fix: remove the padding and the attention_mask"),
     ],
 )  # fmt: skip
 def test_a_tokenized_row_that_is_not_clear_is_refused_with_the_position(record, message):
@@ -679,8 +680,8 @@ def test_labels_that_only_some_rows_of_a_file_have_are_refused():
         with pytest.raises(DataError) as error:
             check_same_masks(gap, "f.jsonl:3", first=first)
         assert str(error.value) == (
-            "f.jsonl:3: a record of tokenized with none in a file of tokenized with 'labels' (f.jsonl:1); "
-            "fix: one kind of record a file: split it"
+            "f.jsonl:3: the record has masks none, but f.jsonl:1 has masks 'labels'; "
+            "fix: split the file by kind of record"
         )
 
 
@@ -752,12 +753,12 @@ def test_a_format_is_told_from_the_keys_where_they_fit_one_only():
     with pytest.raises(DataError) as error:
         detect_format(["instruction", "output", "text"], "f.jsonl:1")
     assert str(error.value).startswith(
-        "f.jsonl:1: the keys fit the formats text, alpaca; got keys 'instruction', 'output', 'text'; fix"
+        "f.jsonl:1: the keys match the formats text, alpaca; got keys 'instruction', 'output', 'text'; fix"
     )
     with pytest.raises(DataError) as error:
         detect_format(["question"], "f.jsonl:1")
     assert str(error.value) == (
-        "f.jsonl:1: the keys fit no format; got keys 'question'; fix: name the format, and fields ("
+        "f.jsonl:1: the keys match no format; got keys 'question'; fix: set format, and fields if needed ("
         "text: 'text'; prompt_completion: 'prompt', 'completion'; instruct: 'instruct', 'label'; "
         "alpaca: 'instruction', 'output'; messages: 'messages'; sharegpt: 'conversations'; "
         "segments: 'segments'; tokenized: 'input_ids')"
@@ -772,7 +773,7 @@ def test_a_file_of_mixed_formats_is_refused_with_the_first_line_of_each():
     with pytest.raises(DataError) as error:
         check_same_schema({"prompt": "a", "completion": "b"}, "f.jsonl:9", first=first)
     assert str(error.value).startswith(
-        "f.jsonl:9: a record of format prompt_completion in a file of format text (f.jsonl:1)"
+        "f.jsonl:9: the record has format prompt_completion, but f.jsonl:1 has format text"
     )
 
 
@@ -864,10 +865,10 @@ def test_a_chat_of_the_users_own_function_is_checked_as_a_records_and_weighs_wha
     [
         (read_question, "the format's function raises KeyError: 'question'; got keys 'q'"),
         (lambda record: record["q"] + 1, "the format's function raises TypeError: "),
-        (lambda record: record, "the format's function returned no Chat or Document; got dict"),
-        (lambda record: None, "the format's function returned no Chat or Document; got NoneType"),
-        (lambda record: Document([R("a")]), "the format's function returned a document with nothing"),
-        (lambda record: Document([R("a"), T(" ")]), "the format's function returned a document with nothing"),
+        (lambda record: record, "the format's function must return Chat or Document; got dict"),
+        (lambda record: None, "the format's function must return Chat or Document; got NoneType"),
+        (lambda record: Document([R("a")]), "the format's function returned a document without"),
+        (lambda record: Document([R("a"), T(" ")]), "the format's function returned a document without"),
         (lambda record: Chat([USER]), "no turn of role 'assistant'; got 1 message(s)"),
     ],
 )  # fmt: skip
@@ -899,7 +900,7 @@ def test_what_tables_write_for_a_missing_value_is_refused_as_null_is(missing):
 )
 def test_an_optional_key_in_another_spelling_is_refused(format, record, column):
     fix = f"fix: rename it, or map it with fields: {{input: {column}}}"
-    message = f"f.jsonl:7: no key of the format is {column!r}; did you mean 'input'?; {fix}"
+    message = f"f.jsonl:7: the format has no key {column!r}; did you mean 'input'?; {fix}"
 
     assert refusal({**record, column: "c"}, format) == message
     with pytest.raises(DataError, match="did you mean 'input'"):
@@ -920,7 +921,7 @@ def test_an_optional_key_in_another_spelling_is_refused(format, record, column):
     ],
 )
 def test_keys_of_another_format_are_told_by_its_name(format, record, fitting):
-    fix = f"fix: format: {fitting}, which these keys fit; or name the columns with fields"
+    fix = f"fix: set format: {fitting}, which matches these keys; or map the columns with fields"
 
     assert refusal(record, format).startswith(
         f"f.jsonl:7: missing key '{FORMATS[format].required[0]}'; got keys"
@@ -973,7 +974,7 @@ def test_fields_reach_into_nested_columns():
 )
 def test_a_nested_column_that_is_not_there_names_the_part_that_is_missing(column, got):
     record = {"meta": {"title": "t"}, "tags": ["a", "b"]}
-    fix = "fix: add it, or name its column: fields: {text: COLUMN}"
+    fix = "fix: add it, or set its column with fields: {text: COLUMN}"
 
     assert (
         refusal(record, "text", fields={"text": column})

@@ -173,10 +173,10 @@ def test_a_line_separator_inside_a_text_does_not_end_the_line():
         ("[1,2]", "a.jsonl:2: expected an object; got list"),
         ('{"a": NaN}', "a.jsonl:2: NaN; fix: use null"),
         ('{"a": [{"b": -Infinity}]}', "a.jsonl:2: -Infinity; fix: use null"),
-        ('{"a": 1, "b": 2, "a": 3}', "a.jsonl:2: a key is given twice in an object; got keys a, b, a"),
-        ('{"m": [{"a": 1, "a": 1}]}', "a.jsonl:2: a key is given twice in an object; got keys a, a"),
-        ('{"a": "\\ud800"}', "a.jsonl:2: half a surrogate pair, '\\ud800', in a text; fix: remove it"),
-        ('{"\\udc00": 1}', "a.jsonl:2: half a surrogate pair, '\\udc00', in a text; fix: remove it"),
+        ('{"a": 1, "b": 2, "a": 3}', "a.jsonl:2: a key occurs twice in an object; got keys a, b, a"),
+        ('{"m": [{"a": 1, "a": 1}]}', "a.jsonl:2: a key occurs twice in an object; got keys a, a"),
+        ('{"a": "\\ud800"}', "a.jsonl:2: a text contains half a surrogate pair, '\\ud800'; fix: remove it"),
+        ('{"\\udc00": 1}', "a.jsonl:2: a text contains half a surrogate pair, '\\udc00'; fix: remove it"),
         ('{"a": 1} {"a": 2}', "a.jsonl:2: not valid JSON: Extra data (column 10); got '{\"a\": 2}'; fix"),
         ("{'a': 1}", "a.jsonl:2: not valid JSON: Expecting property name enclosed in double quotes ("),
         ('{"a": 1', "a.jsonl:2: not valid JSON: Expecting ',' delimiter (column 8); fix: one object a line"),
@@ -238,7 +238,7 @@ def test_a_last_line_that_is_cut_off_is_refused_with_its_number_or_skipped():
     path = write("a.jsonl", '{"a": "one"}\n{"a": "tw')
     assert refusal(path) == (
         "a.jsonl:2: not valid JSON: Unterminated string starting at (column 7); got '\"tw'; "
-        "fix: the file ends inside this line: fetch or write it again, or set on_bad_record: drop"
+        "fix: the file ends in this line: download or write it again, or set on_bad_record: drop"
     )
     assert read_on(path)[0] == [{"a": "one"}]
 
@@ -258,7 +258,7 @@ def test_an_error_inside_a_json_file_names_its_line_or_record():
         "a.json: record 2: expected an object; got int"
     )
     assert refusal(write("a.json", '[{"a": 1}, {"b": 1, "b": 2}]')).startswith(
-        "a.json: record 2: a key is given twice in an object; got keys b, b"
+        "a.json: record 2: a key occurs twice in an object; got keys b, b"
     )
     assert read_on("a.json")[0] == [{"a": 1}]
     assert refusal(write("a.json", '{"a": 1}\n{"a": }\n')).startswith("a.json:2: not valid JSON")
@@ -316,14 +316,14 @@ def test_a_nul_character_is_counted():
     [
         ("a,b\n1,2\n3\n", "a.csv:3: expected 2 cells, as in the header; got 1"),
         ("a,b\n1,2\n\n3,4,5\n", "a.csv:4: expected 2 cells, as in the header; got 3"),
-        ("a,b,a\n1,2,3\n", "a.csv:1: 2 column(s) of the name 'a'; fix: give each column a name of its own"),
-        ("a, \n1,2\n", "a.csv:1: 1 column(s) of the name ' '; fix: give each column a name of its own"),
+        ("a,b,a\n1,2,3\n", "a.csv:1: 2 column(s) named 'a'; fix: give each column a unique name"),
+        ("a, \n1,2\n", "a.csv:1: 1 column(s) named ' '; fix: give each column a unique name"),
         ('a,b\n1,"2\n3,4\n', "a.csv:3: not a valid table: unexpected end of data; fix: {QUOTES}"),
         ('a,b\n1,"2"x\n', "a.csv:2: not a valid table: ',' expected after '\"'; fix: {QUOTES}"),
     ],
 )
 def test_a_bad_table_is_refused_with_its_line(content, message):
-    quotes = "check the quotes, or quoting: none where they are letters"
+    quotes = "check the quotes, or set quoting: none if they are part of the text"
     assert refusal(write("a.csv", content)) == message.replace("{QUOTES}", quotes)
 
 
@@ -337,9 +337,7 @@ def test_rows_with_too_many_or_few_cells_can_be_skipped():
 
 def test_two_parquet_columns_of_one_name_are_refused():
     table = pyarrow.table([pyarrow.array(["x"]), pyarrow.array(["y"])], names=["text", "text"])
-    assert refusal(write("a.parquet", parquet_bytes(table))).startswith(
-        "a.parquet: 2 column(s) of the name 'text'"
-    )
+    assert refusal(write("a.parquet", parquet_bytes(table))).startswith("a.parquet: 2 column(s) named 'text'")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "file.arrow", "stream.arrow"])
@@ -353,7 +351,7 @@ def test_a_damaged_file_is_named(name, damage):
         "stream.arrow": CONTENTS["stream.arrow"],
     }[name]
     message = refusal(write(name, whole[: len(whole) // 2] if damage == "cut off" else b"\0" + LINES))
-    assert message.startswith(f"{name}: damaged, cut off, or not of the type it is named as; got ")
+    assert message.startswith(f"{name}: damaged, truncated, or not of the type that its name suggests; got ")
     assert "\n" not in message
 
 
@@ -395,7 +393,7 @@ def test_a_folder_without_data_lists_what_was_found():
     write("d/sub/a.docx", "x")
     assert refusal("d") == (
         "d: no data file in this folder; got README.md, sub/a.docx, 2 files in all; "
-        "fix: known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .txt, "
+        "fix: supported types are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .txt, "
         ".md, .markdown, .rst, each also with .gz, .zst, .xz or .bz2"
     )
 
@@ -403,7 +401,10 @@ def test_a_folder_without_data_lists_what_was_found():
 @pytest.mark.parametrize("name", ["a.docx", "a", "a.gz", "a.JSONL.lz4"])
 def test_an_unknown_file_type_lists_the_known_ones(name):
     message = refusal(write(name, "x"))
-    assert message.startswith(f"{name}: unknown file type; got ") and "known are .jsonl, .ndjson," in message
+    assert (
+        message.startswith(f"{name}: unknown file type; got ")
+        and "supported types are .jsonl, .ndjson," in message
+    )
 
 
 def test_a_suffix_in_capital_letters_is_known():
@@ -422,7 +423,7 @@ def test_a_suffix_in_capital_letters_is_known():
 )
 def test_a_local_path_that_is_missing_is_never_asked_of_the_hub(path, message):
     write("d/poems.jsonl", LINES)
-    assert refusal(path) == f"{message}; fix: check name and working directory"
+    assert refusal(path) == f"{message}; fix: check the name and the working directory"
 
 
 def test_only_a_name_that_no_file_has_is_a_hub_name():
@@ -478,7 +479,7 @@ def test_a_hub_that_cannot_be_reached_is_a_fault_of_the_environment_and_names_th
         read("org/poems")
     assert str(error.value) == (
         "org/poems: no such file; on the Hub: Name or service not known; "
-        "fix: give a file; HF_HUB_OFFLINE=1 uses what is cached in the-cache"
+        "fix: use a local file; HF_HUB_OFFLINE=1 uses the cache in the-cache"
     )
 
 
@@ -534,13 +535,13 @@ def test_quoting_chooses_the_other_convention_and_is_advised():
     records, report = read(write("a.tsv", 'a\tb\n1\t"He said ""no"""\n'))
     assert records == [{"a": "1", "b": '"He said ""no"""'}]
     assert report.notes == [
-        "a.tsv: 1 records with a cell in quotes, which were read as part of the text; "
-        "if they are not, set quoting: csv on the source"
+        "a.tsv: 1 records with a quoted cell, whose quotes were read as part of the text; "
+        "to remove the quotes, set quoting: csv on the source"
     ]
     assert read("a.tsv", quoting="csv")[0] == [{"a": "1", "b": 'He said "no"'}]
     assert read(write("a.csv", 'a,b\n1,"x\n'), quoting="none")[0] == [{"a": "1", "b": '"x'}]
     assert refusal(write("a.tsv", 'a\tb\n1\t"two\nlines"\n')) == (
-        "a.tsv:3: expected 2 cells, as in the header; got 1; fix: quoting: csv, if quotes enclose the cells"
+        "a.tsv:3: expected 2 cells, as in the header; got 1; fix: set quoting: csv if cells are quoted"
     )
     assert read("a.tsv", quoting="csv")[0] == [{"a": "1", "b": "two\nlines"}]
 
@@ -554,10 +555,10 @@ def test_the_line_in_which_excel_names_the_separator_is_honoured(mark):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "a;b\n1;2\n", "a single column, whose name holds ';'; got 'a;b'; fix: write it with ','"),
-        ("a.csv", "a\tb\n1\t2\n", "a single column, whose name holds '\\t'; got 'a\\tb'; fix: name it .tsv"),
-        ("a.tsv", "a,b\n1,2\n", "a single column, whose name holds ','; got 'a,b'; fix: write it with"),
-        ("a.csv", ",a\n0,x\n", "the first column has no name; fix: leave out pandas' index (to_csv("),
+        ("a.csv", "a;b\n1;2\n", "a single column, whose name contains ';'; got 'a;b'; fix: separate the cells with ','"),
+        ("a.csv", "a\tb\n1\t2\n", "a single column, whose name contains '\\t'; got 'a\\tb'; fix: rename it to .tsv"),
+        ("a.tsv", "a,b\n1,2\n", "a single column, whose name contains ','; got 'a,b'; fix: separate the cells with"),
+        ("a.csv", ",a\n0,x\n", "the first column has no name; fix: omit pandas' index (to_csv("),
         ("a.csv", "a,b\r1,2\r", "not a valid table: new-line character seen in unquoted field"),
     ],
 )  # fmt: skip
@@ -568,13 +569,11 @@ def test_a_table_that_was_written_in_another_way_names_the_cause(name, content, 
 def test_a_named_index_of_pandas_is_noted():
     records, report = read(write("a.csv", "Unnamed: 0,text\n0,x\n"))
     assert records == [{"Unnamed: 0": "0", "text": "x"}]
-    assert report.notes == [
-        "a.csv: column 'Unnamed: 0' is an index of pandas, which to_csv(..., index=False) leaves out"
-    ]
+    assert report.notes == ["a.csv: column 'Unnamed: 0' is a pandas index; to_csv(..., index=False) omits it"]
 
 
 def test_lines_that_end_in_a_carriage_return_alone_are_told_or_read():
-    fix = "its lines end in a carriage return alone: tr '\\r' '\\n' < FILE > NEW_FILE"
+    fix = "its lines end in a carriage return only: tr '\\r' '\\n' < FILE > NEW_FILE"
 
     assert refusal(write("a.jsonl", '{"a": 1}\r{"a": 2}\r')).endswith(fix)
     assert refusal("a.jsonl", max_line_bytes=12).endswith(fix)
@@ -623,7 +622,7 @@ def test_the_first_bytes_tell_what_a_file_is_under_another_name(kind):
     assert refusal(write("a.csv", content)).startswith(f"a.csv: {kind}, not .csv; fix: ")
     assert refusal(write("a.txt.gz", gzip.compress(content))).startswith(f"a.txt.gz: {kind}, not .txt; fix: ")
     assert refusal(write("part-00001", content)).startswith(
-        f"part-00001: unknown file type '': it is {kind}; fix: "
+        f"part-00001: unknown file type ''; it is {kind}; fix: "
     )
 
 
@@ -635,7 +634,7 @@ def test_text_with_the_byte_order_mark_of_another_encoding_is_told(name, encodin
 
 
 def test_a_file_that_was_decompressed_under_its_name_is_told():
-    message = "a.jsonl.gz: not compressed, although it is named .gz; fix: remove .gz"
+    message = "a.jsonl.gz: not compressed despite its suffix .gz; fix: remove .gz"
     assert refusal(write("a.jsonl.gz", LINES)) == message
 
 
@@ -656,7 +655,7 @@ def test_files_elsewhere_are_read_by_their_urls(url):
         read("memory://d/no.jsonl")
     with pytest.raises(DataError, match=r"^memory://d/\*.rst: no file matches; fix: check the URL$"):
         read("memory://d/*.rst")
-    with pytest.raises(DataError, match=r"not a URL that can be read; got Protocol not known: nowhere"):
+    with pytest.raises(DataError, match=r"not a supported URL; got Protocol not known: nowhere"):
         read("nowhere://a.jsonl")
 
 

@@ -57,13 +57,13 @@ def test_a_label_is_found_whether_the_file_gives_a_number_or_text(label):
     [
         (
             {"a": "x", "bb": "y", "label": "1"},
-            "pairs.csv:9: the template names a column 'b'; "
+            "pairs.csv:9: missing column 'b' of the template; "
             "got keys 'a', 'bb', 'label'; did you mean 'bb'?",
         ),
         (
             {"a": "x", "b": "y", "label": "2"},
             "pairs.csv:9: column 'label' has a value without a label; got '2'; "
-            "fix: add it to the template's labels, which name '0', '1'",
+            "fix: add it to the template's labels, which are '0', '1'",
         ),
         ({"a": "x", "b": None, "label": "1"}, "pairs.csv:9: column 'b': expected text or a number; got null"),
         ({"a": "x", "b": float("nan"), "label": "1"},
@@ -166,7 +166,7 @@ def test_words_of_the_command_line_are_the_first_columns():
     with pytest.raises(DataError) as error:
         to_template_words("x", PAIR)
 
-    assert str(error.value) == "--prompt: the template names a column 'b'; got keys 'a'"
+    assert str(error.value) == "--prompt: missing column 'b' of the template; got keys 'a'"
 
 
 def test_a_text_alone_has_a_title_and_a_content():
@@ -281,7 +281,7 @@ def test_a_template_reaches_into_nested_columns():
     with pytest.raises(DataError) as error:
         to_template_example({**record, "instances": [{"input": "2+2"}]}, template, where="f:1")
     assert str(error.value) == (
-        "f:1: the template names a column 'instances[0].output'; "
+        "f:1: missing column 'instances[0].output' of the template; "
         "got instances[0] without 'output', with keys 'input'"
     )
     with pytest.raises(DataError, match=r"got instances, which is a list of 0, without '\[0\]'"):
