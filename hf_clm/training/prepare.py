@@ -22,7 +22,7 @@ from hf_clm.data.prepared.cluster import RayBlocks
 from hf_clm.data.prepared.prepare import MakeBlocks, in_turn, write_prepared
 from hf_clm.data.prepared.sets import STREAM_HEAD, to_head
 from hf_clm.data.prepared.store import PreparedSet, require_writable
-from hf_clm.data.proof.ledger import Entered, write_ledger
+from hf_clm.data.proof.ledger import LedgerSplit, write_ledger
 from hf_clm.data.proof.proof import Proof, prove_mix
 from hf_clm.data.split import Split, mix_splits, note_lines
 from hf_clm.errors import EnvironmentFault, RecipeError
@@ -53,7 +53,7 @@ class Prepared:
         entered = {}
         for name, split in self.splits.items():
             packed = None if isinstance(split.dataset, TokenizedDataset) else split.dataset
-            entered[name] = Entered(split.ledger, packed, split.mix.times if split.mix else None)
+            entered[name] = LedgerSplit(split.ledger, packed, split.mix.times if split.mix else None)
         write_ledger(path, entered)
 
 

@@ -212,7 +212,7 @@ def test_the_command_says_how_sources_are_mixed(tmp_path):
 
     lines = prepare_recipe(build_recipe(tmp_path, train=sources, mixing={"size": 4}))
 
-    assert "mixed     the packed rows hold each label as often as its row was drawn" in lines
+    assert "mixed     the packed rows contain each label as often as its row was drawn" in lines
     assert any(line.startswith("train     1 rows, ") for line in lines)
     assert any("b.jsonl" in line for line in lines)
 

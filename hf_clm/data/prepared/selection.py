@@ -75,7 +75,7 @@ def hold_out(count: int, eval_fraction: float, *, seed: int) -> np.ndarray:
     held_out = round(count * eval_fraction)
     if not 0 < held_out < count:
         what = f"eval_fraction {eval_fraction} of {count} examples leaves {held_out} to evaluate on"
-        raise DataError(what, where="data.eval_fraction", fix="increase it, or set data.eval")
+        raise DataError(what, where="data.eval_fraction", fix="raise it, or set data.eval")
     is_held_out = np.zeros(count, dtype=bool)
     is_held_out[np.random.default_rng(seed).permutation(count)[:held_out]] = True
     return is_held_out

@@ -480,7 +480,6 @@ def _read_alpaca(row: Row) -> Example:
     if history:
         fix = "set a chat template (tokenizer.chat_template: chatml) and render: chat"
         raise row.error(f"{row.name('history')} needs chat turns, but the prompt is plain text", fix=fix)
-    input_part = ALPACA_INPUT + input_text if input_text else ""
     preamble = system or (ALPACA_PREAMBLE_WITH_INPUT if input_text else ALPACA_PREAMBLE)
     input_part = ALPACA_INPUT + input_text if input_text else ""
     prompt = f"{preamble}\n\n{ALPACA_HEAD}{instruction}{input_part}{ALPACA_TAIL}"

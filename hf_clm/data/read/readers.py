@@ -281,7 +281,7 @@ def _lines(source: Stream) -> Iterator[tuple[int, str | DataError]]:
         while rest and not rest.endswith(b"\n"):
             rest = source.stream.readline(READ_BYTES)
         where, got = f"{source.file}:{number}", f"over {limit:,} bytes"
-        fix = "increase max_line_bytes" if b"\r" not in raw[:-1] else OLD_LINE_ENDS
+        fix = "raise max_line_bytes" if b"\r" not in raw[:-1] else OLD_LINE_ENDS
         yield number, DataError("line too long", where=where, got=got, fix=fix)
 
 

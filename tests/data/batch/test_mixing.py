@@ -314,11 +314,11 @@ def test_packed_rows_that_lack_a_drawn_row_are_found(tmp_path):
     """The packer is told that the first row was drawn once more than it was."""
     split = build(build_recipe(tmp_path, {"epochs": 3}, {"epochs": 2}, packing="best_fit"))
     assert split.mix is not None
-    assert prove_mix(split) == ["mixed     the packed rows hold each label as often as its row was drawn"]
+    assert prove_mix(split) == ["mixed     the packed rows contain each label as often as its row was drawn"]
 
     split.mix.times[0] += 1
 
-    with pytest.raises(DataError, match=r"packing holds 18 of 19 rows"):
+    with pytest.raises(DataError, match=r"packing has 18 of 19 rows"):
         prove_mix(split)
 
 
@@ -333,7 +333,7 @@ def test_packed_rows_with_another_row_in_place_of_a_drawn_one_are_found(tmp_path
 
     split.mix.times[:2] = [2, 0]
 
-    with pytest.raises(DataError, match=r"packing holds 8 of 8 rows, or parts of some twice or never"):
+    with pytest.raises(DataError, match=r"packing has 8 of 8 rows, or repeats or loses parts of some"):
         prove_mix(split)
 
 

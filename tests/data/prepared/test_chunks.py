@@ -164,7 +164,7 @@ def test_a_line_that_is_too_long_is_refused_with_its_number_and_those_behind_it_
         ("a.jsonl:3", {"text": "b"}),
     ]
     assert [str(value) for _, value in found if isinstance(value, DataError)] == [
-        "a.jsonl:2: line too long; got over 200 bytes; fix: increase max_line_bytes"
+        "a.jsonl:2: line too long; got over 200 bytes; fix: raise max_line_bytes"
     ]
     assert sum(chunk.size for chunk in chunks) < 300
 
@@ -176,7 +176,7 @@ def test_a_last_line_that_is_cut_off_is_called_so_in_whichever_chunk_it_ends(len
     *_, (where, error) = items_of(read("a.jsonl"))
 
     assert where == "a.jsonl:2"
-    assert error.fix.startswith("the file ends inside this line")
+    assert error.fix.startswith("the file ends in this line")
 
 
 def test_blank_lines_are_counted_and_a_byte_order_mark_is_passed_over():

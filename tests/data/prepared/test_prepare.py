@@ -373,15 +373,15 @@ def test_evaluation_rows_that_are_training_rows_are_refused_over_max_leakage():
         write_set(recipe_of(["a.jsonl"], eval=["b.jsonl"], max_leakage=0.4))
 
     assert str(error.value).startswith(
-        "data.eval: 50.0% of the evaluation rows are training rows (2 exactly, 0 but for case and white "
-        "space); got b.jsonl:1, b.jsonl:4; fix: "
+        "data.eval: 50.0% of the evaluation rows are training rows (2 exactly, 0 up to case and "
+        "whitespace); got b.jsonl:1, b.jsonl:4; fix: "
     )
 
 
 def test_what_leaks_is_said_and_recorded_for_rows_and_for_prompts(tmp_path):
     evaluation = [
         {"instruct": "say\n", "input": "", "label": "xxx"},  # a training row
-        {"instruct": "Say ", "input": "", "label": " XXX "},  # but for case and white space
+        {"instruct": "Say ", "input": "", "label": " XXX "},  # equal up to case and whitespace
         {"instruct": "say\n", "input": "", "label": "another answer"},  # its prompt alone
         {"instruct": "tell\n", "input": "", "label": "xxx"},
     ]

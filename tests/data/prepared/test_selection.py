@@ -74,5 +74,5 @@ def test_a_share_that_leaves_a_part_empty_is_an_error(count, fraction):
 
     assert str(error.value) == (
         f"data.eval_fraction: eval_fraction {fraction} of {count} examples leaves "
-        f"{round(count * fraction)} to evaluate on; fix: increase it, or set data.eval"
+        f"{round(count * fraction)} to evaluate on; fix: raise it, or set data.eval"
     )

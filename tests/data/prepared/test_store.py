@@ -16,7 +16,7 @@ from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.labels import Fate
 from hf_clm.data.prepared import store
 from hf_clm.data.prepared.store import HEAD, LazyList, PreparedSet, open_store, require_writable
-from hf_clm.data.proof.ledger import Entered, write_ledger
+from hf_clm.data.proof.ledger import LedgerSplit, write_ledger
 from hf_clm.data.split import Split
 from hf_clm.errors import DataError, EnvironmentFault
 from hf_clm.schema import Chat, Document, Segment, Tokens, example_from_json
@@ -54,7 +54,7 @@ def ledger_of(stored: PreparedSet) -> list[dict[str, Any]]:
     """The ledger as a run writes it."""
     splits = stored.splits.items()
     packed = {name: s.dataset if isinstance(s.dataset, PackedDataset) else None for name, s in splits}
-    write_ledger(Path("ledger.parquet"), {name: Entered(s.ledger, packed[name]) for name, s in splits})
+    write_ledger(Path("ledger.parquet"), {name: LedgerSplit(s.ledger, packed[name]) for name, s in splits})
     return parquet.read_table("ledger.parquet").to_pylist()
 
 

@@ -14,7 +14,7 @@ from hf_clm.data.label.datasets import PretrainDataset
 from hf_clm.data.label.labels import Fate
 from hf_clm.data.proof.balance import check_entry, check_packing
 from hf_clm.data.proof.leakage import Leakage, are_among, check_leakage, digest, loose_digest
-from hf_clm.data.proof.ledger import Entered, Totals, write_ledger
+from hf_clm.data.proof.ledger import LedgerSplit, Totals, write_ledger
 from hf_clm.data.split import Split
 from hf_clm.errors import DataError, ExitCode
 from hf_clm.recipe.recipe import Recipe
@@ -34,7 +34,7 @@ def build(folder: Path, examples: list[Any], *, stage: str = "sft", **data: Any)
 def entered(split: Split, folder: Path) -> list[dict[str, Any]]:
     """The lines of ledger.parquet, with the number of a line in place of its file."""
     packed = split.dataset if isinstance(split.dataset, PackedDataset) else None
-    write_ledger(folder / "ledger.parquet", {"train": Entered(split.ledger, packed)})
+    write_ledger(folder / "ledger.parquet", {"train": LedgerSplit(split.ledger, packed)})
     lines = parquet.read_table(folder / "ledger.parquet").to_pylist()
     return [{**line, "source": int(line["source"].rpartition(":")[2])} for line in lines]
 
@@ -203,7 +203,7 @@ def test_packing_that_holds_each_row_as_often_as_it_was_drawn_is_accepted(pieces
     ],
 )
 def test_packing_that_loses_or_repeats_a_label_is_refused(pieces):
-    with pytest.raises(DataError, match=r"data\.packing: packing holds [0-9] of 2 rows, or parts of some"):
+    with pytest.raises(DataError, match=r"data\.packing: packing has [0-9] of 2 rows, or repeats or"):
         check_packing(with_pieces(packed_stream(), pieces))
 
 
@@ -227,9 +227,7 @@ def test_a_packed_row_that_is_not_its_pieces_is_refused(key, change, monkeypatch
     with pytest.raises(DataError) as error:
         check_packing(packed)
 
-    assert str(error.value).startswith(
-        "data.packing: packed row 0 is not its 2 documents with positions that begin again"
-    )
+    assert str(error.value).startswith("data.packing: packed row 0 differs from its 2 documents")
 
 
 # --- duplicates and leakage
@@ -274,9 +272,9 @@ def test_leakage_over_the_limit_is_refused():
     with pytest.raises(DataError) as error:
         check_leakage(leakage, 0.59)
     assert str(error.value) == (
-        "data.eval: 60.0% of the evaluation rows are training rows (1 exactly, 2 but for case and white "
-        "space); got e:1, e:2, e:4; "
-        "fix: remove them, set data.duplicates=drop, or allow it by data.max_leakage"
+        "data.eval: 60.0% of the evaluation rows are training rows (1 exactly, 2 up to case and "
+        "whitespace); got e:1, e:2, e:4; "
+        "fix: remove them, set data.duplicates=drop, or raise data.max_leakage"
     )
 
 
@@ -315,8 +313,8 @@ def test_training_rows_among_the_evaluation_rows_are_an_error_over_max_leakage(t
         prove_records(tmp_path, RECORDS, evaluation=evaluation)
 
     assert str(error.value).startswith(
-        "data.eval: 25.0% of the evaluation rows are training rows (1 exactly, 0 but for case and white "
-        f"space); got {tmp_path / 'b.jsonl'}:1; fix: "
+        "data.eval: 25.0% of the evaluation rows are training rows (1 exactly, 0 up to case and "
+        f"whitespace); got {tmp_path / 'b.jsonl'}:1; fix: "
     )
 
 

@@ -207,7 +207,7 @@ def test_what_may_be_right_as_turns_is_no_fault_yet():
     write_lines("a.jsonl", {**GOOD, "tools": [tool]})
 
     assert faults_of() == ""
-    assert "needs turns" in faults_of("--data.render", "plain")
+    assert "needs chat turns" in faults_of("--data.render", "plain")
 
 
 def test_sources_over_the_limit_are_left_to_the_preparation():

@@ -499,8 +499,8 @@ def test_a_call_is_given_once():
 @pytest.mark.parametrize(
     ("turn", "message"),
     [
-        ({"from": "gpt", "value": "good", "content": "bad"}, "message 2 has 'value' and 'content'"),
-        ({"from": "gpt", "role": "human", "value": "a"}, "message 2 has 'from' and 'role'"),
+        ({"from": "gpt", "value": "good", "content": "bad"}, "message 2 has both 'value' and 'content'"),
+        ({"from": "gpt", "role": "human", "value": "a"}, "message 2 has both 'from' and 'role'"),
         ({"from": "function_call", "value": "[]", "tool_calls": [BERLIN]},
          "message 2 is a function_call with tool_calls"),
     ],

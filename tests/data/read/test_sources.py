@@ -166,7 +166,7 @@ def test_a_line_separator_inside_a_text_does_not_end_the_line():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("5", "a.jsonl:2: expected an object; got int; fix: one object a line; a JSON array or"),
+        ("5", "a.jsonl:2: expected an object; got int; fix: write one object per line; put"),
         ('"x"', "a.jsonl:2: expected an object; got str"),
         ("null", "a.jsonl:2: expected an object; got null"),
         ("true", "a.jsonl:2: expected an object; got bool"),
@@ -179,7 +179,7 @@ def test_a_line_separator_inside_a_text_does_not_end_the_line():
         ('{"\\udc00": 1}', "a.jsonl:2: a text contains half a surrogate pair, '\\udc00'; fix: remove it"),
         ('{"a": 1} {"a": 2}', "a.jsonl:2: not valid JSON: Extra data (column 10); got '{\"a\": 2}'; fix"),
         ("{'a': 1}", "a.jsonl:2: not valid JSON: Expecting property name enclosed in double quotes ("),
-        ('{"a": 1', "a.jsonl:2: not valid JSON: Expecting ',' delimiter (column 8); fix: one object a line"),
+        ('{"a": 1', "a.jsonl:2: not valid JSON: Expecting ',' delimiter (column 8); fix: write"),
         ("[" * 100_000, "a.jsonl:2: JSON nested too deeply"),
         ('{"a": ' + "9" * 5000 + "}", "a.jsonl:2: not valid JSON: Exceeds the limit (4300"),
         ('{"a": "' + "x" * 200 + '"}', "a.jsonl:2: line too long; got over 150 bytes; fix: raise"),
@@ -247,7 +247,7 @@ def test_a_last_line_that_is_cut_off_is_refused_with_its_number_or_skipped():
 def test_a_json_document_named_as_json_lines_is_told_apart(content):
     message = refusal(write("a.jsonl", content))
     assert message.startswith("a.jsonl:1: ")
-    assert message.endswith("a JSON array or pretty-printed object belongs into a .json file")
+    assert message.endswith("put a JSON array or a pretty-printed object into a .json file")
 
 
 def test_an_error_inside_a_json_file_names_its_line_or_record():
@@ -555,9 +555,9 @@ def test_the_line_in_which_excel_names_the_separator_is_honoured(mark):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "a;b\n1;2\n", "a single column, whose name contains ';'; got 'a;b'; fix: separate the cells with ','"),
-        ("a.csv", "a\tb\n1\t2\n", "a single column, whose name contains '\\t'; got 'a\\tb'; fix: rename it to .tsv"),
-        ("a.tsv", "a,b\n1,2\n", "a single column, whose name contains ','; got 'a,b'; fix: separate the cells with"),
+        ("a.csv", "a;b\n1;2\n", "a single column, whose name contains ';'; got 'a;b'; fix: separate the"),
+        ("a.csv", "a\tb\n1\t2\n", "a single column, whose name contains '\\t'; got 'a\\tb'; fix: rename"),
+        ("a.tsv", "a,b\n1,2\n", "a single column, whose name contains ','; got 'a,b'; fix: separate the"),
         ("a.csv", ",a\n0,x\n", "the first column has no name; fix: omit pandas' index (to_csv("),
         ("a.csv", "a,b\r1,2\r", "not a valid table: new-line character seen in unquoted field"),
     ],
