@@ -2,7 +2,7 @@
 
     record (dict) -> Chat | Document | Tokens -> pieces of text -> row -> packed row -> batch
 
-Glossary; each word has one meaning in the whole package:
+Glossary; each word has a single meaning throughout the package:
 
 record      one entry of a data file: a JSON object or a row of a table
 example     a record after parsing and validation: ``Chat``, ``Document`` or ``Tokens`` (already tokenized)
@@ -124,8 +124,8 @@ class Document:
     @property
     def question(self) -> tuple[Document, str] | None:
         """Returns the context of the last target and the target's text, or None if either is empty."""
-        read = [number for number, segment in enumerate(self.segments) if not segment.is_target]
-        cut = read[-1] + 1 if read else 0
+        context = [number for number, segment in enumerate(self.segments) if not segment.is_target]
+        cut = context[-1] + 1 if context else 0
         answer = "".join(segment.text for segment in self.segments[cut:])
         has_prompt = any(segment.text for segment in self.segments[:cut])
         return (Document(self.segments[:cut]), answer) if has_prompt and answer else None

@@ -89,11 +89,11 @@ class Split:
 def note_lines(splits: Mapping[str, Split]) -> list[str]:
     """Returns lines to print about data that were skipped, dropped or read in a special way."""
     train = splits["train"]
-    read = train.examples.report
+    report = train.examples.report
     counts = {
-        "blank lines skipped": read.blank_lines,
-        "bad records dropped": len(read.bad_lines),
-        "records with a NUL character": read.nul_records,
+        "blank lines skipped": report.blank_lines,
+        "bad records dropped": len(report.bad_lines),
+        "records with a NUL character": report.nul_records,
         "control tokens in the text encoded as plain text": sum(train.ledger.spelled.values()),
     }
     notes = [f"{count:,} {what}" for what, count in counts.items() if count]

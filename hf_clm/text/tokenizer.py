@@ -231,8 +231,8 @@ def _branches(node: dict[str, Any]) -> str:
     branches = [re.escape(letter) + _branches(rest) for letter, rest in sorted(node.items()) if letter]
     if not branches:
         return ""
-    whole = branches[0] if len(branches) == 1 and "" not in node else f"(?:{'|'.join(branches)})"
-    return f"{whole}?" if "" in node else whole
+    pattern = branches[0] if len(branches) == 1 and "" not in node else f"(?:{'|'.join(branches)})"
+    return f"{pattern}?" if "" in node else pattern
 
 
 def max_token_id(tokenizer: PreTrainedTokenizerFast) -> int:

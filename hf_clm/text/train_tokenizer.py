@@ -71,9 +71,9 @@ def train_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    seen = _CountedTexts(texts)
-    tokenizer.train_from_iterator(seen, trainer)
-    seen.require()
+    counted_texts = _CountedTexts(texts)
+    tokenizer.train_from_iterator(counted_texts, trainer)
+    counted_texts.require()
     return _to_fast(tokenizer, pad_token=pad_token, eos_token=eos_token)
 
 
@@ -87,9 +87,9 @@ def train_characters(
 
     Raises DataError if there is no text.
     """
-    seen = _CountedTexts(texts)
-    letters = sorted({letter for text in seen for letter in text})
-    seen.require()
+    counted_texts = _CountedTexts(texts)
+    letters = sorted({letter for text in counted_texts for letter in text})
+    counted_texts.require()
     vocab = {token: number for number, token in enumerate([eos_token, pad_token, UNKNOWN, *letters])}
     # BPE without merges is the only model that encodes character by character without splitting into words
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
@@ -114,16 +114,16 @@ def train_unigram(
 
     Raises DataError if there is no text.
     """
-    seen = _CountedTexts(list(texts))
-    letters = len({letter for text in seen for letter in text})
-    seen.require()
+    counted_texts = _CountedTexts(list(texts))
+    letters = len({letter for text in counted_texts for letter in text})
+    counted_texts.require()
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), "isolated")
     specials, room = [eos_token, pad_token], vocab_size - 256
     # the trainer keeps every character: if the vocabulary is too small, the rarest are removed afterwards
     size = max(room, letters + len(specials) + 1)
     options = {"vocab_size": size, "special_tokens": specials, "unk_token": eos_token, "show_progress": False}
-    tokenizer.train_from_iterator(seen.texts, trainers.UnigramTrainer(**options))
+    tokenizer.train_from_iterator(counted_texts.texts, trainers.UnigramTrainer(**options))
     trained = [(piece, score) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
     pieces = sorted(trained[len(specials) :], key=lambda piece: -piece[1])[: room - len(specials)]
     rare = min((score for _, score in pieces), default=0.0) - RARE

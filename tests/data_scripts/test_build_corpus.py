@@ -255,8 +255,7 @@ def test_an_output_that_cannot_be_written_is_one_line_and_exit_code_6(tmp_path, 
 
     assert code == 6
     assert capsys.readouterr().err == (
-        f"error: {tmp_path}/file: cannot be written: File exists; "
-        "fix: --output FOLDER that you may write to\n"
+        f"error: {tmp_path}/file: cannot be written: File exists; fix: set --output to a writable folder\n"
     )
 
 
@@ -265,8 +264,8 @@ def test_a_python_without_sources_is_one_line_and_exit_code_6(tmp_path, monkeypa
 
     assert build_corpus.main(["--output", str(tmp_path / "out")]) == 6
     assert capsys.readouterr().err == (
-        f"error: {tmp_path}/nowhere: no sources of the standard library; "
-        "fix: run a Python that ships its .py files\n"
+        f"error: {tmp_path}/nowhere: no source files of the standard library; "
+        "fix: use a Python that includes them\n"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -60,7 +60,7 @@ def test_a_model_that_is_there_is_left_alone(tmp_path, capsys):
 
     assert get_smollm2.main(["--output_dir", str(tmp_path)]) == 0
 
-    assert capsys.readouterr().out == f"{tmp_path}: already there, nothing to do\n"
+    assert capsys.readouterr().out == f"{tmp_path}: already exists, nothing to do\n"
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -70,7 +70,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path, capsys):
     assert get_smollm2.main(["--output_dir", str(tmp_path)]) == 6
 
     fix = "fix: remove it, or use another --output_dir"
-    assert capsys.readouterr().err == f"error: {tmp_path}: exists but holds no model; {fix}\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}: exists but does not contain a model; {fix}\n"
 
 
 def test_without_gguf_the_command_that_installs_it_is_named(tmp_path, capsys, monkeypatch, no_network):

@@ -162,19 +162,19 @@ def mix_rows(
     amounts = to_amounts([int(size.sum()) for size in sizes], options)
     require_few(amounts, sizes, sources=sources)
     quotas = apportion(amounts) if options.by == "rows" and not options.epochs else amounts
-    drawn = []
+    draws = []
     for number, amount in enumerate(quotas):
         draw = draw_anew if options.replacement else draw_in_passes
-        drawn.append(pools[number][draw(sizes[number], amount, seed=seed, source=number)])
-        if not len(drawn[-1]):
+        draws.append(pools[number][draw(sizes[number], amount, seed=seed, source=number)])
+        if not len(draws[-1]):
             fix = "raise its weight, its epochs or data.mixing.size"
             got = f"{float(amounts[number]):.3g} {options.by}"
             raise DataError("the share is less than half a row", where=sources[number], got=got, fix=fix)
     order = np.random.default_rng([seed, PURPOSE, len(sources), 0])
-    examples = order.permutation(np.concatenate(drawn))
+    examples = order.permutation(np.concatenate(draws))
     times = np.bincount(examples, minlength=len(origins)).astype(np.int64)
-    asked = dict(zip(sources, amounts, strict=True))
-    shares = _to_shares(pools, times, asked=asked, counts=counts, by=options.by)
+    requested = dict(zip(sources, amounts, strict=True))
+    shares = _to_shares(pools, times, asked=requested, counts=counts, by=options.by)
     return Mix(options.by, options.replacement, _expand(firsts, examples), times, shares)
 
 
@@ -243,11 +243,11 @@ def draw_in_passes(sizes: np.ndarray, amount: Fraction | int, *, seed: int, sour
 def draw_anew(sizes: np.ndarray, amount: Fraction | int, *, seed: int, source: int) -> np.ndarray:
     """Draws rows uniformly with replacement until their sizes add up to about ``amount``."""
     random = np.random.default_rng([seed, PURPOSE, source])
-    drawn, reached = [np.zeros(0, dtype=np.int64)], 0
+    batches, reached = [np.zeros(0, dtype=np.int64)], 0
     while reached < amount:
-        drawn.append(random.integers(len(sizes), size=CHUNK_ROWS))
-        reached += int(sizes[drawn[-1]].sum())
-    rows = np.concatenate(drawn)
+        batches.append(random.integers(len(sizes), size=CHUNK_ROWS))
+        reached += int(sizes[batches[-1]].sum())
+    rows = np.concatenate(batches)
     return rows[: nearest(np.cumsum(sizes[rows]), Fraction(amount))]
 
 
@@ -271,8 +271,8 @@ def _to_shares(
     by: str,
 ) -> list[Share]:
     """Returns the share of each pool; ``asked`` is the requested amount by source name."""
-    drawn = [{name: int(sizes[pool] @ times[pool]) for name, sizes in counts.items()} for pool in pools]
-    total = sum(one[by] for one in drawn)
+    sums = [{name: int(sizes[pool] @ times[pool]) for name, sizes in counts.items()} for pool in pools]
+    total = sum(one[by] for one in sums)
     return [
         Share(
             source=name,
@@ -285,7 +285,7 @@ def _to_shares(
             tokens=one["tokens"],
             target_tokens=one["target_tokens"],
         )
-        for (name, amount), pool, one in zip(asked.items(), pools, drawn, strict=True)
+        for (name, amount), pool, one in zip(asked.items(), pools, sums, strict=True)
     ]
 
 

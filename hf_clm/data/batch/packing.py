@@ -177,21 +177,21 @@ class Shelves:
     def _fill(self, rows: np.ndarray, room: int, *, length: int, count: int) -> np.ndarray:
         """Fills rows of equal room as far as possible; the last row receives the remaining examples."""
         each = room // length
-        left = min(count, each * len(rows)) - each * (len(rows) - 1)
+        rest = min(count, each * len(rows)) - each * (len(rows) - 1)
         self._put(rows[:-1], room - each * length)
-        self._put(rows[-1:], room - left * length)
+        self._put(rows[-1:], room - rest * length)
         return np.repeat(rows, each)[:count]
 
     def _take(self, room: int, count: int) -> np.ndarray:
         self.counts[room] -= count
-        taken, groups = [], self._open[room]
+        parts, groups = [], self._open[room]
         while count:
             rows = groups.pop()
             if len(rows) > count:
                 groups.append(rows[:-count])
-            taken.append(rows[-count:])
-            count -= len(taken[-1])
-        return np.concatenate(taken)
+            parts.append(rows[-count:])
+            count -= len(parts[-1])
+        return np.concatenate(parts)
 
     def _put(self, rows: np.ndarray, room: int) -> None:
         if len(rows) and room:

@@ -82,16 +82,16 @@ class BlockMaker:
     def make(self, raw: RawBlock) -> Block:
         """Reads, labels, fits and certifies a block. Raises DataError if the ledger does not balance."""
         provide_modules(self.modules)  # before records are read with a custom format
-        read = read_raw(raw, self.recipe.data)
+        records = read_raw(raw, self.recipe.data)
         source = self.recipe.data.sources(raw.split)[raw.source]
         options = label_options(self.recipe, source)
-        readable = [number for number, example in enumerate(read.examples) if example is not None]
-        examples = [example for example in read.examples if example is not None]
+        readable = [number for number, example in enumerate(records.examples) if example is not None]
+        examples = [example for example in records.examples if example is not None]
         faults: dict[int, DataError] = {}
         rows = tokenize_rows(examples, self.tokenizer, options, faults=faults)
         for number, error in faults.items():
-            read.faults[readable[number]] = error.at(read.places[readable[number]])
-        places = [read.places[number] for number in readable]
+            records.faults[readable[number]] = error.at(records.places[readable[number]])
+        places = [records.places[number] for number in readable]
         certificate, proved = certify_rows(
             rows,
             examples,
@@ -103,17 +103,17 @@ class BlockMaker:
         if rows.control_texts:
             renderer = Renderer(self.tokenizer, options)
             spelled = [renderer.control_texts(example) or None for example in examples]
-        ledger = to_ledger(rows, read, readable, source=raw.source, proved=proved, spelled=spelled)
+        ledger = to_ledger(rows, records, readable, source=raw.source, proved=proved, spelled=spelled)
         return Block(
             to_batch(rows, places),
             ledger,
-            {name: _digest_all(name, read.examples) for name in self.digests},
+            {name: _digest_all(name, records.examples) for name in self.digests},
             certificate,
-            read.report,
-            read.counted,
-            read.formats,
-            read.unknown_keys,
-            [read.faults[number] for number in sorted(read.faults)],
+            records.report,
+            records.counted,
+            records.formats,
+            records.unknown_keys,
+            [records.faults[number] for number in sorted(records.faults)],
         )
 
 
@@ -133,26 +133,26 @@ class ReadBlock:
 def read_raw(raw: RawBlock, data: Data) -> ReadBlock:
     """Parses and checks the records of a block. Unusable records have an error instead of an example."""
     source = data.sources(raw.split)[raw.source]
-    read, first = ReadBlock(formats=set(raw.formats)), dict(raw.first)
+    block, first = ReadBlock(formats=set(raw.formats)), dict(raw.first)
     options = read_options(data, source)
     for chunk in raw.chunks:
-        for where, value in chunk.items(options, read.report):
+        for where, value in chunk.items(options, block.report):
             example = value if isinstance(value, AnyExample) else None
             try:
                 if example is None:
                     format, example, unknown, has_nul = check_record(
                         value, where, source, data=data, first=first
                     )
-                    read.formats.add(format)
-                    read.unknown_keys.update(unknown)
-                    read.report.nul_records += has_nul
-                read.counted[chunk.file] += 1
+                    block.formats.add(format)
+                    block.unknown_keys.update(unknown)
+                    block.report.nul_records += has_nul
+                block.counted[chunk.file] += 1
             except DataError as error:
-                read.faults[len(read.places)] = error
-            read.places.append(where)
-            read.examples.append(example)
-    read.report.records = len(read.places) - len(read.faults)
-    return read
+                block.faults[len(block.places)] = error
+            block.places.append(where)
+            block.examples.append(example)
+    block.report.records = len(block.places) - len(block.faults)
+    return block
 
 
 def to_batch(rows: TokenizedRows, places: Sequence[str]) -> pyarrow.RecordBatch:

@@ -85,17 +85,17 @@ def load_examples(data: Data, name: str = "train") -> Examples:
     examples, places = [], []
     loaded, origins = Examples(examples, places), []
     for raw in read_blocks(data, name, report=loaded.report):
-        read = read_raw(raw, data)
-        if read.faults and data.on_bad_record == "error":
-            raise next(iter(read.faults.values()))
-        usable = [at for at, example in enumerate(read.examples) if example is not None]
-        examples += [read.examples[at] for at in usable]
-        places += [read.places[at] for at in usable]
+        block = read_raw(raw, data)
+        if block.faults and data.on_bad_record == "error":
+            raise next(iter(block.faults.values()))
+        usable = [at for at, example in enumerate(block.examples) if example is not None]
+        examples += [block.examples[at] for at in usable]
+        places += [block.places[at] for at in usable]
         origins += [raw.source] * len(usable)
-        loaded.formats |= read.formats
-        loaded.unknown_keys |= read.unknown_keys
-        loaded.report.add(read.report)
-        loaded.report.bad_lines += map(str, read.faults.values())
+        loaded.formats |= block.formats
+        loaded.unknown_keys |= block.unknown_keys
+        loaded.report.add(block.report)
+        loaded.report.bad_lines += map(str, block.faults.values())
     if not examples:
         raise no_example(data.sources(name), loaded.report)
     loaded.origins = np.array(origins, dtype=np.int32)
@@ -108,9 +108,9 @@ def load_early(recipe: Recipe, seed: int) -> dict[str, list[AnyExample]]:
         return {}
     settled = to_head(recipe.for_tokenizer(has_template=recipe.tokenizer.chat_template is not None))
     data = settled.data
-    read = {name: list(read_examples(data, name)) for name in open_sets(data)}
+    examples_of = {name: list(read_examples(data, name)) for name in open_sets(data)}
     candidates = {}
-    for name, examples in read.items():
+    for name, examples in examples_of.items():
         usable = np.array([example is not NO_EXAMPLE for example in examples], dtype=bool)
         if not usable.any():
             raise no_example(data.sources(name), Examples().report)
@@ -120,7 +120,7 @@ def load_early(recipe: Recipe, seed: int) -> dict[str, list[AnyExample]]:
     for name, selection in select(candidates, data, seed=seed).items():
         usable = candidates[selection.of].usable
         numbers = np.flatnonzero(selection.is_chosen & selection.is_new & usable).tolist()
-        splits[name] = [read[selection.of][number] for number in numbers]
+        splits[name] = [examples_of[selection.of][number] for number in numbers]
     return splits
 
 

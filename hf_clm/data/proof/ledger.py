@@ -34,7 +34,7 @@ class Totals:
                 self.reasons[reason] += count
 
     def to_json(self) -> dict[str, dict[str, int]]:
-        """Fate -> rows and ``COUNTS``; only the fates that occur."""
+        """Returns rows and ``COUNTS`` by fate, for the fates that occur."""
         return {fate: dict(self.by_fate[fate]) for fate in FATES if fate in self.by_fate}
 
     def to_lines(self) -> list[str]:
@@ -80,7 +80,7 @@ def _groups(name: str, split: LedgerSplit) -> Iterator[dict[str, Any]]:
     for first in range(0, len(ledger), GROUP_ROWS):
         last = min(first + GROUP_ROWS, len(ledger))
         part = ledger.table.slice(first, GROUP_ROWS)
-        offsets, held = seats.of_rows(first_rows[first : last + 1])
+        offsets, numbers = seats.of_rows(first_rows[first : last + 1])
         if split.times is not None:
             times = split.times[first:last]
         else:  # once, unless all its rows were dropped
@@ -92,7 +92,7 @@ def _groups(name: str, split: LedgerSplit) -> Iterator[dict[str, Any]]:
             "fate": part.column("fate").to_pylist(),
             "reason": list(map(ledger.rename, part.column("reason").to_pylist())),
             **{count: part.column(count).to_numpy() for count in COUNTS},
-            "rows": pyarrow.ListArray.from_arrays(offsets.astype(np.int32), held),
+            "rows": pyarrow.ListArray.from_arrays(offsets.astype(np.int32), numbers),
             "times": times,
         }
 

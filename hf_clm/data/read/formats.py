@@ -120,25 +120,25 @@ def to_example(
     """
     row = Row(with_parts(record, fields), where, fields or {}, render, allow_empty_prompt)
     row.expect(dict, record, what="record")
-    known = find_format(format, fields)
-    if not isinstance(known, RecordFormat):
-        return _read_custom(known, row)
-    if not fields and known.key_set.issuperset(record):
-        return known.read(row)
-    _check_format(row, known)
-    for key in set(row.fields).intersection(known.optional):
+    record_format = find_format(format, fields)
+    if not isinstance(record_format, RecordFormat):
+        return _read_custom(record_format, row)
+    if not fields and record_format.key_set.issuperset(record):
+        return record_format.read(row)
+    _check_format(row, record_format)
+    for key in set(row.fields).intersection(record_format.optional):
         if row.column(key) not in row.record:
             row.value(key)  # raises, since a column listed in fields must exist
-    unknown = unknown_keys(record, known, fields=fields)
+    unknown = unknown_keys(record, record_format, fields=fields)
     decisive = [key for key in unknown if _decides(key, record, format)]
     if decisive or (strict and unknown):
-        hint = did_you_mean(unknown[0], known.keys) if not decisive else ""
+        hint = did_you_mean(unknown[0], record_format.keys) if not decisive else ""
         what = f"format {format} does not read {listed(decisive or unknown)}"
-        fix = f"it reads {listed(known.keys)}; remove other keys"
+        fix = f"it reads {listed(record_format.keys)}; remove other keys"
         fix += "" if decisive else ", or set strict: false"
         raise row.error(f"{what}{hint}", fix=fix)
-    _check_spelling(row, known, unknown=unknown)
-    return known.read(row)
+    _check_spelling(row, record_format, unknown=unknown)
+    return record_format.read(row)
 
 
 def to_prompt(
@@ -156,11 +156,15 @@ def to_prompt(
     """
     row = Row(with_parts(record, fields), where, fields or {}, render, allow_empty_prompt, is_prompt=True)
     row.expect(dict, record, what="record")
-    known = find_format(format, fields)
-    if isinstance(known, RecordFormat):
-        _check_format(row, known)
-        _check_spelling(row, known, unknown=unknown_keys(record, known, fields=fields))
-    example = known.read(row) if isinstance(known, RecordFormat) else _read_custom(known, row)
+    record_format = find_format(format, fields)
+    if isinstance(record_format, RecordFormat):
+        _check_format(row, record_format)
+        _check_spelling(row, record_format, unknown=unknown_keys(record, record_format, fields=fields))
+    example = (
+        record_format.read(row)
+        if isinstance(record_format, RecordFormat)
+        else _read_custom(record_format, row)
+    )
     if isinstance(example, Tokens) or format == "segments":
         fix = "use text, prompt_completion, instruct, alpaca, messages or sharegpt"
         raise row.error(f"a record of format {format} cannot be used as a prompt", fix=fix)
@@ -184,9 +188,9 @@ def with_parts(record: Record, fields: Fields) -> Record:
     return {**record, **parts} if parts else record
 
 
-def _check_format(row: Row, known: RecordFormat) -> None:
+def _check_format(row: Row, record_format: RecordFormat) -> None:
     """Raises DataError if a record has no required key, but all required keys of another format."""
-    needed = known.required[:1] if row.is_prompt else known.required
+    needed = record_format.required[:1] if row.is_prompt else record_format.required
     if row.fields or any(key in row.record for key in needed):
         return
     matches = [name for name, other in FORMATS.items() if row.record.keys() >= set(other.required)]
@@ -195,10 +199,10 @@ def _check_format(row: Row, known: RecordFormat) -> None:
         raise row.error(f"missing {row.name(needed[0])}", got=f"keys {listed(row.record)}", fix=fix)
 
 
-def _check_spelling(row: Row, known: RecordFormat, *, unknown: Iterable[str]) -> None:
+def _check_spelling(row: Row, record_format: RecordFormat, *, unknown: Iterable[str]) -> None:
     """Raises DataError for an unread column whose name differs from an optional key only in spelling."""
     for column in unknown:
-        key = known.spellings.get(_spelling(column))
+        key = record_format.spellings.get(_spelling(column))
         if key and not row.has(key) and _is_filled(row.record.get(column)):
             fix = f"rename it, or map it with fields: {{{key}: {column}}}"
             raise row.error(f"the format has no key {column!r}; did you mean {key!r}?", fix=fix)
@@ -230,17 +234,17 @@ def find_format(format: Format | str | ReadRecord, fields: Fields = None) -> Rec
         return format
     if ":" in format:
         return cast(ReadRecord, import_function(format, kind="format", where="format"))
-    known = FORMATS.get(cast(Format, format))
-    if known is None:
+    record_format = FORMATS.get(cast(Format, format))
+    if record_format is None:
         hint = did_you_mean(str(format), FORMATS)
         fix = f"use one of {', '.join(FORMATS)}, or module:function"
         raise RecipeError(f"unknown format {format!r}{hint}", fix=fix)
     for key in fields or {}:
-        if key not in known.keys:
-            hint = did_you_mean(key, known.keys)
-            fix = f"use one of {listed(known.keys)}"
+        if key not in record_format.keys:
+            hint = did_you_mean(key, record_format.keys)
+            fix = f"use one of {listed(record_format.keys)}"
             raise RecipeError(f"fields: format {format} has no key {key!r}{hint}", fix=fix)
-    return known
+    return record_format
 
 
 def detect_format(keys: Iterable[str], where: str = "", *, fields: Fields = None) -> Format:
@@ -250,23 +254,25 @@ def detect_format(keys: Iterable[str], where: str = "", *, fields: Fields = None
     """
     columns, mapped = {str(key): None for key in keys}, dict(fields or {})
     able: dict[Format, RecordFormat] = {
-        name: known for name, known in FORMATS.items() if known.key_set.issuperset(mapped)
+        name: candidate for name, candidate in FORMATS.items() if candidate.key_set.issuperset(mapped)
     }
     if not able:
         raise RecipeError(f"fields: no format has all of the keys {listed(mapped)}", fix="set format")
     named: list[Format] = [
-        name for name, known in able.items() if not mapped.keys().isdisjoint(known.required)
+        name for name, candidate in able.items() if not mapped.keys().isdisjoint(candidate.required)
     ]
     if named:
         return named[0]  # no two formats require the same key
-    matches: list[Format] = [name for name, known in able.items() if columns.keys() >= {*known.required}]
+    matches: list[Format] = [
+        name for name, candidate in able.items() if columns.keys() >= {*candidate.required}
+    ]
     if len(matches) == 1:
         return matches[0]
     what = f"the keys match the formats {', '.join(matches)}" if matches else "the keys match no format"
-    required = {key for known in able.values() for key in known.required}
+    required = {key for candidate in able.values() for key in candidate.required}
     hints = (did_you_mean(key, required) for key in columns if key not in required)
     hint = "" if matches else next(filter(None, hints), "")
-    needs = "; ".join(f"{name}: {listed(known.required)}" for name, known in FORMATS.items())
+    needs = "; ".join(f"{name}: {listed(candidate.required)}" for name, candidate in FORMATS.items())
     fix = f"set format, and fields if needed ({needs})"
     raise DataError(what, where=where, got=f"keys {listed(columns)}{hint}", fix=fix)
 
@@ -301,13 +307,13 @@ def _check_first(value: str, where: str, *, first: FirstSeen, kind: str) -> None
 
 def unknown_keys(record: Record, format: RecordFormat | str, *, fields: Fields = None) -> list[str]:
     """Returns the columns that a record's format does not read; none for a custom format."""
-    known = find_format(format) if isinstance(format, str) else format
-    if not isinstance(known, RecordFormat):
+    record_format = find_format(format) if isinstance(format, str) else format
+    if not isinstance(record_format, RecordFormat):
         return []
-    read = known.key_set
+    columns = record_format.key_set
     if fields:
-        read = {root_column(record, fields[key]) if key in fields else key for key in known.keys}
-    return [str(column) for column in record if column not in read]
+        columns = {root_column(record, fields[key]) if key in fields else key for key in record_format.keys}
+    return [str(column) for column in record if column not in columns]
 
 
 def custom_modules(formats: Iterable[str | None]) -> dict[str, str]:
@@ -528,19 +534,19 @@ def _read_segments(row: Row) -> Document:
     segments = []
     for number, item in enumerate(row.items("segments"), start=1):
         what = f"segment {number}"
-        given = row.expect(dict, item, what=what)
-        if unknown := [key for key in given if key not in ("text", "train", "weight")]:
+        fields = row.expect(dict, item, what=what)
+        if unknown := [key for key in fields if key not in ("text", "train", "weight")]:
             hint = did_you_mean(unknown[0], ("text", "train", "weight"))
             raise row.error(
                 f"{what}: unknown key {unknown[0]!r}{hint}", fix="allowed keys are text, train, weight"
             )
-        text = row.expect(str, given.get("text"), what=f"{what}: 'text'")
-        learned = row.expect(bool, given.get("train"), what=f"{what}: 'train'")
-        weight = given.get("weight")
+        text = row.expect(str, fields.get("text"), what=f"{what}: 'text'")
+        is_target = row.expect(bool, fields.get("train"), what=f"{what}: 'train'")
+        weight = fields.get("weight")
         factor = 1.0 if weight is None else row.number(weight, what=f"{what}: 'weight'")
-        segments.append(Segment(text, factor if learned else 0.0))
-    learned = "".join(segment.text for segment in segments if segment.is_target)
-    row.not_blank(learned, 'the text with "train": true')
+        segments.append(Segment(text, factor if is_target else 0.0))
+    target = "".join(segment.text for segment in segments if segment.is_target)
+    row.not_blank(target, 'the text with "train": true')
     return Document(segments, row.weight())
 
 

@@ -79,24 +79,24 @@ def _to_message(turn: Any, row: Row, *, number: int, roles: Mapping[str, Role]) 
     was meant to be skipped.
     """
     what = f"message {number}"
-    given = _filled(row.expect(dict, turn, what=what))
-    row.check_keys(given, (*MESSAGE_KEYS, *SWITCHES, *WEIGHTS), what=what)
-    if "role" not in given:
-        raise row.error(f"{what} has no role", got=f"keys {listed(given)}")
-    role = _role(given["role"], row, what=what, roles=roles)
+    fields = _filled(row.expect(dict, turn, what=what))
+    row.check_keys(fields, (*MESSAGE_KEYS, *SWITCHES, *WEIGHTS), what=what)
+    if "role" not in fields:
+        raise row.error(f"{what} has no role", got=f"keys {listed(fields)}")
+    role = _role(fields["role"], row, what=what, roles=roles)
     message: Message = {"role": role}
-    if "content" in given:
-        message["content"] = _content(given["content"], row, what=what, role=role)
-    if reasoning := _reasoning(given, row, what=what, role=role):
+    if "content" in fields:
+        message["content"] = _content(fields["content"], row, what=what, role=role)
+    if reasoning := _reasoning(fields, row, what=what, role=role):
         message["reasoning"] = reasoning
-    if calls := _tool_calls(given, row, what=what, role=role):
+    if calls := _tool_calls(fields, row, what=what, role=role):
         message["tool_calls"] = calls
-    if "name" in given:
-        message["name"] = row.expect(str, given["name"], what=f"{what}: name")
-    if "tool_call_id" in given:
-        message["tool_call_id"] = row.expect(str, given["tool_call_id"], what=f"{what}: tool_call_id")
+    if "name" in fields:
+        message["name"] = row.expect(str, fields["name"], what=f"{what}: name")
+    if "tool_call_id" in fields:
+        message["tool_call_id"] = row.expect(str, fields["tool_call_id"], what=f"{what}: tool_call_id")
     _check_content(message, row, what=what)
-    weight = _turn_weight(given, row, what=what, role=role)
+    weight = _turn_weight(fields, row, what=what, role=role)
     return message if role != "assistant" or weight == 1 else {**message, "weight": weight}
 
 
@@ -113,13 +113,13 @@ def _check_content(message: Message, row: Row, *, what: str) -> None:
         row.not_blank(content, f"{what} (role {role})")
 
 
-def _turn_weight(given: Record, row: Row, *, what: str, role: Role) -> float:
+def _turn_weight(fields: Record, row: Row, *, what: str, role: Role) -> float:
     """Returns the product of all weights and switches of a turn."""
     weight = 1.0
     for key in dict.fromkeys((*SWITCHES, *WEIGHTS)):
-        if key not in given:
+        if key not in fields:
             continue
-        value, name = given[key], f"{what}: {key!r}"
+        value, name = fields[key], f"{what}: {key!r}"
         if isinstance(value, bool) and key in SWITCHES:
             weight *= float(value is not (key == "masked"))
         elif key in WEIGHTS:
@@ -133,8 +133,8 @@ def _turn_weight(given: Record, row: Row, *, what: str, role: Role) -> float:
     return weight
 
 
-def _reasoning(given: Record, row: Row, *, what: str, role: Role) -> str:
-    by_key = {key: row.expect(str, given[key], what=f"{what}: {key}") for key in REASONING if key in given}
+def _reasoning(fields: Record, row: Row, *, what: str, role: Role) -> str:
+    by_key = {key: row.expect(str, fields[key], what=f"{what}: {key}") for key in REASONING if key in fields}
     texts = {text for text in by_key.values() if text.strip()}
     if len(texts) > 1:
         raise row.error(f"{what}: {listed(by_key)} differ", fix="keep one of them")
@@ -145,11 +145,11 @@ def _reasoning(given: Record, row: Row, *, what: str, role: Role) -> str:
     return texts.pop() if texts else ""
 
 
-def _tool_calls(given: Record, row: Row, *, what: str, role: Role) -> list[ToolCall]:
+def _tool_calls(fields: Record, row: Row, *, what: str, role: Role) -> list[ToolCall]:
     """Returns the tool calls of a turn in OpenAI's format, also from the legacy ``function_call``."""
-    calls = given.get("tool_calls") or []
+    calls = fields.get("tool_calls") or []
     calls = row.from_json(calls, list, what=f"{what}: tool_calls")
-    legacy = row.from_json(given.get("function_call") or {}, dict, what=f"{what}: function_call")
+    legacy = row.from_json(fields.get("function_call") or {}, dict, what=f"{what}: function_call")
     if (calls or legacy) and role != "assistant":
         fix = "only assistant turns can call tools"
         raise row.error(f"{what}: tool_calls on a turn of role {role!r}", fix=fix)
@@ -162,11 +162,11 @@ def _tool_calls(given: Record, row: Row, *, what: str, role: Role) -> list[ToolC
 
 
 def _tool_call(call: Any, row: Row, *, what: str) -> ToolCall:
-    given = _filled(row.expect(dict, call, what=what))
-    function = _filled(row.expect(dict, given.get("function", given), what=f"{what}: function"))
-    outer = CALL_KEYS if "function" in given else (*CALL_KEYS, *FUNCTION_KEYS)
-    row.check_keys(given, outer, what=what)
-    row.check_keys(function, FUNCTION_KEYS if "function" in given else outer, what=what)
+    fields = _filled(row.expect(dict, call, what=what))
+    function = _filled(row.expect(dict, fields.get("function", fields), what=f"{what}: function"))
+    outer = CALL_KEYS if "function" in fields else (*CALL_KEYS, *FUNCTION_KEYS)
+    row.check_keys(fields, outer, what=what)
+    row.check_keys(function, FUNCTION_KEYS if "function" in fields else outer, what=what)
     name = row.expect(str, function.get("name"), what=f"{what}: name")
     if "arguments" in function and "parameters" in function:
         raise row.error(f"{what} has both arguments and parameters", fix="remove one of them")
@@ -174,7 +174,7 @@ def _tool_call(call: Any, row: Row, *, what: str) -> ToolCall:
     if isinstance(row.from_json(arguments, dict, what=f"{what}: arguments"), Mapping):
         arguments = arguments if isinstance(arguments, str) else dict(arguments)
     result: ToolCall = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return {**result, "id": row.expect(str, given["id"], what=f"{what}: id")} if "id" in given else result
+    return {**result, "id": row.expect(str, fields["id"], what=f"{what}: id")} if "id" in fields else result
 
 
 def _is_parts(content: Any) -> bool:
@@ -213,16 +213,16 @@ def _to_tool(tool: Any, row: Row, *, number: int) -> dict[str, Json]:
 
     Removes nulls, since tables fill in every key of nested columns.
     """
-    given = _without_nulls(row.expect(dict, tool, what=f"tool {number}"))
-    function = given.get("function", given)
+    fields = _without_nulls(row.expect(dict, tool, what=f"tool {number}"))
+    function = fields.get("function", fields)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise row.error(f"tool {number} has no name", got=f"keys {listed(given)}")
-    return given if "function" in given else {"type": "function", "function": given}
+        raise row.error(f"tool {number} has no name", got=f"keys {listed(fields)}")
+    return fields if "function" in fields else {"type": "function", "function": fields}
 
 
-def _filled(given: Record) -> dict[str, Any]:
+def _filled(fields: Record) -> dict[str, Any]:
     """Returns the keys that have a value, since tables have every key in each row."""
-    return {key: value for key, value in given.items() if value is not None}
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _without_nulls(value: Any) -> Any:

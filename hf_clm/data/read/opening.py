@@ -88,15 +88,15 @@ DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Any]] = {
 def open_stream(file: str, options: ReadOptions, *, report: ReadReport) -> Iterator[Stream]:
     """Opens and decompresses a file of a supported type. All errors name the file."""
     with naming(file), open_raw(file) as raw:
-        packed, ending = compression(file), suffix(file)
-        _refuse(raw.peek(HEAD_BYTES), file, ending=packed or ending)
+        compression_suffix, ending = compression(file), suffix(file)
+        _refuse(raw.peek(HEAD_BYTES), file, ending=compression_suffix or ending)
         if ending not in READERS:
             raise DataError("unknown file type", where=file, got=repr(ending), fix=KNOWN_TYPES)
-        if not packed:
+        if not compression_suffix:
             has_columns = ending in (".parquet", ".arrow")
             yield Stream(file, raw if not has_columns or _can_seek(raw) else _load(raw), options, report)
             return
-        with io.BufferedReader(DECOMPRESSORS[packed](raw)) as stream:
+        with io.BufferedReader(DECOMPRESSORS[compression_suffix](raw)) as stream:
             _refuse(stream.peek(HEAD_BYTES), file, ending=ending)
             yield Stream(file, _load(stream) if ending in (".parquet", ".arrow") else stream, options, report)
 
@@ -243,9 +243,9 @@ def _refuse(head: bytes, file: str, *, ending: str) -> None:
 
 def _new_name(file: str, ending: str) -> str:
     """Returns advice such as ``rename it to poems.jsonl.gz``."""
-    name, packed = os.path.basename(file), compression(file)
+    name, compression_suffix = os.path.basename(file), compression(file)
     if ending not in COMPRESSED:
-        return f"rename it to {os.path.splitext(name[: len(name) - len(packed)])[0]}{ending}"
-    if packed:  # with another program, or twice
-        return f"decompress it, or rename it to {name[: -len(packed)]}{ending}"
+        return f"rename it to {os.path.splitext(name[: len(name) - len(compression_suffix)])[0]}{ending}"
+    if compression_suffix:  # with another program, or twice
+        return f"decompress it, or rename it to {name[: -len(compression_suffix)]}{ending}"
     return f"rename it to {name}{ending}" if suffix(file) else f"rename it, e.g. to {name}.jsonl{ending}"

@@ -107,10 +107,10 @@ def _assemble(start: str, checks: str, prompt: str) -> str:
 
 def _alpaca() -> str:
     preamble = f"{_text(ALPACA_PREAMBLE_WITH_INPUT)} if user.input else {_text(ALPACA_PREAMBLE)}"
-    given = f"{{%- if user.input %}}{{{{- {_text(ALPACA_INPUT)} + user.input }}}}{{%- endif %}}"
+    input_part = f"{{%- if user.input %}}{{{{- {_text(ALPACA_INPUT)} + user.input }}}}{{%- endif %}}"
     return (
         f"{{{{- system or ({preamble}) }}}}{{{{- {_text(chr(10) * 2 + ALPACA_HEAD)} + user.content }}}}"
-        f"{given}{{{{- {_text(ALPACA_TAIL)} }}}}"
+        f"{input_part}{{{{- {_text(ALPACA_TAIL)} }}}}"
     )
 
 

@@ -140,9 +140,9 @@ def missing_name(value: Any) -> str:
 
 
 def look_up(record: Record, column: str) -> Any:
-    """The value of a column, or of a part of one: ``meta.title``, ``instances[0].output``.
+    """Returns the value of a column or nested value, such as ``meta.title`` or ``instances[0].output``.
 
-    A column of that very name comes first. Raises LookupError that says which part is missing.
+    A column with exactly this name comes first. Raises LookupError with the missing part.
     """
     if column in record:
         return record[column]
