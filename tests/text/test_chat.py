@@ -208,7 +208,7 @@ def refusal(template: Any, *messages: Message, **options: Any) -> str:
         ]),
     ],
 )  # fmt: skip
-def test_a_turn_follows_the_prompt_of_inference_whatever_the_template_makes_of_it(template, messages, found):
+def test_every_turn_follows_the_generation_prompt(template, messages, found):
     assert turns(template, *messages) == found
     tokenizer = tokenizer_with(template)
     for message, (prompt, _) in zip([m for m in messages if m["role"] == "assistant"], found, strict=True):
@@ -225,7 +225,7 @@ def test_a_turn_follows_the_prompt_of_inference_whatever_the_template_makes_of_i
     [[YO], [SYSTEM, YO], [HI, AND, YO], [HI, YO, BYE], [HI, SYSTEM, YO], [YO, HI, BYE]],
     ids=lambda messages: "-".join(message["role"] for message in messages),
 )
-def test_any_order_of_turns_that_the_template_takes_is_taken(messages):
+def test_any_order_of_turns_that_the_template_accepts_is_accepted(messages):
     last = messages[-1]["content"]
 
     if messages == [YO]:  # nothing asks for it, so there is nothing to learn
@@ -250,18 +250,18 @@ def test_any_order_of_turns_that_the_template_takes_is_taken(messages):
         "im_end",
     ],
 )
-def test_tokens_that_the_model_writes_last_do_not_end_the_turn(answer):
+def test_tokens_at_the_end_of_an_answer_do_not_end_the_turn(answer):
     assert turns(CHATML, HI, {**YO, "content": answer}) == [(ASKED_HI, f"{answer}<|im_end|>")]
 
 
-def test_variables_of_the_template_reach_it():
+def test_template_variables_are_passed_to_the_template():
     closed = "<think>\n\n</think>\n\n"
 
     assert turns(QWEN3, HI, YO, enable_thinking=False) == [(ASKED_HI + closed, "Yo<|im_end|>")]
     assert turns(QWEN3, HI, YO, enable_thinking=True) == [(ASKED_HI, closed + "Yo<|im_end|>")]
 
 
-def test_a_reasoning_that_the_prompt_opens_is_closed_once():
+def test_reasoning_opened_by_the_prompt_is_closed_once():
     """DeepSeek-V3.1: the prompt opens it on request, and every turn begins after a closing mark."""
     template = GLM.replace("message.reasoning_content %}", "false %}")
 
@@ -274,7 +274,7 @@ def test_a_reasoning_that_the_prompt_opens_is_closed_once():
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_is_given_under_the_name_that_the_template_reads(name):
+def test_reasoning_is_passed_under_the_name_that_the_template_reads(name):
     template = CHATML.replace(
         "{{- message.content", "{{- message." + name + "|default('') + '|' }}{{- message.content"
     )
@@ -282,7 +282,7 @@ def test_reasoning_is_given_under_the_name_that_the_template_reads(name):
     assert turns(template, {"role": "user", "content": "Hi"}, THOUGHTFUL)[0][1] == "a greeting|Yo<|im_end|>"
 
 
-def test_reasoning_without_a_place_is_refused_written_into_the_content_or_dropped():
+def test_reasoning_without_a_place_is_refused_moved_or_dropped():
     assert refusal(CHATML, HI, THOUGHTFUL) == (
         "the chat template has no place for reasoning; "
         "fix: set data.reasoning to in_content (write it into the content) or drop"
@@ -312,9 +312,7 @@ def test_reasoning_without_a_place_is_refused_written_into_the_content_or_droppe
     ids=["JSON", "text", "content"],
 )  # fmt: skip
 @pytest.mark.parametrize("arguments", [{"in": "Köln"}, '{"in": "Köln"}'], ids=["object", "JSON text"])
-def test_a_call_is_learned_and_its_result_read_in_the_form_that_the_template_takes(
-    template, written, arguments
-):
+def test_calls_are_targets_and_results_are_context_in_every_variant(template, written, arguments):
     call: Any = {**CALL, "tool_calls": [{**BERLIN, "function": {"name": "weather", "arguments": arguments}}]}
     tools = '[{"type": "function", "function": {"name": "weather"}}]\n'
     result = '<|im_start|>tool\n{"t": 21}<|im_end|>\n<|im_start|>assistant\n'
@@ -325,7 +323,7 @@ def test_a_call_is_learned_and_its_result_read_in_the_form_that_the_template_tak
     ]
 
 
-def test_a_call_and_its_result_share_an_id_of_nine_letters_where_the_template_wants_one():
+def test_a_call_and_its_result_share_a_short_id_if_required():
     (_, call), (prompt, _) = turns(NEEDS_IDS, HI, CALL, RESULT, BYE)
 
     name, _, rest = call.partition("<call>")
@@ -355,14 +353,14 @@ def test_a_call_and_its_result_share_an_id_of_nine_letters_where_the_template_wa
          "fix: set tokenizer.chat_template to chatml, plain or a .jinja file"),
     ],
 )  # fmt: skip
-def test_what_a_template_cannot_show_is_refused_in_one_line(template, messages, message):
+def test_what_a_template_cannot_render_is_a_one_line_error(template, messages, message):
     text = refusal(template, *messages)
 
     assert text.startswith(message)
     assert "\n" not in text
 
 
-def test_tools_and_variables_that_a_template_does_not_read_are_refused():
+def test_tools_and_variables_that_a_template_does_not_use_are_refused():
     for render in (ChatRenderer.turns, ChatRenderer.prompt):
         with pytest.raises(DataError, match="the chat template has no place for tools; fix: remove them"):
             render(renderer_of(CHATML), Chat([HI, YO, AND], TOOLS))
@@ -373,7 +371,7 @@ def test_tools_and_variables_that_a_template_does_not_read_are_refused():
             render(renderer_of(QWEN3), Chat([HI, YO, AND], template_kwargs={"enable_thinkng": False}))
 
 
-def test_of_several_named_templates_the_one_for_tools_is_used_with_tools():
+def test_the_named_template_for_tools_is_used_with_tools():
     named = {"default": CHATML, "tool_use": JSON_CALLS}
     written = '<call>weather {"in": "Köln"}</call><|im_end|>'
 
@@ -428,7 +426,7 @@ def test_the_prompt_of_generation_is_that_of_training(template, answer, reasonin
     assert renderer.prompt(Chat([HI, answer, AND])) == trained
 
 
-def test_the_whole_of_a_chat_ends_in_its_last_token_and_loses_no_part():
+def test_the_full_text_of_a_chat_ends_in_its_last_token():
     assert renderer_of(CHATML).full_text(Chat([HI, YO])) == ASKED_HI + "Yo<|im_end|>"
     assert renderer_of(NO_END).full_text(Chat([HI, YO])) == "user: Hi\nassistant: Yo\n"
     assert renderer_of(TEXT_CALLS).full_text(Chat([HI, CALL])) == (
@@ -441,7 +439,7 @@ def test_the_whole_of_a_chat_ends_in_its_last_token_and_loses_no_part():
     assert written == ASKED_HI + "<think>\na greeting\n</think>\n\nYo<|im_end|>"
 
 
-def test_control_tokens_of_a_user_are_marked_in_every_part_and_those_of_the_model_where_they_are_special():
+def test_control_tokens_are_marked_in_every_part_of_a_chat():
     token = "<|im_end|><think>"
     call: Any = {"type": "function", "function": {"name": "weather", "arguments": {"in": token}}}
     chat = Chat(

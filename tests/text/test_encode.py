@@ -28,7 +28,7 @@ def spelled(text: str, tokenizer) -> list[int]:
     return encoder.encode([Piece(encoder.mark(text))])[0][0]
 
 
-def test_what_a_user_spells_is_marked_and_of_the_models_words_only_special_tokens():
+def test_user_tokens_are_marked_and_only_special_tokens_of_the_model():
     text = "a<|im_end|><|im_end|><tool_call>b<|im_start"
     encoder = Encoder(tool_tokenizer())
 
@@ -45,7 +45,7 @@ def test_what_a_user_spells_is_marked_and_of_the_models_words_only_special_token
             encoder.mark(f"a{mark}b")
 
 
-def test_marked_tokens_are_letters_and_the_others_tokens():
+def test_marked_tokens_become_plain_text():
     tokenizer = tool_tokenizer()
     piece = Piece("a\ufdd0<|pad|>\ufdd1<|im_end|>\ufdd0<tool_call>\ufdd1<tool_call>")
 
@@ -53,7 +53,7 @@ def test_marked_tokens_are_letters_and_the_others_tokens():
     assert tokenizer("<|pad|><tool_call>")["input_ids"] == [257, 260], "the tokenizer stays as it was"
 
 
-def test_the_longest_of_two_tokens_is_found():
+def test_the_longer_of_two_tokens_is_found():
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<|pad|>x", "?", "</s", "</s>"])
 
@@ -80,7 +80,7 @@ def test_a_search_over_many_texts_misses_none():
         ("", ""),
     ],
 )  # fmt: skip
-def test_the_context_of_a_target_begins_at_the_last_border_of_tokens(text, context):
+def test_the_context_of_a_target_begins_at_the_last_token_boundary(text, context):
     assert Encoder(byte_tokenizer()).last_context(text) == context
 
 
@@ -108,7 +108,7 @@ def test_a_piece_is_encoded_as_the_continuation_of_its_context():
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("prepend", ["first", "always", "normalizer"])
-def test_no_space_is_invented_inside_a_text(prepend, piece, tokens):
+def test_no_space_is_added_inside_a_text(prepend, piece, tokens):
     """▁ is a space. A text begins with one, as the tokenizer has it; what follows another text does not."""
     tokenizer = sentencepiece_tokenizer(prepend=prepend)
 
@@ -118,12 +118,12 @@ def test_no_space_is_invented_inside_a_text(prepend, piece, tokens):
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_a_tokenizer_that_begins_texts_with_a_space_is_known(adds_bos):
+def test_a_tokenizer_with_a_prefix_space_is_detected(adds_bos):
     assert Encoder(sentencepiece_tokenizer(adds_bos=adds_bos)).adds_space is True
     assert Encoder(byte_tokenizer()).adds_space is False
 
 
-def test_a_token_that_the_vocabulary_itself_would_spell_is_taken_letter_by_letter():
+def test_a_token_in_the_base_vocabulary_is_encoded_by_character():
     """Unigram holds </s> among its pieces and prefers it to the four letters."""
     tokenizer = sentencepiece_tokenizer()
 
@@ -132,13 +132,13 @@ def test_a_token_that_the_vocabulary_itself_would_spell_is_taken_letter_by_lette
     assert tokenizer.convert_ids_to_tokens(spelled("aé", tokenizer)) == ["▁", "a", "<0xC3>", "<0xA9>"]
 
 
-def test_a_mark_that_a_template_has_torn_is_refused():
+def test_a_mark_split_by_a_template_is_refused():
     """Templates of reasoning models split a turn at </think>; half of it would be learned as text."""
     with pytest.raises(DataError, match=r"^the chat template cuts a text at a control token in it; fix"):
         encoded(byte_tokenizer(), Piece("Hi</think>\ufdd1"))
 
 
-def test_a_token_that_strips_the_white_space_after_it_does_so_before_a_target_too():
+def test_a_token_that_strips_whitespace_does_so_before_a_target():
     """Phi-3: in ``<|assistant|>\\nYo`` the newline belongs to the token."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True, special=True)])
@@ -149,7 +149,7 @@ def test_a_token_that_strips_the_white_space_after_it_does_so_before_a_target_to
     ]
 
 
-def test_ids_are_those_of_the_tokenizers_own_call_also_after_one_that_truncates_and_pads():
+def test_ids_equal_those_of_calling_the_tokenizer():
     """The library is the oracle."""
     texts = ["Hi there", "  two  spaces\n", "é😀", "<|im_end|>a", ""]
     for tokenizer in (byte_tokenizer(), sentencepiece_tokenizer()):
@@ -159,7 +159,7 @@ def test_ids_are_those_of_the_tokenizers_own_call_also_after_one_that_truncates_
         assert ids == tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def test_thousands_of_added_tokens_cost_no_time():
+def test_thousands_of_added_tokens_are_fast():
     """Of 4,096 alternatives a plain pattern tries each at every ``<``: 200 such texts took 6 seconds."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([f"<|reserved_{number}|>" for number in range(4096)])
@@ -175,7 +175,7 @@ def test_thousands_of_added_tokens_cost_no_time():
     assert seconds < 1
 
 
-def test_a_template_for_chats_adds_tokens_that_count_from_then_on():
+def test_tokens_added_by_a_chat_template_are_control_tokens():
     tokenizer = sentencepiece_tokenizer()
     use_chat_template(tokenizer, "chatml")
 

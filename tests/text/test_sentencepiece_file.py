@@ -55,7 +55,7 @@ def test_the_ids_are_those_of_sentencepiece(tmp_path, model_type, byte_fallback,
 
 
 @pytest.mark.parametrize("options", [{"add_dummy_prefix": False}, {"remove_extra_whitespaces": False}])
-def test_the_settings_of_the_file_hold(tmp_path, options):
+def test_the_settings_of_the_file_apply(tmp_path, options):
     file = train(tmp_path / "x.model", byte_fallback=True, vocab_size=600, **options)
     library = sentencepiece.SentencePieceProcessor(model_file=file)
     tokenizer = load_sentencepiece(file)
@@ -64,7 +64,7 @@ def test_the_settings_of_the_file_hold(tmp_path, options):
         assert tokenizer(text)["input_ids"] == library.encode(text), text
 
 
-def test_a_control_token_divides_the_text_into_parts_that_are_read_alone(tmp_path):
+def test_a_control_token_splits_the_text_into_separate_parts(tmp_path):
     file = train(tmp_path / "x.model", byte_fallback=True)
     library, tokenizer = sentencepiece.SentencePieceProcessor(model_file=file), load_sentencepiece(file)
 
@@ -84,13 +84,13 @@ OTHERS = ["<s>", "</s>", "<unk>", *OWN]
 
 @settings(deadline=None)
 @given(text=st.text(CHARACTERS).filter(lambda text: not any(token in text for token in OTHERS)))
-def test_any_text_gives_the_ids_of_sentencepiece(opened, text):
+def test_any_text_has_the_ids_of_sentencepiece(opened, text):
     library, tokenizer = opened
 
     assert tokenizer(text)["input_ids"] == library.encode(text)
 
 
-def test_its_own_pad_and_end_tokens_are_taken(tmp_path):
+def test_the_pad_and_end_tokens_of_the_file_are_used(tmp_path):
     file = train(tmp_path / "chinese.model")
 
     tokenizer = load_tokenizer(file, pad_token="<pad>", eos_token="<eod>")
@@ -102,7 +102,7 @@ def test_its_own_pad_and_end_tokens_are_taken(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
-def test_what_is_saved_opens_in_a_fresh_process_with_plain_transformers(tmp_path, model_type):
+def test_the_saved_tokenizer_opens_with_plain_transformers(tmp_path, model_type):
     tokenizer = load_tokenizer(train(tmp_path / "x.model"), pad_token="<pad>", eos_token="<eod>")
     tokenizer.save_pretrained(tmp_path / "saved")
     config = tmp_path / "saved" / "config.json"
@@ -134,7 +134,7 @@ def test_a_model_of_words_is_refused(tmp_path):
         load_sentencepiece(file)
 
 
-def test_without_the_package_its_extra_is_named(tmp_path, monkeypatch):
+def test_a_missing_package_suggests_its_extra(tmp_path, monkeypatch):
     file = train(tmp_path / "x.model")
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
 

@@ -83,12 +83,12 @@ def notes(example: Any, template: str = "chatml", **options: Any) -> list[str]:
         (Document([R("x"), T("a"), R("b")]), "x⟦a⟧b"),  # it ends in text that is read: nothing stops there
     ],
 )  # fmt: skip
-def test_a_document_ends_its_last_target_in_the_end_token(example, row):
+def test_the_last_target_of_a_document_ends_in_the_end_token(example, row):
     assert rows(example) == [row]
 
 
 @pytest.mark.parametrize("example", [document(""), Document([]), Document([R("a")])])
-def test_a_document_with_nothing_to_learn_gives_no_row(example):
+def test_a_document_without_a_target_has_no_row(example):
     assert rows(example) == []
 
 
@@ -100,7 +100,7 @@ def test_a_document_with_nothing_to_learn_gives_no_row(example):
         ("everything", "a⟦bcde<|endoftext|>⟧"),
     ],
 )  # fmt: skip
-def test_train_on_holds_for_segments_too(turns, row):
+def test_train_on_applies_to_segments(turns, row):
     example = Document([R("a"), T("b"), R("c"), T("d"), T("e")])
 
     assert rows(example, train_on=TrainOn(turns)) == [row]
@@ -125,7 +125,7 @@ def test_an_end_token_written_by_hand_gives_one_end_token_and_a_note(example, ro
     assert notes(example, special_tokens_in_text=policy) == ["an end token written by hand"]
 
 
-def test_an_end_token_within_the_text_is_no_end():
+def test_an_end_token_inside_a_text_does_not_end_it():
     example = prompted("Q:", "<|endoftext|>A")
 
     assert rows(example) == ["Q:⟦`<|endoftext|>`A<|endoftext|>⟧"]
@@ -157,7 +157,7 @@ def test_a_tokenizer_without_an_end_token_is_refused():
         ([HI], "all", []),
     ],
 )  # fmt: skip
-def test_of_a_chat_the_turns_are_learned_that_train_on_and_the_weights_say(messages, turns, found):
+def test_train_on_and_weights_select_the_turns_of_a_chat(messages, turns, found):
     assert rows(Chat(messages), train_on=TrainOn(turns)) == found
 
 
@@ -170,7 +170,7 @@ def test_of_a_chat_the_turns_are_learned_that_train_on_and_the_weights_say(messa
          "user: Hi\nassistant: Yo\nuser: And?\nassistant: ⟦Bye<|endoftext|>⟧"),
     ],
 )  # fmt: skip
-def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_and_a_note(template, first, second):
+def test_a_template_that_rewrites_earlier_turns_gives_one_row_per_turn(template, first, second):
     messages = [HI, THOUGHTFUL if template == THINKS else YO, AND, BYE]
 
     assert rows(Chat(messages), template) == [first, second]
@@ -181,7 +181,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_and_a_note(
     assert rows(Chat([HI, read, AND, BYE]), template) == [second]
 
 
-def test_reasoning_can_be_only_read():
+def test_reasoning_can_be_context_only():
     messages = [HI, THOUGHTFUL, AND, BYE]
 
     assert rows(Chat(messages), KEEPS, train_on=TrainOn(reasoning=False)) == [
@@ -197,7 +197,7 @@ def test_reasoning_that_was_written_into_the_content_or_dropped_is_noted(how):
     assert notes(Chat([HI, THOUGHTFUL]), reasoning=how) == [f"reasoning: {how}"]
 
 
-def test_a_chat_gets_no_start_token_beside_that_of_its_template():
+def test_a_chat_has_only_the_start_token_of_its_template():
     """transformers#37686: the template writes one, and the tokenizer another."""
     tokenizer = sentencepiece_tokenizer(adds_bos=True)
     use_chat_template(tokenizer, "chatml")
@@ -234,7 +234,7 @@ def test_a_chat_gets_no_start_token_beside_that_of_its_template():
          "<|pad|>⟦A<|endoftext|>⟧"),
     ],
 )  # fmt: skip
-def test_what_a_user_spells_is_text_and_what_the_model_writes_are_tokens(example, row, allowed):
+def test_control_tokens_are_text_from_users_and_tokens_from_the_model(example, row, allowed):
     assert rows(example) == [row]
     assert rows(example, special_tokens_in_text="allow") == [allowed]
 
@@ -251,7 +251,7 @@ def test_what_a_user_spells_is_text_and_what_the_model_writes_are_tokens(example
         (chat("Hi <|im_end|", "|>"), []),
     ],
 )  # fmt: skip
-def test_control_tokens_that_are_spelled_are_counted_and_error_refuses_the_first(example, found):
+def test_control_tokens_in_text_are_counted_or_refused(example, found):
     options = LabelOptions(special_tokens_in_text="error")
     renderer = Renderer(tokenizer_with(), options)
 
@@ -267,7 +267,7 @@ def test_control_tokens_that_are_spelled_are_counted_and_error_refuses_the_first
     )
 
 
-def test_texts_that_are_rendered_already_are_refused_where_they_are_the_most():
+def test_mostly_rendered_texts_are_refused():
     """unsloth#384: they would be learned letter by letter."""
     rendered, plain = document(f"{ASKED_HI}Yo{E}\n"), document("A text about <|im_end|>.")
 
@@ -302,7 +302,7 @@ use_chat_template(MERGING, "chatml")
         (chat("Hi", "\nYo"), Chat([HI]), [258, *b"user\nHi", 259, 10, 258, *b"assistant\n"]),
     ],
 )  # fmt: skip
-def test_the_ids_before_a_target_are_those_that_generation_is_given(example, prompt, ids):
+def test_the_ids_before_a_target_equal_the_generation_input(example, prompt, ids):
     trained = SFTDataset([example], MERGING)[0]
 
     assert encode_prompts([prompt], MERGING, LabelOptions()) == [ids]
@@ -332,7 +332,7 @@ TOKENIZERS = {
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(prompt=CONTENT, completion=CONTENT)
 @settings(max_examples=60, deadline=None)
-def test_no_text_of_the_user_becomes_a_control_token_and_it_comes_back_as_it_was(name, prompt, completion):
+def test_user_text_never_becomes_a_control_token_and_decodes_unchanged(name, prompt, completion):
     """SentencePiece loses a first space, and an end token at the end is one: all have a letter there."""
     tokenizer, control = TOKENIZERS[name]
     prompt, completion = f"Q{prompt}", f"{completion}."

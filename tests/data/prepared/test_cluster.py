@@ -83,7 +83,7 @@ def _many_blocks(monkeypatch):
 @pytest.mark.parametrize(
     "address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no-such-host.invalid:6379", "nonsense"]
 )
-def test_a_cluster_that_does_not_answer_is_one_line(address):
+def test_a_cluster_that_does_not_respond_is_a_one_line_error(address):
     ray.shutdown()
     write_jsonl(Path("a.jsonl"), RECORDS)
 
@@ -96,7 +96,7 @@ def test_a_cluster_that_does_not_answer_is_one_line(address):
     assert list(Path("cache").iterdir()) == []
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch):
+def test_a_missing_package_suggests_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     write_jsonl(Path("a.jsonl"), RECORDS)
 
@@ -131,7 +131,7 @@ def test_a_set_that_ray_made_is_the_one_that_one_process_makes():
     assert all(re.fullmatch(r"ray       \S+ process \d+: \d+ blocks", line) for line in cluster.to_lines())
 
 
-def test_what_a_worker_made_that_was_killed_is_made_again(formats):
+def test_blocks_of_a_killed_worker_are_made_again(formats):
     write_jsonl(Path("a.jsonl"), RECORDS)
     recipe = recipe_of([{"path": "a.jsonl", "format": "formats_of_ray_test:die_once"}])
 
@@ -142,7 +142,7 @@ def test_what_a_worker_made_that_was_killed_is_made_again(formats):
     assert differing(content_of(Path("cache/ray")), content_of(Path("cache/loop"))) == []
 
 
-def test_the_command_says_who_made_the_blocks(tmp_path):
+def test_the_command_reports_who_made_the_blocks(tmp_path):
     data = {"cache_dir": str(tmp_path / "cache")}
 
     lines = prepare_recipe(helpers.build_recipe(tmp_path, RECORDS, data=data), ray="local")
@@ -153,7 +153,7 @@ def test_the_command_says_who_made_the_blocks(tmp_path):
     assert [line for line in again if line.startswith("ray")] == []
 
 
-def test_records_that_cannot_be_used_are_named_by_file_and_line_also_those_of_blocks_in_the_making():
+def test_unusable_records_in_all_blocks_are_listed_by_file_and_line():
     write_jsonl(Path("a.jsonl"), [BAD, *RECORDS[:15], BAD, *RECORDS[15:], BAD])
 
     with pytest.raises(DataError) as error:
@@ -174,7 +174,7 @@ def test_an_error_that_a_task_raises_is_raised_as_it_is():
 
 
 @pytest.mark.large  # Ray tries again for a while
-def test_a_block_that_kills_every_worker_is_one_line():
+def test_a_block_that_kills_every_worker_is_a_one_line_error():
     write_jsonl(Path("a.jsonl"), RECORDS)
     recipe = recipe_of([{"path": "a.jsonl", "format": "formats_of_ray_test:die"}])
 

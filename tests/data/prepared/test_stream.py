@@ -189,7 +189,7 @@ def prepared(recipe: Recipe) -> list[Any]:
     ("stage", "packing"),
     [("pretrain", "none"), ("sft", "none"), ("pretrain", "best_fit"), ("sft", "best_fit")],
 )
-def test_one_pass_of_all_shards_holds_the_documents_of_the_prepared_set(stage, packing, shards):
+def test_one_pass_of_all_shards_has_the_documents_of_the_prepared_set(stage, packing, shards):
     records = [{"text": text} for text in texts_of(range(60))]
     if stage == "sft":
         records = [{"prompt": "?", "completion": record["text"]} for record in records]
@@ -203,7 +203,7 @@ def test_one_pass_of_all_shards_holds_the_documents_of_the_prepared_set(stage, p
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3])
-def test_one_pass_of_cut_rows_learns_every_label_of_the_prepared_set(shards):
+def test_one_pass_of_cut_rows_has_every_label_of_the_prepared_set(shards):
     recipe = recipe_of(write_lines("a.jsonl", range(60)), packing="stream", max_length=100)
 
     found = one_pass(stream(recipe, shards=shards))
@@ -214,7 +214,7 @@ def test_one_pass_of_cut_rows_learns_every_label_of_the_prepared_set(shards):
 
 
 @pytest.mark.parametrize("packing", ["none", "best_fit", "stream"])
-def test_one_block_has_the_rows_of_the_prepared_set_in_their_order(packing):
+def test_one_block_has_the_rows_of_the_prepared_set_in_order(packing):
     recipe = recipe_of(write_lines("a.jsonl", range(20)), packing=packing, shuffle_buffer=1000)
 
     rows = one_pass(stream(recipe, seed=None))
@@ -223,7 +223,7 @@ def test_one_block_has_the_rows_of_the_prepared_set_in_their_order(packing):
     assert [plain(row) for row in rows] == [plain(row) for row in prepared(recipe)]
 
 
-def test_blocks_of_whole_chunks_are_packed_each_by_itself_in_reading_order():
+def test_blocks_are_packed_separately_in_reading_order():
     long = "x" * 8200
     texts = ["ab", "c", long, "de", "f", long, "ghi"]
     write_jsonl(Path("a.jsonl"), [{"text": text} for text in texts[:5]])
@@ -243,7 +243,7 @@ def test_blocks_of_whole_chunks_are_packed_each_by_itself_in_reading_order():
     assert plain(rows[1])[2] == [0, 1, 2, 0, 1]
 
 
-def test_batches_are_of_the_shards_in_turn():
+def test_batches_take_turns_among_the_shards():
     rows = stream(recipe_of(write_lines("a.jsonl", range(60))), shards=3, batch_rows=2)
 
     assert [rows[index]["stream"].shard for index in range(8)] == [0, 0, 1, 1, 2, 2, 0, 0]
@@ -290,7 +290,7 @@ def test_memory_does_not_grow_with_the_data():
 
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("packing", ["none", "stream"])
-def test_from_any_row_the_same_rows_follow(packing, shards):
+def test_a_stream_resumes_identically_from_any_row(packing, shards):
     """Cut at every row of more than a pass, in the order of the last shard."""
     paths = [write_lines("1.jsonl", range(15)), write_lines("2.jsonl", range(15, 25))]
     recipe = recipe_of(paths, packing=packing, max_length=1500)
@@ -311,7 +311,7 @@ def test_from_any_row_the_same_rows_follow(packing, shards):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_with_other_shards_each_record_comes_once_a_pass(kind, monkeypatch):
+def test_after_a_change_of_shards_each_record_comes_once_per_pass(kind, monkeypatch):
     """Resumed with other numbers of shards, at random rows; some shards are a pass ahead of others."""
     path, count = write_all(kind, monkeypatch)
     recipe = recipe_of(path, packing="best_fit" if kind == "packed" else "none", overflow="truncate")
@@ -340,7 +340,7 @@ def test_with_other_shards_each_record_comes_once_a_pass(kind, monkeypatch):
             assert found == everything, (numbers, number)
 
 
-def test_a_block_is_made_of_no_byte_before_it():
+def test_a_block_does_not_depend_on_earlier_bytes():
     """The lines before it are not even JSON any more, but for the first."""
     recipe = recipe_of(write_lines("a.jsonl", range(60)))
     rows = stream(recipe)
@@ -357,7 +357,7 @@ def test_a_block_is_made_of_no_byte_before_it():
     assert plain(after[0]) == plain(rows[30])
 
 
-def test_each_process_writes_its_own_shards_and_any_goes_on():
+def test_each_process_saves_its_shards_and_any_process_can_resume():
     recipe = recipe_of(write_lines("a.jsonl", range(60)))
     whole = stream(recipe, shards=2)
     for rank in range(2):
@@ -373,7 +373,7 @@ def test_each_process_writes_its_own_shards_and_any_goes_on():
     assert len(json.loads(Path("state/stream_state_1.json").read_text())["positions"]) == 1
 
 
-def test_each_process_may_go_on_twice():
+def test_each_process_may_resume_twice():
     """Two processes of one shard each: what one knows of the other's shard is as old as the last start."""
     recipe = recipe_of(write_lines("a.jsonl", range(60)))
     whole = stream(recipe, shards=2)
@@ -407,7 +407,7 @@ def test_each_process_may_go_on_twice():
         ),
     ],
 )
-def test_what_would_be_other_rows_is_refused(changes, message):
+def test_resuming_with_other_rows_is_refused(changes, message):
     paths = [write_lines("a.jsonl", range(9)), write_lines("b.jsonl", range(9))]
     stream(recipe_of(paths)).write_state(Path("state"), rank=0)
     seed, data = changes.pop("seed", 3), {"train": paths} | changes
@@ -479,7 +479,7 @@ def test_shares_are_met_within_a_row(packing, by, largest, shards):
     assert min(taken.values()) > 0
 
 
-def test_each_source_that_is_mixed_passes_by_itself():
+def test_each_mixed_source_has_its_own_passes():
     recipe = recipe_of(write_mixed((1, 1)))
     rows = stream(recipe)
 
@@ -491,7 +491,7 @@ def test_each_source_that_is_mixed_passes_by_itself():
     assert [place.epoch for place in found[-1]["stream"].places] == [0, 2]
 
 
-def test_a_mixed_stream_goes_on_from_any_row():
+def test_a_mixed_stream_resumes_from_any_row():
     recipe = recipe_of(write_mixed(), packing="best_fit", max_length=1000, mixing={"by": "tokens"})
     whole = stream(recipe)
     rows = [whole[index] for index in range(100)]
@@ -502,7 +502,7 @@ def test_a_mixed_stream_goes_on_from_any_row():
         assert [plain(after[number]) for number in range(3)] == [plain(r) for r in rows[taken : taken + 3]]
 
 
-def test_a_mixed_stream_on_other_shards_loses_no_record_and_comes_back_to_its_shares():
+def test_a_mixed_stream_on_other_shards_keeps_its_records_and_shares():
     recipe = recipe_of(write_mixed((3, 1)))
     rows = stream(recipe, shards=2)
     read = [row for shard in range(2) for _, row in islice(follow(rows, shard), 15)]
@@ -517,7 +517,7 @@ def test_a_mixed_stream_on_other_shards_loses_no_record_and_comes_back_to_its_sh
 # --- what cannot be trained on
 
 
-def test_what_was_dropped_is_counted_pass_by_pass():
+def test_dropped_documents_are_counted_per_pass():
     good, long = {"prompt": "?", "completion": "yes"}, {"prompt": "?", "completion": "y" * 60}
     path = write_jsonl(Path("a.jsonl"), [good, long, good])
     Path("b.jsonl").write_text(f"{json.dumps(good)}\nno json\n{json.dumps(good)}\n{{cut")
@@ -562,7 +562,7 @@ def test_a_bad_record_is_dropped_whatever_on_bad_record_says(line, changes, shar
     assert lost == {"unreadable": 1}
 
 
-def test_bad_lines_at_the_end_of_a_file_are_counted_once_after_going_on_too():
+def test_bad_lines_at_the_end_of_a_file_are_counted_once_after_a_resume():
     write_lines("a.jsonl", range(12))
     with Path("a.jsonl").open("a") as file:
         file.write("no json\n" * 2000)
@@ -607,7 +607,7 @@ def test_another_format_in_a_json_array_is_bad_for_a_shard_that_does_not_read_th
     assert dict(row["stream"].places[0].counts) == {"used": 1, "unreadable": 4}
 
 
-def test_too_many_drops_stop_the_stream_once_a_thousand_documents_tell():
+def test_too_many_drops_stop_the_stream_after_a_thousand_documents():
     good, long = {"prompt": "?", "completion": "yes"}, {"prompt": "?", "completion": "y" * 60}
     path = write_jsonl(Path("a.jsonl"), [good] * 900 + [long] * 400)
     recipe = recipe_of(path, stage="sft", overflow="drop", shuffle_buffer=500, max_dropped=0.01)
@@ -652,7 +652,7 @@ def test_the_head_is_the_first_thousand_documents_of_each_source():
     assert head.places[999:1001] == ["a.jsonl:1000", "b.jsonl:1"]
 
 
-def test_all_commands_say_that_they_look_at_the_head_and_prepare_refuses(capsys):
+def test_commands_report_that_they_use_the_head_and_prepare_refuses(capsys):
     write_lines("a.jsonl", range(20))
     save_folder(Path("m"), tiny_model(), TOKENIZER)
     Path("recipe.yaml").write_text(
@@ -673,7 +673,7 @@ def test_all_commands_say_that_they_look_at_the_head_and_prepare_refuses(capsys)
     )
 
 
-def test_the_rows_of_a_run_are_of_as_many_shards_as_there_are_workers_of_all_processes():
+def test_a_run_has_one_shard_per_worker_of_each_process():
     recipe = recipe_of(write_mixed((3, 1)), mixing={"by": "tokens"})
     arguments: Any = SimpleNamespace(
         max_steps=5,

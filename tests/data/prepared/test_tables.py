@@ -79,7 +79,7 @@ def test_datasets_opens_the_tables_of_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("before", [0, 1, 30])
-def test_weights_that_come_late_make_a_column_that_is_empty_before(tmp_path, before):
+def test_late_weights_add_a_column_with_nulls_before(tmp_path, before):
     batches = [rows_of([1, 2])] * before + [rows_of([3, 1], is_weighted=True), rows_of([2])]
     rows = write_rows(tmp_path, *batches)
 
@@ -93,7 +93,7 @@ def test_weights_that_come_late_make_a_column_that_is_empty_before(tmp_path, bef
     assert [path.name for path in (tmp_path / "train").glob("*.old")] == []
 
 
-def test_the_same_rows_have_the_same_fingerprint_and_others_another(tmp_path):
+def test_equal_rows_have_equal_fingerprints(tmp_path):
     for name, numbers in (("a", [1, 2]), ("b", [1, 2]), ("c", [1, 3])):
         write(tmp_path / name, ROWS, rows_of(numbers))
 
@@ -102,7 +102,7 @@ def test_the_same_rows_have_the_same_fingerprint_and_others_another(tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_batches_are_kept_as_they_were_and_an_empty_table_can_be_opened(tmp_path):
+def test_batches_are_preserved_and_an_empty_table_can_be_opened(tmp_path):
     write(tmp_path / "a", ROWS, rows_of([1, 2]), rows_of([]), rows_of([3]))
     write(tmp_path / "b", ROWS)
 
@@ -127,7 +127,7 @@ def test_an_error_in_writing_leaves_no_table_that_datasets_opens(tmp_path):
 
 
 @pytest.mark.parametrize("is_weighted", [False, True])
-def test_rows_are_indexed_like_a_list_and_cut_out_of_the_map(tmp_path, is_weighted):
+def test_rows_are_indexed_like_a_list(tmp_path, is_weighted):
     rows = write_rows(tmp_path, rows_of([3, 1]), rows_of([2, 4, 3], is_weighted=is_weighted))
 
     assert len(rows) == 5
@@ -142,7 +142,7 @@ def test_rows_are_indexed_like_a_list_and_cut_out_of_the_map(tmp_path, is_weight
     assert (weights and [part.tolist() for part in weights]) == expected
 
 
-def test_the_rows_are_views_of_a_file_that_cannot_be_changed(tmp_path):
+def test_the_rows_are_read_only_views_of_the_file(tmp_path):
     rows = write_rows(tmp_path, rows_of([3]))
 
     (ids,), (labels,), _ = rows.views(np.array([0]), np.array([0]), np.array([3]))
@@ -153,7 +153,7 @@ def test_the_rows_are_views_of_a_file_that_cannot_be_changed(tmp_path):
         labels[0] = 1
 
 
-def test_the_blocks_are_those_that_were_written_and_can_be_read_again(tmp_path):
+def test_the_blocks_are_as_written_and_can_be_read_again(tmp_path):
     rows = write_rows(tmp_path, rows_of([3, 1]), rows_of([2], is_weighted=True))
 
     for _ in range(2):  # what was read is given back to the system
@@ -162,7 +162,7 @@ def test_the_blocks_are_those_that_were_written_and_can_be_read_again(tmp_path):
     assert [block.weights is None for block in rows.blocks()] == [True, False]
 
 
-def test_a_block_of_which_nothing_is_left_is_passed_over(tmp_path):
+def test_an_empty_block_is_skipped(tmp_path):
     rows = write_rows(tmp_path, rows_of([]), rows_of([2]), rows_of([]), rows_of([3, 1]), rows_of([]))
 
     assert rows.lengths.tolist() == [2, 3, 1]
@@ -170,7 +170,7 @@ def test_a_block_of_which_nothing_is_left_is_passed_over(tmp_path):
     assert [len(block) for block in rows.blocks()] == [1, 2]
 
 
-def test_a_row_knows_the_record_that_it_came_from(tmp_path):
+def test_a_row_refers_to_its_record(tmp_path):
     write(tmp_path / "train", ROWS, rows_of([1, 2, 3]))
     counts = [0, 2, 0, 1]
     ledger = write_ledger(tmp_path / "ledger", [line_of(f"a:{n}", "used", rows=n) for n in counts])
@@ -215,7 +215,7 @@ LINES = [
 ]
 
 
-def test_a_ledger_says_of_each_record_where_it_is_and_what_became_of_it(tmp_path):
+def test_a_ledger_has_the_place_and_fate_of_each_record(tmp_path):
     ledger = write_ledger(tmp_path / "a", LINES)
 
     assert len(ledger) == 6
@@ -240,7 +240,7 @@ def test_a_ledger_sums_up_fates_reasons_and_spelled_tokens(tmp_path):
     assert ledger.spelled == {"<|pad|>": 2, "<|im_end|>": 1}
 
 
-def test_a_file_that_was_renamed_is_named_as_it_is_now(tmp_path):
+def test_a_renamed_file_is_reported_under_its_new_name(tmp_path):
     ledger = write_ledger(tmp_path / "a", LINES, {"old.jsonl": "new.jsonl", "old": "no"})
 
     assert list(ledger.places)[:2] == ["new.jsonl:1", "new.jsonl:2"]

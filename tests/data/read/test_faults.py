@@ -97,7 +97,7 @@ def run_process(*words: str, **environment: str) -> tuple[subprocess.CompletedPr
 # --- grouping
 
 
-def test_faults_that_differ_by_place_got_and_numbers_are_one_kind():
+def test_errors_that_differ_in_place_value_and_numbers_are_one_kind():
     faults = Faults()
     faults.add(DataError("message 3 is empty", where="a.jsonl:1", got="' '", fix="fill it in"))
     faults.add(DataError("no such file", where="c.jsonl"))
@@ -114,7 +114,7 @@ def test_faults_that_differ_by_place_got_and_numbers_are_one_kind():
     )
 
 
-def test_of_each_kind_the_first_20_places_are_shown_and_of_kinds_the_first_20():
+def test_at_most_20_kinds_with_20_places_are_listed():
     faults = Faults()
     for number in range(1, 52):
         faults.add(DataError("is empty", where=f"a.jsonl:{number}"))
@@ -128,7 +128,7 @@ def test_of_each_kind_the_first_20_places_are_shown_and_of_kinds_the_first_20():
     assert lines[-3:] == ["1 x no key s", "  b.jsonl:1", "7 x other errors"]
 
 
-def test_a_single_fault_is_raised_as_it_is():
+def test_a_single_error_is_raised_unchanged():
     faults = Faults()
     faults.raise_if_any()
     fault = EnvironmentFault("cannot be read", where="a.jsonl")
@@ -143,19 +143,19 @@ def test_a_single_fault_is_raised_as_it_is():
 # --- what is checked
 
 
-def test_seven_kinds_of_bad_rows_in_two_files_are_found_in_one_start():
+def test_seven_kinds_of_bad_records_are_found_at_once():
     write_seven()
 
     assert faults_of() == SEVEN
 
 
-def test_one_bad_row_is_one_line():
+def test_one_bad_record_is_a_one_line_error():
     write_lines("b.jsonl", GOOD, {**GOOD, "prompt": 5})
 
     assert faults_of() == "b.jsonl:2: key 'prompt': expected str; got int"
 
 
-def test_what_ends_a_file_does_not_end_the_others():
+def test_an_unreadable_file_does_not_stop_the_check_of_others():
     Path("cut.jsonl.gz").write_bytes(b"\x1f\x8b\x08 cut off")
     Path("empty.jsonl").write_text("")
     write_lines("b.jsonl", {"prompt": "p"})
@@ -180,19 +180,19 @@ def test_the_missing_files_of_all_sources_are_named():
     )
 
 
-def test_a_source_that_is_named_twice_is_checked_once():
+def test_a_repeated_source_is_checked_once():
     write_lines("a.jsonl", {"prompt": 5})
 
     assert faults_of("--data.train", "a.jsonl", "--data.eval", "a.jsonl").startswith("a.jsonl:1: ")
 
 
-def test_records_behind_the_limit_of_a_source_are_not_checked():
+def test_records_after_the_limit_of_a_source_are_not_checked():
     write_lines("a.jsonl", GOOD, {"prompt": 5})
 
     assert faults_of("--data.train", "[{path: a.jsonl, format: prompt_completion, limit: 1}]") == ""
 
 
-def test_dropped_records_are_no_faults_and_a_missing_file_is_one():
+def test_dropped_records_are_not_errors_and_a_missing_file_is():
     write_seven()
 
     assert faults_of("--data.on_bad_record", "drop") == ""
@@ -201,7 +201,7 @@ def test_dropped_records_are_no_faults_and_a_missing_file_is_one():
     )
 
 
-def test_what_may_be_right_as_turns_is_no_fault_yet():
+def test_a_record_that_may_be_valid_as_turns_is_not_an_error_yet():
     """Tools need a chat template, and whether the tokenizer has one is found out later."""
     tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
     write_lines("a.jsonl", {**GOOD, "tools": [tool]})
@@ -210,14 +210,14 @@ def test_what_may_be_right_as_turns_is_no_fault_yet():
     assert "needs chat turns" in faults_of("--data.render", "plain")
 
 
-def test_sources_over_the_limit_are_left_to_the_preparation():
+def test_sources_over_the_size_limit_are_not_checked():
     write_lines("a.jsonl", {"prompt": "x" * CHECKED_BYTES})
     write_lines("b.jsonl", GOOD, {"prompt": 5})
 
     assert faults_of().startswith("b.jsonl:2: ")
 
 
-def test_a_control_token_policy_that_allows_all_takes_noncharacters_too():
+def test_noncharacters_are_allowed_with_control_tokens():
     write_lines("a.jsonl", {**GOOD, "prompt": "\ufdd0"})
 
     assert faults_of() == f"a.jsonl:1: {NONCHARACTER}"
@@ -228,14 +228,14 @@ def test_a_control_token_policy_that_allows_all_takes_noncharacters_too():
 
 
 @pytest.mark.parametrize("command", ["train", "prepare", "doctor", "inspect"])
-def test_each_command_shows_the_same_list_with_the_code_of_data(command, capsys):
+def test_each_command_shows_the_same_list_and_exits_with_the_data_code(command, capsys):
     write_seven()
 
     assert main([command, "recipe.yaml"]) == 3
     assert capsys.readouterr().err == f"error: {SEVEN}\n"
 
 
-def test_the_doctor_has_the_list_in_its_json_too(capsys):
+def test_the_json_of_the_doctor_has_the_list(capsys):
     write_seven()
 
     assert main(["doctor", "recipe.yaml", "--json"]) == 3
@@ -243,7 +243,7 @@ def test_the_doctor_has_the_list_in_its_json_too(capsys):
     assert (check["name"], check["what"]) == ("data", SEVEN)
 
 
-def test_the_answer_comes_without_torch_and_within_seconds_of_cpu_time():
+def test_the_check_is_fast_and_does_not_import_torch():
     """About 0.6 s, most of it imports."""
     write_seven()
 
@@ -260,7 +260,7 @@ def test_the_answer_comes_without_torch_and_within_seconds_of_cpu_time():
     assert {"torch", "transformers", "datasets", "pyarrow"} & set(loaded) == set()
 
 
-def test_of_two_processes_on_a_machine_one_says_what_is_wrong_and_both_end():
+def test_one_of_two_processes_reports_the_errors_and_both_exit():
     write_seven()
 
     first, _ = run_process("train", "recipe.yaml", RANK="2", LOCAL_RANK="0", WORLD_SIZE="4")
@@ -281,7 +281,7 @@ def test_of_two_processes_on_a_machine_one_says_what_is_wrong_and_both_end():
         ("mixing: {stopping_strategy: {}}", "remove it, and write size: the rows or tokens of an epoch"),
     ],
 )
-def test_a_key_of_version_0_4_is_read_at_its_default_and_otherwise_told(line, fix):
+def test_a_key_of_version_0_4_is_accepted_only_at_its_default(line, fix):
     text = Path("recipe.yaml").read_text()
     default, other = {"s": ("false", "true"), "n": ("warn", "error"), "m": ("null", "all_exhausted")}[line[0]]
 

@@ -67,7 +67,7 @@ def test_links_to_folders_are_followed_once():
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_a_second_name_of_the_same_file_is_read_once_and_said(link):
+def test_a_link_to_the_same_file_is_read_once_and_reported(link):
     write("d/a.jsonl")
     link(os.path.abspath("d/a.jsonl"), "d/b.jsonl")
     for path in ("d", "d/*.jsonl"):
@@ -84,7 +84,7 @@ def test_a_file_beside_its_compressed_form_is_refused(path):
 
 
 @pytest.mark.parametrize("split", ["validation", "valid", "dev", "val"])
-def test_of_a_folder_with_splits_one_is_read(split):
+def test_one_split_of_a_folder_is_read(split):
     write("d/train.jsonl", f"d/{split}.jsonl", "d/test.jsonl", "d/more.jsonl")
 
     texts, report = read("d")
@@ -122,7 +122,7 @@ TREES = [
 
 
 @pytest.mark.parametrize("names", TREES)
-def test_splits_are_told_as_datasets_tells_them(names):
+def test_files_are_assigned_to_splits_as_in_datasets(names):
     write(*(f"d/{name}" for name in names))
     base = os.path.abspath("d")
     theirs = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
@@ -138,7 +138,7 @@ def test_a_text_among_others_is_not_a_split_by_a_word_of_its_name():
     assert len(read("d")[0]) == 3
 
 
-def test_a_dataset_that_was_saved_is_read_as_it_is():
+def test_a_saved_dataset_is_read():
     Dataset.from_dict({"text": list("abcdef")}).select([4, 1, 3]).save_to_disk("d", num_shards=2)
     Path("d/cache-0123456789abcdef.arrow").write_bytes(b"left over")
     texts, report = read("d")
@@ -151,7 +151,7 @@ def test_a_dataset_that_was_saved_is_read_as_it_is():
     assert read("two")[0] == ["two/a.jsonl", "e", "b", "d"]
 
 
-def test_of_saved_splits_one_is_read():
+def test_one_of_several_saved_splits_is_read():
     parts = {"train": Dataset.from_dict({"text": ["a"]}), "unseen": Dataset.from_dict({"text": ["b"]})}
     DatasetDict(parts).save_to_disk("d")
 
@@ -184,7 +184,7 @@ def test_files_are_found_without_datasets_or_torch():
     assert done.stdout.strip() == "set()" and find_files("d") == ["d/train.jsonl"]
 
 
-def test_a_pipe_is_refused_as_its_content_is_hashed_and_read(tmp_path):
+def test_a_pipe_is_refused(tmp_path):
     os.mkfifo("pipe.jsonl")
 
     with pytest.raises(DataError, match=r"^pipe.jsonl: a pipe, which can be read only once; fix: write it"):

@@ -125,12 +125,12 @@ def test_every_format_gives_its_example(format, record, example):
         ("alpaca", {"instruction": "2+2?", "history": None, "output": "4"}, [USER, ASSISTANT]),
     ],
 )  # fmt: skip
-def test_for_a_model_with_a_chat_template_a_prompt_and_its_answer_become_turns(format, record, messages):
+def test_prompt_and_completion_become_turns_with_a_chat_template(format, record, messages):
     assert to_example(record, format=format, render="chat") == Chat(messages)
 
 
 @pytest.mark.parametrize("render", ["chat", "plain"])
-def test_prompt_and_completion_as_messages_are_one_chat_and_those_of_the_prompt_are_only_read(render):
+def test_prompt_and_completion_as_messages_become_one_chat(render):
     """TRL's conversational form: what the assistant says in the prompt is no answer to learn."""
     more = {"role": "user", "content": "And 3+3?"}
     record = {"prompt": [SYSTEM, USER, ASSISTANT, more], "completion": [{**ASSISTANT, "content": "6"}]}
@@ -169,7 +169,7 @@ def test_prompt_and_completion_as_messages_are_one_chat_and_those_of_the_prompt_
         ({"train": None, "training": None, "loss": None, "masked": None, "weight": None}, 1),
     ],
 )  # fmt: skip
-def test_every_spelling_of_a_turns_weight_says_what_it_says_elsewhere(keys, weight):
+def test_every_name_of_a_turns_weight_is_supported(keys, weight):
     assert last_of(said(**keys)).get("weight", 1) == weight
 
 
@@ -188,14 +188,14 @@ def test_every_spelling_of_a_turns_weight_says_what_it_says_elsewhere(keys, weig
         ({"loss": "no"}, "'loss': expected a number of at least 0; got 'no'"),
     ],
 )  # fmt: skip
-def test_a_key_that_could_change_what_is_learned_is_never_ignored(keys, message):
+def test_a_key_that_could_affect_the_labels_is_never_ignored(keys, message):
     text = refusal({"messages": [USER, said(**keys)]}, "messages", strict=False)
 
     assert text.startswith(f"f.jsonl:7: message 2: {message}")
 
 
 @pytest.mark.parametrize("key", ["train", "training", "loss"])
-def test_a_turn_of_a_user_cannot_be_learned(key):
+def test_a_user_turn_cannot_be_a_target(key):
     text = refusal({"messages": [{**USER, key: True}, ASSISTANT]}, "messages")
 
     assert text.startswith(f"f.jsonl:7: message 1: {key!r} on a turn of role 'user'; fix: only assistant")
@@ -220,7 +220,7 @@ def test_reasoning_is_read_under_each_of_its_names(key):
         ([{**USER, "reasoning": "a"}, ASSISTANT], "message 1: reasoning on a turn of role 'user'"),
     ],
 )  # fmt: skip
-def test_reasoning_that_is_not_clear_is_refused(turns, message):
+def test_ambiguous_reasoning_is_refused(turns, message):
     assert refusal({"messages": turns}, "messages").startswith(f"f.jsonl:7: {message}")
 
 
@@ -276,7 +276,7 @@ def test_tool_calls_are_read_in_each_of_their_forms(turn, calls):
     assert last_of(turn) == {"role": "assistant", "tool_calls": calls}
 
 
-def test_a_call_its_text_and_its_result_stand_in_one_chat():
+def test_a_chat_may_have_a_call_with_text_and_its_result():
     result = {"role": "tool", "tool_call_id": "call_1", "name": "weather", "content": {"t": 21}}
     older = {"role": "function", "name": "weather", "content": ""}
 
@@ -293,7 +293,7 @@ def test_a_call_its_text_and_its_result_stand_in_one_chat():
     "value",
     ['{"name": "weather", "arguments": {"city": "Berlin"}}', json.dumps([BERLIN]), BERLIN],
 )
-def test_a_sharegpt_chat_may_call_functions_and_observe_what_they_say(value):
+def test_a_sharegpt_chat_may_have_function_calls_and_observations(value):
     """LLaMA-Factory's spelling; its ``tools`` are JSON text."""
     record = {
         "conversations": [
@@ -450,7 +450,7 @@ def test_a_chat_joins_text_parts_takes_developer_for_system_and_nulls_for_missin
     ]
 
 
-def test_an_empty_prompt_is_allowed_by_a_flag_only():
+def test_an_empty_prompt_needs_a_flag():
     record = {"prompt": "", "completion": "b"}
     silent: Message = {"role": "user", "content": ""}
 
@@ -481,14 +481,14 @@ def test_no_key_of_a_call_is_ignored(call, message):
     assert got.startswith("f.jsonl:7: message 2: tool call 1") and message in got
 
 
-def test_a_null_in_the_arguments_of_a_call_is_learned():
+def test_a_null_in_the_arguments_of_a_call_is_kept():
     call = {"id": None, "type": None, "function": {"name": "weather", "arguments": {"city": None}}}
 
     found = last_of(called(call))["tool_calls"]
     assert found == [{"type": "function", "function": {"name": "weather", "arguments": {"city": None}}}]
 
 
-def test_a_call_is_given_once():
+def test_tool_calls_and_function_call_exclude_each_other():
     older = called(BERLIN, function_call=BERLIN["function"])
 
     assert refusal({"messages": [USER, older]}, "messages").startswith(
@@ -505,13 +505,13 @@ def test_a_call_is_given_once():
          "message 2 is a function_call with tool_calls"),
     ],
 )  # fmt: skip
-def test_a_sharegpt_turn_says_a_thing_once(turn, message):
+def test_a_sharegpt_turn_has_no_duplicate_keys(turn, message):
     got = refusal({"conversations": [ASKS, turn]}, "sharegpt")
 
     assert got == f"f.jsonl:7: {message}; fix: remove one of them"
 
 
-def test_a_part_of_a_content_has_no_key_that_is_not_known():
+def test_a_content_part_has_no_unknown_keys():
     part = {"type": "text", "text": "4"}
     unsaid = {**part, "cache_control": {"type": "ephemeral"}, "annotations": [], "train": None}
 
@@ -522,13 +522,13 @@ def test_a_part_of_a_content_has_no_key_that_is_not_known():
 
 
 @pytest.mark.parametrize("content", [[{"t": 21}], [21, 22], 21, {"t": 21}, []])
-def test_what_a_tool_returns_is_given_as_json(content):
+def test_the_result_of_a_tool_may_be_json(content):
     result = chat_of(USER, called(BERLIN), {"role": "tool", "content": content}, ASSISTANT).messages[2]
 
     assert result["content"] == json.dumps(content)
 
 
-def test_functions_are_the_older_name_of_tools():
+def test_functions_is_a_legacy_name_of_tools():
     assert chat_of(USER, ASSISTANT, functions=[WEATHER]).tools == [WEATHER_TOOL]
 
 
@@ -547,7 +547,7 @@ def test_a_column_that_would_change_the_prompt_is_refused(key):
     assert refusal(record, "messages").startswith(f"f.jsonl:7: format messages does not read '{key}'")
 
 
-def test_a_completion_of_a_list_of_messages_is_one_too():
+def test_a_prompt_of_messages_needs_a_completion_of_messages():
     assert refusal({"prompt": [USER], "completion": "4"}, "prompt_completion") == (
         "f.jsonl:7: key 'completion': expected list; got str; "
         "fix: write it as a list of messages, like the prompt"
@@ -588,7 +588,7 @@ def weights(example: AnyExample) -> list[float]:
         ("tokenized", {"input_ids": [1, 2]}, [0.5]),
     ],
 )  # fmt: skip
-def test_the_weight_of_a_record_multiplies_those_in_it(format, record, found, key):
+def test_the_weight_of_a_record_multiplies_its_other_weights(format, record, found, key):
     assert weights(to_example({**record, key: 0.5}, format=format)) == found
     assert weights(to_example({**record, "weight": None}, format=format)) == [2 * weight for weight in found]
 
@@ -597,7 +597,7 @@ def test_the_weight_of_a_record_multiplies_those_in_it(format, record, found, ke
     ("value", "got"),
     [(-1, "-1"), (float("inf"), "inf"), (True, "True"), ("1", "'1'")],
 )
-def test_a_weight_is_a_number_from_0_up(value, got):
+def test_a_weight_is_a_nonnegative_number(value, got):
     message = f"expected a number of at least 0; got {got}"
 
     assert refusal({"text": "a", "weight": value}, "text") == f"f.jsonl:7: key 'weight': {message}"
@@ -628,7 +628,7 @@ def test_a_weight_is_a_number_from_0_up(value, got):
         ({"seq_lengths": [1, 3], "labels": [5, 6, X, 8]}, [([5], [X]), ([6, 7, 8], [X, X, 8])]),
     ],
 )
-def test_every_column_beside_the_ids_is_used(masks, rows):
+def test_every_mask_of_a_tokenized_record_is_used(masks, rows):
     """A place is learned where all of them allow it; padding is cut off; documents are kept apart."""
     tokens = cast(Tokens, to_example({"input_ids": [5, 6, 7, 8], **masks}, format="tokenized"))
 
@@ -666,11 +666,11 @@ def test_every_column_beside_the_ids_is_used(masks, rows):
          "a packed row with padding; fix: remove the padding and the attention_mask"),
     ],
 )  # fmt: skip
-def test_a_tokenized_row_that_is_not_clear_is_refused_with_the_position(record, message):
+def test_an_invalid_tokenized_record_is_refused_with_the_position(record, message):
     assert refusal(record, "tokenized").startswith(f"f.jsonl:7: {message}")
 
 
-def test_labels_that_only_some_rows_of_a_file_have_are_refused():
+def test_labels_in_only_some_records_of_a_file_are_refused():
     first: dict[str, tuple[str, str]] = {}
     check_same_masks({"input_ids": [1], "labels": [1]}, "f.jsonl:1", first=first)
     check_same_masks({"input_ids": [2], "labels": [2], "id": 7}, "f.jsonl:2", first=first)
@@ -701,7 +701,7 @@ def test_fields_name_the_columns_and_errors_name_the_column():
     )
 
 
-def test_a_column_that_fields_name_must_be_there_even_for_an_optional_key():
+def test_a_column_in_fields_must_exist_even_for_an_optional_key():
     record = {"instruct": "a", "label": "b"}
     assert "missing key 'context'" in refusal(record, "instruct", fields={"input": "context"})
     assert "missing key 'targets'" in refusal({"input_ids": [1]}, "tokenized", fields={"labels": "targets"})
@@ -729,7 +729,7 @@ def test_an_unknown_format_or_fields_key_is_an_error_of_the_recipe():
         ("instruct", {"instruct": "a", "label": "b", "reasoning": "two and two"}, "'reasoning'"),
     ],
 )  # fmt: skip
-def test_a_column_that_could_change_what_is_learned_is_refused_where_it_is_not_read(format, record, keys):
+def test_an_unread_column_that_could_affect_the_labels_is_refused(format, record, keys):
     text = refusal(record, format, strict=False)
 
     assert text.startswith(f"f.jsonl:7: format {format} does not read {keys}")
@@ -748,7 +748,7 @@ def test_other_columns_are_ignored_and_can_be_listed_or_refused():
     assert "does not read 'imput'; did you mean 'input'?" in refusal(misspelt, "instruct", strict=True)
 
 
-def test_a_format_is_told_from_the_keys_where_they_fit_one_only():
+def test_a_format_is_detected_if_the_keys_match_only_one():
     assert detect_format(["id", "prompt", "completion", "source"]) == "prompt_completion"
     with pytest.raises(DataError) as error:
         detect_format(["instruction", "output", "text"], "f.jsonl:1")
@@ -823,7 +823,7 @@ def read_question(record: Any) -> Document:
     return Document([R(record["question"]), T(record["answer"])])
 
 
-def test_a_function_of_the_users_own_reads_a_record_in_training_and_in_generation(tmp_path, monkeypatch):
+def test_a_custom_function_reads_records_in_training_and_generation(tmp_path, monkeypatch):
     record = {"question": "2+2?", "answer": "4", "weight": "heavy"}
     (tmp_path / "own_formats.py").write_text(
         "from hf_clm.schema import Document, Segment\n"
@@ -850,7 +850,7 @@ def test_a_function_of_the_users_own_reads_a_record_in_training_and_in_generatio
     sys.modules.pop("own_formats")
 
 
-def test_a_chat_of_the_users_own_function_is_checked_as_a_records_and_weighs_what_it_says():
+def test_a_chat_of_a_custom_function_is_checked_and_keeps_its_weights():
     def read(record: Any) -> Chat:
         return Chat([USER, {**ASSISTANT, "weight": record["weight"]}])
 
@@ -872,7 +872,7 @@ def test_a_chat_of_the_users_own_function_is_checked_as_a_records_and_weighs_wha
         (lambda record: Chat([USER]), "no turn of role 'assistant'; got 1 message(s)"),
     ],
 )  # fmt: skip
-def test_a_fault_of_the_users_own_function_is_told_with_the_record(read, message):
+def test_an_error_in_a_custom_function_is_reported_with_the_record(read, message):
     assert refusal({"q": "2+2?"}, read).startswith(f"f.jsonl:7: {message}")
 
 
@@ -882,7 +882,7 @@ def test_every_format_of_the_schema_has_its_function():
 
 
 @pytest.mark.parametrize("missing", [float("nan"), np.float32("nan"), pandas.NA, pandas.NaT])
-def test_what_tables_write_for_a_missing_value_is_refused_as_null_is(missing):
+def test_missing_values_of_tables_are_refused_like_null(missing):
     fix = "fix: fill it in, or remove the record"
     record = {"prompt": "a", "completion": missing}
     name = str(missing).replace("nan", "NaN")
@@ -920,7 +920,7 @@ def test_an_optional_key_in_another_spelling_is_refused(format, record, column):
         ("messages", {"conversations": [ASKS, SAYS]}, "sharegpt"),
     ],
 )
-def test_keys_of_another_format_are_told_by_its_name(format, record, fitting):
+def test_keys_of_another_format_suggest_that_format(format, record, fitting):
     fix = f"fix: set format: {fitting}, which matches these keys; or map the columns with fields"
 
     assert refusal(record, format).startswith(
@@ -931,7 +931,7 @@ def test_keys_of_another_format_are_told_by_its_name(format, record, fitting):
         to_prompt(record, format=format)
 
 
-def test_a_format_is_told_from_the_keys_that_fields_names():
+def test_a_format_is_detected_from_the_keys_in_fields():
     fields = {"instruct": "Frage", "label": "Antwort"}
     record = {"Frage": "2+2?", "Antwort": "4", "text": "other"}
 
@@ -972,7 +972,7 @@ def test_fields_reach_into_nested_columns():
         ("meta.title.x", "meta.title, which is str, without '.x'"),
     ],
 )
-def test_a_nested_column_that_is_not_there_names_the_part_that_is_missing(column, got):
+def test_the_missing_part_of_a_nested_column_is_reported(column, got):
     record = {"meta": {"title": "t"}, "tags": ["a", "b"]}
     fix = "fix: add it, or set its column with fields: {text: COLUMN}"
 

@@ -123,23 +123,23 @@ def test_every_file_type_gives_the_same_records_plain_and_compressed(name, compr
     assert (report.files, report.records, report.blank_lines) == ([name + suffix], 2, 0)
 
 
-def test_a_line_file_names_the_line_and_another_file_the_record():
+def test_places_are_lines_in_line_files_and_records_in_others():
     assert places(write("a.jsonl", '{"a": 1}\n\n{"a": 2}')) == ["a.jsonl:1", "a.jsonl:3"]
     assert places(write("a.json", '[{"a": 1}, {"a": 2}]')) == ["a.json: record 1", "a.json: record 2"]
     assert places(write("a.csv", "a,b\n1,2\n3,4\n")) == ["a.csv: record 1", "a.csv: record 2"]
     assert places(write("a.parquet", CONTENTS["a.parquet"])) == ["a.parquet: record 1", "a.parquet: record 2"]
 
 
-def test_a_text_file_is_one_record_with_newlines_of_one_kind():
+def test_a_text_file_is_one_record_with_normalized_newlines():
     assert read(write("a.txt", b"\xef\xbb\xbfone\r\n\r\ntwo\n"))[0] == [{"text": "one\n\ntwo\n"}]
     assert places("a.txt") == ["a.txt:1"]
 
 
-def test_a_json_file_may_hold_one_object():
+def test_a_json_file_may_contain_a_single_object():
     assert read(write("a.json", '{\n  "text": "one"\n}\n'))[0] == [{"text": "one"}]
 
 
-def test_a_table_may_hold_quotes_line_ends_and_cells_longer_than_the_module_csv_allows():
+def test_a_table_may_have_quotes_line_ends_and_very_long_cells():
     text = "x" * 200_000
     records, _ = read(write("a.csv", f'prompt,completion\r\n"a ""b"", c","d\ne"\r\n{text},f\r\n'))
     assert records == [{"prompt": 'a "b", c', "completion": "d\ne"}, {"prompt": text, "completion": "f"}]
@@ -234,7 +234,7 @@ def test_utf_16_without_a_byte_order_mark_is_recognised():
     assert message.startswith("a.jsonl:1: ") and message.endswith("iconv -f utf-16 -t UTF-8")
 
 
-def test_a_last_line_that_is_cut_off_is_refused_with_its_number_or_skipped():
+def test_a_truncated_last_line_is_refused_with_its_number_or_skipped():
     path = write("a.jsonl", '{"a": "one"}\n{"a": "tw')
     assert refusal(path) == (
         "a.jsonl:2: not valid JSON: Unterminated string starting at (column 7); got '\"tw'; "
@@ -244,7 +244,7 @@ def test_a_last_line_that_is_cut_off_is_refused_with_its_number_or_skipped():
 
 
 @pytest.mark.parametrize("content", ['[{"a": 1}, {"a": 2}]\n', '[\n{"a": 1}\n]\n', '{\n  "a": 1\n}\n'])
-def test_a_json_document_named_as_json_lines_is_told_apart(content):
+def test_a_json_document_named_as_json_lines_is_detected(content):
     message = refusal(write("a.jsonl", content))
     assert message.startswith("a.jsonl:1: ")
     assert message.endswith("put a JSON array or a pretty-printed object into a .json file")
@@ -296,7 +296,7 @@ def test_a_file_without_a_record_is_an_error(name, content):
         ),
     ],
 )
-def test_an_html_page_or_a_git_lfs_pointer_in_the_place_of_data_is_recognised(name, content, message):
+def test_an_html_page_or_a_git_lfs_pointer_is_detected(name, content, message):
     assert refusal(write(name, content)) == f"{name}: {message}"
 
 
@@ -335,7 +335,7 @@ def test_rows_with_too_many_or_few_cells_can_be_skipped():
     assert places(write("b.csv", "a\n\n1\n2\n")) == ["b.csv: record 1", "b.csv: record 2"]
 
 
-def test_two_parquet_columns_of_one_name_are_refused():
+def test_parquet_columns_with_equal_names_are_refused():
     table = pyarrow.table([pyarrow.array(["x"]), pyarrow.array(["y"])], names=["text", "text"])
     assert refusal(write("a.parquet", parquet_bytes(table))).startswith("a.parquet: 2 column(s) named 'text'")
 
@@ -366,7 +366,7 @@ def test_a_damaged_arrow_file_cannot_crash_the_interpreter():
             assert str(error).startswith("file.arrow: ")
 
 
-def test_a_zst_file_of_two_frames_is_read_whole():
+def test_a_zst_file_of_two_frames_is_read_completely():
     assert len(read(write("a.jsonl.zst", zst(LINES) + zst(LINES)))[0]) == 4
 
 
@@ -407,7 +407,7 @@ def test_an_unknown_file_type_lists_the_known_ones(name):
     )
 
 
-def test_a_suffix_in_capital_letters_is_known():
+def test_a_suffix_in_capital_letters_is_supported():
     assert read(write("A.JSONL.GZ", gzip.compress(LINES)))[1].records == 2
 
 
@@ -421,12 +421,12 @@ def test_a_suffix_in_capital_letters_is_known():
         ("not a name", "not a name: no such file"),
     ],
 )
-def test_a_local_path_that_is_missing_is_never_asked_of_the_hub(path, message):
+def test_a_missing_local_path_is_never_looked_up_on_the_hub(path, message):
     write("d/poems.jsonl", LINES)
     assert refusal(path) == f"{message}; fix: check the name and the working directory"
 
 
-def test_only_a_name_that_no_file_has_is_a_hub_name():
+def test_a_local_file_takes_precedence_over_a_hub_name():
     write("org/name/a.jsonl", LINES)
     assert find_files("org/name") == ["org/name/a.jsonl"]
     assert find_files("org/other") is None
@@ -446,14 +446,14 @@ def not_root() -> Iterator[None]:
             os.seteuid(0)
 
 
-def test_a_file_that_may_not_be_read_is_a_fault_of_the_environment():
+def test_an_unreadable_file_is_an_environment_error():
     Path(write("a.jsonl", LINES)).chmod(0)
     Path.cwd().chmod(0o755)
     with not_root(), pytest.raises(EnvironmentFault, match=r"a.jsonl: cannot be read; got Permission denied"):
         read("a.jsonl")
 
 
-def test_a_read_error_of_the_disk_is_a_fault_of_the_environment(monkeypatch):
+def test_a_disk_error_is_an_environment_error(monkeypatch):
     def refuse(*_, **__):
         raise OSError(5, "Input/output error")
 
@@ -472,7 +472,7 @@ class Hub:
         return None
 
 
-def test_a_hub_that_cannot_be_reached_is_a_fault_of_the_environment_and_names_the_cache(monkeypatch):
+def test_an_unreachable_hub_is_an_environment_error_that_names_the_cache(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", HubWithoutNetwork)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "the-cache")
     with pytest.raises(EnvironmentFault) as error:
@@ -493,7 +493,7 @@ def test_offline_a_hub_name_that_is_not_cached_is_refused_at_once(monkeypatch, t
         read("org/poems")
 
 
-def test_what_the_hub_does_not_have_is_a_data_error(monkeypatch):
+def test_a_missing_hub_dataset_is_a_data_error(monkeypatch):
     def load(*_, **__):
         raise ValueError("Unknown split 'dev'")
 
@@ -523,7 +523,7 @@ def test_a_hub_dataset_is_read_with_its_split_configuration_and_revision(monkeyp
     assert (report.files, report.records) == (["org/poems"], 2)
 
 
-def test_a_quote_in_a_tsv_is_a_letter():
+def test_quotes_in_a_tsv_are_text():
     content = '1\t"He left early.\tHe left.\n0\tShe said no"\tIt rained.\n1\tAll well\tAll good\n'
     records, report = read(write("a.tsv", "label\ta\tb\n" + content))
 
@@ -531,7 +531,7 @@ def test_a_quote_in_a_tsv_is_a_letter():
     assert report.notes == []
 
 
-def test_quoting_chooses_the_other_convention_and_is_advised():
+def test_quoting_overrides_the_default_and_is_suggested():
     records, report = read(write("a.tsv", 'a\tb\n1\t"He said ""no"""\n'))
     assert records == [{"a": "1", "b": '"He said ""no"""'}]
     assert report.notes == [
@@ -547,7 +547,7 @@ def test_quoting_chooses_the_other_convention_and_is_advised():
 
 
 @pytest.mark.parametrize("mark", ["sep=;\n", "\ufeffsep=;\r\n", '"sep=;"\n', "SEP=;\n"])
-def test_the_line_in_which_excel_names_the_separator_is_honoured(mark):
+def test_the_delimiter_line_of_excel_is_supported(mark):
     assert read(write("a.csv", mark + 'a;b\n1,5;"x;y"\n'))[0] == [{"a": "1,5", "b": "x;y"}]
     assert refusal(write("a.csv", mark + "a;b\n1\n")).startswith("a.csv:3: expected 2 cells")
 
@@ -562,17 +562,17 @@ def test_the_line_in_which_excel_names_the_separator_is_honoured(mark):
         ("a.csv", "a,b\r1,2\r", "not a valid table: new-line character seen in unquoted field"),
     ],
 )  # fmt: skip
-def test_a_table_that_was_written_in_another_way_names_the_cause(name, content, message):
+def test_a_table_with_the_wrong_delimiter_is_reported(name, content, message):
     assert refusal(write(name, content)).startswith(f"{name}:1: {message}")
 
 
-def test_a_named_index_of_pandas_is_noted():
+def test_a_pandas_index_column_is_noted():
     records, report = read(write("a.csv", "Unnamed: 0,text\n0,x\n"))
     assert records == [{"Unnamed: 0": "0", "text": "x"}]
     assert report.notes == ["a.csv: column 'Unnamed: 0' is a pandas index; to_csv(..., index=False) omits it"]
 
 
-def test_lines_that_end_in_a_carriage_return_alone_are_told_or_read():
+def test_carriage_return_line_ends_are_reported_or_read():
     fix = "its lines end in a carriage return only: tr '\\r' '\\n' < FILE > NEW_FILE"
 
     assert refusal(write("a.jsonl", '{"a": 1}\r{"a": 2}\r')).endswith(fix)
@@ -615,7 +615,7 @@ OTHER_KINDS = {
 
 
 @pytest.mark.parametrize("kind", OTHER_KINDS)
-def test_the_first_bytes_tell_what_a_file_is_under_another_name(kind):
+def test_a_file_with_a_wrong_name_is_detected_by_its_first_bytes(kind):
     content, fix = OTHER_KINDS[kind]
 
     assert refusal(write("a.jsonl", content)) == f"a.jsonl: {kind}, not .jsonl; fix: {fix}"
@@ -628,18 +628,18 @@ def test_the_first_bytes_tell_what_a_file_is_under_another_name(kind):
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt", "a.parquet", "a"])
-def test_text_with_the_byte_order_mark_of_another_encoding_is_told(name, encoding):
+def test_text_in_another_encoding_is_detected_by_its_byte_order_mark(name, encoding):
     message = f"{name}: {encoding.upper()} text, not UTF-8; fix: iconv -f {encoding.upper()} -t UTF-8"
     assert refusal(write(name, "text\n".encode(encoding))) == message
 
 
-def test_a_file_that_was_decompressed_under_its_name_is_told():
+def test_an_uncompressed_file_with_a_compression_suffix_is_detected():
     message = "a.jsonl.gz: not compressed despite its suffix .gz; fix: remove .gz"
     assert refusal(write("a.jsonl.gz", LINES)) == message
 
 
 @pytest.mark.parametrize("url", ["memory://d", "memory://d/", "memory://d/*"])
-def test_files_elsewhere_are_read_by_their_urls(url):
+def test_remote_files_are_read_by_url(url):
     fs = fsspec.filesystem("memory")
     fs.store.clear()
     for name, content in CONTENTS.items():
@@ -659,13 +659,13 @@ def test_files_elsewhere_are_read_by_their_urls(url):
         read("nowhere://a.jsonl")
 
 
-def test_a_url_whose_package_is_not_installed_says_what_to_install(monkeypatch):
+def test_a_url_without_its_package_suggests_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "adlfs", None)
     with pytest.raises(EnvironmentFault, match=r"^abfs://b/a.jsonl: .*; fix: pip install adlfs$"):
         read("abfs://b/a.jsonl")
 
 
-def test_a_service_that_cannot_be_reached_is_a_fault_of_the_environment(monkeypatch):
+def test_an_unreachable_service_is_an_environment_error(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("Unable to locate credentials\nmore")
 
