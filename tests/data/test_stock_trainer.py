@@ -1,4 +1,4 @@
-"""The datasets and collators under a plain transformers.Trainer, and the loss by hand."""
+"""The datasets and collators with a stock transformers.Trainer, and the loss computed by hand."""
 
 import math
 from pathlib import Path
@@ -51,7 +51,7 @@ def losses(trainer: Trainer) -> list[float]:
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "llama"])
 def test_the_loss_of_a_batch_is_the_cross_entropy_of_its_targets(kind):
-    """Each label t+1 against the logits t, over the target tokens of all rows, by hand."""
+    """Computes the loss by hand: logits t against labels t+1, over the target tokens of all rows."""
     dataset = SFTDataset(EXAMPLES, byte_tokenizer())
     batch = DataCollatorForCausalLM(pad_token_id=257)([dataset[0], dataset[2]])
     model = tiny_model(kind)
@@ -86,7 +86,7 @@ def test_a_stock_trainer_trains_on_an_sft_dataset_with_the_expected_first_loss(t
 
 
 def test_a_stock_trainer_has_equal_losses_with_packed_rows(tmp_path):
-    """One packed row holds the two rows of the batch: the same losses, if the documents are kept apart."""
+    """A packed row contains both rows of the batch: the losses are equal if documents are isolated."""
     dataset = SFTDataset(EXAMPLES[:2], byte_tokenizer())
     packed = PackedDataset(dataset, max_length=64)
     options = {"remove_unused_columns": False}  # else the Trainer drops cu_seq_lens_*
@@ -99,7 +99,7 @@ def test_a_stock_trainer_has_equal_losses_with_packed_rows(tmp_path):
 
 
 def test_a_stock_trainer_counts_targets_like_labels(tmp_path):
-    """The rows have 6, 5, 26 and 4 targets, so the two micro-batches of a step never weigh the same."""
+    """The rows have 6, 5, 26 and 4 targets, so the two micro-batches of a step never have equal weight."""
     dataset = SFTDataset(EXAMPLES, byte_tokenizer())
     options = {"remove_unused_columns": False, "gradient_accumulation_steps": 2}
 

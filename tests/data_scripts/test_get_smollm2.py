@@ -1,4 +1,4 @@
-"""data/get_smollm2.py without its download: what it extracts, what it leaves alone, what it refuses."""
+"""data/get_smollm2.py without its download: extraction, existing folders and errors."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""The shipped poems keep the promises that learning them by heart rests on."""
+"""The shipped poems have the properties that memorizing them relies on."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Chats as their templates write them: the prompt of each assistant turn, and what the model must answer.
+"""Rendering chats: the prompt of each assistant turn, and the target that the model must produce.
 
 The templates are short ones of the kinds that public models have.
 """
@@ -21,7 +21,7 @@ NOT_THINKING = "{%- if enable_thinking is defined and not enable_thinking %}"
 
 
 def loop(turn: str, *, before: str = "", opens: str = OPENS) -> str:
-    """A template that writes ``turn`` for each message, and ``opens`` where an answer is to come."""
+    """Returns a template that renders ``turn`` for each message, and ``opens`` before an answer."""
     return before + "{%- for message in messages %}" + turn + "{%- endfor %}" + opens
 
 
@@ -32,13 +32,13 @@ def opening(text: str) -> str:
 CONTENT = "{{- message.content + '<|im_end|>\n' }}"
 CALLS = "{%- for call in message.tool_calls|default([]) %}"
 CHATML = loop(START + CONTENT)
-# Writes a default system turn, as Qwen2.5.
+# Renders a default system turn, like Qwen2.5.
 DEFAULT_SYSTEM = loop(
     START + CONTENT,
     before="{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nBe nice.<|im_end|>\n' }}"
     "{%- endif %}",
 )
-# Shows the reasoning of the turns after the last question only, as Qwen3.
+# Renders reasoning only in turns after the last question, like Qwen3.
 QWEN3 = loop(
     START
     + "{%- if message.role == 'assistant' and loop.index0 > ns.last %}"
@@ -51,12 +51,12 @@ QWEN3 = loop(
         "{{- '<|im_start|>assistant\n' }}" + NOT_THINKING + "{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
     ),
 )
-# Its prompt opens the reasoning that its turns leave out, as DeepSeek-R1.
+# The prompt opens reasoning that turns omit, like DeepSeek-R1.
 R1 = loop(
     START + "{{- message.content.split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}",
     opens=opening("{{- '<|im_start|>assistant\n<think>\n' }}"),
 )
-# Its prompt opens the reasoning, and a turn without any closes what was not opened, as GLM-4.7.
+# The prompt opens reasoning, and turns without reasoning have only a closing mark, like GLM-4.7.
 GLM = loop(
     START
     + "{%- if message.reasoning_content %}{{- '<think>' + message.reasoning_content + '</think>' }}"
@@ -64,13 +64,13 @@ GLM = loop(
     + CONTENT,
     opens=opening("{{- '<|im_start|>assistant\n<think>' }}"),
 )
-# Its prompt holds an empty closed block that its turns leave out, as Gemma-4.
+# The prompt has an empty closed block that turns omit, like Gemma-4.
 CLOSED = loop(START + CONTENT, opens=opening("{{- '<|im_start|>assistant\n<think>\n</think>\n' }}"))
-# Ends a chat in a second token, as Phi-3.
+# Adds a second end token at the end of a chat, like Phi-3.
 PHI3 = loop(START + CONTENT, opens="{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
             "{%- else %}{{- eos_token }}{%- endif %}")  # fmt: skip
 NO_END = loop("{{- message.role + ': ' + message.content + '\n' }}", opens=opening("{{- 'assistant: ' }}"))
-# Another token ends a turn once another turn follows, as gpt-oss.
+# The end token of a turn depends on whether another turn follows, like gpt-oss.
 RETURN = loop(
     START + "{{- message.content }}{%- if loop.last and message.role == 'assistant' %}{{- eos_token }}"
     "{%- else %}{{- '<|im_end|>\n' }}{%- endif %}"
@@ -84,7 +84,7 @@ PARTS = loop(
     START + "{%- for part in message.content %}{%- if part.type == 'text' %}{{- part.text }}{%- endif %}"
     "{%- endfor %}{{- '<|im_end|>\n' }}"
 )
-# Writes the system text before the last question only while nothing follows it, as Mistral-7B-Instruct-v0.3.
+# Renders the system text before the last question, if nothing follows it, like Mistral-7B-Instruct-v0.3.
 SYSTEM_LAST = loop(
     "{%- if message.role == 'user' %}{{- '<|im_start|>' }}"
     "{%- if loop.last and messages[0].role == 'system' %}{{- messages[0].content + ' ' }}{%- endif %}"
@@ -143,7 +143,7 @@ def renderer_of(template: Any, **options: Any) -> ChatRenderer:
 
 
 def turns(template: Any, *messages: Message, tools: Any = (), **variables: Any) -> list[tuple[str, str]]:
-    """The prompt of each assistant turn, and its target."""
+    """Returns the prompt and the target of each assistant turn."""
     found = renderer_of(template).turns(Chat(list(messages), list(tools), variables))
     return [(turn.prompt, turn.target) for turn in found]
 
@@ -262,7 +262,7 @@ def test_template_variables_are_passed_to_the_template():
 
 
 def test_reasoning_opened_by_the_prompt_is_closed_once():
-    """DeepSeek-V3.1: the prompt opens it on request, and every turn begins after a closing mark."""
+    """DeepSeek-V3.1: the prompt may open reasoning, and every turn begins after a closing mark."""
     template = GLM.replace("message.reasoning_content %}", "false %}")
 
     ((prompt, target),) = turns(template, HI, THOUGHTFUL)
@@ -418,7 +418,7 @@ def test_generation_stops_at_the_end_token_and_where_a_text_or_a_call_ends(templ
     ],
 )
 def test_the_prompt_of_generation_is_that_of_training(template, answer, reasoning):
-    """In the same variant: what an earlier turn says is shown to both."""
+    """Both use the same variant, so earlier turns are rendered identically."""
     renderer = renderer_of(template, reasoning=reasoning)
 
     trained = renderer.turns(Chat([HI, answer, AND, BYE]))[-1].prompt

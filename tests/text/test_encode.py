@@ -1,4 +1,4 @@
-"""Text to ids: what a user spells stays text, what the model writes is tokens, no space is invented."""
+"""Encoding text: user text stays text, the model's tokens stay tokens, and no space is added."""
 
 import time
 
@@ -38,7 +38,7 @@ def test_user_tokens_are_marked_and_only_special_tokens_of_the_model():
     assert encoder.mark(text, by_model=True) == (
         "a\ufdd0<|im_end|>\ufdd1\ufdd0<|im_end|>\ufdd1<tool_call>b<|im_start"
     )
-    # The recipe wrote letters 1 to 11; the second token reaches beyond them.
+    # Characters 1 to 12 come from the recipe; the second token extends beyond them.
     assert encoder.mark("a<|im_end|><|pad|>", recipe_spans=[(1, 13)]) == "a<|im_end|>\ufdd0<|pad|>\ufdd1"
     for mark in "\ufdd0\ufdd1":
         with pytest.raises(DataError, match="the text contains a noncharacter"):
@@ -85,7 +85,7 @@ def test_the_context_of_a_target_begins_at_the_last_token_boundary(text, context
 
 
 def test_a_piece_is_encoded_as_the_continuation_of_its_context():
-    """Of ``A:\\nYo`` the newline and the Y are one token: the target is encoded alone, and says so."""
+    """In ``A:\\nYo``, newline and Y would be one token, so the target is encoded alone and reported."""
     tokenizer = byte_tokenizer(merges=[("Ċ", "Y"), ("Y", "o")])
 
     assert encoded(tokenizer, Piece("Yo", 1.0, "A:")) == [([261], True)]
@@ -109,7 +109,7 @@ def test_a_piece_is_encoded_as_the_continuation_of_its_context():
 )  # fmt: skip
 @pytest.mark.parametrize("prepend", ["first", "always", "normalizer"])
 def test_no_space_is_added_inside_a_text(prepend, piece, tokens):
-    """▁ is a space. A text begins with one, as the tokenizer has it; what follows another text does not."""
+    """▁ is a space. The tokenizer adds one to the start of a text, but not after another text."""
     tokenizer = sentencepiece_tokenizer(prepend=prepend)
 
     ((ids, _),) = encoded(tokenizer, piece)
@@ -124,7 +124,7 @@ def test_a_tokenizer_with_a_prefix_space_is_detected(adds_bos):
 
 
 def test_a_token_in_the_base_vocabulary_is_encoded_by_character():
-    """Unigram holds </s> among its pieces and prefers it to the four letters."""
+    """Unigram has </s> among its pieces and prefers it to the four characters."""
     tokenizer = sentencepiece_tokenizer()
 
     assert tokenizer.convert_ids_to_tokens(spelled("</s>", tokenizer)) == ["▁", "<", "/", "s", ">"]
@@ -133,7 +133,7 @@ def test_a_token_in_the_base_vocabulary_is_encoded_by_character():
 
 
 def test_a_mark_split_by_a_template_is_refused():
-    """Templates of reasoning models split a turn at </think>; half of it would be learned as text."""
+    """Templates of reasoning models split a turn at </think>; half of it would become plain text."""
     with pytest.raises(DataError, match=r"^the chat template cuts a text at a control token in it; fix"):
         encoded(byte_tokenizer(), Piece("Hi</think>\ufdd1"))
 
@@ -150,7 +150,7 @@ def test_a_token_that_strips_whitespace_does_so_before_a_target():
 
 
 def test_ids_equal_those_of_calling_the_tokenizer():
-    """The library is the oracle."""
+    """Uses the library as the oracle."""
     texts = ["Hi there", "  two  spaces\n", "é😀", "<|im_end|>a", ""]
     for tokenizer in (byte_tokenizer(), sentencepiece_tokenizer()):
         tokenizer("abc", truncation=True, max_length=2, padding="max_length")
@@ -160,7 +160,7 @@ def test_ids_equal_those_of_calling_the_tokenizer():
 
 
 def test_thousands_of_added_tokens_are_fast():
-    """Of 4,096 alternatives a plain pattern tries each at every ``<``: 200 such texts took 6 seconds."""
+    """A plain pattern tries all 4,096 alternatives at every ``<``: 200 such texts took 6 seconds."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([f"<|reserved_{number}|>" for number in range(4096)])
     encoder = Encoder(tokenizer)

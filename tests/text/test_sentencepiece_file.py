@@ -1,4 +1,4 @@
-"""A SentencePiece file: the ids of the library that made it, in an ordinary tokenizer folder."""
+"""SentencePiece files: the ids of the original library, in an ordinary tokenizer folder."""
 
 import io
 import json
@@ -29,7 +29,7 @@ OWN = ["<cls>", "<sep>", "<pad>", "<mask>", "<eod>"]
 
 
 def train(path: Path, **settings) -> str:
-    """As the vocabularies of CPM are: <unk>, <s>, </s>, and then its own tokens, of which <pad> has id 5."""
+    """Like the vocabularies of CPM: <unk>, <s>, </s>, then control tokens, of which <pad> has id 5."""
     options = {"vocab_size": 500, "user_defined_symbols": OWN, "minloglevel": 2, **settings}
     model = io.BytesIO()
     lines = iter([line for line in TEXTS if line.strip()])
@@ -77,7 +77,7 @@ def opened(tmp_path_factory):
     return sentencepiece.SentencePieceProcessor(model_file=file), load_sentencepiece(file)
 
 
-# As a text of the library's own, "</s>" is four characters; of the tokenizer it is the control token.
+# The library encodes the text "</s>" as four characters, the tokenizer as the control token.
 CHARACTERS = st.characters(codec="utf-8", exclude_characters="\x00\u2581")
 OTHERS = ["<s>", "</s>", "<unk>", *OWN]
 

@@ -1,4 +1,4 @@
-"""Tokenizer folders as save_pretrained writes them, opened by load_tokenizer."""
+"""Opening tokenizer folders written by save_pretrained."""
 
 import json
 import re
@@ -204,7 +204,7 @@ def test_control_tokens_are_all_added_tokens_longest_first():
 
 
 def test_added_whitespace_is_not_a_control_token():
-    """GPT-NeoX and Phi keep runs of spaces as added tokens; an indentation is text."""
+    """GPT-NeoX and Phi have added tokens for runs of spaces, but indentation is ordinary text."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken("    "), AddedToken("\n\n")])
 

@@ -1,4 +1,4 @@
-"""Batches in literals."""
+"""Batches compared with literals."""
 
 from typing import Any
 
@@ -75,7 +75,7 @@ def test_an_unpacked_example_is_one_document():
 
 
 def test_the_first_label_of_each_document_is_masked():
-    """It would be learned from the document before."""
+    """It would otherwise be predicted from the previous document."""
     batch = DataCollatorForPackedCausalLM()(
         [{**PACKED, "labels": [1, 2, 3, 4, 5]}, {"input_ids": [6, 7], "labels": [6, 7]}]
     )
@@ -152,7 +152,7 @@ def test_targets_are_the_positions_before_labels():
 
 
 def test_a_batch_without_labels_keeps_one_position():
-    """Fillers: without any position a model could not compute a loss."""
+    """A batch of fillers: without any position, a model could not compute a loss."""
     batch = DataCollatorForPackedCausalLM(with_targets=True)([{"input_ids": [4], "labels": [X]}] * 2)
     loss = tiny_model()(**batch, use_cache=False, num_items_in_batch=1).loss
 
@@ -250,6 +250,6 @@ def test_a_batch_that_does_not_fit_a_static_shape_is_refused(rows, message):
 
 
 def test_the_padding_collator_refuses_packed_rows():
-    """It writes no positions, so the documents of a row would read each other."""
+    """It sets no positions, so the documents of a row would attend to each other."""
     with pytest.raises(ValueError, match="packed rows need DataCollatorForPackedCausalLM"):
         DataCollatorForCausalLM(PAD)([PACKED])

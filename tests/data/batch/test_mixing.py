@@ -1,4 +1,4 @@
-"""Sources that share an epoch: how much of each, which rows, and that the seed alone decides."""
+"""Mixing sources: how much of each source, and which rows, depending on the seed alone."""
 
 import json
 import math
@@ -96,7 +96,7 @@ def test_shares_of_rows_are_rounded_without_changing_their_sum(amounts, whole):
     ("amount", "rows"), [(0, 0), (2, 0), (3, 1), (5, 1), (7, 1), (8, 2), (10, 2), (11, 3), (99, 3)]
 )
 def test_rows_are_drawn_up_to_the_closest_amount(amount, rows):
-    """Rows of 5, 5 and 1 tokens: none is 0, one is 5, two are 10, three are 11. 7.5 would be a tie."""
+    """Rows of 5, 5 and 1 tokens add up to 0, 5, 10 or 11. An amount of 7.5 is a tie."""
     assert nearest(np.array([5, 10, 11]), Fraction(amount)) == rows
 
 
@@ -108,7 +108,7 @@ def test_a_tie_draws_fewer_rows():
 
 
 def test_every_row_is_drawn_before_any_row_repeats():
-    """14 of 4 rows are three passes and half of a fourth."""
+    """14 draws from 4 rows are three passes and half of a fourth."""
     rows = draw_in_passes(np.ones(4, dtype=np.int64), 14, seed=SEED, source=0)
 
     assert sorted(Counter(rows.tolist()).values()) == [3, 3, 4, 4]
@@ -126,7 +126,7 @@ def test_each_pass_and_source_has_a_different_order():
 
 
 def test_rows_may_repeat_early_with_replacement():
-    """Of 1,000 independent draws from 1,000 rows, 368 rows (1 in e) are expected not to come: 368 +- 10."""
+    """In 1,000 independent draws from 1,000 rows, 368 +- 10 rows (1 in e) are expected to be missing."""
     rows = draw_anew(np.ones(1000, dtype=np.int64), 1000, seed=SEED, source=0)
 
     assert len(rows) == 1000
@@ -172,7 +172,7 @@ def test_the_default_epoch_has_the_size_of_all_sources(totals, data):
 
 
 def tokenized(lengths: list[int], sources: list[int]) -> TokenizedRows:
-    """Rows of so many tokens, all but the first of each learned."""
+    """Returns rows of these lengths with labels for all tokens but the first."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     labels = np.arange(offsets[-1], dtype=np.int32)
     labels[offsets[:-1]] = -1
@@ -180,7 +180,7 @@ def tokenized(lengths: list[int], sources: list[int]) -> TokenizedRows:
 
 
 def counts_of(rows: TokenizedRows) -> RecordCounts:
-    """Of each example of the rows."""
+    """Returns the counts of each example of the rows."""
     size = int(rows.sources.max()) + 1
     learned = [int((rows.labels[a:b] >= 0).sum()) for a, b in pairwise(rows.offsets.tolist())]
     counts = (np.bincount(rows.sources, weights, size) for weights in (None, rows.lengths, learned))
@@ -188,7 +188,7 @@ def counts_of(rows: TokenizedRows) -> RecordCounts:
 
 
 def test_all_rows_of_a_split_example_are_drawn_together():
-    """Example 0 became rows 0 and 1, 1 was dropped, 2 is row 2; the second source has rows 3 and 4."""
+    """Example 0 is rows 0 and 1, example 1 was dropped, 2 is row 2; the second source has rows 3 and 4."""
     rows = tokenized([4, 4, 3, 5, 5], [0, 0, 2, 3, 4])
     options = MixOptions(epochs=[3, 0.5])
 
@@ -207,7 +207,7 @@ def test_all_rows_of_a_split_example_are_drawn_together():
 
 @pytest.mark.parametrize(("by", "drawn"), [("tokens", [15, 30]), ("target_tokens", [12, 24])])
 def test_shares_of_tokens_are_met_with_complete_rows(by, drawn):
-    """Sources of 2 and 6 rows of 5 tokens, 4 of them learned: 1 to 2 is 3 rows to 6."""
+    """Sources of 2 and 6 rows of 5 tokens with 4 labels; weights 1 and 2 give 3 and 6 rows."""
     rows = tokenized([5] * 8, list(range(8)))
     options = MixOptions(by=by, weights=[1, 2], size=sum(drawn))
 
@@ -219,14 +219,14 @@ def test_shares_of_tokens_are_met_with_complete_rows(by, drawn):
 
 # --- from a recipe to rows
 
-# "a" and N letters and the end token: N + 3 tokens, of which N + 1 are learned.
+# "a", N letters and the end token: N + 3 tokens with N + 1 labels.
 SHORT = [{"instruct": "a\n", "input": "", "label": "x" * n} for n in (1, 2, 3, 4)]
 PATHS = ["a.jsonl", "b.jsonl"]
 LONG = [{"instruct": "b\n", "input": "", "label": "y" * n} for n in (10, 11, 12)]
 
 
 def build_recipe(folder: Path, *sources: dict[str, Any], **data: Any) -> Recipe:
-    """Two sources of 4 and 3 rows."""
+    """Writes two sources of 4 and 3 rows."""
     write_jsonl(folder / "a.jsonl", SHORT)
     write_jsonl(folder / "b.jsonl", LONG)
     given = [{"path": path, **more} for path, more in zip(PATHS, sources or ({}, {}), strict=True)]
@@ -270,7 +270,7 @@ def build(recipe: Recipe) -> Split:
 
 
 def letters(split: Split) -> Counter[str]:
-    """How often the rows that are trained on hold each letter."""
+    """Returns how often each letter occurs in the training rows."""
     rows = [split.dataset[number]["input_ids"] for number in range(len(split.dataset))]
     return Counter(chr(letter) for row in rows for letter in row if letter < 128)
 
@@ -291,7 +291,7 @@ def test_the_example_of_the_readme(tmp_path):
     "packing", [{"packing": "none"}, {"packing": "best_fit"}, {"packing": "none", "tokens_per_batch": 48}]
 )
 def test_the_rows_contain_what_was_drawn(tmp_path, packing):
-    """3 passes of a, whose labels are 10 letters, and 2 of b, whose labels are 33."""
+    """3 passes over a, whose labels are 10 letters, and 2 over b, whose labels are 33."""
     split = build(build_recipe(tmp_path, {"epochs": 3}, {"epochs": 2}, **packing))
 
     assert letters(split) == {"x": 30, "y": 66, "a": 12, "b": 6, "\n": 18}
@@ -309,7 +309,7 @@ def test_a_stream_contains_what_was_drawn(tmp_path):
 
 
 def test_packed_rows_without_a_drawn_row_are_detected(tmp_path):
-    """The packer is told that the first row was drawn once more than it was."""
+    """The packer receives the first row once more than it was drawn."""
     split = build(build_recipe(tmp_path, {"epochs": 3}, {"epochs": 2}, packing="best_fit"))
     assert split.mix is not None
     assert prove_mix(split) == ["mixed     the packed rows contain each label as often as its row was drawn"]
@@ -321,7 +321,7 @@ def test_packed_rows_without_a_drawn_row_are_detected(tmp_path):
 
 
 def test_packed_rows_with_a_wrong_row_are_detected(tmp_path):
-    """Two rows of equal labels are exchanged: the sum is the same."""
+    """Two rows with equal label counts are exchanged, so the sums are equal."""
     write_jsonl(tmp_path / "same.jsonl", [SHORT[0], SHORT[0]])
     recipe = build_recipe(tmp_path, {"epochs": 1}, {"epochs": 2}, packing="best_fit")
     same = recipe.data.train[0].model_copy(update={"path": "same.jsonl"})
@@ -336,7 +336,7 @@ def test_packed_rows_with_a_wrong_row_are_detected(tmp_path):
 
 
 def test_the_loss_of_guessing_weights_labels_by_their_draws(tmp_path):
-    """x: 30 labels, y: 66, the end token: 18, of 114."""
+    """Of 114 labels, 30 are x, 66 are y and 18 are the end token."""
     split = build(build_recipe(tmp_path, {"epochs": 3}, {"epochs": 2}))
 
     shares = [30 / 114, 66 / 114, 18 / 114]
@@ -381,7 +381,7 @@ def test_held_out_rows_are_never_drawn(tmp_path):
     assert splits["train"].mix and splits["train"].mix.times.tolist() == [3, 3, 3, 3, 3]
 
 
-# --- kept once, whatever the weights
+# --- cached once, whatever the weights
 
 
 def test_changing_weights_does_not_tokenize_again(tmp_path, monkeypatch):
@@ -417,7 +417,7 @@ def test_cached_and_fresh_data_give_the_same_epoch(tmp_path):
     assert rows[0] == rows[1] == rows[2]
 
 
-# --- what a run says
+# --- what a run reports
 
 
 def test_a_run_reports_requested_and_actual_shares(tmp_path, capsys):

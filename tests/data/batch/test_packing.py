@@ -1,4 +1,4 @@
-"""Rows of one length: whole examples by best fit, or one stream that is cut."""
+"""Packing into rows of one length: complete examples by best fit, or a stream that is cut."""
 
 from collections import Counter
 from typing import Any
@@ -28,7 +28,7 @@ def to_lists(row: Any) -> dict[str, list[int]]:
 
 
 def textbook_best_fit(lengths: list[int], max_length: int) -> list[int]:
-    """The tokens of each row: one example at a time, longest first, each row looked at."""
+    """Returns the size of each row; places one example at a time, longest first, comparing all rows."""
     rows: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [number for number, size in enumerate(rows) if size + length <= max_length]
@@ -40,7 +40,7 @@ def textbook_best_fit(lengths: list[int], max_length: int) -> list[int]:
 
 
 def stream_token_by_token(lengths: list[int], max_length: int) -> list[list[RowPiece]]:
-    """One document at a time, row by row."""
+    """Packs one document at a time, row by row."""
     rows: list[list[RowPiece]] = [[]]
     room = max_length
     for number, length in enumerate(lengths):
@@ -91,7 +91,7 @@ def test_best_fit_equals_the_textbook_algorithm_and_packs_each_example_once(leng
 
 
 def test_many_equal_rows_are_filled_as_in_the_textbook():
-    """Log-normal lengths, of which many are equal: whole groups of rows take whole groups of examples."""
+    """Log-normal lengths have many equal values, so groups of rows receive groups of examples."""
     lengths = np.random.default_rng(0).lognormal(np.log(12), 1.0, 3000).clip(1, 64).astype(int).tolist()
 
     pieces = best_fit_rows(lengths, 64)
@@ -219,7 +219,7 @@ def test_packed_rows_are_indexed_like_a_list():
 
 
 def test_earlier_packings_are_read_from_memory_maps(tmp_path):
-    """Arrays that cannot be written to: what is read is a copy, so masking it changes no document."""
+    """The arrays are read-only: rows are copies, so masking them changes no document."""
     dataset = PretrainDataset(DOCUMENTS, TOKENIZER)
     before = PackedDataset(dataset, max_length=8, packing="stream")
     arrays = {"examples": before.pieces.examples, "starts": before.pieces.starts}

@@ -29,7 +29,7 @@ def test_even_rows_pads_with_unlabelled_rows(multiple, length):
 
 
 def test_a_batch_of_fillers_has_one_token_documents_and_one_position():
-    """What the last processes get where the packed rows do not divide."""
+    """The batch of the last processes if the packed rows do not divide evenly."""
     packed = PackedDataset(SFTDataset([document("ab"), document("c")], TOKENIZER), max_length=8)
     rows = list(EvenRows(packed, 3))
 

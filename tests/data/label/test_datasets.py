@@ -1,4 +1,4 @@
-"""Datasets over a few rows: what is kept of each, in literals; a byte is its own id."""
+"""Datasets of a few rows, compared with literals; a byte is its own id."""
 
 import gc
 from dataclasses import replace
@@ -97,7 +97,7 @@ def test_plain_records_become_turns_if_there_is_a_chat_template():
 
 
 def test_a_datasets_table_gives_the_rows_of_its_records():
-    """It fills in every key of a nested column with null."""
+    """Tables fill in missing keys of nested columns with null."""
     records: list[Any] = [
         {
             "messages": [
@@ -122,7 +122,7 @@ def test_a_datasets_table_gives_the_rows_of_its_records():
 
 @pytest.mark.parametrize("column", ["labels", "completion_mask", "assistant_masks"])
 def test_a_mask_in_only_some_rows_is_refused(column):
-    """Else the prompts of the other rows are learned."""
+    """Otherwise the prompts of the other rows would be targets."""
     with pytest.raises(DataError) as error:
         SFTDataset([{"input_ids": [1, 1], column: [1, 1]}, {"input_ids": [1, 1]}], TOKENIZER)
 
@@ -311,7 +311,7 @@ def test_example_numbers_continue_after_the_first_batch():
     assert error.value.row == 1500
 
 
-def test_rendered_looking_texts_are_judged_in_full_batches_only():
+def test_a_single_text_that_looks_rendered_is_accepted_in_any_batch():
     looks = document("<|im_start|> and <|im_end|> are marks.")
 
     assert len(SFTDataset([looks, *[document("a")] * 1000], TOKENIZER)) == 1001

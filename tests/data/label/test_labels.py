@@ -1,4 +1,4 @@
-"""Pieces as ids and labels, in literals: a byte is its own id, X is a position without a label."""
+"""Ids and labels of pieces as literals: a byte is its own id, X is a position without a label."""
 
 import io
 from typing import Any
@@ -58,7 +58,7 @@ def tokenized(example: Any, tokenizer: Any = TOKENIZER, **options: Any) -> Token
 
 
 def asked(tokenizer: Any, messages: list[Message]) -> Any:
-    """The library is the oracle: the ids that transformers gives generation."""
+    """Uses transformers as the oracle: returns the ids of the generation prompt."""
     return tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=False
     )
@@ -100,7 +100,7 @@ def test_an_end_or_pad_id_inside_a_target_keeps_its_label(token):
 
 
 def test_the_ids_of_a_chat_equal_those_of_transformers():
-    """The library is the oracle: it tokenizes the rendered text at once. No model writes the last newline."""
+    """Uses transformers as the oracle, on the rendered text without the last newline."""
     messages: list[Message] = [
         {"role": "system", "content": "Be nice."},
         {"role": "user", "content": "Grüße"},
@@ -115,7 +115,7 @@ def test_the_ids_of_a_chat_equal_those_of_transformers():
 
 
 def test_prompt_and_target_are_tokenized_separately():
-    """As one string the two newlines are one token, which would be half prompt and half target."""
+    """In one string, the two newlines would be one token, half prompt and half target."""
     tokenizer = byte_tokenizer(merges=[("Ċ", "Ċ")])
     assert tokenizer("Q\n\nA")["input_ids"] == [81, 260, 65]
 
@@ -128,7 +128,7 @@ def test_prompt_and_target_are_tokenized_separately():
 
 
 def test_turns_that_merge_across_their_boundary_become_separate_rows():
-    """``A:`` and ``\\nYo`` are other ids within a longer prompt, as ``:\\n`` is one token."""
+    """``A:`` and ``\\nYo`` have other ids inside a longer prompt, since ``:\\n`` is one token."""
     tokenizer = byte_tokenizer(merges=[(":", "Ċ")])
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message.role[0] + ':' + message.content }}"
@@ -188,7 +188,7 @@ def test_labels_have_the_weight_of_their_turn():
     ],
 )  # fmt: skip
 def test_no_space_is_added_between_prompt_and_target(prepend, prompt, completion, tokens):
-    """▁ is a space. A text begins with one, as the tokenizer has it; what follows a prompt does not."""
+    """▁ is a space. The tokenizer adds one to the start of a text, but not after a prompt."""
     tokenizer = sentencepiece_tokenizer(prepend=prepend, adds_bos=True)
 
     ids = tokenized(prompted(prompt, completion), tokenizer)["input_ids"]
@@ -247,7 +247,7 @@ def test_the_ids_before_each_target_equal_the_generation_prompt(prepend, templat
 
 
 def test_a_chat_can_use_the_vocabulary_of_a_sentencepiece_file(tmp_path):
-    """As mistral-common ships them: the file knows no chats, its ``<s>`` and ``</s>`` are in the template."""
+    """Like the files of mistral-common: only the template uses the file's ``<s>`` and ``</s>``."""
     model = io.BytesIO()
     lines = iter(["ask 0 [INST] yes [/INST] no"] * 20)
     sentencepiece.SentencePieceTrainer.train(
@@ -288,7 +288,7 @@ def test_tokens_that_strip_whitespace_can_be_trained_on():
 
 
 def test_a_prefix_space_is_not_added_to_targets():
-    """ByteLevel with add_prefix_space, as RoBERTa's and some Llama 3 conversions: a space is id 32."""
+    """ByteLevel with add_prefix_space, as in RoBERTa and some Llama 3 conversions; a space is id 32."""
     plain = byte_tokenizer()
     backend = plain.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
@@ -309,7 +309,7 @@ def test_a_prefix_space_is_not_added_to_targets():
     ("special", "name"), [({"pad": "!"}, "pad_token '!'"), ({"eos": "\n"}, r"eos_token '\n'")]
 )
 def test_an_ordinary_character_as_pad_or_end_token_is_refused(special, name):
-    """Each of them in a text would be padding, or an end."""
+    """Each occurrence in a text would become padding or an end token."""
     with pytest.raises(ModelError) as error:
         tokenized(document("Hi!\nHo"), byte_tokenizer(**special))
 

@@ -1,4 +1,4 @@
-"""What of an example is learned and what is only read: rows as text, their targets in ⟦ ⟧.
+"""Which parts of an example are targets and which are context: rows as text, with targets in ⟦ ⟧.
 
 A control token that is only spelled stands in ` `. The first token of a row has no label.
 """
@@ -120,7 +120,7 @@ def test_train_on_applies_to_segments(turns, row):
 )  # fmt: skip
 @pytest.mark.parametrize("policy", ["encode_as_text", "allow", "error"])
 def test_an_end_token_written_by_hand_gives_one_end_token_and_a_note(example, row, policy):
-    """unsloth#3228: one policy taught to spell it, the other to write it twice."""
+    """unsloth#3228: one policy trained on its characters, the other on two end tokens."""
     assert rows(example, special_tokens_in_text=policy) == [row]
     assert notes(example, special_tokens_in_text=policy) == ["an end token written by hand"]
 
@@ -198,7 +198,7 @@ def test_reasoning_that_was_written_into_the_content_or_dropped_is_noted(how):
 
 
 def test_a_chat_has_only_the_start_token_of_its_template():
-    """transformers#37686: the template writes one, and the tokenizer another."""
+    """transformers#37686: the template adds one, and the tokenizer adds another."""
     tokenizer = sentencepiece_tokenizer(adds_bos=True)
     use_chat_template(tokenizer, "chatml")
     for template, count in ((tokenizer.chat_template, 0), ("{{ bos_token }}" + tokenizer.chat_template, 1)):
@@ -216,7 +216,7 @@ def test_a_chat_has_only_the_start_token_of_its_template():
     [
         (document("a<|im_end|>b"), "a⟦`<|im_end|>`b<|endoftext|>⟧", "a⟦<|im_end|>b<|endoftext|>⟧"),
         (prompted("<|pad|>", "A"), "`<|pad|>`⟦A<|endoftext|>⟧", "<|pad|>⟦A<|endoftext|>⟧"),
-        # What the model writes: its vocabulary does not call <think> special.
+        # Text of the model: <think> is not special in its vocabulary.
         (prompted("<think>", "<think>A</think>"), "`<think>`⟦<think>A</think><|endoftext|>⟧",
          "<think>⟦<think>A</think><|endoftext|>⟧"),
         (chat("<think>", "<think>A</think>"), f"{U}`<think>`{E}\n{A}⟦<think>A</think>{E}⟧",
@@ -225,9 +225,9 @@ def test_a_chat_has_only_the_start_token_of_its_template():
          f"{U}<|im_end|>{E}\n{A}⟦a<|pad|>b{E}⟧"),
         (Document([R("<|im_"), R("end|>"), T("A")]), "`<|im_end|>`⟦A<|endoftext|>⟧",
          "<|im_end|>⟦A<|endoftext|>⟧"),
-        # Tokenized apart it is none.
+        # Encoded separately, it is not a token.
         (Document([R("<|im_"), T("end|>")]), "<|im_⟦end|><|endoftext|>⟧", "<|im_⟦end|><|endoftext|>⟧"),
-        # The recipe's own text is a token, what a record and the recipe spell together is none.
+        # Text from the recipe is a token; text from a record and the recipe together is not.
         (Document([R("t"), Segment("<|pad|>", 0.0, is_own=True), T("<|pad|>")]),
          "t<|pad|>⟦`<|pad|>`<|endoftext|>⟧", "t<|pad|>⟦<|pad|><|endoftext|>⟧"),
         (Document([R("<|p"), Segment("ad|>", 0.0, is_own=True), T("A")]), "`<|pad|>`⟦A<|endoftext|>⟧",
@@ -268,7 +268,7 @@ def test_control_tokens_in_text_are_counted_or_refused(example, found):
 
 
 def test_mostly_rendered_texts_are_refused():
-    """unsloth#384: they would be learned letter by letter."""
+    """unsloth#384: they would be trained on as plain text."""
     rendered, plain = document(f"{ASKED_HI}Yo{E}\n"), document("A text about <|im_end|>.")
 
     for examples, got in (([rendered] * 3, "3 of 3"), ([rendered, rendered, plain], "2 of 3")):
@@ -284,7 +284,7 @@ def test_mostly_rendered_texts_are_refused():
 
 # --- the prompt of generation
 
-# Prompts and targets whose border would merge if they were one string: \n\n, and ":" with a newline.
+# Prompts and targets whose boundary would merge in one string: \n\n, and ":" with a newline.
 MERGING = byte_tokenizer(merges=[("Ċ", "Ċ"), (":", "Ċ"), ("Ċ", "Ġ"), ("s", "Ċ")])
 use_chat_template(MERGING, "chatml")
 
@@ -333,7 +333,7 @@ TOKENIZERS = {
 @given(prompt=CONTENT, completion=CONTENT)
 @settings(max_examples=60, deadline=None)
 def test_user_text_never_becomes_a_control_token_and_decodes_unchanged(name, prompt, completion):
-    """SentencePiece loses a first space, and an end token at the end is one: all have a letter there."""
+    """SentencePiece loses a leading space and parses an end token, so all texts have a letter there."""
     tokenizer, control = TOKENIZERS[name]
     prompt, completion = f"Q{prompt}", f"{completion}."
 

@@ -1,4 +1,4 @@
-"""One block: what is made of its records, and what is said of each of them."""
+"""One block: its rows and the ledger of its records."""
 
 import json
 import pickle
@@ -20,7 +20,7 @@ from hf_clm.errors import DataError
 from hf_clm.schema import Document, Segment
 from hf_clm.text.train_tokenizer import train_characters
 
-# "a\n" is read, N letters and the end token are learned: 4, 5, 6 tokens.
+# "a\n" is context; N letters and the end token are targets: 4, 5, 6 tokens.
 RECORDS = [{"instruct": "a\n", "input": "", "label": "x" * n} for n in (1, 2, 3)]
 
 
@@ -32,7 +32,7 @@ def _in_tmp_path(tmp_path, monkeypatch):
 def make(
     records: list[Any], *, tokenizer: Any = None, digests: Any = (), stage: str = "sft", **data: Any
 ) -> Block:
-    """The block of the records; one that is a str is a line as it is."""
+    """Returns the block of the records; a str is written to the file unchanged."""
     lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
     Path("a.jsonl").write_text("".join(f"{line}\n" for line in lines))
     recipe = recipe_of(["a.jsonl"], stage=stage, **{"packing": "none", **data})
@@ -150,7 +150,7 @@ def test_control_tokens_in_a_text_are_listed_with_its_record():
     assert block.ledger.column("spelled").to_pylist() == [None, ["<|pad|>", "<|im_end|>", "<|pad|>"]]
 
 
-def test_equal_records_have_equal_digests():
+def test_digests_compare_records_exactly_loosely_and_by_prompt():
     loose = {"instruct": "A\n", "input": "", "label": " X "}
     other = {**RECORDS[0], "label": "y"}
     block = make([RECORDS[0], loose, other, "{"], digests=["exact", "loose", "prompt"])
@@ -224,7 +224,7 @@ def test_the_options_of_a_blocks_source_apply():
 
 
 def test_a_maker_carries_custom_formats_to_other_machines(tmp_path, monkeypatch):
-    """There the module cannot be imported, and the maker was unpickled."""
+    """On the other machine, the maker is unpickled and the module cannot be imported."""
     (tmp_path / "brought_format.py").write_text(
         "from hf_clm.schema import Document, Segment\n"
         "def read(record):\n"

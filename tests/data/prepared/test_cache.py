@@ -1,4 +1,4 @@
-"""The key of a prepared set: the content of all that decides it, and nothing else."""
+"""The key of a prepared set depends on everything that affects its rows, and on nothing else."""
 
 import os
 import shutil
@@ -106,7 +106,7 @@ def test_the_type_and_the_order_of_files_belong_to_the_content():
     assert len(set(keys)) == 5
 
 
-# Another value of each key of a recipe's data, and what it needs beside it.
+# Another value of each key of a recipe's data, with the other keys that it requires.
 OTHERS: dict[str, dict[str, Any]] = {
     "eval_fraction": {"eval_fraction": 0.4},
     "max_length": {"max_length": 17},
@@ -233,7 +233,7 @@ def test_a_tokenizer_that_was_used_has_the_key_of_a_fresh_one():
 
 @pytest.fixture
 def copied(monkeypatch, tmp_path) -> Path:
-    """The package as it is found by the key: a copy that a test may edit."""
+    """A copy of the package for the key's digest of the code, which a test may edit."""
     package = tmp_path / "package" / "hf_clm"
     shutil.copytree(
         Path(hf_clm.schema.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
@@ -302,7 +302,7 @@ def test_a_missing_format_module_is_reported_when_reading(name):
     assert key(build_recipe(train=[{"path": "a.jsonl", "format": f"{name}:read"}])) != key()
 
 
-# --- what is not kept
+# --- what is not cached
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_missing_format_module_is_reported_when_reading(name):
     ],
 )
 def test_a_set_that_may_change_is_not_cached_and_has_a_reason(tmp_path, data, why_not):
-    """A branch on the Hub may say something else then."""
+    """A branch on the Hub may change."""
     place = find_place(build_recipe(**data), byte_tokenizer(), seed=0, aside=tmp_path / "aside", launch="1")
 
     assert place.why_not.startswith(why_not) and bool(place.why_not) == bool(why_not)

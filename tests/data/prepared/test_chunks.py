@@ -1,4 +1,4 @@
-"""Files in chunks: every line once, in order and with its place, whichever chunks are read."""
+"""Reading files in chunks: every line once, in order, with its place, whichever chunks are read."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ def _small_chunks():
 
 
 def text_of(lengths: list[int]) -> bytes:
-    """A line of each length, its newline not counted; each begins with its number."""
+    """Returns a line of each length, without the newline; each line begins with its number."""
     return b"".join(
         f"{number}".encode()[:length].ljust(length, b".") + b"\n" for number, length in enumerate(lengths)
     )
@@ -93,7 +93,7 @@ def test_only_the_lines_of_needed_chunks_are_read(lengths, wanted, is_gzip):
     count=st.integers(1, 40), wanted=st.sets(st.integers(0, 14)), kind=st.sampled_from(["csv", "json", "txt"])
 )
 def test_other_files_give_the_records_of_needed_chunks(count, wanted, kind):
-    """3 to a chunk."""
+    """Three records per chunk."""
     records = [{"text": f"{number}"} for number in range(count)]
     file = write_as(kind, records)
     every = list(range(count)) if kind != "txt" else [0]
@@ -233,7 +233,7 @@ def test_a_block_has_chunks_of_one_source_and_about_its_size(monkeypatch):
 
 
 def test_block_boundaries_depend_on_the_files_alone(monkeypatch):
-    """They are the same for a compressed file, and however often it is read."""
+    """They are equal for a compressed file and for repeated reads."""
     monkeypatch.setattr(chunks, "BLOCK_BYTES", 200)
     plain = Path(write_jsonl(Path("a.jsonl"), [{"text": "x" * (n % 37)} for n in range(60)]))
     Path("b.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
@@ -259,7 +259,7 @@ def test_a_block_knows_what_the_first_record_of_its_files_looks_like(monkeypatch
 
 
 def test_the_first_record_that_can_be_used_decides_whatever_file_is_in_the_block_before(monkeypatch):
-    """The bad lines of b.jsonl are a chunk of their own; its name is the end of that of the other file."""
+    """The bad lines of b.jsonl are a separate chunk; its name is a suffix of the other file's name."""
     monkeypatch.setattr(chunks, "BLOCK_BYTES", 100)
     write_jsonl(Path("a b.jsonl"), [{"text": "x"}])
     Path("b.jsonl").write_text("{\n" * 32 + '{"prompt": "p", "completion": "c"}\n{"text": "t"}\n' * 9)

@@ -1,4 +1,4 @@
-"""Blocks that are made by Ray are those of one process, whatever happens to its workers."""
+"""Blocks made by Ray equal those of one process, whatever happens to its workers."""
 
 import os
 import re
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow  # a worker imports torch and transformers
 
 RECORDS = [{"prompt": f"p{n}", "completion": "x" * (n % 9 + 1)} for n in range(60)]
 BAD = {"prompt": "p", "completion": 7}
-# Formats of a user's own, which end the process that reads a certain record.
+# Custom formats that kill the process that reads a certain record.
 FORMATS = """
 import os
 import signal
@@ -55,7 +55,7 @@ def die(record):
 
 @pytest.fixture(scope="module", autouse=True)
 def formats(tmp_path_factory):
-    """The folder of the module of formats, which workers find by PYTHONPATH."""
+    """The folder of the formats' module, which workers find through PYTHONPATH."""
     terminate = signal.getsignal(signal.SIGTERM)
     folder = tmp_path_factory.mktemp("formats")
     (folder / "formats_of_ray_test.py").write_text(FORMATS)
@@ -107,7 +107,7 @@ def test_a_missing_package_suggests_its_extra(monkeypatch):
 
 
 def mixed_recipe() -> Any:
-    """Two formats, weights from the middle on, records that cannot be used, equal ones, and held-out ones."""
+    """Two formats, weights in the second half, unusable records, duplicates, and held-out records."""
     weighted = [{**record, "weight": 0.5 if n > 30 else 1.0} for n, record in enumerate(RECORDS)]
     write_jsonl(Path("a.jsonl"), [*weighted[:20], BAD, *weighted[20:], *weighted[3:9]])
     turns = [

@@ -1,4 +1,4 @@
-"""A set that is prepared in blocks: the same in any order, every record counted, nothing unproved kept."""
+"""Preparing in blocks: the result does not depend on their order, and every record is accounted for."""
 
 import json
 import weakref
@@ -37,7 +37,7 @@ FORMATS: dict[str, list[dict[str, Any]]] = {
     "tokenized": [{"input_ids": [1, 2, 3, n], "labels": [-100, 2, 3, n]} for n in range(60)],
     "weighted": [{"prompt": f"p{n}", "completion": "x", "weight": 1.0 if n < 40 else 0.5} for n in range(60)],
 }
-# "say\n" is read (4 tokens), N letters and the end token are learned: 6, 7, 8 tokens.
+# "say\n" is context (4 tokens); N letters and the end token are targets: 6, 7, 8 tokens.
 RECORDS = [{"instruct": "say\n", "input": "", "label": "x" * n} for n in range(1, 41)]
 
 
@@ -60,7 +60,7 @@ def tokenizer() -> Any:
 
 
 def write_records(records: list[Any], *, path: str = "a.jsonl") -> None:
-    """One a line; a str is a line as it is."""
+    """Writes one record per line; a str is written unchanged."""
     lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
     Path(path).write_text("".join(f"{line}\n" for line in lines))
 
@@ -165,7 +165,7 @@ def test_every_record_has_one_line_in_the_ledger_and_the_totals_balance(data):
         assert split.label_counts.sum() == split.target_tokens
 
 
-# --- the same, whoever makes it
+# --- results do not depend on who makes the blocks
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -186,7 +186,7 @@ def test_blocks_made_in_another_order_give_identical_files(stage, packing, forma
 
 
 @pytest.mark.parametrize("data", DATA, ids=str)
-def test_decisions_about_the_complete_set_do_not_depend_on_block_size(data):
+def test_decisions_about_the_complete_set_do_not_depend_on_the_order_of_blocks(data):
     records = FORMATS["prompt_completion"]
     write_records([*records[:20], "{", *records[20:], *records[3:9], {"prompt": 1, "completion": "x"}])
     write_records([*records[:3], {"prompt": "P1", "completion": "<|pad|>X  <|pad|>x"}], path="b.jsonl")
@@ -250,7 +250,7 @@ def test_places_do_not_depend_on_the_blocks_of_a_file(kind):
 
 
 def test_the_labels_are_those_of_the_tokenizer_called_alone():
-    """The ids by calls of transformers, the labels by hand: another way than that of the blocks."""
+    """Compares with ids from transformers and labels made by hand, independently of the blocks."""
     write_jsonl(Path("a.jsonl"), FORMATS["prompt_completion"])
     answers = [{"role": "assistant", "content": f"No {n}"} for n in range(20)]
     write_jsonl(Path("b.jsonl"), [{"messages": [CHAT[0], answer]} for answer in answers])
@@ -410,7 +410,7 @@ BAD = {"instruct": "say\n", "input": "", "label": 7}
 
 
 def test_errors_of_later_blocks_are_listed_with_the_first(monkeypatch):
-    """In a set that is too large to be checked before it is prepared."""
+    """Uses a set that is too large to be checked before it is prepared."""
     monkeypatch.setattr(faults, "CHECKED_BYTES", 100)
     records = [*RECORDS[:20], BAD, *RECORDS[20:30], "{", *RECORDS[30:], BAD]
     write_records(records)
@@ -476,7 +476,7 @@ def test_all_rows_dropped_are_an_error_whatever_is_allowed():
 
 
 def test_bad_lines_do_not_count_against_the_held_out_split():
-    """2 bad lines are 5 % of 42 rows, and would be a third of the 4 that are held out."""
+    """Two bad lines are 5 % of 42 records, but would be a third of the 4 held-out records."""
     found = prepared([*RECORDS, BAD, "{"], on_bad_record="drop", eval_fraction=0.1, max_dropped=0.06)
 
     assert {name: len(split.rows) for name, split in found.items()} == {"train": 36, "eval": 4}
@@ -554,7 +554,7 @@ def test_a_set_is_mixed_when_it_is_opened_and_holds_every_row():
     assert (train.mix.times[:10].sum(), train.mix.times[10:].sum()) == (10, 10)
 
 
-def test_a_prepared_set_of_tables_records_its_sources():
+def test_a_prepared_set_has_its_proof_and_its_files():
     write_records(RECORDS)
 
     stored = write_set(recipe_of(["a.jsonl"]))

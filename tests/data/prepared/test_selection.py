@@ -1,4 +1,4 @@
-"""Which records are in which split."""
+"""The assignment of records to splits."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ from hf_clm.errors import DataError
 
 
 def candidates(letters: str, unusable: str = "") -> Candidates:
-    """A record for each letter; equal letters are equal records."""
+    """Returns a record for each letter; equal letters are equal records."""
     exact = np.array([[ord(letter), ord(letter)] for letter in letters], dtype="<u8").reshape(-1, 2)
     return Candidates(np.array([letter not in unusable for letter in letters], dtype=bool), exact)
 
 
-def test_equal_records_have_both_halves_of_their_digests_equal():
+def test_records_are_equal_if_both_halves_of_their_digests_are():
     digests = np.array([[1, 1], [1, 2], [1, 1], [2, 1], [1, 2], [1, 1]], dtype="<u8")
 
     assert first_equal(digests).tolist() == [0, 1, 0, 3, 1, 0]
@@ -38,7 +38,7 @@ def test_a_split_has_all_records_and_marks_duplicates_if_they_are_dropped():
 
 
 def test_a_record_is_not_a_duplicate_of_an_unusable_one():
-    """The options of its own source can make one of two equal records unusable."""
+    """The options of a source can make one of two equal records unusable."""
     exact = np.array([[1, 1], [1, 1], [1, 1]], dtype="<u8")
     sets = {"train": Candidates(np.array([False, True, True]), exact)}
 

@@ -1,4 +1,4 @@
-"""The sets of a recipe as they are read, before anything is made of them."""
+"""Reading the sets of a recipe, before they are tokenized."""
 
 import json
 from pathlib import Path

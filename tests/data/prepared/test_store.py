@@ -1,4 +1,4 @@
-"""Prepared sets are written whole, opened as they were, and not opened when they are not."""
+"""Prepared sets are written atomically, and opened only if they are unchanged."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def _in_tmp_path(tmp_path, monkeypatch):
 
 
 def seen(split: Split) -> dict[str, Any]:
-    """What a split says of itself."""
+    """Returns the facts about a split."""
     rows = [{key: list(map(int, values)) for key, values in row.items()} for row in split.dataset]
     return {
         "rows": rows,
@@ -51,7 +51,7 @@ def seen(split: Split) -> dict[str, Any]:
 
 
 def ledger_of(stored: PreparedSet) -> list[dict[str, Any]]:
-    """The ledger as a run writes it."""
+    """Returns the ledger that a run would write."""
     splits = stored.splits.items()
     packed = {name: s.dataset if isinstance(s.dataset, PackedDataset) else None for name, s in splits}
     write_ledger(Path("ledger.parquet"), {name: LedgerSplit(s.ledger, packed[name]) for name, s in splits})
@@ -178,7 +178,7 @@ def test_renamed_files_are_reported_under_their_current_names():
     ]
 
 
-# --- damage, and others who write
+# --- damage, and concurrent writers
 
 
 @pytest.mark.parametrize(

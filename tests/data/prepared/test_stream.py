@@ -1,4 +1,4 @@
-"""Rows that are made while training: those of the prepared path, each record once a pass."""
+"""Rows made during training equal prepared rows, with each record once per pass."""
 
 import gzip
 import json
@@ -45,7 +45,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def texts_of(numbers: Sequence[int]) -> list[str]:
-    """Texts of 4 to SIZE letters, each of which begins with its name: r17."""
+    """Returns texts of 4 to SIZE letters, each of which begins with its name: r17."""
     return [f"r{number} " + "." * (number * 577 % SIZE) for number in numbers]
 
 
@@ -58,7 +58,7 @@ def write_packed(name: str, numbers: Sequence[int]) -> None:
 
 
 def write_all(kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
-    """The path of files of a kind that hold a number of records together, in several chunks."""
+    """Writes a number of records to files of a kind, in several chunks; returns their path."""
     records = [{"text": text} for text in texts_of(range(90))]
     short = pyarrow.table({"text": [f"r{number} " for number in range(200)]})
     wide = pyarrow.array(["x" * 80_000] * 200)  # so that 50 rows are a chunk
@@ -83,7 +83,7 @@ def write_all(kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
 
 
 def write_many(kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
-    """So many files that each is whole where there are two shards, and in chunks where there are three."""
+    """Enough files to be assigned by file to two shards, but by chunk to three."""
     for number in range(20):
         if kind == "txt":
             Path(f"{number:02}.txt").write_text(texts_of([number])[0])
@@ -97,7 +97,7 @@ def write_many(kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
 
 
 def recipe_of(train: Any, *, stage: str = "pretrain", **data: Any) -> Recipe:
-    """Of each record one row, which names it; blocks of two chunks of lines."""
+    """Makes one row per record, which contains its name; a block has two chunks of lines."""
     content = {"train": train, "max_length": 48, "packing": "none", "streaming": True, "shuffle_buffer": 10}
     content |= {"overflow": "truncate"} if data.get("packing", "none") == "none" else {}
     settings = {"output_dir": "run", "max_steps": 5}
@@ -117,7 +117,7 @@ def stream(recipe: Recipe, *, shards: int = 1, batch_rows: int = 1, seed: int | 
 
 
 def follow(rows: StreamedRows, shard: int) -> Iterator[tuple[int, Any]]:
-    """The rows of a shard as a run takes them, each with the pass that it is of."""
+    """Returns the rows of a shard in the order of a run, each with its pass."""
     for index in range(shard, len(rows), rows.plan.shards):
         before = rows.positions[shard]
         row = rows[index]
@@ -126,7 +126,7 @@ def follow(rows: StreamedRows, shard: int) -> Iterator[tuple[int, Any]]:
 
 
 def resumed(rows: StreamedRows, recipe: Recipe, *, shards: int) -> StreamedRows:
-    """The stream that goes on from where another stands."""
+    """Returns a stream that resumes at the position of another."""
     with tempfile.TemporaryDirectory() as folder:
         rows.write_state(Path(folder), rank=0)
         after = stream(recipe, shards=shards)
@@ -135,7 +135,7 @@ def resumed(rows: StreamedRows, recipe: Recipe, *, shards: int) -> StreamedRows:
 
 
 def one_pass(rows: StreamedRows) -> list[Any]:
-    """The rows of the first pass of all shards."""
+    """Returns the rows of the first pass of all shards."""
     found = []
     for shard in range(rows.plan.shards):
         for epoch, row in follow(rows, shard):
@@ -151,12 +151,12 @@ def plain(row: Any) -> tuple[list[int], list[int], list[int]]:
 
 
 def names_of(rows: list[Any]) -> list[str]:
-    """The records in the rows: r17."""
+    """Returns the names of the records in the rows, such as r17."""
     return [name for row in rows for name in re.findall(r"r\d+", TOKENIZER.decode(row["input_ids"]))]
 
 
 def documents(rows: list[Any]) -> Counter[Any]:
-    """Ids and labels of each document in the rows."""
+    """Returns the ids and labels of each document in the rows."""
     found: Counter[Any] = Counter()
     for ids, labels, positions in map(plain, rows):
         starts = [at for at, position in enumerate(positions) if position == 0]
@@ -166,7 +166,7 @@ def documents(rows: list[Any]) -> Counter[Any]:
 
 
 def targets(rows: list[Any]) -> Counter[int]:
-    """How often each token has a label."""
+    """Returns how often each token has a label."""
     return Counter(label for row in rows for label in plain(row)[1] if label >= 0)
 
 
@@ -176,7 +176,7 @@ def unstreamed(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def prepared(recipe: Recipe) -> list[Any]:
-    """The rows of the prepared set, in its order."""
+    """Returns the rows of the prepared set, in order."""
     split = read_split(unstreamed(recipe), TOKENIZER)
     return [split.dataset[number] for number in range(len(split.dataset))]
 
@@ -285,13 +285,13 @@ def test_memory_does_not_grow_with_the_data():
     assert peaks[1] < 1.2 * peaks[0]
 
 
-# --- going on
+# --- resuming
 
 
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("packing", ["none", "stream"])
 def test_a_stream_resumes_identically_from_any_row(packing, shards):
-    """Cut at every row of more than a pass, in the order of the last shard."""
+    """Interrupts at every row of more than one pass, in the order of the last shard."""
     paths = [write_lines("1.jsonl", range(15)), write_lines("2.jsonl", range(15, 25))]
     recipe = recipe_of(paths, packing=packing, max_length=1500)
     whole = stream(recipe, shards=shards)
@@ -312,7 +312,7 @@ def test_a_stream_resumes_identically_from_any_row(packing, shards):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_after_a_change_of_shards_each_record_comes_once_per_pass(kind, monkeypatch):
-    """Resumed with other numbers of shards, at random rows; some shards are a pass ahead of others."""
+    """Resumes with other numbers of shards at random rows; some shards are a pass ahead of others."""
     path, count = write_all(kind, monkeypatch)
     recipe = recipe_of(path, packing="best_fit" if kind == "packed" else "none", overflow="truncate")
     everything = Counter(f"r{number}" for number in range(count))
@@ -341,7 +341,7 @@ def test_after_a_change_of_shards_each_record_comes_once_per_pass(kind, monkeypa
 
 
 def test_a_block_does_not_depend_on_earlier_bytes():
-    """The lines before it are not even JSON any more, but for the first."""
+    """All earlier lines but the first are no longer valid JSON."""
     recipe = recipe_of(write_lines("a.jsonl", range(60)))
     rows = stream(recipe)
     reached = [rows[index] for index in range(30)][-1]["stream"]
@@ -374,7 +374,7 @@ def test_each_process_saves_its_shards_and_any_process_can_resume():
 
 
 def test_each_process_may_resume_twice():
-    """Two processes of one shard each: what one knows of the other's shard is as old as the last start."""
+    """Two processes with one shard each; each only knows the other's position at the last start."""
     recipe = recipe_of(write_lines("a.jsonl", range(60)))
     whole = stream(recipe, shards=2)
     expected = [whole[index]["stream"] for index in range(18)]
@@ -436,13 +436,13 @@ def test_changed_files_and_a_checkpoint_without_a_position_are_refused():
 
 
 def write_mixed(weights: Sequence[float] = (3, 1)) -> list[dict[str, Any]]:
-    """Sources of 60 and 20 records: r0 to r59 and r100 to r119."""
+    """Writes sources of 60 and 20 records: r0 to r59 and r100 to r119."""
     paths = [write_lines("a.jsonl", range(60)), write_lines("b.jsonl", range(100, 120))]
     return [{"path": path, "weight": weight} for path, weight in zip(paths, weights, strict=True)]
 
 
 def measure(row: Any, by: str) -> int:
-    """What a row counts."""
+    """Returns the size of a row in the unit of the mix."""
     if by == "rows":
         return len(names_of([row]))
     return len(row["input_ids"]) if by == "tokens" else sum(label >= 0 for label in plain(row)[1])
@@ -545,7 +545,7 @@ def test_dropped_documents_are_counted_per_pass():
 )
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_bad_record_is_dropped_whatever_on_bad_record_says(line, changes, shards):
-    """In the middle, so that none of three shards but one reads it, and that one not the first record."""
+    """The record is in the middle, so only one of three shards reads it, and not the first record."""
     lines = [json.dumps({"text": text}).encode() for text in texts_of(range(60))]
     Path("a.jsonl").write_bytes(b"\n".join([*lines[:35], line, *lines[35:]]))
     recipe = recipe_of("a.jsonl", on_bad_record="error", **changes)
@@ -580,7 +580,7 @@ def test_bad_lines_at_the_end_of_a_file_are_counted_once_after_a_resume():
 
 @pytest.mark.parametrize(("shards", "reader"), [(1, 0), (3, 1)])
 def test_records_of_another_format_from_the_1100th_on_are_bad(shards, reader):
-    """As in a prepared set: the first record of the file decides, also for a shard that does not read it."""
+    """As in a prepared set, the first record of the file decides, even for a shard that does not read it."""
     records = [{"text": f"r{number} " + "." * 99} for number in range(1100)]
     others = [{"prompt": "?", "completion": f"r{number}"} for number in range(1100, 1200)]
     recipe = recipe_of(write_jsonl(Path("a.jsonl"), [*records, *others]), max_dropped=0.3)

@@ -1,4 +1,4 @@
-"""Arrow tables: datasets opens what was written, and the rows of the map are those that were written."""
+"""Arrow tables: datasets can open them, and mapped rows equal the written rows."""
 
 import time
 import tracemalloc
@@ -19,7 +19,7 @@ LINE = {"reason": "", "source": 0, "cut_tokens": 0, "kept_tokens": 3, "kept_targ
 
 
 def rows_of(numbers: Any, *, is_weighted: bool = False) -> pyarrow.RecordBatch:
-    """A row of N tokens for each number N, with the weight N / 2."""
+    """Returns a row of N tokens for each number N, with the weight N / 2."""
     content: dict[str, Any] = {
         "input_ids": [list(range(n)) for n in numbers],
         "labels": [[-100] * (n - 1) + [n] for n in numbers],

@@ -1,4 +1,4 @@
-"""The certificate accepts what is right, and catches each plausible way to break the labels."""
+"""The certificate accepts correct rows, and catches each plausible way to break the labels."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ EXAMPLES = [
     Chat([CHAT[0], {**CHAT[1], "weight": 0.5}, *CHAT[2:]]),
     Document([Segment("Q: ", 0), Segment("A", 2), Segment("B", 0.5)]),
 ]
-# Two tools and reasoning in a ChatML of its own.
+# A variant of ChatML with two tools and reasoning.
 AGENT = """\
 {%- if tools -%}{{ '<|im_start|>system\\n' + tools | tojson + '<|im_end|>\\n' }}{%- endif -%}
 {%- for m in messages -%}
@@ -68,7 +68,7 @@ def chat_tokenizer(template="chatml", **options):
 
 
 def prove(examples, tokenizer, *, breaks=lambda row: row, **options):
-    """The certificate of the examples; ``breaks`` changes each row after it was made."""
+    """Returns the certificate of the examples; ``breaks`` modifies each row after it was made."""
     settings = LabelOptions(**options)
     rows = broken(tokenize_rows(examples, tokenizer, settings), breaks)
     return certify(rows, examples, tokenizer=tokenizer, options=settings, stop_ids=stop_token_ids(tokenizer))
@@ -141,7 +141,7 @@ def test_cut_rows_are_certified(overflow):
 
 @pytest.mark.parametrize("window", [(4, 4), (4, 3), (5, 2)])
 def test_windows_over_every_kind_of_text_are_certified(window):
-    """Side by side, sharing one token, sharing more; a template and a chat as well as a text."""
+    """Windows without overlap, with one shared token, and with more, for texts, templates and chats."""
     examples = [
         document("Oak trees"),
         Document([Segment("Oak\n", 0, is_own=True), Segment("An oak. It grows.", 1)]),
@@ -170,7 +170,7 @@ def test_tools_calls_and_reasoning_are_certified():
 
 
 def test_a_cut_that_leaves_one_token_of_the_prompt_is_certified():
-    """The first token of a row has no label; here it is no part of the target either."""
+    """The first token of a row has no label; here it does not belong to the target either."""
     certificate = prove([prompted("Say ab", "A")], byte_tokenizer(), max_length=3)
 
     assert (certificate.failed, certificate.rows) == ({}, 1)
@@ -332,7 +332,7 @@ def without_the_tools(text):
 
 @pytest.mark.parametrize("loses", [without_reasoning, without_the_call, without_the_tools])
 def test_a_renderer_that_loses_tools_calls_or_reasoning_is_caught(loses, monkeypatch):
-    """The renderer is broken behind its own checks: only what it hands on is changed."""
+    """The renderer is broken after its own checks: only its result is modified."""
     tokenizer = chat_tokenizer(AGENT)
     from hf_clm.text.chat import ChatRenderer
 
@@ -348,7 +348,7 @@ def test_a_renderer_that_loses_tools_calls_or_reasoning_is_caught(loses, monkeyp
 
 
 def test_a_shape_that_first_appears_late_is_proved(monkeypatch):
-    """Prompts were once compared for the first 50 rows: chats of two turns came after those of one."""
+    """Prompts used to be compared for the first 50 rows only, and chats of two turns came later."""
     from hf_clm.text.chat import ChatRenderer
 
     turns = ChatRenderer.turns
@@ -368,7 +368,7 @@ def test_a_shape_that_first_appears_late_is_proved(monkeypatch):
 
 
 def test_a_prompt_and_target_tokenized_together_are_caught():
-    """With a token for newline + A, the joint text has other ids: the target loses its A to the prompt."""
+    """With a token for newline + A, the joined text has other ids: the prompt takes the target's A."""
     tokenizer = byte_tokenizer(merges=[("Ċ", "A")])
 
     def joined(row):
@@ -381,7 +381,7 @@ def test_a_prompt_and_target_tokenized_together_are_caught():
 
 
 def test_other_ids_for_the_same_text_are_caught():
-    """Letter by letter instead of merged: the text is right, but generation is never given such ids."""
+    """By character instead of merged: the text is right, but generation never produces such a prompt."""
     tokenizer = byte_tokenizer(merges=[("s", "a")])
     letters = [*b"say\nyes", EOS]
 

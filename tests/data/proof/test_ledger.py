@@ -1,4 +1,4 @@
-"""The ledger: every record with its fate, totals that balance, packed rows that hold each row once."""
+"""The ledger: every record with its fate, totals that balance, packed rows that contain each row once."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from hf_clm.errors import DataError, ExitCode
 from hf_clm.recipe.recipe import Recipe
 from hf_clm.schema import Chat, Document, Segment, Tokens
 
-# "say\n" is read (4 tokens); 2, 4, 8 and 20 letters and the end token are learned: 7, 9, 13 and 25 tokens.
+# "say\n" is context (4 tokens); 2, 4, 8 or 20 letters and the end token are targets: 7, 9, 13, 25 tokens.
 EXAMPLES = [prompted("say\n", "x" * n) for n in (2, 4, 8, 20)]
 LONG = prompted("please say it again\n", "yes")  # 20 + 3 + 1
 
@@ -32,7 +32,7 @@ def build(folder: Path, examples: list[Any], *, stage: str = "sft", **data: Any)
 
 
 def entered(split: Split, folder: Path) -> list[dict[str, Any]]:
-    """The lines of ledger.parquet, with the number of a line in place of its file."""
+    """Returns the rows of ledger.parquet, with line numbers in place of the full places."""
     packed = split.dataset if isinstance(split.dataset, PackedDataset) else None
     write_ledger(folder / "ledger.parquet", {"train": LedgerSplit(split.ledger, packed)})
     lines = parquet.read_table(folder / "ledger.parquet").to_pylist()
@@ -43,7 +43,7 @@ def fates(split: Split, folder: Path) -> list[tuple[str, str, list[int]]]:
     return [(line["fate"], line["reason"], line["rows"]) for line in entered(split, folder)]
 
 
-# --- what is entered
+# --- entries
 
 
 def test_each_record_has_its_place_fate_and_sizes(tmp_path):
@@ -99,7 +99,7 @@ def test_windows_of_a_document_are_counted_as_often_as_they_are_read(tmp_path):
 
 
 def test_a_record_is_listed_with_its_packed_rows(tmp_path):
-    """16 places: 13 alone, 9 and 7 together."""
+    """Rows of 16 tokens: 13 alone, 9 and 7 together."""
     split = build(tmp_path, EXAMPLES[:3], packing="best_fit")
 
     assert fates(split, tmp_path) == [("used", "", [1]), ("used", "", [1]), ("used", "", [0])]
@@ -278,7 +278,7 @@ def test_leakage_over_the_limit_is_refused():
     )
 
 
-# --- by a recipe
+# --- with a recipe
 
 RECORDS = [{"instruct": "say\n", "input": "", "label": "x" * n} for n in (1, 2, 2, 3, 1)]
 

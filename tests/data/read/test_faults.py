@@ -1,4 +1,4 @@
-"""All faults of the data in one pass: their list, how it is grouped, and when it is shown."""
+"""Finding all errors in the data in one pass: their grouping, and when they are shown."""
 
 import json
 import os
@@ -30,7 +30,7 @@ data:
   eval: [{path: b.jsonl, format: prompt_completion}]
 train: {output_dir: run, use_cpu: true}
 """
-# Seven kinds of bad rows, in two files, and how they are listed.
+# Seven kinds of bad records in two files, and their list.
 SEVEN = f"""\
 9 errors in the data; data.on_bad_record: drop would skip 9 of them
 1 x not valid JSON: Expecting value (column 12); fix: {DOCUMENT_FIX}
@@ -61,7 +61,7 @@ def place(tmp_path, monkeypatch) -> None:
 
 
 def write_lines(path: str, *lines: Any) -> None:
-    """Values as JSON, and texts as they are."""
+    """Writes values as JSON and texts unchanged."""
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     Path(path).write_text("".join(f"{text}\n" for text in texts))
 
@@ -73,7 +73,7 @@ def write_seven() -> None:
 
 
 def faults_of(*overrides: str) -> str:
-    """What ``check_data`` raises; empty for good data."""
+    """Returns the error that ``check_data`` raises, or "" for valid data."""
     try:
         check_data(load_recipe("recipe.yaml", overrides))
     except UserError as error:
@@ -82,7 +82,7 @@ def faults_of(*overrides: str) -> str:
 
 
 def run_process(*words: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """The command line in a process of its own, and the seconds of CPU time that it took."""
+    """Runs the command line in a separate process; also returns its CPU time in seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "hf_clm", *words],
@@ -202,7 +202,7 @@ def test_dropped_records_are_not_errors_and_a_missing_file_is():
 
 
 def test_a_record_that_may_be_valid_as_turns_is_not_an_error_yet():
-    """Tools need a chat template, and whether the tokenizer has one is found out later."""
+    """Tools need a chat template, and the tokenizer is not loaded yet."""
     tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
     write_lines("a.jsonl", {**GOOD, "tools": [tool]})
 
@@ -270,7 +270,7 @@ def test_one_of_two_processes_reports_the_errors_and_both_exit():
     assert (second.returncode, second.stderr) == (3, "")
 
 
-# --- the name of before
+# --- the name in version 0.4
 
 
 @pytest.mark.parametrize(

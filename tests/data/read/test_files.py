@@ -1,4 +1,4 @@
-"""Which files of a folder are read, as which split, and what is said of the others."""
+"""Which files of a folder are read, as which split, and what is reported about the others."""
 
 import bz2
 import gzip
@@ -25,7 +25,7 @@ def _in_tmp_path(tmp_path, monkeypatch):
 
 
 def write(*names: str) -> None:
-    """Files of one record, which is their name; Markdown and other files hold the name alone."""
+    """Writes files with one record, their name; Markdown and other files contain only the name."""
     for name in names:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"text": name}) if ".json" in name else name

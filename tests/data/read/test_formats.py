@@ -1,4 +1,4 @@
-"""Records to examples, format by format, with the message for each record that is refused."""
+"""Converting records to examples, by format, and the messages for invalid records."""
 
 import json
 import sys
@@ -55,7 +55,7 @@ def pair(prompt: str, completion: str) -> Document:
 
 
 def said(**more: Any) -> dict[str, Any]:
-    """An assistant turn with other keys."""
+    """Returns an assistant turn with additional keys."""
     return {**ASSISTANT, **more}
 
 
@@ -131,7 +131,7 @@ def test_prompt_and_completion_become_turns_with_a_chat_template(format, record,
 
 @pytest.mark.parametrize("render", ["chat", "plain"])
 def test_prompt_and_completion_as_messages_become_one_chat(render):
-    """TRL's conversational form: what the assistant says in the prompt is no answer to learn."""
+    """TRL's conversational form: assistant turns in the prompt are not targets."""
     more = {"role": "user", "content": "And 3+3?"}
     record = {"prompt": [SYSTEM, USER, ASSISTANT, more], "completion": [{**ASSISTANT, "content": "6"}]}
 
@@ -294,7 +294,7 @@ def test_a_chat_may_have_a_call_with_text_and_its_result():
     ['{"name": "weather", "arguments": {"city": "Berlin"}}', json.dumps([BERLIN]), BERLIN],
 )
 def test_a_sharegpt_chat_may_have_function_calls_and_observations(value):
-    """LLaMA-Factory's spelling; its ``tools`` are JSON text."""
+    """LLaMA-Factory's format; its ``tools`` are JSON text."""
     record = {
         "conversations": [
             {"from": "human", "value": "Weather?"},
@@ -459,7 +459,7 @@ def test_an_empty_prompt_needs_a_flag():
     assert to_example(record, format="messages", allow_empty_prompt=True) == Chat([silent, ASSISTANT])
 
 
-# --- nothing beside what is known
+# --- unknown keys
 
 
 @pytest.mark.parametrize(
@@ -558,7 +558,7 @@ def test_a_prompt_of_messages_needs_a_completion_of_messages():
 
 
 def weights(example: AnyExample) -> list[float]:
-    """What counts of each segment, assistant turn, or row."""
+    """Returns the weight of each segment, assistant turn, or row."""
     own = [1.0]
     if isinstance(example, Chat):
         own = [turn.get("weight", 1.0) for turn in example.messages if turn["role"] == "assistant"]
@@ -629,7 +629,7 @@ def test_a_weight_is_a_nonnegative_number(value, got):
     ],
 )
 def test_every_mask_of_a_tokenized_record_is_used(masks, rows):
-    """A place is learned where all of them allow it; padding is cut off; documents are kept apart."""
+    """A token has a label if all masks allow it; padding is removed; documents are separated."""
     tokens = cast(Tokens, to_example({"input_ids": [5, 6, 7, 8], **masks}, format="tokenized"))
 
     found = tokens_to_rows(tokens, byte_tokenizer())
@@ -655,7 +655,7 @@ def test_every_mask_of_a_tokenized_record_is_used(masks, rows):
         ({"input_ids": [1], "assistant_masks": [-100]}, "key 'assistant_masks', position 0: "),
         ({"input_ids": [1], "attention_mask": None}, "key 'attention_mask' is null"),
         ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "attention_mask has a gap between tokens"),
-        # LLaMA-Factory's neat_packing numbers the documents of a row so.
+        # LLaMA-Factory's neat_packing numbers the documents of a row like this.
         ({"input_ids": [1, 2, 3], "attention_mask": [1, 1, 2]}, "key 'attention_mask', position 2: "),
         ({"input_ids": [1, 2], "completion_mask": [0, 2]}, "key 'completion_mask', position 1: "),
         ({"input_ids": [1, 2], "position_ids": [1, 2]}, "position_ids do not count from 0 in each document"),
@@ -816,7 +816,7 @@ def test_what_cannot_be_a_prompt_is_refused(format, record, message):
     assert str(error.value).startswith(f"f.jsonl:7: {message}")
 
 
-# --- a function of the user's own
+# --- custom functions
 
 
 def read_question(record: Any) -> Document:

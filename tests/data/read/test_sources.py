@@ -55,7 +55,7 @@ def read(path: str, **options) -> tuple[list[dict], ReadReport]:
 
 
 def read_on(path: str, **options) -> tuple[list[dict], ReadReport]:
-    """The records that can be used; the messages of the others stand in the report."""
+    """Returns the usable records; the messages of the others are in the report."""
     report, found = ReadReport(), []
     with open_stream(path, ReadOptions(**options), report=report) as stream:
         for where, value in READERS[suffix(path)](stream):
@@ -435,7 +435,7 @@ def test_a_local_file_takes_precedence_over_a_hub_name():
 
 @contextmanager
 def not_root() -> Iterator[None]:
-    """Root may read every file; nobody may not."""
+    """Root may read every file, so the test runs as the user nobody."""
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(65534)

@@ -1,4 +1,4 @@
-"""Records through a template: T is learned, R is read; <sep> is a token where the template writes it."""
+"""Rendering records with a template: T is a target, R is context; <sep> in the template is a token."""
 
 import pandas
 import pytest
