@@ -21,7 +21,7 @@ from hf_clm.data.batch.mixing import DrawnDataset
 from hf_clm.data.batch.packing import PackedDataset, RowPiece
 from hf_clm.data.label.datasets import label_options
 from hf_clm.data.label.labels import encode_plans, tokens_to_rows
-from hf_clm.data.label.render import Plan, Renderer
+from hf_clm.data.label.render import Renderer, RowPlan
 from hf_clm.data.prepared.store import HEAD
 from hf_clm.data.split import Split
 from hf_clm.pages.rows import FLAGS, Document, Row, Vocabulary, escape, to_atoms, to_rows
@@ -172,7 +172,7 @@ class Reader:
         """A row tokenized as in the split, with nothing cut off or split."""
         if isinstance(example, Tokens):
             return tokens_to_rows(example, self.tokenizer)[0]
-        return encode_plans([Plan([pieces])], self.renderer.encoder)[0][0]
+        return encode_plans([RowPlan([pieces])], self.renderer.encoder)[0][0]
 
     def _first_row(self, source: int) -> int:
         return int(np.searchsorted(self.split.rows.rows.sources, source))

@@ -47,7 +47,7 @@ NO_PLACE = "the chat template has no place"
 EXCERPT_LENGTH = 60  # characters of a text in an error message
 
 
-class Turn(NamedTuple):
+class AssistantTurn(NamedTuple):
     """An assistant turn: the prompt passed to ``generate`` and the target that the model must produce.
 
     end: the token with which the template ends the turn; "" if it has none and a stop token was added.
@@ -112,7 +112,7 @@ class ChatRenderer:
 
         return self._try_variants(chat, render)
 
-    def turns(self, chat: Chat) -> list[Turn]:
+    def turns(self, chat: Chat) -> list[AssistantTurn]:
         """Returns the assistant turns, each with its prompt for generation.
 
         Raises DataError if the template refuses the chat, omits a part of it, or renders a turn that does not
@@ -135,7 +135,7 @@ class ChatRenderer:
         if any("tool_calls" in message or "reasoning" in message for message in chat.messages):
             list(self._turns(chat, messages))
 
-    def _turns(self, chat: Chat, messages: TemplateMessages) -> Iterator[Turn]:
+    def _turns(self, chat: Chat, messages: TemplateMessages) -> Iterator[AssistantTurn]:
         for number, message in enumerate(chat.messages):
             if message["role"] != "assistant" or number == 0:  # a first turn has no prompt
                 continue
@@ -150,7 +150,9 @@ class ChatRenderer:
                 full = self._apply(chat, messages[: number + 1], opens=False)
             text = self._after_prompt(chat, messages[: number + 1], prompt=prompt, full=full)
             target, end = self._up_to_end(text, message)
-            yield Turn(number, prompt, target, end, self._check_target(message, target, messages[number]))
+            yield AssistantTurn(
+                number, prompt, target, end, self._check_target(message, target, messages[number])
+            )
 
     def _switches(self, chat: Chat, message: Message) -> Iterator[dict[str, Json]]:
         """Yields the chat's variables, then the same with each switch that shows or hides reasoning."""

@@ -15,7 +15,7 @@ from hf_clm.errors import ModelError
 
 SPACE = "\u2581"  # SentencePiece's character for a space
 UNIGRAM, BPE = 1, 2
-CONTROL, USER_DEFINED = 3, 4
+CONTROL_TYPE, USER_DEFINED_TYPE = 3, 4
 
 
 def load_sentencepiece(path: str) -> PreTrainedTokenizerFast:
@@ -36,7 +36,7 @@ def load_sentencepiece(path: str) -> PreTrainedTokenizerFast:
     has_prefix = proto.normalizer_spec.add_dummy_prefix
     steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if has_prefix else [])])
-    control = [piece.piece for piece in proto.pieces if piece.type in (CONTROL, USER_DEFINED)]
+    control = [piece.piece for piece in proto.pieces if piece.type in (CONTROL_TYPE, USER_DEFINED_TYPE)]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     ids = {name: getattr(proto.trainer_spec, f"{name}_id") for name in ("bos", "eos", "unk", "pad")}
     named = {f"{name}_token": pieces[number][0] for name, number in ids.items() if number >= 0}

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 from hf_clm.errors import DataError
 from hf_clm.text.tokenizer import UNKNOWN
 
-END = "<|endoftext|>"
+END_TOKEN = "<|endoftext|>"
 VOCAB_SIZE = 4096
 MIN_FREQUENCY = 2
 # A word with the space before it, or whitespace. Spaces stay in the pieces, so none is lost or added.
-WORDS = r" ?\S+|\s+(?!\S)|\s+"
+WORD_PATTERN = r" ?\S+|\s+(?!\S)|\s+"
 BYTE_PIECE = r"<(?=0x[0-9A-F]{2}>)"  # text such as "<0x41>" must not become the piece of that byte
 RARE = 10.0  # a byte is this many nats less likely than the rarest piece
 
@@ -30,7 +30,7 @@ def train_tokenizer(
     vocab_size: int = VOCAB_SIZE,
     min_frequency: int = MIN_FREQUENCY,
     pad_token: str = "<|pad|>",
-    eos_token: str = END,
+    eos_token: str = END_TOKEN,
 ) -> PreTrainedTokenizerFast:
     """Trains a tokenizer of one of the kinds above; ``characters`` ignores ``vocab_size``.
 
@@ -50,7 +50,7 @@ def train_bpe(
     vocab_size: int = VOCAB_SIZE,
     min_frequency: int = MIN_FREQUENCY,
     pad_token: str = "<|pad|>",
-    eos_token: str = END,
+    eos_token: str = END_TOKEN,
 ) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer with one token for start and end, and a separate pad token.
 
@@ -78,7 +78,7 @@ def train_bpe(
 
 
 def train_characters(
-    texts: Iterable[str], *, pad_token: str = "<|pad|>", eos_token: str = END
+    texts: Iterable[str], *, pad_token: str = "<|pad|>", eos_token: str = END_TOKEN
 ) -> PreTrainedTokenizerFast:
     """Makes a tokenizer in which every character (Unicode code point) of the texts is a token.
 
@@ -102,7 +102,7 @@ def train_unigram(
     *,
     vocab_size: int = VOCAB_SIZE,
     pad_token: str = "<|pad|>",
-    eos_token: str = END,
+    eos_token: str = END_TOKEN,
 ) -> PreTrainedTokenizerFast:
     """Trains a Unigram tokenizer with byte fallback, so that decoding returns the original text.
 
@@ -118,7 +118,7 @@ def train_unigram(
     letters = len({letter for text in counted_texts for letter in text})
     counted_texts.require()
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated")
     specials, room = [eos_token, pad_token], vocab_size - 256
     # the trainer keeps every character: if the vocabulary is too small, the rarest are removed afterwards
     size = max(room, letters + len(specials) + 1)
@@ -130,7 +130,7 @@ def train_unigram(
     byte_pieces = [(f"<0x{byte:02X}>", rare) for byte in range(256)]
     vocabulary = [*((token, 0.0) for token in specials), *byte_pieces, *pieces]
     spelling = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
-    parts = [pre_tokenizers.Split(Regex(part), "isolated") for part in (BYTE_PIECE, WORDS)]
+    parts = [pre_tokenizers.Split(Regex(part), "isolated") for part in (BYTE_PIECE, WORD_PATTERN)]
     spelling.pre_tokenizer = pre_tokenizers.Sequence(parts)
     spelling.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return _to_fast(spelling, pad_token=pad_token, eos_token=eos_token)

@@ -22,7 +22,7 @@ from hf_clm.data.label.labels import (
     tokens_to_rows,
     weigh,
 )
-from hf_clm.data.label.render import LabelOptions, Plan, Policy, Renderer, TrainOn, check_not_rendered
+from hf_clm.data.label.render import LabelOptions, Policy, Renderer, RowPlan, TrainOn, check_not_rendered
 from hf_clm.data.read.formats import FirstSeen, ReadRecord, check_same_masks, detect_format, to_example
 from hf_clm.errors import DataError
 from hf_clm.recipe.recipe import Recipe, Source
@@ -333,7 +333,7 @@ def _plan(
     renderer: Renderer,
     control_texts: Counter[str],
     faults: ErrorsByNumber,
-) -> dict[int, Plan]:
+) -> dict[int, RowPlan]:
     """Returns the plan of each example that is text, by number.
 
     Counts the control tokens in the texts in ``control_texts``.
@@ -355,7 +355,7 @@ def _plan(
     return plans
 
 
-def _encode(plans: Mapping[int, Plan], encoder: Encoder, faults: ErrorsByNumber) -> dict[int, Rows]:
+def _encode(plans: Mapping[int, RowPlan], encoder: Encoder, faults: ErrorsByNumber) -> dict[int, Rows]:
     """Returns the rows of each plan. A DataError carries the number of the example."""
     try:
         return dict(zip(plans, encode_plans(list(plans.values()), encoder), strict=True))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.data.label.render import APART, LabelOptions, Plan, Renderer
+from hf_clm.data.label.render import APART, LabelOptions, Renderer, RowPlan
 from hf_clm.errors import DataError
 from hf_clm.schema import IGNORE_INDEX, Chat, Example, Message, TokenizedExample, Tokens
 from hf_clm.text.encode import Encoder, Piece
@@ -37,7 +37,7 @@ class Fate:
     target_tokens: int = field(default=0, compare=False)
 
 
-def encode_plans(plans: Sequence[Plan], encoder: Encoder) -> list[Rows]:
+def encode_plans(plans: Sequence[RowPlan], encoder: Encoder) -> list[Rows]:
     """Encodes the rows of all plans in one call. Chats whose turns cannot be joined get one row per turn."""
     pieces = [piece for plan in plans for row in plan.rows for piece in row]
     encodings = iter(encoder.encode(pieces))

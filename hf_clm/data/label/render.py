@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_clm.errors import DataError, ModelError
 from hf_clm.schema import AnyExample, Chat, Document, Example, Message, Segment, Tokens
-from hf_clm.text.chat import EXCERPT_LENGTH, ChatRenderer, Reasoning, Turn
+from hf_clm.text.chat import EXCERPT_LENGTH, AssistantTurn, ChatRenderer, Reasoning
 from hf_clm.text.encode import Encoder, Piece, Span
 from hf_clm.text.tokenizer import bos_token
 
@@ -60,7 +60,7 @@ class LabelOptions:
 
 
 @dataclass
-class Plan:
+class RowPlan:
     """The pieces of each row of an example.
 
     ``apart``: one row per turn, in case the turns of a chat turn out not to continue one another.
@@ -87,7 +87,7 @@ class Renderer:
         self.protects = options.special_tokens_in_text != "allow"
         self.chats = ChatRenderer(self.encoder, protects=self.protects, reasoning=options.reasoning)
 
-    def plan(self, example: Example, *, may_have_control: bool = True) -> Plan:
+    def plan(self, example: Example, *, may_have_control: bool = True) -> RowPlan:
         """Plans the rows of an example; no rows if it has no targets.
 
         Args:
@@ -102,7 +102,7 @@ class Renderer:
             if self.options.special_tokens_in_text == "error":
                 self._refuse_control_text(example)
         before = Counter(self.chats.notes)
-        plan = self._plan_chat(example) if isinstance(example, Chat) else Plan([self._document(example)])
+        plan = self._plan_chat(example) if isinstance(example, Chat) else RowPlan([self._document(example)])
         plan.notes += [*notes, *(self.chats.notes - before)]
         return plan
 
@@ -140,14 +140,14 @@ class Renderer:
             ]
         return tokens
 
-    def _plan_chat(self, chat: Chat) -> Plan:
+    def _plan_chat(self, chat: Chat) -> RowPlan:
         learns_all = self.options.stage == "pretrain" or self.options.train_on.turns == "everything"
         if learns_all and all("weight" not in message for message in chat.messages):
-            return Plan([[Piece(self.chats.full_text(chat), 1.0)]])
+            return RowPlan([[Piece(self.chats.full_text(chat), 1.0)]])
         turns = self.chats.turns(chat)
         weights = [self._weight(chat.messages[turn.message], turn is turns[-1]) for turn in turns]
         if not any(weights) and not learns_all:
-            return Plan([])
+            return RowPlan([])
         joined, apart = self._join(turns, weights, learns_all=learns_all), self._part(turns, weights)
         if joined is None and learns_all:
             fix = "remove the weights of its messages, or train on the answers only"
@@ -155,10 +155,12 @@ class Renderer:
             raise DataError(what, fix=fix)
         notes = [] if learns_all or chat.messages[-1]["role"] == "assistant" else [UNANSWERED]
         if joined is None:
-            return Plan(apart, [*notes, *([APART] if len(turns) > 1 else [])])
-        return Plan([joined], notes, apart=None if learns_all or len(turns) == 1 else apart)
+            return RowPlan(apart, [*notes, *([APART] if len(turns) > 1 else [])])
+        return RowPlan([joined], notes, apart=None if learns_all or len(turns) == 1 else apart)
 
-    def _join(self, turns: list[Turn], weights: list[float], *, learns_all: bool) -> list[Piece] | None:
+    def _join(
+        self, turns: list[AssistantTurn], weights: list[float], *, learns_all: bool
+    ) -> list[Piece] | None:
         """Joins all turns in one row; returns None if a prompt does not begin with the turns before it."""
         pieces: list[Piece] = []
         last = max(number for number, weight in enumerate(weights) if weight or learns_all)
@@ -175,12 +177,12 @@ class Renderer:
             pieces += self._target(turn, weight, must_join=number < last)
         return pieces
 
-    def _part(self, turns: list[Turn], weights: list[float]) -> list[list[Piece]]:
+    def _part(self, turns: list[AssistantTurn], weights: list[float]) -> list[list[Piece]]:
         """Returns a row for each turn with a weight."""
         both = zip(turns, weights, strict=True)
         return [[Piece(turn.prompt), *self._target(turn, weight)] for turn, weight in both if weight]
 
-    def _target(self, turn: Turn, weight: float, *, must_join: bool = False) -> list[Piece]:
+    def _target(self, turn: AssistantTurn, weight: float, *, must_join: bool = False) -> list[Piece]:
         """Returns the target of a turn, with the reasoning as context if it is not trained on."""
         context = self.encoder.last_context(turn.prompt)
         if self.options.train_on.reasoning or not turn.reasoning_end:

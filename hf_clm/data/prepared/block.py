@@ -29,9 +29,9 @@ from hf_clm.recipe.recipe import Data, Recipe
 from hf_clm.schema import AnyExample
 from hf_clm.text.chat import stop_token_ids
 
-TOKENS, FLOATS = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.float32())
-ROWS = pyarrow.schema({"input_ids": TOKENS, "labels": TOKENS, "place": pyarrow.string()})
-WEIGHTED_ROWS = ROWS.append(pyarrow.field("weights", FLOATS))
+TOKEN_LIST, WEIGHT_LIST = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.float32())
+ROW_SCHEMA = pyarrow.schema({"input_ids": TOKEN_LIST, "labels": TOKEN_LIST, "place": pyarrow.string()})
+WEIGHTED_ROW_SCHEMA = ROW_SCHEMA.append(pyarrow.field("weights", WEIGHT_LIST))
 NUMBERS = ("tokens", "target_tokens", "cut_tokens", "kept_tokens", "kept_targets", "rows", "proved_rows")
 LEDGER_SCHEMA = pyarrow.schema(
     {
@@ -48,7 +48,7 @@ DIGESTS = ("exact", "loose", "prompt")  # see Block.digests
 class Block:
     """A labelled and certified block, and what was found out about it. E = records, N = rows.
 
-    rows, ledger  (N,) and (E,) of the schemas ROWS (or WEIGHTED_ROWS) and LEDGER_SCHEMA
+    rows, ledger  (N,) and (E,) of the schemas ROW_SCHEMA (or WEIGHTED_ROW_SCHEMA) and LEDGER_SCHEMA
     digests       (E, 2) uint64 each; of the example, of its normalized text, and of its prompt
     counted       number of records by file
     faults        errors of the records that cannot be used
@@ -164,9 +164,9 @@ def to_batch(rows: TokenizedRows, places: Sequence[str]) -> pyarrow.RecordBatch:
         "place": pyarrow.array([places[number] for number in rows.sources.tolist()], pyarrow.string()),
     }
     if rows.weights is None:
-        return pyarrow.RecordBatch.from_pydict(columns, schema=ROWS)
+        return pyarrow.RecordBatch.from_pydict(columns, schema=ROW_SCHEMA)
     columns["weights"] = pyarrow.ListArray.from_arrays(offsets, pyarrow.array(rows.weights))
-    return pyarrow.RecordBatch.from_pydict(columns, schema=WEIGHTED_ROWS)
+    return pyarrow.RecordBatch.from_pydict(columns, schema=WEIGHTED_ROW_SCHEMA)
 
 
 def to_ledger(

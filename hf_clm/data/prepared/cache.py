@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 import hf_clm.schema
 from hf_clm.data.prepared.prepare import write_prepared
 from hf_clm.data.prepared.sets import read_examples, to_head
-from hf_clm.data.prepared.store import PreparedSet, open_store
+from hf_clm.data.prepared.store import StoredSet, open_store
 from hf_clm.data.read.formats import custom_modules
 from hf_clm.data.read.readers import ReadReport, compression, suffix
 from hf_clm.data.read.sources import find_files
@@ -93,7 +93,7 @@ def find_place(
     return Place((aside if why_not else folder) / key, report.files, report.to_lines(), why_not)
 
 
-def open_place(place: Place, recipe: Recipe) -> PreparedSet | None:
+def open_place(place: Place, recipe: Recipe) -> StoredSet | None:
     """Opens the prepared set of a recipe; returns None if it does not exist."""
     recipe = to_head(recipe)
     load = partial(_load_examples, recipe)

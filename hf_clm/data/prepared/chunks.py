@@ -34,8 +34,8 @@ from hf_clm.data.read.sources import check_value, find_files, open_stream, read_
 from hf_clm.errors import DataError
 from hf_clm.recipe.recipe import Data, Source
 
-LINES = (".jsonl", ".ndjson")
-COLUMNS = (".parquet", ".arrow")
+LINE_TYPES = (".jsonl", ".ndjson")
+COLUMN_TYPES = (".parquet", ".arrow")
 BLOCK_BYTES = 1 << 20  # about a second of work, with little memory
 CHUNK_BYTES = 1 << 13  # of a file of lines
 CHUNK_RECORDS = 16  # of a file that has to be parsed to be read
@@ -203,9 +203,9 @@ def read_file_chunks(
     with open_stream(file, options, report=report) as stream:
         if limit is not None:
             chunks = _in_lists(file, READERS[suffix(file)](stream))
-        elif suffix(file) in LINES:
+        elif suffix(file) in LINE_TYPES:
             chunks = _line_chunks(stream, is_needed=is_needed)
-        elif suffix(file) in COLUMNS:
+        elif suffix(file) in COLUMN_TYPES:
             chunks = _column_chunks(stream)
         else:
             chunks = _in_lists(file, READERS[suffix(file)](stream))
@@ -214,7 +214,7 @@ def read_file_chunks(
 
 def is_parted(file: str) -> bool:
     """Whether the chunks of a file can be read without parsing the chunks before them."""
-    return suffix(file) in (*LINES, *COLUMNS)
+    return suffix(file) in (*LINE_TYPES, *COLUMN_TYPES)
 
 
 def _line_chunks(stream: Stream, *, is_needed: Callable[[int], bool] | None) -> Iterator[Chunk]:

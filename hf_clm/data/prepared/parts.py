@@ -13,7 +13,7 @@ import pyarrow
 from tqdm import tqdm
 
 from hf_clm.data.label.datasets import UNREADABLE, rare_collection
-from hf_clm.data.prepared.block import DIGESTS, LEDGER_SCHEMA, ROWS, Block, read_raw
+from hf_clm.data.prepared.block import DIGESTS, LEDGER_SCHEMA, ROW_SCHEMA, Block, read_raw
 from hf_clm.data.prepared.selection import Candidates
 from hf_clm.data.prepared.sets import RawSet, open_sets
 from hf_clm.data.prepared.tables import DATA, TableWriter, read_batches
@@ -30,7 +30,7 @@ FAULT_SEARCH_SECONDS = 60.0  # time to look for more unusable records after the 
 
 
 @dataclass
-class Part:
+class SetPart:
     """A set of E records with its rows in ``folder/rows`` and its ledger in ``folder/ledger``.
 
     digests  (E, 2) uint64 each; see Block
@@ -73,17 +73,17 @@ class Part:
 
 
 @rare_collection()
-def write_part(folder: Path, raw: RawSet, blocks: Iterable[Block], *, data: Data) -> Part:
+def write_part(folder: Path, raw: RawSet, blocks: Iterable[Block], *, data: Data) -> SetPart:
     """Writes the blocks of a set.
 
     Raises DataError for labels that are not certified, and for unusable records unless they are dropped. The
     error lists the unusable records found within FAULT_SEARCH_SECONDS after the first one.
     """
-    part = Part(folder, raw.name, raw.report)
+    part = SetPart(folder, raw.name, raw.report)
     digests: dict[str, list[np.ndarray]] = {name: [np.zeros((0, 2), "<u8")] for name in DIGESTS}
     usable = [part.usable]
     with (
-        TableWriter(folder / "rows", ROWS) as rows,
+        TableWriter(folder / "rows", ROW_SCHEMA) as rows,
         TableWriter(folder / "ledger", LEDGER_SCHEMA) as ledger,
     ):
         for number, block in enumerate(show_progress(blocks, raw.name)):
@@ -132,7 +132,7 @@ def list_faults(name: str, number: int, block: Block, *, data: Data) -> UserErro
     return faults.to_error()
 
 
-def check_read(part: Part, data: Data) -> None:
+def check_read(part: SetPart, data: Data) -> None:
     """Raises DataError for a file or a set without usable records."""
     sources = data.sources(part.name)
     has_limit = any(source.limit for source in sources)  # then some files may not have been read

@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import TokenizedDataset
-from hf_clm.data.prepared.block import DIGESTS, LEDGER_SCHEMA, ROWS, Block, BlockMaker
+from hf_clm.data.prepared.block import DIGESTS, LEDGER_SCHEMA, ROW_SCHEMA, Block, BlockMaker
 from hf_clm.data.prepared.chunks import RawBlock
-from hf_clm.data.prepared.parts import Part, check_read, write_part
+from hf_clm.data.prepared.parts import SetPart, check_read, write_part
 from hf_clm.data.prepared.selection import Selection, select
 from hf_clm.data.prepared.sets import open_sets, read_examples
 from hf_clm.data.prepared.store import (
@@ -37,7 +37,7 @@ from hf_clm.data.prepared.store import (
 )
 from hf_clm.data.prepared.tables import DUPLICATE, OF, StoredLedger, StoredRows, TableWriter, write_dict
 from hf_clm.data.proof.leakage import Leakage, are_among
-from hf_clm.data.proof.proof import Proof, prove_split
+from hf_clm.data.proof.proof import ProofReport, prove_split
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import Examples
 from hf_clm.data.split import check_dropped, pack_rows
@@ -46,7 +46,7 @@ from hf_clm.recipe.sections import TRAIN
 from hf_clm.schema import AnyExample
 from hf_clm.text.tokenizer import fix_date
 
-PARTS = "parts"  # temporary subfolder
+PARTS_FOLDER = "parts"  # temporary subfolder
 
 Blocks = Generator[Block, None, None]  # to be closed if it is not exhausted
 MakeBlocks = Callable[[BlockMaker, Iterable[RawBlock]], Blocks]
@@ -85,10 +85,10 @@ def write_prepared(
         parts = {}
         for name in sorted(sets):  # eval first: it is short, so its errors are reported early
             with closing(make_blocks(maker, sets[name].blocks)) as blocks:
-                parts[name] = write_part(partial / PARTS / name, sets[name], blocks, data=recipe.data)
+                parts[name] = write_part(partial / PARTS_FOLDER / name, sets[name], blocks, data=recipe.data)
             check_read(parts[name], recipe.data)
         content = divide(partial, parts, recipe, tokenizer=dated, seed=seed)
-        shutil.rmtree(partial / PARTS)
+        shutil.rmtree(partial / PARTS_FOLDER)
         return {**content, "date": date}
 
     keep_folder(folder, fill)
@@ -103,7 +103,7 @@ def needed_digests(data: Data) -> list[str]:
 
 def divide(
     folder: Path,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, SetPart],
     recipe: Recipe,
     *,
     tokenizer: PreTrainedTokenizerFast,
@@ -134,7 +134,7 @@ def divide(
     for at in (folder, folder / LEDGER):
         write_dict(at, list(selections))
     splits = open_splits(folder, index, recipe=recipe, files=files, load_examples=lambda _: [])
-    proof = Proof()
+    proof = ProofReport()
     for name, split in splits.items():
         check_dropped(split, recipe.data)
         certified = index["splits"][name]["certified"]
@@ -145,7 +145,7 @@ def divide(
     return {**index, "proof": {"facts": proof.facts, "lines": proof.lines}}
 
 
-def write_split(folder: Path, name: str, selection: Selection, *, part: Part) -> None:
+def write_split(folder: Path, name: str, selection: Selection, *, part: SetPart) -> None:
     """Writes the rows and the ledger of a split; a complete part is only renamed."""
     if selection.is_whole:
         (folder / LEDGER).mkdir(exist_ok=True)
@@ -155,7 +155,7 @@ def write_split(folder: Path, name: str, selection: Selection, *, part: Part) ->
     first, is_new = 0, selection.is_new
     places = StoredLedger(part.folder / "ledger", {}).places
     with (
-        TableWriter(folder / name, ROWS) as rows,
+        TableWriter(folder / name, ROW_SCHEMA) as rows,
         TableWriter(folder / LEDGER / name, LEDGER_SCHEMA) as ledger,
     ):
         for lines, batch in zip(part.batches("ledger"), part.batches("rows"), strict=True):
@@ -200,7 +200,7 @@ def count_ids(folder: Path, rows: StoredRows) -> tuple[str, int]:
 
 
 def measure_leakage(
-    parts: Mapping[str, Part], selections: Mapping[str, Selection], *, name: str, places: Sequence[str]
+    parts: Mapping[str, SetPart], selections: Mapping[str, Selection], *, name: str, places: Sequence[str]
 ) -> Leakage:
     """Compares the records and the prompts of an evaluation set with those of the training set.
 

@@ -72,7 +72,7 @@ class LazyList(Sequence[Any]):
 
 
 @dataclass
-class PreparedSet:
+class StoredSet:
     """An opened folder.
 
     proof  the proof from when it was prepared
@@ -121,7 +121,7 @@ def require_writable(folder: Path) -> None:
 
 def open_store(
     folder: Path, recipe: Recipe, *, files: Sequence[str], load_examples: LoadExamples
-) -> PreparedSet | None:
+) -> StoredSet | None:
     """Opens a folder; returns None if it does not exist or has changed since it was written.
 
     Args:
@@ -132,7 +132,7 @@ def open_store(
     if index is None:
         return None
     splits = open_splits(folder, index, recipe=recipe, files=files, load_examples=load_examples)
-    return PreparedSet(folder, splits, index["proof"], index["date"])
+    return StoredSet(folder, splits, index["proof"], index["date"])
 
 
 def open_splits(

@@ -210,7 +210,9 @@ class StreamedRows(torch.utils.data.Dataset):
         for name in {**before, **self.identity}:
             if self.identity.get(name) != before.get(name):
                 what = f"cannot resume the stream: {name} was {before.get(name)}"
-                raise RecipeError(what, where=str(folder), got=str(self.identity.get(name)), fix=FIXES[name])
+                raise RecipeError(
+                    what, where=str(folder), got=str(self.identity.get(name)), fix=IDENTITY_FIXES[name]
+                )
         self.earlier = {
             key: [to_division(one) for one in divisions] for key, divisions in states[0]["earlier"].items()
         }
@@ -262,7 +264,7 @@ def size_of(rows: AnyDataset | list[TokenizedExample], number: int, *, by: str) 
     return sum(start == 0 for _, start, _ in rows.pieces[number]) if isinstance(rows, PackedDataset) else 1
 
 
-FIXES = {
+IDENTITY_FIXES = {
     "seed": "use the same seed and train_sampling_strategy as before",
     "documents": "use the same data.shuffle_buffer as before",
     "files": "use the same files as before: names, sizes and content",

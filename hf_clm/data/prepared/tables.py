@@ -25,7 +25,7 @@ from pyarrow import ipc
 
 from hf_clm.data.label.datasets import UNREADABLE, TokenizedRows, Views
 from hf_clm.data.label.labels import Fate
-from hf_clm.data.prepared.block import LEDGER_SCHEMA, WEIGHTED_ROWS
+from hf_clm.data.prepared.block import LEDGER_SCHEMA, WEIGHTED_ROW_SCHEMA
 from hf_clm.schema import TokenizedExample
 
 FATE = ("fate", "reason", "cut_tokens", "tokens", "target_tokens")
@@ -33,7 +33,7 @@ DUPLICATE = "duplicate"  # the fate of a record that equals an earlier one
 OF = "of "  # its reason: "of a.jsonl:1"
 TAIL_BYTES = 1 << 20  # bytes at the end of a table that identify it
 SLICE_RECORDS = 1 << 13  # records of a ledger converted to Python at once
-DATA, STATE, INFO, DICT = (
+DATA, STATE_JSON, INFO, DICT = (
     "data-00000-of-00001.arrow",
     "state.json",
     "dataset_info.json",
@@ -67,7 +67,7 @@ class TableWriter:
 
     def write(self, batch: pyarrow.RecordBatch) -> None:
         """Appends the rows of a batch."""
-        if batch.schema == WEIGHTED_ROWS and self.schema != WEIGHTED_ROWS:
+        if batch.schema == WEIGHTED_ROW_SCHEMA and self.schema != WEIGHTED_ROW_SCHEMA:
             self._add_weights()
         self._writer.write_batch(_fit_schema(batch, self.schema))
         self.rows += batch.num_rows
@@ -75,7 +75,7 @@ class TableWriter:
     def _add_weights(self) -> None:
         self._writer.close()
         old = self.path.rename(self.path.with_suffix(".old"))
-        self.schema = WEIGHTED_ROWS
+        self.schema = WEIGHTED_ROW_SCHEMA
         self._writer = ipc.new_stream(self.path, self.schema)
         for batch in read_batches(old):
             self._writer.write_batch(_fit_schema(batch, self.schema))
@@ -90,7 +90,7 @@ class TableWriter:
             "_format_kwargs": {},
             "_output_all_columns": False,
         }
-        (self.folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+        (self.folder / STATE_JSON).write_text(json.dumps(state), encoding="utf-8")
 
 
 def _fingerprint(path: Path) -> str:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_clm.data.label.datasets import TokenizedRows, rare_collection
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.proof.checker import Checker
-from hf_clm.data.proof.texts import CHECKS
+from hf_clm.data.proof.texts import LABEL_CHECKS
 from hf_clm.errors import DataError
 from hf_clm.schema import AnyExample
 
@@ -34,7 +34,7 @@ PROVED_WHOLE = 2000  # in the first block of a source, this many rows are all pr
 
 @dataclass(frozen=True)
 class Failure:
-    """A row that does not match its example. ``check`` is a key of ``CHECKS``."""
+    """A row that does not match its example. ``check`` is a key of ``LABEL_CHECKS``."""
 
     row: int
     place: str
@@ -63,7 +63,7 @@ class Certificate:
         if self.is_valid:
             return
         listed = [
-            f"{f.place}: {CHECKS[f.check]}: expected {f.expected}, got {f.got}"
+            f"{f.place}: {LABEL_CHECKS[f.check]}: expected {f.expected}, got {f.got}"
             for f in self.failures[:LISTED_FAILURES]
         ]
         counts = ", ".join(f"{count:,} {name}" for name, count in self.failed.most_common())

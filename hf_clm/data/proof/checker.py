@@ -13,7 +13,7 @@ from hf_clm.data.label.datasets import TokenizedRows
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.proof.chats import ChatChecker
 from hf_clm.data.proof.documents import DocumentChecker
-from hf_clm.data.proof.texts import CHECKS, Assembled, Texts
+from hf_clm.data.proof.texts import LABEL_CHECKS, Assembled, Texts
 from hf_clm.schema import AnyExample, Chat, Document, Tokens
 from hf_clm.text.tokenizer import bos_token
 
@@ -89,7 +89,7 @@ class Checker:
             for at in positions:
                 number = int(np.searchsorted(rows.offsets, at, side="right")) - 1
                 got = f"id {ids[at]}, label {labels[at]} at position {at - rows.offsets[number]}"
-                yield number, check, CHECKS[check], got
+                yield number, check, LABEL_CHECKS[check], got
         if self.starts:
             bos, seconds = self.texts.tokenizer.bos_token_id, np.minimum(firsts + 1, ids.size - 1)
             double = (ids[firsts] == bos) & (ids[seconds] == bos)

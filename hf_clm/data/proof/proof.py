@@ -25,7 +25,7 @@ COMPARED_PROMPTS = 50  # rows whose prompt is rendered again as for generation
 
 
 @dataclass
-class Proof:
+class ProofReport:
     """The results, for run.json (``facts``) and as lines to print."""
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Proof:
 
 
 def prove_split(
-    proof: Proof,
+    proof: ProofReport,
     name: str,
     split: Split,
     recipe: Recipe,

@@ -22,7 +22,7 @@ Stretch = tuple[int, int, float]  # first token, end token (exclusive), weight o
 Failed = tuple[str, str, str]  # check, expected, got
 
 
-CHECKS = {
+LABEL_CHECKS = {
     "labels": "each label equals the id at its position",
     "first": "the first token of a row, which nothing precedes, has no label",
     "targets": "the learned tokens decode to the target text and its stop token",

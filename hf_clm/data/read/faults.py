@@ -27,7 +27,7 @@ from hf_clm.recipe.recipe import Data, Recipe, Source
 CHECKED_BYTES = 8 * 1024 * 1024  # of all files together; takes about half a second
 EXPANSION = 5  # approximate ratio of text size to file size for compressed files and Parquet
 MAX_KINDS, MAX_PLACES = 20, 20
-NUMBER = re.compile(r"\b\d[\d,]*\b")
+NUMBER_PATTERN = re.compile(r"\b\d[\d,]*\b")
 
 
 @dataclass
@@ -46,7 +46,7 @@ class _Kind:
         """Yields the error and, below it, its places."""
         yield f"{self.count:,} x {self.what}" + (f"; fix: {self.fix}" if self.fix else "")
         for where, got, numbers in self.places:
-            has_numbers = numbers and not NUMBER.search(self.what)
+            has_numbers = numbers and not NUMBER_PATTERN.search(self.what)
             notes = [f"N: {numbers}"] * bool(has_numbers) + [f"got {got}"] * bool(got)
             yield f"  {where}" + (f" ({', '.join(notes)})" if notes else "")
         if self.count > len(self.places):
@@ -70,7 +70,7 @@ class Faults:
         self.count += 1
         self.droppable += is_record
         self._first = self._first or error
-        pattern = NUMBER.sub("N", error.what)
+        pattern = NUMBER_PATTERN.sub("N", error.what)
         key = (pattern, error.fix)
         if key not in self._kinds and len(self._kinds) == MAX_KINDS:
             return
@@ -78,7 +78,7 @@ class Faults:
         kind.count += 1
         kind.what = kind.what if kind.what == error.what else pattern
         if len(kind.places) < MAX_PLACES:
-            kind.places.append((error.where, error.got, ", ".join(NUMBER.findall(error.what))))
+            kind.places.append((error.where, error.got, ", ".join(NUMBER_PATTERN.findall(error.what))))
 
     def to_error(self) -> UserError:
         """Returns the only error, or one DataError that lists all kinds with their places."""

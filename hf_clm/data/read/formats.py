@@ -1,6 +1,6 @@
 """Converts records to examples, with one function per format.
 
-    record -- fields --> Row -- the format's function --> Chat | Document | Tokens
+    record -- fields --> RecordView -- the format's function --> Chat | Document | Tokens
 
 A new format needs a function here, an entry in ``FORMATS`` and a name in ``schema.Format``. ``to_example``
 (training) and ``to_prompt`` (inference) call the same function, so they cannot differ.
@@ -26,7 +26,7 @@ from hf_clm.data.read.messages import (
     REASONING,
     SHAREGPT_ROLES,
     SWITCHES,
-    WEIGHTS,
+    WEIGHT_NAMES,
     checked_chat,
     to_empty_chat,
     to_messages,
@@ -35,7 +35,7 @@ from hf_clm.data.read.messages import (
 from hf_clm.data.read.row import (
     Fields,
     Record,
-    Row,
+    RecordView,
     is_missing,
     kind_name,
     listed,
@@ -63,7 +63,7 @@ ALPACA_HEAD, ALPACA_INPUT, ALPACA_TAIL = "### Instruction:\n", "\n\n### Input:\n
 DECISIVE = {
     *("tools", "functions", "documents", "chat_template_kwargs", "enable_thinking"),
     *("messages", "system", "system_prompt", "history"),
-    *(*WEIGHTS, *SWITCHES, *REASONING, *MASKS),
+    *(*WEIGHT_NAMES, *SWITCHES, *REASONING, *MASKS),
 }
 # Other outputs of tokenizers, which have no effect on training.
 UNUSED_OUTPUTS = {"token_type_ids", "special_tokens_mask", "offset_mapping"}
@@ -78,7 +78,7 @@ class RecordFormat:
     ``has_prompt``: records have a prompt and a completion, which can be rendered as chat turns.
     """
 
-    read: Callable[[Row], AnyExample]
+    read: Callable[[RecordView], AnyExample]
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     has_prompt: bool = False
@@ -118,7 +118,7 @@ def to_example(
     Raises ``DataError`` if the record does not have the format, and ``RecipeError`` for an unknown format or
     an unknown key in ``fields``.
     """
-    row = Row(with_parts(record, fields), where, fields or {}, render, allow_empty_prompt)
+    row = RecordView(with_parts(record, fields), where, fields or {}, render, allow_empty_prompt)
     row.expect(dict, record, what="record")
     record_format = find_format(format, fields)
     if not isinstance(record_format, RecordFormat):
@@ -154,7 +154,9 @@ def to_prompt(
 
     The target may be missing, and is removed otherwise: the completion, or an assistant turn at the end.
     """
-    row = Row(with_parts(record, fields), where, fields or {}, render, allow_empty_prompt, is_prompt=True)
+    row = RecordView(
+        with_parts(record, fields), where, fields or {}, render, allow_empty_prompt, is_prompt=True
+    )
     row.expect(dict, record, what="record")
     record_format = find_format(format, fields)
     if isinstance(record_format, RecordFormat):
@@ -188,7 +190,7 @@ def with_parts(record: Record, fields: Fields) -> Record:
     return {**record, **parts} if parts else record
 
 
-def _check_format(row: Row, record_format: RecordFormat) -> None:
+def _check_format(row: RecordView, record_format: RecordFormat) -> None:
     """Raises DataError if a record has no required key, but all required keys of another format."""
     needed = record_format.required[:1] if row.is_prompt else record_format.required
     if row.fields or any(key in row.record for key in needed):
@@ -199,7 +201,7 @@ def _check_format(row: Row, record_format: RecordFormat) -> None:
         raise row.error(f"missing {row.name(needed[0])}", got=f"keys {listed(row.record)}", fix=fix)
 
 
-def _check_spelling(row: Row, record_format: RecordFormat, *, unknown: Iterable[str]) -> None:
+def _check_spelling(row: RecordView, record_format: RecordFormat, *, unknown: Iterable[str]) -> None:
     """Raises DataError for an unread column whose name differs from an optional key only in spelling."""
     for column in unknown:
         key = record_format.spellings.get(_spelling(column))
@@ -292,7 +294,7 @@ def check_same_masks(record: Record, where: str, *, first: FirstSeen, fields: Fi
 
     The labels would otherwise depend on a mask that is missing by mistake.
     """
-    row = Row(with_parts(record, fields), where, fields or {})
+    row = RecordView(with_parts(record, fields), where, fields or {})
     masks = listed(key for key in MASKS if row.has(key))
     _check_first(masks, where, first=first, kind="masks")
 
@@ -425,7 +427,7 @@ def import_function(name: str, *, kind: str, where: str) -> Callable[..., object
     return imported
 
 
-def _read_custom(read: ReadRecord, row: Row) -> Example:
+def _read_custom(read: ReadRecord, row: RecordView) -> Example:
     """Reads a record with a custom function. Its exceptions are reported as errors in the data."""
     try:
         example = read(row.record)
@@ -443,17 +445,17 @@ def _read_custom(read: ReadRecord, row: Row) -> Example:
     return checked_chat(to_messages(example.messages, plain, OPENAI_ROLES), row, example)
 
 
-def _read_text(row: Row) -> Document:
+def _read_text(row: RecordView) -> Document:
     return Document([Segment(row.text("text"), 1.0)], row.weight())
 
 
-def _read_prompt_completion(row: Row) -> Example:
+def _read_prompt_completion(row: RecordView) -> Example:
     if isinstance(row.record.get(row.column("prompt")), list):
         return _read_conversation_parts(row)
     return _prompted(row, row.prompt("prompt"), answer=row.target("completion"))
 
 
-def _read_conversation_parts(row: Row) -> Chat:
+def _read_conversation_parts(row: RecordView) -> Chat:
     """Reads TRL's prompt and completion as lists of messages. The messages of the prompt are context only."""
     prompt = to_messages(row.items("prompt"), row, OPENAI_ROLES)
     context: list[Message] = [
@@ -467,7 +469,7 @@ def _read_conversation_parts(row: Row) -> Chat:
     return checked_chat([*context, *answers], row, to_empty_chat(row))
 
 
-def _read_instruct(row: Row) -> Example:
+def _read_instruct(row: RecordView) -> Example:
     """Reads instruct, input and label, which are concatenated without separators."""
     instruct, input_text = row.prompt("instruct"), row.optional("input")
     if row.render == "chat":
@@ -475,7 +477,7 @@ def _read_instruct(row: Row) -> Example:
     return _prompted(row, instruct + input_text, answer=row.target("label"))
 
 
-def _read_alpaca(row: Row) -> Example:
+def _read_alpaca(row: RecordView) -> Example:
     """Reads Stanford Alpaca's format. In a chat, the input follows the instruction after an empty line."""
     instruction, input_text, answer = row.prompt("instruction"), row.optional("input"), row.target("output")
     system, history = row.optional("system"), _read_history(row)
@@ -492,7 +494,7 @@ def _read_alpaca(row: Row) -> Example:
     return _prompted(row, prompt, answer=answer)
 
 
-def _read_history(row: Row) -> list[Message]:
+def _read_history(row: RecordView) -> list[Message]:
     """Reads LLaMA-Factory's ``history``: pairs of an earlier question and its answer."""
     turns: list[Message] = []
     for number, pair in enumerate(row.parsed("history", list), start=1):
@@ -505,12 +507,12 @@ def _read_history(row: Row) -> list[Message]:
     return turns
 
 
-def _read_messages(row: Row) -> Chat:
+def _read_messages(row: RecordView) -> Chat:
     messages = to_messages(row.items("messages"), row, OPENAI_ROLES)
     return checked_chat(with_system(messages, row), row, to_empty_chat(row))
 
 
-def _read_sharegpt(row: Row) -> Chat:
+def _read_sharegpt(row: RecordView) -> Chat:
     turns = []
     for number, turn in enumerate(row.items("conversations"), start=1):
         what = f"message {number}"
@@ -530,7 +532,7 @@ def _read_sharegpt(row: Row) -> Chat:
     return checked_chat(with_system(messages, row), row, to_empty_chat(row))
 
 
-def _read_segments(row: Row) -> Document:
+def _read_segments(row: RecordView) -> Document:
     segments = []
     for number, item in enumerate(row.items("segments"), start=1):
         what = f"segment {number}"
@@ -574,7 +576,7 @@ def join_turn(instruction: str, input_text: str = "") -> str:
 
 
 def _prompted(
-    row: Row, prompt: str, *, answer: str, system: str = "", history: Sequence[Message] = ()
+    row: RecordView, prompt: str, *, answer: str, system: str = "", history: Sequence[Message] = ()
 ) -> Example:
     """Converts a prompt and its completion to two segments or to turns of a chat."""
     if row.render == "plain":

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hf_clm.data.read.row import Record, Row, listed
+from hf_clm.data.read.row import Record, RecordView, listed
 from hf_clm.errors import did_you_mean
 from hf_clm.schema import Chat, Json, Message, Role, ToolCall
 
@@ -25,37 +25,37 @@ SHAREGPT_ROLES: dict[str, Role] = {
 
 # Names that other tools use for a message's weight. ``masked`` is the inverse of the others.
 SWITCHES = ("train", "training", "loss", "masked")
-WEIGHTS = ("weight", "loss_weight", "loss")
+WEIGHT_NAMES = ("weight", "loss_weight", "loss")
 REASONING = ("reasoning", "reasoning_content", "thinking")
 CALL_KEYS, FUNCTION_KEYS = ("type", "id", "index", "function"), ("name", "arguments", "parameters")
 PART_KEYS = ("type", "text", "cache_control", "annotations")  # the last two have no effect
 MESSAGE_KEYS = ("role", "content", "tool_calls", "function_call", "tool_call_id", "name", *REASONING)
 
 # Arguments of ``apply_chat_template``, which cannot be names of template variables.
-RESERVED = {
+RESERVED_VARIABLES = {
     *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
     *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("tokenizer_kwargs", "return_assistant_tokens_mask", "sanitize_control_tokens"),
 }
 
 
-def to_empty_chat(row: Row) -> Chat:
+def to_empty_chat(row: RecordView) -> Chat:
     """Returns a chat with the record's tools, template variables and weight, but without messages."""
     raw_tools = [*row.parsed("tools", list), *row.parsed("functions", list)]
     tools = [_to_tool(tool, row, number=n) for n, tool in enumerate(raw_tools, start=1)]
     variables = dict(row.parsed("chat_template_kwargs", dict))
-    if reserved := RESERVED.intersection(variables):
+    if reserved := RESERVED_VARIABLES.intersection(variables):
         what = f"{row.name('chat_template_kwargs')}: {listed(reserved)} cannot be a template variable"
         raise row.error(what, fix="remove it")
     return Chat([], tools, variables, row.weight())
 
 
-def to_messages(turns: Sequence[Any], row: Row, roles: Mapping[str, Role]) -> list[Message]:
+def to_messages(turns: Sequence[Any], row: RecordView, roles: Mapping[str, Role]) -> list[Message]:
     """Converts the turns of a record. ``roles`` maps the format's names of the roles."""
     return [_to_message(turn, row, number=n, roles=roles) for n, turn in enumerate(turns, start=1)]
 
 
-def with_system(messages: list[Message], row: Row) -> list[Message]:
+def with_system(messages: list[Message], row: RecordView) -> list[Message]:
     """Prepends the system text that the record has in a separate key."""
     system = row.optional("system")
     if not system:
@@ -65,14 +65,14 @@ def with_system(messages: list[Message], row: Row) -> list[Message]:
     return [{"role": "system", "content": system}, *messages]
 
 
-def checked_chat(messages: list[Message], row: Row, chat: Chat) -> Chat:
+def checked_chat(messages: list[Message], row: RecordView, chat: Chat) -> Chat:
     """Returns the chat with these messages. The template decides which orders of turns are valid."""
     if not row.is_prompt and all(message["role"] != "assistant" for message in messages):
         raise row.error("no turn of role 'assistant'", got=f"{len(messages)} message(s)")
     return replace(chat, messages=messages)
 
 
-def _to_message(turn: Any, row: Row, *, number: int, roles: Mapping[str, Role]) -> Message:
+def _to_message(turn: Any, row: RecordView, *, number: int, roles: Mapping[str, Role]) -> Message:
     """Checks and converts a turn. Null counts as missing, since tables fill in every key of nested columns.
 
     Raises DataError for an unknown key: with a misspelt ``train``, the model would be trained on a turn that
@@ -80,7 +80,7 @@ def _to_message(turn: Any, row: Row, *, number: int, roles: Mapping[str, Role]) 
     """
     what = f"message {number}"
     fields = _filled(row.expect(dict, turn, what=what))
-    row.check_keys(fields, (*MESSAGE_KEYS, *SWITCHES, *WEIGHTS), what=what)
+    row.check_keys(fields, (*MESSAGE_KEYS, *SWITCHES, *WEIGHT_NAMES), what=what)
     if "role" not in fields:
         raise row.error(f"{what} has no role", got=f"keys {listed(fields)}")
     role = _role(fields["role"], row, what=what, roles=roles)
@@ -100,7 +100,7 @@ def _to_message(turn: Any, row: Row, *, number: int, roles: Mapping[str, Role]) 
     return message if role != "assistant" or weight == 1 else {**message, "weight": weight}
 
 
-def _check_content(message: Message, row: Row, *, what: str) -> None:
+def _check_content(message: Message, row: RecordView, *, what: str) -> None:
     """Raises DataError if a turn has no content."""
     role, content = message["role"], message.get("content")
     if "tool_calls" in message or (role in ("system", "tool") and content is not None):
@@ -113,16 +113,16 @@ def _check_content(message: Message, row: Row, *, what: str) -> None:
         row.not_blank(content, f"{what} (role {role})")
 
 
-def _turn_weight(fields: Record, row: Row, *, what: str, role: Role) -> float:
+def _turn_weight(fields: Record, row: RecordView, *, what: str, role: Role) -> float:
     """Returns the product of all weights and switches of a turn."""
     weight = 1.0
-    for key in dict.fromkeys((*SWITCHES, *WEIGHTS)):
+    for key in dict.fromkeys((*SWITCHES, *WEIGHT_NAMES)):
         if key not in fields:
             continue
         value, name = fields[key], f"{what}: {key!r}"
         if isinstance(value, bool) and key in SWITCHES:
             weight *= float(value is not (key == "masked"))
-        elif key in WEIGHTS:
+        elif key in WEIGHT_NAMES:
             weight *= row.number(value, what=name)
         else:
             raise row.error(f"{name}: expected true or false", got=repr(value))
@@ -133,7 +133,7 @@ def _turn_weight(fields: Record, row: Row, *, what: str, role: Role) -> float:
     return weight
 
 
-def _reasoning(fields: Record, row: Row, *, what: str, role: Role) -> str:
+def _reasoning(fields: Record, row: RecordView, *, what: str, role: Role) -> str:
     by_key = {key: row.expect(str, fields[key], what=f"{what}: {key}") for key in REASONING if key in fields}
     texts = {text for text in by_key.values() if text.strip()}
     if len(texts) > 1:
@@ -145,7 +145,7 @@ def _reasoning(fields: Record, row: Row, *, what: str, role: Role) -> str:
     return texts.pop() if texts else ""
 
 
-def _tool_calls(fields: Record, row: Row, *, what: str, role: Role) -> list[ToolCall]:
+def _tool_calls(fields: Record, row: RecordView, *, what: str, role: Role) -> list[ToolCall]:
     """Returns the tool calls of a turn in OpenAI's format, also from the legacy ``function_call``."""
     calls = fields.get("tool_calls") or []
     calls = row.from_json(calls, list, what=f"{what}: tool_calls")
@@ -161,7 +161,7 @@ def _tool_calls(fields: Record, row: Row, *, what: str, role: Role) -> list[Tool
     return [_tool_call(call, row, what=f"{what}: tool call {n}") for n, call in enumerate(calls, start=1)]
 
 
-def _tool_call(call: Any, row: Row, *, what: str) -> ToolCall:
+def _tool_call(call: Any, row: RecordView, *, what: str) -> ToolCall:
     fields = _filled(row.expect(dict, call, what=what))
     function = _filled(row.expect(dict, fields.get("function", fields), what=f"{what}: function"))
     outer = CALL_KEYS if "function" in fields else (*CALL_KEYS, *FUNCTION_KEYS)
@@ -183,7 +183,7 @@ def _is_parts(content: Any) -> bool:
     return is_list and all(isinstance(part, Mapping) and "type" in part for part in content)
 
 
-def _role(name: Any, row: Row, *, what: str, roles: Mapping[str, Role]) -> Role:
+def _role(name: Any, row: RecordView, *, what: str, roles: Mapping[str, Role]) -> Role:
     if row.expect(str, name, what=f"{what}: role") not in roles:
         hint = did_you_mean(name, roles).removeprefix("; ")
         choices = ", ".join(list(roles)[:4])
@@ -192,7 +192,7 @@ def _role(name: Any, row: Row, *, what: str, roles: Mapping[str, Role]) -> Role:
     return roles[name]
 
 
-def _content(content: Any, row: Row, *, what: str, role: Role) -> str:
+def _content(content: Any, row: RecordView, *, what: str, role: Role) -> str:
     """Returns the text of a turn, given as text, as OpenAI's list of text parts or, for a tool, as JSON."""
     if role == "tool" and not isinstance(content, str) and not _is_parts(content):
         return json.dumps(content, ensure_ascii=False)
@@ -208,7 +208,7 @@ def _content(content: Any, row: Row, *, what: str, role: Role) -> str:
     )
 
 
-def _to_tool(tool: Any, row: Row, *, number: int) -> dict[str, Json]:
+def _to_tool(tool: Any, row: RecordView, *, number: int) -> dict[str, Json]:
     """Returns a tool in the form for templates: ``{"type": "function", "function": {"name": ...}}``.
 
     Removes nulls, since tables fill in every key of nested columns.

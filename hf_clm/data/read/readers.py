@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # importing it takes a third of a second
 Items = Iterator[tuple[str, Any]]  # (place, value) or (place, error)
 BATCH_ROWS = 1024
 BATCH_BYTES = 1 << 22  # of columns converted to records at once
-READ_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 20
 TEXTS = (".txt", ".md", ".markdown", ".rst")
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 OLD_LINE_ENDS = "its lines end in a carriage return only: tr '\\r' '\\n' < FILE > NEW_FILE"
@@ -237,7 +237,7 @@ def _open_arrow(source: Stream) -> tuple[Iterable["pyarrow.RecordBatch"], Callab
 def _open_parquet(source: Stream) -> tuple[Iterable["pyarrow.RecordBatch"], Callable[[], None]]:
     from pyarrow import parquet
 
-    table = parquet.ParquetFile(source.stream, buffer_size=READ_BYTES)  # reads pages, not complete columns
+    table = parquet.ParquetFile(source.stream, buffer_size=BUFFER_BYTES)  # reads pages, not complete columns
     _check_columns(table.schema_arrow.names, source.file)
     groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
     widest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
@@ -279,7 +279,7 @@ def _lines(source: Stream) -> Iterator[tuple[int, str | DataError]]:
             continue
         rest = raw
         while rest and not rest.endswith(b"\n"):
-            rest = source.stream.readline(READ_BYTES)
+            rest = source.stream.readline(BUFFER_BYTES)
         where, got = f"{source.file}:{number}", f"over {limit:,} bytes"
         fix = "raise max_line_bytes" if b"\r" not in raw[:-1] else OLD_LINE_ENDS
         yield number, DataError("line too long", where=where, got=got, fix=fix)

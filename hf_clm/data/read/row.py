@@ -13,12 +13,12 @@ from hf_clm.schema import Render
 
 Record = Mapping[str, Any]
 Fields = Mapping[str, str] | None  # maps keys of a format to columns of the record, where they differ
-STEP = re.compile(r"\.?[^.\[\]]+|\[[^.\[\]]+\]")
+PATH_STEP = re.compile(r"\.?[^.\[\]]+|\[[^.\[\]]+\]")
 PATH = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[[^.\[\]]+\])+")
 
 
 @dataclass(frozen=True)
-class Row:
+class RecordView:
     """A record accessed by the keys of its format. Methods raise ``DataError`` with place and column."""
 
     record: Record
@@ -147,7 +147,7 @@ def look_up(record: Record, column: str) -> Any:
     if column in record:
         return record[column]
     value, path = record, ""
-    for step in STEP.findall(column) if PATH.fullmatch(column) else [column]:
+    for step in PATH_STEP.findall(column) if PATH.fullmatch(column) else [column]:
         name = step.strip(".[]")
         if isinstance(value, Mapping) and name in value:
             value = value[name]
@@ -170,7 +170,7 @@ def root_column(record: Record, column: str) -> str:
     """Returns the column of a record to which a name or path belongs."""
     if column in record or not PATH.fullmatch(column):
         return column
-    return STEP.findall(column)[0]
+    return PATH_STEP.findall(column)[0]
 
 
 def _is_index(name: str, length: int) -> bool:

@@ -2,13 +2,13 @@
 
 from itertools import pairwise
 
-from hf_clm.data.read.row import Row, kind_name
+from hf_clm.data.read.row import RecordView, kind_name
 from hf_clm.schema import IGNORE_INDEX, Tokens
 
 MASKS = ("labels", "completion_mask", "assistant_masks", "attention_mask", "position_ids", "seq_lengths")
 
 
-def read_tokenized(row: Row) -> Tokens:
+def read_tokenized(row: RecordView) -> Tokens:
     """Reads token ids and combines all masks: a token has a label only if every mask allows it."""
     ids = _ids("input_ids", row)
     labels = list(ids)
@@ -28,7 +28,7 @@ def read_tokenized(row: Row) -> Tokens:
     return Tokens(ids, labels, lengths, row.weight(), [] if all(mask) else mask)
 
 
-def _ids(key: str, row: Row, *, may_be: tuple[int, ...] = ()) -> list[int]:
+def _ids(key: str, row: RecordView, *, may_be: tuple[int, ...] = ()) -> list[int]:
     """Returns integers from 0 to 2**31 - 1, or from ``may_be``."""
     ids = row.items(key)
     for position, token in enumerate(ids):
@@ -39,13 +39,13 @@ def _ids(key: str, row: Row, *, may_be: tuple[int, ...] = ()) -> list[int]:
     return list(ids)
 
 
-def _of_length(values: list[int], ids: list[int], key: str, row: Row) -> list[int]:
+def _of_length(values: list[int], ids: list[int], key: str, row: RecordView) -> list[int]:
     if len(values) != len(ids):
         raise row.error(f"input_ids and {key} differ in length", got=f"{len(ids)} and {len(values)}")
     return values
 
 
-def _mask(key: str, ids: list[int], row: Row) -> list[int]:
+def _mask(key: str, ids: list[int], row: RecordView) -> list[int]:
     """Returns a mask of zeros and ones; accepts booleans."""
     values = _of_length(row.items(key), ids, key, row)
     at = next((at for at, value in enumerate(values) if value not in (0, 1)), None)
@@ -55,7 +55,7 @@ def _mask(key: str, ids: list[int], row: Row) -> list[int]:
     return [int(value) for value in values]
 
 
-def _attended(mask: list[int], row: Row) -> tuple[int, int]:
+def _attended(mask: list[int], row: RecordView) -> tuple[int, int]:
     """Returns the start and end of the tokens between the padding."""
     start = next((at for at, value in enumerate(mask) if value), len(mask))
     stop = start + sum(map(bool, mask))
@@ -65,7 +65,7 @@ def _attended(mask: list[int], row: Row) -> tuple[int, int]:
     return start, stop
 
 
-def _document_lengths(row: Row, length: int) -> list[int]:
+def _document_lengths(row: RecordView, length: int) -> list[int]:
     """Returns the lengths of the documents in a row, from ``seq_lengths`` or restarts of ``position_ids``."""
     if row.column("seq_lengths") in row.record:
         lengths = _ids("seq_lengths", row)

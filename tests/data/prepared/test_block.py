@@ -12,7 +12,7 @@ from helpers import EOS, X, byte_tokenizer, write_jsonl
 from prepared_sets import recipe_of
 
 from hf_clm.data.prepared import block as module
-from hf_clm.data.prepared.block import LEDGER_SCHEMA, ROWS, WEIGHTED_ROWS, Block, BlockMaker
+from hf_clm.data.prepared.block import LEDGER_SCHEMA, ROW_SCHEMA, WEIGHTED_ROW_SCHEMA, Block, BlockMaker
 from hf_clm.data.prepared.chunks import read_blocks
 from hf_clm.data.proof.leakage import digest, loose_digest
 from hf_clm.data.read.readers import ReadReport
@@ -47,7 +47,7 @@ def columns(block: Block, *names: str) -> list[tuple[Any, ...]]:
 def test_a_row_has_ids_labels_and_its_place():
     block = make(RECORDS[:2])
 
-    assert block.rows.schema == ROWS
+    assert block.rows.schema == ROW_SCHEMA
     assert block.rows.to_pylist() == [
         {"input_ids": [97, 10, 120, 256], "labels": [X, X, 120, 256], "place": "a.jsonl:1"},
         {"input_ids": [97, 10, 120, 120, 256], "labels": [X, X, 120, 120, 256], "place": "a.jsonl:2"},
@@ -64,7 +64,7 @@ def test_pretraining_learns_the_whole_text():
 def test_weights_are_a_column_if_a_record_has_one():
     block = make([RECORDS[0], {**RECORDS[0], "weight": 0.5}])
 
-    assert block.rows.schema == WEIGHTED_ROWS
+    assert block.rows.schema == WEIGHTED_ROW_SCHEMA
     assert block.rows.column("weights").to_pylist() == [[1.0] * 4, [0.5] * 4]
 
 

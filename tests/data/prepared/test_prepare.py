@@ -18,7 +18,7 @@ from hf_clm.data.prepared.block import Block, BlockMaker
 from hf_clm.data.prepared.cache import read_splits
 from hf_clm.data.prepared.chunks import RawBlock
 from hf_clm.data.proof.certificate import Failure
-from hf_clm.data.proof.texts import CHECKS
+from hf_clm.data.proof.texts import LABEL_CHECKS
 from hf_clm.data.read import faults
 from hf_clm.data.split import Split
 from hf_clm.errors import DataError, ExitCode
@@ -510,7 +510,7 @@ def test_labels_that_are_not_certified_are_refused_with_their_place(monkeypatch)
     def fail(self: BlockMaker, raw: RawBlock) -> Block:
         block = make(self, raw)
         if raw.number == 1:
-            block.certificate.enter(Failure(2, "a.jsonl:9", next(iter(CHECKS)), "one", "another"))
+            block.certificate.enter(Failure(2, "a.jsonl:9", next(iter(LABEL_CHECKS)), "one", "another"))
         return block
 
     monkeypatch.setattr(BlockMaker, "make", fail)

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.labels import Fate
 from hf_clm.data.prepared import store
-from hf_clm.data.prepared.store import HEAD, LazyList, PreparedSet, open_store, require_writable
+from hf_clm.data.prepared.store import HEAD, LazyList, StoredSet, open_store, require_writable
 from hf_clm.data.proof.ledger import LedgerSplit, write_ledger
 from hf_clm.data.split import Split
 from hf_clm.errors import DataError, EnvironmentFault
@@ -50,7 +50,7 @@ def seen(split: Split) -> dict[str, Any]:
     }
 
 
-def ledger_of(stored: PreparedSet) -> list[dict[str, Any]]:
+def ledger_of(stored: StoredSet) -> list[dict[str, Any]]:
     """Returns the ledger that a run would write."""
     splits = stored.splits.items()
     packed = {name: s.dataset if isinstance(s.dataset, PackedDataset) else None for name, s in splits}

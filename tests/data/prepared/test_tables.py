@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 
 from hf_clm.data.label.labels import Fate
-from hf_clm.data.prepared.block import LEDGER_SCHEMA, ROWS, WEIGHTED_ROWS
+from hf_clm.data.prepared.block import LEDGER_SCHEMA, ROW_SCHEMA, WEIGHTED_ROW_SCHEMA
 from hf_clm.data.prepared.tables import StoredLedger, StoredRows, TableWriter, read_batches, write_dict
 
 BYTES_PER_ROW = 16
@@ -27,7 +27,7 @@ def rows_of(numbers: Any, *, is_weighted: bool = False) -> pyarrow.RecordBatch:
     }
     if is_weighted:
         content["weights"] = [[n / 2] * n for n in numbers]
-    schema = WEIGHTED_ROWS if is_weighted else ROWS
+    schema = WEIGHTED_ROW_SCHEMA if is_weighted else ROW_SCHEMA
     return pyarrow.RecordBatch.from_pydict(content, schema=schema)
 
 
@@ -37,7 +37,7 @@ def line_of(place: str, fate: str, **changes: Any) -> dict[str, Any]:
 
 
 def write_rows(folder: Path, *batches: pyarrow.RecordBatch) -> StoredRows:
-    write(folder / "train", ROWS, *batches)
+    write(folder / "train", ROW_SCHEMA, *batches)
     count = sum(batch.num_rows for batch in batches)
     lines = [line_of(f"a.jsonl:{n}", "used") for n in range(count)]
     return StoredRows(folder / "train", write_ledger(folder / "ledger", lines))
@@ -61,8 +61,8 @@ def write_ledger(folder: Path, lines: list[dict[str, Any]], names: Any = None) -
 
 
 def test_datasets_opens_the_tables_of_a_folder(tmp_path):
-    write(tmp_path / "train", ROWS, rows_of([1, 2]), rows_of([3]))
-    write(tmp_path / "eval", ROWS, rows_of([4]))
+    write(tmp_path / "train", ROW_SCHEMA, rows_of([1, 2]), rows_of([3]))
+    write(tmp_path / "eval", ROW_SCHEMA, rows_of([4]))
     write_dict(tmp_path, ["train", "eval"])
 
     found = datasets.load_from_disk(str(tmp_path))
@@ -95,7 +95,7 @@ def test_late_weights_add_a_column_with_nulls_before(tmp_path, before):
 
 def test_equal_rows_have_equal_fingerprints(tmp_path):
     for name, numbers in (("a", [1, 2]), ("b", [1, 2]), ("c", [1, 3])):
-        write(tmp_path / name, ROWS, rows_of(numbers))
+        write(tmp_path / name, ROW_SCHEMA, rows_of(numbers))
 
     prints = [datasets.load_from_disk(str(tmp_path / name))._fingerprint for name in "abc"]
 
@@ -103,8 +103,8 @@ def test_equal_rows_have_equal_fingerprints(tmp_path):
 
 
 def test_batches_are_preserved_and_an_empty_table_can_be_opened(tmp_path):
-    write(tmp_path / "a", ROWS, rows_of([1, 2]), rows_of([]), rows_of([3]))
-    write(tmp_path / "b", ROWS)
+    write(tmp_path / "a", ROW_SCHEMA, rows_of([1, 2]), rows_of([]), rows_of([3]))
+    write(tmp_path / "b", ROW_SCHEMA)
 
     assert [batch.num_rows for batch in read_batches(tmp_path / "a" / "data-00000-of-00001.arrow")] == [
         2,
@@ -115,7 +115,7 @@ def test_batches_are_preserved_and_an_empty_table_can_be_opened(tmp_path):
 
 
 def test_an_error_in_writing_leaves_no_table_that_datasets_opens(tmp_path):
-    with pytest.raises(ValueError), TableWriter(tmp_path / "a", ROWS) as writer:
+    with pytest.raises(ValueError), TableWriter(tmp_path / "a", ROW_SCHEMA) as writer:
         writer.write(rows_of([1]))
         raise ValueError
 
@@ -171,7 +171,7 @@ def test_an_empty_block_is_skipped(tmp_path):
 
 
 def test_a_row_refers_to_its_record(tmp_path):
-    write(tmp_path / "train", ROWS, rows_of([1, 2, 3]))
+    write(tmp_path / "train", ROW_SCHEMA, rows_of([1, 2, 3]))
     counts = [0, 2, 0, 1]
     ledger = write_ledger(tmp_path / "ledger", [line_of(f"a:{n}", "used", rows=n) for n in counts])
 
@@ -184,9 +184,9 @@ def test_a_row_refers_to_its_record(tmp_path):
 def test_opening_a_million_rows_takes_under_a_second_and_16_bytes_a_row(tmp_path):
     count = 1 << 20
     part = pyarrow.RecordBatch.from_pydict(
-        {"input_ids": [[1, 2]] * 4096, "labels": [[1, 2]] * 4096, "place": ["a"] * 4096}, schema=ROWS
+        {"input_ids": [[1, 2]] * 4096, "labels": [[1, 2]] * 4096, "place": ["a"] * 4096}, schema=ROW_SCHEMA
     )
-    write(tmp_path / "train", ROWS, *[part] * (count // 4096))
+    write(tmp_path / "train", ROW_SCHEMA, *[part] * (count // 4096))
     ledger = write_ledger(tmp_path / "ledger", [line_of("a", "used")])
     tracemalloc.start()
     started = time.perf_counter()
