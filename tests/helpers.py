@@ -205,7 +205,7 @@ def to_record(example: Any) -> dict[str, Any]:
 def prove_records(
     folder: Path, records: list[Any], *, evaluation: list[Any] | None = None, **data: Any
 ) -> Any:
-    """Returns the ProofReport of SFT records in ``a.jsonl``, evaluated on ``b.jsonl``; ``data`` changes the section."""
+    """Returns the ProofReport of SFT records, evaluated on others; ``data``: more options of the section."""
     from hf_clm.data.prepared.prepare import write_prepared
     from hf_clm.data.prepared.store import read_index
     from hf_clm.data.proof.proof import ProofReport
