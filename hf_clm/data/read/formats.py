@@ -334,7 +334,7 @@ def custom_modules(formats: Iterable[str | None]) -> dict[str, str]:
 
 
 def _describe_function(function: object, seen: set[str]) -> str:
-    """Describes what a function depends on: its code, and the functions and values of its module that it uses.
+    """Describes what a function depends on: its code, and the functions and values of its module it uses.
 
     For functions in a script or a notebook, whose module contains more than the function needs.
     """
