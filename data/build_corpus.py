@@ -30,7 +30,7 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Entry(NamedTuple):
-    """One documented class or function; ``owner`` is the class that a method belongs to, or empty."""
+    """A documented class or function; ``owner`` is the class of a method, or empty."""
 
     owner: str
     name: str
@@ -59,19 +59,17 @@ def main(argv: list[str] | None = None) -> int:
     modules, unparsed = read_modules(library)
     if not modules:
         return _fail(
-            f"{library}: no sources of the standard library; fix: run a Python that ships its .py files"
+            f"{library}: no source files of the standard library; fix: use a Python that includes them"
         )
     documents = build_documents(modules, load_topics())
     pairs = build_pairs(modules)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        # python-docs.jsonl comes last: where it exists, both files are complete.
+        # python-docs.jsonl is written last: if it exists, both files are complete.
         sizes = [write_json_lines(output / "docstrings.jsonl", pairs)]
         sizes.append(write_json_lines(output / "python-docs.jsonl", documents))
     except OSError as error:
-        return _fail(
-            f"{output}: cannot be written: {error.strerror}; fix: --output FOLDER that you may write to"
-        )
+        return _fail(f"{output}: cannot be written: {error.strerror}; fix: set --output to a writable folder")
     print(f"{output / 'python-docs.jsonl'}: {len(documents):,} documents, {sizes[1] / 1e6:.2f} MB")
     print(f"{output / 'docstrings.jsonl'}: {len(pairs):,} pairs, {sizes[0] / 1e6:.2f} MB")
     print(f"from {len(modules):,} modules of {library}; {len(unparsed)} files could not be parsed")
@@ -79,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_modules(library: Path) -> tuple[list[Module], list[Path]]:
-    """Parses every module below ``library``, sorted by name; returns the files that could not be, too."""
+    """Parses every module below ``library``, sorted by name; also returns the files that failed to parse."""
     modules, unparsed = [], []
     for name, path in sorted(find_modules(library)):
         try:
@@ -90,7 +88,7 @@ def read_modules(library: Path) -> tuple[list[Module], list[Path]]:
 
 
 def find_modules(library: Path) -> Iterator[tuple[str, Path]]:
-    """Yields (dotted name, file); a folder that is no identifier (``site-packages``) is not the library's."""
+    """Yields (dotted name, file). Skips folders that are not identifiers, such as ``site-packages``."""
     for folder, subfolders, files in os.walk(library):
         subfolders[:] = [
             name
@@ -105,7 +103,7 @@ def find_modules(library: Path) -> Iterator[tuple[str, Path]]:
 
 
 def parse_module(name: str, source: bytes) -> Module:
-    """Raises SyntaxError or ValueError where ``source`` is not Python of this version."""
+    """Parses a module. Raises SyntaxError or ValueError if ``source`` is not valid Python."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in the library's own strings
         tree = ast.parse(source)
@@ -119,7 +117,7 @@ def parse_module(name: str, source: bytes) -> Module:
 
 
 def load_topics() -> dict[str, str]:
-    """The language reference by topic; empty in an installation without ``pydoc_data``."""
+    """Returns the language reference by topic; empty if ``pydoc_data`` is not installed."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -128,7 +126,7 @@ def load_topics() -> dict[str, str]:
 
 
 def build_documents(modules: list[Module], topics: dict[str, str]) -> list[dict[str, str]]:
-    """One document a module and one a topic, sorted by source; no docstring and no topic appears twice."""
+    """Returns a document for each module and topic, sorted by source, without duplicate docstrings."""
     seen: set[str] = set()
     documents = []
     for module in sorted(modules):
@@ -140,22 +138,22 @@ def build_documents(modules: list[Module], topics: dict[str, str]) -> list[dict[
 
 
 def distinct_topics(topics: dict[str, str]) -> list[tuple[str, str]]:
-    """Sorted (name, text), without a topic that another one holds whole, as "compound" holds "if" and "for".
+    """Returns sorted (name, text) pairs, without topics contained in others ("compound" contains "if").
 
-    Kept, such a topic could be trained on in one document and evaluated on in the other.
+    Otherwise such a topic could be in both the training and the evaluation data.
     """
     texts = {name: inspect.cleandoc(topic).strip() for name, topic in topics.items()}
-    # The same heading is underlined with another character where it is a part of a longer topic.
+    # A heading has a different underline if it is part of a longer topic.
     plain = {name: UNDERLINE.sub("", text) for name, text in texts.items()}
-    kept: list[str] = []
+    distinct: list[str] = []
     for name in sorted(texts, key=lambda name: (-len(plain[name]), name)):
-        if not any(plain[name] in plain[longer] for longer in kept):
-            kept.append(name)
-    return [(name, texts[name]) for name in sorted(kept)]
+        if not any(plain[name] in plain[longer] for longer in distinct):
+            distinct.append(name)
+    return [(name, texts[name]) for name in sorted(distinct)]
 
 
 def build_pairs(modules: list[Module]) -> list[dict[str, str]]:
-    """Signature to first paragraph; one completion a prompt, the first by module name and source line."""
+    """Pairs each signature with its first paragraph; for equal signatures, keeps the first one."""
     pairs: dict[str, dict[str, str]] = {}
     for module in sorted(modules):
         for entry in module.entries:
@@ -170,10 +168,10 @@ def build_pairs(modules: list[Module]) -> list[dict[str, str]]:
 
 
 def write_json_lines(path: Path, rows: Iterable[dict[str, str]]) -> int:
-    """Writes beside ``path`` and renames, so a killed run leaves no half file; returns the size in bytes."""
+    """Writes a file atomically, by renaming; returns its size in bytes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # A docstring may hold half a surrogate pair, which UTF-8 cannot: it becomes a question mark.
+        # Half a surrogate pair in a docstring cannot be encoded and becomes a question mark.
         with temporary.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         os.replace(temporary, path)
@@ -198,7 +196,7 @@ def _definitions(tree: ast.Module) -> Iterator[tuple[str, Definition]]:
 
 
 def _signature(node: Definition) -> str:
-    """The first line of a definition as source: ``def name(a, b=1) -> int:``."""
+    """Returns the first line of a definition: ``def name(a, b=1) -> int:``."""
     head = copy.copy(node)
     head.body, head.decorator_list = [], []
     return " ".join(ast.unparse(head).split("\n")).strip()
@@ -209,7 +207,7 @@ def _docstring(node: ast.Module | Definition) -> str:
 
 
 def _module_text(module: Module, seen: set[str]) -> str:
-    """Drawn like source: the module's docstring, then each signature with its docstring indented below."""
+    """Formats a module: its docstring, then each signature with its docstring indented below."""
     parts = [_first_time(module.docstring, seen)]
     for entry in module.entries:
         docstring = _first_time(entry.docstring, seen)
@@ -221,7 +219,7 @@ def _module_text(module: Module, seen: set[str]) -> str:
 
 
 def _first_time(text: str, seen: set[str]) -> str:
-    """``text`` when it was not seen before, else an empty string; remembers it in ``seen``."""
+    """Returns ``text`` if it is not in ``seen`` yet, otherwise an empty string; adds it to ``seen``."""
     if text in seen:
         return ""
     seen.add(text)
@@ -229,7 +227,7 @@ def _first_time(text: str, seen: set[str]) -> str:
 
 
 def _first_paragraph(docstring: str) -> str:
-    """The first paragraph on one line."""
+    """Returns the first paragraph on one line."""
     lines = []
     for line in docstring.splitlines():
         if not line.strip():

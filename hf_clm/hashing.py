@@ -1,4 +1,4 @@
-"""What tells that two contents are the same: their sha256."""
+"""Sha256 digests of values and files."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ READ_BYTES = 1 << 20
 
 
 def fingerprint(parts: Iterable[Any]) -> str:
-    """The sha256 of bytes, of arrays, or of what JSON can write."""
+    """Returns the sha256 of a sequence of bytes, arrays and JSON values."""
     digest = hashlib.sha256()
     for part in parts:
         is_text = isinstance(part, str | dict | list | None)
@@ -19,7 +19,7 @@ def fingerprint(parts: Iterable[Any]) -> str:
 
 
 def hash_file(path: str | Path) -> str:
-    """The sha256 of a file."""
+    """Returns the sha256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(READ_BYTES):

@@ -1,17 +1,17 @@
-"""The types that flow from a file to a batch; uses nothing but the standard library.
+"""Types of the data on its way from a file to a batch. Needs only the standard library.
 
     record (dict) -> Chat | Document | Tokens -> pieces of text -> row -> packed row -> batch
 
-Glossary, one meaning for each word in the whole package:
+Glossary; each word has a single meaning throughout the package:
 
-record      what a file holds: one JSON object, one row of a table
-example     a record that was read and checked: ``Chat``, ``Document``, or ``Tokens`` (ids of the user's own)
+record      one entry of a data file: a JSON object or a row of a table
+example     a record after parsing and validation: ``Chat``, ``Document`` or ``Tokens`` (already tokenized)
 turn        one message of a chat
-segment     a stretch of a document that is learned, or only read
-prompt      what stands before a target, exactly as ``generate`` is given it
+segment     a span of a document that is either trained on or context only
+prompt      the context before a target, exactly as it is passed to ``generate``
 target      the tokens that have a label
-row         a tokenized example (or one of several: pieces of a long document, turns of a chat)
-packed row  several rows in one sequence
+row         a tokenized example, or a part of one: a piece of a long document, a turn of a chat
+packed row  several rows concatenated to one sequence
 block       records that are prepared together
 step        an optimizer step; a micro-step is one of its forward and backward passes
 sample      generated text
@@ -34,16 +34,16 @@ Format = Literal[
 ]
 Overflow = Literal["keep_target", "truncate", "drop", "error", "split"]
 OnBadRecord = Literal["error", "drop"]
-Render = Literal["chat", "plain"]  # of a prompt and its completion: turns of the chat template, or text
+Render = Literal["chat", "plain"]  # how to render a prompt and its completion: as chat turns or as text
 TokenizerKind = Literal["bpe", "unigram", "characters"]
 Role = Literal["system", "user", "assistant", "tool"]
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 
 class ToolCall(TypedDict):
-    """A call that an assistant turn makes, in OpenAI's form: ``function`` holds ``name`` and ``arguments``.
+    """A tool call of an assistant turn in OpenAI's format: ``function`` has ``name`` and ``arguments``.
 
-    The arguments are an object, or its JSON text. Templates differ in which they take: see ``text/chat.py``.
+    The arguments are an object or its JSON text. Templates differ in which they accept; see ``text/chat.py``.
     """
 
     type: str
@@ -52,10 +52,10 @@ class ToolCall(TypedDict):
 
 
 class Message(TypedDict):
-    """One turn of a chat. Only assistant turns are learned.
+    """One turn of a chat. Only assistant turns are trained on.
 
-    weight: how much the turn's loss counts; 0 makes it read-only. Missing: 1.
-    reasoning: what the model thinks before it answers; the template shows it under a name of its own.
+    weight: factor of the turn's loss; 0 makes the turn context only. Default: 1.
+    reasoning: the reasoning before the answer; each chat template has its own name for this key.
     """
 
     role: Role
@@ -68,9 +68,9 @@ class Message(TypedDict):
 
 
 class TokenizedExample(TypedDict):
-    """A row: token ids and, at the same positions (unshifted), their labels; -100 where nothing is learned.
+    """A row: token ids and their labels at the same positions (unshifted); -100 where there is no loss.
 
-    weights: float32, how much the loss of each label counts; missing where every label counts 1.
+    weights: float32 factor of each label's loss; absent if all are 1.
     """
 
     input_ids: list[int]
@@ -80,9 +80,10 @@ class TokenizedExample(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of text. ``weight`` is how much its loss counts; 0 is text that is only read.
+    """A span of text. ``weight`` is the factor of its loss; 0 makes the text context only.
 
-    ``is_own`` marks text of the recipe, not of a record: a control token in it is that token.
+    ``is_own`` marks text that comes from the recipe, not from a record. Control tokens in such text are
+    encoded as control tokens.
     """
 
     text: str
@@ -96,9 +97,9 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Text without turns: a document that is learned whole, a prompt with its completion, marked segments.
+    """Text without turns: a complete document, a prompt with its completion, or marked segments.
 
-    ``weight`` is that of the record: it multiplies all that is learned of it.
+    ``weight`` is the weight of the record; it multiplies the weights of all segments.
     """
 
     segments: list[Segment]
@@ -106,46 +107,46 @@ class Document:
 
     @property
     def texts(self) -> Iterator[str]:
-        """Every text, in order."""
+        """Yields the text of each segment, in order."""
         return (segment.text for segment in self.segments)
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """What makes two examples the same."""
+        """Returns a key that is equal for equal examples."""
         weight = () if self.weight == 1 else (f"{self.weight:g}",)
         return ("document", *(f"{segment.weight:g} {segment.text}" for segment in self.segments), *weight)
 
     @property
     def is_text(self) -> bool:
-        """Whether all of it is learned, so that there is no prompt."""
+        """Whether every segment is a target, so that there is no prompt."""
         return all(segment.is_target for segment in self.segments)
 
     @property
     def question(self) -> tuple[Document, str] | None:
-        """What stands before the last target, and the target's text; None without a prompt and a target."""
-        read = [number for number, segment in enumerate(self.segments) if not segment.is_target]
-        cut = read[-1] + 1 if read else 0
+        """Returns the context of the last target and the target's text, or None if either is empty."""
+        context = [number for number, segment in enumerate(self.segments) if not segment.is_target]
+        cut = context[-1] + 1 if context else 0
         answer = "".join(segment.text for segment in self.segments[cut:])
         has_prompt = any(segment.text for segment in self.segments[:cut])
         return (Document(self.segments[:cut]), answer) if has_prompt and answer else None
 
     @property
-    def shown(self) -> str:
-        """The text to print for it as a prompt."""
+    def prompt_text(self) -> str:
+        """Returns the text to print when this example is a prompt."""
         return "".join(self.texts).rstrip("\n")
 
-    def learned_whole(self) -> Document:
-        """The document as pretraining sees it: no part is only read."""
+    def as_targets(self) -> Document:
+        """Returns the document as pretraining sees it: every segment is a target."""
         segments = [replace(segment, weight=segment.weight or 1.0) for segment in self.segments]
         return replace(self, segments=segments)
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation, which the tokenizer's chat template renders.
+    """A conversation, rendered with the tokenizer's chat template.
 
-    ``tools`` are JSON schemas of functions; ``template_kwargs`` are variables of the template. ``weight`` is
-    that of the record: it multiplies all that is learned of it.
+    ``tools`` are JSON schemas of functions and ``template_kwargs`` are variables of the template. ``weight``
+    is the weight of the record; it multiplies the weights of all turns.
     """
 
     messages: list[Message]
@@ -155,7 +156,7 @@ class Chat:
 
     @property
     def texts(self) -> Iterator[str]:
-        """Every text that a record wrote, in order."""
+        """Yields every text of the record, in order."""
         if self.tools:
             yield json.dumps(self.tools, ensure_ascii=False)
         for message in self.messages:
@@ -166,7 +167,7 @@ class Chat:
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """What makes two examples the same."""
+        """Returns a key that is equal for equal examples."""
         parts = ["chat"]
         for message in self.messages:
             others = {key: value for key, value in message.items() if key not in ("role", "content")}
@@ -178,23 +179,23 @@ class Chat:
 
     @property
     def question(self) -> tuple[Chat, str] | None:
-        """The chat up to its last answer, and the answer's text; None where it does not end in a text."""
+        """Returns the chat up to its last answer and the answer's text, or None if it ends otherwise."""
         last = self.messages[-1]
         if last["role"] != "assistant" or not last.get("content") or last.get("tool_calls"):
             return None
         return replace(self, messages=self.messages[:-1]), last.get("content", "")
 
     @property
-    def shown(self) -> str:
-        """The text to print for it as a prompt: the last turn."""
+    def prompt_text(self) -> str:
+        """Returns the text to print when this example is a prompt: the last turn."""
         return self.messages[-1].get("content", "")
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Ids that the user tokenized, with their labels.
+    """Token ids that the user made, with their labels.
 
-    ``lengths`` are those of the documents in them; ``mask`` is 0 where nothing is learned beside the labels.
+    ``lengths`` are the lengths of the documents in them. ``mask``, if given, is 0 where a label is ignored.
     """
 
     input_ids: list[int]
@@ -205,18 +206,18 @@ class Tokens:
 
     @property
     def texts(self) -> Iterator[str]:
-        """None: nothing of it is text."""
+        """Returns an empty iterator: there is no text."""
         return iter(())
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """What makes two examples the same."""
+        """Returns a key that is equal for equal examples."""
         parts = (self.input_ids, self.labels, self.lengths, self.mask, self.weight)
         return ("tokens", *map(str, parts))
 
     @property
     def question(self) -> None:
-        """None: there is no text to ask with."""
+        """Returns None: there is no text to prompt with."""
         return None
 
 
@@ -225,18 +226,18 @@ AnyExample: TypeAlias = Chat | Document | Tokens
 
 
 def short_call_id(name: str) -> str:
-    """Nine letters for a tool call's id, where a template (Mistral's) takes no others."""
+    """Returns the nine-character tool call id that some templates (Mistral's) require."""
     return sha256(name.encode()).hexdigest()[:9]
 
 
 def whole_text(example: AnyExample) -> str:
-    """All of an example's own text."""
+    """Returns all text of an example."""
     separator = "\n" if isinstance(example, Chat) else ""
     return separator.join(example.texts)
 
 
 def example_from_json(content: dict[str, Any]) -> AnyExample:
-    """An example from what ``dataclasses.asdict`` made of it."""
+    """Converts the output of ``dataclasses.asdict`` back to an example."""
     if "segments" in content:
         return Document([Segment(**segment) for segment in content["segments"]], content["weight"])
     return Chat(**content) if "messages" in content else Tokens(**content)

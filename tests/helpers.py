@@ -205,10 +205,10 @@ def to_record(example: Any) -> dict[str, Any]:
 def prove_records(
     folder: Path, records: list[Any], *, evaluation: list[Any] | None = None, **data: Any
 ) -> Any:
-    """The Proof of SFT records in ``a.jsonl``, evaluated on ``b.jsonl``; ``data`` changes the section."""
+    """Returns the ProofReport of SFT records, evaluated on others; ``data``: more options of the section."""
     from hf_clm.data.prepared.prepare import write_prepared
     from hf_clm.data.prepared.store import read_index
-    from hf_clm.data.proof.proof import Proof
+    from hf_clm.data.proof.proof import ProofReport
     from hf_clm.recipe.recipe import Recipe  # in here: most tests need none of it
 
     folder.mkdir(exist_ok=True)
@@ -221,7 +221,7 @@ def prove_records(
     write_prepared(place, recipe, byte_tokenizer(), seed=0)
     index = read_index(place)
     assert index is not None
-    return Proof(index["proof"]["facts"], index["proof"]["lines"])
+    return ProofReport(index["proof"]["facts"], index["proof"]["lines"])
 
 
 def _byte_letters() -> list[str]:

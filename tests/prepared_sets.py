@@ -13,7 +13,7 @@ from hf_clm.data.prepared.block import Block, BlockMaker
 from hf_clm.data.prepared.chunks import RawBlock
 from hf_clm.data.prepared.prepare import MakeBlocks, in_turn, write_prepared
 from hf_clm.data.prepared.sets import read_examples
-from hf_clm.data.prepared.store import Stored, open_store, read_index
+from hf_clm.data.prepared.store import StoredSet, open_store, read_index
 from hf_clm.recipe.recipe import Recipe
 
 SECONDS = re.compile(r"\(\d+\.\d s, ")
@@ -34,7 +34,7 @@ def write_set(
     tokenizer: Any = None,
     seed: int = 0,
     make_blocks: MakeBlocks = in_turn,
-) -> Stored:
+) -> StoredSet:
     """Prepares the recipe's data, and opens them."""
     write_prepared(folder, recipe, tokenizer or byte_tokenizer(), seed=seed, make_blocks=make_blocks)
     found = open_set(recipe, folder)
@@ -44,7 +44,7 @@ def write_set(
 
 def open_set(
     recipe: Recipe, folder: Path = Path("cache/key"), *, files: list[str] | None = None
-) -> Stored | None:
+) -> StoredSet | None:
     """The set of a folder if it is as it was written; ``files``: as they are named now, if not as then."""
     index = read_index(folder) or {"files": []}
     load = {"load_examples": lambda name: list(read_examples(recipe.data, name))}

@@ -242,7 +242,7 @@ def break_folder(place: Path) -> None:
         (break_model, [], 4, "model model: cannot be loaded: "),
         (None, ["--learning_rate", "1e30", "--max_steps", "5"], 5, "the loss or its gradient is not finite"),
         (None, ["--output_dir", "say.jsonl/run"], 6, "say.jsonl/run: cannot write to the output folder"),
-        (None, ["--data.max_length", "4"], 3, "4 of 4 rows cannot be trained on within data.max_length=4"),
+        (None, ["--data.max_length", "4"], 3, "4 of 4 records cannot be trained on within data.max_length=4"),
     ],
 )
 def test_each_kind_of_fault_has_its_exit_code(break_it, options, code, message, capsys, place):

@@ -101,7 +101,7 @@ def measure_answers(
         model, tokenizer, prompts=prompts, decoding=decoding, rendering=rendering, progress="answers"
     )
     samples = [
-        Sample(number, prompt.shown, target, answer.text, answer.stopped)
+        Sample(number, prompt.prompt_text, target, answer.text, answer.stopped)
         for (number, (prompt, target)), answer in zip(asked.items(), found, strict=True)
     ]
     return Answers(samples, metrics)

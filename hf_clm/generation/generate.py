@@ -76,7 +76,7 @@ def generate_from_run(options: Namespace) -> list[tuple[str, Generated]]:
         rendering=run.rendering,
         progress="answers",
     )
-    return [(prompt.shown, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [(prompt.prompt_text, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def generate(

@@ -44,7 +44,7 @@ from hf_clm.text.tokenizer import (
     set_template_defaults,
     use_chat_template,
 )
-from hf_clm.text.train_tokenizer import END, train_tokenizer
+from hf_clm.text.train_tokenizer import END_TOKEN, train_tokenizer
 
 TRAINED_TOKENIZER = ".tokenizer"  # in the output folder, until the model is saved
 
@@ -77,7 +77,7 @@ def build_tokenizer(
         if arguments.process_index == 0:
             splits = loaded.values() if section.train.kind == "characters" else [loaded["train"]]
             texts = (text for examples in splits for example in examples for text in example.texts if text)
-            names = {"pad_token": section.pad_token, "eos_token": section.eos_token or END}
+            names = {"pad_token": section.pad_token, "eos_token": section.eos_token or END_TOKEN}
             trained = train_tokenizer(texts, **names, **section.train.model_dump())
             add_control_tokens(trained, section.control_tokens)
             if section.chat_template:

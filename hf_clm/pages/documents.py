@@ -18,10 +18,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.data.batch.mixing import DrawnDataset
-from hf_clm.data.batch.packing import PackedDataset, Piece
+from hf_clm.data.batch.packing import PackedDataset, RowPiece
 from hf_clm.data.label.datasets import label_options
 from hf_clm.data.label.labels import encode_plans, tokens_to_rows
-from hf_clm.data.label.render import Plan, Renderer
+from hf_clm.data.label.render import Renderer, RowPlan
 from hf_clm.data.prepared.store import HEAD
 from hf_clm.data.split import Split
 from hf_clm.pages.rows import FLAGS, Document, Row, Vocabulary, escape, to_atoms, to_rows
@@ -30,8 +30,7 @@ from hf_clm.run_folder import write_text
 from hf_clm.schema import IGNORE_INDEX, AnyExample, Chat, TokenizedExample, Tokens
 from hf_clm.schema import Document as DocumentExample
 from hf_clm.text.chat import stop_token_ids
-from hf_clm.text.encode import MARK_END, MARK_START
-from hf_clm.text.encode import Piece as TextPiece
+from hf_clm.text.encode import MARK_END, MARK_START, Piece
 from hf_clm.text.tokenizer import control_pattern
 
 CACHED_EXAMPLES = 64  # a stream's rows hold many pieces of one example
@@ -103,12 +102,12 @@ class Reader:
         self._places: dict[bytes, str] = {}
         self._whole = lru_cache(maxsize=CACHED_EXAMPLES)(self._load_whole)
 
-    def annotate(self, row: Row, pieces: Sequence[Piece]) -> Row:
+    def annotate(self, row: Row, pieces: Sequence[RowPiece]) -> Row:
         """The row with what is known of its documents; ``pieces`` says what was packed into it."""
         documents = zip(row.documents, pieces, strict=True)
         return replace(row, documents=tuple(self._examine(row, *document) for document in documents))
 
-    def _examine(self, row: Row, document: Document, piece: Piece) -> Document:
+    def _examine(self, row: Row, document: Document, piece: RowPiece) -> Document:
         number, start, _ = piece
         source = int(self.split.rows.rows.sources[number])
         fate = self.split.rows.rows.fates[source]
@@ -161,7 +160,7 @@ class Reader:
                 flags["control text"] = ", ".join(map(repr, dict.fromkeys(controls)))
         return _Whole(examples.places[source], is_chat, ids, is_target, turns, flags)
 
-    def _plan(self, example: AnyExample, sibling: int) -> list[TextPiece]:
+    def _plan(self, example: AnyExample, sibling: int) -> list[Piece]:
         """The pieces of a row; a long chat's are those of all its turns."""
         if isinstance(example, Tokens):
             return []
@@ -169,11 +168,11 @@ class Reader:
         rows = plan.rows if sibling < len(plan.rows) else plan.apart or plan.rows[-1:]
         return rows[min(sibling, len(rows) - 1)]
 
-    def _encode(self, example: AnyExample, pieces: list[TextPiece]) -> TokenizedExample:
+    def _encode(self, example: AnyExample, pieces: list[Piece]) -> TokenizedExample:
         """A row tokenized as in the split, with nothing cut off or split."""
         if isinstance(example, Tokens):
             return tokens_to_rows(example, self.tokenizer)[0]
-        return encode_plans([Plan([pieces])], self.renderer.encoder)[0][0]
+        return encode_plans([RowPlan([pieces])], self.renderer.encoder)[0][0]
 
     def _first_row(self, source: int) -> int:
         return int(np.searchsorted(self.split.rows.rows.sources, source))
@@ -195,7 +194,7 @@ class Reader:
 
 def find_turns(
     example: AnyExample,
-    pieces: Sequence[TextPiece],
+    pieces: Sequence[Piece],
     tokenizer: PreTrainedTokenizerFast,
     *,
     spelled: Sequence[bytes],
@@ -254,7 +253,7 @@ def _find_contents(chat: Chat, text: str) -> Iterator[tuple[int, int, str]]:
                 yield start, at, role
 
 
-def _pieces(split: Split, number: int) -> list[Piece]:
+def _pieces(split: Split, number: int) -> list[RowPiece]:
     if isinstance(split.dataset, PackedDataset | DrawnDataset):
         return split.dataset.pieces[number]
     return [(number, 0, int(split.rows.lengths[number]))]

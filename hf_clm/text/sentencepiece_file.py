@@ -1,4 +1,4 @@
-"""A SentencePiece ``.model`` file as an ordinary fast tokenizer, with the file's ids and normalisation.
+"""Loads a SentencePiece ``.model`` file as a fast tokenizer, with the file's ids and normalization.
 
 Source: ``ModelProto`` of github.com/google/sentencepiece, src/sentencepiece_model.proto
 """
@@ -13,18 +13,19 @@ from transformers.tokenization_utils_base import generate_merges
 
 from hf_clm.errors import ModelError
 
-SPACE = "\u2581"  # how a space is written in a piece
+SPACE = "\u2581"  # SentencePiece's character for a space
 UNIGRAM, BPE = 1, 2
-CONTROL, USER_DEFINED = 3, 4
+CONTROL_TYPE, USER_DEFINED_TYPE = 3, 4
 
 
 def load_sentencepiece(path: str) -> PreTrainedTokenizerFast:
-    """Opens the file; its pieces keep their ids, and its control and user-defined pieces are control tokens.
+    """Loads the file. Pieces keep their ids; control and user-defined pieces become control tokens.
 
-    What stands between two control tokens is read as a text of its own, with a space put before it where the
-    file asks for one.
+    The text between two control tokens is encoded as a separate text, with a space in front if the file asks
+    for a prefix.
 
-    Raises ModelError without the package, for a file that is none, and for a model of words or characters.
+    Raises ModelError if the package is not installed, the file is not a SentencePiece model, or the model is
+    a word or character model.
     """
     proto = _read(path)
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
@@ -35,8 +36,8 @@ def load_sentencepiece(path: str) -> PreTrainedTokenizerFast:
     has_prefix = proto.normalizer_spec.add_dummy_prefix
     steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if has_prefix else [])])
-    own = [piece.piece for piece in proto.pieces if piece.type in (CONTROL, USER_DEFINED)]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in own])
+    control = [piece.piece for piece in proto.pieces if piece.type in (CONTROL_TYPE, USER_DEFINED_TYPE)]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     ids = {name: getattr(proto.trainer_spec, f"{name}_id") for name in ("bos", "eos", "unk", "pad")}
     named = {f"{name}_token": pieces[number][0] for name, number in ids.items() if number >= 0}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **named)
@@ -51,10 +52,10 @@ def _read(path: str) -> Any:
     proto = library.ModelProto()
     try:
         proto.ParseFromString(Path(path).read_bytes())
-    except Exception as error:  # protobuf's own DecodeError, which moves with its releases
-        raise ModelError("is no SentencePiece model", where=f"tokenizer {path}") from error
+    except Exception as error:  # protobuf's DecodeError; its module depends on the release
+        raise ModelError("is not a SentencePiece model", where=f"tokenizer {path}") from error
     if not proto.pieces:
-        raise ModelError("is no SentencePiece model", where=f"tokenizer {path}", got="no pieces")
+        raise ModelError("is not a SentencePiece model", where=f"tokenizer {path}", got="no pieces")
     return proto
 
 
@@ -66,7 +67,7 @@ def _to_model(proto: Any, pieces: list[tuple[str, float]], *, where: str) -> Any
         vocab = {piece: number for number, (piece, _) in enumerate(pieces)}
         options = {"unk_token": spec.unk_piece, "fuse_unk": True, "byte_fallback": spec.byte_fallback}
         return models.BPE(vocab=vocab, merges=generate_merges(vocab), **options)
-    raise ModelError("is a model of words or characters; expected Unigram or BPE", where=f"tokenizer {where}")
+    raise ModelError("is a word or character model; expected Unigram or BPE", where=f"tokenizer {where}")
 
 
 def _to_normalizer(spec: Any) -> Any:

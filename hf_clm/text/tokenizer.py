@@ -1,4 +1,4 @@
-"""Loads a tokenizer that training can trust: a pad token of its own, an end token, a chat template."""
+"""Loads tokenizers and makes sure of an end token, a separate pad token and, if asked, a chat template."""
 
 import datetime
 import json
@@ -16,12 +16,12 @@ from hf_clm.hub import load_options, loading
 from hf_clm.schema import Json
 from hf_clm.text.sentencepiece_file import load_sentencepiece
 
-# transformers gives templates this function; Llama-3.1's prints the day with it.
+# A function that transformers passes to templates. Llama 3.1's template prints today's date with it.
 DATE = re.compile(r"""strftime_now\(\s*["']([^"']+)["']""")
 DATE_FIXED = "{%- macro strftime_now(format) -%}"
-UNKNOWN = "<|unk|>"  # of a tokenizer of characters
+UNKNOWN = "<|unk|>"  # the unknown token of a character tokenizer
 SHIPPED_TEMPLATES = Path(__file__).parent / "templates"
-# A turn must end in one token, or nothing can stop at it.
+# A turn must end in a single token, or generation cannot stop at it.
 TEMPLATE_TOKENS = {"chatml": ["<|im_start|>", "<|im_end|>"]}
 
 
@@ -37,12 +37,13 @@ def load_tokenizer(
     """Loads a fast tokenizer whose pad token differs from its end token.
 
     Args:
-        name_or_path: of a folder or a repository, or of a SentencePiece file (``.model``).
-        pad_token: added when the tokenizer has none, or one that equals its end token; else its own is kept.
+        name_or_path: a folder, a repository on the Hub, or a SentencePiece file (``.model``).
+        pad_token: used only if the tokenizer has no pad token or one that equals its end token.
         eos_token: replaces the end token.
-        chat_template: a shipped name (``chatml``, ``plain``) or a ``.jinja`` file; None keeps its own.
+        chat_template: a built-in name (``chatml``, ``plain``) or a ``.jinja`` file; None keeps the
+            tokenizer's template.
 
-    Raises ModelError if there is no such tokenizer, it is not a fast one, or it has no end token.
+    Raises ModelError if the tokenizer does not exist, is not a fast tokenizer, or has no end token.
     """
     name_or_path = os.path.expanduser(name_or_path)
     if name_or_path.endswith(".model") and Path(name_or_path).is_file():
@@ -67,10 +68,10 @@ def load_tokenizer(
 
 
 def add_pad_token(tokenizer: PreTrainedTokenizerFast, pad_token: str) -> None:
-    """Adds ``pad_token`` where the tokenizer has no pad token or one that equals its end token.
+    """Adds ``pad_token`` if the tokenizer has no pad token or one that equals its end token.
 
-    A pad token that is also the end token would be masked with it by every collator that masks by id, and the
-    model would never learn to stop.
+    Collators that mask padding by id would otherwise mask the end token too, and the model would never learn
+    to stop.
     """
     if tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
@@ -81,31 +82,31 @@ def add_pad_token(tokenizer: PreTrainedTokenizerFast, pad_token: str) -> None:
 
 
 def add_control_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Iterable[str]) -> None:
-    """Adds each of ``tokens`` that is none of the tokenizer's: one id, which no text of a user gives."""
-    known = set(control_tokens(tokenizer))
-    missing = [token for token in tokens if token not in known]
+    """Adds the ``tokens`` that are not control tokens yet. User text is never encoded to their ids."""
+    existing = set(control_tokens(tokenizer))
+    missing = [token for token in tokens if token not in existing]
     tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerFast, name_or_file: str) -> None:
-    """Gives the tokenizer a chat template (``load_chat_template``) and the tokens a shipped one needs."""
+    """Sets the chat template (see ``load_chat_template``) and adds the tokens that a built-in one needs."""
     tokenizer.chat_template = load_chat_template(name_or_file)
-    known = tokenizer.get_vocab()
-    missing = [token for token in TEMPLATE_TOKENS.get(name_or_file, []) if token not in known]
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in TEMPLATE_TOKENS.get(name_or_file, []) if token not in vocabulary]
     tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
 
 
 def set_template_defaults(tokenizer: PreTrainedTokenizerFast, values: Mapping[str, Json]) -> None:
-    """Gives variables of the chat template a default, which is saved with it.
+    """Sets defaults for variables of the chat template, which are saved with the template.
 
-    So whoever asks the model through the template asks as it was trained, with transformers alone.
-    Raises ModelError for a variable that the template does not read.
+    Prompts rendered with transformers alone are then the same as in training.
+    Raises ModelError for a variable that the template does not use.
     """
     if not values:
         return
     template: Any = tokenizer.chat_template
     if not template:
-        fix = "leave it out, or set tokenizer.chat_template"
+        fix = "remove it, or set tokenizer.chat_template"
         raise ModelError("has no chat template", where="tokenizer.chat_template_kwargs", fix=fix)
     named = template if isinstance(template, dict) else {"default": template}
     if what := unread_variable(values, " ".join(named.values())):
@@ -114,15 +115,15 @@ def set_template_defaults(tokenizer: PreTrainedTokenizerFast, values: Mapping[st
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_to_jinja(value)} %}}{{%- endif %}}"
         for name, value in values.items()
     ]
-    found = {key: "".join(lines) + text for key, text in named.items()}
-    tokenizer.chat_template = found if isinstance(template, dict) else found["default"]
+    updated = {key: "".join(lines) + text for key, text in named.items()}
+    tokenizer.chat_template = updated if isinstance(template, dict) else updated["default"]
 
 
 def fix_date(tokenizer: PreTrainedTokenizerFast, date: str) -> None:
-    """Lets the chat template print this date ("2026-07-26") in place of today's; saved with it.
+    """Makes the chat template print this date ("2026-07-26") instead of today's; saved with the template.
 
-    So a prompt is the same on the day of its training, of a resume and of an answer. Nothing is done to a
-    template that prints no date.
+    Prompts are then the same in training, after a resume and at inference. A template that prints no date is
+    left unchanged.
     """
     day = datetime.date.fromisoformat(date)
     template: Any = tokenizer.chat_template
@@ -140,7 +141,7 @@ def prints_date(tokenizer: PreTrainedTokenizerFast) -> bool:
 
 
 def _with_date(template: str, day: datetime.date) -> str:
-    """A macro takes the place of transformers' function: it knows the formats that the template asks for."""
+    """Prepends a macro that replaces transformers' function for the date formats that the template uses."""
     formats = sorted(set(DATE.findall(template)))
     if not formats or DATE_FIXED in template:
         return template
@@ -149,16 +150,16 @@ def _with_date(template: str, day: datetime.date) -> str:
 
 
 def unread_variable(names: Iterable[str], template: str) -> str:
-    """What to say of the first variable that a template does not read; "" where it reads all of them."""
+    """Returns a message about the first variable that a template does not use, or "" if it uses them all."""
     name = next((name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)), None)
     if name is None:
         return ""
     words = sorted(set(re.findall(r"\b[a-z_]{4,}\b", template)))
-    return f"the chat template does not read {name!r}{did_you_mean(name, words)}"
+    return f"the chat template does not use {name!r}{did_you_mean(name, words)}"
 
 
 def _to_jinja(value: Json) -> str:
-    """A JSON value as Jinja writes it."""
+    """Writes a JSON value as a Jinja literal."""
     if isinstance(value, list):
         return f"[{', '.join(map(_to_jinja, value))}]"
     if isinstance(value, dict):
@@ -167,42 +168,42 @@ def _to_jinja(value: Json) -> str:
 
 
 def load_chat_template(name_or_file: str) -> str:
-    """The Jinja text of a shipped template (``chatml``, ``plain``) or of a file.
+    """Returns the Jinja source of a built-in template (``chatml``, ``plain``) or of a file.
 
-    Raises ModelError if there is neither.
+    Raises ModelError if neither exists.
     """
     shipped = sorted(path.stem for path in SHIPPED_TEMPLATES.glob("*.jinja"))
     file = SHIPPED_TEMPLATES / f"{name_or_file}.jinja" if name_or_file in shipped else name_or_file
     path = Path(file).expanduser()
     if not path.is_file():
         got = repr(name_or_file)
-        fix = f"one of {', '.join(shipped)}, or a .jinja file{did_you_mean(name_or_file, shipped)}"
+        fix = f"use one of {', '.join(shipped)}, or a .jinja file{did_you_mean(name_or_file, shipped)}"
         raise ModelError("no such chat template", where="tokenizer.chat_template", got=got, fix=fix)
     return path.read_text(encoding="utf-8")
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Every added or special token: the strings that must not come out of a user's text. Longest first.
+    """Returns every added or special token, longest first: tokens that user text must not be encoded to.
 
-    Without those of white space alone: to GPT-NeoX and Phi these are the ordinary spelling of an indentation.
+    Tokens of whitespace only are left out: GPT-NeoX and Phi encode ordinary indentation with them.
     """
     tokens = [token for token in tokenizer.get_added_vocab() if token.strip()]
     return sorted(tokens, key=lambda token: (-len(token), token))
 
 
 def control_pattern(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
-    """A regular expression that finds any control token of the tokenizer."""
+    """Returns a regular expression that matches any control token of the tokenizer."""
     return _control_pattern(tokenizer, len(tokenizer))
 
 
 @lru_cache(maxsize=4)
 def _control_pattern(tokenizer: PreTrainedTokenizerFast, size: int) -> re.Pattern[str]:
-    """Once for a tokenizer of this ``size``: it is asked for at every text."""
+    """Cached by ``size``, which changes when tokens are added; the pattern is needed for every text."""
     return re.compile(alternatives(control_tokens(tokenizer)))
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Those of ``control_tokens`` that the vocabulary calls special.
+    """Returns the ``control_tokens`` that the vocabulary marks as special.
 
     The others, such as ``<think>`` and ``<tool_call>``, are written by the model as part of its answer.
     """
@@ -212,10 +213,10 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def alternatives(words: Iterable[str]) -> str:
-    """A regular expression for the longest of the words at a place; one that never matches without words.
+    """Returns a regular expression that matches the longest of the words; without words it never matches.
 
-    Words with a common start share it, as in a trie: with thousands of words a plain ``a|b|c`` tries each of
-    them at every ``<`` of a text.
+    It is built as a trie, so words share their common prefixes: with thousands of words, a plain ``a|b|c``
+    would try each of them at every ``<`` of a text.
     """
     trie: dict[str, Any] = {}
     for word in words:
@@ -230,33 +231,32 @@ def _branches(node: dict[str, Any]) -> str:
     branches = [re.escape(letter) + _branches(rest) for letter, rest in sorted(node.items()) if letter]
     if not branches:
         return ""
-    whole = branches[0] if len(branches) == 1 and "" not in node else f"(?:{'|'.join(branches)})"
-    return f"{whole}?" if "" in node else whole
+    pattern = branches[0] if len(branches) == 1 and "" not in node else f"(?:{'|'.join(branches)})"
+    return f"{pattern}?" if "" in node else pattern
 
 
 def max_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The largest id the tokenizer can give. Not ``len - 1`` where the ids have holes."""
+    """Returns the largest id of the tokenizer. It differs from ``len - 1`` if the ids have gaps."""
     return _max_token_id(tokenizer, len(tokenizer))
 
 
 @lru_cache(maxsize=4)
 def _max_token_id(tokenizer: PreTrainedTokenizerFast, size: int) -> int:
-    """Once for a tokenizer of this ``size``: it takes 0.1 s for 150,000 tokens, and is asked for often."""
+    """Cached by ``size``: it takes 0.1 s for 150,000 tokens and is needed often."""
     return max(tokenizer.get_vocab().values())
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The id that stands for every character without a token, in a tokenizer of characters; None in others.
+    """Returns the id of the unknown token of a character tokenizer; None for other tokenizers.
 
-    A tokenizer of words or pieces that was made elsewhere may have met rare characters as unknown all along:
-    there the doctor tells how many they are.
+    Other tokenizers may legitimately encode rare characters as unknown; ``hf-clm doctor`` reports how many.
     """
     is_of_characters = tokenizer.unk_token == UNKNOWN
     return tokenizer.backend_tokenizer.token_to_id(UNKNOWN) if is_of_characters else None
 
 
 def find_unknown(text: str, tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """The first part of ``text`` that the tokenizer has no token for; None where it spells the whole."""
+    """Returns the first part of ``text`` that the tokenizer has no token for, or None."""
     unknown = unknown_id(tokenizer)
     if unknown is None:
         return None
@@ -266,19 +266,19 @@ def find_unknown(text: str, tokenizer: PreTrainedTokenizerFast) -> str | None:
 
 
 def unique_ids(ids: Iterable[int | None]) -> list[int]:
-    """The ids in their order, each once, without None."""
+    """Returns the ids in order, without duplicates and None."""
     return list(dict.fromkeys(i for i in ids if i is not None))
 
 
 def bos_token(tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """The start token, if the tokenizer puts it before every text (Llama does; GPT-2 and Qwen do not)."""
+    """Returns the start token if the tokenizer adds it to every text (Llama does; GPT-2 and Qwen do not)."""
     token: Any = tokenizer.bos_token
     return _bos_token(tokenizer, token)
 
 
 @lru_cache(maxsize=4)
 def _bos_token(tokenizer: PreTrainedTokenizerFast, token: str | None) -> str | None:
-    """Once for a tokenizer with this start token."""
+    """Cached by the start token."""
     if token is None or tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
         return None
     return str(token)

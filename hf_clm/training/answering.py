@@ -100,7 +100,9 @@ class Answering:
         decoding = Decoding(self.max_new_tokens)
         given = generate(model, self.tokenizer, prompts=prompts, decoding=decoding, rendering=self.rendering)
         own = [
-            Sample(number, questions[number].prompt.shown, questions[number].target, one.text, one.stopped)
+            Sample(
+                number, questions[number].prompt.prompt_text, questions[number].target, one.text, one.stopped
+            )
             for number, one in zip(numbers, given, strict=True)
         ]
         return sorted(gather_object(own), key=lambda sample: sample.number)

@@ -21,9 +21,9 @@ from hf_clm.data.prepared.cache import Place, find_place, open_place, today
 from hf_clm.data.prepared.cluster import RayBlocks
 from hf_clm.data.prepared.prepare import MakeBlocks, in_turn, write_prepared
 from hf_clm.data.prepared.sets import STREAM_HEAD, to_head
-from hf_clm.data.prepared.store import Stored, require_writable
-from hf_clm.data.proof.ledger import Entered, write_ledger
-from hf_clm.data.proof.proof import Proof, prove_mix
+from hf_clm.data.prepared.store import StoredSet, require_writable
+from hf_clm.data.proof.ledger import LedgerSplit, write_ledger
+from hf_clm.data.proof.proof import ProofReport, prove_mix
 from hf_clm.data.split import Split, mix_splits, note_lines
 from hf_clm.errors import EnvironmentFault, RecipeError
 from hf_clm.model.build import build_model_config
@@ -45,15 +45,15 @@ class Prepared:
     """The data of a run and what was proved of them; ``stored``: the folder they are in."""
 
     splits: dict[str, Split]
-    proof: Proof
-    stored: Stored
+    proof: ProofReport
+    stored: StoredSet
 
     def write_ledger(self, path: Path) -> None:
         """Writes ledger.parquet; where sources are mixed, it says how often each record is drawn."""
         entered = {}
         for name, split in self.splits.items():
             packed = None if isinstance(split.dataset, TokenizedDataset) else split.dataset
-            entered[name] = Entered(split.ledger, packed, split.mix.times if split.mix else None)
+            entered[name] = LedgerSplit(split.ledger, packed, split.mix.times if split.mix else None)
         write_ledger(path, entered)
 
 
@@ -115,7 +115,7 @@ def prepare(
     )
     said = f"read from cache (key {key})" if is_from_cache else said
     first = STREAMED if recipe.data.streaming else f"prepared  {said}"
-    proof = Proof(stored.proof["facts"], [first, *notes, *stored.proof["lines"]])
+    proof = ProofReport(stored.proof["facts"], [first, *notes, *stored.proof["lines"]])
     proof.facts["prepared"] = {"key": place.key, "from_cache": is_from_cache, "seconds": seconds}
     if stored.date:
         proof.facts["prepared"]["date"] = stored.date

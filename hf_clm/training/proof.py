@@ -147,7 +147,7 @@ def find_questions(
         if question is None or len(found) == ASKED:
             continue
         messages = as_messages(question[0], format, recipe.data.train[0].template)
-        if messages and not renderer.encoder.may_spell(question[0].texts):
+        if messages and not renderer.encoder.may_have_control(question[0].texts):
             ids = encode_prompts([question[0]], tokenizer, options)[0]
             found.append(Question(messages, ids))
     return [question for question in found if len(question.ids) <= ASKED_TOKENS]

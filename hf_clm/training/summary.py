@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.data.batch.packing import PackedDataset
-from hf_clm.data.prepared.sets import NOTHING
+from hf_clm.data.prepared.sets import NO_EXAMPLE
 from hf_clm.data.prepared.store import HEAD
 from hf_clm.data.split import Split, note_lines
 from hf_clm.evaluation.metrics import unigram_entropy
@@ -66,7 +66,7 @@ class RunFacts:
     def has_turns(self) -> bool:
         """Whether the model is asked through the chat template of its tokenizer."""
         head = self.train.examples.examples[:HEAD]
-        return isinstance(next((example for example in head if example != NOTHING), None), Chat)
+        return isinstance(next((example for example in head if example != NO_EXAMPLE), None), Chat)
 
     @property
     def template(self) -> Template | None:

@@ -1,4 +1,4 @@
-"""The datasets and collators under a plain transformers.Trainer, and the loss by hand."""
+"""The datasets and collators with a stock transformers.Trainer, and the loss computed by hand."""
 
 import math
 from pathlib import Path
@@ -51,7 +51,7 @@ def losses(trainer: Trainer) -> list[float]:
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "llama"])
 def test_the_loss_of_a_batch_is_the_cross_entropy_of_its_targets(kind):
-    """Each label t+1 against the logits t, over the target tokens of all rows, by hand."""
+    """Computes the loss by hand: logits t against labels t+1, over the target tokens of all rows."""
     dataset = SFTDataset(EXAMPLES, byte_tokenizer())
     batch = DataCollatorForCausalLM(pad_token_id=257)([dataset[0], dataset[2]])
     model = tiny_model(kind)
@@ -70,7 +70,7 @@ def test_the_loss_of_a_batch_is_the_cross_entropy_of_its_targets(kind):
     assert loss.item() == pytest.approx(torch.stack(nlls).mean().item(), rel=1e-5)
 
 
-def test_a_stock_trainer_learns_from_an_sft_dataset_and_begins_with_that_loss(tmp_path):
+def test_a_stock_trainer_trains_on_an_sft_dataset_with_the_expected_first_loss(tmp_path):
     dataset = SFTDataset(EXAMPLES[:2], byte_tokenizer())
     collator = DataCollatorForCausalLM(pad_token_id=257)
     batch = collator([dataset[0], dataset[1]])
@@ -85,8 +85,8 @@ def test_a_stock_trainer_learns_from_an_sft_dataset_and_begins_with_that_loss(tm
     assert third < second < first < 1.2 * math.log(260)
 
 
-def test_a_stock_trainer_gets_the_same_losses_from_packed_rows(tmp_path):
-    """One packed row holds the two rows of the batch: the same losses, if the documents are kept apart."""
+def test_a_stock_trainer_has_equal_losses_with_packed_rows(tmp_path):
+    """A packed row contains both rows of the batch: the losses are equal if documents are isolated."""
     dataset = SFTDataset(EXAMPLES[:2], byte_tokenizer())
     packed = PackedDataset(dataset, max_length=64)
     options = {"remove_unused_columns": False}  # else the Trainer drops cu_seq_lens_*
@@ -98,8 +98,8 @@ def test_a_stock_trainer_gets_the_same_losses_from_packed_rows(tmp_path):
     assert packed_losses == pytest.approx(padded_losses, rel=1e-3)
 
 
-def test_a_stock_trainer_counts_targets_as_it_counts_labels(tmp_path):
-    """The rows have 6, 5, 26 and 4 targets, so the two micro-batches of a step never weigh the same."""
+def test_a_stock_trainer_counts_targets_like_labels(tmp_path):
+    """The rows have 6, 5, 26 and 4 targets, so the two micro-batches of a step never have equal weight."""
     dataset = SFTDataset(EXAMPLES, byte_tokenizer())
     options = {"remove_unused_columns": False, "gradient_accumulation_steps": 2}
 
@@ -110,7 +110,7 @@ def test_a_stock_trainer_counts_targets_as_it_counts_labels(tmp_path):
     assert by_targets == pytest.approx(by_labels, rel=1e-5)
 
 
-def test_a_stock_trainer_learns_from_a_pretrain_dataset_cut_into_a_stream(tmp_path):
+def test_a_stock_trainer_trains_on_a_packed_pretrain_dataset(tmp_path):
     stream = PackedDataset(PretrainDataset(EXAMPLES, byte_tokenizer()), max_length=16, packing="stream")
 
     first, _, third = losses(stock_trainer(tmp_path, stream, DataCollatorForPackedCausalLM()))

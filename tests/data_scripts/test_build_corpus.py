@@ -71,7 +71,7 @@ def parse(name: str, text: str):
     return build_corpus.parse_module(name, text.encode())
 
 
-def test_modules_are_named_by_their_path_and_tests_and_installed_packages_are_left_out(tmp_path):
+def test_modules_are_named_by_path_without_tests_and_installed_packages(tmp_path):
     wanted = ["a.py", "pkg/__init__.py", "pkg/deep/b.py", "notpkg/c.py"]
     unwanted = [
         "test/t.py",
@@ -117,7 +117,7 @@ def test_a_module_that_raises_at_import_is_read_without_being_imported(tmp_path)
     assert "shapes_that_raise" not in sys.modules
 
 
-def test_a_sources_own_encoding_is_honoured():
+def test_the_encoding_of_a_source_is_respected():
     module = build_corpus.parse_module("old", '# coding: latin-1\n"""Café."""'.encode("latin-1"))
 
     assert module.docstring == "Café."
@@ -128,7 +128,7 @@ def test_an_invalid_escape_in_a_source_gives_no_warning(recwarn):
     assert [str(warning.message) for warning in recwarn] == []
 
 
-def test_a_module_becomes_one_document_in_source_order_and_a_repeated_docstring_is_left_out():
+def test_a_module_becomes_one_document_without_repeated_docstrings():
     expected = """module shapes
 
 Shapes.
@@ -175,7 +175,7 @@ def test_a_docstring_is_kept_in_the_first_module_only_and_an_empty_module_gives_
     ]
 
 
-def test_a_topic_that_another_holds_whole_is_left_out_whatever_its_underline():
+def test_a_topic_contained_in_another_is_left_out():
     topics = {
         "compound": "\nCompound\n********\n\nThe if statement\n================\n\n   Chooses.\n",
         "if": "The if statement\n****************\n\n   Chooses.\n",
@@ -192,7 +192,7 @@ def test_a_topic_that_another_holds_whole_is_left_out_whatever_its_underline():
     ]
 
 
-def test_pairs_hold_a_signature_and_the_first_paragraph_on_one_line():
+def test_pairs_have_a_signature_and_the_first_paragraph_on_one_line():
     pairs = build_corpus.build_pairs([parse("shapes", SHAPES)])
 
     assert [(pair["prompt"], pair["completion"], pair["source"]) for pair in pairs] == [
@@ -216,14 +216,14 @@ def test_a_prompt_keeps_the_completion_of_the_first_module():
     ]
 
 
-def test_a_blank_docstring_gives_neither_pair_nor_document():
+def test_a_blank_docstring_is_skipped():
     module = parse("m", 'def f():\n    """   """')
 
     assert build_corpus.build_pairs([module]) == []
     assert build_corpus.build_documents([module], {}) == []
 
 
-def test_rows_are_written_as_plain_utf8_and_a_half_surrogate_as_a_question_mark(tmp_path):
+def test_records_are_plain_utf8_and_half_surrogates_become_question_marks(tmp_path):
     path = tmp_path / "rows.jsonl"
 
     size = build_corpus.write_json_lines(path, [{"text": "é\n诗"}, {"text": "\ud800"}])
@@ -232,7 +232,7 @@ def test_rows_are_written_as_plain_utf8_and_a_half_surrogate_as_a_question_mark(
     assert size == 34
 
 
-def test_a_write_that_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("old")
 
@@ -247,7 +247,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_pa
     assert path.read_text() == "old"
 
 
-def test_an_output_that_cannot_be_written_is_one_line_and_exit_code_6(tmp_path, monkeypatch, capsys):
+def test_an_unwritable_output_is_a_one_line_error_with_exit_code_6(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build_corpus, "read_modules", lambda library: ([parse("a", '"""A."""')], []))
     (tmp_path / "file").write_text("in the way")
 
@@ -255,23 +255,22 @@ def test_an_output_that_cannot_be_written_is_one_line_and_exit_code_6(tmp_path, 
 
     assert code == 6
     assert capsys.readouterr().err == (
-        f"error: {tmp_path}/file: cannot be written: File exists; "
-        "fix: --output FOLDER that you may write to\n"
+        f"error: {tmp_path}/file: cannot be written: File exists; fix: set --output to a writable folder\n"
     )
 
 
-def test_a_python_without_sources_is_one_line_and_exit_code_6(tmp_path, monkeypatch, capsys):
+def test_a_python_without_sources_is_a_one_line_error_with_exit_code_6(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build_corpus.sysconfig, "get_path", lambda name: str(tmp_path / "nowhere"))
 
     assert build_corpus.main(["--output", str(tmp_path / "out")]) == 6
     assert capsys.readouterr().err == (
-        f"error: {tmp_path}/nowhere: no sources of the standard library; "
-        "fix: run a Python that ships its .py files\n"
+        f"error: {tmp_path}/nowhere: no source files of the standard library; "
+        "fix: use a Python that includes them\n"
     )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_real_library_gives_megabytes_without_duplicates_and_the_same_bytes_twice(tmp_path):
+def test_the_real_library_gives_reproducible_megabytes_without_duplicates(tmp_path):
     for folder, seed in (("one", "1"), ("two", "2")):
         command = [sys.executable, str(SCRIPT), "--output", str(tmp_path / folder)]
         subprocess.run(command, check=True, env={"PYTHONHASHSEED": seed}, capture_output=True)

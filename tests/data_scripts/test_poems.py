@@ -1,4 +1,4 @@
-"""The shipped poems keep the promises that learning them by heart rests on."""
+"""The shipped poems have the properties that memorizing them relies on."""
 
 import json
 from collections import Counter
@@ -49,7 +49,7 @@ def test_no_line_of_a_poem_appears_twice(poems):
     assert len(lines) == 192  # 48 poems of two and two lines
 
 
-def test_neither_half_contains_the_other_nor_begins_like_it(poems):
+def test_no_half_contains_or_begins_like_the_other(poems):
     for poem in poems:
         first, second = poem["input"].strip(), poem["label"]
         assert first not in second and second not in first
@@ -63,12 +63,12 @@ def test_every_half_is_short(poems):
         assert shortest <= len(poem["label"]) <= longest
 
 
-def test_no_text_holds_a_control_token_or_loose_blanks(poems):
+def test_no_text_contains_a_control_token_or_stray_blanks(poems):
     for text in (text for poem in poems for text in poem.values()):
         assert "<|" not in text
         assert [line.strip() for line in text.split("\n")] == text.split("\n")
 
 
-def test_an_input_holds_its_own_line_breaks(poems):
+def test_an_input_contains_its_own_line_breaks(poems):
     """The format joins instruct, input and label directly."""
     assert all(poem["input"] == f"\n{poem['input'].strip()}\n" for poem in poems)

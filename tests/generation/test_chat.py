@@ -177,7 +177,7 @@ def test_a_model_without_a_template_continues_the_text(tmp_path, talk):
             "error: no such command; got '/rest'; fix: one of /help, /reset, /system, /tool, /quit; did you",
         ),
         ("/system be kind", "error: a run of format instruct has no system message; fix: leave it out"),
-        ("\ufdd0", "error: the text holds a noncharacter (U+FDD0 or U+FDD1); fix: remove it"),
+        ("\ufdd0", "error: the text contains a noncharacter (U+FDD0 or U+FDD1); fix: remove it"),
         (b"\xff", "error: the text is not UTF-8"),
     ],
 )

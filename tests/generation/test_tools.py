@@ -249,7 +249,7 @@ def test_tools_without_a_place_for_them_are_refused():
     use_chat_template(tokenizer, "chatml")
     prompt = with_tools(to_prompt_example("hi", "messages"), TOOLS)
 
-    with pytest.raises(DataError, match=r"^the chat template has no place for tools; fix: leave them out"):
+    with pytest.raises(DataError, match=r"^the chat template has no place for tools; fix: remove them"):
         to_prompt_ids([prompt], tokenizer, build_run().rendering)
     with pytest.raises(RecipeError, match="--tools: the model is not asked through a chat template"):
         with_tools(to_prompt_example("hi", "text"), TOOLS)

@@ -15,7 +15,7 @@ import torch
 from helpers import EOS, PAD, X, byte_tokenizer, save_folder, tiny_model
 
 from hf_clm.data.batch import collators, packing
-from hf_clm.data.batch.packing import PackedDataset, Piece, Pieces
+from hf_clm.data.batch.packing import PackedDataset, Pieces, RowPiece
 from hf_clm.data.label import datasets, labels, render
 from hf_clm.data.label.render import Renderer
 from hf_clm.errors import DataError, ModelError
@@ -178,7 +178,7 @@ def only_the_first_turn_learned(patch: pytest.MonkeyPatch) -> None:
 
 
 def edit_pieces(
-    patch: pytest.MonkeyPatch, packer: str, change: Callable[[list[list[Piece]]], list[list[Piece]]]
+    patch: pytest.MonkeyPatch, packer: str, change: Callable[[list[list[RowPiece]]], list[list[RowPiece]]]
 ) -> None:
     """The pieces of each row as they were packed -> as they are used."""
     pack = getattr(packing, packer)
@@ -290,11 +290,11 @@ MUTATIONS = [
     (prompt_trained, {"records": CHATS}, CERTIFIED),
     (control_text_not_protected, {"records": CHATS}, CERTIFIED),
     (only_the_first_turn_learned, {"records": CHATS}, CERTIFIED),
-    (packing_drops_a_document, PACKED, "data.packing: packing holds "),
-    (packing_repeats_a_document, PACKED, "data.packing: packing holds "),
-    (positions_run_on_in_a_row, PACKED, "is not its 2 documents with positions that begin again"),
-    (positions_run_on_in_a_row, PRETRAIN, "documents with positions that begin again"),
-    (stream_loses_the_label_at_a_border, PRETRAIN, "data.packing: packing holds "),
+    (packing_drops_a_document, PACKED, "data.packing: packing has "),
+    (packing_repeats_a_document, PACKED, "data.packing: packing has "),
+    (positions_run_on_in_a_row, PACKED, "differs from its 2 documents"),
+    (positions_run_on_in_a_row, PRETRAIN, "differs from its "),
+    (stream_loses_the_label_at_a_border, PRETRAIN, "data.packing: packing has "),
     (padding_trained, {}, f"{LOSS}: one document at a time gives another loss"),
     (padding_on_the_left, {}, f"{LOSS}: padded rows give another loss"),
     (collator_ignores_the_positions_of_a_row, PACKED, f"{LOSS}: one document at a time gives another loss"),

@@ -130,7 +130,7 @@ def test_texts_that_are_rendered_already_are_refused():
     """unslothai/unsloth#384, hiyouga/LLaMA-Factory#3420: their control tokens would be learned as letters."""
     text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n"
 
-    with pytest.raises(DataError, match="3 of 3 texts are rendered already: they spell control tokens"):
+    with pytest.raises(DataError, match="3 of 3 texts are already rendered: they contain control tokens"):
         SFTDataset([{"text": text}] * 3, chat_tokenizer())
 
 
@@ -201,7 +201,7 @@ def test_rows_of_which_all_labels_are_masked_are_refused_by_name(record, packing
     with pytest.raises(DataError) as error:
         train(helpers.build_recipe(tmp_path, rows, data={"packing": packing}))
 
-    assert "1 of 2 rows cannot be trained on within data.max_length=64" in str(error.value)
+    assert "1 of 2 records cannot be trained on within data.max_length=64" in str(error.value)
     assert "rows.jsonl:2 (no target token)" in str(error.value)
 
 
@@ -324,7 +324,7 @@ def test_a_template_that_drops_a_message_in_silence_is_refused_with_the_row(tmp_
             helpers.build_recipe(tmp_path, records, tokenizer={"chat_template": str(tmp_path / "deaf.jinja")})
         )
 
-    assert "rows.jsonl:2: the chat template leaves out message 3 (role tool); fix: " in str(error.value)
+    assert "rows.jsonl:2: the chat template omits message 3 (role tool); fix: " in str(error.value)
 
 
 def test_training_and_inference_render_one_template(tmp_path):

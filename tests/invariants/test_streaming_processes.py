@@ -129,6 +129,6 @@ def test_an_error_that_the_second_process_alone_meets_is_said_and_ends_both(tmp_
     first, second = finish(start_ranks([folder, folder], *words))
 
     assert 0 not in (first.code, second.code)
-    said = [line for line in second.err.splitlines() if "512 of 2,048 documents of a stream" in line]
+    said = [line for line in second.err.splitlines() if "512 of 2,048 documents of the stream" in line]
     assert [line.split(":")[0] for line in said] == ["error on rank 1"]
     assert "512 of" not in first.err

@@ -112,6 +112,6 @@ def test_too_many_drops_in_a_worker_are_one_line(tmp_path):
         )
 
     said = (
-        r"data\.train: \d+ of 1,\d+ documents of a stream cannot be trained on; got \d+ unreadable; fix: .*"
+        r"data\.train: \d+ of 1,\d+ documents of the stream cannot be trained on; got \d+ unreadable; fix: .*"
     )
     assert re.fullmatch(said, str(error.value))

@@ -1,4 +1,4 @@
-"""Chats as their templates write them: the prompt of each assistant turn, and what the model must answer.
+"""Rendering chats: the prompt of each assistant turn, and the target that the model must produce.
 
 The templates are short ones of the kinds that public models have.
 """
@@ -21,7 +21,7 @@ NOT_THINKING = "{%- if enable_thinking is defined and not enable_thinking %}"
 
 
 def loop(turn: str, *, before: str = "", opens: str = OPENS) -> str:
-    """A template that writes ``turn`` for each message, and ``opens`` where an answer is to come."""
+    """Returns a template that renders ``turn`` for each message, and ``opens`` before an answer."""
     return before + "{%- for message in messages %}" + turn + "{%- endfor %}" + opens
 
 
@@ -32,13 +32,13 @@ def opening(text: str) -> str:
 CONTENT = "{{- message.content + '<|im_end|>\n' }}"
 CALLS = "{%- for call in message.tool_calls|default([]) %}"
 CHATML = loop(START + CONTENT)
-# Writes a default system turn, as Qwen2.5.
+# Renders a default system turn, like Qwen2.5.
 DEFAULT_SYSTEM = loop(
     START + CONTENT,
     before="{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nBe nice.<|im_end|>\n' }}"
     "{%- endif %}",
 )
-# Shows the reasoning of the turns after the last question only, as Qwen3.
+# Renders reasoning only in turns after the last question, like Qwen3.
 QWEN3 = loop(
     START
     + "{%- if message.role == 'assistant' and loop.index0 > ns.last %}"
@@ -51,12 +51,12 @@ QWEN3 = loop(
         "{{- '<|im_start|>assistant\n' }}" + NOT_THINKING + "{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
     ),
 )
-# Its prompt opens the reasoning that its turns leave out, as DeepSeek-R1.
+# The prompt opens reasoning that turns omit, like DeepSeek-R1.
 R1 = loop(
     START + "{{- message.content.split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}",
     opens=opening("{{- '<|im_start|>assistant\n<think>\n' }}"),
 )
-# Its prompt opens the reasoning, and a turn without any closes what was not opened, as GLM-4.7.
+# The prompt opens reasoning, and turns without reasoning have only a closing mark, like GLM-4.7.
 GLM = loop(
     START
     + "{%- if message.reasoning_content %}{{- '<think>' + message.reasoning_content + '</think>' }}"
@@ -64,13 +64,13 @@ GLM = loop(
     + CONTENT,
     opens=opening("{{- '<|im_start|>assistant\n<think>' }}"),
 )
-# Its prompt holds an empty closed block that its turns leave out, as Gemma-4.
+# The prompt has an empty closed block that turns omit, like Gemma-4.
 CLOSED = loop(START + CONTENT, opens=opening("{{- '<|im_start|>assistant\n<think>\n</think>\n' }}"))
-# Ends a chat in a second token, as Phi-3.
+# Adds a second end token at the end of a chat, like Phi-3.
 PHI3 = loop(START + CONTENT, opens="{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
             "{%- else %}{{- eos_token }}{%- endif %}")  # fmt: skip
 NO_END = loop("{{- message.role + ': ' + message.content + '\n' }}", opens=opening("{{- 'assistant: ' }}"))
-# Another token ends a turn once another turn follows, as gpt-oss.
+# The end token of a turn depends on whether another turn follows, like gpt-oss.
 RETURN = loop(
     START + "{{- message.content }}{%- if loop.last and message.role == 'assistant' %}{{- eos_token }}"
     "{%- else %}{{- '<|im_end|>\n' }}{%- endif %}"
@@ -84,7 +84,7 @@ PARTS = loop(
     START + "{%- for part in message.content %}{%- if part.type == 'text' %}{{- part.text }}{%- endif %}"
     "{%- endfor %}{{- '<|im_end|>\n' }}"
 )
-# Writes the system text before the last question only while nothing follows it, as Mistral-7B-Instruct-v0.3.
+# Renders the system text before the last question, if nothing follows it, like Mistral-7B-Instruct-v0.3.
 SYSTEM_LAST = loop(
     "{%- if message.role == 'user' %}{{- '<|im_start|>' }}"
     "{%- if loop.last and messages[0].role == 'system' %}{{- messages[0].content + ' ' }}{%- endif %}"
@@ -143,7 +143,7 @@ def renderer_of(template: Any, **options: Any) -> ChatRenderer:
 
 
 def turns(template: Any, *messages: Message, tools: Any = (), **variables: Any) -> list[tuple[str, str]]:
-    """The prompt of each assistant turn, and its target."""
+    """Returns the prompt and the target of each assistant turn."""
     found = renderer_of(template).turns(Chat(list(messages), list(tools), variables))
     return [(turn.prompt, turn.target) for turn in found]
 
@@ -208,7 +208,7 @@ def refusal(template: Any, *messages: Message, **options: Any) -> str:
         ]),
     ],
 )  # fmt: skip
-def test_a_turn_follows_the_prompt_of_inference_whatever_the_template_makes_of_it(template, messages, found):
+def test_every_turn_follows_the_generation_prompt(template, messages, found):
     assert turns(template, *messages) == found
     tokenizer = tokenizer_with(template)
     for message, (prompt, _) in zip([m for m in messages if m["role"] == "assistant"], found, strict=True):
@@ -225,7 +225,7 @@ def test_a_turn_follows_the_prompt_of_inference_whatever_the_template_makes_of_i
     [[YO], [SYSTEM, YO], [HI, AND, YO], [HI, YO, BYE], [HI, SYSTEM, YO], [YO, HI, BYE]],
     ids=lambda messages: "-".join(message["role"] for message in messages),
 )
-def test_any_order_of_turns_that_the_template_takes_is_taken(messages):
+def test_any_order_of_turns_that_the_template_accepts_is_accepted(messages):
     last = messages[-1]["content"]
 
     if messages == [YO]:  # nothing asks for it, so there is nothing to learn
@@ -250,19 +250,19 @@ def test_any_order_of_turns_that_the_template_takes_is_taken(messages):
         "im_end",
     ],
 )
-def test_tokens_that_the_model_writes_last_do_not_end_the_turn(answer):
+def test_tokens_at_the_end_of_an_answer_do_not_end_the_turn(answer):
     assert turns(CHATML, HI, {**YO, "content": answer}) == [(ASKED_HI, f"{answer}<|im_end|>")]
 
 
-def test_variables_of_the_template_reach_it():
+def test_template_variables_are_passed_to_the_template():
     closed = "<think>\n\n</think>\n\n"
 
     assert turns(QWEN3, HI, YO, enable_thinking=False) == [(ASKED_HI + closed, "Yo<|im_end|>")]
     assert turns(QWEN3, HI, YO, enable_thinking=True) == [(ASKED_HI, closed + "Yo<|im_end|>")]
 
 
-def test_a_reasoning_that_the_prompt_opens_is_closed_once():
-    """DeepSeek-V3.1: the prompt opens it on request, and every turn begins after a closing mark."""
+def test_reasoning_opened_by_the_prompt_is_closed_once():
+    """DeepSeek-V3.1: the prompt may open reasoning, and every turn begins after a closing mark."""
     template = GLM.replace("message.reasoning_content %}", "false %}")
 
     ((prompt, target),) = turns(template, HI, THOUGHTFUL)
@@ -274,7 +274,7 @@ def test_a_reasoning_that_the_prompt_opens_is_closed_once():
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_is_given_under_the_name_that_the_template_reads(name):
+def test_reasoning_is_passed_under_the_name_that_the_template_reads(name):
     template = CHATML.replace(
         "{{- message.content", "{{- message." + name + "|default('') + '|' }}{{- message.content"
     )
@@ -282,16 +282,16 @@ def test_reasoning_is_given_under_the_name_that_the_template_reads(name):
     assert turns(template, {"role": "user", "content": "Hi"}, THOUGHTFUL)[0][1] == "a greeting|Yo<|im_end|>"
 
 
-def test_reasoning_without_a_place_is_refused_written_into_the_content_or_dropped():
+def test_reasoning_without_a_place_is_refused_moved_or_dropped():
     assert refusal(CHATML, HI, THOUGHTFUL) == (
         "the chat template has no place for reasoning; "
-        "fix: data.reasoning: in_content writes it into the content, drop leaves it out"
+        "fix: set data.reasoning to in_content (write it into the content) or drop"
     )
     switched = CHATML.replace(
         "{{- message.content",
         "{{- message.thinking if thinking and message.thinking else '' }}{{- message.content",
     )
-    hint = "; or tokenizer.chat_template_kwargs: {thinking: true}, if that shows it"
+    hint = ", or try tokenizer.chat_template_kwargs: {thinking: true}"
     assert refusal(switched, HI, THOUGHTFUL).endswith(hint)
     assert turns(switched, HI, THOUGHTFUL, thinking=True)[0][1] == "a greetingYo<|im_end|>"
 
@@ -312,9 +312,7 @@ def test_reasoning_without_a_place_is_refused_written_into_the_content_or_droppe
     ids=["JSON", "text", "content"],
 )  # fmt: skip
 @pytest.mark.parametrize("arguments", [{"in": "Köln"}, '{"in": "Köln"}'], ids=["object", "JSON text"])
-def test_a_call_is_learned_and_its_result_read_in_the_form_that_the_template_takes(
-    template, written, arguments
-):
+def test_calls_are_targets_and_results_are_context_in_every_variant(template, written, arguments):
     call: Any = {**CALL, "tool_calls": [{**BERLIN, "function": {"name": "weather", "arguments": arguments}}]}
     tools = '[{"type": "function", "function": {"name": "weather"}}]\n'
     result = '<|im_start|>tool\n{"t": 21}<|im_end|>\n<|im_start|>assistant\n'
@@ -325,7 +323,7 @@ def test_a_call_is_learned_and_its_result_read_in_the_form_that_the_template_tak
     ]
 
 
-def test_a_call_and_its_result_share_an_id_of_nine_letters_where_the_template_wants_one():
+def test_a_call_and_its_result_share_a_short_id_if_required():
     (_, call), (prompt, _) = turns(NEEDS_IDS, HI, CALL, RESULT, BYE)
 
     name, _, rest = call.partition("<call>")
@@ -336,44 +334,44 @@ def test_a_call_and_its_result_share_an_id_of_nine_letters_where_the_template_wa
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        # sglang#40082: the result of a tool also stands in another turn.
+        # sglang#40082: the result of a tool also appears in another turn.
         (DEAF, [{"role": "user", "content": "what is 42?"}, {**YO, "content": "call"},
                 {"role": "tool", "content": "42"}, {**YO, "content": "it is 42"}],
-         "the chat template leaves out message 3 (role tool); fix: remove it, or name another"),
+         "the chat template omits message 3 (role tool); fix: remove it, or set tokenizer.chat_template"),
         (CHATML, [HI, {**CALL, "content": "I look."}],
-         "the chat template has no place for tool_calls; fix: name"),
+         "the chat template has no place for tool_calls; fix: set tokenizer.chat_template"),
         (CHATML.replace("message.content +", "message.content | upper +"), [HI, YO],
-         "the chat template does not write the answer as it is; got 'YO<|im_end|>'"),
+         "the chat template changes the answer; got 'YO<|im_end|>'"),
         (loop(START + CONTENT, opens=opening("{{- 'A:' }}")), [HI, YO],
-         "the chat template writes an answer that does not follow the prompt that it gives for it; "
-         "got the prompt goes on with 'A:' where the answer has '<|im_start|>assistant\\nYo"),
+         "the chat template renders an answer that does not follow its own prompt; "
+         "got the prompt continues with 'A:', the answer with '<|im_start|>assistant\\nYo"),
         ("{{ raise_exception('no') }}", [HI, YO], "the chat template refuses the messages: no"),
         ("{{ messages[9].role }}", [HI, YO], "the chat template refuses the messages: "),
         ("{{ tools | length }}", [HI, YO], "the chat template refuses the messages: "),
         ("\n{% for %}", [HI, YO], "tokenizer.chat_template: is not a valid Jinja template (line 2: "),
-        (None, [HI, YO], "tokenizer: has no chat template, and the data are chats; "
+        (None, [HI, YO], "tokenizer: has no chat template, but the data are chats; "
          "fix: set tokenizer.chat_template to chatml, plain or a .jinja file"),
     ],
 )  # fmt: skip
-def test_what_a_template_cannot_show_is_refused_in_one_line(template, messages, message):
+def test_what_a_template_cannot_render_is_a_one_line_error(template, messages, message):
     text = refusal(template, *messages)
 
     assert text.startswith(message)
     assert "\n" not in text
 
 
-def test_tools_and_variables_that_a_template_does_not_read_are_refused():
+def test_tools_and_variables_that_a_template_does_not_use_are_refused():
     for render in (ChatRenderer.turns, ChatRenderer.prompt):
-        with pytest.raises(DataError, match="the chat template has no place for tools; fix: leave them out"):
+        with pytest.raises(DataError, match="the chat template has no place for tools; fix: remove them"):
             render(renderer_of(CHATML), Chat([HI, YO, AND], TOOLS))
         with pytest.raises(
             DataError,
-            match="the chat template does not read 'enable_thinkng'; did you mean 'enable_thinking'",
+            match="the chat template does not use 'enable_thinkng'; did you mean 'enable_thinking'",
         ):
             render(renderer_of(QWEN3), Chat([HI, YO, AND], template_kwargs={"enable_thinkng": False}))
 
 
-def test_of_several_named_templates_the_one_for_tools_is_used_with_tools():
+def test_the_named_template_for_tools_is_used_with_tools():
     named = {"default": CHATML, "tool_use": JSON_CALLS}
     written = '<call>weather {"in": "Köln"}</call><|im_end|>'
 
@@ -420,7 +418,7 @@ def test_generation_stops_at_the_end_token_and_where_a_text_or_a_call_ends(templ
     ],
 )
 def test_the_prompt_of_generation_is_that_of_training(template, answer, reasoning):
-    """In the same variant: what an earlier turn says is shown to both."""
+    """Both use the same variant, so earlier turns are rendered identically."""
     renderer = renderer_of(template, reasoning=reasoning)
 
     trained = renderer.turns(Chat([HI, answer, AND, BYE]))[-1].prompt
@@ -428,20 +426,20 @@ def test_the_prompt_of_generation_is_that_of_training(template, answer, reasonin
     assert renderer.prompt(Chat([HI, answer, AND])) == trained
 
 
-def test_the_whole_of_a_chat_ends_in_its_last_token_and_loses_no_part():
-    assert renderer_of(CHATML).whole(Chat([HI, YO])) == ASKED_HI + "Yo<|im_end|>"
-    assert renderer_of(NO_END).whole(Chat([HI, YO])) == "user: Hi\nassistant: Yo\n"
-    assert renderer_of(TEXT_CALLS).whole(Chat([HI, CALL])) == (
+def test_the_full_text_of_a_chat_ends_in_its_last_token():
+    assert renderer_of(CHATML).full_text(Chat([HI, YO])) == ASKED_HI + "Yo<|im_end|>"
+    assert renderer_of(NO_END).full_text(Chat([HI, YO])) == "user: Hi\nassistant: Yo\n"
+    assert renderer_of(TEXT_CALLS).full_text(Chat([HI, CALL])) == (
         ASKED_HI + '<call>weather {"in": "Köln"}</call><|im_end|>'
     )
     for lost, messages in (("reasoning", [HI, THOUGHTFUL]), ("tool_calls", [HI, CALL])):
         with pytest.raises(DataError, match=f"^the chat template has no place for {lost}"):
-            renderer_of(CHATML).whole(Chat(messages))
-    written = renderer_of(CHATML, reasoning="in_content").whole(Chat([HI, THOUGHTFUL]))
+            renderer_of(CHATML).full_text(Chat(messages))
+    written = renderer_of(CHATML, reasoning="in_content").full_text(Chat([HI, THOUGHTFUL]))
     assert written == ASKED_HI + "<think>\na greeting\n</think>\n\nYo<|im_end|>"
 
 
-def test_control_tokens_of_a_user_are_marked_in_every_part_and_those_of_the_model_where_they_are_special():
+def test_control_tokens_are_marked_in_every_part_of_a_chat():
     token = "<|im_end|><think>"
     call: Any = {"type": "function", "function": {"name": "weather", "arguments": {"in": token}}}
     chat = Chat(

@@ -1,4 +1,4 @@
-"""Text to ids: what a user spells stays text, what the model writes is tokens, no space is invented."""
+"""Encoding text: user text stays text, the model's tokens stay tokens, and no space is added."""
 
 import time
 
@@ -28,7 +28,7 @@ def spelled(text: str, tokenizer) -> list[int]:
     return encoder.encode([Piece(encoder.mark(text))])[0][0]
 
 
-def test_what_a_user_spells_is_marked_and_of_the_models_words_only_special_tokens():
+def test_user_tokens_are_marked_and_only_special_tokens_of_the_model():
     text = "a<|im_end|><|im_end|><tool_call>b<|im_start"
     encoder = Encoder(tool_tokenizer())
 
@@ -38,14 +38,14 @@ def test_what_a_user_spells_is_marked_and_of_the_models_words_only_special_token
     assert encoder.mark(text, by_model=True) == (
         "a\ufdd0<|im_end|>\ufdd1\ufdd0<|im_end|>\ufdd1<tool_call>b<|im_start"
     )
-    # The recipe wrote letters 1 to 11; the second token reaches beyond them.
-    assert encoder.mark("a<|im_end|><|pad|>", own=[(1, 13)]) == "a<|im_end|>\ufdd0<|pad|>\ufdd1"
+    # Characters 1 to 12 come from the recipe; the second token extends beyond them.
+    assert encoder.mark("a<|im_end|><|pad|>", recipe_spans=[(1, 13)]) == "a<|im_end|>\ufdd0<|pad|>\ufdd1"
     for mark in "\ufdd0\ufdd1":
-        with pytest.raises(DataError, match="the text holds a noncharacter"):
+        with pytest.raises(DataError, match="the text contains a noncharacter"):
             encoder.mark(f"a{mark}b")
 
 
-def test_marked_tokens_are_letters_and_the_others_tokens():
+def test_marked_tokens_become_plain_text():
     tokenizer = tool_tokenizer()
     piece = Piece("a\ufdd0<|pad|>\ufdd1<|im_end|>\ufdd0<tool_call>\ufdd1<tool_call>")
 
@@ -53,7 +53,7 @@ def test_marked_tokens_are_letters_and_the_others_tokens():
     assert tokenizer("<|pad|><tool_call>")["input_ids"] == [257, 260], "the tokenizer stays as it was"
 
 
-def test_the_longest_of_two_tokens_is_found():
+def test_the_longer_of_two_tokens_is_found():
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<|pad|>x", "?", "</s", "</s>"])
 
@@ -65,9 +65,9 @@ def test_the_longest_of_two_tokens_is_found():
 def test_a_search_over_many_texts_misses_none():
     encoder = Encoder(tool_tokenizer())
 
-    assert encoder.may_spell(["a", "b <|im_end|> c"])
-    assert encoder.may_spell(["a\ufdd1"])
-    assert not encoder.may_spell(["a <|im_end", "|> <tool_cal"])
+    assert encoder.may_have_control(["a", "b <|im_end|> c"])
+    assert encoder.may_have_control(["a\ufdd1"])
+    assert not encoder.may_have_control(["a <|im_end", "|> <tool_cal"])
 
 
 @pytest.mark.parametrize(
@@ -80,12 +80,12 @@ def test_a_search_over_many_texts_misses_none():
         ("", ""),
     ],
 )  # fmt: skip
-def test_the_context_of_a_target_begins_at_the_last_border_of_tokens(text, context):
+def test_the_context_of_a_target_begins_at_the_last_token_boundary(text, context):
     assert Encoder(byte_tokenizer()).last_context(text) == context
 
 
 def test_a_piece_is_encoded_as_the_continuation_of_its_context():
-    """Of ``A:\\nYo`` the newline and the Y are one token: the target is encoded alone, and says so."""
+    """In ``A:\\nYo``, newline and Y would be one token, so the target is encoded alone and reported."""
     tokenizer = byte_tokenizer(merges=[("Ċ", "Y"), ("Y", "o")])
 
     assert encoded(tokenizer, Piece("Yo", 1.0, "A:")) == [([261], True)]
@@ -108,8 +108,8 @@ def test_a_piece_is_encoded_as_the_continuation_of_its_context():
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("prepend", ["first", "always", "normalizer"])
-def test_no_space_is_invented_inside_a_text(prepend, piece, tokens):
-    """▁ is a space. A text begins with one, as the tokenizer has it; what follows another text does not."""
+def test_no_space_is_added_inside_a_text(prepend, piece, tokens):
+    """▁ is a space. The tokenizer adds one to the start of a text, but not after another text."""
     tokenizer = sentencepiece_tokenizer(prepend=prepend)
 
     ((ids, _),) = encoded(tokenizer, piece)
@@ -118,13 +118,13 @@ def test_no_space_is_invented_inside_a_text(prepend, piece, tokens):
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_a_tokenizer_that_begins_texts_with_a_space_is_known(adds_bos):
+def test_a_tokenizer_with_a_prefix_space_is_detected(adds_bos):
     assert Encoder(sentencepiece_tokenizer(adds_bos=adds_bos)).adds_space is True
     assert Encoder(byte_tokenizer()).adds_space is False
 
 
-def test_a_token_that_the_vocabulary_itself_would_spell_is_taken_letter_by_letter():
-    """Unigram holds </s> among its pieces and prefers it to the four letters."""
+def test_a_token_in_the_base_vocabulary_is_encoded_by_character():
+    """Unigram has </s> among its pieces and prefers it to the four characters."""
     tokenizer = sentencepiece_tokenizer()
 
     assert tokenizer.convert_ids_to_tokens(spelled("</s>", tokenizer)) == ["▁", "<", "/", "s", ">"]
@@ -132,15 +132,13 @@ def test_a_token_that_the_vocabulary_itself_would_spell_is_taken_letter_by_lette
     assert tokenizer.convert_ids_to_tokens(spelled("aé", tokenizer)) == ["▁", "a", "<0xC3>", "<0xA9>"]
 
 
-def test_a_mark_that_a_template_has_torn_is_refused():
-    """Templates of reasoning models split a turn at </think>; half of it would be learned as text."""
-    with pytest.raises(
-        DataError, match=r"^the chat template cuts a text at a control token that it holds; fix"
-    ):
+def test_a_mark_split_by_a_template_is_refused():
+    """Templates of reasoning models split a turn at </think>; half of it would become plain text."""
+    with pytest.raises(DataError, match=r"^the chat template cuts a text at a control token in it; fix"):
         encoded(byte_tokenizer(), Piece("Hi</think>\ufdd1"))
 
 
-def test_a_token_that_strips_the_white_space_after_it_does_so_before_a_target_too():
+def test_a_token_that_strips_whitespace_does_so_before_a_target():
     """Phi-3: in ``<|assistant|>\\nYo`` the newline belongs to the token."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True, special=True)])
@@ -151,8 +149,8 @@ def test_a_token_that_strips_the_white_space_after_it_does_so_before_a_target_to
     ]
 
 
-def test_ids_are_those_of_the_tokenizers_own_call_also_after_one_that_truncates_and_pads():
-    """The library is the oracle."""
+def test_ids_equal_those_of_calling_the_tokenizer():
+    """Uses the library as the oracle."""
     texts = ["Hi there", "  two  spaces\n", "é😀", "<|im_end|>a", ""]
     for tokenizer in (byte_tokenizer(), sentencepiece_tokenizer()):
         tokenizer("abc", truncation=True, max_length=2, padding="max_length")
@@ -161,8 +159,8 @@ def test_ids_are_those_of_the_tokenizers_own_call_also_after_one_that_truncates_
         assert ids == tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def test_thousands_of_added_tokens_cost_no_time():
-    """Of 4,096 alternatives a plain pattern tries each at every ``<``: 200 such texts took 6 seconds."""
+def test_thousands_of_added_tokens_are_fast():
+    """A plain pattern tries all 4,096 alternatives at every ``<``: 200 such texts took 6 seconds."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([f"<|reserved_{number}|>" for number in range(4096)])
     encoder = Encoder(tokenizer)
@@ -177,7 +175,7 @@ def test_thousands_of_added_tokens_cost_no_time():
     assert seconds < 1
 
 
-def test_a_template_for_chats_adds_tokens_that_count_from_then_on():
+def test_tokens_added_by_a_chat_template_are_control_tokens():
     tokenizer = sentencepiece_tokenizer()
     use_chat_template(tokenizer, "chatml")
 

@@ -1,4 +1,4 @@
-"""A SentencePiece file: the ids of the library that made it, in an ordinary tokenizer folder."""
+"""SentencePiece files: the ids of the original library, in an ordinary tokenizer folder."""
 
 import io
 import json
@@ -29,7 +29,7 @@ OWN = ["<cls>", "<sep>", "<pad>", "<mask>", "<eod>"]
 
 
 def train(path: Path, **settings) -> str:
-    """As the vocabularies of CPM are: <unk>, <s>, </s>, and then its own tokens, of which <pad> has id 5."""
+    """Like the vocabularies of CPM: <unk>, <s>, </s>, then control tokens, of which <pad> has id 5."""
     options = {"vocab_size": 500, "user_defined_symbols": OWN, "minloglevel": 2, **settings}
     model = io.BytesIO()
     lines = iter([line for line in TEXTS if line.strip()])
@@ -55,7 +55,7 @@ def test_the_ids_are_those_of_sentencepiece(tmp_path, model_type, byte_fallback,
 
 
 @pytest.mark.parametrize("options", [{"add_dummy_prefix": False}, {"remove_extra_whitespaces": False}])
-def test_the_settings_of_the_file_hold(tmp_path, options):
+def test_the_settings_of_the_file_apply(tmp_path, options):
     file = train(tmp_path / "x.model", byte_fallback=True, vocab_size=600, **options)
     library = sentencepiece.SentencePieceProcessor(model_file=file)
     tokenizer = load_sentencepiece(file)
@@ -64,7 +64,7 @@ def test_the_settings_of_the_file_hold(tmp_path, options):
         assert tokenizer(text)["input_ids"] == library.encode(text), text
 
 
-def test_a_control_token_divides_the_text_into_parts_that_are_read_alone(tmp_path):
+def test_a_control_token_splits_the_text_into_separate_parts(tmp_path):
     file = train(tmp_path / "x.model", byte_fallback=True)
     library, tokenizer = sentencepiece.SentencePieceProcessor(model_file=file), load_sentencepiece(file)
 
@@ -77,20 +77,20 @@ def opened(tmp_path_factory):
     return sentencepiece.SentencePieceProcessor(model_file=file), load_sentencepiece(file)
 
 
-# As a text of the library's own, "</s>" is four characters; of the tokenizer it is the control token.
+# The library encodes the text "</s>" as four characters, the tokenizer as the control token.
 CHARACTERS = st.characters(codec="utf-8", exclude_characters="\x00\u2581")
 OTHERS = ["<s>", "</s>", "<unk>", *OWN]
 
 
 @settings(deadline=None)
 @given(text=st.text(CHARACTERS).filter(lambda text: not any(token in text for token in OTHERS)))
-def test_any_text_gives_the_ids_of_sentencepiece(opened, text):
+def test_any_text_has_the_ids_of_sentencepiece(opened, text):
     library, tokenizer = opened
 
     assert tokenizer(text)["input_ids"] == library.encode(text)
 
 
-def test_its_own_pad_and_end_tokens_are_taken(tmp_path):
+def test_the_pad_and_end_tokens_of_the_file_are_used(tmp_path):
     file = train(tmp_path / "chinese.model")
 
     tokenizer = load_tokenizer(file, pad_token="<pad>", eos_token="<eod>")
@@ -102,7 +102,7 @@ def test_its_own_pad_and_end_tokens_are_taken(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
-def test_what_is_saved_opens_in_a_fresh_process_with_plain_transformers(tmp_path, model_type):
+def test_the_saved_tokenizer_opens_with_plain_transformers(tmp_path, model_type):
     tokenizer = load_tokenizer(train(tmp_path / "x.model"), pad_token="<pad>", eos_token="<eod>")
     tokenizer.save_pretrained(tmp_path / "saved")
     config = tmp_path / "saved" / "config.json"
@@ -123,18 +123,18 @@ print(json.dumps([tokenizer(text)["input_ids"] for text in json.loads(sys.argv[2
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "x.model").write_text("no model", encoding="utf-8")
 
-    with pytest.raises(ModelError, match="is no SentencePiece model"):
+    with pytest.raises(ModelError, match="is not a SentencePiece model"):
         load_tokenizer(str(tmp_path / "x.model"))
 
 
 def test_a_model_of_words_is_refused(tmp_path):
     file = train(tmp_path / "x.model", model_type="word", vocab_size=40)
 
-    with pytest.raises(ModelError, match="is a model of words or characters; expected Unigram or BPE"):
+    with pytest.raises(ModelError, match="is a word or character model; expected Unigram or BPE"):
         load_sentencepiece(file)
 
 
-def test_without_the_package_its_extra_is_named(tmp_path, monkeypatch):
+def test_a_missing_package_suggests_its_extra(tmp_path, monkeypatch):
     file = train(tmp_path / "x.model")
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
 

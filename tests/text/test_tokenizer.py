@@ -1,4 +1,4 @@
-"""Tokenizer folders as save_pretrained writes them, opened by load_tokenizer."""
+"""Opening tokenizer folders written by save_pretrained."""
 
 import json
 import re
@@ -46,9 +46,7 @@ def saved(folder: Path, **options) -> str:
         ("!", "[PAD]", "!", 33),
     ],
 )
-def test_a_tokenizer_gets_a_pad_token_of_its_own_and_keeps_one_that_it_has(
-    tmp_path, own, named, token, number
-):
+def test_a_pad_token_is_added_only_if_there_is_none(tmp_path, own, named, token, number):
     tokenizer = load_tokenizer(saved(tmp_path, pad=own), pad_token=named)
 
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == (token, number)
@@ -94,13 +92,13 @@ def test_an_end_token_can_be_given(tmp_path):
     assert [tokenizer.eos_token_id, replaced.eos_token_id, added.eos_token_id] == [EOS, IM_END, NEXT_ID]
 
 
-def test_an_end_token_that_is_given_and_is_the_pad_token_gets_a_new_pad_token(tmp_path):
+def test_an_end_token_equal_to_the_pad_token_adds_a_new_pad_token(tmp_path):
     tokenizer = load_tokenizer(saved(tmp_path), eos_token="<|pad|>", pad_token="[PAD]")
 
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (PAD, NEXT_ID)
 
 
-def test_what_is_saved_opens_with_the_same_ids_and_the_same_pad_token(tmp_path):
+def test_a_saved_tokenizer_keeps_its_ids_and_pad_token(tmp_path):
     tokenizer = load_tokenizer(saved(tmp_path / "old", pad=END), pad_token="[PAD]", chat_template="chatml")
     tokenizer.save_pretrained(tmp_path / "new")
 
@@ -133,7 +131,7 @@ def test_a_slow_tokenizer_is_refused(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-def test_a_folder_without_a_tokenizer_is_refused_in_one_line(tmp_path):
+def test_a_folder_without_a_tokenizer_is_a_one_line_error(tmp_path):
     with pytest.raises(ModelError, match="cannot be loaded") as error:
         load_tokenizer(str(tmp_path))
 
@@ -141,7 +139,7 @@ def test_a_folder_without_a_tokenizer_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_folder_is_told_from_a_name_on_the_hub():
+def test_a_missing_folder_is_distinguished_from_a_hub_name():
     with pytest.raises(ModelError, match=r"^tokenizer.name_or_path: no such folder; got './nowhere/at/all'"):
         load_tokenizer("./nowhere/at/all")
 
@@ -159,7 +157,7 @@ def test_a_tokenizer_keeps_its_own_chat_template_unless_another_is_named(tmp_pat
     assert "<|im_start|>" in str(load_tokenizer(folder, chat_template="chatml").chat_template)
 
 
-def test_chatml_adds_its_tokens_where_they_are_missing():
+def test_chatml_adds_missing_tokens():
     tokenizer = sentencepiece_tokenizer()
 
     use_chat_template(tokenizer, "chatml")
@@ -168,7 +166,7 @@ def test_chatml_adds_its_tokens_where_they_are_missing():
     assert tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"] == [356]
 
 
-def test_chatml_adds_nothing_where_its_tokens_are_there():
+def test_chatml_adds_no_existing_tokens():
     tokenizer = byte_tokenizer()
 
     use_chat_template(tokenizer, "chatml")
@@ -176,7 +174,7 @@ def test_chatml_adds_nothing_where_its_tokens_are_there():
     assert len(tokenizer) == 260
 
 
-def test_added_template_tokens_leave_the_other_special_tokens_as_they_are():
+def test_added_template_tokens_do_not_change_other_special_tokens():
     tokenizer = sentencepiece_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<tool>"]})
 
@@ -192,11 +190,11 @@ def test_an_unknown_chat_template_gets_a_suggestion():
 
     assert str(error.value) == (
         "tokenizer.chat_template: no such chat template; got 'chatlm'; "
-        "fix: one of chatml, plain, or a .jinja file; did you mean 'chatml'?"
+        "fix: use one of chatml, plain, or a .jinja file; did you mean 'chatml'?"
     )
 
 
-def test_control_tokens_are_all_that_were_added_longest_first():
+def test_control_tokens_are_all_added_tokens_longest_first():
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<x>"])
 
@@ -205,22 +203,22 @@ def test_control_tokens_are_all_that_were_added_longest_first():
     assert tokens == ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>", "<x>"]
 
 
-def test_added_white_space_is_no_control_token():
-    """GPT-NeoX and Phi keep runs of spaces as added tokens; an indentation is text."""
+def test_added_whitespace_is_not_a_control_token():
+    """GPT-NeoX and Phi have added tokens for runs of spaces, but indentation is ordinary text."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken("    "), AddedToken("\n\n")])
 
     assert control_tokens(tokenizer) == ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 
 
-def test_the_longest_of_two_control_tokens_is_found():
+def test_the_longer_of_two_control_tokens_is_found():
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<|pad|>x", "?"])
 
     assert control_pattern(tokenizer).findall("a<|pad|>x?<|pad|><|im_start") == ["<|pad|>x", "?", "<|pad|>"]
 
 
-def test_the_largest_id_is_not_the_number_of_tokens_where_ids_have_holes():
+def test_the_largest_id_may_exceed_the_number_of_tokens():
     tokenizer = byte_tokenizer()
     assert (max_token_id(tokenizer), len(tokenizer)) == (259, 260)
 
@@ -240,7 +238,7 @@ def test_unique_ids_keep_their_order_and_drop_none():
         (byte_tokenizer(), None),
     ],
 )
-def test_a_start_token_counts_where_the_tokenizer_writes_it(tokenizer, token):
+def test_a_start_token_counts_only_if_the_tokenizer_adds_it(tokenizer, token):
     assert bos_token(tokenizer) == token
 
 
@@ -255,7 +253,7 @@ def test_control_tokens_are_added_once_and_take_one_id_each():
     assert control_pattern(tokenizer).findall("<sep> <sep") == ["<sep>"]
 
 
-def test_tokens_that_the_model_writes_itself_are_not_special():
+def test_tokens_that_the_model_generates_are_not_special():
     tokenizer = byte_tokenizer(pad="!")
     tokenizer.add_tokens(["<think>", AddedToken("<tool>", special=True)])
 
@@ -271,13 +269,13 @@ def test_tokens_that_the_model_writes_itself_are_not_special():
 
 
 @pytest.mark.parametrize("words", [["ab", "abc", "b", "b.c"], ["abc"], []])
-def test_the_longest_word_at_a_place_is_found(words):
+def test_the_longest_word_at_a_position_is_found(words):
     expected = {4: ["abc", "b.c", "b"], 1: ["abc"], 0: []}[len(words)]
 
     assert re.findall(alternatives(words), "xabcb.c|b_ac") == expected
 
 
-def test_a_variable_of_the_template_gets_a_default_that_is_saved_and_can_be_overridden(tmp_path):
+def test_template_variables_have_saved_defaults_that_can_be_overridden(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
         "{{ messages[0].content }}{{ 'thinks' if enable_thinking else 'speaks' }}{{ names|join }}"
@@ -291,7 +289,7 @@ def test_a_variable_of_the_template_gets_a_default_that_is_saved_and_can_be_over
     assert reopened.apply_chat_template(hi, tokenize=False, enable_thinking=True) == "Hi thinksAnnNone"
 
 
-def test_a_variable_that_the_template_does_not_read_is_refused():
+def test_a_variable_that_the_template_does_not_use_is_refused():
     tokenizer = byte_tokenizer()
     with pytest.raises(ModelError, match=r"^tokenizer\.chat_template_kwargs: has no chat template"):
         set_template_defaults(tokenizer, {"enable_thinking": False})
@@ -300,7 +298,7 @@ def test_a_variable_that_the_template_does_not_read_is_refused():
         set_template_defaults(tokenizer, {"enable_thinkin": False})
 
     assert str(error.value).startswith(
-        "tokenizer.chat_template_kwargs: the chat template does not read 'enable_thinkin'; "
+        "tokenizer.chat_template_kwargs: the chat template does not use 'enable_thinkin'; "
         "did you mean 'enable_thinking'?"
     )
     set_template_defaults(tokenizer, {})
@@ -314,7 +312,7 @@ DATED = (
 )
 
 
-def test_a_date_that_is_fixed_is_printed_in_every_format_and_saved_with_the_template(tmp_path):
+def test_a_fixed_date_is_printed_in_every_format_and_saved(tmp_path):
     tokenizer, plain = byte_tokenizer(), byte_tokenizer()
     tokenizer.chat_template = DATED
     assert prints_date(tokenizer) and not prints_date(plain)

@@ -48,13 +48,13 @@ def test_a_pair_that_is_too_rare_is_not_merged():
 
 
 @pytest.mark.parametrize("text", ["the cat", "  two  spaces\n\n\ttab ", "雪が降る 🦆", "\x00\x7f", "don't  "])
-def test_any_text_comes_back_as_it_was(text):
+def test_any_text_decodes_unchanged(text):
     tokenizer = train_bpe(TEXT)
 
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_it_adds_no_token_of_its_own_to_a_text():
+def test_no_token_is_added_to_a_text():
     assert train_bpe(TEXT, vocab_size=258)("abc")["input_ids"] == [66, 67, 68]  # a is the 65th printable byte
 
 
@@ -64,7 +64,7 @@ def test_the_same_text_gives_the_same_tokenizer():
     assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
 
 
-def test_it_is_an_ordinary_folder_with_a_pad_token_of_its_own(tmp_path):
+def test_it_saves_an_ordinary_folder_with_a_separate_pad_token(tmp_path):
     train_bpe(TEXT, pad_token="[PAD]").save_pretrained(tmp_path)
 
     for tokenizer in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))):
@@ -89,7 +89,7 @@ NASTY = [
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @settings(deadline=None)
 @given(text=st.text())
-def test_a_kind_that_falls_back_to_bytes_gives_any_text_back(kind, text):
+def test_byte_fallback_decodes_any_text_unchanged(kind, text):
     tokenizer = trained(kind)
 
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -98,7 +98,7 @@ def test_a_kind_that_falls_back_to_bytes_gives_any_text_back(kind, text):
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "characters"])
 @pytest.mark.parametrize("text", NASTY)
-def test_every_kind_gives_white_space_marks_and_names_of_bytes_back(kind, text):
+def test_every_kind_decodes_whitespace_marks_and_byte_names_unchanged(kind, text):
     tokenizer = train_tokenizer([*NASTY, *TEXT], kind=kind, vocab_size=300)
 
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -121,14 +121,14 @@ def test_a_token_is_a_character_of_the_texts(texts):
     assert len(tokenizer) == 3 + len(set("".join(texts)))
 
 
-def test_a_control_token_in_a_text_is_one_token_and_comes_back():
+def test_a_control_token_in_a_text_is_one_token_and_decodes_unchanged():
     tokenizer = train_characters(["a<|pad|>b"])
 
     assert tokenizer.convert_ids_to_tokens(tokenizer("a<|pad|>b")["input_ids"]) == ["a", "<|pad|>", "b"]
     assert tokenizer.decode(tokenizer("a<|pad|>b")["input_ids"]) == "a<|pad|>b"
 
 
-def test_characters_are_numbered_in_the_order_of_unicode_behind_the_control_tokens():
+def test_characters_are_numbered_in_unicode_order_after_the_control_tokens():
     tokenizer = train_characters(["banana\n", "雪"])
 
     assert tokenizer.get_vocab() == {
@@ -145,7 +145,7 @@ def test_characters_are_numbered_in_the_order_of_unicode_behind_the_control_toke
     assert tokenizer("bad")["input_ids"] == [5, 4, 2]
 
 
-def test_unigram_takes_frequent_words_whole_and_spells_an_unknown_letter_by_its_bytes():
+def test_unigram_keeps_frequent_words_and_encodes_unknown_characters_by_bytes():
     text = (Path(__file__).resolve().parents[2] / "LICENSE").read_text(encoding="utf-8")
     tokenizer = train_unigram([text], vocab_size=600)
 
@@ -154,7 +154,7 @@ def test_unigram_takes_frequent_words_whole_and_spells_an_unknown_letter_by_its_
     assert len(tokenizer) == 600
 
 
-def test_unigram_keeps_its_size_where_the_texts_have_more_letters():
+def test_unigram_keeps_its_size_if_the_texts_have_more_characters():
     letters = [chr(code) for code in range(0x4E00, 0x4F00)]
 
     tokenizer = train_unigram(letters * 2, vocab_size=300)

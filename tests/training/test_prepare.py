@@ -167,7 +167,7 @@ def test_where_neither_folder_can_be_written_it_is_refused_before_the_work(tmp_p
     recipe = recipe.model_copy(update={"train": output})
     refuse_work(monkeypatch)
 
-    with pytest.raises(EnvironmentFault, match="cannot keep prepared data"):
+    with pytest.raises(EnvironmentFault, match="cannot store prepared data"):
         prepare_as(recipe)
 
 
@@ -212,7 +212,7 @@ def test_the_command_says_how_sources_are_mixed(tmp_path):
 
     lines = prepare_recipe(build_recipe(tmp_path, train=sources, mixing={"size": 4}))
 
-    assert "mixed     the packed rows hold each label as often as its row was drawn" in lines
+    assert "mixed     the packed rows contain each label as often as its row was drawn" in lines
     assert any(line.startswith("train     1 rows, ") for line in lines)
     assert any("b.jsonl" in line for line in lines)
 
@@ -337,4 +337,4 @@ def test_prepare_prints_what_nothing_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_tokenizer_and_settle", lambda recipe, _: (byte_tokenizer(), recipe))
     monkeypatch.setattr(module, "build_model_config", lambda *args: None)
 
-    assert "note      keys not used: id" in prepare_recipe(recipe)
+    assert "note      unused keys: id" in prepare_recipe(recipe)

@@ -33,11 +33,11 @@ def test_ledger_and_certificate_of_each_set_are_shown(tmp_path):
         "train     fate                  rows        tokens       targets   tokens kept  targets kept",
         "          used                     3            21             9            21             9",
         "          the labels of all 3 rows are certified (...)",
-        "          the first 3 prompts are what generate is given",
+        "          the first 3 prompts equal the input of generate",
         "eval      fate                  rows        tokens       targets   tokens kept  targets kept",
         "          used                     1             9             4             9             4",
         "          the labels of all 1 rows are certified (...)",
-        "          the first 1 prompts are what generate is given",
+        "          the first 1 prompts equal the input of generate",
     ]
 
 
@@ -62,7 +62,7 @@ def test_a_prompt_that_generate_is_not_given_is_refused_with_the_row(tmp_path, m
         prove_records(tmp_path, RECORDS)
 
     assert str(error.value) == (
-        f"{tmp_path / 'a.jsonl'}:1: the prompt in training is not the one that generate is given; "
+        f"{tmp_path / 'a.jsonl'}:1: the prompt in training differs from the input of generate; "
         "got 'say\\nx'; fix: correct the chat template"
     )
 

@@ -1,1 +1,1 @@
-"""Rows to batches: packed, mixed, put in order, collated."""
+"""Turns rows into batches: packing, mixing, ordering and collation."""

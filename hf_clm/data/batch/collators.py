@@ -1,4 +1,4 @@
-"""Rows -> one batch. The only place where padding becomes -100."""
+"""Collates rows to a batch. The only place where the labels of padding become -100."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,19 +20,19 @@ STATIC_TARGETS = 256  # the number of targets is rounded up to a multiple of it
 
 
 class DataCollatorForCausalLM:
-    """Right-pads a list of ``TokenizedExample`` to one batch.
+    """Right-pads a list of ``TokenizedExample`` to a batch.
 
-    B = batch size, T = longest example, rounded up to ``pad_to_multiple_of`` (tokens).
+    B = batch size, T = length of the longest example, rounded up to a multiple of ``pad_to_multiple_of``.
 
     Returns (from a call):
         input_ids       (B, T) int64
-        attention_mask  (B, T) int64, 1 for a real token, 0 for padding
-        labels          (B, T) int64, -100 where no loss is taken. NOT shifted: the model compares
+        attention_mask  (B, T) int64, 1 for tokens, 0 for padding
+        labels          (B, T) int64, -100 where there is no loss. NOT shifted: the model compares
                         logits t with labels t+1.
-    and where a row has ``weights``:
-        loss_weights    (B, T) float32, how much the loss of the label at the same place counts: 1 in rows
-                        without ``weights``, 0 for padding. CLMTrainer uses them; a stock Trainer would hand
-                        them to the model, which knows nothing of them.
+    and, if a row has ``weights``:
+        loss_weights    (B, T) float32, factor of each label's loss: 1 in rows without ``weights``, 0 for
+                        padding. Only CLMTrainer uses them; a stock Trainer would pass them to the model,
+                        which does not accept them.
 
     Raises ValueError for packed rows.
     """
@@ -42,7 +42,7 @@ class DataCollatorForCausalLM:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, torch.Tensor]:
-        if "position_ids" in examples[0]:  # without them the documents of a row would read each other
+        if "position_ids" in examples[0]:  # the documents of a packed row would attend to each other
             raise ValueError("packed rows need DataCollatorForPackedCausalLM")
         lengths = [len(example["input_ids"]) for example in examples]
         width = -(-max(lengths) // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -66,12 +66,12 @@ class DataCollatorForCausalLM:
 
 @dataclass(frozen=True)
 class StaticShape:
-    """One shape for all batches, so that a compiled model is compiled once.
+    """One shape for all batches, so that torch.compile compiles the model once.
 
-    tokens            of every batch; what the rows leave free is padding
-    documents         of a batch at most, padding not counted
-    max_length        tokens of a document at most
-    targets_multiple  the number of targets is rounded up to a multiple of it
+    tokens            number of tokens in every batch, including padding
+    documents         maximum number of documents in a batch, without padding
+    max_length        maximum length of a document in tokens
+    targets_multiple  the number of targets is rounded up to a multiple of this
     """
 
     tokens: int
@@ -81,38 +81,38 @@ class StaticShape:
 
     @property
     def bounds(self) -> int:
-        """The length of ``cu_seq_lens``: padding too is cut into documents of at most ``max_length``."""
+        """Length of ``cu_seq_lens``: padding is also split into documents of at most ``max_length``."""
         return self.documents - (-self.tokens // self.max_length) + 1
 
 
 class DataCollatorForPackedCausalLM:
-    """Concatenates rows: no padding, no attention mask.
+    """Concatenates rows, without padding and attention mask.
 
-    T = tokens of all rows, D = documents in them, N = targets. A row is a packed row (``position_ids``
+    T = tokens of all rows, D = documents, N = targets. A row is either a packed row (``position_ids``
     restart at each document) or a ``TokenizedExample``, which is one document.
 
     Args:
-        with_targets: for a model whose forward takes ``logits_to_keep``: it then computes the same loss from
-            the logits at the targets alone.
+        with_targets: for a model whose ``forward`` accepts ``logits_to_keep``, which then computes the same
+            loss from the logits at the targets only.
         static: pads every batch to this shape.
-        pad_token_id: of that padding.
+        pad_token_id: the token to pad with.
 
     Returns (from a call):
         input_ids, labels  (1, T) int64; the first label of each document is -100
         position_ids       (1, T) int64, counted from 0 in each document
-        cu_seq_lens_q, _k  (D + 1,) int32, where each document starts, and T; repeats T to a static length
-        max_length_q, _k   int, the longest document; a static one is that of the shape
-    and where a row has ``weights``:
-        loss_weights       (1, T) float32, how much the loss of the label at the same place counts: 1 in rows
-                           without ``weights``, 0 for padding. CLMTrainer uses them; a stock Trainer would
-                           hand them to the model, which knows nothing of them.
-    and with targets:
-        logits_to_keep     (N,) int64, the positions whose next token has a label
-        shift_labels       (1, N) int64, these labels; -100 for what fills up, and for the one of no target
-    and with a static shape:
-        padding_tokens     int, how many of the last tokens are padding
+        cu_seq_lens_q, _k  (D + 1,) int32, start of each document, then T (repeated for a static shape)
+        max_length_q, _k   int, length of the longest document, or ``max_length`` of the static shape
+    and, if a row has ``weights``:
+        loss_weights       (1, T) float32, factor of each label's loss: 1 in rows without ``weights``, 0 for
+                           padding. Only CLMTrainer uses them; a stock Trainer would pass them to the model,
+                           which does not accept them.
+    and, with targets:
+        logits_to_keep     (N,) int64, positions whose next token has a label
+        shift_labels       (1, N) int64, these labels; -100 for entries that only fill the shape
+    and, with a static shape:
+        padding_tokens     int, number of padding tokens at the end
 
-    Raises ValueError where a batch does not fit into the static shape.
+    Raises ValueError if a batch does not fit into the static shape.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class DataCollatorForPackedCausalLM:
         np.concatenate([example["labels"] for example in examples], out=labels[:real])
         np.concatenate(positions, out=position_ids[:real])
         starts = np.flatnonzero(position_ids[:real] == 0)
-        labels[starts] = IGNORE_INDEX  # the token before it is of another document
+        labels[starts] = IGNORE_INDEX  # the token before belongs to another document
         batch: dict[str, Any] = {}
         if self.static:
             input_ids[real:], labels[real:] = self.pad_token_id, IGNORE_INDEX
@@ -152,7 +152,7 @@ class DataCollatorForPackedCausalLM:
 
 
 def _bounds(starts: np.ndarray, real: int, *, total: int, static: StaticShape | None) -> dict[str, Any]:
-    """Where the documents start and end, as the attention functions of transformers take it."""
+    """Returns the boundaries of the documents in the form that transformers' attention functions accept."""
     if static is None:
         bounds = np.append(starts, total).astype(np.int32)
         longest = int(np.diff(bounds).max())
@@ -173,11 +173,11 @@ def _bounds(starts: np.ndarray, real: int, *, total: int, static: StaticShape | 
 
 
 def _targets(labels: np.ndarray, *, multiple: int) -> dict[str, torch.Tensor]:
-    """The positions that predict a label, and these labels; at least one, so that there is a loss."""
-    found = np.flatnonzero(labels[1:] != IGNORE_INDEX)
-    count = -(-max(1, len(found)) // multiple) * multiple
+    """Returns the positions that predict a label, and these labels; at least one, so that there is a loss."""
+    positions = np.flatnonzero(labels[1:] != IGNORE_INDEX)
+    count = -(-max(1, len(positions)) // multiple) * multiple
     logits_to_keep, shift_labels = np.zeros(count, dtype=np.int64), np.full((1, count), IGNORE_INDEX)
-    logits_to_keep[: len(found)], shift_labels[0, : len(found)] = found, labels[found + 1]
+    logits_to_keep[: len(positions)], shift_labels[0, : len(positions)] = positions, labels[positions + 1]
     return {
         "logits_to_keep": torch.from_numpy(logits_to_keep),
         "shift_labels": torch.from_numpy(shift_labels),
@@ -189,7 +189,7 @@ def _has_weights(example: Any) -> bool:
 
 
 def _weights(example: Any) -> np.ndarray:
-    """(T,) float32: how much the label of each token of a row counts; 1 where the row does not say."""
+    """Returns (T,) float32, the factor of each label's loss in a row; 1 without ``weights``."""
     if _has_weights(example):
         return np.asarray(example["weights"], dtype=np.float32)
     return np.ones(len(example["input_ids"]), dtype=np.float32)
@@ -207,8 +207,8 @@ def build_collator(
     with_targets: bool = False,
     static: StaticShape | None = None,
 ) -> Callable[..., dict[str, Any]]:
-    """The collator of a recipe: it concatenates rows, and pads only unpacked rows for another attention."""
-    assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer gives it one"
+    """Returns the collator of a recipe: it concatenates rows, and pads only if the attention requires it."""
+    assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer sets a pad token"
     if recipe.resolved_packing == "none" and recipe.model.attention != PACKED:
         return DataCollatorForCausalLM(tokenizer.pad_token_id)
     return DataCollatorForPackedCausalLM(
@@ -217,7 +217,7 @@ def build_collator(
 
 
 def static_shape(datasets: Sequence[AnyDataset], *, rows: int) -> StaticShape:
-    """One shape that holds every batch of at most ``rows`` rows, so that torch.compile compiles once."""
+    """Returns one shape for all batches of at most ``rows`` rows, so that torch.compile compiles once."""
     longest, documents = 1, rows
     for dataset in datasets:
         if isinstance(dataset, PackedDataset):
@@ -225,5 +225,5 @@ def static_shape(datasets: Sequence[AnyDataset], *, rows: int) -> StaticShape:
             longest, documents = max(longest, dataset.max_length), max(documents, int(fullest.sum()))
         else:
             longest = max(longest, int(dataset.lengths.max()))
-    # every process may have rows of one token that only fill up
+    # leave room for the one-token filler rows of EvenRows
     return StaticShape(rows * longest, documents + rows, longest, targets_multiple=STATIC_TARGETS)

@@ -1,10 +1,10 @@
-"""How much of each source an epoch of the run holds, and which of its rows: the seed alone decides.
+"""Mixes sources: decides how much of each source an epoch contains and which rows, from the seed alone.
 
-              asked: 3 to 1, 8 rows    drawn                      in one order
+              weights 3 and 1, 8 rows  drawn                      shuffled
 a0 a1 a2 a3   6 rows                   a0 a1 a2 a3 | a2 a0    }   a2 b0 a0 a3 a1 a2 b2 a0
 b0 b1 b2      2 rows                   b2 b0                  }
 
-The rows were tokenized before, each once; an epoch is a list of their numbers, some of them more than once.
+Each row is tokenized once; an epoch is a list of row numbers, some of which may repeat.
 """
 
 import hashlib
@@ -23,21 +23,21 @@ from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.errors import DataError
 from hf_clm.schema import TokenizedExample
 
-PURPOSE = 0x6D6978  # beside the seed: numbers that nothing else is drawn by
-CHUNK_ROWS = 65_536  # that are drawn in one step
-MOST_ROWS = 10**9  # of an epoch: their numbers take 8 GB
-LONGEST_NAME = 40  # letters of a source in the table
+PURPOSE = 0x6D6978  # added to the seed, so that these random numbers are used for nothing else
+CHUNK_ROWS = 65_536  # rows drawn at once
+MAX_EPOCH_ROWS = 10**9  # their numbers take 8 GB
+MAX_NAME_LENGTH = 40  # characters of a source's name in the table
 
 
 @dataclass(frozen=True)
 class MixOptions:
-    """How sources are mixed: by ``weights``, by ``epochs``, or by their sizes under a ``temperature``.
+    """How to mix sources: by ``weights``, by ``epochs``, or by their sizes with a ``temperature``.
 
     Args:
-        by: what is counted: ``rows``, ``tokens`` or ``target_tokens``.
-        weights, epochs: one for each source, not both.
-        replacement: every row is drawn anew.
-        size: of an epoch; None: as much as all sources hold together.
+        by: the unit: ``rows``, ``tokens`` or ``target_tokens``.
+        weights, epochs: one value per source; mutually exclusive.
+        replacement: draw rows with replacement.
+        size: size of an epoch in the unit; None for the total size of all sources.
     """
 
     by: str = "rows"
@@ -50,9 +50,14 @@ class MixOptions:
 
 @dataclass(frozen=True)
 class Share:
-    """What an epoch holds of one source; ``asked`` and ``drawn`` are shares of what the mix counts.
+    """The part of an epoch that comes from one source.
 
-    ``rows_there`` can be drawn, ``rows`` are, ``rows_left_out`` are not, ``passes`` is ``rows / rows_there``.
+    asked          requested share, in the unit of the mix
+    drawn          actual share
+    rows_there     number of rows that the source has
+    rows           number of rows drawn
+    rows_left_out  number of rows that were never drawn
+    passes         rows / rows_there
     """
 
     source: str
@@ -68,10 +73,10 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class Mix:
-    """An epoch of the run. D = tokenized rows in it, E = examples.
+    """The rows of an epoch. D = tokenized rows in it, E = examples.
 
-    numbers  (D,) int64: the tokenized rows, in their order
-    times    (E,) int64: how often it holds each example
+    numbers  (D,) int64, the tokenized rows, in order
+    times    (E,) int64, number of occurrences of each example
     """
 
     by: str
@@ -81,17 +86,17 @@ class Mix:
     shares: list[Share]
 
     def to_json(self) -> dict[str, Any]:
-        """What run.json holds; ``sha256`` is that of the rows in their order."""
+        """Returns the entry in run.json; ``sha256`` is the digest of the ordered row numbers."""
         digest = hashlib.sha256(self.numbers.astype("<i8").tobytes()).hexdigest()
         shares = [asdict(share) for share in self.shares]
         return {"by": self.by, "replacement": self.replacement, "sources": shares, "sha256": digest}
 
     def to_lines(self) -> list[str]:
-        """A small table: what was asked, and what an epoch holds."""
+        """Formats a table of the requested and the actual shares."""
         names = [_shorten(share.source) for share in self.shares]
         width = max(len(self.by) + 3, *map(len, names))
-        heads = ("rows", "tokens", "targets")
-        sizes = "".join(f"{head:>14}" for head in heads)
+        titles = ("rows", "tokens", "targets")
+        sizes = "".join(f"{title:>14}" for title in titles)
         lines = [f"{'by ' + self.by.replace('_', ' '):<{width}}{'asked':>9}{'drawn':>9}{sizes}{'passes':>9}"]
         for name, share in zip(names, self.shares, strict=True):
             counts = "".join(f"{count:>14,}" for count in (share.rows, share.tokens, share.target_tokens))
@@ -101,7 +106,7 @@ class Mix:
 
 
 class DrawnDataset(torch.utils.data.Dataset):
-    """The rows of a tokenized dataset with these ``numbers``, some maybe more than once, unpacked."""
+    """The rows of a tokenized dataset with these ``numbers``, which may repeat; not packed."""
 
     def __init__(self, dataset: TokenizedDataset, numbers: np.ndarray):
         self.dataset, self.numbers = dataset, numbers
@@ -114,19 +119,19 @@ class DrawnDataset(torch.utils.data.Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """(D,) int64, tokens of each row."""
+        """(D,) int64, length of each row in tokens."""
         return self.dataset.lengths[self.numbers]
 
     @cached_property
     def pieces(self) -> Pieces:
-        """Each row as the one piece of its own."""
+        """Each row as a single piece."""
         starts, ends = np.zeros_like(self.numbers), np.arange(len(self) + 1)
         return Pieces(self.numbers, starts, self.lengths, ends)
 
 
 @dataclass(frozen=True)
 class RecordCounts:
-    """Of each of E records, (E,) int64: its tokenized rows, their tokens, and those with a label."""
+    """The number of rows, tokens and target tokens of each of E records; (E,) int64 each."""
 
     rows: np.ndarray
     tokens: np.ndarray
@@ -136,14 +141,14 @@ class RecordCounts:
 def mix_rows(
     records: RecordCounts, origins: np.ndarray, *, sources: Sequence[str], options: MixOptions, seed: int
 ) -> Mix:
-    """Draws an epoch.
+    """Draws the rows of an epoch.
 
     Args:
-        origins: (E,) the number of the source of each record.
-        sources: their names.
+        origins: (E,) source number of each record.
+        sources: names of the sources.
 
-    Raises DataError for a source that has no row, or of which not one row would be drawn, and for more than
-    MOST_ROWS.
+    Raises DataError if a source has no rows or none of its rows would be drawn, or if the epoch would have
+    more than MAX_EPOCH_ROWS rows.
     """
     firsts = np.concatenate([[0], np.cumsum(records.rows)])  # the rows of record i are firsts[i:i + 2]
     counts = {
@@ -156,44 +161,46 @@ def mix_rows(
     sizes = [counts[options.by][pool] for pool in pools]
     amounts = to_amounts([int(size.sum()) for size in sizes], options)
     require_few(amounts, sizes, sources=sources)
-    wanted = apportion(amounts) if options.by == "rows" and not options.epochs else amounts
-    drawn = []
-    for number, amount in enumerate(wanted):
+    quotas = apportion(amounts) if options.by == "rows" and not options.epochs else amounts
+    draws = []
+    for number, amount in enumerate(quotas):
         draw = draw_anew if options.replacement else draw_in_passes
-        drawn.append(pools[number][draw(sizes[number], amount, seed=seed, source=number)])
-        if not len(drawn[-1]):
+        draws.append(pools[number][draw(sizes[number], amount, seed=seed, source=number)])
+        if not len(draws[-1]):
             fix = "raise its weight, its epochs or data.mixing.size"
             got = f"{float(amounts[number]):.3g} {options.by}"
-            raise DataError("its share is less than half a row", where=sources[number], got=got, fix=fix)
+            raise DataError("the share is less than half a row", where=sources[number], got=got, fix=fix)
     order = np.random.default_rng([seed, PURPOSE, len(sources), 0])
-    chosen = order.permutation(np.concatenate(drawn))
-    times = np.bincount(chosen, minlength=len(origins)).astype(np.int64)
-    asked = dict(zip(sources, amounts, strict=True))
-    shares = _to_shares(pools, times, asked=asked, counts=counts, by=options.by)
-    return Mix(options.by, options.replacement, _expand(firsts, chosen), times, shares)
+    examples = order.permutation(np.concatenate(draws))
+    times = np.bincount(examples, minlength=len(origins)).astype(np.int64)
+    requested = dict(zip(sources, amounts, strict=True))
+    shares = _to_shares(pools, times, asked=requested, counts=counts, by=options.by)
+    return Mix(options.by, options.replacement, _expand(firsts, examples), times, shares)
 
 
 def require_sources(origins: np.ndarray, sources: Sequence[str]) -> None:
-    """Raises DataError for a source that none of the examples come from."""
+    """Raises DataError if a source has no examples."""
     for number, name in enumerate(sources):
         if not (origins == number).any():
-            fix = "take it out of data.train; are its rows duplicates, dropped or held out?"
-            raise DataError("has no row to draw", where=name, fix=fix)
+            fix = "remove it from data.train; its rows may be duplicates, dropped or held out"
+            raise DataError("has no rows to draw", where=name, fix=fix)
 
 
 def require_few(amounts: Sequence[Fraction], sizes: Sequence[np.ndarray], *, sources: Sequence[str]) -> None:
-    """Raises DataError for an epoch that would hold more than MOST_ROWS."""
+    """Raises DataError if an epoch would have more than MAX_EPOCH_ROWS rows."""
     passes = [amount / max(1, int(size.sum())) for amount, size in zip(amounts, sizes, strict=True)]
     rows = [count * len(size) for count, size in zip(passes, sizes, strict=True)]
-    if sum(rows) > MOST_ROWS:
+    if sum(rows) > MAX_EPOCH_ROWS:
         most = max(range(len(rows)), key=rows.__getitem__)
-        got = f"{float(rows[most]):.3g} rows of it, {float(passes[most]):.3g} passes"
-        fix = "other weights or epochs, or a smaller data.mixing.size"
-        raise DataError(f"an epoch of more than {MOST_ROWS:,} rows", where=sources[most], got=got, fix=fix)
+        got = f"{float(rows[most]):.3g} of its rows, {float(passes[most]):.3g} passes"
+        fix = "change the weights or epochs, or reduce data.mixing.size"
+        raise DataError(
+            f"an epoch of more than {MAX_EPOCH_ROWS:,} rows", where=sources[most], got=got, fix=fix
+        )
 
 
 def to_amounts(totals: Sequence[int], options: MixOptions) -> list[Fraction]:
-    """What an epoch takes of each source, exactly; ``totals`` is what they hold, counted in the same way."""
+    """Returns the exact amount that an epoch takes from each source; ``totals`` are the sources' sizes."""
     if options.epochs:
         return [total * _exact(epochs) for total, epochs in zip(totals, options.epochs, strict=True)]
     parts = [_exact(weight) for weight in options.weights or temper(totals, options.temperature)]
@@ -203,9 +210,9 @@ def to_amounts(totals: Sequence[int], options: MixOptions) -> list[Fraction]:
 
 
 def temper(totals: Sequence[int], temperature: float) -> list[float] | list[int]:
-    """Weights in proportion to ``total ** (1 / temperature)``: above 1 a small source weighs more than it is.
+    """Returns weights proportional to ``total ** (1 / temperature)``; above 1, small sources are upsampled.
 
-    As in multilingual pretraining (Devlin et al. 2018, Conneau et al. 2020, where 1 / temperature is alpha).
+    Used for multilingual pretraining (Devlin et al. 2018; Conneau et al. 2020, with alpha = 1 / temperature).
     """
     if temperature == 1:
         return list(totals)
@@ -213,19 +220,19 @@ def temper(totals: Sequence[int], temperature: float) -> list[float] | list[int]
 
 
 def apportion(amounts: Sequence[Fraction]) -> list[int]:
-    """Whole numbers of the same sum, each within one of its amount: the largest remainders are rounded up."""
-    whole = [floor(amount) for amount in amounts]
-    missing = int(sum(amounts)) - sum(whole)
-    by_remainder = sorted(range(len(whole)), key=lambda i: amounts[i] - whole[i], reverse=True)
+    """Rounds amounts to integers with the same sum: the largest remainders are rounded up."""
+    counts = [floor(amount) for amount in amounts]
+    missing = int(sum(amounts)) - sum(counts)
+    by_remainder = sorted(range(len(counts)), key=lambda i: amounts[i] - counts[i], reverse=True)
     for number in by_remainder[:missing]:
-        whole[number] += 1
-    return whole
+        counts[number] += 1
+    return counts
 
 
 def draw_in_passes(sizes: np.ndarray, amount: Fraction | int, *, seed: int, source: int) -> np.ndarray:
-    """Rows whose sizes sum up to nearly ``amount``: whole passes, then the beginning of a shuffled one.
+    """Draws rows whose sizes add up to about ``amount``: complete passes, then part of a shuffled pass.
 
-    The order of the last pass follows from (seed, source, pass). Returns positions in ``sizes``.
+    The order of the last pass depends on (seed, source, pass). Returns positions in ``sizes``.
     """
     passes, rest = divmod(Fraction(amount), int(sizes.sum()))
     order = np.random.default_rng([seed, PURPOSE, source, passes]).permutation(len(sizes))
@@ -234,18 +241,21 @@ def draw_in_passes(sizes: np.ndarray, amount: Fraction | int, *, seed: int, sour
 
 
 def draw_anew(sizes: np.ndarray, amount: Fraction | int, *, seed: int, source: int) -> np.ndarray:
-    """Independent draws, each row as likely as the others, until the sizes sum up to nearly ``amount``."""
+    """Draws rows uniformly with replacement until their sizes add up to about ``amount``."""
     random = np.random.default_rng([seed, PURPOSE, source])
-    drawn, reached = [np.zeros(0, dtype=np.int64)], 0
+    batches, reached = [np.zeros(0, dtype=np.int64)], 0
     while reached < amount:
-        drawn.append(random.integers(len(sizes), size=CHUNK_ROWS))
-        reached += int(sizes[drawn[-1]].sum())
-    rows = np.concatenate(drawn)
+        batches.append(random.integers(len(sizes), size=CHUNK_ROWS))
+        reached += int(sizes[batches[-1]].sum())
+    rows = np.concatenate(batches)
     return rows[: nearest(np.cumsum(sizes[rows]), Fraction(amount))]
 
 
 def nearest(reached: np.ndarray, amount: Fraction) -> int:
-    """How many rows come nearest to ``amount``, fewer at a tie; ``reached[i]`` is the size of i + 1 rows."""
+    """Returns the number of rows whose size is closest to ``amount``; the smaller number if tied.
+
+    ``reached[i]`` is the size of the first i + 1 rows.
+    """
     count = int(np.searchsorted(reached, floor(amount), side="right"))
     below = int(reached[count - 1]) if count else 0
     is_last = count == len(reached)
@@ -260,14 +270,14 @@ def _to_shares(
     counts: Mapping[str, np.ndarray],
     by: str,
 ) -> list[Share]:
-    """What was drawn of each pool; ``asked``: the amount of each source, by its name."""
-    drawn = [{name: int(sizes[pool] @ times[pool]) for name, sizes in counts.items()} for pool in pools]
-    whole = sum(one[by] for one in drawn)
+    """Returns the share of each pool; ``asked`` is the requested amount by source name."""
+    sums = [{name: int(sizes[pool] @ times[pool]) for name, sizes in counts.items()} for pool in pools]
+    total = sum(one[by] for one in sums)
     return [
         Share(
             source=name,
             asked=float(amount / sum(asked.values())),
-            drawn=one[by] / whole,
+            drawn=one[by] / total,
             rows_there=len(pool),
             rows=one["rows"],
             rows_left_out=int((times[pool] == 0).sum()),
@@ -275,21 +285,21 @@ def _to_shares(
             tokens=one["tokens"],
             target_tokens=one["target_tokens"],
         )
-        for (name, amount), pool, one in zip(asked.items(), pools, drawn, strict=True)
+        for (name, amount), pool, one in zip(asked.items(), pools, sums, strict=True)
     ]
 
 
-def _expand(firsts: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """The tokenized rows of the examples: one each, or several of one that was split."""
-    begins, counts = firsts[chosen], firsts[chosen + 1] - firsts[chosen]
+def _expand(firsts: np.ndarray, examples: np.ndarray) -> np.ndarray:
+    """Returns the tokenized rows of the examples: one each, or several if the example was split."""
+    begins, counts = firsts[examples], firsts[examples + 1] - firsts[examples]
     ends = np.cumsum(counts)
     return np.arange(int(counts.sum())) + np.repeat(begins - (ends - counts), counts)
 
 
 def _exact(number: float) -> Fraction:
-    """0.1 as one tenth."""
+    """Converts a decimal exactly: 0.1 is one tenth."""
     return Fraction(str(number))
 
 
 def _shorten(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"...{name[3 - LONGEST_NAME :]}"
+    return name if len(name) <= MAX_NAME_LENGTH else f"...{name[3 - MAX_NAME_LENGTH :]}"

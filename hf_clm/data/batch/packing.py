@@ -1,7 +1,7 @@
-"""Puts many examples into rows of one length: whole ones by best fit, or a stream that is cut at full rows.
+"""Packs examples into rows of one length: complete examples by best fit, or a stream cut into full rows.
 
-best_fit   | doc 3 ........| doc 7 ..| doc 1 |      every document whole; rows nearly full
-stream     | doc 1 ..| doc 2 ........| doc 3 ...|   every row full; a document goes on in the next row
+best_fit   | doc 3 ........| doc 7 ..| doc 1 |      complete documents; rows nearly full
+stream     | doc 1 ..| doc 2 ........| doc 3 ...|   rows full; a document may continue in the next row
            |(doc 3) ...| doc 4 ..| doc 5 .......|
 """
 
@@ -17,15 +17,15 @@ from typing_extensions import NotRequired  # typing has it from Python 3.11
 from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.data.label.labels import mask_places
 
-Piece = tuple[int, int, int]  # example, first token, past the last token
+RowPiece = tuple[int, int, int]  # example, first token, end token (exclusive)
 
 
 class PackedRow(TypedDict):
-    """Concatenated documents; ``position_ids`` count from 0 in each. T = tokens of the row.
+    """Concatenated documents. T = tokens of the row.
 
     input_ids, labels  (T,) int32
-    position_ids       (T,) int64
-    weights            (T,) float32, how much the loss of each label counts; missing where each counts 1
+    position_ids       (T,) int64, restarting at 0 in each document
+    weights            (T,) float32, factor of each label's loss; absent if all are 1
     """
 
     input_ids: np.ndarray
@@ -36,12 +36,12 @@ class PackedRow(TypedDict):
 
 @dataclass(frozen=True, eq=False)
 class Pieces:
-    """Which tokens of which examples are in each row; as a sequence, a list of ``Piece`` a row.
+    """The tokens and examples in each row. As a sequence, it has a list of ``RowPiece`` for each row.
 
     P = pieces, R = rows.
 
-        examples, starts, stops  (P,) int64: tokens starts[p]:stops[p] of example examples[p]
-        offsets                  (R + 1,) int64: row r holds the pieces offsets[r]:offsets[r + 1]
+        examples, starts, stops  (P,) int64: piece p is tokens starts[p]:stops[p] of example examples[p]
+        offsets                  (R + 1,) int64: row r has the pieces offsets[r]:offsets[r + 1]
     """
 
     examples: np.ndarray
@@ -52,34 +52,34 @@ class Pieces:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index: int) -> list[Piece]:
+    def __getitem__(self, index: int) -> list[RowPiece]:
         part = self.of_row(index)
         columns = (self.examples, self.starts, self.stops)
         return list(zip(*(column[part].tolist() for column in columns), strict=True))
 
-    def __iter__(self) -> Iterator[list[Piece]]:
+    def __iter__(self) -> Iterator[list[RowPiece]]:
         return (self[row] for row in range(len(self)))
 
     def of_row(self, index: int) -> slice:
-        """Where a row's pieces lie in the arrays; takes negative numbers, raises IndexError past the end."""
+        """Returns the slice of a row's pieces; accepts negative numbers, raises IndexError past the end."""
         row = range(len(self))[index]
         return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
 
     @property
     def row_tokens(self) -> np.ndarray:
-        """(R,) int64, the tokens of each row."""
+        """(R,) int64, length of each row in tokens."""
         ends = np.concatenate([[0], np.cumsum(self.stops - self.starts, dtype=np.int64)])
         return np.diff(ends[self.offsets])
 
 
 class PackedDataset(torch.utils.data.Dataset):
-    """Packed rows over a tokenized dataset. ``pieces[i]`` says which tokens of which examples are in row i.
+    """Packed rows of a tokenized dataset. ``pieces[i]`` are the pieces of row i.
 
     Args:
-        packing: ``best_fit`` keeps every example whole; ``stream`` cuts where a row is full. Then the next
-            row begins with the token before the cut, unlabelled, so that each label is learned exactly once.
-        pieces: of this dataset, packed before; None packs it now.
-        numbers: the examples to pack, in this order, some maybe more than once; None: each once.
+        packing: ``best_fit`` never cuts an example; ``stream`` cuts where a row is full. The next row then
+            begins with the token before the cut, without a label, so that no label is lost or repeated.
+        pieces: an earlier packing of this dataset; None packs it now.
+        numbers: the examples to pack, in this order; they may repeat. None packs each example once.
     """
 
     def __init__(
@@ -124,14 +124,14 @@ class PackedDataset(torch.utils.data.Dataset):
 
     @property
     def fill(self) -> float:
-        """The share of the rows' places that hold a token."""
+        """Fraction of the rows' positions that contain a token."""
         return int(self.pieces.row_tokens.sum()) / (len(self) * self.max_length)
 
 
 def best_fit_rows(lengths: Sequence[int] | np.ndarray, max_length: int) -> Pieces:
-    """Best-fit decreasing: each example, longest first, goes into the fullest row that still has room for it.
+    """Packs by best-fit decreasing: each example, longest first, goes into the fullest row that fits.
 
-    Every example is in exactly one row. ``max_length`` must not be under any length.
+    Every example is in exactly one row. No length may exceed ``max_length``.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     assert sizes.size == 0 or 0 < sizes.min() <= sizes.max() <= max_length, (sizes, max_length)
@@ -147,21 +147,22 @@ def best_fit_rows(lengths: Sequence[int] | np.ndarray, max_length: int) -> Piece
 
 
 class Shelves:
-    """The open rows by their free places, so that one step fills many rows that have the same room.
+    """Open rows grouped by free tokens (room), so that one step fills many rows with the same room.
 
-    Of all rows, those of the least sufficient room are taken first. One that takes an example of ``length``
-    has even less room, so it is taken again until the rest is below ``length``: ``room // length`` examples
-    go into each at once. A visited room is empty afterwards, but for the last one: few steps for each length.
+    Best fit takes the rows with the least sufficient room first. A row that receives an example of ``length``
+    has even less room, so it is chosen again until its room is below ``length``: each row receives
+    ``room // length`` examples at once. Every group except the last is used up, so there are few steps per
+    length.
     """
 
     def __init__(self, max_length: int):
         self.max_length = max_length
         self.rows = 0
-        self.counts = np.zeros(max_length + 1, dtype=np.int64)  # open rows by their room
+        self.counts = np.zeros(max_length + 1, dtype=np.int64)  # number of open rows by room
         self._open: dict[int, list[np.ndarray]] = defaultdict(list)  # room -> the rows, in several arrays
 
     def place(self, length: int, count: int) -> Iterator[np.ndarray]:
-        """The row of each of ``count`` examples, in several arrays. Lengths must come in decreasing order."""
+        """Yields the rows of ``count`` examples, in several arrays. Call it with decreasing lengths."""
         for room in (np.flatnonzero(self.counts[length:]) + length).tolist():
             if count == 0:
                 return
@@ -174,23 +175,23 @@ class Shelves:
             yield self._fill(rows, self.max_length, length=length, count=count)
 
     def _fill(self, rows: np.ndarray, room: int, *, length: int, count: int) -> np.ndarray:
-        """Puts the examples into rows of one room, each as full as it can be, the last with what is left."""
+        """Fills rows of equal room as far as possible; the last row receives the remaining examples."""
         each = room // length
-        left = min(count, each * len(rows)) - each * (len(rows) - 1)
+        rest = min(count, each * len(rows)) - each * (len(rows) - 1)
         self._put(rows[:-1], room - each * length)
-        self._put(rows[-1:], room - left * length)
+        self._put(rows[-1:], room - rest * length)
         return np.repeat(rows, each)[:count]
 
     def _take(self, room: int, count: int) -> np.ndarray:
         self.counts[room] -= count
-        taken, held = [], self._open[room]
+        parts, groups = [], self._open[room]
         while count:
-            rows = held.pop()
+            rows = groups.pop()
             if len(rows) > count:
-                held.append(rows[:-count])
-            taken.append(rows[-count:])
-            count -= len(taken[-1])
-        return np.concatenate(taken)
+                groups.append(rows[:-count])
+            parts.append(rows[-count:])
+            count -= len(parts[-1])
+        return np.concatenate(parts)
 
     def _put(self, rows: np.ndarray, room: int) -> None:
         if len(rows) and room:
@@ -199,9 +200,10 @@ class Shelves:
 
 
 def stream_rows(lengths: Sequence[int] | np.ndarray, max_length: int) -> Pieces:
-    """Cuts the documents, one behind the other, into rows of ``max_length`` tokens; the last may be shorter.
+    """Cuts the concatenated documents into rows of ``max_length`` tokens; the last row may be shorter.
 
-    So may be, by one, a row before a document: its first token alone has no label and would be read twice.
+    A row is also one token shorter if only the first token of a document would fit: it has no label, and the
+    next row would repeat it.
     """
     parts = list(stream_blocks([np.asarray(lengths, dtype=np.int64)], max_length))
     return Pieces(
@@ -213,7 +215,7 @@ def stream_rows(lengths: Sequence[int] | np.ndarray, max_length: int) -> Pieces:
 
 
 def stream_blocks(blocks: Iterable[np.ndarray], max_length: int) -> Iterator[Pieces]:
-    """``stream_rows`` of lengths that come in blocks; ``offsets`` of the last have the closing one."""
+    """Does the same as ``stream_rows`` for lengths in blocks; the last result has only the closing offset."""
     assert max_length > 1, "a row of one token has no label"
     at, example, pieces = 0, 0, 0  # the first row begins at the token ``at`` of the block
     for sizes in blocks:
@@ -226,7 +228,7 @@ def stream_blocks(blocks: Iterable[np.ndarray], max_length: int) -> Iterator[Pie
 
 
 def _stream_block(sizes: np.ndarray, at: int, *, max_length: int) -> tuple[Pieces, int]:
-    """The pieces of a block of documents, and the token behind it at which the next row begins."""
+    """Returns the pieces of a block of documents, and the token after it at which the next row begins."""
     ends = np.cumsum(sizes)
     heads = ends - sizes  # where each document begins in the block
     total = int(ends[-1]) if sizes.size else 0
@@ -243,20 +245,20 @@ def _stream_block(sizes: np.ndarray, at: int, *, max_length: int) -> tuple[Piece
 
 
 def _cut_stream(heads: np.ndarray, total: int, *, at: int, max_length: int) -> tuple[np.ndarray, int]:
-    """The token of the stream that each row from ``at`` on begins with, and that of the first behind it.
+    """Returns the first token of each row from ``at`` on, and the first token of the next block's first row.
 
-    The one it reads again does not count. A row takes ``max_length`` tokens where it begins with a document,
-    else one less: it reads one again. So rows are equally far apart up to the next document that begins a
-    row, which is the next of those with the same remainder: one step for each of these documents, not for
-    each row.
+    The repeated token does not count. A row that begins with a document takes ``max_length`` new tokens; any
+    other row takes one less, since it repeats one. Rows are therefore equally spaced up to the next document
+    that begins a row, which is the next document with the same remainder. This takes one step per such
+    document, not one per row.
     """
     step, stride = max_length - 1, total + 1
     keys = np.sort(heads % step * stride + heads)  # by remainder, then by place
     rows = [np.zeros(0, dtype=np.int64)]
     while at < total:
         group = at % step * stride
-        found = int(np.searchsorted(keys, group + at))
-        head = int(keys[found]) - group if found < len(keys) else total
+        place = int(np.searchsorted(keys, group + at))
+        head = int(keys[place]) - group if place < len(keys) else total
         if head < total:
             rows.append(np.arange(at, head + 1, step))
             at = head + max_length
@@ -267,7 +269,10 @@ def _cut_stream(heads: np.ndarray, total: int, *, at: int, max_length: int) -> t
 
 
 def stable_order(keys: np.ndarray) -> np.ndarray:
-    """``np.argsort(keys, kind="stable")`` for keys from 0 on: sorts (key, position) as one number, fast."""
+    """Does the same as ``np.argsort(keys, kind="stable")`` for non-negative keys, but faster.
+
+    Sorts each (key, position) as one number.
+    """
     bits = len(keys).bit_length()
     pairs = keys << bits
     pairs |= np.arange(len(keys))
@@ -277,5 +282,5 @@ def stable_order(keys: np.ndarray) -> np.ndarray:
 
 
 def is_sorted(numbers: np.ndarray) -> bool:
-    """Whether no number is below the one before it."""
+    """Whether the numbers never decrease."""
     return bool((numbers[1:] >= numbers[:-1]).all())

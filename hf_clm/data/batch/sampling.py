@@ -1,4 +1,4 @@
-"""The order of the rows, and how they divide among processes."""
+"""The order of the rows, and their division among processes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +12,9 @@ LISTED_ROWS = 1 << 16
 
 
 class EvenRows(torch.utils.data.Dataset):
-    """A dataset filled up with unlabelled rows of one token to a multiple of ``multiple``.
+    """Pads a dataset with unlabelled one-token rows to a multiple of ``multiple``.
 
-    So many processes see each row exactly once: where rows do not divide, accelerate repeats some.
+    The processes then see each row exactly once; without padding, accelerate would repeat some rows.
     """
 
     def __init__(self, dataset: Any, multiple: int):
@@ -32,9 +32,9 @@ class EvenRows(torch.utils.data.Dataset):
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):
-    """Every row once an epoch, in an order that (seed, epoch) alone decide; fillers of EvenRows come last.
+    """Yields every row once per epoch, in an order that depends only on (seed, epoch); fillers come last.
 
-    So the order is the same for every number of processes, and after a resume.
+    The order is the same for any number of processes and after a resume.
     """
 
     def __init__(self, rows: int, *, total: int, seed: int):
@@ -45,6 +45,8 @@ class EpochSampler(torch.utils.data.Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
-        for first in range(0, self.rows, LISTED_ROWS):  # as a list the whole would take four times the memory
+        for first in range(
+            0, self.rows, LISTED_ROWS
+        ):  # one list of all rows would take four times the memory
             yield from order[first : first + LISTED_ROWS].tolist()
         yield from range(self.rows, self.total)

@@ -1,4 +1,4 @@
-"""Map-style datasets of rows: every example labelled, fitted to ``max_length`` and accounted for."""
+"""Map-style datasets of rows: labels every example, fits it to ``max_length`` and records what happened."""
 
 import gc
 from collections import Counter
@@ -22,7 +22,7 @@ from hf_clm.data.label.labels import (
     tokens_to_rows,
     weigh,
 )
-from hf_clm.data.label.render import LabelOptions, Plan, Policy, Renderer, TrainOn, check_not_rendered
+from hf_clm.data.label.render import LabelOptions, Policy, Renderer, RowPlan, TrainOn, check_not_rendered
 from hf_clm.data.read.formats import FirstSeen, ReadRecord, check_same_masks, detect_format, to_example
 from hf_clm.errors import DataError
 from hf_clm.recipe.recipe import Recipe, Source
@@ -31,30 +31,29 @@ from hf_clm.text.chat import Reasoning
 from hf_clm.text.encode import Encoder
 from hf_clm.text.tokenizer import find_unknown, unknown_id
 
-COLLECTED_EVERY = 50_000  # new objects; Python's own 700 suit a program that keeps few
-BATCH_ROWS = 1000  # examples in one call of the tokenizer: enough to keep its threads busy, little memory
+GC_THRESHOLD = 50_000  # new objects between garbage collections; Python's 700 suits programs that keep few
+BATCH_EXAMPLES = 1000  # per call of the tokenizer: keeps its threads busy with little memory
 TRAIN_ON = {"all_turns": TrainOn("all"), "last_turn": TrainOn("last"), "everything": TrainOn("everything")}
 
 UNREADABLE = "unreadable"  # the fate of an example that cannot be used
 Views = tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray] | None]  # ids, labels, weights
-SHOWN_LETTERS = 8  # of a word that the tokenizer cannot spell
+LISTED_LETTERS = 8  # code points listed in an error
 
-Record = Mapping[str, Any]
-Faults = dict[int, DataError] | None  # why an example cannot be used, by its number
+ErrorsByNumber = dict[int, DataError] | None  # why an example cannot be used, by its number
 
 
 def label_options(recipe: Recipe, source: Source | None = None) -> LabelOptions:
-    """What decides how the examples of a recipe, or of one of its sources, are labelled."""
+    """Returns the options for labelling the examples of a recipe or of one of its sources."""
     data, packing = recipe.data, recipe.resolved_packing
     train_on = data.train_on
     is_named = isinstance(train_on, str)
-    learned = TRAIN_ON[train_on] if is_named else TrainOn(train_on.turns, train_on.reasoning)
+    selection = TRAIN_ON[train_on] if is_named else TrainOn(train_on.turns, train_on.reasoning)
     return LabelOptions(
         stage=recipe.stage,
-        max_length=None if packing == "stream" else data.max_length,  # a stream cuts by itself
+        max_length=None if packing == "stream" else data.max_length,  # stream packing cuts rows itself
         overflow=(source.overflow if source else None) or recipe.resolved_overflow,
         window=(data.window.size, data.window.step) if data.window else None,
-        train_on=learned,
+        train_on=selection,
         special_tokens_in_text=data.special_tokens_in_text,
         reasoning=data.reasoning,
     )
@@ -62,14 +61,14 @@ def label_options(recipe: Recipe, source: Source | None = None) -> LabelOptions:
 
 @dataclass
 class TokenizedRows:
-    """Token ids and labels of many rows in flat arrays, and what became of every example.
+    """Token ids and labels of many rows in flat arrays, and the fate of every example.
 
     N = rows, S = tokens of all rows.
 
         input_ids, labels  (S,) int32
         offsets            (N + 1,) int64: row i is offsets[i]:offsets[i + 1]
         sources            (N,) int64: the example that row i came from
-        weights            (S,) float32, how much the loss of each label counts; None: 1 everywhere
+        weights            (S,) float32, factor of each label's loss; None if all are 1
     """
 
     input_ids: np.ndarray
@@ -84,11 +83,11 @@ class TokenizedRows:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> TokenizedExample:
-        number = range(len(self))[index]  # takes negative indices, raises IndexError past the end
+        number = range(len(self))[index]  # accepts negative indices, raises IndexError past the end
         return self._cut(*self.offsets[number : number + 2])
 
     def views(self, numbers: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Views:
-        """Ids, labels and weights of tokens ``starts[i]`` to ``stops[i]`` of the rows, not copied."""
+        """Returns views of the ids, labels and weights of tokens ``starts[i]:stops[i]`` of each row."""
         begins = self.offsets[numbers]
         firsts, lasts = (begins + starts).tolist(), (begins + stops).tolist()
         spans = [slice(first, last) for first, last in zip(firsts, lasts, strict=True)]
@@ -106,12 +105,12 @@ class TokenizedRows:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(N,) int64, tokens of each row."""
+        """(N,) int64, length of each row in tokens."""
         return np.diff(self.offsets)
 
 
 class AnyRows(Protocol):
-    """Rows in memory (``TokenizedRows``) or in a mapped file (``StoredRows``)."""
+    """Rows in memory (``TokenizedRows``) or in a memory-mapped file (``StoredRows``)."""
 
     @property
     def lengths(self) -> np.ndarray: ...
@@ -127,7 +126,7 @@ class AnyRows(Protocol):
 
 
 class TokenizedDataset(torch.utils.data.Dataset):
-    """Rows that are tokenized already: ``dataset[i]`` is a TokenizedExample."""
+    """Dataset of tokenized rows: ``dataset[i]`` is a TokenizedExample."""
 
     def __init__(self, rows: AnyRows):
         self.rows = rows
@@ -140,28 +139,30 @@ class TokenizedDataset(torch.utils.data.Dataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """(N,) int64, tokens of each row."""
+        """(N,) int64, length of each row in tokens."""
         return self.rows.lengths
 
 
 class SFTDataset(TokenizedDataset):
-    """Rows of which only the targets are learned: completions, assistant turns, segments marked ``train``.
+    """Dataset for fine-tuning: only targets (completions, assistant turns, ``train`` segments) have labels.
 
     Args:
         records: plain records, a ``datasets.Dataset``, or examples (``Chat``, ``Document``, ``Tokens``).
-        format: of plain records: a name, ``"module:function"``, or a function from a record to a ``Chat`` or
-            a ``Document``; None tells it from the keys of each. Prompts and completions become turns where
-            the tokenizer has a chat template; ``to_example(..., render="plain")`` makes texts of them.
-        max_length: tokens; None keeps every row whole.
-        overflow: for a longer row: ``keep_target``, ``truncate``, ``drop``, ``error`` or ``split`` (see fit).
+        format: format of plain records: a name, ``"module:function"``, or a function that converts a record
+            to a ``Chat`` or a ``Document``; None detects it from the keys of each record. Prompts and
+            completions become chat turns if the tokenizer has a chat template; for plain text use
+            ``to_example(..., render="plain")``.
+        max_length: maximum length of a row in tokens; None for no limit.
+        overflow: what to do with longer rows: ``keep_target``, ``truncate``, ``drop``, ``error`` or
+            ``split`` (see ``fit``).
         train_on: ``all_turns``, ``last_turn``, ``everything``, or a ``TrainOn``.
 
-    ``dataset[i]`` is a TokenizedExample; ``dataset.rows.fates`` says what became of each example.
+    ``dataset[i]`` is a TokenizedExample; ``dataset.rows.fates`` has the fate of each example.
     """
 
     def __init__(
         self,
-        records: Iterable[AnyExample | Record],
+        records: Iterable[AnyExample | Mapping[str, Any]],
         tokenizer: PreTrainedTokenizerFast,
         *,
         format: Format | str | ReadRecord | None = None,
@@ -182,19 +183,19 @@ class SFTDataset(TokenizedDataset):
 
 
 class PretrainDataset(TokenizedDataset):
-    """Documents that are learned whole, whatever kind of example they come as.
+    """Dataset for pretraining: every token has a label, whatever kind of example it comes from.
 
     Args:
         records, format, max_length: as in SFTDataset.
-        overflow: as in SFTDataset; ``split`` makes several rows of a long document and loses no label.
-        window: ``(size, step)`` in tokens cuts each document into overlapping windows instead.
+        overflow: as in SFTDataset; ``split`` splits a long document into several rows without losing a label.
+        window: ``(size, step)`` in tokens; splits each document into overlapping windows instead.
 
     ``dataset[i]`` is a TokenizedExample.
     """
 
     def __init__(
         self,
-        records: Iterable[AnyExample | Record],
+        records: Iterable[AnyExample | Mapping[str, Any]],
         tokenizer: PreTrainedTokenizerFast,
         *,
         format: Format | str | ReadRecord | None = None,
@@ -214,30 +215,30 @@ class PretrainDataset(TokenizedDataset):
 
 
 def to_examples(
-    records: Iterable[AnyExample | Record],
+    records: Iterable[AnyExample | Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerFast,
     format: Format | str | ReadRecord | None,
 ) -> Iterator[AnyExample]:
-    """Examples as they are, records by their format. Raises DataError with the number of the record."""
+    """Converts records to examples; passes examples through. DataErrors carry the record's number."""
     render = "chat" if tokenizer.chat_template else "plain"
     first: FirstSeen = {}
     for number, record in enumerate(records):
         if isinstance(record, Mapping):
             where = f"record {number}"
-            with _named(number):
-                known = format or detect_format(record, where)
-                if known == "tokenized":
+            with _with_number(number):
+                record_format = format or detect_format(record, where)
+                if record_format == "tokenized":
                     check_same_masks(record, where, first=first)
-                yield to_example(record, format=known, where=where, render=render)
+                yield to_example(record, format=record_format, where=where, render=render)
         else:
             yield record
 
 
 @contextmanager
 def rare_collection() -> Iterator[None]:
-    """Looks for garbage less often: it would walk over all examples again and again (measured: 10-20 %)."""
+    """Collects garbage less often: walking over all examples again and again costs 10-20 % of the time."""
     before = gc.get_threshold()
-    gc.set_threshold(COLLECTED_EVERY, *before[1:])
+    gc.set_threshold(GC_THRESHOLD, *before[1:])
     try:
         yield
     finally:
@@ -250,52 +251,52 @@ def tokenize_rows(
     tokenizer: PreTrainedTokenizerFast,
     options: LabelOptions,
     *,
-    faults: Faults = None,
+    faults: ErrorsByNumber = None,
 ) -> TokenizedRows:
     """Labels, encodes and fits all examples.
 
     Args:
-        faults: takes the error of each example that cannot be used, by its number; None: the first is raised.
+        faults: receives the error of each unusable example by its number; None raises the first error.
 
-    Raises DataError, with the example's number in ``row``, where one cannot be read or spelled.
+    Raises DataError, with the example's number in ``row``, if an example cannot be read or encoded.
     """
     renderer = Renderer(tokenizer, options)
-    written = _Written()
+    builder = _RowBuilder()
     numbered = enumerate(examples)
-    while batch := list(islice(numbered, BATCH_ROWS)):
-        plans = _plan(batch, renderer, written.control_texts, faults)
+    while batch := list(islice(numbered, BATCH_EXAMPLES)):
+        plans = _plan(batch, renderer, builder.control_texts, faults)
         rows_of = _encode(plans, renderer.encoder, faults)
         for number, example in batch:
             rows, fate, notes = [], Fate(UNREADABLE), []
-            with _named(number, faults):
+            with _with_number(number, faults):
                 if isinstance(example, Tokens):
                     rows, fate = _fit_weighed(example, tokens_to_rows(example, tokenizer), renderer)
-                elif number in rows_of:  # else it has a fault already
-                    check_spelled(example, rows_of[number], tokenizer)
+                elif number in rows_of:  # otherwise it already has an error
+                    check_encodable(example, rows_of[number], tokenizer)
                     rows, fate = _fit_weighed(example, rows_of[number], renderer)
                     notes = plans[number].notes
-            written.add(number, rows, fate, notes)
-    return written.to_rows()
+            builder.add(number, rows, fate, notes)
+    return builder.to_rows()
 
 
-def check_spelled(example: AnyExample, rows: Rows, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raises DataError for a character that the tokenizer has no token for."""
+def check_encodable(example: AnyExample, rows: Rows, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises DataError for a character for which the tokenizer has no token."""
     unknown = unknown_id(tokenizer)
     if unknown is None or not any(unknown in row["input_ids"] for row in rows):
         return
-    if (found := find_unknown(whole_text(example), tokenizer)) is not None:
-        raise unspelled(found)
+    if (text := find_unknown(whole_text(example), tokenizer)) is not None:
+        raise unspelled(text)
 
 
 def unspelled(text: str, *, where: str = "") -> DataError:
-    """The error for ``text``, which the tokenizer has no token for."""
-    codes = " ".join(f"U+{ord(letter):04X}" for letter in text[:SHOWN_LETTERS])
-    fix = "take it out, or add a text that holds it to those that the tokenizer is trained on"
+    """Returns the error for a ``text`` for which the tokenizer has no token."""
+    codes = " ".join(f"U+{ord(letter):04X}" for letter in text[:LISTED_LETTERS])
+    fix = "remove it, or train the tokenizer on text that contains it"
     return DataError("the tokenizer has no token for it", where=where, got=f"{text!r} ({codes})", fix=fix)
 
 
-class _Written:
-    """The rows so far, in pieces."""
+class _RowBuilder:
+    """Collects rows and concatenates them at the end."""
 
     def __init__(self):
         self.rows: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
@@ -313,7 +314,7 @@ class _Written:
             self.rows.append((ids, labels, None if weights is None else np.asarray(weights, np.float32)))
 
     def to_rows(self) -> TokenizedRows:
-        """Flat arrays of all of them; without weights where every label counts 1."""
+        """Returns flat arrays of all rows; without weights if all are 1."""
         lengths = [len(ids) for ids, _, _ in self.rows]
         none = np.zeros(0, np.int32)
         ids = np.concatenate([none, *(ids for ids, _, _ in self.rows)])
@@ -328,37 +329,40 @@ class _Written:
 
 
 def _plan(
-    batch: Sequence[tuple[int, AnyExample]], renderer: Renderer, control_texts: Counter[str], faults: Faults
-) -> dict[int, Plan]:
-    """The plan of each example that is text; control tokens are looked for where one may be.
+    batch: Sequence[tuple[int, AnyExample]],
+    renderer: Renderer,
+    control_texts: Counter[str],
+    faults: ErrorsByNumber,
+) -> dict[int, RowPlan]:
+    """Returns the plan of each example that is text, by number.
 
-    Counts what is spelled in ``control_texts``.
+    Counts the control tokens in the texts in ``control_texts``.
     """
     texts = {number: whole_text(example) for number, example in batch if not isinstance(example, Tokens)}
-    may_spell: set[int] = set()
-    if renderer.encoder.may_spell(texts.values()):  # one search where, as mostly, none does
-        may_spell = {number for number, text in texts.items() if renderer.encoder.may_spell([text])}
-        spelling = [example for number, example in batch if number in may_spell]
-        for example in spelling:
+    suspects: set[int] = set()
+    if renderer.encoder.may_have_control(texts.values()):  # a single search is enough for most batches
+        suspects = {number for number, text in texts.items() if renderer.encoder.may_have_control([text])}
+        examples = [example for number, example in batch if number in suspects]
+        for example in examples:
             control_texts.update(renderer.control_texts(example))
-        if batch[0][0] == 0 or len(batch) == BATCH_ROWS:  # a few last examples say nothing of the set
-            check_not_rendered(renderer, spelling, spelled=len(spelling), total=len(batch))
+        if batch[0][0] == 0 or len(batch) == BATCH_EXAMPLES:  # a short last batch is not representative
+            check_not_rendered(renderer, examples, total=len(batch))
     plans = {}
     for number, example in batch:
         if not isinstance(example, Tokens):
-            with _named(number, faults):
-                plans[number] = renderer.plan(example, may_spell=number in may_spell)
+            with _with_number(number, faults):
+                plans[number] = renderer.plan(example, may_have_control=number in suspects)
     return plans
 
 
-def _encode(plans: Mapping[int, Plan], encoder: Encoder, faults: Faults) -> dict[int, Rows]:
-    """The rows of each plan. Raises DataError with the number of the example that cannot be encoded."""
+def _encode(plans: Mapping[int, RowPlan], encoder: Encoder, faults: ErrorsByNumber) -> dict[int, Rows]:
+    """Returns the rows of each plan. A DataError carries the number of the example."""
     try:
         return dict(zip(plans, encode_plans(list(plans.values()), encoder), strict=True))
     except DataError:
         rows = {}
         for number, plan in plans.items():
-            with _named(number, faults):
+            with _with_number(number, faults):
                 rows[number] = encode_plans([plan], encoder)[0]
         return rows
 
@@ -389,8 +393,8 @@ def _has_target(row: TokenizedExample) -> bool:
 
 
 @contextmanager
-def _named(number: int, faults: Faults = None) -> Iterator[None]:
-    """Puts the number of the example into a DataError, so that the caller can name its file and line."""
+def _with_number(number: int, faults: ErrorsByNumber = None) -> Iterator[None]:
+    """Adds the example's number to a DataError, so that the caller can add its file and line."""
     try:
         yield
     except DataError as error:

@@ -1,12 +1,12 @@
-"""Examples to pieces: what is learned, what is only read, and what each piece is encoded after.
+"""Renders examples as pieces with a weight (target or context) and the context to encode them in.
 
     Document   <bos> | Translate: chat | Katze<eos>
     weight       0   |        0        |     1
     Chat       <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n | Hello!<|im_end|> | \\n<|im_st...
     weight                              0                              |        1         |     0
 
-A chat is one row with several targets where the prompt of each turn begins, id for id, with the prompt and
-the target before it. Where its template rewrites earlier turns it is a row for each turn.
+A chat is one row with several targets if the prompt of each turn begins, id for id, with the previous prompt
+and target. If its template rewrites earlier turns, it is one row per turn.
 """
 
 import json
@@ -20,20 +20,19 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_clm.errors import DataError, ModelError
 from hf_clm.schema import AnyExample, Chat, Document, Example, Message, Segment, Tokens
-from hf_clm.text.chat import ChatRenderer, Reasoning, Turn
+from hf_clm.text.chat import EXCERPT_LENGTH, AssistantTurn, ChatRenderer, Reasoning
 from hf_clm.text.encode import Encoder, Piece, Span
 from hf_clm.text.tokenizer import bos_token
 
 Policy = Literal["encode_as_text", "error", "allow"]
 APART = "a row for each turn"
-SHOWN = 60  # characters of a text in an error
 END_WRITTEN = "an end token written by hand"
 UNANSWERED = "nothing is learned after the last answer"
 
 
 @dataclass(frozen=True)
 class TrainOn:
-    """Which turns of a chat, or segments of a document, are learned; and whether reasoning is."""
+    """Which turns of a chat or segments of a document are targets, and whether reasoning is."""
 
     turns: Literal["all", "last", "everything"] = "all"
     reasoning: bool = True
@@ -41,14 +40,14 @@ class TrainOn:
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """What decides how an example is labelled.
+    """Options that decide how an example is labelled.
 
-    max_length: tokens of a row; None keeps every row whole.
-    overflow: for a longer row; see ``labels.fit``.
-    window: (size, step) in tokens cuts a document into overlapping rows instead.
-    special_tokens_in_text: for control tokens that a text spells: ``encode_as_text``, ``error`` (DataError)
-        or ``allow`` (they are those tokens).
-    reasoning: for reasoning that the chat template has no place for; see ``ChatRenderer``.
+    max_length: maximum length of a row in tokens; None for no limit.
+    overflow: what to do with longer rows; see ``labels.fit``.
+    window: (size, step) in tokens; splits a document into overlapping rows instead.
+    special_tokens_in_text: how to treat control tokens in a record's text: ``encode_as_text``, ``error``
+        (DataError) or ``allow`` (encode them as control tokens).
+    reasoning: what to do with reasoning if the chat template has no place for it; see ``ChatRenderer``.
     """
 
     stage: Literal["sft", "pretrain"] = "sft"
@@ -61,18 +60,21 @@ class LabelOptions:
 
 
 @dataclass
-class Plan:
-    """The pieces of the rows of an example. ``turns``: of a chat, so that it can be cut."""
+class RowPlan:
+    """The pieces of each row of an example.
+
+    ``apart``: one row per turn, in case the turns of a chat turn out not to continue one another.
+    """
 
     rows: list[list[Piece]]
     notes: list[str] = field(default_factory=list)
-    apart: list[list[Piece]] | None = None  # the rows of a chat, should its turns not continue one another
+    apart: list[list[Piece]] | None = None
 
 
 class Renderer:
-    """Plans the rows of examples with one tokenizer.
+    """Plans the rows of examples for a tokenizer.
 
-    Raises ModelError for a tokenizer without an end token.
+    Raises ModelError if the tokenizer has no end token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, options: LabelOptions):
@@ -85,29 +87,29 @@ class Renderer:
         self.protects = options.special_tokens_in_text != "allow"
         self.chats = ChatRenderer(self.encoder, protects=self.protects, reasoning=options.reasoning)
 
-    def plan(self, example: Example, *, may_spell: bool = True) -> Plan:
-        """The rows of an example; none where nothing is learned.
+    def plan(self, example: Example, *, may_have_control: bool = True) -> RowPlan:
+        """Plans the rows of an example; no rows if it has no targets.
 
         Args:
-            may_spell: False where no text of it holds a control token: then none is looked for.
+            may_have_control: False skips the search for control tokens in its texts.
 
-        Raises DataError where the template or the policy for control tokens refuses the example.
+        Raises DataError if the template or the policy for control tokens refuses the example.
         """
         notes: list[str] = []
-        if may_spell:
+        if may_have_control:
             example, is_cut = self._without_end(example)
             notes += [END_WRITTEN] * is_cut
             if self.options.special_tokens_in_text == "error":
                 self._refuse_control_text(example)
         before = Counter(self.chats.notes)
-        plan = self._plan_chat(example) if isinstance(example, Chat) else Plan([self._document(example)])
+        plan = self._plan_chat(example) if isinstance(example, Chat) else RowPlan([self._document(example)])
         plan.notes += [*notes, *(self.chats.notes - before)]
         return plan
 
     def prompt(self, example: Example) -> list[Piece]:
-        """What ``generate`` is given: the very pieces before the (last) target in training.
+        """Returns the input of ``generate``: the same pieces as before the (last) target in training.
 
-        A document that is learned whole is its own prompt.
+        A document without context is used as the prompt.
         """
         if isinstance(example, Chat):
             return [Piece(self.chats.prompt(example))]
@@ -115,46 +117,51 @@ class Renderer:
         if not example.is_text:
             last = max((n for n, s in enumerate(segments, start=1) if not s.is_target), default=0)
             segments = segments[:last]
-        return [piece._replace(weight=0.0) for piece in self._pieces(segments)]  # cut as in training
+        return [piece._replace(weight=0.0) for piece in self._pieces(segments)]
 
     def control_texts(self, example: AnyExample) -> list[str]:
-        """Every control token that the example's text spells, in order."""
-        found = []
+        """Returns every control token in the example's text, in order."""
+        tokens = []
         if isinstance(example, Chat):
-            found += self.encoder.any_control.findall(json.dumps(example.tools, ensure_ascii=False))
+            tokens += self.encoder.any_control.findall(json.dumps(example.tools, ensure_ascii=False))
             for message in example.messages:
                 by_model = message["role"] == "assistant"
                 pattern = self.encoder.special if by_model else self.encoder.any_control
                 for text in Chat([message]).texts:
-                    found += pattern.findall(text)
-            return found
+                    tokens += pattern.findall(text)
+            return tokens
         if isinstance(example, Tokens):
             return []
-        for _, text, own, by_model in _runs(example.segments):
+        for _, text, recipe_spans, by_model in _runs(example.segments):
             pattern = self.encoder.special if by_model else self.encoder.any_control
             matches = pattern.finditer(text)
-            found += [m[0] for m in matches if not any(a <= m.start() and m.end() <= b for a, b in own)]
-        return found
+            tokens += [
+                m[0] for m in matches if not any(a <= m.start() and m.end() <= b for a, b in recipe_spans)
+            ]
+        return tokens
 
-    def _plan_chat(self, chat: Chat) -> Plan:
+    def _plan_chat(self, chat: Chat) -> RowPlan:
         learns_all = self.options.stage == "pretrain" or self.options.train_on.turns == "everything"
         if learns_all and all("weight" not in message for message in chat.messages):
-            return Plan([[Piece(self.chats.whole(chat), 1.0)]])
+            return RowPlan([[Piece(self.chats.full_text(chat), 1.0)]])
         turns = self.chats.turns(chat)
         weights = [self._weight(chat.messages[turn.message], turn is turns[-1]) for turn in turns]
         if not any(weights) and not learns_all:
-            return Plan([])
+            return RowPlan([])
         joined, apart = self._join(turns, weights, learns_all=learns_all), self._part(turns, weights)
         if joined is None and learns_all:
-            fix = "remove the weights of its messages, or learn the answers only"
-            raise DataError("the chat template rewrites earlier turns: not all of it can be learned", fix=fix)
+            fix = "remove the weights of its messages, or train on the answers only"
+            what = "the chat template rewrites earlier turns, so the whole chat cannot be a target"
+            raise DataError(what, fix=fix)
         notes = [] if learns_all or chat.messages[-1]["role"] == "assistant" else [UNANSWERED]
         if joined is None:
-            return Plan(apart, [*notes, *([APART] if len(turns) > 1 else [])])
-        return Plan([joined], notes, apart=None if learns_all or len(turns) == 1 else apart)
+            return RowPlan(apart, [*notes, *([APART] if len(turns) > 1 else [])])
+        return RowPlan([joined], notes, apart=None if learns_all or len(turns) == 1 else apart)
 
-    def _join(self, turns: list[Turn], weights: list[float], *, learns_all: bool) -> list[Piece] | None:
-        """All turns in one row; None where a prompt does not begin with the turn before it."""
+    def _join(
+        self, turns: list[AssistantTurn], weights: list[float], *, learns_all: bool
+    ) -> list[Piece] | None:
+        """Joins all turns in one row; returns None if a prompt does not begin with the turns before it."""
         pieces: list[Piece] = []
         last = max(number for number, weight in enumerate(weights) if weight or learns_all)
         for number, (turn, weight) in enumerate(zip(turns[: last + 1], weights, strict=False)):
@@ -170,50 +177,51 @@ class Renderer:
             pieces += self._target(turn, weight, must_join=number < last)
         return pieces
 
-    def _part(self, turns: list[Turn], weights: list[float]) -> list[list[Piece]]:
-        """A row for each turn that is learned."""
+    def _part(self, turns: list[AssistantTurn], weights: list[float]) -> list[list[Piece]]:
+        """Returns a row for each turn with a weight."""
         both = zip(turns, weights, strict=True)
         return [[Piece(turn.prompt), *self._target(turn, weight)] for turn, weight in both if weight]
 
-    def _target(self, turn: Turn, weight: float, *, must_join: bool = False) -> list[Piece]:
-        """The target of a turn; its reasoning apart where that is only read."""
+    def _target(self, turn: AssistantTurn, weight: float, *, must_join: bool = False) -> list[Piece]:
+        """Returns the target of a turn, with the reasoning as context if it is not trained on."""
         context = self.encoder.last_context(turn.prompt)
-        if self.options.train_on.reasoning or not turn.thought:
+        if self.options.train_on.reasoning or not turn.reasoning_end:
             return [Piece(turn.target, weight, context, must_join)]
-        thought, answer = turn.target[: turn.thought], turn.target[turn.thought :]
-        after = self.encoder.last_context(turn.prompt + thought)
-        return [Piece(thought, 0.0, context, must_join), Piece(answer, weight, after, must_join)]
+        reasoning, answer = turn.target[: turn.reasoning_end], turn.target[turn.reasoning_end :]
+        after = self.encoder.last_context(turn.prompt + reasoning)
+        return [Piece(reasoning, 0.0, context, must_join), Piece(answer, weight, after, must_join)]
 
     def _weight(self, message: Message, is_last: bool) -> float:
-        is_chosen = is_last or self.options.train_on.turns != "last"
-        return message.get("weight", 1.0) if is_chosen else 0.0
+        is_target = is_last or self.options.train_on.turns != "last"
+        return message.get("weight", 1.0) if is_target else 0.0
 
     def _document(self, document: Document) -> list[Piece]:
-        """The pieces of a document; what is learned last ends in the end token."""
+        """Returns the pieces of a document; a target at its end is closed with the end token."""
         segments = document.segments
         if self.options.stage == "pretrain" or self.options.train_on.turns == "everything":
-            segments = document.learned_whole().segments
+            segments = document.as_targets().segments
         if self.options.train_on.turns == "last":
             last = max((n for n, s in enumerate(segments) if not s.is_target), default=-1)
             segments = [replace(s, weight=0.0) if n < last else s for n, s in enumerate(segments)]
         segments = [segment for segment in segments if segment.text]
         if segments and segments[-1].is_target:
             last = segments[-1]
-            if not (last.is_own and last.text.endswith(self.eos)):  # a template may write it itself
+            if not (last.is_own and last.text.endswith(self.eos)):  # a template may already add it
                 segments = [*segments, Segment(self.eos, last.weight, is_own=True)]
         return self._pieces(segments)
 
     def _pieces(self, segments: Sequence[Segment]) -> list[Piece]:
-        """Neighbours of one weight are one piece: how a user cut a text changes no id."""
+        """Joins adjacent segments of equal weight, so that the segmentation does not affect the ids."""
         pieces = [Piece(self.bos)] if self.bos else []
         first = len(pieces)
-        for weight, text, own, by_model in _runs(segments):
-            marked = self.encoder.mark(text, by_model=by_model, own=own) if self.protects else text
-            pieces.append(Piece(marked, weight, None if len(pieces) > first else ""))
+        for weight, text, recipe_spans, by_model in _runs(segments):
+            if self.protects:
+                text = self.encoder.mark(text, by_model=by_model, recipe_spans=recipe_spans)
+            pieces.append(Piece(text, weight, None if len(pieces) > first else ""))
         return pieces
 
     def _without_end(self, example: Example) -> tuple[Example, bool]:
-        """The example without an end token that its text has written after what is learned."""
+        """Removes an end token that a record's text has after its target; returns whether it did."""
         if isinstance(example, Document):
             last = example.segments[-1] if example.segments else None
             text = last.text.rstrip() if last and last.is_target and not last.is_own else ""
@@ -227,43 +235,41 @@ class Renderer:
         return (replace(example, messages=messages) if is_cut else example), is_cut
 
     def _refuse_control_text(self, example: Example) -> None:
-        found = self.control_texts(example)
-        if found:
+        tokens = self.control_texts(example)
+        if tokens:
             fix = "remove it, or set data.special_tokens_in_text to encode_as_text or allow"
-            raise DataError("the text holds a control token", got=repr(found[0]), fix=fix)
+            raise DataError("the text contains a control token", got=repr(tokens[0]), fix=fix)
 
 
 def check_control_tokens(encoder: Encoder) -> None:
-    """Raises ModelError for an end or pad token that is ordinary text: each in a text would be that token."""
+    """Raises ModelError if the end or pad token is ordinary text, which would be encoded as that token."""
     tokenizer = encoder.tokenizer
     for name in ("eos_token", "pad_token"):
         token: Any = getattr(tokenizer, name)
         if token is not None and (not token.strip() or encoder.is_ordinary(token)):
-            what = f"its {name} {token!r} is ordinary text"
-            raise ModelError(what, where="tokenizer", fix=f"set tokenizer.{name} to a token of its own")
+            what = f"the {name} {token!r} is ordinary text"
+            raise ModelError(what, where="tokenizer", fix=f"set tokenizer.{name} to a special token")
 
 
-def check_not_rendered(
-    renderer: Renderer, examples: Iterable[AnyExample], *, spelled: int, total: int
-) -> None:
-    """Raises DataError where most of a block are chats that were rendered to text already.
+def check_not_rendered(renderer: Renderer, examples: Sequence[AnyExample], *, total: int) -> None:
+    """Raises DataError if most of a block are chats already rendered to text.
 
-    They begin with a control token and hold more of them: each would be spelled letter by letter.
+    Such texts begin with a control token and contain more of them; each would be encoded as plain text.
 
     Args:
-        spelled: how many examples of the block spell a control token.
-        total: how many there are.
+        examples: the examples of the block that contain a control token.
+        total: number of examples in the block.
     """
-    if renderer.options.special_tokens_in_text != "encode_as_text" or 2 * spelled <= total:
+    if renderer.options.special_tokens_in_text != "encode_as_text" or 2 * len(examples) <= total:
         return
     special = renderer.encoder.special
     texts = [_text(example).lstrip() for example in examples if isinstance(example, Document)]
     rendered = [text for text in texts if special.match(text) and len(special.findall(text)) > 1]
     if 2 * len(rendered) > total:
         raise DataError(
-            f"{len(rendered):,} of {total:,} texts are rendered already: they spell control tokens",
-            got=repr(rendered[0][:SHOWN]),
-            fix="give messages, or learn these as tokens with data.special_tokens_in_text: allow",
+            f"{len(rendered):,} of {total:,} texts are already rendered: they contain control tokens",
+            got=repr(rendered[0][:EXCERPT_LENGTH]),
+            fix="provide messages, or encode them as tokens with data.special_tokens_in_text: allow",
         )
 
 
@@ -280,12 +286,15 @@ def _without_suffix(message: Message, ends: tuple[str, ...]) -> Message:
 
 
 def _runs(segments: Iterable[Segment]) -> Iterable[tuple[float, str, list[Span], bool]]:
-    """(weight, text, what the recipe wrote in it, whether the model writes it), by neighbours of a weight."""
+    """Joins adjacent segments of equal weight.
+
+    Yields (weight, text, spans of it that come from the recipe, whether the model generates it).
+    """
     for weight, group in groupby(segments, key=lambda segment: segment.weight):
-        text, own = "", []
+        text, recipe_spans = "", []
         for segment in group:
             if segment.is_own:
-                own.append((len(text), len(text) + len(segment.text)))
+                recipe_spans.append((len(text), len(text) + len(segment.text)))
             text += segment.text
         if text:
-            yield weight, text, own, weight > 0
+            yield weight, text, recipe_spans, weight > 0

@@ -1,8 +1,8 @@
-"""One block, from records to certified rows. Everything that is trained on is made here, and nowhere else.
+"""Turns a block of records into certified rows. All training rows are made here.
 
     RawBlock --> examples --> rows --> certified --> two Arrow record batches: rows | ledger
 
-It runs in three places: in a loop, in a stream while training, and as a task on a cluster.
+It runs in a loop, in a stream during training, or as a task on a cluster.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ from hf_clm.data.proof.balance import check_entry
 from hf_clm.data.proof.certificate import PROVED_WHOLE, Certificate, certify_rows
 from hf_clm.data.proof.checker import Checker
 from hf_clm.data.proof.leakage import digest, loose_digest
-from hf_clm.data.read.formats import own_modules, provide_modules
+from hf_clm.data.read.formats import custom_modules, provide_modules
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import check_record, read_options
 from hf_clm.errors import DataError
@@ -29,16 +29,16 @@ from hf_clm.recipe.recipe import Data, Recipe
 from hf_clm.schema import AnyExample
 from hf_clm.text.chat import stop_token_ids
 
-TOKENS, FLOATS = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.float32())
-ROWS = pyarrow.schema({"input_ids": TOKENS, "labels": TOKENS, "place": pyarrow.string()})
-WEIGHTED_ROWS = ROWS.append(pyarrow.field("weights", FLOATS))
+TOKEN_LIST, WEIGHT_LIST = pyarrow.list_(pyarrow.int32()), pyarrow.list_(pyarrow.float32())
+ROW_SCHEMA = pyarrow.schema({"input_ids": TOKEN_LIST, "labels": TOKEN_LIST, "place": pyarrow.string()})
+WEIGHTED_ROW_SCHEMA = ROW_SCHEMA.append(pyarrow.field("weights", WEIGHT_LIST))
 NUMBERS = ("tokens", "target_tokens", "cut_tokens", "kept_tokens", "kept_targets", "rows", "proved_rows")
-LEDGER = pyarrow.schema(
+LEDGER_SCHEMA = pyarrow.schema(
     {
         **dict.fromkeys(("place", "fate", "reason"), pyarrow.string()),
-        "source": pyarrow.int32(),  # its number in the recipe
+        "source": pyarrow.int32(),  # number of the source in the recipe
         **dict.fromkeys(NUMBERS, pyarrow.int64()),
-        "spelled": pyarrow.list_(pyarrow.string()),  # control tokens that its text spells
+        "spelled": pyarrow.list_(pyarrow.string()),  # control tokens in the text
     }
 )
 DIGESTS = ("exact", "loose", "prompt")  # see Block.digests
@@ -46,12 +46,12 @@ DIGESTS = ("exact", "loose", "prompt")  # see Block.digests
 
 @dataclass
 class Block:
-    """A block that was labelled and certified, and what was learned of it. E = records, N = rows.
+    """A labelled and certified block, and what was found out about it. E = records, N = rows.
 
-    rows, ledger  (N,) and (E,) of the schemas ROWS (or WEIGHTED_ROWS) and LEDGER
-    digests       (E, 2) uint64 each: of the example, of it but for case and white space, of its prompt
-    counted       records by file
-    faults        of the records that cannot be used
+    rows, ledger  (N,) and (E,) of the schemas ROW_SCHEMA (or WEIGHTED_ROW_SCHEMA) and LEDGER_SCHEMA
+    digests       (E, 2) uint64 each; of the example, of its normalized text, and of its prompt
+    counted       number of records by file
+    faults        errors of the records that cannot be used
     """
 
     rows: pyarrow.RecordBatch
@@ -66,32 +66,32 @@ class Block:
 
 
 class BlockMaker:
-    """Makes the blocks of a recipe with one tokenizer. Two of the same make the same of a block.
+    """Makes the blocks of a recipe; deterministic for a recipe and a tokenizer.
 
-    A format of the user's own goes with it as its module's source, for a machine that has not got it.
+    It carries the source code of custom format modules, for machines that do not have them.
 
     Args:
-        digests: those of DIGESTS that are needed.
+        digests: the DIGESTS to compute.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, digests: Sequence[str] = ()):
         self.recipe, self.tokenizer, self.digests = recipe, tokenizer, tuple(digests)
         sources = (*recipe.data.train, *recipe.data.eval)
-        self.modules = own_modules([source.format for source in sources])
+        self.modules = custom_modules([source.format for source in sources])
 
     def make(self, raw: RawBlock) -> Block:
-        """Reads, labels, fits and certifies. Raises DataError for a ledger that does not balance."""
-        provide_modules(self.modules)  # before a record is read by a format of the user's own
-        read = read_raw(raw, self.recipe.data)
+        """Reads, labels, fits and certifies a block. Raises DataError if the ledger does not balance."""
+        provide_modules(self.modules)  # before records are read with a custom format
+        records = read_raw(raw, self.recipe.data)
         source = self.recipe.data.sources(raw.split)[raw.source]
         options = label_options(self.recipe, source)
-        readable = [number for number, example in enumerate(read.examples) if example is not None]
-        examples = [example for example in read.examples if example is not None]
+        readable = [number for number, example in enumerate(records.examples) if example is not None]
+        examples = [example for example in records.examples if example is not None]
         faults: dict[int, DataError] = {}
         rows = tokenize_rows(examples, self.tokenizer, options, faults=faults)
         for number, error in faults.items():
-            read.faults[readable[number]] = error.at(read.places[readable[number]])
-        places = [read.places[number] for number in readable]
+            records.faults[readable[number]] = error.at(records.places[readable[number]])
+        places = [records.places[number] for number in readable]
         certificate, proved = certify_rows(
             rows,
             examples,
@@ -103,23 +103,23 @@ class BlockMaker:
         if rows.control_texts:
             renderer = Renderer(self.tokenizer, options)
             spelled = [renderer.control_texts(example) or None for example in examples]
-        ledger = to_ledger(rows, read, readable, source=raw.source, proved=proved, spelled=spelled)
+        ledger = to_ledger(rows, records, readable, source=raw.source, proved=proved, spelled=spelled)
         return Block(
             to_batch(rows, places),
             ledger,
-            {name: _digest_all(name, read.examples) for name in self.digests},
+            {name: _digest_all(name, records.examples) for name in self.digests},
             certificate,
-            read.report,
-            read.counted,
-            read.formats,
-            read.unknown_keys,
-            [read.faults[number] for number in sorted(read.faults)],
+            records.report,
+            records.counted,
+            records.formats,
+            records.unknown_keys,
+            [records.faults[number] for number in sorted(records.faults)],
         )
 
 
 @dataclass
 class ReadBlock:
-    """The records of a block that were read and checked. ``faults``: by the number of the record."""
+    """The examples of a block, and the errors of unusable records by record number."""
 
     places: list[str] = field(default_factory=list)
     examples: list[AnyExample | None] = field(default_factory=list)
@@ -131,32 +131,32 @@ class ReadBlock:
 
 
 def read_raw(raw: RawBlock, data: Data) -> ReadBlock:
-    """Parses and checks the records of a block; those that cannot be used have a fault and no example."""
+    """Parses and checks the records of a block. Unusable records have an error instead of an example."""
     source = data.sources(raw.split)[raw.source]
-    read, first = ReadBlock(formats=set(raw.formats)), dict(raw.first)
+    block, first = ReadBlock(formats=set(raw.formats)), dict(raw.first)
     options = read_options(data, source)
     for chunk in raw.chunks:
-        for where, value in chunk.items(options, read.report):
+        for where, value in chunk.items(options, block.report):
             example = value if isinstance(value, AnyExample) else None
             try:
                 if example is None:
                     format, example, unknown, has_nul = check_record(
                         value, where, source, data=data, first=first
                     )
-                    read.formats.add(format)
-                    read.unknown_keys.update(unknown)
-                    read.report.nul_records += has_nul
-                read.counted[chunk.file] += 1
+                    block.formats.add(format)
+                    block.unknown_keys.update(unknown)
+                    block.report.nul_records += has_nul
+                block.counted[chunk.file] += 1
             except DataError as error:
-                read.faults[len(read.places)] = error
-            read.places.append(where)
-            read.examples.append(example)
-    read.report.records = len(read.places) - len(read.faults)
-    return read
+                block.faults[len(block.places)] = error
+            block.places.append(where)
+            block.examples.append(example)
+    block.report.records = len(block.places) - len(block.faults)
+    return block
 
 
 def to_batch(rows: TokenizedRows, places: Sequence[str]) -> pyarrow.RecordBatch:
-    """The rows as Arrow, without a copy of the tokens. ``places``: of the examples."""
+    """Converts rows to an Arrow batch without copying the tokens. ``places`` are those of the examples."""
     offsets = pyarrow.array(rows.offsets.astype(np.int32))
     columns = {
         "input_ids": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(rows.input_ids)),
@@ -164,9 +164,9 @@ def to_batch(rows: TokenizedRows, places: Sequence[str]) -> pyarrow.RecordBatch:
         "place": pyarrow.array([places[number] for number in rows.sources.tolist()], pyarrow.string()),
     }
     if rows.weights is None:
-        return pyarrow.RecordBatch.from_pydict(columns, schema=ROWS)
+        return pyarrow.RecordBatch.from_pydict(columns, schema=ROW_SCHEMA)
     columns["weights"] = pyarrow.ListArray.from_arrays(offsets, pyarrow.array(rows.weights))
-    return pyarrow.RecordBatch.from_pydict(columns, schema=WEIGHTED_ROWS)
+    return pyarrow.RecordBatch.from_pydict(columns, schema=WEIGHTED_ROW_SCHEMA)
 
 
 def to_ledger(
@@ -178,10 +178,10 @@ def to_ledger(
     proved: Sequence[int],
     spelled: Sequence[list[str] | None],
 ) -> pyarrow.RecordBatch:
-    """One line for each record of a block: what became of it. Raises DataError where that does not balance.
+    """Returns the fate of each record of a block. Raises DataError if the ledger does not balance.
 
     Args:
-        readable: the numbers of the records that became examples.
+        readable: numbers of the records that became examples.
         proved: the rows that the certificate encoded again.
     """
     count = len(read.places)
@@ -189,15 +189,15 @@ def to_ledger(
     all_spelled: list[list[str] | None] = [None] * count
     for number, fate, texts in zip(readable, rows.fates, spelled, strict=True):
         fates[number], all_spelled[number] = fate, texts
-    own = np.asarray(readable, dtype=np.int64)[rows.sources]  # the record of each row
-    learned = np.concatenate([[0], np.cumsum(rows.labels >= 0)])
-    kept = {
-        "kept_tokens": np.bincount(own, weights=rows.lengths, minlength=count),
-        "kept_targets": np.bincount(own, weights=np.diff(learned[rows.offsets]), minlength=count),
-        "rows": np.bincount(own, minlength=count),
-        "proved_rows": np.bincount(own[proved], minlength=count),
+    records = np.asarray(readable, dtype=np.int64)[rows.sources]  # the record of each row
+    labels_before = np.concatenate([[0], np.cumsum(rows.labels >= 0)])
+    sums = {
+        "kept_tokens": np.bincount(records, weights=rows.lengths, minlength=count),
+        "kept_targets": np.bincount(records, weights=np.diff(labels_before[rows.offsets]), minlength=count),
+        "rows": np.bincount(records, minlength=count),
+        "proved_rows": np.bincount(records[proved], minlength=count),
     }
-    numbers = {name: values.astype(np.int64) for name, values in kept.items()}
+    numbers = {name: values.astype(np.int64) for name, values in sums.items()}
     for number, fate in enumerate(fates):
         tokens, targets = int(numbers["kept_tokens"][number]), int(numbers["kept_targets"][number])
         check_entry(fate, tokens, targets, where=read.places[number])
@@ -216,17 +216,17 @@ def to_ledger(
             **numbers,
             "spelled": all_spelled,
         },
-        schema=LEDGER,
+        schema=LEDGER_SCHEMA,
     )
 
 
 def _digest_all(name: str, examples: Iterable[AnyExample | None]) -> np.ndarray:
-    """(E, 2) uint64; zeros for what has no digest of this name."""
-    none, found = bytes(16), []
+    """Returns (E, 2) uint64 digests; zeros for examples without a digest of this kind."""
+    none, digests = bytes(16), []
     for example in examples:
         if name == "prompt":
             question = example.question if example is not None else None
-            found.append(loose_digest(question[0]) if question else none)
+            digests.append(loose_digest(question[0]) if question else none)
         else:
-            found.append((digest if name == "exact" else loose_digest)(example) if example else none)
-    return np.frombuffer(b"".join(found), dtype="<u8").reshape(-1, 2)
+            digests.append((digest if name == "exact" else loose_digest)(example) if example else none)
+    return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)

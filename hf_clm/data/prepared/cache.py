@@ -1,4 +1,4 @@
-"""Which prepared set is a recipe's: its key is the content of all that decides it, never a name or a time."""
+"""Finds the prepared set of a recipe. Its key depends on content only, never on file names or times."""
 
 import datetime
 import json
@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 import hf_clm.schema
 from hf_clm.data.prepared.prepare import write_prepared
 from hf_clm.data.prepared.sets import read_examples, to_head
-from hf_clm.data.prepared.store import Stored, open_store
-from hf_clm.data.read.formats import own_modules
+from hf_clm.data.prepared.store import StoredSet, open_store
+from hf_clm.data.read.formats import custom_modules
 from hf_clm.data.read.readers import ReadReport, compression, suffix
 from hf_clm.data.read.sources import find_files
 from hf_clm.data.split import Split, mix_splits
@@ -29,21 +29,21 @@ from hf_clm.recipe.sections import cache_folder
 from hf_clm.text.tokenizer import fix_date, prints_date
 
 COMMIT = re.compile("[0-9a-f]{40}")
-KEY_LETTERS = 32  # of the sha256, in the name of the folder
-HASHES = ".hashes"  # in the cache: sha256 of large data files that were read before
-REMEMBERED_BYTES = 1 << 20
+KEY_LETTERS = 32  # hex digits of the sha256 in the folder's name
+HASHES = ".hashes"  # subfolder of the cache with the sha256 of large data files
+MIN_CACHED_BYTES = 1 << 20
 SETTLED_NS = 10 * 10**9
-LIBRARIES = ("tokenizers", "transformers")  # which render and encode
-LABELLING = ("schema.py", "recipe/template.py", "text", "data")  # where labels are made and proved
+LIBRARIES = ("tokenizers", "transformers")  # they render and encode
+LABELLING = ("schema.py", "recipe/template.py", "text", "data")  # the code that makes and proves labels
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the prepared set of a recipe is, or would be.
+    """The location of a recipe's prepared set, whether it exists or not.
 
-    files: those of the data, in the order of reading.
-    notes: which files of a folder they are, and which are left out: the key knows nothing of these.
-    why_not: why it is not kept for other runs; empty: it is.
+    files: the data files, in reading order.
+    notes: which files of a folder are read and which are not; not part of the key.
+    why_not: why the set is not kept for other runs; empty if it is.
     """
 
     folder: Path
@@ -59,15 +59,15 @@ class Place:
 def find_place(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int, aside: Path, launch: str = ""
 ) -> Place:
-    """The place of a recipe's prepared set.
+    """Finds the place of a recipe's prepared set.
 
     Args:
-        seed: decides what is held out.
-        aside: the folder for a set that is not kept in the cache: of a stream, without data.cache_dir, of
-            data on the Hub that are not pinned to a commit.
-        launch: what stands for the content of data that no content is known of.
+        seed: seed for holding out records.
+        aside: folder for a set that is not cached: a stream, data.cache_dir null, or data on the Hub without
+            a commit as revision.
+        launch: used in the key in place of the content of such data.
 
-    Raises DataError for data that are not there.
+    Raises DataError if the data do not exist.
     """
     data = recipe.data
     report = ReadReport()
@@ -93,33 +93,33 @@ def find_place(
     return Place((aside if why_not else folder) / key, report.files, report.to_lines(), why_not)
 
 
-def open_place(place: Place, recipe: Recipe) -> Stored | None:
-    """The prepared set of a recipe, if it is there."""
+def open_place(place: Place, recipe: Recipe) -> StoredSet | None:
+    """Opens the prepared set of a recipe; returns None if it does not exist."""
     recipe = to_head(recipe)
     load = partial(_load_examples, recipe)
     return open_store(place.folder, recipe, files=place.files, load_examples=load)
 
 
 def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> dict[str, Split]:
-    """Train, mixed, and, if there is one, eval: opened where they were prepared before, else made aside.
+    """Returns the splits, with the training split mixed: from the cache, else from a temporary folder.
 
-    Keeps nothing. The tokenizer's template prints the date of the set from then on.
+    Nothing is added to the cache. Fixes the date that the tokenizer's template prints to the date of the set.
     """
-    with tempfile.TemporaryDirectory() as folder:  # what is open stays readable
+    with tempfile.TemporaryDirectory() as folder:  # open files stay readable after their removal
         place = find_place(recipe, tokenizer, seed=seed, aside=Path(folder))
         stored = open_place(place, recipe)
         if stored is None:
             place = replace(place, folder=Path(folder) / place.key)
             write_prepared(place.folder, to_head(recipe), tokenizer, seed=seed, date=today(tokenizer))
             stored = open_place(place, recipe)
-        assert stored is not None, "it was written a moment ago"
+        assert stored is not None, "the set was just written"
         if stored.date:
             fix_date(tokenizer, stored.date)
         return mix_splits(stored.splits, recipe, seed=seed)
 
 
 def today(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The date, where the chat template prints it; else nothing."""
+    """Returns today's date if the chat template prints it, otherwise an empty string."""
     return datetime.date.today().isoformat() if prints_date(tokenizer) else ""
 
 
@@ -128,30 +128,30 @@ def _load_examples(recipe: Recipe, name: str) -> list[Any]:
 
 
 def _source_content(source: Source, report: ReadReport, *, folder: Path) -> dict[str, Any] | None:
-    """What a source is, without its path; None where that is not known. Enters its files in the report."""
+    """Returns the content of a source without its path, or None if unknown. Adds its files to the report."""
     options = source.model_dump(include=Source.deciding())
-    found = find_files(source.path, split=source.split, report=report)
-    if found is None:  # on the Hub, where a branch or a tag may move
+    files = find_files(source.path, split=source.split, report=report)
+    if files is None:  # on the Hub, where a branch or a tag may move
         report.files.append(source.path)
         is_pinned = COMMIT.fullmatch(source.revision or "") is not None
         return {**options, "hub": source.path} if is_pinned else None
-    report.files += found
+    report.files += files
     try:
-        return {**options, "files": [(_file_type(file), _hash_once(file, folder)) for file in found]}
-    except OSError:  # reading it tells what is wrong
+        return {**options, "files": [(_file_type(file), _hash_once(file, folder)) for file in files]}
+    except OSError:  # reading the file will report the error
         return None
 
 
 def _code_content(formats: list[str | None]) -> str:
-    """The sources of the code that makes labels, the user's own formats included."""
+    """Returns a digest of the source code that makes labels, including custom formats."""
     package = Path(hf_clm.schema.__file__).parent
-    found = [path for name in LABELLING for path in (package / name, *sorted((package / name).rglob("*.py")))]
-    sources = [path.read_bytes() for path in found if path.is_file()]
-    return fingerprint([*sources, own_modules(formats)])
+    paths = [path for name in LABELLING for path in (package / name, *sorted((package / name).rglob("*.py")))]
+    sources = [path.read_bytes() for path in paths if path.is_file()]
+    return fingerprint([*sources, custom_modules(formats)])
 
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    tokenizer("", add_special_tokens=False)  # its backend as it is when it encodes
+    tokenizer("", add_special_tokens=False)  # a call sets the backend's padding and truncation
     return {
         "class": type(tokenizer).__name__,
         "backend": tokenizer.backend_tokenizer.to_str(),
@@ -162,36 +162,36 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def _file_type(file: str) -> str:
-    """ ".jsonl.gz" of "poems.v2.jsonl.gz": what decides how it is read."""
+    """Returns the suffixes that decide how a file is read: ".jsonl.gz" for "poems.v2.jsonl.gz"."""
     return suffix(file) + compression(file)
 
 
 def _hash_once(file: str, folder: Path) -> str:
-    """``hash_file``, with the digest of a large file cached until it changes: hashing 20 GB takes a minute.
+    """Does the same as ``hash_file``, but caches the digest of a large file (20 GB take a minute).
 
-    A file that changed a moment ago is always hashed again, because a coarse clock can hide a second change.
+    The digest of a file that has just changed is not cached, since a coarse clock can hide another change.
     """
-    seen = _signs(file)
-    if seen["size"] < REMEMBERED_BYTES:
+    state = _file_state(file)
+    if state["size"] < MIN_CACHED_BYTES:
         return hash_file(file)
-    note = folder / HASHES / fingerprint([seen["path"].encode("utf-8", "surrogateescape")])
+    note = folder / HASHES / fingerprint([state["path"].encode("utf-8", "surrogateescape")])
     with suppress(OSError, ValueError, KeyError):
-        known = json.loads(note.read_text(encoding="utf-8"))
-        if known["file"] == seen:
-            return known["sha256"]
+        cached = json.loads(note.read_text(encoding="utf-8"))
+        if cached["file"] == state:
+            return cached["sha256"]
     digest = hash_file(file)
-    if _signs(file) == seen and time.time_ns() - max(seen["modified"], seen["changed"]) > SETTLED_NS:
-        with suppress(OSError):  # then it is read again
+    if _file_state(file) == state and time.time_ns() - max(state["modified"], state["changed"]) > SETTLED_NS:
+        with suppress(OSError):  # without a note, the file is hashed again next time
             note.parent.mkdir(parents=True, exist_ok=True)
             fresh = note.with_suffix(f".{os.getpid()}")
-            fresh.write_text(json.dumps({"file": seen, "sha256": digest}), encoding="utf-8")
+            fresh.write_text(json.dumps({"file": state, "sha256": digest}), encoding="utf-8")
             fresh.replace(note)
     return digest
 
 
-def _signs(file: str) -> dict[str, Any]:
-    """Identity, size and times of a file. Any write updates ``changed`` (ctime); no program can set it."""
-    found = os.stat(file)
-    times = {"modified": found.st_mtime_ns, "changed": found.st_ctime_ns}
+def _file_state(file: str) -> dict[str, Any]:
+    """Returns the identity, size and times of a file. Every write updates ``changed`` (ctime)."""
+    status = os.stat(file)
+    times = {"modified": status.st_mtime_ns, "changed": status.st_ctime_ns}
     path = os.path.realpath(file)
-    return {"path": path, "size": found.st_size, "inode": [found.st_dev, found.st_ino], **times}
+    return {"path": path, "size": status.st_size, "inode": [status.st_dev, status.st_ino], **times}

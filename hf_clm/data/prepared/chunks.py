@@ -1,10 +1,10 @@
-"""The records of a recipe in chunks that are not parsed yet, and chunks in blocks that are labelled together.
+"""Reads a recipe's data in unparsed chunks, and groups chunks into blocks that are labelled together.
 
     a.jsonl   | 8 KiB of lines | 8 KiB of lines | ...      b.parquet   | 1,024 rows | ...      c.csv   records
                   \\_ a block of about BLOCK_BYTES, of one source _/
 
-Reading a chunk is cheap, so one process can feed many. The cuts depend on the files alone: a block has the
-same rows on every machine.
+Reading a chunk is cheap, so one process can feed many. The boundaries depend on the files alone, so a block
+has the same rows on every machine.
 """
 
 import io
@@ -17,13 +17,13 @@ from typing import TypeAlias
 
 import pyarrow
 
-from hf_clm.data.read.formats import BEHIND, FirstSeen
+from hf_clm.data.read.formats import AFTER_BYTE, FirstSeen
 from hf_clm.data.read.readers import (
     READERS,
     Items,
+    RawRecord,
     ReadOptions,
     ReadReport,
-    Record,
     Stream,
     batch_rows,
     column_batches,
@@ -34,33 +34,33 @@ from hf_clm.data.read.sources import check_value, find_files, open_stream, read_
 from hf_clm.errors import DataError
 from hf_clm.recipe.recipe import Data, Source
 
-LINES = (".jsonl", ".ndjson")
-COLUMNS = (".parquet", ".arrow")
-BLOCK_BYTES = 1 << 20  # of one block: a second of work, little memory
-CHUNK_BYTES = 1 << 13  # of lines
-CHUNK_RECORDS = 16  # of files that are parsed as they are read
+LINE_TYPES = (".jsonl", ".ndjson")
+COLUMN_TYPES = (".parquet", ".arrow")
+BLOCK_BYTES = 1 << 20  # about a second of work, with little memory
+CHUNK_BYTES = 1 << 13  # of a file of lines
+CHUNK_RECORDS = 16  # of a file that has to be parsed to be read
 
 Content: TypeAlias = bytes | pyarrow.RecordBatch | list[tuple[str, object]]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Records that lie together in a file: lines, rows of columns, or (place, value) as a reader gives them.
+    """Adjacent records of a file: lines, a batch of columns, or (place, value) pairs from a reader.
 
-    number: of the chunk in its file.
-    before: lines or rows of the file before it.
-    behind: the byte of the file that ``before`` counts from; not 0 where the lines before it were not read.
+    number: number of the chunk in its file.
+    before: number of lines or rows before the chunk, counted from the byte ``counted_from``.
+    counted_from: not 0 if the lines at the beginning of the file were not read.
     """
 
     file: str
     number: int
     before: int
     content: Content
-    behind: int = 0
+    counted_from: int = 0
 
     @property
     def size(self) -> int:
-        """About how many bytes it holds."""
+        """Approximate size in bytes."""
         match self.content:
             case bytes():
                 return len(self.content)
@@ -71,7 +71,7 @@ class Chunk:
 
     @property
     def records(self) -> int:
-        """About how many records it holds."""
+        """Approximate number of records."""
         match self.content:
             case bytes():
                 return self.content.count(b"\n")
@@ -81,11 +81,12 @@ class Chunk:
                 return self.content.num_rows
 
     def items(self, options: ReadOptions, report: ReadReport) -> Items:
-        """The places and values, parsed; in place of a value that is refused the error."""
+        """Yields the parsed (place, value) pairs; the value is an error if it cannot be parsed."""
         match self.content:
             case bytes():
                 text: io.BufferedReader = io.BufferedReader(io.BytesIO(self.content))
-                name = f"{self.file}{BEHIND}{self.behind:,})" if self.behind else self.file
+                origin = f"{AFTER_BYTE}{self.counted_from:,})" if self.counted_from else ""
+                name = f"{self.file}{origin}"
                 lines = Stream(name, text, options, report, before=self.before)
                 yield from READERS[".jsonl"](lines)
             case list():
@@ -99,9 +100,10 @@ class Chunk:
 class RawBlock:
     """Chunks of one source that are labelled together.
 
-    split: of the set that is read, train or eval. source: the number of the source in it.
-    first: what the first record of each file looks like, which the others must be like.
-    formats: of records that were read already.
+    split: name of the set, train or eval.
+    source: number of the source in the set.
+    first: properties of the first record of each file, which the other records must share.
+    formats: formats of records that have already been read.
     """
 
     split: str
@@ -113,9 +115,9 @@ class RawBlock:
 
 
 def read_blocks(data: Data, split: str, *, report: ReadReport) -> Iterator[RawBlock]:
-    """All blocks of the train or the eval set. Their files are entered in the report.
+    """Yields all blocks of a set. Adds their files to the report.
 
-    Raises DataError for a file that cannot be read.
+    Raises DataError if a file cannot be read.
     """
     number = 0
     for at, source in enumerate(data.sources(split)):
@@ -136,50 +138,50 @@ def read_blocks(data: Data, split: str, *, report: ReadReport) -> Iterator[RawBl
 
 
 def see_first(chunk: Chunk, source: Source, *, data: Data, first: FirstSeen) -> None:
-    """Notes what the first record of a chunk's file looks like, unless that is known."""
+    """Records the properties of the first record of a chunk's file, unless they are known."""
     if knows_first(chunk.file, source, first):
         return
     for where, value in chunk.items(read_options(data, source), ReadReport()):
         with suppress(DataError):
             check_value(value, where)
-            read_example(Record(value, where), source, data=data, first=first)
+            read_example(RawRecord(value, where), source, data=data, first=first)
         if _of_file(first, chunk.file):
             return
 
 
 def knows_first(file: str, source: Source, first: FirstSeen) -> bool:
-    """Whether it is known what the records of a file must be like, or they may be of any kind."""
+    """Whether the properties that a file's records must share are known or not needed."""
     is_named = source.template is not None or source.format not in (None, "tokenized")
     return is_named or bool(_of_file(first, file))
 
 
 def _of_file(first: FirstSeen, file: str) -> FirstSeen:
-    """What is known of one file."""
-    names = (f"format {file}", f"tokenized with {file}")
+    """Returns the known properties of one file."""
+    names = (f"format {file}", f"masks {file}")
     return {key: seen for key, seen in first.items() if key in names}
 
 
 def read_chunks(source: Source, data: Data, *, report: ReadReport) -> Iterator[Chunk]:
-    """The chunks of a source in order. Its files are entered in the report."""
-    left, found = source.limit, find_files(source.path, split=source.split)
-    report.files += found or [source.path]
+    """Yields the chunks of a source in order. Adds its files to the report."""
+    remaining, files = source.limit, find_files(source.path, split=source.split)
+    report.files += files or [source.path]
     options = read_options(data, source)
-    for file in found or [None]:
+    for file in files or [None]:
         if file is None:
             chunks = read_hub_chunks(source, streams=data.streaming)
         else:
-            chunks = read_file_chunks(file, options, limit=left, report=report)
+            chunks = read_file_chunks(file, options, limit=remaining, report=report)
         for chunk in chunks:
-            if left is not None:
-                chunk = replace(chunk, content=chunk.content[:left])
-                left -= len(chunk.content)
+            if remaining is not None:
+                chunk = replace(chunk, content=chunk.content[:remaining])
+                remaining -= len(chunk.content)
             yield chunk
-            if left == 0:
+            if remaining == 0:
                 return
 
 
 def read_hub_chunks(source: Source, *, streams: bool = False) -> Iterator[Chunk]:
-    """The chunks of a dataset on the Hub, which is fetched whole unless it ``streams``."""
+    """Yields the chunks of a dataset on the Hub, which is downloaded first unless it ``streams``."""
     kind = {"split": source.split, "name": source.name, "revision": source.revision}
     yield from _in_lists(source.path, read_hub(source.path, **kind, streams=streams))
 
@@ -190,43 +192,43 @@ def read_file_chunks(
     *,
     report: ReadReport,
     limit: int | None = None,
-    wanted: Callable[[int], bool] | None = None,
+    is_needed: Callable[[int], bool] | None = None,
 ) -> Iterator[Chunk]:
-    """The chunks of a file in order.
+    """Yields the chunks of a file in order.
 
     Args:
-        limit: the most records that the caller takes; the file is then parsed as it is read, to count them.
-        wanted: whether the chunk of this number is; of a file of lines no more is read than these.
+        limit: maximum number of records that the caller needs; the file is then parsed to count them.
+        is_needed: whether the chunk with a number is needed; other chunks of a file of lines are not read.
     """
     with open_stream(file, options, report=report) as stream:
         if limit is not None:
             chunks = _in_lists(file, READERS[suffix(file)](stream))
-        elif suffix(file) in LINES:
-            chunks = _line_chunks(stream, wanted=wanted)
-        elif suffix(file) in COLUMNS:
+        elif suffix(file) in LINE_TYPES:
+            chunks = _line_chunks(stream, is_needed=is_needed)
+        elif suffix(file) in COLUMN_TYPES:
             chunks = _column_chunks(stream)
         else:
             chunks = _in_lists(file, READERS[suffix(file)](stream))
-        yield from (chunk for chunk in chunks if wanted is None or wanted(chunk.number))
+        yield from (chunk for chunk in chunks if is_needed is None or is_needed(chunk.number))
 
 
 def is_parted(file: str) -> bool:
-    """Whether the chunks of a file can be read without parsing those before them."""
-    return suffix(file) in (*LINES, *COLUMNS)
+    """Whether the chunks of a file can be read without parsing the chunks before them."""
+    return suffix(file) in (*LINE_TYPES, *COLUMN_TYPES)
 
 
-def _line_chunks(stream: Stream, *, wanted: Callable[[int], bool] | None) -> Iterator[Chunk]:
-    """Chunk k holds the lines that begin in the k-th CHUNK_BYTES of the text."""
-    at, before, behind, number = 0, 0, 0, 0
+def _line_chunks(stream: Stream, *, is_needed: Callable[[int], bool] | None) -> Iterator[Chunk]:
+    """Yields chunks of lines: chunk k has the lines that begin in the k-th CHUNK_BYTES of the text."""
+    at, before, counted_from, number = 0, 0, 0, 0
     end = os.path.getsize(stream.file) if isinstance(stream.stream.raw, io.FileIO) else None
     while True:
-        if wanted and end is not None and not wanted(number):
-            number = next((n for n in range(number, end // CHUNK_BYTES + 1) if wanted(n)), -1)
+        if is_needed and end is not None and not is_needed(number):
+            number = next((n for n in range(number, end // CHUNK_BYTES + 1) if is_needed(n)), -1)
             if number < 0:
                 return
             stream.stream.seek(number * CHUNK_BYTES - 1)
-            at = number * CHUNK_BYTES - 1 + _pass_line(stream)
-            before, behind = 0, at
+            at = number * CHUNK_BYTES - 1 + _skip_line(stream)
+            before, counted_from = 0, at
             if at >= (number + 1) * CHUNK_BYTES:
                 number = at // CHUNK_BYTES
                 continue
@@ -238,15 +240,15 @@ def _line_chunks(stream: Stream, *, wanted: Callable[[int], bool] | None) -> Ite
             rest = stream.stream.readline(stream.options.max_line_bytes + 1)
             block, at = block + rest, at + len(rest)
             is_too_long = len(rest) > stream.options.max_line_bytes
-            if is_too_long and not rest.endswith(b"\n"):  # its end is passed over
-                block, at = block + b"\n", at + _pass_line(stream)
-        yield Chunk(stream.file, number, before, block, behind)
+            if is_too_long and not rest.endswith(b"\n"):  # skip the end of the line
+                block, at = block + b"\n", at + _skip_line(stream)
+        yield Chunk(stream.file, number, before, block, counted_from)
         before += block.count(b"\n")
         number = max(number + 1, at // CHUNK_BYTES)
 
 
-def _pass_line(stream: Stream) -> int:
-    """Passes over the rest of a line; returns its bytes."""
+def _skip_line(stream: Stream) -> int:
+    """Skips the rest of a line; returns its length in bytes."""
     size = 0
     while part := stream.stream.readline(BLOCK_BYTES):
         size += len(part)
@@ -263,14 +265,14 @@ def _column_chunks(stream: Stream) -> Iterator[Chunk]:
 
 
 def _in_lists(file: str, items: Items) -> Iterator[Chunk]:
-    """Items that were parsed, in lists."""
+    """Groups parsed items into chunks."""
     for number in count():
-        some, size = [], 0
+        batch, size = [], 0
         for item in items:
-            some.append(item)
+            batch.append(item)
             size += len(str(item[1]))
-            if len(some) == CHUNK_RECORDS or size >= CHUNK_BYTES:
+            if len(batch) == CHUNK_RECORDS or size >= CHUNK_BYTES:
                 break
-        if not some:
+        if not batch:
             return
-        yield Chunk(file, number, number * CHUNK_RECORDS, some)
+        yield Chunk(file, number, number * CHUNK_RECORDS, batch)

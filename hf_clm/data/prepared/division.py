@@ -1,7 +1,7 @@
-"""Where the shards of a stream stand, and which chunks are whose: kept in checkpoints as JSON.
+"""The positions of a stream's shards and the assignment of chunks to shards; stored in checkpoints as JSON.
 
-Each chunk belongs to one shard. When a run resumes on another number of shards, a Division records what the
-old shards have read, and the rest is divided among the new ones.
+Each chunk belongs to one shard. When a run resumes with a different number of shards, a Division records what
+the old shards have read, and the rest is divided among the new ones.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from hf_clm.data.prepared.chunks import is_parted
 from hf_clm.data.read.readers import compression
 
-FILES_A_SHARD = 8  # packed or parsed files that are as even as chunks: then each goes to a shard as a whole
+MIN_FILES_PER_SHARD = 8  # files that cannot be read by chunk are then assigned to shards as a whole
 
 
 class Mark(NamedTuple):
-    """A chunk of a lane: which source, file of it and chunk in the file."""
+    """A chunk of a lane, by the numbers of its source, file and chunk in the file."""
 
     source: int = 0
     file: int = 0
@@ -27,13 +27,13 @@ BEGIN, END = Mark(), Mark(1 << 40)
 
 @dataclass(frozen=True)
 class Division:
-    """Chunks divided among shards; those of shard i before ``cursors[i]`` were read under this division."""
+    """A division of chunks among shards. Shard i has read its chunks before ``cursors[i]``."""
 
     shards: int
     cursors: Sequence[Mark] = ()
 
     def holder(self, mark: Mark, *, goes_whole: bool) -> int:
-        """The shard that a chunk is of."""
+        """Returns the shard to which a chunk belongs."""
         return (mark.file if goes_whole else mark.file + mark.chunk) % self.shards
 
     def has_read(self, mark: Mark, *, goes_whole: bool) -> bool:
@@ -43,7 +43,7 @@ class Division:
 
 @dataclass(frozen=True)
 class Task:
-    """What a shard reads of a lane in one pass: its own, if it was not read under an earlier division."""
+    """The chunks of a lane that a shard reads in a pass: its own, except those read in earlier divisions."""
 
     lane: int
     shard: int
@@ -51,35 +51,36 @@ class Task:
     earlier: Sequence[Division] = ()
 
     def wants(self, mark: Mark, files: Sequence[str] | None) -> bool:
-        """``files``: of the source; None: on the Hub."""
-        whole = [self._goes_whole(division, files) for division in (self.division, *self.earlier)]
-        return self.division.holder(mark, goes_whole=whole[0]) == self.shard and not any(
+        """Whether the task includes a chunk. ``files`` are those of its source, None if it is on the Hub."""
+        by_file = [self._goes_whole(division, files) for division in (self.division, *self.earlier)]
+        return self.division.holder(mark, goes_whole=by_file[0]) == self.shard and not any(
             division.has_read(mark, goes_whole=is_whole)
-            for division, is_whole in zip(self.earlier, whole[1:], strict=True)
+            for division, is_whole in zip(self.earlier, by_file[1:], strict=True)
         )
 
     def is_of_others(self, file: int, files: Sequence[str] | None) -> bool:
-        """Whether a file goes whole to another shard."""
+        """Whether all chunks of a file belong to another shard."""
         is_whole = self._goes_whole(self.division, files)
         return is_whole and self.division.holder(Mark(0, file), goes_whole=True) != self.shard
 
     @staticmethod
     def _goes_whole(division: Division, files: Sequence[str] | None) -> bool:
-        if files is None or len(files) < FILES_A_SHARD * division.shards:
+        if files is None or len(files) < MIN_FILES_PER_SHARD * division.shards:
             return False
         return bool(compression(files[0])) or not is_parted(files[0])
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a shard stands in a lane: behind ``row`` rows of the block that begins at ``mark``.
+class LanePlace:
+    """The position of a shard in a lane: after ``row`` rows of the block that begins at ``mark``.
 
-    end      where the block ends; BEGIN: not known yet
-    before   the documents, by what became of them, up to the block; ``counts``: with it
-    taken    of the lane, in what mixing counts
+    epoch    number of completed passes
+    end      end of the block; BEGIN if not known yet
+    before   number of documents by fate, without the current block; ``counts`` includes it
+    taken    amount taken from the lane, in the unit of the mix
     """
 
-    epoch: int = 0  # passes that are done
+    epoch: int = 0
     mark: Mark = BEGIN
     end: Mark = BEGIN
     row: int = 0
@@ -90,7 +91,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Rest:
-    """A block that was begun under an earlier division: its rows from ``row`` on are still to be read."""
+    """A block begun in an earlier division; its rows from ``row`` on remain to be read."""
 
     task: Task
     epoch: int
@@ -100,33 +101,33 @@ class Rest:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a shard stands. ``rests``: what it reads first. ``steps`` tells the later of two apart."""
+    """The position of a shard. It reads ``rests`` first. ``steps`` increases with every row."""
 
     shard: int
-    places: Sequence[Place]
+    places: Sequence[LanePlace]
     rests: Sequence[Rest] = ()
     steps: int = 0
 
-    def moved(self, lane: int, place: Place, *, rests: Sequence[Rest] = ()) -> "Position":
-        """The position one row on, at another place in a lane."""
+    def moved(self, lane: int, place: LanePlace, *, rests: Sequence[Rest] = ()) -> "Position":
+        """Returns the position after one more row, with a new place in a lane."""
         places = (*self.places[:lane], place, *self.places[lane + 1 :])
         return replace(self, places=places, rests=rests, steps=self.steps + 1)
 
 
 def lane_key(lane: int, epoch: int) -> str:
-    """A lane and a pass over it, as a key of JSON."""
+    """Returns the JSON key for a pass over a lane."""
     return f"{lane} {epoch}"
 
 
-def cursor_of(place: Place, epoch: int) -> Mark:
-    """How far a shard has read in a pass; a block that it has begun counts as read."""
+def cursor_of(place: LanePlace, epoch: int) -> Mark:
+    """Returns how far a shard has read in a pass; a block that it has begun counts as read."""
     if place.epoch != epoch:
         return END if place.epoch > epoch else BEGIN
     return place.end if place.row else place.mark
 
 
 def to_division(entry: Mapping[str, Any]) -> Division:
-    """A Division from what ``dataclasses.asdict`` made of it."""
+    """Converts the output of ``dataclasses.asdict`` back to a Division."""
     return Division(entry["shards"], [Mark(*mark) for mark in entry["cursors"]])
 
 
@@ -136,9 +137,9 @@ def _to_task(entry: Mapping[str, Any]) -> Task:
 
 
 def to_position(entry: Mapping[str, Any]) -> Position:
-    """A Position from what ``dataclasses.asdict`` made of it."""
+    """Converts the output of ``dataclasses.asdict`` back to a Position."""
     places = [
-        Place(**{**one, "mark": Mark(*one["mark"]), "end": Mark(*one["end"])}) for one in entry["places"]
+        LanePlace(**{**one, "mark": Mark(*one["mark"]), "end": Mark(*one["end"])}) for one in entry["places"]
     ]
     rests = [
         Rest(_to_task(one["task"]), one["epoch"], Mark(*one["mark"]), one["row"]) for one in entry["rests"]
@@ -147,10 +148,10 @@ def to_position(entry: Mapping[str, Any]) -> Position:
 
 
 def furthest(positions: Iterable[Position]) -> list[Position]:
-    """One position of each shard: a process that went on knows others' shards too, as they were then."""
-    found: dict[int, Position] = {}
+    """Returns the latest position of each shard; a resumed process also has old positions of other shards."""
+    latest: dict[int, Position] = {}
     for position in positions:
-        before = found.get(position.shard)
+        before = latest.get(position.shard)
         if before is None or position.steps > before.steps:
-            found[position.shard] = position
-    return list(found.values())
+            latest[position.shard] = position
+    return list(latest.values())

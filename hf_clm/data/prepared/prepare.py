@@ -1,9 +1,9 @@
-"""A recipe's data, prepared in blocks: memory holds one block, the files hold the rest.
+"""Prepares a recipe's data in blocks: only one block is in memory, the rest is in files.
 
-    blocks --> parts/train  parts/eval --> duplicates and held-out records are chosen --> train  eval  ledger
+    blocks --> parts/train  parts/eval --> find duplicates, hold out records --> train  eval  ledger
 
-The parts are what the blocks gave, in the order of the files, whoever made them. What only the whole can
-decide is decided by a few bytes of each record.
+The parts contain the blocks in the order of the files, wherever the blocks were made. Decisions that need
+the complete set use a few bytes of each record.
 """
 
 import hashlib
@@ -21,10 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import TokenizedDataset
-from hf_clm.data.prepared.block import DIGESTS, ROWS, Block, BlockMaker
-from hf_clm.data.prepared.block import LEDGER as LEDGER_SCHEMA
+from hf_clm.data.prepared.block import DIGESTS, LEDGER_SCHEMA, ROW_SCHEMA, Block, BlockMaker
 from hf_clm.data.prepared.chunks import RawBlock
-from hf_clm.data.prepared.parts import Part, check_read, write_part
+from hf_clm.data.prepared.parts import SetPart, check_read, write_part
 from hf_clm.data.prepared.selection import Selection, select
 from hf_clm.data.prepared.sets import open_sets, read_examples
 from hf_clm.data.prepared.store import (
@@ -38,7 +37,7 @@ from hf_clm.data.prepared.store import (
 )
 from hf_clm.data.prepared.tables import DUPLICATE, OF, StoredLedger, StoredRows, TableWriter, write_dict
 from hf_clm.data.proof.leakage import Leakage, are_among
-from hf_clm.data.proof.proof import Proof, prove_split
+from hf_clm.data.proof.proof import ProofReport, prove_split
 from hf_clm.data.read.readers import ReadReport
 from hf_clm.data.read.records import Examples
 from hf_clm.data.split import check_dropped, pack_rows
@@ -47,14 +46,14 @@ from hf_clm.recipe.sections import TRAIN
 from hf_clm.schema import AnyExample
 from hf_clm.text.tokenizer import fix_date
 
-PARTS = "parts"  # in the folder, while it is made
+PARTS_FOLDER = "parts"  # temporary subfolder
 
-Blocks = Generator[Block, None, None]  # closed where it is not read to its end
+Blocks = Generator[Block, None, None]  # to be closed if it is not exhausted
 MakeBlocks = Callable[[BlockMaker, Iterable[RawBlock]], Blocks]
 
 
 def in_turn(maker: BlockMaker, blocks: Iterable[RawBlock]) -> Blocks:
-    """Makes the blocks here, one after the other."""
+    """Makes the blocks in this process, one after the other."""
     yield from map(maker.make, blocks)
 
 
@@ -67,15 +66,14 @@ def write_prepared(
     date: str = "",
     make_blocks: MakeBlocks = in_turn,
 ) -> None:
-    """Prepares, proves and keeps the data of a recipe in a folder of its own.
+    """Prepares, proves and stores the data of a recipe in a folder.
 
     Args:
-        seed: decides what is held out.
-        date: what a chat template that prints today's date prints.
-        make_blocks: where the blocks are made.
+        seed: seed for holding out records.
+        date: printed by chat templates instead of today's date.
+        make_blocks: makes the blocks in this process or on a cluster.
 
-    Raises DataError for data that cannot be read or are not proved, EnvironmentFault for a folder that cannot
-    be written.
+    Raises DataError if data cannot be read or proved, and EnvironmentFault if the folder cannot be written.
     """
 
     def fill(partial: Path) -> dict[str, Any]:
@@ -85,19 +83,19 @@ def write_prepared(
             fix_date(dated, date)
         maker = BlockMaker(recipe, dated, digests=needed_digests(recipe.data))
         parts = {}
-        for name in sorted(sets):  # eval first: it is short, and what is wrong with it is known early
+        for name in sorted(sets):  # eval first: it is short, so its errors are reported early
             with closing(make_blocks(maker, sets[name].blocks)) as blocks:
-                parts[name] = write_part(partial / PARTS / name, sets[name], blocks, data=recipe.data)
+                parts[name] = write_part(partial / PARTS_FOLDER / name, sets[name], blocks, data=recipe.data)
             check_read(parts[name], recipe.data)
         content = divide(partial, parts, recipe, tokenizer=dated, seed=seed)
-        shutil.rmtree(partial / PARTS)
+        shutil.rmtree(partial / PARTS_FOLDER)
         return {**content, "date": date}
 
     keep_folder(folder, fill)
 
 
 def needed_digests(data: Data) -> list[str]:
-    """What must be known of each record to find equal ones."""
+    """Returns the digests needed to find duplicates and leakage."""
     if data.eval or data.eval_fraction:
         return ["exact", "loose", "prompt"]
     return ["exact"] if data.duplicates == "drop" else []
@@ -105,16 +103,16 @@ def needed_digests(data: Data) -> list[str]:
 
 def divide(
     folder: Path,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, SetPart],
     recipe: Recipe,
     *,
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
 ) -> dict[str, Any]:
-    """Writes the splits that the parts make, and proves them; returns the content of ``prepared.json``."""
+    """Writes and proves the splits; returns the content of ``prepared.json``."""
     selections = select({name: part.candidates for name, part in parts.items()}, recipe.data, seed=seed)
-    read = (TRAIN, *recipe.data.eval_sets)  # a single text that was parted is one file
-    files = [file for name in read for file in parts[name].report.files]
+    sets = (TRAIN, *recipe.data.eval_sets)  # if a single text was split into parts, its file counts once
+    files = [file for name in sets for file in parts[name].report.files]
     index: dict[str, Any] = {"files": files, "splits": {}}
     for name, selection in selections.items():
         part = parts[selection.of]
@@ -123,7 +121,7 @@ def divide(
         content, least = count_ids(folder / name, rows)
         if isinstance(packed := pack_rows(TokenizedDataset(rows), recipe), PackedDataset):
             write_pieces(folder / name, packed)
-        # what was lost in reading is told once, of the set that was read
+        # reading errors are reported only once, for the set that was read
         report = part.report if name == part.name else ReadReport(part.report.files)
         examples = Examples(
             read_head(recipe.data, selection),
@@ -136,7 +134,7 @@ def divide(
     for at in (folder, folder / LEDGER):
         write_dict(at, list(selections))
     splits = open_splits(folder, index, recipe=recipe, files=files, load_examples=lambda _: [])
-    proof = Proof()
+    proof = ProofReport()
     for name, split in splits.items():
         check_dropped(split, recipe.data)
         certified = index["splits"][name]["certified"]
@@ -147,8 +145,8 @@ def divide(
     return {**index, "proof": {"facts": proof.facts, "lines": proof.lines}}
 
 
-def write_split(folder: Path, name: str, selection: Selection, *, part: Part) -> None:
-    """Writes the rows and the ledger of a split; the whole of a part is taken as it is."""
+def write_split(folder: Path, name: str, selection: Selection, *, part: SetPart) -> None:
+    """Writes the rows and the ledger of a split; a complete part is only renamed."""
     if selection.is_whole:
         (folder / LEDGER).mkdir(exist_ok=True)
         (part.folder / "rows").rename(folder / name)
@@ -157,22 +155,23 @@ def write_split(folder: Path, name: str, selection: Selection, *, part: Part) ->
     first, is_new = 0, selection.is_new
     places = StoredLedger(part.folder / "ledger", {}).places
     with (
-        TableWriter(folder / name, ROWS) as rows,
+        TableWriter(folder / name, ROW_SCHEMA) as rows,
         TableWriter(folder / LEDGER / name, LEDGER_SCHEMA) as ledger,
     ):
         for lines, batch in zip(part.batches("ledger"), part.batches("rows"), strict=True):
-            own = slice(first, first + lines.num_rows)
-            first = own.stop
-            is_read = selection.is_chosen[own] & is_new[own]
+            records = slice(first, first + lines.num_rows)
+            first = records.stop
+            is_read = selection.is_chosen[records] & is_new[records]
             rows.write(batch.filter(np.repeat(is_read, lines.column("rows").to_numpy())))
-            repeats = np.flatnonzero(~is_new[own]).tolist()
-            lines = _with_duplicates(lines, {at: places[int(selection.equals[own][at])] for at in repeats})
-            ledger.write(lines.filter(pyarrow.array(selection.is_chosen[own])))
+            repeats = np.flatnonzero(~is_new[records]).tolist()
+            equals = selection.equals[records]
+            lines = _with_duplicates(lines, {at: places[int(equals[at])] for at in repeats})
+            ledger.write(lines.filter(pyarrow.array(selection.is_chosen[records])))
     np.save(folder / name / RECORDS, selection.numbers)
 
 
 def _with_duplicates(lines: pyarrow.RecordBatch, earlier: Mapping[int, str]) -> pyarrow.RecordBatch:
-    """The ledger with those records as duplicates that equal one at an ``earlier`` place."""
+    """Marks records as duplicates; ``earlier`` has the place of the record that each one equals."""
     if not earlier:
         return lines
     columns = lines.to_pydict()
@@ -184,47 +183,47 @@ def _with_duplicates(lines: pyarrow.RecordBatch, earlier: Mapping[int, str]) -> 
 
 
 def count_ids(folder: Path, rows: StoredRows) -> tuple[str, int]:
-    """Writes how often each id occurs and is learned; returns the sha256 of all rows, and the least id."""
+    """Writes how often each id occurs as input and as label; returns the rows' sha256 and the least id."""
     digest, least = hashlib.sha256(), 0
     counts = {"id_counts": np.zeros(0, np.int64), "label_counts": np.zeros(0, np.int64)}
     for block in rows.blocks():
         least = min(least, int(block.input_ids.min(initial=0)))
         for name, values in (("id_counts", block.input_ids), ("label_counts", block.labels)):
-            found = np.bincount(values[values >= 0], minlength=len(counts[name]))
-            found[: len(counts[name])] += counts[name]
-            counts[name] = found
+            totals = np.bincount(values[values >= 0], minlength=len(counts[name]))
+            totals[: len(counts[name])] += counts[name]
+            counts[name] = totals
         for values in (block.input_ids, block.labels, block.lengths, block.weights):
             digest.update(b"" if values is None else np.ascontiguousarray(values).data)
-    for name, found in counts.items():
-        np.save(folder / f"{name}.npy", found)
+    for name, totals in counts.items():
+        np.save(folder / f"{name}.npy", totals)
     return digest.hexdigest(), least
 
 
 def measure_leakage(
-    parts: Mapping[str, Part], selections: Mapping[str, Selection], *, name: str, places: Sequence[str]
+    parts: Mapping[str, SetPart], selections: Mapping[str, Selection], *, name: str, places: Sequence[str]
 ) -> Leakage:
-    """Compares an evaluation set with what is trained on: whole records, and prompts alone.
+    """Compares the records and the prompts of an evaluation set with those of the training set.
 
     Args:
-        places: of the records of the set.
+        places: places of the records of the set.
     """
 
-    def known(split: Selection) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def digests_of(split: Selection) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         numbers = np.flatnonzero(split.is_chosen & split.is_new)
         return numbers, {kind: parts[split.of].digests[kind][numbers] for kind in DIGESTS}
 
-    (own, evaluated), (_, trained) = known(selections[name]), known(selections[TRAIN])
-    shared = {kind: are_among(evaluated[kind], trained[kind]) for kind in DIGESTS}
-    lines = np.searchsorted(selections[name].numbers, own)  # of the ledger of the split
+    (numbers, evaluation), (_, training) = digests_of(selections[name]), digests_of(selections[TRAIN])
+    shared = {kind: are_among(evaluation[kind], training[kind]) for kind in DIGESTS}
+    lines = np.searchsorted(selections[name].numbers, numbers)  # lines in the ledger of the split
     is_loose = shared["loose"] & ~shared["exact"]
-    leaked = [
-        [str(places[line]) for line in lines[chosen].tolist()] for chosen in (shared["exact"], is_loose)
-    ]
-    return Leakage(len(own), leaked[0], leaked[1], int(shared["prompt"].sum()))
+    exact, normalised = (
+        [str(places[line]) for line in lines[mask].tolist()] for mask in (shared["exact"], is_loose)
+    )
+    return Leakage(len(numbers), exact, normalised, int(shared["prompt"].sum()))
 
 
 def read_head(data: Data, selection: Selection) -> list[AnyExample]:
-    """The first examples of a split, read again."""
-    wanted = selection.numbers[:HEAD].tolist()
-    first = list(islice(read_examples(data, selection.of), max(wanted, default=-1) + 1))
-    return [first[number] for number in wanted]
+    """Reads the first examples of a split again."""
+    numbers = selection.numbers[:HEAD].tolist()
+    first = list(islice(read_examples(data, selection.of), max(numbers, default=-1) + 1))
+    return [first[number] for number in numbers]

@@ -1,12 +1,12 @@
-"""Prepared sets on disk: what was labelled, packed and proved once is opened again, and not read.
+"""Stores prepared sets on disk, so that data are labelled, packed and proved only once.
 
     <cache_dir>/<key>/            a DatasetDict for datasets.load_from_disk
       prepared.json               reports and proof; size and digest of each file
-      train/  eval/               rows: see tables.py; beside them
-        *.npy                     how often each id occurs; which rows are packed together
-      ledger/                     a DatasetDict too: what became of each record
+      train/  eval/               rows (see tables.py), with
+        *.npy                     the number of occurrences of each id; which rows are packed together
+      ledger/                     another DatasetDict: the fate of each record
 
-A folder gets its name when it is whole. One that is cut off or damaged later is not opened.
+A folder is renamed to its final name once it is complete. Truncated or damaged folders are not opened.
 """
 
 import hashlib
@@ -34,17 +34,17 @@ from hf_clm.recipe.recipe import Recipe
 from hf_clm.schema import AnyExample, example_from_json
 
 INDEX, LEDGER, PARTIAL = "prepared.json", "ledger", ".partial-"
-HEAD = 200  # examples that are kept beside their tokens: what looks at a few need not read the files
-RECORDS = "records.npy"  # the numbers of the records of a split that is a part of a set
+HEAD = 200  # examples stored with the set, so that a few can be shown without reading the data files
+RECORDS = "records.npy"  # numbers of the records of a split, if it is not the complete set
 PIECES = ("examples", "starts", "stops", "offsets")
-PROBE_BYTES = 65_536  # of each end of a file, to tell that it is the one that was written
+PROBE_BYTES = 65_536  # of both ends of a file, to check that it is unchanged
 STALE_SECONDS = 86_400
 
-LoadExamples = Callable[[str], Sequence[AnyExample]]  # of a set that is read, by its name
+LoadExamples = Callable[[str], Sequence[AnyExample]]  # reads the examples of a set, by its name
 
 
 class LazyList(Sequence[Any]):
-    """A list of known length. Items past its ``head`` are loaded, all at once, on first use."""
+    """A list of known length. Items after its ``head`` are loaded all at once on first use."""
 
     def __init__(self, length: int, load: Callable[[], Sequence[Any]], *, head: Sequence[Any] = ()):
         self.length, self.load, self.head = length, load, head
@@ -54,10 +54,10 @@ class LazyList(Sequence[Any]):
         return self.length
 
     def __getitem__(self, index: Any) -> Any:
-        wanted = range(self.length)[index]
-        numbers = wanted if isinstance(wanted, range) else [wanted]
+        position = range(self.length)[index]
+        numbers = position if isinstance(position, range) else [position]
         source = self.head if max(numbers, default=-1) < len(self.head) else self._all()
-        return [source[number] for number in numbers] if isinstance(wanted, range) else source[wanted]
+        return [source[number] for number in numbers] if isinstance(position, range) else source[position]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._all())
@@ -66,17 +66,17 @@ class LazyList(Sequence[Any]):
         if self.items is None:
             self.items = self.load()
             if len(self.items) != self.length:
-                got = f"{len(self.items):,} rows where there were {self.length:,}"
+                got = f"{len(self.items):,} records instead of {self.length:,}"
                 raise DataError("the data changed during the run", where="data.train", got=got)
         return self.items
 
 
 @dataclass
-class Stored:
+class StoredSet:
     """An opened folder.
 
-    proof  what was proved when it was prepared
-    date   what its chat template prints as today's, "" where it prints none
+    proof  the proof from when it was prepared
+    date   the date that the chat template prints; "" if it prints none
     """
 
     folder: Path
@@ -86,17 +86,17 @@ class Stored:
 
     @property
     def size_bytes(self) -> int:
-        """Of all its files."""
+        """Total size of its files."""
         return sum(path.stat().st_size for path in _files(self.folder))
 
 
 def keep_folder(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
-    """Writes a folder whole or not at all; one that was written meanwhile stays.
+    """Writes a folder atomically. A folder that another process has written in the meantime is kept.
 
     Args:
-        fill: writes files into a folder, and returns what INDEX says beside their digests.
+        fill: writes files into a folder and returns the content of INDEX without the digests.
 
-    Raises EnvironmentFault where it cannot be written.
+    Raises EnvironmentFault if the folder cannot be written.
     """
     with _writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def keep_folder(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Raises EnvironmentFault where nothing can be kept: before the work, not after it."""
+    """Raises EnvironmentFault if the folder is not writable; checked before the work, not after it."""
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -121,36 +121,36 @@ def require_writable(folder: Path) -> None:
 
 def open_store(
     folder: Path, recipe: Recipe, *, files: Sequence[str], load_examples: LoadExamples
-) -> Stored | None:
-    """The sets of a folder; None where there is none, or one that is not as it was written.
+) -> StoredSet | None:
+    """Opens a folder; returns None if it does not exist or has changed since it was written.
 
     Args:
-        files: the data files as they are named now, in the order of reading.
-        load_examples: reads the examples of a split, should one be asked for that is not stored.
+        files: the current names of the data files, in reading order.
+        load_examples: reads the examples of a set, if examples after HEAD are needed.
     """
     index = read_index(folder)
     if index is None:
         return None
     splits = open_splits(folder, index, recipe=recipe, files=files, load_examples=load_examples)
-    return Stored(folder, splits, index["proof"], index["date"])
+    return StoredSet(folder, splits, index["proof"], index["date"])
 
 
 def open_splits(
     folder: Path, index: dict[str, Any], *, recipe: Recipe, files: Sequence[str], load_examples: LoadExamples
 ) -> dict[str, Split]:
-    """The sets of a folder by what its index says of them; see ``open_store``."""
+    """Opens the splits of a folder with its index; see ``open_store``."""
     names = dict(zip(index["files"], files, strict=True))
     splits = {}
     for name, content in index["splits"].items():
         ledger = StoredLedger(folder / LEDGER / name, names)
         rows = StoredRows(folder / name, ledger)
-        counts = [np.load(folder / name / f"{counted}.npy") for counted in ("id_counts", "label_counts")]
-        known = content["report"]
+        counts = [np.load(folder / name / f"{kind}.npy") for kind in ("id_counts", "label_counts")]
+        report_json = content["report"]
         report = ReadReport(
             **{
-                **known,
-                "files": [names[file] for file in known["files"]],
-                "notes": list(map(ledger.rename, known["notes"])),
+                **report_json,
+                "files": [names[file] for file in report_json["files"]],
+                "notes": list(map(ledger.rename, report_json["notes"])),
                 "bad_lines": ledger.unreadable,
             }
         )
@@ -171,39 +171,39 @@ def open_splits(
 
 
 def write_pieces(folder: Path, packed: PackedDataset) -> None:
-    """Keeps which rows are packed together."""
+    """Stores the packing."""
     for name in PIECES:
         np.save(folder / f"packed_{name}.npy", getattr(packed.pieces, name))
 
 
 def read_pieces(folder: Path) -> Pieces | None:
-    """What ``write_pieces`` wrote, mapped; None without packing."""
+    """Opens the packing as memory maps; returns None if the rows are not packed."""
     paths = [folder / f"packed_{name}.npy" for name in PIECES]
     return Pieces(*map(map_array, paths)) if paths[0].exists() else None
 
 
 def map_array(path: Path) -> np.ndarray:
-    """The array as a view of the file: as an np.memmap every slice of it would take microseconds more."""
+    """Memory-maps an array, as a plain ndarray: slicing an np.memmap is microseconds slower."""
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
 @dataclass(frozen=True)
 class _Loader:
-    """``numbers``: of the records of the set that are in the split; None: all."""
+    """Loads the examples of a split. ``numbers`` are its records in the set; None for all."""
 
     load_examples: LoadExamples
     name: str
     numbers: np.ndarray | None
 
     def __call__(self) -> Sequence[AnyExample]:
-        every = self.load_examples(self.name)
-        return every if self.numbers is None else [every[number] for number in self.numbers.tolist()]
+        examples = self.load_examples(self.name)
+        return examples if self.numbers is None else [examples[number] for number in self.numbers.tolist()]
 
 
 def split_json(examples: Examples, *, of: str, least_id: int, certified: dict[str, Any]) -> dict[str, Any]:
-    """What ``prepared.json`` holds of a split: all but its tables. ``of``: the set that it was read as."""
+    """Returns the entry of a split in ``prepared.json``. ``of`` is the name of the set."""
     report = asdict(examples.report)
-    del report["bad_lines"]  # they stand in the ledger
+    del report["bad_lines"]  # they are in the ledger
     return {
         "set": of,
         "report": report,
@@ -220,7 +220,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _probe(path: Path) -> list[Any]:
-    """Size, and sha256 of both ends."""
+    """Returns the size of a file and the sha256 of both ends."""
     size = path.stat().st_size
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(PROBE_BYTES))
@@ -230,19 +230,19 @@ def _probe(path: Path) -> list[Any]:
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """What prepared.json of a folder says; None unless every file is there as it was written."""
+    """Reads the index of a folder; returns None if a file is missing or has changed."""
     try:
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        is_whole = content.pop("digest") == fingerprint([content])
-        is_whole &= all(_probe(folder / name) == known for name, known in content["contents"].items())
+        is_intact = content.pop("digest") == fingerprint([content])
+        is_intact &= all(_probe(folder / name) == probe for name, probe in content["contents"].items())
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    return content if is_whole else None
+    return content if is_intact else None
 
 
 def _rename(partial: Path, folder: Path) -> None:
-    """Gives the folder its name, unless another process was faster; replaces a damaged one."""
-    partial.chmod(0o755)  # mkdtemp lets in the owner alone
+    """Renames the folder to its final name unless another process was faster; replaces a damaged folder."""
+    partial.chmod(0o755)  # mkdtemp restricts access to the owner
     if folder.exists() and read_index(folder) is None:
         folder.rename(Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent)) / folder.name)
     try:
@@ -253,13 +253,13 @@ def _rename(partial: Path, folder: Path) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Removes what killed processes left unfinished: nothing in it has been written for a day."""
+    """Removes unfinished folders of killed processes: those not written to for a day."""
     for path in folder.glob(f"{PARTIAL}*"):
         try:
-            written = max(file.stat().st_mtime for file in (path, *path.rglob("*")))
-        except FileNotFoundError:  # it is being worked on
+            last_write = max(file.stat().st_mtime for file in (path, *path.rglob("*")))
+        except FileNotFoundError:  # another process is using it
             continue
-        if time.time() - written > STALE_SECONDS:
+        if time.time() - last_write > STALE_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -268,6 +268,6 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        fix = "name another data.cache_dir, or null to keep nothing"
+        fix = "set data.cache_dir to another folder, or to null to disable the cache"
         got = str(error.strerror or error)
-        raise EnvironmentFault("cannot keep prepared data", where=str(folder), got=got, fix=fix) from error
+        raise EnvironmentFault("cannot store prepared data", where=str(folder), got=got, fix=fix) from error

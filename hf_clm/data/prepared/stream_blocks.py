@@ -1,4 +1,4 @@
-"""The blocks of a shard of a stream: its chunks of each source, labelled and packed."""
+"""Reads the blocks of a stream's shard: its chunks of each source, labelled and packed."""
 
 import hashlib
 import json
@@ -33,32 +33,32 @@ from hf_clm.data.split import pack_rows
 from hf_clm.recipe.recipe import Data, Recipe, Source
 from hf_clm.schema import Json
 
-PROBES, PROBE_BYTES = 16, 16_384  # of a file, to tell that it is the same
+SAMPLES, SAMPLE_BYTES = 16, 16_384  # of a file, to check that it is unchanged
 
 
 def lanes_of(data: Data) -> list[list[int]]:
-    """The sources of each lane: one for each where they are mixed."""
+    """Returns the sources of each lane: one per lane if they are mixed, otherwise all in one lane."""
     numbers = range(len(data.train))
     is_mixed = any(source.weight is not None for source in data.train)
     return [[number] for number in numbers] if is_mixed else [list(numbers)]
 
 
 def shares_of(data: Data) -> tuple[float, ...]:
-    """How much of each lane is read."""
+    """Returns the share of each lane."""
     return tuple(data.train[first].weight or 1.0 for first, *_ in lanes_of(data))
 
 
 def counted_by(data: Data) -> str:
-    """What the shares of a stream count."""
+    """Returns the unit of the shares."""
     return data.mixing.by if data.mixing else "rows"
 
 
 def read_stream(
     task: Task, start: Mark, *, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[StreamBlock]:
-    """The blocks of a task from a chunk on: labelled, certified and packed. Each is of one source.
+    """Yields the labelled, certified and packed blocks of a task from a chunk on. Each has one source.
 
-    A record that cannot be used is dropped and counted.
+    Unusable records are dropped and counted.
     """
     data, maker = recipe.data, BlockMaker(recipe, tokenizer)
     for source in lanes_of(data)[task.lane]:
@@ -78,7 +78,7 @@ def read_stream(
 def _own_chunks(
     number: int, *, task: Task, start: Mark, data: Data, first: FirstSeen
 ) -> Iterator[tuple[Mark, Chunk]]:
-    """The chunks of a source that a task wants. ``first`` is filled in from the start of each file."""
+    """Yields the chunks of a source that belong to a task. Fills in ``first`` from the start of each file."""
     source = data.train[number]
     files = find_files(source.path, split=source.split)
     for at, file in enumerate(files or [source.path]):
@@ -96,7 +96,7 @@ def _own_chunks(
             chunks = read_hub_chunks(source, streams=True)
         else:
             options = read_options(data, source)
-            chunks = read_file_chunks(file, options, report=ReadReport(), wanted=is_read)
+            chunks = read_file_chunks(file, options, report=ReadReport(), is_needed=is_read)
         for chunk in chunks:
             see_first(chunk, source, data=data, first=first)
             if is_own(chunk.number):
@@ -120,16 +120,16 @@ def _make(
 
 
 def stream_identity(recipe: Recipe) -> dict[str, Json]:
-    """What has to be the same for a position to mean the same row, beside the seed."""
+    """Returns the properties, besides the seed, on which the meaning of a position depends."""
     files = [_list_files(source) for source in recipe.data.train]
     digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    known: dict[str, Json] = {"documents": recipe.data.shuffle_buffer, "files": digest[:16]}
+    identity: dict[str, Json] = {"documents": recipe.data.shuffle_buffer, "files": digest[:16]}
     shares = shares_of(recipe.data)
-    return {**known, "weights": [counted_by(recipe.data), *shares]} if len(shares) > 1 else known
+    return {**identity, "weights": [counted_by(recipe.data), *shares]} if len(shares) > 1 else identity
 
 
 def _list_files(source: Source) -> list[tuple[str, int, str]]:
-    """Name, size in bytes and a digest of each file; of a source on the Hub its name and revision."""
+    """Returns name, size in bytes and digest of each file; for a source on the Hub, its name and revision."""
     files = find_files(source.path, split=source.split)
     if files is None:
         return [(f"{source.path} {source.name} {source.split} {source.revision}", 0, "")]
@@ -137,10 +137,10 @@ def _list_files(source: Source) -> list[tuple[str, int, str]]:
 
 
 def _sample(file: str) -> str:
-    """sha256 of PROBES pieces at even distances: of a file that is too large to be read at each start."""
+    """Returns the sha256 of evenly spaced samples, since hashing large files at each start takes too long."""
     size, digest = file_size(file), hashlib.sha256()
     with open_raw(file) as stream:
-        for number in range(PROBES):
-            stream.seek(max(0, size - PROBE_BYTES) * number // (PROBES - 1))
-            digest.update(stream.read(PROBE_BYTES))
+        for number in range(SAMPLES):
+            stream.seek(max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1))
+            digest.update(stream.read(SAMPLE_BYTES))
     return digest.hexdigest()

@@ -1,10 +1,10 @@
-"""Arrow tables on disk: written in batches, opened by ``datasets.load_from_disk``, here as memory maps.
+"""Arrow tables on disk, written in batches and memory-mapped; ``datasets.load_from_disk`` opens them too.
 
-    train/                  a folder that datasets opens
+    train/                  a folder that datasets can open
       data-00000-of-00001.arrow
       state.json  dataset_info.json
 
-The tokens of a row are a view of the file: nothing is copied, and a row takes 12 bytes of memory.
+The tokens of a row are a view of the file, so a row takes only 12 bytes of memory.
 """
 
 import json
@@ -25,27 +25,27 @@ from pyarrow import ipc
 
 from hf_clm.data.label.datasets import UNREADABLE, TokenizedRows, Views
 from hf_clm.data.label.labels import Fate
-from hf_clm.data.prepared.block import LEDGER, WEIGHTED_ROWS
+from hf_clm.data.prepared.block import LEDGER_SCHEMA, WEIGHTED_ROW_SCHEMA
 from hf_clm.schema import TokenizedExample
 
 FATE = ("fate", "reason", "cut_tokens", "tokens", "target_tokens")
 DUPLICATE = "duplicate"  # the fate of a record that equals an earlier one
 OF = "of "  # its reason: "of a.jsonl:1"
-ENDS_BYTES = 1 << 20  # of a table, by which it is told from others
-LISTED = 1 << 13  # lines of a ledger in memory at once
-DATA, STATE, INFO, DICT = (
+TAIL_BYTES = 1 << 20  # bytes at the end of a table that identify it
+SLICE_RECORDS = 1 << 13  # records of a ledger converted to Python at once
+DATA, STATE_JSON, INFO, DICT = (
     "data-00000-of-00001.arrow",
     "state.json",
     "dataset_info.json",
     "dataset_dict.json",
 )
-TOKEN_BYTES = 4  # of an id, a label or a weight
+TOKEN_BYTES = 4  # size of an id, a label or a weight
 
 
 class TableWriter:
-    """Writes a folder that ``datasets.load_from_disk`` opens, one batch after the other.
+    """Writes a folder that ``datasets.load_from_disk`` opens, batch by batch.
 
-    A batch with weights may follow batches without: they are written again then, with an empty column.
+    When the first batch with weights arrives, the earlier batches are rewritten with an empty weights column.
     """
 
     def __init__(self, folder: Path, schema: pyarrow.Schema):
@@ -66,8 +66,8 @@ class TableWriter:
             self._describe()
 
     def write(self, batch: pyarrow.RecordBatch) -> None:
-        """Writes the rows behind those that are there."""
-        if batch.schema == WEIGHTED_ROWS and self.schema != WEIGHTED_ROWS:
+        """Appends the rows of a batch."""
+        if batch.schema == WEIGHTED_ROW_SCHEMA and self.schema != WEIGHTED_ROW_SCHEMA:
             self._add_weights()
         self._writer.write_batch(_fit_schema(batch, self.schema))
         self.rows += batch.num_rows
@@ -75,14 +75,14 @@ class TableWriter:
     def _add_weights(self) -> None:
         self._writer.close()
         old = self.path.rename(self.path.with_suffix(".old"))
-        self.schema = WEIGHTED_ROWS
+        self.schema = WEIGHTED_ROW_SCHEMA
         self._writer = ipc.new_stream(self.path, self.schema)
         for batch in read_batches(old):
             self._writer.write_batch(_fit_schema(batch, self.schema))
         old.unlink()
 
     def _describe(self) -> None:
-        (self.folder / INFO).write_text("{}", encoding="utf-8")  # the file has a schema of its own
+        (self.folder / INFO).write_text("{}", encoding="utf-8")  # the Arrow file has the schema
         state = {
             "_data_files": [{"filename": DATA}],
             "_fingerprint": _fingerprint(self.path),
@@ -90,24 +90,24 @@ class TableWriter:
             "_format_kwargs": {},
             "_output_all_columns": False,
         }
-        (self.folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+        (self.folder / STATE_JSON).write_text(json.dumps(state), encoding="utf-8")
 
 
 def _fingerprint(path: Path) -> str:
-    """Of a table, for datasets: the same for the same content."""
+    """Returns the fingerprint of a table for datasets; equal tables have equal fingerprints."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - ENDS_BYTES))
+        file.seek(max(0, size - TAIL_BYTES))
         return sha256(file.read() + str(size).encode()).hexdigest()[:16]
 
 
 def write_dict(folder: Path, names: Sequence[str]) -> None:
-    """Names the tables in a folder, so that datasets opens it as a DatasetDict."""
+    """Lists the tables of a folder, so that datasets opens it as a DatasetDict."""
     (folder / DICT).write_text(json.dumps({"splits": list(names)}), encoding="utf-8")
 
 
 def read_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
-    """The batches of a file, mapped."""
+    """Yields the batches of a memory-mapped file."""
     mapped = _map(path)
     for batch in ipc.open_stream(pyarrow.py_buffer(mapped)):
         yield batch
@@ -115,14 +115,14 @@ def read_batches(path: Path) -> Iterator[pyarrow.RecordBatch]:
 
 
 class StoredLedger:
-    """What became of each record; E of them.
+    """The fate of each of E records.
 
-    ``names``: the files as they were named when the set was prepared -> as they are named now.
+    ``names`` maps the file names from when the set was prepared to the current ones.
     """
 
     def __init__(self, folder: Path, names: Mapping[str, str]):
         self.batches = list(read_batches(folder / DATA))
-        self.table = pyarrow.Table.from_batches(self.batches, LEDGER)
+        self.table = pyarrow.Table.from_batches(self.batches, LEDGER_SCHEMA)
         self.rename = _Renaming(names)
         self.places = _Lines(self.table, ("place",), self.rename)
         self.fates = _Lines(self.table, FATE, lambda kind, reason, *counts: Fate(kind, reason, *counts))
@@ -131,31 +131,31 @@ class StoredLedger:
         return self.table.num_rows
 
     def numbers(self, column: str) -> np.ndarray:
-        """(E,) a column of numbers."""
+        """Returns a numeric column, (E,)."""
         return self.table.column(column).to_numpy()
 
     @cached_property
     def totals(self) -> dict[tuple[str, str], int]:
-        """How many records have each fate and reason; an unreadable one has no reason here."""
-        found: Counter[tuple[str, str]] = Counter()
-        counted = self.table.group_by(["fate", "reason"]).aggregate([([], "count_all")]).to_pylist()
-        for group in counted:
+        """Number of records by fate and reason; without the reasons of unreadable records and duplicates."""
+        totals: Counter[tuple[str, str]] = Counter()
+        groups = self.table.group_by(["fate", "reason"]).aggregate([([], "count_all")]).to_pylist()
+        for group in groups:
             has_reason = group["fate"] not in (UNREADABLE, DUPLICATE)
-            found[group["fate"], group["reason"] if has_reason else ""] += group["count_all"]
-        return dict(found)
+            totals[group["fate"], group["reason"] if has_reason else ""] += group["count_all"]
+        return dict(totals)
 
     def where(self, fate: str) -> np.ndarray:
-        """The numbers of the records of a fate."""
+        """Returns the numbers of the records with a fate."""
         return np.flatnonzero(self._are(fate))
 
     def reasons(self, fate: str) -> list[str]:
-        """Why, for each record of a fate."""
-        chosen = self.table.column("reason").filter(pyarrow.array(self._are(fate)))
-        return list(map(self.rename, chosen.to_pylist()))
+        """Returns the reason of each record with a fate."""
+        reasons = self.table.column("reason").filter(pyarrow.array(self._are(fate)))
+        return list(map(self.rename, reasons.to_pylist()))
 
     @property
     def unreadable(self) -> list[str]:
-        """Place and reason of each record that cannot be used."""
+        """Place and reason of each unusable record."""
         places = (self.places[number] for number in self.where(UNREADABLE).tolist())
         return [f"{place}: {why}" for place, why in zip(places, self.reasons(UNREADABLE), strict=True)]
 
@@ -164,13 +164,13 @@ class StoredLedger:
 
     @cached_property
     def spelled(self) -> Counter[str]:
-        """How often the records spell each control token."""
+        """Number of occurrences of each control token in the records' text."""
         column = self.table.column("spelled").drop_null()
         return Counter(text for texts in column.to_pylist() for text in texts)
 
 
 class _Lines(Sequence[Any]):
-    """Items that are made of columns of a table when they are asked for."""
+    """Items made on demand from the columns of a table."""
 
     def __init__(self, table: pyarrow.Table, columns: Sequence[str], make: Callable[..., Any]):
         self.table, self.make = table.select(list(columns)), make
@@ -185,17 +185,17 @@ class _Lines(Sequence[Any]):
         return list(self._make(self.table.slice(numbers.start, len(numbers))))
 
     def __iter__(self) -> Iterator[Any]:
-        for first in range(0, len(self), LISTED):
-            yield from self._make(self.table.slice(first, LISTED))
+        for first in range(0, len(self), SLICE_RECORDS):
+            yield from self._make(self.table.slice(first, SLICE_RECORDS))
 
     def _make(self, part: pyarrow.Table) -> Iterator[Any]:
         return map(self.make, *(column.to_pylist() for column in part.columns))
 
 
 class StoredRows:
-    """The rows of a mapped file, with what ``TokenizedRows`` offers; N = rows.
+    """The rows of a memory-mapped file, with the interface of ``TokenizedRows``. N = rows.
 
-    ids_at   (N,) int64: where the ids of a row begin in ``tokens``, the whole file as numbers
+    ids_at   (N,) int64, start of each row's ids in ``tokens``, the complete file as int32
     lengths  (N,) int32
     """
 
@@ -209,10 +209,10 @@ class StoredRows:
         self._firsts = np.cumsum([0, *(batch.num_rows for batch in self.batches)])  # of each batch
         self.ids_at = np.zeros(self._firsts[-1], dtype=np.int64)
         self.lengths = np.zeros(self._firsts[-1], dtype=np.int32)
-        self._shifts = np.zeros((len(self.batches), 2), dtype=np.int64)  # from ids to labels and weights
+        self._shifts = np.zeros((len(self.batches), 2), dtype=np.int64)  # from ids to labels, weights
         self._weighs = np.zeros(len(self.batches), dtype=bool)
         for number, batch in enumerate(self.batches):
-            if not batch.num_rows:  # a block of which nothing is left: it has no place in the file
+            if not batch.num_rows:  # an empty batch has no buffers in the file
                 continue
             rows = slice(*self._firsts[number : number + 2])
             offsets = batch.column("input_ids").offsets.to_numpy().astype(np.int64)
@@ -236,17 +236,17 @@ class StoredRows:
 
     @property
     def fates(self) -> Sequence[Fate]:
-        """What became of each record."""
+        """Fate of each record."""
         return self.ledger.fates
 
     @property
     def control_texts(self) -> Counter[str]:
-        """How often the records spell each control token."""
+        """Number of occurrences of each control token in the records' text."""
         return self.ledger.spelled
 
     @property
     def sources(self) -> np.ndarray:
-        """(N,) int64: the record that each row came from."""
+        """(N,) int64, the record that each row came from."""
         if self._sources is None:
             self._sources = np.repeat(np.arange(len(self.ledger)), self.ledger.numbers("rows"))
         return self._sources
@@ -265,14 +265,14 @@ class StoredRows:
         return ids, labels, weights
 
     def blocks(self) -> Iterator[TokenizedRows]:
-        """The rows as they were written, in blocks; ``sources`` and ``fates`` are left empty."""
+        """Yields the rows in the blocks in which they were written, without ``sources`` and ``fates``."""
         for batch in self.batches:
             if batch.num_rows:
                 yield to_rows(batch)
                 forget(self._mapped)
 
     def _place(self, column: pyarrow.Array) -> int:
-        """Where the values of a column begin in ``tokens``; 0 where it has none."""
+        """Returns the start of a column's values in ``tokens``; 0 if the column has no values."""
         if not len(column.values):
             return 0
         return (column.values.buffers()[1].address - self.tokens.ctypes.data) // TOKEN_BYTES
@@ -280,9 +280,9 @@ class StoredRows:
 
 @dataclass(frozen=True)
 class _Renaming:
-    """A text that begins with the old name of a file and a colon, or with "of " and that, with its new one.
+    """Replaces the old file name at the start of a text ("FILE: ..." or "of FILE: ...") with the new one.
 
-    The names are looked up, not tried: a folder may have a file for each of a million records.
+    Looks names up instead of trying each one, since a folder may have a million files.
     """
 
     names: Mapping[str, str]
@@ -297,7 +297,7 @@ class _Renaming:
 
 
 def to_rows(batch: pyarrow.RecordBatch) -> TokenizedRows:
-    """The rows of a batch, not copied; their ``sources`` and ``fates`` are left empty."""
+    """Returns the rows of a batch without copying them; ``sources`` and ``fates`` are empty."""
     offsets = batch.column("input_ids").offsets.to_numpy().astype(np.int64)
     ids, labels = (batch.column(name).values.to_numpy() for name in ("input_ids", "labels"))
     weights = None
@@ -307,7 +307,7 @@ def to_rows(batch: pyarrow.RecordBatch) -> TokenizedRows:
 
 
 def forget(mapped: mmap.mmap) -> None:
-    """Gives back the memory that holds what was read of a mapped file."""
+    """Releases the memory of the pages read from a memory-mapped file."""
     mapped.madvise(mmap.MADV_DONTNEED)
 
 
@@ -322,7 +322,7 @@ def _map(path: Path) -> mmap.mmap:
 
 
 def _fit_schema(batch: pyarrow.RecordBatch, schema: pyarrow.Schema) -> pyarrow.RecordBatch:
-    """The batch with empty columns for those that it has not got, and buffers that hold nothing else."""
+    """Returns the batch with the columns of the schema; columns that the batch lacks are null."""
     columns = []
     for field in schema:
         has = field.name in batch.schema.names

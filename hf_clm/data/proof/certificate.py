@@ -1,15 +1,15 @@
-"""The label certificate: an independent path proves every row before it is trained on.
+"""The label certificate: an independent implementation checks every row before training.
 
-The labels are made by ``text/`` and ``data/label/``. Nothing of that is used here: texts come from the
-examples and from transformers' own ``apply_chat_template``, ids from the tokenizer's own call.
+Labels are made by ``text/`` and ``data/label/``. None of that code is used here: texts come from the examples
+and from transformers' ``apply_chat_template``, ids from calling the tokenizer.
 
     example ---- pieces ---- ids, labels ---- decode ----+
        |                                                 = ?
        +---- apply_chat_template, tokenizer(text) -------+
 
-Every row is decoded and compared with the texts of its example. Rows are sorted by shape (source, roles,
-tools, reasoning, cut or whole): the first ones of each shape in a block and a share of all are also compared
-id for id with the prompts that generation is given.
+Every row is decoded and compared with the texts of its example. Rows are also grouped by shape (source,
+roles, tools, reasoning, cut or not): the first rows of each shape in a block, and a share of all rows, are
+compared id for id with the prompts for generation.
 """
 
 import time
@@ -23,18 +23,18 @@ from transformers import PreTrainedTokenizerFast
 from hf_clm.data.label.datasets import TokenizedRows, rare_collection
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.data.proof.checker import Checker
-from hf_clm.data.proof.texts import CHECKS
+from hf_clm.data.proof.texts import LABEL_CHECKS
 from hf_clm.errors import DataError
 from hf_clm.schema import AnyExample
 
-SHOWN = 3  # failures in an error
-KEPT = 100  # failures in the certificate
-PROVED_WHOLE = 2000  # every row is proved of a set of up to this many
+LISTED_FAILURES = 3  # in an error message
+MAX_FAILURES = 100  # in a certificate
+PROVED_WHOLE = 2000  # in the first block of a source, this many rows are all proved
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One row that is not what its example says. ``check`` is a key of ``CHECKS``."""
+    """A row that does not match its example. ``check`` is a key of ``LABEL_CHECKS``."""
 
     row: int
     place: str
@@ -45,7 +45,7 @@ class Failure:
 
 @dataclass
 class Certificate:
-    """What was proved of a tokenized set; ``content_hash`` as in ``hash_content``."""
+    """The result of checking a tokenized set. ``content_hash`` is the sha256 of all rows."""
 
     rows: int
     content_hash: str
@@ -59,28 +59,29 @@ class Certificate:
         return not self.failed
 
     def require(self) -> None:
-        """Raises DataError, with the first rows that fail and why, unless every row was proved."""
+        """Raises DataError, listing the first failures, unless every row passed."""
         if self.is_valid:
             return
         listed = [
-            f"{f.place}: {CHECKS[f.check]}: expected {f.expected}, got {f.got}" for f in self.failures[:SHOWN]
+            f"{f.place}: {LABEL_CHECKS[f.check]}: expected {f.expected}, got {f.got}"
+            for f in self.failures[:LISTED_FAILURES]
         ]
         counts = ", ".join(f"{count:,} {name}" for name, count in self.failed.most_common())
         raise DataError(
             f"the labels are not certified ({counts} of {self.rows:,} rows)",
             where=self.failures[0].place,
             got="; ".join(listed),
-            fix="correct these rows or the chat template; `hf-clm inspect` shows them",
+            fix="correct these records or the chat template; `hf-clm inspect` shows the rows",
         )
 
     def enter(self, failure: Failure) -> None:
-        """Counts a failure; the first ones are kept."""
+        """Counts a failure and stores the first MAX_FAILURES."""
         self.failed[failure.check] += 1
-        if len(self.failures) < KEPT:
+        if len(self.failures) < MAX_FAILURES:
             self.failures.append(failure)
 
     def to_json(self) -> dict[str, Any]:
-        """For run.json."""
+        """Returns the entry in run.json."""
         return {"valid": self.is_valid, **asdict(self), "failed": dict(self.failed)}
 
 
@@ -108,13 +109,13 @@ def certify_rows(
     origins: Sequence[int] | None = None,
     whole: int = 0,
 ) -> tuple[Certificate, list[int]]:
-    """The same without the hash, of all rows or a block; and the numbers of the rows that were proved."""
+    """Does the same for a block, without the hash; also returns the numbers of the proved rows."""
     started = time.monotonic()
     certificate, proved = Certificate(len(rows), ""), []
-    for number, *found in checker.check(rows, examples, origins, whole=whole, proved=proved):
+    for number, *finding in checker.check(rows, examples, origins, whole=whole, proved=proved):
         source = int(rows.sources[number])
         place = places[source] if places is not None else f"example {source}"
-        certificate.enter(Failure(number, place, *found))
+        certificate.enter(Failure(number, place, *finding))
     certificate.encoded_again = len(proved)
     certificate.seconds = time.monotonic() - started
     return certificate, proved

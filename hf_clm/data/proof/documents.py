@@ -1,4 +1,4 @@
-"""Proves the rows of documents: their texts, their weights, their control tokens and their ids."""
+"""Checks the rows of documents: texts, weights, control tokens and ids."""
 
 from collections.abc import Iterator
 from itertools import groupby, zip_longest
@@ -19,21 +19,23 @@ class DocumentChecker:
     def check(
         self, document: Document, row: Assembled, texts: list[str], *, proves: bool, is_plain: bool
     ) -> Iterator[Failed]:
-        """What is wrong with a row of a document, whose stretches decode to ``texts``."""
+        """Yields the failures of a document's row, whose spans decode to ``texts``."""
         expected = self.expected(document)
         weights = [weight for _, _, weight in row.stretches]
         runs = list(zip(texts, weights, strict=True))
-        if not self._is_told(expected, runs, row, proves=proves and is_plain):
+        if not self._matches(expected, runs, row, proves=proves and is_plain):
             yield _difference(expected, runs)
             return
-        own = self._own_controls(document, row, is_closed=expected[-1][1] > 0 and not row.ends_early)
-        if own is not None and own != row.controls:
-            yield "control", f"{own} control tokens", str(row.controls)
+        controls = self._expected_controls(
+            document, row, is_closed=expected[-1][1] > 0 and not row.ends_early
+        )
+        if controls is not None and controls != row.controls:
+            yield "control", f"{controls} control tokens", str(row.controls)
         if not row.ends_early and weights[-1] and row.ids[-1] not in self.texts.stop_ids:
             yield self.texts.no_stop(row.ids[-1])
 
     def expected(self, document: Document) -> list[Run]:
-        """The texts of a document in order; neighbours of one weight are one text."""
+        """Returns the texts of a document in order, joined where adjacent weights are equal."""
         segments = [segment for segment in document.segments if segment.text]
         weights = [segment.weight or float(self.texts.learns_all) for segment in segments]
         if self.texts.options.train_on.turns == "last" and 0 in weights:
@@ -46,58 +48,60 @@ class DocumentChecker:
         return [("".join(text for text, _ in group), weight * document.weight) for weight, group in kinds]
 
     def _closed(self, text: str, *, is_own: bool) -> str:
-        """A last target with its end token: once, where the text or a template has written it already."""
-        eos, written = self.texts.eos, text.rstrip()
+        """Adds the end token to a last target, unless the text or a template already has it."""
+        eos, stripped = self.texts.eos, text.rstrip()
         if is_own:
             return text if text.endswith(eos) else text + eos
-        return written if written.endswith(eos) and written != eos else text + eos
+        return stripped if stripped.endswith(eos) and stripped != eos else text + eos
 
-    def _is_told(self, expected: list[Run], runs: list[Run], row: Assembled, *, proves: bool) -> bool:
-        """Whether a row says the expected texts, or a stretch of them where it was cut."""
+    def _matches(self, expected: list[Run], runs: list[Run], row: Assembled, *, proves: bool) -> bool:
+        """Whether a row has the expected texts or, if it was cut, a part of them."""
         readings = [(runs, row.stretches)]
         if row.starts_late and len(runs) > 1 and row.stretches[0][1] == 1:
-            # its first token is of a target, without a label
+            # its first token belongs to a target, but has no label
             joined = (0, row.stretches[1][1], row.stretches[1][2])
             text = self.texts.backend.decode(row.ids[: joined[1]], skip_special_tokens=False)
             readings.append(([(text, joined[2]), *runs[2:]], [joined, *row.stretches[2:]]))
-        for told, stretches in readings:
-            for first in range(len(expected) - len(told) + 1):
-                last = first + len(told)
+        for actual, stretches in readings:
+            for first in range(len(expected) - len(actual) + 1):
+                last = first + len(actual)
                 if (first and not row.starts_late) or (last < len(expected) and not row.ends_early):
                     continue
                 part = expected[first:last]
-                if _same_weights(part, told) and self._says_it(part, told, stretches, row, proves=proves):
+                if _same_weights(part, actual) and self._matches_part(
+                    part, actual, stretches, row, proves=proves
+                ):
                     return True
         return False
 
-    def _says_it(
+    def _matches_part(
         self,
         part: list[Run],
-        told: list[Run],
+        actual: list[Run],
         stretches: list[Stretch],
         row: Assembled,
         *,
         proves: bool,
     ) -> bool:
-        """Whether texts, or else their ids, are the same; only ids prove it."""
+        """Whether the texts or their ids are equal; only equal ids prove the row."""
         normalized = [(self.texts.normalized(text), weight) for text, weight in part]
-        is_same = _fits(part, told, row) or _fits(normalized, told, row)
+        is_same = _fits(part, actual, row) or _fits(normalized, actual, row)
         if (is_same and not proves) or (row.starts_late and row.ends_early):
             return is_same
-        written = [text for text, _ in part]
-        ids = cast(Any, self.texts.tokenizer(written, add_special_tokens=False)["input_ids"])
-        found = [row.ids[a:b] for a, b, _ in stretches]
-        if self.texts.marks_start and not row.starts_late:  # only the start of a text is encoded as such
-            rest = is_same or _fits(part[1:], told[1:], row)
-            return rest and _fits_ids(ids[:1], found[:1], row, is_all=len(found) == 1)
+        texts = [text for text, _ in part]
+        ids = cast(Any, self.texts.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        spans = [row.ids[a:b] for a, b, _ in stretches]
+        if self.texts.marks_start and not row.starts_late:  # only the first span starts a text
+            rest = is_same or _fits(part[1:], actual[1:], row)
+            return rest and _fits_ids(ids[:1], spans[:1], row, is_all=len(spans) == 1)
         if self.texts.marks_start:
             return is_same
-        return _fits_ids(ids, found, row, is_all=True)
+        return _fits_ids(ids, spans, row, is_all=True)
 
-    def _own_controls(self, document: Document, row: Assembled, *, is_closed: bool) -> int | None:
-        """The control tokens that a row must hold: its end, those of a template, those the model writes.
+    def _expected_controls(self, document: Document, row: Assembled, *, is_closed: bool) -> int | None:
+        """Returns the number of control tokens in a row: the end, the template's, and the model's tokens.
 
-        None for a cut row whose text spells some: which of them are left is not told here.
+        Returns None for a cut row with control tokens in its text, since some of them may have been cut.
         """
         texts, pattern = self.texts, self.texts.pattern
         tokens = tokens_of(document, pattern) if pattern.search(whole_text(document)) else []
@@ -113,38 +117,38 @@ class DocumentChecker:
         return ours + adds_end + ends_by_hand
 
 
-def _fits(part: list[Run], told: list[Run], row: Assembled) -> bool:
+def _fits(part: list[Run], actual: list[Run], row: Assembled) -> bool:
     """Whether decoded texts are the expected ones; the first and the last may be cut."""
-    texts = [text for text, _ in told]
+    texts = [text for text, _ in actual]
     if row.starts_late or row.ends_early:
         texts = [text.strip(HALF_LETTER) for text in texts]
     for number, ((want, _), got) in enumerate(zip(part, texts, strict=True)):
         late = row.starts_late and number == 0
         early = row.ends_early and number == len(texts) - 1
-        found = want == got or (late and want.endswith(got)) or (early and want.startswith(got))
-        if not found and not (late and early and got in want):
+        is_same = want == got or (late and want.endswith(got)) or (early and want.startswith(got))
+        if not is_same and not (late and early and got in want):
             return False
     return True
 
 
-def _fits_ids(expected: list[list[int]], found: list[list[int]], row: Assembled, *, is_all: bool) -> bool:
+def _fits_ids(expected: list[list[int]], actual: list[list[int]], row: Assembled, *, is_all: bool) -> bool:
     """Whether ids are the expected ones; the first and the last stretch may be cut."""
-    for number, (want, got) in enumerate(zip(expected, found, strict=True)):
+    for number, (want, got) in enumerate(zip(expected, actual, strict=True)):
         late = row.starts_late and number == 0
-        early = row.ends_early and is_all and number == len(found) - 1
+        early = row.ends_early and is_all and number == len(actual) - 1
         same = want == got or (late and want[-len(got) :] == got) or (early and want[: len(got)] == got)
         if not same and not (late and early):
             return False
     return True
 
 
-def _same_weights(expected: list[Run], told: list[Run]) -> bool:
-    return [np.float32(weight) for _, weight in expected] == [np.float32(weight) for _, weight in told]
+def _same_weights(expected: list[Run], actual: list[Run]) -> bool:
+    return [np.float32(weight) for _, weight in expected] == [np.float32(weight) for _, weight in actual]
 
 
-def _difference(expected: list[Run], told: list[Run]) -> Failed:
-    """The check that fails, and the first texts that differ."""
-    for want, got in zip_longest(expected, told, fillvalue=("", 0.0)):
+def _difference(expected: list[Run], actual: list[Run]) -> Failed:
+    """Returns the check that failed and the first texts that differ."""
+    for want, got in zip_longest(expected, actual, fillvalue=("", 0.0)):
         kind = "targets" if want[1] else "prompt"
         if want[0] != got[0]:
             return kind, repr(want[0][-60:]), repr(got[0][-60:])

@@ -1,4 +1,4 @@
-"""Training records among the evaluation records: told by digests, as memory does not hold the texts."""
+"""Finds training records among the evaluation records, by digests, since the texts do not fit in memory."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,24 +9,24 @@ import numpy as np
 from hf_clm.errors import DataError
 from hf_clm.schema import AnyExample
 
-SHOWN = 3  # rows in an error
+LISTED_LEAKS = 3  # in an error message
 
 
 def digest(example: AnyExample) -> bytes:
-    """16 bytes that stand for an example where memory cannot hold it; equal for equal ones."""
+    """Returns a 16-byte digest of an example; equal for equal examples."""
     return _digest(example.identity)
 
 
 def loose_digest(example: AnyExample) -> bytes:
-    """The same but for case and white space."""
+    """Returns a digest that ignores case and whitespace."""
     return _digest(_normalised(example.identity))
 
 
 @dataclass(frozen=True)
 class Leakage:
-    """Evaluation rows that are training rows: exactly, or but for case and white space (``normalised``).
+    """Evaluation rows that are also training rows: exactly, or up to case and whitespace (``normalised``).
 
-    ``prompts``: how many ask what a training row asks; only said, as the answers may differ.
+    ``prompts``: number of rows with the prompt of a training row; only reported, as the answers may differ.
     """
 
     rows: int
@@ -40,25 +40,25 @@ class Leakage:
 
 
 def check_leakage(leakage: Leakage, max_leakage: float) -> None:
-    """Raises DataError where more than ``max_leakage`` of the evaluation rows are training rows."""
+    """Raises DataError if more than ``max_leakage`` of the evaluation rows are training rows."""
     if leakage.share > max_leakage:
-        listed = [*leakage.exact, *leakage.normalised][:SHOWN]
+        listed = [*leakage.exact, *leakage.normalised][:LISTED_LEAKS]
         raise DataError(
             f"{leakage.share:.1%} of the evaluation rows are training rows "
-            f"({len(leakage.exact):,} exactly, {len(leakage.normalised):,} but for case and white space)",
+            f"({len(leakage.exact):,} exactly, {len(leakage.normalised):,} up to case and whitespace)",
             where="data.eval",
             got=", ".join(listed),
-            fix="remove them, set data.duplicates=drop, or allow it by data.max_leakage",
+            fix="remove them, set data.duplicates=drop, or raise data.max_leakage",
         )
 
 
-def are_among(own: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(N,) bool, which of N digests are among others; one of zeros, which stands for nothing, is not."""
-    found = np.isin(own[:, 0], others[:, 0]) & own.any(axis=1)  # by their first half, and then as a whole
-    if found.any():
-        known = set(map(tuple, others.tolist()))
-        found[found] = [tuple(digest) in known for digest in own[found].tolist()]
-    return found
+def are_among(digests: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Returns (N,) bool, which of N digests are among others. Digests of zeros mean "none" and never are."""
+    is_among = np.isin(digests[:, 0], others[:, 0]) & digests.any(axis=1)  # first halves first, for speed
+    if is_among.any():
+        pool = set(map(tuple, others.tolist()))
+        is_among[is_among] = [tuple(digest) in pool for digest in digests[is_among].tolist()]
+    return is_among
 
 
 def _digest(key: tuple[str, ...]) -> bytes:

@@ -1,4 +1,4 @@
-"""The ledger of a run: what became of every record and where it sits."""
+"""The ledger of a run: the fate of every record and the rows that contain it."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -14,76 +14,76 @@ from hf_clm.data.batch.mixing import DrawnDataset
 from hf_clm.data.batch.packing import PackedDataset, stable_order
 from hf_clm.data.prepared.tables import StoredLedger
 
-GROUP_ROWS = 1 << 13  # of the file, which wait in memory
+GROUP_ROWS = 1 << 13  # rows of the file that are written at once
 FATES = ("used", "cut", "split", "duplicate", "dropped", "unreadable")
 COUNTS = ("tokens", "target_tokens", "kept_tokens", "kept_targets")
 
 
 class Totals:
-    """What a ledger sums up to."""
+    """The totals of a ledger."""
 
     def __init__(self, ledger: StoredLedger):
-        self.found: dict[str, Counter[str]] = defaultdict(Counter)
+        self.by_fate: dict[str, Counter[str]] = defaultdict(Counter)
         self.reasons: Counter[str] = Counter()
         sums = [(name, "sum") for name in COUNTS]
         for group in ledger.table.group_by(["fate"]).aggregate([*sums, ([], "count_all")]).to_pylist():
-            self.found[group["fate"]] = Counter({name: group[f"{name}_sum"] for name in COUNTS})
-            self.found[group["fate"]]["rows"] = group["count_all"]
+            self.by_fate[group["fate"]] = Counter({name: group[f"{name}_sum"] for name in COUNTS})
+            self.by_fate[group["fate"]]["rows"] = group["count_all"]
         for (fate, reason), count in ledger.totals.items():
             if fate == "dropped":
                 self.reasons[reason] += count
 
     def to_json(self) -> dict[str, dict[str, int]]:
-        """Fate -> rows and ``COUNTS``; only the fates that occur."""
-        return {fate: dict(self.found[fate]) for fate in FATES if fate in self.found}
+        """Returns rows and ``COUNTS`` by fate, for the fates that occur."""
+        return {fate: dict(self.by_fate[fate]) for fate in FATES if fate in self.by_fate}
 
     def to_lines(self) -> list[str]:
-        """A small table, with the reasons of what was dropped."""
-        heads = ("rows", "tokens", "targets", "tokens kept", "targets kept")
-        lines = [f"{'fate':<12}" + "".join(f"{head:>14}" for head in heads)]
+        """Formats a table of the totals, with the reasons for dropping records."""
+        titles = ("rows", "tokens", "targets", "tokens kept", "targets kept")
+        lines = [f"{'fate':<12}" + "".join(f"{title:>14}" for title in titles)]
         for fate, total in self.to_json().items():
             lines.append(f"{fate:<12}" + "".join(f"{total.get(key, 0):>14,}" for key in ("rows", *COUNTS)))
         return lines + [f"  dropped: {count:,} x {reason}" for reason, count in self.reasons.most_common()]
 
 
 @dataclass(frozen=True)
-class Entered:
-    """The ledger of a split, and the rows of its records: ``packed``, or themselves; ``times`` if mixed."""
+class LedgerSplit:
+    """The ledger of a split, its packed or drawn rows, and, if mixed, how often each record was drawn."""
 
     ledger: StoredLedger
     packed: PackedDataset | DrawnDataset | None
     times: np.ndarray | None = None
 
 
-def write_ledger(path: Path, splits: Mapping[str, Entered]) -> None:
-    """Writes ledger.parquet: one line for each record, with the rows that hold it.
+def write_ledger(path: Path, splits: Mapping[str, LedgerSplit]) -> None:
+    """Writes ledger.parquet: one row for each record, with the training rows that contain it.
 
-    Where one split is mixed there is also how many ``times`` each record was drawn.
+    If a split is mixed, there is a column ``times``: how often each record was drawn.
     """
-    whole = pyarrow.int64()
+    integer = pyarrow.int64()
     texts = dict.fromkeys(("source", "fate", "reason"), pyarrow.string())
-    counts = dict.fromkeys(COUNTS, whole)
-    columns = {"split": pyarrow.string(), "row": whole, **texts, **counts, "rows": pyarrow.list_(whole)}
+    counts = dict.fromkeys(COUNTS, integer)
+    columns = {"split": pyarrow.string(), "row": integer, **texts, **counts, "rows": pyarrow.list_(integer)}
     schema = pyarrow.schema(columns)
     if any(split.times is not None for split in splits.values()):
-        schema = schema.append(pyarrow.field("times", whole))
+        schema = schema.append(pyarrow.field("times", integer))
     with parquet.ParquetWriter(path, schema) as writer:
         for name, split in splits.items():
             for group in _groups(name, split):
                 writer.write_table(pyarrow.table({key: group[key] for key in schema.names}, schema=schema))
 
 
-def _groups(name: str, split: Entered) -> Iterator[dict[str, Any]]:
+def _groups(name: str, split: LedgerSplit) -> Iterator[dict[str, Any]]:
     ledger = split.ledger
     first_rows = np.concatenate([[0], np.cumsum(ledger.numbers("rows"))])
     seats = Seats(split.packed, rows=int(first_rows[-1]))
     for first in range(0, len(ledger), GROUP_ROWS):
         last = min(first + GROUP_ROWS, len(ledger))
         part = ledger.table.slice(first, GROUP_ROWS)
-        offsets, held = seats.of_rows(first_rows[first : last + 1])
+        offsets, numbers = seats.of_rows(first_rows[first : last + 1])
         if split.times is not None:
             times = split.times[first:last]
-        else:  # read once, if anything is left of it
+        else:  # once, unless all its rows were dropped
             times = (part.column("rows").to_numpy() > 0).astype(np.int64)
         yield {
             "split": [name] * (last - first),
@@ -92,24 +92,24 @@ def _groups(name: str, split: Entered) -> Iterator[dict[str, Any]]:
             "fate": part.column("fate").to_pylist(),
             "reason": list(map(ledger.rename, part.column("reason").to_pylist())),
             **{count: part.column(count).to_numpy() for count in COUNTS},
-            "rows": pyarrow.ListArray.from_arrays(offsets.astype(np.int32), held),
+            "rows": pyarrow.ListArray.from_arrays(offsets.astype(np.int32), numbers),
             "times": times,
         }
 
 
 class Seats:
-    """Which rows hold a tokenized row: itself, or the packed rows with its pieces."""
+    """Maps tokenized rows to training rows: each to itself, or to the packed rows with its pieces."""
 
     def __init__(self, packed: PackedDataset | DrawnDataset | None, *, rows: int):
         if packed is None:
             self.examples = self.held_in = np.arange(rows)
             return
         pieces = packed.pieces
-        order = stable_order(pieces.examples)  # by row; the pieces of one in the order of the packed rows
+        order = stable_order(pieces.examples)  # by tokenized row, then by packed row
         self.examples = pieces.examples[order]
         self.held_in = np.searchsorted(pieces.offsets, order, side="right") - 1
 
     def of_rows(self, firsts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For the records whose rows begin at ``firsts``: offsets in the numbers of their rows, and these."""
-        found = np.searchsorted(self.examples, firsts)
-        return found - found[0], self.held_in[found[0] : found[-1]]
+        """Returns offsets and training row numbers for the records whose rows begin at ``firsts``."""
+        places = np.searchsorted(self.examples, firsts)
+        return places - places[0], self.held_in[places[0] : places[-1]]

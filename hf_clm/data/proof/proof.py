@@ -1,4 +1,4 @@
-"""What is proved of a prepared set, for run.json and as lines to print."""
+"""Proves a prepared set and reports the result for run.json and as lines to print."""
 
 import hashlib
 from collections.abc import Mapping
@@ -21,28 +21,28 @@ from hf_clm.recipe.recipe import Recipe
 from hf_clm.recipe.sections import EVAL
 from hf_clm.schema import TokenizedExample
 
-COMPARED = 50  # rows whose prompt is rendered again as for generation
+COMPARED_PROMPTS = 50  # rows whose prompt is rendered again as for generation
 
 
 @dataclass
-class Proof:
-    """What was proved: for run.json, and as lines to print."""
+class ProofReport:
+    """The results, for run.json (``facts``) and as lines to print."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
     def enter(self, name: str, certificate: Certificate, *, totals: Totals, compared: int) -> None:
-        """What was proved of a split; ``compared``: prompts."""
+        """Adds the results of a split. ``compared`` is the number of compared prompts."""
         self.facts[name] = {"certificate": certificate.to_json(), "ledger": totals.to_json()}
         first, *others = totals.to_lines()
         self.lines += [f"{name:<10}{first}", *(f"{'':<10}{line}" for line in others)]
         seconds = f"{certificate.seconds:.1f} s, sha256 {certificate.content_hash[:12]}"
         self.lines.append(f"{'':<10}the labels of all {certificate.rows:,} rows are certified ({seconds})")
         if compared:
-            self.lines.append(f"{'':<10}the first {compared} prompts are what generate is given")
+            self.lines.append(f"{'':<10}the first {compared} prompts equal the input of generate")
 
     def enter_leakage(self, name: str, leakage: Leakage, *, max_leakage: float) -> None:
-        """What was found of training rows in an evaluation set; raises DataError for too many."""
+        """Adds the leakage of an evaluation set. Raises DataError if there is too much."""
         of = "" if name == EVAL else f" of {name.removeprefix(EVAL + '_')}"
         if leakage.share:
             self.lines.append(f"note      {leakage.share:.1%} of the evaluation rows{of} are training rows")
@@ -50,14 +50,14 @@ class Proof:
             share = leakage.prompts / leakage.rows
             self.lines.append(f"note      {share:.1%} of the evaluation prompts{of} are training prompts")
         check_leakage(leakage, max_leakage)
-        found = {"exact": len(leakage.exact), "normalised": len(leakage.normalised)}
-        found["prompts"] = leakage.prompts
-        known = self.facts.get("leakage", {})  # of all sets together
-        self.facts["leakage"] = {kind: count + known.get(kind, 0) for kind, count in found.items()}
+        counts = {"exact": len(leakage.exact), "normalised": len(leakage.normalised)}
+        counts["prompts"] = leakage.prompts
+        totals = self.facts.get("leakage", {})  # of all evaluation sets
+        self.facts["leakage"] = {kind: count + totals.get(kind, 0) for kind, count in counts.items()}
 
 
 def prove_split(
-    proof: Proof,
+    proof: ProofReport,
     name: str,
     split: Split,
     recipe: Recipe,
@@ -65,13 +65,12 @@ def prove_split(
     tokenizer: PreTrainedTokenizerFast,
     certified: Mapping[str, Any],
 ) -> None:
-    """Enters what the blocks certified of a split, and proves what only the whole shows: packing, prompts.
+    """Adds the certificate of a split's blocks, and checks its packing and its prompts.
 
     Args:
-        certified: the seconds that it took, and the sha256 of all rows (``content``).
+        certified: the time it took in seconds, and the sha256 of all rows (``content``).
 
-    Raises DataError for packed rows that are not their documents, and for a prompt that generation would not
-    be given.
+    Raises DataError if packed rows differ from their documents, or a prompt differs from that of generation.
     """
     texts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), repr(label_options(recipe)))
     digest = hashlib.sha256("\0".join((certified["content"], *texts)).encode()).hexdigest()
@@ -84,38 +83,38 @@ def prove_split(
 
 
 def prove_mix(split: Split) -> list[str]:
-    """Checks that the packed rows hold each row as often as it was drawn; the line to print.
+    """Checks that the packed rows contain each row as often as it was drawn; returns lines to print.
 
-    Raises DataError where they do not.
+    Raises DataError if they do not.
     """
     if split.mix is None or not isinstance(split.dataset, PackedDataset):
         return []
     check_packing(split.dataset, times=split.mix.times[split.stored.sources])
-    return [f"{'mixed':<10}the packed rows hold each label as often as its row was drawn"]
+    return [f"{'mixed':<10}the packed rows contain each label as often as its row was drawn"]
 
 
 def check_prompts(recipe: Recipe, split: Split, *, tokenizer: PreTrainedTokenizerFast) -> int:
-    """Compares, for the first rows, the ids before the last target with those that ``generate`` is given.
+    """Compares, for the first rows, the ids before the last target with the input of ``generate``.
 
-    Returns how many were compared. Raises DataError for the first that differs.
+    Returns the number of compared rows. Raises DataError for the first one that differs.
     """
     rows, examples = split.rows.rows, split.examples
     compared = 0
-    for number, example in enumerate(examples.examples[:COMPARED]):
+    for number, example in enumerate(examples.examples[:COMPARED_PROMPTS]):
         question = example.question
         if question is None or rows.fates[number].kind != "used":
             continue
-        given = encode_prompts([question[0]], tokenizer, label_options(recipe))[0]
+        prompt = encode_prompts([question[0]], tokenizer, label_options(recipe))[0]
         last = int(np.searchsorted(rows.sources, number, side="right")) - 1
-        found = rows[last]["input_ids"][: len(given)]
-        if found != given and _ends_in_target(rows[last]):
-            what = "the prompt in training is not the one that generate is given"
-            got = repr(tokenizer.decode(found)[-60:])
+        ids = rows[last]["input_ids"][: len(prompt)]
+        if ids != prompt and _ends_in_target(rows[last]):
+            what = "the prompt in training differs from the input of generate"
+            got = repr(tokenizer.decode(ids)[-60:])
             raise DataError(what, where=examples.places[number], got=got, fix="correct the chat template")
         compared += 1
     return compared
 
 
 def _ends_in_target(row: TokenizedExample) -> bool:
-    """False where the last turn is not learned, and so not in the row."""
+    """Returns False if the last turn is not a target and therefore not in the row."""
     return row["labels"][-1] >= 0

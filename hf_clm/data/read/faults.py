@@ -1,10 +1,10 @@
-"""All faults of the data in one pass, without torch, before anything is made of a record.
+"""Finds all errors in the data in one pass, before preparing them and without importing torch.
 
-9 faults in the data; data.on_bad_record: drop would leave out 8 of them
+9 errors in the data; data.on_bad_record: drop would skip 8 of them
 8 x key 'prompt' is null; fix: fill it in, or remove the record
   a.jsonl:2
   ...
-1 x no such file; fix: check name and working directory
+1 x no such file; fix: check the name and the working directory
   b.jsonl
 """
 
@@ -24,41 +24,41 @@ from hf_clm.errors import DataError, EnvironmentFault, UserError
 from hf_clm.machine import is_first_here
 from hf_clm.recipe.recipe import Data, Recipe, Source
 
-CHECKED_BYTES = 8 * 1024 * 1024  # of all files together: about half a second
-EXPANSION = 5  # about how much larger the text of a compressed file or of Parquet is
-SHOWN_KINDS, SHOWN_PLACES = 20, 20
-NUMBER = re.compile(r"\b\d[\d,]*\b")
+CHECKED_BYTES = 8 * 1024 * 1024  # of all files together; takes about half a second
+EXPANSION = 5  # approximate ratio of text size to file size for compressed files and Parquet
+MAX_KINDS, MAX_PLACES = 20, 20
+NUMBER_PATTERN = re.compile(r"\b\d[\d,]*\b")
 
 
 @dataclass
 class _Kind:
-    """Faults that differ by their place, by what was got, and by numbers in their text.
+    """Errors that differ only in place, offending value, and numbers in their text.
 
-    ``shown``: the place of each of the first, what was got there, and the numbers.
+    ``places``: (place, offending value, numbers) of the first errors.
     """
 
-    what: str  # with N for the numbers, where they differ
+    what: str  # with N in place of numbers that differ
     fix: str
     count: int = 0
-    shown: list[tuple[str, str, str]] = field(default_factory=list)
+    places: list[tuple[str, str, str]] = field(default_factory=list)
 
     def to_lines(self) -> Iterator[str]:
-        """The fault, and below it its places."""
+        """Yields the error and, below it, its places."""
         yield f"{self.count:,} x {self.what}" + (f"; fix: {self.fix}" if self.fix else "")
-        for where, got, numbers in self.shown:
-            has_numbers = numbers and not NUMBER.search(self.what)
+        for where, got, numbers in self.places:
+            has_numbers = numbers and not NUMBER_PATTERN.search(self.what)
             notes = [f"N: {numbers}"] * bool(has_numbers) + [f"got {got}"] * bool(got)
             yield f"  {where}" + (f" ({', '.join(notes)})" if notes else "")
-        if self.count > len(self.shown):
-            yield f"  and {self.count - len(self.shown):,} more"
+        if self.count > len(self.places):
+            yield f"  and {self.count - len(self.places):,} more"
 
 
 class Faults:
-    """Faults by their kind, with the places of the first of each; takes no more memory for more of them."""
+    """Errors grouped by kind, with the places of the first ones. Memory use is bounded."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.droppable = 0  # bad records, as opposed to files
+        self.droppable = 0  # errors of records, as opposed to files
         self._first: UserError | None = None
         self._kinds: dict[tuple[str, str], _Kind] = {}
 
@@ -66,49 +66,49 @@ class Faults:
         return self.count
 
     def add(self, error: UserError, *, is_record: bool = False) -> None:
-        """Enters one fault; ``is_record``: of a record, which could be dropped."""
+        """Adds an error. ``is_record``: whether it concerns a record, which could be dropped."""
         self.count += 1
         self.droppable += is_record
         self._first = self._first or error
-        pattern = NUMBER.sub("N", error.what)
+        pattern = NUMBER_PATTERN.sub("N", error.what)
         key = (pattern, error.fix)
-        if key not in self._kinds and len(self._kinds) == SHOWN_KINDS:
+        if key not in self._kinds and len(self._kinds) == MAX_KINDS:
             return
         kind = self._kinds.setdefault(key, _Kind(error.what, error.fix))
         kind.count += 1
         kind.what = kind.what if kind.what == error.what else pattern
-        if len(kind.shown) < SHOWN_PLACES:
-            kind.shown.append((error.where, error.got, ", ".join(NUMBER.findall(error.what))))
+        if len(kind.places) < MAX_PLACES:
+            kind.places.append((error.where, error.got, ", ".join(NUMBER_PATTERN.findall(error.what))))
 
     def to_error(self) -> UserError:
-        """The only fault as it is, or one DataError that lists all kinds with their places."""
+        """Returns the only error, or one DataError that lists all kinds with their places."""
         assert self._first is not None
         if self.count == 1:
             return self._first
-        head = f"{self.count:,} faults in the data"
+        head = f"{self.count:,} errors in the data"
         if self.droppable:
-            head += f"; data.on_bad_record: drop would leave out {self.droppable:,} of them"
+            head += f"; data.on_bad_record: drop would skip {self.droppable:,} of them"
         lines = [head, *(line for kind in self._kinds.values() for line in kind.to_lines())]
         if others := self.count - sum(kind.count for kind in self._kinds.values()):
-            lines.append(f"{others:,} x something else")
+            lines.append(f"{others:,} x other errors")
         return DataError("\n".join(lines))
 
     def raise_if_any(self) -> None:
-        """Raises ``to_error()`` where there is a fault."""
+        """Raises ``to_error()`` if there is an error."""
         if self.count:
             raise self.to_error()
 
 
 def check_data(recipe: Recipe) -> None:
-    """Reads and checks every record as preparing the data does, as far as that needs no tokenizer.
+    """Reads and checks every record as data preparation does, as far as possible without a tokenizer.
 
-    Sources on the Hub, and those that go over CHECKED_BYTES, are left to the preparation. Each process of a
-    run checks for itself, as nothing connects them yet; the first of each machine reports.
+    Skips sources on the Hub and sources that exceed CHECKED_BYTES. The processes of a run are not connected
+    yet, so each one checks the data; the first one of each machine reports.
 
-    Raises a UserError: the only fault, or a DataError that lists all of them.
+    Raises a UserError: the only error, or a DataError that lists all of them.
     """
     try:
-        # A record that is wrong as plain text may be right as turns: the tokenizer decides, later.
+        # A record that is invalid as plain text may be valid as chat turns, which depends on the tokenizer.
         check_sources(recipe.for_tokenizer(has_template=True).data)
     except UserError as error:
         error.is_own = is_first_here()
@@ -116,20 +116,20 @@ def check_data(recipe: Recipe) -> None:
 
 
 def check_sources(data: Data) -> None:
-    """``check_data`` for the sources of a data section, with ``render`` decided."""
-    faults, left = Faults(), CHECKED_BYTES
+    """Does the same as ``check_data`` for a data section whose ``render`` is resolved."""
+    faults, budget = Faults(), CHECKED_BYTES
     sources = [*data.train, *data.eval]
     for number, source in enumerate(sources):
         files = _find(source, faults) if source not in sources[:number] else []
         size = sum(map(_text_bytes, files))
-        if size <= left:
-            left -= size
+        if size <= budget:
+            budget -= size
             _check_files(files, source, data=data, faults=faults)
     faults.raise_if_any()
 
 
 def _find(source: Source, faults: Faults) -> list[str]:
-    """The local files of a source."""
+    """Returns the local files of a source."""
     if is_remote(source.path):
         return []
     try:
@@ -145,20 +145,20 @@ def _text_bytes(file: str) -> int:
 
 
 def _check_files(files: Sequence[str], source: Source, *, data: Data, faults: Faults) -> None:
-    """The records of each file, as far as it can be read: the end of one does not end the others."""
-    first, left = FirstSeen(), source.limit
+    """Checks the records of each file. If a file cannot be read further, continues with the next one."""
+    first, remaining = FirstSeen(), source.limit
     for file in files:
         count = 0
         try:
             with open_stream(file, read_options(data, source), report=ReadReport()) as stream:
-                for where, value in islice(READERS[suffix(file)](stream), left):
+                for where, value in islice(READERS[suffix(file)](stream), remaining):
                     count += 1
                     _check(value, where, source, data=data, first=first, faults=faults)
-            if not count and left != 0:
+            if not count and remaining != 0:
                 raise no_record(file, [])
         except (DataError, EnvironmentFault) as error:
             faults.add(error)
-        left = left if left is None else left - count
+        remaining = remaining if remaining is None else remaining - count
 
 
 def _check(

@@ -1,9 +1,9 @@
-"""Records to examples: one function for each format.
+"""Converts records to examples, with one function per format.
 
-    record -- fields --> Row -- the function of its format --> Chat | Document | Tokens
+    record -- fields --> RecordView -- the format's function --> Chat | Document | Tokens
 
-A new format is a function here, its entry in ``FORMATS`` and its name in ``schema.Format``. ``to_example``
-(training) and ``to_prompt`` (inference) run the same function, so the two cannot differ.
+A new format needs a function here, an entry in ``FORMATS`` and a name in ``schema.Format``. ``to_example``
+(training) and ``to_prompt`` (inference) call the same function, so they cannot differ.
 """
 
 import ast
@@ -26,7 +26,7 @@ from hf_clm.data.read.messages import (
     REASONING,
     SHAREGPT_ROLES,
     SWITCHES,
-    WEIGHTS,
+    WEIGHT_NAMES,
     checked_chat,
     to_empty_chat,
     to_messages,
@@ -35,7 +35,7 @@ from hf_clm.data.read.messages import (
 from hf_clm.data.read.row import (
     Fields,
     Record,
-    Row,
+    RecordView,
     is_missing,
     kind_name,
     listed,
@@ -46,11 +46,11 @@ from hf_clm.data.read.tokenized import MASKS, read_tokenized
 from hf_clm.errors import DataError, RecipeError, did_you_mean
 from hf_clm.schema import AnyExample, Chat, Document, Example, Format, Message, Render, Segment, Tokens
 
-ReadRecord = Callable[[Record], Example]  # a format of the user's own
-FirstSeen = dict[str, tuple[str, str]]  # file -> what its first record looks like, and its place
-BEHIND = " (behind byte "  # in the name of a file of which the lines are not counted from its beginning
+ReadRecord = Callable[[Record], Example]  # a custom format
+FirstSeen = dict[str, tuple[str, str]]  # property of a file -> its value in the first record, and the place
+AFTER_BYTE = " (after byte "  # in a file's name if its lines are not counted from the beginning
 
-# Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca), in its two published forms.
+# The two published forms of Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca).
 ALPACA_TASK = "Below is an instruction that describes a task"
 ALPACA_PREAMBLE = f"{ALPACA_TASK}. Write a response that appropriately completes the request."
 ALPACA_PREAMBLE_WITH_INPUT = (
@@ -59,29 +59,29 @@ ALPACA_PREAMBLE_WITH_INPUT = (
 )
 ALPACA_HEAD, ALPACA_INPUT, ALPACA_TAIL = "### Instruction:\n", "\n\n### Input:\n", "\n\n### Response:\n"
 
-# Columns that would change what is learned: an error where the format does not read them.
+# Columns that affect the labels; it is an error if the format does not read them.
 DECISIVE = {
     *("tools", "functions", "documents", "chat_template_kwargs", "enable_thinking"),
     *("messages", "system", "system_prompt", "history"),
-    *(*WEIGHTS, *SWITCHES, *REASONING, *MASKS),
+    *(*WEIGHT_NAMES, *SWITCHES, *REASONING, *MASKS),
 }
-# What tokenizers write for each token beside its id, and no trainer learns from.
-BESIDE_IDS = {"token_type_ids", "special_tokens_mask", "offset_mapping"}
+# Other outputs of tokenizers, which have no effect on training.
+UNUSED_OUTPUTS = {"token_type_ids", "special_tokens_mask", "offset_mapping"}
 WEIGHT_KEYS = ("weight", "loss_weight")
 CHAT_KEYS = ("tools", "functions", "chat_template_kwargs", *WEIGHT_KEYS)
 
 
 @dataclass(frozen=True)
 class RecordFormat:
-    """The function that reads a format, and its keys.
+    """The function that reads a format, and the format's keys.
 
-    ``is_asked``: a prompt and its completion, which can be rendered as turns of a chat.
+    ``has_prompt``: records have a prompt and a completion, which can be rendered as chat turns.
     """
 
-    read: Callable[[Row], AnyExample]
+    read: Callable[[RecordView], AnyExample]
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    is_asked: bool = False
+    has_prompt: bool = False
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -93,7 +93,7 @@ class RecordFormat:
 
     @cached_property
     def spellings(self) -> dict[str, str]:
-        """The optional keys by what other spellings of them share; a mask is told by its length."""
+        """Optional keys by normalized spelling, without masks, which are recognized by their length."""
         return {_spelling(key): key for key in self.optional if key not in MASKS}
 
 
@@ -107,36 +107,38 @@ def to_example(
     allow_empty_prompt: bool = False,
     strict: bool = False,
 ) -> AnyExample:
-    """Checks a record and turns it into what is learned from it.
+    """Checks a record and converts it to an example.
 
     Args:
-        format: a name, ``"module:function"``, or a function from a record to a ``Chat`` or a ``Document``.
-        render: ``chat`` makes user and assistant turns of a prompt and its completion, ``plain`` a text.
-        strict: raise for a key that the format does not read.
+        format: a name, ``"module:function"``, or a function that converts a record to a ``Chat`` or a
+            ``Document``.
+        render: ``chat`` converts a prompt and its completion to user and assistant turns, ``plain`` to text.
+        strict: raise an error for keys that the format does not read.
 
-    Raises ``DataError`` for a record that is not of the format, ``RecipeError`` for an unknown format or key
-    of ``fields``.
+    Raises ``DataError`` if the record does not have the format, and ``RecipeError`` for an unknown format or
+    an unknown key in ``fields``.
     """
-    row = Row(with_parts(record, fields), where, fields or {}, render, allow_empty_prompt)
+    row = RecordView(with_parts(record, fields), where, fields or {}, render, allow_empty_prompt)
     row.expect(dict, record, what="record")
-    known = find_format(format, fields)
-    if not isinstance(known, RecordFormat):
-        return _read_own(known, row)
-    if not fields and known.key_set.issuperset(record):
-        return known.read(row)
-    _check_format(row, known)
-    for key in set(row.fields).intersection(known.optional):
+    record_format = find_format(format, fields)
+    if not isinstance(record_format, RecordFormat):
+        return _read_custom(record_format, row)
+    if not fields and record_format.key_set.issuperset(record):
+        return record_format.read(row)
+    _check_format(row, record_format)
+    for key in set(row.fields).intersection(record_format.optional):
         if row.column(key) not in row.record:
-            row.value(key)  # raises: a column that is named must be there
-    unknown = unknown_keys(record, known, fields=fields)
+            row.value(key)  # raises, since a column listed in fields must exist
+    unknown = unknown_keys(record, record_format, fields=fields)
     decisive = [key for key in unknown if _decides(key, record, format)]
     if decisive or (strict and unknown):
-        hint = did_you_mean(unknown[0], known.keys) if not decisive else ""
+        hint = did_you_mean(unknown[0], record_format.keys) if not decisive else ""
         what = f"format {format} does not read {listed(decisive or unknown)}"
-        fix = f"it reads {listed(known.keys)}; remove the others" + ("" if decisive else ", or strict: false")
+        fix = f"it reads {listed(record_format.keys)}; remove other keys"
+        fix += "" if decisive else ", or set strict: false"
         raise row.error(f"{what}{hint}", fix=fix)
-    _check_spelling(row, known, unknown=unknown)
-    return known.read(row)
+    _check_spelling(row, record_format, unknown=unknown)
+    return record_format.read(row)
 
 
 def to_prompt(
@@ -148,17 +150,23 @@ def to_prompt(
     render: Render = "plain",
     allow_empty_prompt: bool = False,
 ) -> Example:
-    """The prompt of a record as training renders it, for generation and evaluation.
+    """Returns the prompt of a record, rendered as in training, for generation and evaluation.
 
-    The target side may be missing and is left out: there is no completion, a last assistant turn is gone.
+    The target may be missing, and is removed otherwise: the completion, or an assistant turn at the end.
     """
-    row = Row(with_parts(record, fields), where, fields or {}, render, allow_empty_prompt, is_prompt=True)
+    row = RecordView(
+        with_parts(record, fields), where, fields or {}, render, allow_empty_prompt, is_prompt=True
+    )
     row.expect(dict, record, what="record")
-    known = find_format(format, fields)
-    if isinstance(known, RecordFormat):
-        _check_format(row, known)
-        _check_spelling(row, known, unknown=unknown_keys(record, known, fields=fields))
-    example = known.read(row) if isinstance(known, RecordFormat) else _read_own(known, row)
+    record_format = find_format(format, fields)
+    if isinstance(record_format, RecordFormat):
+        _check_format(row, record_format)
+        _check_spelling(row, record_format, unknown=unknown_keys(record, record_format, fields=fields))
+    example = (
+        record_format.read(row)
+        if isinstance(record_format, RecordFormat)
+        else _read_custom(record_format, row)
+    )
     if isinstance(example, Tokens) or format == "segments":
         fix = "use text, prompt_completion, instruct, alpaca, messages or sharegpt"
         raise row.error(f"a record of format {format} cannot be used as a prompt", fix=fix)
@@ -173,7 +181,7 @@ def to_prompt(
 
 
 def with_parts(record: Record, fields: Fields) -> Record:
-    """The record, with a column for each part of one that ``fields`` names, such as ``meta.title``."""
+    """Adds a column for each nested value that ``fields`` refers to, such as ``meta.title``."""
     parts = {}
     for column in (fields or {}).values() if isinstance(record, Mapping) else ():
         if root_column(record, column) != column:
@@ -182,24 +190,24 @@ def with_parts(record: Record, fields: Fields) -> Record:
     return {**record, **parts} if parts else record
 
 
-def _check_format(row: Row, known: RecordFormat) -> None:
-    """Raises for a record that has none of the required keys, and those of another format."""
-    needed = known.required[:1] if row.is_prompt else known.required
+def _check_format(row: RecordView, record_format: RecordFormat) -> None:
+    """Raises DataError if a record has no required key, but all required keys of another format."""
+    needed = record_format.required[:1] if row.is_prompt else record_format.required
     if row.fields or any(key in row.record for key in needed):
         return
-    fits = [name for name, other in FORMATS.items() if row.record.keys() >= set(other.required)]
-    if fits:
-        fix = f"format: {fits[0]}, which these keys fit; or name the columns with fields"
+    matches = [name for name, other in FORMATS.items() if row.record.keys() >= set(other.required)]
+    if matches:
+        fix = f"set format: {matches[0]}, which matches these keys; or map the columns with fields"
         raise row.error(f"missing {row.name(needed[0])}", got=f"keys {listed(row.record)}", fix=fix)
 
 
-def _check_spelling(row: Row, known: RecordFormat, *, unknown: Iterable[str]) -> None:
-    """Raises for a column that is an optional key but for its spelling, and would be left out."""
+def _check_spelling(row: RecordView, record_format: RecordFormat, *, unknown: Iterable[str]) -> None:
+    """Raises DataError for an unread column whose name differs from an optional key only in spelling."""
     for column in unknown:
-        key = known.spellings.get(_spelling(column))
+        key = record_format.spellings.get(_spelling(column))
         if key and not row.has(key) and _is_filled(row.record.get(column)):
             fix = f"rename it, or map it with fields: {{{key}: {column}}}"
-            raise row.error(f"no key of the format is {column!r}; did you mean {key!r}?", fix=fix)
+            raise row.error(f"the format has no key {column!r}; did you mean {key!r}?", fix=fix)
 
 
 def _is_filled(value: object) -> bool:
@@ -208,126 +216,127 @@ def _is_filled(value: object) -> bool:
 
 @cache
 def _spelling(key: str) -> str:
-    """What of a key does not differ between ``Input``, ``inputs`` and ``in_put``."""
+    """Normalizes a key: ``Input``, ``inputs`` and ``in_put`` are equal."""
     return re.sub(r"[-_ ]", "", key.casefold()).removesuffix("s")
 
 
 def _decides(key: str, record: Record, format: object) -> bool:
-    """Whether a column that is not read would change what is learned; beside ids any list of that length."""
+    """Whether an unread column would affect the labels; with token ids, any list of the same length may."""
     value, ids = record[key], record.get("input_ids")
     if not _is_filled(value):
         return False
     if format == "tokenized" and isinstance(value, list) and isinstance(ids, list):
-        return len(value) == len(ids) and key not in BESIDE_IDS
+        return len(value) == len(ids) and key not in UNUSED_OUTPUTS
     return key in DECISIVE
 
 
 def find_format(format: Format | str | ReadRecord, fields: Fields = None) -> RecordFormat | ReadRecord:
-    """The format of a name, or the user's own function. Raises RecipeError for what is neither."""
+    """Returns the format with a name, or a custom function. Raises RecipeError if there is neither."""
     if callable(format):
         return format
     if ":" in format:
         return cast(ReadRecord, import_function(format, kind="format", where="format"))
-    known = FORMATS.get(cast(Format, format))
-    if known is None:
+    record_format = FORMATS.get(cast(Format, format))
+    if record_format is None:
         hint = did_you_mean(str(format), FORMATS)
-        fix = f"one of {', '.join(FORMATS)}, or module:function"
+        fix = f"use one of {', '.join(FORMATS)}, or module:function"
         raise RecipeError(f"unknown format {format!r}{hint}", fix=fix)
     for key in fields or {}:
-        if key not in known.keys:
-            hint = did_you_mean(key, known.keys)
-            fix = f"fields maps {listed(known.keys)} to columns"
+        if key not in record_format.keys:
+            hint = did_you_mean(key, record_format.keys)
+            fix = f"use one of {listed(record_format.keys)}"
             raise RecipeError(f"fields: format {format} has no key {key!r}{hint}", fix=fix)
-    return known
+    return record_format
 
 
 def detect_format(keys: Iterable[str], where: str = "", *, fields: Fields = None) -> Format:
-    """The one format whose required keys are all there; raises ``DataError`` for none and for several.
+    """Detects the format by its required keys; raises ``DataError`` for no match and for several.
 
-    Where ``fields`` names a column for a required key, it is the format that has this key.
+    If ``fields`` maps a required key, the format is the one with this key.
     """
-    found, columns = {str(key): None for key in keys}, dict(fields or {})
+    columns, mapped = {str(key): None for key in keys}, dict(fields or {})
     able: dict[Format, RecordFormat] = {
-        name: known for name, known in FORMATS.items() if known.key_set.issuperset(columns)
+        name: candidate for name, candidate in FORMATS.items() if candidate.key_set.issuperset(mapped)
     }
     if not able:
-        raise RecipeError(f"fields: no format has all of the keys {listed(columns)}", fix="name the format")
+        raise RecipeError(f"fields: no format has all of the keys {listed(mapped)}", fix="set format")
     named: list[Format] = [
-        name for name, known in able.items() if not columns.keys().isdisjoint(known.required)
+        name for name, candidate in able.items() if not mapped.keys().isdisjoint(candidate.required)
     ]
     if named:
         return named[0]  # no two formats require the same key
-    matches: list[Format] = [name for name, known in able.items() if found.keys() >= {*known.required}]
+    matches: list[Format] = [
+        name for name, candidate in able.items() if columns.keys() >= {*candidate.required}
+    ]
     if len(matches) == 1:
         return matches[0]
-    what = f"the keys fit the formats {', '.join(matches)}" if matches else "the keys fit no format"
-    required = {key for known in able.values() for key in known.required}
-    hints = (did_you_mean(key, required) for key in found if key not in required)
+    what = f"the keys match the formats {', '.join(matches)}" if matches else "the keys match no format"
+    required = {key for candidate in able.values() for key in candidate.required}
+    hints = (did_you_mean(key, required) for key in columns if key not in required)
     hint = "" if matches else next(filter(None, hints), "")
-    needs = "; ".join(f"{name}: {listed(known.required)}" for name, known in FORMATS.items())
-    fix = f"name the format, and fields ({needs})"
-    raise DataError(what, where=where, got=f"keys {listed(found)}{hint}", fix=fix)
+    needs = "; ".join(f"{name}: {listed(candidate.required)}" for name, candidate in FORMATS.items())
+    fix = f"set format, and fields if needed ({needs})"
+    raise DataError(what, where=where, got=f"keys {listed(columns)}{hint}", fix=fix)
 
 
 def check_same_schema(record: Record, where: str, *, first: FirstSeen, fields: Fields = None) -> Format:
-    """The format told from a record's keys; raises where the first record of its file has another one.
+    """Detects a record's format; raises DataError if the first record of its file has another format.
 
-    For sources whose format is not named. ``first`` is filled in.
+    For sources without a format in the recipe. Fills in ``first``.
     """
-    found = detect_format(record, where, fields=fields)
-    _check_first(found, where, first=first, kind="format")
-    return found
+    name = detect_format(record, where, fields=fields)
+    _check_first(name, where, first=first, kind="format")
+    return name
 
 
 def check_same_masks(record: Record, where: str, *, first: FirstSeen, fields: Fields = None) -> None:
-    """Raises where a tokenized record lacks a mask that the first record of its file has, or has one more.
+    """Raises DataError if a tokenized record has other masks than the first record of its file.
 
-    What is learned of the row would be decided by the gap.
+    The labels would otherwise depend on a mask that is missing by mistake.
     """
-    row = Row(with_parts(record, fields), where, fields or {})
-    found = listed(key for key in MASKS if row.has(key))
-    _check_first(found, where, first=first, kind="tokenized with")
+    row = RecordView(with_parts(record, fields), where, fields or {})
+    masks = listed(key for key in MASKS if row.has(key))
+    _check_first(masks, where, first=first, kind="masks")
 
 
-def _check_first(found: str, where: str, *, first: FirstSeen, kind: str) -> None:
-    file = where.rpartition(":")[0].partition(BEHIND)[0]
-    known, first_where = first.setdefault(f"{kind} {file}", (found, where))
-    if found != known:
-        what = f"a record of {kind} {found} in a file of {kind} {known} ({first_where})"
-        raise DataError(what, where=where, fix="one kind of record a file: split it")
+def _check_first(value: str, where: str, *, first: FirstSeen, kind: str) -> None:
+    file = where.rpartition(":")[0].partition(AFTER_BYTE)[0]
+    expected, first_where = first.setdefault(f"{kind} {file}", (value, where))
+    if value != expected:
+        what = f"the record has {kind} {value}, but {first_where} has {kind} {expected}"
+        raise DataError(what, where=where, fix="split the file by kind of record")
 
 
 def unknown_keys(record: Record, format: RecordFormat | str, *, fields: Fields = None) -> list[str]:
-    """The columns that a record's format does not read; none for a function of the user's own."""
-    known = find_format(format) if isinstance(format, str) else format
-    if not isinstance(known, RecordFormat):
+    """Returns the columns that a record's format does not read; none for a custom format."""
+    record_format = find_format(format) if isinstance(format, str) else format
+    if not isinstance(record_format, RecordFormat):
         return []
-    read = known.key_set
+    columns = record_format.key_set
     if fields:
-        read = {root_column(record, fields[key]) if key in fields else key for key in known.keys}
-    return [str(column) for column in record if column not in read]
+        columns = {root_column(record, fields[key]) if key in fields else key for key in record_format.keys}
+    return [str(column) for column in record if column not in columns]
 
 
-def own_modules(formats: Iterable[str | None]) -> dict[str, str]:
-    """The sources of the modules of formats of the user's own, by name; of those that are files here.
+def custom_modules(formats: Iterable[str | None]) -> dict[str, str]:
+    """Returns the source code of the modules of custom formats, by name.
 
-    With the modules that these import, before them; not those that are installed.
+    Modules that they import come before them. Skips installed modules and modules without a source file.
     """
-    found: dict[str, str] = {}
-    named = [format for format in formats if format and ":" in format]
-    for format in named:
+    sources: dict[str, str] = {}
+    for format in [format for format in formats if format and ":" in format]:
         module, _, function = format.partition(":")
-        if module == "__main__":  # a script's or a notebook's: there is no file that could be imported
-            found[format] = _describe_function(getattr(import_module(module), function, None), set())
+        if module == "__main__":  # in a script or a notebook, which cannot be imported
+            sources[format] = _describe_function(getattr(import_module(module), function, None), set())
         else:
-            _add_module(module, found, seen=set())
-    return found
+            _add_module(module, sources, seen=set())
+    return sources
 
 
 def _describe_function(function: object, seen: set[str]) -> str:
-    """What a function computes with: its code, and the functions and values of its module that it names.
+    """Describes what a function depends on: its code, and the functions and values of its module it uses.
 
-    For functions of a script or a notebook, whose module is more than what the function needs.
+    For functions in a script or a notebook, whose module contains more than the function needs.
     """
     if not isinstance(function, FunctionType):
         return repr(function)
@@ -348,24 +357,24 @@ def _describe_function(function: object, seen: set[str]) -> str:
     return "\n".join(parts)
 
 
-def _add_module(name: str, found: dict[str, str], *, seen: set[str]) -> None:
-    """Enters a module behind those that it imports. What cannot be found, reading a record tells."""
+def _add_module(name: str, sources: dict[str, str], *, seen: set[str]) -> None:
+    """Adds a module after its imports. A missing module is reported later, when records are read."""
     seen.add(name)
     spec = None
     with suppress(ImportError, ValueError):
-        spec = importlib.util.find_spec(name) if _is_own(name.partition(".")[0]) else None
+        spec = importlib.util.find_spec(name) if _is_custom(name.partition(".")[0]) else None
     if not spec or not spec.origin or not spec.origin.endswith(".py"):
         return
     source = Path(spec.origin).read_text(encoding="utf-8")
     with suppress(SyntaxError):
         for imported in _imports(source, package=spec.parent or ""):
             if imported not in seen:
-                _add_module(imported, found, seen=seen)
-    found[name] = source
+                _add_module(imported, sources, seen=seen)
+    sources[name] = source
 
 
-def _is_own(package: str) -> bool:
-    """Whether a module of the first level is neither installed nor ours; asking does not import it."""
+def _is_custom(package: str) -> bool:
+    """Whether a top-level module is neither installed nor part of hf_clm. Does not import it."""
     spec = importlib.util.find_spec(package)
     if not spec or package == __name__.partition(".")[0]:
         return False
@@ -375,7 +384,7 @@ def _is_own(package: str) -> bool:
 
 
 def _imports(source: str, *, package: str) -> Iterator[str]:
-    """The modules that a module may import: of ``from a import b`` both a and a.b."""
+    """Yields the modules that a module may import: for ``from a import b``, both a and a.b."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -388,7 +397,7 @@ def _imports(source: str, *, package: str) -> Iterator[str]:
 
 
 def provide_modules(modules: Mapping[str, str]) -> None:
-    """Makes modules of their sources where they cannot be imported: on another machine."""
+    """Creates modules from source code if they cannot be imported, as on another machine."""
     for name, source in modules.items():
         if (
             ":" not in name
@@ -400,90 +409,93 @@ def provide_modules(modules: Mapping[str, str]) -> None:
 
 
 def import_function(name: str, *, kind: str, where: str) -> Callable[..., object]:
-    """A function of the user's own, named as ``module:function``.
+    """Imports a custom function, given as ``module:function``.
 
     Args:
-        kind: what it serves as, such as "format".
+        kind: its purpose for messages, such as "format".
 
-    Raises RecipeError where there is none.
+    Raises RecipeError if it does not exist.
     """
     module, _, function = name.partition(":")
     try:
-        found = getattr(import_module(module), function)
+        imported = getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        fix = "module:function, with the module's folder in PYTHONPATH"
+        fix = "use module:function, with the module's folder in PYTHONPATH"
         raise RecipeError(f"no such {kind} {name!r}: {error}", where=where, fix=fix) from error
-    if not callable(found):
-        raise RecipeError(f"{name} is not a function", where=where, got=type(found).__name__)
-    return found
+    if not callable(imported):
+        raise RecipeError(f"{name} is not a function", where=where, got=type(imported).__name__)
+    return imported
 
 
-def _read_own(read: ReadRecord, row: Row) -> Example:
-    """A record by the user's own function; what it raises about the record is a fault of the data."""
+def _read_custom(read: ReadRecord, row: RecordView) -> Example:
+    """Reads a record with a custom function. Its exceptions are reported as errors in the data."""
     try:
         example = read(row.record)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         what = f"the format's function raises {type(error).__name__}: {error}"
         raise row.error(what, got=f"keys {listed(row.record)}") from error
     if not isinstance(example, Chat | Document):
-        raise row.error("the format's function returned no Chat or Document", got=type(example).__name__)
+        raise row.error("the format's function must return Chat or Document", got=type(example).__name__)
     if isinstance(example, Document):
         if not any(segment.is_target and segment.text.strip() for segment in example.segments):
-            raise row.error("the format's function returned a document with nothing to learn")
+            raise row.error("the format's function returned a document without a target")
         return example
     row.number(example.weight, what="the format's function: weight")
-    plain = replace(row, record={}, fields={})  # the function has used what the record says
+    plain = replace(row, record={}, fields={})  # the function has already read the record
     return checked_chat(to_messages(example.messages, plain, OPENAI_ROLES), row, example)
 
 
-def _read_text(row: Row) -> Document:
+def _read_text(row: RecordView) -> Document:
     return Document([Segment(row.text("text"), 1.0)], row.weight())
 
 
-def _read_prompt_completion(row: Row) -> Example:
+def _read_prompt_completion(row: RecordView) -> Example:
     if isinstance(row.record.get(row.column("prompt")), list):
         return _read_conversation_parts(row)
-    return _asked(row, row.prompt("prompt"), answer=row.target("completion"))
+    return _prompted(row, row.prompt("prompt"), answer=row.target("completion"))
 
 
-def _read_conversation_parts(row: Row) -> Chat:
-    """TRL's prompt and completion as lists of messages: those of the prompt are only read."""
+def _read_conversation_parts(row: RecordView) -> Chat:
+    """Reads TRL's prompt and completion as lists of messages. The messages of the prompt are context only."""
     prompt = to_messages(row.items("prompt"), row, OPENAI_ROLES)
-    read: list[Message] = [
+    context: list[Message] = [
         {**turn, "weight": 0.0} if turn["role"] == "assistant" else turn for turn in prompt
     ]
     completion = [] if row.is_prompt else row.value("completion")
     if not isinstance(completion, list):
-        fix = "write it as a list of messages, as the prompt is"
+        fix = "write it as a list of messages, like the prompt"
         raise row.error(f"{row.name('completion')}: expected list", got=kind_name(type(completion)), fix=fix)
     answers = to_messages(completion, row, OPENAI_ROLES)
-    return checked_chat([*read, *answers], row, to_empty_chat(row))
+    return checked_chat([*context, *answers], row, to_empty_chat(row))
 
 
-def _read_instruct(row: Row) -> Example:
-    """Instruct, input and label directly after one another, as the published system writes them."""
-    instruct, given = row.prompt("instruct"), row.optional("input")
+def _read_instruct(row: RecordView) -> Example:
+    """Reads instruct, input and label, which are concatenated without separators."""
+    instruct, input_text = row.prompt("instruct"), row.optional("input")
     if row.render == "chat":
-        return _asked(row, join_turn(instruct, given), answer=row.target("label"))
-    return _asked(row, instruct + given, answer=row.target("label"))
+        return _prompted(row, join_turn(instruct, input_text), answer=row.target("label"))
+    return _prompted(row, instruct + input_text, answer=row.target("label"))
 
 
-def _read_alpaca(row: Row) -> Example:
-    """Stanford Alpaca's prompt; as a chat, the instruction and, after an empty line, the input."""
-    instruction, given, answer = row.prompt("instruction"), row.optional("input"), row.target("output")
+def _read_alpaca(row: RecordView) -> Example:
+    """Reads Stanford Alpaca's format. In a chat, the input follows the instruction after an empty line."""
+    instruction, input_text, answer = row.prompt("instruction"), row.optional("input"), row.target("output")
     system, history = row.optional("system"), _read_history(row)
     if row.render == "chat":
-        return _asked(row, join_turn(instruction, given), answer=answer, system=system, history=history)
+        return _prompted(
+            row, join_turn(instruction, input_text), answer=answer, system=system, history=history
+        )
     if history:
-        fix = "give the tokenizer a chat template (tokenizer.chat_template: chatml), and render: chat"
-        raise row.error(f"{row.name('history')} needs turns, and the prompt is plain text", fix=fix)
-    preamble = system or (ALPACA_PREAMBLE_WITH_INPUT if given else ALPACA_PREAMBLE)
-    prompt = f"{preamble}\n\n{ALPACA_HEAD}{instruction}{ALPACA_INPUT + given if given else ''}{ALPACA_TAIL}"
-    return _asked(row, prompt, answer=answer)
+        fix = "set a chat template (tokenizer.chat_template: chatml) and render: chat"
+        raise row.error(f"{row.name('history')} needs chat turns, but the prompt is plain text", fix=fix)
+    preamble = system or (ALPACA_PREAMBLE_WITH_INPUT if input_text else ALPACA_PREAMBLE)
+    input_part = ALPACA_INPUT + input_text if input_text else ""
+    prompt = f"{preamble}\n\n{ALPACA_HEAD}{instruction}{input_part}{ALPACA_TAIL}"
+    return _prompted(row, prompt, answer=answer)
 
 
-def _read_history(row: Row) -> list[Message]:
-    """LLaMA-Factory's ``history``: pairs of an earlier question and its answer."""
+def _read_history(row: RecordView) -> list[Message]:
+    """Reads LLaMA-Factory's ``history``: pairs of an earlier question and its answer."""
     turns: list[Message] = []
     for number, pair in enumerate(row.parsed("history", list), start=1):
         what = f"pair {number} of {row.name('history')}"
@@ -495,24 +507,24 @@ def _read_history(row: Row) -> list[Message]:
     return turns
 
 
-def _read_messages(row: Row) -> Chat:
+def _read_messages(row: RecordView) -> Chat:
     messages = to_messages(row.items("messages"), row, OPENAI_ROLES)
     return checked_chat(with_system(messages, row), row, to_empty_chat(row))
 
 
-def _read_sharegpt(row: Row) -> Chat:
+def _read_sharegpt(row: RecordView) -> Chat:
     turns = []
     for number, turn in enumerate(row.items("conversations"), start=1):
         what = f"message {number}"
         turn = {key: value for key, value in row.expect(dict, turn, what=what).items() if value is not None}
         for key, other in (("from", "role"), ("value", "content")):
             if key in turn and other in turn:
-                raise row.error(f"{what} has {key!r} and {other!r}", fix="remove one of them")
+                raise row.error(f"{what} has both {key!r} and {other!r}", fix="remove one of them")
             if key in turn:
                 turn[other] = turn.pop(key)
         if turn.get("role") == "function_call":
             if "tool_calls" in turn:
-                raise row.error(f"{what} is a function_call and has tool_calls", fix="remove one of them")
+                raise row.error(f"{what} is a function_call with tool_calls", fix="remove one of them")
             calls = row.from_json(turn.pop("content", None) or "[]", object, what=f"{what}: the call")
             turn["tool_calls"] = calls if isinstance(calls, list) else [calls]
         turns.append(turn)
@@ -520,34 +532,34 @@ def _read_sharegpt(row: Row) -> Chat:
     return checked_chat(with_system(messages, row), row, to_empty_chat(row))
 
 
-def _read_segments(row: Row) -> Document:
+def _read_segments(row: RecordView) -> Document:
     segments = []
     for number, item in enumerate(row.items("segments"), start=1):
         what = f"segment {number}"
-        given = row.expect(dict, item, what=what)
-        if unknown := [key for key in given if key not in ("text", "train", "weight")]:
+        fields = row.expect(dict, item, what=what)
+        if unknown := [key for key in fields if key not in ("text", "train", "weight")]:
             hint = did_you_mean(unknown[0], ("text", "train", "weight"))
             raise row.error(
-                f"{what}: unknown key {unknown[0]!r}{hint}", fix="a segment has text, train, weight"
+                f"{what}: unknown key {unknown[0]!r}{hint}", fix="allowed keys are text, train, weight"
             )
-        text = row.expect(str, given.get("text"), what=f"{what}: 'text'")
-        learned = row.expect(bool, given.get("train"), what=f"{what}: 'train'")
-        weight = given.get("weight")
-        counts = 1.0 if weight is None else row.number(weight, what=f"{what}: 'weight'")
-        segments.append(Segment(text, counts if learned else 0.0))
-    learned = "".join(segment.text for segment in segments if segment.is_target)
-    row.not_blank(learned, 'the text with "train": true')
+        text = row.expect(str, fields.get("text"), what=f"{what}: 'text'")
+        is_target = row.expect(bool, fields.get("train"), what=f"{what}: 'train'")
+        weight = fields.get("weight")
+        factor = 1.0 if weight is None else row.number(weight, what=f"{what}: 'weight'")
+        segments.append(Segment(text, factor if is_target else 0.0))
+    target = "".join(segment.text for segment in segments if segment.is_target)
+    row.not_blank(target, 'the text with "train": true')
     return Document(segments, row.weight())
 
 
 FORMATS: dict[Format, RecordFormat] = {
     "text": RecordFormat(_read_text, ("text",), WEIGHT_KEYS),
     "prompt_completion": RecordFormat(
-        _read_prompt_completion, ("prompt", "completion"), CHAT_KEYS, is_asked=True
+        _read_prompt_completion, ("prompt", "completion"), CHAT_KEYS, has_prompt=True
     ),
-    "instruct": RecordFormat(_read_instruct, ("instruct", "label"), ("input", *WEIGHT_KEYS), is_asked=True),
+    "instruct": RecordFormat(_read_instruct, ("instruct", "label"), ("input", *WEIGHT_KEYS), has_prompt=True),
     "alpaca": RecordFormat(
-        _read_alpaca, ("instruction", "output"), ("input", "system", "history", *WEIGHT_KEYS), is_asked=True
+        _read_alpaca, ("instruction", "output"), ("input", "system", "history", *WEIGHT_KEYS), has_prompt=True
     ),
     "messages": RecordFormat(_read_messages, ("messages",), ("system", *CHAT_KEYS)),
     "sharegpt": RecordFormat(_read_sharegpt, ("conversations",), ("system", *CHAT_KEYS)),
@@ -556,20 +568,20 @@ FORMATS: dict[Format, RecordFormat] = {
 }
 
 
-def join_turn(instruction: str, given: str = "") -> str:
-    """A user's turn: the instruction and, after one empty line, the input without line breaks around it."""
-    if not given.strip():
+def join_turn(instruction: str, input_text: str = "") -> str:
+    """Joins an instruction and its input, with one empty line in between, to the text of a user turn."""
+    if not input_text.strip():
         return instruction
-    return instruction.rstrip("\n") + "\n\n" + given.strip("\n")
+    return instruction.rstrip("\n") + "\n\n" + input_text.strip("\n")
 
 
-def _asked(
-    row: Row, prompt: str, *, answer: str, system: str = "", history: Sequence[Message] = ()
+def _prompted(
+    row: RecordView, prompt: str, *, answer: str, system: str = "", history: Sequence[Message] = ()
 ) -> Example:
-    """A prompt and its completion: two segments, or turns of a chat."""
+    """Converts a prompt and its completion to two segments or to turns of a chat."""
     if row.render == "plain":
-        if given := [key for key in ("tools", "functions", "chat_template_kwargs") if row.has(key)]:
-            raise row.error(f"{row.name(given[0])} needs turns, and the prompt is plain text")
+        if chat_keys := [key for key in ("tools", "functions", "chat_template_kwargs") if row.has(key)]:
+            raise row.error(f"{row.name(chat_keys[0])} needs chat turns, but the prompt is plain text")
         target = [] if row.is_prompt else [Segment(answer, 1.0)]
         return Document([Segment(prompt, 0.0), *target], row.weight())
     messages: list[Message] = [{"role": "system", "content": system}] if system else []

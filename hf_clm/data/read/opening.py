@@ -1,6 +1,6 @@
-"""A file, here or on another machine, as a decompressed stream; what is no data of its type is told apart.
+"""Opens local and remote files as decompressed streams, and detects files that are not of their type.
 
-poems.jsonl.gz, s3://bucket/poems.jsonl.gz -> bytes -> first bytes checked -> decompressed -> checked again
+poems.jsonl.gz, s3://bucket/poems.jsonl.gz -> bytes -> check first bytes -> decompress -> check again
 """
 
 import bz2
@@ -30,8 +30,8 @@ from hf_clm.data.read.readers import (
 from hf_clm.errors import DataError, EnvironmentFault, UserError
 
 
-class Kind(NamedTuple):
-    """What the first bytes of a file tell: it belongs under ``ending``, or ``fix`` says what to do."""
+class Signature(NamedTuple):
+    """A file type and its first bytes. Such a file needs the suffix ``ending``; otherwise see ``fix``."""
 
     head: re.Pattern[bytes]
     name: str
@@ -39,46 +39,46 @@ class Kind(NamedTuple):
     fix: str = ""
 
 
-def _kind(head: bytes, name: str, *, ending: str = "", fix: str = "") -> Kind:
-    return Kind(re.compile(head, re.DOTALL), name, ending, fix)
+def _signature(head: bytes, name: str, *, ending: str = "", fix: str = "") -> Signature:
+    return Signature(re.compile(head, re.DOTALL), name, ending, fix)
 
 
 SAVE_TABLE = "save it as .csv, .jsonl or .parquet"
 UNPACK = "unpack it"
 HTML = rb"(\xef\xbb\xbf)?\s*<(?i:!doctype html|html)"
-KINDS = (
-    _kind(rb"version https://git-lfs", "a Git-LFS pointer, not the data", fix="run git lfs pull"),
-    _kind(HTML, "an HTML page, not data", fix="download the raw file"),
-    _kind(rb"\x1f\x8b\x08", "gzip", ending=".gz"),
-    _kind(rb"\x28\xb5\x2f\xfd", "zstd", ending=".zst"),
-    _kind(rb"\xfd7zXZ\0", "xz", ending=".xz"),
-    _kind(rb"BZh[1-9](1AY&SY|\x17\x72\x45)", "bzip2", ending=".bz2"),
-    _kind(rb"\x04\x22\x4d\x18", "lz4", fix="decompress it"),
-    _kind(rb"PAR1[^ -~]", "a Parquet file", ending=".parquet"),
-    _kind(rb"ARROW1\0\0|\xff\xff\xff\xff.{4}", "an Arrow file", ending=".arrow"),
-    _kind(rb"FEA1\0", "a Feather file of version 1", fix=SAVE_TABLE),
-    _kind(rb"PK\x03\x04.{0,4000}?(xl/|word/|ppt/)", "an Excel or other Office file", fix=SAVE_TABLE),
-    _kind(rb"PK\x03\x04.{26,300}\[Content_Types\]", "an Excel or other Office file", fix=SAVE_TABLE),
-    _kind(rb"PK[\x03\x05]", "a zip archive", fix=UNPACK),
-    _kind(rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel or Word file", fix=SAVE_TABLE),
-    _kind(rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07", "an archive", fix=UNPACK),
-    _kind(rb".{257}ustar", "a tar archive", fix=UNPACK),
-    _kind(rb"\x80[\x02-\x05]", "a Python pickle", fix=SAVE_TABLE),
-    _kind(rb"\x93NUMPY", "a NumPy array", fix=SAVE_TABLE),
-    _kind(rb"\x89HDF\r\n", "an HDF5 file", fix=SAVE_TABLE),
-    _kind(rb"SQLite format 3\0", "an SQLite database", fix="export the table as .csv"),
-    _kind(rb"Obj\x01|ORC[\0-\x1f]", "an Avro or ORC file", fix=SAVE_TABLE),
-    _kind(rb"%PDF-", "a PDF", fix="extract its text into a .txt file"),
-    _kind(rb"\{\\rtf", "an RTF document", fix="save it as plain text"),
-    _kind(rb"\x89PNG|\xff\xd8\xff|GIF8[79]a", "an image", fix="remove it"),
-    _kind(rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32 text, not UTF-8", fix="iconv -f UTF-32 -t UTF-8"),
-    _kind(rb"\xff\xfe|\xfe\xff", "UTF-16 text, not UTF-8", fix="iconv -f UTF-16 -t UTF-8"),
+SIGNATURES = (
+    _signature(rb"version https://git-lfs", "a Git-LFS pointer, not the data", fix="run git lfs pull"),
+    _signature(HTML, "an HTML page, not data", fix="download the raw file"),
+    _signature(rb"\x1f\x8b\x08", "gzip", ending=".gz"),
+    _signature(rb"\x28\xb5\x2f\xfd", "zstd", ending=".zst"),
+    _signature(rb"\xfd7zXZ\0", "xz", ending=".xz"),
+    _signature(rb"BZh[1-9](1AY&SY|\x17\x72\x45)", "bzip2", ending=".bz2"),
+    _signature(rb"\x04\x22\x4d\x18", "lz4", fix="decompress it"),
+    _signature(rb"PAR1[^ -~]", "a Parquet file", ending=".parquet"),
+    _signature(rb"ARROW1\0\0|\xff\xff\xff\xff.{4}", "an Arrow file", ending=".arrow"),
+    _signature(rb"FEA1\0", "a Feather file of version 1", fix=SAVE_TABLE),
+    _signature(rb"PK\x03\x04.{0,4000}?(xl/|word/|ppt/)", "an Excel or other Office file", fix=SAVE_TABLE),
+    _signature(rb"PK\x03\x04.{26,300}\[Content_Types\]", "an Excel or other Office file", fix=SAVE_TABLE),
+    _signature(rb"PK[\x03\x05]", "a zip archive", fix=UNPACK),
+    _signature(rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel or Word file", fix=SAVE_TABLE),
+    _signature(rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07", "an archive", fix=UNPACK),
+    _signature(rb".{257}ustar", "a tar archive", fix=UNPACK),
+    _signature(rb"\x80[\x02-\x05]", "a Python pickle", fix=SAVE_TABLE),
+    _signature(rb"\x93NUMPY", "a NumPy array", fix=SAVE_TABLE),
+    _signature(rb"\x89HDF\r\n", "an HDF5 file", fix=SAVE_TABLE),
+    _signature(rb"SQLite format 3\0", "an SQLite database", fix="export the table as .csv"),
+    _signature(rb"Obj\x01|ORC[\0-\x1f]", "an Avro or ORC file", fix=SAVE_TABLE),
+    _signature(rb"%PDF-", "a PDF", fix="extract its text into a .txt file"),
+    _signature(rb"\{\\rtf", "an RTF document", fix="save it as plain text"),
+    _signature(rb"\x89PNG|\xff\xd8\xff|GIF8[79]a", "an image", fix="remove it"),
+    _signature(rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32 text, not UTF-8", fix="iconv -f UTF-32 -t UTF-8"),
+    _signature(rb"\xff\xfe|\xfe\xff", "UTF-16 text, not UTF-8", fix="iconv -f UTF-16 -t UTF-8"),
 )
 BINARY = re.compile(rb"[\x00-\x08\x0e-\x1f]")
-HEAD_BYTES = 1 << 13  # what a buffered reader holds at once; a zip file names its first member in it
+HEAD_BYTES = 1 << 13  # size of a reader's buffer; enough for the name of a zip file's first member
 DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
-    ".zst": lambda raw: _open_zstd(raw),  # pyarrow is imported where it is needed
+    ".zst": lambda raw: _open_zstd(raw),  # imports pyarrow only when needed
     ".xz": lzma.open,
     ".bz2": bz2.open,
 }
@@ -86,24 +86,24 @@ DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Any]] = {
 
 @contextmanager
 def open_stream(file: str, options: ReadOptions, *, report: ReadReport) -> Iterator[Stream]:
-    """Opens a file of a known type and decompresses it; what goes wrong with it is an error that names it."""
+    """Opens and decompresses a file of a supported type. All errors name the file."""
     with naming(file), open_raw(file) as raw:
-        packed, ending = compression(file), suffix(file)
-        _refuse(raw.peek(HEAD_BYTES), file, ending=packed or ending)
+        compression_suffix, ending = compression(file), suffix(file)
+        _refuse(raw.peek(HEAD_BYTES), file, ending=compression_suffix or ending)
         if ending not in READERS:
             raise DataError("unknown file type", where=file, got=repr(ending), fix=KNOWN_TYPES)
-        if not packed:
+        if not compression_suffix:
             has_columns = ending in (".parquet", ".arrow")
-            yield Stream(file, raw if not has_columns or _can_seek(raw) else _held(raw), options, report)
+            yield Stream(file, raw if not has_columns or _can_seek(raw) else _load(raw), options, report)
             return
-        with io.BufferedReader(DECOMPRESSORS[packed](raw)) as stream:
+        with io.BufferedReader(DECOMPRESSORS[compression_suffix](raw)) as stream:
             _refuse(stream.peek(HEAD_BYTES), file, ending=ending)
-            yield Stream(file, _held(stream) if ending in (".parquet", ".arrow") else stream, options, report)
+            yield Stream(file, _load(stream) if ending in (".parquet", ".arrow") else stream, options, report)
 
 
 @contextmanager
 def open_raw(file: str) -> Iterator[io.BufferedReader]:
-    """Opens a file as it is stored, here or, by its URL, elsewhere."""
+    """Opens a local or remote file without decompressing it."""
     if not is_remote(file):
         with open(file, "rb") as raw:
             yield raw
@@ -116,7 +116,7 @@ def open_raw(file: str) -> Iterator[io.BufferedReader]:
 
 
 def file_size(file: str) -> int:
-    """The stored bytes of a file, here or elsewhere; 0 where its server does not say."""
+    """Returns the size of a local or remote file in bytes; 0 if its server does not report it."""
     if not is_remote(file):
         return os.path.getsize(file)
     fs, path = open_filesystem(file)
@@ -130,7 +130,7 @@ def is_remote(path: str) -> bool:
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it."""
+    """Returns the fsspec file system of a URL and the path in it."""
     from fsspec.core import url_to_fs
 
     with naming_remote(url):
@@ -139,7 +139,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def naming_remote(url: str) -> Iterator[None]:
-    """Turns what a file system elsewhere raises into an error that names the URL."""
+    """Converts the errors of a remote file system to errors that name the URL."""
     try:
         yield
     except UserError:
@@ -147,14 +147,14 @@ def naming_remote(url: str) -> Iterator[None]:
     except ImportError as error:
         package = getattr(error.__cause__, "name", None) or error.name or ""
         fix = f"pip install {package}"
-        raise EnvironmentFault("cannot be read without another package", where=url, fix=fix) from error
+        raise EnvironmentFault("needs another package to be read", where=url, fix=fix) from error
     except FileNotFoundError as error:
-        if isinstance(error.__cause__, OSError):  # aiohttp: no connection
+        if isinstance(error.__cause__, OSError):  # aiohttp raises this if there is no connection
             raise _unreachable(url, error.__cause__) from error
         raise DataError("no such file", where=url, fix="check the URL") from error
     except ValueError as error:
-        raise DataError("not a URL that can be read", where=url, got=first_line(error)) from error
-    except Exception as error:  # each service raises errors of its own
+        raise DataError("not a supported URL", where=url, got=first_line(error)) from error
+    except Exception as error:  # every service has its own exceptions
         raise _unreachable(url, error) from error
 
 
@@ -164,7 +164,7 @@ def _unreachable(url: str, error: Exception) -> EnvironmentFault:
 
 
 class _Remote(io.RawIOBase):
-    """A file of fsspec as a raw stream; a read that fails names the URL."""
+    """Wraps an fsspec file as a raw stream whose errors name the URL."""
 
     def __init__(self, file: Any, url: str):
         self.file, self.url = file, url
@@ -193,13 +193,13 @@ class _Remote(io.RawIOBase):
         super().close()
 
 
-def _held(stream: io.BufferedReader) -> io.BufferedReader:
-    """All of a stream, in memory: columns are read from the end of a file."""
+def _load(stream: io.BufferedReader) -> io.BufferedReader:
+    """Reads a complete stream into memory, since columnar files are read from their end."""
     return io.BufferedReader(cast(io.RawIOBase, io.BytesIO(stream.read())))
 
 
 def _can_seek(raw: io.BufferedReader) -> bool:
-    """Whether columns can be read where they lie: a web server may give a file from its start only."""
+    """Whether a stream supports seeking; some web servers send files only from the start."""
     try:
         raw.seek(0, os.SEEK_END)
         raw.seek(0)
@@ -209,42 +209,43 @@ def _can_seek(raw: io.BufferedReader) -> bool:
 
 
 def _open_zstd(raw: IO[bytes]) -> Any:
-    import pyarrow  # and not zstandard, which takes a file that is cut off for a complete one
+    import pyarrow  # zstandard would accept a truncated file as complete
 
     return pyarrow.CompressedInputStream(cast(Any, raw), "zstd")
 
 
 @contextmanager
 def naming(file: str) -> Iterator[None]:
-    """Turns what the system, a decompressor or pyarrow raises into an error that names the file."""
+    """Converts the errors of the system, of decompressors and of pyarrow to errors that name the file."""
     try:
         yield
     except (ValueError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise EnvironmentFault("cannot be read", where=file, got=str(error.strerror)) from error
-        what, fix = "damaged, cut off, or not of the type it is named as", "fetch or write it again"
+        what = "damaged, truncated, or not of the type that its name suggests"
+        fix = "download or write it again"
         raise DataError(what, where=file, got=first_line(error), fix=fix) from error
 
 
 def _refuse(head: bytes, file: str, *, ending: str) -> None:
-    """Raises for first bytes that are of another kind than ``ending``, the one the file is opened by."""
-    kind = next((kind for kind in KINDS if kind.head.match(head)), None)
+    """Raises DataError if the first bytes of a file do not match its ``ending``."""
+    kind = next((kind for kind in SIGNATURES if kind.head.match(head)), None)
     if kind is not None and not (kind.ending and kind.ending == ending):
         what = kind.name
         if ", not " not in what:
             is_known = ending in READERS or ending in COMPRESSED
-            what = f"{what}, not {ending}" if is_known else f"unknown file type {ending!r}: it is {what}"
+            what = f"{what}, not {ending}" if is_known else f"unknown file type {ending!r}; it is {what}"
         raise DataError(what, where=file, fix=kind.fix or _new_name(file, kind.ending))
     is_packed = ending in COMPRESSED and suffix(file) in READERS
     if kind is None and is_packed and head and not BINARY.search(head):
-        raise DataError(f"not compressed, although it is named {ending}", where=file, fix=f"remove {ending}")
+        raise DataError(f"not compressed despite its suffix {ending}", where=file, fix=f"remove {ending}")
 
 
 def _new_name(file: str, ending: str) -> str:
-    """``rename it to poems.jsonl.gz``."""
-    name, packed = os.path.basename(file), compression(file)
+    """Returns advice such as ``rename it to poems.jsonl.gz``."""
+    name, compression_suffix = os.path.basename(file), compression(file)
     if ending not in COMPRESSED:
-        return f"rename it to {os.path.splitext(name[: len(name) - len(packed)])[0]}{ending}"
-    if packed:  # by another program, or twice
-        return f"decompress it, or rename it to {name[: -len(packed)]}{ending}"
-    return f"rename it to {name}{ending}" if suffix(file) else f"rename it, such as {name}.jsonl{ending}"
+        return f"rename it to {os.path.splitext(name[: len(name) - len(compression_suffix)])[0]}{ending}"
+    if compression_suffix:  # with another program, or twice
+        return f"decompress it, or rename it to {name[: -len(compression_suffix)]}{ending}"
+    return f"rename it to {name}{ending}" if suffix(file) else f"rename it, e.g. to {name}.jsonl{ending}"

@@ -1,7 +1,7 @@
-"""A chat template for models that learned plain prompts: it writes just the prompts of their training.
+"""Makes chat templates for models trained on plain prompts, which render the prompts used in training.
 
-So ``pipeline("text-generation")(messages)`` asks such a model as it was trained. It takes one question, and a
-system text where the format has one. What else a record held stands in keys of the message:
+``pipeline("text-generation")(messages)`` then prompts such a model as it was trained. The template accepts a
+single question, and a system text if the format has one. Other fields of a record are keys of the message:
 
     {"role": "user", "content": "Translate to German.", "input": "chat"}
 """
@@ -33,7 +33,7 @@ ALPACA = re.compile(
     rf"(?:{ALPACA_INPUT}(?P<input>.*?))?{ALPACA_TAIL}",
     re.DOTALL,
 )
-MARK = "{#- Writes the plain prompts that this model was trained on. -#}"
+MARK = "{#- Renders the plain prompts that this model was trained on. -#}"
 ONE_QUESTION = (
     "{%- set system = messages[0].content if messages[0].role == 'system' else '' %}"
     "{%- set turns = messages[1:] if system else messages %}"
@@ -48,24 +48,24 @@ ANSWER = "{%- if turns | length > 1 %}{{- turns[1].content + eos_token }}{%- end
 
 
 def plain_template(format: str, template: Template | None, *, starts: bool) -> str | None:
-    """The Jinja text for the prompts of a format, or of a source's own template; None where it has none.
+    """Returns the Jinja source for the prompts of a format or of a source's template, or None.
 
-    ``starts``: the tokenizer begins every text with its start token.
+    ``starts``: whether the tokenizer adds its start token to every text.
     """
     start = "{{- bos_token }}" if starts else ""
     if template is not None:
-        return None if template.completion is None else _whole(start, NO_SYSTEM, _of_columns(template))
+        return None if template.completion is None else _assemble(start, NO_SYSTEM, _of_columns(template))
     if format == "alpaca":
-        return _whole(start, "", _alpaca())
+        return _assemble(start, "", _alpaca())
     if format == "instruct":
-        return _whole(start, NO_SYSTEM, "{{- user.content }}{{- user.input or '' }}")
-    return _whole(start, NO_SYSTEM, "{{- user.content }}") if format == "prompt_completion" else None
+        return _assemble(start, NO_SYSTEM, "{{- user.content }}{{- user.input or '' }}")
+    return _assemble(start, NO_SYSTEM, "{{- user.content }}") if format == "prompt_completion" else None
 
 
 def as_messages(example: Example, format: str, template: Template | None) -> list[dict[str, str]] | None:
-    """A prompt as messages that its chat template writes; None where it takes more than messages.
+    """Returns a prompt as messages for its chat template, or None if messages are not enough.
 
-    Of a plain prompt the parts are told again from its text.
+    The parts of a plain prompt are recovered from its text.
     """
     if isinstance(example, Chat):
         plain = [{"role": m["role"], "content": m.get("content", "")} for m in example.messages]
@@ -89,33 +89,33 @@ def as_messages(example: Example, format: str, template: Template | None) -> lis
         match = ALPACA.fullmatch(text)
         if match is None:
             return None
-        given = {"input": match["input"]} if match["input"] else {}
-        known = (ALPACA_PREAMBLE, ALPACA_PREAMBLE_WITH_INPUT)
-        system = [] if match["head"] in known else [{"role": "system", "content": match["head"]}]
-        return [*system, {"role": "user", "content": match["instruction"], **given}]
+        extra = {"input": match["input"]} if match["input"] else {}
+        preambles = (ALPACA_PREAMBLE, ALPACA_PREAMBLE_WITH_INPUT)
+        system = [] if match["head"] in preambles else [{"role": "system", "content": match["head"]}]
+        return [*system, {"role": "user", "content": match["instruction"], **extra}]
     return [{"role": "user", "content": text}] if format in ("instruct", "prompt_completion") else None
 
 
 def is_plain(tokenizer: Any) -> bool:
-    """Whether a tokenizer's template is one of these."""
+    """Whether a tokenizer's template was made here."""
     return str(cast(Any, tokenizer).chat_template or "").startswith(MARK)
 
 
-def _whole(start: str, checks: str, prompt: str) -> str:
+def _assemble(start: str, checks: str, prompt: str) -> str:
     return MARK + ONE_QUESTION + checks + start + prompt + ANSWER
 
 
 def _alpaca() -> str:
     preamble = f"{_text(ALPACA_PREAMBLE_WITH_INPUT)} if user.input else {_text(ALPACA_PREAMBLE)}"
-    given = f"{{%- if user.input %}}{{{{- {_text(ALPACA_INPUT)} + user.input }}}}{{%- endif %}}"
+    input_part = f"{{%- if user.input %}}{{{{- {_text(ALPACA_INPUT)} + user.input }}}}{{%- endif %}}"
     return (
         f"{{{{- system or ({preamble}) }}}}{{{{- {_text(chr(10) * 2 + ALPACA_HEAD)} + user.content }}}}"
-        f"{given}{{{{- {_text(ALPACA_TAIL)} }}}}"
+        f"{input_part}{{{{- {_text(ALPACA_TAIL)} }}}}"
     )
 
 
 def _of_columns(template: Template) -> str:
-    """The first column is the message's content; the others are keys of the message."""
+    """Renders a source's template: its first column is the message's content, the others are keys."""
     first = template.columns[0]
     pieces = []
     for part in split_template(template.shown):
@@ -125,32 +125,32 @@ def _of_columns(template: Template) -> str:
 
 
 def _text(text: str) -> str:
-    """A Jinja string."""
+    """Quotes a text as a Jinja string."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
     return f"'{escaped}'"
 
 
 def settle_render(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Recipe:
-    """The recipe with ``data.render: auto`` decided. A template that only writes plain prompts is none."""
+    """Resolves ``data.render: auto``. A template for plain prompts does not count as a chat template."""
     return recipe.for_tokenizer(has_template=bool(tokenizer.chat_template) and not is_plain(tokenizer))
 
 
 def give_plain_template(
     tokenizer: PreTrainedTokenizerFast, recipe: Recipe, *, formats: Iterable[str]
 ) -> list[str]:
-    """Gives the tokenizer a chat template that writes the plain prompts of a run; returns lines to print.
+    """Sets a chat template that renders the plain prompts of a run; returns lines to print.
 
-    So the model can be asked with transformers alone. Nothing is done for chats and for pretraining.
+    The model can then be prompted with transformers alone. Has no effect for chats and for pretraining.
     """
-    found = sorted(formats)
-    if recipe.stage != "sft" or recipe.data.render == "chat" or {"messages", "sharegpt"}.intersection(found):
+    names = sorted(formats)
+    if recipe.stage != "sft" or recipe.data.render == "chat" or {"messages", "sharegpt"}.intersection(names):
         return []
     templates = [source.template for source in recipe.data.train]
     starts = bos_token(tokenizer) is not None
-    is_alike = len(found) == 1 and all(template == templates[0] for template in templates)
-    text = plain_template(found[0], templates[0], starts=starts) if is_alike else None
+    is_alike = len(names) == 1 and all(template == templates[0] for template in templates)
+    text = plain_template(names[0], templates[0], starts=starts) if is_alike else None
     if text is None:
-        why = f"{', '.join(found)} have no single form of a prompt"
-        return [f"asked     by hf-clm generate alone: no chat template is saved ({why})"]
+        why = f"{', '.join(names)} have no common prompt format"
+        return [f"prompts   only hf-clm generate can prompt this model: no chat template is saved ({why})"]
     tokenizer.chat_template = text
-    return [f"asked     as messages too: a chat template that writes these prompts ({found[0]}) is saved"]
+    return [f"prompts   saved a chat template that renders these prompts ({names[0]}) from messages"]

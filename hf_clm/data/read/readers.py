@@ -1,6 +1,6 @@
-"""One reader a type of file: a stream of bytes to (place, value).
+"""Readers for each file type: a stream of bytes -> (place, value) pairs.
 
-A reader gives, in the place of a value that is refused, the ``DataError`` that says why.
+If a value cannot be parsed, the reader yields a ``DataError`` in its place.
 """
 
 import csv
@@ -17,24 +17,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hf_clm.errors import DataError
 
-if TYPE_CHECKING:  # it takes a third of a second to import
+if TYPE_CHECKING:  # importing it takes a third of a second
     import pyarrow
 
-Items = Iterator[tuple[str, Any]]  # (place, value), or (place, why the value is refused)
+Items = Iterator[tuple[str, Any]]  # (place, value) or (place, error)
 BATCH_ROWS = 1024
-BATCH_BYTES = 1 << 22  # of columns, that are made records at once
-READ_BYTES = 1 << 20
+BATCH_BYTES = 1 << 22  # of columns converted to records at once
+BUFFER_BYTES = 1 << 20
 TEXTS = (".txt", ".md", ".markdown", ".rst")
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
-OLD_LINE_ENDS = "its lines end in a carriage return alone: tr '\\r' '\\n' < FILE > NEW_FILE"
-INDEX = re.compile(r"Unnamed: \d+")
-ENCLOSED = re.compile(r'"(""|[^"])*"')  # a cell as csv writes it
-DOCUMENT_FIX = "one object a line; a JSON array or pretty-printed object belongs into a .json file"
+OLD_LINE_ENDS = "its lines end in a carriage return only: tr '\\r' '\\n' < FILE > NEW_FILE"
+PANDAS_INDEX = re.compile(r"Unnamed: \d+")
+QUOTED_CELL = re.compile(r'"(""|[^"])*"')
+DOCUMENT_FIX = "write one object per line; put a JSON array or a pretty-printed object into a .json file"
 
 
 @dataclass(frozen=True)
-class Record:
-    """A raw row; ``where`` is "poems.jsonl:17" (file and line), or "poems.csv: record 17"."""
+class RawRecord:
+    """A record; ``where`` is "poems.jsonl:17" (file and line) or "poems.csv: record 17"."""
 
     data: dict[str, Any]
     where: str
@@ -42,11 +42,12 @@ class Record:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files are read.
+    """Options for reading files.
 
     Args:
-        max_line_bytes: the longest line of jsonl, csv and tsv.
-        quoting: whether quotes enclose the cells of a table; auto: those of csv, and not of tsv.
+        max_line_bytes: maximum length of a line in jsonl, csv and tsv files.
+        quoting: whether cells of a table may be quoted: ``csv`` (yes), ``none`` or ``auto`` (in csv files,
+            not in tsv files).
     """
 
     max_line_bytes: int = 8 * 1024 * 1024
@@ -55,31 +56,31 @@ class ReadOptions:
 
 @dataclass
 class ReadReport:
-    """What was read; filled while reading."""
+    """Statistics and notes, filled in while reading."""
 
     files: list[str] = field(default_factory=list)
     records: int = 0
     blank_lines: int = 0
-    bad_lines: list[str] = field(default_factory=list)  # the messages of dropped records
+    bad_lines: list[str] = field(default_factory=list)  # messages of dropped records
     nul_records: int = 0
-    left_out: list[str] = field(default_factory=list)  # files of a folder that are not read
-    notes: list[str] = field(default_factory=list)  # whole sentences about what was read, and what not
+    left_out: list[str] = field(default_factory=list)  # files in a folder that are not read
+    notes: list[str] = field(default_factory=list)  # sentences about what was read and what was not
 
     def note(self, text: str) -> None:
-        """Adds a note, once."""
+        """Adds a note unless it is already there."""
         if text not in self.notes:
             self.notes.append(text)
 
     def to_lines(self) -> list[str]:
-        """The notes, and which files were not read."""
+        """Returns the notes and a line about files that were not read."""
         if not self.left_out:
             return self.notes
         what = "1 file" if len(self.left_out) == 1 else f"{len(self.left_out):,} files"
-        some = ", ".join(self.left_out[:5]) + (", ..." if len(self.left_out) > 5 else "")
-        return [*self.notes, f"{what} not read: {some}"]
+        examples = ", ".join(self.left_out[:5]) + (", ..." if len(self.left_out) > 5 else "")
+        return [*self.notes, f"{what} not read: {examples}"]
 
     def add(self, other: "ReadReport") -> None:
-        """Counts in what was read beside; not the files and bad lines."""
+        """Adds the notes and counts of another report, but not its files and bad lines."""
         for text in other.notes:
             self.note(text)
         self.records += other.records
@@ -89,7 +90,7 @@ class ReadReport:
 
 @dataclass
 class Stream:
-    """A file that is read, decompressed; or some of its lines, with the number of those ``before`` them."""
+    """A decompressed file, or some of its lines and the number of lines ``before`` them."""
 
     file: str
     stream: io.BufferedReader
@@ -108,7 +109,7 @@ def _read_json_lines(source: Stream) -> Items:
 
 
 def _read_json(source: Stream) -> Items:
-    """An array of objects, one object, or (common under this name) an object per line."""
+    """Reads an array of objects, a single object, or one object per line, which is common in .json files."""
     data = source.stream.read()
     text = or_raise(_decode(data, source.file))
     first_line = text.strip().split("\n", 1)[0]
@@ -121,10 +122,10 @@ def _read_json(source: Stream) -> Items:
 
 
 def _read_table(source: Stream, *, delimiter: str) -> Items:
-    csv.field_size_limit(max(csv.field_size_limit(), source.options.max_line_bytes))  # else 128 KiB a cell
+    csv.field_size_limit(max(csv.field_size_limit(), source.options.max_line_bytes))  # default: 128 KiB
     lines = (or_raise(line) for _, line in _lines(source))
     first = next(lines, "")
-    # Excel's own first line, which the module csv is not given and does not count.
+    # Excel's delimiter line; the csv module does not see and count it.
     named = re.fullmatch(r'"?sep=(.)"?\s*', first, re.IGNORECASE)
     is_quoted = source.options.quoting == "csv" or (source.options.quoting == "auto" and delimiter != "\t")
     delimiter, skipped = (named[1], 1) if named else (delimiter, 0)
@@ -134,17 +135,17 @@ def _read_table(source: Stream, *, delimiter: str) -> Items:
         quoting=csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE,
         strict=True,
     )
-    number = enclosed = 0
+    number = quoted = 0
     try:
         header = next((row for row in reader if row), [])
         _check_header(header, delimiter, f"{source.file}:{reader.line_num + skipped}")
-        for name in filter(INDEX.fullmatch, header):
-            what = f"column {name!r} is an index of pandas, which to_csv(..., index=False) leaves out"
+        for name in filter(PANDAS_INDEX.fullmatch, header):
+            what = f"column {name!r} is a pandas index; to_csv(..., index=False) omits it"
             source.report.note(f"{source.file}: {what}")
         for row in reader:
             number += bool(row)
             if len(row) == len(header):
-                enclosed += not is_quoted and any(ENCLOSED.fullmatch(cell) for cell in row)
+                quoted += not is_quoted and any(QUOTED_CELL.fullmatch(cell) for cell in row)
                 yield f"{source.file}: record {number}", dict(zip(header, row, strict=True))
             elif row:
                 where = f"{source.file}:{reader.line_num + skipped}"
@@ -154,29 +155,29 @@ def _read_table(source: Stream, *, delimiter: str) -> Items:
                 source.report.blank_lines += 1
     except csv.Error as error:
         where = f"{source.file}:{reader.line_num + skipped}"
-        fix = "check the quotes, or quoting: none where they are letters"
+        fix = "check the quotes, or set quoting: none if they are part of the text"
         fix = OLD_LINE_ENDS if "new-line" in str(error) else fix
         raise DataError(f"not a valid table: {error}", where=where, fix=fix) from None
-    if enclosed:
-        what = f"{enclosed:,} records with a cell in quotes, which were read as part of the text"
-        source.report.note(f"{source.file}: {what}; if they are not, set quoting: csv on the source")
+    if quoted:
+        what = f"{quoted:,} records with a quoted cell, whose quotes were read as part of the text"
+        source.report.note(f"{source.file}: {what}; to remove the quotes, set quoting: csv on the source")
 
 
 def _cells_fix(row: list[str], is_quoted: bool) -> str:
     is_open = not is_quoted and any('"' in (cell[:1], cell[-1:]) for cell in row)
-    return "quoting: csv, if quotes enclose the cells" if is_open else ""
+    return "set quoting: csv if cells are quoted" if is_open else ""
 
 
 def _check_header(header: list[str], delimiter: str, where: str) -> None:
-    """Raises for a header that shows that the table was written in another way than it is read."""
+    """Raises DataError if the header shows that the table has another delimiter or a pandas index."""
     other = next((sign for sign in ";\t,|" if sign != delimiter and sign in "".join(header)), "")
     if len(header) == 1 and other:
-        fix = f"write it with {delimiter!r} between the cells, or begin it with a line sep={other}"
-        fix = "name it .tsv" if other == "\t" else fix
-        what = f"a single column, whose name holds {other!r}"
+        fix = f"separate the cells with {delimiter!r}, or add a first line sep={other}"
+        fix = "rename it to .tsv" if other == "\t" else fix
+        what = f"a single column, whose name contains {other!r}"
         raise DataError(what, where=where, got=repr(header[0]), fix=fix)
     if len(header) > 1 and not header[0].strip():
-        fix = "leave out pandas' index (to_csv(..., index=False)), or give the column a name"
+        fix = "omit pandas' index (to_csv(..., index=False)), or give the column a name"
         raise DataError("the first column has no name", where=where, fix=fix)
     _check_columns(header, where)
 
@@ -188,9 +189,9 @@ def _read_columns(source: Stream) -> Items:
 
 
 def column_batches(source: Stream) -> Iterator["pyarrow.RecordBatch"]:
-    """The rows of Parquet or of an Arrow file (with an index at its end, or a stream, as datasets writes it).
+    """Yields the rows of a Parquet or Arrow file (random-access or stream format) in batches.
 
-    In batches of a few megabytes. Memory holds one: what was read of a mapped file is given back.
+    Batches have a few megabytes, and only one is in memory: pages of a memory-mapped file are released.
     """
     batches, forget = _open_parquet(source) if suffix(source.file) == ".parquet" else _open_arrow(source)
     for batch in batches:
@@ -203,7 +204,7 @@ def column_batches(source: Stream) -> Iterator["pyarrow.RecordBatch"]:
 
 
 def batch_rows(batch: "pyarrow.RecordBatch") -> list[dict[str, Any]]:
-    """The rows of a batch; what datasets stores as JSON text, because rows differ in type, is decoded."""
+    """Returns the rows of a batch. Decodes values that datasets stores as JSON text because types differ."""
     rows = batch.to_pylist()
     if "arrow.json" not in str(batch.schema):
         return rows
@@ -218,7 +219,7 @@ def _open_arrow(source: Stream) -> tuple[Iterable["pyarrow.RecordBatch"], Callab
 
     is_indexed = source.stream.peek(6).startswith(b"ARROW1")
     raw: Any = source.stream.raw
-    if isinstance(raw, io.FileIO):  # no more of it is in memory than what is looked at
+    if isinstance(raw, io.FileIO):  # memory-mapped, so that only the pages in use are in memory
         content = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
         buffer, forget = pyarrow.py_buffer(content), partial(content.madvise, mmap.MADV_DONTNEED)
     else:
@@ -236,7 +237,7 @@ def _open_arrow(source: Stream) -> tuple[Iterable["pyarrow.RecordBatch"], Callab
 def _open_parquet(source: Stream) -> tuple[Iterable["pyarrow.RecordBatch"], Callable[[], None]]:
     from pyarrow import parquet
 
-    table = parquet.ParquetFile(source.stream, buffer_size=READ_BYTES)  # pages, not whole columns
+    table = parquet.ParquetFile(source.stream, buffer_size=BUFFER_BYTES)  # reads pages, not complete columns
     _check_columns(table.schema_arrow.names, source.file)
     groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
     widest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
@@ -245,7 +246,7 @@ def _open_parquet(source: Stream) -> tuple[Iterable["pyarrow.RecordBatch"], Call
 
 
 def _read_text(source: Stream) -> Items:
-    """The whole file is one record; its lines end in a newline only, whatever system wrote it."""
+    """Reads the complete file as one record, with line ends normalized to newlines."""
     text = or_raise(_decode(source.stream.read(), source.file)).replace("\r\n", "\n")
     text = text if "\n" in text else text.replace("\r", "\n")
     if text.strip():
@@ -263,12 +264,13 @@ READERS: dict[str, Callable[[Stream], Items]] = {
     **dict.fromkeys(TEXTS, _read_text),
 }
 KNOWN_TYPES = (
-    f"known are {', '.join(READERS)}, each also with {', '.join(COMPRESSED[:-1])} or {COMPRESSED[-1]}"
+    f"supported types are {', '.join(READERS)}, each also with {', '.join(COMPRESSED[:-1])} or "
+    f"{COMPRESSED[-1]}"
 )
 
 
 def _lines(source: Stream) -> Iterator[tuple[int, str | DataError]]:
-    """(number, line with its end); a line that is too long is passed over without being held."""
+    """Yields (number, line with its end). A line that is too long is skipped without loading it."""
     limit, number = source.options.max_line_bytes, source.before
     while raw := source.stream.readline(limit + 1):
         number += 1
@@ -277,14 +279,14 @@ def _lines(source: Stream) -> Iterator[tuple[int, str | DataError]]:
             continue
         rest = raw
         while rest and not rest.endswith(b"\n"):
-            rest = source.stream.readline(READ_BYTES)
+            rest = source.stream.readline(BUFFER_BYTES)
         where, got = f"{source.file}:{number}", f"over {limit:,} bytes"
         fix = "raise max_line_bytes" if b"\r" not in raw[:-1] else OLD_LINE_ENDS
         yield number, DataError("line too long", where=where, got=got, fix=fix)
 
 
 def _decode(data: bytes, file: str, *, line: int = 1) -> str | DataError:
-    """The text of bytes that begin on ``line``, or why there is none."""
+    """Decodes bytes that begin on ``line``; returns the error if they are not UTF-8."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -300,16 +302,16 @@ def _decode(data: bytes, file: str, *, line: int = 1) -> str | DataError:
 def _guess_encoding(line: bytes) -> str:
     if b"\0" in line or line.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
-    if re.sub(rb"[\xa1-\xfe]{2}", b"", line).isascii():  # its high bytes come in pairs
+    if re.sub(rb"[\xa1-\xfe]{2}", b"", line).isascii():  # high bytes come in pairs
         return "gb18030"
     return "cp1252" if re.search(rb"[\x80-\x9f]", line) else "latin-1"
 
 
 def _parse(text: str, file: str, *, line: int = 1) -> Any:
-    """The JSON value of a text that begins on ``line``, or why there is none."""
+    """Parses a JSON text that begins on ``line``; returns the error if it is not valid."""
     near = ""
     try:
-        return JSON.decode(text.rstrip())  # an error at its end is on this line, not the next
+        return JSON.decode(text.rstrip())  # an error at the end must be on this line, not the next
     except RecursionError:
         what = "JSON nested too deeply"
     except json.JSONDecodeError as error:
@@ -326,15 +328,15 @@ def _json_advice(text: str, file: str) -> str:
     if "\r" in text.strip():
         return OLD_LINE_ENDS
     if not text.endswith(("\n", "}", "]")):
-        return "the file ends inside this line: fetch or write it again, or set on_bad_record: drop"
+        return "the file ends in this line: download or write it again, or set on_bad_record: drop"
     return "" if suffix(file) == ".json" else DOCUMENT_FIX
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | DataError:
-    """An object, or, for ``_check`` to find in its place, the error where a key is given twice."""
-    found = dict(pairs)
-    got = f"keys {', '.join(key for key, _ in pairs)}" if len(found) < len(pairs) else ""
-    return DataError("a key is given twice in an object", got=got) if got else found
+    """Returns an object, or an error in its place if a key occurs twice; ``check_value`` raises it."""
+    value = dict(pairs)
+    got = f"keys {', '.join(key for key, _ in pairs)}" if len(value) < len(pairs) else ""
+    return DataError("a key occurs twice in an object", got=got) if got else value
 
 
 JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=partial(DataError, fix="use null"))
@@ -342,33 +344,33 @@ JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=partial(DataEr
 
 def _check_columns(names: list[str], where: str) -> None:
     if bad := [name for name in names if not name.strip() or names.count(name) > 1]:
-        what = f"{names.count(bad[0])} column(s) of the name {bad[0]!r}"
-        raise DataError(what, where=where, fix="give each column a name of its own")
+        what = f"{names.count(bad[0])} column(s) named {bad[0]!r}"
+        raise DataError(what, where=where, fix="give each column a unique name")
 
 
 def suffix(file: str) -> str:
-    """``.jsonl`` of ``poems.jsonl.gz``."""
+    """Returns the file type: ``.jsonl`` for ``poems.jsonl.gz``."""
     return os.path.splitext(_name(file).removesuffix(compression(file)))[1]
 
 
 def compression(file: str) -> str:
-    """``.gz`` of ``poems.jsonl.gz``; nothing where the file is not compressed."""
+    """Returns the compression suffix: ``.gz`` for ``poems.jsonl.gz``, "" if there is none."""
     ending = os.path.splitext(_name(file))[1]
     return ending if ending in COMPRESSED else ""
 
 
 def _name(file: str) -> str:
-    """A file's name in small letters, of a URL without its query."""
+    """Returns a file name in lower case; for a URL, without its query."""
     return (file.partition("?")[0] if "://" in file else file).lower()
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, in short."""
+    """Returns the first line of a library's error message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def or_raise(text: str | Exception) -> str:
-    """The text, unless it is why there is none."""
+    """Returns the text, or raises it if it is an error."""
     if isinstance(text, Exception):
         raise text
     return text

@@ -1,4 +1,4 @@
-"""Records to checked examples, without torch: what a file says, and what is learned from it."""
+"""Converts records to checked examples, without torch."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from hf_clm.data.read.formats import (
     to_example,
     unknown_keys,
 )
-from hf_clm.data.read.sources import ReadOptions, ReadReport, Record, check_value
+from hf_clm.data.read.sources import RawRecord, ReadOptions, ReadReport, check_value
 from hf_clm.data.read.templating import to_template_example
 from hf_clm.errors import DataError
 from hf_clm.recipe.recipe import Data, Source
@@ -26,9 +26,9 @@ NONCHARACTER = re.compile("[\ufdd0\ufdd1]")  # the marks of hf_clm.text.encode
 
 @dataclass
 class Examples:
-    """Checked examples with the place each came from.
+    """Checked examples and their places.
 
-    ``origins`` (N,): the number of its source in ``sources``.
+    ``origins`` (N,): number of each example's source in ``sources``.
     """
 
     examples: Sequence[AnyExample] = field(default_factory=list)
@@ -44,12 +44,12 @@ class Examples:
 
 
 def read_options(data: Data, source: Source) -> ReadOptions:
-    """How the recipe wants the files of a source to be read."""
+    """Returns the recipe's options for reading the files of a source."""
     return ReadOptions(data.max_line_bytes, source.quoting)
 
 
 class CheckedRecord(NamedTuple):
-    """A record that can be used: its format, what is learned from it, and the columns that nothing reads."""
+    """A usable record: its format, its example, its unused columns, and whether it has a NUL character."""
 
     format: str
     example: AnyExample
@@ -58,12 +58,12 @@ class CheckedRecord(NamedTuple):
 
 
 def check_record(value: Any, where: str, source: Source, *, data: Data, first: FirstSeen) -> CheckedRecord:
-    """Checks what a reader gives, and makes an example of it. ``first``: see check_same_schema.
+    """Checks a record and converts it to an example. For ``first`` see check_same_schema.
 
-    Raises DataError for a record that cannot be used.
+    Raises DataError if the record cannot be used.
     """
     has_nul = check_value(value, where)
-    record = Record(value, where)
+    record = RawRecord(value, where)
     format, example = read_example(record, source, data=data, first=first)
     unknown = unknown_columns(record, source, format=format)
     if data.special_tokens_in_text != "allow":
@@ -72,13 +72,15 @@ def check_record(value: Any, where: str, source: Source, *, data: Data, first: F
 
 
 def no_example(sources: Iterable[Source], report: ReadReport) -> DataError:
-    """The error for sources that give nothing to learn."""
+    """Returns the error for sources without usable records."""
     got = f"{report.records} records read, {len(report.bad_lines)} skipped"
     return DataError("no example to train on", where=", ".join(source.path for source in sources), got=got)
 
 
-def read_example(record: Record, source: Source, *, data: Data, first: FirstSeen) -> tuple[str, AnyExample]:
-    """The format of a record and what is learned from it. ``first``: see check_same_schema."""
+def read_example(
+    record: RawRecord, source: Source, *, data: Data, first: FirstSeen
+) -> tuple[str, AnyExample]:
+    """Returns the format of a record and its example. For ``first`` see check_same_schema."""
     if source.template:
         return "template", to_template_example(record.data, source.template, where=record.where)
     format = source.format or check_same_schema(record.data, record.where, first=first, fields=source.fields)
@@ -97,17 +99,14 @@ def read_example(record: Record, source: Source, *, data: Data, first: FirstSeen
 
 
 def _check_marks(example: AnyExample, where: str) -> None:
-    """Raises for a text with one of the characters by which control tokens in a text are marked."""
+    """Raises DataError if a text has one of the characters that mark control tokens."""
     if any(not text.isascii() and NONCHARACTER.search(text) for text in example.texts):
-        what, fix = (
-            "the text holds a noncharacter (U+FDD0 or U+FDD1)",
-            "remove it; no valid text contains one",
-        )
-        raise DataError(what, where=where, fix=fix)
+        fix = "remove it; no valid text contains one"
+        raise DataError("the text contains a noncharacter (U+FDD0 or U+FDD1)", where=where, fix=fix)
 
 
-def unknown_columns(record: Record, source: Source, *, format: str) -> list[str]:
-    """The columns of a record that nothing reads. A template takes those that it names."""
+def unknown_columns(record: RawRecord, source: Source, *, format: str) -> list[str]:
+    """Returns the columns of a record that its format does not read; none if its source has a template."""
     if source.template:
         return []
     return unknown_keys(record.data, format, fields=source.fields)

@@ -1,4 +1,4 @@
-"""A record seen through the keys of its format, and the checks that every format shares."""
+"""Access to a record by the keys of its format, and checks shared by all formats."""
 
 import json
 import math
@@ -12,14 +12,14 @@ from hf_clm.errors import DataError, did_you_mean
 from hf_clm.schema import Render
 
 Record = Mapping[str, Any]
-Fields = Mapping[str, str] | None  # a format's key -> its column in the record, where they differ
-STEP = re.compile(r"\.?[^.\[\]]+|\[[^.\[\]]+\]")
+Fields = Mapping[str, str] | None  # maps keys of a format to columns of the record, where they differ
+PATH_STEP = re.compile(r"\.?[^.\[\]]+|\[[^.\[\]]+\]")
 PATH = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[[^.\[\]]+\])+")
 
 
 @dataclass(frozen=True)
-class Row:
-    """A record seen through its format's keys. The methods raise ``DataError`` with place and column."""
+class RecordView:
+    """A record accessed by the keys of its format. Methods raise ``DataError`` with place and column."""
 
     record: Record
     where: str
@@ -41,7 +41,7 @@ class Row:
         try:
             value = look_up(self.record, self.column(key))
         except LookupError as error:
-            fix = f"add it, or name its column: fields: {{{key}: COLUMN}}"
+            fix = f"add it, or set its column with fields: {{{key}: COLUMN}}"
             raise self.error(f"missing {self.name(key)}", got=str(error), fix=fix) from None
         if is_missing(value):
             what = f"{self.name(key)} is {missing_name(value)}"
@@ -49,21 +49,21 @@ class Row:
         return value
 
     def text(self, key: str) -> str:
-        """Text that must not be blank."""
+        """Returns a text that must not be blank."""
         return self.not_blank(self.expect(str, self.value(key), what=self.name(key)), self.name(key))
 
     def prompt(self, key: str) -> str:
-        """Text on the prompt side: blank only where that is allowed."""
+        """Returns a text of the prompt, which may be blank only with ``allow_empty_prompt``."""
         if not self.allow_empty_prompt:
             return self.text(key)
         return self.expect(str, self.value(key), what=self.name(key))
 
     def target(self, key: str) -> str:
-        """Text to be learned; nothing at inference."""
+        """Returns a target text; empty at inference."""
         return "" if self.is_prompt else self.text(key)
 
     def optional(self, key: str) -> str:
-        """Text that may be missing: null, blank and (unless ``fields`` names it) missing count as empty."""
+        """Returns an optional text: "" if it is null, blank or (unless ``fields`` maps it) missing."""
         column = self.column(key)
         if is_missing(self.record[column]) if column in self.record else key not in self.fields:
             return ""
@@ -77,7 +77,7 @@ class Row:
         return items
 
     def parsed(self, key: str, kind: type) -> Any:
-        """A list or an object that may be missing, or written as JSON text."""
+        """Returns an optional list or object, which may be given as JSON text."""
         if not self.has(key):
             return kind()
         return self.from_json(self.value(key), kind, what=self.name(key))
@@ -93,7 +93,7 @@ class Row:
         return self.expect(kind, value, what=what)
 
     def weight(self) -> float:
-        """The record's weight; 1 where it has none."""
+        """Returns the record's weight; default 1."""
         weight = 1.0
         for key in ("weight", "loss_weight"):
             if self.has(key):
@@ -103,7 +103,7 @@ class Row:
     def number(self, value: Any, *, what: str) -> float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not (math.isfinite(value) and value >= 0):
-            raise self.error(f"{what}: expected a number from 0 up", got=repr(value))
+            raise self.error(f"{what}: expected a number of at least 0", got=repr(value))
         return float(value)
 
     def expect(self, kind: type, value: Any, *, what: str) -> Any:
@@ -111,11 +111,11 @@ class Row:
             raise self.error(f"{what}: expected {kind_name(kind)}", got=kind_name(type(value)))
         return value
 
-    def check_keys(self, given: Mapping[str, Any], known: Sequence[str], *, what: str) -> None:
-        """Raises for a key that is not known: what it means could change what is learned."""
-        if unknown := [key for key in given if key not in known]:
-            hint = did_you_mean(unknown[0], known)
-            fix = f"it may have {', '.join(known)}"
+    def check_keys(self, keys: Mapping[str, Any], allowed: Sequence[str], *, what: str) -> None:
+        """Raises DataError for an unknown key, since ignoring it could change the labels."""
+        if unknown := [key for key in keys if key not in allowed]:
+            hint = did_you_mean(unknown[0], allowed)
+            fix = f"allowed keys are {', '.join(allowed)}"
             raise self.error(f"{what}: unknown key {unknown[0]!r}{hint}", fix=fix)
 
     def not_blank(self, text: str, what: str) -> str:
@@ -128,26 +128,26 @@ class Row:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value is null, or what tables write in its place: NaN, and NA and NaT of pandas."""
+    """Whether a value is null or one of the null values of tables: NaN, and pandas' NA and NaT."""
     if value is None or isinstance(value, str):
         return value is None
     return type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, Number) and value != value)
 
 
 def missing_name(value: Any) -> str:
-    """How a message calls a missing value."""
+    """Returns the name of a missing value for messages."""
     return "null" if value is None else "NaN" if isinstance(value, Number) else str(value)
 
 
 def look_up(record: Record, column: str) -> Any:
-    """The value of a column, or of a part of one: ``meta.title``, ``instances[0].output``.
+    """Returns the value of a column or nested value, such as ``meta.title`` or ``instances[0].output``.
 
-    A column of that very name comes first. Raises LookupError that says which part is missing.
+    A column with exactly this name comes first. Raises LookupError with the missing part.
     """
     if column in record:
         return record[column]
     value, path = record, ""
-    for step in STEP.findall(column) if PATH.fullmatch(column) else [column]:
+    for step in PATH_STEP.findall(column) if PATH.fullmatch(column) else [column]:
         name = step.strip(".[]")
         if isinstance(value, Mapping) and name in value:
             value = value[name]
@@ -167,10 +167,10 @@ def look_up(record: Record, column: str) -> Any:
 
 
 def root_column(record: Record, column: str) -> str:
-    """The column of the record that a name is of, or is a part of."""
+    """Returns the column of a record to which a name or path belongs."""
     if column in record or not PATH.fullmatch(column):
         return column
-    return STEP.findall(column)[0]
+    return PATH_STEP.findall(column)[0]
 
 
 def _is_index(name: str, length: int) -> bool:
@@ -178,10 +178,10 @@ def _is_index(name: str, length: int) -> bool:
 
 
 def kind_name(kind: type) -> str:
-    """A type as JSON calls it."""
+    """Returns the JSON name of a type."""
     return {"Mapping": "object", "dict": "object", "NoneType": "null"}.get(kind.__name__, kind.__name__)
 
 
 def listed(names: Iterable[Any]) -> str:
-    """The names of keys or columns, for an error."""
+    """Formats the names of keys or columns for an error message."""
     return ", ".join(repr(str(name)) for name in names) or "none"

@@ -1,40 +1,37 @@
-"""Records to Examples by the template of their source: what the template writes, and what the record says.
+"""Renders records as examples with the template of their source.
 
-{title}<sep>{content}    a record    ->  title | <sep> | content      <sep> is a token here, and plain text
-                                                                      where a title spells it
+{title}<sep>{content}    a record    ->  title | <sep> | content      <sep> is a token here, but plain text
+                                                                      if it occurs in a title
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from hf_clm.data.read.row import is_missing, look_up, missing_name
+from hf_clm.data.read.row import Record, is_missing, look_up, missing_name
 from hf_clm.errors import DataError
 from hf_clm.recipe.template import Part, Template, split_template, to_cell
 from hf_clm.schema import Document, Segment
 
-Record = Mapping[str, Any]
-
 
 def to_template_example(record: Record, template: Template, *, where: str = "") -> Document:
-    """A record as its template renders it: the prompt is read, completion or text are learned.
+    """Renders a record with its template. The prompt is context; the completion or text is the target.
 
-    Raises DataError for a column that is not there or empty, and for a value without a label.
+    Raises DataError for a missing or empty column, and for a value without a label.
     """
     cells = with_title(record)
     if template.completion is None:
         return Document(_fill(template.shown, cells, where=where, weight=1.0))
-    read = _fill(template.shown, cells, where=where, weight=0.0)
-    learned = _fill(template.completion, cells, where=where, weight=1.0, labels=template.labels)
-    return Document(read + learned)
+    prompt = _fill(template.shown, cells, where=where, weight=0.0)
+    target = _fill(template.completion, cells, where=where, weight=1.0, labels=template.labels)
+    return Document(prompt + target)
 
 
 def to_template_prompt(record: Record, template: Template, *, where: str = "") -> Document:
-    """The prompt of a record, as training renders it.
+    """Renders the prompt of a record as in training.
 
-    Of a text what lies before its first column without a value: title and ``<sep>`` where there is a title
-    only. A text that has all its columns ends with the last one, to be continued there.
+    The prompt of a text ends before its first column without a value, e.g. after title and ``<sep>`` if only
+    the title is given. If all columns have values, it ends after the last column.
     """
     cells = with_title(record)
     if template.completion is not None:
@@ -43,20 +40,20 @@ def to_template_prompt(record: Record, template: Template, *, where: str = "") -
     columns = [number for number, part in enumerate(parts) if part.is_column]
     missing = (number for number in columns if not _has(cells, parts[number].text))
     end = next(missing, columns[-1] + 1)
-    kept = [_to_segment(part, cells, where=where) for part in parts[:end]]
+    segments = [_to_segment(part, cells, where=where) for part in parts[:end]]
     if end <= columns[0]:
         _to_segment(parts[columns[0]], cells, where=where)  # raises
-    return Document([replace(segment, weight=0.0) for segment in kept])
+    return Document([replace(segment, weight=0.0) for segment in segments])
 
 
 def to_template_words(text: str, template: Template, *, input_text: str = "") -> Document:
-    """The prompt for words from the command line: the first column, and ``input_text`` the second."""
+    """Renders a prompt from the command line: ``text`` is the first column, ``input_text`` the second."""
     words = [text, *([input_text] if input_text else [])]
     return to_template_prompt(dict(zip(template.columns, words, strict=False)), template, where="--prompt")
 
 
 def with_title(record: Record) -> Record:
-    """A record that is a text alone has also a ``title``, its first line, and a ``content``, the rest."""
+    """Adds ``title`` (the first line) and ``content`` (the rest) to a record that has only a text."""
     if set(record) != {"text"} or not isinstance(record["text"], str):
         return record
     title, _, content = record["text"].strip().partition("\n")
@@ -71,14 +68,14 @@ def _fill(
 
 
 def _to_segment(part: Part, cells: Record, *, where: str, labels: Mapping[str, str] | None = None) -> Segment:
-    """The template's own text, or what the record says in the column of that name."""
+    """Returns the template's text or the record's value in a column."""
     text = part.text
     if not part.is_column:
         return Segment(text, weight=1.0, is_own=True)
     try:
         cell = look_up(cells, text)
     except LookupError as error:
-        raise _no_column(text, error, where=where) from None
+        raise _missing_column(text, error, where=where) from None
     what = f"column {text!r}: expected text or a number"
     if is_missing(cell) or not isinstance(cell, str | int | float):
         got = missing_name(cell) if is_missing(cell) else type(cell).__name__
@@ -87,7 +84,7 @@ def _to_segment(part: Part, cells: Record, *, where: str, labels: Mapping[str, s
         raise DataError(what, where=where, got=str(cell))
     word = to_cell(cell)
     if labels and word not in labels:
-        fix = f"add it to the template's labels, which name {', '.join(map(repr, labels))}"
+        fix = f"add it to the template's labels, which are {', '.join(map(repr, labels))}"
         raise DataError(f"column {text!r} has a value without a label", where=where, got=repr(word), fix=fix)
     word = labels[word] if labels else word
     if not word.strip():
@@ -104,5 +101,5 @@ def _has(cells: Record, column: str) -> bool:
     return not is_missing(cell) and bool(to_cell(cell or "").strip())
 
 
-def _no_column(column: str, error: LookupError, *, where: str) -> DataError:
-    return DataError(f"the template names a column {column!r}", where=where, got=str(error))
+def _missing_column(column: str, error: LookupError, *, where: str) -> DataError:
+    return DataError(f"missing column {column!r} of the template", where=where, got=str(error))

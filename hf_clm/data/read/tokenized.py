@@ -1,15 +1,15 @@
-"""Rows that a user has tokenized: ids with labels and masks, of one document or several."""
+"""Reads tokenized records: ids with labels and masks, of one document or several."""
 
 from itertools import pairwise
 
-from hf_clm.data.read.row import Row, kind_name
+from hf_clm.data.read.row import RecordView, kind_name
 from hf_clm.schema import IGNORE_INDEX, Tokens
 
 MASKS = ("labels", "completion_mask", "assistant_masks", "attention_mask", "position_ids", "seq_lengths")
 
 
-def read_tokenized(row: Row) -> Tokens:
-    """Ids of the user's own, with every mask that is known: a place is learned where all of them allow it."""
+def read_tokenized(row: RecordView) -> Tokens:
+    """Reads token ids and combines all masks: a token has a label only if every mask allows it."""
     ids = _ids("input_ids", row)
     labels = list(ids)
     if row.column("labels") in row.record:
@@ -22,14 +22,14 @@ def read_tokenized(row: Row) -> Tokens:
     if row.column("attention_mask") in row.record:
         start, stop = _attended(_mask("attention_mask", ids, row), row)
         if (start, stop) != (0, len(ids)) and len(lengths) > 1:
-            raise row.error("a packed row with padding", fix="remove the padding and its attention_mask")
+            raise row.error("a packed row with padding", fix="remove the padding and the attention_mask")
         ids, labels, mask = ids[start:stop], labels[start:stop], mask[start:stop]
         lengths = [len(ids)] if len(lengths) == 1 else lengths
     return Tokens(ids, labels, lengths, row.weight(), [] if all(mask) else mask)
 
 
-def _ids(key: str, row: Row, *, may_be: tuple[int, ...] = ()) -> list[int]:
-    """Integers from 0 up to 2**31 - 1, or one of ``may_be``."""
+def _ids(key: str, row: RecordView, *, may_be: tuple[int, ...] = ()) -> list[int]:
+    """Returns integers from 0 to 2**31 - 1, or from ``may_be``."""
     ids = row.items(key)
     for position, token in enumerate(ids):
         if type(token) is not int:  # a bool is an int by isinstance
@@ -39,34 +39,34 @@ def _ids(key: str, row: Row, *, may_be: tuple[int, ...] = ()) -> list[int]:
     return list(ids)
 
 
-def _of_length(values: list[int], ids: list[int], key: str, row: Row) -> list[int]:
+def _of_length(values: list[int], ids: list[int], key: str, row: RecordView) -> list[int]:
     if len(values) != len(ids):
         raise row.error(f"input_ids and {key} differ in length", got=f"{len(ids)} and {len(values)}")
     return values
 
 
-def _mask(key: str, ids: list[int], row: Row) -> list[int]:
-    """A mask of zeros and ones, or booleans."""
+def _mask(key: str, ids: list[int], row: RecordView) -> list[int]:
+    """Returns a mask of zeros and ones; accepts booleans."""
     values = _of_length(row.items(key), ids, key, row)
     at = next((at for at, value in enumerate(values) if value not in (0, 1)), None)
     if at is not None:
-        fix = "0 and 1; documents of a packed row are told by seq_lengths or position_ids"
+        fix = "use 0 and 1; mark the documents of a packed row with seq_lengths or position_ids"
         raise row.error(f"{row.name(key)}, position {at}: not a mask", got=repr(values[at]), fix=fix)
     return [int(value) for value in values]
 
 
-def _attended(mask: list[int], row: Row) -> tuple[int, int]:
-    """Where the tokens begin and end between the padding."""
+def _attended(mask: list[int], row: RecordView) -> tuple[int, int]:
+    """Returns the start and end of the tokens between the padding."""
     start = next((at for at, value in enumerate(mask) if value), len(mask))
     stop = start + sum(map(bool, mask))
     if not all(mask[start:stop]):
-        fix = "a row for each document, or position_ids"
+        fix = "use one row per document, or position_ids"
         raise row.error("attention_mask has a gap between tokens", got=f"at {start}", fix=fix)
     return start, stop
 
 
-def _document_lengths(row: Row, length: int) -> list[int]:
-    """The documents of a packed row, by ``seq_lengths`` or by ``position_ids`` that begin again at 0."""
+def _document_lengths(row: RecordView, length: int) -> list[int]:
+    """Returns the lengths of the documents in a row, from ``seq_lengths`` or restarts of ``position_ids``."""
     if row.column("seq_lengths") in row.record:
         lengths = _ids("seq_lengths", row)
         if sum(lengths) != length or 0 in lengths:

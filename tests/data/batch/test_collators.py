@@ -1,4 +1,4 @@
-"""Batches in literals."""
+"""Batches compared with literals."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def test_padding_is_masked_by_length_not_by_id():
 
 
 @pytest.mark.parametrize(("multiple", "width"), [(1, 3), (2, 4), (3, 3), (8, 8)])
-def test_the_width_is_a_multiple_where_one_is_asked_for(multiple, width):
+def test_the_width_is_rounded_up_to_the_requested_multiple(multiple, width):
     batch = DataCollatorForCausalLM(PAD, pad_to_multiple_of=multiple)([SHORT, LONG])
 
     assert {tuple(value.shape) for value in batch.values()} == {(2, width)}
@@ -50,7 +50,7 @@ def test_the_width_is_a_multiple_where_one_is_asked_for(multiple, width):
     assert batch["labels"][batch["attention_mask"] == 0].tolist() == [X] * (2 * width - 5)
 
 
-def test_packed_rows_are_laid_one_behind_the_other():
+def test_packed_rows_are_concatenated():
     batch = DataCollatorForPackedCausalLM()([PACKED, SHORT])
 
     assert {key: value.tolist() for key, value in batch.items() if torch.is_tensor(value)} == {
@@ -66,7 +66,7 @@ def test_packed_rows_are_laid_one_behind_the_other():
     assert {batch[key].dtype for key in ("input_ids", "labels", "position_ids")} == {torch.int64}
 
 
-def test_an_example_that_is_not_packed_is_one_document():
+def test_an_unpacked_example_is_one_document():
     batch = DataCollatorForPackedCausalLM()([LONG])
 
     assert batch["position_ids"].tolist() == [[0, 1, 2]]
@@ -74,8 +74,8 @@ def test_an_example_that_is_not_packed_is_one_document():
     assert batch["max_length_q"] == 3
 
 
-def test_the_first_label_of_a_document_is_masked_where_a_row_still_has_it():
-    """It would be learned from the document before."""
+def test_the_first_label_of_each_document_is_masked():
+    """It would otherwise be predicted from the previous document."""
     batch = DataCollatorForPackedCausalLM()(
         [{**PACKED, "labels": [1, 2, 3, 4, 5]}, {"input_ids": [6, 7], "labels": [6, 7]}]
     )
@@ -83,7 +83,7 @@ def test_the_first_label_of_a_document_is_masked_where_a_row_still_has_it():
     assert batch["labels"].tolist() == [[X, 2, X, 4, 5, X, 7]]
 
 
-def test_rows_of_arrays_give_the_batch_of_rows_of_lists_and_stay_as_they_were():
+def test_rows_of_arrays_give_the_same_batch_as_lists_and_are_not_modified():
     """Read-only, as from a memory map."""
     rows = [{key: np.array(values, dtype=np.int32) for key, values in row.items()} for row in (PACKED, SHORT)]
     for values in (values for row in rows for values in row.values()):
@@ -94,7 +94,7 @@ def test_rows_of_arrays_give_the_batch_of_rows_of_lists_and_stay_as_they_were():
     assert plain(batch) == plain(DataCollatorForPackedCausalLM(with_targets=True)([PACKED, SHORT]))
 
 
-def test_rows_without_weights_count_1_beside_those_that_have_them_and_padding_counts_0():
+def test_rows_without_weights_have_weight_1_and_padding_has_weight_0():
     weighted = {**LONG, "weights": [0.5, 2.0, 0.1]}
     shape = StaticShape(tokens=7, documents=2, max_length=4)
 
@@ -109,7 +109,7 @@ def test_rows_without_weights_count_1_beside_those_that_have_them_and_padding_co
     assert padded.dtype == packed.dtype == static.dtype == torch.float32
 
 
-def test_rows_of_arrays_with_weights_give_the_batch_of_rows_of_lists():
+def test_rows_of_arrays_with_weights_give_the_same_batch_as_lists():
     row = {**PACKED, "weights": [1.0, 0.25, 1.0, 3.0, 1.0]}
     arrays = {"input_ids": np.int32, "labels": np.int32, "position_ids": np.int64, "weights": np.float32}
 
@@ -120,17 +120,17 @@ def test_rows_of_arrays_with_weights_give_the_batch_of_rows_of_lists():
 
 
 @pytest.mark.parametrize("collate", [DataCollatorForCausalLM(PAD), DataCollatorForPackedCausalLM()])
-def test_a_batch_without_weights_has_no_key_for_them(collate):
+def test_a_batch_without_weights_has_no_loss_weights(collate):
     assert "loss_weights" not in collate([SHORT, LONG])
 
 
-def test_weights_of_another_length_than_the_tokens_are_refused():
+def test_weights_must_be_as_long_as_the_tokens():
     for collate in (DataCollatorForCausalLM(PAD), DataCollatorForPackedCausalLM()):
         with pytest.raises(ValueError, match="shape"):
             collate([SHORT, {**LONG, "weights": [1.0, 1.0]}])
 
 
-def test_documents_of_one_token_are_documents():
+def test_one_token_documents_are_kept():
     row = {"input_ids": [7, 8, 9, 9], "labels": [X, X, X, 9], "position_ids": [0, 0, 0, 1]}
 
     batch = DataCollatorForPackedCausalLM(with_targets=True)([row, {"input_ids": [5], "labels": [X]}])
@@ -142,7 +142,7 @@ def test_documents_of_one_token_are_documents():
 # --- targets
 
 
-def test_targets_are_the_positions_before_a_label_and_these_labels():
+def test_targets_are_the_positions_before_labels():
     batch = DataCollatorForPackedCausalLM(with_targets=True)([PACKED, SHORT])
 
     assert batch["labels"].tolist() == [[X, 2, X, 4, 5, X, 2]]
@@ -151,8 +151,8 @@ def test_targets_are_the_positions_before_a_label_and_these_labels():
     assert {batch[key].dtype for key in ("logits_to_keep", "shift_labels")} == {torch.int64}
 
 
-def test_a_batch_without_a_label_has_one_position_without_a_label():
-    """Fillers: without any position a model could not compute a loss."""
+def test_a_batch_without_labels_keeps_one_position():
+    """A batch of fillers: without any position, a model could not compute a loss."""
     batch = DataCollatorForPackedCausalLM(with_targets=True)([{"input_ids": [4], "labels": [X]}] * 2)
     loss = tiny_model()(**batch, use_cache=False, num_items_in_batch=1).loss
 
@@ -170,7 +170,7 @@ def loss_and_gradients(model: PreTrainedModel, batch: dict[str, Any]) -> tuple[f
 
 @pytest.mark.parametrize("attention", [NAME, "sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
-def test_a_model_gives_the_same_loss_and_gradients_for_labels_targets_and_a_static_shape(kind, attention):
+def test_labels_targets_and_a_static_shape_give_equal_loss_and_gradients(kind, attention):
     register()
     model = tiny_model(kind)
     model.set_attn_implementation(attention)
@@ -193,7 +193,7 @@ def test_a_model_gives_the_same_loss_and_gradients_for_labels_targets_and_a_stat
 # --- static shapes
 
 
-def test_a_static_batch_is_filled_with_padding_documents_of_at_most_max_length():
+def test_a_static_batch_is_padded_with_documents_of_at_most_max_length():
     shape = StaticShape(tokens=12, documents=4, max_length=3, targets_multiple=4)
 
     batch = DataCollatorForPackedCausalLM(with_targets=True, static=shape, pad_token_id=PAD)([PACKED, SHORT])
@@ -220,7 +220,7 @@ def test_a_static_batch_is_filled_with_padding_documents_of_at_most_max_length()
         ([LONG, LONG], [0, 3, 6, 7, 7, 7], 1),
     ],
 )
-def test_every_batch_of_a_static_shape_has_the_same_shapes(rows, bounds, padding):
+def test_all_batches_of_a_static_shape_have_the_same_shapes(rows, bounds, padding):
     shape = StaticShape(tokens=7, documents=3, max_length=4, targets_multiple=4)
 
     batch = DataCollatorForPackedCausalLM(with_targets=True, static=shape)(rows)
@@ -250,6 +250,6 @@ def test_a_batch_that_does_not_fit_a_static_shape_is_refused(rows, message):
 
 
 def test_the_padding_collator_refuses_packed_rows():
-    """It writes no positions, so the documents of a row would read each other."""
+    """It sets no positions, so the documents of a row would attend to each other."""
     with pytest.raises(ValueError, match="packed rows need DataCollatorForPackedCausalLM"):
         DataCollatorForCausalLM(PAD)([PACKED])

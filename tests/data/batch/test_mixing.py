@@ -1,4 +1,4 @@
-"""Sources that share an epoch: how much of each, which rows, and that the seed alone decides."""
+"""Mixing sources: how much of each source, and which rows, depending on the seed alone."""
 
 import json
 import math
@@ -88,33 +88,33 @@ def test_a_temperature_evens_out_the_sizes(totals, temperature, weights):
         ([6, 2], [6, 2]),
     ],
 )
-def test_shares_of_rows_are_rounded_to_the_asked_sum(amounts, whole):
+def test_shares_of_rows_are_rounded_without_changing_their_sum(amounts, whole):
     assert apportion(amounts) == whole
 
 
 @pytest.mark.parametrize(
     ("amount", "rows"), [(0, 0), (2, 0), (3, 1), (5, 1), (7, 1), (8, 2), (10, 2), (11, 3), (99, 3)]
 )
-def test_rows_are_taken_until_the_amount_is_nearest(amount, rows):
-    """Rows of 5, 5 and 1 tokens: none is 0, one is 5, two are 10, three are 11. 7.5 would be a tie."""
+def test_rows_are_drawn_up_to_the_closest_amount(amount, rows):
+    """Rows of 5, 5 and 1 tokens add up to 0, 5, 10 or 11. An amount of 7.5 is a tie."""
     assert nearest(np.array([5, 10, 11]), Fraction(amount)) == rows
 
 
-def test_at_a_tie_fewer_rows_are_taken():
+def test_a_tie_draws_fewer_rows():
     assert nearest(np.array([5, 10]), Fraction(15, 2)) == 1
 
 
 # --- which rows
 
 
-def test_all_rows_come_before_one_comes_again():
-    """14 of 4 rows are three passes and half of a fourth."""
+def test_every_row_is_drawn_before_any_row_repeats():
+    """14 draws from 4 rows are three passes and half of a fourth."""
     rows = draw_in_passes(np.ones(4, dtype=np.int64), 14, seed=SEED, source=0)
 
     assert sorted(Counter(rows.tolist()).values()) == [3, 3, 4, 4]
 
 
-def test_another_pass_and_another_source_are_in_another_order():
+def test_each_pass_and_source_has_a_different_order():
     sizes = np.ones(1000, dtype=np.int64)
     first, second, other = (
         draw_in_passes(sizes, amount, seed=SEED, source=source)[passes * 1000 :].tolist()
@@ -125,8 +125,8 @@ def test_another_pass_and_another_source_are_in_another_order():
     assert first != second != other != first
 
 
-def test_with_replacement_some_rows_come_twice_before_all_came():
-    """Of 1,000 independent draws from 1,000 rows, 368 rows (1 in e) are expected not to come: 368 +- 10."""
+def test_rows_may_repeat_early_with_replacement():
+    """In 1,000 independent draws from 1,000 rows, 368 +- 10 rows (1 in e) are expected to be missing."""
     rows = draw_anew(np.ones(1000, dtype=np.int64), 1000, seed=SEED, source=0)
 
     assert len(rows) == 1000
@@ -140,9 +140,7 @@ def test_with_replacement_some_rows_come_twice_before_all_came():
     seed=st.integers(0, 2**32 - 1),
     source=st.integers(0, 5),
 )
-def test_no_row_comes_twice_before_all_came_and_the_amount_is_met_within_half_a_row(
-    sizes, amount, seed, source
-):
+def test_no_row_repeats_early_and_the_amount_is_met_within_half_a_row(sizes, amount, seed, source):
     rows = draw_in_passes(np.array(sizes), amount, seed=seed, source=source)
 
     times = np.bincount(rows, minlength=len(sizes))
@@ -164,7 +162,7 @@ def test_with_replacement_the_amount_is_met_within_half_a_row(sizes, amount, see
 
 @settings(deadline=None)
 @given(totals=st.lists(st.integers(1, 500), min_size=1, max_size=5), data=st.data())
-def test_without_a_size_an_epoch_is_as_long_as_all_sources_whatever_the_weights(totals, data):
+def test_the_default_epoch_has_the_size_of_all_sources(totals, data):
     weights = data.draw(st.lists(st.integers(1, 9), min_size=len(totals), max_size=len(totals)))
 
     amounts = to_amounts(totals, MixOptions(weights=weights))
@@ -174,7 +172,7 @@ def test_without_a_size_an_epoch_is_as_long_as_all_sources_whatever_the_weights(
 
 
 def tokenized(lengths: list[int], sources: list[int]) -> TokenizedRows:
-    """Rows of so many tokens, all but the first of each learned."""
+    """Returns rows of these lengths with labels for all tokens but the first."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     labels = np.arange(offsets[-1], dtype=np.int32)
     labels[offsets[:-1]] = -1
@@ -182,15 +180,15 @@ def tokenized(lengths: list[int], sources: list[int]) -> TokenizedRows:
 
 
 def counts_of(rows: TokenizedRows) -> RecordCounts:
-    """Of each example of the rows."""
+    """Returns the counts of each example of the rows."""
     size = int(rows.sources.max()) + 1
     learned = [int((rows.labels[a:b] >= 0).sum()) for a, b in pairwise(rows.offsets.tolist())]
     counts = (np.bincount(rows.sources, weights, size) for weights in (None, rows.lengths, learned))
     return RecordCounts(*(found.astype(np.int64) for found in counts))
 
 
-def test_an_example_in_several_rows_is_drawn_whole_and_one_without_a_row_never():
-    """Example 0 became rows 0 and 1, 1 was dropped, 2 is row 2; the second source has rows 3 and 4."""
+def test_all_rows_of_a_split_example_are_drawn_together():
+    """Example 0 is rows 0 and 1, example 1 was dropped, 2 is row 2; the second source has rows 3 and 4."""
     rows = tokenized([4, 4, 3, 5, 5], [0, 0, 2, 3, 4])
     options = MixOptions(epochs=[3, 0.5])
 
@@ -208,8 +206,8 @@ def test_an_example_in_several_rows_is_drawn_whole_and_one_without_a_row_never()
 
 
 @pytest.mark.parametrize(("by", "drawn"), [("tokens", [15, 30]), ("target_tokens", [12, 24])])
-def test_shares_of_tokens_are_met_by_whole_rows(by, drawn):
-    """Sources of 2 and 6 rows of 5 tokens, 4 of them learned: 1 to 2 is 3 rows to 6."""
+def test_shares_of_tokens_are_met_with_complete_rows(by, drawn):
+    """Sources of 2 and 6 rows of 5 tokens with 4 labels; weights 1 and 2 give 3 and 6 rows."""
     rows = tokenized([5] * 8, list(range(8)))
     options = MixOptions(by=by, weights=[1, 2], size=sum(drawn))
 
@@ -221,14 +219,14 @@ def test_shares_of_tokens_are_met_by_whole_rows(by, drawn):
 
 # --- from a recipe to rows
 
-# "a" and N letters and the end token: N + 3 tokens, of which N + 1 are learned.
+# "a", N letters and the end token: N + 3 tokens with N + 1 labels.
 SHORT = [{"instruct": "a\n", "input": "", "label": "x" * n} for n in (1, 2, 3, 4)]
 PATHS = ["a.jsonl", "b.jsonl"]
 LONG = [{"instruct": "b\n", "input": "", "label": "y" * n} for n in (10, 11, 12)]
 
 
 def build_recipe(folder: Path, *sources: dict[str, Any], **data: Any) -> Recipe:
-    """Two sources of 4 and 3 rows."""
+    """Writes two sources of 4 and 3 rows."""
     write_jsonl(folder / "a.jsonl", SHORT)
     write_jsonl(folder / "b.jsonl", LONG)
     given = [{"path": path, **more} for path, more in zip(PATHS, sources or ({}, {}), strict=True)]
@@ -272,7 +270,7 @@ def build(recipe: Recipe) -> Split:
 
 
 def letters(split: Split) -> Counter[str]:
-    """How often the rows that are trained on hold each letter."""
+    """Returns how often each letter occurs in the training rows."""
     rows = [split.dataset[number]["input_ids"] for number in range(len(split.dataset))]
     return Counter(chr(letter) for row in rows for letter in row if letter < 128)
 
@@ -292,15 +290,15 @@ def test_the_example_of_the_readme(tmp_path):
 @pytest.mark.parametrize(
     "packing", [{"packing": "none"}, {"packing": "best_fit"}, {"packing": "none", "tokens_per_batch": 48}]
 )
-def test_the_rows_hold_what_was_drawn(tmp_path, packing):
-    """3 passes of a, whose labels are 10 letters, and 2 of b, whose labels are 33."""
+def test_the_rows_contain_what_was_drawn(tmp_path, packing):
+    """3 passes over a, whose labels are 10 letters, and 2 over b, whose labels are 33."""
     split = build(build_recipe(tmp_path, {"epochs": 3}, {"epochs": 2}, **packing))
 
     assert letters(split) == {"x": 30, "y": 66, "a": 12, "b": 6, "\n": 18}
     assert (split.tokens, split.target_tokens) == (3 * 22 + 2 * 42, 3 * 14 + 2 * 36)
 
 
-def test_a_stream_holds_what_was_drawn(tmp_path):
+def test_a_stream_contains_what_was_drawn(tmp_path):
     recipe = build_recipe(tmp_path, {"epochs": 3}, {"epochs": 2})
     recipe = recipe.model_copy(update={"stage": "pretrain"})
 
@@ -310,20 +308,20 @@ def test_a_stream_holds_what_was_drawn(tmp_path):
     assert (split.tokens, split.target_tokens) == (3 * 22 + 2 * 42, 3 * 18 + 2 * 39)
 
 
-def test_packed_rows_that_lack_a_drawn_row_are_found(tmp_path):
-    """The packer is told that the first row was drawn once more than it was."""
+def test_packed_rows_without_a_drawn_row_are_detected(tmp_path):
+    """The packer receives the first row once more than it was drawn."""
     split = build(build_recipe(tmp_path, {"epochs": 3}, {"epochs": 2}, packing="best_fit"))
     assert split.mix is not None
-    assert prove_mix(split) == ["mixed     the packed rows hold each label as often as its row was drawn"]
+    assert prove_mix(split) == ["mixed     the packed rows contain each label as often as its row was drawn"]
 
     split.mix.times[0] += 1
 
-    with pytest.raises(DataError, match=r"packing holds 18 of 19 rows"):
+    with pytest.raises(DataError, match=r"packing has 18 of 19 rows"):
         prove_mix(split)
 
 
-def test_packed_rows_with_another_row_in_place_of_a_drawn_one_are_found(tmp_path):
-    """Two rows of equal labels are exchanged: the sum is the same."""
+def test_packed_rows_with_a_wrong_row_are_detected(tmp_path):
+    """Two rows with equal label counts are exchanged, so the sums are equal."""
     write_jsonl(tmp_path / "same.jsonl", [SHORT[0], SHORT[0]])
     recipe = build_recipe(tmp_path, {"epochs": 1}, {"epochs": 2}, packing="best_fit")
     same = recipe.data.train[0].model_copy(update={"path": "same.jsonl"})
@@ -333,12 +331,12 @@ def test_packed_rows_with_another_row_in_place_of_a_drawn_one_are_found(tmp_path
 
     split.mix.times[:2] = [2, 0]
 
-    with pytest.raises(DataError, match=r"packing holds 8 of 8 rows, or parts of some twice or never"):
+    with pytest.raises(DataError, match=r"packing has 8 of 8 rows, or repeats or loses parts of some"):
         prove_mix(split)
 
 
-def test_the_loss_of_guessing_counts_a_label_as_often_as_it_is_drawn(tmp_path):
-    """x: 30 labels, y: 66, the end token: 18, of 114."""
+def test_the_loss_of_guessing_weights_labels_by_their_draws(tmp_path):
+    """Of 114 labels, 30 are x, 66 are y and 18 are the end token."""
     split = build(build_recipe(tmp_path, {"epochs": 3}, {"epochs": 2}))
 
     shares = [30 / 114, 66 / 114, 18 / 114]
@@ -352,7 +350,7 @@ def test_without_weights_epochs_and_mixing_nothing_is_drawn(tmp_path):
     assert letters(split) == {"x": 10, "y": 33, "a": 4, "b": 3, "\n": 7}
 
 
-def test_the_seed_alone_decides(tmp_path):
+def test_the_rows_depend_on_the_seed_alone(tmp_path):
     recipe = build_recipe(tmp_path, {"epochs": 7.5}, {"epochs": 9.4})
     splits = read_splits(recipe, byte_tokenizer(), seed=SEED)
     first, again, other = (mix_splits(splits, recipe, seed=seed)["train"].mix for seed in (1, 1, 2))
@@ -363,7 +361,7 @@ def test_the_seed_alone_decides(tmp_path):
     assert first.to_json()["sha256"] != other.to_json()["sha256"]
 
 
-def test_an_epoch_is_mixed_not_one_source_behind_the_other(tmp_path):
+def test_an_epoch_mixes_the_sources_instead_of_concatenating_them(tmp_path):
     mix = build(build_recipe(tmp_path, {"epochs": 10}, {"epochs": 10})).mix
 
     assert mix is not None
@@ -383,10 +381,10 @@ def test_held_out_rows_are_never_drawn(tmp_path):
     assert splits["train"].mix and splits["train"].mix.times.tolist() == [3, 3, 3, 3, 3]
 
 
-# --- kept once, whatever the weights
+# --- cached once, whatever the weights
 
 
-def test_a_change_of_weights_tokenizes_nothing_again(tmp_path, monkeypatch):
+def test_changing_weights_does_not_tokenize_again(tmp_path, monkeypatch):
     recipe = build_recipe(tmp_path, {"weight": 1}, {"weight": 1})
     tokenizer, arguments = byte_tokenizer(), training_arguments(recipe)
     prepare(recipe, tokenizer, arguments=arguments)
@@ -406,7 +404,7 @@ def test_a_change_of_weights_tokenizes_nothing_again(tmp_path, monkeypatch):
     assert found[1] and found[1].times.tolist() == [3, 3, 3, 3, 1, 1, 1]
 
 
-def test_kept_and_fresh_data_give_the_same_epoch(tmp_path):
+def test_cached_and_fresh_data_give_the_same_epoch(tmp_path):
     recipe = build_recipe(tmp_path, {"weight": 1}, {"weight": 3}, packing="best_fit")
     arguments = training_arguments(recipe)
     mixed = [
@@ -419,10 +417,10 @@ def test_kept_and_fresh_data_give_the_same_epoch(tmp_path):
     assert rows[0] == rows[1] == rows[2]
 
 
-# --- what a run says
+# --- what a run reports
 
 
-def test_a_run_says_what_was_asked_and_what_was_drawn(tmp_path, capsys):
+def test_a_run_reports_requested_and_actual_shares(tmp_path, capsys):
     recipe = build_recipe(tmp_path, {"weight": 1}, {"weight": 1}, mixing={"by": "tokens", "size": 84})
 
     train(recipe)
@@ -446,7 +444,7 @@ def test_a_run_says_what_was_asked_and_what_was_drawn(tmp_path, capsys):
     assert "mixed by tokens" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_run_without_a_mix_says_nothing_of_it(tmp_path, capsys):
+def test_a_run_without_a_mix_reports_no_shares(tmp_path, capsys):
     train(build_recipe(tmp_path))
 
     assert "mixing" not in json.loads((tmp_path / "run" / "run.json").read_text())
@@ -456,7 +454,7 @@ def test_a_run_without_a_mix_says_nothing_of_it(tmp_path, capsys):
 
 @pytest.mark.parametrize("cache_dir", ["kept", None])
 @pytest.mark.parametrize("packing", ["none", "best_fit"])
-def test_the_ledger_says_how_often_each_row_is_drawn_and_where(tmp_path, packing, cache_dir):
+def test_the_ledger_has_the_draws_and_places_of_each_record(tmp_path, packing, cache_dir):
     held = {"eval": [write_jsonl(tmp_path / "c.jsonl", [{"instruct": "c\n", "input": "", "label": "z"}])]}
     kept = cache_dir and str(tmp_path / cache_dir)
     recipe = build_recipe(tmp_path, {"epochs": 3}, {"epochs": 2}, packing=packing, cache_dir=kept, **held)
@@ -504,7 +502,7 @@ def refusal(recipe: Recipe) -> str:
 def test_a_share_below_half_a_row_is_refused(tmp_path):
     recipe = build_recipe(tmp_path, {"weight": 1000}, {"weight": 1})
 
-    assert "b.jsonl: its share is less than half a row; got 0.00699 rows" in refusal(recipe)
+    assert "b.jsonl: the share is less than half a row; got 0.00699 rows" in refusal(recipe)
 
 
 @pytest.mark.parametrize(
@@ -527,17 +525,17 @@ def test_a_source_without_a_row_is_refused(tmp_path):
     sizes = {"max_length": 12, "overflow": "drop", "max_dropped": 0.5}
     recipe = build_recipe(tmp_path, {"weight": 1}, {"weight": 1}, **sizes)
 
-    assert refusal(recipe).startswith("b.jsonl: has no row to draw; fix: take it out of data.train; ")
+    assert refusal(recipe).startswith("b.jsonl: has no rows to draw; fix: remove it from data.train; ")
 
 
 def test_a_source_that_only_repeats_another_is_refused(tmp_path):
     recipe = build_recipe(tmp_path, {"weight": 1}, {"weight": 1}, duplicates="drop")
     write_jsonl(tmp_path / "b.jsonl", SHORT[:2])
 
-    assert refusal(recipe).startswith("b.jsonl: has no row to draw")
+    assert refusal(recipe).startswith("b.jsonl: has no rows to draw")
 
 
-def test_a_path_that_is_given_twice_is_told_apart(tmp_path):
+def test_sources_with_equal_paths_are_distinguished(tmp_path):
     recipe = build_recipe(tmp_path, {"epochs": 1}, {"epochs": 2})
     again = [recipe.data.train[0], recipe.data.train[0].model_copy(update={"epochs": 0.5})]
     data = recipe.data.model_copy(update={"train": again})
@@ -584,7 +582,7 @@ def test_a_path_that_is_given_twice_is_told_apart(tmp_path):
         (["--data.mixing.by=row"], "data.mixing.by: expected one of rows, tokens, target_tokens"),
     ],
 )
-def test_a_mix_that_says_nothing_or_two_things_is_refused(tmp_path, words, message):
+def test_a_mix_without_effect_or_with_contradictions_is_refused(tmp_path, words, message):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("stage: sft\nmodel: {name_or_path: m}\ndata: {train: a}\ntrain: {output_dir: r}\n")
 

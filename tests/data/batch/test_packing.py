@@ -1,4 +1,4 @@
-"""Rows of one length: whole examples by best fit, or one stream that is cut."""
+"""Packing into rows of one length: complete examples by best fit, or a stream that is cut."""
 
 from collections import Counter
 from typing import Any
@@ -9,7 +9,14 @@ from helpers import EOS, X, byte_tokenizer, document, prompted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_clm.data.batch.packing import PackedDataset, Piece, Pieces, best_fit_rows, stream_blocks, stream_rows
+from hf_clm.data.batch.packing import (
+    PackedDataset,
+    Pieces,
+    RowPiece,
+    best_fit_rows,
+    stream_blocks,
+    stream_rows,
+)
 from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
 
 TOKENIZER = byte_tokenizer()
@@ -21,7 +28,7 @@ def to_lists(row: Any) -> dict[str, list[int]]:
 
 
 def textbook_best_fit(lengths: list[int], max_length: int) -> list[int]:
-    """The tokens of each row: one example at a time, longest first, each row looked at."""
+    """Returns the size of each row; places one example at a time, longest first, comparing all rows."""
     rows: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [number for number, size in enumerate(rows) if size + length <= max_length]
@@ -32,9 +39,9 @@ def textbook_best_fit(lengths: list[int], max_length: int) -> list[int]:
     return rows
 
 
-def stream_token_by_token(lengths: list[int], max_length: int) -> list[list[Piece]]:
-    """One document at a time, row by row."""
-    rows: list[list[Piece]] = [[]]
+def stream_token_by_token(lengths: list[int], max_length: int) -> list[list[RowPiece]]:
+    """Packs one document at a time, row by row."""
+    rows: list[list[RowPiece]] = [[]]
     room = max_length
     for number, length in enumerate(lengths):
         start = 0
@@ -65,7 +72,7 @@ def stream_token_by_token(lengths: list[int], max_length: int) -> list[list[Piec
         ([1, 1, 1], 2, [[0, 1], [2]]),
     ],
 )
-def test_best_fit_puts_an_example_into_the_fullest_row_that_has_room(lengths, max_length, rows):
+def test_best_fit_uses_the_fullest_row_with_room(lengths, max_length, rows):
     for sizes in (lengths, np.array(lengths, dtype=np.int64), np.array(lengths, dtype=np.int32)):
         pieces = best_fit_rows(sizes, max_length)
         assert list(pieces) == [[(i, 0, lengths[i]) for i in row] for row in rows]
@@ -73,7 +80,7 @@ def test_best_fit_puts_an_example_into_the_fullest_row_that_has_room(lengths, ma
 
 @given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 45))
 @settings(max_examples=200, deadline=None)
-def test_best_fit_makes_the_rows_of_the_textbook_and_keeps_every_example_once(lengths, max_length):
+def test_best_fit_equals_the_textbook_algorithm_and_packs_each_example_once(lengths, max_length):
     pieces = best_fit_rows(lengths, max_length)
 
     found = [piece for row in pieces for piece in row]
@@ -83,8 +90,8 @@ def test_best_fit_makes_the_rows_of_the_textbook_and_keeps_every_example_once(le
     assert pieces.row_tokens.tolist() == sizes
 
 
-def test_many_rows_of_the_same_room_are_filled_as_in_the_textbook():
-    """Log-normal lengths, of which many are equal: whole groups of rows take whole groups of examples."""
+def test_many_equal_rows_are_filled_as_in_the_textbook():
+    """Log-normal lengths have many equal values, so groups of rows receive groups of examples."""
     lengths = np.random.default_rng(0).lognormal(np.log(12), 1.0, 3000).clip(1, 64).astype(int).tolist()
 
     pieces = best_fit_rows(lengths, 64)
@@ -94,7 +101,7 @@ def test_many_rows_of_the_same_room_are_filled_as_in_the_textbook():
 
 
 @pytest.mark.parametrize("lengths", [[3, 11], [3, 0]])
-def test_best_fit_refuses_an_example_that_is_longer_than_a_row_or_empty(lengths):
+def test_best_fit_refuses_empty_and_too_long_examples(lengths):
     with pytest.raises(AssertionError):
         best_fit_rows(lengths, 10)
 
@@ -118,13 +125,13 @@ def test_a_stream_is_cut_where_a_row_is_full(lengths, max_length, rows):
 
 @given(st.lists(st.integers(1, 40), max_size=30), st.integers(2, 16))
 @settings(max_examples=400, deadline=None)
-def test_a_stream_is_what_one_document_after_the_other_would_give(lengths, max_length):
+def test_a_stream_equals_packing_token_by_token(lengths, max_length):
     assert list(stream_rows(lengths, max_length)) == stream_token_by_token(lengths, max_length)
 
 
 @given(st.lists(st.integers(2, 40), max_size=30), st.integers(2, 16))
 @settings(max_examples=150, deadline=None)
-def test_a_stream_learns_each_label_once_and_fills_its_rows(lengths, max_length):
+def test_a_stream_has_each_label_once_and_fills_its_rows(lengths, max_length):
     rows = list(stream_rows(lengths, max_length))
 
     learned = [
@@ -141,7 +148,7 @@ def test_a_stream_of_rows_of_one_token_is_refused():
         stream_rows([3], 1)
 
 
-def test_a_packed_row_holds_whole_documents_whose_positions_start_again():
+def test_positions_restart_in_each_document_of_a_packed_row():
     packed = PackedDataset(PretrainDataset(DOCUMENTS, TOKENIZER), max_length=7)
 
     assert len(packed) == 2
@@ -157,7 +164,7 @@ def test_a_packed_row_holds_whole_documents_whose_positions_start_again():
     }
 
 
-def test_a_streamed_row_goes_on_with_the_token_before_the_cut_unlabelled():
+def test_a_streamed_row_repeats_the_token_before_the_cut_without_a_label():
     packed = PackedDataset(PretrainDataset(DOCUMENTS, TOKENIZER), max_length=8, packing="stream")
 
     assert [to_lists(packed[0]), to_lists(packed[1])] == [
@@ -195,7 +202,7 @@ def test_the_masked_prompts_of_packed_rows_stay_masked():
 @pytest.mark.parametrize(
     ("packing", "max_length", "fill"), [("best_fit", 7, 11 / 14), ("stream", 8, 12 / 16)]
 )
-def test_fill_is_the_share_of_the_places_that_hold_a_token(packing, max_length, fill):
+def test_fill_is_the_fraction_of_positions_with_a_token(packing, max_length, fill):
     packed = PackedDataset(PretrainDataset(DOCUMENTS, TOKENIZER), max_length=max_length, packing=packing)
 
     assert packed.fill == fill
@@ -211,8 +218,8 @@ def test_packed_rows_are_indexed_like_a_list():
         packed[2]
 
 
-def test_rows_that_were_packed_before_are_read_from_memory_maps(tmp_path):
-    """Arrays that cannot be written to: what is read is a copy, so masking it changes no document."""
+def test_earlier_packings_are_read_from_memory_maps(tmp_path):
+    """The arrays are read-only: rows are copies, so masking them changes no document."""
     dataset = PretrainDataset(DOCUMENTS, TOKENIZER)
     before = PackedDataset(dataset, max_length=8, packing="stream")
     arrays = {"examples": before.pieces.examples, "starts": before.pieces.starts}
@@ -232,7 +239,7 @@ def test_rows_that_were_packed_before_are_read_from_memory_maps(tmp_path):
 
 
 @pytest.mark.parametrize("max_length", [2, 3, 7, 16])
-def test_a_stream_that_comes_in_blocks_is_cut_as_in_one(max_length):
+def test_a_stream_in_blocks_is_cut_like_a_single_one(max_length):
     draw = np.random.default_rng(max_length)
     for _ in range(50):
         lengths = draw.integers(1, 24, draw.integers(1, 30))

@@ -17,7 +17,7 @@ def row(ids: list[int], labels: list[int]) -> TokenizedExample:
 
 
 @pytest.mark.parametrize(("multiple", "length"), [(1, 3), (2, 4), (3, 3), (4, 4), (8, 8)])
-def test_even_rows_fill_up_with_rows_that_have_no_label(multiple, length):
+def test_even_rows_pads_with_unlabelled_rows(multiple, length):
     dataset = SFTDataset([document("a"), document("b"), document("c")], TOKENIZER)
 
     rows = list(EvenRows(dataset, multiple))
@@ -28,8 +28,8 @@ def test_even_rows_fill_up_with_rows_that_have_no_label(multiple, length):
     assert DataCollatorForCausalLM(0)(rows)["labels"].ne(X).sum().item() == 3
 
 
-def test_a_batch_of_fillers_alone_is_documents_of_one_token_and_one_position_without_a_label():
-    """What the last processes get where the packed rows do not divide."""
+def test_a_batch_of_fillers_has_one_token_documents_and_one_position():
+    """The batch of the last processes if the packed rows do not divide evenly."""
     packed = PackedDataset(SFTDataset([document("ab"), document("c")], TOKENIZER), max_length=8)
     rows = list(EvenRows(packed, 3))
 
@@ -42,7 +42,7 @@ def test_a_batch_of_fillers_alone_is_documents_of_one_token_and_one_position_wit
     assert (batch["logits_to_keep"].tolist(), batch["shift_labels"].tolist()) == ([0], [[X]])
 
 
-def test_an_epoch_has_every_row_once_and_the_fillers_last():
+def test_an_epoch_has_every_row_once_with_fillers_at_the_end():
     sampler = EpochSampler(5, total=8, seed=7)
     orders = []
     for sampler.epoch in (0, 1, 0):

@@ -1,4 +1,4 @@
-"""Datasets over a few rows: what is kept of each, in literals; a byte is its own id."""
+"""Datasets of a few rows, compared with literals; a byte is its own id."""
 
 import gc
 from dataclasses import replace
@@ -39,7 +39,7 @@ def all_shown(dataset: Any, tokenizer: Any = TOKENIZER) -> list[str]:
     return [shown(example, tokenizer) for example in dataset]
 
 
-def test_sft_learns_the_targets_and_pretraining_the_whole_of_any_kind_of_example():
+def test_sft_labels_targets_and_pretraining_labels_everything():
     examples = [prompted("p", "q"), document("hi"), SEGMENTS, CHAT, Tokens([7, 8, 9], [7, X, 9], [3])]
 
     learned, read = SFTDataset(examples, TOKENIZER), PretrainDataset(examples, TOKENIZER)
@@ -71,7 +71,7 @@ def test_train_on_is_a_name_or_an_object():
     assert SFTDataset([LONG_CHAT], TOKENIZER, train_on=TrainOn("last"))[0]["labels"] == by_name["last_turn"]
 
 
-def test_a_prompt_its_input_and_its_answer_are_joined_without_a_letter_between():
+def test_instruct_input_and_label_are_joined_without_a_separator():
     record = {"instruct": "Go:", "input": "a\nb", "label": "c"}
     ids = [71, 111, 58, 97, 10, 98, 99, EOS]
 
@@ -90,14 +90,14 @@ RECORDS: list[Any] = [
 ]
 
 
-def test_plain_records_become_turns_where_the_tokenizer_has_a_chat_template():
+def test_plain_records_become_turns_if_there_is_a_chat_template():
     """An instruct model is trained in its own format."""
     assert all_shown(SFTDataset(RECORDS, TOKENIZER)) == [f"{ASKED}⟦Yo<|im_end|>⟧"] * 5
     assert all_shown(SFTDataset(RECORDS[2:4], PLAIN), PLAIN) == ["Hi⟦Yo<|endoftext|>⟧"] * 2
 
 
-def test_a_table_of_datasets_gives_the_rows_of_its_records():
-    """It fills in every key of a nested column with null."""
+def test_a_datasets_table_gives_the_rows_of_its_records():
+    """Tables fill in missing keys of nested columns with null."""
     records: list[Any] = [
         {
             "messages": [
@@ -121,8 +121,8 @@ def test_a_table_of_datasets_gives_the_rows_of_its_records():
 
 
 @pytest.mark.parametrize("column", ["labels", "completion_mask", "assistant_masks"])
-def test_a_mask_that_only_some_rows_have_is_refused(column):
-    """Else the prompts of the other rows are learned."""
+def test_a_mask_in_only_some_rows_is_refused(column):
+    """Otherwise the prompts of the other rows would be targets."""
     with pytest.raises(DataError) as error:
         SFTDataset([{"input_ids": [1, 1], column: [1, 1]}, {"input_ids": [1, 1]}], TOKENIZER)
 
@@ -155,14 +155,14 @@ def test_a_format_can_be_named_or_be_a_function():
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"quest": "a"}, "record 1: the keys fit no format; got keys 'quest'"),
+        ({"quest": "a"}, "record 1: the keys match no format; got keys 'quest'"),
         ({"messages": [{"role": "assistant", "content": "a", "trian": 0}]},
          "record 1: message 1: unknown key"),
-        ({"text": "a", "weight": -1}, "record 1: key 'weight': expected a number from 0 up; got -1"),
+        ({"text": "a", "weight": -1}, "record 1: key 'weight': expected a number of at least 0; got -1"),
         ({"input_ids": [1], "labels": None}, "record 1: key 'labels' is null"),
     ],
 )  # fmt: skip
-def test_a_record_that_cannot_be_read_is_named_by_its_number(record, message):
+def test_an_unreadable_record_is_reported_by_number(record, message):
     with pytest.raises(DataError) as error:
         SFTDataset([{"text": "fine"}, record], TOKENIZER)
 
@@ -173,7 +173,7 @@ def test_a_record_that_cannot_be_read_is_named_by_its_number(record, message):
 # --- fates
 
 
-def test_every_row_has_a_fate_and_the_kept_ones_name_their_source():
+def test_every_example_has_a_fate_and_rows_refer_to_their_example():
     examples = [
         prompted("p", "q"),  # 3 tokens
         prompted("pppp", "q"),  # 6
@@ -199,7 +199,7 @@ def test_every_row_has_a_fate_and_the_kept_ones_name_their_source():
     assert [found[i]["input_ids"] for i in range(3)] == [[*b"pq", EOS], [*b"ppq", EOS], [*b"hi", EOS]]
 
 
-def test_what_was_changed_in_an_example_is_told_with_its_fate():
+def test_changes_to_an_example_are_noted_in_its_fate():
     by_hand = prompted("pppp", "q<|endoftext|>")
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }};{% endfor %}"
@@ -246,7 +246,7 @@ def test_a_window_drops_an_empty_document():
     assert found.rows.fates == [Fate("dropped", "no target token")] * 2
 
 
-def test_weights_lie_beside_the_labels_and_are_missing_where_all_are_1():
+def test_weights_are_absent_if_all_are_1():
     weighted = Document([Segment("a", 0.0), Segment("b", 0.5)])
 
     found = SFTDataset([document("hi"), weighted, Tokens([5, 6], [X, 6], [2], 3.0)], TOKENIZER)
@@ -271,7 +271,7 @@ def test_a_dataset_is_indexed_like_a_list(kind):
     assert list(kind(iter([]), TOKENIZER)) == []
 
 
-def test_stretches_of_rows_are_views_of_the_arrays():
+def test_spans_of_rows_are_views_of_the_arrays():
     rows = SFTDataset([document("ab"), document("cdef"), Document([Segment("g", 0.5)])], TOKENIZER).rows
 
     assert isinstance(rows, TokenizedRows)
@@ -290,11 +290,11 @@ def test_stretches_of_rows_are_views_of_the_arrays():
         (document("a" * 9), {"max_length": 4, "overflow": "error"}, "longer than max_length=4"),
         (Tokens([*range(9)], [*range(9)], [9]), {"max_length": 4, "overflow": "error"},
          "longer than max_length"),
-        (document("a<|pad|>"), {"special_tokens_in_text": "error"}, "the text holds a control token"),
+        (document("a<|pad|>"), {"special_tokens_in_text": "error"}, "the text contains a control token"),
         (Chat([{"role": "user", "content": "\ufdd0"}, *CHAT.messages[1:]]), {},
-         "the text holds a noncharacter"),
+         "the text contains a noncharacter"),
         (Chat([CHAT.messages[0], {**CHAT.messages[1], "reasoning": "hm"}]), {}, "has no place for reasoning"),
-        (Tokens([260], [260], [1]), {}, "an id that is not in the vocabulary"),
+        (Tokens([260], [260], [1]), {}, "an id is not in the vocabulary"),
     ],
 )  # fmt: skip
 def test_an_error_of_the_data_carries_the_number_of_its_row(example, options, what):
@@ -304,14 +304,14 @@ def test_an_error_of_the_data_carries_the_number_of_its_row(example, options, wh
     assert error.value.row == 2
 
 
-def test_the_number_of_a_row_counts_on_after_the_first_batch_of_rows():
+def test_example_numbers_continue_after_the_first_batch():
     with pytest.raises(DataError) as error:
         SFTDataset([*[document("a")] * 1500, document("<|pad|>")], TOKENIZER, special_tokens_in_text="error")
 
     assert error.value.row == 1500
 
 
-def test_a_text_that_looks_rendered_is_judged_among_all_and_not_by_its_batch():
+def test_a_single_text_that_looks_rendered_is_accepted_in_any_batch():
     looks = document("<|im_start|> and <|im_end|> are marks.")
 
     assert len(SFTDataset([looks, *[document("a")] * 1000], TOKENIZER)) == 1001
@@ -343,9 +343,7 @@ NASTY = [
 @pytest.mark.parametrize("stage", ["sft", "pretrain"])
 @pytest.mark.parametrize("policy", ["encode_as_text", "allow"])
 @pytest.mark.parametrize("build", [byte_tokenizer, sentencepiece_tokenizer], ids=["bytes", "sentencepiece"])
-def test_rows_of_a_batch_are_those_of_each_example_alone_without_the_search_of_the_batch(
-    stage, policy, build
-):
+def test_batched_rows_equal_rows_of_single_examples(stage, policy, build):
     tokenizer = build()
     examples = [prompted(f"{a}.", f"{b}.") for a in NASTY for b in NASTY] + [document(f"{a}.") for a in NASTY]
     pieces = [Segment(text, float(n % 3 == 0)) for n, text in enumerate(NASTY)]
@@ -360,7 +358,7 @@ def test_rows_of_a_batch_are_those_of_each_example_alone_without_the_search_of_t
     assert sum(found.control_texts.values()) == sum(len(renderer.control_texts(one)) for one in examples)
 
 
-def test_garbage_is_collected_as_before_after_an_error():
+def test_garbage_collection_is_restored_after_an_error():
     before = gc.get_threshold()
 
     with pytest.raises(DataError), rare_collection():
@@ -370,7 +368,7 @@ def test_garbage_is_collected_as_before_after_an_error():
     assert gc.get_threshold() == before
 
 
-def test_a_chat_that_ends_in_a_question_says_that_it_is_not_learned():
+def test_a_chat_that_ends_in_a_question_gets_a_note():
     asks = Chat([*CHAT.messages, CHAT.messages[0]])
 
     found = SFTDataset([asks], TOKENIZER)
@@ -379,7 +377,7 @@ def test_a_chat_that_ends_in_a_question_says_that_it_is_not_learned():
     assert PretrainDataset([asks], TOKENIZER).rows.fates == [Fate("used")]
 
 
-def test_pretraining_reads_a_turn_of_weight_0_and_learns_the_rest():
+def test_pretraining_masks_turns_of_weight_0():
     read = Chat([CHAT.messages[0], {**CHAT.messages[1], "weight": 0.0}])
 
     assert SFTDataset([read], TOKENIZER).rows.fates == [Fate("dropped", "no target token")]
@@ -401,7 +399,7 @@ def test_pretraining_reads_a_turn_of_weight_0_and_learns_the_rest():
         Tokens([5, 6], [5, 6], [2]),
     ],
 )
-def test_the_weight_of_a_record_is_that_of_every_label_of_it(example, options):
+def test_the_weight_of_a_record_applies_to_all_its_labels(example, options):
     weighted = [replace(example, weight=weight) for weight in (1.0, 0.5, 0.0)]
     rows = tokenize_rows(weighted, TOKENIZER, LabelOptions(**options))
 

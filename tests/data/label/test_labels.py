@@ -1,4 +1,4 @@
-"""Pieces as ids and labels, in literals: a byte is its own id, X is a position without a label."""
+"""Ids and labels of pieces as literals: a byte is its own id, X is a position without a label."""
 
 import io
 from typing import Any
@@ -58,7 +58,7 @@ def tokenized(example: Any, tokenizer: Any = TOKENIZER, **options: Any) -> Token
 
 
 def asked(tokenizer: Any, messages: list[Message]) -> Any:
-    """The library is the oracle: the ids that transformers gives generation."""
+    """Uses transformers as the oracle: returns the ids of the generation prompt."""
     return tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=False
     )
@@ -99,8 +99,8 @@ def test_an_end_or_pad_id_inside_a_target_keeps_its_label(token):
     assert example == row([P, Q, token, Q, EOS], [X, Q, token, Q, EOS])
 
 
-def test_the_ids_of_a_chat_are_those_that_transformers_gives_it():
-    """The library is the oracle: it tokenizes the rendered text at once. No model writes the last newline."""
+def test_the_ids_of_a_chat_equal_those_of_transformers():
+    """Uses transformers as the oracle, on the rendered text without the last newline."""
     messages: list[Message] = [
         {"role": "system", "content": "Be nice."},
         {"role": "user", "content": "Grüße"},
@@ -114,8 +114,8 @@ def test_the_ids_of_a_chat_are_those_that_transformers_gives_it():
     assert [*tokenized(Chat(messages))["input_ids"], 10] == theirs
 
 
-def test_prompt_and_target_are_tokenized_apart():
-    """As one string the two newlines are one token, which would be half prompt and half target."""
+def test_prompt_and_target_are_tokenized_separately():
+    """In one string, the two newlines would be one token, half prompt and half target."""
     tokenizer = byte_tokenizer(merges=[("Ċ", "Ċ")])
     assert tokenizer("Q\n\nA")["input_ids"] == [81, 260, 65]
 
@@ -127,8 +127,8 @@ def test_prompt_and_target_are_tokenized_apart():
     assert tokenized(Document(pieces), tokenizer) == row([81, 260, 65, EOS], [X, X, 65, EOS])
 
 
-def test_turns_that_merge_over_their_border_get_a_row_each():
-    """``A:`` and ``\\nYo`` are other ids within a longer prompt, as ``:\\n`` is one token."""
+def test_turns_that_merge_across_their_boundary_become_separate_rows():
+    """``A:`` and ``\\nYo`` have other ids inside a longer prompt, since ``:\\n`` is one token."""
     tokenizer = byte_tokenizer(merges=[(":", "Ċ")])
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message.role[0] + ':' + message.content }}"
@@ -161,11 +161,11 @@ def test_turns_that_merge_over_their_border_get_a_row_each():
         (Document([Segment("a", 0.0), Segment("b", 1.0)]), row([*b"ab", EOS], [X, 98, EOS])),
     ],
 )  # fmt: skip
-def test_a_label_has_the_weight_of_its_segment_and_a_row_without_others_none(example, found):
+def test_labels_have_the_weight_of_their_segment(example, found):
     assert tokenized(example) == found
 
 
-def test_a_label_has_the_weight_of_its_turn():
+def test_labels_have_the_weight_of_their_turn():
     found = tokenized(Chat([HI, {**YO, "weight": 0.25}, HI, YO]))
 
     learned = zip(found["weights"], found["labels"], strict=True)
@@ -187,8 +187,8 @@ def test_a_label_has_the_weight_of_its_turn():
         ("Q</s>", "</s>y", ["<s>", "▁", "Q", *"</s>", *"</s>", "y", "</s>"]),
     ],
 )  # fmt: skip
-def test_no_space_is_invented_between_prompt_and_target(prepend, prompt, completion, tokens):
-    """▁ is a space. A text begins with one, as the tokenizer has it; what follows a prompt does not."""
+def test_no_space_is_added_between_prompt_and_target(prepend, prompt, completion, tokens):
+    """▁ is a space. The tokenizer adds one to the start of a text, but not after a prompt."""
     tokenizer = sentencepiece_tokenizer(prepend=prepend, adds_bos=True)
 
     ids = tokenized(prompted(prompt, completion), tokenizer)["input_ids"]
@@ -196,7 +196,7 @@ def test_no_space_is_invented_between_prompt_and_target(prepend, prompt, complet
     assert tokenizer.convert_ids_to_tokens(ids) == tokens
 
 
-def test_no_space_is_invented_where_the_target_begins_with_newlines_that_merge():
+def test_no_space_is_added_before_merging_newlines():
     tokenizer = sentencepiece_tokenizer(merged=["\n\n", "\n\n\n"])
 
     ids = tokenized(prompted("Q", "\n\nA"), tokenizer)["input_ids"]
@@ -223,7 +223,7 @@ VICUNA = (
 @pytest.mark.parametrize("prepend", ["first", "always", "normalizer"])
 @pytest.mark.parametrize("template", [MISTRAL, ZEPHYR, VICUNA], ids=["mistral", "zephyr", "vicuna"])
 @pytest.mark.parametrize("merged", [[], ["▁[", "▁yes", "▁<", "\n<", "T]", "▁U"]], ids=["letters", "merged"])
-def test_the_ids_before_each_target_are_those_that_transformers_gives_generation(prepend, template, merged):
+def test_the_ids_before_each_target_equal_the_generation_prompt(prepend, template, merged):
     """Before a second ``[INST]``, ``first`` and ``always`` differ."""
     tokenizer = sentencepiece_tokenizer(prepend=prepend, adds_bos=True, merged=merged)
     tokenizer.chat_template = template
@@ -246,8 +246,8 @@ def test_the_ids_before_each_target_are_those_that_transformers_gives_generation
     assert "".join(map(tokenizer.decode, answers)).replace(" ", "") == "yes</s>" * 3
 
 
-def test_a_chat_is_trained_with_the_vocabulary_of_a_sentencepiece_file(tmp_path):
-    """As mistral-common ships them: the file knows no chats, its ``<s>`` and ``</s>`` are in the template."""
+def test_a_chat_can_use_the_vocabulary_of_a_sentencepiece_file(tmp_path):
+    """Like the files of mistral-common: only the template uses the file's ``<s>`` and ``</s>``."""
     model = io.BytesIO()
     lines = iter(["ask 0 [INST] yes [/INST] no"] * 20)
     sentencepiece.SentencePieceTrainer.train(
@@ -269,7 +269,7 @@ def test_a_chat_is_trained_with_the_vocabulary_of_a_sentencepiece_file(tmp_path)
     assert [label for label in found["labels"] if label == end] == [end, end]
 
 
-def test_tokens_that_strip_the_white_space_after_them_are_trained():
+def test_tokens_that_strip_whitespace_can_be_trained_on():
     """transformers#32136: the newline after Phi-3's tokens is swallowed."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(
@@ -287,8 +287,8 @@ def test_tokens_that_strip_the_white_space_after_them_are_trained():
     assert found == row([*turn, *turn], [X] * 5 + [*b"Yo", 262] + [X] * 5 + [*b"Yo", 262])
 
 
-def test_a_tokenizer_that_begins_every_text_with_a_space_begins_a_target_with_none():
-    """ByteLevel with add_prefix_space, as RoBERTa's and some Llama 3 conversions: a space is id 32."""
+def test_a_prefix_space_is_not_added_to_targets():
+    """ByteLevel with add_prefix_space, as in RoBERTa and some Llama 3 conversions; a space is id 32."""
     plain = byte_tokenizer()
     backend = plain.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
@@ -308,21 +308,21 @@ def test_a_tokenizer_that_begins_every_text_with_a_space_begins_a_target_with_no
 @pytest.mark.parametrize(
     ("special", "name"), [({"pad": "!"}, "pad_token '!'"), ({"eos": "\n"}, r"eos_token '\n'")]
 )
-def test_an_ordinary_letter_as_pad_or_end_token_is_refused_at_the_tokenizer(special, name):
-    """Each of them in a text would be padding, or an end."""
+def test_an_ordinary_character_as_pad_or_end_token_is_refused(special, name):
+    """Each occurrence in a text would become padding or an end token."""
     with pytest.raises(ModelError) as error:
         tokenized(document("Hi!\nHo"), byte_tokenizer(**special))
 
-    assert str(error.value).startswith(f"tokenizer: its {name} is ordinary text; fix: set tokenizer.")
+    assert str(error.value).startswith(f"tokenizer: the {name} is ordinary text; fix: set tokenizer.")
 
 
-def test_a_token_that_can_only_be_written_as_itself_is_refused_with_its_row():
+def test_a_token_that_cannot_be_plain_text_is_refused_with_its_row():
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "yes": 1, "</s>": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
 
     assert tokenized(document("yes yes"), tokenizer) == row([1, 1, 2], [X, 1, 2])
-    with pytest.raises(DataError, match="cannot write a control token as plain text; got '</s>'") as error:
+    with pytest.raises(DataError, match="cannot encode a control token as plain text; got '</s>'") as error:
         SFTDataset([document("yes"), document("yes </s> yes")], tokenizer)
     assert error.value.row == 1
 
@@ -330,7 +330,7 @@ def test_a_token_that_can_only_be_written_as_itself_is_refused_with_its_row():
 # --- rows that are tokenized already
 
 
-def test_a_packed_row_of_the_users_own_is_parted_into_its_documents():
+def test_a_tokenized_packed_row_is_split_into_its_documents():
     tokens = Tokens([5, 6, 7, 8], [5, 6, 7, 8], [1, 3])
 
     assert tokens_to_rows(tokens, TOKENIZER) == [row([5], [X]), row([6, 7, 8], [X, 7, 8])]
@@ -344,15 +344,15 @@ def test_a_packed_row_of_the_users_own_is_parted_into_its_documents():
         ([5, 6, 2**31 - 1], [X, 6, X], 2),
     ],
 )  # fmt: skip
-def test_an_id_that_the_vocabulary_has_not_is_refused_with_its_position(ids, labels, position):
+def test_an_id_outside_the_vocabulary_is_refused_with_its_position(ids, labels, position):
     got = next(i for i in (*ids, *labels) if i > 259)
 
     with pytest.raises(DataError) as error:
         tokens_to_rows(Tokens(ids, labels, [3]), TOKENIZER)
 
     assert str(error.value) == (
-        f"an id that is not in the vocabulary; got {got} at position {position}, and the largest id is 259; "
-        "fix: use the tokenizer of the data"
+        f"an id is not in the vocabulary; got {got} at position {position}, but the largest id is 259; "
+        "fix: use the tokenizer with which the data were tokenized"
     )
 
 
@@ -405,7 +405,7 @@ def test_a_row_over_max_length_follows_the_rule(overflow, max_length, pieces, fa
     assert fit([LONG], max_length, overflow=overflow) == (pieces, fate)
 
 
-def test_a_cut_keeps_the_start_token_and_what_a_target_is_predicted_from():
+def test_a_cut_keeps_the_start_token_and_a_token_before_the_target():
     bos = row([1, *b"pppp", *b"TT", EOS], [X] * 5 + [*b"TT", EOS])
 
     assert fit([bos], 6, overflow="keep_target", keeps=1)[0] == [
@@ -443,7 +443,7 @@ def test_a_row_without_a_target_is_dropped_whatever_its_length(overflow, example
 
 
 @pytest.mark.parametrize("max_length", range(2, 12))
-def test_split_loses_no_label_and_learns_none_twice(max_length):
+def test_split_neither_loses_nor_repeats_a_label(max_length):
     example = row(list(range(10)), [X, *range(1, 10)])
 
     pieces, _ = fit([example], max_length, overflow="split")
@@ -492,7 +492,7 @@ def test_a_chat_over_max_length_keeps_its_system_turn_and_the_last_turns_that_fi
     assert chat_rows(18 + one_turn - 2) == ([], Fate("dropped", "no whole target fits in max_length"))
 
 
-def test_a_cut_chat_begins_at_a_users_turn_also_where_tools_speak():
+def test_a_cut_chat_with_tools_begins_at_a_user_turn():
     result: Any = {"role": "tool", "content": "x" * 30}
     messages = [HI, YO, HI, YO, result, YO, HI, YO]
 
@@ -501,7 +501,7 @@ def test_a_cut_chat_begins_at_a_users_turn_also_where_tools_speak():
     assert found == [turn(0, last=True).replace("q0", "Hi").replace("a0", "Yo")]
 
 
-def test_where_each_turn_is_a_row_each_is_cut_on_its_own():
+def test_rows_of_single_turns_are_cut_separately():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message.role[0] + ':' + message.content + '\n' }}{% endfor %}"
@@ -522,7 +522,7 @@ def test_where_each_turn_is_a_row_each_is_cut_on_its_own():
     assert last == found[4:]
 
 
-def test_turns_at_the_end_that_are_only_read_are_left_out_before_one_that_is_learned():
+def test_context_turns_at_the_end_are_cut_before_targets():
     read: Any = [
         {**message, "weight": 0.0} if n in (6, 8) else message for n, message in enumerate(TURNS[:9])
     ]
@@ -538,13 +538,13 @@ def test_turns_at_the_end_that_are_only_read_are_left_out_before_one_that_is_lea
         ("split", 3, Fate("split")),
     ],
 )  # fmt: skip
-def test_a_chat_follows_the_other_rules_as_a_text_does(overflow, rows, fate):
+def test_the_other_overflow_rules_treat_chats_like_texts(overflow, rows, fate):
     found, found_fate = chat_rows(50, TURNS, overflow=overflow)
 
     assert (len(found), found_fate) == (rows, fate)
 
 
-def test_the_longest_end_of_a_chat_that_fits_is_searched_for():
+def test_the_longest_fitting_end_of_a_chat_is_found():
     chat = Chat(TURNS)
     asked: list[int] = []
 

@@ -1,4 +1,4 @@
-"""What of an example is learned and what is only read: rows as text, their targets in ⟦ ⟧.
+"""Which parts of an example are targets and which are context: rows as text, with targets in ⟦ ⟧.
 
 A control token that is only spelled stands in ` `. The first token of a row has no label.
 """
@@ -83,12 +83,12 @@ def notes(example: Any, template: str = "chatml", **options: Any) -> list[str]:
         (Document([R("x"), T("a"), R("b")]), "x⟦a⟧b"),  # it ends in text that is read: nothing stops there
     ],
 )  # fmt: skip
-def test_a_document_ends_its_last_target_in_the_end_token(example, row):
+def test_the_last_target_of_a_document_ends_in_the_end_token(example, row):
     assert rows(example) == [row]
 
 
 @pytest.mark.parametrize("example", [document(""), Document([]), Document([R("a")])])
-def test_a_document_with_nothing_to_learn_gives_no_row(example):
+def test_a_document_without_a_target_has_no_row(example):
     assert rows(example) == []
 
 
@@ -100,7 +100,7 @@ def test_a_document_with_nothing_to_learn_gives_no_row(example):
         ("everything", "a⟦bcde<|endoftext|>⟧"),
     ],
 )  # fmt: skip
-def test_train_on_holds_for_segments_too(turns, row):
+def test_train_on_applies_to_segments(turns, row):
     example = Document([R("a"), T("b"), R("c"), T("d"), T("e")])
 
     assert rows(example, train_on=TrainOn(turns)) == [row]
@@ -120,12 +120,12 @@ def test_train_on_holds_for_segments_too(turns, row):
 )  # fmt: skip
 @pytest.mark.parametrize("policy", ["encode_as_text", "allow", "error"])
 def test_an_end_token_written_by_hand_gives_one_end_token_and_a_note(example, row, policy):
-    """unsloth#3228: one policy taught to spell it, the other to write it twice."""
+    """unsloth#3228: one policy trained on its characters, the other on two end tokens."""
     assert rows(example, special_tokens_in_text=policy) == [row]
     assert notes(example, special_tokens_in_text=policy) == ["an end token written by hand"]
 
 
-def test_an_end_token_within_the_text_is_no_end():
+def test_an_end_token_inside_a_text_does_not_end_it():
     example = prompted("Q:", "<|endoftext|>A")
 
     assert rows(example) == ["Q:⟦`<|endoftext|>`A<|endoftext|>⟧"]
@@ -157,7 +157,7 @@ def test_a_tokenizer_without_an_end_token_is_refused():
         ([HI], "all", []),
     ],
 )  # fmt: skip
-def test_of_a_chat_the_turns_are_learned_that_train_on_and_the_weights_say(messages, turns, found):
+def test_train_on_and_weights_select_the_turns_of_a_chat(messages, turns, found):
     assert rows(Chat(messages), train_on=TrainOn(turns)) == found
 
 
@@ -170,7 +170,7 @@ def test_of_a_chat_the_turns_are_learned_that_train_on_and_the_weights_say(messa
          "user: Hi\nassistant: Yo\nuser: And?\nassistant: ⟦Bye<|endoftext|>⟧"),
     ],
 )  # fmt: skip
-def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_and_a_note(template, first, second):
+def test_a_template_that_rewrites_earlier_turns_gives_one_row_per_turn(template, first, second):
     messages = [HI, THOUGHTFUL if template == THINKS else YO, AND, BYE]
 
     assert rows(Chat(messages), template) == [first, second]
@@ -181,7 +181,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_and_a_note(
     assert rows(Chat([HI, read, AND, BYE]), template) == [second]
 
 
-def test_reasoning_can_be_only_read():
+def test_reasoning_can_be_context_only():
     messages = [HI, THOUGHTFUL, AND, BYE]
 
     assert rows(Chat(messages), KEEPS, train_on=TrainOn(reasoning=False)) == [
@@ -197,8 +197,8 @@ def test_reasoning_that_was_written_into_the_content_or_dropped_is_noted(how):
     assert notes(Chat([HI, THOUGHTFUL]), reasoning=how) == [f"reasoning: {how}"]
 
 
-def test_a_chat_gets_no_start_token_beside_that_of_its_template():
-    """transformers#37686: the template writes one, and the tokenizer another."""
+def test_a_chat_has_only_the_start_token_of_its_template():
+    """transformers#37686: the template adds one, and the tokenizer adds another."""
     tokenizer = sentencepiece_tokenizer(adds_bos=True)
     use_chat_template(tokenizer, "chatml")
     for template, count in ((tokenizer.chat_template, 0), ("{{ bos_token }}" + tokenizer.chat_template, 1)):
@@ -216,7 +216,7 @@ def test_a_chat_gets_no_start_token_beside_that_of_its_template():
     [
         (document("a<|im_end|>b"), "a⟦`<|im_end|>`b<|endoftext|>⟧", "a⟦<|im_end|>b<|endoftext|>⟧"),
         (prompted("<|pad|>", "A"), "`<|pad|>`⟦A<|endoftext|>⟧", "<|pad|>⟦A<|endoftext|>⟧"),
-        # What the model writes: its vocabulary does not call <think> special.
+        # Text of the model: <think> is not special in its vocabulary.
         (prompted("<think>", "<think>A</think>"), "`<think>`⟦<think>A</think><|endoftext|>⟧",
          "<think>⟦<think>A</think><|endoftext|>⟧"),
         (chat("<think>", "<think>A</think>"), f"{U}`<think>`{E}\n{A}⟦<think>A</think>{E}⟧",
@@ -225,16 +225,16 @@ def test_a_chat_gets_no_start_token_beside_that_of_its_template():
          f"{U}<|im_end|>{E}\n{A}⟦a<|pad|>b{E}⟧"),
         (Document([R("<|im_"), R("end|>"), T("A")]), "`<|im_end|>`⟦A<|endoftext|>⟧",
          "<|im_end|>⟦A<|endoftext|>⟧"),
-        # Tokenized apart it is none.
+        # Encoded separately, it is not a token.
         (Document([R("<|im_"), T("end|>")]), "<|im_⟦end|><|endoftext|>⟧", "<|im_⟦end|><|endoftext|>⟧"),
-        # The recipe's own text is a token, what a record and the recipe spell together is none.
+        # Text from the recipe is a token; text from a record and the recipe together is not.
         (Document([R("t"), Segment("<|pad|>", 0.0, is_own=True), T("<|pad|>")]),
          "t<|pad|>⟦`<|pad|>`<|endoftext|>⟧", "t<|pad|>⟦<|pad|><|endoftext|>⟧"),
         (Document([R("<|p"), Segment("ad|>", 0.0, is_own=True), T("A")]), "`<|pad|>`⟦A<|endoftext|>⟧",
          "<|pad|>⟦A<|endoftext|>⟧"),
     ],
 )  # fmt: skip
-def test_what_a_user_spells_is_text_and_what_the_model_writes_are_tokens(example, row, allowed):
+def test_control_tokens_are_text_from_users_and_tokens_from_the_model(example, row, allowed):
     assert rows(example) == [row]
     assert rows(example, special_tokens_in_text="allow") == [allowed]
 
@@ -251,7 +251,7 @@ def test_what_a_user_spells_is_text_and_what_the_model_writes_are_tokens(example
         (chat("Hi <|im_end|", "|>"), []),
     ],
 )  # fmt: skip
-def test_control_tokens_that_are_spelled_are_counted_and_error_refuses_the_first(example, found):
+def test_control_tokens_in_text_are_counted_or_refused(example, found):
     options = LabelOptions(special_tokens_in_text="error")
     renderer = Renderer(tokenizer_with(), options)
 
@@ -262,29 +262,29 @@ def test_control_tokens_that_are_spelled_are_counted_and_error_refuses_the_first
     with pytest.raises(DataError) as error:
         renderer.plan(example)
     assert str(error.value) == (
-        f"the text holds a control token; got {found[0]!r}; "
+        f"the text contains a control token; got {found[0]!r}; "
         "fix: remove it, or set data.special_tokens_in_text to encode_as_text or allow"
     )
 
 
-def test_texts_that_are_rendered_already_are_refused_where_they_are_the_most():
-    """unsloth#384: they would be learned letter by letter."""
+def test_mostly_rendered_texts_are_refused():
+    """unsloth#384: they would be trained on as plain text."""
     rendered, plain = document(f"{ASKED_HI}Yo{E}\n"), document("A text about <|im_end|>.")
 
     for examples, got in (([rendered] * 3, "3 of 3"), ([rendered, rendered, plain], "2 of 3")):
         with pytest.raises(DataError) as error:
             SFTDataset(examples, tokenizer_with())
         assert str(error.value).startswith(
-            f"{got} texts are rendered already: they spell control tokens; got '<"
+            f"{got} texts are already rendered: they contain control tokens; got '<"
         )
-        assert "fix: give messages, or learn these as tokens with data.special_" in str(error.value)
+        assert "fix: provide messages, or encode them as tokens with data.special_" in str(error.value)
     assert len(SFTDataset([rendered, plain], tokenizer_with())) == 2
     assert rows(rendered, special_tokens_in_text="allow")[0].startswith("<|im_start|>⟦user\nHi<|im_end|>\n")
 
 
 # --- the prompt of generation
 
-# Prompts and targets whose border would merge if they were one string: \n\n, and ":" with a newline.
+# Prompts and targets whose boundary would merge in one string: \n\n, and ":" with a newline.
 MERGING = byte_tokenizer(merges=[("Ċ", "Ċ"), (":", "Ċ"), ("Ċ", "Ġ"), ("s", "Ċ")])
 use_chat_template(MERGING, "chatml")
 
@@ -302,7 +302,7 @@ use_chat_template(MERGING, "chatml")
         (chat("Hi", "\nYo"), Chat([HI]), [258, *b"user\nHi", 259, 10, 258, *b"assistant\n"]),
     ],
 )  # fmt: skip
-def test_the_ids_before_a_target_are_those_that_generation_is_given(example, prompt, ids):
+def test_the_ids_before_a_target_equal_the_generation_input(example, prompt, ids):
     trained = SFTDataset([example], MERGING)[0]
 
     assert encode_prompts([prompt], MERGING, LabelOptions()) == [ids]
@@ -332,8 +332,8 @@ TOKENIZERS = {
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(prompt=CONTENT, completion=CONTENT)
 @settings(max_examples=60, deadline=None)
-def test_no_text_of_the_user_becomes_a_control_token_and_it_comes_back_as_it_was(name, prompt, completion):
-    """SentencePiece loses a first space, and an end token at the end is one: all have a letter there."""
+def test_user_text_never_becomes_a_control_token_and_decodes_unchanged(name, prompt, completion):
+    """SentencePiece loses a leading space and parses an end token, so all texts have a letter there."""
     tokenizer, control = TOKENIZERS[name]
     prompt, completion = f"Q{prompt}", f"{completion}."
 

@@ -1,4 +1,4 @@
-"""One block: what is made of its records, and what is said of each of them."""
+"""One block: its rows and the ledger of its records."""
 
 import json
 import pickle
@@ -12,7 +12,7 @@ from helpers import EOS, X, byte_tokenizer, write_jsonl
 from prepared_sets import recipe_of
 
 from hf_clm.data.prepared import block as module
-from hf_clm.data.prepared.block import LEDGER, ROWS, WEIGHTED_ROWS, Block, BlockMaker
+from hf_clm.data.prepared.block import LEDGER_SCHEMA, ROW_SCHEMA, WEIGHTED_ROW_SCHEMA, Block, BlockMaker
 from hf_clm.data.prepared.chunks import read_blocks
 from hf_clm.data.proof.leakage import digest, loose_digest
 from hf_clm.data.read.readers import ReadReport
@@ -20,7 +20,7 @@ from hf_clm.errors import DataError
 from hf_clm.schema import Document, Segment
 from hf_clm.text.train_tokenizer import train_characters
 
-# "a\n" is read, N letters and the end token are learned: 4, 5, 6 tokens.
+# "a\n" is context; N letters and the end token are targets: 4, 5, 6 tokens.
 RECORDS = [{"instruct": "a\n", "input": "", "label": "x" * n} for n in (1, 2, 3)]
 
 
@@ -32,7 +32,7 @@ def _in_tmp_path(tmp_path, monkeypatch):
 def make(
     records: list[Any], *, tokenizer: Any = None, digests: Any = (), stage: str = "sft", **data: Any
 ) -> Block:
-    """The block of the records; one that is a str is a line as it is."""
+    """Returns the block of the records; a str is written to the file unchanged."""
     lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
     Path("a.jsonl").write_text("".join(f"{line}\n" for line in lines))
     recipe = recipe_of(["a.jsonl"], stage=stage, **{"packing": "none", **data})
@@ -44,10 +44,10 @@ def columns(block: Block, *names: str) -> list[tuple[Any, ...]]:
     return list(zip(*(block.ledger.column(name).to_pylist() for name in names), strict=True))
 
 
-def test_a_row_has_its_ids_its_labels_and_the_place_that_it_came_from():
+def test_a_row_has_ids_labels_and_its_place():
     block = make(RECORDS[:2])
 
-    assert block.rows.schema == ROWS
+    assert block.rows.schema == ROW_SCHEMA
     assert block.rows.to_pylist() == [
         {"input_ids": [97, 10, 120, 256], "labels": [X, X, 120, 256], "place": "a.jsonl:1"},
         {"input_ids": [97, 10, 120, 120, 256], "labels": [X, X, 120, 120, 256], "place": "a.jsonl:2"},
@@ -61,14 +61,14 @@ def test_pretraining_learns_the_whole_text():
     assert block.rows.column("labels").to_pylist() == [[X, 10, 120, 256]]
 
 
-def test_weights_are_a_column_where_a_record_has_one():
+def test_weights_are_a_column_if_a_record_has_one():
     block = make([RECORDS[0], {**RECORDS[0], "weight": 0.5}])
 
-    assert block.rows.schema == WEIGHTED_ROWS
+    assert block.rows.schema == WEIGHTED_ROW_SCHEMA
     assert block.rows.column("weights").to_pylist() == [[1.0] * 4, [0.5] * 4]
 
 
-def test_each_record_has_one_line_in_the_ledger_whatever_became_of_it():
+def test_each_record_has_one_line_in_the_ledger_whatever_its_fate():
     block = make(
         [
             RECORDS[0],
@@ -79,7 +79,7 @@ def test_each_record_has_one_line_in_the_ledger_whatever_became_of_it():
         max_length=8,
     )
 
-    assert block.ledger.schema == LEDGER
+    assert block.ledger.schema == LEDGER_SCHEMA
     assert columns(block, "place", "fate", "tokens", "target_tokens", "cut_tokens") == [
         ("a.jsonl:1", "used", 4, 2, 0),
         ("a.jsonl:2", "unreadable", 0, 0, 0),
@@ -108,7 +108,7 @@ def test_a_record_of_several_rows_is_one_line():
         (
             {**RECORDS[0], "label": "<|endoftext|>"},
             {"special_tokens_in_text": "error"},
-            "a.jsonl:2: the text holds a control token",
+            "a.jsonl:2: the text contains a control token",
         ),
         (
             {**RECORDS[0], "label": "x" * 9},
@@ -117,7 +117,7 @@ def test_a_record_of_several_rows_is_one_line():
         ),
     ],
 )
-def test_what_is_found_in_labelling_is_a_fault_with_its_place_too(record, data, message):
+def test_errors_in_labelling_have_a_place(record, data, message):
     block = make([RECORDS[0], record, RECORDS[1]], **data)
 
     assert [str(error)[: len(message)] for error in block.faults] == [message]
@@ -125,16 +125,16 @@ def test_what_is_found_in_labelling_is_a_fault_with_its_place_too(record, data, 
     assert block.rows.column("place").to_pylist() == ["a.jsonl:1", "a.jsonl:3"]
 
 
-def test_a_character_without_a_token_is_named_with_its_record():
+def test_a_character_without_a_token_is_reported_with_its_record():
     block = make([{"text": "abba"}, {"text": "bad 雪"}], tokenizer=train_characters(["abba", "bd "]))
 
     assert list(map(str, block.faults)) == [
         "a.jsonl:2: the tokenizer has no token for it; got '雪' (U+96EA); "
-        "fix: take it out, or add a text that holds it to those that the tokenizer is trained on"
+        "fix: remove it, or train the tokenizer on text that contains it"
     ]
 
 
-def test_the_name_of_the_unknown_token_in_a_text_is_no_unknown_character():
+def test_the_unknown_token_written_out_in_a_text_is_not_an_unknown_character():
     tokenizer = train_characters(["ab <|unk>"])
 
     block = make([{"text": "a <|unk|> b"}], stage="pretrain", tokenizer=tokenizer)
@@ -144,13 +144,13 @@ def test_the_name_of_the_unknown_token_in_a_text_is_no_unknown_character():
     assert tokenizer.unk_token_id not in row["input_ids"]
 
 
-def test_control_tokens_that_a_text_spells_are_named_beside_its_record():
+def test_control_tokens_in_a_text_are_listed_with_its_record():
     block = make([RECORDS[0], {**RECORDS[0], "label": "<|pad|><|im_end|><|pad|>"}])
 
     assert block.ledger.column("spelled").to_pylist() == [None, ["<|pad|>", "<|im_end|>", "<|pad|>"]]
 
 
-def test_equal_records_are_told_by_digests_of_what_is_asked_for():
+def test_digests_compare_records_exactly_loosely_and_by_prompt():
     loose = {"instruct": "A\n", "input": "", "label": " X "}
     other = {**RECORDS[0], "label": "y"}
     block = make([RECORDS[0], loose, other, "{"], digests=["exact", "loose", "prompt"])
@@ -174,7 +174,7 @@ def test_a_digest_is_of_the_example_and_a_text_has_no_prompt():
     }
 
 
-def test_two_makers_make_the_same_of_a_block():
+def test_two_makers_make_equal_blocks():
     records = [*RECORDS, {"instruct": "<|pad|>", "input": "i", "label": "y", "weight": 0.25}]
     first, second = (make(records, digests=["exact"]) for _ in range(2))
 
@@ -212,7 +212,7 @@ def test_labels_that_are_not_certified_are_in_the_certificate_of_the_block(monke
     assert {failure.row for failure in make(RECORDS).certificate.failures} == {0}
 
 
-def test_the_options_of_its_own_source_decide():
+def test_the_options_of_a_blocks_source_apply():
     write_jsonl(Path("a.jsonl"), [{**RECORDS[0], "label": "x" * 9}])
     sources = [{"path": "a.jsonl", "overflow": "drop"}, {"path": "a.jsonl", "overflow": "truncate"}]
     recipe = recipe_of(sources, max_length=6)
@@ -223,8 +223,8 @@ def test_the_options_of_its_own_source_decide():
     assert [columns(block, "fate", "source") for block in found] == [[("dropped", 0)], [("cut", 1)]]
 
 
-def test_a_maker_that_is_sent_to_another_machine_brings_the_users_own_format(tmp_path, monkeypatch):
-    """There the module cannot be imported, and the maker was unpickled."""
+def test_a_maker_carries_custom_formats_to_other_machines(tmp_path, monkeypatch):
+    """On the other machine, the maker is unpickled and the module cannot be imported."""
     (tmp_path / "brought_format.py").write_text(
         "from hf_clm.schema import Document, Segment\n"
         "def read(record):\n"

@@ -1,4 +1,4 @@
-"""The key of a prepared set: the content of all that decides it, and nothing else."""
+"""The key of a prepared set depends on everything that affects its rows, and on nothing else."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ import hf_clm.schema
 from hf_clm.data.prepared import cache
 from hf_clm.data.prepared.cache import find_place, open_place, read_splits
 from hf_clm.data.prepared.prepare import write_prepared
-from hf_clm.data.read.formats import own_modules
+from hf_clm.data.read.formats import custom_modules
 from hf_clm.errors import DataError
 from hf_clm.recipe.recipe import Recipe
 from hf_clm.recipe.sections import Data, Source, cache_folder
@@ -65,7 +65,7 @@ def test_the_same_content_has_the_same_key_touched_renamed_or_in_another_folder(
     assert key(build_recipe(train=[str(tmp_path / "other/z.jsonl")], cache_dir="elsewhere")) == before
 
 
-def test_one_byte_of_the_data_is_another_key():
+def test_changing_one_byte_of_the_data_changes_the_key():
     before = key()
 
     text = Path("a.jsonl").read_text()
@@ -74,8 +74,8 @@ def test_one_byte_of_the_data_is_another_key():
     assert key() != before
 
 
-def test_one_byte_of_a_large_file_whose_digest_is_remembered_is_another_key(monkeypatch):
-    monkeypatch.setattr(cache, "REMEMBERED_BYTES", 10)
+def test_changing_one_byte_of_a_large_cached_file_changes_the_key(monkeypatch):
+    monkeypatch.setattr(cache, "MIN_CACHED_BYTES", 10)
     monkeypatch.setattr(cache, "SETTLED_NS", -1)
     before = key()
     assert len(list(Path("cache/.hashes").iterdir())) == 1
@@ -106,7 +106,7 @@ def test_the_type_and_the_order_of_files_belong_to_the_content():
     assert len(set(keys)) == 5
 
 
-# Another value of each key of a recipe's data, and what it needs beside it.
+# Another value of each key of a recipe's data, with the other keys that it requires.
 OTHERS: dict[str, dict[str, Any]] = {
     "eval_fraction": {"eval_fraction": 0.4},
     "max_length": {"max_length": 17},
@@ -152,7 +152,7 @@ def test_every_key_of_the_data_is_tried():
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_an_option_that_decides_what_is_prepared_is_another_key(name):
+def test_an_option_that_affects_the_rows_changes_the_key(name):
     needed = {option: value for option, value in OTHERS[name].items() if option != name}
 
     assert key(build_recipe("pretrain" if name == "window" else "sft", **OTHERS[name])) != key(
@@ -161,18 +161,18 @@ def test_an_option_that_decides_what_is_prepared_is_another_key(name):
 
 
 @pytest.mark.parametrize("name", ASIDE)
-def test_an_option_that_decides_nothing_of_the_rows_is_no_other_key(name):
+def test_an_option_that_does_not_affect_the_rows_keeps_the_key(name):
     assert key(build_recipe(**ASIDE[name])) == key()
 
 
-def test_the_name_of_an_evaluation_set_is_another_key():
+def test_the_name_of_an_evaluation_set_changes_the_key():
     write_jsonl(Path("b.jsonl"), RECORDS)
     names: tuple[dict[str, str], ...] = ({}, {"set": "one"}, {"set": "two"})
 
     assert len({key(build_recipe(eval=[{"path": "b.jsonl", **name}])) for name in names}) == 3
 
 
-def test_the_split_of_a_folder_is_another_key():
+def test_the_split_of_a_folder_changes_the_key():
     Path("sets").mkdir()
     for name in ("train", "validation"):
         write_jsonl(Path("sets", f"{name}.jsonl"), RECORDS)
@@ -183,24 +183,24 @@ def test_the_split_of_a_folder_is_another_key():
 
 
 @pytest.mark.parametrize("name", OF_A_SOURCE)
-def test_an_option_of_a_source_is_another_key(name):
+def test_an_option_of_a_source_changes_the_key(name):
     assert key(build_recipe(train=[{"path": "a.jsonl", name: OF_A_SOURCE[name]}])) != key()
 
 
 @pytest.mark.parametrize("name", ASIDE_OF_A_SOURCE)
-def test_how_often_a_source_is_drawn_is_no_other_key(name):
+def test_how_often_a_source_is_drawn_keeps_the_key(name):
     write_jsonl(Path("b.jsonl"), RECORDS)
     drawn = [{"path": path, name: ASIDE_OF_A_SOURCE[name]} for path in ("a.jsonl", "b.jsonl")]
 
     assert key(build_recipe(train=drawn)) == key(build_recipe(train=["a.jsonl", "b.jsonl"]))
 
 
-def test_the_stage_is_part_of_the_key_and_what_is_the_default_may_be_said():
+def test_the_stage_changes_the_key_and_explicit_defaults_do_not():
     assert key(build_recipe("pretrain")) != key()
     assert key(build_recipe(overflow="keep_target", packing="best_fit")) == key()
 
 
-def test_the_seed_counts_only_where_it_chooses_what_is_held_out():
+def test_the_seed_changes_the_key_only_if_records_are_held_out():
     share = build_recipe(eval_fraction=0.4)
 
     assert key(seed=1) == key(seed=0)
@@ -233,7 +233,7 @@ def test_a_tokenizer_that_was_used_has_the_key_of_a_fresh_one():
 
 @pytest.fixture
 def copied(monkeypatch, tmp_path) -> Path:
-    """The package as it is found by the key: a copy that a test may edit."""
+    """A copy of the package for the key's digest of the code, which a test may edit."""
     package = tmp_path / "package" / "hf_clm"
     shutil.copytree(
         Path(hf_clm.schema.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
@@ -249,7 +249,7 @@ def copied(monkeypatch, tmp_path) -> Path:
         *("data/label/render.py", "data/read/formats.py", "data/prepared/block.py", "data/proof/checker.py"),
     ],
 )
-def test_another_letter_in_a_module_that_makes_labels_is_another_key(copied, module):
+def test_changing_a_labelling_module_changes_the_key(copied, module):
     before = key()
     (copied / module).write_text((copied / module).read_text() + "\n")
 
@@ -257,7 +257,7 @@ def test_another_letter_in_a_module_that_makes_labels_is_another_key(copied, mod
 
 
 @pytest.mark.parametrize("module", ["cli.py", "training/trainer.py", "pages/style.css", "model/loss.py"])
-def test_another_letter_elsewhere_is_not(copied, module):
+def test_changing_other_modules_keeps_the_key(copied, module):
     before = key()
     (copied / module).parent.mkdir(exist_ok=True)
     (copied / module).open("a").write("\n")
@@ -266,7 +266,7 @@ def test_another_letter_elsewhere_is_not(copied, module):
 
 
 @pytest.mark.parametrize("name", ["own_format", "own_package.inner"])
-def test_another_letter_in_a_format_of_the_users_own_is_another_key(monkeypatch, tmp_path, name):
+def test_changing_a_custom_format_changes_the_key(monkeypatch, tmp_path, name):
     monkeypatch.syspath_prepend(tmp_path)
     path = tmp_path / f"{name.replace('.', '/')}.py"
     path.parent.mkdir(exist_ok=True)
@@ -282,7 +282,7 @@ def test_another_letter_in_a_format_of_the_users_own_is_another_key(monkeypatch,
         monkeypatch.delitem(sys.modules, module)
 
 
-def test_what_a_format_of_ones_own_imports_is_in_the_key(tmp_path, monkeypatch):
+def test_imports_of_a_custom_format_are_in_the_key(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     Path("own_prompts.py").write_text("ASK = 'Q: '\n")
     Path("own_format.py").write_text(
@@ -294,15 +294,15 @@ def test_what_a_format_of_ones_own_imports_is_in_the_key(tmp_path, monkeypatch):
     Path("own_prompts.py").write_text("ASK = 'Question: '\n")
 
     assert key(recipe) != before
-    assert list(own_modules(["own_format:read"])) == ["own_prompts", "own_format"]
+    assert list(custom_modules(["own_format:read"])) == ["own_prompts", "own_format"]
 
 
 @pytest.mark.parametrize("name", ["no_module", "no_package.inner"])
-def test_a_format_that_is_not_there_is_left_to_the_reading(name):
+def test_a_missing_format_module_is_reported_when_reading(name):
     assert key(build_recipe(train=[{"path": "a.jsonl", "format": f"{name}:read"}])) != key()
 
 
-# --- what is not kept
+# --- what is not cached
 
 
 @pytest.mark.parametrize(
@@ -315,15 +315,15 @@ def test_a_format_that_is_not_there_is_left_to_the_reading(name):
         ({}, ""),
     ],
 )
-def test_a_set_that_may_be_another_tomorrow_lies_aside_and_says_why(tmp_path, data, why_not):
-    """A branch on the Hub may say something else then."""
+def test_a_set_that_may_change_is_not_cached_and_has_a_reason(tmp_path, data, why_not):
+    """A branch on the Hub may change."""
     place = find_place(build_recipe(**data), byte_tokenizer(), seed=0, aside=tmp_path / "aside", launch="1")
 
     assert place.why_not.startswith(why_not) and bool(place.why_not) == bool(why_not)
     assert place.folder.parent == tmp_path / ("aside" if why_not else "cache")
 
 
-def test_a_stream_and_data_without_a_known_content_are_those_of_one_launch():
+def test_streams_and_unpinned_data_are_keyed_by_the_launch():
     stream = build_recipe("pretrain", streaming=True)
     hub = build_recipe(train=[{"path": "someone/something"}])
 
@@ -333,12 +333,12 @@ def test_a_stream_and_data_without_a_known_content_are_those_of_one_launch():
     assert key(build_recipe(cache_dir=None), launch="1") == key()
 
 
-def test_data_that_are_not_there_are_refused():
+def test_missing_data_are_refused():
     with pytest.raises(DataError, match=r"missing\.jsonl: no such file"):
         key(build_recipe(train=["missing.jsonl"]))
 
 
-def test_the_environment_moves_the_default_cache_and_no_other(monkeypatch, tmp_path):
+def test_the_environment_variable_overrides_only_the_default_cache(monkeypatch, tmp_path):
     default = build_recipe(cache_dir="~/.cache/hf_clm").data
     monkeypatch.setenv("HF_CLM_CACHE", "/somewhere")
     assert str(cache_folder(default.cache_dir)) == "/somewhere"
@@ -352,7 +352,7 @@ def test_the_environment_moves_the_default_cache_and_no_other(monkeypatch, tmp_p
 # --- reading the splits of a recipe
 
 
-def test_sets_that_were_not_prepared_are_made_and_nothing_is_kept():
+def test_unprepared_sets_are_made_and_not_cached():
     splits = read_splits(build_recipe(eval_fraction=0.4), byte_tokenizer(), seed=0)
 
     assert {name: len(split.rows) for name, split in splits.items()} == {"train": 2, "eval": 1}
@@ -360,7 +360,7 @@ def test_sets_that_were_not_prepared_are_made_and_nothing_is_kept():
     assert not Path("cache").exists()
 
 
-def test_sets_that_were_prepared_are_opened(monkeypatch):
+def test_prepared_sets_are_opened(monkeypatch):
     recipe = build_recipe()
     place = find_place(recipe, byte_tokenizer(), seed=0, aside=Path("aside"))
     write_prepared(place.folder, recipe, byte_tokenizer(), seed=0)

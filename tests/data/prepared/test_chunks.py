@@ -1,4 +1,4 @@
-"""Files in chunks: every line once, in order and with its place, whichever chunks are read."""
+"""Reading files in chunks: every line once, in order, with its place, whichever chunks are read."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ def _small_chunks():
 
 
 def text_of(lengths: list[int]) -> bytes:
-    """A line of each length, its newline not counted; each begins with its number."""
+    """Returns a line of each length, without the newline; each line begins with its number."""
     return b"".join(
         f"{number}".encode()[:length].ljust(length, b".") + b"\n" for number, length in enumerate(lengths)
     )
@@ -73,7 +73,7 @@ def test_the_chunks_of_a_file_are_its_lines_once_and_in_order(lengths, has_end, 
 
 @settings(deadline=None)
 @given(lengths=LENGTHS, wanted=st.sets(st.integers(0, 30)), is_gzip=st.booleans())
-def test_of_a_file_those_lines_are_read_that_begin_in_the_chunks_that_are_wanted(lengths, wanted, is_gzip):
+def test_only_the_lines_of_needed_chunks_are_read(lengths, wanted, is_gzip):
     text = text_of(lengths)
     name = "a.jsonl.gz" if is_gzip else "a.jsonl"
     Path(name).write_bytes(gzip.compress(text) if is_gzip else text)
@@ -83,7 +83,7 @@ def test_of_a_file_those_lines_are_read_that_begin_in_the_chunks_that_are_wanted
         at += len(line)
 
     assert (
-        b"".join(bytes(chunk.content) for chunk in read(name, wanted=lambda number: number in wanted))
+        b"".join(bytes(chunk.content) for chunk in read(name, is_needed=lambda number: number in wanted))
         == expected
     )
 
@@ -92,13 +92,13 @@ def test_of_a_file_those_lines_are_read_that_begin_in_the_chunks_that_are_wanted
 @given(
     count=st.integers(1, 40), wanted=st.sets(st.integers(0, 14)), kind=st.sampled_from(["csv", "json", "txt"])
 )
-def test_of_other_files_the_records_of_the_chunks_that_are_wanted_are_given(count, wanted, kind):
-    """3 to a chunk."""
+def test_other_files_give_the_records_of_needed_chunks(count, wanted, kind):
+    """Three records per chunk."""
     records = [{"text": f"{number}"} for number in range(count)]
     file = write_as(kind, records)
     every = list(range(count)) if kind != "txt" else [0]
 
-    found = read(file, wanted=lambda number: number in wanted)
+    found = read(file, is_needed=lambda number: number in wanted)
 
     values = [value for _, value in items_of(found)]
     assert len(values) == len([number for number in every if number // 3 in wanted])
@@ -108,12 +108,12 @@ def test_of_other_files_the_records_of_the_chunks_that_are_wanted_are_given(coun
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "stream.arrow"])
 @pytest.mark.parametrize("wanted", [{0}, {1}, {0, 2}, {5}])
-def test_of_columns_the_batches_that_are_wanted_are_given_with_their_places(kind, wanted):
+def test_columnar_files_give_the_needed_batches_with_their_places(kind, wanted):
     file = write_as(kind, [{"text": f"{number}"} for number in range(30)])
     whole = read(file)
     size = len(whole[0].content)
 
-    found = read(file, wanted=lambda number: number in wanted)
+    found = read(file, is_needed=lambda number: number in wanted)
 
     numbers = [n for n in range(30) if (n // size if n // size in range(len(whole)) else -1) in wanted]
     assert places(found) == [f"{file}: record {number + 1}" for number in numbers]
@@ -140,17 +140,17 @@ def write_as(kind: str, records: list[dict[str, Any]]) -> str:
     return path
 
 
-def test_lines_are_named_by_their_number_and_after_a_jump_by_the_byte_that_they_count_from():
+def test_line_numbers_after_a_jump_name_the_byte_they_count_from():
     file = write_jsonl(Path("a.jsonl"), [{"text": "x" * 20} for _ in range(6)])  # 33 bytes a line
 
     assert places(read(file)) == [f"a.jsonl:{number}" for number in range(1, 7)]
-    assert places(read(file, wanted=lambda number: number == 2)) == [
-        "a.jsonl (behind byte 132):1",
-        "a.jsonl (behind byte 132):2",
+    assert places(read(file, is_needed=lambda number: number == 2)) == [
+        "a.jsonl (after byte 132):1",
+        "a.jsonl (after byte 132):2",
     ]
 
 
-def test_a_line_that_is_too_long_is_refused_with_its_number_and_those_behind_it_are_read():
+def test_a_line_that_is_too_long_is_refused_and_later_lines_are_read():
     lines = [b'{"text": "a"}', b'{"text": "' + b"x" * 500 + b'"}', b'{"text": "b"}']
     Path("a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     options = ReadOptions(max_line_bytes=200)
@@ -170,16 +170,16 @@ def test_a_line_that_is_too_long_is_refused_with_its_number_and_those_behind_it_
 
 
 @pytest.mark.parametrize("length", [1, 40, 100, 300])
-def test_a_last_line_that_is_cut_off_is_called_so_in_whichever_chunk_it_ends(length):
+def test_a_truncated_last_line_is_reported_in_any_chunk(length):
     Path("a.jsonl").write_text('{"text": "a"}\n{"text": "' + "x" * length)
 
     *_, (where, error) = items_of(read("a.jsonl"))
 
     assert where == "a.jsonl:2"
-    assert error.fix.startswith("the file ends inside this line")
+    assert error.fix.startswith("the file ends in this line")
 
 
-def test_blank_lines_are_counted_and_a_byte_order_mark_is_passed_over():
+def test_blank_lines_are_counted_and_a_byte_order_mark_is_skipped():
     Path("a.jsonl").write_text('\ufeff{"text": "a"}\n\n\r\n{"text": "b"}\n')
     report = ReadReport()
 
@@ -190,7 +190,7 @@ def test_blank_lines_are_counted_and_a_byte_order_mark_is_passed_over():
 
 
 @pytest.mark.parametrize("limit", [1, 3, 4, 7, 12, 13])
-def test_a_limit_reads_no_more_records_than_it_says_through_all_files_of_its_source(limit):
+def test_a_limit_applies_to_all_files_of_a_source_together(limit):
     for name in ("a", "b", "c"):
         write_jsonl(Path(f"{name}.jsonl"), [{"text": f"{name}{number}"} for number in range(4)])
     data = recipe_of([{"path": "*.jsonl", "limit": limit}]).data
@@ -202,7 +202,7 @@ def test_a_limit_reads_no_more_records_than_it_says_through_all_files_of_its_sou
     assert report.files == ["a.jsonl", "b.jsonl", "c.jsonl"]
 
 
-def test_a_broken_line_behind_the_limit_is_never_reached():
+def test_a_broken_line_after_the_limit_is_never_read():
     Path("a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\na broken line\n')
     data = recipe_of([{"path": "a.jsonl", "limit": 2}]).data
 
@@ -214,7 +214,7 @@ def test_a_broken_line_behind_the_limit_is_never_reached():
 # --- blocks
 
 
-def test_a_block_holds_chunks_of_one_source_and_of_about_its_size(monkeypatch):
+def test_a_block_has_chunks_of_one_source_and_about_its_size(monkeypatch):
     monkeypatch.setattr(chunks, "BLOCK_BYTES", 200)
     write_jsonl(Path("a.jsonl"), [{"text": "x" * 20} for _ in range(12)])  # 33 bytes a line
     write_jsonl(Path("b.jsonl"), [{"text": "x"}])
@@ -232,8 +232,8 @@ def test_a_block_holds_chunks_of_one_source_and_of_about_its_size(monkeypatch):
     assert [len(places(raw.chunks)) for raw in found] == [8, 4, 1, 1]
 
 
-def test_the_cuts_depend_on_the_files_alone(monkeypatch):
-    """They are the same for a compressed file, and however often it is read."""
+def test_block_boundaries_depend_on_the_files_alone(monkeypatch):
+    """They are equal for a compressed file and for repeated reads."""
     monkeypatch.setattr(chunks, "BLOCK_BYTES", 200)
     plain = Path(write_jsonl(Path("a.jsonl"), [{"text": "x" * (n % 37)} for n in range(60)]))
     Path("b.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
@@ -259,7 +259,7 @@ def test_a_block_knows_what_the_first_record_of_its_files_looks_like(monkeypatch
 
 
 def test_the_first_record_that_can_be_used_decides_whatever_file_is_in_the_block_before(monkeypatch):
-    """The bad lines of b.jsonl are a chunk of their own; its name is the end of that of the other file."""
+    """The bad lines of b.jsonl are a separate chunk; its name is a suffix of the other file's name."""
     monkeypatch.setattr(chunks, "BLOCK_BYTES", 100)
     write_jsonl(Path("a b.jsonl"), [{"text": "x"}])
     Path("b.jsonl").write_text("{\n" * 32 + '{"prompt": "p", "completion": "c"}\n{"text": "t"}\n' * 9)
@@ -273,7 +273,7 @@ def test_the_first_record_that_can_be_used_decides_whatever_file_is_in_the_block
 @pytest.mark.parametrize(
     ("name", "expected"), [("a.jsonl", True), ("a.ndjson.gz", True), ("a.parquet", True), ("a.csv", False)]
 )
-def test_lines_and_columns_can_be_parted_without_parsing_what_is_before(name, expected):
+def test_lines_and_columns_can_be_read_without_parsing_earlier_chunks(name, expected):
     assert is_parted(name) is expected
 
 

@@ -1,4 +1,4 @@
-"""Blocks that are made by Ray are those of one process, whatever happens to its workers."""
+"""Blocks made by Ray equal those of one process, whatever happens to its workers."""
 
 import os
 import re
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow  # a worker imports torch and transformers
 
 RECORDS = [{"prompt": f"p{n}", "completion": "x" * (n % 9 + 1)} for n in range(60)]
 BAD = {"prompt": "p", "completion": 7}
-# Formats of a user's own, which end the process that reads a certain record.
+# Custom formats that kill the process that reads a certain record.
 FORMATS = """
 import os
 import signal
@@ -55,7 +55,7 @@ def die(record):
 
 @pytest.fixture(scope="module", autouse=True)
 def formats(tmp_path_factory):
-    """The folder of the module of formats, which workers find by PYTHONPATH."""
+    """The folder of the formats' module, which workers find through PYTHONPATH."""
     terminate = signal.getsignal(signal.SIGTERM)
     folder = tmp_path_factory.mktemp("formats")
     (folder / "formats_of_ray_test.py").write_text(FORMATS)
@@ -83,20 +83,20 @@ def _many_blocks(monkeypatch):
 @pytest.mark.parametrize(
     "address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no-such-host.invalid:6379", "nonsense"]
 )
-def test_a_cluster_that_does_not_answer_is_one_line(address):
+def test_a_cluster_that_does_not_respond_is_a_one_line_error(address):
     ray.shutdown()
     write_jsonl(Path("a.jsonl"), RECORDS)
 
     with pytest.raises(EnvironmentFault) as error:
         write_set(recipe_of(["a.jsonl"]), make_blocks=RayBlocks(address))
 
-    message = rf"--ray: no Ray cluster answers: .+; got {address}; fix: start one: ray start --head"
+    message = rf"--ray: no Ray cluster responds: .+; got {address}; fix: start one: ray start --head"
     assert re.fullmatch(message, str(error.value))
     assert error.value.exit_code == ExitCode.ENVIRONMENT
     assert list(Path("cache").iterdir()) == []
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch):
+def test_a_missing_package_suggests_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     write_jsonl(Path("a.jsonl"), RECORDS)
 
@@ -107,7 +107,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
 
 
 def mixed_recipe() -> Any:
-    """Two formats, weights from the middle on, records that cannot be used, equal ones, and held-out ones."""
+    """Two formats, weights in the second half, unusable records, duplicates, and held-out records."""
     weighted = [{**record, "weight": 0.5 if n > 30 else 1.0} for n, record in enumerate(RECORDS)]
     write_jsonl(Path("a.jsonl"), [*weighted[:20], BAD, *weighted[20:], *weighted[3:9]])
     turns = [
@@ -131,7 +131,7 @@ def test_a_set_that_ray_made_is_the_one_that_one_process_makes():
     assert all(re.fullmatch(r"ray       \S+ process \d+: \d+ blocks", line) for line in cluster.to_lines())
 
 
-def test_what_a_worker_made_that_was_killed_is_made_again(formats):
+def test_blocks_of_a_killed_worker_are_made_again(formats):
     write_jsonl(Path("a.jsonl"), RECORDS)
     recipe = recipe_of([{"path": "a.jsonl", "format": "formats_of_ray_test:die_once"}])
 
@@ -142,7 +142,7 @@ def test_what_a_worker_made_that_was_killed_is_made_again(formats):
     assert differing(content_of(Path("cache/ray")), content_of(Path("cache/loop"))) == []
 
 
-def test_the_command_says_who_made_the_blocks(tmp_path):
+def test_the_command_reports_who_made_the_blocks(tmp_path):
     data = {"cache_dir": str(tmp_path / "cache")}
 
     lines = prepare_recipe(helpers.build_recipe(tmp_path, RECORDS, data=data), ray="local")
@@ -153,14 +153,14 @@ def test_the_command_says_who_made_the_blocks(tmp_path):
     assert [line for line in again if line.startswith("ray")] == []
 
 
-def test_records_that_cannot_be_used_are_named_by_file_and_line_also_those_of_blocks_in_the_making():
+def test_unusable_records_in_all_blocks_are_listed_by_file_and_line():
     write_jsonl(Path("a.jsonl"), [BAD, *RECORDS[:15], BAD, *RECORDS[15:], BAD])
 
     with pytest.raises(DataError) as error:
         write_set(recipe_of(["a.jsonl"]), make_blocks=RayBlocks("local"))
 
     lines = str(error.value).splitlines()
-    assert lines[0].startswith("3 faults in the data")
+    assert lines[0].startswith("3 errors in the data")
     places = [line.split()[0] for line in lines if line.startswith("  ")]
     assert places == ["a.jsonl:1", "a.jsonl:17", "a.jsonl:63"]
 
@@ -174,11 +174,11 @@ def test_an_error_that_a_task_raises_is_raised_as_it_is():
 
 
 @pytest.mark.large  # Ray tries again for a while
-def test_a_block_that_kills_every_worker_is_one_line():
+def test_a_block_that_kills_every_worker_is_a_one_line_error():
     write_jsonl(Path("a.jsonl"), RECORDS)
     recipe = recipe_of([{"path": "a.jsonl", "format": "formats_of_ray_test:die"}])
 
-    message = r"^--ray: Ray gave up: .+; got local; fix: see the logs of Ray$"
+    message = r"^--ray: Ray failed: .+; got local; fix: see Ray's logs$"
     with pytest.raises(EnvironmentFault, match=message):
         write_set(recipe, make_blocks=RayBlocks("local"))
 

@@ -1,4 +1,4 @@
-"""A set that is prepared in blocks: the same in any order, every record counted, nothing unproved kept."""
+"""Preparing in blocks: the result does not depend on their order, and every record is accounted for."""
 
 import json
 import weakref
@@ -18,7 +18,7 @@ from hf_clm.data.prepared.block import Block, BlockMaker
 from hf_clm.data.prepared.cache import read_splits
 from hf_clm.data.prepared.chunks import RawBlock
 from hf_clm.data.proof.certificate import Failure
-from hf_clm.data.proof.texts import CHECKS
+from hf_clm.data.proof.texts import LABEL_CHECKS
 from hf_clm.data.read import faults
 from hf_clm.data.split import Split
 from hf_clm.errors import DataError, ExitCode
@@ -37,7 +37,7 @@ FORMATS: dict[str, list[dict[str, Any]]] = {
     "tokenized": [{"input_ids": [1, 2, 3, n], "labels": [-100, 2, 3, n]} for n in range(60)],
     "weighted": [{"prompt": f"p{n}", "completion": "x", "weight": 1.0 if n < 40 else 0.5} for n in range(60)],
 }
-# "say\n" is read (4 tokens), N letters and the end token are learned: 6, 7, 8 tokens.
+# "say\n" is context (4 tokens); N letters and the end token are targets: 6, 7, 8 tokens.
 RECORDS = [{"instruct": "say\n", "input": "", "label": "x" * n} for n in range(1, 41)]
 
 
@@ -60,7 +60,7 @@ def tokenizer() -> Any:
 
 
 def write_records(records: list[Any], *, path: str = "a.jsonl") -> None:
-    """One a line; a str is a line as it is."""
+    """Writes one record per line; a str is written unchanged."""
     lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
     Path(path).write_text("".join(f"{line}\n" for line in lines))
 
@@ -114,7 +114,7 @@ def test_datasets_opens_the_rows_and_the_ledger():
 
 
 @pytest.mark.parametrize("at", [0, 35])
-def test_there_are_weights_where_a_record_has_one_however_late(at):
+def test_a_late_record_with_a_weight_adds_the_column(at):
     records = [dict(record) for record in RECORDS]
     records[at]["weight"] = 0.5
 
@@ -141,7 +141,7 @@ DATA = [
 
 
 @pytest.mark.parametrize("data", DATA, ids=str)
-def test_every_record_stands_in_one_line_of_the_ledger_and_the_totals_balance(data):
+def test_every_record_has_one_line_in_the_ledger_and_the_totals_balance(data):
     records = FORMATS["prompt_completion"]
     write_records([*records[:20], "{", *records[20:], *records[3:9], {"prompt": 1, "completion": "x"}])
     write_records([*records[:3], {"prompt": "P1", "completion": "<|pad|>X  <|pad|>x"}], path="b.jsonl")
@@ -165,14 +165,14 @@ def test_every_record_stands_in_one_line_of_the_ledger_and_the_totals_balance(da
         assert split.label_counts.sum() == split.target_tokens
 
 
-# --- the same, whoever makes it
+# --- results do not depend on who makes the blocks
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
     ("stage", "packing"), [("sft", "best_fit"), ("sft", "none"), ("pretrain", "stream"), ("pretrain", "none")]
 )
-def test_blocks_that_are_made_in_another_order_make_the_very_same_files(stage, packing, format):
+def test_blocks_made_in_another_order_give_identical_files(stage, packing, format):
     write_jsonl(Path("a.jsonl"), FORMATS[format])
     write_jsonl(Path("b.jsonl"), FORMATS[format][:5])
     recipe = recipe_of(["a.jsonl", "b.jsonl"], stage=stage, packing=packing)
@@ -186,7 +186,7 @@ def test_blocks_that_are_made_in_another_order_make_the_very_same_files(stage, p
 
 
 @pytest.mark.parametrize("data", DATA, ids=str)
-def test_what_the_whole_set_decides_is_decided_alike(data):
+def test_decisions_about_the_complete_set_do_not_depend_on_the_order_of_blocks(data):
     records = FORMATS["prompt_completion"]
     write_records([*records[:20], "{", *records[20:], *records[3:9], {"prompt": 1, "completion": "x"}])
     write_records([*records[:3], {"prompt": "P1", "completion": "<|pad|>X  <|pad|>x"}], path="b.jsonl")
@@ -237,7 +237,7 @@ def write_as(kind: str, records: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "stream.arrow", "jsonl.gz", "jsonl.zst", "csv"])
-def test_a_file_of_any_kind_is_parted_into_blocks_and_its_places_are_named_as_in_the_whole(kind):
+def test_places_do_not_depend_on_the_blocks_of_a_file(kind):
     records = FORMATS["prompt_completion"]
     recipe = recipe_of([write_as(kind, records)], packing="none", max_length=100)
 
@@ -250,7 +250,7 @@ def test_a_file_of_any_kind_is_parted_into_blocks_and_its_places_are_named_as_in
 
 
 def test_the_labels_are_those_of_the_tokenizer_called_alone():
-    """The ids by calls of transformers, the labels by hand: another way than that of the blocks."""
+    """Compares with ids from transformers and labels made by hand, independently of the blocks."""
     write_jsonl(Path("a.jsonl"), FORMATS["prompt_completion"])
     answers = [{"role": "assistant", "content": f"No {n}"} for n in range(20)]
     write_jsonl(Path("b.jsonl"), [{"messages": [CHAT[0], answer]} for answer in answers])
@@ -273,7 +273,7 @@ def test_the_labels_are_those_of_the_tokenizer_called_alone():
         assert row["labels"] == [X] * len(prompt) + row["input_ids"][len(prompt) :]
 
 
-def test_memory_holds_one_block():
+def test_memory_use_is_bounded_by_one_block():
     alive: list[weakref.ref[Block]] = []
     most = []
 
@@ -295,7 +295,7 @@ def test_memory_holds_one_block():
 # --- duplicates, held-out records, evaluation
 
 
-def test_duplicates_are_kept_by_default_and_left_out_on_request():
+def test_duplicates_are_kept_by_default_and_dropped_on_request():
     records = [*RECORDS[:30], *RECORDS[2:4], *RECORDS[30:], RECORDS[2]]
 
     kept = prepared(records)["train"]
@@ -311,7 +311,7 @@ def test_duplicates_are_kept_by_default_and_left_out_on_request():
     assert [len(row["input_ids"]) for row in dropped.rows] == [n + 5 for n in range(1, 41)]
 
 
-def test_a_share_is_held_out_by_the_seed_and_both_parts_keep_their_order():
+def test_the_seed_selects_held_out_records_and_order_is_kept():
     write_records(RECORDS)
     recipe = recipe_of(["a.jsonl"], eval_fraction=0.2)
 
@@ -341,7 +341,7 @@ def test_the_evaluation_data_come_from_their_own_files_or_from_a_share_or_are_no
     assert list(none) == ["train"]
 
 
-def test_of_a_single_text_the_end_is_held_out():
+def test_the_end_of_a_single_text_is_held_out():
     text = "".join(f"Line {number} of the book.\n" for number in range(100))
     Path("book.txt").write_text(text)
     recipe = recipe_of(["book.txt"], stage="pretrain", eval_fraction=0.1)
@@ -359,7 +359,7 @@ def test_of_a_single_text_the_end_is_held_out():
 
 
 @pytest.mark.parametrize("example", [RECORDS[0], {"text": "abc       "}])
-def test_a_single_record_that_cannot_be_parted_is_an_error(example):
+def test_a_single_record_that_cannot_be_split_is_an_error(example):
     assert "leaves 0 to evaluate on" in refusal([example], eval_fraction=0.3)
 
 
@@ -373,15 +373,15 @@ def test_evaluation_rows_that_are_training_rows_are_refused_over_max_leakage():
         write_set(recipe_of(["a.jsonl"], eval=["b.jsonl"], max_leakage=0.4))
 
     assert str(error.value).startswith(
-        "data.eval: 50.0% of the evaluation rows are training rows (2 exactly, 0 but for case and white "
-        "space); got b.jsonl:1, b.jsonl:4; fix: "
+        "data.eval: 50.0% of the evaluation rows are training rows (2 exactly, 0 up to case and "
+        "whitespace); got b.jsonl:1, b.jsonl:4; fix: "
     )
 
 
-def test_what_leaks_is_said_and_recorded_for_rows_and_for_prompts(tmp_path):
+def test_leakage_of_rows_and_prompts_is_reported_and_recorded(tmp_path):
     evaluation = [
         {"instruct": "say\n", "input": "", "label": "xxx"},  # a training row
-        {"instruct": "Say ", "input": "", "label": " XXX "},  # but for case and white space
+        {"instruct": "Say ", "input": "", "label": " XXX "},  # equal up to case and whitespace
         {"instruct": "say\n", "input": "", "label": "another answer"},  # its prompt alone
         {"instruct": "tell\n", "input": "", "label": "xxx"},
     ]
@@ -393,7 +393,7 @@ def test_what_leaks_is_said_and_recorded_for_rows_and_for_prompts(tmp_path):
     assert "note      75.0% of the evaluation prompts are training prompts" in proof.lines
 
 
-def test_a_held_out_record_leaks_where_an_equal_one_is_kept():
+def test_a_held_out_record_with_an_equal_training_record_leaks():
     write_records([*RECORDS, *RECORDS])
 
     found = write_set(recipe_of(["a.jsonl"], eval_fraction=0.3))
@@ -409,8 +409,8 @@ def test_a_held_out_record_leaks_where_an_equal_one_is_kept():
 BAD = {"instruct": "say\n", "input": "", "label": 7}
 
 
-def test_all_faults_of_later_blocks_are_listed_with_the_first(monkeypatch):
-    """In a set that is too large to be checked before it is prepared."""
+def test_errors_of_later_blocks_are_listed_with_the_first(monkeypatch):
+    """Uses a set that is too large to be checked before it is prepared."""
     monkeypatch.setattr(faults, "CHECKED_BYTES", 100)
     records = [*RECORDS[:20], BAD, *RECORDS[20:30], "{", *RECORDS[30:], BAD]
     write_records(records)
@@ -421,23 +421,23 @@ def test_all_faults_of_later_blocks_are_listed_with_the_first(monkeypatch):
             write_set(recipe_of(["a.jsonl"]), make_blocks=make_blocks)
 
         lines = str(error.value).splitlines()
-        assert lines[0] == ("3 faults in the data; data.on_bad_record: drop would leave out 3 of them")
+        assert lines[0] == ("3 errors in the data; data.on_bad_record: drop would skip 3 of them")
         assert [line.split()[0] for line in lines if line.startswith("  ")] == [
             *("a.jsonl:21", "a.jsonl:43", "a.jsonl:32")
         ]
 
 
-def test_one_fault_is_named_by_its_file_and_line():
+def test_a_single_error_has_its_file_and_line():
     assert refusal([*RECORDS, BAD]).startswith("a.jsonl:41: ")
 
 
-def test_reading_on_after_the_first_fault_ends_after_a_while(monkeypatch):
-    monkeypatch.setattr(parts, "READ_ON_SECONDS", -1.0)
+def test_the_search_for_more_errors_ends_after_a_while(monkeypatch):
+    monkeypatch.setattr(parts, "FAULT_SEARCH_SECONDS", -1.0)
 
     assert refusal([BAD, *RECORDS, BAD]).startswith("a.jsonl:1: ")
 
 
-def test_records_that_are_dropped_stand_in_the_ledger_as_unreadable():
+def test_dropped_records_are_unreadable_in_the_ledger():
     split = prepared([*RECORDS, BAD, "{"], on_bad_record="drop")["train"]
 
     lines = {line["place"]: line for line in table_of(Path("cache/key/ledger"))}
@@ -449,34 +449,34 @@ def test_records_that_are_dropped_stand_in_the_ledger_as_unreadable():
 
 
 @pytest.mark.parametrize(("dropped", "is_allowed"), [(1, True), (2, True), (3, False)])
-def test_max_dropped_bounds_what_cannot_be_read_and_is_inclusive(dropped, is_allowed):
+def test_max_dropped_limits_unreadable_records_inclusively(dropped, is_allowed):
     records = [*RECORDS[: 40 - dropped], *[BAD] * dropped]
 
     if is_allowed:
         assert len(prepared(records, on_bad_record="drop", max_dropped=0.05)["train"].rows) == 40 - dropped
     else:
         message = refusal(records, on_bad_record="drop", max_dropped=0.05)
-        assert message.startswith("a.jsonl: 3 of 40 rows cannot be trained on; got a.jsonl:38: ")
-        assert message.endswith("; fix: mend the rows, or allow it by data.max_dropped=0.075")
+        assert message.startswith("a.jsonl: 3 of 40 records cannot be trained on; got a.jsonl:38: ")
+        assert message.endswith("; fix: correct the records, or set data.max_dropped=0.075")
 
 
-def test_max_dropped_bounds_what_is_too_long_and_lists_the_first():
+def test_max_dropped_limits_too_long_records_and_lists_the_first():
     assert refusal(RECORDS[:4], max_length=6, overflow="drop", max_dropped=0.1) == (
-        "a.jsonl: 3 of 4 rows cannot be trained on within data.max_length=6; "
+        "a.jsonl: 3 of 4 records cannot be trained on within data.max_length=6; "
         "got a.jsonl:2 (longer than max_length); a.jsonl:3 (longer than max_length); "
         "a.jsonl:4 (longer than max_length); "
-        "fix: raise data.max_length, mend the rows, or allow it by data.max_dropped=0.75"
+        "fix: raise data.max_length, correct the records, or set data.max_dropped=0.75"
     )
 
 
 def test_all_rows_dropped_are_an_error_whatever_is_allowed():
     message = refusal(RECORDS[:4], max_length=2, overflow="drop")
 
-    assert message.startswith("a.jsonl: 4 of 4 rows cannot be trained on")
+    assert message.startswith("a.jsonl: 4 of 4 records cannot be trained on")
 
 
-def test_lines_lost_in_reading_do_not_count_against_the_part_that_is_held_out():
-    """2 bad lines are 5 % of 42 rows, and would be a third of the 4 that are held out."""
+def test_bad_lines_do_not_count_against_the_held_out_split():
+    """Two bad lines are 5 % of 42 records, but would be a third of the 4 held-out records."""
     found = prepared([*RECORDS, BAD, "{"], on_bad_record="drop", eval_fraction=0.1, max_dropped=0.06)
 
     assert {name: len(split.rows) for name, split in found.items()} == {"train": 36, "eval": 4}
@@ -510,7 +510,7 @@ def test_labels_that_are_not_certified_are_refused_with_their_place(monkeypatch)
     def fail(self: BlockMaker, raw: RawBlock) -> Block:
         block = make(self, raw)
         if raw.number == 1:
-            block.certificate.enter(Failure(2, "a.jsonl:9", next(iter(CHECKS)), "one", "another"))
+            block.certificate.enter(Failure(2, "a.jsonl:9", next(iter(LABEL_CHECKS)), "one", "another"))
         return block
 
     monkeypatch.setattr(BlockMaker, "make", fail)
@@ -554,7 +554,7 @@ def test_a_set_is_mixed_when_it_is_opened_and_holds_every_row():
     assert (train.mix.times[:10].sum(), train.mix.times[10:].sum()) == (10, 10)
 
 
-def test_a_table_of_a_recipe_says_what_it_was_made_of():
+def test_a_prepared_set_has_its_proof_and_its_files():
     write_records(RECORDS)
 
     stored = write_set(recipe_of(["a.jsonl"]))
@@ -566,7 +566,7 @@ def test_a_table_of_a_recipe_says_what_it_was_made_of():
     assert stored.splits["train"].examples.report.files == ["a.jsonl"]
 
 
-def test_the_first_examples_of_a_split_are_kept_beside_it():
+def test_the_first_examples_of_a_split_are_stored_with_it():
     write_records(RECORDS)
 
     found: Any = write_set(recipe_of(["a.jsonl"], eval_fraction=0.2)).splits
@@ -577,8 +577,8 @@ def test_the_first_examples_of_a_split_are_kept_beside_it():
         assert [f"a.jsonl:{len(text)}" for text in letters] == list(split.ledger.places[:5])
 
 
-def test_a_long_preparation_says_how_far_it_has_come(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(parts, "SAID_SECONDS", 0.0)
+def test_a_long_preparation_reports_progress(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parts, "PROGRESS_SECONDS", 0.0)
     records = [{"prompt": f"{n}?\n", "completion": "x" * 100} for n in range(1_200)]
     monkeypatch.setattr(chunks, "BLOCK_BYTES", 50_000)
     recipe = recipe_of(write_jsonl(tmp_path / "a.jsonl", records), max_length=256)

@@ -1,4 +1,4 @@
-"""Which records are in which split."""
+"""The assignment of records to splits."""
 
 import numpy as np
 import pytest
@@ -9,19 +9,19 @@ from hf_clm.errors import DataError
 
 
 def candidates(letters: str, unusable: str = "") -> Candidates:
-    """A record for each letter; equal letters are equal records."""
+    """Returns a record for each letter; equal letters are equal records."""
     exact = np.array([[ord(letter), ord(letter)] for letter in letters], dtype="<u8").reshape(-1, 2)
     return Candidates(np.array([letter not in unusable for letter in letters], dtype=bool), exact)
 
 
-def test_the_first_equal_record_is_found_by_both_halves_of_the_digests():
+def test_records_are_equal_if_both_halves_of_their_digests_are():
     digests = np.array([[1, 1], [1, 2], [1, 1], [2, 1], [1, 2], [1, 1]], dtype="<u8")
 
     assert first_equal(digests).tolist() == [0, 1, 0, 3, 1, 0]
     assert first_equal(np.zeros((0, 2), "<u8")).tolist() == []
 
 
-def test_all_records_of_a_set_are_in_its_split_and_equal_ones_are_known_where_they_are_dropped():
+def test_a_split_has_all_records_and_marks_duplicates_if_they_are_dropped():
     sets = {"train": candidates("abacb"), "eval": candidates("aa")}
 
     kept = select(sets, recipe_of(["a"], eval=["b"]).data, seed=0)
@@ -37,8 +37,8 @@ def test_all_records_of_a_set_are_in_its_split_and_equal_ones_are_known_where_th
     assert (dropped["train"].numbers.tolist(), dropped["eval"].equals.tolist()) == ([0, 1, 2, 3, 4], [0, 0])
 
 
-def test_a_record_is_no_duplicate_of_one_that_cannot_be_used():
-    """The options of its own source can make one of two equal records unusable."""
+def test_a_record_is_not_a_duplicate_of_an_unusable_one():
+    """The options of a source can make one of two equal records unusable."""
     exact = np.array([[1, 1], [1, 1], [1, 1]], dtype="<u8")
     sets = {"train": Candidates(np.array([False, True, True]), exact)}
 
@@ -47,7 +47,7 @@ def test_a_record_is_no_duplicate_of_one_that_cannot_be_used():
     assert found.equals.tolist() == [0, 1, 1]
 
 
-def test_a_fraction_is_chosen_by_the_seed():
+def test_the_seed_selects_the_fraction():
     first, again, other = (hold_out(100, 0.3, seed=seed) for seed in (1, 1, 2))
 
     assert first.sum() == 30
@@ -68,11 +68,11 @@ def test_records_that_are_held_out_are_new_and_usable_and_every_record_is_in_one
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(10, 0.01), (1, 0.5), (3, 0.99), (0, 0.5)])
-def test_a_share_that_leaves_a_part_empty_is_an_error(count, fraction):
+def test_a_fraction_that_leaves_a_split_empty_is_an_error(count, fraction):
     with pytest.raises(DataError) as error:
         hold_out(count, fraction, seed=0)
 
     assert str(error.value) == (
         f"data.eval_fraction: eval_fraction {fraction} of {count} examples leaves "
-        f"{round(count * fraction)} to evaluate on; fix: raise it, or name data.eval"
+        f"{round(count * fraction)} to evaluate on; fix: raise it, or set data.eval"
     )

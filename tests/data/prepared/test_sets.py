@@ -1,4 +1,4 @@
-"""The sets of a recipe as they are read, before anything is made of them."""
+"""Reading the sets of a recipe, before they are tokenized."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_examples_keep_their_order_their_place_and_their_source():
     assert found.report.records == 4
 
 
-def test_the_first_record_that_is_wrong_is_raised_or_all_of_them_are_left_out():
+def test_the_first_bad_record_is_raised_or_all_are_skipped():
     lines = [json.dumps(record) for record in RECORDS]
     Path("a.jsonl").write_text("\n".join([lines[0], "{", *lines[1:], '{"prompt": 1, "completion": "x"}']))
 
@@ -71,7 +71,7 @@ def test_columns_are_renamed_for_each_source():
     assert list(load_examples(recipe_of([source]).data).examples) == [prompted("a", "x")]
 
 
-def test_two_kinds_of_record_in_one_file_are_an_error_however_far_apart(monkeypatch):
+def test_records_of_two_formats_in_a_file_are_an_error(monkeypatch):
     monkeypatch.setattr(chunks, "BLOCK_BYTES", 100)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 50)
     write_jsonl(Path("a.jsonl"), [*({"text": "x" * 20} for _ in range(30)), RECORDS[0]])
@@ -80,7 +80,7 @@ def test_two_kinds_of_record_in_one_file_are_an_error_however_far_apart(monkeypa
         load_examples(recipe_of(["a.jsonl"]).data)
 
     assert str(error.value).startswith(
-        "a.jsonl:31: a record of format prompt_completion in a file of format text (a.jsonl:1)"
+        "a.jsonl:31: the record has format prompt_completion, but a.jsonl:1 has format text"
     )
 
 
@@ -91,7 +91,7 @@ def parts_of(recipe: Recipe) -> dict[str, list[str]]:
     return {name: list(map(whole_text, read_examples(recipe.data, name))) for name in open_sets(recipe.data)}
 
 
-def test_of_a_single_text_the_end_is_held_out_as_a_document_of_its_own():
+def test_the_end_of_a_single_text_becomes_a_separate_document():
     Path("book.txt").write_text("abcdefghij")
     recipe = recipe_of(["book.txt"], stage="pretrain", eval_fraction=0.3)
 
@@ -106,11 +106,11 @@ def test_of_a_single_text_the_end_is_held_out_as_a_document_of_its_own():
     ("example", "fraction"),
     [(prompted("a", "b"), 0.3), (document("abc    "), 0.3), (document("   abc"), 0.7)],
 )
-def test_a_single_example_that_has_no_two_parts_is_not_parted(example, fraction):
+def test_a_single_example_without_two_parts_is_not_split(example, fraction):
     assert split_text(example, fraction) is None
 
 
-def test_texts_are_parted_only_where_there_is_one_and_no_set_to_evaluate():
+def test_only_a_single_text_without_an_evaluation_set_is_split():
     for name in ("a.txt", "b.txt"):
         Path(name).write_text("abcdefghij")
 
@@ -131,12 +131,12 @@ def early(*, seed: int = 0, **data: Any) -> dict[str, list[str]]:
     return {name: [list(example.texts)[-1] for example in examples] for name, examples in loaded.items()}
 
 
-def test_examples_are_read_early_for_a_tokenizer_that_is_trained_on_them_and_for_no_other():
+def test_examples_are_read_early_only_to_train_a_tokenizer():
     assert load_early(recipe_of(["a.jsonl"]), 0) == {}
     assert early() == {"train": ["x", "xx", "xxx"]}
 
 
-def test_what_is_held_out_or_dropped_is_no_text_of_the_tokenizer():
+def test_held_out_and_dropped_records_do_not_train_the_tokenizer():
     write_jsonl(Path("a.jsonl"), [*RECORDS, RECORDS[0], {"prompt": 1, "completion": "bad"}])
 
     found = early(eval_fraction=0.4, duplicates="drop", on_bad_record="drop")
@@ -152,7 +152,7 @@ def test_without_a_usable_record_there_is_nothing_to_train_a_tokenizer_on():
         early(on_bad_record="drop")
 
 
-def test_of_a_stream_the_head_of_each_source_is_prepared(monkeypatch):
+def test_the_head_of_each_source_of_a_stream_is_prepared(monkeypatch):
     monkeypatch.setattr(sets, "STREAM_HEAD", 2)
     streamed = recipe_of(["a.jsonl", "a.jsonl"], stage="pretrain", streaming=True)
 

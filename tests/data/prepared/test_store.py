@@ -1,4 +1,4 @@
-"""Prepared sets are written whole, opened as they were, and not opened when they are not."""
+"""Prepared sets are written atomically, and opened only if they are unchanged."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from pyarrow import parquet
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.labels import Fate
 from hf_clm.data.prepared import store
-from hf_clm.data.prepared.store import HEAD, LazyList, Stored, open_store, require_writable
-from hf_clm.data.proof.ledger import Entered, write_ledger
+from hf_clm.data.prepared.store import HEAD, LazyList, StoredSet, open_store, require_writable
+from hf_clm.data.proof.ledger import LedgerSplit, write_ledger
 from hf_clm.data.split import Split
 from hf_clm.errors import DataError, EnvironmentFault
 from hf_clm.schema import Chat, Document, Segment, Tokens, example_from_json
@@ -36,7 +36,7 @@ def _in_tmp_path(tmp_path, monkeypatch):
 
 
 def seen(split: Split) -> dict[str, Any]:
-    """What a split says of itself."""
+    """Returns the facts about a split."""
     rows = [{key: list(map(int, values)) for key, values in row.items()} for row in split.dataset]
     return {
         "rows": rows,
@@ -50,16 +50,16 @@ def seen(split: Split) -> dict[str, Any]:
     }
 
 
-def ledger_of(stored: Stored) -> list[dict[str, Any]]:
-    """The ledger as a run writes it."""
+def ledger_of(stored: StoredSet) -> list[dict[str, Any]]:
+    """Returns the ledger that a run would write."""
     splits = stored.splits.items()
     packed = {name: s.dataset if isinstance(s.dataset, PackedDataset) else None for name, s in splits}
-    write_ledger(Path("ledger.parquet"), {name: Entered(s.ledger, packed[name]) for name, s in splits})
+    write_ledger(Path("ledger.parquet"), {name: LedgerSplit(s.ledger, packed[name]) for name, s in splits})
     return parquet.read_table("ledger.parquet").to_pylist()
 
 
 @pytest.mark.parametrize("packing", ["none", "best_fit", "stream"])
-def test_a_set_that_is_opened_again_is_the_one_that_was_made(packing):
+def test_a_reopened_set_equals_the_one_that_was_made(packing):
     write_jsonl(Path("a.jsonl"), [*RECORDS, {"prompt": "p" * 70, "completion": "cut"}, RECORDS[0]])
     stage = "pretrain" if packing == "stream" else "sft"
     recipe = recipe_of(["a.jsonl"], stage=stage, packing=packing, eval_fraction=0.25, duplicates="drop")
@@ -76,7 +76,7 @@ def test_a_set_that_is_opened_again_is_the_one_that_was_made(packing):
     assert isinstance(found.splits["train"].dataset, PackedDataset) == (packing != "none")
 
 
-def test_counts_of_reading_and_the_proof_come_back():
+def test_reading_counts_and_the_proof_are_restored():
     lines = [json.dumps(record) for record in RECORDS]
     spelling = {**RECORDS[0], "more": 1, "prompt": "<|pad|>"}
     Path("a.jsonl").write_text("\n".join([*lines, "{", "", json.dumps(spelling)]))
@@ -96,7 +96,7 @@ def test_counts_of_reading_and_the_proof_come_back():
     assert list(split.ledger.places)[-2:] == ["a.jsonl:7", "a.jsonl:9"]
 
 
-def test_fates_come_back_with_their_sizes():
+def test_fates_are_restored_with_their_sizes():
     write_jsonl(Path("a.jsonl"), [RECORDS[0], {"prompt": "p" * 20, "completion": "x"}])
 
     first, second = write_set(recipe_of(["a.jsonl"], max_length=16)).splits["train"].ledger.fates
@@ -105,7 +105,7 @@ def test_fates_come_back_with_their_sizes():
     assert (second, second.tokens, second.target_tokens) == (Fate("cut", "", 6, 22, 2), 22, 2)
 
 
-def test_every_kind_of_example_is_kept_and_read_from_no_file():
+def test_every_kind_of_example_is_stored_without_reading_data_files():
     files = [write_jsonl(Path(f"{number}.jsonl"), [record]) for number, record in enumerate(KINDS)]
     recipe = recipe_of(files)
     write_set(recipe)
@@ -127,7 +127,7 @@ def test_every_kind_of_example_is_kept_and_read_from_no_file():
     assert example_from_json(json.loads(json.dumps(asdict(chat)))) == chat
 
 
-def test_examples_behind_the_first_are_read_when_they_are_asked_for():
+def test_later_examples_are_read_on_demand():
     write_jsonl(Path("a.jsonl"), [{"text": str(n)} for n in range(HEAD + 50)])
     recipe = recipe_of(["a.jsonl"])
     write_set(recipe)
@@ -146,17 +146,17 @@ def test_examples_behind_the_first_are_read_when_they_are_asked_for():
     assert reads == ["train"]
 
 
-def test_data_that_changed_since_are_not_taken_for_those_that_were_prepared():
+def test_data_changed_since_preparation_are_detected():
     write_jsonl(Path("a.jsonl"), [{"text": str(n)} for n in range(HEAD + 50)])
     recipe = recipe_of(["a.jsonl"])
     found = write_set(recipe)
     write_jsonl(Path("a.jsonl"), [{"text": "other"}])
 
-    with pytest.raises(DataError, match="the data changed during the run; got 1 rows where there were 250"):
+    with pytest.raises(DataError, match="the data changed during the run; got 1 records instead of 250"):
         list(found.splits["train"].examples.examples)
 
 
-def test_the_same_content_under_another_name_is_named_as_it_is_now():
+def test_renamed_files_are_reported_under_their_current_names():
     lines = [json.dumps(record) for record in (RECORDS[0], RECORDS[0], RECORDS[1])]
     Path("old.jsonl").write_text("\n".join([lines[0], "{", *lines[1:]]))
     options: Any = {"on_bad_record": "drop", "duplicates": "drop"}
@@ -178,7 +178,7 @@ def test_the_same_content_under_another_name_is_named_as_it_is_now():
     ]
 
 
-# --- damage, and others who write
+# --- damage, and concurrent writers
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_a_damaged_set_is_not_opened_and_is_replaced(name, damage):
 
 
 @pytest.mark.parametrize("change", ['{"files": []}', "{}", "[]", "null", "no json"])
-def test_an_index_that_says_something_else_is_not_believed(change):
+def test_an_index_that_does_not_match_its_files_is_rejected(change):
     write_jsonl(Path("a.jsonl"), RECORDS)
     write_set(recipe_of(["a.jsonl"]))
     Path("cache/key/prepared.json").write_text(change)
@@ -220,7 +220,7 @@ def test_an_index_that_says_something_else_is_not_believed(change):
     assert open_set(recipe_of(["a.jsonl"]), files=["a.jsonl"]) is None
 
 
-def test_a_number_that_was_changed_in_the_index_is_noticed():
+def test_a_changed_number_in_the_index_is_detected():
     write_jsonl(Path("a.jsonl"), RECORDS)
     write_set(recipe_of(["a.jsonl"]))
     index = Path("cache/key/prepared.json")
@@ -231,11 +231,11 @@ def test_a_number_that_was_changed_in_the_index_is_noticed():
     assert open_set(recipe_of(["a.jsonl"]), files=["a.jsonl"]) is None
 
 
-def test_what_is_not_there_is_not_opened():
+def test_a_missing_set_is_not_opened():
     assert open_set(recipe_of(["a.jsonl"]), files=["a.jsonl"]) is None
 
 
-def test_what_cannot_be_proved_leaves_nothing():
+def test_an_unproved_set_leaves_no_files():
     write_jsonl(Path("a.jsonl"), RECORDS)
 
     with pytest.raises(DataError):
@@ -244,7 +244,7 @@ def test_what_cannot_be_proved_leaves_nothing():
     assert list(Path("cache").iterdir()) == []
 
 
-def test_what_a_process_left_that_was_killed_while_writing_is_removed_a_day_later(monkeypatch):
+def test_unfinished_folders_are_removed_after_a_day(monkeypatch):
     write_jsonl(Path("a.jsonl"), RECORDS)
     recipe = recipe_of(["a.jsonl"])
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
@@ -262,7 +262,7 @@ def test_what_a_process_left_that_was_killed_while_writing_is_removed_a_day_late
     assert sorted(path.name for path in Path("cache").iterdir()) == ["key", "other"]
 
 
-def test_what_is_still_written_to_is_left_however_old_the_folder_is():
+def test_folders_still_being_written_are_kept_at_any_age():
     write_jsonl(Path("a.jsonl"), RECORDS)
     folders = [Path("cache") / f".partial-{name}" for name in ("written", "left")]
     for folder in folders:
@@ -277,7 +277,7 @@ def test_what_is_still_written_to_is_left_however_old_the_folder_is():
     assert [folder.exists() for folder in folders] == [True, False]
 
 
-def test_several_that_prepare_the_same_at_once_all_end_well():
+def test_concurrent_preparations_of_one_set_all_succeed():
     write_jsonl(Path("a.jsonl"), RECORDS)
     recipe = recipe_of(["a.jsonl"])
     barrier, failures = threading.Barrier(4), []
@@ -300,7 +300,7 @@ def test_several_that_prepare_the_same_at_once_all_end_well():
     assert open_set(recipe) is not None
 
 
-def test_a_set_can_be_read_by_others():
+def test_a_set_is_readable_by_other_users():
     write_jsonl(Path("a.jsonl"), RECORDS)
 
     folder = write_set(recipe_of(["a.jsonl"])).folder
@@ -324,8 +324,8 @@ def test_a_cache_that_cannot_be_written_is_an_error_of_the_environment():
         require_writable(Path("file/cache"))
 
     assert str(error.value) == (
-        "file/cache: cannot keep prepared data; got Not a directory; "
-        "fix: name another data.cache_dir, or null to keep nothing"
+        "file/cache: cannot store prepared data; got Not a directory; "
+        "fix: set data.cache_dir to another folder, or to null to disable the cache"
     )
 
 

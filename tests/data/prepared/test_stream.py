@@ -1,4 +1,4 @@
-"""Rows that are made while training: those of the prepared path, each record once a pass."""
+"""Rows made during training equal prepared rows, with each record once per pass."""
 
 import gzip
 import json
@@ -45,7 +45,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def texts_of(numbers: Sequence[int]) -> list[str]:
-    """Texts of 4 to SIZE letters, each of which begins with its name: r17."""
+    """Returns texts of 4 to SIZE letters, each of which begins with its name: r17."""
     return [f"r{number} " + "." * (number * 577 % SIZE) for number in numbers]
 
 
@@ -58,7 +58,7 @@ def write_packed(name: str, numbers: Sequence[int]) -> None:
 
 
 def write_all(kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
-    """The path of files of a kind that hold a number of records together, in several chunks."""
+    """Writes a number of records to files of a kind, in several chunks; returns their path."""
     records = [{"text": text} for text in texts_of(range(90))]
     short = pyarrow.table({"text": [f"r{number} " for number in range(200)]})
     wide = pyarrow.array(["x" * 80_000] * 200)  # so that 50 rows are a chunk
@@ -83,7 +83,7 @@ def write_all(kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
 
 
 def write_many(kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
-    """So many files that each is whole where there are two shards, and in chunks where there are three."""
+    """Enough files to be assigned by file to two shards, but by chunk to three."""
     for number in range(20):
         if kind == "txt":
             Path(f"{number:02}.txt").write_text(texts_of([number])[0])
@@ -97,7 +97,7 @@ def write_many(kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
 
 
 def recipe_of(train: Any, *, stage: str = "pretrain", **data: Any) -> Recipe:
-    """Of each record one row, which names it; blocks of two chunks of lines."""
+    """Makes one row per record, which contains its name; a block has two chunks of lines."""
     content = {"train": train, "max_length": 48, "packing": "none", "streaming": True, "shuffle_buffer": 10}
     content |= {"overflow": "truncate"} if data.get("packing", "none") == "none" else {}
     settings = {"output_dir": "run", "max_steps": 5}
@@ -117,7 +117,7 @@ def stream(recipe: Recipe, *, shards: int = 1, batch_rows: int = 1, seed: int | 
 
 
 def follow(rows: StreamedRows, shard: int) -> Iterator[tuple[int, Any]]:
-    """The rows of a shard as a run takes them, each with the pass that it is of."""
+    """Returns the rows of a shard in the order of a run, each with its pass."""
     for index in range(shard, len(rows), rows.plan.shards):
         before = rows.positions[shard]
         row = rows[index]
@@ -126,7 +126,7 @@ def follow(rows: StreamedRows, shard: int) -> Iterator[tuple[int, Any]]:
 
 
 def resumed(rows: StreamedRows, recipe: Recipe, *, shards: int) -> StreamedRows:
-    """The stream that goes on from where another stands."""
+    """Returns a stream that resumes at the position of another."""
     with tempfile.TemporaryDirectory() as folder:
         rows.write_state(Path(folder), rank=0)
         after = stream(recipe, shards=shards)
@@ -135,7 +135,7 @@ def resumed(rows: StreamedRows, recipe: Recipe, *, shards: int) -> StreamedRows:
 
 
 def one_pass(rows: StreamedRows) -> list[Any]:
-    """The rows of the first pass of all shards."""
+    """Returns the rows of the first pass of all shards."""
     found = []
     for shard in range(rows.plan.shards):
         for epoch, row in follow(rows, shard):
@@ -151,12 +151,12 @@ def plain(row: Any) -> tuple[list[int], list[int], list[int]]:
 
 
 def names_of(rows: list[Any]) -> list[str]:
-    """The records in the rows: r17."""
+    """Returns the names of the records in the rows, such as r17."""
     return [name for row in rows for name in re.findall(r"r\d+", TOKENIZER.decode(row["input_ids"]))]
 
 
 def documents(rows: list[Any]) -> Counter[Any]:
-    """Ids and labels of each document in the rows."""
+    """Returns the ids and labels of each document in the rows."""
     found: Counter[Any] = Counter()
     for ids, labels, positions in map(plain, rows):
         starts = [at for at, position in enumerate(positions) if position == 0]
@@ -166,7 +166,7 @@ def documents(rows: list[Any]) -> Counter[Any]:
 
 
 def targets(rows: list[Any]) -> Counter[int]:
-    """How often each token has a label."""
+    """Returns how often each token has a label."""
     return Counter(label for row in rows for label in plain(row)[1] if label >= 0)
 
 
@@ -176,7 +176,7 @@ def unstreamed(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def prepared(recipe: Recipe) -> list[Any]:
-    """The rows of the prepared set, in its order."""
+    """Returns the rows of the prepared set, in order."""
     split = read_split(unstreamed(recipe), TOKENIZER)
     return [split.dataset[number] for number in range(len(split.dataset))]
 
@@ -189,7 +189,7 @@ def prepared(recipe: Recipe) -> list[Any]:
     ("stage", "packing"),
     [("pretrain", "none"), ("sft", "none"), ("pretrain", "best_fit"), ("sft", "best_fit")],
 )
-def test_one_pass_of_all_shards_holds_the_documents_of_the_prepared_set(stage, packing, shards):
+def test_one_pass_of_all_shards_has_the_documents_of_the_prepared_set(stage, packing, shards):
     records = [{"text": text} for text in texts_of(range(60))]
     if stage == "sft":
         records = [{"prompt": "?", "completion": record["text"]} for record in records]
@@ -203,7 +203,7 @@ def test_one_pass_of_all_shards_holds_the_documents_of_the_prepared_set(stage, p
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3])
-def test_one_pass_of_cut_rows_learns_every_label_of_the_prepared_set(shards):
+def test_one_pass_of_cut_rows_has_every_label_of_the_prepared_set(shards):
     recipe = recipe_of(write_lines("a.jsonl", range(60)), packing="stream", max_length=100)
 
     found = one_pass(stream(recipe, shards=shards))
@@ -214,7 +214,7 @@ def test_one_pass_of_cut_rows_learns_every_label_of_the_prepared_set(shards):
 
 
 @pytest.mark.parametrize("packing", ["none", "best_fit", "stream"])
-def test_one_block_has_the_rows_of_the_prepared_set_in_their_order(packing):
+def test_one_block_has_the_rows_of_the_prepared_set_in_order(packing):
     recipe = recipe_of(write_lines("a.jsonl", range(20)), packing=packing, shuffle_buffer=1000)
 
     rows = one_pass(stream(recipe, seed=None))
@@ -223,7 +223,7 @@ def test_one_block_has_the_rows_of_the_prepared_set_in_their_order(packing):
     assert [plain(row) for row in rows] == [plain(row) for row in prepared(recipe)]
 
 
-def test_blocks_of_whole_chunks_are_packed_each_by_itself_in_reading_order():
+def test_blocks_are_packed_separately_in_reading_order():
     long = "x" * 8200
     texts = ["ab", "c", long, "de", "f", long, "ghi"]
     write_jsonl(Path("a.jsonl"), [{"text": text} for text in texts[:5]])
@@ -243,7 +243,7 @@ def test_blocks_of_whole_chunks_are_packed_each_by_itself_in_reading_order():
     assert plain(rows[1])[2] == [0, 1, 2, 0, 1]
 
 
-def test_batches_are_of_the_shards_in_turn():
+def test_batches_take_turns_among_the_shards():
     rows = stream(recipe_of(write_lines("a.jsonl", range(60))), shards=3, batch_rows=2)
 
     assert [rows[index]["stream"].shard for index in range(8)] == [0, 0, 1, 1, 2, 2, 0, 0]
@@ -285,13 +285,13 @@ def test_memory_does_not_grow_with_the_data():
     assert peaks[1] < 1.2 * peaks[0]
 
 
-# --- going on
+# --- resuming
 
 
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("packing", ["none", "stream"])
-def test_from_any_row_the_same_rows_follow(packing, shards):
-    """Cut at every row of more than a pass, in the order of the last shard."""
+def test_a_stream_resumes_identically_from_any_row(packing, shards):
+    """Interrupts at every row of more than one pass, in the order of the last shard."""
     paths = [write_lines("1.jsonl", range(15)), write_lines("2.jsonl", range(15, 25))]
     recipe = recipe_of(paths, packing=packing, max_length=1500)
     whole = stream(recipe, shards=shards)
@@ -311,8 +311,8 @@ def test_from_any_row_the_same_rows_follow(packing, shards):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_with_other_shards_each_record_comes_once_a_pass(kind, monkeypatch):
-    """Resumed with other numbers of shards, at random rows; some shards are a pass ahead of others."""
+def test_after_a_change_of_shards_each_record_comes_once_per_pass(kind, monkeypatch):
+    """Resumes with other numbers of shards at random rows; some shards are a pass ahead of others."""
     path, count = write_all(kind, monkeypatch)
     recipe = recipe_of(path, packing="best_fit" if kind == "packed" else "none", overflow="truncate")
     everything = Counter(f"r{number}" for number in range(count))
@@ -340,8 +340,8 @@ def test_with_other_shards_each_record_comes_once_a_pass(kind, monkeypatch):
             assert found == everything, (numbers, number)
 
 
-def test_a_block_is_made_of_no_byte_before_it():
-    """The lines before it are not even JSON any more, but for the first."""
+def test_a_block_does_not_depend_on_earlier_bytes():
+    """All earlier lines but the first are no longer valid JSON."""
     recipe = recipe_of(write_lines("a.jsonl", range(60)))
     rows = stream(recipe)
     reached = [rows[index] for index in range(30)][-1]["stream"]
@@ -357,7 +357,7 @@ def test_a_block_is_made_of_no_byte_before_it():
     assert plain(after[0]) == plain(rows[30])
 
 
-def test_each_process_writes_its_own_shards_and_any_goes_on():
+def test_each_process_saves_its_shards_and_any_process_can_resume():
     recipe = recipe_of(write_lines("a.jsonl", range(60)))
     whole = stream(recipe, shards=2)
     for rank in range(2):
@@ -373,8 +373,8 @@ def test_each_process_writes_its_own_shards_and_any_goes_on():
     assert len(json.loads(Path("state/stream_state_1.json").read_text())["positions"]) == 1
 
 
-def test_each_process_may_go_on_twice():
-    """Two processes of one shard each: what one knows of the other's shard is as old as the last start."""
+def test_each_process_may_resume_twice():
+    """Two processes with one shard each; each only knows the other's position at the last start."""
     recipe = recipe_of(write_lines("a.jsonl", range(60)))
     whole = stream(recipe, shards=2)
     expected = [whole[index]["stream"] for index in range(18)]
@@ -395,16 +395,19 @@ def test_each_process_may_go_on_twice():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 6}, "the stream cannot go on: seed was 3; got 6; fix: the seed"),
-        ({"shuffle_buffer": 7}, "the stream cannot go on: documents was 10; got 7; fix: data.shuffle_buffer"),
-        ({"train": ["a.jsonl"]}, "the stream cannot go on: files was "),
+        ({"seed": 6}, "cannot resume the stream: seed was 3; got 6; fix: use the same seed"),
+        (
+            {"shuffle_buffer": 7},
+            "cannot resume the stream: documents was 10; got 7; fix: use the same data.shuffle",
+        ),
+        ({"train": ["a.jsonl"]}, "cannot resume the stream: files was "),
         (
             {"train": [{"path": "a.jsonl", "weight": 1}, {"path": "b.jsonl", "weight": 2}]},
-            "the stream cannot go on: weights was None; got ['rows', 1.0, 2.0]; fix: the weights of the",
+            "cannot resume the stream: weights was None; got ['rows', 1.0, 2.0]; fix: use the same source",
         ),
     ],
 )
-def test_what_would_be_other_rows_is_refused(changes, message):
+def test_resuming_with_other_rows_is_refused(changes, message):
     paths = [write_lines("a.jsonl", range(9)), write_lines("b.jsonl", range(9))]
     stream(recipe_of(paths)).write_state(Path("state"), rank=0)
     seed, data = changes.pop("seed", 3), {"train": paths} | changes
@@ -418,12 +421,14 @@ def test_what_would_be_other_rows_is_refused(changes, message):
 def test_changed_files_and_a_checkpoint_without_a_position_are_refused():
     recipe = recipe_of(write_lines("a.jsonl", range(9)))
     rows = stream(recipe)
-    with pytest.raises(RecipeError, match="the checkpoint holds no position in a stream"):
+    with pytest.raises(RecipeError, match="the checkpoint has no stream position"):
         rows.read_state(Path())
     rows.write_state(Path(), rank=0)
     Path("a.jsonl").write_text('{"text": "another"}\n')
 
-    with pytest.raises(RecipeError, match=r"cannot go on: files was .*fix: the same files as before"):
+    with pytest.raises(
+        RecipeError, match=r"cannot resume the stream: files was .*fix: use the same files as before"
+    ):
         stream(recipe).read_state(Path())
 
 
@@ -431,13 +436,13 @@ def test_changed_files_and_a_checkpoint_without_a_position_are_refused():
 
 
 def write_mixed(weights: Sequence[float] = (3, 1)) -> list[dict[str, Any]]:
-    """Sources of 60 and 20 records: r0 to r59 and r100 to r119."""
+    """Writes sources of 60 and 20 records: r0 to r59 and r100 to r119."""
     paths = [write_lines("a.jsonl", range(60)), write_lines("b.jsonl", range(100, 120))]
     return [{"path": path, "weight": weight} for path, weight in zip(paths, weights, strict=True)]
 
 
 def measure(row: Any, by: str) -> int:
-    """What a row counts."""
+    """Returns the size of a row in the unit of the mix."""
     if by == "rows":
         return len(names_of([row]))
     return len(row["input_ids"]) if by == "tokens" else sum(label >= 0 for label in plain(row)[1])
@@ -474,7 +479,7 @@ def test_shares_are_met_within_a_row(packing, by, largest, shards):
     assert min(taken.values()) > 0
 
 
-def test_each_source_that_is_mixed_passes_by_itself():
+def test_each_mixed_source_has_its_own_passes():
     recipe = recipe_of(write_mixed((1, 1)))
     rows = stream(recipe)
 
@@ -486,7 +491,7 @@ def test_each_source_that_is_mixed_passes_by_itself():
     assert [place.epoch for place in found[-1]["stream"].places] == [0, 2]
 
 
-def test_a_mixed_stream_goes_on_from_any_row():
+def test_a_mixed_stream_resumes_from_any_row():
     recipe = recipe_of(write_mixed(), packing="best_fit", max_length=1000, mixing={"by": "tokens"})
     whole = stream(recipe)
     rows = [whole[index] for index in range(100)]
@@ -497,7 +502,7 @@ def test_a_mixed_stream_goes_on_from_any_row():
         assert [plain(after[number]) for number in range(3)] == [plain(r) for r in rows[taken : taken + 3]]
 
 
-def test_a_mixed_stream_on_other_shards_loses_no_record_and_comes_back_to_its_shares():
+def test_a_mixed_stream_on_other_shards_keeps_its_records_and_shares():
     recipe = recipe_of(write_mixed((3, 1)))
     rows = stream(recipe, shards=2)
     read = [row for shard in range(2) for _, row in islice(follow(rows, shard), 15)]
@@ -512,7 +517,7 @@ def test_a_mixed_stream_on_other_shards_loses_no_record_and_comes_back_to_its_sh
 # --- what cannot be trained on
 
 
-def test_what_was_dropped_is_counted_pass_by_pass():
+def test_dropped_documents_are_counted_per_pass():
     good, long = {"prompt": "?", "completion": "yes"}, {"prompt": "?", "completion": "y" * 60}
     path = write_jsonl(Path("a.jsonl"), [good, long, good])
     Path("b.jsonl").write_text(f"{json.dumps(good)}\nno json\n{json.dumps(good)}\n{{cut")
@@ -540,7 +545,7 @@ def test_what_was_dropped_is_counted_pass_by_pass():
 )
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_bad_record_is_dropped_whatever_on_bad_record_says(line, changes, shards):
-    """In the middle, so that none of three shards but one reads it, and that one not the first record."""
+    """The record is in the middle, so only one of three shards reads it, and not the first record."""
     lines = [json.dumps({"text": text}).encode() for text in texts_of(range(60))]
     Path("a.jsonl").write_bytes(b"\n".join([*lines[:35], line, *lines[35:]]))
     recipe = recipe_of("a.jsonl", on_bad_record="error", **changes)
@@ -557,7 +562,7 @@ def test_a_bad_record_is_dropped_whatever_on_bad_record_says(line, changes, shar
     assert lost == {"unreadable": 1}
 
 
-def test_bad_lines_at_the_end_of_a_file_are_counted_once_after_going_on_too():
+def test_bad_lines_at_the_end_of_a_file_are_counted_once_after_a_resume():
     write_lines("a.jsonl", range(12))
     with Path("a.jsonl").open("a") as file:
         file.write("no json\n" * 2000)
@@ -575,7 +580,7 @@ def test_bad_lines_at_the_end_of_a_file_are_counted_once_after_going_on_too():
 
 @pytest.mark.parametrize(("shards", "reader"), [(1, 0), (3, 1)])
 def test_records_of_another_format_from_the_1100th_on_are_bad(shards, reader):
-    """As in a prepared set: the first record of the file decides, also for a shard that does not read it."""
+    """As in a prepared set, the first record of the file decides, even for a shard that does not read it."""
     records = [{"text": f"r{number} " + "." * 99} for number in range(1100)]
     others = [{"prompt": "?", "completion": f"r{number}"} for number in range(1100, 1200)]
     recipe = recipe_of(write_jsonl(Path("a.jsonl"), [*records, *others]), max_dropped=0.3)
@@ -602,7 +607,7 @@ def test_another_format_in_a_json_array_is_bad_for_a_shard_that_does_not_read_th
     assert dict(row["stream"].places[0].counts) == {"used": 1, "unreadable": 4}
 
 
-def test_too_many_drops_stop_the_stream_once_a_thousand_documents_tell():
+def test_too_many_drops_stop_the_stream_after_a_thousand_documents():
     good, long = {"prompt": "?", "completion": "yes"}, {"prompt": "?", "completion": "y" * 60}
     path = write_jsonl(Path("a.jsonl"), [good] * 900 + [long] * 400)
     recipe = recipe_of(path, stage="sft", overflow="drop", shuffle_buffer=500, max_dropped=0.01)
@@ -611,8 +616,10 @@ def test_too_many_drops_stop_the_stream_once_a_thousand_documents_tell():
         one_pass(stream(recipe))
 
     assert str(error.value).startswith("data.train: ")
-    assert " documents of a stream cannot be trained on; got " in str(error.value)
-    assert " dropped: longer than max_length; fix: raise data.max_length, mend them" in str(error.value)
+    assert " documents of the stream cannot be trained on; got " in str(error.value)
+    assert " dropped: longer than max_length; fix: raise data.max_length, correct the documents" in str(
+        error.value
+    )
 
 
 def test_a_shard_without_a_document_is_refused():
@@ -621,7 +628,7 @@ def test_a_shard_without_a_document_is_refused():
 
     assert str(error.value).startswith("data.train: no document to train on for shard ")
     assert str(error.value).endswith(
-        " of 40; fix: fewer processes or train.dataloader_num_workers, or data.streaming: false"
+        " of 40; fix: use fewer processes or train.dataloader_num_workers, or set data.streaming: false"
     )
 
 
@@ -645,7 +652,7 @@ def test_the_head_is_the_first_thousand_documents_of_each_source():
     assert head.places[999:1001] == ["a.jsonl:1000", "b.jsonl:1"]
 
 
-def test_all_commands_say_that_they_look_at_the_head_and_prepare_refuses(capsys):
+def test_commands_report_that_they_use_the_head_and_prepare_refuses(capsys):
     write_lines("a.jsonl", range(20))
     save_folder(Path("m"), tiny_model(), TOKENIZER)
     Path("recipe.yaml").write_text(
@@ -666,7 +673,7 @@ def test_all_commands_say_that_they_look_at_the_head_and_prepare_refuses(capsys)
     )
 
 
-def test_the_rows_of_a_run_are_of_as_many_shards_as_there_are_workers_of_all_processes():
+def test_a_run_has_one_shard_per_worker_of_each_process():
     recipe = recipe_of(write_mixed((3, 1)), mixing={"by": "tokens"})
     arguments: Any = SimpleNamespace(
         max_steps=5,

@@ -1,4 +1,4 @@
-"""Arrow tables: datasets opens what was written, and the rows of the map are those that were written."""
+"""Arrow tables: datasets can open them, and mapped rows equal the written rows."""
 
 import time
 import tracemalloc
@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 
 from hf_clm.data.label.labels import Fate
-from hf_clm.data.prepared.block import LEDGER, ROWS, WEIGHTED_ROWS
+from hf_clm.data.prepared.block import LEDGER_SCHEMA, ROW_SCHEMA, WEIGHTED_ROW_SCHEMA
 from hf_clm.data.prepared.tables import StoredLedger, StoredRows, TableWriter, read_batches, write_dict
 
 BYTES_PER_ROW = 16
@@ -19,7 +19,7 @@ LINE = {"reason": "", "source": 0, "cut_tokens": 0, "kept_tokens": 3, "kept_targ
 
 
 def rows_of(numbers: Any, *, is_weighted: bool = False) -> pyarrow.RecordBatch:
-    """A row of N tokens for each number N, with the weight N / 2."""
+    """Returns a row of N tokens for each number N, with the weight N / 2."""
     content: dict[str, Any] = {
         "input_ids": [list(range(n)) for n in numbers],
         "labels": [[-100] * (n - 1) + [n] for n in numbers],
@@ -27,7 +27,7 @@ def rows_of(numbers: Any, *, is_weighted: bool = False) -> pyarrow.RecordBatch:
     }
     if is_weighted:
         content["weights"] = [[n / 2] * n for n in numbers]
-    schema = WEIGHTED_ROWS if is_weighted else ROWS
+    schema = WEIGHTED_ROW_SCHEMA if is_weighted else ROW_SCHEMA
     return pyarrow.RecordBatch.from_pydict(content, schema=schema)
 
 
@@ -37,7 +37,7 @@ def line_of(place: str, fate: str, **changes: Any) -> dict[str, Any]:
 
 
 def write_rows(folder: Path, *batches: pyarrow.RecordBatch) -> StoredRows:
-    write(folder / "train", ROWS, *batches)
+    write(folder / "train", ROW_SCHEMA, *batches)
     count = sum(batch.num_rows for batch in batches)
     lines = [line_of(f"a.jsonl:{n}", "used") for n in range(count)]
     return StoredRows(folder / "train", write_ledger(folder / "ledger", lines))
@@ -52,13 +52,17 @@ def write(folder: Path, schema: pyarrow.Schema, *batches: pyarrow.RecordBatch) -
 
 def write_ledger(folder: Path, lines: list[dict[str, Any]], names: Any = None) -> StoredLedger:
     parts = [lines[:2], lines[2:]]
-    write(folder, LEDGER, *(pyarrow.RecordBatch.from_pylist(part, schema=LEDGER) for part in parts))
+    write(
+        folder,
+        LEDGER_SCHEMA,
+        *(pyarrow.RecordBatch.from_pylist(part, schema=LEDGER_SCHEMA) for part in parts),
+    )
     return StoredLedger(folder, names or {})
 
 
 def test_datasets_opens_the_tables_of_a_folder(tmp_path):
-    write(tmp_path / "train", ROWS, rows_of([1, 2]), rows_of([3]))
-    write(tmp_path / "eval", ROWS, rows_of([4]))
+    write(tmp_path / "train", ROW_SCHEMA, rows_of([1, 2]), rows_of([3]))
+    write(tmp_path / "eval", ROW_SCHEMA, rows_of([4]))
     write_dict(tmp_path, ["train", "eval"])
 
     found = datasets.load_from_disk(str(tmp_path))
@@ -75,7 +79,7 @@ def test_datasets_opens_the_tables_of_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("before", [0, 1, 30])
-def test_weights_that_come_late_make_a_column_that_is_empty_before(tmp_path, before):
+def test_late_weights_add_a_column_with_nulls_before(tmp_path, before):
     batches = [rows_of([1, 2])] * before + [rows_of([3, 1], is_weighted=True), rows_of([2])]
     rows = write_rows(tmp_path, *batches)
 
@@ -89,18 +93,18 @@ def test_weights_that_come_late_make_a_column_that_is_empty_before(tmp_path, bef
     assert [path.name for path in (tmp_path / "train").glob("*.old")] == []
 
 
-def test_the_same_rows_have_the_same_fingerprint_and_others_another(tmp_path):
+def test_equal_rows_have_equal_fingerprints(tmp_path):
     for name, numbers in (("a", [1, 2]), ("b", [1, 2]), ("c", [1, 3])):
-        write(tmp_path / name, ROWS, rows_of(numbers))
+        write(tmp_path / name, ROW_SCHEMA, rows_of(numbers))
 
     prints = [datasets.load_from_disk(str(tmp_path / name))._fingerprint for name in "abc"]
 
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_batches_are_kept_as_they_were_and_an_empty_table_can_be_opened(tmp_path):
-    write(tmp_path / "a", ROWS, rows_of([1, 2]), rows_of([]), rows_of([3]))
-    write(tmp_path / "b", ROWS)
+def test_batches_are_preserved_and_an_empty_table_can_be_opened(tmp_path):
+    write(tmp_path / "a", ROW_SCHEMA, rows_of([1, 2]), rows_of([]), rows_of([3]))
+    write(tmp_path / "b", ROW_SCHEMA)
 
     assert [batch.num_rows for batch in read_batches(tmp_path / "a" / "data-00000-of-00001.arrow")] == [
         2,
@@ -111,7 +115,7 @@ def test_batches_are_kept_as_they_were_and_an_empty_table_can_be_opened(tmp_path
 
 
 def test_an_error_in_writing_leaves_no_table_that_datasets_opens(tmp_path):
-    with pytest.raises(ValueError), TableWriter(tmp_path / "a", ROWS) as writer:
+    with pytest.raises(ValueError), TableWriter(tmp_path / "a", ROW_SCHEMA) as writer:
         writer.write(rows_of([1]))
         raise ValueError
 
@@ -123,7 +127,7 @@ def test_an_error_in_writing_leaves_no_table_that_datasets_opens(tmp_path):
 
 
 @pytest.mark.parametrize("is_weighted", [False, True])
-def test_rows_are_indexed_like_a_list_and_cut_out_of_the_map(tmp_path, is_weighted):
+def test_rows_are_indexed_like_a_list(tmp_path, is_weighted):
     rows = write_rows(tmp_path, rows_of([3, 1]), rows_of([2, 4, 3], is_weighted=is_weighted))
 
     assert len(rows) == 5
@@ -138,7 +142,7 @@ def test_rows_are_indexed_like_a_list_and_cut_out_of_the_map(tmp_path, is_weight
     assert (weights and [part.tolist() for part in weights]) == expected
 
 
-def test_the_rows_are_views_of_a_file_that_cannot_be_changed(tmp_path):
+def test_the_rows_are_read_only_views_of_the_file(tmp_path):
     rows = write_rows(tmp_path, rows_of([3]))
 
     (ids,), (labels,), _ = rows.views(np.array([0]), np.array([0]), np.array([3]))
@@ -149,7 +153,7 @@ def test_the_rows_are_views_of_a_file_that_cannot_be_changed(tmp_path):
         labels[0] = 1
 
 
-def test_the_blocks_are_those_that_were_written_and_can_be_read_again(tmp_path):
+def test_the_blocks_are_as_written_and_can_be_read_again(tmp_path):
     rows = write_rows(tmp_path, rows_of([3, 1]), rows_of([2], is_weighted=True))
 
     for _ in range(2):  # what was read is given back to the system
@@ -158,7 +162,7 @@ def test_the_blocks_are_those_that_were_written_and_can_be_read_again(tmp_path):
     assert [block.weights is None for block in rows.blocks()] == [True, False]
 
 
-def test_a_block_of_which_nothing_is_left_is_passed_over(tmp_path):
+def test_an_empty_block_is_skipped(tmp_path):
     rows = write_rows(tmp_path, rows_of([]), rows_of([2]), rows_of([]), rows_of([3, 1]), rows_of([]))
 
     assert rows.lengths.tolist() == [2, 3, 1]
@@ -166,8 +170,8 @@ def test_a_block_of_which_nothing_is_left_is_passed_over(tmp_path):
     assert [len(block) for block in rows.blocks()] == [1, 2]
 
 
-def test_a_row_knows_the_record_that_it_came_from(tmp_path):
-    write(tmp_path / "train", ROWS, rows_of([1, 2, 3]))
+def test_a_row_refers_to_its_record(tmp_path):
+    write(tmp_path / "train", ROW_SCHEMA, rows_of([1, 2, 3]))
     counts = [0, 2, 0, 1]
     ledger = write_ledger(tmp_path / "ledger", [line_of(f"a:{n}", "used", rows=n) for n in counts])
 
@@ -180,9 +184,9 @@ def test_a_row_knows_the_record_that_it_came_from(tmp_path):
 def test_opening_a_million_rows_takes_under_a_second_and_16_bytes_a_row(tmp_path):
     count = 1 << 20
     part = pyarrow.RecordBatch.from_pydict(
-        {"input_ids": [[1, 2]] * 4096, "labels": [[1, 2]] * 4096, "place": ["a"] * 4096}, schema=ROWS
+        {"input_ids": [[1, 2]] * 4096, "labels": [[1, 2]] * 4096, "place": ["a"] * 4096}, schema=ROW_SCHEMA
     )
-    write(tmp_path / "train", ROWS, *[part] * (count // 4096))
+    write(tmp_path / "train", ROW_SCHEMA, *[part] * (count // 4096))
     ledger = write_ledger(tmp_path / "ledger", [line_of("a", "used")])
     tracemalloc.start()
     started = time.perf_counter()
@@ -211,7 +215,7 @@ LINES = [
 ]
 
 
-def test_a_ledger_says_of_each_record_where_it_is_and_what_became_of_it(tmp_path):
+def test_a_ledger_has_the_place_and_fate_of_each_record(tmp_path):
     ledger = write_ledger(tmp_path / "a", LINES)
 
     assert len(ledger) == 6
@@ -236,7 +240,7 @@ def test_a_ledger_sums_up_fates_reasons_and_spelled_tokens(tmp_path):
     assert ledger.spelled == {"<|pad|>": 2, "<|im_end|>": 1}
 
 
-def test_a_file_that_was_renamed_is_named_as_it_is_now(tmp_path):
+def test_a_renamed_file_is_reported_under_its_new_name(tmp_path):
     ledger = write_ledger(tmp_path / "a", LINES, {"old.jsonl": "new.jsonl", "old": "no"})
 
     assert list(ledger.places)[:2] == ["new.jsonl:1", "new.jsonl:2"]

@@ -1,4 +1,4 @@
-"""The certificate accepts what is right, and catches each plausible way to break the labels."""
+"""The certificate accepts correct rows, and catches each plausible way to break the labels."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ EXAMPLES = [
     Chat([CHAT[0], {**CHAT[1], "weight": 0.5}, *CHAT[2:]]),
     Document([Segment("Q: ", 0), Segment("A", 2), Segment("B", 0.5)]),
 ]
-# Two tools and reasoning in a ChatML of its own.
+# A variant of ChatML with two tools and reasoning.
 AGENT = """\
 {%- if tools -%}{{ '<|im_start|>system\\n' + tools | tojson + '<|im_end|>\\n' }}{%- endif -%}
 {%- for m in messages -%}
@@ -68,7 +68,7 @@ def chat_tokenizer(template="chatml", **options):
 
 
 def prove(examples, tokenizer, *, breaks=lambda row: row, **options):
-    """The certificate of the examples; ``breaks`` changes each row after it was made."""
+    """Returns the certificate of the examples; ``breaks`` modifies each row after it was made."""
     settings = LabelOptions(**options)
     rows = broken(tokenize_rows(examples, tokenizer, settings), breaks)
     return certify(rows, examples, tokenizer=tokenizer, options=settings, stop_ids=stop_token_ids(tokenizer))
@@ -110,7 +110,7 @@ TOKENIZED = Tokens([5, 6, 7, 8], [5, 6, X, 8], [2, 2], 0.5, [0, 1, 1, 1])
         (lambda row: {**row, "input_ids": [row["input_ids"][0] + 1, *row["input_ids"][1:]]}, "tokens"),
     ],
 )
-def test_rows_that_a_user_tokenized_are_certified_against_their_record(breaks, check):
+def test_tokenized_records_are_certified(breaks, check):
     failed = prove([TOKENIZED], byte_tokenizer(), breaks=breaks).failed
 
     assert set(failed) == ({check} if check else set())
@@ -119,7 +119,7 @@ def test_rows_that_a_user_tokenized_are_certified_against_their_record(breaks, c
 @pytest.mark.parametrize("options", [{"stage": "pretrain"}, {"train_on": TRAIN_ON["everything"]}])
 @pytest.mark.parametrize("weight", [1.0, 0.5])
 @pytest.mark.parametrize("turns", [[0.5], [0.0], [2.0], [1.0, 0.25], [0.0, 1.0]])
-def test_where_all_is_learned_weights_of_turns_and_records_are_certified(turns, weight, options):
+def test_weights_are_certified_if_everything_is_a_target(turns, weight, options):
     messages = [m for w in turns for m in (CHAT[0], {**CHAT[1], "weight": w} if w != 1 else CHAT[1])]
 
     def forgets(row):
@@ -132,7 +132,7 @@ def test_where_all_is_learned_weights_of_turns_and_records_are_certified(turns, 
 
 
 @pytest.mark.parametrize("overflow", ["keep_target", "truncate", "split", "drop"])
-def test_rows_that_were_cut_are_certified(overflow):
+def test_cut_rows_are_certified(overflow):
     certificate = prove(EXAMPLES[:4], chat_tokenizer(), overflow=overflow, max_length=15)
 
     assert certificate.failed == {}
@@ -141,7 +141,7 @@ def test_rows_that_were_cut_are_certified(overflow):
 
 @pytest.mark.parametrize("window", [(4, 4), (4, 3), (5, 2)])
 def test_windows_over_every_kind_of_text_are_certified(window):
-    """Side by side, sharing one token, sharing more; a template and a chat as well as a text."""
+    """Windows without overlap, with one shared token, and with more, for texts, templates and chats."""
     examples = [
         document("Oak trees"),
         Document([Segment("Oak\n", 0, is_own=True), Segment("An oak. It grows.", 1)]),
@@ -170,7 +170,7 @@ def test_tools_calls_and_reasoning_are_certified():
 
 
 def test_a_cut_that_leaves_one_token_of_the_prompt_is_certified():
-    """The first token of a row has no label; here it is no part of the target either."""
+    """The first token of a row has no label; here it does not belong to the target either."""
     certificate = prove([prompted("Say ab", "A")], byte_tokenizer(), max_length=3)
 
     assert (certificate.failed, certificate.rows) == ({}, 1)
@@ -178,7 +178,7 @@ def test_a_cut_that_leaves_one_token_of_the_prompt_is_certified():
 
 @pytest.mark.parametrize("prepend", ["first", "always", "normalizer"])
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_a_tokenizer_that_writes_a_space_first_is_certified(prepend, adds_bos):
+def test_a_tokenizer_with_a_prefix_space_is_certified(prepend, adds_bos):
     examples = [prompted("Say A. ", "A and B"), document("C"), document("  return one")]
 
     assert prove(examples, sentencepiece_tokenizer(prepend=prepend, adds_bos=adds_bos)).failed == {}
@@ -293,7 +293,7 @@ def test_each_way_to_break_the_labels_is_caught(breaks, check):
         (control_token_put_in, {"stage": "pretrain", "overflow": "split", "max_length": 12}),
     ],
 )
-def test_a_break_of_a_row_that_was_cut_or_split_is_caught(breaks, options):
+def test_a_broken_cut_or_split_row_is_caught(breaks, options):
     examples = [prompted("Say A.\n", "A, and B.")]
 
     assert prove(examples, byte_tokenizer(), **options).is_valid
@@ -310,7 +310,7 @@ def test_a_break_of_a_row_that_was_cut_or_split_is_caught(breaks, options):
         (EXAMPLES[4], end_lost, "targets"),
     ],
 )
-def test_a_break_of_weights_or_of_a_chat_is_caught(example, breaks, check):
+def test_broken_weights_and_chats_are_caught(example, breaks, check):
     certificate = prove([example], chat_tokenizer(), breaks=breaks)
 
     assert not certificate.is_valid
@@ -332,7 +332,7 @@ def without_the_tools(text):
 
 @pytest.mark.parametrize("loses", [without_reasoning, without_the_call, without_the_tools])
 def test_a_renderer_that_loses_tools_calls_or_reasoning_is_caught(loses, monkeypatch):
-    """The renderer is broken behind its own checks: only what it hands on is changed."""
+    """The renderer is broken after its own checks: only its result is modified."""
     tokenizer = chat_tokenizer(AGENT)
     from hf_clm.text.chat import ChatRenderer
 
@@ -347,8 +347,8 @@ def test_a_renderer_that_loses_tools_calls_or_reasoning_is_caught(loses, monkeyp
     assert not prove([ASKS_A_TOOL], tokenizer).is_valid
 
 
-def test_a_kind_of_row_that_begins_late_is_proved_too(monkeypatch):
-    """Prompts were once compared for the first 50 rows: chats of two turns came after those of one."""
+def test_a_shape_that_first_appears_late_is_proved(monkeypatch):
+    """Prompts used to be compared for the first 50 rows only, and chats of two turns came later."""
     from hf_clm.text.chat import ChatRenderer
 
     turns = ChatRenderer.turns
@@ -368,7 +368,7 @@ def test_a_kind_of_row_that_begins_late_is_proved_too(monkeypatch):
 
 
 def test_a_prompt_and_target_tokenized_together_are_caught():
-    """With a token for newline + A, the joint text has other ids: the target loses its A to the prompt."""
+    """With a token for newline + A, the joined text has other ids: the prompt takes the target's A."""
     tokenizer = byte_tokenizer(merges=[("Ċ", "A")])
 
     def joined(row):
@@ -381,7 +381,7 @@ def test_a_prompt_and_target_tokenized_together_are_caught():
 
 
 def test_other_ids_for_the_same_text_are_caught():
-    """Letter by letter instead of merged: the text is right, but generation is never given such ids."""
+    """By character instead of merged: the text is right, but generation never produces such a prompt."""
     tokenizer = byte_tokenizer(merges=[("s", "a")])
     letters = [*b"say\nyes", EOS]
 
@@ -403,7 +403,7 @@ def test_a_control_token_from_the_text_is_caught(monkeypatch):
     assert certificate.failures[0].expected == "1 control tokens"
 
 
-def test_a_stop_token_that_generation_does_not_know_is_caught():
+def test_a_stop_token_unknown_to_generation_is_caught():
     tokenizer, options = chat_tokenizer(), LabelOptions()
     example = Chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
     rows = tokenize_rows([example], tokenizer, options)

@@ -1,4 +1,4 @@
-"""The ledger: every record with its fate, totals that balance, packed rows that hold each row once."""
+"""The ledger: every record with its fate, totals that balance, packed rows that contain each row once."""
 
 import json
 from pathlib import Path
@@ -14,13 +14,13 @@ from hf_clm.data.label.datasets import PretrainDataset
 from hf_clm.data.label.labels import Fate
 from hf_clm.data.proof.balance import check_entry, check_packing
 from hf_clm.data.proof.leakage import Leakage, are_among, check_leakage, digest, loose_digest
-from hf_clm.data.proof.ledger import Entered, Totals, write_ledger
+from hf_clm.data.proof.ledger import LedgerSplit, Totals, write_ledger
 from hf_clm.data.split import Split
 from hf_clm.errors import DataError, ExitCode
 from hf_clm.recipe.recipe import Recipe
 from hf_clm.schema import Chat, Document, Segment, Tokens
 
-# "say\n" is read (4 tokens); 2, 4, 8 and 20 letters and the end token are learned: 7, 9, 13 and 25 tokens.
+# "say\n" is context (4 tokens); 2, 4, 8 or 20 letters and the end token are targets: 7, 9, 13, 25 tokens.
 EXAMPLES = [prompted("say\n", "x" * n) for n in (2, 4, 8, 20)]
 LONG = prompted("please say it again\n", "yes")  # 20 + 3 + 1
 
@@ -32,9 +32,9 @@ def build(folder: Path, examples: list[Any], *, stage: str = "sft", **data: Any)
 
 
 def entered(split: Split, folder: Path) -> list[dict[str, Any]]:
-    """The lines of ledger.parquet, with the number of a line in place of its file."""
+    """Returns the rows of ledger.parquet, with line numbers in place of the full places."""
     packed = split.dataset if isinstance(split.dataset, PackedDataset) else None
-    write_ledger(folder / "ledger.parquet", {"train": Entered(split.ledger, packed)})
+    write_ledger(folder / "ledger.parquet", {"train": LedgerSplit(split.ledger, packed)})
     lines = parquet.read_table(folder / "ledger.parquet").to_pylist()
     return [{**line, "source": int(line["source"].rpartition(":")[2])} for line in lines]
 
@@ -43,10 +43,10 @@ def fates(split: Split, folder: Path) -> list[tuple[str, str, list[int]]]:
     return [(line["fate"], line["reason"], line["rows"]) for line in entered(split, folder)]
 
 
-# --- what is entered
+# --- entries
 
 
-def test_each_record_has_its_place_its_fate_and_its_sizes_before_and_after(tmp_path):
+def test_each_record_has_its_place_fate_and_sizes(tmp_path):
     split = build(tmp_path, [*EXAMPLES, LONG], max_length=13)
 
     names = (
@@ -81,7 +81,7 @@ def test_each_record_has_its_place_its_fate_and_its_sizes_before_and_after(tmp_p
         (LONG, {"overflow": "truncate"}, ("dropped", "no target token is left", [])),
     ],
 )
-def test_every_fate_is_entered_with_its_reason(example, data, fate, tmp_path):
+def test_every_fate_is_recorded_with_its_reason(example, data, fate, tmp_path):
     split = build(tmp_path, [EXAMPLES[0], example], max_length=10, **data)
 
     assert fates(split, tmp_path)[1] == fate
@@ -98,14 +98,14 @@ def test_windows_of_a_document_are_counted_as_often_as_they_are_read(tmp_path):
     assert [line[n] for n in ("tokens", "target_tokens", "kept_tokens", "kept_targets")] == [10, 9, 16, 13]
 
 
-def test_a_row_is_entered_with_the_packed_rows_that_hold_it(tmp_path):
-    """16 places: 13 alone, 9 and 7 together."""
+def test_a_record_is_listed_with_its_packed_rows(tmp_path):
+    """Rows of 16 tokens: 13 alone, 9 and 7 together."""
     split = build(tmp_path, EXAMPLES[:3], packing="best_fit")
 
     assert fates(split, tmp_path) == [("used", "", [1]), ("used", "", [1]), ("used", "", [0])]
 
 
-def test_a_document_that_goes_on_in_the_next_row_of_a_stream_is_entered_in_both(tmp_path):
+def test_a_document_across_two_rows_is_listed_in_both(tmp_path):
     split = build(tmp_path, [document("a" * 9), document("b" * 9)], stage="pretrain", packing="stream")
 
     assert fates(split, tmp_path) == [("used", "", [0]), ("used", "", [0, 1])]
@@ -128,7 +128,7 @@ def test_the_table_is_short_and_names_the_reasons(tmp_path):
     }  # fmt: skip
 
 
-def test_what_became_no_example_stands_in_the_file_with_its_reason(tmp_path):
+def test_an_unreadable_record_is_in_the_file_with_its_reason(tmp_path):
     split = build(tmp_path, [*EXAMPLES[:2], EXAMPLES[0]], duplicates="drop")
     path = tmp_path / "examples.jsonl"
 
@@ -186,7 +186,7 @@ def with_pieces(packed: PackedDataset, pieces: list[list[tuple[int, int, int]]])
         ([[(1, 0, 4)], [(1, 3, 10)], [(1, 0, 8)], [(1, 7, 10)]], [0, 2]),
     ],
 )
-def test_packing_that_holds_each_row_as_often_as_it_was_drawn_is_accepted(pieces, times):
+def test_packing_with_the_right_number_of_draws_is_accepted(pieces, times):
     check_packing(with_pieces(packed_stream(), pieces), times=np.array(times))
 
 
@@ -203,7 +203,7 @@ def test_packing_that_holds_each_row_as_often_as_it_was_drawn_is_accepted(pieces
     ],
 )
 def test_packing_that_loses_or_repeats_a_label_is_refused(pieces):
-    with pytest.raises(DataError, match=r"data\.packing: packing holds [0-9] of 2 rows, or parts of some"):
+    with pytest.raises(DataError, match=r"data\.packing: packing has [0-9] of 2 rows, or repeats or"):
         check_packing(with_pieces(packed_stream(), pieces))
 
 
@@ -218,7 +218,7 @@ def test_packing_that_loses_or_repeats_a_label_is_refused(pieces):
         ("position_ids", lambda places: list(range(len(places)))),
     ],
 )
-def test_a_packed_row_that_is_not_its_pieces_is_refused(key, change, monkeypatch):
+def test_a_packed_row_that_differs_from_its_pieces_is_refused(key, change, monkeypatch):
     packed, read = packed_stream(), PackedDataset.__getitem__
     monkeypatch.setattr(
         PackedDataset, "__getitem__", lambda self, i: (row := read(self, i)) | {key: change(row[key])}
@@ -227,15 +227,13 @@ def test_a_packed_row_that_is_not_its_pieces_is_refused(key, change, monkeypatch
     with pytest.raises(DataError) as error:
         check_packing(packed)
 
-    assert str(error.value).startswith(
-        "data.packing: packed row 0 is not its 2 documents with positions that begin again"
-    )
+    assert str(error.value).startswith("data.packing: packed row 0 differs from its 2 documents")
 
 
 # --- duplicates and leakage
 
 
-def test_only_examples_that_are_equal_in_every_respect_are_the_same():
+def test_only_examples_equal_in_every_respect_are_duplicates():
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     examples: list[Any] = [
         document("ab"),
@@ -257,7 +255,7 @@ def test_only_examples_that_are_equal_in_every_respect_are_the_same():
     assert [digests.index(one) for one in digests] == [0, 1, 2, 0, 1, 5, 6, 7, 6, 9, 10, 11]
 
 
-def test_what_differs_by_case_and_white_space_is_loosely_the_same():
+def test_case_and_whitespace_do_not_affect_the_loose_digest():
     one, *others = (
         np.frombuffer(loose_digest(example), "<u8")
         for example in (prompted("Who?\n", "Me."), prompted("who?", " ME."), prompted("Who?\n", "You."))
@@ -274,18 +272,18 @@ def test_leakage_over_the_limit_is_refused():
     with pytest.raises(DataError) as error:
         check_leakage(leakage, 0.59)
     assert str(error.value) == (
-        "data.eval: 60.0% of the evaluation rows are training rows (1 exactly, 2 but for case and white "
-        "space); got e:1, e:2, e:4; "
-        "fix: remove them, set data.duplicates=drop, or allow it by data.max_leakage"
+        "data.eval: 60.0% of the evaluation rows are training rows (1 exactly, 2 up to case and "
+        "whitespace); got e:1, e:2, e:4; "
+        "fix: remove them, set data.duplicates=drop, or raise data.max_leakage"
     )
 
 
-# --- by a recipe
+# --- with a recipe
 
 RECORDS = [{"instruct": "say\n", "input": "", "label": "x" * n} for n in (1, 2, 2, 3, 1)]
 
 
-def test_duplicates_are_kept_by_default_and_left_out_on_request(tmp_path):
+def test_duplicates_are_kept_by_default_and_dropped_on_request(tmp_path):
     kept = prove_records(tmp_path, RECORDS)
     dropped = prove_records(tmp_path / "again", RECORDS, duplicates="drop")
 
@@ -315,12 +313,12 @@ def test_training_rows_among_the_evaluation_rows_are_an_error_over_max_leakage(t
         prove_records(tmp_path, RECORDS, evaluation=evaluation)
 
     assert str(error.value).startswith(
-        "data.eval: 25.0% of the evaluation rows are training rows (1 exactly, 0 but for case and white "
-        f"space); got {tmp_path / 'b.jsonl'}:1; fix: "
+        "data.eval: 25.0% of the evaluation rows are training rows (1 exactly, 0 up to case and "
+        f"whitespace); got {tmp_path / 'b.jsonl'}:1; fix: "
     )
 
 
-def test_allowed_leakage_is_said_and_recorded(tmp_path):
+def test_allowed_leakage_is_reported_and_recorded(tmp_path):
     evaluation = [*RECORDS[:2], {"instruct": "say\n", "input": "", "label": "another"}]
     proof = prove_records(tmp_path, RECORDS, evaluation=evaluation, max_leakage=1.0)
 

@@ -1,4 +1,4 @@
-"""All faults of the data in one pass: their list, how it is grouped, and when it is shown."""
+"""Finding all errors in the data in one pass: their grouping, and when they are shown."""
 
 import json
 import os
@@ -17,8 +17,10 @@ from hf_clm.data.read.faults import CHECKED_BYTES, Faults, check_data
 from hf_clm.errors import DataError, EnvironmentFault, RecipeError, UserError
 from hf_clm.recipe.recipe import load_recipe
 
-DOCUMENT_FIX = "one object a line; a JSON array or pretty-printed object belongs into a .json file"
-NONCHARACTER = "the text holds a noncharacter (U+FDD0 or U+FDD1); fix: remove it; no valid text contains one"
+DOCUMENT_FIX = "write one object per line; put a JSON array or a pretty-printed object into a .json file"
+NONCHARACTER = (
+    "the text contains a noncharacter (U+FDD0 or U+FDD1); fix: remove it; no valid text contains one"
+)
 GOOD = {"prompt": "p", "completion": "c"}
 RECIPE = """\
 stage: sft
@@ -28,9 +30,9 @@ data:
   eval: [{path: b.jsonl, format: prompt_completion}]
 train: {output_dir: run, use_cpu: true}
 """
-# Seven kinds of bad rows, in two files, and how they are listed.
+# Seven kinds of bad records in two files, and their list.
 SEVEN = f"""\
-9 faults in the data; data.on_bad_record: drop would leave out 9 of them
+9 errors in the data; data.on_bad_record: drop would skip 9 of them
 1 x not valid JSON: Expecting value (column 12); fix: {DOCUMENT_FIX}
   a.jsonl:2 (got '}}')
 2 x key 'completion' is null; fix: fill it in, or remove the record
@@ -39,7 +41,7 @@ SEVEN = f"""\
 2 x key 'prompt': expected str
   a.jsonl:4 (got int)
   b.jsonl:3 (got object)
-1 x missing key 'completion'; fix: add it, or name its column: fields: {{completion: COLUMN}}
+1 x missing key 'completion'; fix: add it, or set its column with fields: {{completion: COLUMN}}
   a.jsonl:5 (got keys 'prompt')
 1 x key 'prompt' is empty; fix: fill it in, or remove the record
   a.jsonl:7 (got ' ')
@@ -59,7 +61,7 @@ def place(tmp_path, monkeypatch) -> None:
 
 
 def write_lines(path: str, *lines: Any) -> None:
-    """Values as JSON, and texts as they are."""
+    """Writes values as JSON and texts unchanged."""
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     Path(path).write_text("".join(f"{text}\n" for text in texts))
 
@@ -71,7 +73,7 @@ def write_seven() -> None:
 
 
 def faults_of(*overrides: str) -> str:
-    """What ``check_data`` raises; empty for good data."""
+    """Returns the error that ``check_data`` raises, or "" for valid data."""
     try:
         check_data(load_recipe("recipe.yaml", overrides))
     except UserError as error:
@@ -80,7 +82,7 @@ def faults_of(*overrides: str) -> str:
 
 
 def run_process(*words: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """The command line in a process of its own, and the seconds of CPU time that it took."""
+    """Runs the command line in a separate process; also returns its CPU time in seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "hf_clm", *words],
@@ -95,7 +97,7 @@ def run_process(*words: str, **environment: str) -> tuple[subprocess.CompletedPr
 # --- grouping
 
 
-def test_faults_that_differ_by_place_got_and_numbers_are_one_kind():
+def test_errors_that_differ_in_place_value_and_numbers_are_one_kind():
     faults = Faults()
     faults.add(DataError("message 3 is empty", where="a.jsonl:1", got="' '", fix="fill it in"))
     faults.add(DataError("no such file", where="c.jsonl"))
@@ -103,7 +105,7 @@ def test_faults_that_differ_by_place_got_and_numbers_are_one_kind():
 
     assert len(faults) == 3
     assert str(faults.to_error()) == (
-        "3 faults in the data\n"
+        "3 errors in the data\n"
         "2 x message N is empty; fix: fill it in\n"
         "  a.jsonl:1 (N: 3, got ' ')\n"
         "  a.jsonl:7 (N: 12)\n"
@@ -112,7 +114,7 @@ def test_faults_that_differ_by_place_got_and_numbers_are_one_kind():
     )
 
 
-def test_of_each_kind_the_first_20_places_are_shown_and_of_kinds_the_first_20():
+def test_at_most_20_kinds_with_20_places_are_listed():
     faults = Faults()
     for number in range(1, 52):
         faults.add(DataError("is empty", where=f"a.jsonl:{number}"))
@@ -121,12 +123,12 @@ def test_of_each_kind_the_first_20_places_are_shown_and_of_kinds_the_first_20():
 
     lines = str(faults.to_error()).splitlines()
 
-    assert lines[:3] == ["77 faults in the data", "51 x is empty", "  a.jsonl:1"]
+    assert lines[:3] == ["77 errors in the data", "51 x is empty", "  a.jsonl:1"]
     assert lines[21:24] == ["  a.jsonl:20", "  and 31 more", "1 x no key a"]
-    assert lines[-3:] == ["1 x no key s", "  b.jsonl:1", "7 x something else"]
+    assert lines[-3:] == ["1 x no key s", "  b.jsonl:1", "7 x other errors"]
 
 
-def test_a_single_fault_is_raised_as_it_is():
+def test_a_single_error_is_raised_unchanged():
     faults = Faults()
     faults.raise_if_any()
     fault = EnvironmentFault("cannot be read", where="a.jsonl")
@@ -141,19 +143,19 @@ def test_a_single_fault_is_raised_as_it_is():
 # --- what is checked
 
 
-def test_seven_kinds_of_bad_rows_in_two_files_are_found_in_one_start():
+def test_seven_kinds_of_bad_records_are_found_at_once():
     write_seven()
 
     assert faults_of() == SEVEN
 
 
-def test_one_bad_row_is_one_line():
+def test_one_bad_record_is_a_one_line_error():
     write_lines("b.jsonl", GOOD, {**GOOD, "prompt": 5})
 
     assert faults_of() == "b.jsonl:2: key 'prompt': expected str; got int"
 
 
-def test_what_ends_a_file_does_not_end_the_others():
+def test_an_unreadable_file_does_not_stop_the_check_of_others():
     Path("cut.jsonl.gz").write_bytes(b"\x1f\x8b\x08 cut off")
     Path("empty.jsonl").write_text("")
     write_lines("b.jsonl", {"prompt": "p"})
@@ -165,57 +167,57 @@ def test_what_ends_a_file_does_not_end_the_others():
         *("nope/1.jsonl", "nope/2.jsonl", "cut.jsonl.gz", "empty.jsonl", "b.jsonl:1"),
     ]
     assert shown.startswith(
-        "5 faults in the data; data.on_bad_record: drop would leave out 1 of them\n2 x no such"
+        "5 errors in the data; data.on_bad_record: drop would skip 1 of them\n2 x no such"
     )
 
 
 def test_the_missing_files_of_all_sources_are_named():
     assert faults_of("--data.train", "first-set.jsonl", "--data.eval", "second-set.jsonl") == (
-        "2 faults in the data\n"
-        "2 x no such file; fix: check name and working directory\n"
+        "2 errors in the data\n"
+        "2 x no such file; fix: check the name and the working directory\n"
         "  first-set.jsonl\n"
         "  second-set.jsonl"
     )
 
 
-def test_a_source_that_is_named_twice_is_checked_once():
+def test_a_repeated_source_is_checked_once():
     write_lines("a.jsonl", {"prompt": 5})
 
     assert faults_of("--data.train", "a.jsonl", "--data.eval", "a.jsonl").startswith("a.jsonl:1: ")
 
 
-def test_records_behind_the_limit_of_a_source_are_not_checked():
+def test_records_after_the_limit_of_a_source_are_not_checked():
     write_lines("a.jsonl", GOOD, {"prompt": 5})
 
     assert faults_of("--data.train", "[{path: a.jsonl, format: prompt_completion, limit: 1}]") == ""
 
 
-def test_dropped_records_are_no_faults_and_a_missing_file_is_one():
+def test_dropped_records_are_not_errors_and_a_missing_file_is():
     write_seven()
 
     assert faults_of("--data.on_bad_record", "drop") == ""
     assert faults_of("--data.on_bad_record", "drop", "--data.eval", "other-set.jsonl") == (
-        "other-set.jsonl: no such file; fix: check name and working directory"
+        "other-set.jsonl: no such file; fix: check the name and the working directory"
     )
 
 
-def test_what_may_be_right_as_turns_is_no_fault_yet():
-    """Tools need a chat template, and whether the tokenizer has one is found out later."""
+def test_a_record_that_may_be_valid_as_turns_is_not_an_error_yet():
+    """Tools need a chat template, and the tokenizer is not loaded yet."""
     tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
     write_lines("a.jsonl", {**GOOD, "tools": [tool]})
 
     assert faults_of() == ""
-    assert "needs turns" in faults_of("--data.render", "plain")
+    assert "needs chat turns" in faults_of("--data.render", "plain")
 
 
-def test_sources_over_the_limit_are_left_to_the_preparation():
+def test_sources_over_the_size_limit_are_not_checked():
     write_lines("a.jsonl", {"prompt": "x" * CHECKED_BYTES})
     write_lines("b.jsonl", GOOD, {"prompt": 5})
 
     assert faults_of().startswith("b.jsonl:2: ")
 
 
-def test_a_control_token_policy_that_allows_all_takes_noncharacters_too():
+def test_noncharacters_are_allowed_with_control_tokens():
     write_lines("a.jsonl", {**GOOD, "prompt": "\ufdd0"})
 
     assert faults_of() == f"a.jsonl:1: {NONCHARACTER}"
@@ -226,14 +228,14 @@ def test_a_control_token_policy_that_allows_all_takes_noncharacters_too():
 
 
 @pytest.mark.parametrize("command", ["train", "prepare", "doctor", "inspect"])
-def test_each_command_shows_the_same_list_with_the_code_of_data(command, capsys):
+def test_each_command_shows_the_same_list_and_exits_with_the_data_code(command, capsys):
     write_seven()
 
     assert main([command, "recipe.yaml"]) == 3
     assert capsys.readouterr().err == f"error: {SEVEN}\n"
 
 
-def test_the_doctor_has_the_list_in_its_json_too(capsys):
+def test_the_json_of_the_doctor_has_the_list(capsys):
     write_seven()
 
     assert main(["doctor", "recipe.yaml", "--json"]) == 3
@@ -241,7 +243,7 @@ def test_the_doctor_has_the_list_in_its_json_too(capsys):
     assert (check["name"], check["what"]) == ("data", SEVEN)
 
 
-def test_the_answer_comes_without_torch_and_within_seconds_of_cpu_time():
+def test_the_check_is_fast_and_does_not_import_torch():
     """About 0.6 s, most of it imports."""
     write_seven()
 
@@ -249,7 +251,7 @@ def test_the_answer_comes_without_torch_and_within_seconds_of_cpu_time():
     missing, seconds_missing = run_process("prepare", "recipe.yaml", "--data.eval", "other-set.jsonl")
 
     assert (done.returncode, done.stderr) == (3, f"error: {SEVEN}\n")
-    assert (missing.returncode, missing.stderr[:29]) == (3, "error: 6 faults in the data; ")
+    assert (missing.returncode, missing.stderr[:29]) == (3, "error: 6 errors in the data; ")
     assert seconds < 2.5
     assert seconds_missing < 2.5
     code = "from hf_clm.cli import main; main(['train', 'recipe.yaml']); import sys; print(*sys.modules)"
@@ -258,7 +260,7 @@ def test_the_answer_comes_without_torch_and_within_seconds_of_cpu_time():
     assert {"torch", "transformers", "datasets", "pyarrow"} & set(loaded) == set()
 
 
-def test_of_two_processes_on_a_machine_one_says_what_is_wrong_and_both_end():
+def test_one_of_two_processes_reports_the_errors_and_both_exit():
     write_seven()
 
     first, _ = run_process("train", "recipe.yaml", RANK="2", LOCAL_RANK="0", WORLD_SIZE="4")
@@ -268,7 +270,7 @@ def test_of_two_processes_on_a_machine_one_says_what_is_wrong_and_both_end():
     assert (second.returncode, second.stderr) == (3, "")
 
 
-# --- the name of before
+# --- the name in version 0.4
 
 
 @pytest.mark.parametrize(
@@ -279,7 +281,7 @@ def test_of_two_processes_on_a_machine_one_says_what_is_wrong_and_both_end():
         ("mixing: {stopping_strategy: {}}", "remove it, and write size: the rows or tokens of an epoch"),
     ],
 )
-def test_a_key_of_version_0_4_is_read_at_its_default_and_otherwise_told(line, fix):
+def test_a_key_of_version_0_4_is_accepted_only_at_its_default(line, fix):
     text = Path("recipe.yaml").read_text()
     default, other = {"s": ("false", "true"), "n": ("warn", "error"), "m": ("null", "all_exhausted")}[line[0]]
 

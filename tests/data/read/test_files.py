@@ -1,4 +1,4 @@
-"""Which files of a folder are read, as which split, and what is said of the others."""
+"""Which files of a folder are read, as which split, and what is reported about the others."""
 
 import bz2
 import gzip
@@ -25,7 +25,7 @@ def _in_tmp_path(tmp_path, monkeypatch):
 
 
 def write(*names: str) -> None:
-    """Files of one record, which is their name; Markdown and other files hold the name alone."""
+    """Writes files with one record, their name; Markdown and other files contain only the name."""
     for name in names:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"text": name}) if ".json" in name else name
@@ -67,24 +67,24 @@ def test_links_to_folders_are_followed_once():
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
-def test_a_second_name_of_the_same_file_is_read_once_and_said(link):
+def test_a_link_to_the_same_file_is_read_once_and_reported(link):
     write("d/a.jsonl")
     link(os.path.abspath("d/a.jsonl"), "d/b.jsonl")
     for path in ("d", "d/*.jsonl"):
         texts, report = read(path)
         assert texts == ["d/a.jsonl"]
-        assert report.notes == ["d/b.jsonl is a link to the same file as d/a.jsonl: read once"]
+        assert report.notes == ["d/b.jsonl is a link to the same file as d/a.jsonl; read once"]
 
 
 @pytest.mark.parametrize("path", ["d", "d/*"])
 def test_a_file_beside_its_compressed_form_is_refused(path):
     write("d/a.jsonl", "d/a.jsonl.gz")
-    fix = "fix: remove one of them, or name the files that you mean"
-    assert refusal(path) == f"d/a.jsonl: the same file twice, by its name; got d/a.jsonl.gz; {fix}"
+    fix = "fix: remove one of them, or list the files to read"
+    assert refusal(path) == f"d/a.jsonl: the same file twice, by name; got d/a.jsonl.gz; {fix}"
 
 
 @pytest.mark.parametrize("split", ["validation", "valid", "dev", "val"])
-def test_of_a_folder_with_splits_one_is_read(split):
+def test_one_split_of_a_folder_is_read(split):
     write("d/train.jsonl", f"d/{split}.jsonl", "d/test.jsonl", "d/more.jsonl")
 
     texts, report = read("d")
@@ -99,7 +99,7 @@ def test_a_folder_without_the_split_lists_those_that_it_has():
     write("d/poems.jsonl", "d/poems_test.jsonl")
     assert refusal("d") == (
         "d: no split 'train' in this folder; got test (poems_test.jsonl), no split of poems.jsonl; "
-        "fix: split: test, or a glob, which takes every file that it matches: d/**/*.jsonl"
+        "fix: set split: test, or use a glob to read all matching files: d/**/*.jsonl"
     )
     write("e/a.jsonl")
     assert refusal("e", "test").startswith("e: no split 'test' in this folder; got no split of a.jsonl")
@@ -122,7 +122,7 @@ TREES = [
 
 
 @pytest.mark.parametrize("names", TREES)
-def test_splits_are_told_as_datasets_tells_them(names):
+def test_files_are_assigned_to_splits_as_in_datasets(names):
     write(*(f"d/{name}" for name in names))
     base = os.path.abspath("d")
     theirs = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
@@ -138,7 +138,7 @@ def test_a_text_among_others_is_not_a_split_by_a_word_of_its_name():
     assert len(read("d")[0]) == 3
 
 
-def test_a_dataset_that_was_saved_is_read_as_it_is():
+def test_a_saved_dataset_is_read():
     Dataset.from_dict({"text": list("abcdef")}).select([4, 1, 3]).save_to_disk("d", num_shards=2)
     Path("d/cache-0123456789abcdef.arrow").write_bytes(b"left over")
     texts, report = read("d")
@@ -151,7 +151,7 @@ def test_a_dataset_that_was_saved_is_read_as_it_is():
     assert read("two")[0] == ["two/a.jsonl", "e", "b", "d"]
 
 
-def test_of_saved_splits_one_is_read():
+def test_one_of_several_saved_splits_is_read():
     parts = {"train": Dataset.from_dict({"text": ["a"]}), "unseen": Dataset.from_dict({"text": ["b"]})}
     DatasetDict(parts).save_to_disk("d")
 
@@ -165,9 +165,7 @@ def test_a_saved_dataset_whose_rows_are_selected_by_indices_is_refused():
     state = json.loads(Path("d/state.json").read_text())
     Path("d/state.json").write_text(json.dumps({**state, "_indices_data_files": [{"filename": "i.arrow"}]}))
 
-    assert refusal("d").startswith(
-        "d/state.json: a saved dataset of which indices select the rows; fix: load it"
-    )
+    assert refusal("d").startswith("d/state.json: a saved dataset with an indices mapping; fix: load it")
 
 
 def test_values_that_datasets_stores_as_json_are_decoded():
@@ -186,7 +184,7 @@ def test_files_are_found_without_datasets_or_torch():
     assert done.stdout.strip() == "set()" and find_files("d") == ["d/train.jsonl"]
 
 
-def test_a_pipe_is_refused_as_its_content_is_hashed_and_read(tmp_path):
+def test_a_pipe_is_refused(tmp_path):
     os.mkfifo("pipe.jsonl")
 
     with pytest.raises(DataError, match=r"^pipe.jsonl: a pipe, which can be read only once; fix: write it"):

@@ -1,4 +1,4 @@
-"""Records to examples, format by format, with the message for each record that is refused."""
+"""Converting records to examples, by format, and the messages for invalid records."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ from hf_clm.schema import AnyExample, Chat, Document, Format, Message, Segment, 
 USER: Message = {"role": "user", "content": "2+2?"}
 ASSISTANT: Message = {"role": "assistant", "content": "4"}
 SYSTEM: Message = {"role": "system", "content": "Be brief."}
-ROLES = "one of system, user, assistant, tool"
+ROLES = "use one of system, user, assistant, tool"
 PREAMBLE = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
@@ -55,7 +55,7 @@ def pair(prompt: str, completion: str) -> Document:
 
 
 def said(**more: Any) -> dict[str, Any]:
-    """An assistant turn with other keys."""
+    """Returns an assistant turn with additional keys."""
     return {**ASSISTANT, **more}
 
 
@@ -125,13 +125,13 @@ def test_every_format_gives_its_example(format, record, example):
         ("alpaca", {"instruction": "2+2?", "history": None, "output": "4"}, [USER, ASSISTANT]),
     ],
 )  # fmt: skip
-def test_for_a_model_with_a_chat_template_a_prompt_and_its_answer_become_turns(format, record, messages):
+def test_prompt_and_completion_become_turns_with_a_chat_template(format, record, messages):
     assert to_example(record, format=format, render="chat") == Chat(messages)
 
 
 @pytest.mark.parametrize("render", ["chat", "plain"])
-def test_prompt_and_completion_as_messages_are_one_chat_and_those_of_the_prompt_are_only_read(render):
-    """TRL's conversational form: what the assistant says in the prompt is no answer to learn."""
+def test_prompt_and_completion_as_messages_become_one_chat(render):
+    """TRL's conversational form: assistant turns in the prompt are not targets."""
     more = {"role": "user", "content": "And 3+3?"}
     record = {"prompt": [SYSTEM, USER, ASSISTANT, more], "completion": [{**ASSISTANT, "content": "6"}]}
 
@@ -169,33 +169,33 @@ def test_prompt_and_completion_as_messages_are_one_chat_and_those_of_the_prompt_
         ({"train": None, "training": None, "loss": None, "masked": None, "weight": None}, 1),
     ],
 )  # fmt: skip
-def test_every_spelling_of_a_turns_weight_says_what_it_says_elsewhere(keys, weight):
+def test_every_name_of_a_turns_weight_is_supported(keys, weight):
     assert last_of(said(**keys)).get("weight", 1) == weight
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"trian": False}, "unknown key 'trian'; did you mean 'train'?; fix: it may have role, content, "),
+        ({"trian": False}, "unknown key 'trian'; did you mean 'train'?; fix: allowed keys are role, "),
         ({"wieght": 0}, "unknown key 'wieght'; did you mean 'weight'?"),
         ({"reasoning_contents": "a"}, "unknown key 'reasoning_contents'; did you mean 'reasoning_content'?"),
-        ({"emotion": "calm"}, "unknown key 'emotion'; fix: it may have role, content, "),
+        ({"emotion": "calm"}, "unknown key 'emotion'; fix: allowed keys are role, content, "),
         ({"train": 0}, "'train': expected true or false; got 0"),
         ({"training": "no"}, "'training': expected true or false; got 'no'"),
         ({"masked": 1}, "'masked': expected true or false; got 1"),
-        ({"weight": -1}, "'weight': expected a number from 0 up; got -1"),
-        ({"loss_weight": "2"}, "'loss_weight': expected a number from 0 up; got '2'"),
-        ({"loss": "no"}, "'loss': expected a number from 0 up; got 'no'"),
+        ({"weight": -1}, "'weight': expected a number of at least 0; got -1"),
+        ({"loss_weight": "2"}, "'loss_weight': expected a number of at least 0; got '2'"),
+        ({"loss": "no"}, "'loss': expected a number of at least 0; got 'no'"),
     ],
 )  # fmt: skip
-def test_a_key_that_could_change_what_is_learned_is_never_ignored(keys, message):
+def test_a_key_that_could_affect_the_labels_is_never_ignored(keys, message):
     text = refusal({"messages": [USER, said(**keys)]}, "messages", strict=False)
 
     assert text.startswith(f"f.jsonl:7: message 2: {message}")
 
 
 @pytest.mark.parametrize("key", ["train", "training", "loss"])
-def test_a_turn_of_a_user_cannot_be_learned(key):
+def test_a_user_turn_cannot_be_a_target(key):
     text = refusal({"messages": [{**USER, key: True}, ASSISTANT]}, "messages")
 
     assert text.startswith(f"f.jsonl:7: message 1: {key!r} on a turn of role 'user'; fix: only assistant")
@@ -220,7 +220,7 @@ def test_reasoning_is_read_under_each_of_its_names(key):
         ([{**USER, "reasoning": "a"}, ASSISTANT], "message 1: reasoning on a turn of role 'user'"),
     ],
 )  # fmt: skip
-def test_reasoning_that_is_not_clear_is_refused(turns, message):
+def test_ambiguous_reasoning_is_refused(turns, message):
     assert refusal({"messages": turns}, "messages").startswith(f"f.jsonl:7: {message}")
 
 
@@ -276,7 +276,7 @@ def test_tool_calls_are_read_in_each_of_their_forms(turn, calls):
     assert last_of(turn) == {"role": "assistant", "tool_calls": calls}
 
 
-def test_a_call_its_text_and_its_result_stand_in_one_chat():
+def test_a_chat_may_have_a_call_with_text_and_its_result():
     result = {"role": "tool", "tool_call_id": "call_1", "name": "weather", "content": {"t": 21}}
     older = {"role": "function", "name": "weather", "content": ""}
 
@@ -293,8 +293,8 @@ def test_a_call_its_text_and_its_result_stand_in_one_chat():
     "value",
     ['{"name": "weather", "arguments": {"city": "Berlin"}}', json.dumps([BERLIN]), BERLIN],
 )
-def test_a_sharegpt_chat_may_call_functions_and_observe_what_they_say(value):
-    """LLaMA-Factory's spelling; its ``tools`` are JSON text."""
+def test_a_sharegpt_chat_may_have_function_calls_and_observations(value):
+    """LLaMA-Factory's format; its ``tools`` are JSON text."""
     record = {
         "conversations": [
             {"from": "human", "value": "Weather?"},
@@ -330,9 +330,9 @@ def test_a_sharegpt_chat_may_call_functions_and_observe_what_they_say(value):
             "prompt_completion",
             {"prompt": "a", "completon": "b"},
             "missing key 'completion'; got keys 'prompt', 'completon'; did you mean 'completon'?; "
-            "fix: add it, or name its column: fields: {completion: COLUMN}",
+            "fix: add it, or set its column with fields: {completion: COLUMN}",
         ),
-        ("text", {}, "missing key 'text'; got keys none; fix: add it, or name its column: fields:"),
+        ("text", {}, "missing key 'text'; got keys none; fix: add it, or set its column with fields:"),
         ("text", {"text": None}, "key 'text' is null; fix: fill it in, or remove the record"),
         ("text", {"text": 5}, "key 'text': expected str; got int"),
         ("text", {"text": " \n"}, "key 'text' is empty; got ' \\n'; fix: fill it in, or remove the record"),
@@ -346,21 +346,21 @@ def test_a_sharegpt_chat_may_call_functions_and_observe_what_they_say(value):
         ("prompt_completion", {"prompt": "", "completion": "b"}, "key 'prompt' is empty; got ''"),
         ("prompt_completion", {"prompt": "a", "completion": "\t "}, "key 'completion' is empty; got '\\t '"),
         ("prompt_completion", {"prompt": "a", "completion": "b", "tools": [WEATHER]},
-         "key 'tools' needs turns, and the prompt is plain text"),
+         "key 'tools' needs chat turns, but the prompt is plain text"),
         ("instruct", {"instruct": "a", "label": None}, "key 'label' is null"),
         ("instruct", {"instruct": "a", "label": "b", "input": 5}, "key 'input': expected str; got int"),
         ("alpaca", {"instruction": "a", "output": " "}, "key 'output' is empty; got ' '"),
         ("alpaca", {"instruction": "a", "output": "b", "history": [["q", "a"]]},
-         "key 'history' needs turns, and the prompt is plain text; fix: give the tokenizer a chat"),
+         "key 'history' needs chat turns, but the prompt is plain text; fix: set a chat template"),
         ("alpaca", {"instruction": "a", "output": "b", "history": [["q"]]},
          "pair 1 of key 'history': expected a question and its answer; got 1 items"),
         ("messages", {"messages": "hi"}, "key 'messages': expected list; got str"),
         ("messages", {"messages": []}, "key 'messages' is an empty list"),
         ("messages", {"messages": [USER, ASSISTANT], "tools": "{"}, "key 'tools': expected list or its JSON"),
         ("messages", {"messages": [USER, ASSISTANT], "tools": [{}]}, "tool 1 has no name; got keys none"),
-        ("messages", {"messages": [SYSTEM, USER], "system": "b"}, "key 'system' and a system turn; fix: rem"),
+        ("messages", {"messages": [SYSTEM, USER], "system": "b"}, "both key 'system' and a system turn; "),
         ("sharegpt", {"conversations": [{"from": "bot", "value": "a"}]},
-         "message 1 has role 'bot'; fix: one " "of system, human, gpt, tool"),
+         "message 1 has unknown role 'bot'; fix: use one " "of system, human, gpt, tool"),
         ("sharegpt", {"conversations": [{"from": "function_call", "value": "{"}]}, "message 1: the call: "),
         ("segments", {"segments": [{"text": "a", "train": False}]}, "the text with \"train\": true is empty"),
         ("segments", {"segments": [{"text": " ", "train": True}]}, "the text with \"train\": true is empty"),
@@ -381,10 +381,11 @@ def test_a_record_of_another_shape_is_refused_with_place_and_key(format, record,
     ("messages", "message"),
     [
         ([{**USER, "role": "asistant"}],
-         f"message 1 has role 'asistant'; fix: {ROLES} (did you mean 'assistant'?)"),
-        ([USER, {**USER, "role": "User"}], f"message 2 has role 'User'; fix: {ROLES} (did you mean 'user'?)"),
-        ([{**USER, "role": "zzz"}], f"message 1 has role 'zzz'; fix: {ROLES}"),
-        ([{**USER, "role": "user<|im_end|>"}], f"message 1 has role 'user<|im_end|>'; fix: {ROLES}"),
+         f"message 1 has unknown role 'asistant'; fix: {ROLES} (did you mean 'assistant'?)"),
+        ([USER, {**USER, "role": "User"}],
+         f"message 2 has unknown role 'User'; fix: {ROLES} (did you mean 'user'?)"),
+        ([{**USER, "role": "zzz"}], f"message 1 has unknown role 'zzz'; fix: {ROLES}"),
+        ([{**USER, "role": "user<|im_end|>"}], f"message 1 has unknown role 'user<|im_end|>'; fix: {ROLES}"),
         ([{"role": 5, "content": "a"}], "message 1: role: expected str; got int"),
         ([{"content": "a"}], "message 1 has no role; got keys 'content'"),
         ([USER, {"role": "assistant"}], "message 2 has no content; got role assistant"),
@@ -449,7 +450,7 @@ def test_a_chat_joins_text_parts_takes_developer_for_system_and_nulls_for_missin
     ]
 
 
-def test_an_empty_prompt_is_allowed_by_a_flag_only():
+def test_an_empty_prompt_needs_a_flag():
     record = {"prompt": "", "completion": "b"}
     silent: Message = {"role": "user", "content": ""}
 
@@ -458,19 +459,19 @@ def test_an_empty_prompt_is_allowed_by_a_flag_only():
     assert to_example(record, format="messages", allow_empty_prompt=True) == Chat([silent, ASSISTANT])
 
 
-# --- nothing beside what is known
+# --- unknown keys
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"name": "weather", "input": {"city": "Berlin"}}, "unknown key 'input'; fix: it may have type"),
+        ({"name": "weather", "input": {"city": "Berlin"}}, "unknown key 'input'; fix: allowed keys are type"),
         (
             {"function": {"name": "weather", "argument": {}}},
             "unknown key 'argument'; did you mean 'arguments'?",
         ),
         ({"function": {"name": "weather"}, "arguments": {}}, "unknown key 'arguments'"),
-        ({"name": "weather", "arguments": {}, "parameters": {}}, "has arguments and parameters"),
+        ({"name": "weather", "arguments": {}, "parameters": {}}, "has both arguments and parameters"),
         ({"name": "weather", "arguments": {}, "id": 5}, "id: expected str; got int"),
     ],
 )
@@ -480,37 +481,37 @@ def test_no_key_of_a_call_is_ignored(call, message):
     assert got.startswith("f.jsonl:7: message 2: tool call 1") and message in got
 
 
-def test_a_null_in_the_arguments_of_a_call_is_learned():
+def test_a_null_in_the_arguments_of_a_call_is_kept():
     call = {"id": None, "type": None, "function": {"name": "weather", "arguments": {"city": None}}}
 
     found = last_of(called(call))["tool_calls"]
     assert found == [{"type": "function", "function": {"name": "weather", "arguments": {"city": None}}}]
 
 
-def test_a_call_is_given_once():
+def test_tool_calls_and_function_call_exclude_each_other():
     older = called(BERLIN, function_call=BERLIN["function"])
 
     assert refusal({"messages": [USER, older]}, "messages").startswith(
-        "f.jsonl:7: message 2 has tool_calls and function_call; fix: remove function_call"
+        "f.jsonl:7: message 2 has both tool_calls and function_call; fix: remove function_call"
     )
 
 
 @pytest.mark.parametrize(
     ("turn", "message"),
     [
-        ({"from": "gpt", "value": "good", "content": "bad"}, "message 2 has 'value' and 'content'"),
-        ({"from": "gpt", "role": "human", "value": "a"}, "message 2 has 'from' and 'role'"),
+        ({"from": "gpt", "value": "good", "content": "bad"}, "message 2 has both 'value' and 'content'"),
+        ({"from": "gpt", "role": "human", "value": "a"}, "message 2 has both 'from' and 'role'"),
         ({"from": "function_call", "value": "[]", "tool_calls": [BERLIN]},
-         "message 2 is a function_call and has tool_calls"),
+         "message 2 is a function_call with tool_calls"),
     ],
 )  # fmt: skip
-def test_a_sharegpt_turn_says_a_thing_once(turn, message):
+def test_a_sharegpt_turn_has_no_duplicate_keys(turn, message):
     got = refusal({"conversations": [ASKS, turn]}, "sharegpt")
 
     assert got == f"f.jsonl:7: {message}; fix: remove one of them"
 
 
-def test_a_part_of_a_content_has_no_key_that_is_not_known():
+def test_a_content_part_has_no_unknown_keys():
     part = {"type": "text", "text": "4"}
     unsaid = {**part, "cache_control": {"type": "ephemeral"}, "annotations": [], "train": None}
 
@@ -521,13 +522,13 @@ def test_a_part_of_a_content_has_no_key_that_is_not_known():
 
 
 @pytest.mark.parametrize("content", [[{"t": 21}], [21, 22], 21, {"t": 21}, []])
-def test_what_a_tool_returns_is_given_as_json(content):
+def test_the_result_of_a_tool_may_be_json(content):
     result = chat_of(USER, called(BERLIN), {"role": "tool", "content": content}, ASSISTANT).messages[2]
 
     assert result["content"] == json.dumps(content)
 
 
-def test_functions_are_the_older_name_of_tools():
+def test_functions_is_a_legacy_name_of_tools():
     assert chat_of(USER, ASSISTANT, functions=[WEATHER]).tools == [WEATHER_TOOL]
 
 
@@ -546,10 +547,10 @@ def test_a_column_that_would_change_the_prompt_is_refused(key):
     assert refusal(record, "messages").startswith(f"f.jsonl:7: format messages does not read '{key}'")
 
 
-def test_a_completion_of_a_list_of_messages_is_one_too():
+def test_a_prompt_of_messages_needs_a_completion_of_messages():
     assert refusal({"prompt": [USER], "completion": "4"}, "prompt_completion") == (
         "f.jsonl:7: key 'completion': expected list; got str; "
-        "fix: write it as a list of messages, as the prompt is"
+        "fix: write it as a list of messages, like the prompt"
     )
 
 
@@ -557,7 +558,7 @@ def test_a_completion_of_a_list_of_messages_is_one_too():
 
 
 def weights(example: AnyExample) -> list[float]:
-    """What counts of each segment, assistant turn, or row."""
+    """Returns the weight of each segment, assistant turn, or row."""
     own = [1.0]
     if isinstance(example, Chat):
         own = [turn.get("weight", 1.0) for turn in example.messages if turn["role"] == "assistant"]
@@ -587,7 +588,7 @@ def weights(example: AnyExample) -> list[float]:
         ("tokenized", {"input_ids": [1, 2]}, [0.5]),
     ],
 )  # fmt: skip
-def test_the_weight_of_a_record_multiplies_those_in_it(format, record, found, key):
+def test_the_weight_of_a_record_multiplies_its_other_weights(format, record, found, key):
     assert weights(to_example({**record, key: 0.5}, format=format)) == found
     assert weights(to_example({**record, "weight": None}, format=format)) == [2 * weight for weight in found]
 
@@ -596,8 +597,8 @@ def test_the_weight_of_a_record_multiplies_those_in_it(format, record, found, ke
     ("value", "got"),
     [(-1, "-1"), (float("inf"), "inf"), (True, "True"), ("1", "'1'")],
 )
-def test_a_weight_is_a_number_from_0_up(value, got):
-    message = f"expected a number from 0 up; got {got}"
+def test_a_weight_is_a_nonnegative_number(value, got):
+    message = f"expected a number of at least 0; got {got}"
 
     assert refusal({"text": "a", "weight": value}, "text") == f"f.jsonl:7: key 'weight': {message}"
     segment = {"text": "a", "train": True, "weight": value}
@@ -627,8 +628,8 @@ def test_a_weight_is_a_number_from_0_up(value, got):
         ({"seq_lengths": [1, 3], "labels": [5, 6, X, 8]}, [([5], [X]), ([6, 7, 8], [X, X, 8])]),
     ],
 )
-def test_every_column_beside_the_ids_is_used(masks, rows):
-    """A place is learned where all of them allow it; padding is cut off; documents are kept apart."""
+def test_every_mask_of_a_tokenized_record_is_used(masks, rows):
+    """A token has a label if all masks allow it; padding is removed; documents are separated."""
     tokens = cast(Tokens, to_example({"input_ids": [5, 6, 7, 8], **masks}, format="tokenized"))
 
     found = tokens_to_rows(tokens, byte_tokenizer())
@@ -654,7 +655,7 @@ def test_every_column_beside_the_ids_is_used(masks, rows):
         ({"input_ids": [1], "assistant_masks": [-100]}, "key 'assistant_masks', position 0: "),
         ({"input_ids": [1], "attention_mask": None}, "key 'attention_mask' is null"),
         ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "attention_mask has a gap between tokens"),
-        # LLaMA-Factory's neat_packing numbers the documents of a row so.
+        # LLaMA-Factory's neat_packing numbers the documents of a row like this.
         ({"input_ids": [1, 2, 3], "attention_mask": [1, 1, 2]}, "key 'attention_mask', position 2: "),
         ({"input_ids": [1, 2], "completion_mask": [0, 2]}, "key 'completion_mask', position 1: "),
         ({"input_ids": [1, 2], "position_ids": [1, 2]}, "position_ids do not count from 0 in each document"),
@@ -662,14 +663,14 @@ def test_every_column_beside_the_ids_is_used(masks, rows):
         ({"input_ids": [1, 2], "seq_lengths": [1]}, "seq_lengths do not add up to the row; got 1 of 2"),
         ({"input_ids": [1, 2], "seq_lengths": [2, 0]}, "seq_lengths do not add up to the row"),
         ({"input_ids": [1, 2, 3], "seq_lengths": [1, 2], "attention_mask": [1, 1, 0]},
-         "a packed row with padding; fix: remove the padding and its attention_mask"),
+         "a packed row with padding; fix: remove the padding and the attention_mask"),
     ],
 )  # fmt: skip
-def test_a_tokenized_row_that_is_not_clear_is_refused_with_the_position(record, message):
+def test_an_invalid_tokenized_record_is_refused_with_the_position(record, message):
     assert refusal(record, "tokenized").startswith(f"f.jsonl:7: {message}")
 
 
-def test_labels_that_only_some_rows_of_a_file_have_are_refused():
+def test_labels_in_only_some_records_of_a_file_are_refused():
     first: dict[str, tuple[str, str]] = {}
     check_same_masks({"input_ids": [1], "labels": [1]}, "f.jsonl:1", first=first)
     check_same_masks({"input_ids": [2], "labels": [2], "id": 7}, "f.jsonl:2", first=first)
@@ -679,8 +680,8 @@ def test_labels_that_only_some_rows_of_a_file_have_are_refused():
         with pytest.raises(DataError) as error:
             check_same_masks(gap, "f.jsonl:3", first=first)
         assert str(error.value) == (
-            "f.jsonl:3: a record of tokenized with none in a file of tokenized with 'labels' (f.jsonl:1); "
-            "fix: one kind of record a file: split it"
+            "f.jsonl:3: the record has masks none, but f.jsonl:1 has masks 'labels'; "
+            "fix: split the file by kind of record"
         )
 
 
@@ -700,7 +701,7 @@ def test_fields_name_the_columns_and_errors_name_the_column():
     )
 
 
-def test_a_column_that_fields_name_must_be_there_even_for_an_optional_key():
+def test_a_column_in_fields_must_exist_even_for_an_optional_key():
     record = {"instruct": "a", "label": "b"}
     assert "missing key 'context'" in refusal(record, "instruct", fields={"input": "context"})
     assert "missing key 'targets'" in refusal({"input_ids": [1]}, "tokenized", fields={"labels": "targets"})
@@ -728,7 +729,7 @@ def test_an_unknown_format_or_fields_key_is_an_error_of_the_recipe():
         ("instruct", {"instruct": "a", "label": "b", "reasoning": "two and two"}, "'reasoning'"),
     ],
 )  # fmt: skip
-def test_a_column_that_could_change_what_is_learned_is_refused_where_it_is_not_read(format, record, keys):
+def test_an_unread_column_that_could_affect_the_labels_is_refused(format, record, keys):
     text = refusal(record, format, strict=False)
 
     assert text.startswith(f"f.jsonl:7: format {format} does not read {keys}")
@@ -747,17 +748,17 @@ def test_other_columns_are_ignored_and_can_be_listed_or_refused():
     assert "does not read 'imput'; did you mean 'input'?" in refusal(misspelt, "instruct", strict=True)
 
 
-def test_a_format_is_told_from_the_keys_where_they_fit_one_only():
+def test_a_format_is_detected_if_the_keys_match_only_one():
     assert detect_format(["id", "prompt", "completion", "source"]) == "prompt_completion"
     with pytest.raises(DataError) as error:
         detect_format(["instruction", "output", "text"], "f.jsonl:1")
     assert str(error.value).startswith(
-        "f.jsonl:1: the keys fit the formats text, alpaca; got keys 'instruction', 'output', 'text'; fix"
+        "f.jsonl:1: the keys match the formats text, alpaca; got keys 'instruction', 'output', 'text'; fix"
     )
     with pytest.raises(DataError) as error:
         detect_format(["question"], "f.jsonl:1")
     assert str(error.value) == (
-        "f.jsonl:1: the keys fit no format; got keys 'question'; fix: name the format, and fields ("
+        "f.jsonl:1: the keys match no format; got keys 'question'; fix: set format, and fields if needed ("
         "text: 'text'; prompt_completion: 'prompt', 'completion'; instruct: 'instruct', 'label'; "
         "alpaca: 'instruction', 'output'; messages: 'messages'; sharegpt: 'conversations'; "
         "segments: 'segments'; tokenized: 'input_ids')"
@@ -772,7 +773,7 @@ def test_a_file_of_mixed_formats_is_refused_with_the_first_line_of_each():
     with pytest.raises(DataError) as error:
         check_same_schema({"prompt": "a", "completion": "b"}, "f.jsonl:9", first=first)
     assert str(error.value).startswith(
-        "f.jsonl:9: a record of format prompt_completion in a file of format text (f.jsonl:1)"
+        "f.jsonl:9: the record has format prompt_completion, but f.jsonl:1 has format text"
     )
 
 
@@ -815,14 +816,14 @@ def test_what_cannot_be_a_prompt_is_refused(format, record, message):
     assert str(error.value).startswith(f"f.jsonl:7: {message}")
 
 
-# --- a function of the user's own
+# --- custom functions
 
 
 def read_question(record: Any) -> Document:
     return Document([R(record["question"]), T(record["answer"])])
 
 
-def test_a_function_of_the_users_own_reads_a_record_in_training_and_in_generation(tmp_path, monkeypatch):
+def test_a_custom_function_reads_records_in_training_and_generation(tmp_path, monkeypatch):
     record = {"question": "2+2?", "answer": "4", "weight": "heavy"}
     (tmp_path / "own_formats.py").write_text(
         "from hf_clm.schema import Document, Segment\n"
@@ -849,7 +850,7 @@ def test_a_function_of_the_users_own_reads_a_record_in_training_and_in_generatio
     sys.modules.pop("own_formats")
 
 
-def test_a_chat_of_the_users_own_function_is_checked_as_a_records_and_weighs_what_it_says():
+def test_a_chat_of_a_custom_function_is_checked_and_keeps_its_weights():
     def read(record: Any) -> Chat:
         return Chat([USER, {**ASSISTANT, "weight": record["weight"]}])
 
@@ -864,14 +865,14 @@ def test_a_chat_of_the_users_own_function_is_checked_as_a_records_and_weighs_wha
     [
         (read_question, "the format's function raises KeyError: 'question'; got keys 'q'"),
         (lambda record: record["q"] + 1, "the format's function raises TypeError: "),
-        (lambda record: record, "the format's function returned no Chat or Document; got dict"),
-        (lambda record: None, "the format's function returned no Chat or Document; got NoneType"),
-        (lambda record: Document([R("a")]), "the format's function returned a document with nothing"),
-        (lambda record: Document([R("a"), T(" ")]), "the format's function returned a document with nothing"),
+        (lambda record: record, "the format's function must return Chat or Document; got dict"),
+        (lambda record: None, "the format's function must return Chat or Document; got NoneType"),
+        (lambda record: Document([R("a")]), "the format's function returned a document without"),
+        (lambda record: Document([R("a"), T(" ")]), "the format's function returned a document without"),
         (lambda record: Chat([USER]), "no turn of role 'assistant'; got 1 message(s)"),
     ],
 )  # fmt: skip
-def test_a_fault_of_the_users_own_function_is_told_with_the_record(read, message):
+def test_an_error_in_a_custom_function_is_reported_with_the_record(read, message):
     assert refusal({"q": "2+2?"}, read).startswith(f"f.jsonl:7: {message}")
 
 
@@ -881,7 +882,7 @@ def test_every_format_of_the_schema_has_its_function():
 
 
 @pytest.mark.parametrize("missing", [float("nan"), np.float32("nan"), pandas.NA, pandas.NaT])
-def test_what_tables_write_for_a_missing_value_is_refused_as_null_is(missing):
+def test_missing_values_of_tables_are_refused_like_null(missing):
     fix = "fix: fill it in, or remove the record"
     record = {"prompt": "a", "completion": missing}
     name = str(missing).replace("nan", "NaN")
@@ -899,7 +900,7 @@ def test_what_tables_write_for_a_missing_value_is_refused_as_null_is(missing):
 )
 def test_an_optional_key_in_another_spelling_is_refused(format, record, column):
     fix = f"fix: rename it, or map it with fields: {{input: {column}}}"
-    message = f"f.jsonl:7: no key of the format is {column!r}; did you mean 'input'?; {fix}"
+    message = f"f.jsonl:7: the format has no key {column!r}; did you mean 'input'?; {fix}"
 
     assert refusal({**record, column: "c"}, format) == message
     with pytest.raises(DataError, match="did you mean 'input'"):
@@ -919,8 +920,8 @@ def test_an_optional_key_in_another_spelling_is_refused(format, record, column):
         ("messages", {"conversations": [ASKS, SAYS]}, "sharegpt"),
     ],
 )
-def test_keys_of_another_format_are_told_by_its_name(format, record, fitting):
-    fix = f"fix: format: {fitting}, which these keys fit; or name the columns with fields"
+def test_keys_of_another_format_suggest_that_format(format, record, fitting):
+    fix = f"fix: set format: {fitting}, which matches these keys; or map the columns with fields"
 
     assert refusal(record, format).startswith(
         f"f.jsonl:7: missing key '{FORMATS[format].required[0]}'; got keys"
@@ -930,7 +931,7 @@ def test_keys_of_another_format_are_told_by_its_name(format, record, fitting):
         to_prompt(record, format=format)
 
 
-def test_a_format_is_told_from_the_keys_that_fields_names():
+def test_a_format_is_detected_from_the_keys_in_fields():
     fields = {"instruct": "Frage", "label": "Antwort"}
     record = {"Frage": "2+2?", "Antwort": "4", "text": "other"}
 
@@ -971,9 +972,9 @@ def test_fields_reach_into_nested_columns():
         ("meta.title.x", "meta.title, which is str, without '.x'"),
     ],
 )
-def test_a_nested_column_that_is_not_there_names_the_part_that_is_missing(column, got):
+def test_the_missing_part_of_a_nested_column_is_reported(column, got):
     record = {"meta": {"title": "t"}, "tags": ["a", "b"]}
-    fix = "fix: add it, or name its column: fields: {text: COLUMN}"
+    fix = "fix: add it, or set its column with fields: {text: COLUMN}"
 
     assert (
         refusal(record, "text", fields={"text": column})

@@ -55,7 +55,7 @@ def read(path: str, **options) -> tuple[list[dict], ReadReport]:
 
 
 def read_on(path: str, **options) -> tuple[list[dict], ReadReport]:
-    """The records that can be used; the messages of the others stand in the report."""
+    """Returns the usable records; the messages of the others are in the report."""
     report, found = ReadReport(), []
     with open_stream(path, ReadOptions(**options), report=report) as stream:
         for where, value in READERS[suffix(path)](stream):
@@ -123,23 +123,23 @@ def test_every_file_type_gives_the_same_records_plain_and_compressed(name, compr
     assert (report.files, report.records, report.blank_lines) == ([name + suffix], 2, 0)
 
 
-def test_a_line_file_names_the_line_and_another_file_the_record():
+def test_places_are_lines_in_line_files_and_records_in_others():
     assert places(write("a.jsonl", '{"a": 1}\n\n{"a": 2}')) == ["a.jsonl:1", "a.jsonl:3"]
     assert places(write("a.json", '[{"a": 1}, {"a": 2}]')) == ["a.json: record 1", "a.json: record 2"]
     assert places(write("a.csv", "a,b\n1,2\n3,4\n")) == ["a.csv: record 1", "a.csv: record 2"]
     assert places(write("a.parquet", CONTENTS["a.parquet"])) == ["a.parquet: record 1", "a.parquet: record 2"]
 
 
-def test_a_text_file_is_one_record_with_newlines_of_one_kind():
+def test_a_text_file_is_one_record_with_normalized_newlines():
     assert read(write("a.txt", b"\xef\xbb\xbfone\r\n\r\ntwo\n"))[0] == [{"text": "one\n\ntwo\n"}]
     assert places("a.txt") == ["a.txt:1"]
 
 
-def test_a_json_file_may_hold_one_object():
+def test_a_json_file_may_contain_a_single_object():
     assert read(write("a.json", '{\n  "text": "one"\n}\n'))[0] == [{"text": "one"}]
 
 
-def test_a_table_may_hold_quotes_line_ends_and_cells_longer_than_the_module_csv_allows():
+def test_a_table_may_have_quotes_line_ends_and_very_long_cells():
     text = "x" * 200_000
     records, _ = read(write("a.csv", f'prompt,completion\r\n"a ""b"", c","d\ne"\r\n{text},f\r\n'))
     assert records == [{"prompt": 'a "b", c', "completion": "d\ne"}, {"prompt": text, "completion": "f"}]
@@ -166,20 +166,20 @@ def test_a_line_separator_inside_a_text_does_not_end_the_line():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("5", "a.jsonl:2: expected an object; got int; fix: one object a line; a JSON array or"),
+        ("5", "a.jsonl:2: expected an object; got int; fix: write one object per line; put"),
         ('"x"', "a.jsonl:2: expected an object; got str"),
         ("null", "a.jsonl:2: expected an object; got null"),
         ("true", "a.jsonl:2: expected an object; got bool"),
         ("[1,2]", "a.jsonl:2: expected an object; got list"),
         ('{"a": NaN}', "a.jsonl:2: NaN; fix: use null"),
         ('{"a": [{"b": -Infinity}]}', "a.jsonl:2: -Infinity; fix: use null"),
-        ('{"a": 1, "b": 2, "a": 3}', "a.jsonl:2: a key is given twice in an object; got keys a, b, a"),
-        ('{"m": [{"a": 1, "a": 1}]}', "a.jsonl:2: a key is given twice in an object; got keys a, a"),
-        ('{"a": "\\ud800"}', "a.jsonl:2: half a surrogate pair, '\\ud800', in a text; fix: remove it"),
-        ('{"\\udc00": 1}', "a.jsonl:2: half a surrogate pair, '\\udc00', in a text; fix: remove it"),
+        ('{"a": 1, "b": 2, "a": 3}', "a.jsonl:2: a key occurs twice in an object; got keys a, b, a"),
+        ('{"m": [{"a": 1, "a": 1}]}', "a.jsonl:2: a key occurs twice in an object; got keys a, a"),
+        ('{"a": "\\ud800"}', "a.jsonl:2: a text contains half a surrogate pair, '\\ud800'; fix: remove it"),
+        ('{"\\udc00": 1}', "a.jsonl:2: a text contains half a surrogate pair, '\\udc00'; fix: remove it"),
         ('{"a": 1} {"a": 2}', "a.jsonl:2: not valid JSON: Extra data (column 10); got '{\"a\": 2}'; fix"),
         ("{'a': 1}", "a.jsonl:2: not valid JSON: Expecting property name enclosed in double quotes ("),
-        ('{"a": 1', "a.jsonl:2: not valid JSON: Expecting ',' delimiter (column 8); fix: one object a line"),
+        ('{"a": 1', "a.jsonl:2: not valid JSON: Expecting ',' delimiter (column 8); fix: write"),
         ("[" * 100_000, "a.jsonl:2: JSON nested too deeply"),
         ('{"a": ' + "9" * 5000 + "}", "a.jsonl:2: not valid JSON: Exceeds the limit (4300"),
         ('{"a": "' + "x" * 200 + '"}', "a.jsonl:2: line too long; got over 150 bytes; fix: raise"),
@@ -234,20 +234,20 @@ def test_utf_16_without_a_byte_order_mark_is_recognised():
     assert message.startswith("a.jsonl:1: ") and message.endswith("iconv -f utf-16 -t UTF-8")
 
 
-def test_a_last_line_that_is_cut_off_is_refused_with_its_number_or_skipped():
+def test_a_truncated_last_line_is_refused_with_its_number_or_skipped():
     path = write("a.jsonl", '{"a": "one"}\n{"a": "tw')
     assert refusal(path) == (
         "a.jsonl:2: not valid JSON: Unterminated string starting at (column 7); got '\"tw'; "
-        "fix: the file ends inside this line: fetch or write it again, or set on_bad_record: drop"
+        "fix: the file ends in this line: download or write it again, or set on_bad_record: drop"
     )
     assert read_on(path)[0] == [{"a": "one"}]
 
 
 @pytest.mark.parametrize("content", ['[{"a": 1}, {"a": 2}]\n', '[\n{"a": 1}\n]\n', '{\n  "a": 1\n}\n'])
-def test_a_json_document_named_as_json_lines_is_told_apart(content):
+def test_a_json_document_named_as_json_lines_is_detected(content):
     message = refusal(write("a.jsonl", content))
     assert message.startswith("a.jsonl:1: ")
-    assert message.endswith("a JSON array or pretty-printed object belongs into a .json file")
+    assert message.endswith("put a JSON array or a pretty-printed object into a .json file")
 
 
 def test_an_error_inside_a_json_file_names_its_line_or_record():
@@ -258,7 +258,7 @@ def test_an_error_inside_a_json_file_names_its_line_or_record():
         "a.json: record 2: expected an object; got int"
     )
     assert refusal(write("a.json", '[{"a": 1}, {"b": 1, "b": 2}]')).startswith(
-        "a.json: record 2: a key is given twice in an object; got keys b, b"
+        "a.json: record 2: a key occurs twice in an object; got keys b, b"
     )
     assert read_on("a.json")[0] == [{"a": 1}]
     assert refusal(write("a.json", '{"a": 1}\n{"a": }\n')).startswith("a.json:2: not valid JSON")
@@ -296,7 +296,7 @@ def test_a_file_without_a_record_is_an_error(name, content):
         ),
     ],
 )
-def test_an_html_page_or_a_git_lfs_pointer_in_the_place_of_data_is_recognised(name, content, message):
+def test_an_html_page_or_a_git_lfs_pointer_is_detected(name, content, message):
     assert refusal(write(name, content)) == f"{name}: {message}"
 
 
@@ -316,14 +316,14 @@ def test_a_nul_character_is_counted():
     [
         ("a,b\n1,2\n3\n", "a.csv:3: expected 2 cells, as in the header; got 1"),
         ("a,b\n1,2\n\n3,4,5\n", "a.csv:4: expected 2 cells, as in the header; got 3"),
-        ("a,b,a\n1,2,3\n", "a.csv:1: 2 column(s) of the name 'a'; fix: give each column a name of its own"),
-        ("a, \n1,2\n", "a.csv:1: 1 column(s) of the name ' '; fix: give each column a name of its own"),
+        ("a,b,a\n1,2,3\n", "a.csv:1: 2 column(s) named 'a'; fix: give each column a unique name"),
+        ("a, \n1,2\n", "a.csv:1: 1 column(s) named ' '; fix: give each column a unique name"),
         ('a,b\n1,"2\n3,4\n', "a.csv:3: not a valid table: unexpected end of data; fix: {QUOTES}"),
         ('a,b\n1,"2"x\n', "a.csv:2: not a valid table: ',' expected after '\"'; fix: {QUOTES}"),
     ],
 )
 def test_a_bad_table_is_refused_with_its_line(content, message):
-    quotes = "check the quotes, or quoting: none where they are letters"
+    quotes = "check the quotes, or set quoting: none if they are part of the text"
     assert refusal(write("a.csv", content)) == message.replace("{QUOTES}", quotes)
 
 
@@ -335,11 +335,9 @@ def test_rows_with_too_many_or_few_cells_can_be_skipped():
     assert places(write("b.csv", "a\n\n1\n2\n")) == ["b.csv: record 1", "b.csv: record 2"]
 
 
-def test_two_parquet_columns_of_one_name_are_refused():
+def test_parquet_columns_with_equal_names_are_refused():
     table = pyarrow.table([pyarrow.array(["x"]), pyarrow.array(["y"])], names=["text", "text"])
-    assert refusal(write("a.parquet", parquet_bytes(table))).startswith(
-        "a.parquet: 2 column(s) of the name 'text'"
-    )
+    assert refusal(write("a.parquet", parquet_bytes(table))).startswith("a.parquet: 2 column(s) named 'text'")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "file.arrow", "stream.arrow"])
@@ -353,7 +351,7 @@ def test_a_damaged_file_is_named(name, damage):
         "stream.arrow": CONTENTS["stream.arrow"],
     }[name]
     message = refusal(write(name, whole[: len(whole) // 2] if damage == "cut off" else b"\0" + LINES))
-    assert message.startswith(f"{name}: damaged, cut off, or not of the type it is named as; got ")
+    assert message.startswith(f"{name}: damaged, truncated, or not of the type that its name suggests; got ")
     assert "\n" not in message
 
 
@@ -368,7 +366,7 @@ def test_a_damaged_arrow_file_cannot_crash_the_interpreter():
             assert str(error).startswith("file.arrow: ")
 
 
-def test_a_zst_file_of_two_frames_is_read_whole():
+def test_a_zst_file_of_two_frames_is_read_completely():
     assert len(read(write("a.jsonl.zst", zst(LINES) + zst(LINES)))[0]) == 4
 
 
@@ -395,7 +393,7 @@ def test_a_folder_without_data_lists_what_was_found():
     write("d/sub/a.docx", "x")
     assert refusal("d") == (
         "d: no data file in this folder; got README.md, sub/a.docx, 2 files in all; "
-        "fix: known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .txt, "
+        "fix: supported types are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .txt, "
         ".md, .markdown, .rst, each also with .gz, .zst, .xz or .bz2"
     )
 
@@ -403,10 +401,13 @@ def test_a_folder_without_data_lists_what_was_found():
 @pytest.mark.parametrize("name", ["a.docx", "a", "a.gz", "a.JSONL.lz4"])
 def test_an_unknown_file_type_lists_the_known_ones(name):
     message = refusal(write(name, "x"))
-    assert message.startswith(f"{name}: unknown file type; got ") and "known are .jsonl, .ndjson," in message
+    assert (
+        message.startswith(f"{name}: unknown file type; got ")
+        and "supported types are .jsonl, .ndjson," in message
+    )
 
 
-def test_a_suffix_in_capital_letters_is_known():
+def test_a_suffix_in_capital_letters_is_supported():
     assert read(write("A.JSONL.GZ", gzip.compress(LINES)))[1].records == 2
 
 
@@ -420,12 +421,12 @@ def test_a_suffix_in_capital_letters_is_known():
         ("not a name", "not a name: no such file"),
     ],
 )
-def test_a_local_path_that_is_missing_is_never_asked_of_the_hub(path, message):
+def test_a_missing_local_path_is_never_looked_up_on_the_hub(path, message):
     write("d/poems.jsonl", LINES)
-    assert refusal(path) == f"{message}; fix: check name and working directory"
+    assert refusal(path) == f"{message}; fix: check the name and the working directory"
 
 
-def test_only_a_name_that_no_file_has_is_a_hub_name():
+def test_a_local_file_takes_precedence_over_a_hub_name():
     write("org/name/a.jsonl", LINES)
     assert find_files("org/name") == ["org/name/a.jsonl"]
     assert find_files("org/other") is None
@@ -434,7 +435,7 @@ def test_only_a_name_that_no_file_has_is_a_hub_name():
 
 @contextmanager
 def not_root() -> Iterator[None]:
-    """Root may read every file; nobody may not."""
+    """Root may read every file, so the test runs as the user nobody."""
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(65534)
@@ -445,14 +446,14 @@ def not_root() -> Iterator[None]:
             os.seteuid(0)
 
 
-def test_a_file_that_may_not_be_read_is_a_fault_of_the_environment():
+def test_an_unreadable_file_is_an_environment_error():
     Path(write("a.jsonl", LINES)).chmod(0)
     Path.cwd().chmod(0o755)
     with not_root(), pytest.raises(EnvironmentFault, match=r"a.jsonl: cannot be read; got Permission denied"):
         read("a.jsonl")
 
 
-def test_a_read_error_of_the_disk_is_a_fault_of_the_environment(monkeypatch):
+def test_a_disk_error_is_an_environment_error(monkeypatch):
     def refuse(*_, **__):
         raise OSError(5, "Input/output error")
 
@@ -471,14 +472,14 @@ class Hub:
         return None
 
 
-def test_a_hub_that_cannot_be_reached_is_a_fault_of_the_environment_and_names_the_cache(monkeypatch):
+def test_an_unreachable_hub_is_an_environment_error_that_names_the_cache(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", HubWithoutNetwork)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "the-cache")
     with pytest.raises(EnvironmentFault) as error:
         read("org/poems")
     assert str(error.value) == (
         "org/poems: no such file; on the Hub: Name or service not known; "
-        "fix: give a file; HF_HUB_OFFLINE=1 uses what is cached in the-cache"
+        "fix: use a local file; HF_HUB_OFFLINE=1 uses the cache in the-cache"
     )
 
 
@@ -492,7 +493,7 @@ def test_offline_a_hub_name_that_is_not_cached_is_refused_at_once(monkeypatch, t
         read("org/poems")
 
 
-def test_what_the_hub_does_not_have_is_a_data_error(monkeypatch):
+def test_a_missing_hub_dataset_is_a_data_error(monkeypatch):
     def load(*_, **__):
         raise ValueError("Unknown split 'dev'")
 
@@ -522,7 +523,7 @@ def test_a_hub_dataset_is_read_with_its_split_configuration_and_revision(monkeyp
     assert (report.files, report.records) == (["org/poems"], 2)
 
 
-def test_a_quote_in_a_tsv_is_a_letter():
+def test_quotes_in_a_tsv_are_text():
     content = '1\t"He left early.\tHe left.\n0\tShe said no"\tIt rained.\n1\tAll well\tAll good\n'
     records, report = read(write("a.tsv", "label\ta\tb\n" + content))
 
@@ -530,23 +531,23 @@ def test_a_quote_in_a_tsv_is_a_letter():
     assert report.notes == []
 
 
-def test_quoting_chooses_the_other_convention_and_is_advised():
+def test_quoting_overrides_the_default_and_is_suggested():
     records, report = read(write("a.tsv", 'a\tb\n1\t"He said ""no"""\n'))
     assert records == [{"a": "1", "b": '"He said ""no"""'}]
     assert report.notes == [
-        "a.tsv: 1 records with a cell in quotes, which were read as part of the text; "
-        "if they are not, set quoting: csv on the source"
+        "a.tsv: 1 records with a quoted cell, whose quotes were read as part of the text; "
+        "to remove the quotes, set quoting: csv on the source"
     ]
     assert read("a.tsv", quoting="csv")[0] == [{"a": "1", "b": 'He said "no"'}]
     assert read(write("a.csv", 'a,b\n1,"x\n'), quoting="none")[0] == [{"a": "1", "b": '"x'}]
     assert refusal(write("a.tsv", 'a\tb\n1\t"two\nlines"\n')) == (
-        "a.tsv:3: expected 2 cells, as in the header; got 1; fix: quoting: csv, if quotes enclose the cells"
+        "a.tsv:3: expected 2 cells, as in the header; got 1; fix: set quoting: csv if cells are quoted"
     )
     assert read("a.tsv", quoting="csv")[0] == [{"a": "1", "b": "two\nlines"}]
 
 
 @pytest.mark.parametrize("mark", ["sep=;\n", "\ufeffsep=;\r\n", '"sep=;"\n', "SEP=;\n"])
-def test_the_line_in_which_excel_names_the_separator_is_honoured(mark):
+def test_the_delimiter_line_of_excel_is_supported(mark):
     assert read(write("a.csv", mark + 'a;b\n1,5;"x;y"\n'))[0] == [{"a": "1,5", "b": "x;y"}]
     assert refusal(write("a.csv", mark + "a;b\n1\n")).startswith("a.csv:3: expected 2 cells")
 
@@ -554,27 +555,25 @@ def test_the_line_in_which_excel_names_the_separator_is_honoured(mark):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "a;b\n1;2\n", "a single column, whose name holds ';'; got 'a;b'; fix: write it with ','"),
-        ("a.csv", "a\tb\n1\t2\n", "a single column, whose name holds '\\t'; got 'a\\tb'; fix: name it .tsv"),
-        ("a.tsv", "a,b\n1,2\n", "a single column, whose name holds ','; got 'a,b'; fix: write it with"),
-        ("a.csv", ",a\n0,x\n", "the first column has no name; fix: leave out pandas' index (to_csv("),
+        ("a.csv", "a;b\n1;2\n", "a single column, whose name contains ';'; got 'a;b'; fix: separate the"),
+        ("a.csv", "a\tb\n1\t2\n", "a single column, whose name contains '\\t'; got 'a\\tb'; fix: rename"),
+        ("a.tsv", "a,b\n1,2\n", "a single column, whose name contains ','; got 'a,b'; fix: separate the"),
+        ("a.csv", ",a\n0,x\n", "the first column has no name; fix: omit pandas' index (to_csv("),
         ("a.csv", "a,b\r1,2\r", "not a valid table: new-line character seen in unquoted field"),
     ],
 )  # fmt: skip
-def test_a_table_that_was_written_in_another_way_names_the_cause(name, content, message):
+def test_a_table_with_the_wrong_delimiter_is_reported(name, content, message):
     assert refusal(write(name, content)).startswith(f"{name}:1: {message}")
 
 
-def test_a_named_index_of_pandas_is_noted():
+def test_a_pandas_index_column_is_noted():
     records, report = read(write("a.csv", "Unnamed: 0,text\n0,x\n"))
     assert records == [{"Unnamed: 0": "0", "text": "x"}]
-    assert report.notes == [
-        "a.csv: column 'Unnamed: 0' is an index of pandas, which to_csv(..., index=False) leaves out"
-    ]
+    assert report.notes == ["a.csv: column 'Unnamed: 0' is a pandas index; to_csv(..., index=False) omits it"]
 
 
-def test_lines_that_end_in_a_carriage_return_alone_are_told_or_read():
-    fix = "its lines end in a carriage return alone: tr '\\r' '\\n' < FILE > NEW_FILE"
+def test_carriage_return_line_ends_are_reported_or_read():
+    fix = "its lines end in a carriage return only: tr '\\r' '\\n' < FILE > NEW_FILE"
 
     assert refusal(write("a.jsonl", '{"a": 1}\r{"a": 2}\r')).endswith(fix)
     assert refusal("a.jsonl", max_line_bytes=12).endswith(fix)
@@ -616,31 +615,31 @@ OTHER_KINDS = {
 
 
 @pytest.mark.parametrize("kind", OTHER_KINDS)
-def test_the_first_bytes_tell_what_a_file_is_under_another_name(kind):
+def test_a_file_with_a_wrong_name_is_detected_by_its_first_bytes(kind):
     content, fix = OTHER_KINDS[kind]
 
     assert refusal(write("a.jsonl", content)) == f"a.jsonl: {kind}, not .jsonl; fix: {fix}"
     assert refusal(write("a.csv", content)).startswith(f"a.csv: {kind}, not .csv; fix: ")
     assert refusal(write("a.txt.gz", gzip.compress(content))).startswith(f"a.txt.gz: {kind}, not .txt; fix: ")
     assert refusal(write("part-00001", content)).startswith(
-        f"part-00001: unknown file type '': it is {kind}; fix: "
+        f"part-00001: unknown file type ''; it is {kind}; fix: "
     )
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt", "a.parquet", "a"])
-def test_text_with_the_byte_order_mark_of_another_encoding_is_told(name, encoding):
+def test_text_in_another_encoding_is_detected_by_its_byte_order_mark(name, encoding):
     message = f"{name}: {encoding.upper()} text, not UTF-8; fix: iconv -f {encoding.upper()} -t UTF-8"
     assert refusal(write(name, "text\n".encode(encoding))) == message
 
 
-def test_a_file_that_was_decompressed_under_its_name_is_told():
-    message = "a.jsonl.gz: not compressed, although it is named .gz; fix: remove .gz"
+def test_an_uncompressed_file_with_a_compression_suffix_is_detected():
+    message = "a.jsonl.gz: not compressed despite its suffix .gz; fix: remove .gz"
     assert refusal(write("a.jsonl.gz", LINES)) == message
 
 
 @pytest.mark.parametrize("url", ["memory://d", "memory://d/", "memory://d/*"])
-def test_files_elsewhere_are_read_by_their_urls(url):
+def test_remote_files_are_read_by_url(url):
     fs = fsspec.filesystem("memory")
     fs.store.clear()
     for name, content in CONTENTS.items():
@@ -656,17 +655,17 @@ def test_files_elsewhere_are_read_by_their_urls(url):
         read("memory://d/no.jsonl")
     with pytest.raises(DataError, match=r"^memory://d/\*.rst: no file matches; fix: check the URL$"):
         read("memory://d/*.rst")
-    with pytest.raises(DataError, match=r"not a URL that can be read; got Protocol not known: nowhere"):
+    with pytest.raises(DataError, match=r"not a supported URL; got Protocol not known: nowhere"):
         read("nowhere://a.jsonl")
 
 
-def test_a_url_whose_package_is_not_installed_says_what_to_install(monkeypatch):
+def test_a_url_without_its_package_suggests_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "adlfs", None)
     with pytest.raises(EnvironmentFault, match=r"^abfs://b/a.jsonl: .*; fix: pip install adlfs$"):
         read("abfs://b/a.jsonl")
 
 
-def test_a_service_that_cannot_be_reached_is_a_fault_of_the_environment(monkeypatch):
+def test_an_unreachable_service_is_an_environment_error(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("Unable to locate credentials\nmore")
 

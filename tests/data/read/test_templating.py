@@ -1,4 +1,4 @@
-"""Records through a template: T is learned, R is read; <sep> is a token where the template writes it."""
+"""Rendering records with a template: T is a target, R is context; <sep> in the template is a token."""
 
 import pandas
 import pytest
@@ -32,7 +32,7 @@ def own(text: str) -> Segment:
     return Segment(text, 0.0, is_own=True)
 
 
-def test_the_prompt_is_read_and_the_word_of_the_label_is_learned():
+def test_the_prompt_is_context_and_the_label_word_is_the_target():
     example = to_template_example({"a": "x", "b": "y", "label": 1, "idx": 7}, PAIR)
 
     assert example == Document(
@@ -48,7 +48,7 @@ def test_the_prompt_is_read_and_the_word_of_the_label_is_learned():
 
 
 @pytest.mark.parametrize("label", ["0", 0])
-def test_a_label_is_found_whether_the_file_gives_a_number_or_text(label):
+def test_labels_match_numbers_and_text(label):
     assert to_template_example({"a": "x", "b": "y", "label": label}, PAIR).segments[-1].text == "no"
 
 
@@ -57,13 +57,13 @@ def test_a_label_is_found_whether_the_file_gives_a_number_or_text(label):
     [
         (
             {"a": "x", "bb": "y", "label": "1"},
-            "pairs.csv:9: the template names a column 'b'; "
+            "pairs.csv:9: missing column 'b' of the template; "
             "got keys 'a', 'bb', 'label'; did you mean 'bb'?",
         ),
         (
             {"a": "x", "b": "y", "label": "2"},
             "pairs.csv:9: column 'label' has a value without a label; got '2'; "
-            "fix: add it to the template's labels, which name '0', '1'",
+            "fix: add it to the template's labels, which are '0', '1'",
         ),
         ({"a": "x", "b": None, "label": "1"}, "pairs.csv:9: column 'b': expected text or a number; got null"),
         ({"a": "x", "b": float("nan"), "label": "1"},
@@ -76,14 +76,14 @@ def test_a_label_is_found_whether_the_file_gives_a_number_or_text(label):
          "pairs.csv:9: column 'a' is empty; got ' '; fix: fill it in, or remove the record"),
     ],
 )  # fmt: skip
-def test_a_record_that_does_not_fit_is_named_with_its_columns(record, message):
+def test_a_record_that_does_not_match_is_reported_with_its_columns(record, message):
     with pytest.raises(DataError) as error:
         to_template_example(record, PAIR, where="pairs.csv:9")
 
     assert str(error.value) == message
 
 
-def test_a_token_of_the_template_is_a_token_and_the_same_letters_of_a_user_are_text():
+def test_control_tokens_are_tokens_in_templates_and_text_in_records():
     example = to_template_example({"title": "a<sep>", "content": "b<sep>c"}, ESSAY)
 
     row = PretrainDataset([example], sep_tokenizer())[0]
@@ -93,14 +93,14 @@ def test_a_token_of_the_template_is_a_token_and_the_same_letters_of_a_user_are_t
     assert Renderer(sep_tokenizer(), LabelOptions()).control_texts(example) == ["<sep>", "<sep>"]
 
 
-def test_a_token_that_user_and_template_spell_together_is_text():
+def test_a_token_formed_by_user_and_template_together_is_text():
     template = Template(text="{a}ep> {b}")
     example = to_template_example({"a": "<s", "b": "x"}, template)
 
     assert PretrainDataset([example], sep_tokenizer())[0]["input_ids"] == [*b"<sep> x", EOS]
 
 
-def test_a_template_that_writes_the_stop_token_gets_no_second_one():
+def test_a_template_with_the_stop_token_has_only_one():
     template = Template(text="{a}<sep>{b}<|endoftext|>")
     example = to_template_example({"a": "x", "b": "y<|endoftext|>"}, template)
 
@@ -145,7 +145,7 @@ def test_the_rows_of_a_template_are_certified_and_no_token_of_the_user_is(datase
         ({"title": "<sep>", "content": "o"}, [*b"<sep>", SEP, *b"o"]),
     ],
 )  # fmt: skip
-def test_a_text_is_continued_where_the_record_ends(record, ids):
+def test_the_prompt_of_a_text_ends_where_the_record_ends(record, ids):
     template = Template(text="{title}<sep>{content}<|endoftext|>")
 
     prompt = to_template_prompt(record, template)
@@ -161,15 +161,15 @@ def test_the_prompt_of_generation_is_that_of_training():
     assert trained["input_ids"][:7] == [*b"x = y?\n"]
 
 
-def test_words_of_the_command_line_are_the_first_columns():
+def test_command_line_text_fills_the_first_columns():
     assert to_template_words("x", PAIR, input_text="y") == to_template_prompt({"a": "x", "b": "y"}, PAIR)
     with pytest.raises(DataError) as error:
         to_template_words("x", PAIR)
 
-    assert str(error.value) == "--prompt: the template names a column 'b'; got keys 'a'"
+    assert str(error.value) == "--prompt: missing column 'b' of the template; got keys 'a'"
 
 
-def test_a_text_alone_has_a_title_and_a_content():
+def test_a_text_only_record_has_title_and_content():
     assert with_title({"text": "\n Rain \n\nIt rains.\nIt pours.\n"}) == {
         "text": "\n Rain \n\nIt rains.\nIt pours.\n",
         "title": "Rain",
@@ -230,9 +230,7 @@ USER = {"role": "user", "content": "Add {1}."}
         ("template", PLAIN_PAIR, [{"role": "user", "content": "x", "b": "y"}], "x's \\ = y?\n"),
     ],
 )  # fmt: skip
-def test_a_model_of_plain_prompts_is_asked_through_a_template_that_writes_them(
-    format, template, messages, prompt
-):
+def test_a_plain_template_renders_the_prompts_of_training(format, template, messages, prompt):
     for starts, start in ((False, ""), (True, "<|endoftext|>")):
         tokenizer = byte_tokenizer()
         tokenizer.bos_token = "<|endoftext|>"
@@ -255,7 +253,7 @@ def test_a_model_of_plain_prompts_is_asked_through_a_template_that_writes_them(
         ("instruct", [{"role": "system", "content": "Be brief."}, USER], "was trained without system texts"),
     ],
 )  # fmt: skip
-def test_what_it_was_not_trained_on_is_refused_by_that_template(format, messages, message):
+def test_a_plain_template_refuses_other_prompts(format, messages, message):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = plain_template(format, None, starts=False)
 
@@ -263,7 +261,7 @@ def test_what_it_was_not_trained_on_is_refused_by_that_template(format, messages
         tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def test_texts_and_chats_have_no_such_template():
+def test_texts_and_chats_have_no_plain_template():
     assert plain_template("text", None, starts=False) is None
     assert plain_template("messages", None, starts=False) is None
     assert plain_template("template", ESSAY, starts=False) is None
@@ -281,7 +279,7 @@ def test_a_template_reaches_into_nested_columns():
     with pytest.raises(DataError) as error:
         to_template_example({**record, "instances": [{"input": "2+2"}]}, template, where="f:1")
     assert str(error.value) == (
-        "f:1: the template names a column 'instances[0].output'; "
+        "f:1: missing column 'instances[0].output' of the template; "
         "got instances[0] without 'output', with keys 'input'"
     )
     with pytest.raises(DataError, match=r"got instances, which is a list of 0, without '\[0\]'"):
