@@ -11,6 +11,7 @@ import pytest
 from helpers import build_recipe, byte_tokenizer, save_folder, tiny_model
 
 import hf_clm.draft
+from hf_clm import PUBLIC_NAMES
 from hf_clm.cli import COMMANDS, main
 from hf_clm.data.prepared.prepare import write_prepared
 from hf_clm.errors import UserError
@@ -321,6 +322,10 @@ def test_every_folder_and_module_of_the_package_is_in_its_map():
 
     assert len(entries) > 10
     assert missing == []
+
+
+def test_every_public_name_is_in_the_map():
+    assert [name for name in PUBLIC_NAMES if f"`{name}`" not in PAGES["hf_clm/README.md"]] == []
 
 
 def test_every_recipe_is_in_the_table():
