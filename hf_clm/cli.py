@@ -32,6 +32,17 @@ from hf_clm.options import (
 
 ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
+EXIT_CODES = {
+    ExitCode.DONE: "done",
+    ExitCode.RECIPE: "a mistake in the recipe or on the command line",
+    ExitCode.DATA: "a mistake in the data",
+    ExitCode.MODEL: "a model or tokenizer that cannot be used",
+    ExitCode.DIVERGED: "the loss or a gradient is not finite; stopped before the update",
+    ExitCode.ENVIRONMENT: "the disk, memory, network or permissions, or a damaged checkpoint",
+    ExitCode.PREEMPTED: "stopped by a signal after saving a checkpoint; the same command resumes",
+    ExitCode.INTERRUPTED: "interrupted by Ctrl-C",
+}
+
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns its exit code. What a user can fix is one line on stderr."""
@@ -77,6 +88,9 @@ def help_text() -> str:
             "",
             "`hf-clm COMMAND --help` lists its options. --traceback shows where an error arose.",
             "On several GPUs: accelerate launch --multi_gpu -m hf_clm train RECIPE",
+            "",
+            "Exit codes:",
+            *(f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items()),
         ]
     )
 

@@ -137,7 +137,10 @@ def add_setting(parser: Parser, name: str) -> None:
         except RecipeError as error:
             raise argparse.ArgumentTypeError(f"{error.what}, got {text}") from error
 
-    help = SETTINGS[name].description
+    help = (SETTINGS[name].description or "").rstrip(".")
+    default = SETTINGS[name].default
+    if "default" not in help and default != ():
+        help += " (%(default)s)" if default is None else f" ({default:g})"
     if name == "stop":
         parser.add_argument("--stop", action="append", help=help)
     else:

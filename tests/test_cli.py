@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from argparse import SUPPRESS
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,9 @@ from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM
 from hf_clm.data.label.datasets import SFTDataset
 from hf_clm.data.read.formats import to_example
 from hf_clm.errors import EnvironmentFault
+from hf_clm.generation.decoding import SETTINGS
 from hf_clm.model.attention import NAME, register
+from hf_clm.options import Parser
 from hf_clm.training.trainer import CLMTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,6 +131,31 @@ def test_help_of_another_command_lists_its_options(name, option, capsys):
 
     assert exit.value.code == 0
     assert option in capsys.readouterr().out
+
+
+def test_help_explains_the_exit_codes(capsys):
+    assert main(["--help"]) == 0
+
+    codes = capsys.readouterr().out.partition("Exit codes:\n")[2].splitlines()
+    assert [line.split()[0] for line in codes] == ["0", "2", "3", "4", "5", "6", "75", "130"]
+
+
+def test_every_option_with_a_default_states_it(monkeypatch, capsys):
+    parsers = []
+    monkeypatch.setattr(Parser, "print_help", lambda self, *file: parsers.append(self))
+    for name in COMMANDS:
+        with suppress(SystemExit):
+            main([name, "--help"])
+
+    options = [(parser.prog, action) for parser in parsers for action in parser._actions]
+    silent = [
+        f"{prog}: {action.option_strings[-1]}"
+        for prog, action in options
+        if action.default not in (None, False, "", [], SUPPRESS) or action.dest in SETTINGS
+        if action.dest != "stop" and not re.search(r"default|\([\d.]+\)$", action.help or "")
+    ]
+    assert len(parsers) >= 12
+    assert silent == []
 
 
 def test_these_are_all_the_commands():

@@ -160,7 +160,9 @@ def test_the_length_of_a_row_is_the_recipes():
 
 
 def test_the_readme_holds_the_table_that_the_command_prints(capsys):
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).resolve().parents[2] / "hf_clm" / "doctor" / "README.md").read_text(
+        encoding="utf-8"
+    )
 
     assert main(["doctor", "--plan", "gpus=64,memory=80GB"]) == 0
 
