@@ -168,6 +168,22 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def follow_umask(folder: Path) -> None:
+    """Gives a folder and its files the modes that the umask asks for.
+
+    safetensors and tempfile restrict what they write to the owner, so a model on a shared disk could not be
+    opened by the group. Files that are more open than the umask, and links, are left alone.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in [folder, *folder.rglob("*")]:
+        if not path.is_symlink():
+            wanted = (0o777 if path.is_dir() else 0o666) & ~umask
+            mode = path.stat().st_mode & 0o777
+            if mode | wanted != mode:
+                path.chmod(mode | wanted)
+
+
 def has_gpu() -> bool:
     """Whether this machine seems to have a GPU for training, told without importing torch."""
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")

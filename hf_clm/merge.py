@@ -23,6 +23,7 @@ from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
 from hf_clm.generation.load import run_recipe
 from hf_clm.generation.prompts import read_prompts, to_prompt_ids
+from hf_clm.machine import follow_umask
 from hf_clm.model.adapters import is_adapter, load_adapted, read_base
 from hf_clm.model.load import load_config, load_model, max_positions
 from hf_clm.run_folder import RunRecord, find_record, write_json, write_record
@@ -88,7 +89,7 @@ def merge(options: Namespace) -> list[str]:
         write_json(partial / "merge.json", {"base": base, "adapters": str(Path(folder).resolve()), **proof})
         if record:  # so that generate and evaluate know the format
             write_record(partial, record)
-        partial.chmod(0o755)  # mkdtemp's is for the owner alone
+        follow_umask(partial)
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

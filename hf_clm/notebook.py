@@ -8,6 +8,7 @@ import base64
 import html
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import BytesIO, TextIOBase
@@ -104,7 +105,9 @@ class NotebookProgress(Progress):
             return (self.lines.strip().splitlines() or ["starting"])[-1]
         done = state.global_step - self.first_step
         seconds = (time.monotonic() - self.started) / max(1, done) * (state.max_steps - state.global_step)
-        latest = {key: value for entry in state.log_history for key, value in entry.items()}
+        latest: dict[str, float] = {}
+        for entry in state.log_history:
+            latest = {key: value for key, value in latest.items() if key not in entry} | entry
         metrics = [(metric_of(key), value) for key, value in latest.items()]
         figures = [
             f"{metric.short} {metric.form(value)}" for metric, value in metrics if metric and metric.short
@@ -152,7 +155,10 @@ def showing() -> Iterator[Progress]:
 def _drawing() -> Iterator[NotebookProgress]:
     progress, has_failed = NotebookProgress(), True
     try:
-        with redirect_stdout(progress):
+        with redirect_stdout(progress), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "IProgress not found"
+            )  # a bar of tqdm, which nothing shows here
             yield progress
         has_failed = False
     finally:

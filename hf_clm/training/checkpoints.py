@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_clm.errors import RecipeError
 from hf_clm.hashing import fingerprint, hash_file
+from hf_clm.machine import follow_umask
 from hf_clm.run_folder import find_checkpoints, step_of, sync
 
 SEAL = "SEALED.json"
@@ -25,6 +26,7 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
 
     A crash at any instant leaves a folder without it, which does not count, or a whole one.
     """
+    follow_umask(folder)
     paths = list_files(folder)
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         hashes = list(pool.map(_hash_to_disk, paths))

@@ -30,6 +30,7 @@ from hf_clm.data.read.sources import ReadReport
 from hf_clm.data.split import Split, pack_rows
 from hf_clm.errors import DataError, EnvironmentFault
 from hf_clm.hashing import fingerprint
+from hf_clm.machine import follow_umask
 from hf_clm.recipe.recipe import Recipe
 from hf_clm.schema import AnyExample, example_from_json
 
@@ -242,7 +243,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
 
 def _rename(partial: Path, folder: Path) -> None:
     """Renames the folder to its final name unless another process was faster; replaces a damaged folder."""
-    partial.chmod(0o755)  # mkdtemp restricts access to the owner
+    follow_umask(partial)
     if folder.exists() and read_index(folder) is None:
         folder.rename(Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent)) / folder.name)
     try:
