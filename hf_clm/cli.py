@@ -14,6 +14,7 @@ from logging import ERROR, getLogger
 from pathlib import Path
 
 from hf_clm.errors import ExitCode, Preempted, RecipeError, UserError, did_you_mean
+from hf_clm.logs import VARIABLE, to_json, to_json_lines, writes_json
 from hf_clm.machine import is_first_here, version_of
 from hf_clm.options import (
     Parser,
@@ -115,7 +116,7 @@ def run_train(words: list[str]) -> None:
         return
     loaded = open_recipe(recipe, overrides)
     if is_first_here() and (lines := to_lines(loaded)):
-        print("\n".join(lines), flush=True)
+        print("\n".join(to_json_lines("\n".join(lines), {}) if writes_json() else lines), flush=True)
     check_data(loaded)
     _quiet_libraries()
     from hf_clm.training.run import train  # torch and transformers take seconds to import
@@ -438,5 +439,8 @@ def _fail(message: str, code: int, *, shows_traceback: bool, is_own: bool | None
     if shows_traceback:
         traceback.print_exc()
     if is_own or (is_own is None and (is_first_here() or code == ExitCode.ENVIRONMENT)):
-        print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr)
+        if os.environ.get(VARIABLE) == "json":
+            print(to_json("error", message, {"exit_code": int(code), "rank": int(rank)}), file=sys.stderr)
+        else:
+            print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr)
     return int(code)

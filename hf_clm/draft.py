@@ -71,6 +71,8 @@ class DataSize:
 
 @dataclass(frozen=True)
 class Choice:
+    """A value of a recipe that is chosen, and why."""
+
     key: str
     value: Any
     reason: str

@@ -19,7 +19,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 # A module imports from its own line and from the lines above it.
 LAYERS = [
     {"errors", "hashing"},
-    {"schema", "machine"},
+    {"schema", "machine", "logs"},
     {"recipe"},
     {"hub", "run_folder"},
     {"text"},

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers import (
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_clm.errors import UserError
+from hf_clm.logs import to_json_lines, writes_json
 from hf_clm.run_folder import append_json, drop_after, metric_of, to_duration
 
 BUDGET = 0.01  # of the time of training, for the report
@@ -35,7 +36,7 @@ class ProgressCallback(TrainerCallback):
     """A progress bar on a terminal, else one line a log event. Rank 0 only."""
 
     def __init__(self, *, is_terminal: bool):
-        self.is_terminal = is_terminal
+        self.is_terminal = is_terminal and not writes_json()
         self.bar: tqdm | None = None
         self.started = 0.0
         self.first_step = 0
@@ -67,7 +68,8 @@ class ProgressCallback(TrainerCallback):
             return
         left = f"  {self._time_left(state)} left" if "loss" in logs else ""
         step = f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
-        write_line(f"step {step}  epoch {state.epoch or 0:.2f}  {'  '.join(shown)}{left}")
+        line = f"step {step}  epoch {state.epoch or 0:.2f}  {'  '.join(shown)}{left}"
+        write_line(line, {"step": state.global_step, **logs})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -344,10 +346,14 @@ class ReportCallback(TrainerCallback):
         self.spent += self.last
 
 
-def write_line(line: str) -> None:
-    """Prints a line without breaking a progress bar; where nobody reads any more, training goes on."""
+def write_line(line: str, figures: Mapping[str, float] | None = None) -> None:
+    """Prints a line, or several, without breaking a progress bar.
+
+    With HF_CLM_LOG=json each line is an object, which has the ``figures`` as keys too. If nobody reads the
+    output any more, training continues.
+    """
     try:
-        tqdm.write(line)
+        tqdm.write("\n".join(to_json_lines(line, figures or {})) if writes_json() else line)
         sys.stdout.flush()
     except OSError:  # a closed pipe, a terminal that is gone, a full disk
         drop_output()
