@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.errors import ModelError
-from hf_clm.generation.generate import answering
+from hf_clm.generation.generate import generation_mode
 from hf_clm.generation.sampling import stop_ids
 from hf_clm.model.load import is_adapted
 
@@ -85,7 +85,7 @@ class RoundTrip:
             last = errors.strip().splitlines()[-1] if errors.strip() else "no message"
             raise ModelError("the saved model does not open with from_pretrained", where=WHERE, got=last)
         seen = json.loads(text)
-        with torch.no_grad(), answering(model):
+        with torch.no_grad(), generation_mode(model):
             self._compare_answers(model, tokenizer, prompts=seen["prompts"], answers=seen["answers"])
             logits, own = torch.tensor(seen["logits"]), _last_logits(model, self.prompt).cpu()
         if is_adapted(

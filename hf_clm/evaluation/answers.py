@@ -1,4 +1,4 @@
-"""Lets a model answer the prompts of examples, and compares with their targets."""
+"""Generates answers to the prompts of examples, and compares them with the targets."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Metrics = Mapping[str, Callable[[list[str], list[list[str]]], Any]]  # answers a
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated answer beside its target; ``number`` is that of the example."""
+    """A generated answer and its target. ``number``: the index of the example."""
 
     number: int
     prompt: str
@@ -28,11 +28,11 @@ class Sample:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the answer is the target, stop token included."""
+        """Whether the answer equals the target, including the stop token."""
         return self.stopped and self.text == self.target
 
     def to_json(self, places: Sequence[str]) -> dict[str, str | bool]:
-        """All of it, with the place of its example."""
+        """Returns all fields as JSON; ``places`` are those of all examples (file and line)."""
         return {
             "where": places[self.number],
             "prompt": self.prompt,
@@ -45,38 +45,38 @@ class Sample:
 
 @dataclass(frozen=True)
 class Answers:
-    """How near generated answers come to their targets. ``metrics``: of ``load_metrics``, may be none."""
+    """Generated answers and their metrics. ``metrics``: from ``load_metrics``, or empty."""
 
     samples: Sequence[Sample]
     metrics: Metrics
 
-    def select(self, chosen: np.ndarray) -> "Answers":
-        """Of these examples alone; ``chosen`` (examples,) bool."""
-        return Answers([sample for sample in self.samples if chosen[sample.number]], self.metrics)
+    def select(self, mask: np.ndarray) -> "Answers":
+        """Returns the answers of some examples; ``mask`` (examples,) bool."""
+        return Answers([sample for sample in self.samples if mask[sample.number]], self.metrics)
 
     def to_json(self) -> dict[str, Any]:
-        """The figures; without a sample only that there is none."""
-        asked = len(self.samples)
-        if not asked:
+        """Returns the metrics; only ``asked``, the number of samples, if there are none."""
+        count = len(self.samples)
+        if not count:
             return {"asked": 0}
         texts, targets = [sample.text for sample in self.samples], [sample.target for sample in self.samples]
         return {
-            "asked": asked,
-            "exact_match": sum(sample.is_exact for sample in self.samples) / asked,
-            "stopped": sum(sample.stopped for sample in self.samples) / asked,
+            "asked": count,
+            "exact_match": sum(sample.is_exact for sample in self.samples) / count,
+            "stopped": sum(sample.stopped for sample in self.samples) / count,
             **{name: float(metric(texts, [targets]).score) for name, metric in self.metrics.items()},
         }
 
 
 def load_metrics() -> Metrics:
-    """chrF and BLEU of a whole set of answers, 0 to 100. Raises EnvironmentFault without sacrebleu."""
+    """Returns chrF and BLEU over all answers, from 0 to 100. Raises EnvironmentFault without sacrebleu."""
     try:
         from sacrebleu.metrics.bleu import BLEU
         from sacrebleu.metrics.chrf import CHRF
     except ImportError as error:
         fix = "pip install 'hf_clm[eval]'"
-        raise EnvironmentFault("needs the package sacrebleu", where="--generate", fix=fix) from error
-    # answers of fewer than four words have no 4-grams: they are not held against them
+        raise EnvironmentFault("requires the package sacrebleu", where="--generate", fix=fix) from error
+    # effective_order: answers of fewer than four words are not penalized for having no 4-grams
     return {"chrf": CHRF().corpus_score, "bleu": BLEU(effective_order=True).corpus_score}
 
 
@@ -89,19 +89,19 @@ def measure_answers(
     decoding: Decoding = GREEDY,
     rendering: LabelOptions | None = None,
 ) -> Answers | None:
-    """Generates an answer for each example that has a prompt; None where none has.
+    """Generates an answer for each example that has a prompt; returns None if no example has one.
 
     ``decoding`` and ``rendering``: see ``generate``.
     """
-    asked = {number: question for number, example in enumerate(examples) if (question := example.question)}
-    if not asked:
+    questions = {number: pair for number, example in enumerate(examples) if (pair := example.question)}
+    if not questions:
         return None
-    prompts = [prompt for prompt, _ in asked.values()]
-    found = generate(
+    prompts = [prompt for prompt, _ in questions.values()]
+    answers = generate(
         model, tokenizer, prompts=prompts, decoding=decoding, rendering=rendering, progress="answers"
     )
     samples = [
         Sample(number, prompt.prompt_text, target, answer.text, answer.stopped)
-        for (number, (prompt, target)), answer in zip(asked.items(), found, strict=True)
+        for (number, (prompt, target)), answer in zip(questions.items(), answers, strict=True)
     ]
     return Answers(samples, metrics)

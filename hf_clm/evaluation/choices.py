@@ -1,7 +1,7 @@
-"""Chooses among given answers the one that the model finds likeliest after the prompt; generates nothing.
+"""Selects the most likely of several given answers, without generating.
 
-prompt | yes <eos>     -0.3      a choice is written, tokenized and ended as training does a completion;
-prompt | no  <eos>     -1.6      the log-probabilities of its tokens are summed, or their mean is taken
+prompt | yes <eos>     -0.3      each choice is rendered and tokenized like a completion in training;
+prompt | no  <eos>     -1.6      its score is the sum or the mean of its tokens' log-probabilities
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ from hf_clm.schema import Chat, Document, Example, Message, Segment, TokenizedEx
 
 @dataclass(frozen=True, eq=False)
 class Verdicts:
-    """What was right and what was chosen.
+    """The correct choice of each example, and the scores of all choices.
 
     N = examples, C = choices.
 
-        expected   (N,) int64, the number of the right choice
-        scores     (N, C) float64, log-probability of each
+        expected   (N,) int64, the index of the correct choice
+        scores     (N, C) float64, the log-probability of each choice
     """
 
     choices: Sequence[str]
@@ -36,64 +36,69 @@ class Verdicts:
     scores: np.ndarray
 
     def select(self, numbers: np.ndarray) -> "Verdicts":
-        """Of these examples alone; ``numbers``, or (N,) bool."""
+        """Returns the verdicts of some examples; ``numbers`` are their indices, or a mask (N,) bool."""
         return Verdicts(self.choices, self.expected[numbers], self.scores[numbers])
 
     @property
     def confusion(self) -> np.ndarray:
-        """(C, C) int64: how often the choice of the row was right and that of the column was chosen."""
+        """Confusion matrix (C, C) int64: rows are the correct choices, columns the model's."""
         table = np.zeros((len(self.choices), len(self.choices)), dtype=np.int64)
         np.add.at(table, (self.expected, self.scores.argmax(axis=1)), 1)
         return table
 
     def to_json(self) -> dict[str, Any]:
-        """Accuracy, F1, and how often each right choice was met by each.
+        """Returns accuracy, F1 and the confusion matrix.
 
-        ``f1`` of two choices is that of the first, the positive; of more it is the mean over all.
-        ``majority`` is the accuracy of always choosing the most common one.
+        With two choices, ``f1`` is that of the first, the positive class; with more, it is the macro average.
+        ``majority`` is the accuracy of always selecting the most common choice.
         """
         table, count = self.confusion, max(1, len(self.expected))
         f1 = [_f1(table, number) for number in range(len(self.choices))]
-        named = [dict(zip(self.choices, row, strict=True)) for row in table.tolist()]
+        rows = [dict(zip(self.choices, row, strict=True)) for row in table.tolist()]
         return {
             "accuracy": int(table.trace()) / count,
             "majority": int(table.sum(axis=1).max()) / count,
             "f1": f1[0] if len(f1) == 2 else sum(f1) / len(f1),
             "f1_of": self.choices[0] if len(f1) == 2 else "macro",
-            "confusion": dict(zip(self.choices, named, strict=True)),
+            "confusion": dict(zip(self.choices, rows, strict=True)),
         }
 
 
 def to_choices(text: str) -> list[str]:
-    """The choices between commas. Raises RecipeError for fewer than two, an empty one, or one given twice."""
+    """Splits choices at commas. Raises RecipeError for fewer than two, an empty one, or a duplicate."""
     choices = text.split(",")
     if len(choices) < 2 or not all(map(str.strip, choices)) or len(set(choices)) < len(choices):
-        what, fix = "expected two or more different choices", "--choices yes,no"
+        what, fix = "expected two or more different choices", "separate them with commas: --choices yes,no"
         raise RecipeError(what, where="--choices", got=repr(text), fix=fix)
     return choices
 
 
 def find_expected(read: Examples, choices: Sequence[str]) -> np.ndarray:
-    """(N,) int64: the number of the choice that each example answers with.
+    """Returns the index of each example's correct choice, (N,) int64.
 
-    Raises DataError for an example that has no prompt and answer, or another answer.
+    Raises DataError for an example without a prompt and an answer, or with an answer that is not a choice.
     """
     expected = []
     for example, place in zip(read.examples, read.places, strict=True):
         answer = None if isinstance(example, Tokens) else to_answer(example)
         if answer is None:
-            raise DataError("has no prompt and completion to choose", where=place, fix="leave out --choices")
+            what = "the example has no prompt and completion, so there is nothing to choose"
+            raise DataError(what, where=place, fix="remove --choices")
         if answer not in choices:
-            fix = f"--choices names {', '.join(map(repr, choices))}{did_you_mean(answer, choices)}"
-            raise DataError("the completion is none of the choices", where=place, got=repr(answer), fix=fix)
+            names = f"{', '.join(map(repr, choices))}{did_you_mean(answer, choices)}"
+            fix = f"add it to --choices, which are {names}"
+            raise DataError(
+                "the completion is not one of the choices", where=place, got=repr(answer), fix=fix
+            )
         expected.append(choices.index(answer))
     return np.array(expected, dtype=np.int64)
 
 
 def to_answer(example: Example) -> str | None:
-    """What a choice stands for: the completion, or the word in that of a template; None without a prompt.
+    """Returns the text that a choice replaces: the completion or, with a template, its column; None without a
+    prompt.
 
-    Raises RecipeError where the template writes between several columns.
+    Raises RecipeError if the completion of a template has text between several columns.
     """
     question = example.question
     if question is None:
@@ -103,38 +108,43 @@ def to_answer(example: Example) -> str | None:
     learned = _learned(example)
     words = _words(learned)
     if any(learned[number].is_own for number in range(words.start, words.stop)):
-        what = "a choice cannot stand for several columns of a completion"
-        raise RecipeError(what, where="--choices", fix="a template with one column in its completion")
+        what = "a choice cannot replace several columns of a completion"
+        raise RecipeError(what, where="--choices", fix="use a template with one column in its completion")
     return "".join(segment.text for segment in learned[words])
 
 
 def with_answer(example: Example, answer: str) -> Example:
-    """The example with another completion; what a template writes around its word stays."""
+    """Returns the example with another completion, keeping a template's text around it."""
     if isinstance(example, Chat):
         turn: Message = {"role": "assistant", "content": answer}
         return replace(example, messages=[*example.messages[:-1], turn])
     learned = _learned(example)
-    read, words = example.segments[: len(example.segments) - len(learned)], _words(learned)
+    prompt, words = example.segments[: len(example.segments) - len(learned)], _words(learned)
     word = Segment(answer, weight=1.0)
-    return Document([*read, *learned[: words.start], word, *learned[words.stop :]])
+    return Document([*prompt, *learned[: words.start], word, *learned[words.stop :]])
 
 
 def measure_choices(
     model: PreTrainedModel, rows: Sequence[TokenizedExample], *, choices: int, by: str, batch_size: int
 ) -> np.ndarray:
-    """(N, ``choices``) float64: the log-probability of each choice, the sum over its tokens or the ``mean``.
+    """Returns the log-probability of each choice, (N, ``choices``) float64.
 
-    rows: of ``choice_rows``. Rows of several examples share a pass; ``batch_size`` (rows) changes nothing.
-    Raises ModelError where one is NaN.
+    Args:
+        rows: from ``choice_rows``.
+        choices: the number of choices.
+        by: ``sum`` or ``mean`` over the tokens of a choice.
+        batch_size: rows in a batch; does not change the result.
+
+    Raises ModelError if a log-probability is NaN.
     """
     scores = []
     for start in trange(0, len(rows), batch_size, desc="choices", disable=None, leave=False):
         batch = rows[start : start + batch_size]
         for row, (nll, _) in zip(batch, measure_rows(model, batch), strict=True):
-            own = nll[_last_target(row) :].astype(np.float64)
-            scores.append(-own.mean() if by == "mean" else -own.sum())
+            losses = nll[_last_target(row) :].astype(np.float64)
+            scores.append(-losses.mean() if by == "mean" else -losses.sum())
     if np.isnan(scores).any():
-        raise ModelError("its log-probabilities are NaN: it prefers none of the choices", where="--choices")
+        raise ModelError("the model's log-probabilities are NaN", where="--choices")
     return np.array(scores).reshape(-1, choices)
 
 
@@ -146,46 +156,48 @@ def choice_rows(
     max_length: int,
     special_tokens_in_text: Policy,
 ) -> list[TokenizedExample]:
-    """Every example with every choice, tokenized as in training; example by example.
+    """Tokenizes every example with every choice as in training; returns the rows example by example.
 
-    A prompt that is too long is cut from the left, at one place for all choices. Raises DataError where a
-    choice leaves no room for it.
+    A prompt that is too long is truncated on the left, by the same number of tokens for all choices. Raises
+    DataError if a choice leaves no room for the prompt.
     """
-    written = [example for example in read.examples if not isinstance(example, Tokens)]
-    candidates = [with_answer(example, choice) for example in written for choice in choices]
+    examples = [example for example in read.examples if not isinstance(example, Tokens)]
+    candidates = [with_answer(example, choice) for example in examples for choice in choices]
     dataset = SFTDataset(
         candidates, tokenizer, train_on="last_turn", special_tokens_in_text=special_tokens_in_text
     )
     assert len(dataset) == len(candidates), "a prompt and a choice always have a target"
     rows = []
     for number, place in enumerate(read.places):
-        own = [dataset[number * len(choices) + choice] for choice in range(len(choices))]
-        cut = max(0, max(len(row["input_ids"]) for row in own) - max_length)
-        if cut and cut >= min(int(target_places(np.array(row["labels"]))[_last_target(row)]) for row in own):
-            what = f"no prompt fits beside the choices within {max_length} tokens"
-            raise DataError(what, where=place, fix="raise --max_length, or give shorter choices")
-        rows += [slice_row(row, start=cut, stop=len(row["input_ids"])) if cut else row for row in own]
+        group = [dataset[number * len(choices) + choice] for choice in range(len(choices))]
+        cut = max(0, max(len(row["input_ids"]) for row in group) - max_length)
+        if cut and cut >= min(
+            int(target_places(np.array(row["labels"]))[_last_target(row)]) for row in group
+        ):
+            what = f"the choices leave no room for the prompt within {max_length} tokens"
+            raise DataError(what, where=place, fix="raise --max_length, or use shorter choices")
+        rows += [slice_row(row, start=cut, stop=len(row["input_ids"])) if cut else row for row in group]
     return rows
 
 
 def _learned(example: Document) -> list[Segment]:
-    """The segments after the last one that is only read."""
+    """Returns the segments after the last one that is not a target."""
     ends = [number for number, segment in enumerate(example.segments, start=1) if not segment.is_target]
     return example.segments[ends[-1] if ends else 0 :]
 
 
 def _words(learned: Sequence[Segment]) -> slice:
-    """From the first segment that is the record's to the last."""
+    """Returns the range from the first to the last segment that comes from the record, not the template."""
     numbers = [number for number, segment in enumerate(learned) if not segment.is_own]
     return slice(numbers[0], numbers[-1] + 1)
 
 
 def _last_target(row: TokenizedExample) -> int:
-    """The number of the target token with which the last target of a row begins."""
+    """Returns where the last target of a row begins, as an index into its target tokens."""
     return int(np.flatnonzero(target_starts(np.array(row["labels"])))[-1])
 
 
 def _f1(table: np.ndarray, choice: int) -> float:
-    """2 TP / (2 TP + FP + FN), 0 for a choice that is neither right nor chosen anywhere."""
+    """Returns 2 TP / (2 TP + FP + FN); 0 for a choice that is never correct nor selected."""
     both = int(table[choice].sum() + table[:, choice].sum())
     return 2 * int(table[choice, choice]) / both if both else 0.0

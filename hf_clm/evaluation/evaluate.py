@@ -1,4 +1,4 @@
-"""``hf-clm evaluate``: a run and data files become figures, of all examples and of each file."""
+"""``hf-clm evaluate``: computes metrics of a model on data files, over all examples and per file."""
 
 import re
 from argparse import Namespace
@@ -27,18 +27,27 @@ from hf_clm.text.tokenizer import load_tokenizer
 
 Stage = Literal["sft", "pretrain"]
 DEFAULT_OVERFLOW: dict[str, Overflow] = {"sft": "keep_target", "pretrain": "split"}
-# Of the figures of one file, those that stand in its line.
-OF_FILE = ("examples", "loss", "bits_per_byte", "token_accuracy", "accuracy", "f1", "exact_match", "chrf")
+# The columns of the table of files.
+FILE_METRICS = (
+    "examples",
+    "loss",
+    "bits_per_byte",
+    "token_accuracy",
+    "accuracy",
+    "f1",
+    "exact_match",
+    "chrf",
+)
 
-Table = tuple[list[str], list[list[str]]]  # head, rows; the first column holds names
+Table = tuple[list[str], list[list[str]]]  # header, rows; the first column has names
 
 
-LINE = re.compile(r":[0-9]+$|: record [0-9]+$")  # of a place, after its file
+LINE = re.compile(r":[0-9]+$|: record [0-9]+$")  # follows the file in the place of an example
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a run was found to know of its examples. ``verdicts``: with choices; ``answers``: generated."""
+    """The result of an evaluation. ``verdicts``: only with choices; ``answers``: only if generated."""
 
     run: LoadedRun
     read: Examples
@@ -48,40 +57,40 @@ class Evaluation:
     answers: Answers | None
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, then those of each file where there are several, and what was generated if asked."""
-        found = self.figures(np.ones(len(self.read), dtype=bool))
-        if self.read.report.bad_lines:  # data.on_bad_record: drop, of the run
-            found["skipped"] = len(self.read.report.bad_lines)
+        """Returns all metrics, also per file if there are several, and the samples with ``--generate``."""
+        metrics = self.measure(np.ones(len(self.read), dtype=bool))
+        if self.read.report.bad_lines:  # only with data.on_bad_record: drop
+            metrics["skipped"] = len(self.read.report.bad_lines)
         files = np.array([LINE.sub("", place) for place in self.read.places])
         names = list(dict.fromkeys(files.tolist()))
         if len(names) > 1:
-            found["sources"] = {name: self.figures(files == name) for name in names}
+            metrics["sources"] = {name: self.measure(files == name) for name in names}
         if self.answers and self.answers.metrics:
-            found["samples"] = [sample.to_json(self.read.places) for sample in self.answers.samples]
-        return found
+            metrics["samples"] = [sample.to_json(self.read.places) for sample in self.answers.samples]
+        return metrics
 
-    def figures(self, chosen: np.ndarray) -> dict[str, Any]:
-        """The figures of some of the examples; ``chosen`` (examples,) bool."""
+    def measure(self, mask: np.ndarray) -> dict[str, Any]:
+        """Returns the metrics of some of the examples; ``mask`` (examples,) bool."""
         rows = self.dataset.rows
-        fates = zip(rows.fates, chosen, strict=True)
+        fates = zip(rows.fates, mask, strict=True)
         return {
-            "examples": int(chosen.sum()),
-            "dropped": sum(fate.kind == "dropped" for fate, is_chosen in fates if is_chosen),
-            **self.likelihood.select(chosen[rows.sources]).to_json(),
-            **(self.verdicts.select(chosen).to_json() if self.verdicts else {}),
-            **(self.answers.select(chosen).to_json() if self.answers else {}),
+            "examples": int(mask.sum()),
+            "dropped": sum(fate.kind == "dropped" for fate, is_selected in fates if is_selected),
+            **self.likelihood.select(mask[rows.sources]).to_json(),
+            **(self.verdicts.select(mask).to_json() if self.verdicts else {}),
+            **(self.answers.select(mask).to_json() if self.answers else {}),
         }
 
 
 def evaluate_run(options: Namespace) -> Evaluation:
-    """Likelihood of the targets, and the choices or, where the examples have prompts, greedy answers.
+    """Evaluates the likelihood of the targets, and either choices or (if there are prompts) greedy answers.
 
-    The data are read and labelled as in the run's recipe: its eval set gives the eval loss of its training.
-    Raises DataError where no example has a target, or one has none of the choices.
+    The data are read and labelled as in the run's recipe, so evaluating the run's eval set reproduces its
+    eval loss. Raises DataError if no example has a target, or an answer is not one of the choices.
     """
     metrics = load_metrics() if options.generate else {}
     choices = to_choices(options.choices) if options.choices is not None else []
-    load_options(options.run, revision=None, where="run or model")  # what is not there is said at once
+    load_options(options.run, revision=None, where="run or model")  # fails early if it is missing
     recipe = run_recipe(options.run)
     data = to_data(options, recipe)
     check_sources(data.model_copy(update={"eval": []}))
@@ -113,20 +122,20 @@ def evaluate_run(options: Namespace) -> Evaluation:
         )
     if options.generate and not answers:
         where = ", ".join(read.report.files[:2])
-        raise DataError("no example has a prompt to answer", where=where, fix="leave out --generate")
+        raise DataError("no example has a prompt to answer", where=where, fix="remove --generate")
     return Evaluation(run, read, dataset, likelihood, verdicts, answers)
 
 
 def to_data(options: Namespace, recipe: Recipe | None) -> Data:
-    """The data section to read ``options.data`` with: the run's, but for its sources.
+    """Returns the data section for ``options.data``: that of the run, with other sources.
 
-    Format and columns are those that all sources of the run share, unless ``--format`` names another.
+    Format and columns are those of the run if all its sources agree and ``--format`` is not given.
     """
     if recipe is None:
         tokenizer = load_tokenizer(options.run)
-        is_asked_by_template = bool(tokenizer.chat_template) and not is_plain(tokenizer)
+        has_chat_template = bool(tokenizer.chat_template) and not is_plain(tokenizer)
         sources = [Source(path=path, format=options.format) for path in options.data]
-        return Data(train=sources, render="chat" if is_asked_by_template else "plain")
+        return Data(train=sources, render="chat" if has_chat_template else "plain")
     first, *others = [(source.format, source.fields, source.template) for source in recipe.data.train]
     is_shared = all(other == first for other in others) and not options.format
     format, fields, template = first if is_shared else (options.format, {}, None)
@@ -137,7 +146,7 @@ def to_data(options: Namespace, recipe: Recipe | None) -> Data:
 def build_dataset(
     read: Examples, run: LoadedRun, *, stage: Stage, recipe: Recipe | None, max_length: int
 ) -> TokenizedDataset:
-    """The examples labelled as the run labels them. Raises DataError where none has a target that fits."""
+    """Labels the examples as in the run. Raises DataError if no example has a target that fits."""
     options = run.rendering
     if recipe and recipe.stage == stage:
         options = label_options(recipe)
@@ -149,45 +158,47 @@ def build_dataset(
         raise error if error.row is None else error.at(read.places[error.row]) from error
     if len(rows) == 0:
         where = ", ".join(read.report.files[:2])
-        raise DataError("no example has a target that fits", where=where, fix="raise --max_length")
+        raise DataError("no example has a target that fits into a row", where=where, fix="raise --max_length")
     return TokenizedDataset(rows)
 
 
-def to_lines(found: Mapping[str, Any]) -> list[str]:
-    """A line for each figure, then the confusion of choices and the figures by file, where there are any."""
-    lines = [f"{name:<16} {value}" for name, value in to_figures(found).items()]
-    for table in to_tables(found).values():
+def to_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Formats each metric as a line, followed by the confusion matrix and the table of files, if any."""
+    lines = [f"{name:<16} {value}" for name, value in to_figures(metrics).items()]
+    for table in to_tables(metrics).values():
         lines += ["", *_aligned(*table)]
     return lines
 
 
-def to_figures(found: Mapping[str, Any]) -> dict[str, str]:
-    """The single figures, as text."""
-    return {name: _to_text(value) for name, value in found.items() if not isinstance(value, dict | list)}
+def to_figures(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Formats the metrics that are single values."""
+    return {name: _to_text(value) for name, value in metrics.items() if not isinstance(value, dict | list)}
 
 
-def to_tables(found: Mapping[str, Any]) -> dict[str, Table]:
-    """The tables by what they are about."""
+def to_tables(metrics: Mapping[str, Any]) -> dict[str, Table]:
+    """Formats the confusion matrix and the metrics per file as tables, by title."""
     tables = {}
-    if confusion := found.get("confusion"):
-        rows = [[f"is {right}", *map(_to_text, chosen.values())] for right, chosen in confusion.items()]
+    if confusion := metrics.get("confusion"):
+        rows = [[f"is {label}", *map(_to_text, counts.values())] for label, counts in confusion.items()]
         tables["choices"] = (["", *(f"chose {choice}" for choice in confusion)], rows)
-    if sources := found.get("sources"):
-        names = [name for name in OF_FILE if name in found]
-        rows = [[file, *(_to_text(own.get(name, "")) for name in names)] for file, own in sources.items()]
+    if sources := metrics.get("sources"):
+        names = [name for name in FILE_METRICS if name in metrics]
+        rows = [
+            [file, *(_to_text(values.get(name, "")) for name in names)] for file, values in sources.items()
+        ]
         tables["files"] = (["file", *names], rows)
     return tables
 
 
 def _to_text(value: float | str) -> str:
-    """A count with separators, a share with four places, a word as it is."""
+    """Formats a value: integers with separators, floats with four decimals, text unchanged."""
     if isinstance(value, str):
         return value
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns of one width each: the first to the left, the others to the right."""
+    """Formats a table in columns: the first is aligned left, the others right."""
     first, *others = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     form = f"{{:<{first}}}" + "".join(f"  {{:>{width}}}" for width in others)
     return [form.format(*row).rstrip() for row in (head, *rows)]

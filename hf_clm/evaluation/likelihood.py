@@ -1,4 +1,4 @@
-"""The likelihood of the targets of examples, row by row and by the kind of target."""
+"""The likelihood of targets, per row and per kind of target token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from hf_clm.model.load import takes_targets
 from hf_clm.schema import IGNORE_INDEX, TokenizedExample
 from hf_clm.text.chat import stop_token_ids
 
-KINDS = ("first", "content", "stop")  # of a target token, by its place: see target_kinds
+KINDS = ("first", "content", "stop")  # kinds of target tokens: see target_kinds
 
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
-    """What was found of each row; sums, so that any set of rows is divided once.
+    """The likelihood of each row's targets, as sums: means are computed once over any set of rows.
 
     N = rows, K = kinds of targets (KINDS).
 
-        nll          (N, K) float64, nats
-        tokens       (N, K) int64, targets
-        correct      (N,) int64, targets that are the likeliest token
-        text_bytes   (N,) int64, of the decoded targets, UTF-8
+        nll          (N, K) float64, negative log-likelihood in nats
+        tokens       (N, K) int64, number of targets
+        correct      (N,) int64, number of targets that are the most likely token
+        text_bytes   (N,) int64, UTF-8 bytes of the decoded targets
     """
 
     nll: np.ndarray
@@ -37,16 +37,16 @@ class Likelihood:
     text_bytes: np.ndarray
 
     def select(self, rows: np.ndarray) -> "Likelihood":
-        """Of these rows alone; ``rows`` are numbers, or (N,) bool."""
+        """Returns the likelihood of some rows; ``rows`` are indices, or a mask (N,) bool."""
         return Likelihood(self.nll[rows], self.tokens[rows], self.correct[rows], self.text_bytes[rows])
 
     @property
     def row_losses(self) -> np.ndarray:
-        """(N,) float64: the mean over the targets of each row."""
+        """The mean loss of each row, (N,) float64."""
         return self.nll.sum(axis=1) / self.tokens.sum(axis=1)
 
     def to_json(self) -> dict[str, float]:
-        """The figures; of each kind of targets the mean loss. Without a row only that there is none."""
+        """Returns the metrics, including the mean loss of each kind of target; only counts without targets."""
         targets, nll = int(self.tokens.sum()), float(self.nll.sum())
         if not targets:
             return {"rows": 0, "target_tokens": 0}
@@ -69,7 +69,7 @@ def measure_likelihood(
     dataset: TokenizedDataset,
     batch_size: int = 8,
 ) -> Likelihood:
-    """The likelihood of every target token; ``batch_size`` (rows) changes nothing."""
+    """Measures the likelihood of all targets. ``batch_size`` (rows) does not change the result."""
     stops = stop_token_ids(tokenizer)
     nll, tokens, correct, text_bytes = [], [], [], []
     for start in trange(0, len(dataset), batch_size, desc="loss", disable=None, leave=False):
@@ -86,7 +86,7 @@ def measure_likelihood(
 def measure_rows(
     model: PreTrainedModel, rows: Sequence[TokenizedExample]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each row the nll (n,) float32 of its n targets, and whether each was guessed (n,) bool."""
+    """Returns for each row the nll (n,) float32 of its targets, and whether each was predicted (n,) bool."""
     logits, targets = target_logits(model, rows)
     figures = target_nll(logits, targets), logits.argmax(dim=-1) == targets
     ends = np.cumsum([len(target_places(np.array(row["labels"]))) for row in rows])[:-1]
@@ -96,13 +96,13 @@ def measure_rows(
 
 @dataclass(frozen=True, eq=False)
 class Guesses:
-    """What a model expected at each target of a row.
+    """A model's predictions at each target of a row.
 
     n = targets, A = alternatives.
 
-        nll        (n,) float32, nats
-        rank       (n,) int64, of the target among all tokens: 1 for the likeliest
-        likeliest  (n, A) int64, the likeliest tokens, best first
+        nll        (n,) float32, negative log-likelihood in nats
+        rank       (n,) int64, the target's rank among all tokens: 1 for the most likely
+        likeliest  (n, A) int64, the most likely tokens in descending order
         shares     (n, A) float32, their probabilities
     """
 
@@ -113,10 +113,10 @@ class Guesses:
 
 
 def guess_row(model: PreTrainedModel, row: TokenizedExample, *, alternatives: int) -> Guesses:
-    """What the model expects at the targets of one row."""
+    """Returns the model's predictions at the targets of one row."""
     logits, targets = target_logits(model, [row])
-    own = logits.gather(1, targets[:, None])
-    rank = (logits > own).sum(dim=1) + 1
+    target_logit = logits.gather(1, targets[:, None])
+    rank = (logits > target_logit).sum(dim=1) + 1
     shares, likeliest = torch.softmax(logits.float(), dim=1).topk(min(alternatives, logits.shape[1]), dim=1)
     figures = (target_nll(logits, targets), rank, likeliest, shares)
     return Guesses(*(figure.cpu().numpy() for figure in figures))
@@ -126,9 +126,9 @@ def guess_row(model: PreTrainedModel, row: TokenizedExample, *, alternatives: in
 def target_logits(
     model: PreTrainedModel, rows: Sequence[TokenizedExample]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits (N, V) that predict the N targets of the rows, and these targets (N,) int64, in order.
+    """Returns the logits (N, V) that predict the N targets of the rows, and the targets (N,) int64, in order.
 
-    Each row is a document of its own; the first token of a row has no label.
+    The rows are separate documents of one packed row. The first token of a row is never a target.
     """
     model.eval()
     collate = DataCollatorForPackedCausalLM(with_targets=takes_targets(model))
@@ -142,22 +142,22 @@ def target_logits(
 
 
 def target_places(labels: np.ndarray) -> np.ndarray:
-    """(n,) int64: where a row has a target; its first token never is one."""
+    """Returns the positions of a row's targets, (n,) int64. The first token is never a target."""
     return np.flatnonzero(labels[1:] != IGNORE_INDEX) + 1
 
 
 def target_starts(labels: np.ndarray) -> np.ndarray:
-    """(n,) bool: which of the n target tokens of a row begins a target."""
+    """Returns which of a row's n target tokens begin a target, (n,) bool."""
     return np.diff(target_places(labels), prepend=-1) != 1
 
 
 def target_kinds(labels: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:
-    """(n,) int64: the kind of each of the n target tokens of a row, as its number in KINDS.
+    """Returns the kind of each of a row's n target tokens, (n,) int64 as an index into KINDS.
 
         prompt prompt | T      T        T        <eos> | prompt | T      <eos>
                         first  content  content  stop             first  stop
 
-    A stop token is one only where it ends a target.
+    A stop token counts as ``stop`` only at the end of a target.
     """
     starts = target_starts(labels)
     ends = np.append(starts[1:], True)

@@ -1,4 +1,4 @@
-"""Figures over tokens: likelihood, accuracy, entropy."""
+"""Metrics over tokens: likelihood, accuracy, entropy."""
 
 import math
 from typing import Any
@@ -10,12 +10,13 @@ from torch.nn.functional import cross_entropy
 from hf_clm.model.loss import TokenFigures
 from hf_clm.schema import IGNORE_INDEX
 
-CHUNK_TOKENS = 4096  # of a float32 copy of the logits
+CHUNK_TOKENS = 4096  # tokens whose logits are copied to float32 at once
 
 
 @torch.no_grad()
 def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(B, T - 1) float32: the negative log-likelihood (nats) of labels t+1 by logits t; 0 without a label.
+    """Returns the negative log-likelihood (nats) of label t+1 under logits t, (B, T - 1) float32; 0 without
+    a label.
 
     logits (B, T, V); labels (B, T) int64.
     """
@@ -24,9 +25,9 @@ def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def target_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(N,) float32: the negative log-likelihood (nats) of each target; 0 where there is none.
+    """Returns the negative log-likelihood (nats) of each target, (N,) float32; 0 where there is none.
 
-    logits (N, V); targets (N,) int64. Computed in chunks, so that no float32 copy of all logits is made.
+    logits (N, V); targets (N,) int64. Computes in chunks, to avoid a float32 copy of all logits.
     """
     chunks = zip(logits.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
     nll = [
@@ -37,7 +38,7 @@ def target_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def logit_figures(logits: torch.Tensor, labels: torch.Tensor) -> TokenFigures:
-    """The figures of a loss that was computed from all logits (B, T, V); labels (B, T), unshifted."""
+    """Computes per-token figures from logits (B, T, V) and unshifted labels (B, T) int64."""
     targets = labels[:, 1:]
     is_target = targets != IGNORE_INDEX
     correct = (logits[:, :-1].argmax(dim=-1) == targets) & is_target
@@ -45,9 +46,9 @@ def logit_figures(logits: torch.Tensor, labels: torch.Tensor) -> TokenFigures:
 
 
 def count_tokens(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Real tokens, and pairs of which one attends to the other.
+    """Counts a batch's tokens, and the pairs of tokens where one attends to the other.
 
-    Not counted are padding and the single tokens of EvenRows: a document of one token has nothing to learn.
+    Excludes padding and documents of a single token, which EvenRows adds and which have no targets.
     """
     mask, bounds = inputs.get("attention_mask"), inputs.get("cu_seq_lens_q")
     lengths: Any = bounds.diff() if bounds is not None else mask.sum(dim=1) if mask is not None else None
@@ -59,9 +60,9 @@ def count_tokens(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def unigram_entropy(label_counts: np.ndarray) -> float:
-    """The entropy (nats per token) of the label frequencies: the loss of a model that knows only those.
+    """Returns the entropy (nats per token) of the label frequencies, which is the loss of a unigram model.
 
-    label_counts: (V,) int, how often each id is a label. 0.0 without any label.
+    label_counts: (V,) int, how often each id is a label. Returns 0.0 if there are no labels.
     """
     counts = label_counts[label_counts > 0].astype(np.float64)
     shares = counts / max(1.0, counts.sum())
@@ -69,10 +70,10 @@ def unigram_entropy(label_counts: np.ndarray) -> float:
 
 
 def bits_per_byte(nll: float, text_bytes: int) -> float:
-    """Summed nats as bits per byte of the UTF-8 text: comparable between tokenizers."""
+    """Converts summed nats to bits per UTF-8 byte, which is comparable between tokenizers."""
     return nll / math.log(2) / max(1, text_bytes)
 
 
 def perplexity(loss: float) -> float:
-    """``exp(loss)``; inf where that is too large for a float."""
+    """Returns ``exp(loss)``; inf on overflow."""
     return math.exp(loss) if loss < 709 else math.inf

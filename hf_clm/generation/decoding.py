@@ -1,10 +1,10 @@
-"""How answers are decoded: each setting with its help, its bounds and what applies it, in one place.
+"""Decoding settings, each with its help text, its bounds and the logits processor that applies it.
 
-options of a command, a request, generation_config.json --> ask --> Decoding --> sampling.choose_token
+command line, request or generation_config.json --> update_decoding --> Decoding --> sampling.choose_token
 
-A setting that transformers has a logits processor for needs a field here and nothing more: the options of
-``generate`` and ``chat``, the requests of ``serve`` and ``--use_model_settings`` are read from the fields.
-Decoding is greedy, the arg max of the model, unless something else is asked for.
+To support another logits processor of transformers, add a field here. The options of ``generate`` and
+``chat``, the keys of ``serve`` requests and ``--use_model_settings`` are all derived from the fields.
+Decoding is greedy by default.
 """
 
 import dataclasses
@@ -17,62 +17,62 @@ from pydantic.fields import FieldInfo
 
 from hf_clm.errors import RecipeError
 
-COLDEST = 1e-6  # below this temperature the logits have no room in float32
+MIN_TEMPERATURE = 1e-6  # below it, scaled logits overflow float32, so decoding is greedy
 
 
 class Penalty(NamedTuple):
-    """The processor of transformers that applies a setting; the values ``off`` ask for nothing."""
+    """A setting's logits processor in transformers, and the values that turn it ``off``."""
 
     processor: str
     off: tuple[float, ...]
 
 
 class Warper(Penalty):
-    """A processor that only matters where tokens are drawn."""
+    """A processor that only matters when sampling."""
 
 
 def _texts(value: object) -> object:
-    """One text is a list of one; an empty text and null are none."""
+    """Wraps a single text in a list, and drops empty texts and null."""
     texts = [value] if isinstance(value, str) else value or ()
     return [text for text in texts if text != ""] if isinstance(texts, list | tuple) else texts
 
 
 @dataclass(frozen=True, config=ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False))
 class Decoding:
-    """How the tokens of an answer are chosen, and where it ends. Raises ValidationError for a wrong value."""
+    """How tokens are selected and where an answer ends. Raises ValidationError for an invalid value."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Length of an answer in tokens; default: 256, or as many as fit."""
+    """Maximum number of tokens to generate; default: 256, or as many as fit."""
     temperature: Annotated[float, Field(ge=0), Warper("TemperatureLogitsWarper", off=(1,))] = 0.0
-    """0 is greedy whatever else is set, and the default unless a setting below narrows the choice: then 1."""
+    """Sampling temperature; 0 is greedy. Default: 0, or 1 if top_k, top_p or min_p is set."""
     top_k: Annotated[int, Field(ge=-1), Warper("TopKLogitsWarper", off=(0, -1))] = 0
-    """Sample among the k likeliest tokens; 0 and -1: all."""
+    """Sample from the k most likely tokens; 0 or -1: all tokens."""
     top_p: Annotated[float, Field(ge=0, le=1), Warper("TopPLogitsWarper", off=(1,))] = 1.0
-    """Sample among the likeliest tokens of this total probability; 0: the likeliest alone."""
+    """Sample from the most likely tokens whose probabilities add up to this; 0: greedy."""
     min_p: Annotated[float, Field(ge=0, le=1), Warper("MinPLogitsWarper", off=(0,))] = 0.0
-    """Sample among the tokens with at least this share of the likeliest token's probability."""
+    """Sample from tokens at least this likely, as a fraction of the top token's probability."""
     repetition_penalty: Annotated[
         float, Field(ge=0.01, le=100), Penalty("RepetitionPenaltyLogitsProcessor", off=(1,))
     ] = 1.0
-    """Divides positive logits of tokens in prompt and answer, and multiplies negative ones; 1: off."""
+    """Penalty for repeated tokens: positive logits are divided by it, negative ones multiplied; 1: off."""
     no_repeat_ngram_size: Annotated[int, Field(ge=0), Penalty("NoRepeatNGramLogitsProcessor", off=(0,))] = 0
-    """Never repeat a sequence of this many tokens; 0: off."""
+    """Never generate the same n-gram of this many tokens twice; 0: off."""
     num_beams: Annotated[int, Field(ge=1)] = 1
-    """Beam search with this many beams (1: off)."""
+    """Number of beams for beam search; 1: off."""
     stop: Annotated[
         tuple[Annotated[str, Field(max_length=200)], ...], BeforeValidator(_texts), Field(max_length=16)
     ] = ()
-    """A text that ends the answer and is not part of it; may be repeated."""
+    """End the answer before this text; may be given several times."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    """Seed of sampling; prompt number n adds n."""
+    """Random seed for sampling; prompt n, counted from 0, uses seed + n."""
 
     @property
     def is_greedy(self) -> bool:
-        """Whether only one token can be chosen at each step."""
-        return self.temperature < COLDEST or self.top_k == 1 or self.top_p == 0
+        """Whether decoding is deterministic."""
+        return self.temperature < MIN_TEMPERATURE or self.top_k == 1 or self.top_p == 0
 
     def of_prompt(self, number: int) -> "Decoding":
-        """For one of several prompts, counted from 0: it draws by ``seed`` + number."""
+        """Returns the settings for one of several prompts, counted from 0: its seed is seed + number."""
         if self.seed is None or self.is_greedy:
             return self
         return dataclasses.replace(self, seed=self.seed + number)
@@ -80,32 +80,32 @@ class Decoding:
 
 _ADAPTER = TypeAdapter(Decoding)
 SETTINGS: dict[str, FieldInfo] = vars(Decoding)["__pydantic_fields__"]
-# What a processor of transformers applies, in the order of transformers.
+# The settings that a logits processor applies, in the order that transformers applies them.
 STEPS = {
     name: step for name, field in SETTINGS.items() for step in field.metadata if isinstance(step, Penalty)
 }
 
 
-def ask(base: Decoding, asked: Mapping[str, object]) -> Decoding:
-    """``base`` with the settings in ``asked`` in place of its own; None and other keys are left out.
+def update_decoding(base: Decoding, settings: Mapping[str, object]) -> Decoding:
+    """Returns ``base`` updated with ``settings``; other keys and values of None are ignored.
 
-    Where settings that narrow the choice come without a temperature, it is 1. Raises RecipeError for a wrong
-    value.
+    The temperature becomes 1 if ``settings`` turn on another warper (such as top_k) and neither they nor
+    ``base`` set a temperature. Raises RecipeError for an invalid value.
     """
-    given = {name: asked[name] for name in SETTINGS if asked.get(name) not in (None, [])}
+    changes = {name: settings[name] for name in SETTINGS if settings.get(name) not in (None, [])}
     try:
-        decoding = _ADAPTER.validate_python({**dataclasses.asdict(base), **given})
+        decoding = _ADAPTER.validate_python({**dataclasses.asdict(base), **changes})
     except ValidationError as error:
         raise to_fault(error) from error
-    narrowing = [name for name, step in STEPS.items() if isinstance(step, Warper) and name in given]
-    narrows = any(getattr(decoding, name) not in STEPS[name].off for name in narrowing)
-    if narrows and "temperature" not in given and base.temperature == 0:
+    warpers = [name for name, step in STEPS.items() if isinstance(step, Warper) and name in changes]
+    is_warped = any(getattr(decoding, name) not in STEPS[name].off for name in warpers)
+    if is_warped and "temperature" not in changes and base.temperature == 0:
         return dataclasses.replace(decoding, temperature=1.0)
     return decoding
 
 
 def to_fault(error: ValidationError) -> RecipeError:
-    """The first of pydantic's errors as one line."""
+    """Converts the first of pydantic's errors to a one-line error."""
     first = error.errors()[0]
     what, got = first["msg"].replace("Input should be", "expected"), repr(first["input"])
     what = {"missing": "is missing", "tuple_type": "expected text, or a list of texts"}.get(

@@ -1,4 +1,4 @@
-"""``generate`` and ``hf-clm generate``: prompts rendered as in training, answers that end as in training."""
+"""``generate`` and ``hf-clm generate``, with the same prompt format and stop tokens as training."""
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.errors import RecipeError
-from hf_clm.generation.decoding import Decoding, ask
+from hf_clm.generation.decoding import Decoding, update_decoding
 from hf_clm.generation.load import load_run
 from hf_clm.generation.padding import Probe, probe
 from hf_clm.generation.prompts import (
@@ -34,7 +34,12 @@ GREEDY = Decoding()
 
 @dataclass(frozen=True)
 class Generated:
-    """``text`` without the stop token; ``stopped`` says that the model gave one itself."""
+    """A generated answer.
+
+    text: the answer without its stop token.
+    tokens: the number of generated tokens, without the stop token.
+    stopped: whether the model ended the answer itself.
+    """
 
     text: str
     tokens: int
@@ -42,19 +47,19 @@ class Generated:
 
 
 def generate_from_run(options: Namespace) -> list[tuple[str, Generated]]:
-    """``hf-clm generate``: each prompt as it is shown, with its answer.
+    """Answers the prompts of ``hf-clm generate``; returns pairs of a prompt's text and its answer.
 
-    Raises RecipeError without a prompt, and for tools where they have no place.
+    Raises RecipeError if there is no prompt, or for tools that cannot be used.
     """
     if not options.prompt and not options.file:
-        fix = '--prompt "..." or --file prompts.txt'
+        fix = 'add --prompt "..." or --file prompts.txt'
         raise RecipeError("needs a prompt", where="hf-clm generate", fix=fix)
     if options.tools and not options.prompt:
-        fix = "give a --prompt; the records of --file hold their own tools"
-        raise RecipeError("offers functions with --prompt, and there is none", where="--tools", fix=fix)
+        fix = "add a --prompt; the records of --file bring their own tools"
+        raise RecipeError("applies to --prompt only", where="--tools", fix=fix)
     tools = read_tools(options.tools) if options.tools else []
     base = base_decoding(options.run, use_model_settings=options.use_model_settings)
-    decoding = ask(base, vars(options))
+    decoding = update_decoding(base, vars(options))
     run = load_run(options.run, attention=None, device=options.device)
     format, template = ("text", None) if options.raw else (run.format, run.template)
     has_turns = run.has_turns and not options.raw
@@ -90,46 +95,51 @@ def generate(
     rendering: LabelOptions | None = None,
     progress: str = "",
 ) -> list[Generated]:
-    """Continues each prompt; a string is taken as it is, an Example is rendered as in training.
+    """Generates an answer to each prompt. A string is continued verbatim, an Example is rendered as in
+    training.
 
     Args:
-        decoding: how tokens are chosen, greedily by default; prompt number n draws by its seed + n.
-        slide: continue past the model's positions, in stretches that each reread the last half of them.
-        batch_size: prompts at once. A model whose answers depend on the batch answers one at a time, and
-            searches beams without a cache.
-        rendering: how prompts are rendered, as in training.
-        progress: the name of a bar that a terminal shows.
+        decoding: the decoding settings, greedy by default; prompt n, counted from 0, samples with seed + n.
+        slide: keep generating past the model's maximum length. Each time it is reached, the model starts
+            again from the last half of the text.
+        batch_size: the maximum number of prompts in a batch. Models that do not support padding answer one
+            prompt at a time, and run beam search without a KV cache.
+        rendering: how to render examples, as in training.
+        progress: the label of a progress bar; none by default.
 
-    Raises RecipeError for options that do not go together, and where prompt and new tokens exceed the model's
-    positions; DataError for a prompt that the tokenizer cannot spell.
+    Raises RecipeError if options conflict, or if prompt and new tokens exceed the model's positions;
+    DataError for a prompt that the tokenizer cannot represent.
     """
     if slide and decoding.num_beams > 1:
-        raise RecipeError("slide and num_beams exclude each other", where="generation options")
+        raise RecipeError("slide and num_beams cannot be combined", where="generation options")
     examples = [to_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    ids, asked = to_prompt_ids(examples, tokenizer, rendering or LabelOptions()), decoding.max_new_tokens
+    prompt_ids = to_prompt_ids(examples, tokenizer, rendering or LabelOptions())
+    most = decoding.max_new_tokens
     room = [
-        (asked or NEW_TOKENS) if slide else fit_new_tokens(model, len(own), max_new_tokens=asked)
-        for own in ids
+        (most or NEW_TOKENS) if slide else fit_new_tokens(model, len(ids), max_new_tokens=most)
+        for ids in prompt_ids
     ]
-    answers = [Answer(own, decoding.of_prompt(n), room[n]) for n, own in enumerate(ids)]
-    is_simple = len(ids) == 1 and len(ids[0]) > 1 and decoding.num_beams == 1
-    with answering(model):
-        found = Probe(True, True) if is_simple else probe(model, tokenizer)
-        order = sorted(answers, key=lambda answer: len(answer.prompt_ids))  # little padding
-        size = batch_size if found.takes_batches else 1
+    answers = [Answer(ids, decoding.of_prompt(n), room[n]) for n, ids in enumerate(prompt_ids)]
+    is_simple = len(prompt_ids) == 1 and len(prompt_ids[0]) > 1 and decoding.num_beams == 1
+    with generation_mode(model):
+        support = Probe(True, True) if is_simple else probe(model, tokenizer)
+        order = sorted(
+            answers, key=lambda answer: len(answer.prompt_ids)
+        )  # similar lengths need less padding
+        size = batch_size if support.takes_batches else 1
         starts = range(0, len(order), size)
         for start in tqdm(starts, desc=progress, disable=None if progress else True, leave=False):
             batch = order[start : start + size]
             if decoding.num_beams > 1:
-                _search(model, tokenizer, batch, with_cache=found.takes_batches)
+                _search(model, tokenizer, batch, with_cache=support.takes_batches)
             else:
-                stream_answers(model, tokenizer, answers=batch, with_cache=found.takes_cache)
+                stream_answers(model, tokenizer, answers=batch, with_cache=support.takes_cache)
     return [Generated(answer.text, len(answer.ids), answer.finish == "stop") for answer in answers]
 
 
 @contextmanager
-def answering(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout, and with an attention that has a KV cache; afterwards the model is as it was."""
+def generation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Turns dropout off and selects an attention that supports a KV cache; restores both at the end."""
     was_training, attention = model.training, str(model.config._attn_implementation)
     model.eval()
     use_for_generation(model)
@@ -143,6 +153,9 @@ def answering(model: PreTrainedModel) -> Iterator[None]:
 def _search(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, answers: Sequence[Answer], *, with_cache: bool
 ) -> None:
-    """Beams end together, and those that are sampled draw one after the other."""
+    """Runs one beam search for each group of answers with the same settings.
+
+    Seeds differ between prompts, so with a seed each sampled prompt is a group by itself.
+    """
     for _, group in groupby(answers, key=lambda answer: (answer.max_new_tokens, answer.decoding)):
         search_answers(model, tokenizer, answers=list(group), with_cache=with_cache)

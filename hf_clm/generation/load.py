@@ -1,4 +1,4 @@
-"""Opens what a run wrote, or any causal language model, to generate with it or to evaluate it."""
+"""Loads a run, or any causal language model, for generation or evaluation."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,14 @@ from hf_clm.text.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A model ready to answer. ``format`` says how a prompt is rendered, ``stage`` what was learned.
+    """A model that is ready to generate.
 
-    has_turns: the model is asked through the chat template of its tokenizer.
+    format: the record format of the run, which decides how a plain text becomes a prompt.
+    stage: how the run was trained.
+    max_length: tokens in a row of the run's training.
+    has_turns: whether prompts are rendered with the tokenizer's chat template.
+    rendering: how prompts are rendered, as in training.
+    template: the recipe's template for records, if it has one.
     """
 
     model: PreTrainedModel
@@ -37,17 +42,19 @@ class LoadedRun:
 
 
 def load_run(name_or_path: str, *, attention: str | None = PACKED, device: str | None = None) -> LoadedRun:
-    """Loads a run's folder, any other folder, or a model of the Hub, in float32; adapters with
-    the model that they belong to.
+    """Loads a run's folder, any other model folder, or a model from the Hub, in float32. Adapters are loaded
+    together with their base model.
 
-    Without a run.json the format is ``messages`` where the tokenizer has a chat template, else ``text``.
-    Raises ModelError for a run that has not written its model yet.
+    Without a run.json, the format is ``messages`` if the tokenizer has a chat template, else ``text``.
+    Raises ModelError for a run that has not saved its final model yet.
     """
     record = find_record(name_or_path) or RunRecord(status="done")
     if record.status != "done":
-        fix = "train it to its end, or name one of its checkpoint-N folders"
+        fix = "let it finish training, or use one of its checkpoint-N folders"
         raise ModelError(f"the run is {record.status}: it has no final model", where=name_or_path, fix=fix)
-    load_options(name_or_path, revision=None, where="run or model")  # one message for what is not there
+    load_options(
+        name_or_path, revision=None, where="run or model"
+    )  # the same error wherever a path is missing
     tokenizer = load_tokenizer(name_or_path)
     load = load_adapted if is_adapter(name_or_path) else load_model
     model = load(name_or_path, tokenizer, attention=attention)
@@ -75,7 +82,7 @@ def to_loaded_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, re
 
 
 def run_recipe(folder: str) -> Recipe | None:
-    """The recipe of a run's folder, with prompts rendered as in its training; None for another model."""
+    """Returns the recipe of a run, with prompts rendered as in its training; None for other models."""
     path = Path(folder).expanduser() / "recipe.yaml"
     if not path.is_file():
         return None
@@ -84,8 +91,8 @@ def run_recipe(folder: str) -> Recipe | None:
 
 
 def move_to(model: PreTrainedModel, device: str) -> None:
-    """Moves the model. Raises RecipeError where there is no such device."""
+    """Moves the model to a device. Raises RecipeError if there is no such device."""
     try:
         torch.nn.Module.to(model, torch.device(device))
-    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise RecipeError("no such device", where="--device", got=repr(device)) from error

@@ -1,10 +1,10 @@
-"""Answers to messages: what the model thinks, what it says, and the tools that it calls.
+"""Parses answers into messages: reasoning, content and tool calls.
 
     <think>\\nEasy.\\n</think>\\n\\n | Let me look. | \\n<tool_call>\\n{"name": "look", ...}\\n</tool_call>
     reasoning                     | content      | tool_calls
 
-transformers' own parser reads an answer while it is generated, by the response template of the tokenizer. Few
-tokenizers have one; for the others it is made here, of the marks that the chat template writes.
+The parser of transformers reads an answer while it is generated, according to the tokenizer's response
+template. Few tokenizers have one. For the others, it is derived here from the marks in the chat template.
 """
 
 import json
@@ -21,14 +21,14 @@ from hf_clm.text.chat import CLOSING_MARKS
 from hf_clm.text.tokenizer import special_tokens
 
 Kind = Literal["reasoning", "content"]
-KINDS: dict[str, Kind] = {  # the fields of response templates that are text
+KINDS: dict[str, Kind] = {  # text fields of response templates
     "content": "content",
     "reasoning": "reasoning",
     "reasoning_content": "reasoning",
     "thinking": "reasoning",
 }
 CALLS = "tool_calls"
-# What stands in the public templates of a family -> how it writes calls, as a field of a response template.
+# A string in the chat templates of a model family -> its syntax for calls, as a field of a response template.
 CALL_SYNTAXES: dict[str, dict[str, Json]] = {
     # Hermes, Qwen: <tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>, any number of them
     "<tool_call>": {"open_pattern": r"\s*<tool_call>\s*", "close_pattern": r"\s*</tool_call>\s*"},
@@ -37,12 +37,12 @@ CALL_SYNTAXES: dict[str, dict[str, Json]] = {
     # Llama 3.1: {"name": "look", "parameters": {}}, the whole answer
     '"parameters": ': {"open_pattern": r"\A\s*(?=\{)"},
 }
-# Where a vocabulary calls one of these special, it is text all the same.
+# These marks are part of an answer's text even if the vocabulary declares them special.
 MARKS = {*CLOSING_MARKS, *CLOSING_MARKS.values(), "<tool_call>", "</tool_call>", "[TOOL_CALLS]"}
 
 
 class Part(NamedTuple):
-    """A piece of a message, as it is generated."""
+    """A piece of a message while it is being generated."""
 
     kind: Kind
     text: str
@@ -52,7 +52,7 @@ class Part(NamedTuple):
 class AnswerSyntax:
     """How a model writes reasoning and tool calls.
 
-    hidden_ids: the special tokens that are no part of an answer's text; None: all of them.
+    hidden_ids: the special tokens that are not part of an answer's text; None means all of them.
     """
 
     response_template: Mapping[str, Any]
@@ -60,12 +60,12 @@ class AnswerSyntax:
 
 
 def find_syntax(tokenizer: PreTrainedTokenizerFast) -> AnswerSyntax:
-    """The syntax of the tokenizer's response template, else that of its chat template."""
+    """Returns the syntax of the tokenizer's response template or, if it has none, of its chat template."""
     vocabulary = tokenizer.get_added_vocab()
     special = {token: vocabulary[token] for token in special_tokens(tokenizer)}
-    given = getattr(tokenizer, "response_template", None)
-    if given:
-        return AnswerSyntax(given, hidden_ids=frozenset())
+    response_template = getattr(tokenizer, "response_template", None)
+    if response_template:
+        return AnswerSyntax(response_template, hidden_ids=frozenset())
     hidden = None
     if not MARKS.isdisjoint(special):
         hidden = frozenset(number for token, number in special.items() if token not in MARKS)
@@ -76,11 +76,11 @@ def find_syntax(tokenizer: PreTrainedTokenizerFast) -> AnswerSyntax:
 
 
 class AnswerReader:
-    """Reads one answer, piece by piece. What follows the first tool call is held back until the end.
+    """Parses one answer piece by piece. Text after the first tool call is held back until the end.
 
     Args:
-        prompt: what the model was given; its end may have begun the reasoning.
-        tools: those that the prompt offers; without any, nothing is a call.
+        prompt: the model's input, whose end may open the reasoning.
+        tools: the tools offered in the prompt. Without tools, nothing is parsed as a call.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class AnswerReader:
     ):
         self._tokenizer, self._syntax, self._prompt, self._tools = tokenizer, syntax, prompt, list(tools)
         self._text, self._is_broken, self._has_call = "", False, False
-        self._values: list[Json] = []  # of calls, as the parser gives them
-        self._said: dict[Kind, str] = {"reasoning": "", "content": ""}
-        self._given = dict(self._said)  # what of it ``feed`` and ``finish`` have returned
+        self._values: list[Json] = []  # calls, as returned by the parser
+        self._texts: dict[Kind, str] = {"reasoning": "", "content": ""}
+        self._returned = dict(self._texts)  # the texts that ``feed`` and ``finish`` have returned so far
         self.tool_calls: list[ToolCall] = []
         template = dict(syntax.response_template)
         if not tools:
@@ -103,16 +103,16 @@ class AnswerReader:
         self._parser = tokenizer.get_response_parser(template, prefix=prompt, tools=[*tools])
 
     def feed(self, text: str) -> list[Part]:
-        """The parts of the message that are certain now."""
+        """Adds text and returns the new parts of the message that can no longer change."""
         self._text += text
         try:
             self._take([] if self._is_broken else self._parser.feed(text))
-        except ValueError:  # a call that the tokenizer's own template cannot read
+        except ValueError:  # a call that does not match the tokenizer's response template
             self._is_broken = True
         return [] if self._is_broken or self._has_call else self._take_parts()
 
     def finish(self) -> list[Part]:
-        """Ends the answer, and returns what was held back. What is no call that can be read is text."""
+        """Ends the answer and returns the text held back, including calls that cannot be parsed."""
         try:
             if not self._is_broken:
                 self._take(self._parser.finalize()[1])
@@ -120,15 +120,15 @@ class AnswerReader:
         except ValueError:
             self._is_broken = True
         if self._is_broken:
-            self._said = self._without_calls()
+            self._texts = self._without_calls()
         return self._take_parts()
 
     @property
     def message(self) -> Message:
-        """The message of a finished answer."""
-        reasoning, content = self._said["reasoning"].strip(), self._said["content"]
+        """The complete message; call ``finish`` first."""
+        reasoning, content = self._texts["reasoning"].strip(), self._texts["content"]
         message: Message = {"role": "assistant"}
-        if self._said["reasoning"]:
+        if self._texts["reasoning"]:
             content = content.lstrip()
         if content or not self.tool_calls:
             message["content"] = content
@@ -142,14 +142,14 @@ class AnswerReader:
         for event in events:
             kind = KINDS.get(event["field"])
             if kind and event["type"] == "region_chunk":
-                self._said[kind] += event["text"]
+                self._texts[kind] += event["text"]
             elif event["field"] == CALLS:
                 self._has_call = True
                 self._values += [event["value"]] if event["type"] == "region_close" else []
 
     def _take_parts(self) -> list[Part]:
-        parts = [Part(kind, text[len(self._given[kind]) :]) for kind, text in self._said.items()]
-        self._given = dict(self._said)
+        parts = [Part(kind, text[len(self._returned[kind]) :]) for kind, text in self._texts.items()]
+        self._returned = dict(self._texts)
         return [part for part in parts if part.text]
 
     def _without_calls(self) -> dict[Kind, str]:
@@ -158,14 +158,14 @@ class AnswerReader:
         reader = AnswerReader(self._tokenizer, self._syntax, prompt=self._prompt, tools=[])
         reader.feed(self._text)
         reader.finish()
-        return reader._said
+        return reader._texts
 
 
 def _to_calls(values: list[Json]) -> list[ToolCall]:
-    """Raises ValueError for what is no call."""
+    """Converts parsed values to tool calls. Raises ValueError for a value that is not a call."""
     calls = [call for value in values for call in (value if isinstance(value, list) else [value])]
     if values and not calls:
-        raise ValueError("an empty list")
+        raise ValueError("the list of calls is empty")
     return [_to_call(call) for call in calls]
 
 
@@ -176,19 +176,20 @@ def _to_call(value: Json) -> ToolCall:
     arguments = call.get("arguments", call.get("parameters"))
     arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(arguments, dict):
-        raise ValueError("arguments that are not an object")
-    found = value.get("id")
+        raise ValueError("the arguments are not an object")
+    call_id = value.get("id")
     return {
-        "id": found if isinstance(found, str) else f"call_{uuid.uuid4().hex[:24]}",
+        "id": call_id if isinstance(call_id, str) else f"call_{uuid.uuid4().hex[:24]}",
         "type": "function",
         "function": {"name": call["name"], "arguments": arguments},
     }
 
 
 def _to_response_template(marks: Mapping[str, str], calls: Mapping[str, Json] | None) -> dict[str, Json]:
-    """Reasoning between marks at the start, calls, and the rest; white space around a mark belongs to it.
+    """Builds a response template: reasoning between marks at the start, calls, and content.
 
-    The anchor leaves of a prompt only a mark at its end, which has begun the reasoning.
+    White space around a mark belongs to the mark. The anchor skips the prompt, except for a mark at its end
+    that opens the reasoning.
     """
     fields: dict[str, Json] = {"content": {"content": "text"}}
     anchor = r"\A.*"

@@ -1,4 +1,4 @@
-"""Prompts: texts, files and chats, rendered and tokenized as in training, and the room for their answers."""
+"""Prompts from texts, files and chats, rendered and tokenized as in training, and room for their answers."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from hf_clm.text.tokenizer import find_unknown
 
 
 def to_text(text: str) -> Document:
-    """A text that is continued as it is."""
+    """Wraps a text that is to be continued verbatim."""
     return Document([Segment(text, 1.0)])
 
 
@@ -34,10 +34,10 @@ def to_prompt_example(
     template: Template | None = None,
     has_turns: bool = False,
 ) -> Example:
-    """Plain text as a prompt of ``format``: an instruction, a user's turn, or the text itself.
+    """Converts plain text to a prompt of ``format``: an instruction, a user turn, or the text itself.
 
-    With a ``template`` the text is its first column, and ``input_text`` the second. ``has_turns``: the run
-    learned turns of a chat, whatever format its records had.
+    With a ``template``, the text fills its first column and ``input_text`` the second. ``has_turns`` makes it
+    a user turn whatever the format.
     """
     if template is not None:
         return to_template_words(text, template, input_text=input_text)
@@ -53,9 +53,9 @@ def to_prompt_example(
 def read_prompts(
     path: str, format: str, *, template: Template | None = None, has_turns: bool = False
 ) -> list[Example]:
-    """Prompts from a txt file, one a line, or from records whose target side may be missing.
+    """Reads prompts from a text file with one per line, or from records, whose target may be missing.
 
-    Raises DataError for a file that is not there or not UTF-8, and for one without a prompt.
+    Raises DataError if the file is missing, not UTF-8, or has no prompts.
     """
     prompts: list[Example]
     if path.endswith(".txt"):
@@ -63,42 +63,42 @@ def read_prompts(
         prompts = [to_prompt_example(line, format, template=template, has_turns=has_turns) for line in lines]
     else:
         records = read_records(path, ReadOptions(), report=ReadReport())
-        asked, render = cast(Format, format), "chat" if has_turns else "plain"
+        record_format, render = cast(Format, format), "chat" if has_turns else "plain"
         prompts = [
             to_template_prompt(record.data, template, where=record.where)
             if template
-            else to_prompt(record.data, format=asked, where=record.where, render=render)
+            else to_prompt(record.data, format=record_format, where=record.where, render=render)
             for record in records
         ]
     if not prompts:
-        raise DataError("holds no prompt", where=path)
+        raise DataError("the file has no prompts", where=path, fix="add at least one prompt")
     return prompts
 
 
 def _read_text(path: str) -> str:
-    """Raises DataError for a file that cannot be read."""
-    fix = "name a file with --file"
+    """Reads a text file. Raises DataError if it cannot be read."""
+    fix = "give an existing file with --file"
     try:
         return Path(path).expanduser().read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError("cannot be read", where=path, got=str(error.strerror), fix=fix) from error
     except UnicodeDecodeError as error:
-        got = f"byte {error.object[error.start]:#x} at {error.start}"
-        fix = "save it as UTF-8, or name the right file"
+        got = f"byte {error.object[error.start]:#x} at offset {error.start}"
+        fix = "save it as UTF-8, or give another file"
         raise DataError("not UTF-8", where=path, got=got, fix=fix) from error
 
 
 def read_tools(path: str) -> list[dict[str, Json]]:
-    """The tools of a JSON file: a list of functions as OpenAI's API takes them.
+    """Reads tools from a JSON file with a list of functions in the format of OpenAI's API.
 
-    Raises RecipeError for a file that cannot be read, DataError for one that holds something else.
+    Raises RecipeError if the file cannot be read, DataError if its content is not such a list.
     """
     try:
         content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError("cannot be read", where="--tools", got=f"{path}: {error.strerror}") from error
     except ValueError as error:
-        raise DataError(f"not a JSON file: {error}", where=path) from error
+        raise DataError(f"not valid JSON: {error}", where=path) from error
     question = {"role": "user", "content": "Hi"}
     example = to_prompt({"messages": [question], "tools": content}, format="messages", where=path)
     assert isinstance(example, Chat)
@@ -106,19 +106,20 @@ def read_tools(path: str) -> list[dict[str, Json]]:
 
 
 def with_tools(prompt: Example, tools: list[dict[str, Json]]) -> Chat:
-    """The chat with these tools. Raises RecipeError for a prompt that is no chat."""
+    """Returns the chat with these tools added. Raises RecipeError if the prompt is not a chat."""
     if not isinstance(prompt, Chat):
-        what = "the model is not asked through a chat template, so it takes no tools"
-        raise RecipeError(what, where="--tools", fix="leave it out")
+        what = "prompts are not rendered with a chat template, so tools are not supported"
+        raise RecipeError(what, where="--tools", fix="remove the option")
     return replace(prompt, tools=tools)
 
 
 def to_prompt_ids(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, rendering: LabelOptions
 ) -> list[list[int]]:
-    """The ids that the model continues, of each prompt; an empty one is the start token.
+    """Returns the token ids of each prompt; the start token alone for an empty prompt.
 
-    Raises DataError for a prompt that the tokenizer cannot spell, and for tools that its template leaves out.
+    Raises DataError for text that the tokenizer cannot represent, and for tools if the chat template ignores
+    them.
     """
     for number, example in enumerate(examples, start=1):
         if (unknown := find_unknown(whole_text(example), tokenizer)) is not None:
@@ -127,7 +128,7 @@ def to_prompt_ids(
 
 
 def start_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """What a text begins after: the start token, or else the end of another text."""
+    """Returns the token before a text: the start token or, without one, the end token of another text."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     assert isinstance(start, int), "load_tokenizer requires an end token"
     return start
@@ -136,10 +137,10 @@ def start_id(tokenizer: PreTrainedTokenizerFast) -> int:
 def to_fitting_prompt(
     chat: Chat, tokenizer: PreTrainedTokenizerFast, *, rendering: LabelOptions, most: int | None
 ) -> tuple[list[int], Chat]:
-    """The ids of a chat's prompt, and the chat that they are of.
+    """Returns the prompt ids of a chat, and the part of the chat that they contain.
 
-    Where they are more than ``most``, the oldest turns after the system turn are left out, as many as must
-    be. The last turn of the user stays, even if it does not fit.
+    If there are more than ``most`` ids, the oldest turns after the system turn are dropped until the rest
+    fits. The last user turn is always kept, even if it does not fit.
     """
 
     def to_ids(part: Chat) -> list[int]:
@@ -157,9 +158,10 @@ def to_fitting_prompt(
 
 
 def prompt_room(model: PreTrainedModel, *, max_new_tokens: int | None) -> int | None:
-    """The tokens that a prompt may have, so that an answer has positions left; None where there is no limit.
+    """Returns the maximum number of prompt tokens that leaves room for an answer; None if there is no limit.
 
-    An answer gets ``max_new_tokens``, but at most half of the positions; without it 256, or a quarter.
+    Room for an answer is ``max_new_tokens``, but at most half of the model's positions. By default it is 256
+    tokens, but at most a quarter of the positions.
     """
     limit = max_positions(model.config)
     if limit is None:
@@ -171,26 +173,26 @@ def prompt_room(model: PreTrainedModel, *, max_new_tokens: int | None) -> int | 
 def cap_new_tokens(
     model: PreTrainedModel, prompt_tokens: int, *, max_new_tokens: int | None, fix: str = "shorten it"
 ) -> int:
-    """The length of an answer: what is asked for, or 256 tokens, as far as there are positions.
+    """Returns the maximum length of an answer: ``max_new_tokens`` (default: 256), or the positions left.
 
-    Raises RecipeError, with this ``fix``, for a prompt that leaves none.
+    Raises RecipeError with ``fix`` if the prompt leaves no positions.
     """
     limit, most = max_positions(model.config), NEW_TOKENS if max_new_tokens is None else max_new_tokens
     if limit is None:
         return most
     if prompt_tokens >= limit:
-        got = f"{prompt_tokens} tokens, and the model has {limit} positions"
-        raise RecipeError("the text is too long to be answered", got=got, fix=fix)
+        got = f"{prompt_tokens} tokens for a model with {limit} positions"
+        raise RecipeError("the prompt leaves no room for an answer", got=got, fix=fix)
     return min(most, limit - prompt_tokens)
 
 
 def fit_new_tokens(model: PreTrainedModel, prompt_tokens: int, *, max_new_tokens: int | None) -> int:
-    """As ``cap_new_tokens``, but raises RecipeError too where all that is asked for does not fit."""
-    limit, asked = max_positions(model.config), max_new_tokens or 1
-    if limit is not None and prompt_tokens + asked > limit:
+    """Like ``cap_new_tokens``, but also raises RecipeError if ``max_new_tokens`` do not all fit."""
+    limit, least = max_positions(model.config), max_new_tokens or 1
+    if limit is not None and prompt_tokens + least > limit:
         raise RecipeError(
             f"the model has {limit} positions",
-            got=f"a prompt of {prompt_tokens} tokens and max_new_tokens {asked}",
-            fix="shorten the prompt or lower max_new_tokens; hf-clm generate --slide continues past them",
+            got=f"a prompt of {prompt_tokens} tokens and max_new_tokens {least}",
+            fix="shorten the prompt, lower max_new_tokens, or use hf-clm generate --slide",
         )
     return cap_new_tokens(model, prompt_tokens, max_new_tokens=max_new_tokens)

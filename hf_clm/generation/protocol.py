@@ -1,4 +1,4 @@
-"""The OpenAI-compatible API in Python: what may be asked, and how it is refused."""
+"""The requests of the OpenAI-compatible API, their validation, and the errors for invalid ones."""
 
 import inspect
 import json
@@ -27,13 +27,13 @@ from hf_clm.generation.prompts import to_prompt_example, to_text
 from hf_clm.schema import Chat, Example, Json, Message
 
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-ASKABLE = SETTINGS.keys() - {"max_new_tokens", "num_beams"}  # OpenAI has other names for the first
-IGNORED = {
+REQUEST_SETTINGS = SETTINGS.keys() - {"max_new_tokens", "num_beams"}  # OpenAI's name: max_completion_tokens
+IGNORED = {  # keys that are accepted and have no effect
     *("user", "metadata", "store", "parallel_tool_calls", "service_tier", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_retention"),
 }
-# Parts of OpenAI's API, and of servers like vLLM's, that are not served: only what asks for nothing is taken.
-UNSERVED: dict[str, tuple[Json, ...]] = {
+# Unsupported keys of the APIs of OpenAI and vLLM -> values that are accepted, because they have no effect.
+UNSUPPORTED: dict[str, tuple[Json, ...]] = {
     **dict.fromkeys(("n", "best_of", "length_penalty"), (1,)),
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_tokens", "top_logprobs"), (0,)),
     **dict.fromkeys(("use_beam_search", "ignore_eos", "include_stop_str_in_output", "echo"), (False,)),
@@ -49,12 +49,12 @@ UNSERVED: dict[str, tuple[Json, ...]] = {
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
 }
-# No variables of a template: transformers' own options, of which one (chat_template) would replace it.
+# Options of transformers, not variables of a template; chat_template would even replace it.
 RENDERING_OPTIONS = {"messages", *inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters}
 
 
 class ApiError(Exception):
-    """A refusal, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+    """An error response in OpenAI's format: {"error": {"message", "type", "param", "code"}}."""
 
     def __init__(self, status: int, message: str, *, code: str, param: str | None = None):
         super().__init__(message)
@@ -65,13 +65,13 @@ class ApiError(Exception):
         }
 
 
-def wrong(what: str, param: str, *, code: str = "invalid_value") -> ApiError:
-    """The refusal of a request for the value of one of its keys."""
+def bad_request(what: str, param: str, *, code: str = "invalid_value") -> ApiError:
+    """Returns the error for an invalid value of the key ``param``."""
     return ApiError(400, what, code=code, param=param)
 
 
 def _prompts(value: object) -> object:
-    """A text, a list of texts, token ids, or a list of lists of token ids, as a list of prompts."""
+    """Converts a text, a list of texts, token ids, or a list of lists of token ids to a list of prompts."""
     if isinstance(value, str) or (value and _is_ids(value)):
         return [value]
     if isinstance(value, list) and value and all(isinstance(one, str) or _is_ids(one) for one in value):
@@ -94,7 +94,7 @@ class StreamOptions(BaseModel):
 
 
 class Body(BaseModel, ABC):
-    """What every request may hold, beside the settings of decoding (``asked``)."""
+    """The keys that all requests have in common. Decoding settings are in ``extra``."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -108,7 +108,7 @@ class Body(BaseModel, ABC):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, data: object) -> object:
-        """null asks for nothing."""
+        """Treats null as a missing key."""
         is_object = isinstance(data, dict)
         return {key: value for key, value in data.items() if value is not None} if is_object else data
 
@@ -117,18 +117,18 @@ class Body(BaseModel, ABC):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
-    def asked(self) -> dict[str, JsonValue]:
-        """The keys that are not of this class; after ``read_body`` those that ``decoding.ask`` reads."""
+    def extra(self) -> dict[str, JsonValue]:
+        """The keys that are not fields of the class; after ``read_body``, only decoding settings."""
         return self.model_extra or {}
 
     @property
     def likeliest(self) -> int | None:
-        """The likeliest tokens to name at each place, with log-probabilities; None asks for none of these."""
+        """The number of most likely tokens to list at each position; None for no log-probabilities at all."""
         return None
 
     @abstractmethod
     def to_prompts(self, run: LoadedRun) -> Sequence[Example | list[int]]:
-        """What the model is to continue, each with an answer of its own; ids are taken as they are."""
+        """Returns the prompts, each of which is answered separately; token ids are used unchanged."""
 
 
 class ChatBody(Body):
@@ -149,34 +149,36 @@ class ChatBody(Body):
 
     @property
     def offered_tools(self) -> list[dict[str, JsonValue]]:
-        """The tools that the prompt holds: with ``tool_choice`` none the model is told of none."""
+        """The tools that are put into the prompt: none with ``tool_choice: "none"``."""
         return [] if self.tool_choice == "none" else self.tools
 
     def to_prompts(self, run: LoadedRun) -> Sequence[Example | list[int]]:
-        """The conversation; for a run that learned none, its one message as ``hf-clm generate`` takes it."""
+        """Returns the conversation or, if the run has no turns, its only message as a prompt.
+
+        Raises ApiError if the run cannot answer the conversation.
+        """
         if self.messages[-1].get("role") == "assistant":
-            raise wrong("the last message is an answer already", "messages")
+            raise bad_request("the last message must not be from the assistant", "messages")
         if self.top_logprobs and not self.logprobs:
-            raise wrong("top_logprobs needs logprobs: true", "top_logprobs")
+            raise bad_request("top_logprobs requires logprobs: true", "top_logprobs")
         chat = self._to_chat()
         if run.has_turns:
             return [chat]
-        what = f"the model learned no conversations (its format is {run.format})"
+        what = f"the model was not trained on conversations (its format is {run.format})"
         if chat.tools:
-            raise wrong(f"{what}: it takes no tools", "tools")
+            raise bad_request(f"{what}: it does not support tools", "tools")
         if len(chat.messages) > 1:
-            raise wrong(f"{what}: send one user message", "messages")
+            raise bad_request(f"{what}: send one user message", "messages")
         return [to_prompt_example(chat.messages[0].get("content", ""), run.format, template=run.template)]
 
     def _to_chat(self) -> Chat:
-        """The conversation, read as a record.
+        """Parses the conversation as a record.
 
-        A record may have no empty answer, but the model can have given one: it is put in afterwards.
+        Records may not have empty answers, but a model can generate one: it is filled in afterwards.
         """
         for name in self.chat_template_kwargs.keys() & RENDERING_OPTIONS:
-            raise wrong(
-                f"chat_template_kwargs: {name!r} is no variable of a template", "chat_template_kwargs"
-            )
+            what = f"chat_template_kwargs: {name!r} is not a template variable"
+            raise bad_request(what, "chat_template_kwargs")
         record = {
             "messages": [{**turn, "content": "-"} if _is_empty(turn) else turn for turn in self.messages],
             "tools": self.offered_tools,
@@ -185,23 +187,23 @@ class ChatBody(Body):
         chat = to_prompt(record, format="messages")
         assert isinstance(chat, Chat)
         turns: list[Message] = [
-            {**turn, "content": ""} if _is_empty(given) else turn
-            for turn, given in zip(chat.messages, self.messages, strict=True)
+            {**turn, "content": ""} if _is_empty(original) else turn
+            for turn, original in zip(chat.messages, self.messages, strict=True)
         ]
         return replace(chat, messages=turns)
 
 
 def _is_empty(turn: Mapping[str, JsonValue]) -> bool:
-    """Whether it is an answer that says and calls nothing; it may hold reasoning."""
+    """Returns whether a turn is an answer without content or tool calls (it may have reasoning)."""
     content = turn.get("content") or ""
     is_blank = isinstance(content, str) and not content.strip()
     return turn.get("role") == "assistant" and is_blank and not turn.get("tool_calls")
 
 
 class CompletionBody(Body):
-    """``POST /v1/completions``: texts, and token ids, are continued as they are.
+    """``POST /v1/completions``: continues texts or token ids verbatim.
 
-    With ``echo`` a reply begins with the prompt, and ``logprobs`` are those of its tokens too.
+    With ``echo``, the reply begins with the prompt, and ``logprobs`` include its tokens.
     """
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
@@ -214,23 +216,23 @@ class CompletionBody(Body):
         return self.logprobs
 
     def to_prompts(self, run: LoadedRun) -> Sequence[Example | list[int]]:
-        """The texts and ids. Raises ApiError where nothing is asked for."""
+        """Returns the texts and token ids. Raises ApiError if nothing would be returned."""
         if self.max_new_tokens == 0 and not self.echo:
-            raise wrong("max_tokens: expected greater than or equal to 1, or echo true", "max_tokens")
+            raise bad_request("max_tokens: expected 1 or more, unless echo is true", "max_tokens")
         return [to_text(prompt) if isinstance(prompt, str) else prompt for prompt in self.prompt]
 
 
 class GenerateBody(Body):
-    """``/generate``: the prompt as ``hf-clm generate`` takes it."""
+    """``/generate``: the same prompt as ``hf-clm generate``."""
 
     prompt: str
     input: str = ""
 
     def to_prompts(self, run: LoadedRun) -> Sequence[Example | list[int]]:
-        """The prompt in the run's own format. Raises ApiError for a stream."""
+        """Returns the prompt in the run's format. Raises ApiError if a stream is requested."""
         if self.stream:
-            what = "/generate does not stream; /v1/completions and /v1/chat/completions do"
-            raise wrong(what, "stream", code="unsupported_value")
+            what = "/generate does not support streaming; use /v1/completions or /v1/chat/completions"
+            raise bad_request(what, "stream", code="unsupported_value")
         shape = {"template": run.template, "has_turns": run.has_turns}
         return [to_prompt_example(self.prompt, run.format, input_text=self.input, **shape)]
 
@@ -239,29 +241,28 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 def read_body(kind: type[AnyBody], content: bytes | Mapping[str, object]) -> AnyBody:
-    """The request's JSON or query, checked.
+    """Parses and validates a request's JSON body or query.
 
-    Raises ApiError with the place of the first fault, for a key that is unknown, and for one that asks for
-    what is not served.
+    Raises ApiError for the first invalid value, for an unknown key, and for an unsupported value.
     """
     try:
         is_json = isinstance(content, bytes)
         body = kind.model_validate_json(content) if is_json else kind.model_validate(content)
     except ValidationError as error:
         fault = to_fault(error)
-        raise wrong(str(fault), fault.where.partition(".")[0]) from error
-    for key in body.asked.keys() - ASKABLE:
-        value, neutral = body.asked.pop(key), UNSERVED.get(key, ())
-        if key in UNSERVED and not any(_is_same(value, one) for one in neutral):
-            known = f", or give {' or '.join(map(json.dumps, neutral))}" if neutral else ""
-            what = f"{key}: {json.dumps(value)} is not served; leave it out{known}"
-            raise wrong(what, key, code="unsupported_value")
-        if key not in UNSERVED and key not in IGNORED:
-            near = did_you_mean(key, [*kind.model_fields, *ASKABLE])
-            raise wrong(f"unknown key {key!r}{near}", key, code="unknown_parameter")
+        raise bad_request(str(fault), fault.where.partition(".")[0]) from error
+    for key in body.extra.keys() - REQUEST_SETTINGS:
+        value, neutral = body.extra.pop(key), UNSUPPORTED.get(key, ())
+        if key in UNSUPPORTED and not any(_is_same(value, one) for one in neutral):
+            other = f" or set it to {' or '.join(map(json.dumps, neutral))}" if neutral else ""
+            what = f"{key}: {json.dumps(value)} is not supported; remove the key{other}"
+            raise bad_request(what, key, code="unsupported_value")
+        if key not in UNSUPPORTED and key not in IGNORED:
+            near = did_you_mean(key, [*kind.model_fields, *REQUEST_SETTINGS])
+            raise bad_request(f"unknown key {key!r}{near}", key, code="unknown_parameter")
     return body
 
 
 def _is_same(one: Json, other: Json) -> bool:
-    """Whether two values of JSON are the same; 0 is 0.0, but not false."""
+    """Returns whether two JSON values are equal. Unlike in Python, 0 is not false."""
     return one == other and isinstance(one, bool) == isinstance(other, bool)

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's shape: complete, or in chunks of server-sent events.
+"""Answers in OpenAI's format, complete or as chunks of server-sent events.
 
 tickets --> a Writer for each --> Reply --> body | events
 """
@@ -21,33 +21,33 @@ JsonObject = dict[str, object]
 
 
 class Writer(ABC):
-    """Writes the choice of one answer: what stands in it beside index, logprobs and finish_reason."""
+    """Formats one answer as a choice, without its index and finish_reason."""
 
     prefix: ClassVar[str]
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
-    nothing: ClassVar[JsonObject]  # of the last chunk, which comes with the finish_reason
+    empty: ClassVar[JsonObject]  # the content of the last chunk, which brings the finish_reason
 
     def __init__(self, ticket: Ticket, names: TokenNames):
         self.ticket, self._names = ticket, names
-        self._sent = 0  # scores that were written
+        self._sent = 0  # the number of scores returned so far
 
     @property
     def finish(self) -> str:
-        """Why the answer ended."""
+        """The finish_reason."""
         return self.ticket.finish
 
     @abstractmethod
     def complete(self) -> JsonObject:
-        """All of an answer that has ended."""
+        """Returns the complete answer, once it has ended."""
 
     @abstractmethod
     def pieces(self) -> AsyncIterator[JsonObject]:
-        """An answer as it comes. Raises ApiError where it fails."""
+        """Yields an answer while it is generated. Raises ApiError if generation fails."""
 
     @abstractmethod
     def logprobs(self) -> JsonObject:
-        """Of the tokens that have come since the last call."""
+        """Returns the log-probabilities of the tokens generated since the last call."""
 
     def _take(self, scores: Sequence[Score]) -> Sequence[Score]:
         self._sent, new = len(scores), scores[self._sent :]
@@ -55,27 +55,27 @@ class Writer(ABC):
 
 
 class TextWriter(Writer):
-    """Writes an answer of ``/v1/completions``; with ``echo`` the prompt comes before it."""
+    """Formats an answer of ``/v1/completions``; with ``echo``, the prompt comes first."""
 
-    prefix, kind, chunk_kind, nothing = "cmpl", "text_completion", "text_completion", {"text": ""}
+    prefix, kind, chunk_kind, empty = "cmpl", "text_completion", "text_completion", {"text": ""}
 
     def __init__(self, ticket: Ticket, names: TokenNames, *, prompt: str, echo: bool):
         super().__init__(ticket, names)
-        self._echoed, self._offset = (prompt, 0) if echo else ("", len(prompt))
+        self._echo, self._offset = (prompt, 0) if echo else ("", len(prompt))
         self._first = [Score(id, None, ()) for id in ticket.prompt_ids[:1] if echo]
         self._text = TextStream(names.tokenizer, hidden_ids=frozenset())
 
     def complete(self) -> JsonObject:
-        return {"text": self._echoed + self.ticket.text}
+        return {"text": self._echo + self.ticket.text}
 
     async def pieces(self) -> AsyncIterator[JsonObject]:
-        if self._echoed:
-            yield {"text": self._echoed}
+        if self._echo:
+            yield {"text": self._echo}
         async for piece in self.ticket:
             yield {"text": piece}
 
     def logprobs(self) -> JsonObject:
-        """As OpenAI gives them here: lists of equal length, with nothing for the first token of a prompt."""
+        """Returns OpenAI's format for completions: lists of equal length, None for a prompt's first token."""
         scores = self._take([*self._first, *self.ticket.prompt_scores, *self.ticket.scores])
         return {
             "tokens": [self._names.name(score.token) for score in scores],
@@ -85,20 +85,20 @@ class TextWriter(Writer):
         }
 
     def _advance(self, token: int) -> int:
-        """Where the token's text begins, in characters of prompt and answer."""
+        """Returns where the token's text begins, in characters of prompt and answer."""
         offset = self._offset
         self._offset += len(self._text.push(token))
         return offset
 
 
 class ChatWriter(Writer):
-    """Writes an answer of ``/v1/chat/completions``: reasoning, content and tool calls apart.
+    """Formats an answer of ``/v1/chat/completions``, with separate reasoning, content and tool calls.
 
-    In a stream the tool calls come last; a text that may be one is held back until the end.
+    In a stream, tool calls come last, and text that may be a call is held back until the end.
     """
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
-    nothing: ClassVar[JsonObject] = {"delta": {}}
+    empty: ClassVar[JsonObject] = {"delta": {}}
 
     def __init__(self, ticket: Ticket, names: TokenNames, *, reader: AnswerReader):
         super().__init__(ticket, names)
@@ -106,17 +106,17 @@ class ChatWriter(Writer):
 
     @property
     def finish(self) -> str:
-        """A call that was cut after another one ended at the length, not at the calls."""
+        """The finish_reason. An answer cut off after a complete tool call still ends with "length"."""
         finish = self.ticket.finish
         return "tool_calls" if self._reader.tool_calls and finish == "stop" else finish
 
     def complete(self) -> JsonObject:
         self._reader.feed(self.ticket.text)
         self._reader.finish()
-        said = self._reader.message
-        message: JsonObject = {"role": "assistant", "content": said.get("content")}
-        if "reasoning" in said:
-            message["reasoning_content"] = said["reasoning"]
+        answer = self._reader.message
+        message: JsonObject = {"role": "assistant", "content": answer.get("content")}
+        if "reasoning" in answer:
+            message["reasoning_content"] = answer["reasoning"]
         if self._reader.tool_calls:
             message["tool_calls"] = [_to_api_call(call) for call in self._reader.tool_calls]
         return {"message": message}
@@ -148,7 +148,7 @@ class ChatWriter(Writer):
 
 
 class Reply:
-    """The reply to one request; ``dropped``: the messages that there was no room for."""
+    """The reply to one request. ``dropped``: the number of messages left out because they did not fit."""
 
     def __init__(self, model: str, writers: Sequence[Writer], *, dropped: int = 0):
         self._writers, first = writers, writers[0]
@@ -156,7 +156,7 @@ class Reply:
         self._head |= {"model": model, **({"dropped_messages": dropped} if dropped else {})}
 
     def body(self) -> JsonObject:
-        """All of it, once the answers have ended."""
+        """Returns the complete reply, once all answers have ended."""
         choices = [
             self._choice(index, writer.complete(), writer.finish)
             for index, writer in enumerate(self._writers)
@@ -164,16 +164,16 @@ class Reply:
         return {**self._head, "object": self._writers[0].kind, "choices": choices, "usage": self._usage}
 
     async def events(self, *, with_usage: bool) -> AsyncIterator[str]:
-        """It as a stream, one answer after the other."""
+        """Yields the reply as server-sent events, one answer after another."""
         try:
             for index, writer in enumerate(self._writers):
                 async for content in writer.pieces():
                     yield self._chunk([self._choice(index, content, None)])
-                yield self._chunk([self._choice(index, writer.nothing, writer.finish)])
+                yield self._chunk([self._choice(index, writer.empty, writer.finish)])
             if with_usage:
                 yield self._chunk([], usage=self._usage)
             yield "data: [DONE]\n\n"
-        except ApiError as error:  # the status has been sent
+        except ApiError as error:  # the HTTP status has already been sent
             yield _to_event(error.body)
 
     @property
@@ -190,10 +190,14 @@ class Reply:
 
 
 def to_usage(answers: Sequence[Answer]) -> JsonObject:
-    """The tokens of the prompts as they were read, of the answers without their stop tokens, and of both."""
-    read = sum(len(answer.prompt_ids) for answer in answers)
-    new = sum(len(answer.ids) for answer in answers)
-    return {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
+    """Counts the tokens of the prompts, of the answers without stop tokens, and of both."""
+    prompt_tokens = sum(len(answer.prompt_ids) for answer in answers)
+    new_tokens = sum(len(answer.ids) for answer in answers)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": new_tokens,
+        "total_tokens": prompt_tokens + new_tokens,
+    }
 
 
 def _to_event(content: object) -> str:
@@ -205,7 +209,7 @@ def _to_delta(part: Part) -> JsonObject:
 
 
 def _to_api_call(call: ToolCall) -> JsonObject:
-    """A call as OpenAI writes it: its arguments are JSON text."""
+    """Converts a call to OpenAI's format, with its arguments as a JSON string."""
     arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
     function = {"name": call["function"]["name"], "arguments": arguments}
     return {"id": call.get("id"), "type": "function", "function": function}

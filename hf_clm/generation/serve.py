@@ -1,4 +1,4 @@
-"""``hf-clm serve``: one model with the OpenAI-compatible API, limits, a queue and a page."""
+"""``hf-clm serve``: serves one model with an OpenAI-compatible API, limits, a queue and a chat page."""
 
 import asyncio
 import ipaddress
@@ -21,40 +21,40 @@ if TYPE_CHECKING:  # an optional package
     from starlette.applications import Starlette
 
 KEY_VARIABLE = "HF_CLM_API_KEY"
-PROMPT_TOKENS = 4096  # unless the caller says otherwise, or the model has fewer positions
+PROMPT_TOKENS = 4096  # default limit of a prompt
 
 
 def serve(options: Namespace, *, say: Callable[[str], None]) -> None:
-    """Answers until Ctrl-C or SIGTERM, and then, for ``grace_seconds``, what is under way.
+    """Serves until Ctrl-C or SIGTERM, then gives pending answers ``grace_seconds`` to finish.
 
-    Raises RecipeError for an address of other machines without a key; EnvironmentFault where the packages
-    are missing or the address is taken.
+    Raises RecipeError if other machines can connect and there is no API key; EnvironmentFault if packages are
+    missing or the address is in use.
     """
     check_packages()
     key = options.api_key or os.environ.get(KEY_VARIABLE, "")
     if not key and not is_local(options.host):
-        fix = f"set {KEY_VARIABLE} (or --api_key), or --host 127.0.0.1"
-        what = "other machines can connect, so it needs an API key"
+        fix = f"set {KEY_VARIABLE} (or --api_key), or use --host 127.0.0.1"
+        what = "an API key is required because other machines can connect"
         raise RecipeError(what, where="--host", got=options.host, fix=fix)
     with listen(options.host, options.port) as listener:
         run = load_run(options.run, attention=None, device=options.device)
         worker = Worker(run, batch_size=options.batch_size, max_waiting=options.max_waiting)
         app = build_app(options, key, worker=worker, run=run)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; uvicorn raises both at its end
+        signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # SIGTERM acts like Ctrl-C: uvicorn raises both again when it stops
         host, port = listener.getsockname()[:2]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        say(
-            f"serving at http://{address} (Ctrl-C stops)"
-        )  # who connects from now on waits for the first turn
+        say(f"serving at http://{address} (press Ctrl-C to stop)")  # clients can connect now
         if worker.batch_size < options.batch_size:
-            say("one answer at a time: in a batch this model would answer otherwise")
+            say("generating one answer at a time: batching would change this model's answers")
         with suppress(KeyboardInterrupt):
             run_server(app, worker, listener=listener, grace_seconds=options.grace_seconds)
     say("stopped")
 
 
 def check_packages() -> None:
-    """Raises EnvironmentFault where Starlette or uvicorn is not installed."""
+    """Raises EnvironmentFault if Starlette or uvicorn is not installed."""
     try:
         import starlette
         import uvicorn
@@ -65,32 +65,33 @@ def check_packages() -> None:
 
 
 def is_local(host: str) -> bool:
-    """True for an address that only this machine can connect to."""
+    """Returns whether only this machine can connect to an address."""
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Takes the address. Raises EnvironmentFault where another has it, or this machine has not."""
+    """Opens a listening socket. Raises EnvironmentFault if the address is in use or not of this machine."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
         where = f"--host {host} --port {port}"
-        raise EnvironmentFault(f"cannot listen: {error.strerror}", where=where, fix="name others") from error
+        fix = "choose another host or port"
+        raise EnvironmentFault(f"cannot listen: {error.strerror}", where=where, fix=fix) from error
 
 
 def build_app(options: Namespace, key: str, *, worker: Worker, run: LoadedRun) -> "Starlette":
-    """The ASGI app of a run."""
+    """Builds the ASGI app of a run."""
     from hf_clm.generation.service import Access, Service
 
-    positions, asked = max_positions(run.model.config), options.max_prompt_tokens or PROMPT_TOKENS
+    positions, limit = max_positions(run.model.config), options.max_prompt_tokens or PROMPT_TOKENS
     access = Access(
         key,
         host=options.host,
         body_bytes=options.max_body_bytes,
-        prompt_tokens=asked if positions is None else min(asked, positions - 1),
+        prompt_tokens=limit if positions is None else min(limit, positions - 1),
         new_tokens=options.max_new_tokens,
     )
     name = options.name or Path(options.run).resolve().name
@@ -99,7 +100,7 @@ def build_app(options: Namespace, key: str, *, worker: Worker, run: LoadedRun) -
 
 
 def run_server(app: "Starlette", worker: Worker, *, listener: socket.socket, grace_seconds: float) -> None:
-    """Serves; told to stop, lets answers end by themselves for ``grace_seconds``."""
+    """Runs the server. When it is asked to stop, answers have ``grace_seconds`` to finish."""
     import uvicorn
 
     class Server(uvicorn.Server):

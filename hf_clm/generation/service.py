@@ -1,4 +1,4 @@
-"""The replies of a server: who may ask, the prompt as in training, the limits, the answer.
+"""The endpoints of the server: access control, prompts as in training, limits, and replies.
 
 request --> gate (host, site, key, size) --> Service --> Worker (queue) --> Reply
 """
@@ -25,7 +25,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hf_clm.errors import UserError
-from hf_clm.generation.decoding import Decoding, ask
+from hf_clm.generation.decoding import Decoding, update_decoding
 from hf_clm.generation.load import LoadedRun
 from hf_clm.generation.parsing import AnswerReader, find_syntax
 from hf_clm.generation.prompts import (
@@ -41,8 +41,8 @@ from hf_clm.generation.protocol import (
     ChatBody,
     CompletionBody,
     GenerateBody,
+    bad_request,
     read_body,
-    wrong,
 )
 from hf_clm.generation.replies import ChatWriter, Reply, TextWriter, Writer, to_usage
 from hf_clm.generation.scores import TokenNames
@@ -50,18 +50,18 @@ from hf_clm.generation.worker import ServerMetrics, Ticket, Worker
 from hf_clm.schema import Chat, Example
 
 PAGE = Path(__file__).with_name("page.html")
-OPEN = {"/", "/health"}  # no key is needed: neither says anything that the model knows
-POLL_SECONDS = 0.2  # between two looks whether a client has left
-NOT_KEPT = {"Cache-Control": "no-store"}
+PUBLIC_PATHS = {"/", "/health"}  # served without a key: neither reveals anything about the model
+POLL_SECONDS = 0.2  # how often to check whether a client has disconnected
+NO_STORE = {"Cache-Control": "no-store"}
 
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask, and for how much.
+    """Access control and the limits of a request.
 
-    Without a key only this machine can connect, and so can a page of any site that its browser shows: by
-    naming this address its own (``Host`` tells), or by asking without reading (``Origin`` and
-    ``Sec-Fetch-Site`` tell).
+    Without a key, only this machine can connect. But that includes any web page in its browser: through DNS
+    rebinding (which ``Host`` reveals), or with requests whose reply it cannot read (which ``Origin`` and
+    ``Sec-Fetch-Site`` reveal).
     """
 
     key: str
@@ -71,30 +71,29 @@ class Access:
     new_tokens: int
 
     def check(self, request: Request) -> None:
-        """Raises ApiError for other hosts, pages of other sites, a wrong key, and a large body."""
+        """Raises ApiError for another host name, a page of another site, a wrong key, or a large body."""
         path, headers = request.url.path, request.headers
         match = re.fullmatch(r"(?:\[(.*)\]|([^:\[\]]*))(?::\d*)?", headers.get("host", ""))
         name = (match[1] or match[2] or "").lower() if match else ""
         if not self.key and name not in ("localhost", "127.0.0.1", "::1", self.host.lower()):
-            what = f"this server is not called {name!r}; with an API key it answers to any name"
+            what = f"wrong Host header {name!r}; set an API key to allow any host name"
             raise ApiError(403, what, code="wrong_host")
-        origin, given = headers.get("origin", ""), headers.get("authorization", "")
+        origin, authorization = headers.get("origin", ""), headers.get("authorization", "")
         is_foreign = headers.get("sec-fetch-site") == "cross-site" and path != "/"
         if is_foreign or (origin and origin.partition("://")[2] != headers.get("host")):
-            raise ApiError(403, "pages of other sites may not ask", code="cross_site")
-        scheme, _, key = given.partition(" ")
-        is_same = hmac.compare_digest(
-            key.strip().encode(), self.key.encode()
-        )  # in the same time if nearly right
-        if self.key and path not in OPEN and not (is_same and scheme.lower() == "bearer"):
-            what = "no API key, or a wrong one; send 'Authorization: Bearer KEY'"
+            raise ApiError(403, "requests from pages of other sites are not allowed", code="cross_site")
+        scheme, _, key = authorization.partition(" ")
+        is_same = hmac.compare_digest(key.strip().encode(), self.key.encode())  # in constant time
+        if self.key and path not in PUBLIC_PATHS and not (is_same and scheme.lower() == "bearer"):
+            what = "missing or wrong API key; send the header 'Authorization: Bearer KEY'"
             raise ApiError(401, what, code="invalid_api_key")
         if int(headers.get("content-length", 0)) > self.body_bytes:
-            raise ApiError(413, f"a request may have {self.body_bytes:,} bytes", code="request_too_large")
+            what = f"a request may have at most {self.body_bytes:,} bytes"
+            raise ApiError(413, what, code="request_too_large")
 
 
 class Gate:
-    """ASGI middleware that refuses or passes on a request, and counts the reply."""
+    """ASGI middleware that checks requests and counts replies."""
 
     def __init__(self, app: ASGIApp, access: Access, metrics: ServerMetrics):
         self._app, self._access, self._metrics = app, access, metrics
@@ -116,7 +115,7 @@ class Gate:
 
 
 class Prompt(NamedTuple):
-    """What the model is given; ``dropped``: the oldest messages of a chat, which there was no room for."""
+    """A prompt. ``dropped``: the number of a chat's oldest messages left out because they did not fit."""
 
     ids: list[int]
     text: str
@@ -125,16 +124,16 @@ class Prompt(NamedTuple):
 
 
 class Service:
-    """The replies of a server."""
+    """The endpoints of the server."""
 
     def __init__(self, run: LoadedRun, worker: Worker, *, name: str, access: Access, decoding: Decoding):
         self._run, self._worker, self._name, self._access = run, worker, name, access
         self._decoding, self._syntax = decoding, find_syntax(run.tokenizer)
-        self._names = TokenNames(copy.deepcopy(run.tokenizer))  # another thread reads prompts with that
-        self._reading = asyncio.Lock()  # one prompt is tokenized at a time, outside the event loop's thread
+        self._names = TokenNames(copy.deepcopy(run.tokenizer))  # another thread uses the original
+        self._reading = asyncio.Lock()  # prompts are tokenized in another thread, one request at a time
 
     def build_app(self) -> Starlette:
-        """The ASGI app, whose life is that of the worker."""
+        """Builds the ASGI app, which starts and stops the worker."""
         page, headers = load_page()
 
         @asynccontextmanager
@@ -175,13 +174,13 @@ class Service:
         return await self._reply(request, body, writers, dropped=prompt.dropped)
 
     async def complete(self, request: Request) -> Response:
-        """``POST /v1/completions``: an answer for each prompt."""
+        """``POST /v1/completions``: one answer per prompt."""
         body = read_body(CompletionBody, await request.body())
         prompts = await self._read(body)
         tickets = self._queue(body, prompts, scores_prompt=body.echo)
         texts = [
-            given if isinstance(given, str) else prompt.text
-            for given, prompt in zip(body.prompt, prompts, strict=True)
+            original if isinstance(original, str) else prompt.text
+            for original, prompt in zip(body.prompt, prompts, strict=True)
         ]
         writers = [
             TextWriter(ticket, self._names, prompt=text, echo=body.echo)
@@ -190,16 +189,16 @@ class Service:
         return await self._reply(request, body, writers)
 
     async def generate(self, request: Request) -> Response:
-        """``/generate``: the keys in the query or, with POST, in a JSON body."""
+        """``/generate``: keys in the query or, with POST, in a JSON body."""
         query = request.query_params
-        asked = {**query, "stop": query.getlist("stop")}
-        body = read_body(GenerateBody, await request.body() or asked)
+        keys = {**query, "stop": query.getlist("stop")}
+        body = read_body(GenerateBody, await request.body() or keys)
         (ticket,) = tickets = self._queue(body, await self._read(body))
         await self._wait(request, tickets)
         return JSONResponse({"text": ticket.text, "finish_reason": ticket.finish, "usage": to_usage(tickets)})
 
     async def models(self, request: Request) -> Response:
-        """``GET /v1/models`` and ``/v1/models/NAME``: the one model."""
+        """``GET /v1/models`` and ``/v1/models/NAME``: describes the model."""
         model = {
             "id": self._name,
             "object": "model",
@@ -221,55 +220,57 @@ class Service:
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
-        """``GET /metrics``, as Prometheus reads it."""
+        """``GET /metrics``, in the text format of Prometheus."""
         worker = self._worker
         gauges = {"waiting": len(worker.waiting), "generating": len(worker.batch)}
         return PlainTextResponse(worker.metrics.to_text(gauges))
 
     async def _read(self, body: Body) -> list[Prompt]:
-        """The prompts of a request. Raises ApiError for one that is refused."""
+        """Returns the prompts of a request. Raises ApiError for a request that cannot be answered."""
         self._check_name(body.model or self._name)
         self._worker.check_room()
         async with self._reading:
             return await asyncio.to_thread(self._to_prompts, body)
 
     def _to_prompts(self, body: Body) -> list[Prompt]:
-        """Raises ApiError for a prompt that cannot be spelled or rendered."""
+        """Renders and tokenizes the prompts. Raises ApiError for a prompt where that fails."""
         try:
             return [self._to_prompt(prompt, body) for prompt in body.to_prompts(self._run)]
         except UserError as error:
-            raise wrong(str(error), body.text_key) from error
+            raise bad_request(str(error), body.text_key) from error
 
-    def _to_prompt(self, given: Example | list[int], body: Body) -> Prompt:
-        """A chat that is too long loses its oldest turns, as in ``hf-clm chat``.
+    def _to_prompt(self, prompt: Example | list[int], body: Body) -> Prompt:
+        """Renders and tokenizes a prompt. Drops the oldest turns of a chat that is too long.
 
-        Raises ApiError over a limit.
+        Raises ApiError for a prompt over the limit.
         """
         run, tokenizer, most, dropped = self._run, self._run.tokenizer, self._access.prompt_tokens, 0
-        asked = body.max_new_tokens and min(body.max_new_tokens, self._access.new_tokens)
-        if isinstance(given, list):
-            self._check_ids(given)
-            ids = given or [start_id(tokenizer)]
-        elif isinstance(given, Chat):
-            room = min(most, prompt_room(run.model, max_new_tokens=asked) or most)
-            ids, fitting = to_fitting_prompt(given, tokenizer, rendering=run.rendering, most=room)
-            dropped = len(given.messages) - len(fitting.messages)
+        new_tokens = body.max_new_tokens and min(body.max_new_tokens, self._access.new_tokens)
+        if isinstance(prompt, list):
+            self._check_ids(prompt)
+            ids = prompt or [start_id(tokenizer)]
+        elif isinstance(prompt, Chat):
+            room = min(most, prompt_room(run.model, max_new_tokens=new_tokens) or most)
+            ids, chat = to_fitting_prompt(prompt, tokenizer, rendering=run.rendering, most=room)
+            dropped = len(prompt.messages) - len(chat.messages)
         else:
-            (ids,) = to_prompt_ids([given], tokenizer, run.rendering)
+            (ids,) = to_prompt_ids([prompt], tokenizer, run.rendering)
         if len(ids) > most:
-            what = f"the prompt has {len(ids):,} tokens, and {most:,} are allowed"
+            what = f"the prompt has {len(ids):,} tokens, over the limit of {most:,}"
             if dropped:
-                what += "; older messages are left out already: shorten the last one, or the system message"
-            raise wrong(what, body.text_key, code="context_length_exceeded")
-        new = min(cap_new_tokens(run.model, len(ids), max_new_tokens=asked), self._access.new_tokens)
+                what += (
+                    "; older messages were already dropped: shorten the last message or the system message"
+                )
+            raise bad_request(what, body.text_key, code="context_length_exceeded")
+        new = min(cap_new_tokens(run.model, len(ids), max_new_tokens=new_tokens), self._access.new_tokens)
         return Prompt(ids, str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)), new, dropped)
 
     def _check_ids(self, ids: Sequence[int]) -> None:
-        """Raises ApiError for an id that the model has no embedding of."""
+        """Raises ApiError for an id without an embedding."""
         size = self._run.model.get_input_embeddings().get_parameter("weight").shape[0]
         for id in ids:
             if not 0 <= id < size:
-                raise wrong(f"prompt: {id} is no token; ids are 0 to {size - 1}", "prompt")
+                raise bad_request(f"prompt: {id} is not a token id; expected 0 to {size - 1}", "prompt")
 
     def _queue(
         self,
@@ -279,11 +280,11 @@ class Service:
         hidden_ids: Collection[int] | None = None,
         scores_prompt: bool = False,
     ) -> list[Ticket]:
-        """Queues an answer to each prompt. Raises ApiError for a wrong setting and a full queue."""
+        """Queues an answer to each prompt. Raises ApiError for an invalid setting or a full queue."""
         try:
-            decoding = ask(self._decoding, body.asked)
+            decoding = update_decoding(self._decoding, body.extra)
         except UserError as error:
-            raise wrong(str(error), error.where.partition(".")[0]) from error
+            raise bad_request(str(error), error.where.partition(".")[0]) from error
         tickets = [
             Ticket(
                 prompt.ids,
@@ -307,16 +308,16 @@ class Service:
             try:
                 async for event in reply.events(with_usage=body.stream_options.include_usage):
                     yield event
-            finally:  # also where the client leaves
+            finally:  # also if the client disconnects
                 self._worker.cancel(tickets)
 
         if body.stream:
-            return StreamingResponse(events(), media_type="text/event-stream", headers=NOT_KEPT)
+            return StreamingResponse(events(), media_type="text/event-stream", headers=NO_STORE)
         await self._wait(request, tickets)
         return JSONResponse(reply.body())
 
     async def _wait(self, request: Request, tickets: Sequence[Ticket]) -> None:
-        """Until all have ended, or the client has left. Raises ApiError where one failed."""
+        """Waits until all answers have ended or the client disconnects. Raises ApiError if one failed."""
         ends = asyncio.gather(*(ticket.wait() for ticket in tickets))
         try:
             while not ends.done() and not await request.is_disconnected():
@@ -327,12 +328,12 @@ class Service:
 
     def _check_name(self, name: str) -> None:
         if name != self._name:
-            what = f"there is no model {name!r} here; the one model is {self._name!r}"
+            what = f"unknown model {name!r}; this server has {self._name!r}"
             raise ApiError(404, what, code="model_not_found", param="model")
 
 
 def load_page() -> tuple[str, dict[str, str]]:
-    """The page and its headers: its own script and style run, and nothing else is loaded."""
+    """Returns the chat page and its headers, which allow only its own script and style."""
     page = PAGE.read_text(encoding="utf-8")
 
     def hash_of(tag: str) -> str:
@@ -352,7 +353,7 @@ def load_page() -> tuple[str, dict[str, str]]:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    """A refusal in OpenAI's shape, of ours or of Starlette's."""
+    """Converts an error of ours or of Starlette to a response in OpenAI's format."""
     if isinstance(error, HTTPException):
         code = "request_too_large" if error.status_code == 413 else "no_such_url"
         error = ApiError(error.status_code, error.detail, code=code)

@@ -1,4 +1,4 @@
-"""Answers as they come: each piece of text at once, several answers in one batch, each with its own settings.
+"""Streams several answers in one batch, each with its own settings.
 
 prompts --left-padded--> model.generate --at each step--> a token for each Answer --> emit("some text")
 """
@@ -14,18 +14,18 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 from hf_clm.errors import RecipeError
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.padding import pad_id, to_left_padded
-from hf_clm.generation.sampling import choose_token, random_state, stop_ids, to_config, under
+from hf_clm.generation.sampling import choose_token, random_state, stop_ids, temporary_config, to_config
 from hf_clm.generation.scores import UNFINISHED, Score, score, score_prompt
 from hf_clm.model.load import max_positions
 
 
 @dataclass(eq=False)
 class Answer:
-    """One answer while it is generated.
+    """An answer while it is being generated.
 
-    With ``likeliest``, a number of tokens, ``scores`` has those of the answer's tokens, the stop token among
-    them, and with ``scores_prompt`` also ``prompt_scores`` those of the prompt's. ``hidden_ids``: see
-    ``TextStream``.
+    With ``likeliest`` (a number of top tokens), ``scores`` are those of the answer's tokens, including the
+    stop token. With ``scores_prompt``, ``prompt_scores`` are those of the prompt. ``hidden_ids``: see
+    ``TextStream``. ``emit`` is called with each piece of text.
     """
 
     prompt_ids: list[int]
@@ -41,7 +41,7 @@ class Answer:
     scores: list[Score] = field(default_factory=list)
     text: str = ""
     finish: str = ""
-    """Why it ended: "stop" (a stop token or a stop text, neither of which is in ``text``) or "length"."""
+    """Why the answer ended: "stop" (at a stop token or stop text, which ``text`` excludes) or "length"."""
     is_cancelled: bool = False
     _held: str = ""
 
@@ -50,64 +50,64 @@ class Answer:
         return bool(self.finish) or self.is_cancelled
 
     def add(self, text: str) -> None:
-        """Emits the text, but for an end that may become a stop text; ends before a stop text."""
+        """Emits text and ends at a stop text. Holds back an end that may be the beginning of a stop text."""
         text, self._held = self._held + text, ""
         stop = self.decoding.stop
         if ends := [text.find(one) for one in stop if one in text]:
-            self._show(text[: min(ends)])
+            self._emit(text[: min(ends)])
             self.close("stop")
         else:
             size = len(text) - max((_overlap(text, one) for one in stop), default=0)
-            self._show(text[:size])
+            self._emit(text[:size])
             self._held = text[size:]
 
     def end(self, reason: str, rest: str = "") -> None:
-        """Emits what was held back, and ends."""
+        """Emits the text held back, and ends the answer."""
         self.add(rest)
         if not self.finish:
-            self._show(self._held)
+            self._emit(self._held)
             self.close(reason)
 
     def close(self, reason: str) -> None:
-        """Notes why it ended; nothing is emitted afterwards."""
+        """Sets why the answer ended. Nothing is emitted afterwards."""
         self.finish = reason
 
-    def _show(self, text: str) -> None:
+    def _emit(self, text: str) -> None:
         if text:
             self.text += text
             self.emit(text)
 
 
 class TextStream:
-    """Tokens in, complete characters out. Together they are what the tokenizer makes of all tokens at once.
+    """Decodes tokens to text as they arrive. The pieces add up to the decoded text of all tokens.
 
-    ``hidden_ids`` are not shown; None: all special tokens.
+    ``hidden_ids`` are left out; None means all special tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, hidden_ids: Collection[int] | None = None):
         self._tokenizer, self._hidden_ids = tokenizer, hidden_ids
         self._ids: list[int] = []
-        self._start, self._shown = 0, 0  # tokens; those between them give the new ones their context
+        self._start, self._done = 0, 0  # token indices; the tokens between them are context for new ones
 
     def push(self, token: int) -> str:
-        """The text that is certain now; empty while a character lacks bytes."""
+        """Adds a token and returns new text; empty while a character is incomplete."""
         self._ids.append(token)
         text = self.rest()
         if not text or text.endswith(UNFINISHED):
             return ""
-        self._start, self._shown = self._shown, len(self._ids)
+        self._start, self._done = self._done, len(self._ids)
         return text
 
     def rest(self) -> str:
-        """The text after what was shown: at the end, bytes that became no character."""
-        before = self._decode(self._ids[self._start : self._shown])
+        """Returns the text not yet returned by ``push``, such as an incomplete character at the end."""
+        before = self._decode(self._ids[self._start : self._done])
         return self._decode(self._ids[self._start :])[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
         if self._hidden_ids is None:
             return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-        shown = [token for token in ids if token not in self._hidden_ids]
-        return str(self._tokenizer.decode(shown, skip_special_tokens=False))
+        visible = [token for token in ids if token not in self._hidden_ids]
+        return str(self._tokenizer.decode(visible, skip_special_tokens=False))
 
 
 @torch.no_grad()
@@ -118,10 +118,10 @@ def stream_answers(
     answers: Sequence[Answer],
     with_cache: bool = True,
 ) -> None:
-    """Generates all the answers together, until each has ended or was cancelled.
+    """Generates a batch of answers until each has ended or was cancelled.
 
-    An answer that runs past the model's positions rereads the last half of them. The shorter answers of its
-    batch then reread all of their text.
+    When an answer reaches the model's maximum length, the model starts again from the last half of its text,
+    and from the complete text of the shorter answers in the batch.
     """
     for answer in answers:
         if answer.scores_prompt and answer.likeliest is not None:
@@ -141,10 +141,10 @@ def search_answers(
     answers: Sequence[Answer],
     with_cache: bool = True,
 ) -> None:
-    """Generates all the answers together by beam search; all have one Decoding, and one number of new tokens.
+    """Generates a batch of answers by beam search. All have the same settings and number of new tokens.
 
-    Without a cache also models answer rightly whose state does not follow when a beam takes another's place.
-    Raises RecipeError for a search that transformers refuses.
+    Turn the cache off for models whose state is not reordered along with the beams. Raises RecipeError for
+    settings that transformers rejects.
     """
     first, decoding = answers[0], answers[0].decoding
     pad = pad_id(tokenizer)
@@ -153,31 +153,31 @@ def search_answers(
     prompts = to_left_padded([answer.prompt_ids for answer in answers], pad, device=model.device)
     width = prompts["input_ids"].shape[1]
 
-    def holds_stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """(B * beams,) bool: whether the answer of a beam holds a stop text."""
+    def has_stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Returns whether the answer of each beam contains a stop text, (B * beams,) bool."""
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in input_ids[:, width:]]
-        found = [any(stop in text for stop in decoding.stop) for text in texts]
-        return torch.tensor(found, device=input_ids.device)
+        stopped = [any(stop in text for stop in decoding.stop) for text in texts]
+        return torch.tensor(stopped, device=input_ids.device)
 
-    decoder: Any = model  # typed without the generate that it has
-    ends = StoppingCriteriaList([holds_stop] if decoding.stop else [])
+    decoder: Any = model  # transformers does not declare generate on PreTrainedModel
+    ends = StoppingCriteriaList([has_stop] if decoding.stop else [])
     try:
-        with under(model, config), _seeded(decoding.seed, model.device):
+        with temporary_config(model, config), _seeded(decoding.seed, model.device):
             rows = decoder.generate(**prompts, generation_config=config, stopping_criteria=ends)
-    except ValueError as error:  # transformers' checks
+    except ValueError as error:  # the checks of transformers
         raise RecipeError(str(error).splitlines()[0], where="num_beams") from error
     for answer, row in zip(answers, rows[:, width:].tolist(), strict=True):
         line = _Line(answer, tokenizer, model)
         for token in row:
             if not answer.is_done:
                 line.take(token)
-        if not answer.is_done:  # at a stop text, seen in half a character
+        if not answer.is_done:  # a stop text matched an incomplete character
             answer.end("stop", line.text.rest())
 
 
 @contextmanager
 def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Beams that are sampled draw from torch's own random state, which is put back afterwards."""
+    """Seeds torch's global random state, which beam sampling uses; restores it at the end."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if seed is None:
             torch.seed()
@@ -187,7 +187,7 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 class _Line:
-    """An answer with what it takes to choose and to show its next token."""
+    """The state of an answer in a batch: what it takes to select and decode its next token."""
 
     def __init__(self, answer: Answer, tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel):
         self.answer, self.pad = answer, pad_id(tokenizer)
@@ -195,10 +195,10 @@ class _Line:
         self._draws = random_state(answer.decoding.seed, model.device)
         self._limit, self._stops = max_positions(model.config), stop_ids(model)
         self._logits = torch.empty(0)
-        self._skipped = 0  # tokens at the beginning that the model does not read any more
+        self._skipped = 0  # tokens at the beginning that the model no longer reads
 
     def begin(self) -> list[int]:
-        """What the model is to read: prompt and answer, or the last half of the positions."""
+        """Returns the ids to start from: prompt and answer, or their end if they are too long."""
         ids = self.answer.prompt_ids + self.answer.ids
         if self._limit is not None and len(ids) - self._skipped >= self._limit:
             self._skipped = len(ids) - max(1, self._limit // 2)
@@ -206,18 +206,18 @@ class _Line:
 
     @property
     def left(self) -> int:
-        """The tokens that it may still have."""
+        """The number of tokens that may still be generated."""
         return self.answer.max_new_tokens - len(self.answer.ids)
 
     def choose(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """(1, V) scores of which the next token has the highest; ``ids`` (1, T) with the padding."""
+        """Returns scores (1, V) whose arg max is the next token; ``ids`` (1, T) include padding."""
         if self.answer.likeliest is not None:
             self._logits = logits[0].clone()
         length = len(self.answer.prompt_ids) + len(self.answer.ids) - self._skipped
         return choose_token(self.answer.decoding, ids[:, -length:], logits, draws=self._draws)
 
     def take(self, token: int) -> None:
-        """The next token."""
+        """Adds the next token to the answer, and ends the answer if it is the last one."""
         answer = self.answer
         if answer.likeliest is not None:
             answer.scores.append(score(self._logits, token, likeliest=answer.likeliest))
@@ -231,7 +231,7 @@ class _Line:
 
 
 def _stretch(model: PreTrainedModel, lines: Sequence[_Line], *, with_cache: bool) -> None:
-    """Generates until all are done, or the positions are used up."""
+    """Generates until all answers are done, or one reaches the model's maximum length."""
     prompts, room = [line.begin() for line in lines], max(line.left for line in lines)
     limit, pad = max_positions(model.config), lines[0].pad
     if limit is not None:
@@ -246,14 +246,14 @@ def _stretch(model: PreTrainedModel, lines: Sequence[_Line], *, with_cache: bool
         return scores
 
     def deliver(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """(B,) bool: which answers are done with their new token."""
+        """Adds the new token to each answer; returns which answers are done, (B,) bool."""
         for line, token in zip(lines, input_ids[:, -1].tolist(), strict=True):
             if not line.answer.is_done:
                 line.take(token)
         return torch.tensor([line.answer.is_done for line in lines], device=input_ids.device)
 
-    decoder: Any = model  # typed without the generate that it has
-    with under(model, config):
+    decoder: Any = model  # transformers does not declare generate on PreTrainedModel
+    with temporary_config(model, config):
         decoder.generate(
             **to_left_padded(prompts, pad, device=model.device),
             generation_config=config,
@@ -263,6 +263,6 @@ def _stretch(model: PreTrainedModel, lines: Sequence[_Line], *, with_cache: bool
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of ``text`` are the beginning of ``stop``, but not all of it."""
+    """Returns the length of the longest end of ``text`` that is a proper prefix of ``stop``."""
     longest = min(len(stop) - 1, len(text))
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,6 +1,6 @@
-"""The queue of a server: answers are generated in the order in which they were asked for, several at once.
+"""The server's queue: answers are generated in the order of their requests, in batches.
 
-ask --> waiting (bounded) --> a batch, in one thread --> pieces of text --> each its own ticket
+submit --> waiting (bounded) --> batch, generated in one thread --> pieces of text --> ticket of each answer
 """
 
 import asyncio
@@ -20,34 +20,32 @@ from hf_clm.model.load import max_positions
 
 STOPPING = ApiError(503, "the server is stopping", code="server_stopping")
 BUCKETS_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-# The name of each metric, after hf_clm_ -> its type and its help.
+# The name of each metric, without the prefix hf_clm_ -> its type and help.
 METRICS = {
     "replies_total": ("counter", "HTTP replies, by status."),
-    "answers_total": ("counter", "Answers, by the reason why they ended."),
-    "batches_total": ("counter", "Batches of answers that were generated together."),
-    "prompt_tokens_total": ("counter", "Tokens of the prompts that were read."),
-    "generated_tokens_total": ("counter", "Tokens of the answers."),
-    "generation_seconds_total": ("counter", "Seconds in which at least one answer was generated."),
-    "answer_seconds": ("histogram", "Seconds from the request for an answer to its end."),
+    "answers_total": ("counter", "Answers, by finish reason."),
+    "batches_total": ("counter", "Generated batches."),
+    "prompt_tokens_total": ("counter", "Prompt tokens."),
+    "generated_tokens_total": ("counter", "Generated tokens, without stop tokens."),
+    "generation_seconds_total": ("counter", "Seconds spent generating."),
+    "answer_seconds": ("histogram", "Seconds from the request to the end of the answer."),
     "queue_seconds": ("histogram", "Seconds that an answer waited in the queue."),
-    "first_token_seconds": ("histogram", "Seconds from the request for an answer to its first text."),
+    "first_token_seconds": ("histogram", "Seconds from the request to the first text of the answer."),
     "waiting": ("gauge", "Answers in the queue."),
-    "generating": ("gauge", "Answers that are being generated."),
+    "generating": ("gauge", "Answers being generated."),
 }
 
 
 class ServerMetrics:
-    """Counters and histograms since the server began."""
+    """Counters and histograms since the server started."""
 
     def __init__(self) -> None:
-        self._values: defaultdict[str, float] = defaultdict(
-            float
-        )  # as Prometheus names them, labels included
+        self._values: defaultdict[str, float] = defaultdict(float)  # by Prometheus name, including labels
 
     def count(self, name: str, value: float = 1, **labels: str) -> None:
         """Adds to a counter."""
-        shown = ",".join(f'{key}="{label}"' for key, label in labels.items())
-        self._values[f"{name}{{{shown}}}" if shown else name] += value
+        suffix = ",".join(f'{key}="{label}"' for key, label in labels.items())
+        self._values[f"{name}{{{suffix}}}" if suffix else name] += value
 
     def observe(self, name: str, seconds: float) -> None:
         """Adds a measurement to a histogram."""
@@ -57,7 +55,7 @@ class ServerMetrics:
         self.count(f"{name}_count")
 
     def to_text(self, gauges: Mapping[str, int]) -> str:
-        """All of them, in the text format of Prometheus."""
+        """Returns all metrics in the text format of Prometheus."""
         lines: list[str] = []
         for name, (kind, help) in METRICS.items():
             lines += [f"# HELP hf_clm_{name} {help}", f"# TYPE hf_clm_{name} {kind}"]
@@ -68,7 +66,7 @@ class ServerMetrics:
 
 @dataclass(eq=False)
 class Ticket(Answer):
-    """An answer in the queue; iterating over it gives its pieces as they come."""
+    """An answer in the queue. Iterating over it yields its text as it is generated."""
 
     def __post_init__(self) -> None:
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
@@ -78,25 +76,25 @@ class Ticket(Answer):
         self.emit = self._put
 
     async def __aiter__(self) -> AsyncIterator[str]:
-        """Raises ApiError where the answer failed or was cancelled."""
+        """Yields pieces of text. Raises ApiError if the answer failed or was cancelled."""
         while (piece := await self._pieces.get()) is not None:
             yield piece
         if self._error:
             raise self._error
 
     async def wait(self) -> None:
-        """Waits for the end. Raises ApiError as iterating does."""
+        """Waits for the end. Raises ApiError if the answer failed or was cancelled."""
         async for _ in self:
             pass
 
     def close(self, reason: str) -> None:
-        """Notes why and when it ended."""
+        """Sets why and when the answer ended."""
         super().close(reason)
         self.ended_at = time.monotonic()
         self._put(None)
 
     def fail(self, error: ApiError) -> None:
-        """Ends it with an error, unless it has ended."""
+        """Ends the answer with an error, unless it has already ended."""
         if not self.is_done:
             self._error, self.is_cancelled = error, True
             self._pieces.put_nowait(None)
@@ -107,11 +105,11 @@ class Ticket(Answer):
 
 
 class Worker:
-    """Generates for tickets; everything but the generation itself runs in the event loop's thread."""
+    """Generates queued answers. Only the generation itself runs outside the event loop's thread."""
 
     def __init__(self, run: LoadedRun, *, batch_size: int, max_waiting: int):
         self._model, self._limit = run.model, max_positions(run.model.config)
-        self._tokenizer = copy.deepcopy(run.tokenizer)  # another thread reads prompts with the run's own
+        self._tokenizer = copy.deepcopy(run.tokenizer)  # another thread uses the original
         self._probe = probe(run.model, run.tokenizer)
         self.batch_size = batch_size if self._probe.takes_batches else 1
         self.max_waiting = max_waiting
@@ -122,35 +120,35 @@ class Worker:
         self.metrics = ServerMetrics()
 
     def check_alive(self) -> None:
-        """Raises ApiError where the server is stopping, or has stopped at a fault of its own."""
+        """Raises ApiError if the server is stopping, or has stopped because of an error."""
         if self._is_closing:
             raise STOPPING
 
     def check_room(self, answers: int = 1) -> None:
-        """Raises ApiError where nothing is taken: as ``check_alive``, or where the queue is full."""
+        """Raises ApiError if new answers cannot be queued: as ``check_alive``, or if the queue is full."""
         self.check_alive()
         if answers > self.max_waiting:
-            what = f"a request may have {self.max_waiting} prompts; got {answers}"
+            what = f"a request may have at most {self.max_waiting} prompts; got {answers}"
             raise ApiError(400, what, code="too_many_prompts", param="prompt")
         if len(self.waiting) + answers > self.max_waiting:
-            what = f"{len(self.waiting)} requests are waiting already; try again later"
+            what = f"the queue is full ({len(self.waiting)} waiting); try again later"
             raise ApiError(429, what, code="queue_full")
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
-        """Queues all of them, or none. Raises ApiError where the queue is full."""
+        """Queues all tickets or none. Raises ApiError if the queue is full."""
         self.check_room(len(tickets))
         self.waiting.extend(tickets)
         self._has_work.set()
 
     def cancel(self, tickets: Sequence[Ticket]) -> None:
-        """Ends their generation at the next token, or takes them out of the queue."""
+        """Removes tickets from the queue, or ends their generation at the next token."""
         for ticket in tickets:
-            ticket.fail(ApiError(499, "the client has left", code="client_left"))
+            ticket.fail(ApiError(499, "the client has disconnected", code="client_left"))
             if ticket in self.waiting:
                 self.waiting.remove(ticket)
 
     async def run(self) -> None:
-        """Generates until ``close``."""
+        """Generates until ``close`` is called."""
         try:
             while not self._is_closing:
                 await self._has_work.wait()
@@ -160,10 +158,10 @@ class Worker:
                 if not self.waiting:
                     self._has_work.clear()
         finally:
-            self.close()  # also after a fault of our own: no client waits forever
+            self.close()  # also after a bug, so that clients do not wait forever
 
     def close(self) -> None:
-        """Refuses new requests and ends those under way; ``run`` then returns."""
+        """Rejects new requests and ends pending ones; ``run`` then returns."""
         self._is_closing = True
         for ticket in [*self.waiting, *self.batch]:
             ticket.fail(STOPPING)
@@ -177,8 +175,8 @@ class Worker:
         try:
             together = partial(stream_answers, answers=self.batch, with_cache=self._probe.takes_cache)
             await asyncio.to_thread(together, self._model, self._tokenizer)
-        except (RuntimeError, ValueError, UserError) as error:  # out of memory, most of all
-            what = f"the generation failed: {str(error).splitlines()[0]}"
+        except (RuntimeError, ValueError, UserError) as error:  # most likely out of memory
+            what = f"generation failed: {str(error).splitlines()[0]}"
             for ticket in self.batch:
                 ticket.fail(ApiError(500, what, code="generation_failed"))
         self.metrics.count("generation_seconds_total", time.monotonic() - started)
@@ -197,7 +195,7 @@ class Worker:
             self.metrics.observe("answer_seconds", ticket.ended_at - ticket.asked_at)
 
     def _next_batch(self) -> list[Ticket]:
-        """The first that wait, as many as fit beside each other into the model's positions."""
+        """Takes the first tickets off the queue, as many as fit into a batch and the model's positions."""
         batch: list[Ticket] = []
         while self.waiting and len(batch) < self.batch_size:
             together = [*batch, self.waiting[0]]

@@ -20,11 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from hf_clm.cli import main
 from hf_clm.errors import ModelError
 from hf_clm.generation.chat import Conversation
-from hf_clm.generation.decoding import Decoding, ask
+from hf_clm.generation.decoding import Decoding, update_decoding
 from hf_clm.generation.generate import generate
 from hf_clm.generation.load import load_run
 from hf_clm.generation.padding import Probe, probe
-from hf_clm.generation.sampling import read_model_settings, stop_ids, under
+from hf_clm.generation.sampling import read_model_settings, stop_ids, temporary_config
 from hf_clm.generation.serve import build_app
 from hf_clm.generation.worker import Worker
 from hf_clm.model.load import fit_to_tokenizer
@@ -123,7 +123,7 @@ def by_generate(folder: str, capsys: Any, *, prompts: list[str] = PROMPTS, **ask
 
 def by_chat(folder: str, *, prompts: list[str] = PROMPTS, **asked: Any) -> list[str]:
     """``hf-clm chat``: a text model continues each line."""
-    decoding, found = ask(Decoding(), asked), []
+    decoding, found = update_decoding(Decoding(), asked), []
     talk = Conversation(load_run(folder, attention=None, device="cpu"), decoding, system="")
     for number, prompt in enumerate(prompts):
         talk.decoding = decoding.of_prompt(number)
@@ -480,7 +480,7 @@ def test_settings_are_put_back_after_a_fault():
     model = tiny_model("gpt2")
     settings = model.generation_config
 
-    with pytest.raises(KeyError), under(model, GenerationConfig()):
+    with pytest.raises(KeyError), temporary_config(model, GenerationConfig()):
         raise KeyError
 
     assert model.generation_config is settings

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.data.read.formats import to_prompt
 from hf_clm.errors import DataError, RecipeError
-from hf_clm.generation.decoding import Decoding, ask
+from hf_clm.generation.decoding import Decoding, update_decoding
 from hf_clm.generation.generate import Generated, generate
 from hf_clm.generation.prompts import fit_new_tokens, to_prompt_example
 from hf_clm.model.load import fit_to_tokenizer
@@ -199,7 +199,7 @@ def test_a_stop_text_ends_the_answer_before_itself(beams):
 )
 def test_a_setting_out_of_its_range_is_one_line(setting, message):
     with pytest.raises(RecipeError) as error:
-        ask(Decoding(), setting)
+        update_decoding(Decoding(), setting)
 
     assert str(error.value) == message
 

@@ -8,7 +8,7 @@ import torch
 from helpers import EOS, byte_tokenizer, sentencepiece_tokenizer, tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_clm.generation.decoding import Decoding, ask
+from hf_clm.generation.decoding import Decoding, update_decoding
 from hf_clm.generation.stream import Answer, TextStream, stream_answers
 from hf_clm.model.load import fit_to_tokenizer
 
@@ -251,4 +251,4 @@ def test_sampling_leaves_torchs_own_random_state_alone():
     ],
 )
 def test_what_is_not_asked_for_is_greedy(asked, decoding):
-    assert ask(Decoding(), asked) == decoding
+    assert update_decoding(Decoding(), asked) == decoding
