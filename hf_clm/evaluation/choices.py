@@ -86,7 +86,7 @@ def find_expected(read: Examples, choices: Sequence[str]) -> np.ndarray:
             raise DataError(what, where=place, fix="remove --choices")
         if answer not in choices:
             names = f"{', '.join(map(repr, choices))}{did_you_mean(answer, choices)}"
-            fix = f"add it to --choices, which are {names}"
+            fix = f"add it to --choices {names}"
             raise DataError(
                 "the completion is not one of the choices", where=place, got=repr(answer), fix=fix
             )

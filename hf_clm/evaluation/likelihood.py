@@ -46,7 +46,7 @@ class Likelihood:
         return self.nll.sum(axis=1) / self.tokens.sum(axis=1)
 
     def to_json(self) -> dict[str, float]:
-        """Returns the metrics, including the mean loss of each kind of target; only counts without targets."""
+        """Returns the metrics, including the mean loss per kind of target; only counts without targets."""
         targets, nll = int(self.tokens.sum()), float(self.nll.sum())
         if not targets:
             return {"rows": 0, "target_tokens": 0}

@@ -82,7 +82,7 @@ class Conversation:
         if not calls:
             raise RecipeError(
                 "there is no tool call to give a result for",
-                fix="start chat with --tools FILE and ask a question that needs a tool",
+                fix="start chat with --tools FILE",
             )
         result: Message = {"role": "tool", "content": text, "name": str(calls[0]["function"]["name"])}
         if "id" in calls[0]:

@@ -1,4 +1,4 @@
-"""Generated answers: compared with their targets, listed, and the figures of a metric library."""
+"""Generated answers: comparison with the targets, listing, and the metrics of sacrebleu."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ GENERATED = [Generated("cd", 2, True), Generated("é", 1, False), Generated("ijk
 
 
 def answer_with(generated, monkeypatch) -> list:
-    """Puts these answers in the place of a model's; returns what will have been asked."""
+    """Replaces the model's answers by these; returns a list that collects the prompts."""
     asked = []
 
     def generate(model, tokenizer, *, prompts, **options):
@@ -50,7 +50,7 @@ def test_an_answer_is_exact_if_it_equals_the_target_and_stops(monkeypatch):
     assert found.select(np.array([False, True, False, False])).to_json() == {"asked": 0}
 
 
-def test_documents_ask_nothing():
+def test_documents_have_no_prompts():
     assert measure_answers(tiny_model(), byte_tokenizer(), examples=[document("a")], metrics={}) is None
 
 
@@ -59,7 +59,7 @@ def to_answers(*pairs: tuple[str, str]) -> Answers:
     return Answers(samples, load_metrics())
 
 
-def test_chrf_and_bleu_are_those_of_the_whole_set():
+def test_chrf_and_bleu_are_computed_over_all_answers():
     """``abc`` for ``abd``: 2 of 3 letters, 1 of 2 pairs, 0 of 1 triple agree, so F is their mean, 7 / 18."""
     assert to_answers(("abd", "abc")).to_json()["chrf"] == pytest.approx(100 * 7 / 18)
     exact = to_answers(("yes", "yes"), ("a b c d e", "a b c d e")).to_json()
@@ -67,16 +67,16 @@ def test_chrf_and_bleu_are_those_of_the_whole_set():
     assert to_answers(("yes", "no")).to_json()["chrf"] == 0.0
 
 
-def test_short_answers_are_not_held_against_for_having_no_4_grams():
+def test_short_answers_are_not_penalized_for_having_no_4_grams():
     assert to_answers(("yes", "yes")).to_json()["bleu"] == pytest.approx(100)
 
 
-def test_without_the_package_the_error_names_the_extra_before_anything_is_opened(monkeypatch, capsys):
+def test_a_missing_package_is_reported_before_anything_is_loaded(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
 
     assert main(["evaluate", "no-run", "no-data", "--generate"]) == 6
     assert capsys.readouterr().err == (
-        "error: --generate: needs the package sacrebleu; fix: pip install 'hf_clm[eval]'\n"
+        "error: --generate: requires the package sacrebleu; fix: pip install 'hf_clm[eval]'\n"
     )
 
 
@@ -85,7 +85,7 @@ def folder(tmp_path):
     return save_folder(tmp_path / "model", tiny_model(), byte_tokenizer())
 
 
-def test_samples_stand_in_the_json_and_on_the_page(folder, tmp_path, monkeypatch, capsys):
+def test_samples_are_in_the_json_and_on_the_page(folder, tmp_path, monkeypatch, capsys):
     rows = [{"prompt": "ab", "completion": "cd"}, {"prompt": "<i>", "completion": "é"}]
     paths = [write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "b.jsonl", rows[:1])]
     answer_with([Generated("cd", 2, True), Generated("<b>", 1, False), Generated("cx", 2, True)], monkeypatch)
@@ -125,12 +125,11 @@ def test_documents_have_nothing_to_generate(folder, tmp_path, capsys):
 
     assert main(["evaluate", folder, path, "--generate", "--device", "cpu"]) == 3
     assert (
-        f"error: {path}: no example has a prompt to answer; fix: leave out --generate"
-        in capsys.readouterr().err
+        f"error: {path}: no example has a prompt to answer; fix: remove --generate" in capsys.readouterr().err
     )
 
 
-def test_choices_generate_nothing_unless_asked(folder, tmp_path, capsys):
+def test_with_choices_nothing_is_generated_by_default(folder, tmp_path, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "ab", "completion": "c"}])
     words = [
         "evaluate",

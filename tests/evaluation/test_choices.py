@@ -1,4 +1,4 @@
-"""Choices, against loops of plain transformers and tables that a reader can count."""
+"""Choices, compared with plain transformers and with tables computed by hand."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def to_rows(examples, *, choices=CHOICES, max_length=64, tokenizer=None):
 
 
 def log_probabilities(prompt: bytes, choice: bytes) -> list[float]:
-    """Of the bytes of the choice and the end token behind them, each predicted from all before it."""
+    """Returns the log-probabilities of the bytes of the choice and the end token, each given all before it."""
     model, ids, found = tiny_model(), [*prompt], []
     for token in [*choice, EOS]:
         with torch.no_grad():
@@ -71,7 +71,7 @@ def test_a_score_is_the_sum_over_the_tokens_of_the_choice_and_its_stop_token(bat
 
 
 @pytest.mark.parametrize("batch_size", [1, 64])
-def test_or_the_mean_a_token(batch_size):
+def test_a_score_can_be_the_mean_over_the_tokens(batch_size):
     rows = to_rows([prompted("Is it?", "yes")])
 
     found = measure_choices(packed_model(), rows, choices=3, by="mean", batch_size=batch_size)
@@ -91,15 +91,15 @@ def test_a_model_that_computes_all_logits_gives_the_same_scores(monkeypatch):
     assert measure_choices(packed_model(), rows, choices=3, by="sum", batch_size=4) == pytest.approx(found)
 
 
-def test_a_broken_model_prefers_nothing():
+def test_nan_log_probabilities_are_an_error():
     model = packed_model()
     torch.nn.init.constant_(model.get_input_embeddings().weight, float("nan"))
 
-    with pytest.raises(ModelError, match="--choices: its log-probabilities are NaN"):
+    with pytest.raises(ModelError, match="--choices: the model's log-probabilities are NaN"):
         measure_choices(model, to_rows([prompted("a", "yes")]), choices=3, by="sum", batch_size=4)
 
 
-def test_the_word_of_a_template_is_replaced_and_what_stands_around_it_stays():
+def test_a_choice_replaces_the_column_of_a_template_and_keeps_the_text_around_it():
     own = {"weight": 1, "is_own": True}
     prompt = [Segment("Lamp?", False), Segment(" A:", False, is_own=True)]
     example = Document([*prompt, Segment(" ", **own), Segment("no", True), Segment(".", **own)])
@@ -117,7 +117,7 @@ def test_the_word_of_a_template_is_replaced_and_what_stands_around_it_stays():
     ]
 
 
-def test_the_last_turn_of_a_chat_and_the_last_target_of_segments_are_what_is_chosen():
+def test_choices_replace_the_last_turn_of_a_chat_and_the_last_target_of_segments():
     chat = Chat(
         [
             {"role": "user", "content": "Hi"},
@@ -141,7 +141,7 @@ def test_the_last_turn_of_a_chat_and_the_last_target_of_segments_are_what_is_cho
     assert with_answer(chat, "yes") == Chat([*chat.messages[:-1], {"role": "assistant", "content": "yes"}])
 
 
-def test_a_long_prompt_is_cut_at_one_place_for_all_choices():
+def test_a_long_prompt_is_truncated_equally_for_all_choices():
     rows = to_rows([prompted("0123456789", "yes")], choices=["yes", "no"], max_length=8)
 
     assert [row["input_ids"] for row in rows] == [[*b"6789yes", EOS], [*b"6789no", EOS]]
@@ -149,25 +149,25 @@ def test_a_long_prompt_is_cut_at_one_place_for_all_choices():
 
 def test_choices_that_leave_no_room_for_a_prompt_are_an_error():
     with pytest.raises(
-        DataError, match=r"^a.jsonl:1: no prompt fits beside the choices within 4 tokens; fix"
+        DataError, match=r"^a.jsonl:1: the choices leave no room for the prompt within 4 tokens"
     ):
         to_rows([prompted("ab", "yes")], choices=["yes", "no"], max_length=4)
 
 
 @pytest.mark.parametrize("text", ["yes", "", "yes,", "yes,yes", "yes, "])
-def test_fewer_than_two_choices_are_refused(text):
+def test_fewer_than_two_choices_are_rejected(text):
     with pytest.raises(RecipeError, match="--choices: expected two or more different choices; got"):
         to_choices(text)
 
 
-def test_a_completion_that_is_no_choice_names_its_line():
+def test_a_completion_that_is_not_a_choice_is_reported_with_its_line():
     examples = read_examples([prompted("a", "yes"), prompted("a", "maybe")])
 
     with pytest.raises(DataError) as error:
         find_expected(examples, ["yes", "no"])
 
     assert str(error.value) == (
-        "a.jsonl:2: the completion is none of the choices; got 'maybe'; fix: --choices names 'yes', 'no'"
+        "a.jsonl:2: the completion is not one of the choices 'yes', 'no'; got 'maybe'; fix: add it to --choices"
     )
 
 
@@ -176,27 +176,27 @@ def test_a_completion_that_is_no_choice_names_its_line():
     [document("a"), prompted("", "yes"), Tokens([1, 2], [-100, 2], [2])],
     ids=["document", "no prompt", "tokenized"],
 )
-def test_a_record_without_prompt_and_completion_has_nothing_to_choose(example):
-    with pytest.raises(DataError, match=r"^a.jsonl:1: has no prompt and completion to choose"):
+def test_a_record_without_prompt_and_completion_is_an_error(example):
+    with pytest.raises(DataError, match=r"^a.jsonl:1: the example has no prompt and completion"):
         find_expected(read_examples([example]), ["yes", "no"])
 
 
-def test_a_choice_is_no_two_columns():
+def test_a_completion_with_two_columns_is_an_error():
     own = Segment(" and ", True, is_own=True)
     example = Document([Segment("a", False), Segment("b", True), own, Segment("c", True)])
 
-    with pytest.raises(RecipeError, match="a choice cannot stand for several columns of a completion"):
+    with pytest.raises(RecipeError, match="a choice cannot replace several columns of a completion"):
         find_expected(read_examples([example]), ["b", "c"])
 
 
 def to_verdicts(choices: str, expected: str, chosen: str) -> Verdicts:
-    """One letter a choice, and one an example."""
+    """Builds verdicts from one letter per choice and one per example."""
     scores = [[0.0 if choice == one else -1.0 for choice in choices] for one in chosen]
     return Verdicts([*choices], np.array([choices.index(one) for one in expected]), np.array(scores))
 
 
-def test_of_two_choices_the_first_is_positive():
-    """Right: 2 of 3 y, 1 of 2 n. F1 of y: 2 * 2 / (2 * 2 + 1 + 1)."""
+def test_with_two_choices_the_first_is_the_positive_class():
+    """Correct: 2 of 3 y, 1 of 2 n. F1 of y: 2 * 2 / (2 * 2 + 1 + 1)."""
     found = to_verdicts("yn", "yyynn", "yynyn").to_json()
 
     assert found == {
@@ -208,8 +208,8 @@ def test_of_two_choices_the_first_is_positive():
     }
 
 
-def test_of_more_choices_f1_is_the_mean():
-    """F1 of a: 2 / (2 + 0 + 1), of b: 2 / (2 + 1 + 0), of c, which nobody names: 0."""
+def test_with_more_choices_f1_is_the_macro_average():
+    """F1 of a: 2 / (2 + 0 + 1), of b: 2 / (2 + 1 + 0), of c, which never occurs: 0."""
     found = to_verdicts("abc", "aab", "abb").to_json()
 
     assert (found["f1"], found["f1_of"]) == (pytest.approx(4 / 9), "macro")
@@ -290,7 +290,7 @@ def test_the_command_agrees_with_plain_transformers(folder):
             assert score == pytest.approx(-loss * (len(choice) + 1), rel=1e-4, abs=1e-5)
 
 
-def test_figures_of_each_file_stand_beside_those_of_all(folder, capsys):
+def test_metrics_are_listed_per_file_and_over_all_files(folder, capsys):
     right = write_pairs(folder / "right.tsv", PAIRS[2:6])
     wrong = write_pairs(
         folder / "wrong.tsv", [(first, second, 1 - label) for first, second, label in PAIRS[:4]]
@@ -313,16 +313,16 @@ def test_figures_of_each_file_stand_beside_those_of_all(folder, capsys):
     assert [line[0] for line in lines[-3:]] == ["file", right, wrong]
 
 
-def test_a_value_that_is_no_choice_stops_before_the_model_is_opened(folder, capsys):
+def test_an_unknown_label_is_an_error_before_the_model_is_loaded(folder, capsys):
     words = ["evaluate", str(folder / "run"), str(folder / "train.tsv"), "--choices", "yes,nope"]
 
     assert main(words) == 3
     shown = capsys.readouterr().err
-    assert "train.tsv: record 5: the completion is none of the choices; got 'no'" in shown
+    assert "train.tsv: record 5: the completion is not one of the choices 'yes', 'nope'; got 'no'" in shown
     assert "did you mean 'nope'?" in shown
 
 
-def test_a_formatless_model_compares_completions_as_they_are_written(tmp_path, capsys):
+def test_completions_are_compared_verbatim_for_a_model_without_a_format(tmp_path, capsys):
     folder = save_folder(tmp_path / "model", tiny_model(), byte_tokenizer())
     rows = [{"prompt": "a:", "completion": " yes"}, {"prompt": "b:", "completion": " no"}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)

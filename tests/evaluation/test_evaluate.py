@@ -1,4 +1,4 @@
-"""``hf-clm evaluate`` reads and labels data as the run did, so it gives the run's own eval loss."""
+"""``hf-clm evaluate`` reads and labels data as in the run, so it reproduces the run's eval loss."""
 
 import json
 from argparse import Namespace
@@ -32,8 +32,8 @@ train: {output_dir: run, max_steps: 1, use_cpu: true, bf16: false, save_strategy
 
 
 @pytest.mark.parametrize("drop_last", ["false", "true"])
-def test_the_eval_set_of_a_run_gives_its_eval_loss(drop_last, tmp_path, monkeypatch):
-    """With the columns, the turns and the policy of the recipe; 2 rows do not fill an eval batch of 8."""
+def test_evaluating_the_eval_set_of_a_run_reproduces_its_eval_loss(drop_last, tmp_path, monkeypatch):
+    """Uses the columns, turns and policy of the recipe; 2 rows do not fill an eval batch of 8."""
     monkeypatch.chdir(tmp_path)
     tokenizer = byte_tokenizer()
     use_chat_template(tokenizer, "chatml")
@@ -67,7 +67,7 @@ def test_the_eval_set_of_a_run_gives_its_eval_loss(drop_last, tmp_path, monkeypa
     assert found["asked"] == 2
 
 
-def test_lines_that_the_run_skips_are_counted(tmp_path, monkeypatch, capsys):
+def test_skipped_lines_are_counted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tokenizer = byte_tokenizer()
     use_chat_template(tokenizer, "chatml")
@@ -84,6 +84,6 @@ def test_lines_that_the_run_skips_are_counted(tmp_path, monkeypatch, capsys):
     assert (found["examples"], found["skipped"]) == (2, 1)
 
 
-def test_a_run_that_is_not_there_is_said_before_its_data_are_read(capsys):
+def test_a_missing_run_is_reported_before_the_data_are_read(capsys):
     assert main(["evaluate", "./no-run", "no-data.jsonl"]) == 4
     assert capsys.readouterr().err.startswith("error: run or model: no such folder; got './no-run'; fix:")

@@ -1,4 +1,4 @@
-"""Likelihood, against sums written out here; what is asked of an example."""
+"""Likelihood, compared with sums computed by hand."""
 
 import math
 
@@ -23,7 +23,7 @@ def packed_model():
 
 
 def nll_by_hand(texts: list[tuple[bytes, bytes]]) -> float:
-    """Of every target byte and the end token after them."""
+    """Returns the summed nll of all target bytes and end tokens."""
     model, total = tiny_model(), 0.0
     for prompt, target in texts:
         ids = [*prompt, *target, EOS]
@@ -46,7 +46,7 @@ def test_likelihood_is_the_sum_over_targets_for_any_batch_size(batch_size):
     assert found.row_losses[1] == pytest.approx(nll_by_hand([(b"a", "é".encode())]) / 3, rel=1e-5)
 
 
-def test_a_pretraining_set_counts_the_whole_text():
+def test_pretraining_counts_the_complete_text():
     dataset = PretrainDataset([document("abc"), prompted("d", "e")], byte_tokenizer(), max_length=32)
 
     found = measure_likelihood(packed_model(), byte_tokenizer(), dataset=dataset)
@@ -55,8 +55,8 @@ def test_a_pretraining_set_counts_the_whole_text():
     assert found.nll.sum() == pytest.approx(nll_by_hand([(b"a", b"bc"), (b"d", b"e")]), rel=1e-6)
 
 
-def test_the_figures_are_divided_once():
-    """Two rows of one first, no or one further, and one stop token."""
+def test_means_are_computed_over_all_targets():
+    """Two rows with one first token, zero or one content token, and one stop token."""
     nll = np.array([[2.0, 0.0, 1.0], [1.0, 3.0, 1.0]]) * math.log(2)
     counts = np.array([[1, 0, 1], [1, 1, 1]])
     found = Likelihood(nll, counts, np.array([1, 3]), np.array([1, 3]))
@@ -86,7 +86,7 @@ def test_the_figures_are_divided_once():
         ([X, X, 65], ["first"]),
     ],
 )
-def test_first_content_and_stop_are_told_by_their_place(labels, kinds):
+def test_the_kind_of_a_target_token_depends_on_its_position(labels, kinds):
     found = target_kinds(np.array(labels), [EOS])
 
     assert [("first", "content", "stop")[kind] for kind in found] == kinds

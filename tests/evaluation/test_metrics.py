@@ -1,4 +1,4 @@
-"""Figures that a reader can check with a pocket calculator."""
+"""Metrics that a reader can check with a pocket calculator."""
 
 import math
 
@@ -9,7 +9,7 @@ from helpers import X
 
 from hf_clm.evaluation.metrics import bits_per_byte, logit_figures, perplexity, token_nll, unigram_entropy
 
-# Two tokens, A = 0 and B = 1; each row of logits says "A, three to one" or "B, three to one".
+# Two tokens, A = 0 and B = 1; each row of logits gives A or B three times the probability of the other.
 A, B = [math.log(3.0), 0.0], [0.0, math.log(3.0)]
 
 
@@ -23,7 +23,7 @@ def test_logits_are_compared_with_the_label_that_follows():
     )
 
 
-def test_what_has_no_label_counts_nothing():
+def test_tokens_without_a_label_do_not_count():
     logits = torch.tensor([[A, B, A], [A, A, A]])
     labels = torch.tensor([[0, X, 0], [X, X, X]])
 
@@ -31,7 +31,7 @@ def test_what_has_no_label_counts_nothing():
     assert token_nll(logits, labels).tolist() == [pytest.approx([0.0, math.log(4)]), [0.0, 0.0]]
 
 
-def test_chunks_change_nothing(monkeypatch):
+def test_chunks_do_not_change_the_result(monkeypatch):
     logits, labels = torch.tensor([[A, B, A, A, B, B]]), torch.tensor([[X, 1, 0, X, 1, 0]])
     whole = token_nll(logits, labels).tolist()
     monkeypatch.setattr("hf_clm.evaluation.metrics.CHUNK_TOKENS", 2)
@@ -56,7 +56,7 @@ def test_half_precision_logits_are_summed_in_float32():
         ([], 0.0),
     ],
 )
-def test_unigram_entropy_is_that_of_the_label_frequencies(counts, entropy):
+def test_unigram_entropy_is_the_entropy_of_the_label_frequencies(counts, entropy):
     assert unigram_entropy(np.array(counts, dtype=np.int64)) == pytest.approx(entropy)
 
 

@@ -1,4 +1,4 @@
-"""hf-clm chat: in a terminal and through a pipe, with a model that knows its conversations by heart."""
+"""hf-clm chat in a terminal and through a pipe, with a model that has memorized its conversations."""
 
 import io
 import os
@@ -50,7 +50,7 @@ def taught(tmp_path_factory) -> str:
 
 @pytest.fixture
 def talk(monkeypatch, capsys):
-    """What is printed for these lines of the standard input."""
+    """Runs hf-clm chat with these lines as standard input; returns the lines it prints."""
 
     def printed(run: str, lines: str | bytes, *options: str) -> list[str]:
         given = lines if isinstance(lines, bytes) else lines.encode()
@@ -79,7 +79,7 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def wait_for(self, text: str) -> str:
-        """Reads until ``text`` is shown; returns what came before it."""
+        """Reads until ``text`` appears; returns the output before it."""
         while text not in self.shown:
             assert select.select([self._master], [], [], 60)[0], f"no {text!r} after {self.shown!r}"
             self.shown += os.read(self._master, 4096).decode().replace("\r\n", "\n")
@@ -87,7 +87,7 @@ class Terminal:
         return before
 
     def interrupt(self) -> None:
-        """Ctrl-C, once the process waits for a line."""
+        """Presses Ctrl-C once the process waits for a line."""
         state = Path(f"/proc/{self.process.pid}/stat")
         while state.read_text().rpartition(") ")[2][0] != "S":
             os.sched_yield()
@@ -100,7 +100,7 @@ class Terminal:
 
 
 def _take_terminal() -> None:
-    """Makes the terminal that of the new session, so that Ctrl-C reaches it."""
+    """Makes the terminal the controlling terminal of the new session, so that Ctrl-C reaches it."""
     import fcntl
     import termios
 
@@ -120,14 +120,14 @@ def terminal():
         one.close()
 
 
-def test_an_answer_depends_on_what_was_said_before(chatty, talk):
+def test_an_answer_depends_on_the_earlier_turns(chatty, talk):
     assert talk(chatty, "hi\nagain\n") == ["hello", "hello twice"]
     assert talk(chatty, "again\nhi\n") == ["what?", "now hello"]
 
 
-def test_reset_forgets_what_was_said_but_not_the_system_message(chatty, talk):
+def test_reset_clears_the_conversation_but_not_the_system_message(chatty, talk):
     assert talk(chatty, "again\n/reset\nhi\nagain\n")[1:] == [
-        "(the conversation is forgotten)",
+        "(started a new conversation)",
         "hello",
         "hello twice",
     ]
@@ -139,23 +139,23 @@ def test_the_system_message_can_be_changed(chatty, talk):
 
     assert lines == [
         "hello",
-        "(begun anew with this system message)",
+        "(started a new conversation with this system message)",
         "HELLO",
         "HELLO TWICE",
-        "(begun anew without one)",
+        "(started a new conversation without a system message)",
         "hello",
     ]
 
 
-def test_what_is_typed_stays_plain_text(chatty, talk):
+def test_typed_control_tokens_stay_plain_text(chatty, talk):
     assert talk(chatty, "<|im_end|>\n/reset\n茶?\n")[::2] == ["just text", "🐉 é 茶"]
 
 
-def test_an_instruction_may_have_several_lines_and_is_answered_alone(taught, talk):
+def test_an_instruction_may_have_several_lines_and_is_answered_on_its_own(taught, talk):
     lines = talk(taught, "one\\\ntwo\n\nx\none\\\ntwo\n")
 
     assert lines == [
-        "(this run learned single instructions: each line is one, and is answered alone)",
+        "(this run was trained on single instructions: each line is answered on its own)",
         *["first", "second", "y", "first", "second"],
     ]
 
@@ -165,8 +165,8 @@ def test_a_model_without_a_template_continues_the_text(tmp_path, talk):
 
     lines = talk(folder, "abc\n", "--max_new_tokens", "1")
 
-    assert lines[0] == "(this model learned no conversations: each text is continued as it is)"
-    assert lines[-1] == "(cut: --max_new_tokens allows more)"
+    assert lines[0] == "(this model was not trained on conversations: it continues each text you enter)"
+    assert lines[-1] == "(cut off: --max_new_tokens is reached)"
 
 
 @pytest.mark.parametrize(
@@ -174,14 +174,17 @@ def test_a_model_without_a_template_continues_the_text(tmp_path, talk):
     [
         (
             "/rest",
-            "error: no such command; got '/rest'; fix: one of /help, /reset, /system, /tool, /quit; did you",
+            "error: unknown command; got '/rest'; fix: use one of /help, /reset, /system, /tool, /quit; did",
         ),
-        ("/system be kind", "error: a run of format instruct has no system message; fix: leave it out"),
+        (
+            "/system be kind",
+            "error: a run of format instruct does not support system messages; fix: leave it out",
+        ),
         ("\ufdd0", "error: the text contains a noncharacter (U+FDD0 or U+FDD1); fix: remove it"),
         (b"\xff", "error: the text is not UTF-8"),
     ],
 )
-def test_a_mistake_is_one_line_and_the_talk_goes_on(taught, talk, line, message):
+def test_an_error_is_one_line_and_the_chat_continues(taught, talk, line, message):
     line = line if isinstance(line, bytes) else line.encode()
 
     lines = talk(taught, line + b"\nx\n")
@@ -190,17 +193,17 @@ def test_a_mistake_is_one_line_and_the_talk_goes_on(taught, talk, line, message)
     assert lines[2:] == ["y"]
 
 
-def test_a_conversation_that_fills_the_positions_loses_its_oldest_turns(tmp_path, talk):
+def test_a_conversation_that_is_too_long_loses_its_oldest_turns(tmp_path, talk):
     records = [turns("hi", "hello")]
     folder = learn_by_heart(tmp_path, records, format="messages", max_position_embeddings=40)
 
     assert talk(folder, "hi\nhi\n" + "x" * 30 + "\nhi\n") == [
         "hello",
-        "(no room for the whole conversation: its oldest messages (2) are forgotten)",
+        "(the conversation is too long: dropped the oldest messages (2))",
         "hello",
-        "error: the text is too long to be answered; got 49 tokens, and the model has 40 positions; "
+        "error: the prompt leaves no room for an answer; got 49 tokens for a model with 40 positions; "
         "fix: shorten it",
-        "(no room for the whole conversation: its oldest messages (2) are forgotten)",
+        "(the conversation is too long: dropped the oldest messages (2))",
         "hello",
     ]
 
@@ -225,7 +228,7 @@ def test_the_lines_of_a_pipe_are_answered(taught):
     assert (done.stdout.splitlines()[1:], done.stderr) == (["y"], "")
 
 
-def test_in_a_terminal_the_answer_stands_under_the_question(chatty, terminal):
+def test_in_a_terminal_the_answer_follows_the_question(chatty, terminal):
     screen = terminal(chatty)
 
     screen.wait_for("> ")
@@ -236,7 +239,7 @@ def test_in_a_terminal_the_answer_stands_under_the_question(chatty, terminal):
     assert screen.process.wait(timeout=60) == 0
 
 
-def test_ctrl_c_stops_the_answer_and_twice_leaves(tmp_path, terminal):
+def test_ctrl_c_stops_the_answer_and_a_second_one_quits(tmp_path, terminal):
     endless = tiny_model("gpt2", n_layer=1, n_positions=100_000, tie_word_embeddings=False)
     with torch.no_grad():
         endless.transformer.ln_f.bias.fill_(1.0)
@@ -253,12 +256,12 @@ def test_ctrl_c_stops_the_answer_and_twice_leaves(tmp_path, terminal):
     assert screen.process.wait(timeout=60) == 0
 
 
-def test_ctrl_c_at_the_question_says_how_to_leave(taught, terminal):
+def test_ctrl_c_at_the_prompt_explains_how_to_quit(taught, terminal):
     screen = terminal(taught)
 
     screen.wait_for("> ")
     screen.interrupt()
-    screen.wait_for("(Ctrl-C again, or /quit, leaves)\n> ")
+    screen.wait_for("(press Ctrl-C again or type /quit to quit)\n> ")
     screen.type("x\n")
     assert screen.wait_for("\n> ") == "x\ny"
     screen.type("\x04")
@@ -276,24 +279,24 @@ def cramped(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("option", [[], ["--max_new_tokens", "40"], ["--max_new_tokens", "9000"]])
 def test_a_long_conversation_with_a_system_message_is_answered_at_every_line(cramped, talk, option):
-    """Whatever is asked for, the oldest turns make room, and the system message stays."""
+    """The oldest turns are dropped and the system message is kept, whatever max_new_tokens is."""
     lines = talk(cramped, "hi\n" * 6, "--system", "S", *option)
 
     assert [line for line in lines if not line.startswith("(")] == ["hello"] * 6
-    assert lines.count("(no room for the whole conversation: its oldest messages (2) are forgotten)") == 5
+    assert lines.count("(the conversation is too long: dropped the oldest messages (2))") == 5
 
 
-def test_a_line_that_is_too_long_beside_the_system_message_is_told_what_can_be_done(cramped, talk):
+def test_a_line_that_does_not_fit_with_the_system_message_suggests_a_fix(cramped, talk):
     lines = talk(cramped, "hi\n" + "x" * 40 + "\n/system\nhi\n", "--system", "S" * 10)
 
     assert lines[1] == (
-        "error: the text is too long to be answered; got 79 tokens, and the model has 64 positions; "
-        "fix: shorten it, or the system message: /system TEXT"
+        "error: the prompt leaves no room for an answer; got 79 tokens for a model with 64 positions; "
+        "fix: shorten it, or the system message (/system TEXT)"
     )
     assert lines[3] == "hello"
 
 
-def test_an_answer_that_ends_at_the_positions_says_so(tmp_path, talk):
+def test_an_answer_that_reaches_the_maximum_length_reports_it(tmp_path, talk):
     endless = tiny_model("gpt2", n_layer=1, n_positions=12, tie_word_embeddings=False)
     with torch.no_grad():
         endless.transformer.ln_f.bias.fill_(1.0)
@@ -302,6 +305,6 @@ def test_an_answer_that_ends_at_the_positions_says_so(tmp_path, talk):
 
     assert talk(folder, "abc\n")[1:] == [
         "z" * 9,
-        "(cut: the model has no positions left; /reset begins anew)",
+        "(cut off: the model's maximum length is reached; /reset starts a new conversation)",
     ]
-    assert talk(folder, "abc\n", "--max_new_tokens", "2")[2] == "(cut: --max_new_tokens allows more)"
+    assert talk(folder, "abc\n", "--max_new_tokens", "2")[2] == "(cut off: --max_new_tokens is reached)"

@@ -1,6 +1,6 @@
-"""One rule of decoding: every command gives the answers that the arg max of the model gives.
+"""One rule of decoding: every command gives the greedy answer of the model.
 
-The reference is written by hand: the whole text is read anew for each token, without cache and padding.
+The reference implementation reads the complete text again for each token, without cache and padding.
 """
 
 import json
@@ -35,7 +35,7 @@ PROMPTS = ["a", "hello there", "xyz", "the quick brown fox", "to be", "012345678
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2}
 HEADS = {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
-# Of the architectures that are not in helpers.SIZES: recurrent, hybrid, with a window shorter than prompts.
+# Architectures that are not in helpers.SIZES: recurrent, hybrid, with a window shorter than prompts.
 SIZES: dict[str, dict[str, Any]] = {
     "rwkv": {**SMALL, "attention_hidden_size": 32, "context_length": 64},
     "mamba": {**SMALL, "state_size": 8},
@@ -80,7 +80,7 @@ POISON: dict[str, dict[str, Any]] = {
 
 
 def build_model(kind: str) -> PreTrainedModel:
-    """Weights far from their first values, so that padding that is read shows in the answers."""
+    """Weights far from their initial values, so that reading padding changes answers."""
     if kind in SIZES:
         torch.manual_seed(0)
         ids = {"vocab_size": 260, "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": PAD}
@@ -97,7 +97,7 @@ def build_model(kind: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def arg_max(model: PreTrainedModel, prompt: str, *, new: int) -> str:
-    """The greedy answer, by definition."""
+    """Returns the greedy answer, by definition."""
     ids, found = list(prompt.encode()), []
     while len(found) < new:
         token = int(model(input_ids=torch.tensor([ids + found]), use_cache=False).logits[0, -1].argmax())
@@ -111,7 +111,7 @@ def arg_max(model: PreTrainedModel, prompt: str, *, new: int) -> str:
 
 
 def by_generate(folder: str, capsys: Any, *, prompts: list[str] = PROMPTS, **asked: Any) -> list[str]:
-    """``hf-clm generate``, all prompts at once."""
+    """Answers with ``hf-clm generate``, all prompts at once."""
     words = [word for prompt in prompts for word in ("--prompt", prompt)]
     for name, value in asked.items():
         for one in value if isinstance(value, list) else [value]:
@@ -122,7 +122,7 @@ def by_generate(folder: str, capsys: Any, *, prompts: list[str] = PROMPTS, **ask
 
 
 def by_chat(folder: str, *, prompts: list[str] = PROMPTS, **asked: Any) -> list[str]:
-    """``hf-clm chat``: a text model continues each line."""
+    """Answers with ``hf-clm chat``: a text model continues each line."""
     decoding, found = update_decoding(Decoding(), asked), []
     talk = Conversation(load_run(folder, attention=None, device="cpu"), decoding, system="")
     for number, prompt in enumerate(prompts):
@@ -134,7 +134,7 @@ def by_chat(folder: str, *, prompts: list[str] = PROMPTS, **asked: Any) -> list[
 def by_serve(
     folder: str, *, prompts: list[str] = PROMPTS, use_model_settings: bool = False, **asked: Any
 ) -> list[list[str]]:
-    """``hf-clm serve``: a list of prompts, each prompt streamed, /generate, and as chats."""
+    """Answers with ``hf-clm serve``: as a list of prompts, as chats, and with /generate."""
     options = Namespace(run=folder, name="m", host="127.0.0.1", max_new_tokens=64, max_body_bytes=10**6)
     options.use_model_settings, options.max_prompt_tokens = use_model_settings, None
     body = {**asked, "max_tokens": asked["max_new_tokens"]}
@@ -165,7 +165,7 @@ def by_serve(
 
 
 def app_of(run: Any, options: Namespace) -> Any:
-    """The server's app; its worker is made inside the loop that it runs in."""
+    """Returns the server's app, whose worker must be created inside its event loop."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if "inner" not in made:
@@ -178,7 +178,7 @@ def app_of(run: Any, options: Namespace) -> Any:
 
 
 def by_samples(folder: str, tmp_path: Path, **asked: Any) -> list[str]:
-    """The samples of a run."""
+    """Answers with the samples of a run."""
     place = tmp_path / "run"
     place.mkdir()
     run = load_run(folder, attention=None, device="cpu")
@@ -198,7 +198,7 @@ def by_samples(folder: str, tmp_path: Path, **asked: Any) -> list[str]:
 
 
 def by_evaluate(folder: str, tmp_path: Path, capsys: Any, *, new: int) -> list[str]:
-    """``hf-clm evaluate --generate``."""
+    """Answers with ``hf-clm evaluate --generate``."""
     records = [
         {"segments": [{"text": text, "train": False}, {"text": "x", "train": True}]} for text in PROMPTS
     ]
@@ -213,7 +213,7 @@ def by_evaluate(folder: str, tmp_path: Path, capsys: Any, *, new: int) -> list[s
 
 
 @pytest.mark.parametrize("kind", [*IN_BATCHES])
-def test_every_command_gives_the_arg_max_of_the_model(kind, tmp_path, capsys):
+def test_every_command_gives_the_greedy_answer_of_the_model(kind, tmp_path, capsys):
     model = build_model(kind)
     folder = save_folder(tmp_path / "model", model, byte_tokenizer())
     expected = [arg_max(model, prompt, new=10) for prompt in PROMPTS]
@@ -223,12 +223,12 @@ def test_every_command_gives_the_arg_max_of_the_model(kind, tmp_path, capsys):
     assert by_chat(folder, max_new_tokens=10) == expected
     assert by_serve(folder, max_new_tokens=10) == [expected] * 3
     assert by_samples(folder, tmp_path, max_new_tokens=10) == expected
-    if kind not in ("rwkv", "recurrent_gemma", "minimax", "mamba", "bloom"):  # evaluate takes packed rows
+    if kind not in ("rwkv", "recurrent_gemma", "minimax", "mamba", "bloom"):  # evaluate packs rows
         assert by_evaluate(folder, tmp_path, capsys, new=10) == expected
 
 
 @pytest.mark.parametrize("poison", ["max_time", "stop_strings", "penalties", "forced", "beams", "wrong"])
-def test_no_generation_config_has_a_say_in_any_command(poison, tmp_path, capsys):
+def test_generation_config_has_no_effect_on_any_command(poison, tmp_path, capsys):
     model = build_model("gpt2")
     expected = [arg_max(model, prompt, new=10) for prompt in PROMPTS]
     folder = save_folder(tmp_path / "model", model, byte_tokenizer())
@@ -242,7 +242,7 @@ def test_no_generation_config_has_a_say_in_any_command(poison, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "{", "\xff"])
-def test_a_generation_config_that_cannot_be_read_has_no_say_either(content, tmp_path, capsys):
+def test_an_unreadable_generation_config_has_no_effect_either(content, tmp_path, capsys):
     model = build_model("gpt2")
     folder = save_folder(tmp_path / "model", model, byte_tokenizer())
     (tmp_path / "model/generation_config.json").write_text(content, encoding="latin-1")
@@ -251,7 +251,7 @@ def test_a_generation_config_that_cannot_be_read_has_no_say_either(content, tmp_
 
 
 def test_no_value_of_any_setting_stops_a_model_or_changes_its_answers(tmp_path):
-    """Every setting that transformers knows, with one value after the other in generation_config.json."""
+    """Puts every setting of transformers into generation_config.json, with all kinds of values."""
     model = build_model("gpt2")
     folder = save_folder(tmp_path / "model", model, byte_tokenizer())
     expected = [arg_max(model, prompt, new=4) for prompt in PROMPTS[:2]]
@@ -271,8 +271,8 @@ def test_no_value_of_any_setting_stops_a_model_or_changes_its_answers(tmp_path):
 
 
 @pytest.mark.parametrize("poison", [name for name in POISON if name not in ("wrong", "ids", "objects")])
-def test_settings_on_a_model_in_memory_have_no_say_and_stay(poison):
-    """As a program may set them; a stop token that the model has still counts."""
+def test_settings_on_a_model_in_memory_have_no_effect_and_are_kept(poison):
+    """A program may set them; the model's stop tokens are still used."""
     model = build_model("qwen2")
     expected = [arg_max(model, prompt, new=10) for prompt in PROMPTS]
     settings = GenerationConfig(**POISON[poison], eos_token_id=EOS)
@@ -284,10 +284,10 @@ def test_settings_on_a_model_in_memory_have_no_say_and_stay(poison):
     assert model.generation_config is settings
 
 
-def test_legacy_settings_in_the_configuration_of_a_model_have_no_say():
+def test_legacy_settings_in_the_configuration_of_a_model_have_no_effect():
     model = build_model("gpt2")
     expected = arg_max(model, "a", new=6)
-    model.config.repetition_penalty = 3.0  # transformers' generate raises where it finds these
+    model.config.repetition_penalty = 3.0  # transformers' generate raises an error for these
 
     assert generate(model, byte_tokenizer(), prompts=["a"], decoding=Decoding(6))[0].text == expected
 
@@ -304,8 +304,8 @@ def test_legacy_settings_in_the_configuration_of_a_model_have_no_say():
         {"stop": ["\x1b", "e", "\ufffd"]},
     ],
 )
-def test_every_command_gives_one_answer_to_the_same_settings(asked, tmp_path, capsys):
-    """Prompt number n draws by the seed + n, in a batch as alone."""
+def test_every_command_gives_the_same_answer_with_the_same_settings(asked, tmp_path, capsys):
+    """Prompt n samples with seed + n, in a batch and alone."""
     model = build_model("qwen2")
     folder = save_folder(tmp_path / "model", model, byte_tokenizer())
     settings = {**asked, "max_new_tokens": 10}
@@ -321,8 +321,8 @@ def test_every_command_gives_one_answer_to_the_same_settings(asked, tmp_path, ca
 
 
 @pytest.mark.parametrize("draw", range(4))
-def test_every_command_gives_one_answer_to_whatever_is_asked(draw, tmp_path, capsys):
-    """Prompts, settings, an architecture and settings of its model, all drawn."""
+def test_every_command_gives_the_same_answer_with_random_settings(draw, tmp_path, capsys):
+    """Prompts, settings, the architecture and its generation_config.json are all random."""
     chance = random.Random(draw)
     kind, poison = chance.choice([*IN_BATCHES]), chance.choice([*POISON])
     letters = "abc xyz.,\t茶🐉é<|im_end|>0123"
@@ -348,10 +348,10 @@ def test_every_command_gives_one_answer_to_whatever_is_asked(draw, tmp_path, cap
 
 
 def test_penalties_do_not_see_the_padding():
-    """A penalty on the pad token, or an n-gram of padding, would tell a batch from a prompt alone."""
+    """A penalty on the pad token, or an n-gram of padding, would change answers in a batch."""
     model = build_model("qwen2")
     with torch.no_grad():
-        model.get_output_embeddings().weight[PAD] *= 6  # it is likely
+        model.get_output_embeddings().weight[PAD] *= 6  # makes it likely
     how = Decoding(12, repetition_penalty=2.0, no_repeat_ngram_size=2)
 
     together = generate(model, byte_tokenizer(), prompts=PROMPTS, decoding=how)
@@ -360,7 +360,7 @@ def test_penalties_do_not_see_the_padding():
 
 
 def test_a_short_prompt_has_as_much_room_in_a_batch_as_alone():
-    """32 positions: each answer goes on to the last one of its own."""
+    """With 32 positions, each answer continues up to its last one."""
     model = tiny_model("gpt2", n_positions=32, eos_token_id=None)
     model.generation_config.eos_token_id = None
 
@@ -374,12 +374,12 @@ def test_a_short_prompt_has_as_much_room_in_a_batch_as_alone():
 
 
 @pytest.mark.parametrize(("kind", "expected"), IN_BATCHES.items())
-def test_a_few_steps_tell_whether_a_batch_changes_answers(kind, expected):
+def test_the_probe_detects_whether_a_batch_changes_answers(kind, expected):
     assert probe(build_model(kind), byte_tokenizer()).takes_batches is expected
 
 
-def test_the_probe_sees_what_training_made_of_the_padding():
-    """recurrent_gemma reads padding as nothing as long as its biases are nothing, as they are at first."""
+def test_the_probe_notices_that_training_changed_the_effect_of_padding():
+    """Padding has no effect on recurrent_gemma while its biases are zero, as they are initially."""
     torch.manual_seed(0)
     ids = {"vocab_size": 260, "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": PAD}
     config = AutoConfig.for_model("recurrent_gemma", **ids, **SIZES["recurrent_gemma"])
@@ -396,8 +396,8 @@ def test_the_probe_sees_what_training_made_of_the_padding():
 
 
 @pytest.mark.parametrize("kind", [*IN_BATCHES])
-def test_what_was_read_before_changes_no_answer_and_neither_does_a_batch_of_one_length(kind):
-    """recurrent_gemma takes a prompt of one token for the next one of the text before; rwkv mixes rows."""
+def test_neither_an_earlier_text_nor_a_batch_of_equal_lengths_changes_answers(kind):
+    """recurrent_gemma appends a prompt of one token to the previous text; rwkv mixes rows."""
     model, prompts = build_model(kind), ["abcde", "z", "fghij", "z", "y", ""]
     expected = [arg_max(model, prompt, new=6) for prompt in prompts[:5]]
 
@@ -412,7 +412,7 @@ def test_what_was_read_before_changes_no_answer_and_neither_does_a_batch_of_one_
     assert [answer.text for answer in of_one_length] == [expected[0], expected[2]]
 
 
-def test_a_probe_leaves_the_random_state_and_the_settings_as_they_were():
+def test_the_probe_does_not_change_the_random_state_or_the_settings():
     model = build_model("gpt2")
     before, settings = torch.get_rng_state(), model.generation_config
 
@@ -422,14 +422,14 @@ def test_a_probe_leaves_the_random_state_and_the_settings_as_they_were():
     assert model.generation_config is settings
 
 
-def test_a_model_of_few_positions_answers_one_at_a_time():
+def test_a_model_with_few_positions_answers_one_prompt_at_a_time():
     assert probe(tiny_model("gpt2", n_positions=5), byte_tokenizer()) == Probe(False, True)
     assert probe(tiny_model("gpt2", n_positions=8), byte_tokenizer()) == Probe(True, True)
 
 
 @pytest.mark.parametrize("kind", [*IN_BATCHES])
-def test_beams_are_those_of_a_model_that_keeps_no_cache(kind):
-    """A state that stays behind when a beam takes another's place, as minimax's does, would show."""
+def test_beam_search_gives_the_same_answers_as_without_a_cache(kind):
+    """A state that is not reordered along with the beams, as in minimax, would change answers."""
     model = build_model(kind)
     expected = []
     for prompt in PROMPTS:
@@ -448,8 +448,8 @@ def test_beams_are_those_of_a_model_that_keeps_no_cache(kind):
 # --- stop texts and tokens
 
 
-def test_a_stop_text_is_looked_for_in_the_answer_alone():
-    """The prompt ends with its beginning, and the answer begins with its end."""
+def test_a_stop_text_is_only_searched_in_the_answer():
+    """The prompt ends with the beginning of the stop text, and the answer begins with its end."""
     model = build_model("gpt2")
     text = arg_max(model, "so it is", new=8)
     stop = "is" + text[0]
@@ -469,14 +469,14 @@ def test_a_stop_text_is_looked_for_in_the_answer_alone():
         (["x", 7, True, -1, 1.5, 2**40], {7}),
     ],
 )
-def test_what_is_no_id_ends_no_answer(given, expected):
+def test_invalid_stop_ids_are_ignored(given, expected):
     model = tiny_model("gpt2")
     model.generation_config.eos_token_id = given
 
     assert stop_ids(model) == expected
 
 
-def test_settings_are_put_back_after_a_fault():
+def test_settings_are_restored_after_an_error():
     model = tiny_model("gpt2")
     settings = model.generation_config
 
@@ -518,7 +518,7 @@ def folder_with(tmp_path: Path, settings: Any) -> str:
         ({}, Decoding()),
     ],
 )
-def test_the_settings_of_a_model_count_where_they_are_asked_for(settings, expected, tmp_path):
+def test_the_settings_of_a_model_are_read(settings, expected, tmp_path):
     assert read_model_settings(folder_with(tmp_path, settings)) == expected
 
 
@@ -527,21 +527,21 @@ def test_the_settings_of_a_model_count_where_they_are_asked_for(settings, expect
     [
         (
             {"suppress_tokens": [3]},
-            ": a setting that hf-clm does not follow; got suppress_tokens; fix: leave out ",
+            ": hf-clm does not support this setting; got suppress_tokens; fix: remove ",
         ),
-        ({"num_beams": 4}, ": a setting that hf-clm does not follow; got num_beams; fix: "),
+        ({"num_beams": 4}, ": hf-clm does not support this setting; got num_beams; fix: "),
         (
             {"temperature": "hot", "do_sample": True},
             ": temperature: expected a valid number, unable to parse string as a number; got 'hot'; fix: ",
         ),
         (
             {"top_p": 2},
-            ": top_p: expected less than or equal to 1; got 2; fix: leave out --use_model_settings",
+            ": top_p: expected less than or equal to 1; got 2; fix: remove --use_model_settings",
         ),
-        ([], ": there is none that can be read; fix: leave out --use_model_settings"),
+        ([], ": the file is missing or not valid JSON; fix: remove --use_model_settings"),
     ],
 )
-def test_settings_that_cannot_be_followed_are_refused_where_they_are_asked_for(settings, message, tmp_path):
+def test_unsupported_settings_of_a_model_are_rejected(settings, message, tmp_path):
     folder = folder_with(tmp_path, settings)
 
     with pytest.raises(ModelError) as error:
@@ -550,7 +550,7 @@ def test_settings_that_cannot_be_followed_are_refused_where_they_are_asked_for(s
     assert str(error.value).startswith(f"generation_config.json of {folder}{message}")
 
 
-def test_serve_begins_with_the_settings_of_the_model_where_it_is_told_to(tmp_path):
+def test_serve_can_start_from_the_settings_of_the_model(tmp_path):
     model = build_model("gpt2")
     folder = folder_with(tmp_path, {"repetition_penalty": 1.9})
     how = Decoding(8, repetition_penalty=1.9)
@@ -564,7 +564,7 @@ def test_serve_begins_with_the_settings_of_the_model_where_it_is_told_to(tmp_pat
 
 
 @pytest.mark.parametrize("words", [[], ["--repetition_penalty", "1"]])
-def test_the_flag_gives_the_settings_and_an_option_replaces_one(words, tmp_path, capsys):
+def test_options_override_the_settings_of_the_model(words, tmp_path, capsys):
     model = build_model("gpt2")
     folder = folder_with(tmp_path, {"repetition_penalty": 1.9})
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""generate: prompts rendered as in training, stopped as in training, in batches that do not show."""
+"""generate: prompts and stop tokens as in training, and batches that do not change answers."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def build_model(kind: str = "qwen2", **settings) -> PreTrainedModel:
 
 
 def counting_model(last: int = ord("e"), stop: int = EOS, **settings) -> PreTrainedModel:
-    """A GPT-2 made by hand that answers each byte with the next one, and ``last`` with ``stop``."""
+    """A GPT-2 built by hand that answers each byte with the next one, and ``last`` with ``stop``."""
     model = build_model("gpt2", n_layer=1, n_embd=260, n_head=1, tie_word_embeddings=False, **settings)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -45,7 +45,7 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def seen(model: PreTrainedModel, monkeypatch) -> list[list[list[int]]]:
-    """The input ids that the model is asked to continue, batch by batch."""
+    """Records the input ids of each batch that the model generates from."""
     batches, original = [], model.generate
 
     def recorded(**kwargs):
@@ -56,13 +56,13 @@ def seen(model: PreTrainedModel, monkeypatch) -> list[list[list[int]]]:
     return batches
 
 
-def test_the_answer_ends_at_the_stop_token_and_does_not_hold_it():
+def test_the_answer_ends_before_the_stop_token():
     assert generate(counting_model(), byte_tokenizer(), prompts=["a"], **OPTIONS) == [
         Generated("bcde", 4, True)
     ]
 
 
-def test_an_answer_that_is_cut_is_not_said_to_have_stopped():
+def test_a_truncated_answer_is_not_reported_as_stopped():
     answers = generate(counting_model(), byte_tokenizer(), prompts=["a"], decoding=Decoding(2))
 
     assert answers == [Generated("bc", 2, False)]
@@ -90,7 +90,7 @@ def test_a_prompt_is_padded_on_the_left_and_never_ends_in_a_stop_token(monkeypat
     assert batches[-1] == [
         [PAD, PAD, 97],
         [97, 98, 99],
-    ]  # those before it tell whether a batch changes answers
+    ]  # earlier batches are those of the probe
 
 
 def test_a_chat_opens_the_turn_of_the_assistant_and_stops_at_its_end(monkeypatch):
@@ -113,19 +113,19 @@ def test_control_tokens_in_a_prompt_are_plain_text(monkeypatch):
     assert batches == [[list(b"<|pad|>")]]
 
 
-def test_with_a_start_token_an_empty_prompt_begins_after_it(monkeypatch):
-    """A tokenizer that has one, but does not write it before a text."""
+def test_an_empty_prompt_is_the_start_token(monkeypatch):
+    """The tokenizer has a start token, but does not add it to texts."""
     model, tokenizer = counting_model(), byte_tokenizer()
     tokenizer.bos_token = "<|im_start|>"
     batches = seen(model, monkeypatch)
 
     generate(model, tokenizer, prompts=[""], **OPTIONS)
 
-    assert batches[-1] == [[IM_START]]  # those before it tell what the model takes
+    assert batches[-1] == [[IM_START]]  # earlier batches are those of the probe
 
 
 @pytest.mark.parametrize("option", [{"top_k": 1}, {"top_p": 1e-6}, {"top_p": 0}, {"min_p": 1}])
-def test_sampling_among_one_token_is_greedy(option):
+def test_sampling_from_one_token_is_greedy(option):
     model = build_model()
 
     one = Decoding(8, temperature=1.0, **option)
@@ -134,7 +134,7 @@ def test_sampling_among_one_token_is_greedy(option):
     assert sampled == generate(model, byte_tokenizer(), prompts=["a"], **OPTIONS)
 
 
-def test_no_repeat_ngram_size_repeats_none():
+def test_no_repeat_ngram_size_prevents_repetition():
     model = counting_model(last=0)
     with torch.no_grad():  # a, b, a, b, ...
         model.lm_head.weight.zero_()
@@ -150,10 +150,10 @@ def test_no_repeat_ngram_size_repeats_none():
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
-def test_beams_in_a_batch_give_each_prompt_the_answer_that_it_gets_alone(kind):
-    """Padded on the left, some stopping early; plain transformers continues each prompt by itself."""
+def test_beam_search_gives_the_same_answers_in_a_batch_and_alone(kind):
+    """The batch is padded and some answers stop early; plain transformers answers each prompt alone."""
     model = build_model(kind, seed=1, tie_word_embeddings=False)
-    with torch.no_grad():  # far from uniform, and inclined to stop
+    with torch.no_grad():  # far from uniform, and likely to stop
         head = model.get_output_embeddings().weight
         head *= 40
         head[EOS] *= 2
@@ -177,7 +177,7 @@ def test_beams_in_a_batch_give_each_prompt_the_answer_that_it_gets_alone(kind):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_a_stop_text_ends_the_answer_before_itself(beams):
+def test_an_answer_ends_before_a_stop_text(beams):
     how = Decoding(8, stop=("d",), num_beams=beams)
     answers = generate(counting_model(), byte_tokenizer(), prompts=["a", "c"], decoding=how)
 
@@ -197,21 +197,21 @@ def test_a_stop_text_ends_the_answer_before_itself(beams):
         ({"stop": ["x" * 201]}, "stop.0: String should have at most 200 characters"),
     ],
 )
-def test_a_setting_out_of_its_range_is_one_line(setting, message):
+def test_a_setting_out_of_range_is_a_one_line_error(setting, message):
     with pytest.raises(RecipeError) as error:
         update_decoding(Decoding(), setting)
 
     assert str(error.value) == message
 
 
-def test_a_prompt_that_cannot_be_spelled_is_refused_with_the_character():
+def test_a_prompt_with_an_unknown_character_is_rejected():
     tokenizer = train_characters(["abc"])
 
     with pytest.raises(DataError, match=r"^prompt 2: the tokenizer has no token for it; got 'f' \(U\+0066\)"):
         generate(build_model(), tokenizer, prompts=["ab", "café"])
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers():
+def test_a_prompt_that_leaves_no_room_is_rejected_with_the_numbers():
     with pytest.raises(RecipeError) as error:
         generate(
             build_model(max_position_embeddings=16),
@@ -222,20 +222,20 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers():
 
     assert str(error.value) == (
         "the model has 16 positions; got a prompt of 9 tokens and max_new_tokens 8; "
-        "fix: shorten the prompt or lower max_new_tokens; hf-clm generate --slide continues past them"
+        "fix: shorten the prompt, lower max_new_tokens, or use hf-clm generate --slide"
     )
 
 
 @pytest.mark.parametrize(
     ("positions", "asked", "given"), [(16, 8, 8), (16, 3, 3), (16, None, 8), (300, None, 256), (9, None, 1)]
 )
-def test_the_answer_gets_what_was_asked_for_or_what_there_is_room_for(positions, asked, given):
+def test_the_length_of_an_answer_is_max_new_tokens_or_the_room_left(positions, asked, given):
     model = tiny_model(max_position_embeddings=positions)
 
     assert fit_new_tokens(model, 8, max_new_tokens=asked) == given
 
 
-def test_a_prompt_that_fills_the_positions_is_refused():
+def test_a_prompt_that_leaves_no_positions_is_rejected():
     with pytest.raises(RecipeError, match="the model has 16 positions; got a prompt of 16 tokens"):
         fit_new_tokens(tiny_model(max_position_embeddings=16), 16, max_new_tokens=None)
 
@@ -250,7 +250,7 @@ def test_a_prompt_that_fills_the_positions_is_refused():
         ("sharegpt", Chat([{"role": "user", "content": "hi\n\nin"}])),
     ],
 )
-def test_plain_text_becomes_a_prompt_of_the_format_that_was_learned(format, example):
+def test_plain_text_becomes_a_prompt_of_the_run_format(format, example):
     assert to_prompt_example("hi", format, input_text="in") == example
 
 
@@ -258,7 +258,7 @@ def test_plain_text_becomes_a_prompt_of_the_format_that_was_learned(format, exam
 @pytest.mark.parametrize(
     ("format", "keys"), [("instruct", ("instruct", "input")), ("alpaca", ("instruction", "input"))]
 )
-def test_an_instruction_with_line_breaks_becomes_the_turn_that_its_record_becomes(format, keys, given):
+def test_an_instruction_with_line_breaks_becomes_the_same_turn_as_its_record(format, keys, given):
     record = dict(zip(keys, ("do\n", given), strict=True))
 
     prompt = to_prompt_example("do\n", format, input_text=given, has_turns=True)
@@ -267,11 +267,11 @@ def test_an_instruction_with_line_breaks_becomes_the_turn_that_its_record_become
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
-def test_slide_goes_on_past_the_positions_and_rereads_half_of_them(kind):
-    """By hand: 16 positions; a prompt of 3 leaves 13, and then each stretch reads 8 tokens and writes 8."""
+def test_slide_continues_past_the_maximum_length_from_the_last_half(kind):
+    """16 positions: a prompt of 3 leaves 13; then the model repeatedly reads 8 tokens and generates 8."""
     positions = {"gpt2": "n_positions", "qwen2": "max_position_embeddings"}[kind]
     model = tiny_model(kind, **{positions: 16}, eos_token_id=None)
-    model.generation_config.eos_token_id = PAD  # never the likeliest here
+    model.generation_config.eos_token_id = PAD  # never the most likely token here
     expected = {}
     for prompt, rooms in (("abc", [13, 8, 8, 1]), ("hello", [11, 8, 8, 3])):
         ids = list(prompt.encode())
@@ -292,7 +292,7 @@ def test_slide_goes_on_past_the_positions_and_rereads_half_of_them(kind):
     assert answers_together == answers
 
 
-def test_slide_stops_where_the_model_does_and_takes_a_prompt_longer_than_the_positions():
+def test_slide_stops_at_stop_tokens_and_accepts_prompts_over_the_maximum_length():
     model = counting_model(n_positions=4)
 
     answers = generate(model, byte_tokenizer(), prompts=["a", "xxxxxxxxxc"], slide=True, **OPTIONS)
@@ -300,6 +300,6 @@ def test_slide_stops_where_the_model_does_and_takes_a_prompt_longer_than_the_pos
     assert answers == [Generated("bcde", 4, True), Generated("de", 2, True)]
 
 
-def test_slide_and_beams_exclude_each_other():
-    with pytest.raises(RecipeError, match="slide and num_beams exclude each other"):
+def test_slide_and_beams_cannot_be_combined():
+    with pytest.raises(RecipeError, match="slide and num_beams cannot be combined"):
         generate(build_model(), byte_tokenizer(), prompts=["a"], slide=True, decoding=Decoding(num_beams=2))

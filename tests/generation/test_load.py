@@ -1,4 +1,4 @@
-"""Opening a run, one of its checkpoints, or any other folder."""
+"""Loading a run, one of its checkpoints, or any other folder."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def build_run(folder: Path, facts: dict) -> Path:
     return folder
 
 
-def test_a_run_says_how_it_was_trained(tmp_path):
+def test_a_run_records_how_it_was_trained(tmp_path):
     run = load_run(str(build_run(tmp_path, FACTS)), device="cpu")
 
     assert (run.format, run.stage, run.max_length) == ("instruct", "pretrain", 77)
@@ -30,7 +30,7 @@ def test_a_run_says_how_it_was_trained(tmp_path):
     assert run.model.dtype == torch.float32
 
 
-def test_a_checkpoint_knows_what_its_run_knows_even_while_the_run_goes_on(tmp_path):
+def test_a_checkpoint_is_loaded_with_the_record_of_its_unfinished_run(tmp_path):
     folder = build_run(tmp_path, FACTS | {"status": "running"})
 
     run = load_run(str(folder / "checkpoint-5"), device="cpu")
@@ -49,11 +49,11 @@ def test_a_run_that_is_not_done_has_no_final_model(tmp_path):
 
     assert str(error.value) == (
         f"{folder}: the run is running: it has no final model; "
-        "fix: train it to its end, or name one of its checkpoint-N folders"
+        "fix: let it finish training, or use one of its checkpoint-N folders"
     )
 
 
-def test_another_folder_is_read_as_text_with_the_room_that_the_model_has(tmp_path):
+def test_another_folder_is_a_text_model_with_as_many_positions_as_it_has(tmp_path):
     folder = save_folder(tmp_path / "a", tiny_model(max_position_embeddings=99), byte_tokenizer())
 
     run = load_run(folder, device="cpu")
@@ -70,7 +70,7 @@ def test_a_folder_with_a_chat_template_is_read_as_messages(tmp_path):
     assert (run.format, run.max_length) == ("messages", 4096)
 
 
-def test_only_a_checkpoint_folder_looks_at_its_parent(tmp_path):
+def test_only_a_checkpoint_folder_uses_the_record_of_its_parent(tmp_path):
     folder = build_run(tmp_path, FACTS)
     (folder / "other").mkdir()
 
@@ -79,12 +79,12 @@ def test_only_a_checkpoint_folder_looks_at_its_parent(tmp_path):
     assert find_record("a/name-on-the-hub") is None
 
 
-def test_a_folder_that_is_not_there_is_one_line():
+def test_a_missing_folder_is_a_one_line_error():
     with pytest.raises(ModelError, match="no such folder"):
         load_run("./runs/nope")
 
 
-def test_a_name_that_cannot_be_fetched_is_a_fault_of_the_environment(monkeypatch):
+def test_a_model_that_cannot_be_downloaded_is_an_environment_error(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 

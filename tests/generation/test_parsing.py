@@ -1,4 +1,4 @@
-"""Answers to messages, in the syntax of each family of templates; what is no call stays text."""
+"""Parsing answers into messages, in the syntax of each family of templates; invalid calls stay text."""
 
 import pytest
 from helpers import byte_tokenizer
@@ -10,7 +10,7 @@ from hf_clm.schema import Json, Message
 
 TOOLS: list[dict[str, Json]] = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
 OPENING = "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
-# Templates that write reasoning and calls as Qwen's, QwQ's, Mistral's and Llama's do, and one without either.
+# Templates with the syntax of Qwen, QwQ, Mistral and Llama for reasoning and calls, and one without either.
 HERMES = (
     "{% if tools %}<|im_start|>system{{ '\n' + (tools | tojson) }}<|im_end|>{{ '\n' }}{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}"
@@ -46,7 +46,7 @@ def reader_of(template: str, *, prompt: str = "", tools: list[dict[str, Json]] =
 
 
 def parse(template: str, answer: str, *, prompt: str = "", tools: list[dict[str, Json]] = TOOLS) -> Message:
-    """The message of an answer, without the ids of its calls, which are drawn at random."""
+    """Returns the message of an answer, without the random ids of its calls."""
     reader = reader_of(template, prompt=prompt, tools=tools)
     reader.feed(answer)
     reader.finish()
@@ -110,17 +110,17 @@ def test_an_answer_becomes_a_message(template, prompt, answer, message):
         (CHATML, '<think>x</think><tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'),
     ],
 )
-def test_what_is_no_call_of_the_template_stays_text(template, answer):
+def test_invalid_calls_stay_text(template, answer):
     assert parse(template, answer) == {"role": "assistant", "content": answer}
 
 
-def test_without_tools_nothing_is_a_call():
+def test_without_tools_calls_are_text():
     answer = '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call>'
 
     assert parse(HERMES, answer, tools=[]) == {"role": "assistant", "content": answer}
 
 
-def test_the_id_that_the_model_writes_is_kept():
+def test_the_id_generated_by_the_model_is_kept():
     reader = reader_of(MISTRAL)
     reader.feed('[TOOL_CALLS] [{"name": "look", "arguments": {}, "id": "abcdefghi"}]')
     reader.finish()
@@ -136,7 +136,7 @@ def test_the_id_that_the_model_writes_is_kept():
         ("a <b\n<too", ["a", " <b", "\n<too"]),
     ],
 )
-def test_in_a_stream_what_may_be_a_call_is_held_back(answer, parts):
+def test_in_a_stream_a_potential_call_is_held_back(answer, parts):
     reader = reader_of(HERMES)
 
     found = [part for letter in answer for part in reader.feed(letter)] + reader.finish()
@@ -145,7 +145,7 @@ def test_in_a_stream_what_may_be_a_call_is_held_back(answer, parts):
     assert {part.kind for part in found} == {"content"}
 
 
-def test_in_a_stream_reasoning_comes_apart():
+def test_in_a_stream_reasoning_is_separate():
     reader = reader_of(THINKS, prompt="assistant\n<think>\n")
 
     found = [part for piece in ("Ea", "sy", "\n</thi", "nk>", "\n\nH", "i") for part in reader.feed(piece)]
@@ -165,7 +165,7 @@ def test_in_a_stream_reasoning_comes_apart():
         ("Hi @look{at@ you", {"content": "Hi @look{at@ you"}),
     ],
 )
-def test_a_response_template_of_the_tokenizer_goes_before_ours(answer, message):
+def test_a_response_template_of_the_tokenizer_takes_precedence(answer, message):
     tokenizer = tokenizer_of(HERMES)
     tokenizer.response_template = {
         "start_anchor": "<|im_start|>assistant\n",
@@ -189,7 +189,7 @@ def test_a_response_template_of_the_tokenizer_goes_before_ours(answer, message):
     assert reader.message == {"role": "assistant", **message}
 
 
-def test_a_mark_that_is_a_special_token_is_text_and_others_are_not():
+def test_marks_are_text_even_as_special_tokens():
     tokenizer = tokenizer_of(MISTRAL)
     tokenizer.add_special_tokens({"extra_special_tokens": ["[TOOL_CALLS]", "[INST]"]})
     ids = tokenizer.encode("[INST]a[TOOL_CALLS] b<|im_start|>", add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""hf-clm serve in a process of its own: OpenAI's client, curl, limits, many clients, clients that leave."""
+"""hf-clm serve in a separate process: OpenAI's client, limits, many clients, clients that disconnect."""
 
 import asyncio
 import http.client
@@ -31,7 +31,7 @@ SQUARES = {f"{n} squared": f"{n} times {n} is {n * n}" for n in range(50)}
 
 
 def chat(*contents: str, system: str = "") -> list[dict[str, str]]:
-    """Turns of user and assistant, one after the other."""
+    """Alternating turns of user and assistant."""
     roles = ["user", "assistant"] * len(contents)
     first = [{"role": "system", "content": system}] if system else []
     return first + [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
@@ -47,7 +47,7 @@ CHATS = [
 
 
 def endless_model() -> Any:
-    """Says z for ever."""
+    """A model that generates z forever."""
     model = tiny_model("gpt2", n_layer=1, n_positions=100_000, tie_word_embeddings=False)
     with torch.no_grad():
         model.transformer.ln_f.bias.fill_(1.0)
@@ -57,7 +57,7 @@ def endless_model() -> Any:
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory) -> Iterator[Server]:
-    """Knows CHATS by heart."""
+    """A server whose model has memorized CHATS."""
     records = [{"messages": messages} for messages in CHATS]
     folder = tmp_path_factory.mktemp("chatty")
     with served(learn_by_heart(folder, records, format="messages", steps=120), "--name", "chatty") as server:
@@ -66,7 +66,7 @@ def chatty(tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory) -> Iterator[Server]:
-    """Learned 50 instructions by heart."""
+    """A server whose model has memorized 50 instructions."""
     records = [{"instruct": question, "label": answer} for question, answer in SQUARES.items()]
     folder = tmp_path_factory.mktemp("squares")
     run = learn_by_heart(folder, records, format="instruct", steps=200, learning_rate=5e-3, hidden_size=96)
@@ -76,7 +76,7 @@ def squares(tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory) -> Iterator[Server]:
-    """Never ends an answer, takes one at a time, lets one wait, and asks for a key."""
+    """A server that never ends an answer, generates one at a time, queues one, and requires a key."""
     folder = save_folder(tmp_path_factory.mktemp("endless"), endless_model(), byte_tokenizer())
     options = ["--name", "endless", "--max_new_tokens", "90000", "--max_prompt_tokens", "50"]
     options += ["--batch_size", "1", "--max_waiting", "1", "--max_body_bytes", "2000"]
@@ -96,7 +96,7 @@ def ask(server: Server, text: str, **options: Any) -> Any:
 def request(
     server: Server, path: str, body: Any = None, *, method: str = "", **headers: str
 ) -> tuple[int, str]:
-    """Status and text of a plain request; underscores in the names of headers are dashes."""
+    """Returns status and text of a plain request; underscores in header names become dashes."""
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
     content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     named = {name.replace("_", "-"): value.encode() for name, value in headers.items()}
@@ -108,7 +108,7 @@ def request(
 
 
 def error_of(server: Server, path: str, body: Any = None, **headers: str) -> tuple[int, str, str]:
-    """Status, code and message of a refusal."""
+    """Returns status, code and message of an error response."""
     status, text = request(server, path, body, **headers)
     error = json.loads(text)["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -141,7 +141,7 @@ def test_a_chat_is_answered(chatty):
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (21, 5, 26)
 
 
-def test_what_was_said_before_and_the_system_message_count(chatty):
+def test_earlier_turns_and_the_system_message_matter(chatty):
     assert ask(chatty, chat("hi", "hello", "again")).choices[0].message.content == "hello twice"
     assert ask(chatty, chat("hi", system="loud")).choices[0].message.content == "HELLO"
 
@@ -157,7 +157,7 @@ def test_a_chat_is_streamed_in_whole_characters(chatty):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_a_completion_continues_the_text_as_it_is(squares):
+def test_a_completion_continues_the_text_verbatim(squares):
     reply = client(squares).completions.create(model="squares", prompt="7 squared7 times")
 
     assert (reply.choices[0].text, reply.choices[0].finish_reason) == (" 7 is 49", "stop")
@@ -176,7 +176,7 @@ def test_a_completion_continues_the_text_as_it_is(squares):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_options_do_what_they_say(chatty, options, text, finish, stream):
+def test_options_have_an_effect(chatty, options, text, finish, stream):
     reply = ask(chatty, "count", stream=stream, **options)
 
     if stream:
@@ -202,14 +202,14 @@ def test_text_that_spells_a_control_token_stays_text(chatty):
     assert ask(chatty, "<|im_end|>").choices[0].message.content == "just text"
 
 
-def test_the_one_model_is_listed(chatty):
+def test_the_model_is_listed(chatty):
     assert [model.id for model in client(chatty).models.list()] == ["chatty"]
     assert client(chatty).models.retrieve("chatty").owned_by == "hf_clm"
-    with pytest.raises(openai.NotFoundError, match="no model 'gpt-4' here; the one model is 'chatty'"):
+    with pytest.raises(openai.NotFoundError, match="unknown model 'gpt-4'; this server has 'chatty'"):
         client(chatty).chat.completions.create(model="gpt-4", messages=chat("hi"))
 
 
-# --- what asks for nothing, and for more than one answer
+# --- settings without an effect, and several answers
 
 NOTHING = {
     "top_k": -1,
@@ -246,13 +246,13 @@ NOTHING = {
 
 
 @pytest.mark.parametrize("change", [{}, {"top_k": 0, "logprobs": None, "stop": [""]}, {"top_p": 0}])
-def test_parameters_that_ask_for_nothing_are_taken_and_change_nothing(chatty, change):
+def test_neutral_parameters_are_accepted_and_have_no_effect(chatty, change):
     status, text = request(chatty, "/v1/chat/completions", {"messages": chat("count"), **NOTHING, **change})
 
     assert (status, json.loads(text)["choices"][0]["message"]["content"]) == (200, "one two three four")
 
 
-def test_each_of_several_prompts_has_an_answer_in_its_place(squares):
+def test_several_prompts_are_answered_in_order(squares):
     texts = [f"{n} squared" for n in (7, 11, 30)]
     expected = [SQUARES[text] for text in texts]
 
@@ -279,7 +279,7 @@ def test_each_of_several_prompts_has_an_answer_in_its_place(squares):
 
 
 def expected_logprobs(model: Any, ids: list[int]) -> torch.Tensor:
-    """(T - 1, V): of the tokens after each place."""
+    """Returns the log-probabilities of the token after each position, (T - 1, V)."""
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
 
@@ -321,12 +321,12 @@ def test_the_logprobs_of_an_answer_are_those_of_the_model(chatty):
     assert [one.token for one in content] == [*"hello", "<|im_end|>"]
     assert [one.bytes for one in content[:2]] == [[104], [101]]
     assert all(one.top_logprobs[0].token == one.token and len(one.top_logprobs) == 3 for one in content)
-    assert all(-0.7 < one.logprob <= 0 for one in content)  # it knows them by heart
+    assert all(-0.7 < one.logprob <= 0 for one in content)  # memorized
     assert [one.token for part in parts for one in part] == [*"hello", "<|im_end|>"]
 
 
 @pytest.mark.parametrize("prompt", ["a 茶.", ["a", [98, 99]]])
-def test_a_stream_has_the_same_logprobs_as_the_whole(small, prompt):
+def test_a_stream_has_the_same_logprobs_as_a_complete_reply(small, prompt):
     body = {"prompt": prompt, "max_tokens": 3, "logprobs": 1, "echo": True}
 
     whole = json.loads(request(small, "/v1/completions", body)[1])["choices"]
@@ -347,16 +347,16 @@ def test_an_empty_prompt_is_the_start_of_a_text(small, prompt):
     assert reply["usage"] == {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 
 
-# --- refusals
+# --- invalid requests
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"n": 2}, "n: 2 is not served; leave it out, or give 1"),
-        ({"n": True}, "n: true is not served; leave it out, or give 1"),
-        ({"min_tokens": 3}, "min_tokens: 3 is not served; leave it out, or give 0"),
-        ({"top_logprobs": 3}, "top_logprobs needs logprobs: true"),
+        ({"n": 2}, "n: 2 is not supported; remove the key or set it to 1"),
+        ({"n": True}, "n: true is not supported; remove the key or set it to 1"),
+        ({"min_tokens": 3}, "min_tokens: 3 is not supported; remove the key or set it to 0"),
+        ({"top_logprobs": 3}, "top_logprobs requires logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: expected less than or equal to 20; got 21"),
         ({"response_format": {"type": "json_object"}}, 'response_format: {"type": "json_object"} is not'),
         ({"temprature": 1}, "unknown key 'temprature'; did you mean 'temperature'?"),
@@ -375,15 +375,18 @@ def test_an_empty_prompt_is_the_start_of_a_text(small, prompt):
             {"messages": [{"role": "usr", "content": "hi"}]},
             "message 1 has unknown role 'usr'; fix: use one of system, user",
         ),
-        ({"messages": chat("hi", "hello")}, "the last message is an answer already"),
+        ({"messages": chat("hi", "hello")}, "the last message must not be from the assistant"),
         ({"messages": chat("\ufdd0")}, "the text contains a noncharacter"),
         ({"tools": [{"name": "look"}]}, "the chat template has no place for tools; fix: remove them"),
         ({"tools": [{"type": "function"}]}, "tool 1 has no name; got keys 'type'"),
         ({"tool_choice": "required"}, "tool_choice: expected 'auto' or 'none'"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs: 'tokenize' is no variable"),
+        (
+            {"chat_template_kwargs": {"tokenize": True}},
+            "chat_template_kwargs: 'tokenize' is not a template variable",
+        ),
     ],
 )
-def test_a_wrong_request_is_refused_with_the_reason(chatty, body, message):
+def test_an_invalid_request_is_rejected_with_the_reason(chatty, body, message):
     status, _, shown = error_of(chatty, "/v1/chat/completions", {"messages": chat("hi"), **body})
 
     assert status == 400
@@ -393,20 +396,24 @@ def test_a_wrong_request_is_refused_with_the_reason(chatty, body, message):
 @pytest.mark.parametrize(
     "content", [b"{", b"", b"[]", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b"\xff\xfe"]
 )
-def test_what_is_no_request_is_refused(chatty, content):
+def test_malformed_requests_are_rejected(chatty, content):
     status, text = request(chatty, "/v1/chat/completions", content)
 
     assert status == 400
     assert json.loads(text)["error"]["type"] == "invalid_request_error"
 
 
-def test_a_conversation_is_refused_where_none_was_learned(squares):
-    with pytest.raises(openai.BadRequestError, match=r"learned no conversations \(its format is instruct\)"):
+def test_conversations_are_rejected_for_a_run_without_turns(squares):
+    with pytest.raises(
+        openai.BadRequestError, match=r"not trained on conversations \(its format is instruct\)"
+    ):
         client(squares).chat.completions.create(model="squares", messages=chat("1 squared", "x", "2 squared"))
 
 
-def test_tools_are_refused_where_no_conversation_was_learned(squares):
-    with pytest.raises(openai.BadRequestError, match=r"\(its format is instruct\): it takes no tools"):
+def test_tools_are_rejected_for_a_run_without_turns(squares):
+    with pytest.raises(
+        openai.BadRequestError, match=r"\(its format is instruct\): it does not support tools"
+    ):
         tools: Any = [{"type": "function", "function": {"name": "look"}}]
         client(squares).chat.completions.create(model="squares", messages=chat("1 squared"), tools=tools)
 
@@ -418,33 +425,33 @@ def test_tools_are_refused_where_no_conversation_was_learned(squares):
         ([1, "a"], "prompt: expected a text, a list of texts, token ids"),
         ([[1], [True]], "prompt: expected a text, a list of texts, token ids"),
         (7, "prompt: expected a text, a list of texts, token ids"),
-        ([1, 260], "prompt: 260 is no token; ids are 0 to 259"),
-        ([[1], [-1]], "prompt: -1 is no token; ids are 0 to 259"),
-        (["a"] * 65, "a request may have 64 prompts; got 65"),
+        ([1, 260], "prompt: 260 is not a token id; expected 0 to 259"),
+        ([[1], [-1]], "prompt: -1 is not a token id; expected 0 to 259"),
+        (["a"] * 65, "a request may have at most 64 prompts; got 65"),
     ],
 )
-def test_prompts_of_another_shape_are_refused(squares, prompt, message):
+def test_invalid_prompts_are_rejected(squares, prompt, message):
     status, _, shown = error_of(squares, "/v1/completions", {"prompt": prompt})
 
     assert (status, shown[: len(message)]) == (400, message)
 
 
-def test_unknown_places_are_refused_in_the_same_shape(chatty):
+def test_unknown_urls_are_rejected_in_the_same_format(chatty):
     assert error_of(chatty, "/v1/embeddings", {})[:2] == (404, "no_such_url")
     assert error_of(chatty, "/v1/chat/completions")[:2] == (405, "no_such_url")
 
 
-def test_a_prompt_over_the_limit_is_refused_with_the_numbers(endless):
+def test_a_prompt_over_the_limit_is_rejected_with_the_numbers(endless):
     with pytest.raises(openai.BadRequestError) as error:
         client(endless, KEY).completions.create(model="endless", prompt="a" * 51)
 
     assert error.value.code == "context_length_exceeded"
-    assert "the prompt has 51 tokens, and 50 are allowed" in str(error.value)
+    assert "the prompt has 51 tokens, over the limit of 50" in str(error.value)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Iterator[Server]:
-    """Has 64 positions, and a chat template."""
+    """A server with 64 positions and a chat template."""
     tokenizer = byte_tokenizer()
     use_chat_template(tokenizer, "chatml")
     folder = tmp_path_factory.mktemp("small")
@@ -464,11 +471,11 @@ def test_max_tokens_are_capped_by_the_positions_and_by_the_limit(small, endless)
     assert limited["choices"][0]["finish_reason"] == "stop"
 
 
-def test_a_prompt_that_fills_the_positions_is_refused(small):
+def test_a_prompt_that_leaves_no_positions_is_rejected(small):
     status, code, shown = error_of(small, "/v1/completions", {"prompt": "a" * 64, "max_tokens": 5})
 
     assert (status, code) == (400, "context_length_exceeded")
-    assert shown == "the prompt has 64 tokens, and 63 are allowed"
+    assert shown == "the prompt has 64 tokens, over the limit of 63"
 
 
 @pytest.mark.parametrize(
@@ -479,7 +486,7 @@ def test_a_prompt_that_fills_the_positions_is_refused(small):
         ({"max_tokens": 5}, 32),
     ],
 )
-def test_a_chat_that_is_too_long_loses_its_oldest_turns_and_the_usage_tells(small, options, tokens):
+def test_a_chat_that_is_too_long_loses_its_oldest_turns_and_the_usage_shows_it(small, options, tokens):
     body = {"messages": chat("hi", "hello", "hi", system="X"), **options}
 
     reply = json.loads(request(small, "/v1/chat/completions", body)[1])
@@ -488,7 +495,7 @@ def test_a_chat_that_is_too_long_loses_its_oldest_turns_and_the_usage_tells(smal
     assert reply.get("dropped_messages") == (2 if tokens == 32 else None)
 
 
-def test_a_stream_says_too_which_messages_had_no_room(small):
+def test_a_stream_reports_dropped_messages_too(small):
     body = {"messages": chat("hi", "hello", "hi", system="X"), "stream": True, "max_tokens": 9000}
 
     events = request(small, "/v1/chat/completions", body)[1].split("\n\n")
@@ -496,15 +503,15 @@ def test_a_stream_says_too_which_messages_had_no_room(small):
     assert json.loads(events[0].removeprefix("data: "))["dropped_messages"] == 2
 
 
-def test_a_last_message_that_is_too_long_is_refused_with_advice(small):
+def test_a_last_message_that_is_too_long_is_rejected_with_advice(small):
     body = {"messages": chat("hi", "hello", "x" * 60)}
 
     status, code, shown = error_of(small, "/v1/chat/completions", body)
 
     assert (status, code) == (400, "context_length_exceeded")
     assert shown == (
-        "the prompt has 79 tokens, and 63 are allowed; older messages are left out already: "
-        "shorten the last one, or the system message"
+        "the prompt has 79 tokens, over the limit of 63; older messages were already dropped: "
+        "shorten the last message or the system message"
     )
 
 
@@ -520,20 +527,20 @@ def test_an_empty_answer_may_be_sent_back(small, empty):
 
 @pytest.mark.parametrize("given", ["", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer"])
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/generate?prompt=a", "/v1/nope"])
-def test_without_the_key_nothing_is_told(endless, given, path):
+def test_without_the_key_nothing_is_revealed(endless, given, path):
     headers = {"Authorization": given} if given else {}
 
     assert error_of(endless, path, **headers)[:2] == (401, "invalid_api_key")
 
 
-def test_the_key_opens_and_the_page_needs_none(endless):
+def test_the_key_grants_access_and_the_page_needs_none(endless):
     assert [model.id for model in client(endless, KEY).models.list()] == ["endless"]
     assert [request(endless, path)[0] for path in ("/", "/health")] == [200, 200]
     with pytest.raises(openai.AuthenticationError):
         client(endless, "wrong").models.list()
 
 
-def test_a_body_over_the_limit_is_refused_with_a_length_or_in_chunks(endless):
+def test_a_body_over_the_limit_is_rejected_with_and_without_a_content_length(endless):
     whole = error_of(endless, "/v1/completions", {"prompt": "a" * 2000}, **WITH_KEY)
 
     connection = http.client.HTTPConnection(urlsplit(endless.url).netloc, timeout=60)
@@ -541,7 +548,7 @@ def test_a_body_over_the_limit_is_refused_with_a_length_or_in_chunks(endless):
     connection.request("POST", "/v1/completions", parts, WITH_KEY)
     reply = connection.getresponse()
 
-    assert whole == (413, "request_too_large", "a request may have 2,000 bytes")
+    assert whole == (413, "request_too_large", "a request may have at most 2,000 bytes")
     assert (reply.status, json.loads(reply.read())["error"]["code"]) == (413, "request_too_large")
 
 
@@ -561,14 +568,14 @@ def test_a_body_over_the_limit_is_refused_with_a_length_or_in_chunks(endless):
         ({}, 200),
     ],
 )
-def test_pages_of_other_sites_are_refused(chatty, headers, status):
+def test_pages_of_other_sites_are_rejected(chatty, headers, status):
     assert request(chatty, "/v1/models", **headers)[0] == status
 
 
-# --- the simple way
+# --- /generate
 
 
-def test_generate_takes_a_query_or_a_body(squares):
+def test_generate_accepts_a_query_or_a_body(squares):
     expected = {
         "text": "7 times 7 is 49",
         "finish_reason": "stop",
@@ -582,14 +589,14 @@ def test_generate_takes_a_query_or_a_body(squares):
     assert json.loads(request(squares, f"{place}&max_tokens=3&temperature=0&stop=x")[1])["text"] == "7 t"
     assert json.loads(request(squares, f"{place}&stop=i&stop=m")[1])["text"] == "7 t"
     assert error_of(squares, "/generate")[2] == "prompt: is missing"
-    assert error_of(squares, f"{place}&stream=true")[2].startswith("/generate does not stream")
+    assert error_of(squares, f"{place}&stream=true")[2].startswith("/generate does not support streaming")
 
 
 # --- many clients
 
 
 def test_50_clients_at_once_each_get_their_own_answer(squares):
-    """Half of them stream, some sample with a seed; none is lost, and none gets another's answer."""
+    """Half of them stream, and some sample with a seed; no answer is lost or mixed up."""
 
     async def answer(api: openai.AsyncOpenAI, number: int) -> str:
         options: dict[str, Any] = {"model": "squares", "messages": chat(f"{number} squared")}
@@ -607,8 +614,8 @@ def test_50_clients_at_once_each_get_their_own_answer(squares):
     assert asyncio.run(answers()) == list(SQUARES.values())
 
 
-def test_a_full_queue_says_so_and_clients_that_leave_free_it(endless):
-    """One is generated, one waits, the third is refused; when the first two leave, their places are free."""
+def test_a_full_queue_is_reported_and_disconnected_clients_free_it(endless):
+    """One is generated, one waits, the third is rejected; the first two free their places as they leave."""
     body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 90000}).encode()
     first, second = (http.client.HTTPConnection(urlsplit(endless.url).netloc, timeout=60) for _ in range(2))
 
@@ -626,12 +633,12 @@ def test_a_full_queue_says_so_and_clients_that_leave_free_it(endless):
     wait_until(lambda: metrics(endless, **WITH_KEY)["hf_clm_generating"] == 0)
 
     assert health == (200, '{"status":"ok"}')
-    assert third == (429, "queue_full", "1 requests are waiting already; try again later")
+    assert third == (429, "queue_full", "the queue is full (1 waiting); try again later")
     assert metrics(endless, **WITH_KEY)['hf_clm_answers_total{finish="cancelled"}'] == cancelled + 1
     assert json.loads(request(endless, "/generate?prompt=a&max_tokens=2", **WITH_KEY)[1])["text"] == "zz"
 
 
-def test_a_client_that_leaves_while_it_waits_for_the_whole_ends_its_generation(endless):
+def test_a_client_that_disconnects_without_a_stream_ends_its_generation(endless):
     cancelled = metrics(endless, **WITH_KEY).get('hf_clm_answers_total{finish="cancelled"}', 0)
     connection = http.client.HTTPConnection(urlsplit(endless.url).netloc, timeout=60)
 
@@ -666,7 +673,7 @@ def test_metrics_count(squares):
 
 
 def test_metrics_measure_the_time_of_an_answer(squares):
-    """In the text format of Prometheus: cumulative buckets, of which the last one is the count."""
+    """In the text format of Prometheus, buckets are cumulative, so the last one is the count."""
     before = metrics(squares)
     client(squares).completions.create(model="squares", prompt=["7 squared", "8 squared"])
     wait_until(lambda: metrics(squares)["hf_clm_generating"] == 0)
@@ -684,10 +691,10 @@ def test_metrics_measure_the_time_of_an_answer(squares):
     assert [line.split()[2] for line in text.splitlines() if line.startswith("# HELP")] == families
 
 
-# --- beginning and end
+# --- startup and shutdown
 
 
-def test_what_is_under_way_is_answered_before_the_server_ends(tmp_path):
+def test_pending_answers_are_finished_before_the_server_stops(tmp_path):
     with served(save_folder(tmp_path, endless_model(), byte_tokenizer())) as server:
         connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
         connection.request("POST", "/v1/completions", b'{"prompt": "a", "stream": true, "max_tokens": 600}')
@@ -701,7 +708,7 @@ def test_what_is_under_way_is_answered_before_the_server_ends(tmp_path):
     assert (code, printed) == (0, "stopped\n")
 
 
-def test_what_takes_too_long_is_told_so_when_the_server_ends(tmp_path):
+def test_answers_that_take_too_long_get_an_error_when_the_server_stops(tmp_path):
     folder = save_folder(tmp_path, endless_model(), byte_tokenizer())
     with served(folder, "--max_new_tokens", "90000", "--grace_seconds", "0.1") as server:
         connections = [http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60) for _ in range(2)]
@@ -731,7 +738,7 @@ def test_other_machines_may_only_connect_with_a_key(host, capsys, monkeypatch):
     code, shown = failure(["run", "--host", host], capsys)
 
     assert code == 2
-    assert shown.startswith("error: --host: other machines can connect, so it needs an API key; ")
+    assert shown.startswith("error: --host: an API key is required because other machines can connect; ")
 
 
 def test_an_address_in_use_is_an_error_before_the_model_is_loaded(capsys):
@@ -752,7 +759,7 @@ def test_a_missing_package_names_the_extra(package, capsys, monkeypatch):
     )
 
 
-def test_the_page_may_load_nothing_and_run_nothing_else():
+def test_the_page_may_only_run_its_own_script():
     page, headers = load_page()
 
     assert headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'sha256-")
@@ -760,11 +767,11 @@ def test_the_page_may_load_nothing_and_run_nothing_else():
     assert "innerHTML" not in page and "://" not in page
 
 
-# --- faults
+# --- failures
 
 
 def broken_worker(error: Exception) -> Worker:
-    """Its first generation fails."""
+    """A worker whose first generation fails."""
     model, tokenizer = tiny_model(), byte_tokenizer()
     run = LoadedRun(model, tokenizer, format="text", stage="sft", max_length=64)
     worker = Worker(run, batch_size=1, max_waiting=9)
@@ -784,7 +791,7 @@ def asked(worker: Worker) -> Ticket:
     return ticket
 
 
-def test_a_generation_that_fails_fails_its_own_requests_alone():
+def test_a_failed_generation_fails_only_its_own_requests():
     async def both() -> tuple[str, int]:
         worker = broken_worker(RuntimeError("out of memory\nat 0x1"))
         running = asyncio.create_task(worker.run())
@@ -796,10 +803,10 @@ def test_a_generation_that_fails_fails_its_own_requests_alone():
         await running
         return str(error.value), len(second.ids)
 
-    assert asyncio.run(both()) == ("the generation failed: out of memory", 3)
+    assert asyncio.run(both()) == ("generation failed: out of memory", 3)
 
 
-def test_after_a_fault_of_our_own_nobody_waits_for_ever():
+def test_no_client_waits_forever_after_a_bug():
     async def both() -> list[int]:
         worker = broken_worker(KeyError("ours"))
         running = asyncio.create_task(worker.run())
@@ -817,8 +824,8 @@ def test_after_a_fault_of_our_own_nobody_waits_for_ever():
     assert asyncio.run(both()) == [503, 503]
 
 
-def test_requests_that_do_not_fit_beside_each_other_are_generated_apart():
-    """64 positions: a prompt of 40 with 20 new tokens leaves no room for 30 new ones beside it."""
+def test_requests_that_do_not_fit_together_are_generated_in_separate_batches():
+    """With 64 positions, a prompt of 40 leaves room for 20 new tokens in its batch, but not for 30."""
 
     async def batches() -> list[int]:
         model = tiny_model(max_position_embeddings=64)

@@ -1,4 +1,4 @@
-"""Answers as they come: whole characters, stop texts, seeds; several in a batch as each alone."""
+"""Streamed answers: complete characters, stop texts, seeds; the same in a batch and alone."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,9 +16,9 @@ GREEDY = Decoding()
 
 
 def speaking_model(text: str | bytes) -> PreTrainedModel:
-    """A GPT-2 made by hand that says the bytes of ``text``, whatever it is asked, and then stops.
+    """A GPT-2 built by hand that answers any prompt with the bytes of ``text`` and then stops.
 
-    Its token at position p depends on p alone: the prompt's last byte is taken to stand at position 0.
+    Its next token depends only on its position: the prompt must be one byte, at position 0.
     """
     spoken = [*(text.encode() if isinstance(text, str) else text), EOS]
     size = len(spoken)
@@ -49,7 +49,7 @@ def streamed(
     max_new_tokens: int = 64,
     stop: tuple[str, ...] = (),
 ) -> tuple[list[Answer], list[list[str]]]:
-    """The answers and their pieces as they came."""
+    """Returns the answers and the pieces that each was emitted in."""
     pieces: list[list[str]] = [[] for _ in prompts]
     answers = [
         Answer(
@@ -67,33 +67,33 @@ def streamed(
 # --- text
 
 
-def test_each_token_is_a_piece_and_the_stop_token_is_none():
+def test_each_token_but_the_stop_token_is_a_piece():
     (answer,), pieces = streamed(speaking_model("so it is"), ["?"])
 
     assert pieces == [["s", "o", " ", "i", "t", " ", "i", "s"]]
     assert (answer.text, len(answer.ids), answer.finish) == ("so it is", 8, "stop")
 
 
-def test_a_character_comes_when_all_its_bytes_are_there():
+def test_a_character_is_emitted_once_it_is_complete():
     _, pieces = streamed(speaking_model("a茶🐉é."), ["?"])
 
     assert pieces == [["a", "茶", "🐉", "é", "."]]
 
 
-def test_bytes_that_become_no_character_come_at_the_end():
+def test_an_incomplete_character_is_emitted_at_the_end():
     (answer,), pieces = streamed(speaking_model(b"ab\xf0\x9f"), ["?"])
 
     assert pieces == [["a", "b", "\ufffd"]]
     assert answer.finish == "stop"
 
 
-def test_bytes_that_become_no_character_come_with_the_next_one():
+def test_an_incomplete_character_is_emitted_with_the_next_one():
     _, pieces = streamed(speaking_model(b"a\xffb"), ["?"])
 
     assert pieces == [["a", "\ufffdb"]]
 
 
-def test_an_answer_that_is_cut_says_so():
+def test_a_truncated_answer_has_finish_length():
     (answer,), _ = streamed(speaking_model("so it is"), ["?"], max_new_tokens=3)
 
     assert (answer.text, len(answer.ids), answer.finish) == ("so ", 3, "length")
@@ -120,7 +120,7 @@ def test_the_pieces_together_are_what_the_tokens_decode_to(tokenizer: PreTrained
     assert "".join(pieces) + stream.rest() == tokenizer.decode(ids)
 
 
-def test_control_tokens_are_no_text():
+def test_control_tokens_are_not_text():
     stream = TextStream(byte_tokenizer())
 
     assert [stream.push(token) for token in (ord("a"), 258, ord(" "), 257, ord("b"))] == [
@@ -146,7 +146,7 @@ def test_control_tokens_are_no_text():
         (("s",), []),
     ],
 )
-def test_a_stop_text_is_never_shown_not_even_its_beginning(stop, pieces):
+def test_no_part_of_a_stop_text_is_emitted(stop, pieces):
     (answer,), came = streamed(speaking_model("so it is"), ["?"], stop=stop)
 
     assert came == [pieces]
@@ -154,7 +154,7 @@ def test_a_stop_text_is_never_shown_not_even_its_beginning(stop, pieces):
 
 
 def test_a_stop_text_may_end_inside_a_token():
-    """The token that ends the stop text brings more, which is not shown."""
+    """The rest of the token that ends the stop text is not emitted."""
     pieces: list[str] = []
     answer = Answer([1], Decoding(stop=("\n",)), max_new_tokens=9, emit=pieces.append)
 
@@ -168,7 +168,7 @@ def test_a_stop_text_may_end_inside_a_token():
 # --- batches
 
 
-def test_a_cancelled_answer_ends_and_leaves_the_others_alone():
+def test_a_cancelled_answer_ends_and_does_not_affect_others():
     pieces: list[str] = []
 
     def emit(text: str) -> None:
@@ -187,7 +187,7 @@ def test_a_cancelled_answer_ends_and_leaves_the_others_alone():
 
 
 def sampled(model: PreTrainedModel, seed: int, **settings: Any) -> list[int]:
-    """The bytes that plain transformers draws after ``a``."""
+    """Returns the bytes that plain transformers samples after ``a``."""
     torch.manual_seed(seed)
     ids = torch.tensor([[97]])
     with torch.no_grad():
@@ -198,7 +198,7 @@ def sampled(model: PreTrainedModel, seed: int, **settings: Any) -> list[int]:
 @pytest.mark.parametrize(
     "settings", [{"temperature": 0.7}, {"temperature": 1.5, "top_p": 0.6}, {"temperature": 1.0, "top_k": 5}]
 )
-def test_a_seed_draws_what_transformers_draws_alone_and_in_a_batch(settings):
+def test_a_seed_samples_what_transformers_samples_alone_and_in_a_batch(settings):
     model = random_model()
     how = Decoding(seed=7, **settings)
 
@@ -220,7 +220,7 @@ def test_the_lowest_temperatures_are_greedy(temperature):
     assert cold == greedy
 
 
-def test_without_a_seed_no_two_answers_are_the_same():
+def test_without_a_seed_answers_differ():
     how = [Decoding(temperature=2.0)] * 4
 
     answers, _ = streamed(random_model(), ["a"] * 4, sampling=how, max_new_tokens=32)
@@ -228,7 +228,7 @@ def test_without_a_seed_no_two_answers_are_the_same():
     assert len({answer.text for answer in answers}) == 4
 
 
-def test_sampling_leaves_torchs_own_random_state_alone():
+def test_sampling_does_not_change_the_global_random_state():
     model = random_model()
     before = torch.get_rng_state()
 
@@ -250,5 +250,5 @@ def test_sampling_leaves_torchs_own_random_state_alone():
         ({"stop": ["", "x"], "seed": 5, "other": 3}, Decoding(stop=("x",), seed=5)),
     ],
 )
-def test_what_is_not_asked_for_is_greedy(asked, decoding):
+def test_decoding_is_greedy_by_default(asked, decoding):
     assert update_decoding(Decoding(), asked) == decoding

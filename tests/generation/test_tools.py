@@ -1,6 +1,6 @@
-"""Tools and reasoning from end to end: serve, chat and generate with a model that was made to call one.
+"""Tools and reasoning end to end: serve, chat and generate with a model built to call a tool.
 
-The prompts are those of transformers: the model says the right thing only after as many tokens as those have.
+The model gives the right answer only after a prompt with exactly as many tokens as transformers renders.
 """
 
 import io
@@ -62,7 +62,7 @@ def expected_ids(messages: list[dict], tools: list[dict] | None = TOOLS, **varia
 
 
 def calling_model() -> PreTrainedModel:
-    """A GPT-2 made by hand: after the prompt of QUESTION it says CALLING, after that of RESULT SAYING.
+    """A GPT-2 built by hand: it answers QUESTION with CALLING, and RESULT with SAYING.
 
     Its next token depends on its position alone.
     """
@@ -113,7 +113,7 @@ def ask(server: Server, messages: list[Any], **options: Any) -> Any:
 # --- serve
 
 
-def test_a_call_is_answered_and_its_result_is_read(server):
+def test_a_call_is_returned_and_its_result_is_read(server):
     first = ask(server, QUESTION, tools=TOOLS, tool_choice="auto")
     message, call = first.choices[0].message, first.choices[0].message.tool_calls[0]
     result = {"role": "tool", "tool_call_id": call.id, "content": "Rome"}
@@ -127,7 +127,7 @@ def test_a_call_is_answered_and_its_result_is_read(server):
     assert second.choices[0].message.tool_calls is None
 
 
-def test_in_a_stream_calls_come_last_and_reasoning_apart(server):
+def test_in_a_stream_calls_come_last_and_reasoning_is_separate(server):
     chunks = [chunk.choices[0] for chunk in ask(server, QUESTION, tools=TOOLS, stream=True)]
     answer = [chunk.choices[0].delta for chunk in ask(server, RESULT, tools=TOOLS, stream=True)]
 
@@ -139,26 +139,26 @@ def test_in_a_stream_calls_come_last_and_reasoning_apart(server):
     assert "".join(getattr(delta, "reasoning_content", "") for delta in answer) == "Easy."
 
 
-def test_a_call_that_is_cut_is_text(server):
+def test_a_truncated_call_is_text(server):
     cut = ask(server, QUESTION, tools=TOOLS, max_tokens=len(CALLING) - 15).choices[0]
 
     assert (cut.message.content, cut.finish_reason) == (CALLING[:-15], "length")
     assert cut.message.tool_calls is None
 
 
-def test_with_tool_choice_none_the_model_is_told_of_no_tools(server):
+def test_with_tool_choice_none_the_prompt_has_no_tools(server):
     reply = ask(server, QUESTION, tools=TOOLS, tool_choice="none", max_tokens=1)
 
     assert reply.usage.prompt_tokens == len(expected_ids(QUESTION, None))
 
 
-def test_variables_of_the_template_are_taken_and_options_of_transformers_are_not(server):
+def test_template_variables_are_accepted_and_options_of_transformers_are_not(server):
     said = [*QUESTION, {"role": "assistant", "content": "Rome", "reasoning_content": "Easy."}, *QUESTION]
     kept = {"chat_template_kwargs": {"keep": True}}
     reply = ask(server, said, max_tokens=1, extra_body=kept)
 
     assert reply.usage.prompt_tokens == len(expected_ids(said, None, keep=True))
-    with pytest.raises(openai.BadRequestError, match="'chat_template' is no variable of a template"):
+    with pytest.raises(openai.BadRequestError, match="'chat_template' is not a template variable"):
         ask(server, QUESTION, extra_body={"chat_template_kwargs": {"chat_template": "x"}})
 
 
@@ -193,17 +193,17 @@ def test_the_prompt_is_that_of_transformers(prompt, tmp_path):
 # --- chat
 
 
-def test_chat_shows_a_call_takes_its_result_and_goes_on(folder, tools_file, monkeypatch, capsys):
+def test_chat_shows_a_call_reads_its_result_and_continues(folder, tools_file, monkeypatch, capsys):
     lines = io.BytesIO(b"/tool Rome\nWhere?\n/tool Rome\n/tool Rome\n")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, encoding="utf-8"))
 
     assert main(["chat", folder, "--device", "cpu", "--tools", tools_file]) == 0
 
-    fault = "error: no function was called; fix: ask something, with --tools FILE\n"
+    fault = "error: there is no tool call to give a result for; fix: start chat with --tools FILE\n"
     assert capsys.readouterr().out == f"{fault}{CALLING}\n{SAYING}\n{fault}"
 
 
-def test_chat_keeps_reasoning_and_calls_apart():
+def test_chat_separates_reasoning_and_calls():
     talk = Conversation(build_run(), Decoding(), system="", tools=TOOLS)
     talk.answer("Where?", lambda text: None)
     talk.take_result("Rome", lambda text: None)
@@ -231,10 +231,10 @@ def test_generate_offers_the_tools_of_a_file(folder, tools_file, capsys):
     [
         ("{}", "tools.json: key 'tools': expected list; got object"),
         ("[{}]", "tools.json: tool 1 has no name; got keys none"),
-        ("[", "tools.json: not a JSON file: Expecting value: line 1 column 2 (char 1)"),
+        ("[", "tools.json: not valid JSON: Expecting value: line 1 column 2 (char 1)"),
     ],
 )
-def test_a_file_that_holds_no_tools_is_refused(content, message, tmp_path, monkeypatch):
+def test_a_file_without_tools_is_rejected(content, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("tools.json").write_text(content)
 
@@ -244,12 +244,12 @@ def test_a_file_that_holds_no_tools_is_refused(content, message, tmp_path, monke
     assert str(error.value) == message
 
 
-def test_tools_without_a_place_for_them_are_refused():
+def test_tools_are_rejected_if_the_prompt_cannot_include_them():
     tokenizer = byte_tokenizer()
     use_chat_template(tokenizer, "chatml")
     prompt = with_tools(to_prompt_example("hi", "messages"), TOOLS)
 
     with pytest.raises(DataError, match=r"^the chat template has no place for tools; fix: remove them"):
         to_prompt_ids([prompt], tokenizer, build_run().rendering)
-    with pytest.raises(RecipeError, match="--tools: the model is not asked through a chat template"):
+    with pytest.raises(RecipeError, match="--tools: prompts are not rendered with a chat template"):
         with_tools(to_prompt_example("hi", "text"), TOOLS)
