@@ -85,11 +85,9 @@ def find_expected(read: Examples, choices: Sequence[str]) -> np.ndarray:
             what = "the example has no prompt and completion, so there is nothing to choose"
             raise DataError(what, where=place, fix="remove --choices")
         if answer not in choices:
-            names = f"{', '.join(map(repr, choices))}{did_you_mean(answer, choices)}"
-            fix = f"add it to --choices {names}"
-            raise DataError(
-                "the completion is not one of the choices", where=place, got=repr(answer), fix=fix
-            )
+            what = f"the completion is not one of the choices {', '.join(map(repr, choices))}"
+            fix = f"add it to --choices{did_you_mean(answer, choices)}"
+            raise DataError(what, where=place, got=repr(answer), fix=fix)
         expected.append(choices.index(answer))
     return np.array(expected, dtype=np.int64)
 

@@ -1,8 +1,7 @@
-"""Attention inside each document of a packed row, as one function of ``transformers.AttentionInterface``.
+"""Attention within each document of a packed row, as a function for ``transformers.AttentionInterface``.
 
-No mask function is registered beside it, so the model builds no mask: a packed row is told apart by
-``cu_seq_lens`` alone, and rows without it (padded on the right) need none, because a causal model never looks
-to the right.
+No mask function is registered with it, so the model builds no mask. The documents of a packed row are
+separated by ``cu_seq_lens``. Rows without it, padded on the right, need no mask in a causal model.
 """
 
 from collections.abc import Sequence
@@ -16,11 +15,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from hf_clm.errors import ModelError
 
 NAME = "packed"
-SHORT = 64  # tokens: up to here SDPA on a CPU is slower than two matrix products
+SHORT_TOKENS = 64  # up to this length, SDPA is slower on a CPU than two matrix products
 
 
 def register() -> None:
-    """Makes ``attn_implementation="packed"`` known to transformers. Called by ``load_model``."""
+    """Registers ``attn_implementation="packed"`` with transformers. Called by ``load_model``."""
     AttentionInterface.register(NAME, packed_attention)
 
 
@@ -30,15 +29,15 @@ def packed_attention(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of each document on its own.
+    """Computes causal attention within each document.
 
-    B = batch size (1 for packed rows), T = tokens, H = query heads, K = key heads (H is a multiple),
+    B = batch size (1 for packed rows), T = tokens, H = query heads, K = key heads (H is a multiple of K),
     E = head width.
 
-    Args (as transformers calls it): query (B, H, T, E); key, value (B, K, T, E); attention_mask, ignored;
+    Args (as passed by transformers): query (B, H, T, E); key, value (B, K, T, E); attention_mask, ignored;
         keywords scaling, dropout, sliding_window (tokens), cu_seq_lens_q (documents + 1,) int32.
 
-    Returns (B, T, H, E) and None for the weights. Raises ModelError for what it does not compute:
+    Returns (B, T, H, E), and None for the weights. Raises ModelError for unsupported features:
     soft-capping, sinks, a KV cache.
     """
     states = (query, args[0], args[1])
@@ -51,25 +50,25 @@ def packed_attention(
     bounds = kwargs.get("cu_seq_lens_q")
     if query.shape[2] != args[0].shape[2]:
         raise ModelError(
-            "the packed attention is for training: it has no mask for a KV cache",
+            "packed attention is for training and does not support a KV cache",
             where="generate",
             fix='use hf_clm.generate, or call model.set_attn_implementation("sdpa") first',
         )
     if bounds is None:
-        return _causal(states, **options).transpose(1, 2).contiguous(), None
+        return _sdpa_attention(states, **options).transpose(1, 2).contiguous(), None
     dtype = _compute_dtype(query)
     if query.is_cuda and not options["dropout"] and dtype != torch.float32:
         states = tuple(part.to(dtype) for part in states)  # rotary embeddings give float32 under autocast
         longest = int(kwargs["max_length_q"])
-        return _varlen(
+        return _varlen_attention(
             states, bounds, longest=longest, scale=options["scale"], window=options["window"]
         ), None
-    apart: Any = _document_by_document  # the decorator hides its parameters
-    return apart(states, bounds, options=options).to(dtype), None
+    attend: Any = _document_attention  # its decorator hides the parameters from the type checker
+    return attend(states, bounds, options=options).to(dtype), None
 
 
 def use_for_generation(model: PreTrainedModel) -> None:
-    """Switches a packed model to ``sdpa``: its KV cache and left padding need a mask."""
+    """Switches a model with packed attention to ``sdpa``, which supports a KV cache and left padding."""
     if model.config._attn_implementation == NAME:
         model.set_attn_implementation("sdpa")
 
@@ -80,38 +79,42 @@ def use_for_training(model: PreTrainedModel, attention: str) -> None:
         model.set_attn_implementation(attention)
 
 
-@torch.compiler.disable  # else a graph is compiled for the lengths of every batch
-def _document_by_document(
+@torch.compiler.disable  # otherwise, a graph is compiled for the lengths of each batch
+def _document_attention(
     states: Sequence[torch.Tensor], bounds: torch.Tensor, *, options: dict[str, Any]
 ) -> torch.Tensor:
-    """(1, T, H, E), one call of SDPA for neighbours of one length; float32 on a CPU: it is faster."""
+    """Computes (1, T, H, E), with one call for adjacent documents of equal length; in float32 on a CPU, which
+    is faster."""
     device = states[0].device
     if device.type == "cpu":
         states = [part.float() for part in states]
     lengths = [stop - start for start, stop in pairwise(bounds.tolist()) if stop > start]
     runs = [(length, len(list(group))) for length, group in groupby(lengths)]
-    # split, not slices: the gradient of each slice would be as long as the whole row
+    # split instead of slices: the gradient of each slice would be as long as the complete row
     parts = zip(*(part.split([n * length for length, n in runs], dim=2) for part in states), strict=True)
     autocasts = torch.is_autocast_enabled(device.type) and device.type != "cpu"
     with torch.autocast(device.type, enabled=autocasts):
-        found = [
-            _equally_long(part, documents=n, **options) for part, (_, n) in zip(parts, runs, strict=True)
+        outputs = [
+            _equal_length_attention(part, documents=n, **options)
+            for part, (_, n) in zip(parts, runs, strict=True)
         ]
-        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _equally_long(states: Sequence[torch.Tensor], *, documents: int, **options: Any) -> torch.Tensor:
-    """(1, T, H, E) for as many documents, one behind the other, as a batch of rows in one call."""
+def _equal_length_attention(
+    states: Sequence[torch.Tensor], *, documents: int, **options: Any
+) -> torch.Tensor:
+    """Computes (1, T, H, E) for concatenated documents of equal length, as a batch of rows in one call."""
     rows = [part.unflatten(2, (documents, -1))[0].transpose(0, 1) for part in states]
-    is_short = rows[0].device.type == "cpu" and rows[0].shape[2] <= SHORT
-    found = (_by_products if is_short else _causal)(rows, **options)
-    return found.transpose(1, 2).flatten(0, 1)[None]
+    is_short = rows[0].device.type == "cpu" and rows[0].shape[2] <= SHORT_TOKENS
+    output = (_matmul_attention if is_short else _sdpa_attention)(rows, **options)
+    return output.transpose(1, 2).flatten(0, 1)[None]
 
 
-def _by_products(
+def _matmul_attention(
     states: Sequence[torch.Tensor], *, dropout: float, scale: float | None, window: int | None
 ) -> torch.Tensor:
-    """As ``_causal``, with the scores of all pairs: on a CPU faster, where documents are short."""
+    """Same as ``_sdpa_attention``, but with explicit scores, which is faster for short documents on a CPU."""
     query, key, value = states
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
     tokens, width = query.shape[2:]
@@ -125,10 +128,10 @@ def _by_products(
     return torch.bmm(weights, heads[2]).unflatten(0, query.shape[:2])
 
 
-def _causal(
+def _sdpa_attention(
     states: Sequence[torch.Tensor], *, dropout: float, scale: float | None, window: int | None
 ) -> torch.Tensor:
-    """(B, H, T, E) for rows that hold one document each. ``states``: query, key, value."""
+    """Computes (B, H, T, E) for rows with one document each. ``states``: query, key, value."""
     query, key, value = states
     tokens = query.shape[2]
     mask = None
@@ -150,7 +153,7 @@ def _causal(
     )
 
 
-def _varlen(
+def _varlen_attention(
     states: Sequence[torch.Tensor],
     bounds: torch.Tensor,
     *,
@@ -158,12 +161,12 @@ def _varlen(
     scale: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """The fused kernel of torch for many documents in one call; a window of (-1, 0) is plain causal."""
+    """Computes all documents with one call of PyTorch's fused kernel; a window of (-1, 0) is plain causal."""
     from torch.nn.attention.varlen import varlen_attn  # CUDA only
 
     query, key, value = states
     repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:  # grouped heads are an argument of the kernel from torch 2.12 on only
+    if repeats > 1:  # the kernel supports grouped heads only since torch 2.12
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     sides = (-1 if window is None else window - 1, 0)
     q, k, v = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
@@ -172,7 +175,7 @@ def _varlen(
 
 
 def _compute_dtype(query: torch.Tensor) -> torch.dtype:
-    """What attention computes in; the fused kernel takes no float32."""
+    """Returns the dtype that attention is computed in; the fused kernel does not support float32."""
     kind = query.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
@@ -180,7 +183,7 @@ def _compute_dtype(query: torch.Tensor) -> torch.dtype:
 def _check_supported(kwargs: dict[str, Any]) -> None:
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
-            what = f"the packed attention does not compute this model's {name!r}"
+            what = f"packed attention does not support this model's {name!r}"
             raise ModelError(
                 what, where="model.attention", got=NAME, fix="set model.attention to sdpa or eager"
             )

@@ -1,8 +1,8 @@
-"""Floating-point operations of a training step, head and attention included: what MFU is computed from.
+"""Floating-point operations of a training step, including head and attention, for computing MFU.
 
-6 for each weight of a matrix product and token: 2 forward, 2 for the gradient of the input, 2 for that of the
-weight (none where it is frozen). 12 for each feature and each pair of tokens, one attending to the other.
-Source: Kaplan et al., arXiv:2001.08361, section 2.1. A lookup of an embedding is none.
+6 per token and weight of a matrix product: 2 for the forward pass, 2 for the gradient of the input, and 2 for
+the gradient of the weight (unless it is frozen). 12 per feature and pair of tokens, one attending to the
+other. Source: Kaplan et al., arXiv:2001.08361, section 2.1. Embedding lookups are not counted.
 """
 
 from dataclasses import dataclass
@@ -15,23 +15,23 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOP of a forward and a backward pass: ``per_token`` of the layers, ``per_target`` of the head,
-    ``per_pair`` of the attention."""
+    """FLOP of a forward and backward pass: ``per_token`` in the layers, ``per_target`` in the head,
+    ``per_pair`` in the attention."""
 
     per_token: int
     per_target: int
     per_pair: int
 
     def of(self, *, tokens: float, targets: float, pairs: float) -> float:
-        """FLOP of so many tokens, places where the head is computed, and pairs.
+        """Returns the FLOP for the given numbers of tokens, positions where the head is computed, and pairs.
 
-        A causal document of L tokens has L (L + 1) / 2 pairs: half of what a kernel without a mask computes.
+        A causal document of L tokens has L (L + 1) / 2 pairs, half of what attention without a mask computes.
         """
         return self.per_token * tokens + self.per_target * targets + self.per_pair * pairs
 
 
 def count_flops(model: PreTrainedModel) -> FlopCount:
-    """Counts the weights of the matrix products once. Of a mixture of experts it counts the active ones."""
+    """Counts the weights of the matrix products. In a mixture of experts, only active weights count."""
     head = model.get_output_embeddings()
     layers = sum(_flops(module) for module in model.modules() if module is not head)
     config: Any = model.config.get_text_config()

@@ -1,12 +1,12 @@
-"""The loss at the target positions only, in chunks, with its gradients computed on the way: no (T, V) logits.
+"""Loss at target positions only, computed in chunks together with its gradients, without (T, V) logits.
 
-stock   hidden (T, H) -> logits (T, V) -> a float32 copy -> log-softmax -> gradients, all of them at once
-here    hidden (N, H) of the N targets -> logits of a chunk -> its loss and its gradients -> the next chunk
+stock   hidden (T, H) -> logits (T, V) -> float32 copy -> log-softmax -> gradients, all at once
+here    hidden (N, H) of the N targets -> logits of a chunk -> its loss and gradients -> the next chunk
 
-The head keeps its place in the model and its weight. While a TargetLoss is ``measuring``, the head hands on
-the hidden states, and ``model.loss_function`` (transformers lets us set it) applies the weight to them. Both
-happen inside the model's forward, where DDP and FSDP2 expect a weight to be used. At any other time the model
-is stock.
+The head stays in the model and keeps its weight. While a TargetLoss is ``measuring``, the head returns its
+input, the hidden states, and ``model.loss_function`` (a public setter in transformers) applies the weight.
+Both happen inside the model's forward, where DDP and FSDP2 expect weights to be used. Otherwise the model
+works as usual.
 """
 
 from collections.abc import Iterator
@@ -22,15 +22,15 @@ from hf_clm.model.load import without_adapters
 from hf_clm.schema import IGNORE_INDEX
 
 CHUNK_TOKENS = {"cpu": 1024}  # rows of logits in one matrix product
-CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}  # of a chunk's logits: fewer rows where the vocabulary is large
-ADDED_ROWS = {"cpu": 2**14}  # rows of the weight's gradient that are added at once: a CPU adds a float32 copy
-BLOCK_TOKENS = {"cpu": 32}  # rows in one softmax: as much as a core's cache holds; elsewhere a whole chunk
-BLOCK_LOGITS = 2**18  # of a softmax at least: a vocabulary of characters takes more rows
+CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}  # limit of a chunk's logits: fewer rows for large vocabularies
+ADDED_ROWS = {"cpu": 2**14}  # rows of the weight's gradient added at once: a CPU makes a float32 copy of them
+BLOCK_TOKENS = {"cpu": 32}  # rows in one softmax, which fit into a core's cache; elsewhere, a complete chunk
+BLOCK_LOGITS = 2**18  # minimum for a softmax: small vocabularies take more rows
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Terms beside the likelihood.
+    """Terms of the loss besides the likelihood.
 
     label_smoothing: e, for targets that are (1 - e) one-hot and e uniform.
     z_loss: weight of the squared logsumexp, which keeps logits from drifting (PaLM, arXiv:2204.02311).
@@ -42,7 +42,7 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """What one pass found of N places: ``nll`` (N,) float32, nats; ``correct``, ``is_target`` (N,) bool."""
+    """Figures of N positions: ``nll`` (N,) float32, in nats; ``correct``, ``is_target`` (N,) bool."""
 
     nll: torch.Tensor
     correct: torch.Tensor
@@ -50,9 +50,9 @@ class TokenFigures:
 
 
 class TargetLoss:
-    """The loss of one model. After a forward, ``figures`` holds what was found of each target.
+    """The loss of one model. After a forward pass, ``figures`` has the figures of each target.
 
-    Figures are not weighted; the loss is, where ``measuring`` was given weights.
+    Figures are never weighted; the loss is, if ``measuring`` is given weights.
     """
 
     def __init__(self, model: PreTrainedModel, options: LossOptions):
@@ -66,11 +66,11 @@ class TargetLoss:
 
     @contextmanager
     def measuring(self, label_weights: torch.Tensor | None = None) -> Iterator[None]:
-        """Inside, the model's forward computes this loss, and its ``logits`` are hidden states.
+        """Makes the model's forward compute this loss; its ``logits`` are then hidden states.
 
-        label_weights: float32, how much the loss of each label counts, in the shape of the batch's
-            ``shift_labels`` or, where it has none, of its ``labels``. None counts each once. They do not go
-            through the model, so its forward need not take them.
+        label_weights: float32 weight of each label, in the shape of the batch's ``shift_labels`` or, if it
+            has none, of its ``labels``. None weights all labels equally. They are not passed through the
+            model, whose forward may not accept them.
         """
         self.is_measuring, self.figures, self._label_weights = True, None, label_weights
         try:
@@ -79,25 +79,26 @@ class TargetLoss:
             self.is_measuring, self._deferred, self._label_weights = False, None, None
 
     def defer(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the head returns while measuring."""
+        """Returns the head's input as its output, and records it."""
         if not torch.compiler.is_compiling():
             self._deferred = hidden
         return hidden
 
     def __call__(self, logits: torch.Tensor, labels: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As a model calls its loss_function; ``shift_labels`` (1, N) come from the collator.
+        """Computes the loss, called by the model as its loss_function; ``shift_labels`` (1, N) come from the
+        collator.
 
-        Returns the sum over the targets, divided by ``num_items_in_batch`` (targets of the whole step, or the
-        sum of their weights) or, where that is not given, by those of the batch.
+        Returns the sum over the targets divided by ``num_items_in_batch`` (the number of targets in the
+        optimizer step, or the sum of their weights); by default, by those of the batch.
         """
         if not self.is_measuring:
             return self.stock(logits, labels, *args, **kwargs)
         if not torch.compiler.is_compiling():
-            assert logits is self._deferred, "the model does more with its logits: see why_not"
-        measure: Any = self._measure  # the decorator hides its parameters
+            assert logits is self._deferred, "the model transforms its logits: see why_not"
+        measure: Any = self._measure  # its decorator hides the parameters from the type checker
         return measure(logits, labels, kwargs)
 
-    @torch.compiler.disable  # its shapes change with every batch
+    @torch.compiler.disable  # shapes change with every batch
     def _measure(self, *inputs: Any) -> torch.Tensor:
         hidden, labels, options = inputs
         shifted, items = options.get("shift_labels"), options.get("num_items_in_batch")
@@ -122,7 +123,7 @@ class TargetLoss:
 
 
 class DeferringHead(torch.nn.Linear):
-    """A head that leaves its matrix product to the loss while that is measuring."""
+    """A head that leaves its matrix product to the loss while the loss is measuring."""
 
     target_loss: TargetLoss
 
@@ -131,9 +132,9 @@ class DeferringHead(torch.nn.Linear):
 
 
 def use_target_loss(model: PreTrainedModel, options: LossOptions | None = None) -> TargetLoss:
-    """Changes the model: its loss becomes a TargetLoss, its head a DeferringHead with the same weight.
+    """Replaces the model's loss by a TargetLoss, and its head by a DeferringHead with the same weight.
 
-    ``why_not`` must have found no reason against it.
+    ``why_not`` must return an empty string for the model.
     """
     model = without_adapters(model)
     loss = model._loss_function if isinstance(getattr(model, "_loss_function", None), TargetLoss) else None
@@ -146,19 +147,19 @@ def use_target_loss(model: PreTrainedModel, options: LossOptions | None = None) 
 
 
 def why_not(model: PreTrainedModel) -> str:
-    """Why a model needs its own loss; empty where TargetLoss equals it. Runs the model on two tokens."""
+    """Returns why a model needs its own loss; empty if TargetLoss equals it. Runs the model on two tokens."""
     model = without_adapters(model)
     head: Any = model.get_output_embeddings()
     if type(head) not in (torch.nn.Linear, DeferringHead):
-        return f"its head is a {type(head).__module__}.{type(head).__name__}, no plain matrix product"
+        return f"its head is a {type(head).__module__}.{type(head).__name__}, not a plain matrix product"
     if any(hasattr(weight, "ds_id") for weight in model.parameters()):
-        return "DeepSpeed ZeRO-3 gathers a weight inside its own layer only"
-    seen: list[torch.Tensor] = []
-    hook = head.register_forward_hook(lambda module, given, found: seen.append(found))
+        return "DeepSpeed ZeRO-3 gathers a weight only inside its own layer"
+    logits_seen: list[torch.Tensor] = []
+    hook = head.register_forward_hook(lambda module, inputs, output: logits_seen.append(output))
     stock, was_training = model.loss_function, model.training
 
     def compare(logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.append(logits)
+        logits_seen.append(logits)
         return logits.new_zeros(())
 
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=head.weight.device)
@@ -171,8 +172,8 @@ def why_not(model: PreTrainedModel) -> str:
         hook.remove()
         model.loss_function = stock
         model.train(was_training)
-    is_plain = len(seen) == 2 and seen[0] is seen[1]
-    return "" if is_plain else "it does more with its logits than a matrix product"
+    is_plain = len(logits_seen) == 2 and logits_seen[0] is logits_seen[1]
+    return "" if is_plain else "it transforms the output of its head"
 
 
 def logit_loss(
@@ -184,11 +185,13 @@ def logit_loss(
     label_smoothing: float,
     balance: float,
 ) -> torch.Tensor:
-    """The weighted loss () for a model that needs its own, as a Trainer calls its ``compute_loss_func``.
+    """Returns the weighted loss, a scalar, for a model that needs its own loss (see ``why_not``).
 
-    outputs: of the model, with logits (B, T, V) and, where it reports one, the loss of its experts' balance,
-        which counts ``balance``. The model was given no labels, so it has added nothing itself.
-    labels, label_weights: (B, T) int64 and float32, unshifted.
+    Args:
+        outputs: the model's outputs for a batch without labels: logits (B, T, V) and, for some mixtures of
+            experts, the load-balancing loss.
+        labels, label_weights: (B, T) int64 and float32, unshifted.
+        balance: the coefficient of the load-balancing loss.
     """
     at = labels[:, 1:] != IGNORE_INDEX
     targets, weights = labels[:, 1:][at], label_weights[:, 1:][at]
@@ -197,19 +200,23 @@ def logit_loss(
     )
     items = sum_weights(targets, weights) if num_items_in_batch is None else num_items_in_batch
     loss = (losses * weights).sum() / items
-    of_experts = outputs.get("aux_loss")
-    return loss if of_experts is None else loss + balance * of_experts
+    balance_loss = outputs.get("aux_loss")
+    return loss if balance_loss is None else loss + balance * balance_loss
 
 
 def tally(labels: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """(2,) float64: the sum of the weights of a batch's labels, and their number; both (B, T), unshifted."""
+    """Returns the sum of the weights of a batch's labels and their number, (2,) float64.
+
+    labels, weights: (B, T), unshifted.
+    """
     is_target = labels[:, 1:] != IGNORE_INDEX
     count = is_target.sum().double()
     return torch.stack([count if weights is None else (weights[:, 1:].double() * is_target).sum(), count])
 
 
 def sum_weights(targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """What a mean over targets (N,) divides by, (): their number or the sum of their weights; 1 for none."""
+    """Returns the divisor of a mean over targets (N,): their number, or the sum of their weights; at least 1
+    if it would be 0."""
     is_target = targets != IGNORE_INDEX
     if weights is None:
         return is_target.sum().clamp(min=1)
@@ -218,7 +225,7 @@ def sum_weights(targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Te
 
 
 def chunk_rows(rows: int, vocabulary: int, *, device: str, itemsize: int) -> int:
-    """How many of ``rows`` have logits at one time; ``itemsize``: bytes of a logit."""
+    """Returns how many of ``rows`` go into one chunk of logits; ``itemsize``: bytes of a logit."""
     by_size = CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (vocabulary * itemsize)
     return max(1, min(rows, CHUNK_TOKENS.get(device, rows), by_size))
 
@@ -232,15 +239,16 @@ def measure_targets(
     options: LossOptions,
     target_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The summed loss () float32; of each target its nll (N,) float32, and whether it was guessed (N,) bool.
+    """Returns the summed loss () float32, the nll of each target (N,) float32, and whether each target was
+    predicted (N,) bool. Only the sum has a gradient.
 
-    hidden (N, H); weight (V, H); bias (V,) or None; targets (N,) int64, -100 where there is none;
-    target_weights (N,) float32, by which the sum multiplies the loss of each target, or None. Only the
-    sum has a gradient. Computes in the autocast dtype where autocast is on; softmax and sums are float32.
+    hidden (N, H); weight (V, H); bias (V,) or None; targets (N,) int64, -100 for none; target_weights (N,)
+    float32, the weight of each target in the sum, or None. Matrix products use the autocast dtype if
+    autocast is on; softmax and sums are float32.
     """
     if torch.is_grad_enabled():
         return _TargetLossFunction.apply(hidden, weight, bias, targets, target_weights, options)
-    found = _measure_chunks(
+    chunks = _measure_chunks(
         hidden,
         (weight, bias),
         targets=targets,
@@ -248,7 +256,7 @@ def measure_targets(
         options=options,
         needs=(False, False, False),
     )
-    return found.total, found.nll, found.correct
+    return chunks.total, chunks.nll, chunks.correct
 
 
 class _TargetLossFunction(torch.autograd.Function):
@@ -256,7 +264,7 @@ class _TargetLossFunction(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden, weight, bias, targets, target_weights, options = inputs
         needs = tuple(ctx.needs_input_grad[:3])
-        found = _measure_chunks(
+        chunks = _measure_chunks(
             hidden,
             (weight, bias),
             targets=targets,
@@ -264,30 +272,28 @@ class _TargetLossFunction(torch.autograd.Function):
             options=options,
             needs=needs,
         )
-        ctx.gradients, ctx.dtypes = (
-            found.gradients,
-            [part if part is None else part.dtype for part in inputs[:3]],
-        )
-        ctx.mark_non_differentiable(found.nll, found.correct)
-        return found.total, found.nll, found.correct
+        ctx.gradients = chunks.gradients
+        ctx.dtypes = [part if part is None else part.dtype for part in inputs[:3]]
+        ctx.mark_non_differentiable(chunks.nll, chunks.correct)
+        return chunks.total, chunks.nll, chunks.correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Any) -> tuple[torch.Tensor | None, ...]:
         both = zip(ctx.gradients, ctx.dtypes, strict=True)
         scaled = [part if part is None else part.mul_(outputs[0]).to(dtype) for part, dtype in both]
-        ctx.gradients = None  # as large as the head: not kept while the rest of the model goes backward
+        ctx.gradients = None  # as large as the head: freed before the backward of the other layers
         return (*scaled, None, None, None)
 
 
 @dataclass
-class _Found:
+class _ChunkSums:
+    """Results over all chunks. ``gradients``: of ``total`` by hidden, weight and bias; None if not needed."""
+
     total: torch.Tensor
     nll: torch.Tensor
     correct: torch.Tensor
-    gradients: list[
-        torch.Tensor | None
-    ]  # of the sum, by hidden, weight and bias; None where it is not needed
+    gradients: list[torch.Tensor | None]
 
 
 def _measure_chunks(
@@ -298,7 +304,7 @@ def _measure_chunks(
     target_weights: torch.Tensor | None,
     options: LossOptions,
     needs: tuple[bool, ...],
-) -> _Found:
+) -> _ChunkSums:
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     is_target, at = targets != IGNORE_INDEX, targets.clamp(min=0)
@@ -320,16 +326,16 @@ def _measure_chunks(
                 loss[block], nll[block], best[block] = _to_gradient(part, at[block], options=options)
             if by_hidden is not None:
                 torch.mm(logits, weight, out=by_hidden[chunk])
-            # the factor of a row is applied where it is H wide, not to its V logits
+            # scale the hidden states, H wide, instead of the V logits
             if by_weight is not None:
                 scaled = (rows[chunk] * scale[chunk, None]).to(dtype)
                 _add_product(logits.T, scaled, total=by_weight)
             if by_bias is not None:
                 by_bias += logits.T.float() @ scale[chunk].float()
-            del logits, part  # before the next chunk's are made
+            del logits, part  # free them before the next chunk
         if by_hidden is not None:
             by_hidden *= scale[:, None]
-    return _Found(
+    return _ChunkSums(
         (loss * scale).sum(), nll * is_target, (best == at) & is_target, [by_hidden, by_weight, by_bias]
     )
 
@@ -337,14 +343,14 @@ def _measure_chunks(
 def _to_gradient(
     logits: torch.Tensor, at: torch.Tensor, *, options: LossOptions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Turns the logits (n, V), in place, into the gradient of the loss.
+    """Replaces the logits (n, V), in place, by the gradient of the loss.
 
-    Returns loss and negative log-likelihood (n,), and the token with the largest logit (n,).
+    Returns the loss (n,), the negative log-likelihood (n,), and the token with the largest logit (n,).
     """
     smoothing, column = options.label_smoothing, at[:, None]
     top, best = logits.max(dim=-1)
     softmax = torch.softmax(logits, dim=-1, dtype=torch.float32)
-    # the largest share is at least 1 / V: its logarithm is safe where that of the target's share is not
+    # the largest probability is at least 1 / V, so its logarithm is finite; the target's may not be
     log_sum = top.float() - softmax.gather(1, best[:, None])[:, 0].log()
     nll = log_sum - logits.gather(1, column)[:, 0].float()
     loss = nll
@@ -360,7 +366,7 @@ def _to_gradient(
 
 
 def _add_product(left: torch.Tensor, right: torch.Tensor, *, total: torch.Tensor) -> None:
-    """Adds a matrix product to ``total``, a float32 sum."""
+    """Adds a matrix product to ``total`` (float32)."""
     if left.dtype == torch.float32:
         total.addmm_(left, right)
     else:

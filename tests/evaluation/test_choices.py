@@ -49,7 +49,7 @@ def to_rows(examples, *, choices=CHOICES, max_length=64, tokenizer=None):
 
 
 def log_probabilities(prompt: bytes, choice: bytes) -> list[float]:
-    """Returns the log-probabilities of the bytes of the choice and the end token, each given all before it."""
+    """Returns the log-probabilities of the choice's bytes and the end token, each given all before it."""
     model, ids, found = tiny_model(), [*prompt], []
     for token in [*choice, EOS]:
         with torch.no_grad():
@@ -167,7 +167,8 @@ def test_a_completion_that_is_not_a_choice_is_reported_with_its_line():
         find_expected(examples, ["yes", "no"])
 
     assert str(error.value) == (
-        "a.jsonl:2: the completion is not one of the choices 'yes', 'no'; got 'maybe'; fix: add it to --choices"
+        "a.jsonl:2: the completion is not one of the choices 'yes', 'no'; got 'maybe'; "
+        "fix: add it to --choices"
     )
 
 

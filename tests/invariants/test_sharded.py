@@ -42,7 +42,7 @@ def build_optimizer(model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-4)
 
 
-# --- in each of the two processes: this file is run as a program
+# --- the program that runs in each of the two processes
 
 
 def main(rank: int, folder: Path) -> None:

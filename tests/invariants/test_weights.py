@@ -120,7 +120,7 @@ def by_hand(
     return (total / count).item(), {key: weight.grad for key, weight in model.named_parameters()}
 
 
-def assert_alike(found: Gradients, expected: Gradients) -> None:
+def assert_close(found: Gradients, expected: Gradients) -> None:
     """Differences of 1e-6 of the largest gradient at most."""
     assert found.keys() == expected.keys()
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
@@ -171,7 +171,7 @@ def test_a_step_is_the_bare_weighted_mean_however_it_is_batched(
     log, found = one_step(tmp_path, ROWS, name=name, collator=collator, **batches, **settings)
 
     assert log["loss"] == pytest.approx(expected, rel=1e-6)
-    assert_alike(found, gradients)
+    assert_close(found, gradients)
 
 
 @pytest.mark.slow
@@ -184,7 +184,7 @@ def test_a_step_of_two_processes_of_which_one_has_no_weights_is_that_of_one(tmp_
     for name in MODELS:
         expected, gradients = by_hand(name, ROWS)
         assert found[name][0]["loss"] == pytest.approx(expected, rel=1e-6)
-        assert_alike(found[name][1], gradients)
+        assert_close(found[name][1], gradients)
 
 
 @pytest.mark.parametrize("collator", COLLATORS)
@@ -208,7 +208,7 @@ def test_the_balance_of_experts_stays_in_the_loss_of_a_model_that_scales_its_log
 
     assert log["loss"] > by_hand("granitemoe", PLAIN)[0] + 1
     assert weighted_log["loss"] == pytest.approx(log["loss"], rel=1e-6)
-    assert_alike(found, expected)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("name", "collator"), [("granite", "padded"), ("qwen2", "packed")])
@@ -220,7 +220,7 @@ def test_a_row_of_weight_2_is_that_row_twice(tmp_path, name, collator):
     weighted_log, found = one_step(tmp_path, [PLAIN[3], twice], **options)
 
     assert weighted_log["loss"] == pytest.approx(log["loss"], rel=1e-6)
-    assert_alike(found, expected)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("name", "collator"), [("qwen2", "padded"), ("granite", "packed")])
@@ -233,7 +233,7 @@ def test_a_weight_of_0_is_no_label(tmp_path, name, collator):
     weighted_log, found = one_step(tmp_path, [PLAIN[0], weighted], **options)
 
     assert weighted_log["loss"] == pytest.approx(log["loss"], rel=1e-6)
-    assert_alike(found, expected)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,4 +1,4 @@
-"""LoRA: what is trained, what is saved, and that it opens again. Plain peft is the measure."""
+"""LoRA: training, saving and loading, compared with plain peft."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ SAMPLES = {"prompts": ["say x\n"], "max_new_tokens": 2}
 
 
 def bytes_only() -> PreTrainedTokenizerFast:
-    """257 tokens: the bytes and the end of a text. A pad token makes the embeddings grow."""
+    """A tokenizer of 257 tokens, the bytes and an end token; a pad token makes the embeddings grow."""
     content = json.loads(byte_tokenizer().backend_tokenizer.to_str())
     content["added_tokens"] = content["added_tokens"][:1]
     for letter in ("<|pad|>", "<|im_start|>", "<|im_end|>"):
@@ -49,7 +49,7 @@ def build_base(folder: Path, kind: str = "qwen2", **settings: Any) -> str:
 def build_recipe(
     folder: Path, records: list[Any] = RECORDS, *, base: str | None = None, **changes: Any
 ) -> Recipe:
-    """Three steps of all three rows at a constant rate."""
+    """Builds a recipe for three steps on all three rows with a constant learning rate."""
     settings = {"max_steps": 3, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "seed": 42}
     settings |= {"per_device_train_batch_size": 3, "weight_decay": 0.0}
     return helpers.build_recipe(
@@ -77,8 +77,8 @@ def load_saved(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}])
-def test_a_run_is_a_bare_loop_over_plain_peft(tmp_path, kind, options):
-    """Each row alone; the sum over its targets, divided by the 10 targets of all (7 letters, 3 ends)."""
+def test_a_run_equals_a_training_loop_over_plain_peft(tmp_path, kind, options):
+    """Each row alone: the sum over its targets, divided by all 10 targets (7 letters, 3 end tokens)."""
     recipe = build_recipe(tmp_path, base=build_base(tmp_path, kind), lora=options)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **options)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -112,8 +112,8 @@ def test_a_run_is_a_bare_loop_over_plain_peft(tmp_path, kind, options):
         torch.testing.assert_close(weight, own[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_pad_token_keeps_the_adapter_small_and_the_loss_fast(tmp_path):
-    """The base has 257 rows and the tokenizer 258 tokens: no row of them is saved."""
+def test_a_new_pad_token_is_not_saved_with_the_adapter(tmp_path):
+    """The base has 257 rows and the tokenizer 258 tokens, but no embedding rows are saved."""
     result = train(build_recipe(tmp_path, doctor={"round_trip": "start"}, samples=SAMPLES))
 
     saved = load_saved(tmp_path / "run")
@@ -123,11 +123,11 @@ def test_a_pad_token_keeps_the_adapter_small_and_the_loss_fast(tmp_path):
     assert result["proof"]["round_trip"]["logit_difference"] < 1e-5
     assert "library_name: peft" in (tmp_path / "run" / "README.md").read_text(
         "utf-8"
-    )  # ours, not peft's form
+    )  # our model card, not that of peft
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_new_chat_tokens_are_trained_and_open_in_a_fresh_process(tmp_path, is_tied):
+def test_new_chat_tokens_are_trained_and_loaded_in_a_new_process(tmp_path, is_tied):
     base = build_base(tmp_path, tie_word_embeddings=is_tied)
     chat = {"chat_template": "chatml"}
 
@@ -143,7 +143,7 @@ def test_new_chat_tokens_are_trained_and_open_in_a_fresh_process(tmp_path, is_ti
     assert is_adapted(run.model)
 
 
-def test_tokens_that_the_base_has_are_not_new_and_the_pad_token_is_never_learned(tmp_path):
+def test_new_tokens_exclude_those_of_the_base_and_the_pad_token(tmp_path):
     base = build_base(tmp_path)
     tokenizer = load_tokenizer(base, chat_template="chatml")
 
@@ -152,8 +152,8 @@ def test_tokens_that_the_base_has_are_not_new_and_the_pad_token_is_never_learned
     assert find_new_tokens(load_tokenizer(base), base, revision=None) == []
 
 
-def test_of_another_tokenizer_the_tokens_without_a_row_are_new(tmp_path):
-    """The base has 257 rows and no tokenizer; 258 and 259 are those of the chat, 257 the pad token."""
+def test_with_another_tokenizer_the_tokens_without_a_row_are_new(tmp_path):
+    """The base has 257 rows and no tokenizer; 258 and 259 are the chat tokens, 257 is the pad token."""
     base = build_base(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path / "other")
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -165,7 +165,7 @@ def test_of_another_tokenizer_the_tokens_without_a_row_are_new(tmp_path):
     assert sorted(shape for name, shape in rows.items() if "lora" not in name) == [[2, 32], [2, 32]]
 
 
-def test_two_steps_and_one_more_are_three(tmp_path):
+def test_resuming_after_two_of_three_steps_gives_the_same_adapter(tmp_path):
     dropout = {"dropout": 0.3}
     steps = {"save_strategy": "steps", "save_steps": 2}
     train(build_recipe(tmp_path, lora=dropout, train=steps))
@@ -181,7 +181,7 @@ def test_two_steps_and_one_more_are_three(tmp_path):
     assert not all(torch.equal(whole[name], started[name]) for name in whole)
 
 
-def test_checkpointing_changes_no_adapter(tmp_path):
+def test_activation_checkpointing_does_not_change_the_adapter(tmp_path):
     train(build_recipe(tmp_path))
     again = {"activation_checkpointing": True, "output_dir": str(tmp_path / "again")}
 
@@ -193,13 +193,13 @@ def test_checkpointing_changes_no_adapter(tmp_path):
 
 
 def test_the_base_is_bfloat16_under_autocast_and_the_adapters_are_float32(tmp_path):
-    """A dtype in the recipe wins."""
+    """A dtype in the recipe takes precedence."""
     recipe = build_recipe(tmp_path, train={"bf16": True})
     arguments = training_arguments(recipe)
 
     assert weights_dtype(recipe, arguments) == "bfloat16"
     assert weights_dtype(recipe.model_copy(update={"lora": None}), arguments) == "float32"
-    again = Recipe.model_validate(resolve(recipe, arguments).model_dump())  # as recipe.yaml keeps it
+    again = Recipe.model_validate(resolve(recipe, arguments).model_dump())  # as saved in recipe.yaml
     assert weights_dtype(again, arguments) == again.model.dtype == "bfloat16"
     explicit = build_recipe(tmp_path, model={"dtype": "float32"}, train={"bf16": True})
     assert weights_dtype(explicit, arguments) == "float32"
@@ -212,7 +212,7 @@ def test_the_base_is_bfloat16_under_autocast_and_the_adapters_are_float32(tmp_pa
     assert (kinds, adapted.dtype) == ({torch.float32}, torch.bfloat16)
 
 
-def test_a_wrapped_model_is_looked_through():
+def test_the_inner_model_of_adapters_is_found():
     model = tiny_model()
 
     adapted = add_adapters(model, base="m", r=2, target_modules="all-linear")
@@ -225,7 +225,7 @@ def test_a_wrapped_model_is_looked_through():
     )
 
 
-def test_the_answers_of_a_run_are_those_of_plain_peft(tmp_path):
+def test_a_run_generates_the_answers_of_plain_peft(tmp_path):
     train(build_recipe(tmp_path, train={"max_steps": 8}))
     ids = torch.tensor([[*b"say y\n"]])
     plain = peft.PeftModel.from_pretrained(
@@ -241,7 +241,7 @@ def test_the_answers_of_a_run_are_those_of_plain_peft(tmp_path):
     assert is_adapter(str(tmp_path / "run")) and not is_adapter(str(tmp_path / "base"))
 
 
-def test_a_base_in_a_relative_folder_is_found_from_elsewhere(tmp_path, monkeypatch):
+def test_a_base_in_a_relative_folder_is_found_from_another_folder(tmp_path, monkeypatch):
     build_base(tmp_path)
     monkeypatch.chdir(tmp_path)
     adapted = add_adapters(
@@ -257,7 +257,7 @@ def test_a_base_in_a_relative_folder_is_found_from_elsewhere(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("key", ["target_modules", "modules_to_save"])
-def test_a_module_that_is_not_there_is_an_error_with_the_nearest_name(key):
+def test_an_unknown_module_is_an_error_with_the_nearest_name(key):
     with pytest.raises(ModelError) as caught:
         add_adapters(tiny_model(), base="m", **{"r": 2, "target_modules": ["q_proj"], key: ["o_prj"]})
 
@@ -267,7 +267,7 @@ def test_a_module_that_is_not_there_is_an_error_with_the_nearest_name(key):
     )
 
 
-def test_what_cannot_be_is_said_before_a_model_is_loaded(tmp_path, monkeypatch):
+def test_missing_requirements_are_reported_before_a_model_is_loaded(tmp_path, monkeypatch):
     quantized = build_recipe(tmp_path, lora={"quantize": "4bit"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -278,7 +278,7 @@ def test_what_cannot_be_is_said_before_a_model_is_loaded(tmp_path, monkeypatch):
         adapters.import_peft()
 
 
-def test_a_model_from_scratch_has_nothing_to_freeze(tmp_path):
+def test_lora_needs_a_pretrained_model(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(
         "stage: sft\nmodel: {init: scratch, config: {model_type: gpt2}}\ntokenizer: {train: {}}\n"
@@ -303,8 +303,8 @@ def test_a_model_from_scratch_has_nothing_to_freeze(tmp_path):
         ),
     ],
 )
-def test_layers_that_share_their_weights_are_not_adapted_alone(options, place):
-    """What would be merged into one of them would be in the other too (peft #2018, #2777)."""
+def test_tied_layers_cannot_be_adapted(options, place):
+    """Merging into one of them would change the other too (peft #2018, #2777)."""
     with pytest.raises(ModelError, match="embed_tokens and lm_head share their weights") as caught:
         add_adapters(tiny_model(tie_word_embeddings=True), base="x", **options)
 
@@ -312,7 +312,7 @@ def test_layers_that_share_their_weights_are_not_adapted_alone(options, place):
     assert add_adapters(tiny_model(tie_word_embeddings=False), base="x", **options)
 
 
-def test_tied_layers_are_refused_before_the_data_are_read(tmp_path):
+def test_tied_layers_are_rejected_before_the_data_are_read(tmp_path):
     model = save_folder(tmp_path / "tied", tiny_model(tie_word_embeddings=True), byte_tokenizer())
     lora = {"target_modules": ["q_proj", "lm_head"]}
     recipe = helpers.build_recipe(tmp_path, [], model={"name_or_path": model}, lora=lora)

@@ -1,4 +1,4 @@
-"""The packed attention: what it refuses, how it is switched and compiled, and runs that fall back from it."""
+"""Packed attention: its limits, switching, compilation, and runs that fall back to another one."""
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
 from hf_clm.model.attention import (
     NAME,
-    _by_products,
-    _causal,
-    _equally_long,
+    _equal_length_attention,
+    _matmul_attention,
+    _sdpa_attention,
     packed_attention,
     register,
     use_for_generation,
@@ -36,14 +36,14 @@ def packed_model(kind: str, **settings) -> PreTrainedModel:
 
 
 def alone(model: PreTrainedModel) -> list[torch.Tensor]:
-    """The logits of each document, by the eager attention."""
+    """Returns the logits of each document alone, with eager attention."""
     model.set_attn_implementation("eager")
     return [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in DOCUMENTS]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [4, 4, 3, 5, 5, 4], [2]])
-def test_neighbours_of_one_length_are_computed_together_as_each_alone(kind, lengths, monkeypatch):
+def test_adjacent_documents_of_equal_length_are_computed_in_one_call(kind, lengths, monkeypatch):
     model = packed_model(kind)
     documents = [torch.arange(3, 3 + length)[None] * 7 % 250 for length in lengths]
     alone = torch.cat([model(input_ids=part, use_cache=False).logits for part in documents], dim=1)
@@ -51,9 +51,9 @@ def test_neighbours_of_one_length_are_computed_together_as_each_alone(kind, leng
 
     def counted(states, *, documents, **options):
         calls.append(documents)
-        return _equally_long(states, documents=documents, **options)
+        return _equal_length_attention(states, documents=documents, **options)
 
-    monkeypatch.setattr("hf_clm.model.attention._equally_long", counted)
+    monkeypatch.setattr("hf_clm.model.attention._equal_length_attention", counted)
 
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 5, "max_length_k": 5}
@@ -70,13 +70,13 @@ def test_neighbours_of_one_length_are_computed_together_as_each_alone(kind, leng
 @pytest.mark.parametrize("heads", [4, 2, 1])
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_short_documents_by_products_are_those_of_sdpa(heads, window, scale):
+def test_matmul_attention_equals_sdpa(heads, window, scale):
     torch.manual_seed(0)
     shapes = [(3, 4, 9, 8), (3, heads, 9, 8), (3, heads, 9, 8)]
     states = [torch.randn(shape, requires_grad=True) for shape in shapes]
     options = {"dropout": 0.0, "scale": scale, "window": window}
 
-    found, expected = _by_products(states, **options), _causal(states, **options)
+    found, expected = _matmul_attention(states, **options), _sdpa_attention(states, **options)
     factor = torch.randn_like(expected)
 
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
@@ -97,18 +97,18 @@ def test_under_autocast_a_cpu_computes_attention_in_float32(lengths):
     assert torch.equal(found, expected.bfloat16())  # rounded once, at the end
 
 
-def test_dropout_of_products_drops_and_keeps_the_mean():
+def test_dropout_of_matmul_attention_keeps_the_mean():
     torch.manual_seed(0)
     states = [torch.randn(400, 2, 6, 4), torch.randn(400, 2, 6, 4), torch.ones(400, 2, 6, 4)]
 
-    found = _by_products(states, dropout=0.5, scale=None, window=None)
+    found = _matmul_attention(states, dropout=0.5, scale=None, window=None)
 
     assert found[:, :, 0].unique().tolist() == [0.0, 2.0]  # one weight, dropped or doubled
     assert found.mean().item() == pytest.approx(1.0, abs=0.05)
 
 
-def test_without_the_bounds_a_packed_row_would_leak():
-    """Plain causal attention over the same row differs."""
+def test_without_document_bounds_a_packed_row_would_leak():
+    """Plain causal attention over the same row gives other logits."""
     model = packed_model("qwen2")
     batch = DataCollatorForPackedCausalLM()(ROWS)
 
@@ -131,7 +131,7 @@ def test_a_row_padded_on_the_right_gives_the_logits_of_its_document_alone(kind):
         assert torch.allclose(row[: len(logits)], logits, atol=1e-5, rtol=0)
 
 
-def test_dropout_drops_in_training_only():
+def test_dropout_is_only_active_in_training():
     model = packed_model("gpt2", attn_pdrop=0.5)
     batch = DataCollatorForPackedCausalLM()(ROWS)
 
@@ -145,14 +145,14 @@ def test_dropout_drops_in_training_only():
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux"])
-def test_what_it_does_not_compute_it_refuses(name):
+def test_unsupported_features_are_rejected(name):
     states = torch.zeros(1, 2, 3, 4)
 
     with pytest.raises(ModelError) as error:
         packed_attention(torch.nn.Module(), states, states, states, None, **{name: 30.0})
 
     assert str(error.value) == (
-        f"model.attention: the packed attention does not compute this model's {name!r}; got packed; "
+        f"model.attention: packed attention does not support this model's {name!r}; got packed; "
         "fix: set model.attention to sdpa or eager"
     )
 
@@ -176,7 +176,7 @@ def test_a_packed_model_generates_what_the_same_weights_generate_with_sdpa(tmp_p
         assert answer.text == bytes(kept).decode(errors="replace")
 
 
-def test_generate_leaves_the_model_as_it_was():
+def test_generate_does_not_change_the_model():
     model = packed_model("qwen2").train()
 
     generate(model, byte_tokenizer(), prompts=["A"], decoding=Decoding(2))
@@ -185,7 +185,7 @@ def test_generate_leaves_the_model_as_it_was():
     assert model.config._attn_implementation == NAME
 
 
-def test_switching_to_generation_and_back_touches_only_the_packed_attention():
+def test_switching_to_generation_and_back_only_changes_packed_attention():
     packed, eager = packed_model("gpt2"), tiny_model("gpt2")
     eager.set_attn_implementation("eager")
 
@@ -199,16 +199,16 @@ def test_switching_to_generation_and_back_touches_only_the_packed_attention():
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
-def test_generation_that_goes_round_us_is_refused_rather_than_wrong(kind, tmp_path):
-    """A step with a KV cache has one query and many keys; a causal mask would show it the first key only."""
+def test_generation_with_packed_attention_is_an_error(kind, tmp_path):
+    """With a KV cache, a step has one query and many keys; causal attention would only use the first key."""
     model = load_model(save_folder(tmp_path / kind, tiny_model(kind), byte_tokenizer()), byte_tokenizer())
 
-    with pytest.raises(ModelError, match="it has no mask for a KV cache"):
+    with pytest.raises(ModelError, match="does not support a KV cache"):
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3)
 
 
 def frames_compiled(model: PreTrainedModel, batches: list[dict]) -> tuple[list[int], dict[str, int]]:
-    """How many graphs were compiled after each batch, and where one broke off."""
+    """Returns the number of graphs compiled after each batch, and the graph breaks."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -222,7 +222,7 @@ def frames_compiled(model: PreTrainedModel, batches: list[dict]) -> tuple[list[i
 
 
 def static_batches(model: PreTrainedModel) -> list[dict]:
-    """Five batches of one shape; other documents, as many targets."""
+    """Builds batches of one shape and one number of targets, with different documents."""
     model.loss_type = "ForCausalLM"  # as load_model sets it
     shape = StaticShape(tokens=64, documents=8, max_length=32, targets_multiple=64)
     collate = DataCollatorForPackedCausalLM(with_targets=True, static=shape, pad_token_id=PAD)
@@ -234,8 +234,8 @@ def static_batches(model: PreTrainedModel) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
-def test_a_compiled_model_takes_dense_rows_of_one_shape_in_one_graph(kind):
-    """What is compiled on CUDA for packed rows too, where one kernel takes all documents."""
+def test_dense_rows_of_one_shape_are_compiled_to_one_graph(kind):
+    """The same graph is used for packed rows on CUDA, where one kernel computes all documents."""
     model = packed_model(kind).train()
     bounds = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
     dense = [{k: v for k, v in batch.items() if k not in bounds} for batch in static_batches(model)]
@@ -247,8 +247,8 @@ def test_a_compiled_model_takes_dense_rows_of_one_shape_in_one_graph(kind):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
-def test_a_compiled_model_is_not_compiled_again_for_other_documents(kind):
-    """On a CPU the attention itself, document by document, is left out of the graphs."""
+def test_other_documents_do_not_cause_recompilation(kind):
+    """On a CPU, attention is computed document by document, outside of the graphs."""
     model = packed_model(kind).train()
 
     after, _ = frames_compiled(model, static_batches(model))
@@ -257,7 +257,7 @@ def test_a_compiled_model_is_not_compiled_again_for_other_documents(kind):
     assert after[1:] == after[:1] * 5
 
 
-def test_a_run_goes_on_with_the_attention_that_its_model_fell_back_to(tmp_path, caplog):
+def test_a_run_works_with_the_fallback_attention(tmp_path, caplog):
     settings = {"model_type": "codegen", "n_layer": 1, "n_head": 4, "n_embd": 32, "rotary_dim": 4}
     tokenizer = {"name_or_path": save_folder(tmp_path / "tokenizer", tiny_model(), byte_tokenizer())}
     changes = {"model": {"init": "scratch", "config": settings, "name_or_path": None}, "tokenizer": tokenizer}
@@ -269,8 +269,8 @@ def test_a_run_goes_on_with_the_attention_that_its_model_fell_back_to(tmp_path, 
 
 
 @pytest.mark.parametrize("attention", ["packed", "eager"])
-def test_a_run_whose_model_reads_past_its_documents_does_not_begin(tmp_path, attention):
-    """Bloom has no positions, but a bias by distance, and makes its mask without them."""
+def test_a_run_with_a_model_that_cannot_separate_documents_does_not_start(tmp_path, attention):
+    """Bloom has a bias by distance instead of positions, and builds its mask without them."""
     settings = {"model_type": "bloom", "n_layer": 1, "n_head": 4, "hidden_size": 32}
     tokenizer = {"name_or_path": save_folder(tmp_path / "tokenizer", tiny_model(), byte_tokenizer())}
     model = {"init": "scratch", "config": settings, "name_or_path": None, "attention": attention}

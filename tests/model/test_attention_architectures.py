@@ -1,4 +1,4 @@
-"""The packed attention on the architectures of the field, against the stock model on each document alone."""
+"""Packed attention on common architectures, compared with the stock model on each document alone."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorFor
 from hf_clm.model.attention import NAME, register, use_for_generation
 
 WINDOW = 4
-# Shorter than the window, as long, longer; of one token; the same tokens twice.
+# Shorter than the window, equal, longer; a single token; the same document twice.
 LENGTHS = [7, 1, WINDOW, 22, WINDOW + 1, 3, 7]
 DOCUMENTS = [[10 * length + i for i in range(length)] for length in LENGTHS]
 ROWS = [{"input_ids": ids, "labels": [X, *ids[1:]]} for ids in DOCUMENTS]
@@ -55,7 +55,7 @@ every_architecture = pytest.mark.parametrize("kind", CONFIGS)
 
 
 def build(kind: str, attention: str) -> PreTrainedModel:
-    """With weights so large that what a token attends to shows in its logits."""
+    """Builds a model with weights so large that the logits depend on all tokens attended to."""
     register()
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, vocab_size=260, bos_token_id=256, eos_token_id=256, **CONFIGS[kind])
@@ -98,7 +98,7 @@ def test_a_packed_row_gives_the_logits_and_gradients_of_its_documents_alone(kind
 
 
 @every_architecture
-def test_switched_to_generation_it_is_the_stock_model(kind):
+def test_in_generation_it_equals_the_stock_model(kind):
     """Rows padded on the right, and greedy generation with a KV cache."""
     packed, stock = build(kind, NAME), build(kind, "eager")
     use_for_generation(packed)
@@ -120,7 +120,7 @@ def test_switched_to_generation_it_is_the_stock_model(kind):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "mistral"])
-def test_under_autocast_it_differs_from_float32_no_more_than_the_stock_model_does(kind):
+def test_under_autocast_it_is_as_precise_as_the_stock_model(kind):
     """bfloat16 has 8 bits: after two layers a few percent of the largest logit."""
     packed, stock = build(kind, NAME), build(kind, "eager")
     batch = DataCollatorForPackedCausalLM()(ROWS)
@@ -134,8 +134,8 @@ def test_under_autocast_it_differs_from_float32_no_more_than_the_stock_model_doe
 
 
 @every_architecture
-def test_the_architectures_see_what_is_before_them(kind):
-    """The tests above see a leak: another first token changes what follows, past the window too."""
+def test_the_logits_depend_on_earlier_tokens(kind):
+    """So the tests above would detect a leak: another first token changes later logits, even past the window."""
     model = build(kind, "eager")
     ids = torch.tensor([DOCUMENTS[0], [5, *DOCUMENTS[0][1:]]])
 

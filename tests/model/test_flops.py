@@ -1,4 +1,4 @@
-"""FLOP of models that others have counted; the models are on the meta device, so nothing is allocated."""
+"""FLOP of models with published counts; the models are on the meta device, so nothing is allocated."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def build(settings: dict) -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("settings", "length", "full", "causal"), [(GPT2, 1024, 0.854, 0.798), (QWEN, 2048, 3.49, 3.23)]
 )
-def test_a_token_costs_what_the_field_counts(settings, length, full, causal):
+def test_the_flop_of_a_token_match_published_counts(settings, length, full, causal):
     flops = count_flops(build(settings))
 
     def per_token(pairs: float) -> float:
@@ -45,10 +45,10 @@ def test_gpt2_by_hand():
     assert count_flops(build(GPT2)) == FlopCount(6 * layers, 6 * 768 * 50257, 12 * 12 * 768)
 
 
-def test_a_frozen_weight_has_no_gradient_of_its_own():
+def test_a_frozen_weight_has_no_weight_gradient():
     model = build(GPT2)
     before = count_flops(model)
     model.transformer.requires_grad_(False)
 
     assert count_flops(model).per_token == before.per_token * 4 // 6
-    assert count_flops(model).per_target == before.per_target * 4 // 6  # it is tied to the embeddings
+    assert count_flops(model).per_target == before.per_target * 4 // 6  # tied to the embeddings

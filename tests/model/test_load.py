@@ -1,4 +1,4 @@
-"""Folders as save_pretrained writes them, opened by load_model; and models from scratch."""
+"""Loading models from folders written by save_pretrained, and initializing models from scratch."""
 
 import json
 import os
@@ -54,15 +54,13 @@ def refusal(folder: str, **options) -> str:
 @pytest.mark.parametrize(
     ("pad", "rows", "expected"),
     [
-        ("<|pad|>", 260, (260, PAD)),  # has its own pad token: nothing to do
-        (None, 260, (261, NEW_PAD_ID)),  # none, and no spare row: grows by one
-        (None, 272, (272, NEW_PAD_ID)),  # none, and spare rows, as Qwen2.5 has: does not grow
-        ("<|endoftext|>", 260, (261, NEW_PAD_ID)),  # pad is the end token, as everybody sets GPT-2's
+        ("<|pad|>", 260, (260, PAD)),  # has a pad token: nothing to do
+        (None, 260, (261, NEW_PAD_ID)),  # no pad token and no unused row: grows by one
+        (None, 272, (272, NEW_PAD_ID)),  # no pad token, but unused rows, as in Qwen2.5: does not grow
+        ("<|endoftext|>", 260, (261, NEW_PAD_ID)),  # the pad token is the end token, as is usual for GPT-2
     ],
 )
-def test_a_folder_gets_a_pad_token_of_its_own_and_reopens_everywhere(
-    tmp_path, kind, tied, pad, rows, expected
-):
+def test_a_model_gets_a_separate_pad_token_and_can_be_reloaded(tmp_path, kind, tied, pad, rows, expected):
     rows_after, pad_id = expected
     source = tiny_model(kind, vocab_size=rows, tie_word_embeddings=tied)
     folder = save_folder(tmp_path / "source", source, byte_tokenizer(pad=pad))
@@ -86,7 +84,7 @@ def test_a_folder_gets_a_pad_token_of_its_own_and_reopens_everywhere(
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
-def test_a_new_row_is_the_mean_of_the_old_ones_in_table_and_head(kind):
+def test_new_rows_are_the_mean_of_the_old_ones_in_embeddings_and_head(kind):
     model = tiny_model(kind, tie_word_embeddings=False)
     table = model.get_input_embeddings().weight.detach().clone()
     head = model.get_output_embeddings().weight.detach().clone()
@@ -109,7 +107,7 @@ def test_embeddings_never_shrink():
     assert model.get_input_embeddings().weight.shape[0] == 300
 
 
-def test_the_model_stops_at_every_stop_token_that_tokenizer_template_and_folder_name(tmp_path):
+def test_the_stop_tokens_are_those_of_tokenizer_template_and_generation_config(tmp_path):
     source = tiny_model()
     source.generation_config.eos_token_id = [258, EOS]
     folder = save_folder(tmp_path / "source", source, byte_tokenizer())
@@ -124,13 +122,13 @@ def test_the_model_stops_at_every_stop_token_that_tokenizer_template_and_folder_
 
 def test_a_pad_token_never_stops_generation(tmp_path):
     source = tiny_model()
-    source.generation_config.eos_token_id = [EOS, PAD]  # Qwen2.5's chat models name their pad token as an end
+    source.generation_config.eos_token_id = [EOS, PAD]  # as in the chat models of Qwen2.5
     folder = save_folder(tmp_path / "source", source, byte_tokenizer())
 
     assert load_model(folder, load_tokenizer(folder)).generation_config.eos_token_id == [EOS]
 
 
-def test_sampling_settings_without_sampling_do_not_keep_the_model_from_being_saved(tmp_path):
+def test_a_model_with_sampling_settings_but_no_sampling_can_be_saved(tmp_path):
     folder = save_folder(tmp_path / "source", tiny_model(), byte_tokenizer())
     Path(folder, "generation_config.json").write_text(
         '{"eos_token_id": 256, "temperature": 0.7, "top_p": 0.8}'
@@ -151,34 +149,34 @@ def test_weights_saved_in_bfloat16_are_loaded_as_float32(tmp_path):
     }
 
 
-def test_weights_that_the_files_lack_are_refused(tmp_path):
+def test_missing_weights_are_an_error(tmp_path):
     folder = save_folder(tmp_path / "source", tiny_model(), byte_tokenizer())
     set_config(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3)
 
     assert "the files lack 12 weights that the configuration names, model.layers.2" in refusal(folder)
 
 
-def test_weights_of_another_shape_are_refused(tmp_path):
+def test_weights_of_another_shape_are_an_error(tmp_path):
     folder = save_folder(tmp_path / "source", tiny_model(), byte_tokenizer())
     set_config(folder, intermediate_size=48)
 
     assert refusal(folder).startswith(("model.name_or_path", "model "))
 
 
-def test_a_head_that_is_tied_is_not_missing(tmp_path):
+def test_a_tied_head_is_not_missing(tmp_path):
     folder = save_folder(tmp_path / "source", tiny_model(tie_word_embeddings=True), byte_tokenizer())
 
     assert load_model(folder, byte_tokenizer()).get_output_embeddings().weight.shape == (260, 32)
 
 
-def test_an_encoder_is_refused(tmp_path):
+def test_an_encoder_is_rejected(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     folder = save_folder(tmp_path / "bert", BertModel(BertConfig(vocab_size=260, **sizes)), byte_tokenizer())
 
     assert refusal(folder) == f"model.name_or_path {folder}: not a causal language model; got BertModel"
 
 
-def test_an_encoder_decoder_is_refused(tmp_path):
+def test_an_encoder_decoder_is_rejected(tmp_path):
     config = T5Config(vocab_size=260, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     folder = save_folder(tmp_path / "t5", T5ForConditionalGeneration(config), byte_tokenizer())
 
@@ -201,14 +199,14 @@ def test_an_encoder_decoder_is_refused(tmp_path):
         ),
     ],
 )
-def test_a_wrong_setting_of_a_new_model_is_named_with_the_nearest_right_one(settings, message):
+def test_an_unknown_setting_is_an_error_with_the_nearest_name(settings, message):
     with pytest.raises(ModelError) as error:
         build_config(settings, byte_tokenizer())
 
     assert message in str(error.value)
 
 
-def test_sizes_that_do_not_divide_are_one_line():
+def test_incompatible_sizes_are_a_one_line_error():
     settings = {"model_type": "gpt2", "n_embd": 30, "n_head": 4, "n_layer": 1}
     with pytest.raises(ModelError) as error:
         init_model(build_config(settings, byte_tokenizer()), byte_tokenizer())
@@ -217,7 +215,7 @@ def test_sizes_that_do_not_divide_are_one_line():
     assert "\n" not in str(error.value)
 
 
-def test_a_new_model_takes_vocabulary_and_ids_from_the_tokenizer():
+def test_a_new_model_has_the_vocabulary_and_ids_of_the_tokenizer():
     settings = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64}
 
     model = init_model(build_config(settings, byte_tokenizer()), byte_tokenizer())
@@ -229,7 +227,7 @@ def test_a_new_model_takes_vocabulary_and_ids_from_the_tokenizer():
     assert settings == {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64}
 
 
-def test_a_new_model_is_the_same_for_the_same_seed():
+def test_the_same_seed_gives_the_same_new_model():
     config = build_config({"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}, byte_tokenizer())
     tables = []
     for seed in (1, 1, 2):
@@ -247,7 +245,7 @@ def bin_folder(folder: Path, content: object) -> str:
     return str(folder)
 
 
-def test_pickled_weights_are_refused_unless_allowed(tmp_path):
+def test_pickled_weights_are_rejected_unless_allowed(tmp_path):
     folder = bin_folder(tmp_path / "bin", tiny_model().state_dict())
 
     assert "safetensors" in refusal(folder)
@@ -261,7 +259,7 @@ class Exploit:
         return os.mkdir, ("exploited",)
 
 
-def test_a_pickle_that_runs_code_is_refused_even_where_pickled_weights_are_allowed(tmp_path, monkeypatch):
+def test_a_pickle_that_runs_code_is_rejected_even_if_pickled_weights_are_allowed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = bin_folder(tmp_path / "bin", Exploit())
 
@@ -274,14 +272,14 @@ def test_a_pickle_that_runs_code_is_refused_even_where_pickled_weights_are_allow
 @pytest.mark.parametrize(
     "content", [b"", b"not a safetensors file", b"version https://git-lfs.github.com/spec/v1\n"]
 )
-def test_a_broken_weights_file_is_one_line_that_names_the_folder(tmp_path, content):
+def test_a_corrupt_weights_file_is_a_one_line_error(tmp_path, content):
     folder = save_folder(tmp_path / "source", tiny_model(), byte_tokenizer())
     Path(folder, "model.safetensors").write_bytes(content)
 
     assert refusal(folder).startswith(f"model {folder}: cannot be loaded: ")
 
 
-def test_a_truncated_weights_file_is_one_line(tmp_path):
+def test_a_truncated_weights_file_is_a_one_line_error(tmp_path):
     folder = save_folder(tmp_path / "source", tiny_model(), byte_tokenizer())
     path = Path(folder, "model.safetensors")
     path.write_bytes(path.read_bytes()[:-1000])
@@ -289,7 +287,7 @@ def test_a_truncated_weights_file_is_one_line(tmp_path):
     assert refusal(folder).startswith(f"model {folder}: cannot be loaded: ")
 
 
-def test_a_folder_without_a_configuration_is_one_line(tmp_path):
+def test_a_folder_without_a_configuration_is_a_one_line_error(tmp_path):
     folder = save_folder(tmp_path / "source", tiny_model(), byte_tokenizer())
     Path(folder, "config.json").unlink()
 
@@ -297,13 +295,13 @@ def test_a_folder_without_a_configuration_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["./nope", "/nope/at/all", "runs/sft/nope"])
-def test_a_missing_folder_is_said_to_be_one(name):
+def test_a_missing_folder_is_reported(name):
     assert refusal(name) == (
         f"model.name_or_path: no such folder; got {name!r}; fix: a Hub id has the form 'organisation/name'"
     )
 
 
-def test_code_of_others_is_refused_without_a_question(tmp_path):
+def test_remote_code_is_rejected_without_asking(tmp_path):
     folder = save_folder(tmp_path / "source", tiny_model(), byte_tokenizer())
     set_config(
         folder, model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.EvilLM"}
@@ -336,8 +334,8 @@ MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
 FALLEN_BACK = {
     "codegen": (OLD, "attention eager: CodeGen has an attention of its own"),
     "stablelm": (SMALL, "attention sdpa: StableLm has an attention of its own"),
-    "gemma2": (SMALL, "attention eager: the packed attention does not compute this model's 'softcap'"),
-    "granite_swa": (SMALL, "attention eager: the packed attention does not compute this model's 's_aux'"),
+    "gemma2": (SMALL, "attention eager: packed attention does not support this model's 'softcap'"),
+    "granite_swa": (SMALL, "attention eager: packed attention does not support this model's 's_aux'"),
     "llama4_text": (
         SMALL | EXPERTS | {"intermediate_size_mlp": 64},
         "attention sdpa: Llama4 has layers of another kind, chunked_attention",
@@ -346,7 +344,7 @@ FALLEN_BACK = {
         SMALL | EXPERTS | {"sliding_window": 4},
         "attention sdpa: Phimoe tells its window of 4 tokens to the mask only",
     ),
-    "nemotron": (  # supports it by its class, and does not hand on what keeps documents apart
+    "nemotron": (  # claims support, but does not pass on cu_seq_lens
         SMALL,
         "attention sdpa: with packed attention a packed row of NemotronForCausalLM is not as its documents "
         "alone",
@@ -379,7 +377,7 @@ def new_model(kind: str, settings: dict[str, Any], **options) -> PreTrainedModel
 
 @torch.no_grad()
 def leak(model: PreTrainedModel) -> float:
-    """How much a packed row differs from its documents alone, in parts of the largest logit."""
+    """Returns how much a packed row differs from its documents alone, relative to the largest logit."""
     documents = [list(range(10, 22)), [99], list(range(40, 43))]
     rows = [{"input_ids": ids, "labels": [X, *ids[1:]]} for ids in documents]
     for weight in model.parameters():
@@ -392,7 +390,7 @@ def leak(model: PreTrainedModel) -> float:
 
 
 @pytest.mark.parametrize("kind", FALLEN_BACK)
-def test_a_model_that_cannot_take_the_packed_attention_gets_another_which_is_said(kind, caplog):
+def test_a_model_without_support_for_packed_attention_falls_back_with_a_warning(kind, caplog):
     settings, message = FALLEN_BACK[kind]
 
     model = new_model(kind, settings)
@@ -403,7 +401,7 @@ def test_a_model_that_cannot_take_the_packed_attention_gets_another_which_is_sai
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_model_whose_documents_no_attention_keeps_apart_is_refused(kind):
+def test_a_model_that_cannot_separate_documents_is_rejected(kind):
     settings, message = REFUSED[kind]
 
     with pytest.raises(ModelError) as error:
@@ -415,7 +413,7 @@ def test_a_model_whose_documents_no_attention_keeps_apart_is_refused(kind):
     assert str(error.value).endswith(", and data.packing to none")
 
 
-def test_another_attention_that_is_asked_for_is_taken_as_it_is(caplog):
+def test_an_explicit_attention_is_used_without_a_check(caplog):
     settings, _ = REFUSED["bloom"]
 
     model = new_model("bloom", settings, attention="eager")
@@ -428,7 +426,7 @@ def test_another_attention_that_is_asked_for_is_taken_as_it_is(caplog):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
-def test_models_of_the_field_have_the_packed_attention_without_a_word(kind, tmp_path, caplog):
+def test_common_models_use_packed_attention_without_a_warning(kind, tmp_path, caplog):
     model = load_model(save_folder(tmp_path, tiny_model(kind), byte_tokenizer()), byte_tokenizer())
 
     assert model.config._attn_implementation == "packed"
@@ -436,7 +434,7 @@ def test_models_of_the_field_have_the_packed_attention_without_a_word(kind, tmp_
     assert leak(model) < 1e-5
 
 
-def test_a_saved_model_falls_back_as_a_new_one_does(tmp_path, caplog):
+def test_a_saved_model_falls_back_like_a_new_one(tmp_path, caplog):
     settings, message = FALLEN_BACK["stablelm"]
     folder = save_folder(tmp_path, new_model("stablelm", settings, attention="sdpa"), byte_tokenizer())
 
@@ -475,7 +473,7 @@ def own_folder(folder: Path, name: str) -> str:
     return str(folder)
 
 
-def test_a_model_with_code_of_its_own_is_given_the_attention_of_transformers(tmp_path, caplog):
+def test_a_model_with_custom_code_uses_an_attention_of_transformers(tmp_path, caplog):
     folder = own_folder(tmp_path / "apart", "Apart")
 
     model = load_model(folder, byte_tokenizer(), trust_remote_code=True)
@@ -491,7 +489,7 @@ def test_a_model_with_code_of_its_own_is_given_the_attention_of_transformers(tmp
         ("Narrow", "Narrow does not take packed rows"),
     ],
 )
-def test_a_model_that_ignores_positions_is_refused(tmp_path, name, message):
+def test_a_model_that_ignores_positions_is_rejected(tmp_path, name, message):
     folder = own_folder(tmp_path / name, name)
 
     assert refusal(folder, trust_remote_code=True) == (
@@ -499,7 +497,7 @@ def test_a_model_that_ignores_positions_is_refused(tmp_path, name, message):
     )
 
 
-def test_looking_at_packed_rows_leaves_the_model_as_it_was():
+def test_checking_packed_rows_does_not_change_the_model():
     model = tiny_model("llama").train()
 
     assert packing_fault(model) == ""
@@ -508,7 +506,7 @@ def test_looking_at_packed_rows_leaves_the_model_as_it_was():
     assert all(weight.grad is None for weight in model.parameters())
 
 
-def test_of_weights_that_are_not_there_yet_nothing_is_said():
+def test_a_model_without_weights_is_not_checked():
     with torch.device("meta"):
         model = tiny_model("llama")
 
@@ -516,7 +514,7 @@ def test_of_weights_that_are_not_there_yet_nothing_is_said():
 
 
 @pytest.mark.parametrize(("std", "low", "high"), [(None, 0.015, 0.025), (1.0, 0.95, 1.05)])
-def test_the_first_embeddings_have_the_spread_that_is_asked_for(std, low, high):
+def test_new_embeddings_have_the_given_standard_deviation(std, low, high):
     sizes = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 64}
     config = build_config(sizes | {"tie_word_embeddings": False}, byte_tokenizer())
 

@@ -1,4 +1,4 @@
-"""The loss at the targets only: its numbers and gradients are those of the whole logits, with less memory."""
+"""The loss at the targets only: the same values and gradients as with all logits, with less memory."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ ROWS = [
 ]
 LLAMA = SIZES["llama"]
 HEADS_OF_8 = {**SIZES["qwen2"], "head_dim": 8}
-# Architectures and settings whose head is a matrix product, and those that scale or cap their logits.
+# Architectures whose head is a plain matrix product, and others that scale or cap their logits.
 PLAIN_MODELS = {
     "qwen2": SIZES["qwen2"],
     "qwen2-tied": {**SIZES["qwen2"], "tie_word_embeddings": True},
@@ -58,7 +58,7 @@ PLAIN_MODELS = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 16,
-        "output_router_logits": True,  # adds a loss of its own
+        "output_router_logits": True,  # adds a load-balancing loss
     },
 }
 OTHER_MODELS = {
@@ -94,10 +94,10 @@ def loss_and_gradients(
     }
 
 
-def assert_alike(found: dict[str, Any], expected: dict[str, Any], *, rtol: float = 1e-5) -> None:
-    """The same names, and tensors that differ by ``rtol`` of the largest element at most.
+def assert_close(found: dict[str, Any], expected: dict[str, Any], *, rtol: float = 1e-5) -> None:
+    """Asserts equal names, and tensors that differ by at most ``rtol`` of the largest element.
 
-    Where a gradient cancels to nothing (the bias of keys), what counts is the largest of all gradients.
+    For a gradient that cancels out (the bias of keys), the largest of all gradients is the reference.
     """
     assert found.keys() == expected.keys()
     largest = max(float(value.abs().max()) for value in expected.values())
@@ -108,7 +108,7 @@ def assert_alike(found: dict[str, Any], expected: dict[str, Any], *, rtol: float
 
 def assert_same_pass(found: tuple[float, dict], expected: tuple[float, dict]) -> None:
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert_alike(found[1], expected[1])
+    assert_close(found[1], expected[1])
 
 
 # --- measure_targets alone
@@ -116,7 +116,7 @@ def assert_same_pass(found: tuple[float, dict], expected: tuple[float, dict]) ->
 
 @pytest.fixture(params=["one-chunk", "many-chunks", "few-bytes"])
 def chunks(request, monkeypatch) -> None:
-    """11 rows: in one chunk, in chunks of 4 with blocks of 3, in chunks of the 2 that fit 300 bytes."""
+    """11 rows: in one chunk, in chunks of 4 with blocks of 3, or in chunks of 2, which fit into 300 bytes."""
     if request.param == "many-chunks":
         monkeypatch.setitem(module.CHUNK_TOKENS, "cpu", 4)
         monkeypatch.setitem(module.BLOCK_TOKENS, "cpu", 3)
@@ -125,7 +125,7 @@ def chunks(request, monkeypatch) -> None:
 
 
 def head_inputs(rows: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """hidden, weight, bias, targets; of 11 rows the first, the sixth and the last two have no target."""
+    """Returns hidden, weight, bias, targets; the first, sixth and last two of 11 rows have no target."""
     torch.manual_seed(0)
     hidden = torch.randn(rows, WIDTH, requires_grad=True)
     weight = torch.randn(VOCABULARY, WIDTH, requires_grad=True)
@@ -144,7 +144,7 @@ def gradients_of(loss: torch.Tensor, parts: list[torch.Tensor]) -> dict[str, tor
     "options", [PLAIN, LossOptions(0.1), LossOptions(0.0, 1e-2), LossOptions(0.2, 0.3)], ids=str
 )
 def test_sum_figures_and_gradients_are_those_of_cross_entropy(options, has_bias, chunks):
-    """z-loss by its formula, label smoothing by PyTorch's own; 3.5 is what backward is given."""
+    """The reference is the formula of the z-loss and PyTorch's label smoothing; backward is given 3.5."""
     hidden, weight, bias, targets = head_inputs()
     parts = [hidden, weight, bias] if has_bias else [hidden, weight]
     logits = linear(hidden, weight, bias if has_bias else None)
@@ -162,14 +162,14 @@ def test_sum_figures_and_gradients_are_those_of_cross_entropy(options, has_bias,
     torch.testing.assert_close(nll, nlls, rtol=1e-5, atol=1e-6)
     assert correct.tolist() == (logits.argmax(dim=-1) == targets).tolist()
     assert (nll.requires_grad, correct.requires_grad) == (False, False)
-    assert_alike(gradients_of(total, parts), gradients_of(expected, parts))
+    assert_close(gradients_of(total, parts), gradients_of(expected, parts))
 
 
 @pytest.mark.parametrize("options", [PLAIN, LossOptions(0.2, 0.3)], ids=str)
-def test_weights_scale_every_term_of_a_target_in_the_sum_and_in_no_figure(options, chunks):
-    """Smoothed likelihood by PyTorch and z-loss by its formula, a target at a time."""
+def test_weights_scale_every_term_of_the_loss_but_not_the_figures(options, chunks):
+    """The reference is PyTorch's smoothed likelihood and the formula of the z-loss, target by target."""
     hidden, weight, bias, targets = head_inputs()
-    weights = torch.tensor([9, 0.5, 2, 0, 1, 9, 0.3, 1, 4, 9, 9])  # a 9 is of a row without a target
+    weights = torch.tensor([9, 0.5, 2, 0, 1, 9, 0.3, 1, 4, 9, 9])  # 9 marks rows without a target
     logits = linear(hidden, weight, bias)
     terms = cross_entropy(
         logits, targets, ignore_index=X, label_smoothing=options.label_smoothing, reduction="none"
@@ -187,11 +187,11 @@ def test_weights_scale_every_term_of_a_target_in_the_sum_and_in_no_figure(option
     assert torch.equal(nll, unweighted[1])
     assert torch.equal(correct, unweighted[2])
     parts = [hidden, weight, bias]
-    assert_alike(gradients_of(total, parts), gradients_of(expected, parts))
+    assert_close(gradients_of(total, parts), gradients_of(expected, parts))
 
 
-def test_under_bfloat16_autocast_a_weight_is_not_rounded():
-    """257/256 would be 1 as a bfloat16: 0.4 % less in every gradient, and on the same side."""
+def test_under_bfloat16_autocast_weights_are_not_rounded():
+    """257/256 would round to 1 in bfloat16, which would make every gradient 0.4 % smaller."""
     hidden, weight, bias, targets = head_inputs()
     parts = [hidden, weight, bias]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -209,7 +209,7 @@ def test_under_bfloat16_autocast_a_weight_is_not_rounded():
         assert share.item() == pytest.approx(257 / 256, abs=2e-3), name
 
 
-def test_without_gradients_the_same_is_measured(chunks):
+def test_without_gradients_the_results_are_the_same(chunks):
     hidden, weight, bias, targets = head_inputs()
     expected = measure_targets(hidden, weight, bias=bias, targets=targets, options=PLAIN)
 
@@ -221,7 +221,7 @@ def test_without_gradients_the_same_is_measured(chunks):
 
 
 @pytest.mark.parametrize("targets", [[], [X], [X, X, X]], ids=str)
-def test_rows_without_a_target_give_0_and_gradients_of_0(targets):
+def test_rows_without_targets_have_zero_loss_and_gradients(targets):
     hidden, weight, bias, _ = head_inputs(len(targets))
 
     total, nll, correct = measure_targets(
@@ -241,7 +241,7 @@ def test_rows_without_a_target_give_0_and_gradients_of_0(targets):
         assert not gradient.any()
 
 
-def test_of_equal_logits_the_first_token_is_the_guess():
+def test_with_equal_logits_the_first_token_is_the_prediction():
     hidden, weight = torch.ones(3, WIDTH), torch.zeros(VOCABULARY, WIDTH)
 
     total, nll, correct = measure_targets(
@@ -253,8 +253,8 @@ def test_of_equal_logits_the_first_token_is_the_guess():
     assert total.item() == pytest.approx(10.832753, abs=1e-5)
 
 
-def test_a_target_whose_share_is_0_in_float32_has_its_loss():
-    """exp(-200) is 0 in float32; its logarithm would be minus infinity."""
+def test_a_target_with_probability_0_in_float32_has_a_finite_loss():
+    """exp(-200) is 0 in float32, and its logarithm would be minus infinity."""
     hidden, weight = torch.ones(1, 1, requires_grad=True), torch.tensor([[200.0], [0.0]])
 
     total, nll, _ = measure_targets(hidden, weight, bias=None, targets=torch.tensor([1]), options=PLAIN)
@@ -263,8 +263,8 @@ def test_a_target_whose_share_is_0_in_float32_has_its_loss():
     assert torch.autograd.grad(total, hidden)[0].item() == 200.0
 
 
-class OfTheHeadsShape(TorchDispatchMode):
-    """Counts what is made in the shape of the head's weight."""
+class HeadShapeCounter(TorchDispatchMode):
+    """Counts the tensors created with the shape of the head's weight."""
 
     made = 0
 
@@ -274,17 +274,17 @@ class OfTheHeadsShape(TorchDispatchMode):
         return found
 
 
-def test_a_frozen_head_has_no_gradient_and_nothing_of_its_size_is_made():
+def test_a_frozen_head_has_no_gradient_and_no_tensor_of_its_size_is_created():
     hidden, weight, bias, targets = head_inputs()
     expected = gradients_of(
         measure_targets(hidden, weight, bias=bias, targets=targets, options=PLAIN)[0], [hidden]
     )
-    with OfTheHeadsShape() as trained:
+    with HeadShapeCounter() as trained:
         measure_targets(hidden, weight, bias=bias, targets=targets, options=PLAIN)[0].backward()
     weight, bias = (part.detach() for part in (weight, bias))
     hidden.grad = None
 
-    with OfTheHeadsShape() as frozen:
+    with HeadShapeCounter() as frozen:
         measure_targets(hidden, weight, bias=bias, targets=targets, options=PLAIN)[0].backward()
 
     assert trained.made >= 1
@@ -293,7 +293,7 @@ def test_a_frozen_head_has_no_gradient_and_nothing_of_its_size_is_made():
     assert torch.equal(3.5 * hidden.grad, expected["hidden"])
 
 
-def test_under_bfloat16_autocast_it_is_as_far_from_float32_as_the_stock_path(chunks):
+def test_under_bfloat16_autocast_it_is_as_precise_as_the_stock_loss(chunks):
     """Loss within 1e-3, gradients within 2 % of their norm: a bfloat16 keeps 8 bits (0.4 %)."""
     hidden, weight, bias, targets = head_inputs()
     parts = [hidden, weight, bias]
@@ -318,8 +318,8 @@ def model(request) -> PreTrainedModel:
     return build(request.param)
 
 
-def test_it_equals_the_models_own_loss_and_gradients(model):
-    """In a padded batch, with and without the number of targets of a whole step, given."""
+def test_it_equals_the_loss_and_gradients_of_the_model(model):
+    """In a padded batch, with and without a given number of targets per step."""
     batch = DataCollatorForCausalLM(0)(ROWS)
     expected = [loss_and_gradients(model, batch, **more) for more in ({}, {"num_items_in_batch": 7})]
     assert why_not(model) == ""
@@ -332,7 +332,7 @@ def test_it_equals_the_models_own_loss_and_gradients(model):
     assert int(target_loss.figures.is_target.sum()) == 7
 
 
-def test_it_equals_the_models_own_loss_in_a_packed_row_given_the_targets(model):
+def test_it_equals_the_loss_of_the_model_in_a_packed_row_with_targets(model):
     plain, targets = (DataCollatorForPackedCausalLM(with_targets=given)(ROWS) for given in (False, True))
     items = torch.tensor(23)
     expected = loss_and_gradients(model, plain, num_items_in_batch=items)
@@ -344,7 +344,7 @@ def test_it_equals_the_models_own_loss_in_a_packed_row_given_the_targets(model):
     assert target_loss.figures.is_target.tolist() == [True] * 7
 
 
-def test_outside_of_measuring_the_model_is_stock(model, tmp_path):
+def test_outside_of_measuring_the_model_works_as_usual(model, tmp_path):
     batch = DataCollatorForCausalLM(0)(ROWS)
     prompt = torch.tensor([[5, 6, 7]])
     names = list(model.state_dict())
@@ -370,7 +370,7 @@ def test_outside_of_measuring_the_model_is_stock(model, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
-def test_it_generates_what_it_generated_before(kind):
+def test_generation_is_unchanged(kind):
     model = build(kind).eval()
     model.set_attn_implementation("sdpa")
     options = {"max_new_tokens": 8, "do_sample": False}
@@ -381,7 +381,7 @@ def test_it_generates_what_it_generated_before(kind):
     assert model.generate(torch.tensor([[5, 6, 7]]), **options).tolist() == expected
 
 
-def test_a_second_use_changes_the_options_only():
+def test_a_second_use_only_changes_the_options():
     model = build("qwen2")
     batch = DataCollatorForCausalLM(0)(ROWS)
     own = model.loss_function
@@ -399,14 +399,14 @@ def test_a_second_use_changes_the_options_only():
 
 
 @pytest.mark.parametrize("name", OTHER_MODELS)
-def test_a_model_that_scales_or_caps_its_logits_is_named(name):
+def test_a_model_that_scales_or_caps_its_logits_is_detected(name):
     model = build(name)
 
-    assert why_not(model) == "it does more with its logits than a matrix product"
+    assert why_not(model) == "it transforms the output of its head"
     assert type(model.loss_function) is not TargetLoss
 
 
-def test_to_find_that_out_leaves_the_model_as_it_was():
+def test_the_detection_does_not_change_the_model():
     model = build("gpt2")
     own, state = model.loss_function, torch.get_rng_state()
 
@@ -418,13 +418,13 @@ def test_to_find_that_out_leaves_the_model_as_it_was():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_head_that_forgets_to_hand_on_its_hidden_states_is_found():
-    """As in a model whose forward changes after why_not: no other loss is computed in silence."""
+def test_a_head_whose_output_is_transformed_is_detected():
+    """As if the model's forward changed after why_not: a wrong loss is never computed silently."""
     model = build("qwen2")
     target_loss = use_target_loss(model)
     model.get_output_embeddings().register_forward_hook(lambda head, given, found: 2 * found)
 
-    with target_loss.measuring(), pytest.raises(AssertionError, match="the model does more with its logits"):
+    with target_loss.measuring(), pytest.raises(AssertionError, match="the model transforms its logits"):
         model(**DataCollatorForCausalLM(0)(ROWS))
 
 
@@ -432,7 +432,7 @@ def test_a_head_that_forgets_to_hand_on_its_hidden_states_is_found():
 
 
 class Gradients(TrainerCallback):
-    """The gradients of each step, before they are used."""
+    """Records the gradients of each step before the optimizer uses them."""
 
     def __init__(self):
         self.of_steps: list[dict[str, torch.Tensor]] = []
@@ -443,7 +443,7 @@ class Gradients(TrainerCallback):
 
 
 def build_trainer(folder: Path, model: Any, *, trainer: type[Trainer] = CLMTrainer, **settings: Any) -> Any:
-    """Two steps of 2 x 2 rows; the stock Trainer gets labels alone."""
+    """Builds a trainer for two steps of 2 x 2 rows; for the stock Trainer, batches have only labels."""
     options = {**settings}
     terms = LossOptions(z_loss=options.pop("z_loss", 0.0))
     collator = DataCollatorForPackedCausalLM(with_targets=trainer is CLMTrainer)
@@ -470,7 +470,7 @@ def two_steps(trainer: Trainer) -> tuple[list[float], list[dict[str, torch.Tenso
     ("name", "smoothing"), [("qwen2", 0.1), ("gpt2", 0.0), ("gemma2", 0.1), ("granite", 0.0), ("cohere", 0.1)]
 )
 def test_a_run_has_the_losses_and_gradients_of_the_stock_trainer(name, smoothing, tmp_path):
-    """Also of a model that keeps its own loss. The steps accumulate batches of unequal targets."""
+    """Also for models that keep their own loss. The steps accumulate batches with unequal targets."""
     option = {"label_smoothing_factor": smoothing}
     losses, gradients = two_steps(build_trainer(tmp_path, build(name), trainer=Trainer, **option))
 
@@ -480,7 +480,7 @@ def test_a_run_has_the_losses_and_gradients_of_the_stock_trainer(name, smoothing
     assert (trainer.target_loss is None) == (name in OTHER_MODELS) == bool(trainer.own_loss)
     assert len(losses) == len(gradients) == 2
     assert found_losses == pytest.approx(losses, rel=1e-5)
-    assert_alike(found_gradients[0], gradients[0])
+    assert_close(found_gradients[0], gradients[0])
 
 
 @pytest.mark.parametrize("name", ["qwen2", "granite"])
@@ -496,8 +496,8 @@ def test_label_smoothing_is_that_of_pytorch(name, tmp_path):
     assert losses == pytest.approx([expected], rel=1e-5)
 
 
-def test_z_loss_is_its_formula_and_evaluation_leaves_both_terms_out(tmp_path):
-    """Evaluation is the likelihood of the targets alone, each of which weighs the same."""
+def test_z_loss_follows_its_formula_and_evaluation_excludes_it(tmp_path):
+    """Evaluation is the mean negative log-likelihood of the targets alone."""
     model = build("qwen2")
     rows = [{key: values * n for key, values in row.items()} for n in (1, 3) for row in ROWS]
     logits, targets = flat_logits(model, rows)
@@ -517,7 +517,7 @@ def test_z_loss_is_its_formula_and_evaluation_leaves_both_terms_out(tmp_path):
 
 
 def flat_logits(model: PreTrainedModel, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (T, V) and targets (T,) of each row alone, from the stock model."""
+    """Returns logits (T, V) and targets (T,) of the rows, each computed alone by the stock model."""
     with torch.no_grad():
         logits = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1] for row in rows]
     return torch.cat(logits), torch.cat([torch.tensor(row["labels"][1:]) for row in rows])
@@ -526,7 +526,7 @@ def flat_logits(model: PreTrainedModel, rows: list[dict]) -> tuple[torch.Tensor,
 # --- with other libraries
 
 
-def test_adapters_of_peft_get_the_gradients_of_stock_peft_and_the_head_none(tmp_path):
+def test_adapters_of_peft_have_the_gradients_of_stock_peft_and_the_head_has_none(tmp_path):
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 
@@ -543,12 +543,12 @@ def test_adapters_of_peft_get_the_gradients_of_stock_peft_and_the_head_none(tmp_
     assert trainer.target_loss.figures is not None
     assert found_losses == pytest.approx(losses, rel=1e-5)
     assert len(gradients[0]) == 8  # A and B of 2 matrices in 2 layers
-    assert_alike(found_gradients[0], gradients[0])
+    assert_close(found_gradients[0], gradients[0])
     assert trainer.model.get_output_embeddings().weight.grad is None
 
 
 @pytest.mark.parametrize("option", ["target_modules", "modules_to_save"])
-def test_a_head_that_peft_wraps_keeps_its_own_loss(option):
+def test_a_model_whose_head_peft_wraps_keeps_its_own_loss(option):
     peft = pytest.importorskip("peft")
     chosen = {"target_modules": ["q_proj"], option: ["lm_head"]}
 
@@ -558,8 +558,8 @@ def test_a_head_that_peft_wraps_keeps_its_own_loss(option):
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
-def test_a_compiled_model_has_the_same_gradients_and_is_not_compiled_again(name):
-    """One shape but for the number of targets: the second one makes it a symbol, the others fit."""
+def test_a_compiled_model_has_the_same_gradients_and_is_not_recompiled(name):
+    """Only the number of targets varies: the second batch makes it dynamic, and the others then fit."""
     from torch._dynamo import reset
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -583,7 +583,7 @@ def test_a_compiled_model_has_the_same_gradients_and_is_not_compiled_again(name)
         compiled.append(counter.frame_count)
     reset()
 
-    assert compiled == [1, 2, 2, 2, 2]  # no graph break leaves more than one graph with work
+    assert compiled == [1, 2, 2, 2, 2]  # one graph, then one with a dynamic size
 
 
 # --- memory
@@ -616,7 +616,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - without, loss.item())
     ("vocabulary", "rows"), [(25_000, 6), pytest.param(151_936, 8, marks=pytest.mark.large)]
 )
 def test_a_large_vocabulary_takes_under_a_quarter_of_the_stock_memory(tmp_path, vocabulary, rows):
-    """512 targets a row, in float32; what the model itself needs is not counted. Stock takes 0.9 or 7 GB."""
+    """512 targets per row in float32, excluding the memory of the model. The stock loss takes 0.9 or 7 GB."""
     (tmp_path / "peak.py").write_text(PEAK)
     found = {}
     for arm in ("stock", "targets"):

@@ -1,4 +1,4 @@
-"""The loss in two processes: DDP averages gradients as one process has them, FSDP2 shards the head."""
+"""The loss in two processes equals that in one, with DDP and with FSDP2, which shards the head."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from hf_clm.model.loss import use_target_loss, why_not
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS = {"tied": True, "untied": False}
-# Of each process two rows: 2 + 1 and 5 + 4 targets, so that a mean of means would be off.
+# Two rows per process, with 2 + 1 and 5 + 4 targets, so that a mean of means would be wrong.
 ROWS = [
     {"input_ids": [5, 6, 7, 8], "labels": [X, X, 7, 8]},
     {"input_ids": [9, 1], "labels": [X, 1]},
@@ -32,11 +32,11 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     return DataCollatorForCausalLM(257)(rows)
 
 
-# --- in each of the two processes: this file is run as a program
+# --- the program that runs in each of the two processes
 
 
 def main(rank: int, folder: Path) -> None:
-    """Writes loss and gradients of every way to spread a model over the processes; by rank 0."""
+    """Measures loss and gradients for every way to distribute the model; rank 0 writes them."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
     )
@@ -65,13 +65,13 @@ def to_fsdp2(model: Any) -> Any:
 
 
 def measure(model: Any, spread: Any, *, rows: list[dict]) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss of both processes, and the whole gradient of each weight, after two passes over the rows.
+    """Returns the loss of both processes and the complete gradient of each weight, after two passes.
 
-    The processes average their gradients, so the loss is multiplied by their number, as the Trainer does it.
+    The processes average their gradients, so the loss is multiplied by their number, as in the Trainer.
     """
     target_loss = use_target_loss(model)
     wrapped = spread(model)
-    for _ in range(2):  # the second pass finds the weights of FSDP2 sharded again
+    for _ in range(2):  # in the second pass, FSDP2 has sharded the weights again
         wrapped.zero_grad()
         with target_loss.measuring():
             loss = 2 * wrapped(**collate(rows), use_cache=False, num_items_in_batch=TARGETS).loss

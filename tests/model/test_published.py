@@ -1,6 +1,6 @@
-"""Recipes of published systems: random weights, the texts that are shipped, and the true shapes where large.
+"""Recipes of published systems, with random weights and the shipped texts; in their true shapes if large.
 
-Without that they have the vocabulary and the positions of the true ones, and one narrow layer.
+Otherwise, they have the true vocabulary and positions, but a single narrow layer.
 """
 
 import json
@@ -34,13 +34,13 @@ NARROW_GPT2 = ["--model.config.n_layer", "1", "--model.config.n_embd", "16", "--
 
 
 def both(narrow: object, true: object) -> pytest.MarkDecorator:
-    """The case of each test run, and the one at the true shape."""
+    """Parametrizes a test with the narrow shape and, marked large, the true shape."""
     large = pytest.param(true, marks=[pytest.mark.large, pytest.mark.timeout(1200)], id="true shape")
     return pytest.mark.parametrize("shape", [pytest.param(narrow, id="narrow"), large])
 
 
 def qwen_folder(folder: Path, sizes: dict[str, int | bool]) -> str:
-    """A configuration without weights, and a tokenizer of bytes whose ids end where those of Qwen2.5 do."""
+    """Writes a configuration without weights, and a byte tokenizer with as many ids as that of Qwen2.5."""
     AutoConfig.for_model("qwen2", **sizes).save_pretrained(folder)
     tokenizer = byte_tokenizer(pad=None)
     vocab = tokenizer.get_vocab()
@@ -55,7 +55,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 @both((QWEN | NARROW, 2432864), (QWEN, 494032768))
-def test_qwen_reads_five_poems_with_a_pad_token_in_a_free_row(tmp_path, monkeypatch, shape):
+def test_qwen_learns_five_poems_with_a_pad_token_in_an_unused_row(tmp_path, monkeypatch, shape):
     sizes, parameters = shape
     monkeypatch.chdir(ROOT)
     words = ["--model.name_or_path", qwen_folder(tmp_path / "qwen", sizes), "--model.init", "scratch", *SHORT]
@@ -80,7 +80,7 @@ def test_qwen_reads_five_poems_with_a_pad_token_in_a_free_row(tmp_path, monkeypa
 
 
 @both((NARROW_GPT2, 1615680), ([], 12 * 7087872 + (2 * 50258 + 257) * 768 + 2 * 768))
-def test_the_book_trains_gpt2_and_watches_both_losses(tmp_path, monkeypatch, shape):
+def test_the_book_trains_gpt2_and_logs_both_losses(tmp_path, monkeypatch, shape):
     narrow, parameters = shape
     monkeypatch.chdir(ROOT)
     byte_tokenizer(pad=None).save_pretrained(tmp_path / "tokenizer")
@@ -99,7 +99,7 @@ def test_the_book_trains_gpt2_and_watches_both_losses(tmp_path, monkeypatch, sha
 
 
 @both((NARROW_GPT2, 1, 16), ([], 12, 768))
-def test_the_essays_are_learned_in_windows_after_their_titles(tmp_path, monkeypatch, shape):
+def test_the_essays_are_trained_in_windows_after_their_titles(tmp_path, monkeypatch, shape):
     narrow, layers, width = shape
     monkeypatch.chdir(ROOT)
     words = ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", *SHORT, *UNSAVED, *narrow]
@@ -114,7 +114,7 @@ def test_the_essays_are_learned_in_windows_after_their_titles(tmp_path, monkeypa
     assert (config.n_layer, config.n_embd, config.n_positions) == (layers, width, 1024)
 
 
-def test_the_essays_are_twenty_with_a_title_each():
+def test_there_are_twenty_essays_with_titles():
     files = sorted((ROOT / "data/pretrain/essays-zh").glob("*.txt"))
     texts = [file.read_text(encoding="utf-8") for file in files]
 

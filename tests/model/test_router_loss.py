@@ -1,4 +1,4 @@
-"""The loss of a mixture's routers: of each document what transformers says, weighted by its targets."""
+"""The load-balancing loss: computed per document as in transformers, weighted by its targets."""
 
 import sys
 from typing import Any
@@ -38,7 +38,7 @@ SMALL |= {
     "moe_intermediate_size": 16,
     "output_router_logits": True,
 }
-# Names of the experts' number and of the coefficient differ.
+# The names of the number of experts and of the coefficient differ.
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "router_aux_loss_coef": 0.7},
     "qwen2_moe": {"num_experts": 4, "router_aux_loss_coef": 0.7, "shared_expert_intermediate_size": 16},
@@ -56,13 +56,13 @@ def mixture(kind: str = "mixtral", **settings: Any) -> Any:
 
 
 def stock_balance(gates: list[torch.Tensor], *, top_k: int = 2) -> float:
-    """What transformers' own function says of these tokens."""
+    """Returns the load-balancing loss of these tokens as transformers computes it."""
     module = sys.modules[type(mixture()).__module__]
     return float(module.load_balancing_loss_func(tuple(gates), gates[0].shape[1], top_k))
 
 
 @pytest.mark.parametrize("how", BATCHES)
-def test_of_each_document_it_is_what_transformers_says_of_its_tokens(how):
+def test_each_document_has_the_loss_that_transformers_computes_for_it(how):
     batch = BATCHES[how](ROWS)
     documents = number_documents(batch)
     gates = tuple(torch.randn(documents.numel(), 5, generator=torch.manual_seed(n)) for n in range(3))
@@ -77,7 +77,7 @@ def test_of_each_document_it_is_what_transformers_says_of_its_tokens(how):
 
 
 @pytest.mark.parametrize("how", BATCHES)
-def test_a_document_counts_as_its_weighted_targets(how):
+def test_a_document_is_weighted_by_its_weighted_targets(how):
     batch = BATCHES[how](ROWS)
 
     found = weigh_documents(batch, number_documents(batch)).tolist()
@@ -87,8 +87,8 @@ def test_a_document_counts_as_its_weighted_targets(how):
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
-def test_the_model_adds_the_mean_of_its_documents(kind):
-    """By hand: each document alone in the stock model; its balance times its targets, over all 23 targets."""
+def test_the_model_adds_the_weighted_mean_over_documents(kind):
+    """Reference: each document alone in the stock model, weighted by its share of all 23 targets."""
     model = mixture(kind)
     alone = [model(input_ids=torch.tensor([row["input_ids"]])).aux_loss.item() for row in ROWS]
     expected = sum(balance * n / 23 for balance, n in zip(alone, (1, 7, 3, 12), strict=True))
@@ -104,7 +104,7 @@ def test_the_model_adds_the_mean_of_its_documents(kind):
     assert both.loss.item() == pytest.approx(tokens.item() + 0.7 * expected, rel=1e-5)
 
 
-def test_afterwards_the_module_of_the_model_is_as_before():
+def test_the_module_of_the_model_is_restored():
     model = mixture()
     module = sys.modules[type(model).__module__]
     before = module.load_balancing_loss_func
@@ -117,7 +117,7 @@ def test_afterwards_the_module_of_the_model_is_as_before():
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe"])
-def test_the_self_test_knows_the_routers(kind):
+def test_the_self_test_includes_the_load_balancing_loss(kind):
     register()
     model = mixture(kind)
     model.set_attn_implementation(NAME)
@@ -126,7 +126,7 @@ def test_the_self_test_knows_the_routers(kind):
     self_test(model, rows, pad_token_id=257).require()
 
 
-def test_a_model_that_adds_it_in_another_way_is_refused(monkeypatch):
+def test_a_model_with_an_unknown_load_balancing_loss_is_rejected(monkeypatch):
     model = mixture()
     monkeypatch.delattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
 
@@ -134,7 +134,7 @@ def test_a_model_that_adds_it_in_another_way_is_refused(monkeypatch):
         RouterLoss(model)
 
 
-def test_other_models_have_none():
+def test_other_models_have_no_load_balancing_loss():
     router = RouterLoss(tiny_model("qwen2"))
 
     assert (router.is_used, router.coefficient) == (False, 0.0)
