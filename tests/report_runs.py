@@ -59,7 +59,12 @@ FACTS: dict[str, Any] = {
         "self_test": {
             "documents": 4,
             "comparisons": [
-                {"name": "padded rows give another loss", "value": 6.5, "reference": 6.5, "tolerance": 0.03}
+                {
+                    "name": "padded rows give a different loss",
+                    "value": 6.5,
+                    "reference": 6.5,
+                    "tolerance": 0.03,
+                }
             ],
         },
         "round_trip": {"logit_difference": 0.0},

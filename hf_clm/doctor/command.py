@@ -1,4 +1,4 @@
-"""``hf-clm doctor``: everything that can be found out about a run without making a step."""
+"""``hf-clm doctor``: everything that can be checked about a run without taking a step."""
 
 import time
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +31,7 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The findings; ``measured``: bytes of a micro-step over weights and optimizer, if it was run."""
+    """The results of the doctor. ``measured``: bytes of a micro-step besides weights and optimizer."""
 
     checks: dict[str, Check]
     estimate: MemoryEstimate | None = None
@@ -40,16 +40,16 @@ class Diagnosis:
 
     @property
     def problems(self) -> list[Problem]:
-        """Those that stop a run."""
-        found = [check for check in self.checks.values() if isinstance(check, Problem)]
-        return [problem for problem in found if not problem.is_warning]
+        """The problems that stop a run, without warnings."""
+        problems = [check for check in self.checks.values() if isinstance(check, Problem)]
+        return [problem for problem in problems if not problem.is_warning]
 
     @property
     def exit_code(self) -> ExitCode:
         return self.problems[0].error.exit_code if self.problems else ExitCode.DONE
 
     def to_lines(self) -> list[str]:
-        """A table of grade, check and finding, each fix on a line of its own; then the memory."""
+        """Formats a table of grade, check and finding, with each fix on a separate line; then the memory."""
         width = max(map(len, self.checks), default=0)
         lines = []
         for name, check in self.checks.items():
@@ -63,7 +63,7 @@ class Diagnosis:
         return [*lines, *self._memory_lines(), summary]
 
     def to_json(self) -> dict[str, Any]:
-        """The same as values for JSON; memory in bytes."""
+        """Returns the same content for JSON, with memory in bytes."""
         return {
             "checks": [{"name": name, **_check_json(check)} for name, check in self.checks.items()],
             "memory_bytes": asdict(self.estimate) | {"total": self.estimate.total} if self.estimate else None,
@@ -76,22 +76,22 @@ class Diagnosis:
         if self.estimate is None:
             return []
         sizes = [f"{part.replace('_', ' ')} {getattr(self.estimate, part) / MIB:,.0f}" for part in PARTS]
-        roughly = ", roughly" if self.estimate.is_rough else ""
-        lines = [f"memory (MiB, estimated{roughly}): {', '.join(sizes)}"]
+        kind = "rough estimate" if self.estimate.is_rough else "estimated"
+        lines = [f"memory (MiB, {kind}): {', '.join(sizes)}"]
         if self.measured is not None:
             ratio = self.estimate.micro_step / max(1, self.measured)
-            measured = f"micro step {self.measured / MIB:,.0f}; estimate {ratio:.0%} of it"
+            measured = f"micro step {self.measured / MIB:,.0f}; the estimate is {ratio:.0%} of it"
             lines.append(f"memory (MiB, measured): {measured}")
         return lines
 
 
 def diagnose(recipe: Recipe, *, measure: bool) -> Diagnosis:
-    """Reads the data, the tokenizer and the configuration as ``train`` does, and checks; writes nothing.
+    """Loads data, tokenizer and configuration as ``train`` does, and runs all checks, without writing files.
 
-    A part that cannot be read is a problem like the others, and what depends on it is not checked.
+    If a part cannot be loaded, that is the only problem reported.
 
     Args:
-        measure: also loads the model and runs its longest batch forward and backward.
+        measure: also load the model, and run forward and backward on its longest batch.
     """
     started, part = time.monotonic(), "arguments"
     try:
@@ -128,8 +128,8 @@ def _measure(model: PreTrainedModel, facts: Facts) -> int | None:
     if step.checkpointing:
         model.activation_checkpointing_enable()
     measured = measure_memory(model, batch, autocast=step.autocast)
-    held = facts.estimate.gradients if step.accumulates else 0  # of the micro-step before
-    return measured + held if measured is not None else None
+    accumulated = facts.estimate.gradients if step.accumulates else 0  # from the previous micro-step
+    return measured + accumulated if measured is not None else None
 
 
 def _grade(check: Check) -> str:

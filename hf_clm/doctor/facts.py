@@ -1,4 +1,4 @@
-"""What the checks look at: the run before its first step, and the machine that it would run on."""
+"""The input of the checks: the run before its first step, and the machine."""
 
 import os
 import shutil
@@ -30,20 +30,24 @@ from hf_clm.recipe.sections import TRAIN
 from hf_clm.text.tokenizer import max_token_id
 from hf_clm.training.arguments import count_steps, rows_per_step
 
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # that the estimate needs
-OF_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of models that keep their own loss
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # required by the estimate
+LOGIT_SETTINGS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+)  # such models keep their own loss
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to train on.
+    """The machine to train on.
 
     Args:
-        free_disk, free_memory: bytes, where the run writes and on its device.
-        cores: physical ones.
-        threads: OMP_NUM_THREADS, if it is set.
-        processes: of the run on this machine.
-        has_bf16: the device computes in bfloat16 at full speed.
+        free_disk, free_memory: bytes, on the disk of the output folder and on the device.
+        cores: the number of physical cores.
+        threads: OMP_NUM_THREADS, if set.
+        processes: the run's processes on this machine.
+        has_bf16: whether the device computes in bfloat16 at full speed.
     """
 
     free_disk: int
@@ -57,10 +61,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known before the first step.
+    """The facts about a run before its first step.
 
-    ``config.vocab_size`` is that of the files; the model is given more rows where the tokenizer has more ids.
-    ``measured``: bytes of a micro-step over weights and optimizer, if measured.
+    ``config.vocab_size`` is that of the files; the model gets more rows if the tokenizer has more ids.
+    ``measured``: bytes of a micro-step on top of weights and optimizer, if measured.
     """
 
     recipe: Recipe
@@ -79,7 +83,7 @@ class Facts:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run; 0 where the Trainer would make none."""
+        """The number of optimizer steps; 0 if the Trainer would not take any."""
         return count_steps(self.arguments, len(self.train.dataset))
 
     @property
@@ -95,43 +99,45 @@ def build_facts(
     config: PretrainedConfig,
     splits: Mapping[str, Split],
 ) -> Facts:
-    """Reads the machine and estimates the memory, unless the model is unknown or not a transformer.
+    """Inspects the machine and estimates the memory, unless the model is unknown or not a transformer.
 
-    ``splits``: train, and what is evaluated; of several sets the one with the longest row is estimated.
+    ``splits``: the training set and the evaluation sets, the one with the longest row of which is estimated.
     """
     machine = read_machine(arguments)
-    evaluated = [split for name, split in splits.items() if name != TRAIN]
-    longest = max(evaluated, key=lambda split: split.lengths.max(initial=0), default=None)
+    eval_splits = [split for name, split in splits.items() if name != TRAIN]
+    longest = max(eval_splits, key=lambda split: split.lengths.max(initial=0), default=None)
     facts = Facts(recipe, arguments, tokenizer, config, splits[TRAIN], machine, longest)
     is_transformer = all(hasattr(config.get_text_config(), name) for name in SIZES)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not is_transformer:
         return facts
-    sized = deepcopy(config)
-    sized.vocab_size = facts.embedding_rows
-    estimate = estimate_memory(read_sizes(sized), to_micro_step(facts), read_sharding(recipe, arguments))
+    full_config = deepcopy(config)
+    full_config.vocab_size = facts.embedding_rows
+    estimate = estimate_memory(
+        read_sizes(full_config), to_micro_step(facts), read_sharding(recipe, arguments)
+    )
     return replace(facts, estimate=estimate)
 
 
 def to_micro_step(facts: Facts) -> MicroStep:
-    """The largest micro-batch of the run."""
+    """Returns a micro-step with the run's largest micro-batch."""
     arguments, recipe, train = facts.arguments, facts.recipe, facts.train
-    evaluated = facts.evaluation or train
+    evaluation = facts.evaluation or train
     return replace(
         empty_step(recipe, arguments, facts.config),
         tokens=_batch_tokens(train.dataset, arguments.train_batch_size, recipe=recipe),
         longest=min(int(train.rows.rows.lengths.max()), recipe.data.max_length),
-        eval_tokens=_batch_tokens(evaluated.dataset, arguments.eval_batch_size, recipe=recipe),
+        eval_tokens=_batch_tokens(evaluation.dataset, arguments.eval_batch_size, recipe=recipe),
     )
 
 
 def empty_step(recipe: Recipe, arguments: TrainingArguments, config: PretrainedConfig) -> MicroStep:
-    """A micro-step of the run, without its tokens."""
+    """Returns a micro-step of the run without tokens."""
     return MicroStep(
         tokens=0,
         longest=0,
-        chunked_loss=all(getattr(config, name, None) in (None, 1) for name in OF_LOGITS),
+        chunked_loss=all(getattr(config, name, None) in (None, 1) for name in LOGIT_SETTINGS),
         dtype=weights_dtype(recipe, arguments),
-        frozen=recipe.lora is not None,  # what adapters take is little
+        frozen=recipe.lora is not None,  # the adapters are small
         autocast="bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None,
         optimizer=str(getattr(arguments.optim, "value", arguments.optim)),
         attention=recipe.model.attention,
@@ -142,7 +148,7 @@ def empty_step(recipe: Recipe, arguments: TrainingArguments, config: PretrainedC
 
 
 def read_sharding(recipe: Recipe, arguments: TrainingArguments) -> Sharding:
-    """How the launcher spreads the model, as far as its environment tells."""
+    """Determines how the launcher shards the model from its environment variables."""
     spread = spreads_with(training_values(recipe))
     way = {"FSDP": "fsdp2", "DeepSpeed": "zero3"}.get(spread, "ddp")
     offloads = os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
@@ -150,17 +156,17 @@ def read_sharding(recipe: Recipe, arguments: TrainingArguments) -> Sharding:
 
 
 def longest_rows(dataset: AnyDataset, count: int) -> list[int]:
-    """The numbers of the rows with the most tokens."""
+    """Returns the indices of the rows with the most tokens."""
     return np.argsort(-row_tokens(dataset), kind="stable")[:count].tolist()
 
 
 def row_tokens(dataset: AnyDataset) -> np.ndarray:
-    """(N,) int64, the tokens of each of N rows, without making them."""
+    """Returns the number of tokens of each of N rows, (N,) int64, without building them."""
     return dataset.pieces.row_tokens if isinstance(dataset, PackedDataset) else dataset.lengths
 
 
 def read_machine(arguments: TrainingArguments) -> Machine:
-    """What this process sees of its machine."""
+    """Inspects the machine from this process."""
     folder = Path(str(arguments.output_dir)).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     threads = os.environ.get("OMP_NUM_THREADS", "")

@@ -1,23 +1,24 @@
-"""How much memory a micro-step takes on a device: by arithmetic from the configuration, and measured.
+"""The memory of a micro-step on a device, estimated from the configuration or measured.
 
-Five moments of a micro-step hold the most. The largest of them, on top of weights and optimizer, is the peak:
+The peak is the largest of five moments of a micro-step, on top of weights and optimizer:
 
     loss   | activations | logits x 3 (log-softmax, its gradient, the gradient of the logits)
     head   | activations | logits x 1 | gradient of the output embedding
     both   | activations | logits of a chunk | gradients of the embedding and the targets (model/loss.py)
-    layer  | activations | what the backward of one layer needs besides
-    end    | gradients   | input embedding, once more where it is tied (its two gradients are added up)
+    layer  | activations | temporary memory of one layer's backward
+    end    | gradients   | input embedding, once more if it is tied (its two gradients are summed)
 
-Many GPUs hold the model in one of these ways; P weights, N GPUs, bytes of float32 AdamW under bfloat16:
+Several GPUs share the model in one of these ways (P = weights, N = GPUs; bytes for float32 AdamW with
+bfloat16 autocast):
 
-    way            weights, gradients, optimizer   copies, on each GPU
-    ddp            16 P                            2 P cast by autocast; 4 P in buckets of gradients if N > 1
+    way            weights, gradients, optimizer   copies on each GPU
+    ddp            16 P                            2 P cast by autocast; 4 P of gradient buckets if N > 1
     fsdp2-grad     16 P / N                        2 P gathered, and the gradient of a layer
-    fsdp2          16 P / N                        2 of embeddings and two layers, and a layer's gradient
-    fsdp2-offload  0 (16 P / N on its host)        as fsdp2
-    zero3          16 P / N                        as fsdp2, and 2 P / N of weights in bfloat16
+    fsdp2          16 P / N                        2 x embeddings and two layers, and the gradient of a layer
+    fsdp2-offload  0 (16 P / N on the host)        as fsdp2
+    zero3          16 P / N                        as fsdp2, and 2 P / N of bfloat16 weights
 
-fsdp2-grad does not release the weights after the forward. ZeRO: arXiv:1910.02054.
+fsdp2-grad does not reshard the weights after the forward. ZeRO: arXiv:1910.02054.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ from hf_clm.model.load import build_without_memory
 from hf_clm.model.loss import BLOCK_TOKENS, TargetLoss, chunk_rows
 
 FLOAT32 = 4  # bytes
-# Bytes that an optimizer keeps for each byte of trained weights; 2 (Adam's two averages) for all others.
+# Bytes of optimizer state per byte of trained weights; 2 (Adam's two averages) for all others.
 OPTIMIZER_STATES = {
     "sgd": 0.0,
     "adafactor": 0.02,
@@ -44,8 +45,9 @@ OPTIMIZER_STATES = {
     "adamw_8bit": 0.5,
     "lion_32bit": 1.0,
 }
-# On a CPU freed blocks leave holes in the heap (shares of the activations, measured). GPT-2's GELU frees four
-# blocks a layer, if they are small enough for the heap; the loss fills some of these. MKL keeps buffers.
+# On a CPU, freed blocks leave holes in the heap (measured, as fractions of the activations). GPT-2's GELU
+# frees four blocks per layer, if they are small enough for the heap; the loss fills some of them. MKL keeps
+# buffers.
 HEAP_HOLES, GELU_HOLES, LARGEST_HEAP_BLOCK = 0.15, 0.45, 32 * 2**20
 LIBRARY_BUFFERS = 16_000_000
 WARM_UP_TOKENS = 8
@@ -53,17 +55,19 @@ WARM_UP_TOKENS = 8
 
 @dataclass(frozen=True)
 class MicroStep:
-    """One forward and backward.
+    """One forward and backward pass.
 
     Args:
-        tokens: of the micro-batch, padding included.
-        longest: tokens of the longest document (of the row, where rows are padded).
-        chunked_loss: the loss of hf_clm/model/loss.py; else the model's own, with the logits of all tokens.
-        eval_tokens: of a batch of the evaluation.
-        dtype: of the weights; ``autocast``: of the products, None without autocast.
-        accumulates: gradients are held from the start, as in the second micro-step of an optimizer step.
-        checkpointing: only the input of each layer is kept.
-        frozen: no gradients and no optimizer for the weights.
+        tokens: tokens of the micro-batch, including padding.
+        longest: tokens of the longest document (or row, if rows are padded).
+        chunked_loss: whether the loss is that of hf_clm/model/loss.py; otherwise it is the model's own, with
+            the logits of all tokens.
+        eval_tokens: tokens of an evaluation batch.
+        dtype: dtype of the weights.
+        autocast: dtype of matrix products; None without autocast.
+        accumulates: whether gradients exist from the start, as in later micro-steps of an optimizer step.
+        checkpointing: whether only the input of each layer is kept for the backward.
+        frozen: whether the weights have no gradients and no optimizer states.
         device: cpu or cuda.
     """
 
@@ -91,14 +95,14 @@ class MicroStep:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the model is held by ``gpus``: in a ``way`` of the table above."""
+    """How ``gpus`` share the model: one ``way`` of the table above."""
 
     way: str = "ddp"
     gpus: int = 1
 
     @property
     def share(self) -> float:
-        """The share of weights, gradients and optimizer that lies on each GPU."""
+        """The fraction of weights, gradients and optimizer on each GPU."""
         return {"ddp": 1.0, "fsdp2-offload": 0.0}.get(self.way, 1 / self.gpus)
 
 
@@ -107,13 +111,13 @@ ONE_DEVICE = Sharding()
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes, each part at its largest.
+    """Bytes of memory, each part at its maximum.
 
-    ``weights``, ``gradients`` and ``optimizer`` are those of the whole model, of which a device holds
-    ``share``; ``copies`` are those of weights that are cast, gathered or in buckets. ``micro_step``: the most
-    that is alive at one time over weights and optimizer; less than the sum of gradients, copies, activations
-    and logits. ``evaluation``: the same for a batch of the evaluation. ``is_rough``: the model is of a family
-    that was never measured, or is sharded.
+    ``weights``, ``gradients`` and ``optimizer`` are those of the complete model; each device has the fraction
+    ``share``. ``copies`` are cast or gathered weights, and gradient buckets. ``micro_step`` is the peak on
+    top of weights and optimizer, which is less than the sum of gradients, copies, activations and logits.
+    ``evaluation`` is the same for an evaluation batch. ``is_rough``: the model's family has never been
+    measured, or the model is sharded.
     """
 
     weights: int
@@ -139,42 +143,42 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What the arithmetic needs of a model; ``parameters`` counts a tied embedding once."""
+    """The sizes of a model that the estimate needs; ``parameters`` counts a tied embedding once."""
 
     family: str  # config.model_type
     layers: int
     width: int
     heads: int
-    queries: int  # width of all query heads together
-    keys: int  # width of all key heads together
+    queries: int  # total width of the query heads
+    keys: int  # total width of the key heads
     inner: int  # width inside the MLP
     vocabulary: int
     is_tied: bool
     parameters: int
-    dropouts: int  # in a layer, without that of the attention
+    dropouts: int  # per layer, without that of the attention
     drops_attention: bool
 
     @property
     def embedding(self) -> int:
-        """Weights of the input embedding."""
+        """The number of weights of the input embedding."""
         return self.width * self.vocabulary
 
     @property
     def products(self) -> int:
-        """Weights that are multiplied: all but an input embedding of its own."""
+        """The number of weights used in matrix products: all except an untied input embedding."""
         return self.parameters - (0 if self.is_tied else self.embedding)
 
     @property
     def layer(self) -> int:
-        """Weights of a layer."""
+        """The number of weights of a layer."""
         return (self.parameters - self.embedding * (1 if self.is_tied else 2)) // self.layers
 
 
 def read_sizes(config: PretrainedConfig) -> ModelSizes:
-    """The sizes of a configuration, whose ``vocab_size`` must be the rows the embeddings will have.
+    """Reads the sizes from a configuration, whose ``vocab_size`` must be the final number of embedding rows.
 
-    Builds the model without memory (on torch's meta device) to count its weights. Raises ModelError
-    for a model that transformers cannot build.
+    Builds the model on the meta device, without memory, to count its weights. Raises ModelError if
+    transformers cannot build the model.
     """
     parameters, family = build_without_memory(config).num_parameters(), config.model_type
     config = config.get_text_config()
@@ -198,14 +202,14 @@ def read_sizes(config: PretrainedConfig) -> ModelSizes:
 
 
 def estimate_memory(sizes: ModelSizes, step: MicroStep, sharding: Sharding = ONE_DEVICE) -> MemoryEstimate:
-    """The memory of training on each device, by arithmetic."""
+    """Estimates the memory of training on each device."""
     weights = sizes.parameters * step.weight_bytes
     gradients = 0 if step.frozen else weights
     copies = _copies(sizes, step, sharding)
     activations = _activation_bytes(sizes, step)
     logits = _logits_bytes(sizes, step, tokens=step.tokens)
-    held = round(sharding.share * gradients)
-    peak = _peak(sizes, step, kept=activations + copies, logits=logits, gradients=held)
+    local_gradients = round(sharding.share * gradients)
+    peak = _peak(sizes, step, base=activations + copies, logits=logits, gradients=local_gradients)
     if step.device == "cpu":
         peak += LIBRARY_BUFFERS + _heap_holes(sizes, step, logits=logits)
     return MemoryEstimate(
@@ -225,38 +229,39 @@ def estimate_memory(sizes: ModelSizes, step: MicroStep, sharding: Sharding = ONE
 def measure_memory(
     model: PreTrainedModel, batch: dict[str, Any], *, autocast: str | None = None
 ) -> int | None:
-    """Runs forward and backward; returns the bytes that they needed at most over the loaded model.
+    """Runs forward and backward; returns their peak memory in bytes, on top of the loaded model.
 
-    That is the growth of the resident memory on a CPU, of the allocated memory on a GPU; None on a CPU
-    without Linux. Changes neither the weights nor the random state, and leaves no gradients. The loss is the
-    model's, a TargetLoss if it has one (``use_target_loss``). On a CPU the heap grows by another quarter in
-    the micro-steps that follow (measured), because freed blocks leave holes.
+    Measures the growth of the resident memory on a CPU (None except on Linux), or of the allocated memory on
+    a GPU. Changes neither the weights nor the random state, and leaves no gradients. Uses the model's loss,
+    which may be a TargetLoss (``use_target_loss``). On a CPU, the heap grows by another quarter in later
+    micro-steps (measured), because freed blocks leave holes.
 
     Args:
-        batch: of a collator, on any device; the longest one, if the answer is to hold for the run.
+        batch: a batch from a collator, on any device; use the longest one of the run.
         autocast: as in MicroStep.
     """
     device = model.device
     if device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
         return None
-    moved = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-    short = {key: moved[key][:1, :WARM_UP_TOKENS] for key in ("input_ids", "labels")}
-    own_loss, was_training = model.loss_function, model.training
-    measuring = own_loss.measuring if isinstance(own_loss, TargetLoss) else contextlib.nullcontext
+    batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    short = {key: batch[key][:1, :WARM_UP_TOKENS] for key in ("input_ids", "labels")}
+    loss_function, was_training = model.loss_function, model.training
+    is_target_loss = isinstance(loss_function, TargetLoss)
+    measuring = loss_function.measuring if is_target_loss else contextlib.nullcontext
     dtype = getattr(torch, autocast) if autocast else None
 
-    def run(given: dict[str, Any]) -> None:
+    def run(inputs: dict[str, Any]) -> None:
         with torch.autocast(device.type, dtype=dtype, enabled=autocast is not None), measuring():
-            loss = model(**given, use_cache=False).loss
+            loss = model(**inputs, use_cache=False).loss
         loss.backward()
 
     model.train()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            run(short)  # loads kernels, and weights that are still on the disk
+            run(short)  # loads kernels, and weights still on disk
             model.zero_grad(set_to_none=True)
             before = _reset_peak(device)
-            run(moved)
+            run(batch)
             return _peak_bytes(device) - before
     finally:
         model.zero_grad(set_to_none=True)
@@ -264,9 +269,9 @@ def measure_memory(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on a device; on a CPU within the limit of the container too.
+    """Returns the free memory of a device in bytes; on a CPU, also within the container's limit.
 
-    A large number where the system does not say.
+    Returns a very large number if it is unknown.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -278,7 +283,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _copies(sizes: ModelSizes, step: MicroStep, sharding: Sharding) -> int:
-    """Weights that are cast or gathered, and gradients in buckets, on each device."""
+    """Returns the bytes of cast or gathered weights and of gradient buckets on each device."""
     low, trained = step.product_bytes, not step.frozen
     if sharding.way == "ddp":
         cast = low * sizes.products if step.autocast else 0
@@ -287,22 +292,22 @@ def _copies(sizes: ModelSizes, step: MicroStep, sharding: Sharding) -> int:
     if sharding.way == "fsdp2-grad":
         return low * sizes.parameters + gradient
     gathered = low * (sizes.parameters - (sizes.layers - 2) * sizes.layer)
-    own = low * sizes.parameters // sharding.gpus if sharding.way == "zero3" else 0
-    return gathered + gradient + own
+    zero3_weights = low * sizes.parameters // sharding.gpus if sharding.way == "zero3" else 0
+    return gathered + gradient + zero3_weights
 
 
 def _activation_bytes(sizes: ModelSizes, step: MicroStep) -> int:
-    """What is kept for the backward."""
+    """Returns the bytes of activations kept for the backward."""
     layer = _layer_bytes(sizes, step) * step.tokens
-    kept = layer * sizes.layers
-    if step.checkpointing:  # one layer at a time is computed again
-        kept = sizes.layers * sizes.width * step.weight_bytes * step.tokens + layer
+    layers = layer * sizes.layers
+    if step.checkpointing:  # one layer at a time is recomputed
+        layers = sizes.layers * sizes.width * step.weight_bytes * step.tokens + layer
     stem = sizes.width * (2 * step.weight_bytes + step.product_bytes) * step.tokens  # embedding, last norm
-    return kept + stem
+    return layers + stem
 
 
 def _heap_holes(sizes: ModelSizes, step: MicroStep, *, logits: int) -> int:
-    """Of all that the layers have computed, kept or not."""
+    """Returns the bytes of holes in the heap, a fraction of everything that the layers compute."""
     computed = _layer_bytes(sizes, step) * step.tokens * sizes.layers
     is_in_heap = step.tokens * sizes.inner * step.product_bytes < LARGEST_HEAP_BLOCK
     holes = HEAP_HOLES * computed
@@ -311,10 +316,10 @@ def _heap_holes(sizes: ModelSizes, step: MicroStep, *, logits: int) -> int:
     return round(holes)
 
 
-def _peak(sizes: ModelSizes, step: MicroStep, *, kept: int, logits: int, gradients: int) -> int:
-    """The largest of the moments drawn above; ``kept``: activations and copies."""
+def _peak(sizes: ModelSizes, step: MicroStep, *, base: int, logits: int, gradients: int) -> int:
+    """Returns the largest of the moments shown above; ``base``: bytes of activations and copies."""
     low = step.product_bytes
-    held = kept + (gradients if step.accumulates else 0)
+    held = base + (gradients if step.accumulates else 0)
     embedding = 0 if step.frozen else sizes.embedding * step.weight_bytes
     cast = embedding // 2 if low < step.weight_bytes else 0
     copies = (2 if sizes.is_tied else 0) + (1 if step.accumulates else 0)
@@ -331,7 +336,7 @@ def _peak(sizes: ModelSizes, step: MicroStep, *, kept: int, logits: int, gradien
 
 
 def _logits_bytes(sizes: ModelSizes, step: MicroStep, *, tokens: int) -> int:
-    """Logits at their most, with all that the loss makes of them."""
+    """Returns the peak bytes of the logits, including temporary memory of the loss."""
     if not step.chunked_loss:
         return 3 * tokens * sizes.vocabulary * FLOAT32
     low = step.product_bytes
@@ -341,14 +346,14 @@ def _logits_bytes(sizes: ModelSizes, step: MicroStep, *, tokens: int) -> int:
 
 
 def _evaluation_bytes(sizes: ModelSizes, step: MicroStep) -> int:
-    """The loss of a batch of the evaluation; a model's own takes the logits in one piece."""
+    """Returns the bytes of the loss of an evaluation batch; a model's own loss needs all logits at once."""
     if step.eval_tokens and step.chunked_loss:
         return _logits_bytes(sizes, step, tokens=step.eval_tokens)
     return step.eval_tokens * sizes.vocabulary * (FLOAT32 + (step.product_bytes if step.autocast else 0))
 
 
 def _layer_bytes(sizes: ModelSizes, step: MicroStep) -> int:
-    """What one layer keeps for its backward, bytes for each token."""
+    """Returns the bytes per token that one layer keeps for its backward."""
     low = step.product_bytes
     linear = LAYERS.get(sizes.family, _llama_layer)(sizes, low=low, weight=step.weight_bytes)
     linear += sizes.dropouts * sizes.width * (low if step.device == "cpu" else 1)
@@ -363,28 +368,28 @@ def _layer_bytes(sizes: ModelSizes, step: MicroStep) -> int:
 
 
 def _gpt2_layer(sizes: ModelSizes, *, low: int, weight: int) -> int:
-    """2 residual sums, 2 norms, query, key, value, attention and its copy, 5 of the MLP."""
+    """Counts 2 residual sums, 2 norms, query, key, value, attention and its copy, 5 tensors of the MLP."""
     return sizes.width * (2 * weight + (2 + 3 + 2) * low) + 5 * sizes.inner * low
 
 
 def _llama_layer(sizes: ModelSizes, *, low: int, weight: int) -> int:
-    """2 norms with the sums before them, query, key, value, attention and its copy, 4 of the MLP."""
+    """Counts 2 norms and their inputs, query, key, value, attention and its copy, 4 tensors of the MLP."""
     if weight == 2:
         norms = 2 * sizes.width * (FLOAT32 + 2 + 2)  # computed in float32
     elif low == 2:
-        norms = 2 * sizes.width * 2 * FLOAT32 + 5 * sizes.width * low  # a cast for each product
+        norms = 2 * sizes.width * 2 * FLOAT32 + 5 * sizes.width * low  # a cast for each matrix product
     else:
         norms = 2 * sizes.width * 3 * FLOAT32
     return norms + low * (3 * sizes.queries + 2 * sizes.keys + 4 * sizes.inner)
 
 
 def _reset_peak(device: torch.device) -> int:
-    """Starts a new peak; returns the bytes in use."""
+    """Resets the peak; returns the bytes in use."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    with contextlib.suppress(AttributeError, OSError):  # glibc only: gives back what is free
+    with contextlib.suppress(AttributeError, OSError):  # glibc only: returns free memory to the system
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # see proc(5): VmHWM counts from here
     return _status_bytes("/proc/self/status", "VmRSS") or 0
@@ -397,11 +402,11 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _status_bytes(path: str, name: str) -> int | None:
-    """A line such as ``VmHWM:   1234 kB`` as bytes; None without such a file or line."""
+    """Returns the bytes in a line such as ``VmHWM:   1234 kB``; None if there is no such file or line."""
     with contextlib.suppress(OSError):
         lines = Path(path).read_text().splitlines()
-        found = [line.split() for line in lines if line.startswith(f"{name}:")]
-        return int(found[0][1]) * 1024 if found else None
+        fields = [line.split() for line in lines if line.startswith(f"{name}:")]
+        return int(fields[0][1]) * 1024 if fields else None
     return None
 
 

@@ -1,4 +1,4 @@
-"""``hf-clm doctor --plan``: what fits on many GPUs by arithmetic, and which launcher file to take."""
+"""``hf-clm doctor --plan``: estimates what fits on many GPUs, and selects a launcher file."""
 
 import re
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ WHERE = "--plan"
 CLUSTER = re.compile(r"gpus=(\d+),memory=(\d+(?:\.\d+)?)(gi?b)(?:,length=(\d+))?", re.IGNORECASE)
 GB = 1e9
 UNITS = {"gb": GB, "gib": 2.0**30}
-ROW = 4096  # tokens, where no recipe says otherwise
-SPARE = 0.1  # of the memory, for CUDA, NCCL and the holes of the allocator
-MOST_ROWS = 1024  # of a micro-batch
+ROW = 4096  # tokens in a row without a recipe
+SPARE = 0.1  # fraction of the memory left for CUDA, NCCL and allocator fragmentation
+MAX_ROWS = 1024  # in a micro-batch
 
-# The launcher's file in recipes/accelerate, and what to change in it: the fastest first, because it sends the
-# least. zero3 never fits where fsdp2 does not, and is shown to compare.
+# The launcher file in recipes/accelerate, and what to change in it. The fastest comes first, because it
+# communicates the least. zero3 never fits where fsdp2 does not, and is listed for comparison.
 WAYS = {
     "ddp": ("ddp.yaml", ""),
     "fsdp2-grad": ("fsdp2.yaml", "fsdp_reshard_after_forward: false"),
@@ -31,7 +31,7 @@ WAYS = {
     "fsdp2-offload": ("fsdp2_offload.yaml", ""),
     "zero3": ("deepspeed_zero3.yaml", ""),
 }
-# Qwen2.5: width, layers, query heads, key heads, width in the MLP, vocabulary, whether the head is tied.
+# Qwen2.5: the values of KEYS.
 FAMILY = {
     "0.5B": (896, 24, 14, 2, 4864, 151936, True),
     "1.5B": (1536, 28, 12, 2, 8960, 151936, True),
@@ -46,13 +46,13 @@ KEYS = (
     *("intermediate_size", "vocab_size", "tie_word_embeddings"),
 )
 HEADINGS = ("way", "GB at rest", "with a row", "micro-batch", "launch with")
-# Gradients are counted as held throughout: one function for every way, and a little to spare.
+# Gradients are assumed to exist throughout, which is simple and slightly pessimistic.
 STEP = MicroStep(tokens=0, longest=0, chunked_loss=True, autocast="bfloat16", accumulates=True, device="cuda")
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs, with the bytes of each, and the tokens of a row."""
+    """A number of GPUs, the bytes of memory of each, and the tokens in a row."""
 
     gpus: int
     memory: float
@@ -64,9 +64,10 @@ class Plan:
     """One way to train a model on a cluster.
 
     Args:
-        rest: bytes on each GPU besides those of a micro-step's tokens; ``host``: on its host.
+        rest: bytes on each GPU without the tokens of a micro-step.
+        host: bytes on the host for each GPU.
         first: bytes on each GPU with a micro-batch of one row.
-        rows: of the largest micro-batch that fits; 0 where none does.
+        rows: rows in the largest micro-batch that fits; 0 if none does.
     """
 
     way: str
@@ -78,61 +79,65 @@ class Plan:
 
 
 def parse_cluster(text: str, *, length: int | None = None) -> Cluster:
-    """Reads such as ``gpus=64,memory=80GB,length=8192``. Raises RecipeError for what cannot be read.
+    """Parses a text such as ``gpus=64,memory=80GB,length=8192``. Raises RecipeError if it is invalid.
 
     Args:
-        length: of a recipe's rows; the text must not name another.
+        length: tokens in a row of a recipe; the text must then not set it.
     """
     match = CLUSTER.fullmatch(text.replace(" ", ""))
-    gpus, size, unit, given = match.groups() if match else ("0", "0", "GB", None)
-    cluster = Cluster(int(gpus), float(size) * UNITS[unit.lower()], length or int(given or ROW))
+    gpus, size, unit, row = match.groups() if match else ("0", "0", "GB", None)
+    cluster = Cluster(int(gpus), float(size) * UNITS[unit.lower()], length or int(row or ROW))
     if not (cluster.gpus and cluster.memory and cluster.length):
-        fix = "gpus=64,memory=80GB, and without a recipe also length=4096"
-        raise RecipeError("expected GPUs and the memory of each", where=WHERE, got=repr(text), fix=fix)
-    if length and given:
-        fix = f"--data.max_length {given}"
-        raise RecipeError("length is the recipe's", where=WHERE, got=f"length={given}", fix=fix)
+        what = "expected the number of GPUs and the memory of each"
+        fix = "use gpus=64,memory=80GB, and without a recipe optionally length=4096"
+        raise RecipeError(what, where=WHERE, got=repr(text), fix=fix)
+    if length and row:
+        fix = f"set --data.max_length {row}"
+        raise RecipeError("the recipe sets the length", where=WHERE, got=f"length={row}", fix=fix)
     return cluster
 
 
 def plan_family(cluster: Cluster) -> tuple[list[str], dict[str, Any]]:
-    """The way to take for each size of a family: lines to print, and values for JSON."""
-    rows, found = [], {}
+    """Selects a way for each size of a model family; returns lines to print, and values for JSON."""
+    rows, plan_by_size = [], {}
     for name in FAMILY:
         plans = make_plans(read_sizes(family_config(name)), STEP, cluster)
-        chosen = choose(plans)
-        least = min(plans, key=lambda plan: plan.first)
-        rows.append((name, *_cells(chosen or least, cluster)))
-        found[name] = asdict(chosen) if chosen else None
-    return [*_table(("model", *HEADINGS), rows), *_notes(cluster)], found
+        plan = select_plan(plans)
+        smallest = min(plans, key=lambda plan: plan.first)
+        rows.append((name, *_cells(plan or smallest, cluster)))
+        plan_by_size[name] = asdict(plan) if plan else None
+    return [*_table(("model", *HEADINGS), rows), *_notes(cluster)], plan_by_size
 
 
 def plan_recipe(recipe: Recipe, cluster: Cluster) -> tuple[list[str], dict[str, Any]]:
-    """Every way to train the recipe's model, and which to take. Raises RecipeError for one with ``lora``."""
+    """Lists every way to train the recipe's model, and selects one; returns lines and values for JSON.
+
+    Raises RecipeError for a recipe with ``lora``.
+    """
     sizes, step = read_model(recipe)
     plans = make_plans(sizes, step, cluster)
-    chosen = choose(plans)
+    selected = select_plan(plans)
     name = recipe.model.name_or_path or recipe.model.config.get("model_type")
     lines = [f"model     {name}, {sizes.parameters:,} parameters", ""]
     lines += _table(HEADINGS, [_cells(plan, cluster) for plan in plans])
-    lines += _advice(chosen, cluster)
+    lines += _advice(selected, cluster)
     return [*lines, *_notes(cluster)], {
         "parameters": sizes.parameters,
         "plans": [asdict(plan) for plan in plans],
-        "take": chosen.way if chosen else None,
+        "take": selected.way if selected else None,
     }
 
 
 def family_config(name: str) -> PretrainedConfig:
-    """The configuration of a size of the family."""
+    """Returns the configuration of a size of the family."""
     return AutoConfig.for_model("qwen2", **dict(zip(KEYS, FAMILY[name], strict=True)))
 
 
 def read_model(recipe: Recipe) -> tuple[ModelSizes, MicroStep]:
-    """The recipe's model and a micro-step of it on a GPU: in bfloat16 unless the recipe says otherwise."""
+    """Returns the sizes of the recipe's model, and its micro-step on a GPU (with bfloat16 by default)."""
     if recipe.lora:
-        what = "a plan is one of training all weights"
-        raise RecipeError(what, where="lora", fix="--lora null; the updates of LoRA take little")
+        what = "--plan only supports training of all weights"
+        raise RecipeError(what, where="lora", fix="set --lora null; LoRA itself needs little memory")
     arguments = training_arguments(recipe)
     tokenizer, recipe = load_tokenizer_and_settle(recipe, arguments)
     config = build_model_config(recipe, tokenizer)
@@ -143,7 +148,7 @@ def read_model(recipe: Recipe) -> tuple[ModelSizes, MicroStep]:
 
 
 def make_plans(sizes: ModelSizes, step: MicroStep, cluster: Cluster) -> list[Plan]:
-    """Every way, with activation checkpointing where the step has it or not even one row fits without."""
+    """Makes a plan for every way, with activation checkpointing if the step has it or no row fits without."""
     plans = []
     for way in WAYS:
         plan = make_plan(way, sizes, step, cluster)
@@ -152,14 +157,14 @@ def make_plans(sizes: ModelSizes, step: MicroStep, cluster: Cluster) -> list[Pla
 
 
 def make_plan(way: str, sizes: ModelSizes, step: MicroStep, cluster: Cluster) -> Plan:
-    """One way, with the most rows that fit."""
+    """Makes a plan for one way, with as many rows as fit."""
     sharding = Sharding(way, cluster.gpus)
     step = replace(step, longest=cluster.length, chunked_loss=step.chunked_loss and way != "zero3")
 
     def estimate(rows: int) -> MemoryEstimate:
         return estimate_memory(sizes, replace(step, tokens=rows * cluster.length), sharding)
 
-    fitting, too_many = 0, MOST_ROWS + 1  # more rows never need less
+    fitting, too_many = 0, MAX_ROWS + 1  # bisection: more rows never need less memory
     while too_many - fitting > 1:
         rows = (fitting + too_many) // 2
         fits = estimate(rows).total <= (1 - SPARE) * cluster.memory
@@ -176,8 +181,8 @@ def make_plan(way: str, sizes: ModelSizes, step: MicroStep, cluster: Cluster) ->
     )
 
 
-def choose(plans: Sequence[Plan]) -> Plan | None:
-    """The first that fits: without the host where possible, then without activation checkpointing."""
+def select_plan(plans: Sequence[Plan]) -> Plan | None:
+    """Returns the first plan that fits, preferably without offloading, and then without checkpointing."""
     fitting = [plan for plan in plans if plan.rows]
     return min(fitting, key=lambda plan: (plan.host > 0, plan.checkpointing), default=None)
 
@@ -192,12 +197,12 @@ def _cells(plan: Plan, cluster: Cluster) -> tuple[str, ...]:
 
 def _advice(plan: Plan | None, cluster: Cluster) -> list[str]:
     if plan is None:
-        return ["take      nothing fits: more GPUs, or a smaller data.max_length"]
+        return ["take      nothing fits: use more GPUs, or lower data.max_length"]
     file, change = WAYS[plan.way]
     tokens = plan.rows * cluster.length * cluster.gpus
-    rows = f"per_device_train_batch_size up to {plan.rows} ({tokens:,} tokens a step)"
+    rows = f"per_device_train_batch_size up to {plan.rows} ({tokens:,} tokens per step)"
     checkpointing = "; activation_checkpointing: true" if plan.checkpointing else ""
-    host = f"; {_gigabytes(plan.host)} GB of host memory for each GPU" if plan.host else ""
+    host = f"; {_gigabytes(plan.host)} GB of host memory per GPU" if plan.host else ""
     return [
         f"take      recipes/accelerate/{file}{f' with {change}' if change else ''}",
         f"          {rows}{checkpointing}{host}",
@@ -206,7 +211,7 @@ def _advice(plan: Plan | None, cluster: Cluster) -> list[str]:
 
 def _notes(cluster: Cluster) -> list[str]:
     gpus = f"{cluster.gpus} GPU{'' if cluster.gpus == 1 else 's'} of {_gigabytes(cluster.memory)} GB"
-    return ["", f"{gpus}, {SPARE:.0%} left free; c: activation checkpointing. Arithmetic, not measured."]
+    return ["", f"{gpus}, {SPARE:.0%} left free; c: activation checkpointing. Estimated, not measured."]
 
 
 def _gigabytes(count: float) -> str:

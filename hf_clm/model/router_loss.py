@@ -74,7 +74,7 @@ class RouterLoss:
 
 
 def number_documents(batch: Mapping[str, Any]) -> torch.Tensor:
-    """Returns the index of each token's document, (B * T,) int64; padding has the index after the last one."""
+    """Returns the index of each token's document, (B * T,) int64; padding comes after the last one."""
     labels, bounds, mask = batch["labels"], batch.get("cu_seq_lens_q"), batch.get("attention_mask")
     rows, width = labels.shape
     if bounds is not None:

@@ -124,8 +124,8 @@ def finish_round_trip(
     found = trip.finish(model, tokenizer)
     how = "peft" if is_adapted(model) else "from_pretrained"
     write_line(f"opens     with plain {how} in a fresh process, with the same logits, tokens and template")
-    if trip.asked:
-        write_line(f"answers   pipeline(messages) as it does here: {len(trip.asked)} prompts, id for id")
+    if trip.questions:
+        write_line(f"answers   pipeline(messages) as it does here: {len(trip.questions)} prompts, id for id")
     return found
 
 
@@ -159,4 +159,4 @@ def _open(
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     dtype = str(model.dtype).removeprefix("torch.") if is_adapted(model) else "auto"
     prompt = [*map(int, split.dataset[0]["input_ids"])]
-    return start_round_trip(folder, prompt, dtype=dtype, asked=questions)
+    return start_round_trip(folder, prompt, dtype=dtype, questions=questions)

@@ -1,4 +1,4 @@
-"""Every check before the first step, both ways: what it accepts and what it refuses."""
+"""Every check before the first step: one case that it accepts and one that it rejects."""
 
 import tempfile
 from dataclasses import replace
@@ -21,15 +21,15 @@ from hf_clm.text.tokenizer import use_chat_template
 
 GIB = 2**30
 MACHINE = Machine(free_disk=100 * GIB, free_memory=100 * GIB, cores=8)
-# 24 GiB to train: 4 of weights, 8 of the optimizer, 12 for a micro-step.
+# 24 GiB for training: 4 for weights, 8 for the optimizer, 12 for a micro-step.
 ESTIMATE = MemoryEstimate(4 * GIB, 4 * GIB, 8 * GIB, 6 * GIB, 2 * GIB, micro_step=12 * GIB, evaluation=GIB)
-# 8 rows: "say\n" is read (4 tokens), 1 to 8 letters and the end token are learned.
+# 8 rows: "say\n" is the prompt (4 tokens), 1 to 8 letters and the end token are targets.
 ROWS = [prompted("say\n", "x" * n) for n in range(1, 9)]
 CHAT = [Chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}])]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Knows two words."""
+    """A tokenizer that knows two words."""
     vocab = {"<eos>": 0, "<pad>": 1, "<unk>": 2, "alpha": 3, "beta": 4}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -50,7 +50,10 @@ def build_facts(
     machine: dict[str, Any] | None = None,
     **sections: Any,
 ) -> Facts:
-    """A run over ROWS, 2 rows a step: 4 steps an epoch, 12 in all. Sections: model, data, train, ..."""
+    """Builds the facts of a run over ROWS with 2 rows per step: 4 steps per epoch, 12 in total.
+
+    ``sections``: changes to the sections of the recipe (model, data, train), and some more.
+    """
     tokenizer = tokenizer or byte_tokenizer()
     kinds = {Tokens: "tokenized", Chat: "messages", Document: "instruct"}
     settings = {"output_dir": "runs/x", "use_cpu": True, "per_device_train_batch_size": 2}
@@ -81,21 +84,21 @@ def build_facts(
 
 
 def templated(text: str) -> dict[str, Any]:
-    """A source with a template, as a change of the run above."""
+    """Returns a change to the run above: a source with a template."""
     return {"data": {"train": [{"path": "rows.jsonl", "template": {"text": text}}]}}
 
 
-# The name of a check, what differs from the run above, what is found.
+# The name of a check, the change to the run above, the finding.
 ACCEPTED: list[tuple[str, dict[str, Any], str]] = [
-    ("steps", {}, "12 steps of 2 rows"),
-    ("steps", {"train": {"max_steps": 5}}, "5 steps of 2 rows"),
+    ("steps", {}, "12 steps with 2 rows each"),
+    ("steps", {"train": {"max_steps": 5}}, "5 steps with 2 rows each"),
     (
         "steps",
         {"train": {"dataloader_drop_last": True, "per_device_train_batch_size": 8}},
-        "3 steps of 8 rows",
+        "3 steps with 8 rows each",
     ),
-    ("steps", {"train": {"gradient_accumulation_steps": 3}}, "6 steps of 6 rows"),
-    ("batch", {}, "2 rows, 4.0 times in the data"),
+    ("steps", {"train": {"gradient_accumulation_steps": 3}}, "6 steps with 6 rows each"),
+    ("batch", {}, "2 rows, 4.0 batches per epoch"),
     ("warm-up", {"train": {"warmup_steps": 0.25}}, "3 of 12 steps"),
     ("warm-up", {"train": {"warmup_steps": 12}}, "12 of 12 steps"),
     ("saving", {}, "strategy no"),
@@ -111,7 +114,7 @@ ACCEPTED: list[tuple[str, dict[str, Any], str]] = [
     (
         "bytes per token",
         {"rows": [prompted("alpha", "beta")], "tokenizer": word_tokenizer()},
-        "4.5 bytes of the text in a token",
+        "4.5 bytes of text per token",
     ),
     ("unknown tokens", {"rows": [prompted("alpha", "beta")], "tokenizer": word_tokenizer()}, "none"),
     ("learned stops", {}, "8 stop tokens among the labels"),
@@ -119,15 +122,15 @@ ACCEPTED: list[tuple[str, dict[str, Any], str]] = [
     ("packing", {"data": {"max_length": 13, "packing": "best_fit"}}, "84% full"),  # 76 tokens, 7 rows of 13
     ("memory", {"machine": {"free_memory": 28 * GIB}}, "24.00 GiB needed, 28.00 GiB free"),
     ("memory", {"machine": {"free_memory": 13 * GIB}, "measured": 1}, "13.00 GiB needed, 13.00 GiB free"),
-    ("disk", {}, "0 checkpoints and the model take 4.00 GiB, 100.00 GiB are free"),
+    ("disk", {}, "4.00 GiB needed for 0 checkpoints and the model, 100.00 GiB free"),
     ("threads", {}, "8 cores, OMP_NUM_THREADS is not set"),
     ("threads", {"machine": {"threads": 8}}, "1 x 8 threads on 8 physical cores"),
     ("precision", {}, "float32 weights on cpu"),
     ("precision", {"train": {"bf16": True}}, "float32 weights, bfloat16 autocast on cpu"),
-    ("GPUs", {}, "none here"),
+    ("GPUs", {}, "none available"),
 ]
 
-# The same, and what is said, the exit code, and whether it is a warning.
+# The same for problems, with the exit code and whether it is a warning.
 RECIPE, DATA, MODEL, ENVIRONMENT = ExitCode.RECIPE, ExitCode.DATA, ExitCode.MODEL, ExitCode.ENVIRONMENT
 FULL_DISK = {
     "machine": {"free_disk": 39 * GIB},
@@ -137,14 +140,14 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
     (
         "steps",
         {"train": {"dataloader_drop_last": True, "per_device_train_batch_size": 16}},
-        "8 rows do not fill a batch of 16 (per device x processes), and drop_last is on",
+        "8 rows do not fill a batch of 16 (all processes), and drop_last is on",
         DATA,
         False,
     ),
     (
         "batch",
         {"train": {"gradient_accumulation_steps": 8}},
-        "a step takes 16 rows, and there are 8: one step an epoch",
+        "a step takes 16 rows, but there are only 8: one step per epoch",
         RECIPE,
         True,
     ),
@@ -158,21 +161,21 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
     (
         "saving",
         {"train": {"save_strategy": "steps", "save_steps": 13}},
-        "a checkpoint every 13 steps, and the run has 12: none before the end",
+        "a checkpoint every 13 steps, but the run has 12: none before the end",
         RECIPE,
         True,
     ),
     (
         "saving",
         {"train": {"save_strategy": "steps", "save_steps": 5, "eval_steps": 2}, "evaluated": True},
-        "checkpoints every 5 steps are not all evaluated (every 2)",
+        "not all checkpoints (every 5 steps) are evaluated (every 2 steps)",
         RECIPE,
         True,
     ),
     (
         "evaluation",
         {"train": {"eval_steps": 13}, "evaluated": True},
-        "an evaluation every 13 steps, and the run has 12",
+        "an evaluation every 13 steps, but the run has 12",
         RECIPE,
         True,
     ),
@@ -187,22 +190,22 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
     (
         "vocabulary",
         {"config": {"vocab_size": 200}},
-        "the tokenizer has 260 ids, the pretrained model 200 rows: it belongs to another model",
+        "the tokenizer (260 ids) does not match the pretrained model (200 embedding rows)",
         MODEL,
         False,
     ),
     (
         "vocabulary",
         {"config": {"vocab_size": 300}},
-        "40 of 300 rows of the embeddings belong to no token",
+        "40 of 300 embedding rows have no token",
         MODEL,
         True,
     ),
-    ("bytes per token", {}, "a token holds 1.0 bytes of the text; 3 to 4 are usual", MODEL, True),
+    ("bytes per token", {}, "1.0 bytes of text per token; 3 to 4 are usual", MODEL, True),
     (
         "unknown tokens",
         {"rows": [prompted("alpha", "gamma beta")], "tokenizer": word_tokenizer()},
-        "25.00% of the tokens are <unk>: the tokenizer cannot spell the text",
+        "25.00% of the tokens are <unk>: the tokenizer cannot represent the text",
         MODEL,
         False,
     ),
@@ -213,7 +216,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
             "tokenizer": word_tokenizer(),
             "data": {"max_length": 200},
         },
-        "0.50% of the tokens are <unk>: the tokenizer cannot spell the text",
+        "0.50% of the tokens are <unk>: the tokenizer cannot represent the text",
         MODEL,
         True,
     ),
@@ -222,7 +225,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
         {"rows": [Tokens([1, 2], [1, 2], [2])]},
         "no label is a stop token (<|endoftext|>)",
         DATA,
-        True,  # the user's own labels
+        True,  # labels from the user
     ),
     (
         "learned stops",
@@ -234,7 +237,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
     (
         "overlong rows",
         {"data": {"max_length": 12}},
-        "1 of 8 rows are over max_length and lose a part",
+        "1 of 8 rows are over max_length, and truncated or dropped",
         DATA,
         True,
     ),
@@ -260,7 +263,13 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
         ENVIRONMENT,
         False,
     ),
-    ("disk", FULL_DISK, "3 checkpoints and the model take 40.00 GiB, 39.00 GiB are free", ENVIRONMENT, False),
+    (
+        "disk",
+        FULL_DISK,
+        "40.00 GiB needed for 3 checkpoints and the model, 39.00 GiB free",
+        ENVIRONMENT,
+        False,
+    ),
     (
         "threads",
         {"machine": {"threads": 8, "processes": 2}},
@@ -272,23 +281,23 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
     (
         "precision",
         {"model": {"dtype": "float16"}},
-        "weights in float16 cannot be trained: their gradients overflow",
+        "float16 weights cannot be trained because gradients overflow",
         RECIPE,
         False,
     ),
-    ("precision", {"model": {"dtype": "bfloat16"}}, "weights in bfloat16 lose small updates", RECIPE, True),
+    ("precision", {"model": {"dtype": "bfloat16"}}, "bfloat16 weights lose small updates", RECIPE, True),
     (
         "precision",
         {"train": {"bf16": True}, "machine": {"has_bf16": False}},
-        "this cpu has no bfloat16 of its own: slower than float32",
+        "this cpu has no native bfloat16, which makes it slower than float32",
         RECIPE,
         True,
     ),
-    ("precision", {"train": {"fp16": True}}, "float16 autocast needs a GPU", RECIPE, False),
+    ("precision", {"train": {"fp16": True}}, "float16 autocast requires a GPU", RECIPE, False),
     (
         "template tokens",
         templated("{a}<sep>{b}[SEP]<sep>"),
-        "the template writes <sep>, [SEP], which is plain text to this tokenizer",
+        "<sep>, [SEP] in the template is plain text for this tokenizer",
         RECIPE,
         True,
     ),
@@ -303,12 +312,12 @@ def look(name: str, changes: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize(("name", "changes", "what"), ACCEPTED)
-def test_what_is_in_order_is_accepted(name, changes, what):
+def test_a_check_accepts_a_sound_run(name, changes, what):
     assert look(name, changes) == Ok(what)
 
 
 @pytest.mark.parametrize(("name", "changes", "what", "code", "is_warning"), REFUSED)
-def test_what_is_wrong_is_named_with_a_fix(name, changes, what, code, is_warning):
+def test_a_check_reports_a_problem_with_a_fix(name, changes, what, code, is_warning):
     found = look(name, changes)
 
     assert isinstance(found, Problem)
@@ -316,7 +325,7 @@ def test_what_is_wrong_is_named_with_a_fix(name, changes, what, code, is_warning
     assert found.where and found.fix
 
 
-def test_every_check_is_tried_both_ways():
+def test_every_check_has_cases_for_both():
     both = {name for name, *_ in ACCEPTED} & {name for name, *_ in REFUSED}
 
     assert set(checks.CHECKS) == both
@@ -336,7 +345,7 @@ def test_before_training_the_first_problem_is_raised_as_its_error():
         checks.check_before_training(facts)
 
 
-def test_before_training_a_data_problem_comes_before_one_of_the_machine():
+def test_before_training_data_problems_come_before_those_of_the_machine():
     facts = build_facts(
         [prompted("say", "x" * 70)] * 8, machine={"free_memory": GIB}, data={"overflow": "truncate"}
     )
@@ -345,10 +354,10 @@ def test_before_training_a_data_problem_comes_before_one_of_the_machine():
         checks.check_before_training(facts)
 
 
-def test_before_training_warnings_are_lines():
+def test_before_training_warnings_are_returned_as_lines():
     assert checks.check_before_training(build_facts()) == [
-        "tokenizer: a token holds 1.0 bytes of the text; 3 to 4 are usual;"
-        " fix: use a tokenizer of the text's language, or train one: tokenizer.train"
+        "tokenizer: 1.0 bytes of text per token; 3 to 4 are usual;"
+        " fix: use a tokenizer for the language of the text, or train one (tokenizer.train)"
     ]
 
 

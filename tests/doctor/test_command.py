@@ -1,4 +1,4 @@
-"""``diagnose``: the whole of it on small runs, its table and its JSON."""
+"""``diagnose`` on small runs, its table and its JSON."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from hf_clm.errors import EnvironmentFault, ExitCode, ModelError, RecipeError
 from hf_clm.recipe.recipe import Recipe
 
 MIB = 2**20
-# "say N\\n" is 6 tokens, read; N letters and the end token are learned.
+# "say N\\n" is a prompt of 6 tokens; N letters and the end token are targets.
 RECORDS = [{"instruct": f"say {n}", "input": "", "label": "x" * n} for n in range(1, 9)]
 ESTIMATE = MemoryEstimate(MIB, MIB, 2 * MIB, 3 * MIB, 4 * MIB, micro_step=9 * MIB, evaluation=5 * MIB)
 
@@ -34,24 +34,24 @@ def build_recipe(folder: Path, records: list[Any] | None = None, **sections: Any
     )
 
 
-def test_a_sound_run_has_no_problem_and_writes_nothing(tmp_path):
+def test_a_sound_run_has_no_problems_and_no_files_are_written(tmp_path):
     recipe = build_recipe(tmp_path)
 
     diagnosis = diagnose(recipe, measure=False)
 
     assert (diagnosis.problems, diagnosis.exit_code, diagnosis.measured) == ([], ExitCode.DONE, None)
-    assert diagnosis.checks["steps"] == Ok("12 steps of 2 rows")
+    assert diagnosis.checks["steps"] == Ok("12 steps with 2 rows each")
     assert diagnosis.estimate is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "say.jsonl"]
 
 
-def test_measuring_loads_the_model_and_makes_a_micro_step(tmp_path):
+def test_measuring_loads_the_model_and_runs_a_micro_step(tmp_path):
     measured = diagnose(build_recipe(tmp_path), measure=True).measured
 
     assert measured is not None and measured > 0
 
 
-def test_gradients_that_are_accumulated_are_added_to_the_measurement(tmp_path, monkeypatch):
+def test_accumulated_gradients_are_added_to_the_measurement(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_clm.doctor.command.measure_memory", lambda *args, **kwargs: 1000)
     weights = diagnose(build_recipe(tmp_path), measure=False).to_json()["memory_bytes"]["weights"]
 
@@ -62,7 +62,7 @@ def test_gradients_that_are_accumulated_are_added_to_the_measurement(tmp_path, m
     assert measured == 1000 + weights
 
 
-def test_a_tokenizer_that_is_trained_is_not_left_in_the_output_folder(tmp_path):
+def test_a_trained_tokenizer_is_not_saved_in_the_output_folder(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = {"model_type": "qwen2", "num_key_value_heads": 2, **sizes}
     recipe = build_recipe(tmp_path).model_dump()
@@ -84,7 +84,7 @@ def test_a_tokenizer_that_is_trained_is_not_left_in_the_output_folder(tmp_path):
         ({"data": {"max_length": 8}}, "data", "cannot be trained on", ExitCode.DATA),
     ],
 )
-def test_a_part_that_cannot_be_read_is_a_problem(tmp_path, changes, stage, what, code):
+def test_a_part_that_cannot_be_loaded_is_a_problem(tmp_path, changes, stage, what, code):
     diagnosis = diagnose(build_recipe(tmp_path, **changes), measure=False)
 
     assert list(diagnosis.checks) == [stage]
@@ -92,7 +92,7 @@ def test_a_part_that_cannot_be_read_is_a_problem(tmp_path, changes, stage, what,
     assert diagnosis.exit_code == code
 
 
-def test_arguments_that_transformers_refuses_are_a_problem(tmp_path, monkeypatch):
+def test_arguments_that_transformers_rejects_are_a_problem(tmp_path, monkeypatch):
     def refuse(recipe: Recipe) -> None:
         raise RecipeError("no such optimizer", where="train")
 
@@ -103,14 +103,14 @@ def test_arguments_that_transformers_refuses_are_a_problem(tmp_path, monkeypatch
     }
 
 
-def test_the_exit_code_is_that_of_the_first_problem_and_not_of_a_warning():
+def test_the_exit_code_is_that_of_the_first_problem_without_warnings():
     warning = Problem("a", "b", "c", EnvironmentFault, is_warning=True)
 
     assert Diagnosis({"x": Ok("fine"), "y": warning}).exit_code == 0
     assert Diagnosis({"y": warning, "z": Problem("a", "b", "c", ModelError)}).exit_code == 4
 
 
-def test_the_table_names_grade_check_and_fix():
+def test_the_table_shows_grade_check_and_fix():
     found = {"steps": Ok("12 steps"), "threads": Problem("1 thread", "OMP", "OMP=2", is_warning=True)}
 
     lines = Diagnosis({**found, "disk": Problem("full", "/runs", "free some")}, seconds=1.25).to_lines()
@@ -131,11 +131,11 @@ def test_the_table_shows_the_memory_estimated_and_measured():
     assert lines[1:3] == [
         "memory (MiB, estimated): weights 1, optimizer 2, gradients 1, copies 0, activations 3, logits 4,"
         " micro step 9, evaluation 5, total 12",
-        "memory (MiB, measured): micro step 10; estimate 90% of it",
+        "memory (MiB, measured): micro step 10; the estimate is 90% of it",
     ]
 
 
-def test_the_json_holds_the_same_and_can_be_written():
+def test_the_json_has_the_same_content_and_is_serializable():
     problem = Problem("full", "/runs", "free some", EnvironmentFault)
 
     written = json.loads(json.dumps(Diagnosis({"a": Ok("b"), "disk": problem}, ESTIMATE, 7, 0.5).to_json()))

@@ -1,4 +1,4 @@
-"""What the checks look at: the largest micro-batch of a run, and the machine."""
+"""The input of the checks: the largest micro-batch of a run, and the machine."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,13 +39,13 @@ def build_recipe(**sections: Any) -> tuple[Recipe, TrainingArguments]:
 
 
 def build_rows(recipe: Recipe) -> Split:
-    """Rows of 6, 13, 9 and 7 tokens."""
+    """Builds rows of 6, 13, 9 and 7 tokens."""
     rows = [prompted("say\n", "x" * count) for count in (1, 8, 4, 2)]
     with TemporaryDirectory() as folder:
         return split_of(Path(folder), rows, recipe)
 
 
-def test_the_tokens_of_a_row_are_those_of_its_documents():
+def test_the_tokens_of_a_row_are_the_sum_over_its_documents():
     plain, packed = build_rows(build_recipe()[0]), build_rows(build_recipe(data={"packing": "best_fit"})[0])
 
     assert row_tokens(plain.dataset).tolist() == [6, 13, 9, 7]
@@ -59,12 +59,12 @@ def test_the_longest_rows_come_first():
 @pytest.mark.parametrize(
     ("sections", "field", "value"),
     [
-        ({}, "tokens", 22),  # 13 + 9, one behind the other
+        ({}, "tokens", 22),  # 13 + 9, concatenated
         ({"model": {"attention": "sdpa"}}, "tokens", 26),  # padded: 2 x 13
         ({"data": {"packing": "best_fit"}}, "tokens", 29),  # 16 + 13
         ({"train": {"per_device_train_batch_size": 8}}, "tokens", 35),
         ({}, "longest", 13),
-        ({}, "eval_tokens", 35),  # 8 rows, of 4
+        ({}, "eval_tokens", 35),  # up to 8 rows, of which there are 4
         ({"train": {"bf16": True}}, "autocast", "bfloat16"),
         ({}, "autocast", None),
         ({"train": {"optim": "sgd"}}, "optimizer", "sgd"),
@@ -82,8 +82,8 @@ def test_the_largest_micro_batch_of_a_run(sections, field, value):
     assert getattr(to_micro_step(found), field) == value
 
 
-def test_the_estimate_counts_the_rows_that_the_tokenizer_needs():
-    """260 ids for 250 rows: 10 rows of 32 float32 more, in and out."""
+def test_the_estimate_includes_the_embedding_rows_that_the_tokenizer_needs():
+    """260 ids for 250 rows: 10 more rows of 32 float32 in embeddings and head."""
     recipe, arguments = build_recipe()
     parts: dict[str, Any] = {"tokenizer": byte_tokenizer(), "splits": {"train": build_rows(recipe)}}
     config = tiny_model(vocab_size=250).config
@@ -95,7 +95,7 @@ def test_the_estimate_counts_the_rows_that_the_tokenizer_needs():
     assert config.vocab_size == 250
 
 
-def test_a_model_that_transformers_does_not_know_is_not_estimated():
+def test_the_memory_of_an_unknown_model_is_not_estimated():
     recipe, arguments = build_recipe()
     config = tiny_model().config
     config.model_type = "my-own"
@@ -131,7 +131,7 @@ def test_the_machine_is_read_from_the_environment(monkeypatch, tmp_path):
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, Sharding("zero3", 1)),
     ],
 )
-def test_the_launcher_decides_how_the_model_is_spread(environment, expected, monkeypatch):
+def test_the_launcher_determines_the_sharding(environment, expected, monkeypatch):
     recipe, arguments = build_recipe()
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -139,7 +139,7 @@ def test_the_launcher_decides_how_the_model_is_spread(environment, expected, mon
     assert read_sharding(recipe, arguments) == expected
 
 
-def test_an_error_becomes_a_problem_with_what_was_got():
+def test_an_error_becomes_a_problem_that_includes_what_it_got():
     found = to_problem(DataError("too long", where="a.jsonl:3", got="9 tokens", fix="cut it"))
 
     assert found == Problem("too long; got 9 tokens", "a.jsonl:3", "cut it", DataError)
@@ -155,7 +155,7 @@ def test_an_error_becomes_a_problem_with_what_was_got():
         ("granite", {"logits_scaling": 1.0}, True),
     ],
 )
-def test_a_model_that_does_more_with_its_logits_needs_the_memory_of_all_of_them(kind, settings, is_chunked):
+def test_a_model_that_transforms_its_logits_needs_memory_for_all_of_them(kind, settings, is_chunked):
     recipe, arguments = build_recipe()
     config = AutoConfig.for_model(kind, **settings)
 

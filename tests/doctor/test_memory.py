@@ -1,4 +1,4 @@
-"""Memory by arithmetic, and what a forward and backward take."""
+"""The estimated memory, and the measured memory of a forward and backward pass."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ from hf_clm.doctor.memory import (
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Runs in a fresh process: measures one micro-step of a model with random weights.
+# Runs in a new process: measures one micro-step of a model with random weights.
 SCRIPT = """
 import json, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM, logging
@@ -50,7 +50,7 @@ print(json.dumps([estimate_memory(read_sizes(config), step).micro_step, measured
 
 
 def tiny_config(**settings: Any) -> PretrainedConfig:
-    """Llama: 252 weights. 2 x 10 x 4 embeddings, 4 x 4 x 4 attention, 3 x 4 x 8 MLP, 3 x 4 norms."""
+    """A Llama of 252 weights: 2 x 10 x 4 embeddings, 4 x 4 x 4 attention, 3 x 4 x 8 MLP, 3 x 4 norms."""
     sizes = {"num_hidden_layers": 1, "hidden_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1}
     ids = {"bos_token_id": 0, "eos_token_id": 0}
     return AutoConfig.for_model(
@@ -91,30 +91,40 @@ def test_each_part_is_counted():
     [
         ("optimizer", {"optimizer": "sgd"}, 0),
         ("gradients", {"frozen": True}, 0),
-        ("micro_step", {"chunked_loss": True}, 1780 + 400 + 2 * 5 * 4 * 4 + 160),  # hidden states, gradients
+        (
+            "micro_step",
+            {"chunked_loss": True},
+            1780 + 400 + 2 * 5 * 4 * 4 + 160,
+        ),  # hidden states and their gradients
         ("micro_step", {"accumulates": True}, 2380 + 1008),
         ("evaluation", {"eval_tokens": 100, "autocast": "bfloat16"}, 6000),
         ("activations", {"attention": "eager"}, 1780 + 5 * (5 * 8 - 4)),  # scores and their softmax
-        ("activations", {"checkpointing": True}, 5 * (16 + 308 + 48)),  # the layer's input, and it once whole
+        (
+            "activations",
+            {"checkpointing": True},
+            5 * (16 + 308 + 48),
+        ),  # the layer's input, and all of one layer
     ],
 )
-def test_what_changes_a_part(part, changes, count):
+def test_settings_change_the_estimate(part, changes, count):
     step = MicroStep(**{"tokens": 5, "longest": 5, "device": "cuda", **changes})
 
     assert getattr(estimate_memory(SIZES, step), part) == count
 
 
-def test_many_gpus_hold_a_share_and_what_they_gather():
-    """1,008 bytes of weights: on 4 GPUs 252 with as many gradients and twice as much of the optimizer."""
+def test_each_gpu_has_a_share_and_gathered_weights():
+    """1,008 bytes of weights: on each of 4 GPUs 252, as much for gradients, twice for the optimizer."""
     step = MicroStep(tokens=5, longest=5, device="cuda", accumulates=True)
     estimate = estimate_memory(SIZES, step, Sharding("fsdp2-grad", 4))
 
     assert (estimate.at_rest, estimate.is_rough) == (252 + 504, True)
-    assert estimate.copies == 1008 + (4 + 4) * 172  # 252 - 80 of the embeddings, and the layer's gradient
+    assert (
+        estimate.copies == 1008 + (4 + 4) * 172
+    )  # all weights, and the gradient of the layer (252 - 80 weights)
     assert estimate.micro_step == 2380 + 252 + estimate.copies
 
 
-def test_a_family_that_was_never_measured_is_rough():
+def test_the_estimate_of_an_unmeasured_family_is_rough():
     config = AutoConfig.for_model(
         "gpt_neox",
         num_hidden_layers=1,
@@ -127,7 +137,7 @@ def test_a_family_that_was_never_measured_is_rough():
     assert estimate_memory(read_sizes(config), MicroStep(tokens=5, longest=5)).is_rough is True
 
 
-def test_measuring_sees_the_buffers_of_the_loss():
+def test_the_measurement_includes_the_buffers_of_the_loss():
     """500 tokens x 20,000 logits x 4 bytes, three times: 120 MB."""
     row = {"input_ids": [7] * 500, "labels": [7] * 500}
     model = tiny_model("gpt2", vocab_size=20_000, n_positions=512)
@@ -138,7 +148,7 @@ def test_measuring_sees_the_buffers_of_the_loss():
     assert 115e6 < measured < 190e6
 
 
-def test_measuring_leaves_weights_gradients_mode_and_random_state_as_they_were():
+def test_measuring_does_not_change_weights_gradients_mode_or_random_state():
     row = {"input_ids": [7, 8, 9], "labels": [7, 8, 9]}
     model = tiny_model("gpt2", resid_pdrop=0.5).eval()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -156,8 +166,8 @@ def test_a_cpu_has_between_a_megabyte_and_a_petabyte_free():
     assert 2**20 < free_memory(torch.device("cpu")) < 2**50
 
 
-# The model, the micro-step; after it MB estimated and measured (torch 2.13 on 2 cores, Linux).
-# With the model's own loss, and with that of training.
+# Model and micro-step, followed by the MB estimated and measured (torch 2.13 on 2 cores, Linux).
+# First with the model's own loss, then with the chunked loss.
 MEASURED: list[tuple[tuple[str, dict[str, Any]], dict[str, Any]]] = [
     (gpt2(4, 256, 4096), {"tokens": 2048, "longest": 512}),  # 403, 417
     (gpt2(2, 512, 50257), {"tokens": 512, "longest": 512}),  # 398, 427
@@ -183,7 +193,7 @@ ALL = [*MEASURED, *((model, {**step, "chunked_loss": True}) for model, step in C
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "step"),
-    # one with the model's own loss and one with that of training
+    # by default, one case with the model's own loss and one with the chunked loss
     [
         case if case in (MEASURED[0], ALL[-2]) else pytest.param(*case, marks=pytest.mark.large)
         for case in ALL

@@ -1,4 +1,4 @@
-"""What fits on many GPUs: the bytes of each way against arithmetic by hand, and the command."""
+"""What fits on many GPUs: the bytes of each way compared with a calculation by hand, and the command."""
 
 import json
 import re
@@ -17,7 +17,6 @@ from hf_clm.doctor.plan import (
     WAYS,
     Cluster,
     Plan,
-    choose,
     family_config,
     make_plan,
     make_plans,
@@ -25,6 +24,7 @@ from hf_clm.doctor.plan import (
     plan_family,
     plan_recipe,
     read_model,
+    select_plan,
 )
 from hf_clm.errors import RecipeError
 
@@ -57,22 +57,22 @@ def test_the_family_has_the_published_sizes(models):
 @pytest.mark.parametrize(
     ("way", "cluster", "expected"),
     [
-        # 16 bytes a weight, the gradients once more in buckets, and bfloat16 copies of all but the embedding
+        # 16 bytes per weight, gradient buckets, and bfloat16 copies of all weights but the embedding
         ("ddp", MANY, 16 * SEVEN + 4 * SEVEN + 2 * (SEVEN - HEAD)),
         ("ddp", ONE, 16 * SEVEN + 2 * (SEVEN - HEAD)),
-        # a share; all weights in bfloat16; the gradient of a layer in bfloat16 and float32
+        # the share; all weights in bfloat16; the gradient of a layer in bfloat16 and float32
         ("fsdp2-grad", MANY, 16 * SEVEN / 64 + 2 * SEVEN + 6 * LAYER),
-        # a share; embedding, head and two layers in bfloat16
+        # the share; embedding, head and two layers in bfloat16; the gradient of a layer
         ("fsdp2", MANY, 16 * SEVEN / 64 + 2 * (2 * HEAD + 2 * LAYER) + 6 * LAYER),
         ("fsdp2-offload", MANY, 2 * (2 * HEAD + 2 * LAYER) + 6 * LAYER),
         ("zero3", MANY, 18 * SEVEN / 64 + 2 * (2 * HEAD + 2 * LAYER) + 6 * LAYER),
     ],
 )
-def test_what_lies_on_a_gpu_at_rest(models, way, cluster, expected):
+def test_the_memory_of_a_gpu_at_rest(models, way, cluster, expected):
     assert make_plan(way, models["7B"], STEP, cluster).rest == pytest.approx(expected, rel=1e-8)
 
 
-def test_the_host_holds_what_is_offloaded(models):
+def test_offloaded_memory_is_on_the_host(models):
     assert make_plan("fsdp2-offload", models["7B"], CHECKPOINTING, MANY).host == 16 * SEVEN / 64
 
 
@@ -81,14 +81,14 @@ def made(way: str, **changes: Any) -> Plan:
     return Plan(way=way, **{**values, **changes})
 
 
-def test_the_host_is_the_last_resort_and_recomputing_the_second_to_last():
+def test_offloading_is_the_last_resort_after_checkpointing():
     offload, recomputed = made("fsdp2-offload", host=1.0), made("ddp", checkpointing=True)
 
-    assert choose([made("ddp"), made("fsdp2-grad"), made("fsdp2")]) == made("ddp")
-    assert choose([recomputed, made("fsdp2"), offload]) == made("fsdp2")
-    assert choose([recomputed, offload]) == recomputed
-    assert choose([made("ddp", rows=0), offload]) == offload
-    assert choose([made("ddp", rows=0)]) is None
+    assert select_plan([made("ddp"), made("fsdp2-grad"), made("fsdp2")]) == made("ddp")
+    assert select_plan([recomputed, made("fsdp2"), offload]) == made("fsdp2")
+    assert select_plan([recomputed, offload]) == recomputed
+    assert select_plan([made("ddp", rows=0), offload]) == offload
+    assert select_plan([made("ddp", rows=0)]) is None
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -105,7 +105,7 @@ def test_more_gpus_memory_and_shorter_rows_never_fit_less(models, way):
         assert short.rows >= long.rows
 
 
-def test_activation_checkpointing_is_taken_only_where_not_even_one_row_fits_without(models):
+def test_activation_checkpointing_is_only_used_if_no_row_fits_without(models):
     roomy, crowded = (
         {plan.way: plan for plan in make_plans(models["7B"], STEP, Cluster(8, memory))}["fsdp2"]
         for memory in (80e9, 60e9)
@@ -115,13 +115,13 @@ def test_activation_checkpointing_is_taken_only_where_not_even_one_row_fits_with
     assert crowded.checkpointing and crowded.rows >= 1
 
 
-def test_larger_models_need_more_spreading(models):
-    chosen = {name: choose(make_plans(sizes, STEP, BOX)) for name, sizes in models.items()}
+def test_larger_models_need_more_sharding(models):
+    chosen = {name: select_plan(make_plans(sizes, STEP, BOX)) for name, sizes in models.items()}
 
     assert [plan.way for plan in chosen.values()] == [
         *("ddp", "ddp", "fsdp2-grad", "fsdp2-grad", "fsdp2", "fsdp2-offload", "fsdp2-offload")
     ]
-    assert all(plan.first <= 72e9 for plan in chosen.values())  # a tenth is left free
+    assert all(plan.first <= 72e9 for plan in chosen.values())  # a tenth stays free
 
 
 # --- the command
@@ -134,32 +134,32 @@ def test_larger_models_need_more_spreading(models):
         ("gpus=8, memory=40.5gib, length=2048", Cluster(8, 40.5 * 2**30, 2048)),
     ],
 )
-def test_a_cluster_is_read_with_its_unit(text, expected):
+def test_a_cluster_is_parsed_with_its_unit(text, expected):
     assert parse_cluster(text) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["64", "gpus=64", "gpus=0,memory=80GB", "gpus=8,memory=80", "gpus=8,memory=0GB", "gpus=8,mem=1GB"]
 )
-def test_a_cluster_that_cannot_be_read_is_refused(text):
+def test_an_invalid_cluster_is_rejected(text):
     with pytest.raises(RecipeError) as raised:
         parse_cluster(text)
 
     assert str(raised.value) == (
-        f"--plan: expected GPUs and the memory of each; got {text!r}; "
-        "fix: gpus=64,memory=80GB, and without a recipe also length=4096"
+        f"--plan: expected the number of GPUs and the memory of each; got {text!r}; "
+        "fix: use gpus=64,memory=80GB, and without a recipe optionally length=4096"
     )
 
 
-def test_the_length_of_a_row_is_the_recipes():
-    expected = "--plan: length is the recipe's; got length=8192; fix: --data.max_length 8192"
+def test_the_length_of_a_row_is_set_by_the_recipe():
+    expected = "--plan: the recipe sets the length; got length=8192; fix: set --data.max_length 8192"
 
     assert parse_cluster("gpus=8,memory=80GB", length=64).length == 64
     with pytest.raises(RecipeError, match=re.escape(expected)):
         parse_cluster("gpus=8,memory=80GB,length=8192", length=64)
 
 
-def test_the_readme_holds_the_table_that_the_command_prints(capsys):
+def test_the_readme_has_the_table_that_the_command_prints(capsys):
     readme = (Path(__file__).resolve().parents[2] / "hf_clm" / "doctor" / "README.md").read_text(
         encoding="utf-8"
     )
@@ -173,44 +173,44 @@ def test_the_readme_holds_the_table_that_the_command_prints(capsys):
         f"| {' | '.join(row)} |" for row in rows[1:]
     ]
     assert f"| {' | '.join(rows[0])} |" in readme
-    note = "64 GPUs of 80.0 GB, 10% left free; c: activation checkpointing. Arithmetic, not measured."
+    note = "64 GPUs of 80.0 GB, 10% left free; c: activation checkpointing. Estimated, not measured."
     assert lines[8:] == ["", note]
 
 
-def test_a_size_that_does_not_fit_is_shown_with_the_least_it_needs():
+def test_a_size_that_does_not_fit_is_listed_with_its_minimum():
     lines, found = plan_family(Cluster(1, 16e9))
 
     assert (found["0.5B"]["way"], found["72B"]) == ("ddp", None)
     assert lines[7].split() == ["72B", "fsdp2-offload", "13.8", "40.2", "does", "not", "fit"]
 
 
-def test_a_recipe_is_planned_with_its_own_model_and_rows(tmp_path):
+def test_a_recipe_is_planned_with_its_model_and_rows(tmp_path):
     lines, found = plan_recipe(build_recipe(tmp_path, []), replace(ONE, length=64))
 
     assert lines[0] == f"model     {tmp_path / 'model'}, 35,360 parameters"
     assert (found["parameters"], found["take"]) == (35_360, "ddp")
     assert lines[-4:] == [
         "take      recipes/accelerate/ddp.yaml",
-        "          per_device_train_batch_size up to 1024 (65,536 tokens a step)",
+        "          per_device_train_batch_size up to 1024 (65,536 tokens per step)",
         "",
-        "1 GPU of 80.0 GB, 10% left free; c: activation checkpointing. Arithmetic, not measured.",
+        "1 GPU of 80.0 GB, 10% left free; c: activation checkpointing. Estimated, not measured.",
     ]
     assert json.loads(json.dumps(found))["plans"][0]["way"] == "ddp"
 
 
-def test_a_recipe_decides_optimizer_and_precision(tmp_path):
+def test_a_recipe_determines_optimizer_and_precision(tmp_path):
     _, step = read_model(build_recipe(tmp_path, [], train={"optim": "sgd"}))
 
-    assert (step.optimizer, step.autocast) == ("sgd", None)  # bf16: false in it
+    assert (step.optimizer, step.autocast) == ("sgd", None)  # the recipe has bf16: false
 
 
-def test_adapters_are_not_planned(tmp_path):
+def test_adapters_are_not_supported(tmp_path):
     pytest.importorskip("peft")
-    with pytest.raises(RecipeError, match="lora: a plan is one of training all weights"):
+    with pytest.raises(RecipeError, match="lora: --plan only supports training of all weights"):
         plan_recipe(build_recipe(tmp_path, [], lora={"r": 4}), BOX)
 
 
-def test_without_recipe_and_plan_a_recipe_is_asked_for(capsys):
+def test_the_command_requires_a_recipe_or_a_plan(capsys):
     assert main(["doctor"]) == 2
 
     expected = "error: hf-clm doctor: needs a recipe; fix: hf-clm doctor RECIPE [--key value ...]\n"

@@ -1,6 +1,6 @@
-"""The round trip: what was saved is opened with plain transformers, and every difference is named.
+"""The round trip: the saved model is loaded with plain transformers, and every difference is reported.
 
-Most tests run the script of the fresh process in this one: to start Python and torch takes seconds.
+Most tests run the script of the new process in this one, because starting Python and torch takes seconds.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "x" * n} for n in ra
 
 
 class InThisProcess:
-    """In the place of ``subprocess.Popen``: runs ``python -c SCRIPT`` when it is asked for the output."""
+    """Replaces ``subprocess.Popen``: runs ``python -c SCRIPT`` when the output is requested."""
 
     def __init__(self, words: list[str], **pipes: Any):
         assert words[:2] == [sys.executable, "-c"]
@@ -64,7 +64,7 @@ def at_once(monkeypatch) -> None:
 
 
 def build(folder: Path, *, kind: str = "qwen2", template: str | None = None):
-    """A saved model, and the model and tokenizer that were saved."""
+    """Saves a model; returns the folder, the model and the tokenizer."""
     tokenizer = byte_tokenizer()
     if template:
         use_chat_template(tokenizer, template)
@@ -79,12 +79,12 @@ def compare(saved: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     return start_round_trip(saved, PROMPT).finish(model, tokenizer)
 
 
-# --- what is right
+# --- valid cases
 
 
 @pytest.mark.parametrize("template", [None, "chatml", "plain"])
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
-def test_a_saved_model_is_the_model(kind, template, tmp_path, at_once):
+def test_a_saved_model_equals_the_model(kind, template, tmp_path, at_once):
     saved, model, tokenizer = build(tmp_path, kind=kind, template=template)
 
     found = compare(saved, model, tokenizer)
@@ -94,7 +94,7 @@ def test_a_saved_model_is_the_model(kind, template, tmp_path, at_once):
     assert (model.training, model.config._attn_implementation) == (True, NAME)  # as before
 
 
-def test_a_fresh_process_sees_the_same(tmp_path):
+def test_a_new_process_gives_the_same_result(tmp_path):
     saved, model, tokenizer = build(tmp_path, template="chatml")
 
     found = compare(saved, model, tokenizer)
@@ -103,7 +103,7 @@ def test_a_fresh_process_sees_the_same(tmp_path):
     assert found["seconds"] > 0
 
 
-# --- what differs
+# --- differences
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -141,7 +141,7 @@ def template_lost(saved: Path) -> None:
 
 
 def token_added(saved: Path) -> None:
-    """One that the sample text holds."""
+    """Adds a token that occurs in the sample text."""
     tokenizer = AutoTokenizer.from_pretrained(saved)
     tokenizer.add_tokens(["world"])
     tokenizer.save_pretrained(saved)
@@ -160,23 +160,23 @@ def weight_not_a_number(saved: Path) -> None:
 
 
 BROKEN = {
-    pad_becomes_eos: f"another pad; got {EOS} instead of {PAD}",
-    pad_of_the_config_becomes_eos: f"another config_pad; got {EOS} instead of {PAD}",
-    end_token_becomes_another: f"another eos; got {IM_END} instead of {EOS}",
-    stop_tokens_lost: f"another stop; got [{EOS}] instead of [{EOS}, {IM_END}]",
-    cache_off: "another use_cache; got False instead of True",
-    template_changed: "another template; got '<|im_start|>user",
-    template_lost: "another template; got None instead of '<|im_start|>user",
-    token_added: "another sample; got [72, 101, 108, 108, 111, 44, 32, 260, 46",
-    weight_changed: "other logits; got a relative difference of ",
-    weight_not_a_number: "other logits; got a relative difference of nan",
+    pad_becomes_eos: f"different pad; got {EOS} instead of {PAD}",
+    pad_of_the_config_becomes_eos: f"different config_pad; got {EOS} instead of {PAD}",
+    end_token_becomes_another: f"different eos; got {IM_END} instead of {EOS}",
+    stop_tokens_lost: f"different stop; got [{EOS}] instead of [{EOS}, {IM_END}]",
+    cache_off: "different use_cache; got False instead of True",
+    template_changed: "different template; got '<|im_start|>user",
+    template_lost: "different template; got None instead of '<|im_start|>user",
+    token_added: "different sample; got [72, 101, 108, 108, 111, 44, 32, 260, 46",
+    weight_changed: "different logits; got a relative difference of ",
+    weight_not_a_number: "different logits; got a relative difference of nan",
 }
 
 
 @pytest.mark.parametrize(
     ("breaks", "message"), BROKEN.items(), ids=lambda value: getattr(value, "__name__", "")
 )
-def test_each_difference_is_named(breaks, message, tmp_path, at_once):
+def test_each_difference_is_reported(breaks, message, tmp_path, at_once):
     saved, model, tokenizer = build(tmp_path, template="chatml")
     breaks(saved)
 
@@ -188,14 +188,16 @@ def test_each_difference_is_named(breaks, message, tmp_path, at_once):
     assert message in str(error.value)
 
 
-def test_a_folder_that_does_not_open_is_said_with_the_reason(tmp_path, at_once):
+def test_a_folder_that_cannot_be_loaded_is_reported_with_the_reason(tmp_path, at_once):
     saved, model, tokenizer = build(tmp_path)
     (saved / "config.json").unlink()
 
     with pytest.raises(ModelError) as error:
         compare(saved, model, tokenizer)
 
-    assert str(error.value).startswith("round trip: the saved model does not open with from_pretrained; got ")
+    assert str(error.value).startswith(
+        "round trip: the saved model cannot be loaded with from_pretrained; got "
+    )
     assert str(saved) in str(error.value)
 
 
@@ -207,9 +209,7 @@ def proof_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("when", ["start", "end"])
-def test_a_run_opens_its_model_before_the_first_step_or_at_the_end_and_cleans_up(
-    when, tmp_path, at_once, capsys
-):
+def test_a_run_makes_the_round_trip_at_the_start_or_at_the_end_and_cleans_up(when, tmp_path, at_once, capsys):
     train(helpers.build_recipe(tmp_path, RECORDS, doctor={"round_trip": when}, train={"max_steps": 1}))
 
     shown = capsys.readouterr().out
@@ -225,10 +225,8 @@ SMALL = {"num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16, "
     ("kind", "sizes", "tokens"),
     [("gpt2", {"n_embd": 16, "n_head": 2}, 1), ("llama", SMALL, 1), ("qwen2", SMALL, 4)],
 )
-def test_a_tokenizer_of_its_own_splits_a_text_as_it_will_once_it_is_saved(
-    kind, sizes, tokens, tmp_path, at_once
-):
-    """AutoTokenizer gives a Qwen2 model Qwen2's rules, by which each digit stands alone."""
+def test_a_trained_tokenizer_splits_text_as_it_does_after_saving(kind, sizes, tokens, tmp_path, at_once):
+    """AutoTokenizer uses the rules of Qwen2 for a Qwen2 model, where each digit is a token."""
     model = {"name_or_path": None, "init": "scratch", "config": {"model_type": kind, **sizes}}
     records = [{"instruct": f"count {n}\n", "input": "", "label": "1234 1234"} for n in range(8)]
     settings = {"model": model, "tokenizer": {"train": {"vocab_size": 300}}, "train": {"max_steps": 1}}
@@ -239,18 +237,20 @@ def test_a_tokenizer_of_its_own_splits_a_text_as_it_will_once_it_is_saved(
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run")("1234")["input_ids"]) == tokens
 
 
-def test_a_run_whose_saved_model_differs_stops_before_the_first_step(tmp_path, at_once, monkeypatch):
+def test_a_run_with_a_different_saved_model_stops_before_the_first_step(tmp_path, at_once, monkeypatch):
     monkeypatch.setattr(round_trip, "SCRIPT", round_trip.SCRIPT.replace("model.config.use_cache", "False"))
 
     with pytest.raises(ModelError) as error:
         train(helpers.build_recipe(tmp_path, RECORDS, doctor={"round_trip": "start"}))
 
-    assert str(error.value) == "round trip: the saved model has another use_cache; got False instead of True"
+    assert (
+        str(error.value) == "round trip: the saved model has a different use_cache; got False instead of True"
+    )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     assert not (tmp_path / "run" / ".round-trip").exists()
 
 
-def test_the_process_does_not_outlive_a_run_that_fails_meanwhile(tmp_path, monkeypatch):
+def test_the_process_ends_when_the_run_fails(tmp_path, monkeypatch):
     started = []
 
     class Slow(subprocess.Popen):

@@ -1,4 +1,4 @@
-"""The self-test of the loss: it passes on what is right, and each break of it is named."""
+"""The self-test of the loss: it passes for correct models, and reports each fault."""
 
 import json
 import math
@@ -22,19 +22,22 @@ from hf_clm.model.loss import LossOptions, use_target_loss
 from hf_clm.training import run as run_module
 from hf_clm.training.run import train
 
-# "say N\n" is read, N letters and the end token are learned: 8, 9, 10, 11, 12 tokens.
+# "say N\n" is the prompt, N letters and the end token are targets: 8, 9, 10, 11, 12 tokens.
 ROWS = [
     {"input_ids": [*b"say %d\n" % n, *b"x" * n, EOS], "labels": [X] * 6 + [*b"x" * n, EOS]}
     for n in range(1, 6)
 ]
 RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "x" * n} for n in range(1, 7)]
 
-ALONE = "one document at a time gives another loss"
-PADDED = "padded rows give another loss"
+ALONE = "one document at a time gives a different loss"
+PADDED = "padded rows give a different loss"
 ENTROPY = "the model's loss is not the cross entropy of the targets"
-NEIGHBOUR = "a document changes with its neighbour in a row"
+NEIGHBOUR = "a document depends on its neighbour in a row"
 LABELS = "a batch has other labels than its rows"
-OF_TRAINING = {"the loss of training is not the model's", "the gradient of training is not the model's"}
+OF_TRAINING = {
+    "the loss of training differs from the model's",
+    "the gradient of training differs from the model's",
+}
 
 
 def build_model(kind: str = "qwen2", attention: str = NAME, **settings: Any) -> PreTrainedModel:
@@ -52,13 +55,13 @@ def failed(result: SelfTest) -> set[str]:
     return {comparison.name for comparison in result.comparisons if not comparison.holds}
 
 
-# --- what is right
+# --- valid cases
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", [NAME, "sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
-def test_right_models_pass(kind, attention, autocast):
+def test_correct_models_pass(kind, attention, autocast):
     result = run(build_model(kind, attention), autocast=autocast)
 
     result.require()
@@ -68,7 +71,7 @@ def test_right_models_pass(kind, attention, autocast):
     assert [len(content["comparisons"]), content["comparisons"][0]["name"]] == [7, ALONE]
 
 
-def test_gradients_mode_and_random_state_are_left_as_they_were():
+def test_gradients_mode_and_random_state_are_restored():
     model = build_model("gpt2", resid_pdrop=0.5).train()
     before = torch.get_rng_state()
 
@@ -79,8 +82,8 @@ def test_gradients_mode_and_random_state_are_left_as_they_were():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_only_what_leads_to_the_last_label_is_taken_and_every_document_has_one():
-    """Of a large model few tokens: 4 to 8 a document; what follows the last label would teach nothing."""
+def test_documents_are_truncated_to_the_tokens_before_their_last_label():
+    """A large model gets few tokens, 5 to 8 per document; tokens after the last label are useless."""
     rows = [{"input_ids": [*range(20, 60)], "labels": [X] * 12 + [32, 33] + [X] * 26} for _ in range(6)]
 
     documents = choose_documents(rows, 2_000_000_000)
@@ -94,18 +97,18 @@ def test_only_what_leads_to_the_last_label_is_taken_and_every_document_has_one()
     assert all(document["labels"][-2:] == [32, 33] for document in documents)
 
 
-def test_a_document_is_no_longer_than_the_positions_of_the_model():
+def test_a_document_is_not_longer_than_the_positions_of_the_model():
     rows = [{"input_ids": [*range(20, 60)], "labels": [X, *range(21, 60)]}]
 
     assert choose_documents(rows, 2_000, positions=3) == [{"input_ids": [57, 58, 59], "labels": [X, 58, 59]}]
     assert len(choose_documents(rows, 2_000)[0]["input_ids"]) == 40
 
 
-# --- what is broken
+# --- faults
 
 
 def one_document(monkeypatch, model) -> None:
-    """The kernel of LLaMA-Factory without neat_packing: documents see each other."""
+    """As in LLaMA-Factory without neat_packing: documents attend to each other."""
     monkeypatch.setattr("hf_clm.model.attention.pairwise", lambda starts: [(starts[0], starts[-1])])
 
 
@@ -117,7 +120,7 @@ def borders_shifted(monkeypatch, model) -> None:
 
 
 def edit_packed(monkeypatch, **changes) -> None:
-    """The packed collator with changed values; None removes one."""
+    """Makes the packed collator change values; None removes one."""
     collate = DataCollatorForPackedCausalLM.__call__
 
     def broken(self, examples):
@@ -137,14 +140,14 @@ def positions_run_on(monkeypatch, model) -> None:
 
 
 def positions_of_packed_rows_ignored(monkeypatch, model) -> None:
-    """Then two rows of a batch are kept apart, but not the documents of a row."""
+    """Rows of a batch are still isolated, but not the documents of a row."""
     import numpy as np
 
     monkeypatch.setattr(collators, "_positions", lambda example: np.arange(len(example["input_ids"])))
 
 
 def last_label_dropped(monkeypatch, model) -> None:
-    """Of each document, however many there are: so that all ways to batch them agree."""
+    """Drops the last label of each document, so that all ways of batching agree."""
     edit_packed(
         monkeypatch, labels=lambda batch: without_ends(batch["labels"], batch["cu_seq_lens_q"][1:] - 1)
     )
@@ -170,7 +173,7 @@ def padding_labelled(monkeypatch, model) -> None:
 
 
 def labels_shifted_twice(monkeypatch, model) -> None:
-    """The collator shifts, and the loss shifts again."""
+    """The collator shifts the labels, and the loss shifts them again."""
     edit_packed(monkeypatch, labels=lambda batch: batch["labels"].roll(-1, dims=1))
 
 
@@ -196,7 +199,7 @@ def nan_shown_as_0(monkeypatch, model) -> None:
     model.loss_function = lambda *args, **kwargs: own(*args, **kwargs).nan_to_num() * 0.0
 
 
-# What breaks, the model and its attention, and what the self-test says of it.
+# The fault, the model and its attention, and the failed comparisons.
 BROKEN = [
     (one_document, "gpt2", NAME, {ALONE, NEIGHBOUR}),
     (one_document, "qwen2", NAME, {ALONE, NEIGHBOUR}),
@@ -219,7 +222,7 @@ BROKEN = [
 @pytest.mark.parametrize(
     ("breaks", "kind", "attention", "found"), BROKEN, ids=[f"{b[0].__name__}-{b[1]}-{b[2]}" for b in BROKEN]
 )
-def test_each_break_is_named(breaks, kind, attention, found, monkeypatch):
+def test_each_fault_is_reported(breaks, kind, attention, found, monkeypatch):
     model = build_model(kind, attention)
     breaks(monkeypatch, model)
 
@@ -229,18 +232,18 @@ def test_each_break_is_named(breaks, kind, attention, found, monkeypatch):
     with pytest.raises(ModelError) as error:
         result.require()
     assert error.value.exit_code == ExitCode.MODEL
-    assert str(error.value).startswith("model.attention: the self-test of the loss fails: ")
+    assert str(error.value).startswith("model.attention: the self-test of the loss failed: ")
 
 
-def test_documents_that_see_each_other_are_found_below_the_noise_of_bfloat16(monkeypatch):
-    """Untrained weights attend to everything alike, so the loss hardly moves; but it must not move at all."""
+def test_leaks_below_the_rounding_of_bfloat16_are_detected(monkeypatch):
+    """Untrained weights attend to all tokens equally, so the loss changes little; but it must not change."""
     model = build_model()
     one_document(monkeypatch, model)
 
     assert failed(run(model, autocast=torch.bfloat16)) >= {NEIGHBOUR}
 
 
-def test_the_message_gives_both_numbers_and_the_tolerance(monkeypatch):
+def test_the_message_includes_both_values_and_the_tolerance(monkeypatch):
     model = build_model()
     last_label_dropped(monkeypatch, model)
 
@@ -248,14 +251,14 @@ def test_the_message_gives_both_numbers_and_the_tolerance(monkeypatch):
         run(model).require()
 
     assert str(error.value) == (
-        "model.attention: the self-test of the loss fails: a batch has other labels than its rows; "
+        "model.attention: the self-test of the loss failed: a batch has other labels than its rows; "
         "got 10 instead of 14 (tolerance 0); "
         "fix: set model.attention to sdpa or eager, or data.packing to none"
     )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_called_so(value):
+def test_a_loss_that_is_not_finite_is_reported(value):
     model = build_model()
     with torch.no_grad():
         model.get_output_embeddings().weight[7, 7] = value
@@ -272,20 +275,20 @@ def test_a_loss_that_is_not_finite_is_called_so(value):
 
 
 def last_chunk_dropped(monkeypatch) -> None:
-    """Of chunks of 4 targets; 14 are compared."""
+    """With chunks of 4 targets, of 14 in total."""
     chunks = loss._chunks
     monkeypatch.setitem(loss.CHUNK_TOKENS, "cpu", 4)
     monkeypatch.setattr(loss, "_chunks", lambda rows, weight: [*chunks(rows, weight)][:-1])
 
 
 def chunk_counted_twice(monkeypatch) -> None:
-    """In the gradient of the head; the loss is right."""
+    """Only in the gradient of the head; the loss is correct."""
     add = loss._add_product
     monkeypatch.setattr(loss, "_add_product", lambda left, right, total: add(2 * left, right, total=total))
 
 
 def mean_of_the_micro_batch(monkeypatch) -> None:
-    """As a loss that does not know the number of targets of the whole step."""
+    """As for a loss that ignores the number of targets of the step."""
     measure = loss.measure_targets
 
     def mean(*head, targets, **options):
@@ -311,7 +314,7 @@ def training_self_test(model: PreTrainedModel, **options: Any) -> SelfTest:
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
-def test_the_loss_of_training_is_compared_with_the_models_own(kind, autocast):
+def test_the_loss_of_training_is_compared_with_that_of_the_model(kind, autocast):
     result = training_self_test(build_model(kind), autocast=autocast)
 
     result.require()
@@ -321,21 +324,21 @@ def test_the_loss_of_training_is_compared_with_the_models_own(kind, autocast):
 @pytest.mark.parametrize(
     "breaks", [last_chunk_dropped, chunk_counted_twice, mean_of_the_micro_batch, targets_shifted_twice]
 )
-def test_a_broken_loss_of_training_is_named(breaks, monkeypatch):
+def test_a_wrong_loss_of_training_is_reported(breaks, monkeypatch):
     breaks(monkeypatch)
 
     result = training_self_test(build_model())
 
     assert failed(result) and failed(result) <= OF_TRAINING
-    with pytest.raises(ModelError, match=r"^model: the self-test of the loss fails: the \w+ of training"):
+    with pytest.raises(ModelError, match=r"^model: the self-test of the loss failed: the \w+ of training"):
         result.require()
 
 
 # --- in a run
 
 
-def test_label_smoothing_is_no_difference(tmp_path):
-    """The model's own loss has none: the likelihoods are compared, and the run goes on with the smoothing."""
+def test_label_smoothing_does_not_fail_the_self_test(tmp_path):
+    """The model's own loss has no smoothing: the likelihoods are compared, and training uses smoothing."""
     losses = {}
     for smoothing in (0.0, 0.5):
         folder = tmp_path / f"run-{smoothing}"
@@ -348,8 +351,8 @@ def test_label_smoothing_is_no_difference(tmp_path):
     assert losses[0.0] != losses[0.5]
 
 
-def test_a_run_stops_before_its_first_step_and_leaves_no_metrics(tmp_path, monkeypatch, capsys):
-    """A kernel that breaks after the model was loaded: one that is broken before is not used at all."""
+def test_a_failed_self_test_stops_the_run_before_its_first_step(tmp_path, monkeypatch, capsys):
+    """The kernel breaks after the model is loaded; a kernel broken before would not be used."""
     build_trainer = run_module.build_trainer
 
     def breaking(*args, **options):
@@ -361,12 +364,12 @@ def test_a_run_stops_before_its_first_step_and_leaves_no_metrics(tmp_path, monke
     with pytest.raises(ModelError) as error:
         train(helpers.build_recipe(tmp_path, RECORDS))
 
-    assert str(error.value).startswith(f"model.attention: the self-test of the loss fails: {ALONE}; got ")
+    assert str(error.value).startswith(f"model.attention: the self-test of the loss failed: {ALONE}; got ")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     assert "step 1/" not in capsys.readouterr().out
 
 
-def test_what_was_proved_or_turned_off_stands_in_run_json(tmp_path):
+def test_run_json_records_the_checks_that_ran_or_were_turned_off(tmp_path):
     for on in (True, False):
         settings = {"output_dir": str(tmp_path / f"run-{on}"), "max_steps": 1}
         doctor = {"self_test": on, "round_trip": "off"}

@@ -135,7 +135,7 @@ def test_under_autocast_it_is_as_precise_as_the_stock_model(kind):
 
 @every_architecture
 def test_the_logits_depend_on_earlier_tokens(kind):
-    """So the tests above would detect a leak: another first token changes later logits, even past the window."""
+    """The tests above would detect a leak: another first token changes later logits, even past the window."""
     model = build(kind, "eager")
     ids = torch.tensor([DOCUMENTS[0], [5, *DOCUMENTS[0][1:]]])
 
