@@ -87,50 +87,49 @@ def add_prepare_options(parser: Parser) -> None:
 def add_generate_options(parser: Parser) -> None:
     """Those of ``hf-clm generate``."""
     add_run(parser)
-    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
-    parser.add_argument("--input", default="", help="the input of an instruction prompt")
-    text = "tools to offer with --prompt: a JSON file with a list of functions in OpenAI's format"
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument("--input", default="", help="the input that belongs to an instruction")
+    text = "offer these functions with --prompt: a JSON list, as OpenAI's API takes them"
     parser.add_argument("--tools", metavar="FILE", help=text)
-    text = "file of prompts: a .txt file with one per line, or records in the run's format"
-    parser.add_argument("--file", help=text)
+    parser.add_argument("--file", help="prompts: a txt file with one a line, or records in the run's format")
     parser.add_argument(
-        "--raw", action="store_true", help="continue the prompt verbatim, without the run's prompt format"
+        "--raw", action="store_true", help="continue the prompt as it is, without the run's format"
     )
-    text = "keep generating past the model's maximum length, from the last half of the text"
+    text = "continue past the model's positions, rereading half of them"
     parser.add_argument("--slide", action="store_true", help=text)
     add_decoding_options(parser)
     add_setting(parser, "num_beams")
-    text = "prompts per batch; does not change answers (%(default)s)"
+    text = "prompts at once; changes no answer (%(default)s)"
     parser.add_argument("--batch_size", type=at_least(1), default=16, help=text)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
 
 
 def add_chat_options(parser: Parser) -> None:
     """Those of ``hf-clm chat``."""
     add_run(parser)
-    parser.add_argument("--system", default="", help="the system message; /system changes it")
-    text = "tools to offer: a JSON file with a list of functions in OpenAI's format; see /tool"
+    parser.add_argument("--system", default="", help="what the conversation begins with; /system changes it")
+    text = "offer these functions: a JSON list, as OpenAI's API takes them; /tool gives a result"
     parser.add_argument("--tools", metavar="FILE", help=text)
     add_decoding_options(parser)
 
 
 def add_run(parser: Parser) -> None:
-    """Adds the model and the device."""
-    parser.add_argument("run", help="a run's folder, another model folder, or a model name on the Hub")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda if available")
+    """The model to use, and where."""
+    parser.add_argument("run", help="a run's folder, any model folder, or a name on the Hub")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
 
 
 def add_decoding_options(parser: Parser) -> None:
-    """Adds all settings of ``Decoding`` except the number of beams."""
+    """All settings of ``Decoding`` but beams."""
 
     for name in [name for name in SETTINGS if name != "num_beams"]:
         add_setting(parser, name)
     parser.set_defaults(seed=0)
-    add_model_settings(parser, "the other options override them individually")
+    add_model_settings(parser, "these options replace them one by one")
 
 
 def add_setting(parser: Parser, name: str) -> None:
-    """Adds an option for a setting of ``Decoding``, None by default."""
+    """An option for a setting of ``Decoding``; it is None where it is not given."""
 
     def read(text: str) -> object:
         try:
@@ -149,32 +148,32 @@ def add_setting(parser: Parser, name: str) -> None:
 
 
 def add_model_settings(parser: Parser, rest: str) -> None:
-    """Adds the flag that turns on the settings of generation_config.json."""
-    text = "use the sampling settings of the model's generation_config.json, which are ignored by default"
-    parser.add_argument("--use_model_settings", action="store_true", help=f"{text}; {rest}")
+    """The one flag that makes the settings of generation_config.json count."""
+    text = (
+        "begin with the sampling settings of the model's generation_config.json, which have no effect without"
+    )
+    parser.add_argument("--use_model_settings", action="store_true", help=f"{text} this; {rest}")
 
 
 def add_evaluate_options(parser: Parser) -> None:
     """Those of ``hf-clm evaluate``."""
     add_run(parser)
     parser.add_argument("data", nargs="+", help="files, globs, folders, or datasets on the Hub")
-    text = "format of the data; default: detected from the keys"
-    parser.add_argument("--format", choices=get_args(Format), help=text)
-    text = "decides which tokens are targets; default: as in the run"
+    parser.add_argument("--format", choices=get_args(Format), help="of the data; default: told from the keys")
+    text = "what counts as target; default: the run's own"
     parser.add_argument("--stage", choices=("pretrain", "sft"), help=text)
-    parser.add_argument("--max_length", type=at_least(2), help="tokens per row; default: as in the run")
-    text = "rows per batch; does not change the metrics (%(default)s)"
+    parser.add_argument("--max_length", type=at_least(2), help="tokens in a row; default: the run's own")
+    text = "rows at once; changes no figure (%(default)s)"
     parser.add_argument("--batch_size", type=at_least(1), default=8, help=text)
-    text = "answers to choose from by likelihood, such as yes,no; of two, the first is the positive class"
-    parser.add_argument("--choices", help=text)
-    text = "score a choice by the sum of its tokens' log-probabilities, or by their mean (%(default)s)"
+    parser.add_argument("--choices", help="yes,no: which of them is likeliest; of two the first is positive")
+    text = "compare the sum of a choice's log-probabilities, or the mean a token (%(default)s)"
     parser.add_argument("--choices_by", choices=("sum", "mean"), default="sum", help=text)
     add_setting(parser, "max_new_tokens")
     answers = parser.add_mutually_exclusive_group()
-    text = "generate answers, compute chrF and BLEU (extra eval), and add the answers to --json"
+    text = "also with choices; adds chrF and BLEU (extra eval), and prompt, target and answer to --json"
     answers.add_argument("--generate", action="store_true", help=text)
-    answers.add_argument("--no_generate", action="store_true", help="do not generate answers")
-    text = "also write an HTML page with the loss of each token, worst rows first"
+    answers.add_argument("--no_generate", action="store_true", help="leave out the generated answers")
+    text = "also write a page: the loss of each token, worst rows first"
     parser.add_argument("--html", metavar="FILE", help=text)
     parser.add_argument("--rows", type=at_least(1), default=20, help="rows on the page (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -183,25 +182,25 @@ def add_evaluate_options(parser: Parser) -> None:
 def add_serve_options(parser: Parser) -> None:
     """Those of ``hf-clm serve``."""
     add_run(parser)
-    text = "address to listen on; other than localhost, it requires an API key (%(default)s)"
+    text = "address; others than this one need a key (%(default)s)"
     parser.add_argument("--host", default="127.0.0.1", help=text)
-    text = "port to listen on; 0 picks a free one (%(default)s)"
+    text = "0 takes a free one (%(default)s)"
     parser.add_argument("--port", type=at_least(0, most=65535), default=8000, help=text)
-    text = "key that clients must send; prefer HF_CLM_API_KEY, which process listings do not show"
+    text = "required from every client; better in HF_CLM_API_KEY, which no list of processes shows"
     parser.add_argument("--api_key", help=text)
-    add_model_settings(parser, "requests override them individually")
-    parser.add_argument("--name", help="model name in the API; default: the name of the folder")
-    text = "limit of tokens per prompt; default: 4096, or the model's maximum length if shorter"
+    add_model_settings(parser, "a request replaces them one by one")
+    parser.add_argument("--name", help="of the model in the API; default: the folder's")
+    text = "of a request; default: 4096, or what the model has positions for"
     parser.add_argument("--max_prompt_tokens", type=at_least(1), help=text)
     limits = {
-        "max_new_tokens": (1024, "limit of tokens per answer"),
-        "max_body_bytes": (1_000_000, "limit of bytes per request"),
-        "max_waiting": (64, "limit of the queue; further requests are rejected with status 429"),
+        "max_new_tokens": (1024, "of an answer"),
+        "max_body_bytes": (1_000_000, "of a request"),
+        "max_waiting": (64, "requests in the queue; more get 429"),
         "batch_size": (8, "answers generated at once"),
     }
     for name, (default, text) in limits.items():
         parser.add_argument(f"--{name}", type=at_least(1), default=default, help=f"{text} (%(default)s)")
-    text = "time that pending answers have to finish when the server stops (%(default)s)"
+    text = "for answers under way at its end (%(default)s)"
     parser.add_argument("--grace_seconds", type=at_least(0.0), default=20.0, help=text)
 
 

@@ -1,4 +1,4 @@
-"""LoRA: small trained updates beside a frozen model, by ``peft`` (the extra ``lora``)."""
+"""LoRA with ``peft`` (the extra ``lora``): trains small adapters of a frozen model."""
 
 import json
 import warnings
@@ -27,15 +27,15 @@ def add_adapters(
     new_tokens: Sequence[int] = (),
     **options: Any,
 ) -> Any:
-    """Freezes the model and gives it adapters; returns the ``peft.PeftModel`` around it.
+    """Freezes the model and adds adapters; returns the ``peft.PeftModel`` that wraps it.
 
     Args:
-        base: the name or folder that the adapters will be opened with, and its ``revision``.
-        new_tokens: ids whose rows of the embeddings are trained too (``find_new_tokens``).
-        options: of ``peft.LoraConfig``: r, lora_alpha, lora_dropout, target_modules, ...
+        base: the name or folder of the base model that is saved with the adapters, and its ``revision``.
+        new_tokens: ids whose embedding rows are trained too (``find_new_tokens``).
+        options: options of ``peft.LoraConfig``: r, lora_alpha, lora_dropout, target_modules, ...
 
-    The adapters are float32, whatever the model is. Raises ModelError where no layer has a name that
-    target_modules or modules_to_save give.
+    The adapters are float32, whatever the dtype of the model. Raises ModelError if the model has no module
+    with a name in target_modules or modules_to_save.
     """
     peft = import_peft()
     check_layers(
@@ -47,12 +47,12 @@ def add_adapters(
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         **options,
     )
-    with loading(base, where="lora"), _without_notes():
+    with loading(base, where="lora"), _without_warnings():
         adapted = peft.get_peft_model(model, settings)
     folder = Path(base).expanduser()
     settings.base_model_name_or_path = str(folder.resolve()) if folder.is_dir() else base
     settings.revision = revision
-    adapted.enable_input_require_grads()  # else nothing is trained where checkpointing is reentrant
+    adapted.enable_input_require_grads()  # required by reentrant checkpointing
     return adapted
 
 
@@ -60,46 +60,46 @@ def find_new_tokens(tokenizer: PreTrainedTokenizerFast, base: str, *, revision: 
     """The ids that the tokenizer of ``base`` has not, without the pad token, which is never learned."""
     with loading(base, where="tokenizer"):
         options = load_options(base, revision=revision, where="model.name_or_path")
-        known = set(AutoTokenizer.from_pretrained(base, **options).get_vocab())
-    ids = {id for token, id in tokenizer.get_vocab().items() if token not in known}
+        base_tokens = set(AutoTokenizer.from_pretrained(base, **options).get_vocab())
+    ids = {id for token, id in tokenizer.get_vocab().items() if token not in base_tokens}
     return sorted(id for id in ids if id != tokenizer.pad_token_id)
 
 
 def is_adapter(name_or_path: str) -> bool:
-    """Whether a folder holds adapters and no model."""
+    """Returns whether a folder contains adapters instead of a model."""
     return (Path(name_or_path).expanduser() / CONFIG_FILE).is_file()
 
 
 def load_adapted(folder: str, tokenizer: PreTrainedTokenizerFast, **options: Any) -> Any:
-    """The base model with the adapters of ``folder``; ``options`` as of ``load_model``.
+    """Loads the base model with the adapters of ``folder``; ``options`` are those of ``load_model``.
 
-    Raises ModelError as ``load_model``, and where the base is not found.
+    Raises ModelError like ``load_model``, and if the base model is not found.
     """
     peft = import_peft()
     base, revision = read_base(folder)
     model = load_model(base, tokenizer, revision=revision, **options)
-    with loading(folder, where="adapter"), _without_notes():
+    with loading(folder, where="adapter"), _without_warnings():
         return peft.PeftModel.from_pretrained(model, str(Path(folder).expanduser()))
 
 
 def read_base(folder: str) -> tuple[str, str | None]:
-    """The name or folder of the base model, and its revision."""
+    """Returns the name or folder of the base model, and its revision."""
     facts = json.loads((Path(folder).expanduser() / CONFIG_FILE).read_text(encoding="utf-8"))
     return facts["base_model_name_or_path"], facts.get("revision")
 
 
 def import_peft() -> Any:
-    """The library. Raises EnvironmentFault where it is not installed."""
+    """Imports peft. Raises EnvironmentFault if it is not installed."""
     try:
         import peft
     except ImportError as error:
-        raise EnvironmentFault("lora needs the package peft", fix=INSTALL) from error
+        raise EnvironmentFault("lora requires the package peft", fix=INSTALL) from error
     return peft
 
 
 @contextmanager
-def _without_notes() -> Iterator[None]:
-    """peft calls what transformers will drop in its next version, and notes that the base has been named."""
+def _without_warnings() -> Iterator[None]:
+    """Suppresses warnings of peft about deprecated calls of its own, and about the base name that we set."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")
@@ -112,28 +112,28 @@ def check_layers(
     target_modules: str | Sequence[str],
     modules_to_save: Sequence[str] | None = None,
 ) -> None:
-    """Raises ModelError for a name that ends no module's name, and for layers that share their weights.
+    """Raises ModelError for a name that matches no module, and for layers with tied weights.
 
-    peft would pass over the first where another is found. The second it would update one without the other:
-    what is merged is not what was trained.
+    peft ignores unknown names as long as another one matches. Of tied layers it would update only one, so
+    that the merged model differs from the trained one.
     """
     names = [name for name, _ in model.named_modules() if name]
-    known = {name.rsplit(".", 1)[-1] for name in names}
+    last_names = {name.rsplit(".", 1)[-1] for name in names}
     tied = _tied_names(model, names)
-    for key, given in (("target_modules", target_modules), ("modules_to_save", modules_to_save or [])):
-        for name in [] if isinstance(given, str) else given:
+    for key, modules in (("target_modules", target_modules), ("modules_to_save", modules_to_save or [])):
+        for name in [] if isinstance(modules, str) else modules:
             where, last = f"lora.{key}", name.rsplit(".", 1)[-1]
-            if last not in known:
-                fix = f"one of {', '.join(_linear_names(model))}{did_you_mean(last, known)}"
+            if last not in last_names:
+                fix = f"use one of {', '.join(_linear_names(model))}{did_you_mean(last, last_names)}"
                 raise ModelError("the model has no such module", where=where, got=repr(name), fix=fix)
             if any(full == name or full.endswith(f".{name}") for full in tied):
-                what = f"{' and '.join(tied)} share their weights: one cannot be trained without the other"
-                fix = "leave it out; the tokens that are new to the model are trained anyway"
+                what = f"{' and '.join(tied)} share their weights, so one cannot be trained without the other"
+                fix = "remove it; embeddings of new tokens are trained anyway"
                 raise ModelError(what, where=where, got=repr(name), fix=fix)
 
 
 def _tied_names(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
-    """The embeddings and the head by name where they are tied; else nothing."""
+    """Returns the names of the embeddings and the head if they are tied, else an empty list."""
     if not model.config.get_text_config().tie_word_embeddings:
         return []
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -148,7 +148,7 @@ def _linear_names(model: PreTrainedModel) -> list[str]:
 
 
 def _by_layer(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]] | None:
-    """The rows to train of the embedding and, where it is not tied to that, of the head."""
+    """Returns the rows to train, by the name of the layer: the embedding and, unless it is tied, the head."""
     if not tokens:
         return None
     layers: list[Any] = [model.get_input_embeddings()]

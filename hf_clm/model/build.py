@@ -1,4 +1,4 @@
-"""Builds what a recipe names: the tokenizer, the model's configuration, the model."""
+"""Builds the tokenizer, the model's configuration and the model of a recipe."""
 
 import importlib.util
 import json
@@ -52,10 +52,10 @@ TRAINED_TOKENIZER = ".tokenizer"  # in the output folder, until the model is sav
 def build_tokenizer(
     recipe: Recipe, loaded: Mapping[str, Sequence[AnyExample]], *, arguments: TrainingArguments
 ) -> PreTrainedTokenizerFast:
-    """Loads the tokenizer, or trains it on the training texts: once, on rank 0; the others load that.
+    """Loads the tokenizer, or trains it on the training texts: on rank 0, and the other ranks load it.
 
-    ``loaded``: the examples by the name of their split. Characters are those of all splits: a letter that the
-    evaluation alone holds could not be spelled, and gives nothing away.
+    ``loaded``: the examples by the name of their split. A tokenizer of characters is trained on all splits,
+    which reveals nothing about the evaluation but makes all its characters known.
     """
     section = recipe.tokenizer
     if section.train is None:
@@ -72,7 +72,7 @@ def build_tokenizer(
         add_control_tokens(tokenizer, section.control_tokens)
         set_template_defaults(tokenizer, section.chat_template_kwargs)
         return tokenizer
-    folder = os.path.join(str(arguments.output_dir), TRAINED_TOKENIZER)  # beside a model that may be there
+    folder = os.path.join(str(arguments.output_dir), TRAINED_TOKENIZER)  # the folder may already have a model
     with arguments.main_process_first(local=False, desc="training the tokenizer"):
         if arguments.process_index == 0:
             splits = loaded.values() if section.train.kind == "characters" else [loaded["train"]]
@@ -84,13 +84,13 @@ def build_tokenizer(
                 use_chat_template(trained, section.chat_template)
             set_template_defaults(trained, section.chat_template_kwargs)
             trained.save_pretrained(folder)
-            # AutoTokenizer splits the text as this type of model does: from now on, not only once it is saved
+            # AutoTokenizer splits text according to the model type: do so now, not only after saving
             kind = recipe.model.config.get("model_type") or _named_config(recipe).model_type
             Path(folder, "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
         tokenizer = load_tokenizer(folder, pad_token=section.pad_token)
     if section.train.kind != "bpe" and type(tokenizer) is not PreTrainedTokenizerFast:
-        what = f"transformers opens it as {type(tokenizer).__name__}, which splits text in its own way"
-        fix = "choose a model_type such as gpt2 or llama, or kind: bpe"
+        what = f"transformers loads it as {type(tokenizer).__name__}, which splits text differently"
+        fix = "use a model_type such as gpt2 or llama, or kind: bpe"
         raise ModelError(what, where="tokenizer.train.kind", got=section.train.kind, fix=fix)
     return tokenizer
 
@@ -98,24 +98,24 @@ def build_tokenizer(
 def build_tokenizer_aside(
     recipe: Recipe, loaded: Mapping[str, Sequence[AnyExample]], *, arguments: TrainingArguments
 ) -> PreTrainedTokenizerFast:
-    """The same, but a tokenizer that is trained is written to no output folder."""
+    """Builds the tokenizer without writing to the output folder."""
     with tempfile.TemporaryDirectory() as folder:
-        aside = copy(arguments)
-        aside.output_dir = folder
-        return build_tokenizer(recipe, loaded, arguments=aside)
+        temporary = copy(arguments)
+        temporary.output_dir = folder
+        return build_tokenizer(recipe, loaded, arguments=temporary)
 
 
 def check_model(recipe: Recipe, arguments: TrainingArguments) -> None:
-    """Raises ModelError for a model that cannot be built or adapted, before the data are read.
+    """Raises ModelError if the model cannot be built or adapted. Called before the data are read.
 
-    A tokenizer that is not known yet decides no more than the size of the vocabulary.
+    The tokenizer is not needed: it only determines the size of the vocabulary.
     """
     model, lora = recipe.model, recipe.lora
     check_attention(model.attention)
     if model.init == "scratch" and model.config:
         on_cpu = arguments.device.type == "cpu"
         size = getattr(torch, model.dtype).itemsize
-        # gradients are on the device too; the optimizer's part differs
+        # count gradients if they are in the same memory; the size of the optimizer varies
         check_shape(build_config(model.config), bytes_per_weight=size * (2 if on_cpu else 1))
         return
     config = _named_config(recipe)
@@ -125,7 +125,7 @@ def check_model(recipe: Recipe, arguments: TrainingArguments) -> None:
 
 
 def build_model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    """The model's configuration. Raises ModelError where a row is longer than its positions."""
+    """Builds the model's configuration. Raises ModelError if rows are longer than its positions."""
     model = recipe.model
     if model.init == "scratch" and model.config:
         config = build_config(model.config, tokenizer)
@@ -133,7 +133,7 @@ def build_model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Pr
         config = _named_config(recipe)
     limit = max_positions(config)
     if limit is not None and recipe.data.max_length > limit:
-        what = f"{recipe.data.max_length} is over the model's {limit} positions"
+        what = f"{recipe.data.max_length} exceeds the model's {limit} positions"
         raise ModelError(what, where="data.max_length", fix=f"set it to {limit} or less")
     return config
 
@@ -145,7 +145,7 @@ def build_model(
     config: PretrainedConfig,
     arguments: TrainingArguments,
 ) -> PreTrainedModel:
-    """The model: random weights drawn from ``train.seed``, or loaded ones; with adapters for lora."""
+    """Builds the model, with random weights (from ``train.seed``) or pretrained ones, and with adapters."""
     section = recipe.model
     if section.init == "scratch":
         set_seed(arguments.seed)
@@ -164,7 +164,9 @@ def build_model(
             allow_bin=section.allow_bin,
         )
     check_causal(model)
-    if recipe.resolved_packing != "none" and section.attention != PACKED:  # else load_model has looked
+    if (
+        recipe.resolved_packing != "none" and section.attention != PACKED
+    ):  # otherwise load_model has checked it
         check_packing(model)
     if recipe.lora is None:
         return model
@@ -173,13 +175,13 @@ def build_model(
 
 
 def weights_dtype(recipe: Recipe, arguments: TrainingArguments) -> str:
-    """Of the model's weights: those that are frozen need no more bits than they are computed with."""
-    is_silent = "dtype" not in recipe.model.model_fields_set
-    return "bfloat16" if recipe.lora and is_silent and arguments.bf16 else recipe.model.dtype
+    """Returns the dtype of the weights: by default, frozen weights have the dtype of the computation."""
+    is_default = "dtype" not in recipe.model.model_fields_set
+    return "bfloat16" if recipe.lora and is_default and arguments.bf16 else recipe.model.dtype
 
 
 def _new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, config: PretrainedConfig) -> list[int]:
-    """The tokens that the trained model has never seen; of a tokenizer not its own, those without a row."""
+    """Returns the ids that are new to the model; with another tokenizer, those without an embedding row."""
     base = recipe.model.name_or_path
     assert base is not None, "config.py requires it"
     if recipe.tokenizer.name_or_path is None:

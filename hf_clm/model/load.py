@@ -1,4 +1,4 @@
-"""Loads or initialises a causal language model that fits its tokenizer."""
+"""Loads or initializes a causal language model that matches its tokenizer."""
 
 import inspect
 import json
@@ -36,10 +36,10 @@ from hf_clm.schema import Json
 from hf_clm.text.chat import stop_token_ids
 from hf_clm.text.tokenizer import max_token_id, unique_ids
 
-NEW_TOKENS = 256  # of an answer, unless the caller says otherwise
+NEW_TOKENS = 256  # default length of an answer
 
 SPECIAL_TOKENS = ("bos", "eos", "pad")
-SMALL = 20_000_000  # weights of a model that is built in passing
+SMALL = 20_000_000  # weights of a model that is quick to build
 BUILD_ERRORS = (
     *(ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError),
     *(ArithmeticError, MemoryError, ImportError, StrictDataclassError),
@@ -49,9 +49,7 @@ LOGGER = logging.getLogger(__name__)
 WHERE = "model.name_or_path"
 GENERATION_FILE = "generation_config.json"
 PACKED_LAYERS = {"full_attention", "sliding_attention"}
-MASKED_LAYERS = PACKED_LAYERS | {
-    "chunked_attention"
-}  # in others, such as a convolution, text flows past a mask
+MASKED_LAYERS = PACKED_LAYERS | {"chunked_attention"}  # other layers, such as convolutions, ignore masks
 
 
 def load_config(
@@ -72,28 +70,28 @@ def load_config(
 def build_config(
     settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None = None
 ) -> PretrainedConfig:
-    """The configuration of a new model: ``settings`` as in its config class, ids from the tokenizer.
+    """Builds the configuration of a new model from the ``settings`` of its config class and the tokenizer.
 
-    Raises ModelError for an unknown ``model_type``, a setting that its config class does not have, and one
-    that contradicts another, or the tokenizer.
+    Raises ModelError for an unknown ``model_type`` or setting, and for settings that contradict each other or
+    the tokenizer.
     """
     settings = dict(settings)
     model_type = settings.pop("model_type", None)
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = did_you_mean(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-        fix = f"name one that has a causal language model{near}"
+        fix = f"use one that has a causal language model{near}"
         raise ModelError("unknown model type", where="model.config.model_type", got=repr(model_type), fix=fix)
     default = AutoConfig.for_model(model_type)
     names = {*default.to_dict(), *default.attribute_map}
     for name in settings:
         if name not in names:
-            what = f"{type(default).__name__} has no such setting{did_you_mean(name, names)}"
+            what = f"unknown setting of {type(default).__name__}{did_you_mean(name, names)}"
             raise ModelError(what, where=f"model.config.{name}")
     if tokenizer is not None:
         tokens = max_token_id(tokenizer) + 1
         if settings.setdefault("vocab_size", tokens) < tokens:
             what, where = f"the tokenizer has {tokens:,} tokens", "model.config.vocab_size"
-            raise ModelError(what, where=where, got=f"{settings['vocab_size']:,}", fix="leave it out")
+            raise ModelError(what, where=where, got=f"{settings['vocab_size']:,}", fix="remove it")
         settings |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL_TOKENS}
     with building("model.config"):
         return AutoConfig.for_model(model_type, **settings)
@@ -101,43 +99,40 @@ def build_config(
 
 @contextmanager
 def building(where: str) -> Iterator[None]:
-    """What a library raises for sizes that do not fit together becomes a ModelError of one line."""
+    """Converts errors of libraries, such as those for incompatible sizes, to a one-line ModelError."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except BUILD_ERRORS as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[-1] if lines else type(error).__name__  # before it the name of a validator
-        raise ModelError(f"no model can be built: {reason}", where=where) from error
+        reason = lines[-1] if lines else type(error).__name__  # the lines before it name a validator
+        raise ModelError(f"the model cannot be built: {reason}", where=where) from error
 
 
 @contextmanager
 def in_one_piece() -> Iterator[None]:
-    """Inside, models are built whole, also in a run whose model ZeRO-3 spreads while it is built."""
-    kept = deepspeed._hf_deepspeed_config_weak_ref
+    """Builds models unsharded, also in a run where ZeRO-3 would shard them as they are built."""
+    config = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        deepspeed._hf_deepspeed_config_weak_ref = kept
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def build_without_memory(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a configuration, whose weights have shapes and no values. Raises ModelError."""
+    """Builds a model on the meta device: its weights have shapes but no values. Raises ModelError."""
     with building("model.config"), in_one_piece(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
 def check_shape(config: PretrainedConfig, *, bytes_per_weight: int) -> None:
-    """Raises ModelError for a new model that cannot be built, is too large, or is not causal.
-
-    A small one is run on 8 tokens too; of a large one only the shapes are known.
-    """
+    """Raises ModelError for a new model that cannot be built, is too large, or (if small) is not causal."""
     weights = sum(part.numel() for part in build_without_memory(config).parameters())
     needed, available = weights * bytes_per_weight, total_memory()
     if available and needed > available:
-        got = f"{weights:,} parameters need {needed / 2**30:,.0f} GiB of {available / 2**30:,.0f}"
+        got = f"{weights:,} parameters, which need {needed / 2**30:,.0f} of {available / 2**30:,.0f} GiB"
         raise ModelError("the model does not fit into memory", where="model.config", got=got)
     if weights <= SMALL:
         with building("model.config"), in_one_piece(), torch.random.fork_rng(devices=[]):
@@ -146,10 +141,10 @@ def check_shape(config: PretrainedConfig, *, bytes_per_weight: int) -> None:
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel) -> None:
-    """Raises ModelError where a position sees the tokens after it: the loss would be that of a copy.
+    """Raises ModelError if logits depend on later tokens: the model would learn to copy them.
 
-    Runs the model on 8 tokens, the last of which is of two kinds. Finds nothing where there are no weights,
-    or none that give numbers.
+    Runs the model on two texts of 8 tokens that differ in the last one. Does nothing if the model has no
+    weights yet, or if they give no finite logits.
     """
     if any(weight.is_meta or hasattr(weight, "ds_id") for weight in model.parameters()):
         return
@@ -162,54 +157,55 @@ def check_causal(model: PreTrainedModel) -> None:
     finally:
         model.train(was_training)
     if not (first.isfinite().all() and second.isfinite().all()):
-        return  # the test of the loss says that
+        return  # the self-test reports it
     difference = float((first - second).abs().max() / first.abs().max().clamp(min=1e-9))
     if difference > (1e-5 if model.dtype == torch.float32 else 5e-2):
-        what = f"{type(model).__name__} is not causal: a position sees the tokens after it"
-        raise ModelError(what, where="model", fix="another architecture, or model.config.is_decoder: true")
+        what = f"{type(model).__name__} is not causal: its logits depend on later tokens"
+        fix = "use another architecture, or set model.config.is_decoder: true"
+        raise ModelError(what, where="model", fix=fix)
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
-    """The longest text the model has positions for, tokens; None where it states no limit."""
+    """Returns the maximum length of a text in tokens; None if the configuration has no limit."""
     return getattr(config, "max_position_embeddings", None)
 
 
 def check_attention(name: str) -> None:
-    """Raises ModelError for an attention that transformers does not have, nor fetches as a kernel."""
-    known = [packed.NAME, "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
-    if name not in known and not re.search("[/|]", name):
-        near = did_you_mean(name, known)
-        what = f"expected one of {', '.join(sorted({*known} - {'paged|eager', 'paged|sdpa'}))}"
+    """Raises ModelError for an attention that transformers neither has nor would download as a kernel."""
+    names = [packed.NAME, "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if name not in names and not re.search("[/|]", name):
+        near = did_you_mean(name, names)
+        what = f"expected one of {', '.join(sorted({*names} - {'paged|eager', 'paged|sdpa'}))}"
         raise ModelError(what, where="model.attention", got=f"{name!r}{near}")
 
 
 def why_not_packed(config: PretrainedConfig) -> str:
-    """Why a model of this configuration cannot take the packed attention; empty where nothing is known."""
-    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if known is None:
-        return f"{type(config).__name__} comes with code of its own"
-    name = known.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-    if not (known._supports_attention_backend and known._can_set_attn_implementation()):
-        return f"{name} has an attention of its own"
+    """Returns why models with this configuration do not support packed attention; empty if they may."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        return f"{type(config).__name__} has custom code"
+    name = model_class.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    if not (model_class._supports_attention_backend and model_class._can_set_attn_implementation()):
+        return f"{name} has a custom attention"
     if others := _kinds_of_layers(config) - PACKED_LAYERS:
-        return f"{name} has layers of another kind, {', '.join(sorted(others))}"
+        return f"{name} has other kinds of layers: {', '.join(sorted(others))}"
     window = getattr(config.get_text_config(), "sliding_window", None)
-    source = inspect.getsource(sys.modules[known.__module__])
+    source = inspect.getsource(sys.modules[model_class.__module__])
     if window and not re.search(r"sliding_window=(self|getattr)\b", source):
-        return f"{name} tells its window of {window} tokens to the mask only"
+        return f"{name} applies its window of {window} tokens only in the mask"
     return ""
 
 
 def settle_attention(model: PreTrainedModel, reason: str = "") -> None:
-    """Changes the model: ``sdpa``, or else ``eager``, where its packed attention would mix documents.
+    """Switches the model to ``sdpa``, or else ``eager``, if packed attention would mix documents.
 
-    Logs what it has in place of the packed attention; ``reason``: why it was not loaded with that. Raises
-    ModelError as ``check_packing``.
+    Logs a warning if the model does not use packed attention; ``reason``: why it was not loaded with it.
+    Raises ModelError like ``check_packing``.
     """
     if not reason:
         try:
             reason, other = packing_fault(model), "sdpa" if model._supports_sdpa else "eager"
-        except ModelError as error:  # caps or sinks: sdpa leaves them out, without a word
+        except ModelError as error:  # soft-capping or sinks, which sdpa silently ignores
             reason, other = error.what, "eager"
         if reason:
             model.set_attn_implementation(other)
@@ -219,7 +215,7 @@ def settle_attention(model: PreTrainedModel, reason: str = "") -> None:
 
 
 def check_packing(model: PreTrainedModel) -> None:
-    """Raises ModelError where the documents of a packed row would not be as each alone."""
+    """Raises ModelError if the documents of a packed row would not be isolated from each other."""
     if fault := packing_fault(model):
         fix = f"set model.attention to {model.config._attn_implementation}, and data.packing to none"
         raise ModelError(fault, where="model.attention", fix=fix)
@@ -227,16 +223,16 @@ def check_packing(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def packing_fault(model: PreTrainedModel) -> str:
-    """What is wrong with packed rows under the model's attention; empty if each document is as if alone.
+    """Returns why the model's attention does not isolate the documents of packed rows; empty if it does.
 
-    Runs the model on 8 tokens, together and apart. Finds nothing where the weights are not there yet. Raises
-    ModelError as the packed attention does.
+    Runs the model on 8 tokens of two documents, packed and separate. Returns an empty string if the model has
+    no weights yet. Raises ModelError like ``packed_attention``.
     """
     takes = inspect.signature(model.forward).parameters
     if "cu_seq_lens_q" not in takes and all(part.kind != part.VAR_KEYWORD for part in takes.values()):
-        return f"{type(model).__name__} does not take packed rows"
+        return f"{type(model).__name__} does not support packed rows"
     if others := _kinds_of_layers(model.config) - MASKED_LAYERS:
-        return f"no mask keeps documents apart in layers of {', '.join(sorted(others))}"
+        return f"masks do not isolate documents in layers of type {', '.join(sorted(others))}"
     if any(weight.is_meta or hasattr(weight, "ds_id") for weight in model.parameters()):
         return ""
     was_training = model.training
@@ -250,7 +246,7 @@ def packing_fault(model: PreTrainedModel) -> str:
     if not difference > (1e-4 if alone.dtype == torch.float32 else 5e-2):
         return ""
     name = model.config._attn_implementation
-    return f"with {name} attention a packed row of {type(model).__name__} is not as its documents alone"
+    return f"with {name} attention, {type(model).__name__} does not isolate the documents of a packed row"
 
 
 def _kinds_of_layers(config: PretrainedConfig) -> set[str]:
@@ -258,9 +254,9 @@ def _kinds_of_layers(config: PretrainedConfig) -> set[str]:
 
 
 def _together_and_alone(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits (1, 8, vocabulary) of two documents in one row, and of each in a row of its own."""
+    """Returns the logits (1, 8, vocabulary) of two documents in one row, and in separate rows."""
     text = model.config.get_text_config()
-    # a pad token at either end of a row makes GPT-2 warn of padding
+    # GPT-2 warns of padding if a row begins or ends with a pad token
     tokens = torch.tensor([token for token in range(9) if token != text.pad_token_id][:8]) % text.vocab_size
     documents = tokens[None].split([5, 3], dim=1)
     bounds = torch.tensor([0, 5, 8], dtype=torch.int32)
@@ -274,17 +270,17 @@ def _together_and_alone(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Ten
 
 
 def takes_targets(model: PreTrainedModel) -> bool:
-    """Whether a batch may hold ``logits_to_keep``: without it the head computes every position."""
+    """Returns whether the model accepts ``logits_to_keep``; otherwise its head computes all positions."""
     return "logits_to_keep" in inspect.signature(without_adapters(model).forward).parameters
 
 
 def without_adapters(model: Any) -> PreTrainedModel:
-    """The model itself, whose forward calls its loss_function; peft wraps it."""
+    """Returns the model inside adapters, whose forward calls its loss_function."""
     return model.get_base_model() if is_adapted(model) else model
 
 
 def is_adapted(model: Any) -> bool:
-    """Whether the model is a ``peft.PeftModel``."""
+    """Returns whether the model is a ``peft.PeftModel``."""
     return hasattr(model, "get_base_model")
 
 
@@ -297,17 +293,17 @@ def load_model(
     revision: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Loads weights and makes the model agree with the tokenizer (``fit_to_tokenizer``).
+    """Loads a model and adapts it to the tokenizer (``fit_to_tokenizer``).
 
     Args:
-        dtype: of the weights. Weights that are trained in bfloat16 hardly move at small learning rates.
-        attention: any attention of transformers, or ``packed``; a model that cannot take that gets sdpa or
-            eager, which is logged, if these keep the documents of a packed row apart too. None is the best
-            one that the model has for a row of its own: sdpa, or else eager.
+        dtype: dtype of the weights. Weights trained in bfloat16 hardly change at small learning rates.
+        attention: an attention of transformers, or ``packed``. A model without support for it falls back to
+            sdpa or eager with a warning, if these isolate the documents of a packed row. None selects sdpa,
+            or else eager, for rows of a single document.
         options: ``trust_remote_code``; ``allow_bin`` accepts pickled weights; ``quantization``, a
             quantization_config of transformers.
 
-    Raises ModelError if weights are missing, of another shape, or not safetensors, or as settle_attention.
+    Raises ModelError if weights are missing, of another shape, or not safetensors, and like settle_attention.
     """
     packed.register()
     config = load_config(
@@ -319,18 +315,18 @@ def load_model(
             name_or_path,
             config=config,
             dtype=getattr(torch, dtype),
-            attn_implementation=None if reason else attention,  # None: sdpa, or else eager
+            attn_implementation=None if reason else attention,  # None selects sdpa, or else eager
             use_safetensors=None if options.get("allow_bin") else True,
             trust_remote_code=options.get("trust_remote_code", False),
             quantization_config=options.get("quantization"),
-            generation_config=GenerationConfig(),  # else that of a file, whose mistakes would stop us here
+            generation_config=GenerationConfig(),  # avoids errors in the file
             output_loading_info=True,
             **load_options(name_or_path, revision=revision, where=WHERE),
         )
     model, report = loaded
     missing = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
     if missing:
-        what = f"the files lack {len(missing)} weights that the configuration names, {missing[0]} first"
+        what = f"{len(missing)} weights of the configuration are missing in the files, such as {missing[0]}"
         raise ModelError(
             what, where=f"{WHERE} {name_or_path}", fix="use the configuration that belongs to the weights"
         )
@@ -356,9 +352,9 @@ def read_generation_file(name_or_path: str, *, revision: str | None = None) -> d
 
 
 def to_token_ids(value: object) -> list[int]:
-    """The ids of a setting that holds one or several, without what is no id."""
-    listed = value if isinstance(value, list | tuple) else [value]
-    return [id for id in listed if isinstance(id, int) and not isinstance(id, bool) and 0 <= id < 2**31]
+    """Returns the valid token ids of a setting that may have one or several."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return [id for id in values if isinstance(id, int) and not isinstance(id, bool) and 0 <= id < 2**31]
 
 
 def init_model(
@@ -369,10 +365,10 @@ def init_model(
     attention: str = packed.NAME,
     embedding_std: float | None = None,
 ) -> PreTrainedModel:
-    """A model with random weights. Draws from torch's global random state: seed it first.
+    """Initializes a model with random weights, using torch's global random state: seed it first.
 
     Args:
-        embedding_std: of the embeddings of tokens and positions; None is that of the architecture.
+        embedding_std: standard deviation of token and position embeddings; None for the architecture's.
     """
     packed.register()
     reason = why_not_packed(config) if attention == packed.NAME else ""
@@ -389,13 +385,15 @@ def init_model(
 
 
 def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Changes the model: a row for every token, the tokenizer's pad and stop tokens, savable settings."""
+    """Adapts the model in place: a row per token, the tokenizer's pad and stop tokens, valid settings."""
     grow_embeddings(model, max_token_id(tokenizer) + 1)
-    model.loss_type = "ForCausalLM"  # GPT-2 names none, warns of it, and breaks the graph under torch.compile
+    model.loss_type = (
+        "ForCausalLM"  # GPT-2 has none, which causes a warning and a graph break in torch.compile
+    )
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
-    known = model.generation_config.eos_token_id if model.generation_config else None
-    stop = unique_ids([*stop_token_ids(tokenizer), *(known if isinstance(known, list) else [known])])
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    stop = unique_ids([*stop_token_ids(tokenizer), *(eos if isinstance(eos, list) else [eos])])
     model.generation_config = plain_generation(model.config)
     model.generation_config.eos_token_id = [i for i in stop if i != tokenizer.pad_token_id]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -403,10 +401,10 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
 
 
 def plain_generation(config: PretrainedConfig) -> GenerationConfig:
-    """Settings with which a plain ``generate`` answers as ``hf-clm generate`` does: greedily, as long.
+    """Returns settings with which ``model.generate`` answers like ``hf-clm generate``: greedy, same length.
 
-    A short model answers in half of its positions. A ``max_length`` would be more exact, but transformers
-    warns of it at each call that gives ``max_new_tokens``.
+    For a model with few positions, an answer is half of them. A ``max_length`` would be more exact, but
+    transformers warns about it in each call with ``max_new_tokens``.
     """
     limit = max_positions(config)
     longest = NEW_TOKENS if limit is None else min(NEW_TOKENS, limit // 2)
@@ -414,9 +412,9 @@ def plain_generation(config: PretrainedConfig) -> GenerationConfig:
 
 
 def grow_embeddings(model: PreTrainedModel, tokens: int) -> None:
-    """Gives the model at least ``tokens`` rows; new rows are the mean of the old ones. Never shrinks it."""
+    """Grows the embeddings to at least ``tokens`` rows; new rows are the mean of the old ones."""
     rows = model.get_input_embeddings().get_parameter("weight")
-    old = getattr(rows, "ds_shape", rows.shape)[0]  # of ZeRO-3, which keeps an empty weight in its place
+    old = getattr(rows, "ds_shape", rows.shape)[0]  # in ZeRO-3, the weight itself is empty
     if tokens <= old:
         return
     model.resize_token_embeddings(tokens, mean_resizing=False)

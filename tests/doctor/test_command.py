@@ -80,7 +80,7 @@ def test_a_trained_tokenizer_is_not_saved_in_the_output_folder(tmp_path):
     [
         ({"data": {"train": ["missing.jsonl"]}}, "data", "no such file", ExitCode.DATA),
         ({"model": {"name_or_path": "./missing"}}, "tokenizer", "no such folder", ExitCode.MODEL),
-        ({"data": {"max_length": 200_000}}, "model", "is over the model's", ExitCode.MODEL),
+        ({"data": {"max_length": 200_000}}, "model", "exceeds the model's", ExitCode.MODEL),
         ({"data": {"max_length": 8}}, "data", "cannot be trained on", ExitCode.DATA),
     ],
 )

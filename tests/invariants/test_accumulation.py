@@ -1,4 +1,4 @@
-"""One batch of 8, 2 x 4 and 4 x 2 are the same step, however unequal the rows."""
+"""A batch of 8, 2 x 4 and 4 x 2 rows give the same step, even if rows have unequal numbers of targets."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorFor
 from hf_clm.model.attention import NAME, register
 from hf_clm.training.trainer import CLMTrainer
 
-# 24 rows of 1 to 70 targets: a mean of means would be far off.
+# 24 rows with 1 to 70 targets: a mean of means would be far off.
 ROWS = [
     {
         "input_ids": [5, 6] + [(7 * n + i) % 250 for i in range(3 * n + 1)],
@@ -19,7 +19,7 @@ ROWS = [
 ]
 
 
-# The routers of the mixture add as much to the loss as the tokens: 8 times as much would show.
+# The load-balancing loss is as large as that of the tokens: counting it 8 times would be noticed.
 MODELS = {"qwen2": {}, "mixtral": {"output_router_logits": True, "router_aux_loss_coef": 1.0}}
 
 

@@ -1,4 +1,4 @@
-"""One run of CLMTrainer is, step by step, the loop that anybody would write in PyTorch."""
+"""A run of CLMTrainer equals, step by step, a plain training loop in PyTorch."""
 
 import math
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def cosine(step: int) -> float:
 
 
 def documents(batch: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Input ids and labels of each document of a packed batch."""
+    """Returns input ids and labels of each document of a packed batch."""
     bounds = batch["cu_seq_lens_q"].tolist()
     return [(batch["input_ids"][:, a:b], batch["labels"][:, a:b]) for a, b in pairwise(bounds)]
 
@@ -72,7 +72,7 @@ def bare_loop(
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
 @pytest.mark.parametrize(("name", "factor"), [("linear", linear), ("cosine", cosine)])
-def test_the_trainer_is_a_bare_loop(tmp_path, kind, name, factor):
+def test_the_trainer_equals_a_plain_loop(tmp_path, kind, name, factor):
     register()
     model, same = tiny_model(kind), tiny_model(kind)
     model.set_attn_implementation(NAME)
@@ -110,6 +110,6 @@ def test_the_trainer_is_a_bare_loop(tmp_path, kind, name, factor):
     for key in ("loss", "grad_norm", "learning_rate"):
         assert [log[key] for log in logs] == pytest.approx([log[key] for log in expected], rel=1e-5), key
     for (parameter, weight), other in zip(model.named_parameters(), same.parameters(), strict=True):
-        # Adam divides a gradient by its own size: what rounding leaves of one near zero becomes a step
+        # Adam normalizes gradients: the rounding error of one near zero becomes a full step
         assert torch.allclose(weight, other, atol=5e-5), parameter
     assert logs[-1]["loss"] < logs[0]["loss"]

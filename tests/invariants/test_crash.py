@@ -1,4 +1,4 @@
-"""kill -9 at any point of a save: the same command goes on and ends in the same run, bit by bit."""
+"""kill -9 at any point of a save: the same command resumes and ends with the same run, bit by bit."""
 
 import json
 import shutil
@@ -12,13 +12,13 @@ from hf_clm.errors import RecipeError
 from hf_clm.training.checkpoints import fault_of, find_checkpoints
 from hf_clm.training.run import train
 
-# In the order of a save; the last two are in that of the model at the end.
+# In the order of a save; the last two are in the save of the final model.
 POINTS = [
     *("after:model", "after:optimizer", "after:random state", "after:files"),
     *("before:seal", "within:seal", "after:seal", "within:rotation"),
     *("after:final", "moved:model.safetensors"),
 ]
-# Every code path of a save once; the others are files of the Trainer's own, in the same one.
+# Every code path of a save once; the others are files written by the Trainer, in the same path.
 MORE = ("after:optimizer", "after:random state", "before:seal")
 CASES = [pytest.param(point, marks=pytest.mark.large) if point in MORE else point for point in POINTS]
 LIMIT = {"train": {"save_total_limit": 2}}
@@ -34,18 +34,18 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def dead(whole, tmp_path_factory) -> Path:
-    """A folder in which a run died after its last checkpoint, with a copy of that run."""
+    """A folder with a run that died after its last checkpoint, and a copy of that run."""
     folder = tmp_path_factory.mktemp("dead")
     shutil.copytree(whole / "model", folder / "model")
     assert finish_run(folder, fault="after:final", **LIMIT) == -9
-    shutil.rmtree(folder / "run" / ".final")  # as if it had died before that was sealed
+    shutil.rmtree(folder / "run" / ".final")  # as if it had died before sealing it
     shutil.copytree(folder / "run", folder / "copy")
     return folder
 
 
 @pytest.fixture
 def unfinished(dead) -> Path:
-    """That folder, with the run as it was."""
+    """That folder, with the run restored from the copy."""
     shutil.rmtree(dead / "run")
     shutil.copytree(dead / "copy", dead / "run")
     (dead / "out.txt").unlink(missing_ok=True)
@@ -54,7 +54,7 @@ def unfinished(dead) -> Path:
 
 @pytest.fixture
 def place(whole, tmp_path) -> Path:
-    """A folder with the same model and data and no run."""
+    """A folder with the same model and data, but without a run."""
     shutil.copytree(whole / "model", tmp_path / "model")
     return tmp_path
 
@@ -69,7 +69,7 @@ def check_equal(place: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("point", CASES)
-def test_a_run_that_is_killed_in_a_save_goes_on_and_is_the_uninterrupted_one(whole, place, point):
+def test_a_run_killed_during_a_save_resumes_and_equals_an_uninterrupted_run(whole, place, point):
     assert finish_run(place, fault=point, **LIMIT) == -9
     assert not (place / "run" / "model.safetensors").exists() or point.startswith("moved")
 
@@ -84,14 +84,14 @@ def test_the_log_events_of_the_uninterrupted_run(whole):
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
-def test_a_run_that_died_after_its_last_checkpoint_is_finished_without_a_step(whole, unfinished):
+def test_a_run_that_died_after_its_last_checkpoint_is_completed_without_a_step(whole, unfinished):
     assert finish_run(unfinished, **LIMIT) == 0
 
     assert "resumes   from" in (unfinished / "out.txt").read_text()
     check_equal(unfinished, whole)
     facts = json.loads((unfinished / "run" / "run.json").read_text())
     last = json.loads((unfinished / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert facts["tokens_per_second"] > 0  # of the session that trained
+    assert facts["tokens_per_second"] > 0  # of the process that trained
     assert facts["mfu"] > 0
     assert facts["seconds"] >= last["seconds"] > 0
 
@@ -99,8 +99,8 @@ def test_a_run_that_died_after_its_last_checkpoint_is_finished_without_a_step(wh
 @pytest.mark.parametrize(
     "files", [pytest.param(n, marks=() if n in (1, 5, 10) else pytest.mark.large) for n in range(1, 11)]
 )
-def test_a_save_that_was_cut_off_after_any_file_does_not_count(whole, unfinished, files):
-    """The first of the ten files, in the order of their writing."""
+def test_an_incomplete_save_is_ignored_whichever_file_is_missing(whole, unfinished, files):
+    """Keeps the first of the ten files, in the order in which they are written."""
     last = unfinished / "run" / "checkpoint-9"
     written = sorted(
         (p for p in last.iterdir() if p.name != "SEALED.json"), key=lambda p: p.stat().st_mtime_ns
@@ -116,8 +116,8 @@ def test_a_save_that_was_cut_off_after_any_file_does_not_count(whole, unfinished
     check_equal(unfinished, whole)
 
 
-def test_the_last_checkpoint_stays_beside_the_best_where_one_is_kept(place):
-    """The Trainer would delete all but the best at the end."""
+def test_the_last_checkpoint_is_kept_in_addition_to_the_best(place):
+    """The Trainer alone would delete all but the best at the end."""
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     settings = {"save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 8, **best}
 
@@ -134,8 +134,8 @@ def test_the_last_checkpoint_stays_beside_the_best_where_one_is_kept(place):
     }
 
 
-def test_a_model_that_is_done_stays_where_going_on_with_other_data_is_refused(tmp_path):
-    """The tokenizer is trained anew for that, and must not be written over the model's."""
+def test_a_final_model_is_not_overwritten_if_resuming_with_other_data_is_rejected(tmp_path):
+    """The tokenizer is trained again to find out, and must not overwrite that of the model."""
     sizes = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64}
     model = {"init": "scratch", "config": sizes, "name_or_path": None}
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
@@ -152,8 +152,8 @@ def test_a_model_that_is_done_stays_where_going_on_with_other_data_is_refused(tm
     assert after == before
 
 
-def test_early_stopping_counts_on_where_a_run_goes_on(tmp_path):
-    """A loss that only grows: 3 evaluations without improvement behind the first, and the run stops."""
+def test_early_stopping_continues_its_count_after_resuming(tmp_path):
+    """The loss only grows: the run stops after 3 evaluations without improvement."""
     watched = {"metric_for_best_model": "loss", "greater_is_better": True, "load_best_model_at_end": True}
     settings = {"max_steps": 40, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 9, **watched}
     changes = {"train": settings, "early_stopping": {"patience": 3}, "data": {"eval_fraction": 0.3}}

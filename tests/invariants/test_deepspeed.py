@@ -1,6 +1,6 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3 on two CPU processes: the figures of DDP, a whole model, an exact resume.
+"""DeepSpeed's ZeRO-2 and ZeRO-3 on two CPU processes: the metrics of DDP, a complete model, exact resuming.
 
-Needs the package (pip install 'hf_clm[deepspeed]') and a C++ compiler, with which it builds its operations.
+Requires the package (pip install 'hf_clm[deepspeed]') and a C++ compiler for its extensions.
 """
 
 import os
@@ -19,7 +19,7 @@ WORDS = ("--samples", "null", "--max_steps", "6", "--save_steps", "3", "--save_t
 
 
 def run(folder: Path, monkeypatch: Any, *words: str, stage: int) -> dict[str, Any]:
-    """The weights after 6 steps on two processes; the embeddings of the model grow. Stage 0 is DDP."""
+    """Returns the weights after 6 steps on two processes, with growing embeddings. Stage 0 is DDP."""
     if not folder.exists():
         prepare(folder, vocab_size=256)
     names = (
@@ -34,7 +34,7 @@ def run(folder: Path, monkeypatch: Any, *words: str, stage: int) -> dict[str, An
         else:
             monkeypatch.delenv(f"ACCELERATE_{name}", raising=False)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("LOCAL_SIZE", "2")  # DeepSpeed's own name for what torchrun calls LOCAL_WORLD_SIZE
+    monkeypatch.setenv("LOCAL_SIZE", "2")  # DeepSpeed's name for LOCAL_WORLD_SIZE
 
     done = launch(torchrun(), folder, *WORDS, *words)
 
@@ -43,7 +43,7 @@ def run(folder: Path, monkeypatch: Any, *words: str, stage: int) -> dict[str, An
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_it_trains_as_ddp_does_and_goes_on_exactly(tmp_path, monkeypatch, stage):
+def test_it_trains_like_ddp_and_resumes_exactly(tmp_path, monkeypatch, stage):
     run(tmp_path / "ddp", monkeypatch, stage=0)
     weights = run(tmp_path / "zero", monkeypatch, stage=stage)
 

@@ -1,4 +1,4 @@
-"""A run that is killed between two saves goes on exactly: weights, order of data, dropout, log events."""
+"""A run killed between two saves resumes exactly: weights, data order, dropout, log events."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from killed import dropout_recipe, finish_run, read_metrics, same_weights, start
 
 KILLED_AT = 5
 CASES: dict[str, dict[str, Any]] = {
-    # 13 rows, 2 a batch: 7 batches an epoch
+    # 13 rows, 2 per batch: 7 batches per epoch
     "in the first epoch": {"train": {"save_steps": 3}},
     "accumulation across epochs": {"train": {"save_steps": 3, "gradient_accumulation_steps": 2}},
     "at the end of an epoch": {"train": {"save_steps": 4, "gradient_accumulation_steps": 2}},
@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def kill_after(folder: Path, step: int, **changes: Any) -> int:
-    """Kills a run once metrics.jsonl has a log event of ``step``; returns its last event's step."""
+    """Kills a run once metrics.jsonl has a log event of ``step``; returns the step of the last event."""
     process = start_run(folder, **changes)
     path = folder / "run" / "metrics.jsonl"
     while process.is_alive():
@@ -54,7 +54,7 @@ MORE = ("in the first epoch", "accumulation across epochs", "saves between log e
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=pytest.mark.large) if case in MORE else case for case in CASES]
 )
-def test_a_run_that_is_killed_between_saves_goes_on_exactly(tmp_path, case):
+def test_a_run_killed_between_saves_resumes_exactly(tmp_path, case):
     changes = CASES[case]
     changes = {**changes, "train": {"max_steps": 12, "learning_rate": 1e-3, **changes["train"]}}
     for name in ("whole", "cut"):
@@ -71,7 +71,7 @@ def test_a_run_that_is_killed_between_saves_goes_on_exactly(tmp_path, case):
     assert read_metrics(tmp_path / "cut" / "run") == read_metrics(tmp_path / "whole" / "run")
 
 
-# 9 rows are trained on, in 5 steps an epoch: the first checkpoint is that of step 5.
+# 9 training rows, 5 steps per epoch: the first checkpoint is that of step 5.
 AT_EPOCHS: dict[str, dict[str, Any]] = {
     "evaluation": {"eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 5},
     "saves between log events": {"save_strategy": "epoch", "logging_steps": 7},
@@ -80,13 +80,13 @@ AT_EPOCHS: dict[str, dict[str, Any]] = {
         "save_strategy": "epoch",
         "load_best_model_at_end": True,
         "metric_for_best_model": "loss",
-        "greater_is_better": True,  # that of step 5, as the loss falls
+        "greater_is_better": True,  # that of step 5, as the loss decreases
     },
 }
 
 
 @pytest.mark.parametrize("case", AT_EPOCHS)
-def test_what_ends_an_epoch_is_done_before_its_step_is_saved(tmp_path, case):
+def test_the_end_of_an_epoch_is_handled_before_its_step_is_saved(tmp_path, case):
     changes: dict[str, Any] = {
         "train": {"max_steps": 10, "learning_rate": 1e-3, **AT_EPOCHS[case]},
         "data": {"eval_fraction": 0.3},
@@ -107,7 +107,7 @@ def test_what_ends_an_epoch_is_done_before_its_step_is_saved(tmp_path, case):
     assert same_weights(cut, whole)
     assert (cut / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     evaluated = [(e["step"], e["eval_loss"]) for e in read_metrics(whole) if "eval_loss" in e]
-    at_end = [10, 10] if case == "the best" else [10]  # the best is evaluated once more
+    at_end = [10, 10] if case == "the best" else [10]  # the best is evaluated again
     between = [] if case == "saves between log events" else [5]
     assert [step for step, _ in evaluated] == [0, *between, *at_end]
     sampled = [json.loads(line)["step"] for line in (whole / "samples.jsonl").read_text().splitlines()]

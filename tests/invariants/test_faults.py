@@ -1,4 +1,4 @@
-"""Real runs to which something happens: each ends in one line and its exit code, or goes on."""
+"""Failures of real runs: each ends with one line and its exit code, or continues."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ from watched import (
 )
 
 SAVING = ("--save_strategy", "steps", "--save_steps", "20", "--logging_steps", "20")
-# What a run does in one process of two: its data cannot be read at the third step.
+# Run in one of two processes: its data cannot be read at the third step.
 BROKEN_DATA = """
 import os
 from hf_clm.cli import main
@@ -45,7 +45,7 @@ run.CLMTrainer = Broken
 raise SystemExit(main(["train", "recipe.yaml"]))
 """
 
-# Its output goes into a pipe without a reader, so it cannot be written.
+# The output goes to a pipe without a reader, so writing fails.
 UNREAD = """
 import os
 from hf_clm.cli import main
@@ -68,12 +68,12 @@ def errors(folder: Path) -> list[str]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those that are whole, in their order."""
+    """Returns the complete checkpoints in order."""
     found = (folder / "run").glob("checkpoint-*/SEALED.json")
     return sorted((path.parent for path in found), key=lambda path: int(path.name[11:]))
 
 
-def test_a_limit_on_the_size_of_files_ends_a_run_in_one_line_and_the_last_checkpoint_stays(folder):
+def test_a_file_size_limit_ends_a_run_with_one_line_and_keeps_the_last_checkpoint(folder):
     process = fork(folder, *SAVING)
     wait_for(lambda: checkpoints(folder) or process.poll() is not None)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))  # the model takes 144,152
@@ -88,7 +88,7 @@ def test_a_limit_on_the_size_of_files_ends_a_run_in_one_line_and_the_last_checkp
     assert f"error: {facts(folder)['error'][0]}" == error
 
 
-# A file system of its own, that only this process sees; something else fills it behind a checkpoint.
+# A separate file system, visible only to this process, which fills up after a checkpoint.
 ON_A_SMALL_DISK = """
 mkdir run && mount -t tmpfs -o size=20m tmpfs run || exit 99
 (until [ -e run/checkpoint-40/SEALED.json ]; do sleep 0.02; done; cat /dev/zero > run/other 2>/dev/null) &
@@ -105,7 +105,7 @@ CAN_MOUNT = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
     not shutil.which("unshare") or subprocess.run(CAN_MOUNT, capture_output=True).returncode != 0,
     reason="needs the right to mount a file system",
 )
-def test_a_full_disk_ends_a_run_in_one_line_and_all_checkpoints_on_it_are_whole(folder):
+def test_a_full_disk_ends_a_run_with_one_line_and_all_checkpoints_are_complete(folder):
     small = ["unshare", "-m", "sh", "-c", ON_A_SMALL_DISK, "sh", *ALONE]
 
     process = start(folder, small, *SAVING)
@@ -118,10 +118,10 @@ def test_a_full_disk_ends_a_run_in_one_line_and_all_checkpoints_on_it_are_whole(
     listed = (folder / "listed.txt").read_text().splitlines()
     assert len(listed) >= 2
     assert all(line.endswith("sealed, verified") for line in listed)
-    assert json.loads((folder / "run.json").read_text())["status"] in ("running", "failed")  # not half a file
+    assert json.loads((folder / "run.json").read_text())["status"] in ("running", "failed")  # a complete file
 
 
-def test_a_folder_that_is_moved_ends_a_run_and_nothing_is_written_in_its_place(folder):
+def test_moving_the_folder_ends_a_run_and_the_folder_is_not_recreated(folder):
     process = fork(folder, *SAVING)
     wait_for(lambda: checkpoints(folder) or process.poll() is not None)
     (folder / "run").rename(folder / "moved")
@@ -135,7 +135,7 @@ def test_a_folder_that_is_moved_ends_a_run_and_nothing_is_written_in_its_place(f
     assert list((folder / "moved").glob("checkpoint-*/optimizer.pt"))
 
 
-def test_training_goes_on_where_nobody_reads_what_it_prints(folder):
+def test_training_continues_if_its_output_is_not_read(folder):
     (folder / "unread.py").write_text(UNREAD)
 
     process = fork(folder, program=("unread.py",))
@@ -145,8 +145,8 @@ def test_training_goes_on_where_nobody_reads_what_it_prints(folder):
     assert (folder / "run" / "model.safetensors").is_file()
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_looked_for(folder):
-    """/sys takes no folder, from root either."""
+def test_an_unwritable_folder_is_rejected_before_the_model_is_loaded(folder):
+    """Not even root can create a folder in /sys."""
     process = fork(folder, "--output_dir", "/sys/run", "--model.name_or_path", "./missing")
 
     assert process.wait() == 6
@@ -154,8 +154,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_looked_f
 
 
 @pytest.mark.slow
-def test_a_hub_that_cannot_be_reached_is_one_line(folder):
-    """Port 9 is closed; the cache is empty. The address is read where its package is imported."""
+def test_an_unreachable_hub_is_a_one_line_error(folder):
+    """Port 9 is closed, and the cache is empty. huggingface_hub reads the address when it is imported."""
     hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "0"}
     process = start(folder, ALONE, "--model.name_or_path", "nobody/nothing", **hub)
 
@@ -170,7 +170,7 @@ LOST = "another process of this run has ended, or does not answer"
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_is_killed_ends_the_other(folder, killed):
+def test_killing_one_process_ends_the_other(folder, killed):
     ranks = fork_two(folder)
     reach_step(folder, ranks[0])
     ranks[killed].send_signal(signal.SIGKILL)
@@ -184,7 +184,7 @@ def test_a_process_that_is_killed_ends_the_other(folder, killed):
 
 
 @pytest.mark.large
-def test_torchrun_ends_with_a_process_that_is_killed(folder):
+def test_torchrun_ends_when_a_process_is_killed(folder):
     launcher = start(folder, torchrun())
     reach_step(folder, launcher)
     of_ranks = children(launcher.pid)
@@ -194,7 +194,7 @@ def test_torchrun_ends_with_a_process_that_is_killed(folder):
     assert not any(is_alive(child) for child in of_ranks.values())
     text = (folder / "err.txt").read_text()
     assert "exitcode  : -9" in text
-    assert "[rank" not in text  # a traceback of the other
+    assert "[rank" not in text  # no traceback of the other process
     assert len([line for line in errors(folder) if LOST in line]) <= 1
 
 
@@ -213,7 +213,7 @@ def test_a_process_that_hangs_ends_the_other_after_the_timeout(folder):
     ]
 
 
-def test_an_error_in_the_data_of_one_process_is_said_once_and_ends_both(folder):
+def test_a_data_error_in_one_process_is_reported_once_and_ends_both(folder):
     (folder / "broken.py").write_text(BROKEN_DATA)
 
     first, second = finish(fork_two(folder, program=("broken.py",)))

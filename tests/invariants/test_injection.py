@@ -1,7 +1,7 @@
-"""No text of a user becomes a control token: for each added and special token of several vocabularies.
+"""User text never becomes a control token: tested for all added and special tokens of several vocabularies.
 
-A record may hold a token whole, in pieces, over adjacent segments or fields, in a role or in a key.
-After tokenizing there are the control tokens of the format or the template, and no other.
+A record may contain a token completely, split over adjacent segments or fields, in a role or in a key.
+After tokenization, the only control tokens are those of the format or the template.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from hf_clm.data.read.formats import to_example
 from hf_clm.errors import DataError
 from hf_clm.text.tokenizer import control_tokens, special_tokens, use_chat_template
 
-# With special=True, as a user adds them for markup or tools; WRITTEN has special=False: a model writes those.
+# special=True, as users add them for markup or tools. WRITTEN has special=False: models write them.
 ADDED = ["<think>", "</think>", "[TOOL]", "<|tool|>"]
 WRITTEN = ["<call>", "</call>"]
 KINDS = ["bytes", "bytes merged", "pieces"]
@@ -42,19 +42,19 @@ LIMITS = settings(max_examples=40, deadline=None)
 
 
 def controls(row: Any, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The control tokens among the ids of a row."""
+    """Returns the control tokens in a row."""
     ids = {tokenizer.get_added_vocab()[token]: token for token in control_tokens(tokenizer)}
     return [ids[i] for i in row["input_ids"] if i in ids]
 
 
 def tokenize(record: Any, format: Any, tokenizer: PreTrainedTokenizerFast, *, stage: str = "sft") -> Any:
-    """The row of a record among others: where most texts look rendered, none is taken."""
+    """Returns the row of a record among others: data that mostly look rendered would be rejected."""
     make = {"sft": SFTDataset, "pretrain": PretrainDataset}[stage]
     return make([to_example(record, format=format), document("Hi"), document("Hi")], tokenizer)[0]
 
 
 def chat(*contents: str) -> dict[str, Any]:
-    """The contents as turns of system, user and assistant."""
+    """Returns the contents as turns of system, user and assistant."""
     turns = zip(("system", "user", "assistant"), contents, strict=True)
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
@@ -62,7 +62,7 @@ def chat(*contents: str) -> dict[str, Any]:
 OF_CHATML = ["<|im_start|>", "<|im_end|>"]
 
 
-def test_both_kinds_of_added_tokens_are_in_these_vocabularies():
+def test_these_vocabularies_have_both_kinds_of_added_tokens():
     backend = TOKENIZERS["bytes"].backend_tokenizer.get_added_tokens_decoder()
 
     assert {str(token.content): token.special for token in backend.values()} == {
@@ -73,7 +73,7 @@ def test_both_kinds_of_added_tokens_are_in_these_vocabularies():
 
 
 @pytest.mark.parametrize(("kind", "token"), EVERY)
-def test_a_whole_token_in_any_field_stays_text(kind, token):
+def test_a_complete_token_in_any_field_stays_text(kind, token):
     tokenizer = TOKENIZERS[kind]
     end = [tokenizer.eos_token]
     text = f"a {token}{token}b"
@@ -87,8 +87,8 @@ def test_a_whole_token_in_any_field_stays_text(kind, token):
 
 
 @pytest.mark.parametrize(("kind", "token"), EVERY)
-def test_every_way_to_part_a_token_over_adjacent_pieces_stays_text(kind, token):
-    """Over two segments, read or learned; over prompt and answer; over two turns."""
+def test_a_token_split_over_adjacent_pieces_stays_text(kind, token):
+    """Over two segments, whether targets or not; over prompt and answer; over two turns."""
     tokenizer = TOKENIZERS[kind]
     for at in range(1, len(token)):
         left, right = f"a{token[:at]}", f"{token[at:]}b"
@@ -106,8 +106,8 @@ def test_every_way_to_part_a_token_over_adjacent_pieces_stays_text(kind, token):
 
 
 @pytest.mark.parametrize("token", ["ab", "Response:\n", "\n\n###", "on:\na"])
-def test_a_token_that_a_format_would_complete_stays_text(token):
-    """``instruct`` joins its fields, ``alpaca`` sets headings between them: a token can come together."""
+def test_a_token_completed_by_the_format_stays_text(token):
+    """``instruct`` joins fields, and ``alpaca`` adds headings between them, which may complete a token."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
     instruct = {"instruct": "a", "input": "b\n\n###", "label": "Response:\n"}
@@ -119,7 +119,7 @@ def test_a_token_that_a_format_would_complete_stays_text(token):
 
 @pytest.mark.parametrize(("kind", "token"), EVERY)
 @pytest.mark.parametrize("format", ["messages", "sharegpt"])
-def test_a_token_in_a_role_is_refused(kind, token, format):
+def test_a_token_in_a_role_is_rejected(kind, token, format):
     role, content, turns = (
         ("role", "content", "messages") if format == "messages" else ("from", "value", "conversations")
     )
@@ -130,7 +130,7 @@ def test_a_token_in_a_role_is_refused(kind, token, format):
 
 
 @pytest.mark.parametrize(("kind", "token"), EVERY)
-def test_a_token_in_a_key_is_read_by_nothing_or_refused(kind, token):
+def test_a_token_in_a_key_is_ignored_or_rejected(kind, token):
     tokenizer = TOKENIZERS[kind]
     record = {"instruct": "a", "input": "", "label": "b"}
     answer = {"role": "assistant", "content": "Yo"}
@@ -150,7 +150,7 @@ def test_a_token_in_a_key_is_read_by_nothing_or_refused(kind, token):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("token", WRITTEN)
-def test_a_token_that_the_model_writes_is_one_in_its_words_and_nowhere_else(kind, token):
+def test_a_token_that_the_model_writes_is_only_a_token_in_answers(kind, token):
     tokenizer = TOKENIZERS[kind]
     text = f"a {token}b"
 
@@ -161,19 +161,19 @@ def test_a_token_that_the_model_writes_is_one_in_its_words_and_nowhere_else(kind
     assert controls(row, tokenizer) == [token, tokenizer.eos_token]
 
 
-# Whole tokens, their halves, and what stands between them.
+# Complete tokens, halves of tokens, and other text.
 TORN = [*ADDED, "<|im_end|>", "<|endoftext|>", "<|pad|>", "</s>", "<unk>"]
 PIECES = [part for token in TORN for part in (token, token[:2], token[2:], token[:-1], token[-1:])]
 TEXT = st.lists(st.sampled_from([*PIECES, " ", "\n", "a", "好", "\u200b"]), min_size=1, max_size=6).map(
     "".join
 )
-SPOKEN = TEXT.filter(lambda text: bool(text.strip()))  # blank ones are refused as such
+SPOKEN = TEXT.filter(lambda text: bool(text.strip()))  # blank ones are rejected
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(instruct=SPOKEN, given_input=TEXT, label=SPOKEN)
 @LIMITS
-def test_no_instruction_input_or_answer_makes_a_control_token(kind, instruct, given_input, label):
+def test_no_instruction_input_or_answer_becomes_a_control_token(kind, instruct, given_input, label):
     tokenizer = TOKENIZERS[kind]
     record = {"instruct": instruct, "input": given_input, "label": label}
 
@@ -188,7 +188,7 @@ def test_no_instruction_input_or_answer_makes_a_control_token(kind, instruct, gi
 @pytest.mark.parametrize("kind", KINDS)
 @given(contents=st.tuples(TEXT, SPOKEN, SPOKEN))
 @LIMITS
-def test_no_turn_of_a_chat_makes_a_control_token(kind, contents):
+def test_no_turn_of_a_chat_becomes_a_control_token(kind, contents):
     tokenizer = TOKENIZERS[kind]
 
     learned, read = (
@@ -202,7 +202,7 @@ def test_no_turn_of_a_chat_makes_a_control_token(kind, contents):
 @pytest.mark.parametrize("kind", KINDS)
 @given(pieces=st.lists(st.tuples(TEXT, st.booleans()), min_size=1, max_size=5), end=SPOKEN)
 @LIMITS
-def test_no_sequence_of_segments_makes_a_control_token(kind, pieces, end):
+def test_no_sequence_of_segments_becomes_a_control_token(kind, pieces, end):
     tokenizer = TOKENIZERS[kind]
     segments = [*({"text": text, "train": train} for text, train in pieces), {"text": end, "train": True}]
 
@@ -212,8 +212,8 @@ def test_no_sequence_of_segments_makes_a_control_token(kind, pieces, end):
     assert controls(row, tokenizer) == controls(document, tokenizer) == [tokenizer.eos_token]
 
 
-def test_what_is_allowed_by_name_is_a_control_token():
-    """Else the tests above could not fail."""
+def test_allowed_tokens_are_control_tokens():
+    """Otherwise, the tests above could not fail."""
     tokenizer = TOKENIZERS["bytes"]
     example = to_example(
         {"prompt": "<|im_end|><think>", "completion": "</think>"}, format="prompt_completion"

@@ -1,7 +1,7 @@
-"""What makes labels, rows and batches, broken in plausible ways: no run takes a step with one of them.
+"""Plausible faults in the code for labels, rows and batches: no run takes a step with any of them.
 
-Each break is put inside a module, under everything that checks it. What refuses it: the doctor (no end is
-learned at all), the certificate (the labels of a row), the ledger (what is in which row) or the self-test.
+Each fault is injected into a module, below all checks. It is detected by the doctor (no end token is
+learned), the certificate (the labels of a row), the ledger (what is in which row) or the self-test.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ CUT = {"data": {"overflow": "truncate", "max_length": 34}}  # 4 of the 8 rows
 
 
 def edit_labels(patch: pytest.MonkeyPatch, change: Callable[[list[int], list[int]], list[int]]) -> None:
-    """Ids and labels of a row -> its labels, where the tokenizer's runs have just become one row."""
+    """Changes the labels of a row, given its ids and labels, right after tokenization."""
     mask = labels.mask_first
     patch.setattr(
         labels, "mask_first", lambda row: {**row, "labels": change(row["input_ids"], mask(row)["labels"])}
@@ -59,12 +59,12 @@ def edit_labels(patch: pytest.MonkeyPatch, change: Callable[[list[int], list[int
 
 
 def mask_shifted_by_one(patch: pytest.MonkeyPatch) -> None:
-    """The labels stand one place to the right; the end falls off."""
+    """The labels are shifted to the right by one; the last one is lost."""
     edit_labels(patch, lambda ids, labels: [X, *labels[:-1]])
 
 
 def mask_one_too_long(patch: pytest.MonkeyPatch) -> None:
-    """The first token of each answer is taken for prompt: an off-by-one in a length."""
+    """The first token of each answer counts as prompt: an off-by-one error in a length."""
 
     def shorter(ids: list[int], labels: list[int]) -> list[int]:
         return [X if before == X else label for before, label in zip([X, *labels], labels, strict=False)]
@@ -73,12 +73,12 @@ def mask_one_too_long(patch: pytest.MonkeyPatch) -> None:
 
 
 def end_masked(patch: pytest.MonkeyPatch) -> None:
-    """Masked by id, as where the pad token is the end token."""
+    """Masks by id, as if the pad token were the end token."""
     edit_labels(patch, lambda ids, labels: [X if token == EOS else token for token in labels])
 
 
 def edit_pieces_of_rows(patch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
-    """Each piece of a row, as it is encoded -> as it is labelled."""
+    """Changes each piece of a row before it is labelled."""
     to_row = labels.to_row
     patch.setattr(labels, "to_row", lambda pieces, ids: to_row([change(piece) for piece in pieces], ids))
 
@@ -96,7 +96,7 @@ def weight_of_the_record_lost(patch: pytest.MonkeyPatch) -> None:
 
 
 def prompt_and_target_tokenized_as_one(patch: pytest.MonkeyPatch) -> None:
-    """And the prompt masked by its own length, as TRL did: the newline and the space merge into one token."""
+    """Masks the prompt by its separate length, as in TRL: the newline and the space merge into one token."""
     encode_plans = labels.encode_plans
 
     def joined(plans, encoder):
@@ -116,7 +116,7 @@ def first_token_labelled(patch: pytest.MonkeyPatch) -> None:
 
 
 def false_end_after_a_cut(patch: pytest.MonkeyPatch) -> None:
-    """As LLaMA-Factory does: the answer is cut, and yet taught to stop there."""
+    """As in LLaMA-Factory: a truncated answer is followed by a learned end token."""
     cut = labels.slice_row
 
     def ended(example, *, start, stop):
@@ -150,18 +150,18 @@ def answer_stripped(patch: pytest.MonkeyPatch) -> None:
 
 
 def edit_turns(patch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
-    """Each turn of a chat, as it was rendered -> as it is labelled."""
+    """Changes each rendered turn of a chat before it is labelled."""
     turns = ChatRenderer.turns
     patch.setattr(ChatRenderer, "turns", lambda self, chat: [change(turn) for turn in turns(self, chat)])
 
 
 def end_of_a_turn_not_learned(patch: pytest.MonkeyPatch) -> None:
-    """The target ends before the token that closes the turn: the model never stops."""
+    """The target excludes the token that ends the turn, so the model never stops."""
     edit_turns(patch, lambda turn: turn._replace(target=turn.target.removesuffix("<|im_end|>"), end=""))
 
 
 def prompt_of_an_older_template(patch: pytest.MonkeyPatch) -> None:
-    """As where a copy of the template is used for training, and another one for inference."""
+    """As if training and inference used different copies of the template."""
     edit_turns(
         patch,
         lambda turn: turn._replace(prompt=turn.prompt.replace("<|im_start|>user\n", "<|im_start|>user: ")),
@@ -180,7 +180,7 @@ def only_the_first_turn_learned(patch: pytest.MonkeyPatch) -> None:
 def edit_pieces(
     patch: pytest.MonkeyPatch, packer: str, change: Callable[[list[list[RowPiece]]], list[list[RowPiece]]]
 ) -> None:
-    """The pieces of each row as they were packed -> as they are used."""
+    """Changes the pieces of each row after packing."""
     pack = getattr(packing, packer)
 
     def edited(*args):
@@ -192,7 +192,7 @@ def edit_pieces(
 
 
 def packing_drops_a_document(patch: pytest.MonkeyPatch) -> None:
-    """A row that is full is closed before its last document is put in."""
+    """A full row is closed before its last document is added."""
     edit_pieces(patch, "best_fit_rows", lambda rows: [row[: max(1, len(row) - 1)] for row in rows])
 
 
@@ -201,7 +201,7 @@ def packing_repeats_a_document(patch: pytest.MonkeyPatch) -> None:
 
 
 def positions_run_on_in_a_row(patch: pytest.MonkeyPatch) -> None:
-    """So the collator sees one document a row."""
+    """The collator then sees one document per row."""
     read = PackedDataset.__getitem__
 
     def broken(self, index):
@@ -212,7 +212,7 @@ def positions_run_on_in_a_row(patch: pytest.MonkeyPatch) -> None:
 
 
 def stream_loses_the_label_at_a_border(patch: pytest.MonkeyPatch) -> None:
-    """The next row begins behind the cut: its first token, which nothing precedes, is never learned."""
+    """The next row starts after the cut, so its first token is never a target."""
 
     def apart(rows):
         return [[(n, start + (start > 0), stop) for n, start, stop in row] for row in rows]
@@ -232,7 +232,7 @@ def collator_ignores_the_positions_of_a_row(patch: pytest.MonkeyPatch) -> None:
 
 
 def edit_batch(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """The labels of a packed batch -> what the model is given."""
+    """Changes the labels of a packed batch."""
     collate = collators.DataCollatorForPackedCausalLM.__call__
 
     def edited(self, examples):
@@ -243,7 +243,7 @@ def edit_batch(patch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch
 
 
 def collator_shifts_the_labels(patch: pytest.MonkeyPatch) -> None:
-    """And the loss shifts them again."""
+    """The loss then shifts them again."""
     edit_batch(patch, lambda labels: labels.roll(-1, dims=1))
 
 
@@ -252,7 +252,7 @@ def collator_drops_the_last_label(patch: pytest.MonkeyPatch) -> None:
 
 
 def padding_on_the_left(patch: pytest.MonkeyPatch) -> None:
-    """With positions and labels left where they were."""
+    """Positions and labels are not moved."""
     pad = collators.DataCollatorForCausalLM.__call__
 
     def left(self, examples):
@@ -269,7 +269,7 @@ CERTIFIED, LOSS = (
     "the self-test of the loss fails",
 )
 
-# What breaks, the run that it breaks, and what the run says.
+# The fault, the run, and its error.
 MUTATIONS = [
     (mask_shifted_by_one, {}, CERTIFIED),
     (mask_one_too_long, {}, CERTIFIED),
@@ -304,7 +304,7 @@ MUTATIONS = [
 
 
 def run(folder: Path, *, records: list[Any] = RECORDS, **changes: Any) -> dict[str, Any]:
-    """One step on a tokenizer that merges a newline with a space."""
+    """Runs one step with a tokenizer that merges a newline with a space."""
     tokenizer = byte_tokenizer(merges=[("Ċ", "Ġ")])
     name = save_folder(folder / "model", tiny_model("llama", vocab_size=261), tokenizer)
     template = {"tokenizer": {"chat_template": "chatml"}} if "messages" in records[0] else {}
@@ -319,18 +319,18 @@ def run(folder: Path, *, records: list[Any] = RECORDS, **changes: Any) -> dict[s
     [{}, {"records": CHATS}, PACKED, CUT, PRETRAIN],
     ids=["plain", "chats", "packed", "cut", "stream"],
 )
-def test_nothing_is_refused_where_nothing_is_broken(changes, tmp_path):
+def test_a_run_without_a_fault_passes(changes, tmp_path):
     assert run(tmp_path, **changes)["steps_done"] == 1
 
 
-def test_there_are_ten_breaks_or_more_in_each_kind_of_module():
+def test_there_are_at_least_ten_faults_in_each_kind_of_module():
     assert len({breaks for breaks, _, _ in MUTATIONS}) == 24
 
 
 @pytest.mark.parametrize(
     ("breaks", "changes", "reason"), MUTATIONS, ids=[f"{n}-{m[0].__name__}" for n, m in enumerate(MUTATIONS)]
 )
-def test_a_break_is_refused_before_the_first_step(breaks, changes, reason, tmp_path, monkeypatch, capsys):
+def test_a_fault_is_detected_before_the_first_step(breaks, changes, reason, tmp_path, monkeypatch, capsys):
     breaks(monkeypatch)
 
     with pytest.raises((DataError, ModelError)) as error:
@@ -342,7 +342,7 @@ def test_a_break_is_refused_before_the_first_step(breaks, changes, reason, tmp_p
 
 
 @pytest.mark.parametrize("packing_kind", ["none", "best_fit"])
-def test_the_refusal_names_the_row_the_expected_text_and_what_was_found(packing_kind, tmp_path, monkeypatch):
+def test_the_error_has_the_row_the_expected_and_the_actual_text(packing_kind, tmp_path, monkeypatch):
     mask_one_too_long(monkeypatch)
 
     with pytest.raises(DataError) as error:

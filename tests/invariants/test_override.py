@@ -1,4 +1,4 @@
-"""What resume_override names is applied for real: to the optimizer, to the schedule, to the data."""
+"""resume_override takes effect on the optimizer, the schedule and the data."""
 
 import json
 import os
@@ -22,7 +22,7 @@ MORE = LINEAR | {"max_steps": 8}
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory) -> Path:
-    """4 of 4 steps with a learning rate that falls from 0.01 to 0 over them."""
+    """A run of 4 steps, over which the learning rate falls from 0.01 to 0."""
     folder = tmp_path_factory.mktemp("half")
     train(dropout_recipe(folder, train=LINEAR | {"max_steps": 4}))
     return folder
@@ -30,7 +30,7 @@ def half(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def place(half, tmp_path, monkeypatch) -> Path:
-    """A copy of it: another folder, and files whose times lie in the future."""
+    """A copy of it in another folder, with file times in the future."""
     shutil.copytree(half / "run", tmp_path / "run")
     later = time.time() + 1e6
     for path in (tmp_path / "run").rglob("*"):
@@ -40,7 +40,7 @@ def place(half, tmp_path, monkeypatch) -> Path:
 
 
 def go_on(place: Path, *keys: str, **changes: Any) -> list[dict[str, Any]]:
-    """The log events of the training that follows."""
+    """Resumes the run; returns the log events of the new steps."""
     recipe = dropout_recipe(place, resume_override=[*keys, "model.name_or_path"], **changes)
     train(recipe)
     lines = (place / "run" / "metrics.jsonl").read_text().splitlines()
@@ -70,7 +70,7 @@ def test_another_learning_rate_and_weight_decay_reach_the_optimizer(place):
     assert {group["initial_lr"] for group in groups(place / "run", 8)} == {1e-3}
 
 
-def test_another_schedule_is_followed(place):
+def test_another_schedule_is_used(place):
     settings = MORE | {"lr_scheduler_type": "constant"}
 
     events = go_on(place, "max_steps", "lr_scheduler_type", train=settings)
@@ -78,7 +78,7 @@ def test_another_schedule_is_followed(place):
     assert [entry["learning_rate"] for entry in events] == pytest.approx([0.01] * 4)
 
 
-def test_another_optimizer_begins_its_state_anew(place, half):
+def test_another_optimizer_starts_with_a_new_state(place, half):
     settings = MORE | {"optim": "sgd"}
 
     go_on(place, "max_steps", "optim", train=settings)
@@ -87,7 +87,7 @@ def test_another_optimizer_begins_its_state_anew(place, half):
     assert "momentum" in groups(place / "run", 8)[0]
 
 
-def test_a_schedule_that_follows_the_loss_cannot_be_taken_over(place):
+def test_a_schedule_that_depends_on_the_loss_cannot_be_added(place):
     settings = MORE | {"lr_scheduler_type": "reduce_lr_on_plateau"}
     settings |= {"eval_strategy": "steps", "eval_steps": 4, "metric_for_best_model": "loss"}
 
@@ -95,7 +95,7 @@ def test_a_schedule_that_follows_the_loss_cannot_be_taken_over(place):
         go_on(place, "max_steps", "lr_scheduler_type", "data", train=settings, data={"eval_fraction": 0.2})
 
 
-def test_other_data_are_refused_with_both_hashes_and_learned_when_asked_for(place):
+def test_other_data_are_rejected_with_both_hashes_and_used_on_request(place):
     more = [*RECORDS, {"instruct": "say 14\n", "input": "", "label": "x"}]
     settings = MORE
     recipe = dropout_recipe(place, resume_override=["max_steps", "model.name_or_path"], train=settings)
@@ -111,7 +111,7 @@ def test_other_data_are_refused_with_both_hashes_and_learned_when_asked_for(plac
     assert json.loads((place / "run" / "run.json").read_text())["train"]["rows"] == 14
 
 
-def test_other_steps_between_saves_and_log_events_are_applied(place):
+def test_other_save_and_logging_intervals_are_used(place):
     recipe = dropout_recipe(
         place,
         resume_override=["max_steps", "model.name_or_path"],
@@ -123,7 +123,7 @@ def test_other_steps_between_saves_and_log_events_are_applied(place):
     assert saved == {f"checkpoint-{step}" for step in (4, 5, 6, 7, 8)}
 
 
-def test_weights_of_another_shape_are_one_line(place):
+def test_weights_of_another_shape_are_a_one_line_error(place):
     from helpers import byte_tokenizer, save_folder, tiny_model
 
     (place / "model").unlink()
@@ -135,7 +135,7 @@ def test_weights_of_another_shape_are_one_line(place):
         go_on(place, "max_steps", "architecture", train=MORE)
 
 
-def test_another_architecture_of_the_same_shape_is_refused(half, place):
+def test_another_architecture_of_the_same_shape_is_rejected(half, place):
     (place / "model").unlink()
     shutil.copytree(half / "model", place / "model")
     config = json.loads((place / "model" / "config.json").read_text())
@@ -148,8 +148,8 @@ def test_another_architecture_of_the_same_shape_is_refused(half, place):
     assert [entry["step"] for entry in events] == [5, 6, 7, 8]
 
 
-def test_adapters_are_not_put_on_another_model(tmp_path):
-    """Its weights are in no checkpoint."""
+def test_adapters_are_not_applied_to_another_model(tmp_path):
+    """The weights of the base model are in no checkpoint."""
     changes: dict[str, Any] = {"lora": {"r": 2, "alpha": 4}}
     train(dropout_recipe(tmp_path, train=LINEAR | {"max_steps": 4}, **changes))
     path = tmp_path / "model" / "model.safetensors"
@@ -160,7 +160,7 @@ def test_adapters_are_not_put_on_another_model(tmp_path):
         go_on(tmp_path, "max_steps", train=MORE, **changes)
 
 
-def test_early_stopping_may_be_added(place):
+def test_early_stopping_can_be_added(place):
     settings = MORE | {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
     settings |= {"metric_for_best_model": "loss", "load_best_model_at_end": True}
 

@@ -13,7 +13,7 @@ from hf_clm.data.label.datasets import PretrainDataset, SFTDataset
 from hf_clm.model.attention import NAME, register
 from hf_clm.training.run import train
 
-# Documents of 4 to 19 tokens; the last 1 to 8 of each are learned.
+# Documents of 4 to 19 tokens; the last 1 to 8 of each are targets.
 DOCUMENTS = [
     {
         "input_ids": [(11 * n + 5 * i) % 256 for i in range(n + 3)],
@@ -31,7 +31,7 @@ def build_model(kind: str) -> PreTrainedModel:
 
 
 def loss_and_gradients(model: PreTrainedModel, batches: list[dict]) -> tuple[float, int, list[torch.Tensor]]:
-    """Summed over all target tokens of all batches."""
+    """Returns loss, number of targets and gradients, summed over all batches."""
     model.zero_grad()
     total, targets = 0.0, 0
     for batch in batches:
@@ -51,7 +51,7 @@ def assert_same(one, other) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
-def test_packed_padded_and_single_rows_are_the_same_training(kind):
+def test_packed_padded_and_single_rows_give_the_same_training(kind):
     model = build_model(kind)
     dataset = SFTDataset(DOCUMENTS, byte_tokenizer(), max_length=24)
     packed = PackedDataset(dataset, max_length=24)
@@ -71,8 +71,8 @@ def test_packed_padded_and_single_rows_are_the_same_training(kind):
 
 
 @pytest.mark.parametrize("tokens", [24, 64, 500])
-def test_batches_of_a_token_budget_are_the_same_training_as_rows(tokens):
-    """16 documents of 4 to 19 tokens, 184 in all: in 8, 3 or 1 micro-batches."""
+def test_batches_of_a_token_budget_give_the_same_training_as_rows(tokens):
+    """16 documents of 4 to 19 tokens, 184 in total, in 8, 3 or 1 micro-batches."""
     model = build_model("qwen2")
     dataset = SFTDataset(DOCUMENTS, byte_tokenizer(), max_length=24)
     budget = PackedDataset(dataset, max_length=tokens)
@@ -85,8 +85,8 @@ def test_batches_of_a_token_budget_are_the_same_training_as_rows(tokens):
     assert_same(by_tokens, by_rows)
 
 
-def test_a_run_of_a_token_budget_has_the_loss_of_one_by_rows_and_of_packed_rows(tmp_path):
-    """The whole set is one step: however it is batched, its loss is a mean over the same targets."""
+def test_a_run_with_a_token_budget_has_the_same_loss_as_with_rows_and_packed_rows(tmp_path):
+    """All data are one step: however they are batched, the loss is a mean over the same targets."""
     records = [{"instruct": f"Say {n}.\n", "input": "", "label": "n" * n} for n in range(1, 12)]
     kinds = {
         "rows": {"packing": "none"},
@@ -103,14 +103,18 @@ def test_a_run_of_a_token_budget_has_the_loss_of_one_by_rows_and_of_packed_rows(
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         (found[name],) = [entry for line in lines if "loss" in (entry := json.loads(line))]
 
-    assert [entry["target_tokens_seen"] for entry in found.values()] == [77, 77, 77]  # 66 letters, 11 ends
+    assert [entry["target_tokens_seen"] for entry in found.values()] == [
+        77,
+        77,
+        77,
+    ]  # 66 letters, 11 end tokens
     assert found["budget"]["loss"] == pytest.approx(found["rows"]["loss"], rel=1e-5)
     assert found["packed"]["loss"] == pytest.approx(found["rows"]["loss"], rel=1e-5)
     assert found["budget"]["grad_norm"] == pytest.approx(found["rows"]["grad_norm"], rel=1e-4)
 
 
-def test_a_stream_learns_every_token_of_the_documents_once():
-    """A cut takes context away, never a label: 184 tokens, of which the 16 first have nothing before them."""
+def test_packing_stream_trains_every_token_once():
+    """Cuts remove context, never labels: all of 184 tokens but the 16 first ones are targets."""
     dataset = PretrainDataset([{"input_ids": row["input_ids"]} for row in DOCUMENTS], byte_tokenizer())
     stream = PackedDataset(dataset, max_length=16, packing="stream")
     batch = DataCollatorForPackedCausalLM()([stream[i] for i in range(len(stream))])
@@ -119,7 +123,7 @@ def test_a_stream_learns_every_token_of_the_documents_once():
     assert {len(stream[i]["input_ids"]) for i in range(len(stream) - 1)} <= {15, 16}
 
 
-def test_the_order_of_documents_in_a_row_changes_nothing():
+def test_the_order_of_documents_in_a_row_does_not_matter():
     model = build_model("qwen2")
     rows = SFTDataset(DOCUMENTS, byte_tokenizer(), max_length=24)
     forward = DataCollatorForPackedCausalLM()([rows[i] for i in range(16)])

@@ -1,4 +1,4 @@
-"""Padding is never learned, never read and never counted, whatever its id and its width."""
+"""Padding is never a target, never attended to and never counted, whatever its id and width."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hf_clm.data.batch.collators import DataCollatorForCausalLM
 from hf_clm.evaluation.metrics import token_nll
 from hf_clm.model.attention import NAME, register
 
-# The text holds the end token and the pad token as tokens of its own.
+# The text itself contains the end token and the pad token.
 ROWS = [
     {"input_ids": [10, 11, EOS], "labels": [X, 11, EOS]},
     {"input_ids": [20, PAD, 21, 22, 23, 24, EOS], "labels": [X, PAD, 21, 22, 23, 24, EOS]},
@@ -18,7 +18,7 @@ ROWS = [
 @pytest.mark.parametrize("attention", [NAME, "sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
 @pytest.mark.parametrize(("pad", "multiple"), [(PAD, 1), (PAD, 64), (EOS, 1), (0, 8), (22, 16)])
-def test_id_and_width_of_the_padding_change_no_loss(attention, kind, pad, multiple):
+def test_id_and_width_of_the_padding_do_not_change_the_loss(attention, kind, pad, multiple):
     register()
     model = tiny_model(kind)
     model.set_attn_implementation(attention)
@@ -50,4 +50,4 @@ def test_no_gradient_reaches_the_padding():
 
     gradient = model.get_input_embeddings().weight.grad.abs().sum(dim=1)
     assert gradient[99] == 0.0
-    assert gradient[PAD] > 0.0  # the one that is text
+    assert gradient[PAD] > 0.0  # the pad token in the text

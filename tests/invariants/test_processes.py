@@ -1,4 +1,4 @@
-"""Two processes are one run: the same figures, one set of files, each line printed once."""
+"""Two processes make up one run: the same metrics, one set of files, each line printed once."""
 
 import json
 import shutil
@@ -37,14 +37,14 @@ FILES = {
 
 @pytest.fixture(scope="module", params=["sft", "pretrain"])
 def runs(request, tmp_path_factory) -> tuple[str, Path, Path, str]:
-    """The stage; a run of one process with the global batch of two; a run of two, and what it printed.
+    """Returns the stage, a run of one process with the global batch of two, a run of two, and its output.
 
-    The two of SFT are started by ``accelerate launch``.
+    The two processes of SFT are started by ``accelerate launch``.
     """
     stage, folder = request.param, tmp_path_factory.mktemp("processes")
     recipe = RECIPE.replace("stage: sft", f"stage: {stage}")
     routed = {"kind": "mixtral", "output_router_logits": True, "router_aux_loss_coef": 1.0}
-    model = routed if stage == "pretrain" else {}  # of two losses each must be the same
+    model = routed if stage == "pretrain" else {}  # with two losses, each must be the same
     alone, two = (prepare(folder / name, recipe, **model) for name in ("alone", "two"))
     if stage == "sft":
         done = launch(accelerate("cpu"), two)
@@ -60,7 +60,7 @@ def runs(request, tmp_path_factory) -> tuple[str, Path, Path, str]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(runs):
+def test_two_processes_train_like_one(runs):
     stage, alone, folder, printed = runs
     one, two = read_metrics(alone), read_metrics(folder)
     assert [entry["step"] for entry in two] == [entry["step"] for entry in one]
@@ -71,7 +71,7 @@ def test_two_processes_train_as_one(runs):
     counts = ("tokens_seen", "target_tokens_seen", "token_accuracy", "eval_token_accuracy")
     for key in ("learning_rate", *counts):
         assert [e[key] for e in two if key in e] == [e[key] for e in one if key in e], key
-    # sft: 2 + 4 + ... + 10, 5 ends; pretrain: 7 letters of each instruction besides, less the first of a text
+    # sft: 2 + 4 + ... + 10, 5 end tokens; pretrain: also 7 letters per instruction, minus each first one
     targets = {"sft": 35, "pretrain": 65}[stage]
     assert {e["eval_target_tokens"] for e in two if "eval_loss" in e} == {targets}
     template = {"chat_template.jinja"} if stage == "sft" else set()
@@ -81,14 +81,14 @@ def test_two_processes_train_as_one(runs):
     assert (facts["processes"], facts["rows_per_step"], facts["steps"], facts["steps_done"]) == (2, 4, 8, 8)
     starts = ("recipe", "step", "sample", "done", "written", "next")
     shown = [line.strip() for line in printed.splitlines() if line.strip().startswith(starts)]
-    # 3 of the start, 8 steps, 3 evaluations, 2 samples, 3 of the end
+    # 3 at the start, 8 steps, 3 evaluations, 2 samples, 3 at the end
     assert len(shown) == len(set(shown)) == 19
     assert "Traceback" not in printed
 
 
 @pytest.mark.slow
-def test_the_evaluation_of_two_processes_is_the_sum_over_rows_of_the_plain_model(runs):
-    """5 rows on 2 processes with 2 rows each: none twice, none left out."""
+def test_the_evaluation_of_two_processes_equals_that_of_the_plain_model(runs):
+    """5 rows on 2 processes with batches of 2: each row is counted exactly once."""
     stage, _, two, _ = runs
     model = AutoModelForCausalLM.from_pretrained(two / "model")
     total, count = 0.0, 0
@@ -106,9 +106,9 @@ def test_the_evaluation_of_two_processes_is_the_sum_over_rows_of_the_plain_model
 
 
 @pytest.mark.slow
-def test_metrics_cross_the_processes_once_a_log_event_and_fewer_rows_than_processes_are_evaluated(tmp_path):
+def test_metrics_are_communicated_once_per_log_event_and_a_single_row_is_evaluated(tmp_path):
     folder = prepare(tmp_path / "two")
-    write_jsonl(folder / "eval.jsonl", [HELD_OUT[2]])  # 1 row, 6 letters and the end
+    write_jsonl(folder / "eval.jsonl", [HELD_OUT[2]])  # 1 row, 6 letters and the end token
     program = [str(ROOT / "tests" / "counted_run.py")]
     words = ["--logging_steps", "3", "--samples", "null", "--save_strategy", "no"]
 
@@ -117,22 +117,20 @@ def test_metrics_cross_the_processes_once_a_log_event_and_fewer_rows_than_proces
     metrics = read_metrics(folder)
     assert {entry["eval_target_tokens"] for entry in metrics if "eval_loss" in entry} == {7}
     watched = {entry["eval_train_target_tokens"] for entry in metrics if "eval_train_loss" in entry}
-    assert watched == {14}  # xy, xyzxyz, xxx and 3 ends
-    # every third, where an evaluation is, the first and the last; evaluations at 0, 4 and 8
+    assert watched == {14}  # xy, xyzxyz, xxx and 3 end tokens
+    # log events: every third step, at evaluations, first and last step; evaluations: at 0, 4 and 8
     assert [entry["step"] for entry in metrics if "loss" in entry] == [1, 3, 4, 6, 8]
     for rank in range(2):
         calls = json.loads((folder / f"collectives-{rank}.json").read_text())
         counts = Counter((name, *shape, dtype.removeprefix("torch.")) for name, shape, dtype in calls)
-        assert counts["all_reduce", 5, "int64"] == 5  # tokens, targets and what is right of them: a log event
-        assert (
-            counts["all_reduce", 3, "float64"] == 6
-        )  # an evaluation, of the held-out rows or the watched ones
-        assert counts["all_gather", 1, "float32"] == 5  # the Trainer's loss: a log event
-        assert counts["all_gather", 1, "int64"] == 8  # the Trainer's count of targets: a step
+        assert counts["all_reduce", 5, "int64"] == 5  # tokens, targets, correct ones: per log event
+        assert counts["all_reduce", 3, "float64"] == 6  # per evaluation, of held-out or watched rows
+        assert counts["all_gather", 1, "float32"] == 5  # the Trainer's loss: per log event
+        assert counts["all_gather", 1, "int64"] == 8  # the Trainer's number of targets: per step
 
 
 @pytest.mark.slow
-def test_two_processes_save_the_weights_and_write_the_samples_of_one(runs):
+def test_two_processes_save_the_same_weights_and_samples_as_one(runs):
     _, alone, two, _ = runs
     one, other = (load_file(folder / "run" / "model.safetensors") for folder in (alone, two))
     assert sorted(one) == sorted(other)
@@ -144,7 +142,7 @@ def test_two_processes_save_the_weights_and_write_the_samples_of_one(runs):
 
 
 def cut_off(two: Path, folder: Path) -> Path:
-    """The run as it was between its two saves."""
+    """Restores the run to its state between its two saves."""
     shutil.copytree(two, folder)
     shutil.rmtree(folder / "run" / "checkpoint-8")
     (folder / "run" / "model.safetensors").unlink()
@@ -169,8 +167,8 @@ def test_two_processes_resume_from_a_checkpoint_to_the_same_weights(runs, tmp_pa
 
 
 @pytest.mark.large
-def test_the_launcher_file_of_ddp_trains_as_one_run_where_there_is_no_gpu(runs, tmp_path):
-    """Without use_cpu accelerate would let each process train alone."""
+def test_the_launcher_file_of_ddp_makes_one_run_without_a_gpu(runs, tmp_path):
+    """Without use_cpu, accelerate would let each process train by itself."""
     _, _, two, _ = runs
     again = cut_off(two, tmp_path / "again")
 
@@ -182,7 +180,7 @@ def test_the_launcher_file_of_ddp_trains_as_one_run_where_there_is_no_gpu(runs, 
     check_resumed(again, two)
 
 
-def test_the_tokenizer_is_trained_once_and_both_processes_load_it(tmp_path):
+def test_the_tokenizer_is_trained_once_and_loaded_by_both_processes(tmp_path):
     sizes = "{model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 2, n_positions: 64}"
     scratch = f"model: {{init: scratch, config: {sizes}}}"
     recipe = RECIPE.replace(
@@ -195,7 +193,7 @@ def test_the_tokenizer_is_trained_once_and_both_processes_load_it(tmp_path):
     assert [entry["step"] for entry in read_metrics(folder) if "loss" in entry] == [1, 2]
 
 
-def test_an_error_is_printed_once_and_no_process_waits_for_the_others(tmp_path):
+def test_an_error_is_printed_once_and_no_process_hangs(tmp_path):
     folder = prepare(tmp_path / "two")
     (folder / "run").mkdir()
     (folder / "run" / "mine.txt").touch()
@@ -212,7 +210,7 @@ LOST = "error on rank 1: another process of this run has ended, or does not answ
 
 
 def check_said_by_the_first(ended: list[Ended], code: int, *, says: str) -> None:
-    """A line of the first process, with its code, and one of the other, which has lost it."""
+    """Checks the error line and exit code of the first process, and that the other reports losing it."""
     first, other = ended
     assert (first.code, other.code) == (code, 6)
     assert first.err.startswith(f"error: {says}")
@@ -220,7 +218,7 @@ def check_said_by_the_first(ended: list[Ended], code: int, *, says: str) -> None
     assert [one.err.count("\n") for one in ended] == [1, 1]
 
 
-def test_what_the_first_rank_alone_refuses_ends_the_other_in_one_line(tmp_path):
+def test_an_error_on_the_first_rank_alone_ends_the_other_with_one_line(tmp_path):
     folder = prepare(tmp_path / "two")
 
     ended = finish(start_ranks([folder, folder], "--resume_from_checkpoint", "nothing"))
@@ -228,7 +226,7 @@ def test_what_the_first_rank_alone_refuses_ends_the_other_in_one_line(tmp_path):
     check_said_by_the_first(ended, 2, says="nothing: no checkpoint to go on from; fix: ")
 
 
-def test_a_rank_that_waits_for_prepared_data_ends_where_their_preparation_fails(tmp_path):
+def test_a_rank_that_waits_for_prepared_data_ends_if_preparation_fails(tmp_path):
     folder = prepare(tmp_path / "two")
 
     ended = finish(start_ranks([folder, folder], "--data.max_length", "2"))
@@ -236,7 +234,7 @@ def test_a_rank_that_waits_for_prepared_data_ends_where_their_preparation_fails(
     check_said_by_the_first(ended, 3, says="train.jsonl: ")
 
 
-def test_what_every_rank_finds_in_the_data_is_said_by_one_and_none_waits(tmp_path):
+def test_a_data_error_on_every_rank_is_reported_once_and_no_rank_hangs(tmp_path):
     folder = prepare(tmp_path / "two")
     write_jsonl(folder / "train.jsonl", [{"instruct": 5, "input": "", "label": "x"}])
 
@@ -248,10 +246,10 @@ def test_what_every_rank_finds_in_the_data_is_said_by_one_and_none_waits(tmp_pat
     ]
 
 
-def test_machines_that_do_not_share_the_output_folder_are_refused_before_anything_is_decided(tmp_path):
+def test_machines_that_do_not_share_the_output_folder_are_rejected_first(tmp_path):
     one, other = prepare(tmp_path / "one"), prepare(tmp_path / "other")
     (other / "run").mkdir()
-    (other / "run" / "mine.txt").touch()  # alone it would be refused: it is no run
+    (other / "run" / "mine.txt").touch()  # by itself, it would be rejected: it is not a run
 
     ended = finish(start_ranks([one, other]))
 
@@ -265,7 +263,7 @@ def test_machines_that_do_not_share_the_output_folder_are_refused_before_anythin
 
 
 @pytest.mark.slow
-def test_two_processes_train_adapters_as_one(tmp_path, monkeypatch):
+def test_two_processes_train_adapters_like_one(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     recipe = RECIPE + "lora: {r: 4}\n"
     alone, two = prepare(tmp_path / "alone", recipe), prepare(tmp_path / "two", recipe)

@@ -1,6 +1,6 @@
-"""What went wrong for users of other trainers, built again: here it trains right, or is refused with the row.
+"""Publicly reported failures of other trainers, reproduced: here, training is correct or the row is rejected.
 
-Every test names one public report; ``owner/name#number`` is an issue there.
+Every test cites a public report; ``owner/name#number`` is an issue on GitHub.
 """
 
 import json
@@ -67,7 +67,7 @@ def chat_tokenizer(template: str = "chatml", **options: Any):
 
 
 def learned(row: Any, tokenizer: Any) -> list[str]:
-    """The text of each stretch of labels, without the tokens between."""
+    """Returns the text of each contiguous range of labels."""
     stretches: list[list[int]] = [[]]
     for label in row["labels"]:
         if label == X:
@@ -78,7 +78,7 @@ def learned(row: Any, tokenizer: Any) -> list[str]:
 
 
 def save(folder: Path, **options: Any) -> dict[str, Any]:
-    """A recipe's model section over a new model and tokenizer."""
+    """Saves a new model and tokenizer; returns the model section of a recipe."""
     tokenizer = options.pop("tokenizer", None) or byte_tokenizer()
     name = save_folder(folder / "own", tiny_model("llama", **options), tokenizer)
     return {"name_or_path": name}
@@ -109,7 +109,7 @@ def test_the_model_learns_to_stop_by_itself(tmp_path):
 
 
 @pytest.mark.parametrize("max_length", [None, 8, 64])
-def test_the_end_is_learned_whether_or_not_max_length_is_set(max_length):
+def test_the_end_token_is_learned_whether_or_not_max_length_is_set(max_length):
     """meta-pytorch/torchtune#2792: the end token is masked as soon as max_seq_len is set."""
     dataset = SFTDataset([prompted("ask\n", "yes")], byte_tokenizer(), max_length=max_length)
 
@@ -118,7 +118,7 @@ def test_the_end_is_learned_whether_or_not_max_length_is_set(max_length):
 
 @pytest.mark.parametrize("policy", ["encode_as_text", "allow"])
 def test_an_end_token_written_by_hand_is_learned_once(policy):
-    """unslothai/unsloth#3228: it is learned twice, or letter by letter."""
+    """unslothai/unsloth#3228: it is trained twice, or letter by letter."""
     example = prompted("Say hi", " hi<|endoftext|>")
 
     row = SFTDataset([example], byte_tokenizer(), special_tokens_in_text=policy)[0]
@@ -126,16 +126,16 @@ def test_an_end_token_written_by_hand_is_learned_once(policy):
     assert row == {"input_ids": [*b"Say hi hi", EOS], "labels": [X] * 6 + [*b" hi", EOS]}
 
 
-def test_texts_that_are_rendered_already_are_refused():
-    """unslothai/unsloth#384, hiyouga/LLaMA-Factory#3420: their control tokens would be learned as letters."""
+def test_texts_that_are_already_rendered_are_rejected():
+    """unslothai/unsloth#384, hiyouga/LLaMA-Factory#3420: their control tokens would be trained as letters."""
     text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n"
 
     with pytest.raises(DataError, match="3 of 3 texts are already rendered: they contain control tokens"):
         SFTDataset([{"text": text}] * 3, chat_tokenizer())
 
 
-def test_a_cut_answer_is_not_taught_to_end_where_it_was_cut():
-    """LLaMA-Factory: a supervised end token after a truncated answer."""
+def test_a_truncated_answer_does_not_end_with_a_learned_end_token():
+    """LLaMA-Factory: an end token after a truncated answer is a target."""
     dataset = SFTDataset(
         [prompted("ask\n", "yes or no")], byte_tokenizer(), max_length=8, overflow="truncate"
     )
@@ -143,8 +143,8 @@ def test_a_cut_answer_is_not_taught_to_end_where_it_was_cut():
     assert dataset[0]["labels"] == [X, X, X, X, *b"yes "]
 
 
-def test_the_end_of_a_turn_is_learned_however_far_from_the_text():
-    """axolotl: the end token is trained only within 3 tokens of the content, else a DEBUG line."""
+def test_the_end_of_a_turn_is_learned_however_far_it_is_from_the_text():
+    """axolotl: the end token is only trained within 3 tokens of the content, with a DEBUG line otherwise."""
     far = UNMARKED.replace("message.content + '<|im_end|>", "message.content + '     <|im_end|>")
     tokenizer = chat_tokenizer(far)
 
@@ -153,7 +153,7 @@ def test_the_end_of_a_turn_is_learned_however_far_from_the_text():
     assert learned(dataset[0], tokenizer) == ["Yo     <|im_end|>", "Bye     <|im_end|>"]
 
 
-# --- pad and end are one token
+# --- pad and end token are the same
 
 
 def test_a_pad_token_that_is_the_end_token_is_replaced_and_no_label_is_lost(tmp_path):
@@ -175,7 +175,7 @@ def test_a_pad_token_that_is_the_end_token_is_replaced_and_no_label_is_lost(tmp_
 
 
 def test_a_pad_token_in_the_text_of_a_user_keeps_its_label():
-    """Masks by id also mask what only looks like padding."""
+    """Masking by id also masks text that looks like padding."""
     tokenizer = byte_tokenizer(pad="#", eos="<|endoftext|>")
     add_pad_token(tokenizer, "#")
     row = {"input_ids": [65, 35, 35], "labels": [X, 35, 35]}
@@ -194,7 +194,7 @@ def test_a_pad_token_in_the_text_of_a_user_keeps_its_label():
     [{"input_ids": [1, 2, 3], "labels": [X, X, X]}, {"input_ids": [1], "labels": [1]}],
     ids=["all", "first"],
 )
-def test_rows_of_which_all_labels_are_masked_are_refused_by_name(record, packing, tmp_path):
+def test_rows_without_labels_are_rejected_by_name(record, packing, tmp_path):
     """unslothai/unsloth#2095, #2900: all labels are -100, and the loss is 0 or NaN."""
     rows = [{"input_ids": [1, 2], "labels": [X, 2]}, record]
 
@@ -208,8 +208,8 @@ def test_rows_of_which_all_labels_are_masked_are_refused_by_name(record, packing
 @pytest.mark.parametrize(
     ("overflow", "reason"), [("truncate", "no target token is left"), ("keep_target", "no whole target fits")]
 )
-def test_a_row_that_loses_its_answer_to_max_length_is_refused_by_name(overflow, reason, tmp_path):
-    """TRL cuts from the right, and drops what is left without an answer uncounted, or packs it."""
+def test_a_row_that_loses_its_answer_to_max_length_is_rejected_by_name(overflow, reason, tmp_path):
+    """TRL truncates on the right, and silently drops rows without an answer, or packs them."""
     long = {"instruct": "p" * 40, "input": "", "label": "x" * 40}
 
     with pytest.raises(DataError) as error:
@@ -218,7 +218,7 @@ def test_a_row_that_loses_its_answer_to_max_length_is_refused_by_name(overflow, 
     assert f"rows.jsonl:9 ({reason}" in str(error.value)
 
 
-def test_a_long_prompt_is_cut_and_the_answer_is_kept():
+def test_a_long_prompt_is_truncated_and_the_answer_is_kept():
     """huggingface/trl#6320; LLaMA-Factory keeps 286 + 14 tokens of a 4000 + 200 row at cutoff 300."""
     dataset = SFTDataset([prompted("p" * 4000, "a" * 200)], byte_tokenizer(), max_length=300)
 
@@ -228,8 +228,8 @@ def test_a_long_prompt_is_cut_and_the_answer_is_kept():
 # --- the border between prompt and answer
 
 
-def test_the_border_is_found_where_the_template_is_no_string_of_tokens():
-    """huggingface/trl#588, #1820: '### Response:' has other ids in its place; all is masked."""
+def test_the_border_is_found_even_if_the_template_has_no_fixed_tokens():
+    """huggingface/trl#588, #1820: '### Response:' has other ids in context, and everything is masked."""
     tokenizer = byte_tokenizer(merges=[("Ċ", "#"), (":", "Ċ"), ("Ċ", "A")])
     record = {"instruction": "Say A.", "input": "", "output": "A or B"}
 
@@ -250,8 +250,8 @@ def test_the_prompt_of_training_is_the_prompt_of_generation_id_by_id():
     assert encode_prompts([example], tokenizer, LabelOptions()) == [[*b"Say A.\n"]]
 
 
-def test_an_answer_that_looks_like_the_template_is_learned_whole():
-    """axolotl compares with a dummy message, and of ``[[1, 2], [3, 4]]`` trains only ``1, 2], [3, 4``."""
+def test_an_answer_that_looks_like_the_template_is_learned_completely():
+    """axolotl compares with a dummy message, and trains only ``1, 2], [3, 4`` of ``[[1, 2], [3, 4]]``."""
     tokenizer = chat_tokenizer(UNMARKED)
     chat = Chat([TURNS[0], {"role": "assistant", "content": "[[1, 2], [3, 4]]"}])
 
@@ -272,7 +272,7 @@ def test_a_template_without_generation_marks_still_learns_the_answers():
 
 
 def test_every_turn_of_a_conversation_is_learned_with_its_end_and_no_other_text():
-    """axolotl#1761, #2089: in conversations of several turns labels are lost or stand in the wrong turn."""
+    """axolotl#1761, #2089: in conversations with several turns, labels are lost or in the wrong turn."""
     tokenizer = chat_tokenizer()
     row = SFTDataset([Chat(TURNS)], tokenizer)[0]
     last = SFTDataset([Chat(TURNS)], tokenizer, train_on="last_turn")[0]
@@ -282,8 +282,8 @@ def test_every_turn_of_a_conversation_is_learned_with_its_end_and_no_other_text(
     assert [label for label in row["labels"] if label == IM_END] == [IM_END, IM_END]
 
 
-def test_a_template_that_rewrites_earlier_turns_gives_each_turn_a_row_as_it_is_asked():
-    """Reasoning templates drop the thoughts of earlier turns: in one row they would be seen by later ones."""
+def test_a_template_that_rewrites_earlier_turns_gets_a_row_per_turn():
+    """Reasoning templates drop the reasoning of earlier turns, which later turns of one row would see."""
     tokenizer = chat_tokenizer(
         UNMARKED.replace(
             "message.content", "(message.content if loop.last else message.content.split('#')[-1])"
@@ -300,8 +300,8 @@ def test_a_template_that_rewrites_earlier_turns_gives_each_turn_a_row_as_it_is_a
     ]
 
 
-def test_reasoning_beside_the_content_is_learned_or_refused():
-    """jingyaogong/minimind#737: it is dropped in silence, and the model learns not to think."""
+def test_separate_reasoning_is_learned_or_rejected():
+    """jingyaogong/minimind#737: it is silently dropped, and the model learns not to reason."""
     thoughtful = Chat([TURNS[0], {**TURNS[1], "reasoning": "a greeting"}])
     shows = UNMARKED.replace("message.content", "(message.reasoning_content or '') + message.content")
 
@@ -311,8 +311,8 @@ def test_reasoning_beside_the_content_is_learned_or_refused():
         SFTDataset([thoughtful], chat_tokenizer(UNMARKED))
 
 
-def test_a_template_that_drops_a_message_in_silence_is_refused_with_the_row(tmp_path):
-    """Many templates render user and assistant turns only, and leave out the results of tools."""
+def test_a_template_that_silently_drops_a_message_is_rejected_with_the_row(tmp_path):
+    """Many templates only render user and assistant turns, and omit the results of tools."""
     (tmp_path / "deaf.jinja").write_text(
         UNMARKED.replace("{{ '<|im_start|>' +", "{{ '' if message.role == 'tool' else '<|im_start|>' +")
     )
@@ -327,7 +327,7 @@ def test_a_template_that_drops_a_message_in_silence_is_refused_with_the_row(tmp_
     assert "rows.jsonl:2: the chat template omits message 3 (role tool); fix: " in str(error.value)
 
 
-def test_training_and_inference_render_one_template(tmp_path):
+def test_training_and_inference_use_the_same_template(tmp_path):
     """hiyouga/LLaMA-Factory#8720: trained with one template, served with another."""
     records = [{"messages": TURNS}] * 4
     settings = {"tokenizer": {"chat_template": "chatml"}, "train": {"max_steps": 1}}
@@ -343,8 +343,8 @@ def test_training_and_inference_render_one_template(tmp_path):
     assert trained[len(asked) :] == [*b"Bye", IM_END]
 
 
-def test_no_system_prompt_is_put_into_a_conversation_that_has_none():
-    """LLaMA-Factory's ``formatting: openai`` injects one."""
+def test_no_system_prompt_is_added_to_a_conversation():
+    """LLaMA-Factory's ``formatting: openai`` adds one."""
     tokenizer = chat_tokenizer()
 
     row = SFTDataset([Chat(TURNS[:2])], tokenizer)[0]
@@ -356,7 +356,7 @@ def test_no_system_prompt_is_put_into_a_conversation_that_has_none():
 
 
 @pytest.mark.parametrize("text", ["Q", "<s>Q"])
-def test_a_start_token_comes_once(text):
+def test_a_start_token_occurs_once(text):
     """transformers#37686: the template writes one, and the tokenizer another."""
     tokenizer = sentencepiece_tokenizer(adds_bos=True)
     plain = SFTDataset([prompted(text, "A")], tokenizer)[0]
@@ -369,8 +369,8 @@ def test_a_start_token_comes_once(text):
     assert [row["input_ids"][0] for row in (plain, chat)] == [1, 1]
 
 
-def test_a_text_that_begins_with_a_start_token_of_its_own_is_refused_with_the_row(tmp_path):
-    """The same by the data, where control tokens in them are allowed."""
+def test_a_text_that_begins_with_a_start_token_is_rejected_with_the_row(tmp_path):
+    """The same fault in the data, if control tokens are allowed in it."""
     model = save(tmp_path, tokenizer=sentencepiece_tokenizer(adds_bos=True), vocab_size=400)
     records = [*RECORDS, {"instruct": "<s>say", "input": "", "label": "x"}]
 
@@ -381,7 +381,7 @@ def test_a_text_that_begins_with_a_start_token_of_its_own_is_refused_with_the_ro
     assert "no row begins with two start tokens: expected one start token, got two" in str(error.value)
 
 
-def test_added_tokens_are_saved_with_a_row_each_and_open_without_resizing(tmp_path):
+def test_added_tokens_are_saved_with_their_rows_and_load_without_resizing(tmp_path):
     """hiyouga/LLaMA-Factory#7997, huggingface/peft#1457, #2898: added tokens, no reload."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<think>", "</think>"])
@@ -399,7 +399,7 @@ def test_added_tokens_are_saved_with_a_row_each_and_open_without_resizing(tmp_pa
 # --- the loss
 
 
-def test_documents_of_a_packed_row_do_not_see_each_other():
+def test_documents_of_a_packed_row_do_not_attend_to_each_other():
     """huggingface/trl#1230; LLaMA-Factory's packing without neat_packing: logits differ by 6.9."""
     register()
     model = tiny_model("llama")
@@ -419,7 +419,7 @@ def test_documents_of_a_packed_row_do_not_see_each_other():
     assert torch.allclose(together, single, atol=1e-6)
 
 
-def test_accumulation_changes_no_loss(tmp_path):
+def test_accumulation_does_not_change_the_loss(tmp_path):
     """transformers#37766, axolotl#3982: the mean of means of unequal micro-batches."""
     found = []
     for batch, steps in ((4, 1), (2, 2), (1, 4)):
@@ -437,7 +437,7 @@ def test_accumulation_changes_no_loss(tmp_path):
     assert found[2] == pytest.approx(found[0], rel=1e-5)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_is_never_shown_as_0(tmp_path, capsys):
+def test_a_nan_loss_stops_the_run_and_is_never_shown_as_0(tmp_path, capsys):
     """huggingface/trl#6668, #6702: NaN is filtered from the log, which shows 0.0."""
     with pytest.raises(DivergedError) as error:
         train(helpers.build_recipe(tmp_path, RECORDS, train={"learning_rate": 1e30, "max_steps": 5}))
@@ -450,7 +450,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_never_shown_as_0(tmp_path
 # --- saving
 
 
-def test_a_model_whose_generation_settings_contradict_each_other_is_saved(tmp_path):
+def test_a_model_with_contradictory_generation_settings_is_saved(tmp_path):
     """transformers#29988: the run crashes in save_pretrained, after hours of training."""
     model = save(tmp_path)
     path = Path(model["name_or_path"], "generation_config.json")
@@ -463,7 +463,7 @@ def test_a_model_whose_generation_settings_contradict_each_other_is_saved(tmp_pa
 
 
 def test_a_model_from_scratch_is_saved_with_its_cache_on(tmp_path):
-    """From-scratch models that the Trainer saved generate without their cache, many times slower."""
+    """Models trained from scratch with the Trainer generate without a cache, many times slower."""
     sizes = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64}
     model = {"name_or_path": None, "init": "scratch", "config": sizes}
     train(
@@ -486,13 +486,13 @@ def write_recipe(folder: Path, line: str) -> Path:
 
 
 @pytest.mark.parametrize("number", ["2e-5", "2.0e-5", "2E-5", "0.00002"])
-def test_a_learning_rate_in_any_spelling_is_a_number(number, tmp_path):
+def test_a_learning_rate_in_any_notation_is_a_number(number, tmp_path):
     """hiyouga/LLaMA-Factory#4014: YAML 1.1 reads 2e-5 as text."""
     assert load_recipe(write_recipe(tmp_path, f"learning_rate: {number}")).train["learning_rate"] == 0.00002
 
 
-def test_an_unknown_key_is_refused_with_its_line_and_the_key_that_was_meant(tmp_path):
-    """TRL's command line drops an unknown key: ``learning_rat: 3e-4`` trained at 2e-5."""
+def test_an_unknown_key_is_rejected_with_its_line_and_the_nearest_key(tmp_path):
+    """TRL's command line ignores an unknown key: ``learning_rat: 3e-4`` trained at 2e-5."""
     with pytest.raises(RecipeError) as error:
         load_recipe(write_recipe(tmp_path, "learning_rat: 3e-4"))
 

@@ -1,4 +1,4 @@
-"""A run that was cut in two ends in the same weights, bit by bit."""
+"""An interrupted and resumed run ends with the same weights, bit by bit."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "xyz"[: n % 3 + 1] *
 
 
 def build_recipe(folder: Path, *, dropout: float = 0.1, **settings: Any) -> Recipe:
-    """13 rows, 2 x 2 a step: 10 steps reach into the third epoch; dropout everywhere."""
+    """Builds a recipe with 13 rows and 2 x 2 per step: 10 steps reach the third epoch; dropout everywhere."""
     model = tiny_model("gpt2", resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
     name = save_folder(folder / "model", model, byte_tokenizer())
     defaults = {"max_steps": 10, "learning_rate": 1e-2, "gradient_accumulation_steps": 2}
@@ -31,10 +31,10 @@ def read_logs(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor"])
-def test_five_steps_and_five_more_are_ten(tmp_path, optim):
+def test_five_steps_and_five_more_equal_ten(tmp_path, optim):
     train(build_recipe(tmp_path, optim=optim))
     checkpoint = str(tmp_path / "run" / "checkpoint-5")
-    torch.manual_seed(987)  # what a new process would not have in common with the old one
+    torch.manual_seed(987)  # a new process has another random state
 
     train(
         build_recipe(
@@ -54,8 +54,8 @@ def test_five_steps_and_five_more_are_ten(tmp_path, optim):
             assert entry[key] == logs[step][key], (step, key)
 
 
-def test_dropout_is_on_in_this_test(tmp_path):
-    """Else the test above would say nothing of the random state."""
+def test_dropout_is_active_in_these_tests(tmp_path):
+    """Otherwise, the test above would not cover the random state."""
     train(build_recipe(tmp_path, max_steps=1, save_strategy="no"))
     train(
         build_recipe(tmp_path, dropout=0.0, max_steps=1, save_strategy="no", output_dir=str(tmp_path / "b"))

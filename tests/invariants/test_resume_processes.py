@@ -1,4 +1,4 @@
-"""Runs of two processes that are cut off go on exactly, and on one process with the same rows; and back."""
+"""Interrupted runs of two processes resume exactly, also on one process with the same rows; and back."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ from hf_clm.cli import main
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """One process with the global batch of the two."""
+    """A run of one process with the global batch of two."""
     folder = prepare(tmp_path_factory.mktemp("processes") / "alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -26,7 +26,7 @@ def alone(tmp_path_factory) -> Path:
 
 
 def cut_off(source: Path, folder: Path) -> Path:
-    """The run as it was between its two saves."""
+    """Restores the run to its state between its two saves."""
     shutil.copytree(source, folder)
     run = folder / "run"
     for name in ("run.json", "model.safetensors"):
@@ -44,7 +44,7 @@ def check_same_losses(folder: Path, expected: Path) -> None:
         assert found == wanted, key
 
 
-def test_two_processes_go_on_with_the_rows_of_one(tmp_path, alone):
+def test_two_processes_resume_with_the_rows_of_one(tmp_path, alone):
     folder = cut_off(alone, tmp_path / "two")
 
     done = train_on_two(folder)
@@ -53,7 +53,7 @@ def test_two_processes_go_on_with_the_rows_of_one(tmp_path, alone):
     check_same_losses(folder, alone)
 
 
-def test_one_process_goes_on_with_the_rows_of_two(tmp_path, alone, monkeypatch):
+def test_one_process_resumes_with_the_rows_of_two(tmp_path, alone, monkeypatch):
     two = prepare(tmp_path / "two")
     train_on_two(two)
     folder = cut_off(two, tmp_path / "one")
@@ -64,7 +64,7 @@ def test_one_process_goes_on_with_the_rows_of_two(tmp_path, alone, monkeypatch):
     check_same_losses(folder, alone)
 
 
-def test_another_global_batch_is_refused(tmp_path, alone, monkeypatch, capsys):
+def test_another_global_batch_is_rejected(tmp_path, alone, monkeypatch, capsys):
     folder = cut_off(alone, tmp_path / "one")
     monkeypatch.chdir(folder)
 
@@ -73,8 +73,8 @@ def test_another_global_batch_is_refused(tmp_path, alone, monkeypatch, capsys):
     assert "run/checkpoint-4: not the run of this recipe: global_batch (4, now 2)" in capsys.readouterr().err
 
 
-def test_two_processes_that_are_killed_go_on_exactly(tmp_path):
-    """With dropout, accumulation and a worker each; kill -9 to both at once."""
+def test_two_killed_processes_resume_exactly(tmp_path):
+    """With dropout, accumulation and a worker each; both are killed at once."""
     recipe = RECIPE.replace(
         "save_steps: 4", "save_steps: 2\n  gradient_accumulation_steps: 2\n  dataloader_num_workers: 1"
     )

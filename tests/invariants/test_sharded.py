@@ -1,4 +1,4 @@
-"""A model that is spread over two processes (torch's fully_shard) learns and saves what one process does."""
+"""A model sharded over two processes (fully_shard) learns and saves the same as in one process."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from hf_clm.model.loss import use_target_loss
 from hf_clm.training.saving import without_copies
 
 ROOT = Path(__file__).resolve().parents[2]
-# Documents of the two processes: 2 + 1 + 3 and 5 + 4 targets, so that a mean of means would be off.
+# Documents of the two processes, with 2 + 1 + 3 and 5 + 4 targets, so that a mean of means would be wrong.
 DOCUMENTS = [
     [
         {"input_ids": [5, 6, 7, 8], "labels": [X, X, 7, 8]},
@@ -38,7 +38,7 @@ def build(head: str) -> Any:
 
 
 def build_optimizer(model: Any) -> torch.optim.Optimizer:
-    """The eps is large: else the rounding of a gradient near zero would move a weight by a whole step."""
+    """Uses a large eps: otherwise, rounding errors of gradients near zero would become full steps."""
     return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-4)
 
 
@@ -46,7 +46,7 @@ def build_optimizer(model: Any) -> torch.optim.Optimizer:
 
 
 def main(rank: int, folder: Path) -> None:
-    """Trains every case, spread; rank 0 writes losses and norms, and the models as folders."""
+    """Trains every case sharded; rank 0 writes losses, norms and models."""
     place = f"file://{folder / 'meeting'}"
     torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
     register()
@@ -58,7 +58,7 @@ def main(rank: int, folder: Path) -> None:
 
 
 def train_spread(case: tuple[str, str], *, rank: int, folder: Path) -> list[tuple[float, float]]:
-    """Loss of both processes and gradient norm before clipping, of each step; with our loss and attention."""
+    """Returns the loss of both processes and the gradient norm before clipping, per step."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     model = build(case[0])
@@ -72,7 +72,7 @@ def train_spread(case: tuple[str, str], *, rank: int, folder: Path) -> list[tupl
     batch.pop("padding_tokens", None)
     steps = []
     for _ in range(STEPS):
-        with target_loss.measuring():  # the processes average their gradients, hence the 2
+        with target_loss.measuring():  # 2: the processes average their gradients
             loss = 2 * model(**batch, use_cache=False, num_items_in_batch=TARGETS).loss
         loss.backward()
         norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -110,7 +110,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def train_alone(head: str) -> tuple[list[tuple[float, float]], Any]:
-    """The same in one process with the stock model and loss, one document at a time."""
+    """Trains the same in one process with the stock model and loss, one document at a time."""
     model = build(head)
     optimizer, steps = build_optimizer(model), []
     for _ in range(STEPS):
@@ -128,12 +128,12 @@ def train_alone(head: str) -> tuple[list[tuple[float, float]], Any]:
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_a_spread_model_learns_and_saves_what_one_process_does(folder, case):
+def test_a_sharded_model_learns_and_saves_the_same_as_one_process(folder, case):
     expected, model = train_alone(case[0])
     found = torch.load(folder / "found.pt")[case]
 
     assert found == [pytest.approx(step, rel=1e-5) for step in expected]
-    assert min(norm for _, norm in expected) > CLIP  # so the clipping counts
+    assert min(norm for _, norm in expected) > CLIP  # so clipping has an effect
     saved = AutoModelForCausalLM.from_pretrained(folder / "-".join(case)).state_dict()
     weights = model.state_dict()
     assert saved.keys() == weights.keys()

@@ -1,4 +1,4 @@
-"""Real processes that are asked to stop: one step for all, one checkpoint, and one line that says so."""
+"""Processes that are asked to stop: all stop at the same step, with one checkpoint and one line."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from watched import (
     wait_for,
 )
 
-# Holds no lock of Python and never returns, as a library that waits for another process.
+# Releases Python's lock and never returns, like a library that waits for another process.
 STUCK = """
 import ctypes
 from hf_clm.training.signals import Stop, listening
@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def check_stopped(folder: Path, reason: str) -> None:
-    """One checkpoint at the last step, no final model, no lock, and one line that says so."""
+    """Checks for one checkpoint at the last step, one line about it, no final model and no lock."""
     last = steps(folder)[-1]
     found = facts(folder)
     assert (found["status"], found["stopped_by"], found["stopped_at_step"]) == ("preempted", reason, last)
@@ -54,7 +54,7 @@ def check_stopped(folder: Path, reason: str) -> None:
     ]
 
 
-def test_sigterm_saves_and_ends_with_75_and_a_second_run_is_refused_meanwhile(folder):
+def test_sigterm_saves_and_ends_with_75_and_a_second_run_is_rejected_meanwhile(folder):
     process = fork(folder)
     reach_step(folder, process)
     second = Forked(folder, ["-m", "hf_clm", "train", "recipe.yaml", "--overwrite"], name="second-")
@@ -71,7 +71,7 @@ def test_sigterm_saves_and_ends_with_75_and_a_second_run_is_refused_meanwhile(fo
     assert process.read().err.splitlines()[-1:] == [FIRST]
 
 
-def test_a_second_sigterm_ends_a_process_that_waits_inside_a_library(tmp_path):
+def test_a_second_sigterm_ends_a_process_that_hangs_in_a_library(tmp_path):
     (tmp_path / "stuck.py").write_text(STUCK)
     process = Forked(tmp_path, ["stuck.py"])
     wait_for(lambda: process.read().out == "listens\n")
@@ -95,8 +95,8 @@ def test_ctrl_c_ends_with_130(folder):
     check_stopped(folder, "SIGINT")
 
 
-def test_a_signal_to_all_processes_of_a_run_leaves_those_that_load_data_to_the_end_of_the_step(folder):
-    """Slurm sends it to all of them."""
+def test_a_signal_to_all_processes_does_not_end_data_workers_before_the_step(folder):
+    """Slurm sends it to all processes."""
     process = fork(folder, "--dataloader_num_workers", "2", "--dataloader_persistent_workers", "true")
     reach_step(folder, process)
     os.killpg(process.pid, signal.SIGTERM)
@@ -105,7 +105,7 @@ def test_a_signal_to_all_processes_of_a_run_leaves_those_that_load_data_to_the_e
     check_stopped(folder, "SIGTERM")
 
 
-def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(folder):
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(folder):
     ranks = fork_two(folder)
     reach_step(folder, ranks[0])
     ranks[1].send_signal(signal.SIGUSR1)
@@ -114,8 +114,8 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(folder):
     check_stopped(folder, "SIGUSR1")
 
 
-def test_signals_at_different_times_stop_both_processes_at_one_step(folder):
-    """Each gets it twice, as where a launcher passes on what has reached its processes already."""
+def test_signals_at_different_times_stop_both_processes_at_the_same_step(folder):
+    """Each receives it twice, as if a launcher forwarded a signal that its processes already received."""
     ranks = fork_two(folder, TORCHELASTIC_RUN_ID="none")
     reach_step(folder, ranks[0])
     for rank in (1, 0, 1, 0):
@@ -136,14 +136,14 @@ def test_a_signal_to_the_launcher_of_two_processes_stops_both(folder):
     assert sorted(of_ranks) == ["0", "1"]
     launcher.terminate()
 
-    assert launcher.wait(LIMIT_SECONDS) == 1  # torchrun has one exit code for everything
+    assert launcher.wait(LIMIT_SECONDS) == 1  # torchrun always exits with 1
     check_stopped(folder, "SIGTERM")
     assert not any(is_alive(child) for child in of_ranks.values())
 
 
 @pytest.mark.slow
 def test_a_run_does_not_outlive_its_launcher(folder):
-    """``accelerate launch`` of one process passes no signal on."""
+    """``accelerate launch`` with one process does not forward signals."""
     launcher = start(folder, accelerate())
     reach_step(folder, launcher)
     (child,) = children(launcher.pid).values()
@@ -156,7 +156,7 @@ def test_a_run_does_not_outlive_its_launcher(folder):
 
 @pytest.mark.large
 def test_sigterm_to_launcher_and_processes_at_once_stops_both_after_one_checkpoint(folder):
-    """As Slurm does, with the launcher and the setting of the README: the processes get it twice."""
+    """As with Slurm, and the launcher and setting of the README: the processes receive it twice."""
     command = accelerate("--config_file", str(ACCELERATE / "cpu.yaml"))
     launcher = start(folder, command, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="110")
     reach_step(folder, launcher)

@@ -1,6 +1,6 @@
-"""Kill -9 at random times, again and again: nothing behind the last save is lost, nothing else happens.
+"""Repeated kill -9 at random times: only steps after the last save are lost, and nothing else happens.
 
-HF_CLM_SOAK_KILLS: how many; `make soak` has 200.
+HF_CLM_SOAK_KILLS sets the number of kills; `make soak` uses 200.
 """
 
 import json
@@ -26,7 +26,7 @@ CHANGES: dict[str, Any] = {
 
 
 def newest(run: Path) -> int:
-    """The step of the newest checkpoint that is as it was saved; 0 where there is none."""
+    """Returns the step of the newest complete checkpoint; 0 if there is none."""
     sound = [path for path in find_checkpoints(run) if read_seal(path) and not fault_of(path)]
     if sound:
         AutoModelForCausalLM.from_pretrained(sound[-1])
@@ -34,7 +34,7 @@ def newest(run: Path) -> int:
 
 
 def started_at(printed: str) -> int:
-    """The step that a start went on from, by what it printed; the last where the run was done."""
+    """Returns the step that a process resumed from, by its output; the last step if the run was done."""
     if "this run is done" in printed:
         return CHANGES["train"]["max_steps"]
     lines = [line for line in printed.splitlines() if line.startswith("resumes   from")]
@@ -42,7 +42,7 @@ def started_at(printed: str) -> int:
 
 
 def wait_for_a_kill(process: Any, run: Path, *, rng: random.Random, pace: float) -> None:
-    """Returns at a random moment: one time in four of the start; else before, in or behind some save.
+    """Returns at a random moment: once in four times during the start, otherwise around a save.
 
     ``pace``: seconds between two saves.
     """
@@ -58,7 +58,7 @@ def wait_for_a_kill(process: Any, run: Path, *, rng: random.Random, pace: float)
 
 @pytest.mark.large
 @pytest.mark.timeout(3600)
-def test_random_kills_lose_nothing_behind_the_last_save(tmp_path, capsys):
+def test_random_kills_lose_only_steps_after_the_last_save(tmp_path, capsys):
     rng = random.Random(0)
     whole = tmp_path / "whole"
     whole.mkdir()

@@ -1,6 +1,6 @@
-"""The whole run under accelerate's FSDP2, on two processes of a CPU, is the run of one process.
+"""A complete run with accelerate's FSDP2, on two CPU processes, equals the run of one process.
 
-``spread_on_cpu.py`` says how. Without a GPU untested: NCCL, mixed precision of CUDA kernels, offloading.
+See ``spread_on_cpu.py``. Not tested without a GPU: NCCL, mixed precision of CUDA kernels, offloading.
 """
 
 import os
@@ -24,7 +24,7 @@ PROGRAM = [str(ROOT / "tests" / "spread_on_cpu.py")]
 CHECKPOINTING = {"activation_checkpointing: false": "activation_checkpointing: true"}
 HYBRID = "parallelism_config: {parallelism_config_dp_replicate_size: 2, parallelism_config_dp_shard_size: 2}"
 TIED = {"tie_word_embeddings": True}
-# The model; words behind the command of the spread run; what differs from fsdp2.yaml.
+# The model; additional options of the sharded run; changes to fsdp2.yaml.
 CASES = {
     "untied": ({}, [], {}),
     "tied": (TIED, [], CHECKPOINTING),
@@ -36,7 +36,7 @@ SAME_ALONE = {"in parts": "tied", "hybrid": "untied"}
 
 
 def spread(folder: Path, *words: str, changes: dict[str, str] | None = None) -> Path:
-    """Runs fsdp2.yaml on its two processes; with changes of its text."""
+    """Runs with fsdp2.yaml, with changes to its text, on two processes."""
     text = (ACCELERATE / "fsdp2.yaml").read_text()
     for old, new in (changes or {}).items():
         assert text.count(old) == 1, old
@@ -49,7 +49,7 @@ def spread(folder: Path, *words: str, changes: dict[str, str] | None = None) -> 
 
 
 def read_launcher_file(file: Path) -> tuple[int, dict[str, str]]:
-    """How many processes ``accelerate launch`` starts with it, and what it adds to their environment."""
+    """Returns the number of processes that ``accelerate launch`` starts, and their environment variables."""
     words = launch_command_parser().parse_args(["--config_file", str(file), *PROGRAM])
     words, *_ = _validate_launch_command(words)
     found = prepare_multi_gpu_env(words)
@@ -72,7 +72,7 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def run_once(tmp_path_factory) -> Callable[..., Path]:
-    """Makes each run when the first test needs it: ``(alone or spread, case)`` -> its folder."""
+    """Performs each run when a test first needs it: ``(alone or spread, case)`` -> its folder."""
     folder, found = tmp_path_factory.mktemp("runs"), {}
 
     def run(how: str, case: str) -> Path:
@@ -89,7 +89,7 @@ def run_once(tmp_path_factory) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_spread_run_is_the_run_of_one_process(run_once, case):
+def test_a_sharded_run_equals_the_run_of_one_process(run_once, case):
     if case == "lora":
         pytest.importorskip("peft")
     alone, two = run_once("alone", case), run_once("spread", case)
@@ -108,7 +108,7 @@ def test_a_spread_run_is_the_run_of_one_process(run_once, case):
 
 
 @pytest.mark.parametrize("case", ["tied", "in parts"])
-def test_a_spread_run_goes_on_exactly(run_once, tmp_path, case):
+def test_a_sharded_run_resumes_exactly(run_once, tmp_path, case):
     whole = run_once("spread", case)
     again = shutil.copytree(whole, tmp_path / "again")
     shutil.rmtree(again / "run" / "checkpoint-8")
@@ -122,7 +122,7 @@ def test_a_spread_run_goes_on_exactly(run_once, tmp_path, case):
 
 
 @pytest.mark.slow
-def test_accelerate_launches_a_spread_run(run_once, tmp_path):
+def test_accelerate_launches_a_sharded_run(run_once, tmp_path):
     folder = prepare(tmp_path / "two", UNSAMPLED)
     command = [str(BIN / "accelerate"), "launch", "--config_file", str(ACCELERATE / "fsdp2.yaml")]
 
@@ -136,7 +136,7 @@ def test_accelerate_launches_a_spread_run(run_once, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_a_spread_run_in_bfloat16_does_not_round_its_loss(tmp_path):
+def test_a_sharded_run_in_bfloat16_does_not_round_its_loss(tmp_path):
     words = ["--bf16", "true", "--data.packing", "best_fit"]
     alone = train_alone(prepare(tmp_path / "alone", UNSAMPLED), *words)
     two = spread(prepare(tmp_path / "two", UNSAMPLED), *words)

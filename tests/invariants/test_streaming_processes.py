@@ -1,4 +1,4 @@
-"""A stream on two processes: each reads its own part, none waits, and one process takes the same rows."""
+"""A stream on two processes: each reads its part without waiting, and one process reads the same rows."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 
 from hf_clm.cli import main
 
-# The second chunk holds one document: its shard is through it long before the other has begun again.
+# The second chunk has one document, so its shard starts over long before the other one.
 RECORDS = [{"text": f"{n} " + "xyz"[: n % 3 + 1] * (n % 5)} for n in range(20)]
 RECORDS += [{"text": "long " * 60, "note": "." * 8000}, {"text": "long " * 60}]
 RECIPE = """\
@@ -61,7 +61,7 @@ def two(tmp_path_factory) -> Path:
 
 
 def cut_off(two: Path, folder: Path) -> Path:
-    """The run as it was after its first save."""
+    """Restores the run to its state after the first save."""
     shutil.copytree(two, folder)
     (folder / "run" / "checkpoint-6" / "SEALED.json").unlink()
     (folder / "run" / "run.json").unlink()
@@ -83,7 +83,7 @@ def test_two_processes_take_the_rows_of_one_with_two_workers_and_one_resumes_for
     totals = [json.loads((folder / "run" / "run.json").read_text())["stream"] for folder in (one, two)]
     assert totals[0] == totals[1]
     assert totals[0]["shards"] == 2
-    assert found[1]["places"][0]["epoch"] >= 1  # the long document again and again
+    assert found[1]["places"][0]["epoch"] >= 1  # the long document, repeatedly
     again = cut_off(two, tmp_path / "again")
     monkeypatch.chdir(again)
     assert main(["train", "recipe.yaml", *ONE]) == 0
@@ -100,8 +100,8 @@ def test_two_processes_resume_bit_by_bit(two, tmp_path):
     assert losses(again) == losses(two)
 
 
-def test_one_process_resumes_for_two_and_reads_no_document_twice(tmp_path, monkeypatch):
-    """One document a row, 4 rows a step: 28 documents are read by two processes, then by one."""
+def test_one_process_resumes_a_run_of_two_and_reads_no_document_twice(tmp_path, monkeypatch):
+    """One document per row, 4 rows per step: two processes, and then one, read 28 documents in total."""
     folder = write_run(tmp_path / "two")
     write_jsonl(folder / "rows.jsonl", [{"text": f"{n} " * n, "note": "." * 2090} for n in range(1, 29)])
     options = ("--data.packing", "none", "--data.max_length", "128", "--save_steps", "3")
@@ -118,10 +118,10 @@ def test_one_process_resumes_for_two_and_reads_no_document_twice(tmp_path, monke
     assert (said["shards"], said["fates"]) == (1, {"used": 28})
 
 
-def test_an_error_that_the_second_process_alone_meets_is_said_and_ends_both(tmp_path):
-    """Its chunks are those of odd numbers; the bad records are in the last one."""
+def test_an_error_in_the_second_process_alone_is_reported_and_ends_both(tmp_path):
+    """It reads the chunks with odd numbers; the bad records are in the last one."""
     folder = write_run(tmp_path / "two")
-    lines = ['{"text": "abc"}'] * 3584 + ["no json        "] * 512  # 512 to a chunk
+    lines = ['{"text": "abc"}'] * 3584 + ["no json        "] * 512  # 512 per chunk
     (folder / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines))
     words = ("--data.packing", "none", "--data.shuffle_buffer", "500", "--data.on_bad_record", "drop")
     words += ("--per_device_train_batch_size", "32", "--max_steps", "200", "--logging_steps", "100")

@@ -1,4 +1,4 @@
-"""A run over a stream that was cut in two ends in the same weights, bit by bit."""
+"""An interrupted and resumed run over a stream ends with the same weights, bit by bit."""
 
 import json
 import re
@@ -15,12 +15,12 @@ from hf_clm.errors import DataError
 from hf_clm.recipe.recipe import Recipe
 from hf_clm.training.run import train
 
-# 28 documents, three or four to a chunk, 4 rows a step: 10 steps reach into the second pass of three shards.
+# 28 documents, 3 or 4 per chunk, 4 rows per step: 10 steps reach the second pass of three shards.
 RECORDS = [{"text": f"{n} " + "xyz"[: n % 3 + 1] * n, "note": "." * 2090} for n in range(1, 29)]
 
 
 def build_recipe(folder: Path, *, data: dict[str, Any] | None = None, **settings: Any) -> Recipe:
-    """Dropout everywhere, 2 x 2 rows a step, blocks of a chunk; stopped in the middle of a block."""
+    """Builds a recipe with dropout, 2 x 2 rows per step and blocks of a chunk; it stops within a block."""
     model = tiny_model("gpt2", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
     name = save_folder(folder / "model", model, byte_tokenizer())
     content = {"packing": "stream", "streaming": True, "shuffle_buffer": 4, "max_length": 32, **(data or {})}
@@ -36,10 +36,10 @@ def read_logs(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_three_steps_and_seven_more_are_ten(tmp_path, workers):
+def test_three_steps_and_seven_more_equal_ten(tmp_path, workers):
     train(build_recipe(tmp_path, dataloader_num_workers=workers))
     checkpoint = tmp_path / "run" / "checkpoint-3"
-    torch.manual_seed(987)  # what a new process would not have in common with the old one
+    torch.manual_seed(987)  # a new process has another random state
 
     again: dict[str, Any] = {
         "output_dir": str(tmp_path / "second"),
@@ -60,8 +60,8 @@ def test_three_steps_and_seven_more_are_ten(tmp_path, workers):
     assert facts["stream"] == said["stream"]
 
 
-def test_the_position_is_that_of_the_last_row_trained_on_not_of_what_workers_read_ahead(tmp_path):
-    """One document a row; 3 steps of 4 rows are 12, the last of the third chunk."""
+def test_the_position_is_that_of_the_last_row_trained_on(tmp_path):
+    """Workers have read ahead. One document per row; 3 steps of 4 rows end with the third chunk."""
     whole = {"packing": "none", "max_length": 128}
     train(build_recipe(tmp_path, data=whole, dataloader_num_workers=1, max_steps=3))
 
@@ -73,8 +73,8 @@ def test_the_position_is_that_of_the_last_row_trained_on_not_of_what_workers_rea
     assert place["counts"] == {"used": 12}
 
 
-def test_on_another_number_of_workers_each_document_is_read_once(tmp_path):
-    """One document a row: 3 steps on two shards and 4 more on one are a pass over all 28."""
+def test_with_another_number_of_workers_each_document_is_read_once(tmp_path):
+    """One document per row: 3 steps on two shards and 4 more on one make one pass over all 28."""
     whole = {"packing": "none", "max_length": 128}
     train(build_recipe(tmp_path, data=whole, max_steps=3, dataloader_num_workers=2))
     again = build_recipe(
@@ -96,7 +96,7 @@ def test_on_another_number_of_workers_each_document_is_read_once(tmp_path):
     assert said["shards"] == 1
 
 
-def test_too_many_drops_in_a_worker_are_one_line(tmp_path):
+def test_too_many_dropped_records_in_a_worker_are_a_one_line_error(tmp_path):
     path = tmp_path / "late.jsonl"
     path.write_text('{"text": "abc"}\n' * 1100 + "no json\n" * 1000)
 

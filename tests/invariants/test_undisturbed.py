@@ -1,4 +1,4 @@
-"""Looking at a model while it trains changes neither its weights nor the random numbers of training."""
+"""Evaluating a model during training changes neither its weights nor the random numbers of training."""
 
 import random
 from pathlib import Path
@@ -19,9 +19,9 @@ LOOKING = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
 
 
 def run(folder: Path, *, looks: bool, name: str = "run", **settings: Any) -> dict[str, torch.Tensor]:
-    """The weights after 9 steps of 2 rows, an epoch being 4 steps, of a model with dropout.
+    """Returns the weights after 9 steps of 2 rows (an epoch is 4 steps) of a model with dropout.
 
-    looks: evaluates, on held-out and training rows, samples, and tests itself; else none of it.
+    looks: whether to evaluate on held-out and training rows, generate samples, and run the self-test.
     """
     if not (folder / "model").exists():
         model = tiny_model("gpt2", resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.2)
@@ -53,12 +53,12 @@ def run(folder: Path, *, looks: bool, name: str = "run", **settings: Any) -> dic
 
 
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    """The weights that are not the same in value and type."""
+    """Returns the names of the weights that differ in value or dtype."""
     return [name for name in one if one[name].dtype != other[name].dtype or not one[name].equal(other[name])]
 
 
 @pytest.mark.parametrize("workers", [{}, PERSISTENT], ids=["loads itself", "persistent workers"])
-def test_evaluations_samples_and_the_self_test_change_no_bit(tmp_path, workers):
+def test_evaluations_samples_and_the_self_test_do_not_change_training(tmp_path, workers):
     alone = run(tmp_path, looks=False, name="alone", eval_on_start=False)
 
     assert differing(alone, run(tmp_path, looks=True, name="looks", **workers)) == []
@@ -69,7 +69,7 @@ def test_evaluations_samples_and_the_self_test_change_no_bit(tmp_path, workers):
     [(4, {}), (6, PERSISTENT)],
     ids=["at the end of an epoch", "within one, with workers"],
 )
-def test_a_run_that_goes_on_draws_the_same_dropout(tmp_path, first, workers):
+def test_a_resumed_run_has_the_same_dropout(tmp_path, first, workers):
     saving = {"save_strategy": "steps", "save_steps": first, "save_total_limit": 9, **workers}
     whole = run(tmp_path, looks=True, name="whole", **saving)
     checkpoint = str(tmp_path / "whole" / f"checkpoint-{first}")
@@ -89,7 +89,7 @@ def test_an_evaluation_in_16_bits_leaves_the_weights_in_32(tmp_path, asked):
     assert any(differing(final, saved) == [] for saved in checkpoints)
 
 
-def test_an_evaluation_in_16_bits_is_one(tmp_path):
+def test_an_evaluation_in_16_bits_has_16_bits(tmp_path):
     def before(name: str, **settings: Any) -> float:
         run(tmp_path, looks=True, name=name, max_steps=1, **settings)
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
@@ -100,16 +100,16 @@ def test_an_evaluation_in_16_bits_is_one(tmp_path):
     assert exact != rounded and rounded == pytest.approx(exact, rel=1e-2)
 
 
-def test_persistent_workers_read_each_set_and_not_always_the_first(tmp_path):
+def test_persistent_workers_read_each_evaluation_set(tmp_path):
     run(tmp_path, looks=True, max_steps=1, **PERSISTENT)
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
 
     found = [text.split(f'"{name}_target_tokens": ')[1].split(",")[0] for name in ("eval", "eval_train")]
 
-    assert found == ["24", "9"]  # completions of 6, 7, 8 and of 1, 2, 3 letters, and their ends
+    assert found == ["24", "9"]  # completions of 6, 7, 8 and of 1, 2, 3 letters, with end tokens
 
 
-def test_random_states_come_back_also_after_an_error():
+def test_random_states_are_restored_after_an_error():
     def draw() -> list[float]:
         return [random.random(), float(np.random.rand()), float(torch.rand(()))]
 

@@ -1,4 +1,4 @@
-"""The loss of a step is the sum of weight times loss of its labels, divided by the sum of their weights."""
+"""The loss of a step is the weighted sum of its labels' losses divided by the sum of their weights."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ from hf_clm.model.loss import LossOptions
 from hf_clm.training.trainer import CLMTrainer
 
 # Four rows of 2, 1, 3 and 5 targets. In micro-batches of one or two rows, and in the second of two
-# processes, some hold weights and some none.
+# processes, some have weights and some do not.
 PLAIN = [
     {"input_ids": [5, 6, 7, 8], "labels": [X, X, 7, 8]},
     {"input_ids": [9, 1], "labels": [X, 1]},
@@ -37,7 +37,7 @@ PLAIN = [
 ]
 ROWS = [
     PLAIN[0],
-    {**PLAIN[1], "weights": [9.0, 3.0]},  # the 9 is of a place without a label
+    {**PLAIN[1], "weights": [9.0, 3.0]},  # the 9 has no label
     PLAIN[2],
     {**PLAIN[3], "weights": [9.0, 0.5, 0.0, 2.0, 0.3, 1.0]},
 ]
@@ -47,12 +47,12 @@ COLLATORS = {
     "packed": DataCollatorForPackedCausalLM(with_targets=True),
     "static": DataCollatorForPackedCausalLM(with_targets=True, static=STATIC, pad_token_id=PAD),
 }
-MODELS = ["qwen2", "granite"]  # of granite, which scales its logits, the Trainer computes the loss
+MODELS = ["qwen2", "granite"]  # granite scales its logits, so the Trainer computes its loss
 Gradients = dict[str, torch.Tensor]
 
 
 class Step(TrainerCallback):
-    """The gradients of a step, before they are used."""
+    """Records the gradients of a step before the optimizer uses them."""
 
     def __init__(self):
         self.gradients: Gradients = {}
@@ -78,7 +78,7 @@ def build(name: str) -> PreTrainedModel:
 def build_trainer(
     folder: Path, rows: list[dict], *, name: str = "qwen2", collator: str = "padded", **settings: Any
 ) -> CLMTrainer:
-    """One step of all rows, in one micro-batch unless ``settings`` says otherwise."""
+    """Builds a trainer for one step of all rows, in one micro-batch by default."""
     options: dict[str, Any] = {"use_cpu": True, "report_to": "none", "logging_steps": 1, "max_steps": 1}
     options |= {"save_strategy": "no", "disable_tqdm": True, "max_grad_norm": 0.0}
     options |= {"train_sampling_strategy": "sequential", "per_device_train_batch_size": len(rows)}
@@ -94,7 +94,7 @@ def build_trainer(
 
 
 def one_step(folder: Path, rows: list[dict], **settings: Any) -> tuple[dict[str, float], Gradients]:
-    """What a step logs, and its gradients."""
+    """Returns the log entry and the gradients of a step."""
     trainer, step = build_trainer(folder, rows, **settings), Step()
     trainer.add_callback(step)
     trainer.train()
@@ -104,7 +104,7 @@ def one_step(folder: Path, rows: list[dict], **settings: Any) -> tuple[dict[str,
 def by_hand(
     name: str, rows: list[dict], *, smoothing: float = 0.0, z_loss: float = 0.0
 ) -> tuple[float, Gradients]:
-    """Loss and gradients of a step, a row at a time from the logits of the stock model."""
+    """Computes loss and gradients of a step row by row from the logits of the stock model."""
     model = build(name)
     total, count = torch.zeros(()), 0.0
     for row in rows:
@@ -121,18 +121,18 @@ def by_hand(
 
 
 def assert_close(found: Gradients, expected: Gradients) -> None:
-    """Differences of 1e-6 of the largest gradient at most."""
+    """Asserts differences of at most 1e-6 of the largest gradient."""
     assert found.keys() == expected.keys()
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     for name, gradient in expected.items():
         assert float((found[name] - gradient).abs().max()) <= 1e-6 * largest, name
 
 
-# --- in each of two processes: this file is run as a program
+# --- the program that runs in each of two processes
 
 
 def main(rank: int, folder: Path) -> None:
-    """Writes what a step of each model logs, and its gradients: the rows 0 and 2 here, 1 and 3 there."""
+    """Writes the log entry and gradients of a step of each model; rows 0 and 2 on rank 0, 1 and 3 on rank 1."""
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=(folder / "port").read_text())
     batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
@@ -157,7 +157,7 @@ def main(rank: int, folder: Path) -> None:
     ],
 )
 @pytest.mark.parametrize(("batch", "accumulation"), [(2, 2), (1, 4)])
-def test_a_step_is_the_bare_weighted_mean_however_it_is_batched(
+def test_a_step_is_the_weighted_mean_however_it_is_batched(
     tmp_path, name, collator, settings, batch, accumulation
 ):
     expected, gradients = by_hand(
@@ -175,7 +175,7 @@ def test_a_step_is_the_bare_weighted_mean_however_it_is_batched(
 
 
 @pytest.mark.slow
-def test_a_step_of_two_processes_of_which_one_has_no_weights_is_that_of_one(tmp_path):
+def test_a_step_of_two_processes_equals_one_if_only_one_has_weights(tmp_path):
     (tmp_path / "port").write_text(free_port())
 
     run_program(__file__, tmp_path)
@@ -188,7 +188,7 @@ def test_a_step_of_two_processes_of_which_one_has_no_weights_is_that_of_one(tmp_
 
 
 @pytest.mark.parametrize("collator", COLLATORS)
-def test_weights_of_1_change_no_bit(tmp_path, collator):
+def test_weights_of_1_have_no_effect(tmp_path, collator):
     weighted = [{**row, "weights": [1.0] * len(row["labels"])} for row in PLAIN]
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
@@ -199,8 +199,8 @@ def test_weights_of_1_change_no_bit(tmp_path, collator):
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
-def test_the_balance_of_experts_stays_in_the_loss_of_a_model_that_scales_its_logits(tmp_path):
-    """It is about 2, beside a likelihood of about 5.6."""
+def test_the_loss_of_a_model_that_scales_its_logits_includes_the_load_balancing_loss(tmp_path):
+    """It is about 2, in addition to a negative log-likelihood of about 5.6."""
     weighted = [{**row, "weights": [1.0] * len(row["labels"])} for row in PLAIN]
 
     log, expected = one_step(tmp_path, PLAIN, name="granitemoe")
@@ -212,7 +212,7 @@ def test_the_balance_of_experts_stays_in_the_loss_of_a_model_that_scales_its_log
 
 
 @pytest.mark.parametrize(("name", "collator"), [("granite", "padded"), ("qwen2", "packed")])
-def test_a_row_of_weight_2_is_that_row_twice(tmp_path, name, collator):
+def test_a_row_of_weight_2_equals_two_copies_of_the_row(tmp_path, name, collator):
     options = {"name": name, "collator": collator}
     twice = {**PLAIN[2], "weights": [2.0] * 6}
 
@@ -224,7 +224,7 @@ def test_a_row_of_weight_2_is_that_row_twice(tmp_path, name, collator):
 
 
 @pytest.mark.parametrize(("name", "collator"), [("qwen2", "padded"), ("granite", "packed")])
-def test_a_weight_of_0_is_no_label(tmp_path, name, collator):
+def test_a_weight_of_0_equals_no_label(tmp_path, name, collator):
     options = {"name": name, "collator": collator}
     weighted = {**PLAIN[3], "weights": [1.0, 1.0, 0.0, 1.0, 0.0, 1.0]}
     masked = {**PLAIN[3], "labels": [X, 7, X, 5, X, 3]}
@@ -237,7 +237,7 @@ def test_a_weight_of_0_is_no_label(tmp_path, name, collator):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_step_of_weights_of_0_alone_learns_nothing(tmp_path, name):
+def test_a_step_with_only_weights_of_0_has_no_gradient(tmp_path, name):
     """0 divided by 0 would stop the run."""
     log, gradients = one_step(tmp_path, [{**PLAIN[0], "weights": [0.0] * 4}], name=name)
 
@@ -248,7 +248,7 @@ def test_a_step_of_weights_of_0_alone_learns_nothing(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "collator"), [("granite", "padded"), ("qwen2", "packed"), ("qwen2", "static")]
 )
-def test_evaluation_and_accuracy_count_every_label_once(tmp_path, name, collator):
+def test_evaluation_and_accuracy_ignore_weights(tmp_path, name, collator):
     expected, _ = by_hand(name, PLAIN)
     options = {"name": name, "collator": collator, "per_device_eval_batch_size": 2}
     trainer, plain = (build_trainer(tmp_path, rows, **options) for rows in (ROWS, PLAIN))
@@ -266,8 +266,8 @@ def test_evaluation_and_accuracy_count_every_label_once(tmp_path, name, collator
     assert logs[0]["loss"] != logs[1]["loss"]
 
 
-def test_a_packed_row_has_the_weights_of_its_tokens():
-    """Documents of 2 and 5 tokens; the stream cuts the second and repeats the token before the cut."""
+def test_a_packed_row_keeps_the_weights_of_its_tokens():
+    """Documents of 2 and 5 tokens; packing stream cuts the second, and repeats the token before the cut."""
     flat = np.array([8, 9, 1, 2, 3, 4, 5], dtype=np.int32)
     weights = np.array([1, 4, 1, 0.5, 2, 7, 3], dtype=np.float32)
     rows = TokenizedRows(flat, flat, np.array([0, 2, 7]), np.arange(2), weights=weights)
@@ -281,8 +281,8 @@ def test_a_packed_row_has_the_weights_of_its_tokens():
     assert [row["weights"].tolist() for row in stream] == [[1, 4, 1, 0.5, 2], [2, 7, 3]]
 
 
-def test_the_self_test_leaves_weights_out():
-    """It compares with the model's own loss, which knows none."""
+def test_the_self_test_ignores_weights():
+    """It compares with the model's own loss, which does not support weights."""
     (document,) = choose_documents([ROWS[3]], 1000)
 
     assert document == {"input_ids": [8, 7, 6, 5, 4, 3], "labels": [X, 7, 6, 5, 4, 3]}

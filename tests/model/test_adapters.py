@@ -262,8 +262,8 @@ def test_an_unknown_module_is_an_error_with_the_nearest_name(key):
         add_adapters(tiny_model(), base="m", **{"r": 2, "target_modules": ["q_proj"], key: ["o_prj"]})
 
     assert str(caught.value) == (
-        f"lora.{key}: the model has no such module; got 'o_prj'; fix: one of down_proj, gate_proj, k_proj, "
-        "o_proj, q_proj, up_proj, v_proj; did you mean 'o_proj'?"
+        f"lora.{key}: the model has no such module; got 'o_prj'; fix: use one of down_proj, gate_proj, "
+        "k_proj, o_proj, q_proj, up_proj, v_proj; did you mean 'o_proj'?"
     )
 
 
@@ -274,7 +274,7 @@ def test_missing_requirements_are_reported_before_a_model_is_loaded(tmp_path, mo
     with pytest.raises(EnvironmentFault, match=r"^lora.quantize: needs a CUDA device; got 4bit"):
         train(quantized)
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(EnvironmentFault, match=r"lora needs the package peft; fix: pip install"):
+    with pytest.raises(EnvironmentFault, match=r"lora requires the package peft; fix: pip install"):
         adapters.import_peft()
 
 

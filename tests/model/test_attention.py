@@ -265,7 +265,7 @@ def test_a_run_works_with_the_fallback_attention(tmp_path, caplog):
     result = train(build_recipe(tmp_path, [{"text": "abcdef"}] * 4, data={"packing": "best_fit"}, **changes))
 
     assert result["status"] == "done"
-    assert caplog.messages == ["attention eager: CodeGen has an attention of its own"]
+    assert caplog.messages == ["attention eager: CodeGen has a custom attention"]
 
 
 @pytest.mark.parametrize("attention", ["packed", "eager"])
@@ -278,6 +278,6 @@ def test_a_run_with_a_model_that_cannot_separate_documents_does_not_start(tmp_pa
     recipe = build_recipe(tmp_path, records, model=model, data={"packing": "best_fit"}, tokenizer=tokenizer)
 
     with pytest.raises(
-        ModelError, match="with eager attention a packed row of BloomForCausalLM is not as its"
+        ModelError, match="with eager attention, BloomForCausalLM does not isolate the documents"
     ):
         train(recipe)

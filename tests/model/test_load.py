@@ -153,7 +153,9 @@ def test_missing_weights_are_an_error(tmp_path):
     folder = save_folder(tmp_path / "source", tiny_model(), byte_tokenizer())
     set_config(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3)
 
-    assert "the files lack 12 weights that the configuration names, model.layers.2" in refusal(folder)
+    assert "12 weights of the configuration are missing in the files, such as model.layers.2" in refusal(
+        folder
+    )
 
 
 def test_weights_of_another_shape_are_an_error(tmp_path):
@@ -191,11 +193,11 @@ def test_an_encoder_decoder_is_rejected(tmp_path):
         ({}, "model.config.model_type: unknown model type; got None"),
         (
             {"model_type": "gpt2", "n_layers": 2},
-            "model.config.n_layers: GPT2Config has no such setting; did you mean 'n_layer'?",
+            "model.config.n_layers: unknown setting of GPT2Config; did you mean 'n_layer'?",
         ),
         (
             {"model_type": "qwen2", "hidden_sizes": 2},
-            "model.config.hidden_sizes: Qwen2Config has no such setting; did you mean 'hidden_size'?",
+            "model.config.hidden_sizes: unknown setting of Qwen2Config; did you mean 'hidden_size'?",
         ),
     ],
 )
@@ -332,39 +334,39 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LFM2 = {"layer_types": ["conv", "full_attention"]}
 MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
 FALLEN_BACK = {
-    "codegen": (OLD, "attention eager: CodeGen has an attention of its own"),
-    "stablelm": (SMALL, "attention sdpa: StableLm has an attention of its own"),
+    "codegen": (OLD, "attention eager: CodeGen has a custom attention"),
+    "stablelm": (SMALL, "attention sdpa: StableLm has a custom attention"),
     "gemma2": (SMALL, "attention eager: packed attention does not support this model's 'softcap'"),
     "granite_swa": (SMALL, "attention eager: packed attention does not support this model's 's_aux'"),
     "llama4_text": (
         SMALL | EXPERTS | {"intermediate_size_mlp": 64},
-        "attention sdpa: Llama4 has layers of another kind, chunked_attention",
+        "attention sdpa: Llama4 has other kinds of layers: chunked_attention",
     ),
     "phimoe": (
         SMALL | EXPERTS | {"sliding_window": 4},
-        "attention sdpa: Phimoe tells its window of 4 tokens to the mask only",
+        "attention sdpa: Phimoe applies its window of 4 tokens only in the mask",
     ),
     "nemotron": (  # claims support, but does not pass on cu_seq_lens
         SMALL,
-        "attention sdpa: with packed attention a packed row of NemotronForCausalLM is not as its documents "
-        "alone",
+        "attention sdpa: with packed attention, NemotronForCausalLM does not isolate the documents of a "
+        "packed row",
     ),
 }
 REFUSED = {
     "bloom": (
         {"n_layer": 2, "n_head": 4, "hidden_size": 32},
-        "a packed row of BloomForCausalLM is not as its",
+        "BloomForCausalLM does not isolate the documents",
     ),
     "gpt_oss": (
         SMALL | EXPERTS,
-        "with eager attention a packed row of GptOssForCausalLM is not as its documents",
+        "with eager attention, GptOssForCausalLM does not isolate the documents",
     ),
     "roberta": (
         {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "is_decoder": True},
-        "a packed row of RobertaForCausalLM is not as its documents alone",
+        "RobertaForCausalLM does not isolate the documents",
     ),
-    "mamba": (MAMBA, "no mask keeps documents apart in layers of linear_attention"),
-    "lfm2": (SMALL | LFM2, "no mask keeps documents apart in layers of conv"),
+    "mamba": (MAMBA, "masks do not isolate documents in layers of type linear_attention"),
+    "lfm2": (SMALL | LFM2, "masks do not isolate documents in layers of type conv"),
 }
 
 
@@ -420,7 +422,7 @@ def test_an_explicit_attention_is_used_without_a_check(caplog):
 
     assert model.config._attn_implementation == "eager"
     assert caplog.messages == []
-    with pytest.raises(ModelError, match="a packed row of BloomForCausalLM is not as its documents alone"):
+    with pytest.raises(ModelError, match="BloomForCausalLM does not isolate the documents"):
         check_packing(model)
     assert leak(model) > 0.1
 
@@ -478,15 +480,15 @@ def test_a_model_with_custom_code_uses_an_attention_of_transformers(tmp_path, ca
 
     model = load_model(folder, byte_tokenizer(), trust_remote_code=True)
 
-    assert "attention sdpa: OwnConfig comes with code of its own" in caplog.messages
+    assert "attention sdpa: OwnConfig has custom code" in caplog.messages
     assert leak(model) < 1e-5
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Mixing", "with sdpa attention a packed row of Mixing is not as its documents alone"),
-        ("Narrow", "Narrow does not take packed rows"),
+        ("Mixing", "with sdpa attention, Mixing does not isolate the documents of a packed row"),
+        ("Narrow", "Narrow does not support packed rows"),
     ],
 )
 def test_a_model_that_ignores_positions_is_rejected(tmp_path, name, message):

@@ -340,7 +340,7 @@ def test_a_row_longer_than_the_model_is_refused_before_its_weights_are_loaded(tm
         train(build_recipe(tmp_path, model={"name_or_path": folder}))
 
     assert str(error.value) == (
-        "data.max_length: 64 is over the model's 48 positions; fix: set it to 48 or less"
+        "data.max_length: 64 exceeds the model's 48 positions; fix: set it to 48 or less"
     )
 
 
@@ -389,7 +389,7 @@ def test_a_type_of_model_whose_tokenizers_split_text_in_their_own_way_is_refused
         "config": {"model_type": "qwen2", **helpers.SIZES["qwen2"]},
     }
 
-    with pytest.raises(ModelError, match=r"^tokenizer.train.kind: transformers opens it as Qwen2Tokenizer"):
+    with pytest.raises(ModelError, match=r"^tokenizer.train.kind: transformers loads it as Qwen2Tokenizer"):
         train(build_recipe(tmp_path, model=model, tokenizer={"train": {"kind": "characters"}}))
 
 
@@ -399,7 +399,7 @@ def test_a_scratch_model_of_a_named_configuration_keeps_to_its_positions(tmp_pat
     with pytest.raises(ModelError) as error:
         train(build_recipe(tmp_path, model={"name_or_path": folder, "init": "scratch"}))
 
-    assert "64 is over the model's 48 positions" in str(error.value)
+    assert "64 exceeds the model's 48 positions" in str(error.value)
 
 
 def test_stage_pretrain_learns_the_whole_text_of_instruction_data(tmp_path):

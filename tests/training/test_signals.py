@@ -105,7 +105,7 @@ def test_a_signal_stops_at_the_end_of_its_step_and_saves_once(tmp_path, capfd, n
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
     build_trainer(tmp_path / "whole", save_strategy="steps", save_steps=6).train()
     stop(tmp_path / "cut", signal.SIGTERM)
-    torch.manual_seed(987)  # what a new process would not have in common with the old one
+    torch.manual_seed(987)  # a new process has another random state
 
     resumed = build_trainer(tmp_path / "cut", save_strategy="steps", save_steps=6)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
