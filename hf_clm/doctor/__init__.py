@@ -1,1 +1,1 @@
-"""What is looked at before the first step, so that a mistake costs seconds and not a run."""
+"""Checks before the first step, so that a mistake costs seconds instead of a run."""

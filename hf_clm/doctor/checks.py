@@ -12,10 +12,10 @@ from hf_clm.errors import DataError, EnvironmentFault, ModelError, RecipeError, 
 from hf_clm.text.chat import stop_token_ids
 from hf_clm.text.tokenizer import control_tokens, max_token_id, unique_ids, unknown_id
 
-SAMPLE = 200  # examples to examine where all would take too long
+SAMPLE_EXAMPLES = 200  # examples to examine where all would take too long
 FOREIGN_TOKENIZER = 0.1  # new rows relative to a pretrained model's; above it, the tokenizer does not match
 UNUSED_ROWS = 0.1  # fraction of the embeddings
-BYTES_PER_TOKEN = 1.5  # UTF-8; about 4 is usual for English and Chinese, 1 means a token per byte
+MIN_BYTES_PER_TOKEN = 1.5  # UTF-8; about 4 is usual for English and Chinese, 1 means a token per byte
 UNKNOWN_TOKENS = 0.01
 OVERLONG_ROWS = 0.05
 TOKEN_LIKE = re.compile(r"<\|?\w+\|?>|\[[A-Z]+\]")  # <sep>, <|eot|>, [SEP]
@@ -50,8 +50,8 @@ Check = Ok | Problem
 
 
 def run_checks(facts: Facts) -> dict[str, Check]:
-    """Runs all checks; returns results by name in the order of CHECKS, without those that do not apply."""
-    results = {name: _run_check(check, facts) for name, check in CHECKS.items()}
+    """Runs all checks; returns the results by name, without those that do not apply."""
+    results = {name: _run_check(check, facts) for name, check in DOCTOR_CHECKS.items()}
     return {name: result for name, result in results.items() if result is not None}
 
 
@@ -147,13 +147,15 @@ def check_bytes_per_token(facts: Facts) -> Check | None:
     """Checks how much text a token encodes: close to one byte, rows are long and learning is slow."""
     if unknown_id(facts.tokenizer) is not None:
         return Ok("one character per token")
-    examples = facts.train.examples.examples[:SAMPLE]
-    texts = list(islice((text for example in examples for text in example.texts if text), 5 * SAMPLE))
+    examples = facts.train.examples.examples[:SAMPLE_EXAMPLES]
+    texts = list(
+        islice((text for example in examples for text in example.texts if text), 5 * SAMPLE_EXAMPLES)
+    )
     if not texts:
         return None
     tokens = sum(map(len, facts.tokenizer(texts, add_special_tokens=False)["input_ids"]))
     rate = sum(len(text.encode("utf-8", "replace")) for text in texts) / max(1, tokens)
-    if rate < BYTES_PER_TOKEN:
+    if rate < MIN_BYTES_PER_TOKEN:
         what = f"{rate:.1f} bytes of text per token; 3 to 4 are usual"
         fix = "use a tokenizer for the language of the text, or train one (tokenizer.train)"
         return Problem(what, "tokenizer", fix, ModelError, is_warning=True)
@@ -304,7 +306,7 @@ def check_gpus(facts: Facts) -> Check:
     return Ok(f"{used} of {machine.gpus} GPUs used" if machine.gpus else "none available")
 
 
-CHECKS: dict[str, Callable[[Facts], Check | None]] = {
+DOCTOR_CHECKS: dict[str, Callable[[Facts], Check | None]] = {
     "steps": check_steps,
     "batch": check_global_batch,
     "warm-up": check_warmup,

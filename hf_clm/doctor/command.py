@@ -23,7 +23,7 @@ from hf_clm.recipe.recipe import Recipe
 from hf_clm.training.arguments import training_arguments
 
 MIB = 2**20
-PARTS = (
+MEMORY_PARTS = (
     *("weights", "optimizer", "gradients", "copies", "activations", "logits"),
     *("micro_step", "evaluation", "total"),
 )
@@ -75,7 +75,9 @@ class Diagnosis:
     def _memory_lines(self) -> list[str]:
         if self.estimate is None:
             return []
-        sizes = [f"{part.replace('_', ' ')} {getattr(self.estimate, part) / MIB:,.0f}" for part in PARTS]
+        sizes = [
+            f"{part.replace('_', ' ')} {getattr(self.estimate, part) / MIB:,.0f}" for part in MEMORY_PARTS
+        ]
         kind = "rough estimate" if self.estimate.is_rough else "estimated"
         lines = [f"memory (MiB, {kind}): {', '.join(sizes)}"]
         if self.measured is not None:

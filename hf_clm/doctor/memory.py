@@ -222,7 +222,7 @@ def estimate_memory(sizes: ModelSizes, step: MicroStep, sharding: Sharding = ONE
         evaluation=_evaluation_bytes(sizes, step),
         copies=copies,
         share=sharding.share,
-        is_rough=sizes.family not in LAYERS or sharding.way != "ddp",
+        is_rough=sizes.family not in LAYER_BYTES or sharding.way != "ddp",
     )
 
 
@@ -355,7 +355,7 @@ def _evaluation_bytes(sizes: ModelSizes, step: MicroStep) -> int:
 def _layer_bytes(sizes: ModelSizes, step: MicroStep) -> int:
     """Returns the bytes per token that one layer keeps for its backward."""
     low = step.product_bytes
-    linear = LAYERS.get(sizes.family, _llama_layer)(sizes, low=low, weight=step.weight_bytes)
+    linear = LAYER_BYTES.get(sizes.family, _llama_layer)(sizes, low=low, weight=step.weight_bytes)
     linear += sizes.dropouts * sizes.width * (low if step.device == "cpu" else 1)
     scores = sizes.heads * step.longest
     if step.device == "cpu" and step.attention == "packed":  # computes in float32
@@ -410,7 +410,7 @@ def _status_bytes(path: str, name: str) -> int | None:
     return None
 
 
-LAYERS: dict[str, Callable[..., int]] = {
+LAYER_BYTES: dict[str, Callable[..., int]] = {
     "gpt2": _gpt2_layer,
     "llama": _llama_layer,
     "mistral": _llama_layer,

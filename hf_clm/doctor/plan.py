@@ -14,10 +14,10 @@ from hf_clm.model.build import build_model_config
 from hf_clm.recipe.recipe import Recipe
 from hf_clm.training.arguments import load_tokenizer_and_settle, training_arguments
 
-WHERE = "--plan"
+OPTION = "--plan"
 CLUSTER = re.compile(r"gpus=(\d+),memory=(\d+(?:\.\d+)?)(gi?b)(?:,length=(\d+))?", re.IGNORECASE)
 GB = 1e9
-UNITS = {"gb": GB, "gib": 2.0**30}
+MEMORY_UNITS = {"gb": GB, "gib": 2.0**30}
 ROW = 4096  # tokens in a row without a recipe
 SPARE = 0.1  # fraction of the memory left for CUDA, NCCL and allocator fragmentation
 MAX_ROWS = 1024  # in a micro-batch
@@ -47,7 +47,9 @@ KEYS = (
 )
 HEADINGS = ("way", "GB at rest", "with a row", "micro-batch", "launch with")
 # Gradients are assumed to exist throughout, which is simple and slightly pessimistic.
-STEP = MicroStep(tokens=0, longest=0, chunked_loss=True, autocast="bfloat16", accumulates=True, device="cuda")
+GPU_STEP = MicroStep(
+    tokens=0, longest=0, chunked_loss=True, autocast="bfloat16", accumulates=True, device="cuda"
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """One way to train a model on a cluster.
 
     Args:
@@ -86,14 +88,14 @@ def parse_cluster(text: str, *, length: int | None = None) -> Cluster:
     """
     match = CLUSTER.fullmatch(text.replace(" ", ""))
     gpus, size, unit, row = match.groups() if match else ("0", "0", "GB", None)
-    cluster = Cluster(int(gpus), float(size) * UNITS[unit.lower()], length or int(row or ROW))
+    cluster = Cluster(int(gpus), float(size) * MEMORY_UNITS[unit.lower()], length or int(row or ROW))
     if not (cluster.gpus and cluster.memory and cluster.length):
         what = "expected the number of GPUs and the memory of each"
         fix = "use gpus=64,memory=80GB, and without a recipe optionally length=4096"
-        raise RecipeError(what, where=WHERE, got=repr(text), fix=fix)
+        raise RecipeError(what, where=OPTION, got=repr(text), fix=fix)
     if length and row:
         fix = f"set --data.max_length {row}"
-        raise RecipeError("the recipe sets the length", where=WHERE, got=f"length={row}", fix=fix)
+        raise RecipeError("the recipe sets the length", where=OPTION, got=f"length={row}", fix=fix)
     return cluster
 
 
@@ -101,7 +103,7 @@ def plan_family(cluster: Cluster) -> tuple[list[str], dict[str, Any]]:
     """Selects a way for each size of a model family; returns lines to print, and values for JSON."""
     rows, plan_by_size = [], {}
     for name in FAMILY:
-        plans = make_plans(read_sizes(family_config(name)), STEP, cluster)
+        plans = make_plans(read_sizes(family_config(name)), GPU_STEP, cluster)
         plan = select_plan(plans)
         smallest = min(plans, key=lambda plan: plan.first)
         rows.append((name, *_cells(plan or smallest, cluster)))
@@ -147,7 +149,7 @@ def read_model(recipe: Recipe) -> tuple[ModelSizes, MicroStep]:
     return read_sizes(config), step
 
 
-def make_plans(sizes: ModelSizes, step: MicroStep, cluster: Cluster) -> list[Plan]:
+def make_plans(sizes: ModelSizes, step: MicroStep, cluster: Cluster) -> list[TrainingPlan]:
     """Makes a plan for every way, with activation checkpointing if the step has it or no row fits without."""
     plans = []
     for way in WAYS:
@@ -156,7 +158,7 @@ def make_plans(sizes: ModelSizes, step: MicroStep, cluster: Cluster) -> list[Pla
     return plans
 
 
-def make_plan(way: str, sizes: ModelSizes, step: MicroStep, cluster: Cluster) -> Plan:
+def make_plan(way: str, sizes: ModelSizes, step: MicroStep, cluster: Cluster) -> TrainingPlan:
     """Makes a plan for one way, with as many rows as fit."""
     sharding = Sharding(way, cluster.gpus)
     step = replace(step, longest=cluster.length, chunked_loss=step.chunked_loss and way != "zero3")
@@ -171,7 +173,7 @@ def make_plan(way: str, sizes: ModelSizes, step: MicroStep, cluster: Cluster) ->
         fitting, too_many = (rows, too_many) if fits else (fitting, rows)
     one = estimate(1)
     state = one.weights + one.gradients + one.optimizer
-    return Plan(
+    return TrainingPlan(
         way=way,
         checkpointing=step.checkpointing,
         rest=one.share * state + one.copies,
@@ -181,13 +183,13 @@ def make_plan(way: str, sizes: ModelSizes, step: MicroStep, cluster: Cluster) ->
     )
 
 
-def select_plan(plans: Sequence[Plan]) -> Plan | None:
+def select_plan(plans: Sequence[TrainingPlan]) -> TrainingPlan | None:
     """Returns the first plan that fits, preferably without offloading, and then without checkpointing."""
     fitting = [plan for plan in plans if plan.rows]
     return min(fitting, key=lambda plan: (plan.host > 0, plan.checkpointing), default=None)
 
 
-def _cells(plan: Plan, cluster: Cluster) -> tuple[str, ...]:
+def _cells(plan: TrainingPlan, cluster: Cluster) -> tuple[str, ...]:
     cells = (plan.way, _gigabytes(plan.rest), _gigabytes(plan.first))
     if not plan.rows:
         return (*cells, "does not fit", "")
@@ -195,7 +197,7 @@ def _cells(plan: Plan, cluster: Cluster) -> tuple[str, ...]:
     return (*cells, micro_batch, WAYS[plan.way][0])
 
 
-def _advice(plan: Plan | None, cluster: Cluster) -> list[str]:
+def _advice(plan: TrainingPlan | None, cluster: Cluster) -> list[str]:
     if plan is None:
         return ["take      nothing fits: use more GPUs, or lower data.max_length"]
     file, change = WAYS[plan.way]

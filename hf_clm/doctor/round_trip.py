@@ -22,14 +22,14 @@ from hf_clm.generation.generate import generation_mode
 from hf_clm.generation.sampling import stop_ids
 from hf_clm.model.load import is_adapted
 
-WHERE = "round trip"
+PLACE = "round trip"
 FOLDER = ".round-trip"
-SAMPLE = "Hello, world. 你好，世界。 \n\t1234"
+SAMPLE_TEXT = "Hello, world. 你好，世界。 \n\t1234"
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 PROMPT_TOKENS = 16
-NEW_TOKENS = 16  # in an answer
+ANSWER_TOKENS = 16  # in an answer
 # Relative to the largest logit. Another attention kernel or device sums in another order.
-TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+LOGIT_TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 # The script of the new process, which does not import hf_clm.
 SCRIPT = """
@@ -83,7 +83,7 @@ class RoundTrip:
         text, errors = self.process.communicate()
         if self.process.returncode != 0:
             last = errors.strip().splitlines()[-1] if errors.strip() else "no message"
-            raise ModelError("the saved model cannot be loaded with from_pretrained", where=WHERE, got=last)
+            raise ModelError("the saved model cannot be loaded with from_pretrained", where=PLACE, got=last)
         saved = json.loads(text)
         with torch.no_grad(), generation_mode(model):
             self._compare_answers(model, tokenizer, prompts=saved["prompts"], answers=saved["answers"])
@@ -92,14 +92,14 @@ class RoundTrip:
             pad: Any = tokenizer.pad_token_id
             logits[pad] = reference[pad] = 0.0
         difference = float((logits - reference).abs().max() / reference.abs().max().clamp(min=1e-6))
-        if not difference <= TOLERANCES[model.dtype]:
+        if not difference <= LOGIT_TOLERANCES[model.dtype]:
             got = f"a relative difference of {difference:g}"
-            raise ModelError("the saved model gives different logits", where=WHERE, got=got)
+            raise ModelError("the saved model gives different logits", where=PLACE, got=got)
         expected = _expect(model, tokenizer)
         for key, value in expected.items():
             if saved[key] != value:
                 got = f"{saved[key]!r} instead of {value!r}"
-                raise ModelError(f"the saved model has a different {key}", where=WHERE, got=got)
+                raise ModelError(f"the saved model has a different {key}", where=PLACE, got=got)
         return {
             "logit_difference": difference,
             "compared": sorted(expected),
@@ -120,11 +120,11 @@ class RoundTrip:
             if ids != question.ids:
                 what = "the saved chat template does not render the prompt of training"
                 got = f"{tokenizer.decode(ids)[-60:]!r} instead of {tokenizer.decode(question.ids)[-60:]!r}"
-                raise ModelError(what, where=WHERE, got=got)
+                raise ModelError(what, where=PLACE, got=got)
             reference, is_sure = _answer(model, tokenizer, ids, other=answer)
             if reference.strip() != answer.strip() and is_sure:
                 got = f"{answer[:60]!r} instead of {reference[:60]!r}"
-                raise ModelError("the saved model gives a different answer", where=WHERE, got=got)
+                raise ModelError("the saved model gives a different answer", where=PLACE, got=got)
 
 
 def start_round_trip(
@@ -142,7 +142,9 @@ def start_round_trip(
     process = subprocess.Popen(words, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
     assert process.stdin is not None
     messages = [question.messages for question in questions]
-    process.stdin.write(json.dumps([str(folder), SAMPLE, MESSAGES, prompt, dtype, messages, NEW_TOKENS]))
+    process.stdin.write(
+        json.dumps([str(folder), SAMPLE_TEXT, MESSAGES, prompt, dtype, messages, ANSWER_TOKENS])
+    )
     process.stdin.close()
     process.stdin = None  # otherwise communicate() would flush it
     return RoundTrip(process, prompt, questions, started)
@@ -157,7 +159,7 @@ def _answer(
     """
     ids_so_far: list[int] = []
     is_sure = True
-    for _ in range(NEW_TOKENS):
+    for _ in range(ANSWER_TOKENS):
         logits = _last_logits(model, ids + ids_so_far)
         best = logits.topk(2)
         gap = float(best.values[0] - best.values[1]) / float(logits.abs().max().clamp(min=1e-6))
@@ -165,7 +167,7 @@ def _answer(
         if ids_so_far[-1] in stop_ids(model):
             break
         text = str(tokenizer.decode(ids_so_far, skip_special_tokens=True)).strip()
-        is_sure &= gap > TOLERANCES[model.dtype] or other.strip().startswith(text)
+        is_sure &= gap > LOGIT_TOLERANCES[model.dtype] or other.strip().startswith(text)
     return str(tokenizer.decode(ids_so_far, skip_special_tokens=True)), is_sure
 
 
@@ -182,7 +184,7 @@ def _expect(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[
     config = {} if is_adapted(model) else {"config_pad": tokenizer.pad_token_id}
     return {
         **config,
-        "sample": tokenizer(SAMPLE)["input_ids"],
+        "sample": tokenizer(SAMPLE_TEXT)["input_ids"],
         "template": tokenizer.chat_template and tokenizer.apply_chat_template(MESSAGES, tokenize=False),
         "pad": tokenizer.pad_token_id,
         "eos": tokenizer.eos_token_id,

@@ -26,7 +26,7 @@ TRAINING_NAME = "the {} of training differs from the model's"
 SHORTEST, LONGEST = 8, 256  # tokens taken from a document
 
 # Largest relative difference due to rounding, by the dtype of the computation.
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+LOSS_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 NEIGHBOUR_TOLERANCE = 1e-5  # same sums in the same order: 0 in any dtype if documents are isolated
 
 
@@ -97,7 +97,7 @@ def self_test(
     """
     started, was_training = time.monotonic(), model.training
     documents = choose_documents(examples, model.num_parameters(), positions=max_positions(model.config))
-    targets, tolerance = sum(map(count_targets, documents)), TOLERANCES[autocast or model.dtype]
+    targets, tolerance = sum(map(count_targets, documents)), LOSS_TOLERANCES[autocast or model.dtype]
     packed, padded = DataCollatorForPackedCausalLM(), DataCollatorForCausalLM(pad_token_id)
     row, router = packed([to_packed_row(documents)]), RouterLoss(model)
     measure = partial(_measure, model, router=router, targets=targets)

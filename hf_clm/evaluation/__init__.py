@@ -1,1 +1,1 @@
-"""Evaluation: sums over tokens, and the text a model generates."""
+"""Evaluation: likelihood, choices and generated answers."""

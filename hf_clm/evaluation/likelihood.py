@@ -16,14 +16,14 @@ from hf_clm.model.load import takes_targets
 from hf_clm.schema import IGNORE_INDEX, TokenizedExample
 from hf_clm.text.chat import stop_token_ids
 
-KINDS = ("first", "content", "stop")  # kinds of target tokens: see target_kinds
+TARGET_KINDS = ("first", "content", "stop")  # kinds of target tokens: see target_kinds
 
 
 @dataclass(frozen=True, eq=False)
 class Likelihood:
     """The likelihood of each row's targets, as sums: means are computed once over any set of rows.
 
-    N = rows, K = kinds of targets (KINDS).
+    N = rows, K = kinds of targets (TARGET_KINDS).
 
         nll          (N, K) float64, negative log-likelihood in nats
         tokens       (N, K) int64, number of targets
@@ -50,7 +50,7 @@ class Likelihood:
         targets, nll = int(self.tokens.sum()), float(self.nll.sum())
         if not targets:
             return {"rows": 0, "target_tokens": 0}
-        both = zip(KINDS, self.nll.sum(axis=0).tolist(), self.tokens.sum(axis=0).tolist(), strict=True)
+        both = zip(TARGET_KINDS, self.nll.sum(axis=0).tolist(), self.tokens.sum(axis=0).tolist(), strict=True)
         return {
             "rows": len(self.tokens),
             "target_tokens": targets,
@@ -76,8 +76,8 @@ def measure_likelihood(
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
         for row, (row_nll, row_correct) in zip(rows, measure_rows(model, rows), strict=True):
             kinds = target_kinds(np.array(row["labels"]), stops)
-            nll.append(np.bincount(kinds, row_nll, minlength=len(KINDS)))
-            tokens.append(np.bincount(kinds, minlength=len(KINDS)))
+            nll.append(np.bincount(kinds, row_nll, minlength=len(TARGET_KINDS)))
+            tokens.append(np.bincount(kinds, minlength=len(TARGET_KINDS)))
             correct.append(int(row_correct.sum()))
             text_bytes.append(len(_target_text(row["labels"], tokenizer).encode()))
     return Likelihood(np.array(nll), np.array(tokens), np.array(correct), np.array(text_bytes))
@@ -152,7 +152,7 @@ def target_starts(labels: np.ndarray) -> np.ndarray:
 
 
 def target_kinds(labels: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:
-    """Returns the kind of each of a row's n target tokens, (n,) int64 as an index into KINDS.
+    """Returns the kind of each of a row's n target tokens, (n,) int64 as an index into TARGET_KINDS.
 
         prompt prompt | T      T        T        <eos> | prompt | T      <eos>
                         first  content  content  stop             first  stop
@@ -162,7 +162,7 @@ def target_kinds(labels: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:
     starts = target_starts(labels)
     ends = np.append(starts[1:], True)
     is_stop = ends & np.isin(labels[target_places(labels)], list(stop_ids))
-    return np.where(is_stop, KINDS.index("stop"), np.where(starts, 0, KINDS.index("content")))
+    return np.where(is_stop, TARGET_KINDS.index("stop"), np.where(starts, 0, TARGET_KINDS.index("content")))
 
 
 def _target_text(labels: list[int], tokenizer: PreTrainedTokenizerFast) -> str:

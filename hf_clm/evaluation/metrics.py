@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from hf_clm.model.loss import TokenFigures
 from hf_clm.schema import IGNORE_INDEX
 
-CHUNK_TOKENS = 4096  # tokens whose logits are copied to float32 at once
+NLL_CHUNK_TOKENS = 4096  # tokens whose logits are copied to float32 at once
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def target_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
     logits (N, V); targets (N,) int64. Computes in chunks, to avoid a float32 copy of all logits.
     """
-    chunks = zip(logits.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+    chunks = zip(logits.split(NLL_CHUNK_TOKENS), targets.split(NLL_CHUNK_TOKENS), strict=True)
     nll = [
         cross_entropy(part.float(), target, ignore_index=IGNORE_INDEX, reduction="none")
         for part, target in chunks

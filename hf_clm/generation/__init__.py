@@ -1,1 +1,1 @@
-"""Generation with the prompts and stop tokens of training."""
+"""Generation with the prompt format and stop tokens of training."""

@@ -23,7 +23,7 @@ from hf_clm.model.load import max_positions
 from hf_clm.schema import Chat, Json, Message, Role, ToolCall
 
 Write = Callable[[str], None]
-COMMANDS = {
+CHAT_COMMANDS = {
     "/help": "show this list",
     "/reset": "start a new conversation",
     "/system": "[TEXT]: start a new conversation with this system message, or without one",
@@ -55,9 +55,9 @@ class Conversation:
         self.run, self.decoding, self.tools = run, decoding, list(tools)
         self._syntax = find_syntax(run.tokenizer)
         self._with_cache = probe(run.model, run.tokenizer).takes_cache
-        self.begin(system)
+        self.start(system)
 
-    def begin(self, system: str) -> None:
+    def start(self, system: str) -> None:
         """Starts a new conversation. Raises RecipeError for a system message if the run has no turns."""
         if system and not self.run.has_turns:
             fix = "leave it out, or write it at the start of your text"
@@ -197,15 +197,15 @@ def _reply(talk: Conversation, text: str, *, write: Write) -> Answer | None:
 def _command(talk: Conversation, word: str, rest: str) -> str:
     """Runs a command and returns a line that reports it. Raises RecipeError for an unknown command."""
     if word == "/help":
-        return "\n".join(f"{name:<8} {help}" for name, help in COMMANDS.items())
+        return "\n".join(f"{name:<8} {help}" for name, help in CHAT_COMMANDS.items())
     if word == "/reset":
-        talk.begin(talk.system)
+        talk.start(talk.system)
         return "(started a new conversation)"
     if word == "/system":
-        talk.begin(rest)
+        talk.start(rest)
         kind = "with this system message" if rest else "without a system message"
         return f"(started a new conversation {kind})"
-    names = f"{', '.join(COMMANDS)}{did_you_mean(word, COMMANDS)}"
+    names = f"{', '.join(CHAT_COMMANDS)}{did_you_mean(word, CHAT_COMMANDS)}"
     fix = f"use one of {names}; begin a text that starts with / with a space"
     raise RecipeError("unknown command", got=repr(word), fix=fix)
 

@@ -81,8 +81,11 @@ class Decoding:
 _ADAPTER = TypeAdapter(Decoding)
 SETTINGS: dict[str, FieldInfo] = vars(Decoding)["__pydantic_fields__"]
 # The settings that a logits processor applies, in the order that transformers applies them.
-STEPS = {
-    name: step for name, field in SETTINGS.items() for step in field.metadata if isinstance(step, Penalty)
+PENALTIES = {
+    name: penalty
+    for name, field in SETTINGS.items()
+    for penalty in field.metadata
+    if isinstance(penalty, Penalty)
 }
 
 
@@ -97,8 +100,8 @@ def update_decoding(base: Decoding, settings: Mapping[str, object]) -> Decoding:
         decoding = _ADAPTER.validate_python({**dataclasses.asdict(base), **changes})
     except ValidationError as error:
         raise to_fault(error) from error
-    warpers = [name for name, step in STEPS.items() if isinstance(step, Warper) and name in changes]
-    is_warped = any(getattr(decoding, name) not in STEPS[name].off for name in warpers)
+    warpers = [name for name, penalty in PENALTIES.items() if isinstance(penalty, Warper) and name in changes]
+    is_warped = any(getattr(decoding, name) not in PENALTIES[name].off for name in warpers)
     if is_warped and "temperature" not in changes and base.temperature == 0:
         return dataclasses.replace(decoding, temperature=1.0)
     return decoding

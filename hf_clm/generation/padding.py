@@ -15,7 +15,7 @@ from hf_clm.model.load import max_positions
 
 PROBE_STEPS = 4  # new tokens of the probe: some models differ only once they use their cache
 SHORT_PROMPT, LONG_PROMPT = 3, 12  # tokens in the probe's prompts
-TOLERANCES = {torch.float32: 1e-4}  # relative to the largest logit
+PROBE_TOLERANCES = {torch.float32: 1e-4}  # relative to the largest logit
 HALF_TOLERANCE = 5e-2  # for half precision
 
 
@@ -79,7 +79,7 @@ def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Probe:
 
 def _is_near(logits: torch.Tensor, expected: torch.Tensor) -> bool:
     difference = float((logits - expected).abs().max() / expected.abs().max())
-    return difference <= TOLERANCES.get(expected.dtype, HALF_TOLERANCE)
+    return difference <= PROBE_TOLERANCES.get(expected.dtype, HALF_TOLERANCE)
 
 
 def _logits(

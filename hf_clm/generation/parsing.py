@@ -20,8 +20,8 @@ from hf_clm.schema import Json, Message, ToolCall
 from hf_clm.text.chat import CLOSING_MARKS
 from hf_clm.text.tokenizer import special_tokens
 
-Kind = Literal["reasoning", "content"]
-KINDS: dict[str, Kind] = {  # text fields of response templates
+PartKind = Literal["reasoning", "content"]
+PART_KINDS: dict[str, PartKind] = {  # text fields of response templates
     "content": "content",
     "reasoning": "reasoning",
     "reasoning_content": "reasoning",
@@ -41,10 +41,10 @@ CALL_SYNTAXES: dict[str, dict[str, Json]] = {
 MARKS = {*CLOSING_MARKS, *CLOSING_MARKS.values(), "<tool_call>", "</tool_call>", "[TOOL_CALLS]"}
 
 
-class Part(NamedTuple):
+class MessagePart(NamedTuple):
     """A piece of a message while it is being generated."""
 
-    kind: Kind
+    kind: PartKind
     text: str
 
 
@@ -94,7 +94,7 @@ class AnswerReader:
         self._tokenizer, self._syntax, self._prompt, self._tools = tokenizer, syntax, prompt, list(tools)
         self._text, self._is_broken, self._has_call = "", False, False
         self._values: list[Json] = []  # calls, as returned by the parser
-        self._texts: dict[Kind, str] = {"reasoning": "", "content": ""}
+        self._texts: dict[PartKind, str] = {"reasoning": "", "content": ""}
         self._returned = dict(self._texts)  # the texts that ``feed`` and ``finish`` have returned so far
         self.tool_calls: list[ToolCall] = []
         template = dict(syntax.response_template)
@@ -102,7 +102,7 @@ class AnswerReader:
             template["fields"] = {name: field for name, field in template["fields"].items() if name != CALLS}
         self._parser = tokenizer.get_response_parser(template, prefix=prompt, tools=[*tools])
 
-    def feed(self, text: str) -> list[Part]:
+    def feed(self, text: str) -> list[MessagePart]:
         """Adds text and returns the new parts of the message that can no longer change."""
         self._text += text
         try:
@@ -111,7 +111,7 @@ class AnswerReader:
             self._is_broken = True
         return [] if self._is_broken or self._has_call else self._take_parts()
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[MessagePart]:
         """Ends the answer and returns the text held back, including calls that cannot be parsed."""
         try:
             if not self._is_broken:
@@ -140,19 +140,19 @@ class AnswerReader:
 
     def _take(self, events: list[dict[str, Any]]) -> None:
         for event in events:
-            kind = KINDS.get(event["field"])
+            kind = PART_KINDS.get(event["field"])
             if kind and event["type"] == "region_chunk":
                 self._texts[kind] += event["text"]
             elif event["field"] == CALLS:
                 self._has_call = True
                 self._values += [event["value"]] if event["type"] == "region_close" else []
 
-    def _take_parts(self) -> list[Part]:
-        parts = [Part(kind, text[len(self._returned[kind]) :]) for kind, text in self._texts.items()]
+    def _take_parts(self) -> list[MessagePart]:
+        parts = [MessagePart(kind, text[len(self._returned[kind]) :]) for kind, text in self._texts.items()]
         self._returned = dict(self._texts)
         return [part for part in parts if part.text]
 
-    def _without_calls(self) -> dict[Kind, str]:
+    def _without_calls(self) -> dict[PartKind, str]:
         if not self._tools:
             return {"reasoning": "", "content": self._text}
         reader = AnswerReader(self._tokenizer, self._syntax, prompt=self._prompt, tools=[])

@@ -26,14 +26,14 @@ from hf_clm.generation.load import LoadedRun
 from hf_clm.generation.prompts import to_prompt_example, to_text
 from hf_clm.schema import Chat, Example, Json, Message
 
-KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 REQUEST_SETTINGS = SETTINGS.keys() - {"max_new_tokens", "num_beams"}  # OpenAI's name: max_completion_tokens
 IGNORED = {  # keys that are accepted and have no effect
     *("user", "metadata", "store", "parallel_tool_calls", "service_tier", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_retention"),
 }
 # Unsupported keys of the APIs of OpenAI and vLLM -> values that are accepted, because they have no effect.
-UNSUPPORTED: dict[str, tuple[Json, ...]] = {
+UNSUPPORTED_KEYS: dict[str, tuple[Json, ...]] = {
     **dict.fromkeys(("n", "best_of", "length_penalty"), (1,)),
     **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_tokens", "top_logprobs"), (0,)),
     **dict.fromkeys(("use_beam_search", "ignore_eos", "include_stop_str_in_output", "echo"), (False,)),
@@ -58,7 +58,7 @@ class ApiError(Exception):
 
     def __init__(self, status: int, message: str, *, code: str, param: str | None = None):
         super().__init__(message)
-        kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        kind = ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.status = status
         self.body: dict[str, Json] = {
             "error": {"message": message, "type": kind, "param": param, "code": code}
@@ -252,12 +252,12 @@ def read_body(kind: type[AnyBody], content: bytes | Mapping[str, object]) -> Any
         fault = to_fault(error)
         raise bad_request(str(fault), fault.where.partition(".")[0]) from error
     for key in body.extra.keys() - REQUEST_SETTINGS:
-        value, neutral = body.extra.pop(key), UNSUPPORTED.get(key, ())
-        if key in UNSUPPORTED and not any(_is_same(value, one) for one in neutral):
+        value, neutral = body.extra.pop(key), UNSUPPORTED_KEYS.get(key, ())
+        if key in UNSUPPORTED_KEYS and not any(_is_same(value, one) for one in neutral):
             other = f" or set it to {' or '.join(map(json.dumps, neutral))}" if neutral else ""
             what = f"{key}: {json.dumps(value)} is not supported; remove the key{other}"
             raise bad_request(what, key, code="unsupported_value")
-        if key not in UNSUPPORTED and key not in IGNORED:
+        if key not in UNSUPPORTED_KEYS and key not in IGNORED:
             near = did_you_mean(key, [*kind.model_fields, *REQUEST_SETTINGS])
             raise bad_request(f"unknown key {key!r}{near}", key, code="unknown_parameter")
     return body

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import ClassVar
 
-from hf_clm.generation.parsing import AnswerReader, Part
+from hf_clm.generation.parsing import AnswerReader, MessagePart
 from hf_clm.generation.protocol import ApiError
 from hf_clm.generation.scores import Score, TokenNames
 from hf_clm.generation.stream import Answer, TextStream
@@ -204,7 +204,7 @@ def _to_event(content: object) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _to_delta(part: Part) -> JsonObject:
+def _to_delta(part: MessagePart) -> JsonObject:
     return {"delta": {"reasoning_content" if part.kind == "reasoning" else "content": part.text}}
 
 

@@ -15,13 +15,13 @@ import transformers
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from hf_clm.errors import ModelError, RecipeError
-from hf_clm.generation.decoding import STEPS, Decoding, Penalty, Warper, update_decoding
+from hf_clm.generation.decoding import PENALTIES, Decoding, Penalty, Warper, update_decoding
 from hf_clm.model.adapters import is_adapter, read_base
 from hf_clm.model.load import GENERATION_FILE, read_generation_file, to_token_ids, without_adapters
 
 # Unsupported settings of generation_config.json that change answers -> values without an effect.
 EMPTY_VALUES = (None, 0, [], {})
-UNSUPPORTED = {
+UNSUPPORTED_SETTINGS = {
     **dict.fromkeys(("num_beams", "typical_p", "guidance_scale", "length_penalty"), (None, 1)),
     **dict.fromkeys(("min_length", "min_new_tokens", "top_h", "epsilon_cutoff", "eta_cutoff"), EMPTY_VALUES),
     **dict.fromkeys(
@@ -80,7 +80,7 @@ def to_config(decoding: Decoding, *, new_tokens: int, stops: set[int], pad: int)
     if decoding.num_beams > 1:
         config.num_beams = decoding.num_beams
         config.do_sample, config.top_k = not decoding.is_greedy, 0
-        for name in _steps(decoding):
+        for name in _active_settings(decoding):
             setattr(config, name, getattr(decoding, name))
     return config
 
@@ -118,26 +118,26 @@ def read_model_settings(name_or_path: str) -> Decoding:
     settings = read_generation_file(name, revision=revision)
     if settings is None:
         raise ModelError("the file is missing or not valid JSON", where=where, fix=fix)
-    for key, neutral in UNSUPPORTED.items():
-        if key not in STEPS and settings.get(key) not in neutral:
+    for key, neutral in UNSUPPORTED_SETTINGS.items():
+        if key not in PENALTIES and settings.get(key) not in neutral:
             raise ModelError("hf-clm does not support this setting", where=where, got=key, fix=fix)
     try:
         values = {**settings, "stop": settings.get("stop_strings")}
-        changes = {name: values.get(name) for name in (*STEPS, "stop")}
+        changes = {name: values.get(name) for name in (*PENALTIES, "stop")}
         decoding = update_decoding(Decoding(temperature=1.0), changes)
     except RecipeError as error:
         raise ModelError(error.what, where=f"{where}: {error.where}", got=error.got, fix=fix) from error
     return decoding if settings.get("do_sample") is True else replace(decoding, temperature=0.0)
 
 
-def _steps(decoding: Decoding) -> Iterator[str]:
+def _active_settings(decoding: Decoding) -> Iterator[str]:
     """Yields the settings to apply: penalties first, then (if sampling) warpers."""
     for kind in (Penalty,) if decoding.is_greedy else (Penalty, Warper):
-        for name, step in STEPS.items():
-            if type(step) is kind and getattr(decoding, name) not in step.off:
+        for name, penalty in PENALTIES.items():
+            if type(penalty) is kind and getattr(decoding, name) not in penalty.off:
                 yield name
 
 
 def _processors(decoding: Decoding) -> Iterator[LogitsProcessor]:
-    for name in _steps(decoding):
-        yield getattr(transformers, STEPS[name].processor)(getattr(decoding, name))
+    for name in _active_settings(decoding):
+        yield getattr(transformers, PENALTIES[name].processor)(getattr(decoding, name))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # an optional package
     from starlette.applications import Starlette
 
 KEY_VARIABLE = "HF_CLM_API_KEY"
-PROMPT_TOKENS = 4096  # default limit of a prompt
+MAX_PROMPT_TOKENS = 4096  # default limit of a prompt
 
 
 def serve(options: Namespace, *, say: Callable[[str], None]) -> None:
@@ -86,7 +86,7 @@ def build_app(options: Namespace, key: str, *, worker: Worker, run: LoadedRun) -
     """Builds the ASGI app of a run."""
     from hf_clm.generation.service import Access, Service
 
-    positions, limit = max_positions(run.model.config), options.max_prompt_tokens or PROMPT_TOKENS
+    positions, limit = max_positions(run.model.config), options.max_prompt_tokens or MAX_PROMPT_TOKENS
     access = Access(
         key,
         host=options.host,

@@ -51,7 +51,7 @@ from hf_clm.schema import Chat, Example
 
 PAGE = Path(__file__).with_name("page.html")
 PUBLIC_PATHS = {"/", "/health"}  # served without a key: neither reveals anything about the model
-POLL_SECONDS = 0.2  # how often to check whether a client has disconnected
+DISCONNECT_POLL_SECONDS = 0.2  # how often to check whether a client has disconnected
 NO_STORE = {"Cache-Control": "no-store"}
 
 
@@ -321,7 +321,7 @@ class Service:
         ends = asyncio.gather(*(ticket.wait() for ticket in tickets))
         try:
             while not ends.done() and not await request.is_disconnected():
-                await asyncio.wait([ends], timeout=POLL_SECONDS)
+                await asyncio.wait([ends], timeout=DISCONNECT_POLL_SECONDS)
         finally:
             self._worker.cancel(tickets)
         await ends

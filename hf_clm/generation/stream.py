@@ -197,7 +197,7 @@ class _Line:
         self._logits = torch.empty(0)
         self._skipped = 0  # tokens at the beginning that the model no longer reads
 
-    def begin(self) -> list[int]:
+    def input_ids(self) -> list[int]:
         """Returns the ids to start from: prompt and answer, or their end if they are too long."""
         ids = self.answer.prompt_ids + self.answer.ids
         if self._limit is not None and len(ids) - self._skipped >= self._limit:
@@ -205,7 +205,7 @@ class _Line:
         return ids[self._skipped :]
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
         """The number of tokens that may still be generated."""
         return self.answer.max_new_tokens - len(self.answer.ids)
 
@@ -226,13 +226,13 @@ class _Line:
             return
         answer.ids.append(token)
         answer.add(self.text.push(token))
-        if not answer.finish and not self.left:
+        if not answer.finish and not self.remaining:
             answer.end("length", self.text.rest())
 
 
 def _stretch(model: PreTrainedModel, lines: Sequence[_Line], *, with_cache: bool) -> None:
     """Generates until all answers are done, or one reaches the model's maximum length."""
-    prompts, room = [line.begin() for line in lines], max(line.left for line in lines)
+    prompts, room = [line.input_ids() for line in lines], max(line.remaining for line in lines)
     limit, pad = max_positions(model.config), lines[0].pad
     if limit is not None:
         room = max(1, min(room, limit - max(map(len, prompts))))

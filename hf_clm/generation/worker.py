@@ -21,7 +21,7 @@ from hf_clm.model.load import max_positions
 STOPPING = ApiError(503, "the server is stopping", code="server_stopping")
 BUCKETS_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 # The name of each metric, without the prefix hf_clm_ -> its type and help.
-METRICS = {
+SERVER_METRICS = {
     "replies_total": ("counter", "HTTP replies, by status."),
     "answers_total": ("counter", "Answers, by finish reason."),
     "batches_total": ("counter", "Generated batches."),
@@ -57,7 +57,7 @@ class ServerMetrics:
     def to_text(self, gauges: Mapping[str, int]) -> str:
         """Returns all metrics in the text format of Prometheus."""
         lines: list[str] = []
-        for name, (kind, help) in METRICS.items():
+        for name, (kind, help) in SERVER_METRICS.items():
             lines += [f"# HELP hf_clm_{name} {help}", f"# TYPE hf_clm_{name} {kind}"]
             values = {**self._values, **gauges}.items()
             lines += [f"hf_clm_{key} {value}" for key, value in values if key.startswith(name)]

@@ -21,8 +21,11 @@ from transformers import PreTrainedModel
 from hf_clm.model.load import without_adapters
 from hf_clm.schema import IGNORE_INDEX
 
-CHUNK_TOKENS = {"cpu": 1024}  # rows of logits in one matrix product
-CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}  # limit of a chunk's logits: fewer rows for large vocabularies
+LOGIT_CHUNK_TOKENS = {"cpu": 1024}  # rows of logits in one matrix product
+LOGIT_CHUNK_BYTES = {
+    "cpu": 2**28,
+    "cuda": 2**30,
+}  # limit of a chunk's logits: fewer rows for large vocabularies
 ADDED_ROWS = {"cpu": 2**14}  # rows of the weight's gradient added at once: a CPU makes a float32 copy of them
 BLOCK_TOKENS = {"cpu": 32}  # rows in one softmax, which fit into a core's cache; elsewhere, a complete chunk
 BLOCK_LOGITS = 2**18  # minimum for a softmax: small vocabularies take more rows
@@ -226,8 +229,8 @@ def sum_weights(targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Te
 
 def chunk_rows(rows: int, vocabulary: int, *, device: str, itemsize: int) -> int:
     """Returns how many of ``rows`` go into one chunk of logits; ``itemsize``: bytes of a logit."""
-    by_size = CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (vocabulary * itemsize)
-    return max(1, min(rows, CHUNK_TOKENS.get(device, rows), by_size))
+    by_size = LOGIT_CHUNK_BYTES.get(device, LOGIT_CHUNK_BYTES["cpu"]) // (vocabulary * itemsize)
+    return max(1, min(rows, LOGIT_CHUNK_TOKENS.get(device, rows), by_size))
 
 
 def measure_targets(

@@ -306,7 +306,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
 
 
 def look(name: str, changes: dict[str, Any]) -> Any:
-    return checks.CHECKS[name](
+    return checks.DOCTOR_CHECKS[name](
         build_facts(changes.get("rows"), **{k: v for k, v in changes.items() if k != "rows"})
     )
 
@@ -328,14 +328,14 @@ def test_a_check_reports_a_problem_with_a_fix(name, changes, what, code, is_warn
 def test_every_check_has_cases_for_both():
     both = {name for name, *_ in ACCEPTED} & {name for name, *_ in REFUSED}
 
-    assert set(checks.CHECKS) == both
-    assert len(checks.CHECKS) == 18
+    assert set(checks.DOCTOR_CHECKS) == both
+    assert len(checks.DOCTOR_CHECKS) == 18
 
 
 def test_checks_that_do_not_apply_are_left_out():
     left_out = {"unknown tokens", "template tokens", "packing"}
 
-    assert set(checks.CHECKS) - set(checks.run_checks(build_facts())) == left_out
+    assert set(checks.DOCTOR_CHECKS) - set(checks.run_checks(build_facts())) == left_out
 
 
 def test_before_training_the_first_problem_is_raised_as_its_error():

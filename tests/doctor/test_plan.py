@@ -13,10 +13,10 @@ from hf_clm.cli import main
 from hf_clm.doctor.memory import ModelSizes, read_sizes
 from hf_clm.doctor.plan import (
     FAMILY,
-    STEP,
+    GPU_STEP,
     WAYS,
     Cluster,
-    Plan,
+    TrainingPlan,
     family_config,
     make_plan,
     make_plans,
@@ -29,7 +29,7 @@ from hf_clm.doctor.plan import (
 from hf_clm.errors import RecipeError
 
 MANY, BOX, ONE = (Cluster(gpus, memory=80e9) for gpus in (64, 8, 1))
-CHECKPOINTING = replace(STEP, checkpointing=True)
+CHECKPOINTING = replace(GPU_STEP, checkpointing=True)
 # Published: https://huggingface.co/Qwen, model.safetensors.index.json of each.
 PARAMETERS = {
     "0.5B": 494_032_768,
@@ -69,16 +69,16 @@ def test_the_family_has_the_published_sizes(models):
     ],
 )
 def test_the_memory_of_a_gpu_at_rest(models, way, cluster, expected):
-    assert make_plan(way, models["7B"], STEP, cluster).rest == pytest.approx(expected, rel=1e-8)
+    assert make_plan(way, models["7B"], GPU_STEP, cluster).rest == pytest.approx(expected, rel=1e-8)
 
 
 def test_offloaded_memory_is_on_the_host(models):
     assert make_plan("fsdp2-offload", models["7B"], CHECKPOINTING, MANY).host == 16 * SEVEN / 64
 
 
-def made(way: str, **changes: Any) -> Plan:
+def made(way: str, **changes: Any) -> TrainingPlan:
     values = {"checkpointing": False, "rest": 1.0, "host": 0.0, "first": 2.0, "rows": 2}
-    return Plan(way=way, **{**values, **changes})
+    return TrainingPlan(way=way, **{**values, **changes})
 
 
 def test_offloading_is_the_last_resort_after_checkpointing():
@@ -107,7 +107,7 @@ def test_more_gpus_memory_and_shorter_rows_never_fit_less(models, way):
 
 def test_activation_checkpointing_is_only_used_if_no_row_fits_without(models):
     roomy, crowded = (
-        {plan.way: plan for plan in make_plans(models["7B"], STEP, Cluster(8, memory))}["fsdp2"]
+        {plan.way: plan for plan in make_plans(models["7B"], GPU_STEP, Cluster(8, memory))}["fsdp2"]
         for memory in (80e9, 60e9)
     )
 
@@ -116,7 +116,7 @@ def test_activation_checkpointing_is_only_used_if_no_row_fits_without(models):
 
 
 def test_larger_models_need_more_sharding(models):
-    chosen = {name: select_plan(make_plans(sizes, STEP, BOX)) for name, sizes in models.items()}
+    chosen = {name: select_plan(make_plans(sizes, GPU_STEP, BOX)) for name, sizes in models.items()}
 
     assert [plan.way for plan in chosen.values()] == [
         *("ddp", "ddp", "fsdp2-grad", "fsdp2-grad", "fsdp2", "fsdp2-offload", "fsdp2-offload")

@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_is_reported(value):
 def last_chunk_dropped(monkeypatch) -> None:
     """With chunks of 4 targets, of 14 in total."""
     chunks = loss._chunks
-    monkeypatch.setitem(loss.CHUNK_TOKENS, "cpu", 4)
+    monkeypatch.setitem(loss.LOGIT_CHUNK_TOKENS, "cpu", 4)
     monkeypatch.setattr(loss, "_chunks", lambda rows, weight: [*chunks(rows, weight)][:-1])
 
 

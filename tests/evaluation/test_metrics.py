@@ -34,7 +34,7 @@ def test_tokens_without_a_label_do_not_count():
 def test_chunks_do_not_change_the_result(monkeypatch):
     logits, labels = torch.tensor([[A, B, A, A, B, B]]), torch.tensor([[X, 1, 0, X, 1, 0]])
     whole = token_nll(logits, labels).tolist()
-    monkeypatch.setattr("hf_clm.evaluation.metrics.CHUNK_TOKENS", 2)
+    monkeypatch.setattr("hf_clm.evaluation.metrics.NLL_CHUNK_TOKENS", 2)
 
     assert token_nll(logits, labels).tolist() == whole
 

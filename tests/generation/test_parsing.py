@@ -4,7 +4,7 @@ import pytest
 from helpers import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from hf_clm.generation.parsing import AnswerReader, Part, find_syntax
+from hf_clm.generation.parsing import AnswerReader, MessagePart, find_syntax
 from hf_clm.generation.stream import TextStream
 from hf_clm.schema import Json, Message
 
@@ -151,10 +151,10 @@ def test_in_a_stream_reasoning_is_separate():
     found = [part for piece in ("Ea", "sy", "\n</thi", "nk>", "\n\nH", "i") for part in reader.feed(piece)]
 
     assert found + reader.finish() == [
-        Part("reasoning", "Ea"),
-        Part("reasoning", "sy"),
-        Part("content", "H"),
-        Part("content", "i"),
+        MessagePart("reasoning", "Ea"),
+        MessagePart("reasoning", "sy"),
+        MessagePart("content", "H"),
+        MessagePart("content", "i"),
     ]
 
 

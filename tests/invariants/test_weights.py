@@ -132,7 +132,7 @@ def assert_close(found: Gradients, expected: Gradients) -> None:
 
 
 def main(rank: int, folder: Path) -> None:
-    """Writes the log entry and gradients of a step of each model; rows 0 and 2 on rank 0, 1 and 3 on rank 1."""
+    """Writes log entry and gradients of a step of each model; rank 0 has rows 0 and 2, rank 1 has 1 and 3."""
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=(folder / "port").read_text())
     batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}

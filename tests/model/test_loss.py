@@ -118,10 +118,10 @@ def assert_same_pass(found: tuple[float, dict], expected: tuple[float, dict]) ->
 def chunks(request, monkeypatch) -> None:
     """11 rows: in one chunk, in chunks of 4 with blocks of 3, or in chunks of 2, which fit into 300 bytes."""
     if request.param == "many-chunks":
-        monkeypatch.setitem(module.CHUNK_TOKENS, "cpu", 4)
+        monkeypatch.setitem(module.LOGIT_CHUNK_TOKENS, "cpu", 4)
         monkeypatch.setitem(module.BLOCK_TOKENS, "cpu", 3)
     if request.param == "few-bytes":
-        monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 300)
+        monkeypatch.setitem(module.LOGIT_CHUNK_BYTES, "cpu", 300)
 
 
 def head_inputs(rows: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
