@@ -318,11 +318,11 @@ def test_a_check_accepts_a_sound_run(name, changes, what):
 
 @pytest.mark.parametrize(("name", "changes", "what", "code", "is_warning"), REFUSED)
 def test_a_check_reports_a_problem_with_a_fix(name, changes, what, code, is_warning):
-    found = look(name, changes)
+    result = look(name, changes)
 
-    assert isinstance(found, Problem)
-    assert (found.what, found.error.exit_code, found.is_warning) == (what, code, is_warning)
-    assert found.where and found.fix
+    assert isinstance(result, Problem)
+    assert (result.what, result.error.exit_code, result.is_warning) == (what, code, is_warning)
+    assert result.where and result.fix
 
 
 def test_every_check_has_cases_for_both():

@@ -111,9 +111,9 @@ def test_the_exit_code_is_that_of_the_first_problem_without_warnings():
 
 
 def test_the_table_shows_grade_check_and_fix():
-    found = {"steps": Ok("12 steps"), "threads": Problem("1 thread", "OMP", "OMP=2", is_warning=True)}
+    result = {"steps": Ok("12 steps"), "threads": Problem("1 thread", "OMP", "OMP=2", is_warning=True)}
 
-    lines = Diagnosis({**found, "disk": Problem("full", "/runs", "free some")}, seconds=1.25).to_lines()
+    lines = Diagnosis({**result, "disk": Problem("full", "/runs", "free some")}, seconds=1.25).to_lines()
 
     assert lines == [
         "OK       steps    12 steps",

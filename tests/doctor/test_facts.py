@@ -77,9 +77,9 @@ def test_the_largest_micro_batch_of_a_run(sections, field, value):
     recipe, arguments = build_recipe(**sections)
     parts = {"tokenizer": byte_tokenizer(), "config": tiny_model().config}
 
-    found = build_facts(recipe, arguments, splits={"train": build_rows(recipe)}, **parts)
+    result = build_facts(recipe, arguments, splits={"train": build_rows(recipe)}, **parts)
 
-    assert getattr(to_micro_step(found), field) == value
+    assert getattr(to_micro_step(result), field) == value
 
 
 def test_the_estimate_includes_the_embedding_rows_that_the_tokenizer_needs():
@@ -100,11 +100,11 @@ def test_the_memory_of_an_unknown_model_is_not_estimated():
     config = tiny_model().config
     config.model_type = "my-own"
 
-    found = build_facts(
+    result = build_facts(
         recipe, arguments, tokenizer=byte_tokenizer(), config=config, splits={"train": build_rows(recipe)}
     )
 
-    assert found.estimate is None
+    assert result.estimate is None
 
 
 def test_the_machine_is_read_from_the_environment(monkeypatch, tmp_path):
@@ -140,10 +140,10 @@ def test_the_launcher_determines_the_sharding(environment, expected, monkeypatch
 
 
 def test_an_error_becomes_a_problem_that_includes_what_it_got():
-    found = to_problem(DataError("too long", where="a.jsonl:3", got="9 tokens", fix="cut it"))
+    result = to_problem(DataError("too long", where="a.jsonl:3", got="9 tokens", fix="cut it"))
 
-    assert found == Problem("too long; got 9 tokens", "a.jsonl:3", "cut it", DataError)
-    assert str(found.to_error()) == "a.jsonl:3: too long; got 9 tokens; fix: cut it"
+    assert result == Problem("too long; got 9 tokens", "a.jsonl:3", "cut it", DataError)
+    assert str(result.to_error()) == "a.jsonl:3: too long; got 9 tokens; fix: cut it"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_model_that_transforms_its_logits_needs_memory_for_all_of_them(kind, s
     recipe, arguments = build_recipe()
     config = AutoConfig.for_model(kind, **settings)
 
-    found = Facts(
+    result = Facts(
         recipe,
         arguments,
         byte_tokenizer(),
@@ -168,7 +168,7 @@ def test_a_model_that_transforms_its_logits_needs_memory_for_all_of_them(kind, s
         read_machine(arguments),
     )
 
-    assert to_micro_step(found).chunked_loss is is_chunked
+    assert to_micro_step(result).chunked_loss is is_chunked
 
 
 def test_the_memory_of_a_model_without_attention_is_not_estimated():
@@ -176,8 +176,8 @@ def test_the_memory_of_a_model_without_attention_is_not_estimated():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 512}
     config = AutoConfig.for_model("mamba", **sizes)
 
-    found = build_facts(
+    result = build_facts(
         recipe, arguments, tokenizer=byte_tokenizer(), config=config, splits={"train": build_rows(recipe)}
     )
 
-    assert found.estimate is None
+    assert result.estimate is None

@@ -178,24 +178,24 @@ def test_the_readme_has_the_table_that_the_command_prints(capsys):
 
 
 def test_a_size_that_does_not_fit_is_listed_with_its_minimum():
-    lines, found = plan_family(Cluster(1, 16e9))
+    lines, result = plan_family(Cluster(1, 16e9))
 
-    assert (found["0.5B"]["way"], found["72B"]) == ("ddp", None)
+    assert (result["0.5B"]["way"], result["72B"]) == ("ddp", None)
     assert lines[7].split() == ["72B", "fsdp2-offload", "13.8", "40.2", "does", "not", "fit"]
 
 
 def test_a_recipe_is_planned_with_its_model_and_rows(tmp_path):
-    lines, found = plan_recipe(build_recipe(tmp_path, []), replace(ONE, length=64))
+    lines, result = plan_recipe(build_recipe(tmp_path, []), replace(ONE, length=64))
 
     assert lines[0] == f"model     {tmp_path / 'model'}, 35,360 parameters"
-    assert (found["parameters"], found["take"]) == (35_360, "ddp")
+    assert (result["parameters"], result["take"]) == (35_360, "ddp")
     assert lines[-4:] == [
         "take      recipes/accelerate/ddp.yaml",
         "          per_device_train_batch_size up to 1024 (65,536 tokens per step)",
         "",
         "1 GPU of 80.0 GB, 10% left free; c: activation checkpointing. Estimated, not measured.",
     ]
-    assert json.loads(json.dumps(found))["plans"][0]["way"] == "ddp"
+    assert json.loads(json.dumps(result))["plans"][0]["way"] == "ddp"
 
 
 def test_a_recipe_determines_optimizer_and_precision(tmp_path):

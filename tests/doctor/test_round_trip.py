@@ -44,15 +44,15 @@ class InThisProcess:
     def close(self) -> None: ...
 
     def communicate(self) -> tuple[str, str]:
-        shown, errors = io.StringIO(), ""
+        output, errors = io.StringIO(), ""
         self.returncode = 0
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
             patch.setattr(sys, "stdin", io.StringIO(self.given))
             try:
                 exec(self.script, {})
             except Exception:
                 self.returncode, errors = 1, traceback.format_exc()
-        return shown.getvalue(), errors
+        return output.getvalue(), errors
 
     def poll(self) -> int | None:
         return self.returncode
@@ -87,20 +87,20 @@ def compare(saved: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
 def test_a_saved_model_equals_the_model(kind, template, tmp_path, at_once):
     saved, model, tokenizer = build(tmp_path, kind=kind, template=template)
 
-    found = compare(saved, model, tokenizer)
+    result = compare(saved, model, tokenizer)
 
-    assert found["logit_difference"] < 1e-5
-    assert found["compared"] == ["config_pad", "eos", "pad", "sample", "stop", "template", "use_cache"]
+    assert result["logit_difference"] < 1e-5
+    assert result["compared"] == ["config_pad", "eos", "pad", "sample", "stop", "template", "use_cache"]
     assert (model.training, model.config._attn_implementation) == (True, NAME)  # as before
 
 
 def test_a_new_process_gives_the_same_result(tmp_path):
     saved, model, tokenizer = build(tmp_path, template="chatml")
 
-    found = compare(saved, model, tokenizer)
+    result = compare(saved, model, tokenizer)
 
-    assert found["logit_difference"] < 1e-5
-    assert found["seconds"] > 0
+    assert result["logit_difference"] < 1e-5
+    assert result["seconds"] > 0
 
 
 # --- differences
@@ -212,8 +212,8 @@ def proof_of(folder: Path) -> dict[str, Any]:
 def test_a_run_makes_the_round_trip_at_the_start_or_at_the_end_and_cleans_up(when, tmp_path, at_once, capsys):
     train(helpers.build_recipe(tmp_path, RECORDS, doctor={"round_trip": when}, train={"max_steps": 1}))
 
-    shown = capsys.readouterr().out
-    assert (shown.index("\nopens     with plain") < shown.index("\nstep 1/1")) == (when == "start")
+    output = capsys.readouterr().out
+    assert (output.index("\nopens     with plain") < output.index("\nstep 1/1")) == (when == "start")
     assert proof_of(tmp_path / "run")["round_trip"]["logit_difference"] < 1e-5
     assert not (tmp_path / "run" / ".round-trip").exists()
 

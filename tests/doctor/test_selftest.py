@@ -220,15 +220,17 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(
-    ("breaks", "kind", "attention", "found"), BROKEN, ids=[f"{b[0].__name__}-{b[1]}-{b[2]}" for b in BROKEN]
+    ("breaks", "kind", "attention", "failures"),
+    BROKEN,
+    ids=[f"{b[0].__name__}-{b[1]}-{b[2]}" for b in BROKEN],
 )
-def test_each_fault_is_reported(breaks, kind, attention, found, monkeypatch):
+def test_each_fault_is_reported(breaks, kind, attention, failures, monkeypatch):
     model = build_model(kind, attention)
     breaks(monkeypatch, model)
 
     result = run(model)
 
-    assert found <= failed(result)
+    assert failures <= failed(result)
     with pytest.raises(ModelError) as error:
         result.require()
     assert error.value.exit_code == ExitCode.MODEL

@@ -36,18 +36,18 @@ def answer_with(generated, monkeypatch) -> list:
 def test_an_answer_is_exact_if_it_equals_the_target_and_stops(monkeypatch):
     asked = answer_with(GENERATED, monkeypatch)
 
-    found = measure_answers(tiny_model(), byte_tokenizer(), examples=EXAMPLES, metrics={})
+    result = measure_answers(tiny_model(), byte_tokenizer(), examples=EXAMPLES, metrics={})
 
-    assert found is not None
+    assert result is not None
     assert asked == [Document([Segment(text, 0)]) for text in ("ab", "a", "b")]
-    assert found.to_json() == {"asked": 3, "exact_match": 1 / 3, "stopped": 2 / 3}
-    assert found.samples[1] == Sample(2, "a", "é", "é", False)
-    assert found.select(np.array([True, True, False, False])).to_json() == {
+    assert result.to_json() == {"asked": 3, "exact_match": 1 / 3, "stopped": 2 / 3}
+    assert result.samples[1] == Sample(2, "a", "é", "é", False)
+    assert result.select(np.array([True, True, False, False])).to_json() == {
         "asked": 1,
         "exact_match": 1.0,
         "stopped": 1.0,
     }
-    assert found.select(np.array([False, True, False, False])).to_json() == {"asked": 0}
+    assert result.select(np.array([False, True, False, False])).to_json() == {"asked": 0}
 
 
 def test_documents_have_no_prompts():
@@ -93,11 +93,11 @@ def test_samples_are_in_the_json_and_on_the_page(folder, tmp_path, monkeypatch, 
     words = ["evaluate", folder, *paths, "--generate", "--html", str(page), "--device", "cpu"]
 
     assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     assert main(words) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
 
-    assert found["samples"][1] == {
+    assert result["samples"][1] == {
         "where": f"{paths[0]}:2",
         "prompt": "<i>",
         "target": "é",
@@ -105,8 +105,8 @@ def test_samples_are_in_the_json_and_on_the_page(folder, tmp_path, monkeypatch, 
         "exact": False,
         "stopped": False,
     }
-    assert (found["asked"], found["exact_match"]) == (3, 1 / 3)
-    assert {file: own["exact_match"] for file, own in found["sources"].items()} == {
+    assert (result["asked"], result["exact_match"]) == (3, 1 / 3)
+    assert {file: own["exact_match"] for file, own in result["sources"].items()} == {
         paths[0]: 0.5,
         paths[1]: 0.0,
     }
@@ -114,8 +114,8 @@ def test_samples_are_in_the_json_and_on_the_page(folder, tmp_path, monkeypatch, 
     text = page.read_text(encoding="utf-8")
     assert "<h2>3 of 3 answers, those that differ first</h2>" in text
     places = [
-        text.index(f'class="{kind}">{shown}</td>')
-        for kind, shown in (("bad", "&lt;b&gt; …"), ("bad", "cx"), ("good", "cd"))
+        text.index(f'class="{kind}">{output}</td>')
+        for kind, output in (("bad", "&lt;b&gt; …"), ("bad", "cx"), ("good", "cd"))
     ]
     assert places == sorted(places)
 

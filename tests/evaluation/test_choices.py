@@ -50,45 +50,45 @@ def to_rows(examples, *, choices=CHOICES, max_length=64, tokenizer=None):
 
 def log_probabilities(prompt: bytes, choice: bytes) -> list[float]:
     """Returns the log-probabilities of the choice's bytes and the end token, each given all before it."""
-    model, ids, found = tiny_model(), [*prompt], []
+    model, ids, result = tiny_model(), [*prompt], []
     for token in [*choice, EOS]:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
-        found.append(float(torch.log_softmax(logits, dim=-1)[token]))
+        result.append(float(torch.log_softmax(logits, dim=-1)[token]))
         ids.append(token)
-    return found
+    return result
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_a_score_is_the_sum_over_the_tokens_of_the_choice_and_its_stop_token(batch_size):
     rows = to_rows([prompted(prompt, "yes") for prompt in PROMPTS])
 
-    found = measure_choices(packed_model(), rows, choices=3, by="sum", batch_size=batch_size)
+    result = measure_choices(packed_model(), rows, choices=3, by="sum", batch_size=batch_size)
 
     by_hand = [[sum(log_probabilities(p.encode(), c.encode())) for c in CHOICES] for p in PROMPTS]
-    assert found.shape == (3, 3)
-    assert found == pytest.approx(np.array(by_hand), rel=1e-5)
+    assert result.shape == (3, 3)
+    assert result == pytest.approx(np.array(by_hand), rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_a_score_can_be_the_mean_over_the_tokens(batch_size):
     rows = to_rows([prompted("Is it?", "yes")])
 
-    found = measure_choices(packed_model(), rows, choices=3, by="mean", batch_size=batch_size)
+    result = measure_choices(packed_model(), rows, choices=3, by="mean", batch_size=batch_size)
 
     by_hand = [
         sum(log_probabilities(b"Is it?", choice.encode())) / count
         for choice, count in zip(CHOICES, (4, 3, 6), strict=True)
     ]
-    assert found[0].tolist() == pytest.approx(by_hand, rel=1e-5)
+    assert result[0].tolist() == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_a_model_that_computes_all_logits_gives_the_same_scores(monkeypatch):
     rows = to_rows([prompted(prompt, "yes") for prompt in PROMPTS])
-    found = measure_choices(packed_model(), rows, choices=3, by="sum", batch_size=4)
+    result = measure_choices(packed_model(), rows, choices=3, by="sum", batch_size=4)
     monkeypatch.setattr("hf_clm.evaluation.likelihood.takes_targets", lambda model: False)
 
-    assert measure_choices(packed_model(), rows, choices=3, by="sum", batch_size=4) == pytest.approx(found)
+    assert measure_choices(packed_model(), rows, choices=3, by="sum", batch_size=4) == pytest.approx(result)
 
 
 def test_nan_log_probabilities_are_an_error():
@@ -132,10 +132,10 @@ def test_choices_replace_the_last_turn_of_a_chat_and_the_last_target_of_segments
     model = packed_model(max_position_embeddings=512)
 
     rows = to_rows([chat, segments], choices=["no", "yes"], max_length=400, tokenizer=tokenizer)
-    found = measure_choices(model, rows, choices=2, by="sum", batch_size=8)
+    result = measure_choices(model, rows, choices=2, by="sum", batch_size=8)
 
     assert [sum(label >= 0 for label in row["labels"]) for row in rows] == [3, 4, 3, 4]
-    assert found[1].tolist() == pytest.approx(
+    assert result[1].tolist() == pytest.approx(
         [sum(log_probabilities(b"abc", b"no")), sum(log_probabilities(b"abc", b"yes"))], rel=1e-5
     )
     assert with_answer(chat, "yes") == Chat([*chat.messages[:-1], {"role": "assistant", "content": "yes"}])
@@ -198,9 +198,9 @@ def to_verdicts(choices: str, expected: str, chosen: str) -> Verdicts:
 
 def test_with_two_choices_the_first_is_the_positive_class():
     """Correct: 2 of 3 y, 1 of 2 n. F1 of y: 2 * 2 / (2 * 2 + 1 + 1)."""
-    found = to_verdicts("yn", "yyynn", "yynyn").to_json()
+    result = to_verdicts("yn", "yyynn", "yynyn").to_json()
 
-    assert found == {
+    assert result == {
         "accuracy": 0.6,
         "majority": 0.6,
         "f1": pytest.approx(2 / 3),
@@ -211,9 +211,9 @@ def test_with_two_choices_the_first_is_the_positive_class():
 
 def test_with_more_choices_f1_is_the_macro_average():
     """F1 of a: 2 / (2 + 0 + 1), of b: 2 / (2 + 1 + 0), of c, which never occurs: 0."""
-    found = to_verdicts("abc", "aab", "abb").to_json()
+    result = to_verdicts("abc", "aab", "abb").to_json()
 
-    assert (found["f1"], found["f1_of"]) == (pytest.approx(4 / 9), "macro")
+    assert (result["f1"], result["f1_of"]) == (pytest.approx(4 / 9), "macro")
 
 
 # --- a run
@@ -268,22 +268,22 @@ def to_options(folder, *data: str, **changes) -> Namespace:
 
 
 def test_a_small_model_learns_yes_and_no(folder):
-    found = evaluate_run(to_options(folder, str(folder / "train.tsv"))).to_json()
+    result = evaluate_run(to_options(folder, str(folder / "train.tsv"))).to_json()
 
-    assert (found["accuracy"], found["majority"], found["f1"], found["f1_of"]) == (1.0, 0.5, 1.0, "yes")
-    assert found["confusion"] == {"yes": {"yes": 8, "no": 0}, "no": {"yes": 0, "no": 8}}
-    assert found["token_accuracy"] == 1.0
+    assert (result["accuracy"], result["majority"], result["f1"], result["f1_of"]) == (1.0, 0.5, 1.0, "yes")
+    assert result["confusion"] == {"yes": {"yes": 8, "no": 0}, "no": {"yes": 0, "no": 8}}
+    assert result["token_accuracy"] == 1.0
 
 
 def test_the_command_agrees_with_plain_transformers(folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "run").eval()
-    found = evaluate_run(to_options(folder, str(folder / "train.tsv")))
+    result = evaluate_run(to_options(folder, str(folder / "train.tsv")))
 
-    assert found.verdicts is not None
+    assert result.verdicts is not None
     for number in (0, 1, 7):
         first, second, _ = PAIRS[number]
         prompt = [*f"{first} {second}\nPlant?".encode()]
-        for choice, score in zip((b" yes", b" no"), found.verdicts.scores[number].tolist(), strict=True):
+        for choice, score in zip((b" yes", b" no"), result.verdicts.scores[number].tolist(), strict=True):
             ids = torch.tensor([[*prompt, *choice, EOS]])
             labels = torch.tensor([[-100] * len(prompt) + [*choice, EOS]])
             with torch.no_grad():
@@ -300,16 +300,18 @@ def test_metrics_are_listed_per_file_and_over_all_files(folder, capsys):
 
     capsys.readouterr()
     assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     assert main(words) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
 
-    assert (found["examples"], found["accuracy"]) == (8, 0.5)
-    assert {file: (own["examples"], own["accuracy"]) for file, own in found["sources"].items()} == {
+    assert (result["examples"], result["accuracy"]) == (8, 0.5)
+    assert {file: (own["examples"], own["accuracy"]) for file, own in result["sources"].items()} == {
         right: (4, 1.0),
         wrong: (4, 0.0),
     }
-    assert found["loss"] == pytest.approx(sum(own["loss"] for own in found["sources"].values()) / 2, rel=0.2)
+    assert result["loss"] == pytest.approx(
+        sum(own["loss"] for own in result["sources"].values()) / 2, rel=0.2
+    )
     assert ["is", "yes", "2", "0"] in lines and ["is", "no", "4", "2"] in lines
     assert [line[0] for line in lines[-3:]] == ["file", right, wrong]
 
@@ -318,9 +320,9 @@ def test_an_unknown_label_is_an_error_before_the_model_is_loaded(folder, capsys)
     words = ["evaluate", str(folder / "run"), str(folder / "train.tsv"), "--choices", "yes,nope"]
 
     assert main(words) == 3
-    shown = capsys.readouterr().err
-    assert "train.tsv: record 5: the completion is not one of the choices 'yes', 'nope'; got 'no'" in shown
-    assert "did you mean 'nope'?" in shown
+    output = capsys.readouterr().err
+    assert "train.tsv: record 5: the completion is not one of the choices 'yes', 'nope'; got 'no'" in output
+    assert "did you mean 'nope'?" in output
 
 
 def test_completions_are_compared_verbatim_for_a_model_without_a_format(tmp_path, capsys):
@@ -330,6 +332,6 @@ def test_completions_are_compared_verbatim_for_a_model_without_a_format(tmp_path
 
     assert main(["evaluate", folder, path, "--choices", " yes, no", "--device", "cpu", "--json"]) == 0
 
-    found = json.loads(capsys.readouterr().out)
-    assert sum(sum(row.values()) for row in found["confusion"].values()) == 2
-    assert math.isfinite(found["loss"]) and PAD != EOS
+    result = json.loads(capsys.readouterr().out)
+    assert sum(sum(row.values()) for row in result["confusion"].values()) == 2
+    assert math.isfinite(result["loss"]) and PAD != EOS

@@ -60,11 +60,11 @@ def test_evaluating_the_eval_set_of_a_run_reproduces_its_eval_loss(drop_last, tm
         "no_generate": False,
         "device": "cpu",
     }
-    found = evaluate_run(Namespace(**options)).to_json()
+    metrics = evaluate_run(Namespace(**options)).to_json()
 
-    assert found["target_tokens"] == 1 + 5 + 2  # two last turns, each with its stop token
-    assert found["loss"] == pytest.approx(result["loss_after"], rel=1e-5)
-    assert found["asked"] == 2
+    assert metrics["target_tokens"] == 1 + 5 + 2  # two last turns, each with its stop token
+    assert metrics["loss"] == pytest.approx(result["loss_after"], rel=1e-5)
+    assert metrics["asked"] == 2
 
 
 def test_skipped_lines_are_counted(tmp_path, monkeypatch, capsys):
@@ -80,8 +80,8 @@ def test_skipped_lines_are_counted(tmp_path, monkeypatch, capsys):
 
     assert main(["evaluate", "run", "eval.jsonl", "--no_generate", "--device", "cpu", "--json"]) == 0
 
-    found = json.loads(capsys.readouterr().out)
-    assert (found["examples"], found["skipped"]) == (2, 1)
+    metrics = json.loads(capsys.readouterr().out)
+    assert (metrics["examples"], metrics["skipped"]) == (2, 1)
 
 
 def test_a_missing_run_is_reported_before_the_data_are_read(capsys):

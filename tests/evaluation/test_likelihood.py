@@ -37,31 +37,31 @@ def nll_by_hand(texts: list[tuple[bytes, bytes]]) -> float:
 def test_likelihood_is_the_sum_over_targets_for_any_batch_size(batch_size):
     dataset = SFTDataset(EXAMPLES, byte_tokenizer(), max_length=32)
 
-    found = measure_likelihood(packed_model(), byte_tokenizer(), dataset=dataset, batch_size=batch_size)
+    result = measure_likelihood(packed_model(), byte_tokenizer(), dataset=dataset, batch_size=batch_size)
 
-    assert found.tokens.tolist() == [[1, 1, 1], [1, 1, 1], [1, 7, 1]]  # first, content, stop
-    assert found.text_bytes.tolist() == [2, 2, 8]
+    assert result.tokens.tolist() == [[1, 1, 1], [1, 1, 1], [1, 7, 1]]  # first, content, stop
+    assert result.text_bytes.tolist() == [2, 2, 8]
     by_hand = nll_by_hand([(b"ab", b"cd"), (b"a", "é".encode()), (b"abcdefgh", b"ijklmnop")])
-    assert found.nll.sum() == pytest.approx(by_hand, rel=1e-6)
-    assert found.row_losses[1] == pytest.approx(nll_by_hand([(b"a", "é".encode())]) / 3, rel=1e-5)
+    assert result.nll.sum() == pytest.approx(by_hand, rel=1e-6)
+    assert result.row_losses[1] == pytest.approx(nll_by_hand([(b"a", "é".encode())]) / 3, rel=1e-5)
 
 
 def test_pretraining_counts_the_complete_text():
     dataset = PretrainDataset([document("abc"), prompted("d", "e")], byte_tokenizer(), max_length=32)
 
-    found = measure_likelihood(packed_model(), byte_tokenizer(), dataset=dataset)
+    result = measure_likelihood(packed_model(), byte_tokenizer(), dataset=dataset)
 
-    assert found.tokens.tolist() == [[1, 1, 1], [1, 0, 1]]  # b, c, end; e, end
-    assert found.nll.sum() == pytest.approx(nll_by_hand([(b"a", b"bc"), (b"d", b"e")]), rel=1e-6)
+    assert result.tokens.tolist() == [[1, 1, 1], [1, 0, 1]]  # b, c, end; e, end
+    assert result.nll.sum() == pytest.approx(nll_by_hand([(b"a", b"bc"), (b"d", b"e")]), rel=1e-6)
 
 
 def test_means_are_computed_over_all_targets():
     """Two rows with one first token, zero or one content token, and one stop token."""
     nll = np.array([[2.0, 0.0, 1.0], [1.0, 3.0, 1.0]]) * math.log(2)
     counts = np.array([[1, 0, 1], [1, 1, 1]])
-    found = Likelihood(nll, counts, np.array([1, 3]), np.array([1, 3]))
+    result = Likelihood(nll, counts, np.array([1, 3]), np.array([1, 3]))
 
-    assert found.to_json() == {
+    assert result.to_json() == {
         "rows": 2,
         "target_tokens": 5,
         "loss": pytest.approx(8 / 5 * math.log(2)),
@@ -72,8 +72,8 @@ def test_means_are_computed_over_all_targets():
         "loss_content": pytest.approx(3 * math.log(2)),
         "loss_stop": pytest.approx(math.log(2)),
     }
-    assert "loss_content" not in found.select(np.array([0])).to_json()
-    assert found.select(np.array([False, False])).to_json() == {"rows": 0, "target_tokens": 0}
+    assert "loss_content" not in result.select(np.array([0])).to_json()
+    assert result.select(np.array([False, False])).to_json() == {"rows": 0, "target_tokens": 0}
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ def test_means_are_computed_over_all_targets():
     ],
 )
 def test_the_kind_of_a_target_token_depends_on_its_position(labels, kinds):
-    found = target_kinds(np.array(labels), [EOS])
+    result = target_kinds(np.array(labels), [EOS])
 
-    assert [("first", "content", "stop")[kind] for kind in found] == kinds
+    assert [("first", "content", "stop")[kind] for kind in result] == kinds
 
 
 def test_the_question_of_a_chat_is_all_but_its_last_turn():

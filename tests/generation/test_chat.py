@@ -73,17 +73,17 @@ class Terminal:
             preexec_fn=_take_terminal, env={**os.environ, "TERM": "dumb"},
         )  # fmt: skip
         os.close(slave)
-        self.shown = ""
+        self.output = ""
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
     def wait_for(self, text: str) -> str:
         """Reads until ``text`` appears; returns the output before it."""
-        while text not in self.shown:
-            assert select.select([self._master], [], [], 60)[0], f"no {text!r} after {self.shown!r}"
-            self.shown += os.read(self._master, 4096).decode().replace("\r\n", "\n")
-        before, _, self.shown = self.shown.partition(text)
+        while text not in self.output:
+            assert select.select([self._master], [], [], 60)[0], f"no {text!r} after {self.output!r}"
+            self.output += os.read(self._master, 4096).decode().replace("\r\n", "\n")
+        before, _, self.output = self.output.partition(text)
         return before
 
     def interrupt(self) -> None:
@@ -209,9 +209,9 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns(tmp_path, talk):
 
 
 def test_help_lists_the_commands(taught, talk):
-    shown = talk(taught, "/help\n")[1:]
+    output = talk(taught, "/help\n")[1:]
 
-    assert [line.split()[0] for line in shown] == ["/help", "/reset", "/system", "/tool", "/quit"]
+    assert [line.split()[0] for line in output] == ["/help", "/reset", "/system", "/tool", "/quit"]
 
 
 def test_a_run_without_a_model_is_an_error(tmp_path, capsys):

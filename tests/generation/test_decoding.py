@@ -98,13 +98,13 @@ def build_model(kind: str) -> PreTrainedModel:
 @torch.no_grad()
 def arg_max(model: PreTrainedModel, prompt: str, *, new: int) -> str:
     """Returns the greedy answer, by definition."""
-    ids, found = list(prompt.encode()), []
-    while len(found) < new:
-        token = int(model(input_ids=torch.tensor([ids + found]), use_cache=False).logits[0, -1].argmax())
+    ids, result = list(prompt.encode()), []
+    while len(result) < new:
+        token = int(model(input_ids=torch.tensor([ids + result]), use_cache=False).logits[0, -1].argmax())
         if token == EOS:
             break
-        found.append(token)
-    return byte_tokenizer().decode(found, skip_special_tokens=True)
+        result.append(token)
+    return byte_tokenizer().decode(result, skip_special_tokens=True)
 
 
 # --- the commands
@@ -123,12 +123,12 @@ def by_generate(folder: str, capsys: Any, *, prompts: list[str] = PROMPTS, **ask
 
 def by_chat(folder: str, *, prompts: list[str] = PROMPTS, **asked: Any) -> list[str]:
     """Answers with ``hf-clm chat``: a text model continues each line."""
-    decoding, found = update_decoding(Decoding(), asked), []
+    decoding, result = update_decoding(Decoding(), asked), []
     talk = Conversation(load_run(folder, attention=None, device="cpu"), decoding, system="")
     for number, prompt in enumerate(prompts):
         talk.decoding = decoding.of_prompt(number)
-        found.append(talk.answer(prompt, lambda text: None).text)
-    return found
+        result.append(talk.answer(prompt, lambda text: None).text)
+    return result
 
 
 def by_serve(
@@ -310,14 +310,14 @@ def test_every_command_gives_the_same_answer_with_the_same_settings(asked, tmp_p
     folder = save_folder(tmp_path / "model", model, byte_tokenizer())
     settings = {**asked, "max_new_tokens": 10}
 
-    found = by_generate(folder, capsys, **settings)
+    result = by_generate(folder, capsys, **settings)
 
-    assert by_chat(folder, **settings) == found
-    assert by_serve(folder, **settings) == [found] * 3
+    assert by_chat(folder, **settings) == result
+    assert by_serve(folder, **settings) == [result] * 3
     if set(asked) == {"temperature", "seed"}:
-        assert by_samples(folder, tmp_path, **settings) == found
+        assert by_samples(folder, tmp_path, **settings) == result
     greedy = [arg_max(model, prompt, new=10) for prompt in PROMPTS]
-    assert (found == greedy) == (asked.get("temperature") == 0)
+    assert (result == greedy) == (asked.get("temperature") == 0)
 
 
 @pytest.mark.parametrize("draw", range(4))
@@ -341,10 +341,10 @@ def test_every_command_gives_the_same_answer_with_random_settings(draw, tmp_path
     folder = save_folder(tmp_path / "model", build_model(kind), byte_tokenizer())
     (tmp_path / "model/generation_config.json").write_text(json.dumps(POISON[poison]))
 
-    found = by_generate(folder, capsys, prompts=prompts, **settings)
+    result = by_generate(folder, capsys, prompts=prompts, **settings)
 
-    assert by_chat(folder, prompts=prompts, **settings) == found
-    assert by_serve(folder, prompts=prompts, **settings) == [found] * 3
+    assert by_chat(folder, prompts=prompts, **settings) == result
+    assert by_serve(folder, prompts=prompts, **settings) == [result] * 3
 
 
 def test_penalties_do_not_see_the_padding():
@@ -573,8 +573,8 @@ def test_options_override_the_settings_of_the_model(words, tmp_path, capsys):
         main(["generate", folder, "--prompt", "a", "--max_new_tokens", "8", "--use_model_settings", *words])
         == 0
     )
-    shown = capsys.readouterr().out.removesuffix("\n")
+    output = capsys.readouterr().out.removesuffix("\n")
 
     how = Decoding(8, repetition_penalty=1.0 if words else 1.9)
-    assert shown == generate(model, byte_tokenizer(), prompts=["a"], decoding=how)[0].text
-    assert (shown == arg_max(model, "a", new=8)) == bool(words)
+    assert output == generate(model, byte_tokenizer(), prompts=["a"], decoding=how)[0].text
+    assert (output == arg_max(model, "a", new=8)) == bool(words)

@@ -139,18 +139,18 @@ def test_the_id_generated_by_the_model_is_kept():
 def test_in_a_stream_a_potential_call_is_held_back(answer, parts):
     reader = reader_of(HERMES)
 
-    found = [part for letter in answer for part in reader.feed(letter)] + reader.finish()
+    result = [part for letter in answer for part in reader.feed(letter)] + reader.finish()
 
-    assert [part.text for part in found] == parts
-    assert {part.kind for part in found} == {"content"}
+    assert [part.text for part in result] == parts
+    assert {part.kind for part in result} == {"content"}
 
 
 def test_in_a_stream_reasoning_is_separate():
     reader = reader_of(THINKS, prompt="assistant\n<think>\n")
 
-    found = [part for piece in ("Ea", "sy", "\n</thi", "nk>", "\n\nH", "i") for part in reader.feed(piece)]
+    result = [part for piece in ("Ea", "sy", "\n</thi", "nk>", "\n\nH", "i") for part in reader.feed(piece)]
 
-    assert found + reader.finish() == [
+    assert result + reader.finish() == [
         MessagePart("reasoning", "Ea"),
         MessagePart("reasoning", "sy"),
         MessagePart("content", "H"),

@@ -181,10 +181,10 @@ def test_options_have_an_effect(chatty, options, text, finish, stream):
 
     if stream:
         chunks = list(reply)
-        shown, end = "".join(chunk.choices[0].delta.content or "" for chunk in chunks), chunks[-1].choices[0]
+        output, end = "".join(chunk.choices[0].delta.content or "" for chunk in chunks), chunks[-1].choices[0]
     else:
-        shown, end = reply.choices[0].message.content, reply.choices[0]
-    assert (shown, end.finish_reason) == (text, finish)
+        output, end = reply.choices[0].message.content, reply.choices[0]
+    assert (output, end.finish_reason) == (text, finish)
 
 
 def test_a_seed_repeats_an_answer_and_top_p_0_is_greedy(chatty):
@@ -291,7 +291,7 @@ def test_the_logprobs_of_an_echoed_prompt_are_those_of_the_model(small, max_toke
     ids = list(text.encode())
     body = {"prompt": ids if as_ids else text, "max_tokens": max_tokens, "logprobs": 2, "echo": True}
     choice = json.loads(request(small, "/v1/completions", body)[1])["choices"][0]
-    found = choice["logprobs"]
+    result = choice["logprobs"]
     model = tiny_model(max_position_embeddings=64)
     with torch.no_grad():
         prompt = torch.tensor([ids])
@@ -301,15 +301,15 @@ def test_the_logprobs_of_an_echoed_prompt_are_those_of_the_model(small, max_toke
     expected = expected_logprobs(model, whole)
 
     assert choice["text"].startswith(text)
-    assert {len(values) for values in found.values()} == {len(whole)}
-    assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
+    assert {len(values) for values in result.values()} == {len(whole)}
+    assert (result["token_logprobs"][0], result["top_logprobs"][0]) == (None, None)
     own = expected.gather(1, torch.tensor(whole[1:])[:, None])[:, 0]
-    assert found["token_logprobs"][1:] == pytest.approx(own.tolist(), abs=1e-4)
-    for place, likeliest in enumerate(found["top_logprobs"][1:]):
+    assert result["token_logprobs"][1:] == pytest.approx(own.tolist(), abs=1e-4)
+    for place, likeliest in enumerate(result["top_logprobs"][1:]):
         assert max(likeliest.values()) == pytest.approx(float(expected[place].max()), abs=1e-4)
-        assert found["token_logprobs"][place + 1] in likeliest.values()
-    assert found["tokens"][:2] == ["a", " "]
-    assert found["text_offset"][: len(ids)] == [0, 1, 2, 2, 2, 3]
+        assert result["token_logprobs"][place + 1] in likeliest.values()
+    assert result["tokens"][:2] == ["a", " "]
+    assert result["text_offset"][: len(ids)] == [0, 1, 2, 2, 2, 3]
 
 
 def test_the_logprobs_of_an_answer_are_those_of_the_model(chatty):
@@ -387,10 +387,10 @@ def test_an_empty_prompt_is_the_start_of_a_text(small, prompt):
     ],
 )
 def test_an_invalid_request_is_rejected_with_the_reason(chatty, body, message):
-    status, _, shown = error_of(chatty, "/v1/chat/completions", {"messages": chat("hi"), **body})
+    status, _, output = error_of(chatty, "/v1/chat/completions", {"messages": chat("hi"), **body})
 
     assert status == 400
-    assert shown.startswith(message)
+    assert output.startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -431,9 +431,9 @@ def test_tools_are_rejected_for_a_run_without_turns(squares):
     ],
 )
 def test_invalid_prompts_are_rejected(squares, prompt, message):
-    status, _, shown = error_of(squares, "/v1/completions", {"prompt": prompt})
+    status, _, output = error_of(squares, "/v1/completions", {"prompt": prompt})
 
-    assert (status, shown[: len(message)]) == (400, message)
+    assert (status, output[: len(message)]) == (400, message)
 
 
 def test_unknown_urls_are_rejected_in_the_same_format(chatty):
@@ -472,10 +472,10 @@ def test_max_tokens_are_capped_by_the_positions_and_by_the_limit(small, endless)
 
 
 def test_a_prompt_that_leaves_no_positions_is_rejected(small):
-    status, code, shown = error_of(small, "/v1/completions", {"prompt": "a" * 64, "max_tokens": 5})
+    status, code, output = error_of(small, "/v1/completions", {"prompt": "a" * 64, "max_tokens": 5})
 
     assert (status, code) == (400, "context_length_exceeded")
-    assert shown == "the prompt has 64 tokens, over the limit of 63"
+    assert output == "the prompt has 64 tokens, over the limit of 63"
 
 
 @pytest.mark.parametrize(
@@ -506,10 +506,10 @@ def test_a_stream_reports_dropped_messages_too(small):
 def test_a_last_message_that_is_too_long_is_rejected_with_advice(small):
     body = {"messages": chat("hi", "hello", "x" * 60)}
 
-    status, code, shown = error_of(small, "/v1/chat/completions", body)
+    status, code, output = error_of(small, "/v1/chat/completions", body)
 
     assert (status, code) == (400, "context_length_exceeded")
-    assert shown == (
+    assert output == (
         "the prompt has 79 tokens, over the limit of 63; older messages were already dropped: "
         "shorten the last message or the system message"
     )
@@ -735,18 +735,18 @@ def failure(words: list[str], capsys: Any) -> tuple[int, str]:
 def test_other_machines_may_only_connect_with_a_key(host, capsys, monkeypatch):
     monkeypatch.delenv("HF_CLM_API_KEY", raising=False)
 
-    code, shown = failure(["run", "--host", host], capsys)
+    code, output = failure(["run", "--host", host], capsys)
 
     assert code == 2
-    assert shown.startswith("error: --host: an API key is required because other machines can connect; ")
+    assert output.startswith("error: --host: an API key is required because other machines can connect; ")
 
 
 def test_an_address_in_use_is_an_error_before_the_model_is_loaded(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        code, shown = failure(["run", "--port", str(taken.getsockname()[1])], capsys)
+        code, output = failure(["run", "--port", str(taken.getsockname()[1])], capsys)
 
     assert code == 6
-    assert "cannot listen: Address already in use" in shown
+    assert "cannot listen: Address already in use" in output
 
 
 @pytest.mark.parametrize("package", ["starlette", "uvicorn"])

@@ -49,8 +49,8 @@ def test_it_trains_like_ddp_and_resumes_exactly(tmp_path, monkeypatch, stage):
 
     ddp, zero = (read_metrics(tmp_path / name) for name in ("ddp", "zero"))
     for key in ("loss", "grad_norm", "eval_loss", "token_accuracy"):
-        found = [entry[key] for entry in zero if key in entry]
-        assert found == pytest.approx([entry[key] for entry in ddp if key in entry], rel=1e-5)
+        result = [entry[key] for entry in zero if key in entry]
+        assert result == pytest.approx([entry[key] for entry in ddp if key in entry], rel=1e-5)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "zero" / "run")
     assert model.get_input_embeddings().weight.shape == (260, 32)
     assert (tmp_path / "zero" / "run" / "checkpoint-3" / f"global_step{3}").is_dir()

@@ -69,8 +69,8 @@ def errors(folder: Path) -> list[str]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Returns the complete checkpoints in order."""
-    found = (folder / "run").glob("checkpoint-*/SEALED.json")
-    return sorted((path.parent for path in found), key=lambda path: int(path.name[11:]))
+    result = (folder / "run").glob("checkpoint-*/SEALED.json")
+    return sorted((path.parent for path in result), key=lambda path: int(path.name[11:]))
 
 
 def test_a_file_size_limit_ends_a_run_with_one_line_and_keeps_the_last_checkpoint(folder):

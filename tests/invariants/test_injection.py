@@ -155,8 +155,8 @@ def test_a_token_that_the_model_writes_is_only_a_token_in_answers(kind, token):
     text = f"a {token}b"
 
     assert controls(tokenize(chat(text, text, "Yo"), "messages", tokenizer), tokenizer) == OF_CHATML * 3
-    found = controls(tokenize(chat("Hi", "Hi", text), "messages", tokenizer), tokenizer)
-    assert found == [*OF_CHATML * 2, "<|im_start|>", token, "<|im_end|>"]
+    result = controls(tokenize(chat("Hi", "Hi", text), "messages", tokenizer), tokenizer)
+    assert result == [*OF_CHATML * 2, "<|im_start|>", token, "<|im_end|>"]
     row = tokenize({"prompt": text, "completion": text}, "prompt_completion", tokenizer)
     assert controls(row, tokenizer) == [token, tokenizer.eos_token]
 

@@ -93,7 +93,7 @@ def test_a_run_with_a_token_budget_has_the_same_loss_as_with_rows_and_packed_row
         "packed": {"packing": "best_fit"},
         "budget": {"packing": "none", "tokens_per_batch": 70},
     }
-    found = {}
+    result = {}
     for name, data in kinds.items():
         steps = {"num_train_epochs": 1, "gradient_accumulation_steps": 100}
         settings = {"output_dir": str(tmp_path / name), **steps}
@@ -101,16 +101,16 @@ def test_a_run_with_a_token_budget_has_the_same_loss_as_with_rows_and_packed_row
             settings["per_device_train_batch_size"] = 1
         train(build_recipe(tmp_path, records, data=data, train=settings, doctor={"self_test": False}))
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        (found[name],) = [entry for line in lines if "loss" in (entry := json.loads(line))]
+        (result[name],) = [entry for line in lines if "loss" in (entry := json.loads(line))]
 
-    assert [entry["target_tokens_seen"] for entry in found.values()] == [
+    assert [entry["target_tokens_seen"] for entry in result.values()] == [
         77,
         77,
         77,
     ]  # 66 letters, 11 end tokens
-    assert found["budget"]["loss"] == pytest.approx(found["rows"]["loss"], rel=1e-5)
-    assert found["packed"]["loss"] == pytest.approx(found["rows"]["loss"], rel=1e-5)
-    assert found["budget"]["grad_norm"] == pytest.approx(found["rows"]["grad_norm"], rel=1e-4)
+    assert result["budget"]["loss"] == pytest.approx(result["rows"]["loss"], rel=1e-5)
+    assert result["packed"]["loss"] == pytest.approx(result["rows"]["loss"], rel=1e-5)
+    assert result["budget"]["grad_norm"] == pytest.approx(result["rows"]["grad_norm"], rel=1e-4)
 
 
 def test_packing_stream_trains_every_token_once():

@@ -152,8 +152,8 @@ def cut_off(two: Path, folder: Path) -> Path:
 def check_resumed(folder: Path, whole: Path) -> None:
     steps = [entry["step"] for entry in read_metrics(folder) if "loss" in entry]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
-    expected, found = (load_file(place / "run" / "model.safetensors") for place in (whole, folder))
-    assert [name for name, weight in expected.items() if not torch.equal(found[name], weight)] == []
+    expected, result = (load_file(place / "run" / "model.safetensors") for place in (whole, folder))
+    assert [name for name, weight in expected.items() if not torch.equal(result[name], weight)] == []
 
 
 @pytest.mark.slow

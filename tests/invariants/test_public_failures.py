@@ -421,7 +421,7 @@ def test_documents_of_a_packed_row_do_not_attend_to_each_other():
 
 def test_accumulation_does_not_change_the_loss(tmp_path):
     """transformers#37766, axolotl#3982: the mean of means of unequal micro-batches."""
-    found = []
+    result = []
     for batch, steps in ((4, 1), (2, 2), (1, 4)):
         settings = {
             "per_device_train_batch_size": batch,
@@ -430,11 +430,11 @@ def test_accumulation_does_not_change_the_loss(tmp_path):
         }
         output = tmp_path / f"run-{batch}"
         train(helpers.build_recipe(tmp_path, RECORDS, train=settings | {"output_dir": str(output)}))
-        found.append(read_losses(output))
+        result.append(read_losses(output))
 
-    assert len(found[0]) == 2
-    assert found[1] == pytest.approx(found[0], rel=1e-5)
-    assert found[2] == pytest.approx(found[0], rel=1e-5)
+    assert len(result[0]) == 2
+    assert result[1] == pytest.approx(result[0], rel=1e-5)
+    assert result[2] == pytest.approx(result[0], rel=1e-5)
 
 
 def test_a_nan_loss_stops_the_run_and_is_never_shown_as_0(tmp_path, capsys):

@@ -37,11 +37,11 @@ def cut_off(source: Path, folder: Path) -> Path:
 
 def check_same_losses(folder: Path, expected: Path) -> None:
     for key in ("loss", "grad_norm", "eval_loss"):
-        found, wanted = ([e[key] for e in read_metrics(place) if key in e] for place in (folder, expected))
-        assert found == pytest.approx(wanted, rel=1e-5), key
+        result, wanted = ([e[key] for e in read_metrics(place) if key in e] for place in (folder, expected))
+        assert result == pytest.approx(wanted, rel=1e-5), key
     for key in ("step", "tokens_seen", "learning_rate"):
-        found, wanted = ([e.get(key) for e in read_metrics(place)] for place in (folder, expected))
-        assert found == wanted, key
+        result, wanted = ([e.get(key) for e in read_metrics(place)] for place in (folder, expected))
+        assert result == wanted, key
 
 
 def test_two_processes_resume_with_the_rows_of_one(tmp_path, alone):
@@ -96,8 +96,8 @@ def test_two_killed_processes_resume_exactly(tmp_path):
     same = [load_file(place / "run" / "model.safetensors") for place in (whole, cut)]
     assert all(torch.equal(weight, same[1][name]) for name, weight in same[0].items())
     left_out = ("seconds", "per_second", "mfu", "peak_memory_bytes", "runtime")
-    found, wanted = (
+    result, wanted = (
         [{k: v for k, v in e.items() if not k.endswith(left_out)} for e in read_metrics(place)]
         for place in (cut, whole)
     )
-    assert found == wanted
+    assert result == wanted

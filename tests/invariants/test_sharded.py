@@ -50,9 +50,9 @@ def main(rank: int, folder: Path) -> None:
     place = f"file://{folder / 'meeting'}"
     torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
     register()
-    found = {case: train_spread(case, rank=rank, folder=folder) for case in CASES}
+    result = {case: train_spread(case, rank=rank, folder=folder) for case in CASES}
     if rank == 0:
-        torch.save(found, folder / "found.pt")
+        torch.save(result, folder / "result.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -130,9 +130,9 @@ def train_alone(head: str) -> tuple[list[tuple[float, float]], Any]:
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_sharded_model_learns_and_saves_the_same_as_one_process(folder, case):
     expected, model = train_alone(case[0])
-    found = torch.load(folder / "found.pt")[case]
+    result = torch.load(folder / "result.pt")[case]
 
-    assert found == [pytest.approx(step, rel=1e-5) for step in expected]
+    assert result == [pytest.approx(step, rel=1e-5) for step in expected]
     assert min(norm for _, norm in expected) > CLIP  # so clipping has an effect
     saved = AutoModelForCausalLM.from_pretrained(folder / "-".join(case)).state_dict()
     weights = model.state_dict()

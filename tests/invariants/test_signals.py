@@ -41,8 +41,8 @@ def folder(tmp_path_factory) -> Path:
 def check_stopped(folder: Path, reason: str) -> None:
     """Checks for one checkpoint at the last step, one line about it, no final model and no lock."""
     last = steps(folder)[-1]
-    found = facts(folder)
-    assert (found["status"], found["stopped_by"], found["stopped_at_step"]) == ("preempted", reason, last)
+    result = facts(folder)
+    assert (result["status"], result["stopped_by"], result["stopped_at_step"]) == ("preempted", reason, last)
     names = {path.name for path in (folder / "run").iterdir()}
     assert {name for name in names if "checkpoint" in name} == {f"checkpoint-{last}"}
     assert (folder / "run" / f"checkpoint-{last}" / "optimizer.pt").is_file()

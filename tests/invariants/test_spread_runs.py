@@ -52,9 +52,9 @@ def read_launcher_file(file: Path) -> tuple[int, dict[str, str]]:
     """Returns the number of processes that ``accelerate launch`` starts, and their environment variables."""
     words = launch_command_parser().parse_args(["--config_file", str(file), *PROGRAM])
     words, *_ = _validate_launch_command(words)
-    found = prepare_multi_gpu_env(words)
+    result = prepare_multi_gpu_env(words)
     return words.num_processes, {
-        name: value for name, value in found.items() if os.environ.get(name) != value
+        name: value for name, value in result.items() if os.environ.get(name) != value
     }
 
 
@@ -73,17 +73,17 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def run_once(tmp_path_factory) -> Callable[..., Path]:
     """Performs each run when a test first needs it: ``(alone or spread, case)`` -> its folder."""
-    folder, found = tmp_path_factory.mktemp("runs"), {}
+    folder, result = tmp_path_factory.mktemp("runs"), {}
 
     def run(how: str, case: str) -> Path:
         if how == "alone":
             case = SAME_ALONE.get(case, case)
         model, words, changes = CASES[case]
-        if (how, case) not in found:
+        if (how, case) not in result:
             place = prepare(folder / f"{how} {case}", UNSAMPLED, **model)
             made = train_alone(place, *words) if how == "alone" else spread(place, *words, changes=changes)
-            found[how, case] = made
-        return found[how, case]
+            result[how, case] = made
+        return result[how, case]
 
     return run
 
@@ -94,11 +94,11 @@ def test_a_sharded_run_equals_the_run_of_one_process(run_once, case):
         pytest.importorskip("peft")
     alone, two = run_once("alone", case), run_once("spread", case)
 
-    expected, found = read_metrics(alone), read_metrics(two)
+    expected, result = read_metrics(alone), read_metrics(two)
     for key in ("loss", "grad_norm", "eval_loss", "token_accuracy", "tokens_seen"):
         values = [entry[key] for entry in expected if key in entry]
         assert len(values) >= 3, key
-        assert [entry[key] for entry in found if key in entry] == pytest.approx(values, rel=1e-5), key
+        assert [entry[key] for entry in result if key in entry] == pytest.approx(values, rel=1e-5), key
     one, other = load_weights(alone), load_weights(two)
     assert sorted(one) == sorted(other)
     for name, weight in one.items():
@@ -116,8 +116,8 @@ def test_a_sharded_run_resumes_exactly(run_once, tmp_path, case):
 
     spread(again, "--resume_from_checkpoint", "run/checkpoint-4", changes=CASES[case][2])
 
-    expected, found = load_weights(whole), load_weights(again)
-    same = {name: torch.equal(found[name], weight) for name, weight in expected.items()}
+    expected, result = load_weights(whole), load_weights(again)
+    same = {name: torch.equal(result[name], weight) for name, weight in expected.items()}
     assert same == dict.fromkeys(expected, True)
 
 
@@ -141,10 +141,10 @@ def test_a_sharded_run_in_bfloat16_does_not_round_its_loss(tmp_path):
     alone = train_alone(prepare(tmp_path / "alone", UNSAMPLED), *words)
     two = spread(prepare(tmp_path / "two", UNSAMPLED), *words)
 
-    expected, found = (
+    expected, result = (
         [entry["loss"] for entry in read_metrics(folder) if "loss" in entry] for folder in (alone, two)
     )
-    assert found == pytest.approx(expected, rel=1e-3)
-    rounded = torch.tensor(found).bfloat16().tolist()
-    assert [a == b for a, b in zip(found, rounded, strict=True)] == [False] * len(found)
+    assert result == pytest.approx(expected, rel=1e-3)
+    rounded = torch.tensor(result).bfloat16().tolist()
+    assert [a == b for a, b in zip(result, rounded, strict=True)] == [False] * len(result)
     assert {weight.dtype for weight in load_weights(two).values()} == {torch.float32}

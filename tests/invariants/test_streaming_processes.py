@@ -77,13 +77,13 @@ def test_two_processes_take_the_rows_of_one_with_two_workers_and_one_resumes_for
 
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     for step in (3, 6):
-        found = positions(two / "run" / f"checkpoint-{step}")
-        assert found == positions(one / "run" / f"checkpoint-{step}")
-        assert sorted(found) == [0, 1]
+        result = positions(two / "run" / f"checkpoint-{step}")
+        assert result == positions(one / "run" / f"checkpoint-{step}")
+        assert sorted(result) == [0, 1]
     totals = [json.loads((folder / "run" / "run.json").read_text())["stream"] for folder in (one, two)]
     assert totals[0] == totals[1]
     assert totals[0]["shards"] == 2
-    assert found[1]["places"][0]["epoch"] >= 1  # the long document, repeatedly
+    assert result[1]["places"][0]["epoch"] >= 1  # the long document, repeatedly
     again = cut_off(two, tmp_path / "again")
     monkeypatch.chdir(again)
     assert main(["train", "recipe.yaml", *ONE]) == 0

@@ -104,9 +104,9 @@ def test_persistent_workers_read_each_evaluation_set(tmp_path):
     run(tmp_path, looks=True, max_steps=1, **PERSISTENT)
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
 
-    found = [text.split(f'"{name}_target_tokens": ')[1].split(",")[0] for name in ("eval", "eval_train")]
+    result = [text.split(f'"{name}_target_tokens": ')[1].split(",")[0] for name in ("eval", "eval_train")]
 
-    assert found == ["24", "9"]  # completions of 6, 7, 8 and of 1, 2, 3 letters, with end tokens
+    assert result == ["24", "9"]  # completions of 6, 7, 8 and of 1, 2, 3 letters, with end tokens
 
 
 def test_random_states_are_restored_after_an_error():

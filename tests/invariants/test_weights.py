@@ -120,12 +120,12 @@ def by_hand(
     return (total / count).item(), {key: weight.grad for key, weight in model.named_parameters()}
 
 
-def assert_close(found: Gradients, expected: Gradients) -> None:
+def assert_close(result: Gradients, expected: Gradients) -> None:
     """Asserts differences of at most 1e-6 of the largest gradient."""
-    assert found.keys() == expected.keys()
+    assert result.keys() == expected.keys()
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     for name, gradient in expected.items():
-        assert float((found[name] - gradient).abs().max()) <= 1e-6 * largest, name
+        assert float((result[name] - gradient).abs().max()) <= 1e-6 * largest, name
 
 
 # --- the program that runs in each of two processes
@@ -136,9 +136,9 @@ def main(rank: int, folder: Path) -> None:
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=(folder / "port").read_text())
     batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    found = {name: one_step(folder / "run", ROWS, name=name, **batches) for name in MODELS}
+    result = {name: one_step(folder / "run", ROWS, name=name, **batches) for name in MODELS}
     if rank == 0:
-        torch.save(found, folder / "found.pt")
+        torch.save(result, folder / "result.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -168,10 +168,10 @@ def test_a_step_is_the_weighted_mean_however_it_is_batched(
     )
 
     batches = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-    log, found = one_step(tmp_path, ROWS, name=name, collator=collator, **batches, **settings)
+    log, result = one_step(tmp_path, ROWS, name=name, collator=collator, **batches, **settings)
 
     assert log["loss"] == pytest.approx(expected, rel=1e-6)
-    assert_close(found, gradients)
+    assert_close(result, gradients)
 
 
 @pytest.mark.slow
@@ -180,11 +180,11 @@ def test_a_step_of_two_processes_equals_one_if_only_one_has_weights(tmp_path):
 
     run_program(__file__, tmp_path)
 
-    found = torch.load(tmp_path / "found.pt")
+    result = torch.load(tmp_path / "result.pt")
     for name in MODELS:
         expected, gradients = by_hand(name, ROWS)
-        assert found[name][0]["loss"] == pytest.approx(expected, rel=1e-6)
-        assert_close(found[name][1], gradients)
+        assert result[name][0]["loss"] == pytest.approx(expected, rel=1e-6)
+        assert_close(result[name][1], gradients)
 
 
 @pytest.mark.parametrize("collator", COLLATORS)
@@ -193,10 +193,10 @@ def test_weights_of_1_have_no_effect(tmp_path, collator):
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
     log, expected = one_step(tmp_path, PLAIN, collator=collator, **batches)
-    weighted_log, found = one_step(tmp_path, weighted, collator=collator, **batches)
+    weighted_log, result = one_step(tmp_path, weighted, collator=collator, **batches)
 
     assert weighted_log["loss"] == log["loss"]
-    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert all(torch.equal(result[name], gradient) for name, gradient in expected.items())
 
 
 def test_the_loss_of_a_model_that_scales_its_logits_includes_the_load_balancing_loss(tmp_path):
@@ -204,11 +204,11 @@ def test_the_loss_of_a_model_that_scales_its_logits_includes_the_load_balancing_
     weighted = [{**row, "weights": [1.0] * len(row["labels"])} for row in PLAIN]
 
     log, expected = one_step(tmp_path, PLAIN, name="granitemoe")
-    weighted_log, found = one_step(tmp_path, weighted, name="granitemoe")
+    weighted_log, result = one_step(tmp_path, weighted, name="granitemoe")
 
     assert log["loss"] > by_hand("granitemoe", PLAIN)[0] + 1
     assert weighted_log["loss"] == pytest.approx(log["loss"], rel=1e-6)
-    assert_close(found, expected)
+    assert_close(result, expected)
 
 
 @pytest.mark.parametrize(("name", "collator"), [("granite", "padded"), ("qwen2", "packed")])
@@ -217,10 +217,10 @@ def test_a_row_of_weight_2_equals_two_copies_of_the_row(tmp_path, name, collator
     twice = {**PLAIN[2], "weights": [2.0] * 6}
 
     log, expected = one_step(tmp_path, [PLAIN[3], PLAIN[2], PLAIN[2]], **options)
-    weighted_log, found = one_step(tmp_path, [PLAIN[3], twice], **options)
+    weighted_log, result = one_step(tmp_path, [PLAIN[3], twice], **options)
 
     assert weighted_log["loss"] == pytest.approx(log["loss"], rel=1e-6)
-    assert_close(found, expected)
+    assert_close(result, expected)
 
 
 @pytest.mark.parametrize(("name", "collator"), [("qwen2", "padded"), ("granite", "packed")])
@@ -230,10 +230,10 @@ def test_a_weight_of_0_equals_no_label(tmp_path, name, collator):
     masked = {**PLAIN[3], "labels": [X, 7, X, 5, X, 3]}
 
     log, expected = one_step(tmp_path, [PLAIN[0], masked], **options)
-    weighted_log, found = one_step(tmp_path, [PLAIN[0], weighted], **options)
+    weighted_log, result = one_step(tmp_path, [PLAIN[0], weighted], **options)
 
     assert weighted_log["loss"] == pytest.approx(log["loss"], rel=1e-6)
-    assert_close(found, expected)
+    assert_close(result, expected)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -251,9 +251,9 @@ def test_a_base_in_a_relative_folder_is_found_from_another_folder(tmp_path, monk
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
 
-    found = load_adapted("../adapter", load_tokenizer(str(tmp_path / "base")), attention="sdpa")
+    adapted = load_adapted("../adapter", load_tokenizer(str(tmp_path / "base")), attention="sdpa")
 
-    assert is_adapted(found)
+    assert is_adapted(adapted)
 
 
 @pytest.mark.parametrize("key", ["target_modules", "modules_to_save"])

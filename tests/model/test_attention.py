@@ -76,11 +76,11 @@ def test_matmul_attention_equals_sdpa(heads, window, scale):
     states = [torch.randn(shape, requires_grad=True) for shape in shapes]
     options = {"dropout": 0.0, "scale": scale, "window": window}
 
-    found, expected = _matmul_attention(states, **options), _sdpa_attention(states, **options)
+    output, expected = _matmul_attention(states, **options), _sdpa_attention(states, **options)
     factor = torch.randn_like(expected)
 
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-    gradients = [torch.autograd.grad((part * factor).sum(), states) for part in (found, expected)]
+    torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
+    gradients = [torch.autograd.grad((part * factor).sum(), states) for part in (output, expected)]
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
 
@@ -92,19 +92,19 @@ def test_under_autocast_a_cpu_computes_attention_in_float32(lengths):
     expected = packed_attention(torch.nn.Module(), *states, cu_seq_lens_q=bounds)[0]
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = packed_attention(torch.nn.Module(), *states, cu_seq_lens_q=bounds)[0]
+        output = packed_attention(torch.nn.Module(), *states, cu_seq_lens_q=bounds)[0]
 
-    assert torch.equal(found, expected.bfloat16())  # rounded once, at the end
+    assert torch.equal(output, expected.bfloat16())  # rounded once, at the end
 
 
 def test_dropout_of_matmul_attention_keeps_the_mean():
     torch.manual_seed(0)
     states = [torch.randn(400, 2, 6, 4), torch.randn(400, 2, 6, 4), torch.ones(400, 2, 6, 4)]
 
-    found = _matmul_attention(states, dropout=0.5, scale=None, window=None)
+    output = _matmul_attention(states, dropout=0.5, scale=None, window=None)
 
-    assert found[:, :, 0].unique().tolist() == [0.0, 2.0]  # one weight, dropped or doubled
-    assert found.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert output[:, :, 0].unique().tolist() == [0.0, 2.0]  # one weight, dropped or doubled
+    assert output.mean().item() == pytest.approx(1.0, abs=0.05)
 
 
 def test_without_document_bounds_a_packed_row_would_leak():

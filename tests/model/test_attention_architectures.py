@@ -72,8 +72,8 @@ def sum_loss(logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[: len(ids) - 1], targets, reduction="sum")
 
 
-def is_close(found: torch.Tensor, expected: torch.Tensor, *, to: float) -> bool:
-    return bool((found - expected).abs().max() <= to * expected.abs().max())
+def is_close(result: torch.Tensor, expected: torch.Tensor, *, to: float) -> bool:
+    return bool((result - expected).abs().max() <= to * expected.abs().max())
 
 
 @every_architecture
@@ -107,14 +107,14 @@ def test_in_generation_it_equals_the_stock_model(kind):
     prompt = torch.tensor([DOCUMENTS[0]])
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False}
 
-    found, expected = (
+    result, expected = (
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[is_real]
         for model in (packed, stock)
     )
     texts = [model.generate(prompt, pad_token_id=PAD, **options).tolist() for model in (packed, stock)]
 
     assert packed.config._attn_implementation == "sdpa"
-    assert is_close(found, expected, to=1e-5)
+    assert is_close(result, expected, to=1e-5)
     assert texts[0] == texts[1]
     assert len(texts[0][0]) > len(DOCUMENTS[0])
 
@@ -127,10 +127,10 @@ def test_under_autocast_it_is_as_precise_as_the_stock_model(kind):
     batch.pop("labels")
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = packed(**batch, use_cache=False).logits[0].float()
+        result = packed(**batch, use_cache=False).logits[0].float()
     alone = [stock(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in DOCUMENTS]
 
-    assert is_close(found, torch.cat(alone), to=5e-2)
+    assert is_close(result, torch.cat(alone), to=5e-2)
 
 
 @every_architecture

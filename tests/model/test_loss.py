@@ -94,21 +94,21 @@ def loss_and_gradients(
     }
 
 
-def assert_close(found: dict[str, Any], expected: dict[str, Any], *, rtol: float = 1e-5) -> None:
+def assert_close(result: dict[str, Any], expected: dict[str, Any], *, rtol: float = 1e-5) -> None:
     """Asserts equal names, and tensors that differ by at most ``rtol`` of the largest element.
 
     For a gradient that cancels out (the bias of keys), the largest of all gradients is the reference.
     """
-    assert found.keys() == expected.keys()
+    assert result.keys() == expected.keys()
     largest = max(float(value.abs().max()) for value in expected.values())
     for name, value in expected.items():
         scale = max(float(value.abs().max()), 1e-3 * largest)
-        assert float((found[name] - value).abs().max()) <= rtol * scale, name
+        assert float((result[name] - value).abs().max()) <= rtol * scale, name
 
 
-def assert_same_pass(found: tuple[float, dict], expected: tuple[float, dict]) -> None:
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert_close(found[1], expected[1])
+def assert_same_pass(result: tuple[float, dict], expected: tuple[float, dict]) -> None:
+    assert result[0] == pytest.approx(expected[0], rel=1e-5)
+    assert_close(result[1], expected[1])
 
 
 # --- measure_targets alone
@@ -203,8 +203,8 @@ def test_under_bfloat16_autocast_weights_are_not_rounded():
         )
 
     assert weighted.item() == pytest.approx(257 / 256 * whole.item(), rel=1e-6)
-    expected, found = gradients_of(whole, parts), gradients_of(weighted, parts)
-    for name, gradient in found.items():
+    expected, result = gradients_of(whole, parts), gradients_of(weighted, parts)
+    for name, gradient in result.items():
         share = (gradient * expected[name]).sum() / expected[name].square().sum()
         assert share.item() == pytest.approx(257 / 256, abs=2e-3), name
 
@@ -214,10 +214,10 @@ def test_without_gradients_the_results_are_the_same(chunks):
     expected = measure_targets(hidden, weight, bias=bias, targets=targets, options=PLAIN)
 
     with torch.no_grad():
-        found = measure_targets(hidden, weight, bias=bias, targets=targets, options=PLAIN)
+        result = measure_targets(hidden, weight, bias=bias, targets=targets, options=PLAIN)
 
-    assert not found[0].requires_grad
-    assert all(torch.equal(part, other) for part, other in zip(found, expected, strict=True))
+    assert not result[0].requires_grad
+    assert all(torch.equal(part, other) for part, other in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize("targets", [[], [X], [X, X, X]], ids=str)
@@ -269,9 +269,9 @@ class HeadShapeCounter(TorchDispatchMode):
     made = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        self.made += torch.is_tensor(found) and found.shape == (VOCABULARY, WIDTH)
-        return found
+        result = func(*args, **(kwargs or {}))
+        self.made += torch.is_tensor(result) and result.shape == (VOCABULARY, WIDTH)
+        return result
 
 
 def test_a_frozen_head_has_no_gradient_and_no_tensor_of_its_size_is_created():
@@ -300,12 +300,12 @@ def test_under_bfloat16_autocast_it_is_as_precise_as_the_stock_loss(chunks):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = linear(hidden, weight, bias)
         stock = cross_entropy(logits.float(), targets, ignore_index=X, reduction="sum")
-        found, nll, _ = measure_targets(hidden, weight, bias=bias, targets=targets, options=PLAIN)
+        result, nll, _ = measure_targets(hidden, weight, bias=bias, targets=targets, options=PLAIN)
 
-    assert (found.dtype, nll.dtype) == (torch.float32, torch.float32)
-    assert found.item() == pytest.approx(stock.item(), rel=1e-3)
+    assert (result.dtype, nll.dtype) == (torch.float32, torch.float32)
+    assert result.item() == pytest.approx(stock.item(), rel=1e-3)
     expected = gradients_of(stock, parts)
-    for name, gradient in gradients_of(found, parts).items():
+    for name, gradient in gradients_of(result, parts).items():
         assert gradient.dtype == torch.float32
         assert float((gradient - expected[name]).norm()) <= 2e-2 * float(expected[name].norm()), name
 
@@ -356,9 +356,9 @@ def test_outside_of_measuring_the_model_works_as_usual(model, tmp_path):
     with target_loss.measuring(), torch.no_grad():
         model(**batch, use_cache=False)
 
-    found = loss_and_gradients(model, batch)
-    assert found[0] == expected[0]
-    assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
+    result = loss_and_gradients(model, batch)
+    assert result[0] == expected[0]
+    assert all(torch.equal(result[1][name], expected[1][name]) for name in expected[1])
     with torch.no_grad():
         assert torch.equal(model(input_ids=prompt, use_cache=False).logits, logits)
     assert list(model.state_dict()) == names
@@ -422,7 +422,7 @@ def test_a_head_whose_output_is_transformed_is_detected():
     """As if the model's forward changed after why_not: a wrong loss is never computed silently."""
     model = build("qwen2")
     target_loss = use_target_loss(model)
-    model.get_output_embeddings().register_forward_hook(lambda head, given, found: 2 * found)
+    model.get_output_embeddings().register_forward_hook(lambda head, given, result: 2 * result)
 
     with target_loss.measuring(), pytest.raises(AssertionError, match="the model transforms its logits"):
         model(**DataCollatorForCausalLM(0)(ROWS))
@@ -618,11 +618,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - without, loss.item())
 def test_a_large_vocabulary_takes_under_a_quarter_of_the_stock_memory(tmp_path, vocabulary, rows):
     """512 targets per row in float32, excluding the memory of the model. The stock loss takes 0.9 or 7 GB."""
     (tmp_path / "peak.py").write_text(PEAK)
-    found = {}
+    result = {}
     for arm in ("stock", "targets"):
         process = Forked(tmp_path, ["peak.py", arm, str(vocabulary), str(rows)])
         assert process.wait() == 0, process.read().err
-        found[arm] = [float(word) for word in process.read().out.split()]
+        result[arm] = [float(word) for word in process.read().out.split()]
 
-    assert found["targets"][1] == pytest.approx(found["stock"][1], rel=1e-5)
-    assert found["targets"][0] < 0.25 * found["stock"][0]
+    assert result["targets"][1] == pytest.approx(result["stock"][1], rel=1e-5)
+    assert result["targets"][0] < 0.25 * result["stock"][0]

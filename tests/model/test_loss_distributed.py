@@ -40,12 +40,12 @@ def main(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
     )
-    found = {}
+    result = {}
     for head in HEADS:
         for name, spread in (("ddp", to_ddp), ("fsdp2", to_fsdp2)):
-            found[name, head] = measure(build(head), spread, rows=ROWS[2 * rank : 2 * rank + 2])
+            result[name, head] = measure(build(head), spread, rows=ROWS[2 * rank : 2 * rank + 2])
     if rank == 0:
-        torch.save(found, folder / "found.pt")
+        torch.save(result, folder / "result.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -90,22 +90,22 @@ def measure(model: Any, spread: Any, *, rows: list[dict]) -> tuple[float, dict[s
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[tuple[str, str], tuple[float, dict[str, torch.Tensor]]]:
+def result(tmp_path_factory) -> dict[tuple[str, str], tuple[float, dict[str, torch.Tensor]]]:
     folder = tmp_path_factory.mktemp("distributed")
     run_program(__file__, folder)
-    return torch.load(folder / "found.pt")
+    return torch.load(folder / "result.pt")
 
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_two_processes_have_the_loss_and_gradients_of_the_stock_model_in_one(found, name, head):
+def test_two_processes_have_the_loss_and_gradients_of_the_stock_model_in_one(result, name, head):
     model = build(head)
     assert why_not(model) == ""
     loss = model(**collate(ROWS), use_cache=False, num_items_in_batch=TARGETS).loss
     loss.backward()
     expected = {key: weight.grad for key, weight in model.named_parameters()}
 
-    total, gradients = found[name, head]
+    total, gradients = result[name, head]
 
     assert total == pytest.approx(loss.item(), rel=1e-5)
     assert gradients.keys() == expected.keys()

@@ -68,22 +68,22 @@ def test_each_document_has_the_loss_that_transformers_computes_for_it(how):
     gates = tuple(torch.randn(documents.numel(), 5, generator=torch.manual_seed(n)) for n in range(3))
     count = len(weigh_documents(batch, documents))
 
-    found = balance_documents(gates, documents, count=count, top_k=2)
+    result = balance_documents(gates, documents, count=count, top_k=2)
 
     for number, row in enumerate(ROWS):
         own = [gate[documents == number] for gate in gates]
         assert len(own[0]) == len(row["input_ids"])
-        assert float(found[number]) == pytest.approx(stock_balance(own), rel=1e-5)
+        assert float(result[number]) == pytest.approx(stock_balance(own), rel=1e-5)
 
 
 @pytest.mark.parametrize("how", BATCHES)
 def test_a_document_is_weighted_by_its_weighted_targets(how):
     batch = BATCHES[how](ROWS)
 
-    found = weigh_documents(batch, number_documents(batch)).tolist()
+    result = weigh_documents(batch, number_documents(batch)).tolist()
 
-    assert found[:4] == [0.5, 24.5, 4.5, 72.0]  # n targets of weight n / 2
-    assert sum(found[4:]) == 0
+    assert result[:4] == [0.5, 24.5, 4.5, 72.0]  # n targets of weight n / 2
+    assert sum(result[4:]) == 0
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
