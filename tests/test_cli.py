@@ -198,7 +198,10 @@ def test_these_are_all_the_commands():
             "overrides need a recipe before them; got --row; did you mean '--rows'?; fix: ",
         ),
         (["generate"], "hf-clm generate: the following arguments are required: run"),
-        (["generate", "run"], 'hf-clm generate: needs a prompt; fix: --prompt "..." or --file prompts.txt'),
+        (
+            ["generate", "run"],
+            'hf-clm generate: needs a prompt; fix: add --prompt "..." or --file prompts.txt',
+        ),
         (["generate", "run", "--promt", "x"], "did you mean '--prompt'?"),
         (["generate", "run", "--prom", "x"], "did you mean '--prompt'?"),
         (
@@ -453,7 +456,10 @@ def test_a_file_without_a_prompt_is_an_error(learned, capsys, tmp_path):
 
     code, shown = failure(["generate", learned, "--file", str(tmp_path / "prompts.txt")], capsys)
 
-    assert (code, shown) == (3, f"{tmp_path / 'prompts.txt'}: holds no prompt")
+    assert (code, shown) == (
+        3,
+        f"{tmp_path / 'prompts.txt'}: the file has no prompts; fix: add at least one prompt",
+    )
 
 
 def test_a_raw_prompt_is_continued_as_it_is(learned, capsys):
@@ -533,11 +539,27 @@ def test_values_out_of_range_are_one_line(learned, capsys, options, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.txt", None, ": cannot be read; got No such file or directory; fix: name a file with --file"),
-        ("a.txt", "one\né\n".encode("latin-1"), ": not UTF-8; got byte 0xe9 at 4; fix: save it as UTF-8, or"),
-        ("b.txt", "one".encode("utf-16"), ": not UTF-8; got byte 0xff at 0; fix: save it as UTF-8, or"),
-        ("c.txt", b"\n \n", ": holds no prompt"),
-        ("folder.txt", "folder", ": cannot be read; got Is a directory; fix: name a file with --file"),
+        (
+            "none.txt",
+            None,
+            ": cannot be read; got No such file or directory; fix: give an existing file with --file",
+        ),
+        (
+            "a.txt",
+            "one\né\n".encode("latin-1"),
+            ": not UTF-8; got byte 0xe9 at offset 4; fix: save it as UTF-8, or",
+        ),
+        (
+            "b.txt",
+            "one".encode("utf-16"),
+            ": not UTF-8; got byte 0xff at offset 0; fix: save it as UTF-8, or",
+        ),
+        ("c.txt", b"\n \n", ": the file has no prompts; fix: add at least one prompt"),
+        (
+            "folder.txt",
+            "folder",
+            ": cannot be read; got Is a directory; fix: give an existing file with --file",
+        ),
         ("none.jsonl", None, "none.jsonl"),
         ("d.jsonl", '{"instruct": "é"}\n'.encode("latin-1"), "d.jsonl:1"),
     ],
@@ -676,7 +698,10 @@ def test_data_without_a_target_that_fits_are_an_error(learned, capsys, tmp_path)
 
     code, shown = failure(["evaluate", learned, path, "--max_length", "2"], capsys)
 
-    assert (code, shown) == (3, f"{path}: no example has a target that fits; fix: raise --max_length")
+    assert (code, shown) == (
+        3,
+        f"{path}: no example has a target that fits into a row; fix: raise --max_length",
+    )
 
 
 def test_the_tests_leave_torch_as_they_found_it():

@@ -266,7 +266,7 @@ def padding_on_the_left(patch: pytest.MonkeyPatch) -> None:
 
 CERTIFIED, LOSS = (
     "the labels are not certified",
-    "the self-test of the loss fails",
+    "the self-test of the loss failed",
 )
 
 # The fault, the run, and its error.
