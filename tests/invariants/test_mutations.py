@@ -297,7 +297,11 @@ MUTATIONS = [
     (stream_loses_the_label_at_a_border, PRETRAIN, "data.packing: packing has "),
     (padding_trained, {}, f"{LOSS}: one document at a time gives a different loss"),
     (padding_on_the_left, {}, f"{LOSS}: padded rows give a different loss"),
-    (collator_ignores_the_positions_of_a_row, PACKED, f"{LOSS}: one document at a time gives a different loss"),
+    (
+        collator_ignores_the_positions_of_a_row,
+        PACKED,
+        f"{LOSS}: one document at a time gives a different loss",
+    ),
     (collator_shifts_the_labels, PACKED, f"{LOSS}: "),
     (collator_drops_the_last_label, PACKED, f"{LOSS}: one document at a time gives a different loss"),
 ]
