@@ -88,10 +88,9 @@ def train(
         check_data(built)
         from hf_clm.training.python import Additions
         from hf_clm.training.run import run
-        from hf_clm.training.trainer import CLMTrainer
 
         observers = [*callbacks, *progress.callbacks()]
-        additions = Additions(observers, compute_metrics, trainer_class or CLMTrainer, optimizers)
+        additions = Additions(observers, compute_metrics, trainer_class, optimizers)
         return run(built, additions=additions)
 
 

@@ -30,18 +30,19 @@ class Additions:
 
     callbacks         see every event, after those of hf_clm
     compute_metrics   as of transformers.Trainer; its figures are logged with those of an evaluation
-    trainer_class     CLMTrainer or a subclass of it
+    trainer_class     a subclass of CLMTrainer; None: CLMTrainer itself
     build_optimizer   makes the optimizer, and a schedule or None, from the model that was loaded
     """
 
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = ()
     compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
-    trainer_class: type[CLMTrainer] = CLMTrainer
+    trainer_class: type[CLMTrainer] | None = None
     build_optimizer: BuildOptimizer | None = None
 
     def __post_init__(self):
-        if not (isinstance(self.trainer_class, type) and issubclass(self.trainer_class, CLMTrainer)):
-            name = getattr(self.trainer_class, "__name__", repr(self.trainer_class))
+        given = self.trainer_class
+        if given is not None and not (isinstance(given, type) and issubclass(given, CLMTrainer)):
+            name = getattr(given, "__name__", repr(given))
             fix = "derive it from hf_clm.CLMTrainer, which is a transformers.Trainer"
             raise RecipeError("not a subclass of CLMTrainer", where="trainer_class", got=name, fix=fix)
 

@@ -263,7 +263,8 @@ def build_trainer(
     rows = max(arguments.train_batch_size, arguments.eval_batch_size)
     static = static_shape(datasets, rows=rows) if arguments.torch_compile else None
     collate = build_collator(recipe, tokenizer, with_targets=takes_targets(model), static=static)
-    trainer = additions.trainer_class(
+    trainer_class = additions.trainer_class or CLMTrainer
+    trainer = trainer_class(
         model=model,
         args=arguments,
         data_collator=PositionCollator(collate) if stream else collate,
