@@ -213,7 +213,7 @@ def test_a_run_opens_its_model_before_the_first_step_or_at_the_end_and_cleans_up
     train(helpers.build_recipe(tmp_path, RECORDS, doctor={"round_trip": when}, train={"max_steps": 1}))
 
     shown = capsys.readouterr().out
-    assert (shown.index("\nopens     with plain") < shown.index("\nstep 1/1")) == (when == "start")
+    assert (shown.index("\nreloaded  with plain") < shown.index("\nstep 1/1")) == (when == "start")
     assert proof_of(tmp_path / "run")["round_trip"]["logit_difference"] < 1e-5
     assert not (tmp_path / "run" / ".round-trip").exists()
 
