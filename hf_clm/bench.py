@@ -1,7 +1,7 @@
-"""``hf-clm bench``: what a recipe and its data make of this machine. Nothing that it trains is kept.
+"""``hf-clm bench``: measures how fast a recipe and its data train on this machine, and keeps nothing.
 
-bench --> a process for each micro-batch: prepare, build, prove, train as ``train`` does --> Start, Trial
-          (the first prepares the data for all of them, and proves the model)
+bench --> a process for each micro-batch size: prepare, build, prove, train like ``train`` --> Start, Trial
+          (the first prepares the data for all of them, and tests the model)
 """
 
 import math
@@ -36,13 +36,13 @@ from hf_clm.training.run import build_trainer
 from hf_clm.training.summary import RunFacts, versions
 from hf_clm.training.trainer import CLMTrainer
 
-WINDOWS = 5  # that are counted, after one to warm up
-WINDOW_SECONDS = 5.0  # a window that lasts longer ends with its step
+WINDOWS = 5  # after one to warm up
+WINDOW_SECONDS = 5.0  # a longer window ends with the current step
 PEAK_SECONDS, INPUT_SECONDS = 1.0, 0.5
-NOISE = 1.03  # less than 3 % faster is not faster
+NOISE = 1.03  # a speedup of less than 3 % does not count
 WIDTH, INDENT = 100, " " * 10
 MIB = 2**20
-# Nothing is written outside the temporary folder, evaluated, or logged except by the bench itself.
+# Turns off evaluation, saving, and logging except by bench itself.
 QUIET = {
     "eval_strategy": "no",
     "eval_on_start": False,
@@ -56,11 +56,11 @@ QUIET = {
 CHILD = "from hf_clm.bench import run_child; run_child()"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "MemoryError")
 KILLED = -9
-KEPT = "kept      nothing: the weights are thrown away, the data were prepared in a temporary folder"
+NOTHING_KEPT = "kept      nothing: the weights and the prepared data are deleted"
 COLUMNS = (
-    "rows at once",
-    "rows a step",
-    "s a step",
+    "micro-batch",
+    "rows/step",
+    "s/step",
     "tokens/s",
     "targets/s",
     "per second",
@@ -71,12 +71,12 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Start:
-    """The machine, the data, and the way to the first step.
+    """The machine, the data, and the time to the first step.
 
     peak                FLOP/s of a large matrix product in the precision of the run
-    fill                the share of the packed rows that is filled, None without packing
-    rows_per_second     that are read and collated
-    seconds             of the start, part by part
+    fill                share of the packed rows that is filled, None without packing
+    rows_per_second     speed of reading and collating rows
+    seconds             duration of each part of the start
     """
 
     device: str
@@ -91,7 +91,7 @@ class Start:
     versions: dict[str, str]
 
     def to_lines(self) -> list[str]:
-        """The machine, the data, their way into the model, and the seconds to the first step."""
+        """Describes the machine, the data, the speed of the input, and the time to the first step."""
         filled = "not packed" if self.fill is None else f"{self.fill:.1%} full"
         parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.seconds.items())
         start = f"start     {sum(self.seconds.values()):.1f} s: {parts}"
@@ -108,9 +108,10 @@ class Start:
 
 @dataclass(frozen=True)
 class Trial:
-    """The speed with a micro-batch of ``rows``, in the median of windows; ``failure``: why there is none.
+    """The speed with a micro-batch of ``rows``, as the median of windows.
 
-    limit_bytes         memory that was free before, None where only the child ends if it runs out
+    failure             why there is no speed, or empty
+    limit_bytes         memory that was free before; None on a GPU, where running out ends only the child
     """
 
     rows: int
@@ -124,13 +125,13 @@ class Trial:
     limit_bytes: int | None = None
 
     def is_faster(self, other: "Trial") -> bool:
-        """By more than the noise."""
+        """Returns whether it is faster by more than the noise."""
         return self.tokens_per_second > NOISE * other.tokens_per_second
 
 
 @dataclass(frozen=True)
 class Bench:
-    """All that was measured. ``trials``: the recipe's own first; ``stopped``: why no more rows were tried."""
+    """The results. ``trials``: the recipe's own first; ``stopped``: why no larger micro-batch was tried."""
 
     recipe: str
     start: Start
@@ -139,34 +140,36 @@ class Bench:
 
     @property
     def fastest(self) -> Trial:
-        """The recipe's own, unless another is faster by more than the noise."""
+        """The fastest trial, or the recipe's own if none is faster by more than the noise."""
         best = max(self.trials, key=lambda trial: trial.tokens_per_second)
         return best if best.is_faster(self.trials[0]) else self.trials[0]
 
     def to_json(self) -> dict[str, Any]:
-        """The same, in bytes, seconds and FLOP."""
+        """Returns the results, in bytes, seconds and FLOP."""
         trials = [asdict(trial) | {"mfu": trial.flops_per_second / self.start.peak} for trial in self.trials]
-        found = {"trials": trials, "fastest": self.fastest.rows, "stopped": self.stopped}
-        return {"recipe": self.recipe, "start": asdict(self.start), **found}
+        speeds = {"trials": trials, "fastest": self.fastest.rows, "stopped": self.stopped}
+        return {"recipe": self.recipe, "start": asdict(self.start), **speeds}
 
     def to_lines(self) -> list[str]:
-        """A table of the trials, and which micro-batch to take."""
+        """Returns a table of the trials, and the recommended micro-batch size."""
         trials = sorted(self.trials, key=lambda trial: trial.rows)
         cells = [COLUMNS, *(self._cells(trial) for trial in trials if not trial.failure)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         table = ["  ".join(map(str.rjust, row, widths)) for row in cells]
         failed = [f"{trial.rows:>{widths[0]}}  {trial.failure}" for trial in trials if trial.failure]
-        return ["", *table, *failed, "", f"fastest   {self._advice()}", f"          {self.stopped}", KEPT]
+        advice = [f"fastest   {self._advice()}", f"          {self.stopped}", NOTHING_KEPT]
+        return ["", *table, *failed, "", *advice]
 
     def _advice(self) -> str:
-        own, best = self.trials[0], self.fastest
-        if best is own:
-            return f"{own.rows} rows at once, as the recipe has it"
+        first, best = self.trials[0], self.fastest
+        if best is first:
+            return f"a micro-batch of {first.rows}, as in the recipe"
         rows = best.rows * best.accumulation
-        changed = "" if rows == own.rows * own.accumulation else f"; a step of {rows} rows learns differently"
-        gain = f" ({best.tokens_per_second / own.tokens_per_second:.2f}x)" if own.tokens_per_second else ""
+        note = "" if rows == first.rows * first.accumulation else f"; changes the global batch to {rows} rows"
+        speed = first.tokens_per_second
+        gain = f" ({best.tokens_per_second / speed:.2f}x)" if speed else ""
         sizes = f"{best.rows} --gradient_accumulation_steps {best.accumulation}"
-        return f"--per_device_train_batch_size {sizes}{gain}{changed}"
+        return f"--per_device_train_batch_size {sizes}{gain}{note}"
 
     def _cells(self, trial: Trial) -> tuple[str, ...]:
         return (
@@ -182,41 +185,41 @@ class Bench:
 
 
 def bench(recipe: Recipe, *, steps: int, say: Callable[[str], object]) -> Bench:
-    """Measures the recipe's micro-batch, then more and fewer rows at once, each in a process of its own.
+    """Measures the recipe's micro-batch size, then larger and smaller ones, each in a separate process.
 
     Args:
-        say: takes lines as they come.
+        say: prints lines of progress.
 
-    Raises UserError as ``train`` does.
+    Raises UserError like ``train``.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError("bench measures one process", where="WORLD_SIZE", fix="start it without a launcher")
+        raise RecipeError("bench runs in one process", where="WORLD_SIZE", fix="start it without a launcher")
     with tempfile.TemporaryDirectory(prefix="hf-clm-bench-") as folder:
         quiet = to_quiet(recipe, folder, steps=steps)
-        found = _run_apart(quiet, folder)
-        if found is None:
-            fix = "lower train.per_device_train_batch_size or data.max_length, or take a smaller model"
+        result = _run_child(quiet, folder)
+        if result is None:
+            fix = "lower train.per_device_train_batch_size or data.max_length, or use a smaller model"
             raise EnvironmentFault("a step of the recipe does not fit", where="memory", fix=fix)
-        start, first = found
+        start, first = result
         say("\n".join([*start.to_lines(), _tried(first)]))
         proved = quiet.model_copy(update={"doctor": Doctor(self_test=False, round_trip="off")})
 
         def attempt(rows: int) -> Trial:
             accumulation = max(1, first.rows * first.accumulation // rows)
             sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
-            found = _run_apart(with_values(proved, sizes), folder)
-            trial = found[1] if found else Trial(rows, accumulation, "out of memory")
+            result = _run_child(with_values(proved, sizes), folder)
+            trial = result[1] if result else Trial(rows, accumulation, "out of memory")
             say(_tried(trial))
             return trial
 
         if recipe.data.tokens_per_batch:
-            return Bench(recipe.file, start, [first], "data.tokens_per_batch decides the micro-batch")
+            return Bench(recipe.file, start, [first], "data.tokens_per_batch determines the micro-batch")
         trials, stopped = find_fastest(attempt, first, most=start.rows)
         return Bench(recipe.file, start, trials, stopped)
 
 
 def to_quiet(recipe: Recipe, folder: str, *, steps: int) -> Recipe:
-    """The recipe for windows of ``steps`` together, with everything that it writes in ``folder``."""
+    """Returns the recipe with windows of ``steps`` in total, and all of its output in ``folder``."""
     data = recipe.data.model_copy(update={"cache_dir": f"{folder}/prepared"})
     quiet = recipe.model_copy(update={"data": data, "samples": None, "early_stopping": None})
     steps = (WINDOWS + 1) * -(-steps // WINDOWS)
@@ -224,14 +227,14 @@ def to_quiet(recipe: Recipe, folder: str, *, steps: int) -> Recipe:
 
 
 def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
-    """The recipe with other values in ``train``."""
+    """Returns the recipe with these values in ``train``."""
     return recipe.model_copy(update={"train": {**recipe.train, **values}})
 
 
 def find_fastest(attempt: Callable[[int], Trial], first: Trial, *, most: int) -> tuple[list[Trial], str]:
-    """Doubles the rows at once while that is faster; where it never is, halves them while that is.
+    """Doubles the micro-batch size while that is faster. If it never is, halves it while that is faster.
 
-    Returns the trials, ``first`` first, and why no more rows were tried.
+    Returns the trials, beginning with ``first``, and why no larger micro-batch was tried.
     """
     trials, stopped = [first], _why_not(first, first, most=most)
     while not stopped:
@@ -249,7 +252,7 @@ def find_fastest(attempt: Callable[[int], Trial], first: Trial, *, most: int) ->
 
 
 def run_child() -> None:
-    """Reads a pickled recipe and the time of its start; writes the result, or a UserError, to ``argv[1]``."""
+    """Reads a pickled recipe and start time, and writes the result, or a UserError, to ``argv[1]``."""
     recipe, started = pickle.load(sys.stdin.buffer)
     result: tuple[Start, Trial] | UserError
     try:
@@ -260,10 +263,10 @@ def run_child() -> None:
 
 
 def measure(recipe: Recipe, *, started: float) -> tuple[Start, Trial]:
-    """Measures the way of ``train`` to its first step, then the speed. Raises UserError as ``train`` does.
+    """Measures the time to the first step, then the speed. Raises UserError like ``train``.
 
     Args:
-        started: time.time() when the process was started.
+        started: time.time() at which the process was started.
     """
     ends = {"import": time.time()}
     arguments = training_arguments(recipe)
@@ -304,12 +307,12 @@ def measure(recipe: Recipe, *, started: float) -> tuple[Start, Trial]:
 
 
 class WindowCallback(TrainerCallback):
-    """Logs at the end of each window of ``steps``; stops after one to warm up and WINDOWS to be counted."""
+    """Logs after each window of ``steps``, and stops after a window to warm up and WINDOWS more."""
 
     def __init__(self, steps: int):
         self.steps = steps
         self.logs: list[dict[str, float]] = []
-        self.begun = self.started = math.inf  # time.time() after the first step, and at a window's start
+        self.begun = self.started = math.inf  # time.time() after the first step, and at the start of a window
         self.first = 0
 
     def on_step_end(
@@ -329,7 +332,7 @@ class WindowCallback(TrainerCallback):
             control.should_training_stop |= len(self.logs) > WINDOWS
 
     def to_trial(self, arguments: TrainingArguments, *, limit_bytes: int | None) -> Trial:
-        """The window of median speed."""
+        """Returns the window with the median speed."""
         windows = sorted(pairwise(self.logs), key=lambda pair: pair[1]["tokens_per_second"])
         before, after = windows[len(windows) // 2]
         tokens, targets, steps, flops = (
@@ -354,8 +357,8 @@ def to_flops(count: float) -> str:
     return f"{count / size:.3g} {name}"
 
 
-def _run_apart(recipe: Recipe, folder: str) -> tuple[Start, Trial] | None:
-    """What a process of its own measures; None where it ran out of memory. Raises the UserError it raised."""
+def _run_child(recipe: Recipe, folder: str) -> tuple[Start, Trial] | None:
+    """Measures a recipe in a child process. Returns None if it runs out of memory; raises its UserError."""
     path = Path(folder, "result.pickle")
     path.unlink(missing_ok=True)
     words = [sys.executable, "-c", CHILD, str(path)]
@@ -367,31 +370,31 @@ def _run_apart(recipe: Recipe, folder: str) -> tuple[Start, Trial] | None:
             raise result
         return result
     errors = done.stderr.decode(errors="replace")
-    if done.returncode == KILLED or any(said in errors for said in OUT_OF_MEMORY):
+    if done.returncode == KILLED or any(message in errors for message in OUT_OF_MEMORY):
         return None
     raise RuntimeError(f"a child of the bench failed with {done.returncode}:\n{errors}")
 
 
 def _tried(trial: Trial) -> str:
     speed = f"{trial.tokens_per_second:,.0f} tokens/s"
-    return f"tried     {trial.rows} rows at once: {trial.failure or speed}"
+    return f"tried     micro-batch {trial.rows}: {trial.failure or speed}"
 
 
 def _why_not(trial: Trial, best: Trial, *, most: int) -> str:
-    """Why no more rows at once are tried after a trial, or an empty string."""
+    """Returns why no larger micro-batch is tried after a trial, or an empty string."""
     if trial.failure:
-        return f"{trial.rows} rows at once: {trial.failure}"
+        return f"micro-batch {trial.rows}: {trial.failure}"
     if trial is not best and not trial.is_faster(best):
-        return f"{trial.rows} rows at once are not faster than {best.rows}"
+        return f"micro-batch {trial.rows} is not faster than {best.rows}"
     if 2 * trial.rows > most:
-        return f"the data are {most} rows"
+        return f"the data have only {most} rows"
     if trial.limit_bytes is not None and 2 * trial.peak_bytes > trial.limit_bytes:
-        return f"{2 * trial.rows} rows at once might not fit into the memory"
+        return f"micro-batch {2 * trial.rows} might not fit in memory"
     return ""
 
 
 def _input_rows_per_second(trainer: CLMTrainer) -> float:
-    """Rows a second that one process reads and collates, in batches of random rows."""
+    """Measures the rows per second that one process reads and collates, in batches of random rows."""
     dataset: Any = trainer.train_dataset
     size, generator, count = trainer.args.train_batch_size, np.random.default_rng(0), 0
     started = time.perf_counter()

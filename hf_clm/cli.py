@@ -1,4 +1,4 @@
-"""The command line: each subcommand loads a recipe or a run, calls one function, and prints."""
+"""The command line. Each subcommand loads a recipe or a run, calls one function, and prints the result."""
 
 import errno
 import importlib.util
@@ -46,7 +46,7 @@ EXIT_CODES = {
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; returns its exit code. What a user can fix is one line on stderr."""
+    """Runs a subcommand and returns its exit code. Prints a UserError as one line on stderr."""
     words = list(sys.argv[1:] if words is None else words)
     shows_traceback = "--traceback" in words
     words = [word for word in words if word != "--traceback"]
@@ -64,11 +64,10 @@ def main(words: Sequence[str] | None = None) -> int:
     except Preempted as stopped:
         return int(stopped.code or 0)
     except UserError as error:
-        own = {"is_own": error.is_own, "shows_traceback": shows_traceback}
-        return _fail(str(error), error.exit_code, **own)
+        return _fail(str(error), error.exit_code, shows_traceback=shows_traceback, is_own=error.is_own)
     except KeyboardInterrupt:
         return _fail("interrupted", ExitCode.INTERRUPTED, shows_traceback=shows_traceback)
-    except BrokenPipeError:  # as of `hf-clm inspect RECIPE | head`: nobody reads what is printed
+    except BrokenPipeError:  # as with `hf-clm inspect RECIPE | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.DONE
     except OSError as error:
@@ -79,7 +78,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def help_text() -> str:
-    """What ``hf-clm --help`` prints."""
+    """Returns the text of ``hf-clm --help``."""
     lines = [f"  hf-clm {name:<16} {command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
@@ -87,7 +86,7 @@ def help_text() -> str:
             "",
             *lines,
             "",
-            "`hf-clm COMMAND --help` lists its options. --traceback shows where an error arose.",
+            "`hf-clm COMMAND --help` lists its options. --traceback shows where an error occurred.",
             "On several GPUs: accelerate launch --multi_gpu -m hf_clm train RECIPE",
             "",
             "Exit codes:",
@@ -105,7 +104,7 @@ def version_text() -> str:
 
 
 def run_train(words: list[str]) -> None:
-    """RECIPE [--key value ...], or --model MODEL --data FILE: train, and write a folder like any model"""
+    """RECIPE [--key value ...], or --model MODEL --data FILE: train a model, and save it"""
     from hf_clm.data.read.faults import check_data  # before torch, whose import takes seconds
     from hf_clm.draft import open_recipe, to_lines
     from hf_clm.recipe.recipe import recipe_help
@@ -125,7 +124,7 @@ def run_train(words: list[str]) -> None:
 
 
 def run_prepare(words: list[str]) -> None:
-    """RECIPE [--ray local|ADDRESS] [--key value ...]: tokenize, pack and prove the data once"""
+    """RECIPE [--ray local|ADDRESS] [--key value ...]: tokenize, pack and verify the data in advance"""
     parser = _parser("prepare")
     add_prepare_options(parser)
     if "-h" in words or "--help" in words:
@@ -146,7 +145,7 @@ def run_prepare(words: list[str]) -> None:
 
 
 def run_config(words: list[str]) -> None:
-    """RECIPE [--key value ...]: print every value of a recipe and where it came from"""
+    """RECIPE [--key value ...]: print every value of a recipe and its origin"""
     from hf_clm.draft import open_recipe
     from hf_clm.recipe.recipe import describe_recipe, recipe_help
 
@@ -172,7 +171,7 @@ def run_recipes(words: list[str]) -> None:
 
 
 def run_inspect(words: list[str]) -> None:
-    """RECIPE|RUN [--key value ...]: show what is trained, token by token, as the model gets it"""
+    """RECIPE|RUN [--key value ...]: show the training data token by token, as the model receives them"""
     parser = _parser("inspect")
     add_inspect_options(parser)
     options, overrides = parser.parse_with_overrides(words)
@@ -188,7 +187,7 @@ def run_inspect(words: list[str]) -> None:
 
 
 def run_doctor(words: list[str]) -> int:
-    """RECIPE [--key value ...]: what would go wrong, the memory it takes, and --plan for many GPUs"""
+    """RECIPE [--key value ...]: find problems of a recipe and the memory it needs, or --plan for many GPUs"""
     parser = _parser("doctor")
     add_doctor_options(parser)
     options, overrides = parser.parse_with_overrides(words)
@@ -207,13 +206,14 @@ def run_doctor(words: list[str]) -> int:
     _quiet_libraries()
     from hf_clm.doctor.command import diagnose
 
-    found = diagnose(recipe, measure=not options.no_measure)
-    print(json.dumps(found.to_json(), ensure_ascii=False) if options.json else "\n".join(found.to_lines()))
-    return int(found.exit_code)
+    diagnosis = diagnose(recipe, measure=not options.no_measure)
+    text = json.dumps(diagnosis.to_json(), ensure_ascii=False)
+    print(text if options.json else "\n".join(diagnosis.to_lines()))
+    return int(diagnosis.exit_code)
 
 
 def run_generate(words: list[str]) -> None:
-    """RUN --prompt TEXT: let a model answer, with the prompt format and stop tokens of its training"""
+    """RUN --prompt TEXT: generate answers, with the prompt format and stop tokens of training"""
     parser = _parser("generate")
     add_generate_options(parser)
     options = parser.parse_args(words)
@@ -237,7 +237,7 @@ def run_generate(words: list[str]) -> None:
 
 
 def run_chat(words: list[str]) -> None:
-    """RUN: talk with a model, with the prompt format and stop tokens of its training"""
+    """RUN: chat with a model, with the prompt format and stop tokens of training"""
     parser = _parser("chat")
     add_chat_options(parser)
     options = parser.parse_args(words)
@@ -245,15 +245,15 @@ def run_chat(words: list[str]) -> None:
     from hf_clm.generation.chat import chat
 
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # chat says which text is not UTF-8
+        sys.stdin.reconfigure(errors="surrogateescape")  # chat reports text that is not UTF-8
     sign = "> " if sys.stdin.isatty() else ""
     if sign and importlib.util.find_spec("readline"):
-        importlib.import_module("readline")  # input() then has a history, and arrow keys move in the line
+        importlib.import_module("readline")  # gives input() a history and line editing
     chat(options, read=lambda: input(sign), write=lambda text: print(text, end="", flush=True))
 
 
 def run_serve(words: list[str]) -> None:
-    """RUN: answer over HTTP as OpenAI's API does, with a page for a browser"""
+    """RUN: serve a model with an OpenAI-compatible API, and a chat page for browsers"""
     parser = _parser("serve")
     add_serve_options(parser)
     options = parser.parse_args(words)
@@ -264,7 +264,7 @@ def run_serve(words: list[str]) -> None:
 
 
 def run_evaluate(words: list[str]) -> None:
-    """RUN DATA...: loss, perplexity, bits per byte, token accuracy, answers or choices"""
+    """RUN DATA...: measure loss, perplexity, bits per byte and token accuracy, and answers or choices"""
     parser = _parser("evaluate")
     add_evaluate_options(parser)
     options = parser.parse_args(words)
@@ -274,14 +274,14 @@ def run_evaluate(words: list[str]) -> None:
     from hf_clm.pages.losses import write_losses
 
     evaluation = evaluate_run(options)
-    found = evaluation.to_json()
+    figures = evaluation.to_json()
     if page:
         write_losses(page, evaluation, title=f"{options.run} on {', '.join(options.data)}", rows=options.rows)
-    print(json.dumps(found, ensure_ascii=False) if options.json else "\n".join(to_lines(found)))
+    print(json.dumps(figures, ensure_ascii=False) if options.json else "\n".join(to_lines(figures)))
 
 
 def run_report(words: list[str]) -> None:
-    """RUN: write a run's report.html again, as far as an interrupted run came"""
+    """RUN: write the report.html of a run again, even if it was interrupted"""
     parser = _parser("report")
     parser.add_argument("run", help="the folder of a run")
     options = parser.parse_args(words)
@@ -291,23 +291,23 @@ def run_report(words: list[str]) -> None:
     counts = f"{len(run.metrics):,} log events, {len(run.samples):,} samples, status {run.record.status}"
     print(f"wrote {run.path / 'report.html'}: {counts}")
     if run.unreadable:
-        print(f"left out: unreadable lines of its logs: {run.unreadable}")
+        print(f"skipped unreadable lines of its logs: {run.unreadable}")
 
 
 def run_checkpoints(words: list[str]) -> int:
-    """RUN: list the checkpoints, and read whether they are as they were saved; exit code 6 if one is not"""
+    """RUN: list the checkpoints and verify their files; exit code 6 if one is damaged"""
     parser = _parser("checkpoints")
     parser.add_argument("run", help="the folder of a run")
     options = parser.parse_args(words)
     from hf_clm.training.checkpoints import describe_checkpoints
 
-    lines, are_whole = describe_checkpoints(Path(options.run))
+    lines, are_intact = describe_checkpoints(Path(options.run))
     print("\n".join(lines))
-    return ExitCode.DONE if are_whole else ExitCode.ENVIRONMENT
+    return ExitCode.DONE if are_intact else ExitCode.ENVIRONMENT
 
 
 def run_compare(words: list[str]) -> None:
-    """RUN RUN [RUN ...]: figures side by side, what tells the recipes apart, and the curves in one page"""
+    """RUN RUN [RUN ...]: compare the results and recipes of runs, and draw their curves on one page"""
     parser = _parser("compare")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
     parser.add_argument("--html", default="compare.html", help="the page to write (%(default)s)")
@@ -318,16 +318,20 @@ def run_compare(words: list[str]) -> None:
 
 
 def run_merge(words: list[str]) -> None:
-    """RUN --output_dir FOLDER: write a plain model of a LoRA run, and prove that it is the same"""
+    """RUN --output_dir FOLDER: merge the adapters of a LoRA run into its model, and verify the result"""
     parser = _parser("merge")
     parser.add_argument("run", help="the folder of a run with lora, or one of its checkpoints")
     parser.add_argument("--output_dir", required=True, help="the folder to write")
     kinds = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=kinds, help="of the merged weights; default: the base model's")
     parser.add_argument(
-        "--tolerance", type=at_least(0.0), help="largest difference, as a share of the largest logit"
+        "--dtype", choices=kinds, help="dtype of the merged weights; default: that of the base model"
     )
-    parser.add_argument("--prompts", help="compare on these, as --file of generate; default: the run's data")
+    parser.add_argument(
+        "--tolerance", type=at_least(0.0), help="maximum difference, relative to the largest logit"
+    )
+    parser.add_argument(
+        "--prompts", help="file of prompts to compare on, like --file of generate; default: the run's data"
+    )
     options = parser.parse_args(words)
     _quiet_libraries()
     from hf_clm.merge import merge
@@ -336,11 +340,13 @@ def run_merge(words: list[str]) -> None:
 
 
 def run_bench(words: list[str]) -> None:
-    """RECIPE [--key value ...]: measure the speed of a recipe on this machine; nothing it trains is kept"""
+    """RECIPE [--key value ...]: measure the training speed of a recipe on this machine; saves no model"""
     parser = _parser("bench")
     parser.add_argument("recipe")
-    parser.add_argument("--steps", type=at_least(5), default=30, help="to measure (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    parser.add_argument(
+        "--steps", type=at_least(5), default=30, help="number of steps to measure (%(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
     options, overrides = parser.parse_with_overrides(words)
     from hf_clm.data.read.faults import check_data
     from hf_clm.draft import open_recipe
@@ -350,10 +356,10 @@ def run_bench(words: list[str]) -> None:
     from hf_clm.bench import bench
 
     path = writable(options.json, "--json") if options.json else None
-    found = bench(recipe, steps=options.steps, say=lambda line: print(line, flush=True))
-    print("\n".join(found.to_lines()))
+    result = bench(recipe, steps=options.steps, say=lambda line: print(line, flush=True))
+    print("\n".join(result.to_lines()))
     if path:
-        path.write_text(json.dumps(found.to_json(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(result.to_json(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def run_train_tokenizer(words: list[str]) -> None:
@@ -367,9 +373,14 @@ def run_train_tokenizer(words: list[str]) -> None:
 
     sources = [Source(path=path, format=options.format) for path in options.data]
     examples = load_examples(Data(train=sources))
-    chosen = {name: getattr(options, name) for name in ("kind", "vocab_size", "min_frequency", "pad_token")}
     texts = (text for example in examples.examples for text in example.texts if text)
-    tokenizer = train_tokenizer(texts, **chosen)
+    tokenizer = train_tokenizer(
+        texts,
+        kind=options.kind,
+        vocab_size=options.vocab_size,
+        min_frequency=options.min_frequency,
+        pad_token=options.pad_token,
+    )
     tokenizer.save_pretrained(options.output_dir)
     print(f"{len(tokenizer):,} tokens from {len(examples):,} records, written to {options.output_dir}")
 
@@ -399,7 +410,7 @@ def _parser(command: str) -> Parser:
 
 
 def _plan(options: Namespace, overrides: list[str], *, names: list[str]) -> int:
-    """``hf-clm doctor --plan``: of a recipe, or without one of models from 0.5B to 72B."""
+    """Runs ``hf-clm doctor --plan`` for a recipe, or without one for models from 0.5B to 72B."""
     from hf_clm.draft import open_recipe
 
     recipe = open_recipe(options.recipe, overrides, options=names) if options.recipe is not None else None
@@ -407,13 +418,13 @@ def _plan(options: Namespace, overrides: list[str], *, names: list[str]) -> int:
     from hf_clm.doctor.plan import parse_cluster, plan_family, plan_recipe
 
     cluster = parse_cluster(options.plan, length=recipe.data.max_length if recipe else None)
-    lines, found = plan_recipe(recipe, cluster) if recipe else plan_family(cluster)
-    print(json.dumps(found, ensure_ascii=False) if options.json else "\n".join(lines))
+    lines, plan = plan_recipe(recipe, cluster) if recipe else plan_family(cluster)
+    print(json.dumps(plan, ensure_ascii=False) if options.json else "\n".join(lines))
     return ExitCode.DONE
 
 
 def _recipe_words(words: list[str], command: str) -> tuple[str | None, list[str]]:
-    """The recipe (empty where --model and --data replace it) and the overrides; None for --help."""
+    """Returns the recipe (empty if --model and --data replace it) and the overrides; None for --help."""
     if "-h" in words or "--help" in words:
         return None, []
     if is_drafted(words):
@@ -425,16 +436,16 @@ def _recipe_words(words: list[str], command: str) -> tuple[str | None, list[str]
 
 
 def _quiet_libraries() -> None:
-    """No progress bars of weight loading, and no words on caches, between our lines."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns at every forked worker
+    """Turns off progress bars and warnings of libraries."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # prevents a warning in every forked worker
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    getLogger("matplotlib").setLevel(ERROR)  # without a home it says twice where it keeps its fonts
+    getLogger("matplotlib").setLevel(ERROR)  # warns about its font cache without a home folder
 
 
 def _fail(message: str, code: int, *, shows_traceback: bool, is_own: bool | None = None) -> int:
-    """Prints the error, unless it is one that the first process of this machine meets too, and reports."""
+    """Prints the error, unless the first process of this machine reports the same one."""
     rank = os.environ.get("RANK", "0")
     if shows_traceback:
         traceback.print_exc()

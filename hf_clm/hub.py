@@ -1,4 +1,4 @@
-"""Folders and Hub names: found or refused at once, with one line that says what to do."""
+"""Looks up folders and Hub names, and turns loading errors into one line with a fix."""
 
 import os
 import pickle
@@ -19,27 +19,27 @@ LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, EOFE
 
 @contextmanager
 def loading(name_or_path: str, *, where: str) -> Iterator[None]:
-    """Wraps a ``from_pretrained``: what it raises becomes a ModelError of one line."""
+    """Converts the errors of a ``from_pretrained`` call to a one-line ModelError."""
     try:
         yield
     except UserError:
         raise
     except (*LOADING_ERRORS, SafetensorError) as error:
         runs_code = "trust_remote_code" in str(error)
-        what = "comes with code of its own" if runs_code else f"cannot be loaded: {_first_line(error)}"
-        fix = "read the code, then set model.trust_remote_code and pin model.revision" if runs_code else ""
+        what = "contains custom code" if runs_code else f"cannot be loaded: {_first_line(error)}"
+        fix = "review the code, then set model.trust_remote_code and model.revision" if runs_code else ""
         raise ModelError(what, where=f"{where} {name_or_path}", fix=fix) from error
 
 
 @lru_cache(maxsize=16)
 def load_options(name_or_path: str, *, revision: str | None, where: str) -> dict[str, object]:
-    """The ``revision`` and ``local_files_only`` to give to ``from_pretrained``.
+    """Returns the ``revision`` and ``local_files_only`` arguments for ``from_pretrained``.
 
-    Asks the Hub once, without retries, because ``from_pretrained`` alone retries for most of a minute without
-    a network. A name that is in the cache needs none.
+    Queries the Hub once, without retries, as ``from_pretrained`` retries for most of a minute without a
+    network. A cached repository needs no network.
 
     Raises ModelError for a missing folder, a missing, gated or private repository or a missing revision;
-    EnvironmentFault where the Hub cannot be reached and the name is not in the cache.
+    EnvironmentFault if the Hub cannot be reached and the repository is not cached.
     """
     if Path(name_or_path).expanduser().is_dir():
         return {"revision": revision}
@@ -50,7 +50,7 @@ def load_options(name_or_path: str, *, revision: str | None, where: str) -> dict
 
 
 def _is_on_hub(name: str, revision: str | None, *, where: str) -> bool:
-    """True if the Hub has it, False if the Hub cannot be reached and the cache has it; else raises."""
+    """Returns True if it is on the Hub, False if the Hub cannot be reached but it is cached; else raises."""
     from huggingface_hub import (
         HfApi,
         try_to_load_from_cache,
@@ -71,16 +71,16 @@ def _is_on_hub(name: str, revision: str | None, *, where: str) -> bool:
     except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
         fix = "correct the name; a private repository needs `hf auth login`"
         raise ModelError(
-            "neither a folder here nor a repository on the Hub", where=where, got=got, fix=fix
+            "neither a local folder nor a repository on the Hub", where=where, got=got, fix=fix
         ) from error
-    except Exception as error:  # the HTTP library's own exceptions: which library that is differs by version
+    except Exception as error:  # the HTTP library, and with it the exceptions, differ between versions
         if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
             return False
         raise _unreachable(name, error, where=where) from error
 
 
 def is_offline() -> bool:
-    """Whether the environment keeps the Hub's client off the network."""
+    """Returns whether the environment puts the Hub's client in offline mode."""
     return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
 
 
@@ -89,10 +89,10 @@ def _unreachable(name: str, error: Exception, *, where: str) -> EnvironmentFault
 
     reason = "HF_HUB_OFFLINE is set" if is_offline() else _first_line(error)
     return EnvironmentFault(
-        f"{name!r} is no folder here, is not in the cache {HF_HUB_CACHE}, and the Hub cannot be reached"
+        f"{name!r} is neither a local folder nor in the cache {HF_HUB_CACHE}, and the Hub cannot be reached"
         f" ({reason})",
         where=where,
-        fix=f"run `hf download {name}` where there is a network, or give a local folder",
+        fix=f"run `hf download {name}` where there is a network, or use a local folder",
     )
 
 

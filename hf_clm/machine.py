@@ -1,6 +1,6 @@
-"""What the machine offers to a training process, and what a launcher started on it.
+"""Describes the machine, its memory and speed, and the launcher that started this process.
 
-torch is imported where a device is asked: the recipe's checks need the launcher alone, within milliseconds.
+Functions import torch when they need it, as the checks of a recipe must run within milliseconds.
 """
 
 import ctypes
@@ -22,11 +22,11 @@ from hf_clm.errors import EnvironmentFault, RecipeError
 if TYPE_CHECKING:
     import torch
 
-# mallopt(3): parameter numbers of glibc's malloc.h.
+# Parameters of mallopt(3), from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-TRIM_BYTES = 2**30  # free memory at the heap's end that is kept
+TRIM_BYTES = 2**30  # glibc keeps this much free memory at the end of the heap
 
-# Dense bfloat16 FLOP/s by the model of a device, from NVIDIA's data sheets (without sparsity).
+# Dense bfloat16 FLOP/s (without sparsity) by GPU model, from NVIDIA's data sheets.
 NOMINAL_PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -42,13 +42,13 @@ NOMINAL_PEAKS = {
     "RTX 3090": 71e12,
 }
 BRAND = r"(NVIDIA |GeForce )*"
-FORM = r"([- ](SXM\d?|PCIE?|\d+GB|HBM\d\w?))*"  # of memory and plug, which change nothing
+FORM = r"([- ](SXM\d?|PCIE?|\d+GB|HBM\d\w?))*"  # memory and connector, which do not affect the peak
 
 
 def bf16_instructions() -> str:
-    """The instructions for bfloat16 of this CPU: ``amx_bf16``, ``avx512_bf16``, ``bf16`` (ARM), or empty.
+    """Returns the bfloat16 instructions of this CPU: ``amx_bf16``, ``avx512_bf16``, ``bf16`` (ARM), or "".
 
-    Without them bfloat16 is emulated, and slower than float32.
+    Without them, bfloat16 is emulated and slower than float32.
     """
     import torch
 
@@ -61,7 +61,7 @@ def bf16_instructions() -> str:
 
 
 def has_bf16(device: "torch.device") -> bool:
-    """Whether a device computes in bfloat16 at full speed."""
+    """Returns whether a device has native support for bfloat16."""
     import torch
 
     if device.type == "cuda":
@@ -70,30 +70,30 @@ def has_bf16(device: "torch.device") -> bool:
 
 
 def nominal_peak(device: "torch.device") -> float | None:
-    """Dense bfloat16 FLOP/s that the maker states; None where it is not known."""
+    """Returns the vendor's figure for dense bfloat16 FLOP/s, or None if it is not known."""
     import torch
 
     return named_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def named_peak(name: str) -> float | None:
-    """The peak of a device of this name; None for a name that says more, such as ``L40`` with ``-8Q``.
+    """Returns the peak of a GPU by its name, or None for other names and variants such as ``L40-8Q``.
 
-    ``NVIDIA A100-SXM4-80GB`` is an A100; a slice of one (MIG) or a laptop's GPU is slower than its namesake.
+    ``NVIDIA A100-SXM4-80GB`` is an A100. A slice (MIG), a virtual or a laptop GPU of that name is slower.
     """
-    known = (
+    models = (
         model for model in NOMINAL_PEAKS if re.fullmatch(BRAND + re.escape(model) + FORM, name, re.IGNORECASE)
     )
-    longest = max(known, key=len, default="")
+    longest = max(models, key=len, default="")
     return NOMINAL_PEAKS.get(longest)
 
 
 def measure_peak(device: "torch.device", dtype: "torch.dtype", *, seconds: float = 0.2) -> float:
-    """FLOP/s of a large matrix product: what a program can reach on this device, now."""
+    """Measures the FLOP/s of a large matrix product, which is what a program can currently reach."""
     import torch
 
     size = 8192 if device.type == "cuda" else 1024
-    # of ones a device draws less power, and so computes faster than in any training
+    # Matrices of ones would draw less power, so the device would be faster than in training.
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     product = left @ right
@@ -107,24 +107,24 @@ def measure_peak(device: "torch.device", dtype: "torch.dtype", *, seconds: float
 
 
 def gpu_figures(device: "torch.device") -> dict[str, float]:
-    """Of a GPU: the share of its memory that is in use, and the share of the time that it computes; 0 to 1.
+    """Returns a GPU's share of memory in use, and its utilization, from 0 to 1; {} for other devices.
 
-    The second needs NVIDIA's management library (the package nvidia-ml-py), and is left out without it, and
-    where a part of a GPU does not tell it.
+    The utilization needs NVIDIA's management library (the package nvidia-ml-py). It is omitted without it,
+    and on a MIG slice.
     """
     import torch
 
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)
-    found = {"gpu_memory": 1 - free / total}
-    with suppress(Exception):  # NVIDIA's errors have a type of that package alone
-        found["gpu_utilization"] = torch.cuda.utilization(device) / 100
-    return found
+    figures = {"gpu_memory": 1 - free / total}
+    with suppress(Exception):  # the type of NVIDIA's errors is defined in the optional package
+        figures["gpu_utilization"] = torch.cuda.utilization(device) / 100
+    return figures
 
 
 def peak_memory(device: "torch.device") -> int:
-    """Bytes that this process held at most so far: on the device, or resident on a CPU."""
+    """Returns the peak memory of this process in bytes: allocated on the device, or resident on a CPU."""
     import torch
 
     if device.type == "cuda":
@@ -134,10 +134,10 @@ def peak_memory(device: "torch.device") -> int:
 
 
 def settle_cpu(local_processes: int) -> None:
-    """Changes this process for training on a CPU: threads, and how memory is kept. Called by ``train``.
+    """Sets up this process for training on a CPU: the number of threads, and the memory allocator.
 
-    OMP_NUM_THREADS, where it is set, decides the threads; else each process on this machine gets its share
-    of the cores that it may use.
+    OMP_NUM_THREADS determines the number of threads. Without it, the processes on this machine share the
+    usable cores.
     """
     import torch
 
@@ -148,14 +148,14 @@ def settle_cpu(local_processes: int) -> None:
 
 
 def keep_memory() -> bool:
-    """Lets glibc keep freed memory for the next step; False where the C library is another.
+    """Makes glibc keep freed memory for the next step. Returns False with another C library.
 
-    It gives large blocks back to the system when they are freed, so that every step pays again for the same
-    pages. The memory at the peak stays the same.
+    By default, glibc returns large blocks to the system, so every step maps the same pages again. The peak
+    memory does not change.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl has none, macOS and Windows have another allocator
+    except (AttributeError, OSError, TypeError):  # musl, macOS and Windows have no mallopt
         return False
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, TRIM_BYTES))
 
@@ -192,7 +192,7 @@ def has_gpu() -> bool:
 
 
 def usable_cores() -> int:
-    """Physical cores that this process may use: within its affinity and its share in a container."""
+    """Returns the number of physical cores within this process's affinity and its container's quota."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     cores = {_read(siblings.format(number)) or str(number) for number in allowed}
@@ -215,32 +215,32 @@ def _synchronize(device: "torch.device") -> None:
         torch.cuda.synchronize(device)
 
 
-# What spreads a model: the key of train, and the variable by which accelerate says it to its processes.
+# The key of train, and the variable that accelerate launch sets, for each way to shard a model.
 SPREADERS = {"FSDP": ("fsdp", "ACCELERATE_USE_FSDP"), "DeepSpeed": ("deepspeed", "ACCELERATE_USE_DEEPSPEED")}
 LAUNCH = "accelerate launch --config_file recipes/accelerate/{}.yaml -m hf_clm train RECIPE"
 
 
 def is_one_of_many(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher started this process as one of a group."""
+    """Returns whether a launcher started this process as one of several."""
     return int(environment.get("WORLD_SIZE", "1")) > 1
 
 
 def is_first_here(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the only one of its run on this machine, or speaks for the others."""
+    """Returns whether this process is the first, or the only one, of its run on this machine."""
     return environment.get("LOCAL_RANK", environment.get("RANK", "0")) == "0"
 
 
 def spreads_with(values: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> str:
-    """FSDP or DeepSpeed where the launcher or the recipe asks for it, else empty.
+    """Returns ``FSDP`` or ``DeepSpeed`` if the launcher or the recipe enables it, else an empty string.
 
-    values: of the recipe's section ``train``.
+    values: the recipe's section ``train``.
     """
-    asked = (
+    enabled = (
         name
         for name, (key, variable) in SPREADERS.items()
         if values.get(key) or environment.get(variable, "").lower() in ("1", "true")
     )
-    return next(asked, "")
+    return next(enabled, "")
 
 
 def check_spreading(
@@ -250,29 +250,30 @@ def check_spreading(
     on_cpu: bool,
     generates: bool = False,
 ) -> None:
-    """Raises where a model could not be spread as it was asked for; accelerate would train on all the same.
+    """Raises an error if a model cannot be sharded as requested.
 
-    On a CPU it silently uses DDP instead of FSDP, and instead of DeepSpeed without DS_ACCELERATOR=cpu.
+    On a CPU, accelerate would silently use DDP instead of FSDP, and instead of DeepSpeed unless
+    DS_ACCELERATOR=cpu is set.
 
     Args:
-        generates: the recipe wants samples or answers, which no process can generate from its part alone.
+        generates: whether the recipe generates samples or answers, which a sharded model does not support.
 
-    Raises RecipeError for these, for FSDP without a launcher and for its version 1; EnvironmentFault where
-    DeepSpeed is not installed.
+    Raises RecipeError for these cases, for FSDP without a launcher and for FSDP version 1; EnvironmentFault
+    if DeepSpeed is not installed.
     """
     name = spreads_with(values, environment)
     if not name:
         return
     where = f"train.{SPREADERS[name][0]}" if values.get(SPREADERS[name][0]) else "accelerate launch"
     if on_cpu and not (name == "DeepSpeed" and environment.get("DS_ACCELERATOR") == "cpu"):
-        what = f"{name} needs GPUs: on a CPU each process would keep the whole model"
-        raise RecipeError(what, where=where, fix=LAUNCH.format("cpu"))
+        what = f"{name} needs GPUs: on a CPU each process would keep the complete model"
+        raise RecipeError(what, where=where, fix=f"use {LAUNCH.format('cpu')}")
     if name == "DeepSpeed" and importlib.util.find_spec("deepspeed") is None:
         fix = "pip install 'hf_clm[deepspeed]'"
         raise EnvironmentFault("needs the package deepspeed", where=where, fix=fix)
     if generates:
-        what = f"no process can generate alone from a model that {name} spreads"
-        fix = "set samples to null and evaluation.generate to 0; hf-clm generate works afterwards"
+        what = f"generation is not supported with {name}, which shards the model"
+        fix = "set samples to null and evaluation.generate to 0, and use hf-clm generate after training"
         raise RecipeError(what, where="samples", fix=fix)
     if name == "FSDP":
         _check_fsdp(values, environment, where=where)
@@ -283,9 +284,9 @@ def _check_fsdp(values: Mapping[str, Any], environment: Mapping[str, str], *, wh
     version = environment.get("FSDP_VERSION", "1")
     if values.get("fsdp"):
         if "LOCAL_RANK" not in environment:
-            raise RecipeError("needs a launcher", where=where, fix=LAUNCH.format("fsdp2"))
-        named = config if isinstance(config, Mapping) else {}
-        version = str(named.get("version", named.get("fsdp_version", 2)))
+            raise RecipeError("needs a launcher", where=where, fix=f"use {LAUNCH.format('fsdp2')}")
+        options = config if isinstance(config, Mapping) else {}
+        version = str(options.get("version", options.get("fsdp_version", 2)))
     if version != "2":
-        what = "FSDP of version 1 is not supported"
-        raise RecipeError(what, where=where, got=version, fix="fsdp_version: 2, as in recipes/accelerate")
+        fix = "set fsdp_version to 2, as in recipes/accelerate"
+        raise RecipeError("FSDP version 1 is not supported", where=where, got=version, fix=fix)

@@ -1,4 +1,4 @@
-"""``hf-clm merge``: adapters and their model become one plain model, proved to be the same.
+"""``hf-clm merge``: merges adapters into their base model, and verifies that the result is equivalent.
 
 base + adapters ----> logits, answers <----+  compared
       |                                    |
@@ -31,23 +31,23 @@ from hf_clm.schema import AnyExample, Document, Example, Segment, whole_text
 from hf_clm.text.tokenizer import load_tokenizer
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 100, 512, 16
-TEXT_LENGTH = 200  # characters of a document that serves as a prompt
-# Of the largest logit: what rounding the merged weights changes.
+TEXT_LENGTH = 200  # characters of a document that are used as a prompt
+# Relative to the largest logit: the effect of rounding the merged weights.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 Answers = tuple[torch.Tensor, list[str]]
 
 
 @dataclass(frozen=True)
-class Sameness:
-    """How far a merged model is from its parts; ``difference``: as a share of a prompt's largest logit."""
+class Comparison:
+    """How a merged model differs from its parts. ``difference``: relative to a prompt's largest logit."""
 
     difference: float
     same_answers: int
     prompts: int
 
     def to_json(self) -> dict[str, Any]:
-        """What merge.json holds of it."""
+        """Returns the content of merge.json."""
         return {
             "largest_logit_difference": self.difference,
             "greedy_agreement": self.same_answers / self.prompts,
@@ -58,14 +58,14 @@ class Sameness:
 def merge(options: Namespace) -> list[str]:
     """Writes the merged model and merge.json; returns the lines to print.
 
-    Raises RecipeError for a folder without adapters and for an output folder in use, ModelError where the
-    merged model is not the same; nothing is written then.
+    Raises RecipeError for a folder without adapters and for an existing output folder, ModelError if the
+    merged model is not equivalent. Nothing is written then.
     """
     folder, output = options.run, Path(options.output_dir)
     if not is_adapter(folder):
-        raise RecipeError("holds no adapters", where=folder, fix="name the folder of a run with lora")
+        raise RecipeError("contains no adapters", where=folder, fix="name the folder of a run with lora")
     if output.exists():
-        raise RecipeError("exists", where=str(output), fix="name another --output_dir")
+        raise RecipeError("already exists", where=str(output), fix="choose another --output_dir")
     record = find_record(folder)
     prompts, source = _find_prompts(folder, options.prompts, record=record)
     tokenizer, (base, revision) = load_tokenizer(folder), read_base(folder)
@@ -79,15 +79,16 @@ def merge(options: Namespace) -> list[str]:
         plain.to(getattr(torch, dtype)).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         merged = load_model(str(partial), tokenizer, dtype=dtype, attention=None).eval()
-        same = _compare(expected, _answer(merged, tokenizer, prompts=prompts, of="the merged model"))
+        comparison = _compare(expected, _answer(merged, tokenizer, prompts=prompts, of="the merged model"))
         tolerance = TOLERANCES[dtype] if options.tolerance is None else options.tolerance
-        if not same.difference <= tolerance:
-            got = f"a logit differs by {same.difference:.2g} of the largest, over {tolerance:g}"
-            fix = "a --dtype of more bits, or another --tolerance"
-            raise ModelError("the merged model is not the same", where=folder, got=got, fix=fix)
-        proof = {**same.to_json(), "tolerance": tolerance, "dtype": dtype, "compared_on": source}
+        if not comparison.difference <= tolerance:
+            share = f"{comparison.difference:.2g} of the largest"
+            got = f"a logit that differs by {share}, more than {tolerance:g}"
+            fix = "choose a --dtype with more bits, or a larger --tolerance"
+            raise ModelError("the merged model is not equivalent", where=folder, got=got, fix=fix)
+        proof = {**comparison.to_json(), "tolerance": tolerance, "dtype": dtype, "compared_on": source}
         write_json(partial / "merge.json", {"base": base, "adapters": str(Path(folder).resolve()), **proof})
-        if record:  # so that generate and evaluate know the format
+        if record:  # generate and evaluate read the format from it
             write_record(partial, record)
         follow_umask(partial)
         partial.rename(output)
@@ -95,29 +96,29 @@ def merge(options: Namespace) -> list[str]:
         shutil.rmtree(partial, ignore_errors=True)
     return [
         f"merged    {base} and {folder}, in {dtype}",
-        f"compared  {same.prompts} prompts of {source}: {same.same_answers} greedy answers are the same, "
-        f"logits differ by {same.difference:.1e} of the largest at most",
-        f"written   {output}: opens with from_pretrained, without peft",
+        f"compared  {comparison.prompts} prompts of {source}: {comparison.same_answers} greedy answers are "
+        f"the same, logits differ by at most {comparison.difference:.1e} of the largest",
+        f"written   {output}: loads with from_pretrained, without peft",
     ]
 
 
 def _find_prompts(folder: str, file: str | None, *, record: RunRecord | None) -> tuple[list[Example], str]:
-    """At most PROMPTS, and where they come from: a file, or the training data of the run."""
+    """Returns at most PROMPTS prompts and their source: a file, or the training data of the run."""
     if file:
-        known = record or RunRecord()
-        return read_prompts(file, known.format or "text", has_turns=bool(known.has_turns))[:PROMPTS], file
+        run = record or RunRecord()
+        return read_prompts(file, run.format or "text", has_turns=bool(run.has_turns))[:PROMPTS], file
     place = Path(folder).expanduser()
     recipe = run_recipe(str(place)) or run_recipe(str(place.parent))
     if recipe is None:
-        what = "has no recipe.yaml, which names its data"
-        raise RecipeError(what, where=folder, fix="give prompts: --prompts FILE")
+        what = "has no recipe.yaml, so its data are not known"
+        raise RecipeError(what, where=folder, fix="set --prompts to a file")
     data = recipe.data
     examples = load_examples(data).examples
-    prompts = [_to_prompt(example) for example in examples[:: max(1, len(examples) // PROMPTS)]]
-    found = [prompt for prompt in prompts if prompt is not None]
-    if not found:
-        raise RecipeError("its data hold no prompts", where=folder, fix="give prompts: --prompts FILE")
-    return found[:PROMPTS], ", ".join(source.path for source in data.train)
+    sampled = [_to_prompt(example) for example in examples[:: max(1, len(examples) // PROMPTS)]]
+    prompts = [prompt for prompt in sampled if prompt is not None]
+    if not prompts:
+        raise RecipeError("its data contain no prompts", where=folder, fix="set --prompts to a file")
+    return prompts[:PROMPTS], ", ".join(source.path for source in data.train)
 
 
 def _to_prompt(example: AnyExample) -> Example | None:
@@ -130,30 +131,30 @@ def _to_prompt(example: AnyExample) -> Example | None:
 def _answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, prompts: list[Example], of: str
 ) -> Answers:
-    """The logits after each prompt, without the pad token's, and a greedy answer to it.
+    """Returns the logits after each prompt, with the pad token's set to 0, and a greedy answer to it.
 
-    Of a prompt that is longer than the model's positions its end counts.
+    Only the end of a prompt that is longer than the model's positions is used.
     """
     longest = min(PROMPT_TOKENS, max_positions(model.config) or PROMPT_TOKENS)
     logits = []
-    asked = to_prompt_ids(prompts, tokenizer, LabelOptions(reasoning="drop"))
-    for number in tqdm(range(len(asked)), desc=f"logits of {of}", disable=None, leave=False):
-        ids = asked[number]
-        found = model(input_ids=torch.tensor([ids[-longest:]]), use_cache=False).logits[0, -1].float()
-        found[tokenizer.pad_token_id] = 0.0  # a row that was added for it holds any numbers
-        logits.append(found)
+    prompt_ids = to_prompt_ids(prompts, tokenizer, LabelOptions(reasoning="drop"))
+    for number in tqdm(range(len(prompt_ids)), desc=f"logits of {of}", disable=None, leave=False):
+        ids = torch.tensor([prompt_ids[number][-longest:]])
+        last = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        last[tokenizer.pad_token_id] = 0.0  # an added row of the embeddings has arbitrary values
+        logits.append(last)
     decoding, progress = Decoding(NEW_TOKENS), f"answers of {of}"
     answers = generate(model, tokenizer, prompts=prompts, decoding=decoding, slide=True, progress=progress)
     return torch.stack(logits), [answer.text for answer in answers]
 
 
-def _compare(expected: Answers, found: Answers) -> Sameness:
+def _compare(expected: Answers, merged: Answers) -> Comparison:
     largest = expected[0].abs().amax(dim=1)
-    difference = ((expected[0] - found[0]).abs().amax(dim=1) / largest).max()
-    same = sum(one == other for one, other in zip(expected[1], found[1], strict=True))
-    return Sameness(float(difference), same, len(expected[1]))
+    difference = ((expected[0] - merged[0]).abs().amax(dim=1) / largest).max()
+    same = sum(one == other for one, other in zip(expected[1], merged[1], strict=True))
+    return Comparison(float(difference), same, len(expected[1]))
 
 
 def _stored_dtype(base: str, revision: str | None) -> str:
-    """Of the base model's files."""
+    """Returns the dtype of the base model's files."""
     return str(load_config(base, revision=revision).dtype or torch.float32).removeprefix("torch.")

@@ -1,6 +1,6 @@
-"""The folder of a run: its typed record (run.json), its logs, recipe, checkpoints; and the table of METRICS.
+"""The folder of a run: its typed record (run.json), logs, recipe and checkpoints, and the table of METRICS.
 
-Everything that reads or writes these files does it here, so that a key has one name and one type.
+All access to these files is in this module, so that each key has one name and one type.
 """
 
 import json
@@ -26,13 +26,13 @@ Point = tuple[float, float]
 
 
 class Recorded(BaseModel):
-    """A part of run.json. A missing key has its default; keys of other versions are kept, and never read."""
+    """A part of run.json. Missing keys have their default; keys of other versions are preserved."""
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
 
 class Counts(Recorded):
-    """What a set of rows holds, and what became of each record."""
+    """The size of a set of rows, and the fates of its records."""
 
     files: list[str] = []
     input_rows: int = 0
@@ -52,33 +52,33 @@ class LabelProof(Recorded):
 
 
 class SetProof(Recorded):
-    """What was proved of one set of rows. ``ledger``: counts by fate, such as rows, tokens, kept_tokens."""
+    """The proof of one set of rows. ``ledger``: counts by fate, such as rows, tokens, kept_tokens."""
 
     certificate: LabelProof | None = None
     ledger: dict[str, dict[str, int]] = {}
 
 
 class LossProof(Recorded):
-    """The self-test of the loss; each comparison has a name, value, reference and tolerance."""
+    """The self-test of the loss. Each comparison has a name, value, reference and tolerance."""
 
     documents: int = 0
     comparisons: list[dict[str, float | str]] = []
 
 
 class SavedProof(Recorded):
-    """The round trip of the saved model through a fresh process."""
+    """The comparison with the saved model, loaded in a fresh process."""
 
     logit_difference: float = math.nan
 
 
 class PreparedSet(Recorded):
-    """``date``: what the chat template printed, if it prints one."""
+    """``date``: the date in the chat template, if it prints one."""
 
     date: str = ""
 
 
 class Proof(Recorded):
-    """What was proved before the first step. A test that was not made says why, as text."""
+    """What was verified before the first step. A test that was not run has its reason as text."""
 
     __pydantic_extra__: dict[str, SetProof] = Field(init=False)  # by set: train, eval, eval_NAME
 
@@ -89,19 +89,19 @@ class Proof(Recorded):
 
     @property
     def sets(self) -> dict[str, SetProof]:
-        """By the name of the set."""
+        """The proofs by the name of the set."""
         return self.__pydantic_extra__ or {}
 
 
 class Mixing(Recorded):
-    """How an epoch is mixed from the sources: of each, its rows, tokens, passes and shares."""
+    """The mixture of sources in an epoch: the rows, tokens, passes and shares of each."""
 
     by: str = ""
     sources: list[dict[str, float | str]] = []
 
 
 class StreamTotals(Recorded):
-    """What was read of a stream: complete passes (least, most), documents by fate."""
+    """What was read of a stream: the least and most complete passes of a shard, and documents by fate."""
 
     shards: int = 1
     passes: tuple[int, int] = (0, 0)
@@ -110,7 +110,7 @@ class StreamTotals(Recorded):
 
 
 class RunRecord(Recorded):
-    """run.json. The figures at its end are missing while a run trains, and of one that was stopped."""
+    """run.json. The results are missing while a run trains, and if it was stopped."""
 
     status: str = "unknown"
     error: list[str] | str = ""
@@ -159,33 +159,33 @@ class RunRecord(Recorded):
 
     @property
     def evaluated_on(self) -> str:
-        """What the evaluation loss is measured on."""
+        """The kind of data that the evaluation loss is measured on."""
         return "held-out data" if self.evaluation else "training data"
 
     @property
     def is_adapter(self) -> bool:
-        """Whether adapters were trained, beside a model that stays as it was."""
+        """Whether only adapters were trained, with a frozen model."""
         return self.trained_parameters < self.parameters
 
     @property
     def sets(self) -> dict[str, Counts]:
-        """The counts of each set by its name in ``proof``: train, and eval or those with names."""
+        """The counts of each set by its name in ``proof``: train, and eval or eval_NAME."""
         named = {f"eval_{name}": counts for name, counts in self.evaluations.items()}
         return {"train": self.train} | (named or ({"eval": self.evaluation} if self.evaluation else {}))
 
     def to_json(self) -> dict[str, Any]:
-        """What the file holds: the keys that were given."""
+        """Returns the content of the file, without keys that were not set."""
         return self.model_dump(mode="json", exclude_unset=True)
 
     def updated(self, **changes: object) -> "RunRecord":
-        """The record with other values of these keys."""
+        """Returns the record with new values of these keys."""
         return RunRecord.model_validate({**self.to_json(), **changes})
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """The record of a run's folder; None where there is no run.json.
+    """Returns the record in the folder of a run, or None if there is no run.json.
 
-    Raises RecipeError for a run.json that is not the record of a run.
+    Raises RecipeError if run.json is not the record of a run.
     """
     path = folder / "run.json"
     if not path.is_file():
@@ -203,7 +203,7 @@ def read_record(folder: Path) -> RunRecord | None:
 
 
 def find_record(name_or_path: str) -> RunRecord | None:
-    """The record of a run, or of the run that a checkpoint belongs to, which holds a complete model."""
+    """Returns the record of a run, or of the run of a checkpoint, whose status is set to done."""
     path = Path(name_or_path).expanduser()
     record = read_record(path)
     if record is None and step_of(path) >= 0 and (record := read_record(path.parent)):
@@ -217,14 +217,14 @@ def write_record(folder: Path, record: RunRecord) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON as ``write_text`` writes text."""
+    """Writes JSON with ``write_text``."""
     write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never half of it, at any crash.
+    """Writes a file atomically: after a crash, it has either its old or its new content.
 
-    What is not Unicode (half a surrogate pair from a data file) is written as ``\\ud800``.
+    Lone surrogates, which data files may contain, are written as ``\\ud800``.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -238,7 +238,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when a file, or the names in a folder, have reached the disk."""
+    """Flushes a file, or the entries of a folder, to the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -247,13 +247,13 @@ def sync(path: Path) -> None:
 
 
 def find_checkpoints(run: Path) -> list[Path]:
-    """The checkpoint-N folders of a run, by N; whether they are complete is another question."""
-    found = [path for path in run.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
+    """Returns the checkpoint-N folders of a run, by N, whether complete or not."""
+    folders = [path for path in run.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """100 of ``checkpoint-100``; -1 of another name."""
+    """Returns 100 for ``checkpoint-100``, -1 for other names."""
     match = CHECKPOINT.fullmatch(checkpoint.name)
     return int(match.group(1)) if match else -1
 
@@ -265,43 +265,43 @@ def append_json(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def drop_after(path: Path, step: int, *, history: Entries | None = None) -> Entries:
-    """Drops the lines that a run wrote after the checkpoint it resumes from: their steps are trained again.
+    """Drops the lines of steps after the checkpoint from which a run resumes, as they will be repeated.
 
     Args:
-        history: the log events that the checkpoint knows; others of its own step were written after it.
+        history: the log events in the checkpoint. Others at the same step were written after it.
 
-    Returns the entries that stay: none at step 0, where a run starts from its beginning.
+    Returns the remaining entries. At step 0 there are none.
     """
     if not path.is_file():
         return []
-    known = [event.keys() - {"step"} for event in history or [] if event["step"] == step]
-    known += [{"epoch_loss"}]  # which is in no log event
+    saved = [event.keys() - {"step"} for event in history or [] if event["step"] == step]
+    saved += [{"epoch_loss"}]  # which is not a log event of the Trainer
 
-    def stays(entry: dict[str, Any]) -> bool:
+    def is_kept(entry: dict[str, Any]) -> bool:
         if entry["step"] != step or not history:
             return entry["step"] <= step
-        return any(keys <= entry.keys() for keys in known)
+        return any(keys <= entry.keys() for keys in saved)
 
-    entries = [entry for entry in read_lines(path)[0] if step and stays(entry)]
+    entries = [entry for entry in read_lines(path)[0] if step and is_kept(entry)]
     write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
     return entries
 
 
 def read_lines(path: Path) -> tuple[Entries, int]:
-    """The JSON objects of a log, and the number of lines that are not one: the last, where a run was killed.
+    """Returns the JSON objects of a log, and the number of other lines, such as an incomplete last one.
 
-    A missing file has no line.
+    A missing file has no lines.
     """
     if not path.is_file():
         return [], 0
-    found = [_to_object(line) for line in path.read_bytes().split(b"\n") if line.strip()]
-    entries = [entry for entry in found if entry is not None]
-    return entries, len(found) - len(entries)
+    parsed = [_to_object(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+    entries = [entry for entry in parsed if entry is not None]
+    return entries, len(parsed) - len(entries)
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run as far as it came. ``recipe`` has dotted keys; ``unreadable`` counts lines that are not JSON."""
+    """The files of a run. ``recipe`` has dotted keys; ``unreadable`` counts lines that are not JSON."""
 
     path: Path
     record: RunRecord
@@ -313,13 +313,14 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """The name of the folder."""
         return self.path.resolve().name
 
     def evaluated(self) -> Mapping[str, Sequence[float]]:
-        """The first and the last value of each figure of the evaluations; one where there was only one.
+        """Returns the first and the last value of each figure of the evaluations, or the only one.
 
-        A run that is done says which its last is: with ``load_best_model_at_end`` it is not the last logged.
+        The record of a finished run overrides the log, as with ``load_best_model_at_end`` the last evaluation
+        is not that of the final model.
         """
         seen: dict[str, list[float]] = {}
         for entry in self.metrics:
@@ -328,32 +329,32 @@ class RunFolder:
         return {key: [values[0], *values[1:][-1:]] for key, values in seen.items()} | self.record.evaluated
 
     def figures(self) -> dict[str, str]:
-        """What a run reached, by name: while it trains, or where it was killed, as far as its log goes."""
-        found, evaluated = {}, self.evaluated()
+        """Returns the results of a run by name. If it has not finished, uses the log up to now."""
+        figures, evaluated = {}, self.evaluated()
         last = {key: value for entry in self.metrics for key, value in entry.items()}
         for metric in METRICS.values():
             final = getattr(self.record, metric.name, None)
             values = evaluated.get(metric.name) or [last.get(metric.name) if final is None else final]
-            shown = [metric.form(value) for value in values if value is not None]
-            if metric.is_figure and shown:
-                found[metric.title] = " -> ".join(shown)
-        if "Evaluation loss" in found:
-            found["Evaluated on"] = self.record.evaluated_on
-        if "Steps" in found and self.record.steps:
-            found["Steps"] += f" of {self.record.steps:,}"
-        if "Time" in found and self.record.status == "running" and last["step"]:
+            texts = [metric.form(value) for value in values if value is not None]
+            if metric.is_figure and texts:
+                figures[metric.title] = " -> ".join(texts)
+        if "Evaluation loss" in figures:
+            figures["Evaluated on"] = self.record.evaluated_on
+        if "Steps" in figures and self.record.steps:
+            figures["Steps"] += f" of {self.record.steps:,}"
+        if "Time" in figures and self.record.status == "running" and last["step"]:
             left = last["seconds"] / last["step"] * max(0, self.record.steps - last["step"])
-            found["Time"] += f", about {to_duration(left)} left"
+            figures["Time"] += f", about {to_duration(left)} left"
         if fill := self.record.train.packing_fill:
-            found["Packed rows"] = f"{to_percent(fill)} full"
-        return found
+            figures["Packed rows"] = f"{to_percent(fill)} full"
+        return figures
 
 
 def load_folder(path: str | Path) -> RunFolder:
-    """Reads a run's folder. Raises RecipeError where it holds no run.json that can be read."""
+    """Reads the folder of a run. Raises RecipeError if run.json is missing or not valid."""
     path = Path(path)
     if (record := read_record(path)) is None:
-        what = "holds no run.json: not a run's folder" if path.is_dir() else "no such folder"
+        what = "contains no run.json, so it is not the folder of a run" if path.is_dir() else "no such folder"
         raise RecipeError(what, where=str(path), fix="name the output folder of a run")
     metrics, samples, rows = (
         read_lines(path / name) for name in ("metrics.jsonl", "samples.jsonl", "label_rows.jsonl")
@@ -368,7 +369,7 @@ def load_folder(path: str | Path) -> RunFolder:
 
 
 def points(entries: Entries, key: str, *, over: str = "step") -> list[Point]:
-    """(x, y) of the entries that have both as finite numbers, by x; ``over`` and ``key`` name them."""
+    """Returns (x, y) = (entry[over], entry[key]) for entries where both are finite numbers, sorted by x."""
     pairs = ((entry[over], entry[key]) for entry in entries if key in entry and over in entry)
     return sorted((x, y) for x, y in pairs if _is_finite(x) and _is_finite(y))
 
@@ -407,14 +408,14 @@ to_loss, to_count = "{:.4f}".format, "{:,.0f}".format
 
 
 class Metric(NamedTuple):
-    """A number of the log. What computes it logs it under ``name``; all else about it stands in METRICS.
+    """A number that is logged under ``name``, and how to show it.
 
     title:      its name on pages and in the model card
-    form:       how a value is written
-    short:      its name in a progress line; empty: left out there
-    is_figure:  its last value (of an evaluation the first too) is among the figures of a run
-    chart:      drawn over the steps, on an axis that begins at "zero" or "fits" the values; empty: not drawn
-    unit:       of the chart
+    form:       formats a value
+    short:      its name in a progress line; empty: not shown there
+    is_figure:  whether its last value (for an evaluation, the first too) is among the results of a run
+    chart:      the y axis of its chart over the steps, from "zero" or one that "fits"; empty: no chart
+    unit:       the unit on the chart
     """
 
     name: str
@@ -440,23 +441,23 @@ _TABLE = (
     Metric("tokens_per_second", "Tokens per second", to_count, "tokens/s", chart="zero"),
     Metric("mfu", "MFU", to_percent, chart="zero", unit="share of the machine's peak"),
     Metric("peak_memory_bytes", "Peak memory", to_gigabytes, chart="zero", unit="so far"),
-    Metric("padding_share", "Padding", to_percent, chart="zero", unit="share of the places in a batch"),
+    Metric("padding_share", "Padding", to_percent, chart="zero", unit="share of the positions in a batch"),
     Metric("gpu_memory", "GPU memory", to_percent, "GPU memory", is_figure=False),
     Metric("gpu_utilization", "GPU utilization", to_percent, "busy", is_figure=False),
 )
 METRICS = {metric.name: metric for metric in _TABLE}
 
-# Of an evaluation, but nothing that training changes.
-ASIDE = re.compile(r"eval_(.*_)?(target_tokens|runtime|.*_per_second|model_preparation_time)")
+# Logged with an evaluation, but not figures of the model.
+NOT_FIGURES = re.compile(r"eval_(.*_)?(target_tokens|runtime|.*_per_second|model_preparation_time)")
 
 
 def is_evaluated(key: str) -> bool:
-    """Whether a key of a log event is a figure of an evaluation: ``eval_loss``, ``eval_news_chrf``, ..."""
-    return key.startswith("eval_") and not ASIDE.fullmatch(key)
+    """Returns whether a key of a log event is a figure of an evaluation, such as ``eval_news_chrf``."""
+    return key.startswith("eval_") and not NOT_FIGURES.fullmatch(key)
 
 
 def metric_of(key: str) -> Metric | None:
-    """How to show a key of a log event. A figure of a named set, or of answers, is named after its key.
+    """Returns how to show a key of a log event. Figures of named sets and of answers are named after the key.
 
     ``eval_news_token_accuracy`` -> ``"news accuracy"``
     """
@@ -481,5 +482,5 @@ def _to_object(line: bytes) -> dict[str, Any] | None:
 
 @lru_cache(maxsize=8)
 def _to_leaves(path: str, changed: int) -> dict[str, Any]:
-    """The recipe's dotted keys, read again when the file changes: YAML takes longer than a page."""
+    """Returns the recipe's dotted keys, cached until the file changes, as parsing YAML is slow."""
     return dict(leaves(load_yaml(path)[0]))

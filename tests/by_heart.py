@@ -1,4 +1,4 @@
-"""A run's folder with a tiny model that knows its records by heart, for tests of what answers."""
+"""The folder of a run with a tiny model that has memorised its records, for tests of generation."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def learn_by_heart(
     learning_rate: float = 1e-2,
     **sizes: Any,
 ) -> str:
-    """Trains on all the records at each step; returns the folder."""
+    """Trains on all records in each step, and returns the folder."""
     tokenizer = byte_tokenizer()
     if format == "messages":
         use_chat_template(tokenizer, "chatml")

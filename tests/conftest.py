@@ -1,6 +1,6 @@
-"""What holds for all tests: a cache of their own, the same cases each time they run, and an end by SIGTERM.
+"""Settings for all tests: a temporary cache, the same cases in each run, and an end on SIGTERM.
 
-HYPOTHESIS_PROFILE=default lets Hypothesis search at random.
+HYPOTHESIS_PROFILE=default makes Hypothesis search randomly.
 """
 
 import gc
@@ -20,8 +20,8 @@ import pytest
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
-# What a run in this process prints to stderr where it takes a SIGTERM that was meant for the tests.
-TAKEN_BY_A_RUN = "SIGTERM: the run saves and stops"
+# What a run in this process prints to stderr if it receives a SIGTERM that was meant for the tests.
+TAKEN_BY_A_RUN = "SIGTERM: saving and stopping"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -33,9 +33,9 @@ def _cache_of_its_own(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def _once_in_all_runs(tmp_path_factory):
-    """The speed of this machine is measured and the plots of the loss are drawn once, then copied.
+    """Measures the speed of this machine and draws the plots of the loss only once.
 
-    They take most of the time of a run of two steps. Both have tests of their own.
+    They take most of the time of a run of two steps. Both have separate tests.
     """
     run, trainer = (sys.modules.get(f"hf_clm.training.{name}") for name in ("run", "trainer"))
     if run is None or trainer is None:  # no test needs them
@@ -56,7 +56,7 @@ def _once_in_all_runs(tmp_path_factory):
 
 
 def pytest_collection_finish():
-    """Lets the garbage collector, which the Trainer calls at its end, pass over all that was imported."""
+    """Makes the garbage collector, which the Trainer calls at the end, skip all imported objects."""
     gc.collect()
     gc.freeze()
 
@@ -66,13 +66,13 @@ def pytest_configure():
 
 
 def pytest_exception_interact(report):
-    """Ends the tests where one failed because a run in this process took their SIGTERM."""
+    """Ends the tests if one failed because a run in this process received their SIGTERM."""
     if TAKEN_BY_A_RUN in getattr(report, "capstderr", ""):
         _end()
 
 
 def _end(number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
-    """Kills every process below the one that began the tests, and ends that one too.
+    """Kills every process below the one that started the tests, and ends that one too.
 
     At once, as a test may wait inside a library for as long as its own time limit.
     """

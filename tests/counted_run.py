@@ -1,7 +1,7 @@
-"""``hf-clm`` with a count of what its processes hand each other: a program for tests.
+"""A program for tests: ``hf-clm`` with a count of its collective operations.
 
-Writes ``collectives-RANK.json`` into the working directory: [name, shape, dtype] of each call from Python.
-What DDP sums for the gradients goes past Python, and is not in it.
+Writes ``collectives-RANK.json`` to the working directory: [name, shape, dtype] of each call from Python.
+DDP's reductions of gradients are not called from Python, and not included.
 """
 
 import json
@@ -25,7 +25,7 @@ COLLECTIVES = (
 
 
 def counted(name: str, calls: list[Any]) -> Any:
-    """The collective, which also notes its call."""
+    """Wraps a collective operation to record its calls."""
     collective = getattr(torch.distributed, name)
 
     def call(*args: Any, **options: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Processes that are forked from one that has imported everything, so that a test starts them at once.
+"""Processes that are forked from one with all imports, so that they start quickly.
 
-A fresh interpreter takes 6 CPU seconds to import torch and transformers. What a launcher itself does is
-tested with real ones (launched.py); what the ranks of a run do together needs none.
+A new interpreter takes 6 CPU seconds to import torch and transformers. Launchers are tested separately
+(launched.py); most tests of ranks do not need one.
 """
 
 import atexit
@@ -35,12 +35,12 @@ class Ended(NamedTuple):
 
 
 class Forked:
-    """A process with the calls of ``subprocess.Popen``, in a session of its own.
+    """A process in a new session, with the interface of ``subprocess.Popen``.
 
     Args:
-        words: the arguments of ``python``: ``-m hf_clm`` or a file, and what it is given.
-        settings: more of its environment.
-        name: of the files for its output in ``folder``, ``NAMEout.txt`` and ``NAMEerr.txt``.
+        words: the arguments of ``python``: ``-m hf_clm`` or a file, and its arguments.
+        settings: additional environment variables.
+        name: prefix of the files for its output in ``folder``, ``NAMEout.txt`` and ``NAMEerr.txt``.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class Forked:
         self.pid: int = self._process.pid or 0
 
     def poll(self) -> int | None:
-        """The exit code; None while it runs."""
+        """Returns the exit code, or None while it runs."""
         return self._process.exitcode
 
     def wait(self, seconds: float = LIMIT_SECONDS) -> int:
-        """The exit code, once it has ended; a process that does not is killed."""
+        """Waits for the end and returns the exit code. Kills a process that does not end."""
         self._process.join(seconds)
         code = self.poll()
         if code is None:
@@ -69,21 +69,21 @@ class Forked:
         return code
 
     def send_signal(self, number: int) -> None:
-        """To this process alone."""
+        """Sends a signal to this process only."""
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """With kill -9, if it still runs."""
+        """Kills it with kill -9 if it still runs."""
         self._process.kill()
         self._process.join()
 
     def read(self) -> Ended:
-        """What it has printed until now; the code is 0 while it runs."""
+        """Returns its output up to now; the code is 0 while it runs."""
         return Ended(self.poll() or 0, *(file.read_text() for file in self.files))
 
 
 def _run(folder: Path, words: list[str], environment: dict[str, str], files: list[Path]) -> None:
-    """In the new process: what Python does with these words."""
+    """Runs in the new process, like Python with these arguments."""
     gc.freeze()  # else the collector, which the Trainer calls, looks at all that was imported
     os.setsid()
     os.chdir(folder)
@@ -104,7 +104,7 @@ def _run(folder: Path, words: list[str], environment: dict[str, str], files: lis
 
 
 def free_port() -> str:
-    """Returns a port that is free."""
+    """Returns a free port."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return str(found.getsockname()[1])
@@ -113,9 +113,9 @@ def free_port() -> str:
 def start_ranks(
     folders: Sequence[Path], *words: str, program: Sequence[str] = PROGRAM, **settings: str
 ) -> list[Forked]:
-    """A rank in each folder, as srun starts them. One folder for all is one machine, else each is its own.
+    """Starts a rank in each folder, like srun. The same folder for all means one machine, else each is one.
 
-    The files of rank 0 are ``out.txt`` and ``err.txt``, those of rank 1 ``1-out.txt`` and ``1-err.txt``.
+    The output of rank 0 is in ``out.txt`` and ``err.txt``, that of rank 1 in ``1-out.txt`` and ``1-err.txt``.
     """
     is_one = len(set(folders)) == 1
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "CUDA_VISIBLE_DEVICES": ""}
@@ -129,7 +129,7 @@ def start_ranks(
 
 
 def finish(processes: Sequence[Forked]) -> list[Ended]:
-    """Waits for all; none is left."""
+    """Waits for all processes."""
     try:
         for process in processes:
             process.wait()
@@ -140,7 +140,7 @@ def finish(processes: Sequence[Forked]) -> list[Ended]:
 
 
 def run_ranks(folder: Path, *words: str, count: int = 2, **options: Any) -> Ended:
-    """Ranks on one machine that end well; returns what they printed together. As ``start_ranks``."""
+    """Runs ranks on one machine that must succeed, and returns their combined output. See ``start_ranks``."""
     return _join(finish(start_ranks([folder] * count, *words, **options)))
 
 

@@ -1,4 +1,4 @@
-"""What many tests need: a tokenizer whose ids can be read, tiny models, recipes."""
+"""Helpers for many tests: a tokenizer with readable ids, tiny models, recipes."""
 
 import json
 import re
@@ -61,9 +61,9 @@ def byte_tokenizer(
     eos: str | None = "<|endoftext|>",
     merges: Sequence[tuple[str, str]] = (),
 ) -> PreTrainedTokenizerFast:
-    """Every byte is a token and its own id: ``"A"`` is 65. Ids 256 to 259 are those of ``CONTROL``.
+    """Returns a tokenizer in which each byte is its id: ``"A"`` is 65. Ids 256 to 259 are ``CONTROL``.
 
-    Merged pairs have the ids from 260 on; a newline is written Ċ and a space Ġ in them.
+    Merged pairs have ids from 260; they are spelled with Ċ for a newline and Ġ for a space.
     """
     letters = [*_byte_letters(), *CONTROL, *(left + right for left, right in merges)]
     vocab = {letter: number for number, letter in enumerate(letters)}
@@ -77,10 +77,10 @@ def byte_tokenizer(
 def sentencepiece_tokenizer(
     *, prepend: str = "first", adds_bos: bool = False, merged: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
-    """Unigram over letters and, for all else, bytes; a text begins with a space (▁), as in Llama or Mistral.
+    """Returns a Unigram tokenizer of letters with byte fallback, which prepends a space (▁) like Llama's.
 
     Args:
-        prepend: of Metaspace, ``first`` or ``always``; ``normalizer`` does it as Llama 2 does.
+        prepend: the scheme of Metaspace, ``first`` or ``always``; ``normalizer`` prepends like Llama 2.
         merged: pieces of more than one letter.
     """
     letters = ["▁", *(chr(code) for code in range(33, 127)), *merged]
@@ -103,21 +103,21 @@ def sentencepiece_tokenizer(
 def tiny_model(
     kind: str = "qwen2", *, vocab_size: int = 260, seed: int = 0, **settings: Any
 ) -> PreTrainedModel:
-    """A model of a few thousand parameters with random weights; no dropout."""
+    """Returns a model with a few thousand random parameters and without dropout."""
     torch.manual_seed(seed)
     sizes = {**SIZES[kind], "vocab_size": vocab_size, "bos_token_id": EOS, "eos_token_id": EOS, **settings}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
 
 
 def save_folder(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
-    """A model folder as ``save_pretrained`` writes it."""
+    """Writes a model folder with ``save_pretrained``."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
 def write_jsonl(path: Path, records: list[Any]) -> str:
-    """One JSON object a line."""
+    """Writes one JSON object per line."""
     path.write_text(
         "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
     )
@@ -125,19 +125,19 @@ def write_jsonl(path: Path, records: list[Any]) -> str:
 
 
 def document(text: str) -> Document:
-    """A text that is learned whole."""
+    """Returns a text that is learned completely."""
     return Document([Segment(text, 1.0)])
 
 
 def prompted(prompt: str, completion: str) -> Document:
-    """A prompt that is read and a completion that is learned."""
+    """Returns a prompt and a completion that is learned."""
     return Document([Segment(prompt, 0.0), Segment(completion, 1.0)])
 
 
 def build_recipe(folder: Path, records: list[Any], **changes: Any) -> Recipe:
-    """A run over the records in ``folder/run``, 2 rows a step, with a tiny model; ``changes`` by section.
+    """Returns the recipe of a run on the records, with 2 rows per step and a tiny model.
 
-    The round trip, which starts a process of a few seconds, is off.
+    ``changes`` update sections. The round trip is off, as its process takes a few seconds.
     """
     model = changes.get("model", {}).get("name_or_path")
     sections: dict[str, Any] = {
@@ -147,13 +147,13 @@ def build_recipe(folder: Path, records: list[Any], **changes: Any) -> Recipe:
             "train": [write_jsonl(folder / "rows.jsonl", records)],
             "max_length": 64,
             "packing": "none",
-            "cache_dir": None,  # a test of a broken part must not find what the whole one made
+            "cache_dir": None,  # a test of a broken part must not use a set from the cache
         },
         "doctor": {"round_trip": "off"},
         "train": {
             "output_dir": str(folder / "run"),
             "use_cpu": True,
-            "bf16": False,  # on every machine the same numbers
+            "bf16": False,  # for the same numbers on every machine
             "per_device_train_batch_size": 2,
             "learning_rate": 1e-3,
             "logging_steps": 1,
@@ -168,7 +168,7 @@ def build_recipe(folder: Path, records: list[Any], **changes: Any) -> Recipe:
 def read_split(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None = None, *, proves: bool = True
 ) -> Any:
-    """The training split of a recipe, prepared in a temporary folder; not certified unless it ``proves``."""
+    """Returns the training split of a recipe, prepared in a temporary folder; certified if ``proves``."""
     from hf_clm.data.prepared.cache import read_splits  # in here: most tests need none of it
     from hf_clm.data.proof.certificate import Certificate
 
@@ -177,14 +177,14 @@ def read_split(
 
 
 def count_letters(answers: list[str], targets: list[str]) -> float:
-    """A metric of answers: how long they are together."""
+    """A metric of answers: their total length."""
     return float(sum(map(len, answers)))
 
 
 def split_of(
     folder: Path, examples: Sequence[Any], recipe: Recipe, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> Any:
-    """Examples as the training split of a recipe, written as records to ``folder``; not certified."""
+    """Returns the training split of examples, written as records to ``folder``, without certification."""
     from hf_clm.recipe.recipe import Source
 
     path = write_jsonl(folder / "examples.jsonl", list(map(to_record, examples)))
@@ -193,7 +193,7 @@ def split_of(
 
 
 def to_record(example: Any) -> dict[str, Any]:
-    """A record of which the example is made."""
+    """Returns a record that is read as this example."""
     if isinstance(example, Document):
         segments = [{"text": part.text, "train": part.weight > 0} for part in example.segments]
         return {"segments": segments}
@@ -225,7 +225,7 @@ def prove_records(
 
 
 def _byte_letters() -> list[str]:
-    """The letter that byte-level BPE writes for each byte (GPT-2's table: printable bytes as they are)."""
+    """Returns the character of each byte in byte-level BPE (GPT-2's table keeps printable bytes)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Runs in processes of their own that are killed, and what is left of them."""
+"""Runs in child processes that are killed, and what remains of them."""
 
 import gc
 import json
@@ -19,7 +19,7 @@ OF_THE_CLOCK = ("seconds", "per_second", "mfu", "peak_memory_bytes", "runtime")
 
 
 def dropout_recipe(folder: Path, **changes: Any) -> Any:
-    """9 steps of a tiny GPT-2 with dropout over 13 rows, saved at 2, 4, 6, 8 and 9."""
+    """Returns the recipe of 9 steps of a tiny GPT-2 with dropout on 13 rows, saved at 2, 4, 6, 8 and 9."""
     if not (folder / "model").exists():
         model = tiny_model("gpt2", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
         save_folder(folder / "model", model, byte_tokenizer())
@@ -31,7 +31,7 @@ def dropout_recipe(folder: Path, **changes: Any) -> Any:
 
 
 def die_at(point: str) -> None:
-    """Patches this process so that it dies, as by kill -9, when it reaches a point of a save."""
+    """Patches this process so that it dies like with kill -9 at a given point of a save."""
     from hf_clm.training import checkpoints, output, run, saving
 
     def is_moved(file: Path, target: Path) -> bool:
@@ -67,7 +67,7 @@ def die_at(point: str) -> None:
 
 
 def start_run(folder: Path, *, fault: str = "", **changes: Any) -> Any:
-    """A process that trains; ``fault``: the point at which it kills itself. Its output is in out.txt."""
+    """Starts a process that trains. ``fault``: where it kills itself. Its output is in out.txt."""
     process = SERVER.Process(target=_train, args=(folder, fault, changes))
     process.start()
     return process
@@ -92,14 +92,14 @@ def _train(folder: Path, fault: str, changes: dict[str, Any]) -> None:
 
 
 def finish_run(folder: Path, **options: Any) -> int | None:
-    """Runs to the end or the fault; returns the exit code, -9 for kill -9."""
+    """Runs to the end or the fault. Returns the exit code, -9 for kill -9."""
     process = start_run(folder, **options)
     process.join()
     return process.exitcode
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All lines of metrics.jsonl without what the clock decides."""
+    """Returns all lines of metrics.jsonl, without values that depend on time."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [
         {key: value for key, value in entry.items() if not key.endswith(OF_THE_CLOCK)}
@@ -108,7 +108,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same model, bit by bit."""
+    """Returns whether two folders contain bitwise equal models."""
     found = [load_file(folder / "model.safetensors") for folder in (one, other)]
     assert found[0].keys() == found[1].keys()
     return all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())

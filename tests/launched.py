@@ -1,4 +1,4 @@
-"""A run of a tiny model on two processes: forked, or started by a launcher as a user would type it."""
+"""Runs of a tiny model on two processes: forked, or started with a launcher."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 ACCELERATE = ROOT / "recipes" / "accelerate"
-# 14 rows to learn, of unequal length, and 5 to evaluate: neither divides by 2 processes x 2 rows.
+# 14 training rows of different lengths and 5 evaluation rows: no multiples of 2 processes x 2 rows.
 RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 15)]
 HELD_OUT = [{"instruct": f"tell {n}\n", "input": "", "label": "ab" * n} for n in range(1, 6)]
 RECIPE = """\
@@ -44,7 +44,7 @@ TWO_ROWS = [*BATCH, "2", *EVAL_BATCH, "2"]
 
 
 def prepare(folder: Path, recipe: str = RECIPE, **model: Any) -> Path:
-    """A new folder with recipe, data and model; ``model`` changes its configuration."""
+    """Creates a folder with recipe, data and model; ``model`` changes its configuration."""
     folder.mkdir()
     save_folder(folder / "model", tiny_model(**model), byte_tokenizer())
     write_jsonl(folder / "train.jsonl", RECORDS)
@@ -54,14 +54,14 @@ def prepare(folder: Path, recipe: str = RECIPE, **model: Any) -> Path:
 
 
 def train_on_two(folder: Path, *words: str, program: Sequence[str] = ("-m", "hf_clm")) -> Ended:
-    """``train`` with 2 rows on each of two forked processes; both end well."""
+    """Runs ``train`` with 2 rows on each of two forked processes, which must succeed."""
     return run_ranks(folder, "train", "recipe.yaml", *TWO_ROWS, *words, program=program)
 
 
 def launch(
     command: list[str], folder: Path, *words: str, program: Sequence[str] = ("-m", "hf_clm")
 ) -> subprocess.CompletedProcess:
-    """The same with a launcher and fresh interpreters, which may fail."""
+    """Does the same with a launcher and new interpreters, which may fail."""
     return subprocess.run(
         [*command, *program, "train", "recipe.yaml", *TWO_ROWS, *words],
         cwd=folder,
@@ -74,22 +74,22 @@ def launch(
 
 
 def environment() -> dict[str, str]:
-    """What a fresh interpreter needs to find this checkout and its tests, and no GPU."""
+    """Returns the environment in which an interpreter finds this checkout and its tests, but no GPU."""
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")))
     ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     return ours
 
 
 def accelerate(name: str) -> list[str]:
-    """With a shipped file; each starts 2 processes and takes a free port."""
+    """Returns the command of accelerate with a shipped file, for 2 processes and any free port."""
     return [str(BIN / "accelerate"), "launch", "--config_file", str(ACCELERATE / f"{name}.yaml")]
 
 
 def torchrun() -> list[str]:
-    """The other launcher."""
+    """Returns the command of torchrun."""
     return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port()]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
+    """Returns the lines of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Prepared sets of small recipes, and what is in them but for the times that it took."""
+"""Prepared sets of small recipes, and their content without times."""
 
 import json
 import re
@@ -20,7 +20,7 @@ SECONDS = re.compile(r"\(\d+\.\d s, ")
 
 
 def recipe_of(files: Any, *, stage: str = "sft", **data: Any) -> Recipe:
-    """A recipe over files, without a model; everything may be dropped and leak."""
+    """Returns a recipe for files, without a model, without limits on dropped and leaked rows."""
     limits = {"max_length": 64, "max_dropped": 1.0, "max_leakage": 1.0, "cache_dir": "cache"}
     train = {"output_dir": "run", "max_steps": 1}
     sections = {"stage": stage, "model": {"name_or_path": "m"}, "train": train}
@@ -35,7 +35,7 @@ def write_set(
     seed: int = 0,
     make_blocks: MakeBlocks = in_turn,
 ) -> StoredSet:
-    """Prepares the recipe's data, and opens them."""
+    """Prepares the data of the recipe, and opens the set."""
     write_prepared(folder, recipe, tokenizer or byte_tokenizer(), seed=seed, make_blocks=make_blocks)
     found = open_set(recipe, folder)
     assert found is not None
@@ -45,14 +45,14 @@ def write_set(
 def open_set(
     recipe: Recipe, folder: Path = Path("cache/key"), *, files: list[str] | None = None
 ) -> StoredSet | None:
-    """The set of a folder if it is as it was written; ``files``: as they are named now, if not as then."""
+    """Opens the set in a folder if it is intact; ``files``: their current names, if these changed."""
     index = read_index(folder) or {"files": []}
     load = {"load_examples": lambda name: list(read_examples(recipe.data, name))}
     return open_store(folder, recipe, files=files or index["files"], **load)
 
 
 def content_of(folder: Path) -> dict[str, Any]:
-    """Every file of a prepared set; of prepared.json what it says beside times."""
+    """Returns every file of a prepared set, with prepared.json without its times."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     found: dict[str, Any] = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
     index = json.loads(found.pop("prepared.json"))
@@ -65,18 +65,18 @@ def content_of(folder: Path) -> dict[str, Any]:
 
 
 def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """The files that are not the same."""
+    """Returns the names of the files that differ."""
     return sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
 
 
 def backwards(maker: BlockMaker, blocks: Iterable[RawBlock]) -> Generator[Block, None, None]:
-    """Makes the last block first."""
+    """Prepares the last block first."""
     raw = list(blocks)
     yield from reversed([maker.make(block) for block in reversed(raw)])
 
 
 def table_of(folder: Path, split: str = "train") -> list[dict[str, Any]]:
-    """The lines of a table as datasets opens it."""
+    """Returns the rows of a table, read with datasets."""
     found = datasets.load_from_disk(str(folder))
     assert isinstance(found, datasets.DatasetDict)
     return found[split].to_list()

@@ -1,4 +1,4 @@
-"""A run's folder as training leaves it, with texts that try to be markup wherever a user may put one."""
+"""The folder of a run with texts that contain markup in every place that a user controls."""
 
 import json
 from pathlib import Path
@@ -90,7 +90,7 @@ train: {{output_dir: run, bf16: true, learning_rate: 0.002}}
 
 
 def to_metrics(steps: int = 40) -> list[dict[str, Any]]:
-    """A log event a step, after an evaluation at step 0 and before one at the end."""
+    """Returns a log event per step, and evaluations at step 0 and at the end."""
     evaluations = [
         {"step": step, "eval_loss": loss, "eval_token_accuracy": accuracy, "seconds": step / 8}
         for step, loss, accuracy in ((0, 6.5, 0.0), (steps, 0.25, 0.975))
@@ -116,7 +116,7 @@ def to_metrics(steps: int = 40) -> list[dict[str, Any]]:
 
 
 def to_samples() -> list[dict[str, Any]]:
-    """Both prompts at seven steps."""
+    """Returns samples of both prompts at seven steps."""
     prompts = (EVIL, "Complete the poem.")
     return [
         {"step": step, "prompt": prompt, "text": f"answer at {step}\n{prompt}"}
@@ -133,7 +133,7 @@ def write_run(
     samples: list[dict[str, Any]] | None = None,
     recipe: str = RECIPE,
 ) -> Path:
-    """The folder; ``facts`` change those of FACTS, one that is None is left out."""
+    """Writes the folder; ``facts`` override those in FACTS, and None removes one."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {key: value for key, value in (FACTS | (facts or {})).items() if value is not None}
     (folder / "run.json").write_text(json.dumps(content), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""``hf-clm serve`` in a process of its own, for tests and measurements."""
+"""``hf-clm serve`` in a child process, for tests and measurements."""
 
 import os
 import re
@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Server:
-    """A server that takes requests."""
+    """A server that is ready for requests."""
 
     url: str
     process: subprocess.Popen[str]
 
     def stop(self, with_signal: int = signal.SIGTERM) -> tuple[int, str]:
-        """Its exit code, and what it printed since it began to serve."""
+        """Returns its exit code, and its output since it was ready."""
         self.process.send_signal(with_signal)
         printed, _ = self.process.communicate(timeout=60)
         return self.process.returncode, printed
@@ -29,7 +29,7 @@ class Server:
 
 @contextmanager
 def served(run: str, *options: str, **environment: str) -> Iterator[Server]:
-    """Serves the run at a free port of this machine."""
+    """Serves the run on a free port of this machine."""
     words = [sys.executable, "-m", "hf_clm", "serve", run, "--port", "0", "--device", "cpu", *options]
     plain = {name: value for name, value in os.environ.items() if name != "HF_CLM_API_KEY"}
     process = subprocess.Popen(

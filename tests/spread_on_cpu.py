@@ -1,8 +1,8 @@
-"""``hf-clm`` with accelerate's FSDP2 on processes of a CPU: a program, for tests where there is no GPU.
+"""A program for tests without a GPU: ``hf-clm`` with accelerate's FSDP2 on CPU processes.
 
-Accelerate spreads a model over GPUs only, and takes DDP on a CPU; what it calls to spread it (torch's
-fully_shard) runs on a CPU too. So its state is told that the processes are those of GPUs in this one point.
-Offloading does not run so: it wants pinned memory.
+Accelerate shards models on GPUs only, and uses DDP on a CPU, although torch's fully_shard works there too.
+This program makes its state treat the processes like processes with GPUs. Offloading does not work, as it
+needs pinned memory.
 """
 
 import sys
@@ -18,7 +18,7 @@ build_state = AcceleratorState.__init__
 
 
 def build_spread_state(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
-    """As accelerate does it for processes with GPUs."""
+    """Sets up FSDP like accelerate for processes with GPUs."""
     is_new = not AcceleratorState._shared_state
     build_state(self, *args, fsdp_plugin=fsdp_plugin, **options)
     if is_new and fsdp_plugin is not None:

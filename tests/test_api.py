@@ -252,7 +252,7 @@ def test_a_shipped_recipe_keeps_its_format_for_a_path_and_not_for_records():
     ("arguments", "message"),
     [
         ({"lerning_rate": 1}, "hf_clm.train: no such keyword 'lerning_rate'; did you mean 'learning_rate'?"),
-        ({"max_seq_length": 5}, "hf_clm.train: max_seq_length is a name of TRL; fix: write data.max_length"),
+        ({"max_seq_length": 5}, "hf_clm.train: max_seq_length is a name of TRL; fix: use data.max_length"),
         ({"max_steps": "four"}, "hf_clm.train: train.max_steps: expected a whole number; got 'four'"),
         ({"data": {"max_lenght": 1}}, "hf_clm.train: data.max_lenght is not a key of a recipe; did you mean"),
         ({"format": lambda record: record}, "hf_clm.train: cannot find a function by its name; got"),

@@ -1,4 +1,4 @@
-"""The shape of hf_clm: sizes, directions of import, where things may happen. Files are parsed, not run."""
+"""The structure of hf_clm, by parsing its files: sizes, directions of imports, where things may happen."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ FILES = {
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
-# A module imports from its own line and from the lines above it.
+# A module may import from its own line and from the lines above it.
 LAYERS = [
     {"errors", "hashing"},
     {"schema", "machine", "logs"},
@@ -67,7 +67,7 @@ SAID_BY_THEIR_NAME = {
 def named_functions(
     tree: ast.AST, prefix: str = ""
 ) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    """Every function and method at any depth, with its dotted name."""
+    """Yields every function and method at any depth, with its dotted name."""
     for node in ast.iter_child_nodes(tree):
         inner = prefix
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -78,7 +78,7 @@ def named_functions(
 
 
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> tuple[int, int]:
-    """How many parameters can go by position, and how many there are; ``self`` and ``cls`` do not count."""
+    """Returns the number of positional parameters, and of all parameters, without ``self`` and ``cls``."""
     by_position = [argument.arg for argument in function.args.posonlyargs + function.args.args]
     if by_position[:1] in (["self"], ["cls"]):
         by_position = by_position[1:]
@@ -86,7 +86,7 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> tuple[int, i
 
 
 def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """(module, name) of every import, inside functions too; the name is empty for ``import module``."""
+    """Yields (module, name) of every import, also in functions; the name is empty for ``import module``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
@@ -96,7 +96,7 @@ def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def own_imports(tree: ast.Module) -> set[str]:
-    """The modules of hf_clm that a tree imports; ``from hf_clm import x`` names hf_clm.x."""
+    """Returns the modules of hf_clm that a tree imports; ``from hf_clm import x`` is hf_clm.x."""
     return {
         f"{module}.{name}" if f"{module}.{name}" in FILES or module == "hf_clm" else module
         for module, name in imported(tree)
@@ -111,7 +111,7 @@ def layer_of(module: str) -> int:
 
 
 def mask_writes(tree: ast.Module) -> list[int]:
-    """Lines that spell -100, or use IGNORE_INDEX for more than comparing and naming what to leave out."""
+    """Returns lines with -100, or with IGNORE_INDEX except for comparisons and as ignore_index."""
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.expr | ast.alias)]
     return [
@@ -122,7 +122,7 @@ def mask_writes(tree: ast.Module) -> list[int]:
 
 
 def has_documented_fields(node: ast.AST) -> bool:
-    """True for a class of fields, each with a string below it."""
+    """Returns whether a class consists of fields that each have a string below."""
     fields = [part for part in getattr(node, "body", []) if isinstance(part, ast.AnnAssign)]
     strings = [part for part in getattr(node, "body", []) if ast.unparse(part)[:1] in "'\""]
     return isinstance(node, ast.ClassDef) and 0 < len(fields) == len(strings)
@@ -158,7 +158,7 @@ def test_the_files_are_found():
 
 
 def test_a_function_has_at_most_8_parameters_and_4_by_position():
-    """More is a type that has not been found yet, or a call whose arguments nobody can tell apart."""
+    """More parameters suggest a missing type, or calls whose arguments are hard to tell apart."""
     excess = {
         f"{module}:{name}"
         for module, tree in TREES.items()
@@ -181,7 +181,7 @@ def test_imports_point_one_way():
     assert above == []
 
 
-def test_no_import_comes_back_to_where_it_began():
+def test_there_are_no_import_cycles():
     waiting = {
         module: own_imports(tree) & set(FILES) - {module}
         for module, tree in TREES.items()
@@ -241,7 +241,7 @@ def test_only_labels_and_collators_write_minus_100():
         ('"""-100 where nothing is learned"""', []),
     ],
 )
-def test_writing_a_mask_is_told_from_reading_one(code, lines):
+def test_writing_a_mask_is_distinguished_from_reading_one(code, lines):
     assert mask_writes(ast.parse(code)) == lines
 
 
@@ -258,14 +258,14 @@ def test_no_check_is_switched_off():
     assert re.findall("per-file|exclude", (ROOT / "pyproject.toml").read_text(encoding="utf-8")) == []
 
 
-def test_no_module_is_named_like_one_of_python_or_utils():
+def test_no_module_is_named_like_one_of_the_standard_library_or_utils():
     names = {part for module in FILES for part in module.split(".")} - {"__main__"}
 
     assert names & (sys.stdlib_module_names | {"utils"}) == set()
 
 
 def test_every_public_function_and_class_has_a_docstring():
-    """A section of the recipe has one under each field instead: it is the field's help."""
+    """A section of the recipe has one under each field instead, which is its help."""
     without = {
         node.name
         for tree in TREES.values()

@@ -1,4 +1,4 @@
-"""``hf-clm bench``: the search for the fastest micro-batch, what is printed, measured and left behind."""
+"""``hf-clm bench``: the search for the fastest micro-batch, its output and its measurements."""
 
 import json
 import pickle
@@ -40,21 +40,23 @@ def trial(rows: int, speed: float, **changes) -> Trial:
 
 
 def attempts(speeds: dict[int, float]) -> Callable[[int], Trial]:
-    """A speed of 0 is a micro-batch that does not fit; rows that are not named must not be tried."""
+    """A speed of 0 means that a micro-batch does not fit. Sizes without a speed must not be tried."""
     return lambda rows: trial(rows, speeds[rows]) if speeds[rows] else Trial(rows, 1, "too large")
 
 
 @pytest.mark.parametrize(
     ("speeds", "first", "most", "tried", "stopped"),
     [
-        ({4: 10, 8: 20, 16: 20.5}, 4, 99, [4, 8, 16], "16 rows at once are not faster than 8"),
-        ({4: 10, 8: 10, 2: 12, 1: 11}, 4, 99, [4, 8, 2, 1], "8 rows at once are not faster than 4"),
-        ({4: 10, 8: 0, 2: 9}, 4, 99, [4, 8, 2], "8 rows at once: too large"),
-        ({4: 10, 8: 20}, 4, 15, [4, 8], "the data are 15 rows"),
-        ({1: 10, 2: 5}, 1, 99, [1, 2], "2 rows at once are not faster than 1"),
+        ({4: 10, 8: 20, 16: 20.5}, 4, 99, [4, 8, 16], "micro-batch 16 is not faster than 8"),
+        ({4: 10, 8: 10, 2: 12, 1: 11}, 4, 99, [4, 8, 2, 1], "micro-batch 8 is not faster than 4"),
+        ({4: 10, 8: 0, 2: 9}, 4, 99, [4, 8, 2], "micro-batch 8: too large"),
+        ({4: 10, 8: 20}, 4, 15, [4, 8], "the data have only 15 rows"),
+        ({1: 10, 2: 5}, 1, 99, [1, 2], "micro-batch 2 is not faster than 1"),
     ],
 )
-def test_more_rows_at_once_are_tried_while_that_is_faster_and_else_fewer(speeds, first, most, tried, stopped):
+def test_larger_micro_batches_are_tried_while_faster_and_otherwise_smaller_ones(
+    speeds, first, most, tried, stopped
+):
     attempt = attempts(speeds)
     trials, why = find_fastest(attempt, attempt(first), most=most)
 
@@ -62,29 +64,29 @@ def test_more_rows_at_once_are_tried_while_that_is_faster_and_else_fewer(speeds,
     assert why == stopped
 
 
-def test_rows_that_might_not_fit_into_the_memory_of_the_machine_are_not_tried():
-    """A peak of 1 GiB, 1.9 GiB free: twice the rows may take 2."""
+def test_a_micro_batch_that_might_not_fit_in_memory_is_not_tried():
+    """With a peak of 1 GiB and 1.9 GiB free, twice the rows may need 2 GiB."""
     first = trial(1, 10, limit_bytes=int(1.9 * 2**30))
     trials, why = find_fastest(attempts({}), first, most=99)
 
     assert [one.rows for one in trials] == [1]
-    assert why == "2 rows at once might not fit into the memory"
+    assert why == "micro-batch 2 might not fit in memory"
 
 
 def test_the_report_names_the_fastest_by_more_than_the_noise():
     trials = [trial(4, 1000), trial(8, 1500), trial(16, 0, failure="out of memory")]
-    found = Bench("r.yaml", START, trials, "16 rows at once: out of memory")
+    found = Bench("r.yaml", START, trials, "micro-batch 16: out of memory")
 
     assert found.to_lines() == [
         "",
-        "rows at once  rows a step  s a step  tokens/s  targets/s  per second    MFU  peak MiB",
-        "           4            8     0.500     1,000        333   100 GFLOP  25.0%     1,024",
-        "           8            8     0.500     1,500        500   100 GFLOP  25.0%     1,024",
-        "          16  out of memory",
+        "micro-batch  rows/step  s/step  tokens/s  targets/s  per second    MFU  peak MiB",
+        "          4          8   0.500     1,000        333   100 GFLOP  25.0%     1,024",
+        "          8          8   0.500     1,500        500   100 GFLOP  25.0%     1,024",
+        "         16  out of memory",
         "",
         "fastest   --per_device_train_batch_size 8 --gradient_accumulation_steps 1 (1.50x)",
-        "          16 rows at once: out of memory",
-        "kept      nothing: the weights are thrown away, the data were prepared in a temporary folder",
+        "          micro-batch 16: out of memory",
+        "kept      nothing: the weights and the prepared data are deleted",
     ]
     assert Bench("r.yaml", START, [trial(4, 1000), trial(2, 1020)], "").fastest.rows == 4
 
@@ -122,7 +124,7 @@ def test_a_process_measures_the_start_in_parts_and_the_speed_of_its_steps(tmp_pa
     assert result.peak_bytes > 2**20 and result.limit_bytes is not None
 
 
-def test_the_command_measures_and_leaves_nothing_but_its_json(tmp_path, monkeypatch, capsys):
+def test_the_command_leaves_nothing_but_its_json(tmp_path, monkeypatch, capsys):
     """A token budget is one micro-batch."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -137,7 +139,7 @@ def test_the_command_measures_and_leaves_nothing_but_its_json(tmp_path, monkeypa
     shown = capsys.readouterr()
     assert (code, shown.err) == (0, "")
     assert "(56 targets) in 3 rows, 88.9% full" in shown.out
-    assert "data.tokens_per_batch decides the micro-batch" in shown.out
+    assert "data.tokens_per_batch determines the micro-batch" in shown.out
     assert {path.name for path in tmp_path.iterdir()} - before == {"b.json"}
     assert list((tmp_path / "temporary").iterdir()) == []
     found = json.loads((tmp_path / "b.json").read_text())
@@ -164,7 +166,7 @@ def test_a_process_that_ends_without_a_result_ran_out_of_memory_or_is_a_bug(
         bench(build_recipe(tmp_path, RECORDS), steps=5, say=print)
 
 
-def test_what_a_user_can_fix_comes_out_of_the_process_unchanged(tmp_path, monkeypatch):
+def test_a_user_error_passes_through_the_child_process(tmp_path, monkeypatch):
     wrong = DataError("no such file", where="rows.jsonl", fix="name one that is there")
 
     def run(words, **_):
@@ -186,7 +188,7 @@ def test_what_a_user_can_fix_comes_out_of_the_process_unchanged(tmp_path, monkey
     [
         (["--json", "missing/b.json"], {}, "--json: cannot be written; got missing/b.json"),
         (["--steps", "1"], {}, "expected 5 or more, got 1"),
-        ([], {"WORLD_SIZE": "2"}, "bench measures one process"),
+        ([], {"WORLD_SIZE": "2"}, "bench runs in one process"),
     ],
 )
 def test_a_wrong_call_is_refused_before_anything_is_measured(

@@ -1,4 +1,4 @@
-"""The command line: words in, lines and an exit code out."""
+"""The command line: the output and exit code of each command."""
 
 import json
 import os
@@ -46,7 +46,7 @@ train: {output_dir: run, use_cpu: true, max_steps: 2, save_strategy: "no"}
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory) -> str:
-    """A run's folder, with a model that knows the four records by heart."""
+    """The folder of a run with a model that has memorised four records."""
     folder, tokenizer, model = (
         tmp_path_factory.mktemp("learned"),
         byte_tokenizer(),
@@ -81,7 +81,7 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 def failure(words: list[str], capsys) -> tuple[int, str]:
-    """The exit code, and what stderr holds: one line, and no traceback."""
+    """Returns the exit code and stderr, which must be one line without a traceback."""
     capsys.readouterr()
     code = main(words)
     shown = capsys.readouterr().err
@@ -186,16 +186,16 @@ def test_these_are_all_the_commands():
         (["bench", "recipe.yaml", "--step", "9"], "unknown option --step; did you mean 'steps'?"),
         (
             ["doctor", "--plan", "gpus=8,memory=80GB", "--learning_rate", "1e-3"],
-            "hf-clm doctor: overrides need a recipe before them; got --learning_rate; "
+            "hf-clm doctor: overrides must follow the recipe; got --learning_rate; "
             "fix: hf-clm doctor RECIPE [--key value ...]",
         ),
         (
             ["doctor", "--plan", "gpus=8,memory=80GB", "--bf16=true"],
-            "overrides need a recipe before them; got --bf16=true; fix: ",
+            "overrides must follow the recipe; got --bf16=true; fix: ",
         ),
         (
             ["inspect", "--row", "3", "recipe.yaml"],
-            "overrides need a recipe before them; got --row; did you mean '--rows'?; fix: ",
+            "overrides must follow the recipe; got --row; did you mean '--rows'?; fix: ",
         ),
         (["generate"], "hf-clm generate: the following arguments are required: run"),
         (
@@ -246,7 +246,7 @@ def test_a_typo_in_a_recipe_names_its_line(capsys, place):
     assert "max_length" in shown
 
 
-def test_traceback_shows_where_an_error_arose(capsys, place):
+def test_traceback_shows_where_an_error_occurred(capsys, place):
     assert main(["train", "nope.yaml", "--traceback"]) == 2
 
     shown = capsys.readouterr().err
@@ -270,7 +270,12 @@ def break_folder(place: Path) -> None:
 @pytest.mark.parametrize(
     ("break_it", "options", "code", "message"),
     [
-        (break_folder, [], 2, "run: the output folder holds files of an earlier run"),
+        (
+            break_folder,
+            [],
+            2,
+            "run: the output folder contains files, but no recipe.yaml of a run to resume",
+        ),
         (break_data, [], 3, "say.jsonl:1: "),
         (break_model, [], 4, "model model: cannot be loaded: "),
         (None, ["--learning_rate", "1e30", "--max_steps", "5"], 5, "the loss or its gradient is not finite"),
@@ -317,7 +322,7 @@ def test_other_processes_of_a_run_leave_the_message_to_the_first(capsys, monkeyp
 @pytest.mark.parametrize(
     ("is_own", "shown"), [(None, "error on rank 1: full\n"), (True, "error on rank 1: full\n"), (False, "")]
 )
-def test_a_fault_of_the_machine_is_said_by_each_process_unless_another_says_the_same(
+def test_a_fault_of_the_machine_is_reported_by_each_process_unless_another_reports_it(
     capsys, monkeypatch, is_own, shown
 ):
     def fail(words: list[str]) -> None:
@@ -333,7 +338,7 @@ def test_a_fault_of_the_machine_is_said_by_each_process_unless_another_says_the_
 
 
 def fastest(words: list[str], cwd: Path) -> tuple[float, int]:
-    """The shortest of three wall times, seconds, and the exit code."""
+    """Returns the shortest of three wall times in seconds, and the exit code."""
     times = []
     for _ in range(3):
         started = time.perf_counter()
@@ -354,7 +359,7 @@ def fastest(words: list[str], cwd: Path) -> tuple[float, int]:
         (["train", "recipe.yaml", "--learning_rat", "1"], 2),
     ],
 )
-def test_help_and_typos_answer_at_once(words, code, place):
+def test_help_and_typos_answer_quickly(words, code, place):
     seconds, found = fastest(words, place)
 
     assert found == code
@@ -364,7 +369,7 @@ def test_help_and_typos_answer_at_once(words, code, place):
 # --- config and train-tokenizer
 
 
-def test_config_prints_each_value_and_where_it_came_from(capsys, place):
+def test_config_prints_each_value_and_its_origin(capsys, place):
     assert main(["config", "recipe.yaml", "--learning_rate", "1e-4"]) == 0
 
     rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in capsys.readouterr().out.splitlines()}
@@ -391,7 +396,7 @@ def test_train_tokenizer_writes_a_folder_that_can_be_loaded(capsys, place):
     assert (place / "tok" / "tokenizer.json").is_file()
 
 
-def test_train_tokenizer_takes_the_kind(capsys, place, tmp_path):
+def test_train_tokenizer_has_an_option_for_the_kind(capsys, place, tmp_path):
     (tmp_path / "abc.txt").write_text("abba cab\n", encoding="utf-8")
     words = ["train-tokenizer", str(tmp_path / "abc.txt"), "--output_dir", "tok", "--kind", "characters"]
     assert main(words) == 0
@@ -401,7 +406,7 @@ def test_train_tokenizer_takes_the_kind(capsys, place, tmp_path):
     )  # 3 of control, "\n", " ", abc
 
 
-def test_train_writes_where_it_is_told_to(capsys, place):
+def test_train_writes_to_the_given_folder(capsys, place):
     assert main(["train", "recipe.yaml", "--data.train", "say.jsonl", "--output_dir", "elsewhere"]) == 0
 
     assert (place / "elsewhere" / "model.safetensors").is_file()
@@ -425,7 +430,7 @@ def test_several_prompts_are_shown_with_their_answers(learned, capsys):
     assert lines == ["> one", "first", "", "> four", "四", ""]
 
 
-def test_json_is_one_object_a_prompt(learned, capsys):
+def test_json_is_one_object_per_prompt(learned, capsys):
     lines = generated([learned, "--prompt", "one", "--prompt", "four", "--json"], capsys)
 
     assert [json.loads(line) for line in lines] == [
@@ -435,7 +440,7 @@ def test_json_is_one_object_a_prompt(learned, capsys):
     assert "四" in lines[1]
 
 
-def test_prompts_come_from_a_text_file_one_a_line(learned, capsys, tmp_path):
+def test_prompts_are_the_lines_of_a_text_file(learned, capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text("one\n\nthree\n")
 
     lines = generated([learned, "--file", str(tmp_path / "prompts.txt")], capsys)
@@ -462,7 +467,7 @@ def test_a_file_without_a_prompt_is_an_error(learned, capsys, tmp_path):
     )
 
 
-def test_a_raw_prompt_is_continued_as_it_is(learned, capsys):
+def test_a_raw_prompt_is_continued_without_a_format(learned, capsys):
     assert generated([learned, "--raw", "--prompt", "one\nfir"], capsys) == ["st"]
 
 
@@ -487,7 +492,7 @@ def test_max_new_tokens_cuts_the_answer(learned, capsys):
         ["--batch_size", "1"],
     ],
 )
-def test_what_was_learned_by_heart_is_answered_in_every_mode(learned, capsys, options):
+def test_a_memorised_answer_is_generated_in_every_mode(learned, capsys, options):
     assert generated([learned, "--prompt", "one", *options], capsys) == ["first"]
 
 
@@ -500,7 +505,7 @@ def test_sampling_repeats_with_the_seed(learned, capsys):
     assert answers[0] != answers[2]
 
 
-def test_by_default_an_answer_may_be_as_long_as_the_model_has_room(capsys, tmp_path):
+def test_by_default_an_answer_may_fill_the_positions_of_the_model(capsys, tmp_path):
     folder = save_folder(tmp_path, tiny_model(max_position_embeddings=32), byte_tokenizer())
 
     lines = generated([folder, "--prompt", "x" * 30, "--json"], capsys)
@@ -529,7 +534,7 @@ def test_a_prompt_that_is_too_long_is_refused_with_the_numbers(capsys, tmp_path)
         (["--device", "gpu"], "--device: no such device; got 'gpu'"),
     ],
 )
-def test_values_out_of_range_are_one_line(learned, capsys, options, message):
+def test_values_out_of_range_are_one_line_errors(learned, capsys, options, message):
     code, shown = failure(["generate", learned, "--prompt", "one", *options], capsys)
 
     assert code == 2
@@ -564,7 +569,9 @@ def test_values_out_of_range_are_one_line(learned, capsys, options, message):
         ("d.jsonl", '{"instruct": "é"}\n'.encode("latin-1"), "d.jsonl:1"),
     ],
 )
-def test_a_file_of_prompts_that_cannot_be_read_is_one_line(learned, capsys, tmp_path, name, content, message):
+def test_a_file_of_prompts_that_cannot_be_read_is_a_one_line_error(
+    learned, capsys, tmp_path, name, content, message
+):
     path = tmp_path / name
     if content == "folder":
         path.mkdir()
@@ -587,7 +594,7 @@ def test_a_file_with_a_byte_order_mark_and_other_line_ends_is_read(learned, caps
     assert [json.loads(line)["prompt"] for line in lines] == ["one", "three"]
 
 
-def test_a_temperature_of_0_is_greedy_beside_other_options(learned, capsys):
+def test_a_temperature_of_0_is_greedy_with_other_options(learned, capsys):
     words = [learned, "--prompt", "unknown", "--max_new_tokens", "12", "--json"]
 
     greedy = generated(words, capsys)
@@ -650,7 +657,7 @@ def test_answers_that_differ_are_counted(learned, capsys, tmp_path):
     assert (found["asked"], found["exact_match"], found["stopped"]) == (4, 0.75, 1.0)
 
 
-def test_the_batch_size_changes_no_figure(learned, capsys, tmp_path):
+def test_the_batch_size_does_not_change_the_results(learned, capsys, tmp_path):
     path = write_jsonl(tmp_path / "say.jsonl", RECORDS)
 
     figures = [evaluated([learned, path, "--batch_size", size], capsys) for size in ("1", "3", "8")]
@@ -660,7 +667,7 @@ def test_the_batch_size_changes_no_figure(learned, capsys, tmp_path):
     assert figures[2] == pytest.approx(figures[0], rel=1e-6, abs=1e-7)
 
 
-def test_stage_pretrain_evaluates_the_whole_text_and_asks_nothing(learned, capsys, tmp_path):
+def test_stage_pretrain_evaluates_the_complete_text_without_answers(learned, capsys, tmp_path):
     found = evaluated([learned, write_jsonl(tmp_path / "say.jsonl", RECORDS), "--stage", "pretrain"], capsys)
 
     # 4 + 6 + 6 + 5 bytes of prompts, 26 of answers, 4 ends; less the 4 first bytes, which follow nothing
@@ -668,7 +675,7 @@ def test_stage_pretrain_evaluates_the_whole_text_and_asks_nothing(learned, capsy
     assert "exact_match" not in found
 
 
-def test_generation_can_be_left_out(learned, capsys, tmp_path):
+def test_generation_can_be_turned_off(learned, capsys, tmp_path):
     found = evaluated([learned, write_jsonl(tmp_path / "say.jsonl", RECORDS), "--no_generate"], capsys)
 
     assert "exact_match" not in found
@@ -711,7 +718,7 @@ def test_the_tests_leave_torch_as_they_found_it():
 # --- report, compare
 
 
-def test_a_report_is_written_again_of_a_run_that_was_killed_as_it_wrote(tmp_path, capsys):
+def test_the_report_of_a_killed_run_can_be_written_again(tmp_path, capsys):
     folder = write_run(tmp_path / "run", facts={"status": "running"})
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "lo')
@@ -720,13 +727,13 @@ def test_a_report_is_written_again_of_a_run_that_was_killed_as_it_wrote(tmp_path
 
     assert capsys.readouterr().out.splitlines() == [
         f"wrote {folder / 'report.html'}: 42 log events, 14 samples, status running",
-        "left out: unreadable lines of its logs: 1",
+        "skipped unreadable lines of its logs: 1",
     ]
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert 'http-equiv="refresh"' not in text
 
 
-def test_runs_are_compared_in_the_terminal_and_in_a_page(tmp_path, monkeypatch, capsys):
+def test_runs_are_compared_in_the_terminal_and_on_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         write_run(tmp_path / name, facts={"evaluated": {"eval_loss": [6.5, {"a": 1.25, "b": 1.5}[name]]}})
@@ -742,13 +749,16 @@ def test_runs_are_compared_in_the_terminal_and_in_a_page(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["report", "."], ".: holds no run.json: not a run's folder; fix: name the output folder of a run"),
+        (
+            ["report", "."],
+            ".: contains no run.json, so it is not the folder of a run; fix: name the output folder of a run",
+        ),
         (["report", "nowhere"], "nowhere: no such folder; fix: name the output folder of a run"),
         (["compare", "a"], "hf-clm compare: needs at least two runs; fix: hf-clm compare RUN RUN [RUN ...]"),
         (["compare", "nowhere", "."], "nowhere: no such folder; fix: name the output folder of a run"),
     ],
 )
-def test_a_folder_that_is_no_run_is_one_line(words, said, tmp_path, monkeypatch, capsys):
+def test_a_folder_without_a_run_is_a_one_line_error(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     assert main(words) == 2

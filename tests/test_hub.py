@@ -1,4 +1,4 @@
-"""Names on the Hub: no test asks it; its answers are raised in its client."""
+"""Names on the Hub. No test uses the network: the client raises or returns the answers of the Hub."""
 
 import time
 from pathlib import Path
@@ -25,7 +25,7 @@ def nothing_remembered(tmp_path, monkeypatch):
 
 
 def answer(monkeypatch, error: Exception | None) -> list[tuple]:
-    """Lets the Hub raise ``error``, or find the model; returns what it was asked."""
+    """Lets the Hub raise ``error``, or find the model. Returns its requests."""
     asked = []
 
     def model_info(self, name, *, revision=None, timeout=None):
@@ -54,7 +54,7 @@ def test_a_folder_is_never_looked_up(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["/no/such", "./such", "../such", "~/such", "runs/poems/checkpoint-3"])
-def test_a_path_that_is_no_folder_is_never_looked_up(monkeypatch, name):
+def test_a_path_without_a_folder_is_never_looked_up(monkeypatch, name):
     asked = answer(monkeypatch, None)
 
     with pytest.raises(ModelError, match=r"^model: no such folder; got '.*such|checkpoint-3'") as error:
@@ -84,7 +84,7 @@ def test_a_name_on_the_hub_is_looked_up_once(monkeypatch):
         ),
         (
             RepositoryNotFoundError("404", response=RESPONSE),
-            "model: neither a folder here nor a repository on the Hub; got 'org/name'; "
+            "model: neither a local folder nor a repository on the Hub; got 'org/name'; "
             "fix: correct the name; a private repository needs `hf auth login`",
         ),
         (
@@ -93,7 +93,7 @@ def test_a_name_on_the_hub_is_looked_up_once(monkeypatch):
         ),
     ],
 )
-def test_what_the_hub_refuses_is_a_model_error_even_where_the_cache_has_it(
+def test_a_refusal_by_the_hub_is_a_model_error_even_if_the_model_is_cached(
     tmp_path, monkeypatch, error, message
 ):
     answer(monkeypatch, error)
@@ -105,31 +105,31 @@ def test_what_the_hub_refuses_is_a_model_error_even_where_the_cache_has_it(
     assert str(caught.value) == message
 
 
-def test_a_name_that_cannot_be_one_is_refused_without_a_network():
-    with pytest.raises(ModelError, match=r"neither a folder here nor .* got 'a model!'"):
+def test_an_invalid_name_is_refused_without_a_network():
+    with pytest.raises(ModelError, match=r"neither a local folder nor .* got 'a model!'"):
         load_options("a model!", revision=None, where="model")
 
 
-def test_without_a_network_a_name_that_is_not_in_the_cache_is_refused_at_once(monkeypatch):
-    """Port 9 of this machine answers nobody; the request itself is real."""
+def test_without_a_network_an_uncached_name_is_refused_quickly(monkeypatch):
+    """Port 9 of this machine does not answer; the request itself is real."""
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     started = time.monotonic()
 
     with pytest.raises(
-        EnvironmentFault, match=r"^model: 'org/name' is no folder here, is not in the cache"
+        EnvironmentFault, match=r"^model: 'org/name' is neither a local folder nor in the cache"
     ) as error:
         load_options("org/name", revision=None, where="model")
 
     assert time.monotonic() - started < 3
     assert "the Hub cannot be reached" in str(error.value)
-    assert "fix: run `hf download org/name` where there is a network, or give a local folder" in str(
+    assert "fix: run `hf download org/name` where there is a network, or use a local folder" in str(
         error.value
     )
     assert "\n" not in str(error.value)
     assert error.value.exit_code == 6
 
 
-def test_without_a_network_a_name_that_is_in_the_cache_is_taken_from_there(tmp_path, monkeypatch):
+def test_without_a_network_a_cached_name_is_used(tmp_path, monkeypatch):
     answer(monkeypatch, ConnectionError("no route to host"))
     fill_cache(tmp_path, "org/name", "main")
 
@@ -149,14 +149,14 @@ def test_offline_mode_is_named_as_the_reason(monkeypatch):
         load_options("org/name", revision=None, where="model")
 
 
-def test_what_from_pretrained_raises_becomes_one_line():
+def test_errors_of_from_pretrained_become_one_line():
     with pytest.raises(ModelError) as error, loading("folder", where="model"):
         raise ValueError("\nfirst line\nsecond line")
 
     assert str(error.value) == "model folder: cannot be loaded: first line"
 
 
-def test_an_error_without_words_is_named_by_its_kind():
+def test_an_error_without_a_message_is_named_by_its_type():
     with (
         pytest.raises(ModelError, match=r"^model folder: cannot be loaded: KeyError$"),
         loading("folder", where="model"),
@@ -164,6 +164,6 @@ def test_an_error_without_words_is_named_by_its_kind():
         raise KeyError
 
 
-def test_an_error_for_the_user_passes_through_as_it_is():
+def test_a_user_error_passes_through_unchanged():
     with pytest.raises(EnvironmentFault, match=r"^no disk$"), loading("folder", where="model"):
         raise EnvironmentFault("no disk")

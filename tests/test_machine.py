@@ -1,4 +1,4 @@
-"""What is read of the machine, and what is set."""
+"""Facts about the machine, and settings of the process."""
 
 import mmap
 import platform
@@ -49,7 +49,7 @@ def test_cores_are_physical_and_within_the_containers_share(monkeypatch, sibling
     assert machine.usable_cores() == cores
 
 
-def test_a_named_number_of_threads_wins(monkeypatch):
+def test_omp_num_threads_takes_precedence(monkeypatch):
     monkeypatch.setattr(machine, "keep_memory", lambda: True)
     monkeypatch.setattr(machine, "usable_cores", lambda: 6)
     chosen = []
@@ -65,8 +65,8 @@ def test_a_named_number_of_threads_wins(monkeypatch):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is of glibc")
-def test_glibc_takes_the_settings():
-    """In a process of its own: they hold for the whole process."""
+def test_glibc_accepts_the_settings():
+    """Runs in a new process, as the settings apply to the entire process."""
     code = "import torch; from hf_clm.machine import keep_memory; print(keep_memory(), torch.ones(9).sum())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
 
@@ -92,11 +92,11 @@ def test_glibc_takes_the_settings():
         ("Tesla T4", None),
     ],
 )
-def test_a_device_has_the_peak_of_its_own_name_and_of_no_other(name, peak):
+def test_a_device_has_the_peak_of_its_exact_name_only(name, peak):
     assert machine.named_peak(name) == peak
 
 
-def test_training_and_the_doctor_ask_the_same_functions_for_cores_and_bfloat16(monkeypatch, tmp_path):
+def test_training_and_the_doctor_use_the_same_functions_for_cores_and_bfloat16(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "_read", lambda path: "100000 100000" if path.endswith("cpu.max") else "")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
@@ -116,7 +116,7 @@ def test_the_measured_peak_is_that_of_a_matrix_product():
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
-def test_the_peak_of_the_memory_rises_with_what_is_held_and_stays():
+def test_the_peak_memory_rises_with_allocations_and_stays():
     status = Path("/proc/self/status").read_text().splitlines()
     resident = next(line for line in status if line.startswith("VmRSS"))
     before = machine.peak_memory(torch.device("cpu"))
@@ -131,7 +131,7 @@ def test_the_peak_of_the_memory_rises_with_what_is_held_and_stays():
     assert machine.peak_memory(torch.device("cpu")) == during
 
 
-def test_of_a_gpu_its_memory_and_its_work_are_shares_and_without_the_library_the_memory_alone(monkeypatch):
+def test_gpu_figures_are_shares_and_without_the_library_only_the_memory_is_measured(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20, 80))
     monkeypatch.setattr(torch.cuda, "utilization", lambda device: 93)

@@ -1,4 +1,4 @@
-"""What a launcher asks for is done, or refused before anything is loaded: accelerate says nothing."""
+"""Sharding that a launcher requests works, or is refused before anything is loaded; accelerate is silent."""
 
 import subprocess
 import sys
@@ -28,8 +28,8 @@ def test_all_launcher_files_are_found():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_accelerate_knows_every_key_and_the_header_holds_the_command(path):
-    """Its loader refuses unknown keys of the file; those of a section become options of its command line."""
+def test_accelerate_knows_every_key_and_the_header_has_the_command(path):
+    """Accelerate's loader rejects unknown keys of a file; keys of a section become command-line options."""
     found = load_config_from_file(str(path))
 
     assert isinstance(found, ClusterConfig)
@@ -48,7 +48,7 @@ def test_accelerate_knows_every_key_and_the_header_holds_the_command(path):
         ("deepspeed_zero3", "DEEPSPEED", False),
     ],
 )
-def test_a_launcher_file_spreads_what_its_name_says(name, kind, on_cpu):
+def test_a_launcher_file_shards_as_its_name_says(name, kind, on_cpu):
     found = load_config_from_file(str(ROOT / "recipes" / "accelerate" / f"{name}.yaml"))
 
     assert (found.distributed_type.value, found.use_cpu, found.main_process_port) == (kind, on_cpu, 0)
@@ -57,8 +57,8 @@ def test_a_launcher_file_spreads_what_its_name_says(name, kind, on_cpu):
     assert found.deepspeed_config.get("zero_stage") == (3 if kind == "DEEPSPEED" else None)
 
 
-def test_deepspeed_on_two_boxes_starts_the_processes_of_its_own_box(monkeypatch):
-    """None: no command of DeepSpeed's, which would reach the other box by pdsh and a file of hosts."""
+def test_deepspeed_on_two_machines_starts_only_local_processes(monkeypatch):
+    """None means no command of DeepSpeed, which would reach the other machine with pdsh and a hostfile."""
     monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: True)
     words = ["--config_file", str(ROOT / "recipes" / "accelerate" / "deepspeed_zero3.yaml")]
     words += ["--num_machines", "2", "--num_processes", "16", "--machine_rank", "1"]
@@ -91,11 +91,11 @@ def test_a_process_knows_whether_it_is_one_of_many():
         ({"deepspeed": "zero.json"}, {}, "DeepSpeed"),
     ],
 )
-def test_launcher_and_recipe_say_what_spreads_the_model(values, environment, expected):
+def test_launcher_and_recipe_determine_how_the_model_is_sharded(values, environment, expected):
     assert spreads_with(values, environment) == expected
 
 
-def test_what_can_be_spread_is_not_refused():
+def test_supported_sharding_is_accepted():
     check_spreading({}, {}, on_cpu=True, generates=True)
     check_spreading({}, FSDP, on_cpu=False)
     check_spreading({"fsdp": True}, {"LOCAL_RANK": "0"}, on_cpu=False)
@@ -109,40 +109,40 @@ def test_what_can_be_spread_is_not_refused():
             {},
             FSDP,
             {"on_cpu": True},
-            "accelerate launch: FSDP needs GPUs: on a CPU each process would keep the whole model; fix: "
-            "accelerate launch --config_file recipes/accelerate/cpu.yaml -m hf_clm train RECIPE",
+            "accelerate launch: FSDP needs GPUs: on a CPU each process would keep the complete model; "
+            "fix: use accelerate launch --config_file recipes/accelerate/cpu.yaml -m hf_clm train RECIPE",
         ),
         (
             {"deepspeed": "zero.json"},
             {},
             {"on_cpu": True},
-            "train.deepspeed: DeepSpeed needs GPUs: on a CPU each process would keep the whole model; fix: "
-            "accelerate launch --config_file recipes/accelerate/cpu.yaml -m hf_clm train RECIPE",
+            "train.deepspeed: DeepSpeed needs GPUs: on a CPU each process would keep the complete model; "
+            "fix: use accelerate launch --config_file recipes/accelerate/cpu.yaml -m hf_clm train RECIPE",
         ),
         (
             {"fsdp": True},
             {},
             {"on_cpu": False},
-            "train.fsdp: needs a launcher; fix: "
+            "train.fsdp: needs a launcher; fix: use "
             "accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m hf_clm train RECIPE",
         ),
         (
             {},
             FSDP | {"FSDP_VERSION": "1"},
             {"on_cpu": False},
-            "accelerate launch: FSDP of version 1 is not supported; got 1; "
-            "fix: fsdp_version: 2, as in recipes/accelerate",
+            "accelerate launch: FSDP version 1 is not supported; got 1; "
+            "fix: set fsdp_version to 2, as in recipes/accelerate",
         ),
         (
             {},
             FSDP,
             {"on_cpu": False, "generates": True},
-            "samples: no process can generate alone from a model that FSDP spreads; "
-            "fix: set samples to null and evaluation.generate to 0; hf-clm generate works afterwards",
+            "samples: generation is not supported with FSDP, which shards the model; "
+            "fix: set samples to null and evaluation.generate to 0, and use hf-clm generate after training",
         ),
     ],
 )
-def test_what_cannot_be_spread_is_refused_with_a_way_out(values, environment, options, expected):
+def test_unsupported_sharding_is_refused_with_a_fix(values, environment, options, expected):
     with pytest.raises(RecipeError) as raised:
         check_spreading(values, environment, **options)
 
@@ -167,8 +167,8 @@ def test_fsdp_on_a_cpu_is_refused_before_anything_is_loaded(tmp_path, monkeypatc
         train(recipe)
 
 
-def test_accelerate_itself_takes_ddp_for_fsdp_on_a_cpu_and_says_nothing():
-    """The reason for the check: where this fails, accelerate has begun to say so, or to spread on a CPU."""
+def test_accelerate_itself_silently_uses_ddp_for_fsdp_on_a_cpu():
+    """The reason for the check. If this fails, accelerate reports it now, or shards on a CPU."""
     code = """
 import os
 os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "RANK": "0", "LOCAL_RANK": "0"}

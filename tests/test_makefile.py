@@ -1,4 +1,4 @@
-"""What ``make`` offers and would run; nothing is installed and nothing is trained."""
+"""The targets of ``make`` and the commands they would run, without installing or training anything."""
 
 import os
 import re
@@ -24,7 +24,7 @@ TARGETS += [
 
 
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs make at the root as from a fresh shell, not as a part of the make that runs the tests."""
+    """Runs make at the root as in a new shell, independent of the make that runs the tests."""
     own = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "LC_ALL": "C", **environment}
     return subprocess.run(
         ["make", *arguments], cwd=ROOT, env=own, capture_output=True, text=True, check=False
@@ -33,19 +33,19 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 @pytest.fixture
 def ready(tmp_path) -> str:
-    """A virtual environment that is set up, as far as make can see."""
+    """A folder that looks to make like a finished virtual environment."""
     (tmp_path / ".setup").touch()
     return f"VENV={tmp_path}"
 
 
 def commands(done: subprocess.CompletedProcess[str], venv: str) -> list[str]:
-    """The lines that make would run, with the virtual environment's folder as ``VENV``."""
+    """Returns the commands that make would run, with the virtual environment's folder as ``VENV``."""
     assert done.returncode == 0, done.stderr
     return [line.strip().replace(venv.removeprefix("VENV="), "VENV") for line in done.stdout.splitlines()]
 
 
 def fake_python(folder: Path, *, version: str, has_venv: bool = True, pip_works: bool = True) -> str:
-    """A Python that says its version; the environments that it makes hold one whose pip installs nothing."""
+    """A fake Python that prints its version and creates environments with a pip that installs nothing."""
     inner = f"""case "$*" in
         -c*) echo {version};;
         *install*) exit {0 if pip_works else 1};;
@@ -80,7 +80,7 @@ def test_every_phony_target_is_documented():
     assert documented == TARGETS
 
 
-def test_sft_trains_the_poems_and_lets_the_model_answer(ready):
+def test_sft_trains_the_poems_and_generates_an_answer(ready):
     assert commands(make("-n", "sft", ready), ready) == [
         "VENV/bin/hf-clm train 'recipes/sft/poems.yaml' --overwrite done",
         "VENV/bin/hf-clm generate 'runs/sft-poems'"
@@ -88,7 +88,7 @@ def test_sft_trains_the_poems_and_lets_the_model_answer(ready):
     ]
 
 
-def test_an_own_recipe_is_asked_where_run_names_its_folder(ready):
+def test_another_recipe_answers_if_run_names_its_folder(ready):
     without_run = commands(make("-n", "sft", ready, "RECIPE=my.yaml", "ARGS=--max_steps 3"), ready)
     with_run = commands(make("-n", "sft", ready, "RECIPE=my.yaml", "RUN=runs/mine", "PROMPT=Hello"), ready)
 
@@ -130,7 +130,7 @@ def test_a_second_setup_does_nothing(ready):
 
 
 @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt"])
-def test_setup_is_done_again_when_what_it_depends_on_changes(ready, changed):
+def test_setup_is_repeated_when_its_dependencies_change(ready, changed):
     done = make("-n", "-W", changed, "setup", ready)
 
     assert "-m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'" in done.stdout
@@ -144,7 +144,7 @@ def test_a_python_out_of_range_is_refused(tmp_path, version):
 
     assert done.stderr.splitlines()[0] == (
         f"error: {python} is Python {version}; 3.10 to 3.13 are supported;"
-        " fix: make setup PYTHON=/path/to/python3.11"
+        " fix: run make setup PYTHON=/path/to/python3.11"
     )
 
 
@@ -154,8 +154,8 @@ def test_a_python_without_venv_is_refused_with_the_package_to_install(tmp_path):
     done = make("setup", f"VENV={tmp_path}/venv", f"PYTHON={python}")
 
     assert done.stderr.splitlines()[0] == (
-        f"error: {python} cannot make virtual environments;"
-        " fix: apt install python3.12-venv, or another PYTHON="
+        f"error: {python} cannot create virtual environments;"
+        " fix: run apt install python3.12-venv, or set PYTHON to another one"
     )
 
 
@@ -163,7 +163,8 @@ def test_a_python_that_does_not_run_is_refused(tmp_path):
     done = make("setup", f"VENV={tmp_path}/venv", "PYTHON=no/such python")
 
     assert (
-        done.stderr.splitlines()[0] == "error: no/such python is no Python that works; fix: another PYTHON="
+        done.stderr.splitlines()[0]
+        == "error: no/such python is not a working Python interpreter; fix: set PYTHON to another one"
     )
 
 
@@ -173,11 +174,11 @@ def test_a_folder_in_use_is_never_cleared(tmp_path):
     done = make("setup", f"VENV={tmp_path}", f"PYTHON={python}")
 
     assert done.stderr.splitlines()[0] == (
-        f"error: {tmp_path} is in use and no virtual environment; fix: another VENV="
+        f"error: {tmp_path} exists and is not a virtual environment; fix: set VENV to another folder"
     )
 
 
-def test_a_setup_that_broke_off_leaves_no_stamp_and_starts_afresh(tmp_path):
+def test_an_interrupted_setup_leaves_no_stamp_and_starts_afresh(tmp_path):
     venv, python = tmp_path / "venv", fake_python(tmp_path, version="3.11", pip_works=False)
 
     first = make("setup", f"VENV={venv}", f"PYTHON={python}")

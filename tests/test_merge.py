@@ -1,4 +1,4 @@
-"""``hf-clm merge``: one plain model that answers as base and adapters do, or none."""
+"""``hf-clm merge`` writes a plain model that answers like base and adapters, or nothing."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ RECORDS = [{"prompt": f"say {letter}\n", "completion": letter * 3} for letter in
 
 
 def build_run(folder: Path, positions: int = 512, **lora: Any) -> Path:
-    """Adapters that change the answers of a float32 base."""
+    """A run with adapters that change the answers of a float32 base model."""
     model = tiny_model(max_position_embeddings=positions)
     base = save_folder(folder / "base", model, byte_tokenizer())
     settings = {"max_steps": 10, "learning_rate": 3e-2}
@@ -31,7 +31,7 @@ def build_run(folder: Path, positions: int = 512, **lora: Any) -> Path:
 
 
 @pytest.mark.parametrize("lora", [{}, {"use_dora": True}])
-def test_the_merged_model_is_base_and_adapters_by_plain_peft(tmp_path, capsys, lora):
+def test_the_merged_model_equals_base_and_adapters_in_plain_peft(tmp_path, capsys, lora):
     run, output = build_run(tmp_path, **lora), tmp_path / "deep" / "merged"
     ids = torch.tensor([[*b"say c\n"]])
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -77,12 +77,15 @@ def test_a_model_over_the_tolerance_is_not_written(tmp_path, capsys):
     assert main(words) == 4
 
     error = capsys.readouterr().err
-    assert f"{run}: the merged model is not the same; got a logit differs by" in error
-    assert "of the largest, over 1e-07; fix: a --dtype of more bits, or another --tolerance" in error
+    assert f"{run}: the merged model is not equivalent; got a logit that differs by" in error
+    assert (
+        "of the largest, more than 1e-07; fix: choose a --dtype with more bits, or a larger --tolerance"
+        in error
+    )
     assert [path.name for path in tmp_path.iterdir() if "merged" in path.name] == []
 
 
-def test_prompts_of_a_file_serve_where_the_data_are_gone(tmp_path, capsys):
+def test_prompts_of_a_file_replace_missing_data(tmp_path, capsys):
     run, output = build_run(tmp_path), tmp_path / "merged"
     (tmp_path / "rows.jsonl").unlink()
     words = ["merge", str(run), "--output_dir", str(output)]
@@ -95,8 +98,8 @@ def test_prompts_of_a_file_serve_where_the_data_are_gone(tmp_path, capsys):
     assert json.loads((output / "merge.json").read_text())["prompts"] == 2
 
 
-def test_a_long_prompt_and_a_poisonous_generation_config_change_nothing(tmp_path, capsys):
-    """The base wants beams, suppresses tokens and gives no time; a prompt is longer than the positions."""
+def test_a_long_prompt_and_an_unusual_generation_config_have_no_effect(tmp_path, capsys):
+    """The base's config sets beams, suppresses tokens and allows no time; a prompt exceeds the positions."""
     run, output = build_run(tmp_path, positions=64), tmp_path / "merged"
     poison = {"max_time": 0.0, "num_beams": 3, "num_return_sequences": 2, "suppress_tokens": [97, 99]}
     for folder in (tmp_path / "base", run):
@@ -115,8 +118,8 @@ def test_a_folder_without_adapters_and_an_output_that_exists_are_refused(tmp_pat
 
     assert main(["merge", str(tmp_path / "plain"), "--output_dir", str(tmp_path / "new")]) == 2
     assert capsys.readouterr().err == (
-        f"error: {tmp_path / 'plain'}: holds no adapters; fix: name the folder of a run with lora\n"
+        f"error: {tmp_path / 'plain'}: contains no adapters; fix: name the folder of a run with lora\n"
     )
     (tmp_path / "plain" / "adapter_config.json").write_text("{}")
     assert main(["merge", str(tmp_path / "plain"), "--output_dir", str(tmp_path / "merged")]) == 2
-    assert "merged: exists; fix: name another --output_dir" in capsys.readouterr().err
+    assert "merged: already exists; fix: choose another --output_dir" in capsys.readouterr().err

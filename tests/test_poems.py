@@ -1,6 +1,6 @@
-"""`make sft`, and what the loss mask does: the same recipe as SFT and as pretraining.
+"""`make sft`, and the effect of the loss mask: the same recipe for SFT and for pretraining.
 
-With the first six poems; with all of them as in the README where large.
+Uses the first six poems, or all of them as in the README in the large variant.
 """
 
 import json
@@ -29,7 +29,7 @@ def poems(request) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def answers(poems, tmp_path_factory):
-    """Stage -> what the model says to instruct and input, and to instruct alone."""
+    """Stage -> the model's answers to instruct and input, and to instruct alone."""
     folder = tmp_path_factory.mktemp("poems")
     return {stage: _train_and_ask(str(folder / stage), stage, poems) for stage in ("sft", "pretrain")}
 
@@ -53,7 +53,7 @@ def test_there_are_48_poems():
 
 
 @pytest.mark.slow
-def test_sft_knows_every_label_by_heart_and_stops_by_itself(poems, answers):
+def test_sft_memorises_every_label_and_stops(poems, answers):
     whole, _ = answers["sft"]
 
     assert [answer.text for answer in whole] == [poem["label"] for poem in poems]
@@ -62,7 +62,7 @@ def test_sft_knows_every_label_by_heart_and_stops_by_itself(poems, answers):
 
 @pytest.mark.slow
 def test_sft_given_the_instruction_alone_answers_with_the_label_and_never_with_the_input(poems, answers):
-    """It never saw this prompt; the right label is a matter of degree, but an input is out of its reach."""
+    """It has not seen this prompt. Not every label must be right, but it must never answer with an input."""
     _, alone = answers["sft"]
     nearest = [_nearest(answer.text) for answer in alone]
 
@@ -84,6 +84,6 @@ def test_pretraining_given_the_instruction_alone_continues_with_the_input(poems,
 
 
 def _nearest(text: str) -> tuple[str, int]:
-    """Which half of which poem a text is most like."""
+    """Returns which half of which poem is most similar to a text."""
     halves = [(kind, number) for number in range(len(POEMS)) for kind in ("label", "input")]
     return max(halves, key=lambda half: SequenceMatcher(None, text, POEMS[half[1]][half[0]]).ratio())

@@ -1,4 +1,4 @@
-"""Every shipped recipe loads, and trains on a model that the test made in the place of the named one."""
+"""Every shipped recipe loads, and trains with a tiny model in place of its model."""
 
 from pathlib import Path
 

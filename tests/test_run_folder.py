@@ -1,4 +1,4 @@
-"""What is read of a run's folder, however far the run came."""
+"""Reading the folder of a run, finished or not."""
 
 import json
 
@@ -49,14 +49,14 @@ def test_all_files_of_a_run_are_read(tmp_path):
 @pytest.mark.parametrize(
     "torn", ['{"step": 2, "lo', '{"step": 2, "loss": 1.0', '{"step": 2}x', "2", "\0\0\0"]
 )
-def test_a_torn_line_is_left_out_and_counted(tmp_path, torn):
+def test_an_incomplete_line_is_skipped_and_counted(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + torn)
 
     assert read_lines(path) == ([{"step": 1}], 1)
 
 
-def test_half_a_character_at_the_end_is_left_out(tmp_path):
+def test_an_incomplete_character_at_the_end_is_skipped(tmp_path):
     path = tmp_path / "samples.jsonl"
     path.write_bytes('{"step": 1}\n{"text": "床'.encode()[:-1])
 
@@ -71,14 +71,18 @@ def test_files_that_are_missing_are_empty(tmp_path):
     assert (run.record.status, run.metrics, run.recipe) == ("unknown", [], {})
 
 
-def test_a_recipe_that_is_no_yaml_is_left_out(tmp_path):
+def test_an_invalid_recipe_is_skipped(tmp_path):
     assert load_folder(write_run(tmp_path / "r", recipe_yaml="a: [")).recipe == {}
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "{folder}: holds no run.json: not a run's folder; fix: name the output folder of a run"),
+        (
+            None,
+            "{folder}: contains no run.json, so it is not the folder of a run; "
+            "fix: name the output folder of a run",
+        ),
         ("{", "{folder}/run.json: not a JSON object; fix: name the output folder of a run"),
         ("[1]", "{folder}/run.json: not a JSON object; fix: name the output folder of a run"),
         (
@@ -88,7 +92,7 @@ def test_a_recipe_that_is_no_yaml_is_left_out(tmp_path):
         ),
     ],
 )
-def test_a_folder_that_is_no_run_is_refused(tmp_path, content, said):
+def test_a_folder_without_a_run_is_refused(tmp_path, content, said):
     if content is not None:
         (tmp_path / "run.json").write_text(content)
 
@@ -99,12 +103,12 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, content, said):
     assert error.value.exit_code == ExitCode.RECIPE
 
 
-def test_a_folder_that_is_not_there_is_refused():
+def test_a_missing_folder_is_refused():
     with pytest.raises(RecipeError, match=r"^nowhere: no such folder; fix: "):
         load_folder("nowhere")
 
 
-def test_only_finite_numbers_are_points_and_they_stand_in_order():
+def test_only_finite_numbers_are_points_and_they_are_sorted():
     entries = [
         {"step": 3, "loss": 1},
         {"step": 1, "loss": 2.5},
@@ -118,7 +122,7 @@ def test_only_finite_numbers_are_points_and_they_stand_in_order():
     assert points(entries, "loss") == [(1, 2.5), (3, 1)]
 
 
-def test_the_figures_are_those_of_run_json_and_else_of_the_last_log_events(tmp_path):
+def test_the_figures_come_from_run_json_or_else_the_last_log_events(tmp_path):
     metrics = [
         {"step": 0, "eval_loss": 7.0, "eval_runtime": 1.0, "seconds": 0.5},
         {"step": 5, "loss": 5.0, "tokens_seen": 50, "mfu": 0.1, "seconds": 8.0},
@@ -140,8 +144,8 @@ def test_the_figures_are_those_of_run_json_and_else_of_the_last_log_events(tmp_p
     assert (found["Evaluation loss"], found["MFU"], found["Time"]) == ("6.5000 -> 3.5000", "20%", "10s")
 
 
-def test_a_record_is_written_as_it_was_read_with_the_keys_of_other_versions(tmp_path):
-    """Of a newer version, and one of which keys are missing: nothing is added, nothing lost."""
+def test_a_record_survives_reading_and_writing_with_keys_of_other_versions(tmp_path):
+    """Nothing is added to or lost from the record of a newer version, or one with missing keys."""
     content = {
         "status": "done",
         "evaluation": None,
@@ -164,7 +168,7 @@ def test_a_record_is_written_as_it_was_read_with_the_keys_of_other_versions(tmp_
     assert (record.proof.self_test, record.train.tokens, record.mfu) == ("off", 0, None)
 
 
-def test_other_values_of_a_record_are_checked():
+def test_updated_values_of_a_record_are_validated():
     record = RunRecord(status="running", steps=7)
 
     assert record.updated(status="failed").to_json() == {"status": "failed", "steps": 7}
@@ -188,7 +192,7 @@ def test_other_values_of_a_record_are_checked():
         ("epoch", 1.0, None),
     ],
 )
-def test_a_key_of_the_log_has_its_name_and_its_form(key, value, shown):
+def test_a_key_of_the_log_has_its_name_and_format(key, value, shown):
     metric = metric_of(key)
 
     assert (f"{metric.short} {metric.form(value)}" if metric else None) == shown
@@ -221,7 +225,7 @@ def test_a_number_is_short(value, text):
     assert to_short(value) == text
 
 
-def test_json_is_replaced_whole(tmp_path):
+def test_json_is_replaced_atomically(tmp_path):
     path = tmp_path / "run.json"
 
     write_json(path, {"status": "running"})
@@ -233,7 +237,7 @@ def test_json_is_replaced_whole(tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_text_is_written_as_it_is_read(tmp_path):
+def test_text_survives_writing_and_reading(tmp_path):
     append_json(tmp_path / "x.jsonl", {"text": "床前明月光\n"})
 
     assert (tmp_path / "x.jsonl").read_text(encoding="utf-8") == '{"text": "床前明月光\\n"}\n'
@@ -255,7 +259,7 @@ def test_a_duration_is_short(seconds, text):
     assert to_duration(seconds) == text
 
 
-def test_lines_behind_the_checkpoint_are_dropped_and_so_is_half_a_line(tmp_path):
+def test_lines_after_the_checkpoint_and_an_incomplete_line_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 4, "loss": 2.0}\n{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
 

@@ -1,4 +1,4 @@
-"""The tests end when they receive SIGTERM, with all that they have started."""
+"""On SIGTERM, the tests end together with all processes that they have started."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ import pytest
 from watched import is_alive, wait_for
 
 CONFTEST = Path(__file__).with_name("conftest.py")
-# Each test starts a process in a session of its own, as torchrun and Ray do, and waits for it.
+# Each test starts a process in a new session, like torchrun and Ray, and waits for it.
 TESTS = """\
 import os, subprocess
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_waits(name):
     Path(__file__).with_name(f"{os.getpid()}.started").write_text("")
     process.wait()
 """
-# A test whose run takes the signal, and that is wrong about its exit code.
+# A test whose run handles the signal, and that expects another exit code.
 TRAINS = """\
 import os, time
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_never_ends():
 
 
 def start(folder: Path, tests: str, *words: str) -> subprocess.Popen:
-    """Starts pytest on these tests, as make does."""
+    """Starts pytest on these tests, like make."""
     shutil.copy(CONFTEST, folder / "conftest.py")
     (folder / "test_it.py").write_text(tests)
     path = os.pathsep.join(map(str, (CONFTEST.parents[1], CONFTEST.parent)))
@@ -64,7 +64,7 @@ def start(folder: Path, tests: str, *words: str) -> subprocess.Popen:
 
 
 def end(process: subprocess.Popen, folder: Path, *, count: int, to_a_worker: bool = False) -> int:
-    """Sends SIGTERM once ``count`` processes are inside of a test; checks that nothing is left."""
+    """Sends SIGTERM once ``count`` processes run a test, and checks that no process is left."""
     wait_for(lambda: len(list(folder.glob("*.started"))) == count)
     tree = psutil.Process(process.pid).children(recursive=True)
     began = time.monotonic()

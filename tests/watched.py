@@ -1,4 +1,4 @@
-"""Runs in processes of their own, watched through their files: for tests of signals and faults."""
+"""Runs in child processes that are observed through their files, for tests of signals and faults."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from forked import LIMIT_SECONDS, PROGRAM, Forked, start_ranks
 from launched import BIN, environment
 
 ALONE = [sys.executable]
-# Ends only when it is stopped; saves nothing on its own.
+# Runs until it is stopped, and does not save by itself.
 RECIPE = """\
 stage: sft
 model: {name_or_path: model}
@@ -35,13 +35,13 @@ train:
 
 
 def accelerate(*words: str) -> list[str]:
-    """One process, or as many as the words say."""
+    """Returns the command of accelerate, for one process unless the words change it."""
     plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     return [str(BIN / "accelerate"), "launch", *(words or ("--cpu", "--num_processes", "1")), *plain]
 
 
 def start(folder: Path, launcher: list[str], *words: str, **settings: str) -> subprocess.Popen:
-    """Starts a run in an empty ``run`` folder; its output goes to out.txt and err.txt."""
+    """Starts a run in an empty ``run`` folder, with its output in out.txt and err.txt."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     command = [*launcher, "-m", "hf_clm", "train", "recipe.yaml", *words]
     with (folder / "out.txt").open("w") as out, (folder / "err.txt").open("w") as err:
@@ -56,7 +56,7 @@ def fork(folder: Path, *words: str, program: Sequence[str] = PROGRAM) -> Forked:
 
 
 def fork_two(folder: Path, *words: str, **options: Any) -> list[Forked]:
-    """Starts it in two processes, without a launcher; ``options`` are those of ``start_ranks``."""
+    """Starts it in two processes, without a launcher; for ``options`` see ``start_ranks``."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     return start_ranks([folder] * 2, *words, **options)
 
@@ -72,7 +72,7 @@ def reach_step(folder: Path, process: subprocess.Popen | Forked) -> None:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    """Looks until something has come; raises AssertionError where it does not."""
+    """Polls a condition until it is true; raises AssertionError after a timeout."""
     end = time.monotonic() + LIMIT_SECONDS
     while not condition():
         assert time.monotonic() < end, "it did not come"
@@ -80,7 +80,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that a run has logged."""
+    """Returns the steps that a run has logged."""
     path = folder / "run" / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     entries = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -88,18 +88,18 @@ def steps(folder: Path) -> list[int]:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What run.json says."""
+    """Returns the content of run.json."""
     return json.loads((folder / "run" / "run.json").read_text())
 
 
 def is_alive(number: int) -> bool:
-    """Whether a process is there and not only its exit code."""
+    """Returns whether a process is running and not a zombie."""
     path = Path("/proc") / str(number) / "stat"
     return path.exists() and path.read_text().rsplit(") ", 1)[1][0] not in "ZX"
 
 
 def children(parent: int) -> dict[str, int]:
-    """The processes that a launcher has started, by their rank ("" where there is none)."""
+    """Returns the processes that a launcher has started, by their rank ("" without one)."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         if int(path.read_text().rsplit(") ", 1)[1].split()[1]) == parent:

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in its own words: pydantic's errors and the faults that checks find."""
+"""The faults of a recipe: those that checks find, and pydantic's errors in the terms of a recipe."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from hf_clm.errors import did_you_mean
 from hf_clm.recipe.other_names import advise
 
-OUT = "leave it out"
+OUT = "remove it"
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
-TYPING_ERROR = 0.8  # likeness of two words, for difflib; "max_seq_len" and "max_steps" have 0.7
-MOST_WORDS = 16  # of those that a key accepts, in a message
-# A kind of pydantic's errors -> what is expected.
+TYPING_ERROR = 0.8  # difflib's cutoff; "max_seq_len" and "max_steps" have a similarity of 0.7
+MAX_WORDS = 16  # of the accepted values, in a message
+# What is expected, by the type of pydantic's error.
 EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -25,13 +25,13 @@ EXPECTED = {
     "dict_type": "a mapping",
     "model_type": "a mapping",
 }
-# What pydantic puts into the place of an error for the members of a union, and is no key.
+# Parts of the location of a pydantic error that name the member of a union rather than a key.
 MEMBER = re.compile(r"\w[\w-]*\[.*\]|bool|int|float|str|[A-Z]\w*")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong with a recipe, at a dotted key; whoever read the recipe knows the line of that key."""
+    """A fault of a recipe, at a dotted key, whose line is only known to the reader of the recipe."""
 
     key: str
     problem: str
@@ -45,19 +45,19 @@ class Fault:
 
 
 class RecipeFaults(ValueError):
-    """Faults that a validator found."""
+    """Raised by a validator that found faults."""
 
     def __init__(self, faults: list[Fault]):
         self.faults = faults
         super().__init__(faults[0].what)
 
 
-def to_faults(error: ValidationError, known: Iterable[str], *, removed: Mapping[str, str]) -> Iterator[Fault]:
-    """Says pydantic's errors in the words of a recipe.
+def to_faults(error: ValidationError, keys: Iterable[str], *, removed: Mapping[str, str]) -> Iterator[Fault]:
+    """Converts pydantic's errors to faults.
 
     Args:
-        known: all keys, of which the nearest is suggested.
-        removed: keys of earlier versions, and what to write instead.
+        keys: all keys, to suggest the nearest one.
+        removed: keys of earlier versions, and how to replace them.
     """
     by_key: dict[str, list[Any]] = {}
     for key, details in _flatten(error):
@@ -66,17 +66,17 @@ def to_faults(error: ValidationError, known: Iterable[str], *, removed: Mapping[
         cause = errors[0].get("ctx", {}).get("error")
         if isinstance(cause, RecipeFaults):
             yield from cause.faults
-        elif not any(other.startswith(f"{key}.") for other in by_key):  # else it is of another union member
-            yield _to_fault(key, errors, known, removed)
+        elif not any(other.startswith(f"{key}.") for other in by_key):  # of another union member
+            yield _to_fault(key, errors, keys, removed)
 
 
-def suggest_key(key: str, known_keys: Iterable[str]) -> str:
+def suggest_key(key: str, keys: Iterable[str]) -> str:
     """Suggests the nearest key of the same section, or the key of another section with exactly this name.
 
-    Of a key without a section, a typing error is looked for in all sections; a mere likeness is not enough.
+    For a key without a section, searches all sections, but only for a typing error.
     """
     parent, _, name = key.rpartition(".")
-    places = [known.rpartition(".") for known in known_keys]
+    places = [other.rpartition(".") for other in keys]
     siblings = [word for section, _, word in places if section == parent]
     longer = [
         word for word in siblings if len(name) > 2 and word.startswith(f"{name}_")
@@ -92,7 +92,7 @@ def suggest_key(key: str, known_keys: Iterable[str]) -> str:
 
 
 def shorten(value: Any) -> str:
-    """As in YAML where Python would say None, True or False; at most 60 characters."""
+    """Formats a value for a message, in at most 60 characters, with null, true and false as in YAML."""
     is_word = value is None or isinstance(value, bool)
     text = str(value).lower().replace("none", "null") if is_word else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -102,14 +102,14 @@ def _flatten(error: ValidationError, prefix: str = "") -> Iterator[tuple[str, An
     for details in error.errors():
         cause = details.get("ctx", {}).get("error")
         key = prefix + ".".join(str(name) for name in details["loc"] if not MEMBER.fullmatch(str(name)))
-        if isinstance(cause, ValidationError):  # of a validator that asked another model
+        if isinstance(cause, ValidationError):  # from a validator that calls another model
             yield from _flatten(cause, f"{key}.")
         else:
             yield key, details
 
 
-def _to_fault(key: str, errors: list[Any], known: Iterable[str], removed: Mapping[str, str]) -> Fault:
-    """One fault for the errors of all members of a union."""
+def _to_fault(key: str, errors: list[Any], keys: Iterable[str], removed: Mapping[str, str]) -> Fault:
+    """Combines the errors of all members of a union into one fault."""
     kinds = {details["type"]: details for details in errors}
     details = errors[0]
     value = details["input"]
@@ -119,7 +119,7 @@ def _to_fault(key: str, errors: list[Any], known: Iterable[str], removed: Mappin
         return Fault(key, f"is a name of {advice[0]}", advice[1])
     if "extra_forbidden" in kinds:
         of = "a field of transformers.TrainingArguments" if key.startswith("train.") else "a key of a recipe"
-        return Fault(key, f"is not {of}{suggest_key(key, known)}")
+        return Fault(key, f"is not {of}{suggest_key(key, keys)}")
     if "missing" in kinds:
         return Fault(key, "is missing")
     expected = [EXPECTED[kind] for kind in kinds if kind in EXPECTED]
@@ -127,9 +127,9 @@ def _to_fault(key: str, errors: list[Any], known: Iterable[str], removed: Mappin
         words = re.findall("'(.*?)'", kinds["literal_error"]["ctx"]["expected"])
         longer = [word for word in words if value and word.startswith(str(value))]
         near = f"; did you mean {longer[0]!r}?" if longer else did_you_mean(str(value), words)
-        shown = [*words[:MOST_WORDS], "..."][: len(words)]
+        choices = [*words[:MAX_WORDS], "..."][: len(words)]
         others = "".join(f", or {word}" for word in expected)
-        return Fault(key, f": expected one of {', '.join(shown)}{others}", got=f"{shorten(value)}{near}")
+        return Fault(key, f": expected one of {', '.join(choices)}{others}", got=f"{shorten(value)}{near}")
     if not expected:
         message = re.sub("^Input should be (?=greater|less)", "expected a number ", details["msg"])
         message = message.replace("Input should be", "expected")
@@ -138,9 +138,11 @@ def _to_fault(key: str, errors: list[Any], known: Iterable[str], removed: Mappin
 
 
 def _drop_quotes(value: Any, kinds: Iterable[str]) -> str:
-    """The fix for text such as "2e-5" or "true " where a number or a boolean is expected."""
+    """Returns the fix for text such as "2e-5" or "true ", if a number or a boolean is expected."""
     text = value.strip() if isinstance(value, str) else ""
     is_number = {"int_type", "float_type"} & {*kinds} and re.fullmatch(NUMBER, text)
     return (
-        "drop the quotes" if is_number or ("bool_type" in kinds and text.lower() in ("true", "false")) else ""
+        "remove the quotes"
+        if is_number or ("bool_type" in kinds and text.lower() in ("true", "false"))
+        else ""
     )

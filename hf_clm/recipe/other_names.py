@@ -1,9 +1,9 @@
-"""The options of other training tools, and what to write here instead.
+"""The options of other training tools, and their replacements.
 
-Users bring the names that they have typed for years. A name that is unknown here is looked up in these tables
-before the nearest spelling is suggested, as ``max_steps`` is near ``max_seq_length`` in letters only.
+Users often type the names of other tools. Unknown names are looked up in these tables before the most similar
+key is suggested, as ``max_steps`` resembles ``max_seq_length`` only in spelling.
 
-A value is a key of the recipe, or a sentence that begins with a lower-case verb.
+A value is a key of the recipe, or advice that begins with a verb.
 """
 
 import re
@@ -11,30 +11,30 @@ import re
 LAUNCHED = "remove it, and start the run with accelerate launch --num_processes N -m hf_clm train RECIPE"
 TARGETS = "remove it: only the targets are learned in stage sft; data.train_on selects the turns"
 ROWS = (
-    "write per_device_train_batch_size and gradient_accumulation_steps, whose product with the number of "
+    "use per_device_train_batch_size and gradient_accumulation_steps, whose product with the number of "
     "processes is the number of rows in a step"
 )
-NO_PADDING = "remove it: packed rows hold no padding"
+NO_PADDING = "remove it: packed rows contain no padding"
 WORKERS = "remove it; hf-clm prepare RECIPE --ray local prepares the data on all cores"
-LORA = "add a section lora, or write --lora true"
+LORA = "add a section lora, or use --lora true"
 
 # Names of transformers 4 that version 5 no longer has.
 TRANSFORMERS_4 = {
     "evaluation_strategy": "train.eval_strategy",
-    "warmup_ratio": "write warmup_steps: a number below 1 is a share of the run",
-    "group_by_length": "write train_sampling_strategy: group_by_length",
+    "warmup_ratio": "use warmup_steps: a number below 1 is a share of the run",
+    "group_by_length": "use train_sampling_strategy: group_by_length",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
     "save_safetensors": "remove it: safetensors is the only format",
-    "overwrite_output_dir": "write overwrite: true at the recipe's top level",
+    "overwrite_output_dir": "use overwrite: true at the recipe's top level",
     "include_tokens_per_second": "remove it: tokens per second are always measured",
-    "no_cuda": "write use_cpu: true",
-    "tokenizer": "write it in the section tokenizer",
+    "no_cuda": "set use_cpu: true",
+    "tokenizer": "set it in the section tokenizer",
     "per_gpu_train_batch_size": "train.per_device_train_batch_size",
     "per_gpu_eval_batch_size": "train.per_device_eval_batch_size",
-    "adafactor": "write optim: adafactor",
+    "adafactor": "use optim: adafactor",
     "torch_dtype": "model.dtype",
     "half_precision_backend": "remove it",
-    "include_inputs_for_metrics": "write include_for_metrics: [inputs]",
+    "include_inputs_for_metrics": "use include_for_metrics: [inputs]",
     "push_to_hub_token": "set the environment variable HF_TOKEN",
 }
 TRL = {
@@ -43,24 +43,24 @@ TRL = {
     "dtype": "model.dtype",
     "attn_implementation": "model.attention",
     "trust_remote_code": "model.trust_remote_code",
-    "model_init_kwargs": "write the keys of the section model: dtype, attention, revision, ...",
+    "model_init_kwargs": "set the keys of the section model: dtype, attention, revision, ...",
     "dataset_name": "data.train",
     "train_dataset": "data.train",
     "eval_dataset": "data.eval",
-    "dataset_config": "write data.train: [{path: ..., name: CONFIGURATION}]",
-    "dataset_train_split": "write data.train: [{path: ..., split: SPLIT}]",
-    "dataset_test_split": "write data.eval: [{path: ..., split: SPLIT}]",
-    "dataset_text_field": "write data.train: [{path: ..., format: text, fields: {text: COLUMN}}]",
+    "dataset_config": "use data.train: [{path: ..., name: CONFIGURATION}]",
+    "dataset_train_split": "use data.train: [{path: ..., split: SPLIT}]",
+    "dataset_test_split": "use data.eval: [{path: ..., split: SPLIT}]",
+    "dataset_text_field": "use data.train: [{path: ..., format: text, fields: {text: COLUMN}}]",
     "dataset_streaming": "data.streaming",
     "dataset_num_proc": WORKERS,
     "dataset_kwargs": "remove it",
-    "formatting_func": "write format: module:function, a function from a record to a Chat or a Document",
+    "formatting_func": "use format: module:function, a function from a record to a Chat or a Document",
     "max_seq_length": "data.max_length",
     "max_length": "data.max_length",
     "truncation_mode": "data.overflow",
     "packing": "data.packing",
     "packing_strategy": "data.packing",
-    "eval_packing": "remove it: evaluation rows are packed as the training rows",
+    "eval_packing": "remove it: evaluation rows are packed like the training rows",
     "padding_free": NO_PADDING,
     "pad_to_multiple_of": NO_PADDING,
     "assistant_only_loss": TARGETS,
@@ -78,8 +78,8 @@ TRL = {
     "lora_bias": "remove it: biases stay frozen",
     "use_rslora": "lora.use_rslora",
     "use_dora": "lora.use_dora",
-    "load_in_4bit": "write lora.quantize: 4bit",
-    "load_in_8bit": "write lora.quantize: 4bit, the only quantization here",
+    "load_in_4bit": "use lora.quantize: 4bit",
+    "load_in_8bit": "use lora.quantize: 4bit, the only quantization here",
     "bnb_4bit_quant_type": "remove it: lora.quantize: 4bit is NF4 with double quantization",
     "use_bnb_nested_quant": "remove it: lora.quantize: 4bit is NF4 with double quantization",
     "loss_type": "remove it: the loss is the weighted cross-entropy of the targets",
@@ -90,11 +90,11 @@ AXOLOTL = {
     "model_type": "remove it: the class of the model comes with its configuration",
     "tokenizer_type": "remove it: the class of the tokenizer comes with its files",
     "tokenizer_config": "tokenizer.name_or_path",
-    "special_tokens": "write tokenizer.pad_token, tokenizer.eos_token and tokenizer.control_tokens",
+    "special_tokens": "use tokenizer.pad_token, tokenizer.eos_token and tokenizer.control_tokens",
     "added_tokens": "tokenizer.control_tokens",
     "datasets": "data.train",
     "test_datasets": "data.eval",
-    "pretraining_dataset": "write stage: pretrain and data.train",
+    "pretraining_dataset": "use stage: pretrain and data.train",
     "val_set_size": "data.eval_fraction",
     "dataset_prepared_path": "data.cache_dir",
     "dataset_processes": WORKERS,
@@ -102,63 +102,63 @@ AXOLOTL = {
     "excess_length_strategy": "data.overflow",
     "sample_packing": "data.packing",
     "pad_to_sequence_len": NO_PADDING,
-    "train_on_inputs": "write data.train_on: everything",
+    "train_on_inputs": "use data.train_on: everything",
     "roles_to_train": TARGETS,
     "adapter": LORA,
-    "lora_target_linear": "write lora.target_modules: all-linear",
+    "lora_target_linear": "use lora.target_modules: all-linear",
     "peft_use_dora": "lora.use_dora",
     "peft_use_rslora": "lora.use_rslora",
     "micro_batch_size": "train.per_device_train_batch_size",
     "num_epochs": "train.num_train_epochs",
     "optimizer": "train.optim",
     "lr_scheduler": "train.lr_scheduler_type",
-    "evals_per_epoch": "write eval_strategy: steps and eval_steps: a number below 1 is a share of the run",
-    "saves_per_epoch": "write save_strategy: steps and save_steps: a number below 1 is a share of the run",
+    "evals_per_epoch": "use eval_strategy: steps and eval_steps: a number below 1 is a share of the run",
+    "saves_per_epoch": "use save_strategy: steps and save_steps: a number below 1 is a share of the run",
     "early_stopping_patience": "early_stopping.patience",
     "flash_attention": "model.attention",
     "xformers_attention": "model.attention",
-    "wandb_project": "set the environment variable WANDB_PROJECT, and write report_to: wandb",
+    "wandb_project": "set the environment variable WANDB_PROJECT, and set report_to: wandb",
     "wandb_name": "train.run_name",
     "chat_template_jinja": "tokenizer.chat_template",
-    "load_in_bf16": "write model.dtype: bfloat16",
+    "load_in_bf16": "use model.dtype: bfloat16",
 }
 LLAMA_FACTORY = {
     "finetuning_type": LORA,
     "dataset": "data.train",
-    "dataset_dir": "write paths in data.train",
+    "dataset_dir": "set paths in data.train",
     "val_size": "data.eval_fraction",
     "template": "tokenizer.chat_template",
     "cutoff_len": "data.max_length",
     "neat_packing": "data.packing",
-    "max_samples": "write data.train: [{path: ..., limit: N}]",
+    "max_samples": "use data.train: [{path: ..., limit: N}]",
     "preprocessing_num_workers": WORKERS,
-    "overwrite_cache": "remove it: prepared data are found by their content",
+    "overwrite_cache": "remove it: prepared data are identified by their content",
     "tokenized_path": "data.cache_dir",
-    "mask_history": "write data.train_on: {turns: last}",
-    "train_on_prompt": "write data.train_on: everything",
+    "mask_history": "use data.train_on: {turns: last}",
+    "train_on_prompt": "use data.train_on: everything",
     "mix_strategy": "data.mixing",
-    "interleave_probs": "write a weight for each source of data.train",
+    "interleave_probs": "set a weight for each source of data.train",
     "lora_rank": "lora.r",
     "lora_target": "lora.target_modules",
     "additional_target": "lora.modules_to_save",
-    "quantization_bit": "write lora.quantize: 4bit",
+    "quantization_bit": "use lora.quantize: 4bit",
     "quantization_method": "remove it: lora.quantize: 4bit is bitsandbytes' NF4",
     "flash_attn": "model.attention",
     "resize_vocab": "remove it: the embeddings grow when a token needs it",
     "plot_loss": "remove it: a plot and a report are always written",
-    "enable_thinking": "write tokenizer.chat_template_kwargs: {enable_thinking: false}",
+    "enable_thinking": "use tokenizer.chat_template_kwargs: {enable_thinking: false}",
 }
 LITGPT = {
     "checkpoint_dir": "model.name_or_path",
     "out_dir": "train.output_dir",
-    "precision": "write bf16: true or fp16: true",
+    "precision": "use bf16: true or fp16: true",
     "devices": LAUNCHED,
     "num_nodes": LAUNCHED,
     "global_batch_size": ROWS,
     "lr_warmup_steps": "train.warmup_steps",
-    "lr_warmup_fraction": "write warmup_steps: a number below 1 is a share of the run",
+    "lr_warmup_fraction": "use warmup_steps: a number below 1 is a share of the run",
     "epochs": "train.num_train_epochs",
-    "max_tokens": "write max_steps",
+    "max_tokens": "use max_steps",
     "save_interval": "train.save_steps",
     "log_interval": "train.logging_steps",
     "interval": "train.eval_steps",
@@ -182,7 +182,7 @@ PYTORCH_SCRIPTS = {
     "train_data": "data.train",
     "eval_data": "data.eval",
     "output": "train.output_dir",
-    "device": "write use_cpu: true, or set CUDA_VISIBLE_DEVICES",
+    "device": "set use_cpu: true, or set CUDA_VISIBLE_DEVICES",
     "gpus": LAUNCHED,
     "num_gpus": LAUNCHED,
     "compile": "train.torch_compile",
@@ -205,11 +205,11 @@ SECTIONS = (
     "tokenizer",
     "eval",
     "optimizer",
-)  # litgpt's options have them too
+)  # some are sections of litgpt's options too
 
 
 def advise(key: str, *, is_option: bool = False) -> tuple[str, str] | None:
-    """Returns (the tool that uses this name, what to write instead), or None for a name of no tool.
+    """Returns (the tool that uses this name, what to use instead), or None for an unknown name.
 
     Args:
         key: a dotted key that the recipe does not have: ``max_seq_length``, ``train.micro_batch_size``.
@@ -221,10 +221,10 @@ def advise(key: str, *, is_option: bool = False) -> tuple[str, str] | None:
     name = name.replace("-", "_").lower()
     for tool, names in TOOLS.items():
         if advice := names.get(name):
-            if advice == key:  # the right name in the right place is another mistake
+            if advice == key:  # the name is correct here, so the fault is another one
                 return None
             if not IS_KEY.fullmatch(advice):
                 return tool, advice
             short = advice.removeprefix("train.")
-            return tool, f"write {f'--{short}' if is_option else advice}"
+            return tool, f"use {f'--{short}' if is_option else advice}"
     return None

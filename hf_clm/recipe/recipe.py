@@ -1,4 +1,4 @@
-"""The recipe: one YAML file and the words of the command line become one frozen, checked ``Recipe``."""
+"""Reads a YAML file and the words of the command line into one frozen, validated ``Recipe``."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,14 +42,14 @@ from hf_clm.recipe.trainer_fields import (
 
 @dataclass
 class _Origins:
-    """Where each key was given; two of them are always equal, so recipes compare by what they say."""
+    """Where each key was given. Always compares equal, so that recipes are compared by their values."""
 
     places: dict[str, str] = field(default_factory=dict, compare=False)
     file: str = field(default="", compare=False)
 
 
 class Recipe(Keys):
-    """A run: one that was built has passed every check that needs neither data nor model."""
+    """The settings of a run. An instance has passed all checks that need neither data nor model."""
 
     _origins: _Origins = PrivateAttr(default_factory=_Origins)
 
@@ -74,11 +74,11 @@ class Recipe(Keys):
 
     @property
     def file(self) -> str:
-        """Where the recipe was read; empty for one made in Python."""
+        """The file of the recipe; empty for a recipe that was built in Python."""
         return self._origins.file
 
     def for_tokenizer(self, *, has_template: bool) -> "Recipe":
-        """The recipe with ``data.render: auto`` decided: by whether the tokenizer has a chat template."""
+        """Returns the recipe with ``data.render: auto`` resolved, depending on the tokenizer's template."""
         if self.data.render != "auto":
             return self
         render = "chat" if has_template and self.stage == "sft" else "plain"
@@ -88,7 +88,7 @@ class Recipe(Keys):
 REMOVED_KEYS = {
     f"{section}.{name}": fix for name, (_, fix) in REMOVED.items() for section in ("data", "data.mixing")
 }
-# A section given as text is one of its keys: --model Qwen/Qwen2.5-0.5B.
+# A section that is given as text stands for one of its keys: --model Qwen/Qwen2.5-0.5B.
 SHORT = {"model": "model.name_or_path", "tokenizer": "tokenizer.name_or_path", "data": "data.train"}
 
 
@@ -97,9 +97,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
 
     Args:
         path: a file, the folder of a run, or the name of a shipped recipe, such as ``sft/poems``.
-        options: names that the command has beside the keys, which a misspelt name may have meant.
+        options: other options of the command, to suggest for a misspelt name.
 
-    Raises RecipeError with the line of the file, or "command line", for the first thing that is wrong.
+    Raises RecipeError for the first fault, with the line of the file or "command line".
     """
     file = find_recipe(str(path))
     tree, places = load_yaml(file)
@@ -111,7 +111,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
 
 
 def read_overrides(words: Sequence[str], *, options: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Yields (dotted key, value) for words of the command line. Raises RecipeError for a word of no key."""
+    """Yields (dotted key, value) for words of the command line. Raises RecipeError for an unknown key."""
     fields = recipe_fields()
     for name, text in to_options(words):
         key = _to_key(name, options)
@@ -121,13 +121,13 @@ def read_overrides(words: Sequence[str], *, options: Sequence[str] = ()) -> Iter
 
 
 def build_recipe(tree: dict[str, Any], places: dict[str, str], *, file: str = "") -> Recipe:
-    """Checks nested keys and values, and makes a recipe of them.
+    """Validates nested keys and values, and builds a recipe from them.
 
     Args:
         places: where each dotted key was given, such as ``recipes/x.yaml:9``.
-        file: the recipe's file, beside which its relative paths are looked up too.
+        file: the recipe's file, in whose folder relative paths are looked up too.
 
-    Raises RecipeError for the first fault, and says how many more there are.
+    Raises RecipeError for the first fault, with the number of further faults.
     """
     if not (faults := text_faults(tree)):
         try:
@@ -150,7 +150,7 @@ def recipe_fields() -> dict[str, FieldInfo]:
 
 
 def resume_rule(key: str) -> str:
-    """Whether a dotted key, or a fact of a run, may differ when it is resumed: refused, free or unseen."""
+    """Returns whether a dotted key, or a fact of a run, may differ on a resume: refused, free or unseen."""
     if key in FACTS:
         return FACTS[key]
     rule = train_rule(key.removeprefix("train.")) if key.startswith("train.") else Recipe.rule(key)
@@ -158,20 +158,20 @@ def resume_rule(key: str) -> str:
 
 
 def training_values(recipe: Recipe) -> dict[str, Any]:
-    """What ``transformers.TrainingArguments`` is given; of a token budget, the row is the micro-batch."""
+    """Returns the arguments for ``transformers.TrainingArguments``. A token budget is a batch of one row."""
     sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
     return TRAIN_DEFAULTS | (dict.fromkeys(sizes, 1) if recipe.data.tokens_per_batch else {}) | recipe.train
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """The whole recipe, defaults included; reading it gives an equal one."""
+    """Returns the recipe as YAML, including defaults. Reading it results in an equal recipe."""
     text = StringIO()
     build_yaml().dump(recipe.model_dump(), text)
     return text.getvalue()
 
 
 def describe_recipe(recipe: Recipe) -> list[tuple[str, Any, str]]:
-    """(dotted key, value, origin): "default", "hf_clm default", "command line" or "recipes/x.yaml:9"."""
+    """Returns (key, value, origin): "default", "hf_clm default", "command line" or "recipes/x.yaml:9"."""
     places = recipe._origins.places
     values = recipe.model_dump()
     defaults = training_values(recipe)
@@ -186,17 +186,17 @@ def describe_recipe(recipe: Recipe) -> list[tuple[str, Any, str]]:
 
 
 def recipe_help() -> str:
-    """Every key of a recipe with its type, default and meaning."""
+    """Returns help for each key of a recipe: its type, default and meaning."""
     lines = ["Keys of a recipe, in YAML, or as --section.key VALUE on the command line:"]
     lines += [line for key, info in list_keys(Recipe) for line in _help_lines(f"--{key}", info)]
     lines += ["", "Keys of a source in data.train and data.eval:"]
     lines += [line for key, info in list_keys(Source) for line in _help_lines(key, info)]
-    lines += ["", "Every field of transformers.TrainingArguments can be given bare: --learning_rate 1e-4"]
+    lines += ["", "Fields of transformers.TrainingArguments need no prefix: --learning_rate 1e-4"]
     return "\n".join(lines)
 
 
 def _locate_paths(recipe: Recipe) -> Recipe:
-    """The recipe with the paths that its file names, where they exist: from here, else beside the file."""
+    """Resolves the paths in a recipe's file, from the working directory or else the folder of the file."""
     places = recipe._origins.places
 
     def find(path: str | None, key: str) -> str | None:
@@ -246,17 +246,17 @@ def _to_key(name: str, options: Sequence[str]) -> str:
 
 
 def keep_format(value: Any, old: Any) -> Any:
-    """Returns new sources of ``data.train`` or ``data.eval`` in the place of the old ones.
+    """Returns new sources of ``data.train`` or ``data.eval`` in place of the old ones.
 
-    A path alone gets the format and the columns that all the old sources share.
+    Plain paths receive the format and columns of the old sources, if these are all the same.
     """
     paths = value if isinstance(value, list) else [value]
     sources = [source for source in to_sources(old or []) if isinstance(source, dict)]
     shared = ("format", "fields", "template")
-    known = [{key: source[key] for key in shared if key in source} for source in sources]
-    is_shared = bool(known) and all(item == known[0] for item in known)
+    formats = [{key: source[key] for key in shared if key in source} for source in sources]
+    is_shared = bool(formats) and all(item == formats[0] for item in formats)
     if is_shared and all(isinstance(path, str) for path in paths):
-        return [{"path": path, **known[0]} for path in paths]
+        return [{"path": path, **formats[0]} for path in paths]
     return value
 
 
@@ -264,4 +264,5 @@ def _help_lines(key: str, info: FieldInfo) -> list[str]:
     if not info.description:  # a section
         return [""]
     default = "required" if info.is_required() else f"default {shorten(info.default)}"
-    return [f"  {key}  {to_type_text(info.annotation)}  ({default})", f"      {info.description}"]
+    lines = info.description.splitlines()
+    return [f"  {key}  {to_type_text(info.annotation)}  ({default})", *(f"      {line}" for line in lines)]

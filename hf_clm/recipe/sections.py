@@ -1,4 +1,4 @@
-"""The sections of a recipe: each key with its type, default, help and rule; ``train`` is of transformers."""
+"""The sections of a recipe. Each key has its type, default, help and rule; ``train`` is in trainer_fields."""
 
 import os
 import re
@@ -15,23 +15,23 @@ from hf_clm.recipe.template import Template
 from hf_clm.recipe.text import model_of
 from hf_clm.schema import Format, OnBadRecord, Overflow, TokenizerKind
 
-OWN = ("module:function", r"[^ ]+:[^ ]+")
-TRAIN, EVAL = "train", "eval"  # names of sets; one that has a name of its own is eval_NAME
+FUNCTION = ("module:function", r"[^ ]+:[^ ]+")
+TRAIN, EVAL = "train", "eval"  # names of sets; a named evaluation set is eval_NAME
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What holds for a key beside its type. It is metadata of the field; most keys need none.
+    """The rules of a key that its type does not express. Metadata of the field; most keys have none.
 
-    resume   of another value when a run is resumed: refused, unless resume_override names the key; free;
-             unseen, as it says where a run lies, or what is compared by its content. None: as the section
-             around it; refused at the top
-    decides  whether the key decides what is prepared of the same data
-    stream   whether data.streaming takes another value than the default
-    instead  what to write where it does not; empty: leave the key out
-    needs    the values that other keys must have beside another value than the default; () is any that
-             is not false, null or 0
-    unused   why another value than the default has no effect here; it is refused
+    resume   whether the value may differ when a run is resumed: refused, unless resume_override names the
+             key; free; unseen, which is not compared, as it names a place, or data that are compared by their
+             content. None: as the enclosing section, refused at the top level
+    decides  whether the key affects the prepared set
+    stream   whether data.streaming allows another value than the default
+    instead  what to do if it does not; empty: remove the key
+    needs    values that other keys must have if this one is not the default; () stands for any value except
+             false, null and 0
+    unused   why another value than the default would have no effect, and is refused
     """
 
     resume: Literal["refused", "free", "unseen"] | None = None
@@ -47,21 +47,21 @@ OF_NEW_MODELS = Rule(needs={"model.init": ("scratch",)})
 OF_TRAINED_MODELS = Rule(needs={"model.init": ("pretrained",)})
 OF_WHOLE_ROWS = Rule(needs={"data.packing": ("none", "best_fit")})
 OF_ANSWERS = Rule(needs={"evaluation.generate": ()})
-# Facts of a run that are compared on resume like keys of its recipe.
+# Facts of a run that are compared on a resume, like the keys of its recipe.
 FACTS = {
     **dict.fromkeys(("template", "global_batch", "architecture", "base_weights"), "refused"),
     "processes": "free",
 }
-# Keys of version 0.4: the default, which may still be written out, and what to do about another value.
+# Keys of version 0.4: the default, which is still accepted, and how to replace other values.
 REMOVED: dict[str, tuple[JsonValue, str]] = {
-    "skip_bad_lines": (False, "write on_bad_record: drop"),
+    "skip_bad_lines": (False, "use on_bad_record: drop"),
     "nul": ("warn", "remove it, and remove U+0000 from the data"),
-    "stopping_strategy": (None, "remove it, and write size: the rows or tokens of an epoch"),
+    "stopping_strategy": (None, "remove it, and set size to the rows or tokens of an epoch"),
 }
 
 
 class Section(BaseModel):
-    """Frozen, and strict about types and names of keys."""
+    """A section of a recipe: frozen, and strict about the types and names of keys."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -76,12 +76,12 @@ class Section(BaseModel):
 
     @classmethod
     def deciding(cls) -> set[str]:
-        """The keys that decide what is prepared of the same data."""
+        """Returns the keys that affect the prepared set."""
         return {name for name in cls.model_fields if cls.rule(name).decides}
 
     @classmethod
     def rule(cls, key: str) -> Rule:
-        """The rule of a dotted key; what it does not say of ``resume``, the section around it does."""
+        """Returns the rule of a dotted key. Without a ``resume`` rule, it has that of its section."""
         name, _, rest = key.partition(".")
         if name not in cls.model_fields:
             return cls.rule(rest) if rest else Rule()  # the number of a source
@@ -92,7 +92,7 @@ class Section(BaseModel):
         return replace(below, resume=below.resume or rule.resume)
 
     def changed(self, prefix: str = "") -> Iterator[tuple[str, Rule]]:
-        """(dotted key, its rule) of each value that is not the default, in sections inside too."""
+        """Yields (dotted key, its rule) for each value that is not the default, including nested sections."""
         for name in self.model_dump(exclude_defaults=True):
             yield f"{prefix}{name}", self.rule(name)
             value = getattr(self, name)
@@ -103,32 +103,36 @@ class Section(BaseModel):
 
 class Model(Section):
     name_or_path: str | None = None
-    """A model on the Hub or a folder."""
+    """The model to train: its name on the Hub, or a local folder."""
     revision: str | None = None
-    """A branch, tag or commit on the Hub."""
+    """The branch, tag or commit of a model on the Hub."""
     init: Literal["pretrained", "scratch"] = "pretrained"
-    """Start from trained weights or from random ones."""
+    """Whether to start from pretrained weights, or from random ones (scratch)."""
     config: Annotated[dict[str, JsonValue], OF_NEW_MODELS] = {}
-    """For scratch: {model_type: gpt2, n_layer: 4, ...}."""
+    """The configuration of a model from scratch, such as {model_type: gpt2, n_layer: 4}."""
     embedding_std: Annotated[float | None, OF_NEW_MODELS] = Field(default=None, gt=0)
-    """For scratch: of the first embeddings; 1.0 is PyTorch's own, and learns small texts by heart faster."""
+    """The standard deviation of the initial embeddings of a model from scratch. PyTorch's default of 1.0
+    memorises small texts faster."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the trained weights; small updates are lost below float32."""
+    """The dtype of the trained weights. With less than float32, small updates are lost in rounding."""
     attention: str = "packed"
-    """packed, sdpa, eager, flash_attention_2, ..."""
+    """The attention implementation: packed (for packed rows), or one of transformers, such as sdpa, eager or
+    flash_attention_2."""
     trust_remote_code: bool = False
-    """Run code that comes with the model; needs a commit as revision, or a folder."""
+    """Run the custom code of the model. Requires a commit as revision, or a local folder."""
     allow_bin: Annotated[bool, OF_TRAINED_MODELS] = False
-    """Load pickled weights where there are no safetensors."""
+    """Load pickled weights if the model has no safetensors files."""
 
 
-def _word_of(known: tuple[str, ...], other: str, pattern: str) -> AfterValidator:
-    """Takes one of these words, or text that matches the pattern."""
+def _word_of(choices: tuple[str, ...], other: str, pattern: str) -> AfterValidator:
+    """Accepts one of these words, or text that matches the pattern."""
 
     def check(word: str | None) -> str | None:
-        if word is None or word in known or re.fullmatch(pattern, word):
+        if word is None or word in choices or re.fullmatch(pattern, word):
             return word
-        reason = f"expected one of {', '.join(known)}, or {other}; got {word!r}{did_you_mean(word, known)}"
+        reason = (
+            f"expected one of {', '.join(choices)}, or {other}; got {word!r}{did_you_mean(word, choices)}"
+        )
         raise PydanticCustomError("word", "{reason}", {"reason": reason})
 
     return AfterValidator(check)
@@ -136,18 +140,19 @@ def _word_of(known: tuple[str, ...], other: str, pattern: str) -> AfterValidator
 
 class TokenizerTraining(Section):
     kind: TokenizerKind = "bpe"
-    """Byte-level BPE; SentencePiece's Unigram, with bytes for what is rare; every character a token."""
+    """bpe is byte-level BPE; unigram is SentencePiece's Unigram with byte fallback; characters makes every
+    character a token."""
     vocab_size: Annotated[int, Rule(needs={"tokenizer.train.kind": ("bpe", "unigram")})] = Field(
         default=4096, ge=260
     )
-    """Number of tokens, the 256 bytes and the special ones included; not for characters."""
+    """The number of tokens, including the 256 bytes and the special tokens. Not for characters."""
     min_frequency: Annotated[int, Rule(needs={"tokenizer.train.kind": ("bpe",)})] = Field(default=2, ge=1)
-    """How often a pair must occur to become a token of a bpe."""
+    """The number of times that a pair must occur to become a token of a BPE."""
 
 
 class Tokenizer(Section):
     name_or_path: str | None = None
-    """Default: the model's."""
+    """A tokenizer on the Hub, or a local folder or file. Default: the model's."""
     train: Annotated[
         TokenizerTraining | None,
         Rule(
@@ -156,86 +161,89 @@ class Tokenizer(Section):
             needs={"model.init": ("scratch",), "tokenizer.name_or_path": (None,)},
         ),
     ] = None
-    """Train one on data.train instead of loading one."""
+    """Train a tokenizer on data.train instead of loading one."""
     pad_token: str = "<|pad|>"
-    """Added when the tokenizer has none of its own, or when it equals EOS."""
+    """The pad token to add if the tokenizer has none, or uses its end token for padding."""
     eos_token: str | None = None
-    """Default: the tokenizer's; <|endoftext|> of one that is trained."""
+    """The end token. Default: the tokenizer's, or <|endoftext|> for a tokenizer that is trained."""
     control_tokens: list[str] = []
-    """Added where the tokenizer has not got them; a template writes them."""
+    """Tokens that templates write. Those that the tokenizer lacks are added."""
     chat_template: Annotated[str | None, _word_of(("chatml", "plain"), "a .jinja file", r".*\.jinja")] = None
-    """chatml, plain, or a .jinja file; default: the tokenizer's."""
+    """The chat template: chatml, plain, or a .jinja file. Default: the tokenizer's."""
     chat_template_kwargs: dict[str, JsonValue] = {}
-    """Variables of the chat template, such as {enable_thinking: false}; saved with it as its defaults."""
+    """Variables of the chat template, such as {enable_thinking: false}. Saved as its new defaults."""
 
 
 class Source(Section):
     path: Annotated[str, Rule("unseen", decides=False)]
     """A file, a glob, a folder, or a dataset on the Hub."""
-    format: Annotated[str | None, _word_of(get_args(Format), *OWN), UNSEEN] = None
-    """A format, or module:function for a function of your own; default: told from the keys of the records."""
+    format: Annotated[str | None, _word_of(get_args(Format), *FUNCTION), UNSEEN] = None
+    """The format of the records, or module:function to use a Python function. Default: detected from their
+    keys."""
     fields: Annotated[dict[str, str], UNSEEN] = {}
-    """The format's key -> the column in the file."""
+    """Renames columns: maps a key of the format to the column in the file."""
     template: Annotated[Template | None, UNSEEN] = None
-    """In place of a format: {prompt: "{column} ...", completion: ..., labels: {0: no}}, or {text: ...}."""
+    """Replaces a format: {prompt: "{column} ...", completion: ..., labels: {0: no}}, or {text: ...}."""
     overflow: Annotated[Overflow | None, OF_WHOLE_ROWS] = None
-    """For an example over max_length; default: data.overflow."""
+    """What to do with an example that is longer than max_length. Default: data.overflow."""
     limit: Annotated[int | None, Rule("unseen", stream=False)] = Field(default=None, ge=1)
-    """Read at most this many records."""
+    """The maximum number of records to read."""
     weight: Annotated[float | None, ASIDE] = Field(default=None, gt=0)
-    """Its share of an epoch, beside the weights of the other sources; see data.mixing."""
+    """The share of an epoch, relative to the weights of the other sources. See data.mixing."""
     epochs: Annotated[
         float | None, Rule(decides=False, stream=False, instead="give each source a weight")
     ] = Field(default=None, gt=0)
-    """How often one epoch of the run reads it: 2, 0.5, ...; in place of weights; default beside others: 1."""
+    """How often an epoch of the run reads this source, such as 2 or 0.5, as an alternative to weights.
+    Default if another source sets it: 1."""
     quoting: Literal["auto", "csv", "none"] = "auto"
-    """Whether quotes enclose the cells of a table (csv) or are letters (none); auto: letters in .tsv only."""
+    """Whether quotes in a table enclose cells (csv) or are ordinary characters (none). auto: none for .tsv
+    files, csv for others."""
     split: Annotated[str, UNSEEN] = "train"
-    """Of a dataset on the Hub, or of a folder whose files or sub-folders are named train, test, ..."""
+    """The split of a dataset on the Hub, or of a folder with files or subfolders named train, test, ..."""
     name: Annotated[str | None, UNSEEN] = None
-    """The configuration of a dataset on the Hub."""
+    """The name of a configuration of a dataset on the Hub."""
     revision: Annotated[str | None, UNSEEN] = None
-    """A branch, tag or commit on the Hub."""
+    """The branch, tag or commit of a dataset on the Hub."""
     set: str | None = Field(default=None, pattern="^[A-Za-z0-9_-]+$")
-    """Of data.eval: the evaluation set that it belongs to; {news: a.jsonl, chat: b.jsonl} is short for it."""
+    """The evaluation set of a source in data.eval. Short form: {news: a.jsonl, chat: b.jsonl}."""
 
 
 class Mixing(Section):
     by: Literal["rows", "tokens", "target_tokens"] = "rows"
-    """What shares and sizes count: records, their tokens, or those of them that are learned."""
+    """The unit of shares and sizes: rows, tokens, or target tokens."""
     temperature: Annotated[float, NOT_STREAMED] = Field(default=1.0, ge=0.1)
-    """Without weights, a source of n has a share in proportion to n ** (1 / temperature)."""
+    """Without weights, the share of a source of size n is proportional to n ** (1 / temperature)."""
     replacement: Annotated[bool, NOT_STREAMED] = False
-    """Draw each row independently; else all rows of a source come before one of them is repeated."""
+    """Draw each row independently. Otherwise, all rows of a source are used before one is repeated."""
     size: Annotated[int | None, NOT_STREAMED] = Field(default=None, ge=1)
-    """Of an epoch, in what by counts; default: all sources together."""
+    """The size of an epoch, in the unit of by. Default: the size of all sources together."""
 
 
 class Window(Section):
     size: int = Field(ge=2)
-    """Tokens in a window."""
+    """The number of tokens in a window."""
     step: int = Field(ge=1)
-    """Tokens from the start of a window to the start of the next."""
+    """The number of tokens from the start of one window to the start of the next."""
 
 
 def to_sources(value: Any) -> Any:
-    """A path alone, or a list in which some are, as a list of sources."""
+    """Converts a path, or a list of paths and sources, to a list of sources."""
     items = value if isinstance(value, list) else [value]
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
 def to_section(value: Any) -> Any:
-    """``true`` is a section with all of its defaults, ``false`` is none."""
+    """Converts ``true`` to a section with its defaults, ``false`` to None."""
     return {} if value is True else None if value is False else value
 
 
 def to_list(value: Any) -> Any:
-    """A text is the list of its parts between commas."""
+    """Splits text at commas."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 def to_evaluated(value: Any) -> Any:
-    """As ``to_sources``; a mapping from names to sources is a set of each name."""
+    """Converts like ``to_sources``. A mapping from names to sources becomes sources with a set."""
     if not isinstance(value, dict) or "path" in value or value.keys() <= Source.model_fields.keys():
         return to_sources(value)
     sources = [(str(name), source) for name, items in value.items() for source in to_sources(items)]
@@ -248,83 +256,89 @@ Evaluated = Annotated[list[Source], BeforeValidator(to_evaluated)]
 
 class Turns(Section):
     turns: Literal["all", "last"] = "all"
-    """Which assistant turns are learned."""
+    """Which assistant turns to learn."""
     reasoning: bool = True
-    """Whether the reasoning of a learned turn is learned; false: it is only read."""
+    """Whether to learn the reasoning of these turns too. false: it is in the context only."""
 
 
 class Data(Section):
     train: Annotated[Sources, ASIDE] = Field(min_length=1)
-    """A path, a list of paths, or a list of sources."""
+    """The training data: a path, a list of paths, or a list of sources."""
     eval: Annotated[Evaluated, Rule("free", decides=False)] = []
-    """Its own sources, or a mapping from the names of several sets to theirs; or see eval_fraction."""
+    """The evaluation data, given like train, or as a mapping from the names of several sets to their data.
+    See also eval_fraction."""
     eval_fraction: Annotated[float, Rule(stream=False, instead="name the files of data.eval")] = Field(
         default=0.0, ge=0, lt=1
     )
-    """The share of the training examples held out, chosen by train.seed; of a single text its end."""
+    """The share of the training examples to hold out for evaluation, selected by train.seed. The end of a
+    single text is held out."""
     mixing: Annotated[Mixing | None, ASIDE] = None
-    """How the sources of train share an epoch; null: by their weights or epochs, or every row once."""
+    """How to mix the sources of train. null: by their weights or epochs, or every row once."""
     eval_train_rows: Annotated[int, Rule("free", decides=False)] = Field(default=0, ge=0)
-    """Number of training rows to evaluate as well, without dropout: eval_train_loss in the logs."""
+    """The number of training rows to evaluate as well, without dropout (logged as eval_train_loss)."""
     max_length: int = Field(default=1024, ge=2)
-    """Tokens in a row."""
+    """The maximum number of tokens in a row."""
     overflow: Annotated[Overflow | None, OF_WHOLE_ROWS] = None
-    """For an example over max_length; default: keep_target for sft, split for pretrain."""
+    """What to do with an example that is longer than max_length. Default: keep_target for sft, split for
+    pretrain."""
     render: Literal["auto", "chat", "plain"] = "auto"
-    """How instruct, alpaca and prompt_completion are written: as turns of the chat template, or as text.
-    auto: as turns for sft where the tokenizer has a template."""
+    """How to render instruct, alpaca and prompt_completion records: as turns of the chat template (chat), or
+    as plain text. auto: chat for sft if the tokenizer has a template."""
     packing: Literal["none", "best_fit", "stream"] | None = None
-    """Default: best_fit for sft, stream (rows are cut, no token is lost) for pretrain."""
+    """How to pack rows: best_fit combines complete rows; stream cuts the concatenated tokens into full rows.
+    Default: best_fit for sft, stream for pretrain."""
     tokens_per_batch: Annotated[
         int | None, Rule(needs={"data.packing": ("none",), "model.attention": ("packed",)})
     ] = Field(default=None, ge=2)
-    """The size of a micro-batch in tokens, filled with whole examples; with packing none."""
+    """The size of a micro-batch in tokens, filled with complete examples. Requires packing: none."""
     window: Annotated[Window | None, Rule(needs={"stage": ("pretrain",), "data.packing": ("none",)})] = None
-    """Overlapping pieces of long documents; with packing none."""
+    """Splits long documents into overlapping windows. Requires packing: none."""
     train_on: Annotated[
         Literal["all_turns", "last_turn", "everything"] | Turns, Rule(needs={"stage": ("sft",)})
     ] = "all_turns"
-    """Which parts of an example are learned; {turns: all | last, reasoning: false} reads reasoning only."""
+    """Which parts of an example to learn. {turns: all | last, reasoning: false} excludes the reasoning."""
     reasoning: Literal["refuse", "in_content", "drop"] = "refuse"
-    """For reasoning that the chat template has no place for: an error, written into the content between
-    <think> and </think>, or left out and counted."""
+    """What to do with reasoning that the chat template does not render: raise an error, write it into the
+    content between <think> and </think>, or drop and count it."""
     special_tokens_in_text: Literal["encode_as_text", "error", "allow"] = "encode_as_text"
-    """For text in a record that spells a control token."""
+    """What to do with text in a record that spells out a control token."""
     max_dropped: Annotated[float, FREE] = Field(default=0.01, ge=0, le=1)
-    """The largest share of examples that may be dropped."""
+    """The maximum share of examples that may be dropped."""
     duplicates: Annotated[Literal["keep", "drop"], NOT_STREAMED] = "keep"
-    """Whether rows that are exactly equal to an earlier one are learned again."""
+    """Whether to keep or drop rows that are identical to an earlier one."""
     max_leakage: Annotated[float, FREE] = Field(default=0.01, ge=0, le=1)
-    """The largest share of evaluation rows that may be training rows."""
+    """The maximum share of evaluation rows that may also be training rows."""
     on_bad_record: Annotated[OnBadRecord, FREE] = "error"
-    """For a record that cannot be used: stop with a list of them all, or drop it and count it, within
-    max_dropped. A stream always drops it once training has begun."""
+    """What to do with invalid records: stop with a list of them all, or drop and count them, up to
+    max_dropped. Streaming always drops them once training has begun."""
     max_line_bytes: Annotated[int, FREE] = Field(default=8_388_608, ge=1)
-    """The longest line that is read."""
+    """The maximum length of a line in bytes."""
     strict: Annotated[bool, FREE] = False
-    """Unknown keys of a record are errors."""
+    """Treat unknown keys of a record as errors."""
     allow_empty_prompt: bool = False
-    """Learn completions that follow nothing."""
+    """Allow completions with an empty prompt."""
     cache_dir: Annotated[str | None, Rule("unseen", decides=False)] = "~/.cache/hf_clm"
-    """Where prepared data are kept; null: nowhere. HF_CLM_CACHE in the environment moves the default."""
+    """The folder for prepared data; null: do not cache them. The environment variable HF_CLM_CACHE changes
+    the default."""
     streaming: Annotated[bool, ASIDE] = False
-    """Read and tokenize while training, what is too large to prepare; needs train.max_steps."""
+    """Read and tokenize the data during training, for data that are too large to prepare. Requires
+    train.max_steps."""
     shuffle_buffer: Annotated[int, Rule(decides=False, needs={"data.streaming": (True,)})] = Field(
         default=1000, ge=1
     )
-    """Documents of a stream that are packed together and whose rows are shuffled, in whole chunks of a file;
-    fewer where they reach 1 MiB of text."""
+    """The number of documents of a stream that are packed and shuffled together, in complete chunks of a
+    file. Fewer if they reach 1 MiB of text."""
 
     @property
     def eval_sets(self) -> list[str]:
-        """The names of the sets in eval, in order: ``eval``, or ``eval_news`` and such."""
+        """The names of the evaluation sets, in order: ``eval``, or ``eval_news`` and so on."""
         names = [f"{EVAL}_{source.set}" if source.set else EVAL for source in self.eval]
         return list(dict.fromkeys(names))
 
     def sources(self, name: str) -> list[Source]:
-        """The sources of a set: train, or one of eval."""
-        own = None if name == EVAL else name.removeprefix(f"{EVAL}_")
-        return self.train if name == TRAIN else [source for source in self.eval if source.set == own]
+        """Returns the sources of train, or of an evaluation set."""
+        label = None if name == EVAL else name.removeprefix(f"{EVAL}_")
+        return self.train if name == TRAIN else [source for source in self.eval if source.set == label]
 
 
 def cache_folder(cache_dir: str) -> Path:
@@ -336,110 +350,111 @@ def cache_folder(cache_dir: str) -> Path:
 
 class Lora(Section):
     r: int = Field(default=16, ge=1)
-    """Rank of the updates."""
+    """The rank of the updates."""
     alpha: int = Field(default=32, ge=1)
     """The updates are scaled by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of what goes into an update."""
+    """The dropout of the input of the adapters."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """Which layers are updated: all but the head, or the ends of their names, such as q_proj."""
+    """The layers with adapters: all except the head, or those with these endings of names, such as q_proj."""
     modules_to_save: list[str] = []
-    """Modules that are trained whole, and saved with the adapter."""
+    """Modules to train completely and save with the adapter."""
     use_dora: bool = False
-    """Train the size of each update apart from its direction."""
+    """Train the magnitude and direction of the weights separately (DoRA)."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(r), for large r."""
+    """Scale by alpha / sqrt(r) instead, which suits a large r."""
     quantize: Literal["4bit"] | None = None
-    """Keep the frozen model in 4 bits (QLoRA); on a GPU, with the extra qlora."""
+    """Quantize the frozen model to 4 bits (QLoRA). Requires a GPU and hf_clm[qlora]."""
 
 
 class Samples(Section):
     prompts: list[str] = Field(min_length=1)
-    """Each is continued during training."""
+    """Prompts to answer during training."""
     every_steps: int | None = Field(default=None, ge=1)
-    """Default: before and after training only."""
+    """The number of steps between samples. Default: only before and after training."""
     every_epoch: bool = False
-    """At the end of each epoch."""
+    """Whether to sample at the end of each epoch."""
     max_new_tokens: int = Field(default=64, ge=1)
-    """The longest answer."""
+    """The maximum number of tokens in an answer."""
     temperature: float = Field(default=0.0, ge=0)
-    """0 is greedy."""
+    """The sampling temperature; 0: greedy."""
 
 
 class Evaluation(Section):
     generate: Annotated[int, Rule(needs={"stage": ("sft",)})] = Field(default=0, ge=0)
-    """How many examples of each evaluation set are answered, greedily, and compared with their targets."""
+    """The number of examples of each evaluation set to answer greedily and compare with their targets."""
     every: Annotated[int, OF_ANSWERS] = Field(default=1, ge=1)
-    """Only at every nth evaluation; always at the first and the last."""
+    """Answer at every nth evaluation only, and at the first and last."""
     metrics: Annotated[
-        list[Annotated[str, _word_of(("exact_match", "chrf", "bleu"), *OWN)]],
+        list[Annotated[str, _word_of(("exact_match", "chrf", "bleu"), *FUNCTION)]],
         BeforeValidator(to_list),
         OF_ANSWERS,
     ] = ["exact_match"]
-    """exact_match, chrf, bleu, or module:function of (answers, targets), two lists of texts, that returns a
-    number or several by name."""
+    """The metrics of the answers: exact_match, chrf, bleu, or module:function to use a Python function of two
+    lists of texts (answers, targets) that returns a number or a dict of numbers."""
     max_new_tokens: Annotated[int, OF_ANSWERS] = Field(default=128, ge=1)
-    """The longest answer."""
+    """The maximum number of tokens in an answer."""
 
 
 class EarlyStopping(Section):
     patience: int = Field(default=3, ge=1)
-    """Evaluations without improvement before the run stops."""
+    """The number of evaluations without improvement after which the run stops."""
     threshold: float = Field(default=0.0, ge=0)
-    """The smallest change that counts as improvement."""
+    """The minimum change that counts as an improvement."""
 
 
 class Card(Section):
     license: str | None = None
-    """Of the model, as the Hub names it: apache-2.0, mit, ..."""
+    """The license of the model, as named by the Hub: apache-2.0, mit, ..."""
     language: list[str] = []
-    """Of the texts: [en], [zh], ..."""
+    """The languages of the texts: [en], [zh], ..."""
     data_samples: int = Field(default=0, ge=0)
-    """So many training examples are shown in the card; the report is pushed to the Hub too then."""
+    """The number of training examples to show in the card. If set, the report is pushed to the Hub too."""
 
 
 class Doctor(Section):
     self_test: bool = True
-    """Before the first step, prove on the real model and data that batching changes no loss."""
+    """Test on the real model and data, before the first step, that batching does not change the loss."""
     round_trip: Literal["start", "end", "off"] = "start"
-    """When the saved model is opened in a fresh process and compared."""
+    """When to load the saved model in a fresh process and compare it."""
 
 
 class Loss(Section):
     z_loss: float = Field(default=0.0, ge=0)
-    """Weight of the squared log of the softmax's sum, which keeps logits from drifting; 1e-4 is usual."""
+    """The weight of the squared log of the softmax's denominator, which keeps logits from drifting. 1e-4 is
+    common."""
 
 
 class Keys(Section):
-    """All keys of a recipe, not yet checked with each other."""
+    """All keys of a recipe, before they are checked together."""
 
     stage: Literal["pretrain", "sft"]
-    """Learn whole texts, or the targets only."""
+    """Learn complete texts (pretrain), or the targets of prompts (sft)."""
     model: Model
     tokenizer: Tokenizer = Tokenizer()
     data: Data
     lora: Annotated[Lora | None, BeforeValidator(to_section), OF_TRAINED_MODELS] = None
-    """Train small updates of a frozen model: true, or a mapping; null: train all weights of the model."""
+    """Train LoRA adapters of a frozen model: true, or a mapping. null: train all weights of the model."""
     samples: Annotated[Samples | None, FREE] = None
-    """Text generated during training; null: none."""
+    """Generate text during training. null: none."""
     evaluation: Evaluation = Evaluation()
-    """What an evaluation does beside the loss and the accuracy of the target tokens."""
+    """What to evaluate besides the loss and the accuracy of the target tokens."""
     early_stopping: Annotated[
         EarlyStopping | None, Rule("free", needs={"train.load_best_model_at_end": (True,)})
     ] = None
-    """null: train to the end."""
+    """Stop when the evaluation no longer improves. null: train to the end."""
     loss: Loss = Loss()
-    """Terms beside the likelihood; see also train.label_smoothing_factor."""
+    """Additional terms of the loss. See also train.label_smoothing_factor."""
     card: Annotated[Card, UNSEEN] = Card()
-    """The model card, README.md of the output folder."""
+    """The model card, which is README.md in the output folder."""
     doctor: Annotated[Doctor, UNSEEN] = Doctor()
-    """Checks on the real model and data."""
+    """Tests with the real model and data."""
     train: dict[str, Any] = Field(default={})
-    """transformers.TrainingArguments, verbatim."""
+    """The fields of transformers.TrainingArguments."""
     overwrite: Annotated[bool | Literal["done"], UNSEEN] = False
-    """Move an existing output folder aside; done: only that of a finished run; others are resumed."""
+    """Move an existing output folder aside. done: only if its run is finished; otherwise it is resumed."""
     resume_override: Annotated[list[str], BeforeValidator(to_list), UNSEEN] = Field(default=[])
-    """What may differ from the run that is resumed: keys, data, tokenizer, template, global_batch."""
+    """What may differ from the resumed run: keys, or data, tokenizer, template, global_batch."""
 
     @property
     def resolved_overflow(self) -> Overflow:

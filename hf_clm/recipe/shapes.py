@@ -1,7 +1,7 @@
-"""Architectures and shapes that cannot be trained, told without loading a library: it would take seconds.
+"""Checks architectures and sizes of models without importing transformers, which takes seconds.
 
-The architectures stand in the source of the installed transformers, those of a folder in its config.json.
-What passes here is built without memory (``model.check_shape``) before the data are read.
+Architectures are read from the source code of transformers, or from the config.json of a folder. A model that
+passes is built on the meta device (``model.check_shape``) before the data are read.
 """
 
 import ast
@@ -18,17 +18,17 @@ from hf_clm.errors import did_you_mean
 from hf_clm.recipe.faults import Fault
 
 MAPPING = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
-MAX_LAYERS = 2000  # building more takes minutes; the deepest models that were published have some hundred
+MAX_LAYERS = 2000  # building more takes minutes; the deepest published models have a few hundred
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
 
 
 def is_causal_class(name: str) -> bool:
-    """Whether a class of transformers is a causal language model, by its name."""
+    """Returns whether a class of transformers is a causal language model, by its name."""
     return name.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def scratch_faults(settings: Mapping[str, Any]) -> Iterator[Fault]:
-    """What is wrong with ``model.config``, the settings of a new model."""
+    """Yields the faults of ``model.config``, the configuration of a new model."""
     kind = settings.get("model_type")
     if kind is not None:
         yield from _kind_faults(kind, settings)
@@ -36,12 +36,12 @@ def scratch_faults(settings: Mapping[str, Any]) -> Iterator[Fault]:
 
 
 def folder_faults(folder: str) -> Iterator[Fault]:
-    """What is wrong with the architecture that the config.json of a local model names, if there is one."""
+    """Yields the faults of the architecture in the config.json of a local model, if it exists."""
     try:
         config = json.loads((Path(folder).expanduser() / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # another fault, which is told where the model is loaded
-    if not isinstance(config, dict) or config.get("auto_map"):  # code of its own
+        return  # reported when the model is loaded
+    if not isinstance(config, dict) or config.get("auto_map"):  # custom code
         return
     names = [name for name in config.get("architectures") or [] if isinstance(name, str)]
     causal = any(map(is_causal_class, names)) if names else config.get("model_type") in causal_kinds()
@@ -52,7 +52,7 @@ def folder_faults(folder: str) -> Iterator[Fault]:
 
 @lru_cache(maxsize=1)
 def causal_kinds() -> dict[str, str]:
-    """The ``model_type``s of transformers that have a causal language model, and its class."""
+    """Returns the causal language model class for each ``model_type`` of transformers that has one."""
     tree = ast.parse((_models() / "auto" / "modeling_auto.py").read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == MAPPING:
@@ -67,16 +67,16 @@ def _kind_faults(kind: Any, settings: Mapping[str, Any]) -> Iterator[Fault]:
         what = ": transformers has no causal language model of this type"
         yield Fault(key, what, CAUSAL, f"{kind!r}{did_you_mean(str(kind), kinds)}")
     elif not is_causal_class(kinds[kind]) and kinds[kind].endswith("ForConditionalGeneration"):
-        yield Fault(key, ": not a model of text alone", CAUSAL, f"{kind!r} ({kinds[kind]})")
+        yield Fault(key, ": not a text-only model", CAUSAL, f"{kind!r} ({kinds[kind]})")
     elif _source_says(kind, "configuration", r"is_encoder_decoder\b.*= True"):
-        yield Fault(key, ": an encoder-decoder is no causal language model", CAUSAL, repr(kind))
+        yield Fault(key, ": an encoder-decoder is not a causal language model", CAUSAL, repr(kind))
     elif settings.get("is_decoder") is not True and _source_says(kind, "modeling", ENCODERS):
         fix = f"{CAUSAL}; or set model.config.is_decoder: true"
-        yield Fault(key, ": each position of this encoder sees the tokens after it", fix, repr(kind))
+        yield Fault(key, ": this encoder attends to the tokens after each position", fix, repr(kind))
 
 
 def _size_faults(settings: Mapping[str, Any]) -> Iterator[Fault]:
-    """Numbers of layers that would be built: none at all, or more than time allows."""
+    """Yields faults for a number of layers that is zero, or too large to build."""
     for name in LAYERS:
         size = settings.get(name, 1)
         if isinstance(size, int) and not 0 < size <= MAX_LAYERS:
@@ -85,7 +85,7 @@ def _size_faults(settings: Mapping[str, Any]) -> Iterator[Fault]:
 
 
 def total_memory() -> int:
-    """Bytes of memory of this machine; 0 where it is not known."""
+    """Returns the memory of this machine in bytes, or 0 if it is not known."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):  # Windows has no sysconf
@@ -93,8 +93,8 @@ def total_memory() -> int:
 
 
 def _source_says(kind: str, part: str, pattern: str) -> bool:
-    """Whether the source of a model type matches: its configuration, or its modeling."""
-    folder = kind.replace("-", "_").removesuffix("_text")  # gemma4_text is in that of gemma4
+    """Returns whether the configuration or modeling source code of a model type matches a pattern."""
+    folder = kind.replace("-", "_").removesuffix("_text")  # gemma4_text is in the folder gemma4
     files = (_models() / folder).glob(f"{part}_*.py")
     return any(re.search(pattern, file.read_text(encoding="utf-8")) for file in files)
 
@@ -106,4 +106,4 @@ def _models() -> Path:
 
 
 CAUSAL = "name a causal language model, such as gpt2, llama or qwen2"
-ENCODERS = r"as a standalone, add .is_decoder=True"  # what their causal classes warn of
+ENCODERS = r"as a standalone, add .is_decoder=True"  # a warning in the causal classes of encoders

@@ -1,4 +1,4 @@
-"""The recipes and data that come with hf_clm, and how a recipe and the paths inside it are located.
+"""Locates recipes, those that come with hf_clm by name, and the paths inside a recipe.
 
 A checkout keeps them in ``recipes/`` and ``data/`` at its top level, a wheel in ``hf_clm/shipped``.
 """
@@ -12,11 +12,11 @@ from pathlib import Path
 from hf_clm.errors import RecipeError
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# Not .json: JSON is YAML, and may well hold a recipe.
+# Without .json: JSON is YAML, so a .json file may be a recipe.
 DATA_ENDINGS = re.compile(
     r"\.(jsonl|ndjson|csv|tsv|parquet|arrow|txt|md|rst|json\.\w+)(\.(gz|zst|xz|bz2))?$", re.IGNORECASE
 )
-# The name of a file or folder that no package can carry -> the shipped script that makes it.
+# Files and folders that are not shipped, and the shipped scripts that create them.
 MADE_BY = {
     "python-docs.jsonl": "build_corpus.py",
     "docstrings.jsonl": "build_corpus.py",
@@ -25,21 +25,21 @@ MADE_BY = {
 
 
 def shipped_folder() -> Path:
-    """Returns the folder that holds ``recipes`` and ``data``: of the wheel, else of the checkout."""
+    """Returns the folder with ``recipes`` and ``data``, of the wheel or else the checkout."""
     installed = PACKAGE / "shipped"
     return installed if installed.is_dir() else PACKAGE.parent
 
 
 def list_recipes() -> list[tuple[str, str]]:
-    """Returns (name, what it does) of each shipped recipe: ``("sft/poems", "Learns 48 short poems ...")``."""
+    """Returns (name, description) of each shipped recipe, such as ``("sft/poems", "Trains a small ...")``."""
     return [(name, _first_sentence(path)) for name, path in _recipes().items()]
 
 
 def find_recipe(target: str) -> str:
-    """Returns the path of a recipe: its file, the one of a run's folder, or a shipped one by its name.
+    """Returns the path of a recipe: a file, the recipe of a run's folder, or a shipped recipe by name.
 
-    A file in the working directory comes first. Raises RecipeError for anything else, and says what it
-    probably is: data, a model, or a misspelt name.
+    A file in the working directory takes precedence. Raises RecipeError for anything else, with a fix for
+    data, a model, or a misspelt name.
     """
     path = Path(target).expanduser()
     if path.is_dir():
@@ -51,17 +51,17 @@ def find_recipe(target: str) -> str:
         return target
     recipes = _recipes()
     name = target.removeprefix("recipes/").removesuffix(".yaml").removesuffix(".yml")
-    matches = [known for known in recipes if name in (known, known.partition("/")[2])]
+    matches = [recipe for recipe in recipes if name in (recipe, recipe.partition("/")[2])]
     if len(matches) == 1:
         return _shown(recipes[matches[0]])
-    raise _no_recipe(target, name, matches, known=list(recipes))
+    raise _no_recipe(target, name, matches, recipes=list(recipes))
 
 
 def locate(path: str, *, recipe: str) -> str:
-    """Returns a path that a recipe names: as it is if it exists from here, else beside the recipe.
+    """Resolves a path in a recipe: relative to the working directory, or else to the folder of the recipe.
 
-    A shipped recipe finds the shipped data from any working directory. A path that exists in none of these
-    places stays as it is: it may be a name on the Hub, or a file that a script makes.
+    Shipped recipes also find the shipped data. A path that does not exist in any of these places is returned
+    unchanged, as it may be a name on the Hub, or a file that a script creates.
     """
     if not path or not recipe or "://" in path or Path(path).expanduser().is_absolute() or glob.glob(path):
         return path
@@ -71,7 +71,7 @@ def locate(path: str, *, recipe: str) -> str:
 
 
 def how_to_make(path: str) -> str:
-    """Returns the command that makes a missing file or folder, or an empty string."""
+    """Returns the command that creates a missing file or folder, or an empty string."""
     script = MADE_BY.get(Path(path).name)
     if script is None:
         return ""
@@ -87,7 +87,7 @@ def _recipes() -> dict[str, Path]:
 
 
 def _first_sentence(path: Path) -> str:
-    """The comment that a recipe begins with, up to its first full stop."""
+    """Returns the first sentence of the comment at the top of a recipe."""
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = " ".join(line.removeprefix("#").strip() for line in _while(lines, lambda x: x.startswith("#")))
     return re.split(r"(?<=[a-z0-9)])\.( |$)", comment)[0]
@@ -110,16 +110,16 @@ def _recipe_of_run(folder: Path, target: str) -> str:
 
 
 def _is_nested(target: str) -> bool:
-    """Whether a target is surely meant as a path: reading it says what is wrong."""
+    """Returns whether a target can only be a path, so that reading it gives the best error."""
     return target.startswith(("/", "./", "../", "~"))
 
 
-def _no_recipe(target: str, name: str, matches: list[str], *, known: list[str]) -> RecipeError:
-    stems = {stem.partition("/")[2]: stem for stem in known}
-    near = matches or get_close_matches(name, known, n=3) or get_close_matches(name, stems, n=3)
+def _no_recipe(target: str, name: str, matches: list[str], *, recipes: list[str]) -> RecipeError:
+    stems = {stem.partition("/")[2]: stem for stem in recipes}
+    near = matches or get_close_matches(name, recipes, n=3) or get_close_matches(name, stems, n=3)
     names = " or ".join(stems.get(item, item) for item in near)
     hint = f"; did you mean {names}?" if near else ""
-    stages = {stem.partition("/")[0] for stem in known}
+    stages = {stem.partition("/")[0] for stem in recipes}
     if target.count("/") == 1 and target.partition("/")[0] not in {*stages, "recipes"}:
         return RecipeError(
             "no such recipe; a model is named with --model",
@@ -130,6 +130,6 @@ def _no_recipe(target: str, name: str, matches: list[str], *, known: list[str]) 
 
 
 def _shown(path: Path) -> str:
-    """A path relative to the working directory, if it lies below it."""
+    """Returns a path relative to the working directory if it is below it."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -1,4 +1,4 @@
-"""Between text and a recipe: YAML 1.2 and command-line words come in; places, types and errors go out."""
+"""Parses YAML 1.2 and command-line words into the values of a recipe, with their places and types."""
 
 import re
 import warnings
@@ -21,7 +21,7 @@ COMMAND_LINE = "command line"
 
 
 def build_yaml() -> YAML:
-    """Reads and writes YAML 1.2, plain types only, keys in their own order."""
+    """Returns a reader and writer for YAML 1.2 with plain types, which preserves the order of keys."""
     yaml = YAML(typ="safe", pure=True)  # the C parser reads YAML 1.1
     yaml.default_flow_style = False
     yaml.representer.sort_base_mapping_type_on_output = False
@@ -30,7 +30,7 @@ def build_yaml() -> YAML:
 
 
 def load_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The file's content, and the place of each dotted key, such as "recipes/x.yaml:9"."""
+    """Returns the file's content, and the place of each dotted key, such as "recipes/x.yaml:9"."""
     text = _load_text(path)
     try:
         node = _compose(text)
@@ -47,7 +47,7 @@ def load_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     except RecursionError:
         raise RecipeError("not a recipe: its mappings and lists are nested too deeply", where=path) from None
     if tree is None:
-        raise RecipeError("an empty recipe", where=path)
+        raise RecipeError("the recipe is empty", where=path)
     if not isinstance(tree, dict):
         is_data = isinstance(tree, list) and tree and isinstance(tree[0], dict)
         fix = f"hf-clm train --model MODEL --data {path}" if is_data else ""
@@ -57,7 +57,7 @@ def load_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def to_options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """``--name value``, ``--name=value`` and ``--flag`` as (name, text); a flag has no text."""
+    """Yields (name, text) for ``--name value``, ``--name=value`` and ``--flag``, which has no text."""
     rest = list(words)
     while rest:
         word = rest.pop(0)
@@ -71,7 +71,7 @@ def to_options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def to_value(key: str, text: str | None, *, types: tuple[str, ...]) -> Any:
-    """Text stays text where the key takes text, and is read as YAML otherwise; ``types`` is () if unknown."""
+    """Parses text as YAML, unless the key takes text. ``types``: of the key, or () if not known."""
     if text is None:
         if types and "bool" not in types:
             raise RecipeError(f"--{key} needs a value", where=COMMAND_LINE)
@@ -101,7 +101,7 @@ def override(
             node[parent], places[whole] = {}, place
         node = node[parent]
         if not isinstance(node, dict):
-            raise RecipeError(f"--{key}: {whole} is not a mapping", where=place, fix=f"give --{whole}")
+            raise RecipeError(f"--{key}: {whole} is not a mapping", where=place, fix=f"use --{whole}")
     node[last] = value
     for old in [old for old in places if old == key or old.startswith(f"{key}.")]:
         del places[old]
@@ -109,7 +109,7 @@ def override(
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) for each value that holds no others."""
+    """Yields (dotted key, value) for each leaf of nested mappings and lists."""
     if isinstance(value, dict | list) and value:
         for name, child in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(child, f"{key}.{name}" if key else str(name))
@@ -118,7 +118,7 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def place_of(key: str, places: dict[str, str], *, otherwise: str) -> str:
-    """The place of a key, or of the nearest section around it that has one."""
+    """Returns the place of a key, or of the innermost enclosing section that has one."""
     while key:
         if key in places:
             return places[key]
@@ -127,20 +127,20 @@ def place_of(key: str, places: dict[str, str], *, otherwise: str) -> str:
 
 
 def text_faults(tree: dict[str, Any]) -> list[Fault]:
-    """Texts that no recipe may hold: half a character, and a token or password, which is not shown.
+    """Returns faults for invalid characters, and for secrets, whose values are not shown.
 
-    A recipe is copied into every run folder.
+    A recipe is copied to the folder of every run, so it must not contain secrets.
     """
     fix = "remove it and use the environment variable HF_TOKEN (WANDB_API_KEY, ...)"
-    found = [key for key, value in leaves(tree) if value and _is_secret(key, value)]
+    secrets = [key for key, value in leaves(tree) if value and _is_secret(key, value)]
     halves = [key for key, value in leaves(tree) if re.search("[\0\ud800-\udfff]", str(value))]
-    what = ": text with a NUL character or half of a surrogate pair cannot be used"
+    what = ": text must not contain NUL characters or lone surrogates"
     faults = [Fault(key, what) for key in halves]
-    return faults + [Fault(key, ": a secret does not belong in a recipe", fix) for key in found]
+    return faults + [Fault(key, ": secrets do not belong in a recipe", fix) for key in secrets]
 
 
 def list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """(dotted key, field) of a model and of the models inside it."""
+    """Yields (dotted key, field) of a model and its nested models."""
     for name, info in model.model_fields.items():
         yield f"{prefix}{name}", info
         if inner := model_of(info.annotation):
@@ -148,13 +148,13 @@ def list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, F
 
 
 def model_of(annotation: Any) -> type[BaseModel] | None:
-    """The model among the members of a type: ``Lora`` of ``Lora | None``."""
+    """Returns the model among the members of a type: ``Lora`` for ``Lora | None``."""
     classes = [item for item in _members(annotation) if isinstance(item, type) and get_origin(item) is None]
     return next((item for item in classes if issubclass(item, BaseModel)), None)
 
 
 def accepted_types(info: FieldInfo | None) -> tuple[str, ...]:
-    """``str | None`` is ("str", "None"), a Literal ("str",), a section "dict"; () for what is no field."""
+    """Returns ("str", "None") for ``str | None``, ("str",) for a Literal, ("dict",) for a section."""
     items = _members(info.annotation) if info else ()
     types = [str if get_origin(item) is Literal else get_origin(item) or item for item in items]
     names = {type(None): "None"} | {item: "dict" for item in types if model_of(item)}
@@ -162,7 +162,7 @@ def accepted_types(info: FieldInfo | None) -> tuple[str, ...]:
 
 
 def to_type_text(annotation: Any) -> str:
-    """``none|best_fit|stream``, ``int``, ``list[str]``, ..."""
+    """Formats a type for help: ``none|best_fit|stream``, ``int``, ``list[str]``, ..."""
     texts = []
     for item in _members(annotation):
         if get_origin(item) is Literal:
@@ -174,9 +174,9 @@ def to_type_text(annotation: Any) -> str:
 
 def _load_text(path: str) -> str:
     if Path(path).is_dir():
-        raise RecipeError("a folder, not a recipe", where=path)
+        raise RecipeError("is a folder, not a recipe", where=path)
     try:
-        with open(path, "rb") as file:  # which may be a pipe, or as endless as /dev/zero
+        with open(path, "rb") as file:  # may be a pipe, or endless like /dev/zero
             content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise RecipeError("no such recipe", where=path) from None
@@ -194,27 +194,27 @@ def _load_text(path: str) -> str:
 
 def _compose(text: str) -> Node | None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ReusedAnchorWarning)  # YAML takes the later one, and so do we
+        warnings.simplefilter("ignore", ReusedAnchorWarning)  # the later anchor applies
         return build_yaml().compose(text)
 
 
 def _to_plain(node: Node | None, where: str) -> Any:
-    """The value of a YAML node. Raises RecipeError for what no recipe holds."""
+    """Returns the value of a YAML node. Raises RecipeError for too many or invalid values."""
     if node is None:
         return None
     if _count(node, {}) > MAX_VALUES:
-        what = f"not a recipe: with its aliases it holds more than {MAX_VALUES:,} values, or itself"
+        what = f"not a recipe: with its aliases it has more than {MAX_VALUES:,} values, or contains itself"
         raise RecipeError(what, where=where)
     try:
         return build_yaml().constructor.construct_document(node)
-    except ValueError as error:  # a number of thousands of digits, a date that is none
+    except ValueError as error:  # a number with thousands of digits, or an invalid date
         raise RecipeError(f"not valid YAML: {error}", where=where) from None
 
 
 def _count(node: Node, sizes: dict[int, int]) -> int:
-    """The values below a node, each alias counted as what it stands for; one that holds itself is too many.
+    """Counts the values below a node with aliases expanded; a node that contains itself counts MAX_VALUES.
 
-    A few lines of aliases to aliases stand for billions of values. ``sizes``: by the id of a node.
+    A few lines of nested aliases can expand to billions of values. ``sizes``: by the id of a node.
     """
     if isinstance(node, ScalarNode):
         return 1
@@ -246,6 +246,6 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
-MAX_BYTES = 256 * 1024  # of a recipe; the parser takes seconds for it
+MAX_BYTES = 256 * 1024  # which the parser takes seconds to read
 MAX_VALUES = 50_000
 SECRET_KEY = r"(api_?key|wandb_key|(hub|hf|auth|access|api)_token|password|secret)$"

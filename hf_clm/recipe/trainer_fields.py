@@ -1,6 +1,6 @@
-"""The section ``train``: the fields of transformers.TrainingArguments, read from its source.
+"""The section ``train``: the fields of transformers.TrainingArguments, parsed from its source code.
 
-Importing transformers takes seconds, and its dataclass checks few types: ``max_steps="four"`` passes.
+Importing transformers takes seconds, and its dataclass checks few types: it accepts ``max_steps="four"``.
 """
 
 import ast
@@ -21,20 +21,20 @@ from hf_clm.recipe.faults import Fault
 from hf_clm.recipe.sections import FREE, UNSEEN, Rule
 
 T = TypeVar("T")
-NO_LOGITS = Rule(unused="an evaluation sums losses and hits on the device, and keeps no logits")
-# Where ours differ from those of transformers.TrainingArguments.
+NO_LOGITS = Rule(unused="evaluation sums losses and correct tokens on the device, without keeping logits")
+# Defaults that differ from those of transformers.TrainingArguments.
 TRAIN_DEFAULTS: dict[str, Any] = {
-    "lr_scheduler_type": "cosine",  # ends at zero like linear, and stays high for longer
-    "warmup_steps": 0.03,  # a share of the run: Adam's first steps are the roughest
-    "logging_steps": 10,  # 500 hides a short run
-    "logging_first_step": True,  # the loss before learning
+    "lr_scheduler_type": "cosine",  # ends at zero like linear, but stays high for longer
+    "warmup_steps": 0.03,  # share of the run: Adam's first steps are noisy
+    "logging_steps": 10,  # with 500, a short run would log nothing
+    "logging_first_step": True,  # the loss before training
     "logging_nan_inf_filter": False,  # the filter shows a NaN loss as 0.0
-    "include_num_input_tokens_seen": "no",  # we count real and target tokens without a device sync
-    "average_tokens_across_devices": True,  # the same loss for one process and for many
-    "ddp_find_unused_parameters": False,  # a causal language model uses all of them
-    "remove_unused_columns": False,  # would drop what the packed attention needs
-    "save_total_limit": 2,  # checkpoints are three times as large as the model
-    "disable_tqdm": True,  # our own progress bar
+    "include_num_input_tokens_seen": "no",  # real and target tokens are counted without a device sync
+    "average_tokens_across_devices": True,  # the same loss for any number of processes
+    "ddp_find_unused_parameters": False,  # a causal language model uses all parameters
+    "remove_unused_columns": False,  # would drop inputs of the packed attention
+    "save_total_limit": 2,  # a checkpoint is three times as large as the model
+    "disable_tqdm": True,  # hf_clm has its own progress bar
     "report_to": "none",  # the default only since transformers 5
 }
 
@@ -44,20 +44,20 @@ SPELLINGS = {
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
 
-# The rules of fields, by pattern; the first counts. Any other may not differ when a run is resumed.
+# The rules of fields: the first matching pattern applies. Other fields may not differ on a resume.
 RULES = {
     "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps": NO_LOGITS,
     "include_for_metrics batch_eval_metrics": NO_LOGITS,
-    "remove_unused_columns label_names": Rule(unused="the collator makes exactly what the model takes"),
-    "length_column_name": Rule(unused="the length of a row is counted"),
+    "remove_unused_columns label_names": Rule(unused="the collator returns exactly the inputs of the model"),
+    "length_column_name": Rule(unused="the lengths of rows are known"),
     "logging_nan_inf_filter": Rule(unused="a loss that is not finite ends the run"),
     "include_num_input_*": Rule(unused="tokens_seen and target_tokens_seen are always logged"),
-    "do_*": Rule(unused="hf-clm train always trains, and evaluates as train.eval_strategy says"),
-    "use_cache": Rule(unused="training reads each row once, so there is nothing to keep"),
+    "do_*": Rule(unused="hf-clm train always trains, and evaluates according to train.eval_strategy"),
+    "use_cache": Rule(unused="training has no use for a KV cache"),
     "enable_jit_checkpoint": Rule(unused="SIGTERM always saves a checkpoint"),
-    "*liger_kernel*": Rule(unused="it gives no logits, which the token accuracy is counted on"),
-    "local_rank parallelism_config": Rule(unused="the launcher says how processes work together"),
-    "ignore_data_skip restore_callback_*": Rule(unused="a resume is exact"),
+    "*liger_kernel*": Rule(unused="it returns no logits, which the token accuracy needs"),
+    "local_rank parallelism_config": Rule(unused="the launcher sets up the processes"),
+    "ignore_data_skip restore_callback_*": Rule(unused="a resume is always exact"),
     "logging_* save_* eval_* per_device_* gradient_accumulation_steps use_cpu ddp_timeout": FREE,
     "dataloader_num_workers dataloader_pin_memory metric_for_best_model greater_is_better": FREE,
     "output_dir resume_from_checkpoint run_name disable_tqdm log_level* report_to *hub*": UNSEEN,
@@ -68,7 +68,7 @@ RULES = {
     "fp16": Rule(needs={"train.bf16": (False,)}),
     "fp16_full_eval": Rule(needs={"train.bf16_full_eval": (False,)}),
 }
-# The values that data.streaming excludes: the ends of epochs and the longest batch are not known.
+# Values that are not possible with data.streaming, as the end of an epoch and the longest batch are unknown.
 NOT_STREAMED: dict[str, tuple[Any, ...]] = {
     "train_sampling_strategy": ("group_by_length", "batch_rebalance"),
     "dataloader_in_order": (False,),
@@ -78,33 +78,33 @@ NOT_STREAMED: dict[str, tuple[Any, ...]] = {
 
 
 def train_rule(name: str) -> Rule:
-    """The rule of a field of ``train``."""
+    """Returns the rule of a field of ``train``."""
     return _look_up(RULES, name) or Rule()
 
 
 @lru_cache(maxsize=1)
 def train_section() -> type[BaseModel]:
-    """The fields of TrainingArguments with their types. Raises EnvironmentFault without transformers."""
-    spec = find_spec("transformers")  # finds the folder and runs nothing of it
+    """Returns TrainingArguments as a pydantic model. Raises EnvironmentFault without transformers."""
+    spec = find_spec("transformers")  # finds the folder without importing it
     if spec is None or spec.origin is None:
         raise EnvironmentFault("transformers is not installed", fix="make setup")
     return read_train_section(Path(spec.origin).parent)
 
 
 def train_fields() -> dict[str, Any]:
-    """The names of the fields and their defaults; None where the source computes one."""
+    """Returns the names and defaults of the fields; None for a computed default."""
     return {name: info.default for name, info in train_section().model_fields.items()}
 
 
 def train_values(train: Mapping[str, Any]) -> dict[str, Any]:
-    """Every field with its value, ours or the library's default where none is given."""
+    """Returns all fields with their values, or the default of hf_clm or transformers."""
     return {**train_fields(), **TRAIN_DEFAULTS, **train}
 
 
 def check_train(train: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
-    """The section with 1 as 1.0 where a field takes a float, and the packages that its values need.
+    """Returns the section with integers as floats for float fields, and faults for missing packages.
 
-    In ``*_steps`` 1 stays as it is: it is a step there, and 0.5 half of the run. Raises ValidationError.
+    In ``*_steps`` fields integers stay, as 1 is a step and 0.5 half of the run. Raises ValidationError.
     """
     given = {to_field(key): value for key, value in train.items()}
     if len(given) < len(train):
@@ -129,7 +129,7 @@ def to_field(name: str) -> str:
 
 
 def read_train_section(package: Path) -> type[BaseModel]:
-    """Reads the body of TrainingArguments, and the enums its annotations name, in a transformers folder."""
+    """Parses TrainingArguments, and the enums in its annotations, in the folder of transformers."""
     paths = [package / "trainer_utils.py", package / "training_args.py"]
     nodes = [node for path in paths for node in ast.parse(path.read_text(encoding="utf-8")).body]
     classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
@@ -152,22 +152,22 @@ def read_train_section(package: Path) -> type[BaseModel]:
 
 
 def _to_type(annotation: ast.expr, names: Mapping[str, Any]) -> Any:
-    """``OptimizerNames | str`` is the words of the enum alone; a class of another module is any value."""
+    """Evaluates an annotation. For ``OptimizerNames | str``, returns only the values of the enum."""
     used = [node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)]
-    known = {name: names.get(name, Any) for name in used if not hasattr(builtins, name)}
-    found = eval(ast.unparse(annotation), known)
-    words = [item for item in get_args(found) if str in map(type, get_args(item))]
-    return words[0] if words else found
+    namespace = {name: names.get(name, Any) for name in used if not hasattr(builtins, name)}
+    kind = eval(ast.unparse(annotation), namespace)
+    words = [item for item in get_args(kind) if str in map(type, get_args(item))]
+    return words[0] if words else kind
 
 
 def _look_up(table: Mapping[str, T], name: str) -> T | None:
-    """The value of the first row with a pattern that the name matches."""
+    """Returns the first value with a pattern that matches the name."""
     rows = (value for names, value in table.items() if any(fnmatchcase(name, one) for one in names.split()))
     return next(rows, None)
 
 
 def _default(node: Any) -> Any:
-    """The default of a field, or None where the source computes it."""
+    """Returns the default of a field, or None if it is computed."""
     options = {item.arg: item.value for item in node.keywords} if isinstance(node, ast.Call) else {}
     try:
         return [] if "default_factory" in options else ast.literal_eval(options.get("default", node))
@@ -183,7 +183,7 @@ def _steps(value: float | None) -> float | None:
 
 def _max_steps(value: int) -> int:
     if value < 1 and value != -1:
-        what = "expected a number above 0, or -1 to go by num_train_epochs"
+        what = "expected a number above 0, or -1 to use num_train_epochs"
         raise PydanticCustomError("max_steps", what)
     return value
 
@@ -208,7 +208,7 @@ BACKENDS = "inductor eager aot_eager cudagraphs aot_ts_nvfuser nvprims_nvfuser o
 BACKENDS += " aot_torchxla_trace_once torchxla_trace_once tvm hpu_backend neuron"
 BACKEND: Any = Literal[tuple(BACKENDS.split())]
 MODE = Literal["default", "lite", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
-# Where the annotation says less than what is accepted, or more.
+# Types that are narrower or wider than the annotations.
 TYPES: dict[str, Any] = {
     "report_to": TRACKER | list[TRACKER],
     "log_level": LEVEL,
@@ -221,5 +221,5 @@ TYPES: dict[str, Any] = {
     "fsdp": bool | str | None,
     "ddp_backend": Literal["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"] | None,
 }
-# Packages of the optimizers that are built with the model: part of the name -> package.
+# Packages of optimizers that are built with the model, by a part of the optimizer's name.
 OPTIMIZERS = {"galore_": "galore_torch", "apollo_": "apollo_torch", "lomo": "lomo_optim"}

@@ -1,7 +1,7 @@
-"""Answers that a model gives to examples of its evaluation sets while it trains, as figures of the log.
+"""Generates answers to examples of the evaluation sets during training, and logs how good they are.
 
-The first examples of each set that have a prompt are answered, greedily, each process a share of them, and
-compared with their targets. Answers and targets are in ``answers.jsonl``.
+The first examples of each set that have a prompt are divided among the processes, answered greedily and
+compared with their targets. Answers and targets are written to ``answers.jsonl``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,13 +26,13 @@ from hf_clm.run_folder import append_json, drop_after
 from hf_clm.schema import Example
 
 WHERE = "evaluation.metrics"
-# (answers, targets), both texts -> a number, or several by name
+# Takes the texts of the answers and of the targets; returns a number, or several numbers by name.
 Metric = Callable[[list[str], list[str]], Any]
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and the target of its answer."""
+    """A prompt and the target that its answer is compared with."""
 
     prompt: Example
     target: str
@@ -42,7 +42,7 @@ class Question:
 class Answering:
     """Measures the answers of a model.
 
-    sets: the questions of each evaluation set, by its prefix in the log: ``eval``, ``eval_news``.
+    sets: the questions of each evaluation set, by the prefix of its metrics: ``eval``, ``eval_news``.
     """
 
     sets: Mapping[str, Sequence[Question]]
@@ -53,98 +53,102 @@ class Answering:
     arguments: TrainingArguments
 
     def forget_after(self, step: int) -> None:
-        """Drops the answers of steps that come again."""
+        """Drops the answers of steps after ``step``, which training will repeat."""
         if self.arguments.process_index == 0:
             drop_after(self._path, step)
 
     def measure(self, model: PreTrainedModel, *, step: int) -> dict[str, float]:
-        """``eval_exact_match`` and such, on all processes alike; each of them has to ask."""
-        found: dict[str, float] = {}
+        """Returns ``eval_exact_match`` and so on, the same on all processes. Every process must call it."""
+        metrics: dict[str, float] = {}
         for prefix, questions in self.sets.items():
             samples = self._answer(model, questions)
             if self.arguments.process_index == 0:
                 for sample in samples:
-                    shown = {"prompt": sample.prompt, "target": sample.target, "text": sample.text}
-                    append_json(self._path, {"step": step, "set": prefix, **shown, "exact": sample.is_exact})
-            found |= {f"{prefix}_{name}": value for name, value in self._agree(samples).items()}
-        return found
+                    texts = {"prompt": sample.prompt, "target": sample.target, "text": sample.text}
+                    append_json(self._path, {"step": step, "set": prefix, **texts, "exact": sample.is_exact})
+            metrics |= {f"{prefix}_{name}": value for name, value in self._agree(samples).items()}
+        return metrics
 
     def _agree(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """The figures of the first process, on all: a metric may draw, and each would choose another model.
+        """Returns the metrics of the first process on all processes.
 
-        Raises what a metric raises, and RecipeError on the others: none waits for one that has ended.
+        A metric may be random, and the processes must agree on the best checkpoint. If a metric raises, the
+        first process raises that error and the others RecipeError, so that none waits for the first.
         """
-        given: list[Any] = [None]
+        result: list[Any] = [None]
         failure: Exception | None = None
         if self.arguments.process_index == 0:
             try:
-                given = [self._compare(samples)]
+                result = [self._compare(samples)]
             except Exception as error:
-                given, failure = [str(error)], error
-        (found,) = broadcast_object_list(given)
+                result, failure = [str(error)], error
+        (metrics,) = broadcast_object_list(result)
         if failure is not None:
             raise failure
-        if isinstance(found, str):
-            raise RecipeError(f"failed on the first process: {found}", where=WHERE)
-        return found
+        if isinstance(metrics, str):
+            raise RecipeError(f"failed on the first process: {metrics}", where=WHERE)
+        return metrics
 
     @property
     def _path(self) -> Path:
         return Path(str(self.arguments.output_dir)) / "answers.jsonl"
 
     def _answer(self, model: PreTrainedModel, questions: Sequence[Question]) -> list[Sample]:
-        """Each of n processes answers every nth question; all of them get all the answers, in order."""
+        """Answers the questions and returns all answers in order; each of n processes answers every nth."""
         first, step = self.arguments.process_index, self.arguments.world_size
         numbers = range(first, len(questions), step)
         prompts = [questions[number].prompt for number in numbers]
         decoding = Decoding(self.max_new_tokens)
-        given = generate(model, self.tokenizer, prompts=prompts, decoding=decoding, rendering=self.rendering)
-        own = [
+        answers = generate(
+            model, self.tokenizer, prompts=prompts, decoding=decoding, rendering=self.rendering
+        )
+        samples = [
             Sample(
                 number, questions[number].prompt.prompt_text, questions[number].target, one.text, one.stopped
             )
-            for number, one in zip(numbers, given, strict=True)
+            for number, one in zip(numbers, answers, strict=True)
         ]
-        return sorted(gather_object(own), key=lambda sample: sample.number)
+        return sorted(gather_object(samples), key=lambda sample: sample.number)
 
     def _compare(self, samples: Sequence[Sample]) -> dict[str, float]:
         answers, targets = [sample.text for sample in samples], [sample.target for sample in samples]
-        stock = Answers(samples, load_metrics() if self.metrics.keys() & STOCK else {}).to_json()
-        found: dict[str, float] = {}
+        stock = Answers(samples, load_metrics() if self.metrics.keys() & SACREBLEU else {}).to_json()
+        metrics: dict[str, float] = {}
         for name, metric in self.metrics.items():
             value = stock[name] if metric is None else metric(answers, targets)
-            named = value.items() if isinstance(value, Mapping) else [("", value)]
-            for key, number in named:
-                number = number.item() if hasattr(number, "item") else number  # of NumPy or torch
+            parts = value.items() if isinstance(value, Mapping) else [("", value)]
+            for key, number in parts:
+                number = number.item() if hasattr(number, "item") else number  # NumPy and torch scalars
                 if not isinstance(number, int | float):
                     got = f"{name} returned {type(number).__name__}"
-                    raise RecipeError("a metric returns a number, or several by name", where=WHERE, got=got)
-                found[f"{name}_{key}" if key else name] = float(number)
-        return found
+                    what = "a metric must return a number, or a dict of numbers"
+                    raise RecipeError(what, where=WHERE, got=got)
+                metrics[f"{name}_{key}" if key else name] = float(number)
+        return metrics
 
 
-STOCK = {"chrf", "bleu"}  # of sacrebleu
+SACREBLEU = {"chrf", "bleu"}
 
 
 def load_answer_metrics(section: Evaluation) -> dict[str, Metric | None]:
-    """The metrics by name; None for those of ``hf-clm evaluate``. Imports functions of the user's own.
+    """Returns the metrics by name: the imported function, or None for a metric of ``hf-clm evaluate``.
 
-    Raises RecipeError for a function that is not there, EnvironmentFault where sacrebleu is missing.
+    Raises RecipeError if a function does not exist, EnvironmentFault if sacrebleu is missing.
     """
     if not section.generate:
         return {}
-    found: dict[str, Metric | None] = {}
+    metrics: dict[str, Metric | None] = {}
     for name in section.metrics:
-        is_own = ":" in name
-        metric = import_function(name, kind="metric", where=WHERE) if is_own else None
-        found[name.rpartition(":")[2]] = metric
-    if found.keys() & STOCK:
+        is_function = ":" in name
+        metric = import_function(name, kind="metric", where=WHERE) if is_function else None
+        metrics[name.rpartition(":")[2]] = metric
+    if metrics.keys() & SACREBLEU:
         load_metrics()
-    return found
+    return metrics
 
 
 def find_questions(split: Split, count: int) -> list[Question]:
-    """The first ``count`` examples of a set that have a prompt and a text as their target."""
+    """Returns the first ``count`` examples of a set that have a prompt and a target text."""
     first = split.examples.examples[: max(count, HEAD)]
-    asked = (example.question for example in first)
-    return [Question(*question) for question in islice(filter(None, asked), count)]
+    questions = (example.question for example in first)
+    return [Question(*question) for question in islice(filter(None, questions), count)]

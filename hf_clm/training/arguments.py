@@ -1,4 +1,4 @@
-"""The TrainingArguments of a recipe, and what follows from them: rows, steps, the stream."""
+"""Builds the TrainingArguments of a recipe, and derives rows per step, steps and the stream from them."""
 
 import math
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from hf_clm.training.optimizer import check_optimization
 
 
 def check_launch(recipe: Recipe) -> None:
-    """Raises what check_spreading raises, before the processes meet and anything is loaded."""
+    """Calls check_spreading before the process group is created and anything is loaded."""
     values = training_values(recipe)
     check_spreading(
         values,
@@ -34,9 +34,9 @@ def check_launch(recipe: Recipe) -> None:
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """TrainingArguments of the recipe; bf16 autocast where the device has it and the recipe is silent.
+    """Returns the TrainingArguments of the recipe, with bf16 autocast by default if the device supports it.
 
-    Raises RecipeError for what TrainingArguments refuses, and as check_optimization.
+    Raises RecipeError for values that TrainingArguments or check_optimization reject.
     """
     values = training_values(recipe)
     on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
@@ -45,30 +45,28 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     if (on_gpu or on_cpu) and has_bf16(device) and not values.get("fp16"):
         values.setdefault("bf16", True)
     if on_cpu and (values.get("bf16") or is_one_of_many()):
-        values["use_cpu"] = True  # else TrainingArguments asks for a GPU, and each process would train alone
+        values["use_cpu"] = True  # without it, bf16 requires a GPU, and no process group is created
     if values.pop("auto_find_batch_size", False) and (spread := spreads_with(values)):
-        what = (
-            f"the largest micro-batch cannot be tried on one process of {spread}"  # else training/fitting.py
-        )
-        raise RecipeError(what, where="train.auto_find_batch_size", fix="leave it out")
-    values.setdefault("eval_on_start", True)  # the loss before, to compare with the loss after
-    values.setdefault("dataloader_pin_memory", on_gpu)  # else a warning on every run on a CPU
+        what = f"is not supported with {spread}, which shards the model"
+        raise RecipeError(what, where="train.auto_find_batch_size", fix="remove it")
+    values.setdefault("eval_on_start", True)  # to compare the loss before and after training
+    values.setdefault("dataloader_pin_memory", on_gpu)  # avoids a warning on CPUs
     try:
         arguments = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(" ".join(str(error).split()), where="train") from error
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel cannot split a packed row: use a launcher
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel cannot split a packed row
     check_optimization(arguments, recipe.train)
     return arguments
 
 
 def rows_per_step(arguments: TrainingArguments) -> int:
-    """The global batch: rows that all processes take in one optimizer step."""
+    """Returns the global batch size: the rows of all processes in one optimizer step."""
     return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def count_steps(arguments: TrainingArguments, rows: int) -> int:
-    """The number of optimizer steps that the Trainer makes over this many rows; it may be 0."""
+    """Returns the number of optimizer steps that the Trainer makes with this many rows, possibly 0."""
     rounded = math.floor if arguments.dataloader_drop_last else math.ceil
     batches = rounded(rows / arguments.world_size / arguments.train_batch_size)
     if batches == 0 or arguments.max_steps > 0:
@@ -78,7 +76,7 @@ def count_steps(arguments: TrainingArguments, rows: int) -> int:
 
 
 def resolve(recipe: Recipe, arguments: TrainingArguments) -> Recipe:
-    """The recipe with what its run decided: our defaults of the Trainer, the precision, the packing."""
+    """Returns the recipe with the values that the run uses for Trainer defaults, precision and packing."""
     values = {**training_values(recipe), "bf16": arguments.bf16}
     data = recipe.data.model_copy(update={"packing": recipe.resolved_packing})
     model = recipe.model.model_copy(update={"dtype": weights_dtype(recipe, arguments)})
@@ -93,9 +91,9 @@ def build_stream(
     arguments: TrainingArguments,
     checkpoint: Path | None = None,
 ) -> StreamedRows | None:
-    """The rows of a run that are made while it trains, a shard a worker; None where they are prepared.
+    """Returns the rows of a streaming run, with one shard for each worker, or None without streaming.
 
-    Raises RecipeError for a checkpoint of other data, or that read them in another order.
+    Raises RecipeError for a checkpoint of a run that read other data, or read it in another order.
     """
     if not recipe.data.streaming:
         return None
@@ -117,9 +115,9 @@ def build_stream(
 def load_tokenizer_and_settle(
     recipe: Recipe, arguments: TrainingArguments
 ) -> tuple[PreTrainedTokenizerFast, Recipe]:
-    """The tokenizer of a recipe, and the recipe with ``data.render`` decided by it, for what is no run.
+    """Returns the tokenizer of a recipe, and the recipe with ``data.render`` settled, outside of a run.
 
-    A tokenizer that the recipe trains is trained again, and written to no output folder.
+    If the recipe trains a tokenizer, trains it again without writing it to the output folder.
     """
     tokenizer = build_tokenizer_aside(recipe, load_early(recipe, arguments.seed), arguments=arguments)
     return tokenizer, settle_render(recipe, tokenizer)

@@ -1,4 +1,4 @@
-"""What a run shows and writes while it trains: progress, metrics.jsonl, samples.jsonl, report.html."""
+"""Callbacks that print progress and write metrics.jsonl, samples.jsonl and report.html during training."""
 
 import os
 import sys
@@ -24,16 +24,16 @@ from hf_clm.errors import UserError
 from hf_clm.logs import to_json_lines, writes_json
 from hf_clm.run_folder import append_json, drop_after, metric_of, to_duration
 
-BUDGET = 0.01  # of the time of training, for the report
-GROWTH = 1.5  # a page takes at most this many times as long as the one before it
-LEAST = 1.0  # seconds that a page may take: the first with a chart imports matplotlib
+REPORT_SHARE = 0.01  # of the training time
+GROWTH = 1.5  # a report takes at most this many times as long as the previous one
+MIN_SECONDS = 1.0  # assumed for a report, as the first one with a chart imports matplotlib
 
-# Figures rather than a bar: in 80 columns there is room for one of them.
+# Figures only: 80 columns have no room for a bar as well.
 BAR = "step {n_fmt}/{total_fmt} [{elapsed}, {remaining} left]{postfix}"
 
 
 class ProgressCallback(TrainerCallback):
-    """A progress bar on a terminal, else one line a log event. Rank 0 only."""
+    """Shows a progress bar on a terminal, or else prints a line per log event. Rank 0 only."""
 
     def __init__(self, *, is_terminal: bool):
         self.is_terminal = is_terminal and not writes_json()
@@ -103,10 +103,10 @@ class WatchCallback(TrainerCallback):
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends one JSON object a log event to ``metrics.jsonl``. Rank 0 only.
+    """Appends one JSON object per log event to ``metrics.jsonl``. Rank 0 only.
 
-    Adds the seconds of training, counted on where a run was resumed, and what ``measure_memory`` returns:
-    the bytes that the process held at most so far.
+    Adds the seconds of training, including those before a resume, and the peak memory of the process in
+    bytes, as returned by ``measure_memory``.
     """
 
     def __init__(self, path: Path, *, measure_memory: Callable[[], int]):
@@ -122,7 +122,7 @@ class MetricsCallback(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Since training began, without the time between its sessions."""
+        """The time of training, without pauses before a resume."""
         return time.monotonic() - self.started
 
     def on_log(
@@ -134,9 +134,9 @@ class MetricsCallback(TrainerCallback):
 
 
 class SamplesCallback(TrainerCallback):
-    """Generates from fixed prompts before training, during it as asked for, and at the end. Rank 0 only.
+    """Generates from fixed prompts before, during and after training. Rank 0 only.
 
-    ``generate`` gives one answer for each prompt of ``prompts``, in order.
+    ``generate`` returns one answer for each of the ``prompts``, in order.
     """
 
     def __init__(
@@ -183,9 +183,9 @@ class SamplesCallback(TrainerCallback):
 
 
 class EpochMeansCallback(TrainerCallback):
-    """Logs the mean loss and accuracy of the steps of an epoch, where an epoch has a log event of its own.
+    """Logs the mean loss and accuracy of each epoch, if epochs are longer than the logging interval.
 
-    On all processes, as a log event sums over them; rank 0 writes.
+    Used on all processes, as a log event sums over them. Rank 0 writes.
     """
 
     def __init__(self, path: Path):
@@ -209,21 +209,21 @@ class EpochMeansCallback(TrainerCallback):
 
 
 class PatienceCallback(EarlyStoppingCallback):
-    """Early stopping that counts on where a run goes on; the Trainer's begins at 0 again."""
+    """Early stopping that keeps its count when a run is resumed; the Trainer's starts again at 0."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        known: Any = state.stateful_callbacks
-        known.setdefault(type(self).__name__, self.state())  # of a run that began without
+        states: Any = state.stateful_callbacks
+        states.setdefault(type(self).__name__, self.state())  # missing if the run started without it
         self.early_stopping_patience_counter = spent_patience(state.stateful_callbacks)
 
 
 class LastEvaluationCallback(TrainerCallback):
-    """Evaluates at the last step, inside the training: a tracker would begin a second run for it afterwards.
+    """Evaluates at the last step. After training, trackers would start a second run for the evaluation.
 
-    On all processes.
+    Used on all processes.
     """
 
     def on_step_end(
@@ -233,32 +233,32 @@ class LastEvaluationCallback(TrainerCallback):
 
 
 class TrackerCallback(TrainerCallback):
-    """Passes each event on to a tracker until one fails: that is said once, and nothing is passed on then."""
+    """Forwards events to a tracker until it raises an error, then prints a warning and stops forwarding."""
 
     def __init__(self, tracker: TrainerCallback, *, is_main: bool):
         self.tracker, self.is_main = tracker, is_main
         self.has_failed = False
 
     def __getattribute__(self, name: str) -> Any:
-        """Every event, also one that a later version of transformers adds."""
-        return partial(self._pass_on, name) if name.startswith("on_") else super().__getattribute__(name)
+        """Forwards every event, including those that later versions of transformers add."""
+        return partial(self._forward, name) if name.startswith("on_") else super().__getattribute__(name)
 
-    def _pass_on(self, event: str, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, event: str, *args: Any, **kwargs: Any) -> Any:
         if self.has_failed:
             return None
         try:
             return getattr(self.tracker, event)(*args, **kwargs)
-        except Exception as error:  # of the tracker's own package, or of the network below it
+        except Exception as error:  # from the tracker's package or the network
             self.has_failed = True
             if self.is_main:
-                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 name = type(self.tracker).__name__
-                write_line(f"warning   {name} failed and is left out from now on: {said}")
+                write_line(f"warning   {name} failed and is disabled for the rest of the run: {reason}")
             return None
 
 
 def tolerate_trackers(trainer: Trainer) -> None:
-    """Puts a TrackerCallback around each tracker of a trainer."""
+    """Wraps each tracker of a trainer in a TrackerCallback."""
     kinds = tuple(INTEGRATION_TO_CALLBACK.values())
     callbacks = trainer.callback_handler.callbacks
     is_main = trainer.is_world_process_zero()
@@ -269,24 +269,25 @@ def tolerate_trackers(trainer: Trainer) -> None:
 
 
 def ends_epoch(state: TrainerState) -> bool:
-    """Whether the step that has just been made is the last of an epoch."""
+    """Returns whether the current step is the last of an epoch."""
     return bool(state.epoch) and float(state.epoch or 0).is_integer()
 
 
 def spent_patience(callbacks: Any) -> int:
-    """Evaluations without improvement, as the state of a checkpoint's callbacks has them."""
-    found = callbacks.get(PatienceCallback.__name__) or {}
-    return found.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    """Returns the number of evaluations without improvement, from the callbacks' states in a checkpoint."""
+    state = callbacks.get(PatienceCallback.__name__) or {}
+    return state.get("attributes", {}).get("early_stopping_patience_counter", 0)
 
 
 def epoch_means(history: list[dict[str, Any]]) -> dict[str, float]:
-    """Of the log events of the epoch that the last one ends; {} where they are not just the epoch's steps.
+    """Returns the means over the epoch that ends at the last log event; {} if no epoch ends there.
 
-    An event's loss is the mean over the steps since the event before, its accuracy that of their targets.
+    The loss of an event is the mean over the steps since the previous event, its accuracy that over their
+    targets. Also returns {} if no event marks the beginning of the epoch.
     """
     last = history[-1]["epoch"]
     epoch = round(last)
-    if epoch < 1 or abs(last - epoch) > 1e-6:  # the usual case, at every event of a long history
+    if epoch < 1 or abs(last - epoch) > 1e-6:  # the usual case: returns before reading a long history
         return {}
     events = [{"step": 0, "epoch": 0.0, "target_tokens_seen": 0}, *(e for e in history if "loss" in e)]
     before = next((i for i, event in enumerate(events) if abs(event["epoch"] - (epoch - 1)) < 1e-6), None)
@@ -304,10 +305,10 @@ def epoch_means(history: list[dict[str, Any]]) -> dict[str, float]:
 
 
 class ReportCallback(TrainerCallback):
-    """Writes the page of a run when training begins, at log events, and when it is closed. Rank 0 only.
+    """Writes the report when training begins, at log events, and when it is closed. Rank 0 only.
 
-    At log events it holds back until all writing since training began is at most BUDGET of the time since.
-    A page that cannot be written (a full disk) is said once and stops nothing.
+    Skips log events so that writing takes at most REPORT_SHARE of the time since training began. If the
+    report cannot be written, for example on a full disk, prints one warning and continues.
     """
 
     def __init__(self, write: Callable[[], object], *, is_main: bool):
@@ -324,43 +325,43 @@ class ReportCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        expected = self.spent + max(LEAST, GROWTH * self.last)
-        if expected <= BUDGET * (time.monotonic() - self.started):
+        expected = self.spent + max(MIN_SECONDS, GROWTH * self.last)
+        if expected <= REPORT_SHARE * (time.monotonic() - self.started):
             self._write()
 
     def close(self) -> None:
-        """Writes the last page, also of a run that failed: run.json says by now how it ended."""
+        """Writes the last report, also of a run that failed, once run.json contains how it ended."""
         self._write()
 
     def _write(self) -> None:
         if not self.is_main:
             return
-        began = time.monotonic()
+        start = time.monotonic()
         try:
             self.write()
         except (OSError, UserError) as error:
             if not self.has_failed:
-                write_line(f"warning   the report is not written, and training goes on: {error}")
+                write_line(f"warning   the report cannot be written, and training continues: {error}")
             self.has_failed = True
-        self.last = time.monotonic() - began
+        self.last = time.monotonic() - start
         self.spent += self.last
 
 
 def write_line(line: str, figures: Mapping[str, float] | None = None) -> None:
-    """Prints a line, or several, without breaking a progress bar.
+    """Prints one or several lines without breaking a progress bar.
 
-    With HF_CLM_LOG=json each line is an object, which has the ``figures`` as keys too. If nobody reads the
-    output any more, training continues.
+    With HF_CLM_LOG=json, prints each line as a JSON object that also contains the ``figures``. Training
+    continues if the output is closed.
     """
     try:
         tqdm.write("\n".join(to_json_lines(line, figures or {})) if writes_json() else line)
         sys.stdout.flush()
-    except OSError:  # a closed pipe, a terminal that is gone, a full disk
+    except OSError:  # a closed pipe or terminal, or a full disk
         drop_output()
 
 
 def drop_output() -> None:
-    """Sends what is still printed nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+    """Discards all further output."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)

@@ -1,4 +1,4 @@
-"""README.md of a run's folder: the model card, made of what its record and its recipe say."""
+"""Writes the model card, README.md in the folder of a run, from its record and its recipe."""
 
 import os
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from hf_clm.recipe.sections import Card
 from hf_clm.run_folder import RunFolder, RunRecord, write_text
 
 TAG = "hf_clm"
-FENCE = "````"  # longer than any fence that a recipe or a text is likely to hold
+FENCE = "````"  # longer than fences in most recipes and texts
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-SHOWN_FILES = 5
-LEFT_OUT = ("Evaluated on", "Steps")  # of the figures: the card says them elsewhere
+MAX_FILES = 5
+SHOWN_ELSEWHERE = ("Evaluated on", "Steps")  # figures that other parts of the card contain
 
 
 def write_card(run: RunFolder, section: Card, *, examples: Sequence[str] = ()) -> None:
@@ -32,39 +32,39 @@ def write_card(run: RunFolder, section: Card, *, examples: Sequence[str] = ()) -
         base=base_model(record),
         recipe=(run.path / "recipe.yaml").read_text(encoding="utf-8").strip(),
         examples=examples,
-        figures={name: value for name, value in run.figures().items() if name not in LEFT_OUT},
+        figures={name: value for name, value in run.figures().items() if name not in SHOWN_ELSEWHERE},
     )
     write_text(run.path / "README.md", text)
 
 
 def front_matter(record: RunRecord, section: Card) -> dict[str, Any]:
-    """What the Hub reads; the base model where it is one of the Hub, not a folder on somebody's machine."""
+    """Returns the metadata for the Hub. A base model is included only if it is on the Hub."""
     tags = [TAG, record.stage, *(["lora"] if record.is_adapter else [])]
     about: dict[str, Any] = {"library_name": "peft" if record.is_adapter else "transformers"}
     about |= {"pipeline_tag": "text-generation", "tags": tags}
     if base := base_model(record):
         about |= {"base_model": base, "base_model_relation": "adapter" if record.is_adapter else "finetune"}
-    given = {"license": section.license, "language": section.language}
-    return about | {key: value for key, value in given.items() if value}
+    optional = {"license": section.license, "language": section.language}
+    return about | {key: value for key, value in optional.items() if value}
 
 
 def base_model(record: RunRecord) -> str | None:
-    """The name on the Hub that the weights came from; None for a folder, and for random weights."""
+    """Returns the Hub name of the base model, or None for a local folder and for random weights."""
     name = record.model
     is_local = record.from_scratch or Path(name).expanduser().exists() or name.startswith(("/", ".", "~"))
     return None if is_local else name
 
 
 def _to_cell(text: object) -> str:
-    """Text in a table: it opens no tag and no column."""
+    """Escapes text for a cell of a table."""
     return str(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")
 
 
 def _to_files(paths: Sequence[str]) -> str:
-    """The first names, without their folders."""
+    """Lists the first file names, without their folders."""
     names = sorted({os.path.basename(path.rstrip("/")) for path in paths})
-    more = f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else ""
-    return ", ".join(names[:SHOWN_FILES]) + more
+    more = f" and {len(names) - MAX_FILES} more" if len(names) > MAX_FILES else ""
+    return ", ".join(names[:MAX_FILES]) + more
 
 
 def _to_fenced(text: str, language: str = "") -> str:

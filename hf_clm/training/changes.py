@@ -1,8 +1,8 @@
-"""What differs between the run that a checkpoint is of and the run that is to go on from it.
+"""Compares a checkpoint with the run that resumes from it.
 
-key of the recipe, or fact     differs
-data, tokenizer, template,  }  refused with both values, or
-global_batch, architecture, }  named in resume_override: applied
+key of the recipe, or fact     if it differs
+data, tokenizer, template,  }  refused, unless resume_override
+global_batch, architecture, }  names it
 any other key               }
 logging, saving, evaluation    applied
 versions                       applied, with a warning
@@ -18,12 +18,12 @@ from hf_clm.recipe.faults import shorten
 from hf_clm.recipe.recipe import Recipe, resume_rule
 from hf_clm.recipe.text import leaves
 
-SHOWN_KEYS = 6  # of those that are refused, in the line of the error
+MAX_KEYS = 6  # in the message of an error
 
 
 @dataclass(frozen=True)
 class Change:
-    """A key of the recipe or a fact of the run, with its value in the checkpoint and now."""
+    """A key of the recipe or a fact of the run whose value differs from that in the checkpoint."""
 
     key: str
     before: Any
@@ -37,7 +37,7 @@ class Change:
 def compare(
     before: Mapping[str, Any], now: Mapping[str, Any], *, overridden: Sequence[str] = ()
 ) -> list[Change]:
-    """Compares two sets of keys or facts; a key that one of them lacks counts as None there.
+    """Compares two mappings of keys or facts. A missing key counts as None.
 
     ``overridden``: keys, sections or facts that may differ; ``learning_rate`` means ``train.learning_rate``.
     """
@@ -49,51 +49,51 @@ def compare(
 
 
 def compare_versions(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
-    """The packages of another version."""
+    """Returns the packages whose version differs."""
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
     return [Change(f"version of {name}", before[name], now[name], "version") for name in changed]
 
 
 def shared(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both without what the other lacks: a later version of a library has more to say."""
+    """Reduces both mappings to their common keys, as another version of a library may add keys."""
     return {key: before[key] for key in before if key in now}, {key: now[key] for key in now if key in before}
 
 
 def to_architecture(overridden: Sequence[str]) -> list[str]:
-    """What of the architecture may differ where ``model`` or keys of ``model.config`` may."""
+    """Returns the names of the architecture that may differ if ``model`` or keys of ``model.config`` may."""
     config = [name.removeprefix("model.config") for name in overridden if name.startswith("model.config")]
     return [f"architecture{name}" for name in config] + ["architecture"] * ("model" in overridden)
 
 
 def recipe_keys(recipe: Recipe | dict[str, Any]) -> dict[str, Any]:
-    """The values of a recipe by their dotted key.
+    """Returns the values of a recipe by their dotted key.
 
-    One that was dumped gets what later versions have added, as they have it where nothing is said.
+    A dumped recipe receives the defaults of keys that later versions of hf_clm have added.
     """
     if isinstance(recipe, dict):
         try:
             recipe = Recipe.model_validate(recipe)
-        except ValidationError:  # it has what a later version took away
+        except ValidationError:  # it has keys that a later version removed
             return dict(leaves(recipe))
     return dict(leaves(recipe.model_dump()))
 
 
 def refusal(changes: Sequence[Change]) -> str:
-    """What is refused of the changes, with both values, in a line; empty where nothing is."""
+    """Returns the refused changes with both values, as one line, or an empty string."""
     refused = [change for change in changes if change.fate == "refused"]
-    more = f" and {len(refused) - SHOWN_KEYS} more" if len(refused) > SHOWN_KEYS else ""
-    return ", ".join(map(str, refused[:SHOWN_KEYS])) + more
+    more = f" and {len(refused) - MAX_KEYS} more" if len(refused) > MAX_KEYS else ""
+    return ", ".join(map(str, refused[:MAX_KEYS])) + more
 
 
 def to_override(changes: Sequence[Change]) -> str:
-    """The option that applies what is refused, and what it applied already."""
-    named = ("refused", "overridden")
-    names = dict.fromkeys(_short(change.key) for change in changes if change.fate in named)
+    """Returns the option that allows the refused changes, and those it allows already."""
+    fates = ("refused", "overridden")
+    names = dict.fromkeys(_short(change.key) for change in changes if change.fate in fates)
     return f"--resume_override {','.join(names)}"
 
 
 def to_table(changes: Sequence[Change]) -> Iterator[str]:
-    """The changes as lines of columns, under a head."""
+    """Yields the changes as the lines of a table with a header."""
     rows = [("", "in the checkpoint", "now", "")]
     for change in changes:
         fate = "warning" if change.fate == "version" else "applied"
@@ -112,7 +112,7 @@ def _fate(key: str, overridden: Sequence[str]) -> Literal["refused", "overridden
 
 
 def _short(key: str) -> str:
-    """How the option spells a key: the sources of the data together, the Trainer's fields bare."""
+    """Returns a key as the option spells it: ``data.train`` for its sources, ``lr`` for ``train.lr``."""
     if key.startswith("data.train."):
         return "data.train"
     return key.removeprefix("train.")

@@ -1,7 +1,7 @@
-"""Checkpoints that count: sealed when all of their files are on the disk, verified before they are used.
+"""Seals checkpoints when all of their files are on the disk, and verifies them before they are used.
 
-save: files of the Trainer -> barrier -> sizes and sha256 -> fsync -> SEALED.json, by rename: the last file
-start: newest sealed one -> verified -> gone on from      unsealed or damaged -> checkpoint-N.broken
+save: files of the Trainer -> barrier -> sizes and sha256 -> fsync -> SEALED.json, renamed into place last
+start: newest sealed checkpoint -> verified -> resumed     unsealed or damaged -> checkpoint-N.broken
 """
 
 import json
@@ -17,14 +17,14 @@ from hf_clm.machine import follow_umask
 from hf_clm.run_folder import find_checkpoints, step_of, sync
 
 SEAL = "SEALED.json"
-DELETED = ".del"  # the end of a name: what is being deleted
-LEAST_KEPT = 2  # where the newest is damaged there is one before it
+DELETED = ".del"  # suffix of a folder that is being deleted
+MIN_CHECKPOINTS = 2  # so that there is another if the newest is damaged
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Writes SEALED.json, once everything else in the folder has reached the disk.
+    """Writes SEALED.json after all other files in the folder have reached the disk.
 
-    A crash at any instant leaves a folder without it, which does not count, or a whole one.
+    After a crash at any time, a folder either has no SEALED.json and does not count, or is complete.
     """
     follow_umask(folder)
     paths = list_files(folder)
@@ -33,8 +33,8 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
     for part in {path.parent for path in paths} | {folder}:
         sync(part)
     files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": found}
-        for path, found in zip(paths, hashes, strict=True)
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256}
+        for path, sha256 in zip(paths, hashes, strict=True)
     }
     partial = folder / f"{SEAL}.partial"
     content = json.loads(json.dumps({**facts, "files": files}))
@@ -46,19 +46,20 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def read_seal(folder: Path) -> dict[str, Any]:
-    """The content of SEALED.json; {} where there is none, or one that is not as it was written."""
+    """Returns the content of SEALED.json, or {} if it is missing or damaged."""
     try:
         content = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        is_whole = content.pop("sha256") == fingerprint([content])
+        is_intact = content.pop("sha256") == fingerprint([content])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
-    return content if is_whole else {}
+    return content if is_intact else {}
 
 
 def fault_of(folder: Path) -> str:
-    """Why a checkpoint does not count, or empty: every file is as it was when it was sealed."""
+    """Returns what is wrong with a checkpoint, or an empty string if all files match its seal."""
     if not (files := read_seal(folder).get("files")):
-        return "not sealed: its save was cut off" if not (folder / SEAL).exists() else f"{SEAL} is damaged"
+        is_sealed = (folder / SEAL).exists()
+        return f"{SEAL} is damaged" if is_sealed else "not sealed: its save was interrupted"
     for name, facts in files.items():
         path = folder / name
         if not path.is_file():
@@ -67,19 +68,20 @@ def fault_of(folder: Path) -> str:
             return f"{name} has {size:,} bytes instead of {facts['size']:,}"
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         hashes = pool.map(hash_file, [folder / name for name in files])
-        damaged = [name for name, found in zip(files, hashes, strict=True) if found != files[name]["sha256"]]
-    return f"{damaged[0]} is not what was saved (sha256)" if damaged else ""
+        pairs = zip(files.items(), hashes, strict=True)
+        damaged = [name for (name, facts), sha256 in pairs if sha256 != facts["sha256"]]
+    return f"{damaged[0]} has changed since it was saved (sha256)" if damaged else ""
 
 
 def newest_sealed(run: Path) -> Path | None:
-    """The last checkpoint that is sealed and that training can go on from; its files are not read."""
+    """Returns the last sealed checkpoint that can be resumed, without verifying its files."""
     return next((path for path in reversed(find_checkpoints(run)) if _is_resumable(path)), None)
 
 
 def drop_broken(run: Path) -> list[str]:
-    """Moves aside what does not count, from the last checkpoint back to one that is as it was saved.
+    """Moves broken checkpoints aside, from the last one back to the first intact one.
 
-    Returns a line for each that was moved; the earlier ones are not read.
+    Returns a line for each that was moved. Earlier checkpoints are not verified.
     """
     lines = []
     for path in run.glob(f"*{DELETED}"):
@@ -94,74 +96,73 @@ def drop_broken(run: Path) -> list[str]:
 
 
 def require_sound(checkpoint: Path) -> None:
-    """Raises RecipeError for a checkpoint that was named and that training cannot go on from."""
+    """Raises RecipeError if a checkpoint cannot be resumed."""
     if not (checkpoint / "trainer_state.json").is_file():
-        fix = "leave out --resume_from_checkpoint, or name a checkpoint-N folder"
-        raise RecipeError("no checkpoint to go on from", where=str(checkpoint), fix=fix)
+        fix = "remove --resume_from_checkpoint, or set it to a checkpoint-N folder"
+        raise RecipeError("no checkpoint to resume from", where=str(checkpoint), fix=fix)
     fault = fault_of(checkpoint)
     if not fault and not _is_resumable(checkpoint):
-        fault = "it holds the model only (train.save_only_model)"
+        fault = "it contains the model only (train.save_only_model)"
     if fault:
-        fix = "hf-clm checkpoints RUN lists those that are whole"
-        raise RecipeError(f"cannot go on from this checkpoint: {fault}", where=str(checkpoint), fix=fix)
+        fix = "choose another; hf-clm checkpoints RUN lists those that are intact"
+        raise RecipeError(f"cannot resume from this checkpoint: {fault}", where=str(checkpoint), fix=fix)
 
 
 def drop_later(run: Path, step: int) -> list[str]:
-    """Moves aside the checkpoints behind a step that training goes on from: they are of another course."""
+    """Moves checkpoints after the step that training resumes from aside, and returns a line for each."""
     later = [path for path in find_checkpoints(run) if step_of(path) > step]
     moved = [(path, move(path, "later")) for path in later]
     return [f"checkpoint {path.name}: later than step {step:,}; moved to {to.name}" for path, to in moved]
 
 
 def rotate(run: Path, *, limit: int | None, best: str | None) -> None:
-    """Deletes the oldest sealed checkpoints, by step: the last ``limit``, at least two, and the best stay.
+    """Deletes old sealed checkpoints, except for the last ``limit`` by step (at least two) and the best.
 
-    Each is renamed first, so that a crash leaves no half of one under its name.
+    Renames each one first, so that a crash does not leave part of one under its name.
     """
     if not limit or limit < 0:
         return
     sealed = [path for path in find_checkpoints(run) if read_seal(path)]
-    for path in sealed[: -max(limit, LEAST_KEPT)]:
+    for path in sealed[: -max(limit, MIN_CHECKPOINTS)]:
         if best and path.name == Path(best).name:
             continue
         shutil.rmtree(_renamed_to_delete(path))
 
 
 def clear_place(checkpoint: Path) -> None:
-    """Makes room for a save: a folder of the same step is moved aside, sealed or not."""
+    """Moves an existing folder of the same step aside before a save."""
     if checkpoint.exists():
         move(checkpoint, "later" if read_seal(checkpoint) else "broken")
 
 
 def describe_checkpoints(run: Path) -> tuple[list[str], bool]:
-    """A line for each checkpoint of a run: step, files, size, and whether it is as it was saved.
+    """Describes each checkpoint of a run in a line: step, number of files, size, and whether it is intact.
 
-    Returns the lines, and whether all are whole. Raises RecipeError where there is none.
+    Returns the lines, and whether all are intact. Raises RecipeError if there are no checkpoints.
     """
-    if not (found := find_checkpoints(run)):
-        raise RecipeError(
-            "no checkpoint-N folders", where=str(run), fix="name a run that saves (train.save_strategy)"
-        )
-    width = max(len(path.name) for path in found)
-    lines, faults = [], [fault_of(path) for path in found]
-    for path, fault in zip(found, faults, strict=True):
+    if not (checkpoints := find_checkpoints(run)):
+        fix = "name the folder of a run that saves checkpoints (train.save_strategy)"
+        raise RecipeError("no checkpoint-N folders", where=str(run), fix=fix)
+    width = max(len(path.name) for path in checkpoints)
+    lines, faults = [], [fault_of(path) for path in checkpoints]
+    for path, fault in zip(checkpoints, faults, strict=True):
         files = list_files(path)
         size = sum(file.stat().st_size for file in files)
-        state = fault or f"sealed, verified{'' if _is_resumable(path) else ', the model only'}"
+        state = fault or f"sealed, verified{'' if _is_resumable(path) else ', model only'}"
         lines.append(f"{path.name:<{width}}  {len(files):>3} files  {size / 1e6:>10,.1f} MB  {state}")
     return lines, not any(faults)
 
 
 def move(path: Path, ending: str) -> Path:
-    """Renames a folder to ``NAME.ENDING``, or to ``NAME.ENDING-2`` and so on where that is taken."""
+    """Renames a folder to ``NAME.ENDING``, or ``NAME.ENDING-2`` and so on if that exists."""
     names = (f"{path}.{ending}{f'-{number}' if number > 1 else ''}" for number in range(1, 1_000_000))
     return path.rename(next(name for name in names if not Path(name).exists()))
 
 
 def list_files(folder: Path) -> list[Path]:
-    """All files below a folder but its seal, in order."""
-    ours = {folder / SEAL, folder / f"{SEAL}.partial"}
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path not in ours)
+    """Returns all files below a folder except its seal, sorted."""
+    seals = {folder / SEAL, folder / f"{SEAL}.partial"}
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path not in seals)
 
 
 def _hash_to_disk(path: Path) -> str:

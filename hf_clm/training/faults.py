@@ -1,4 +1,4 @@
-"""Faults of the machine while a run goes on, one line each: its disk, its folder, its other processes."""
+"""Turns faults of the machine during a run into one-line errors: the disk, the folder, other processes."""
 
 import errno
 import os
@@ -21,20 +21,20 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 FAULTS = FULL | {errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 FIXES = {
     **dict.fromkeys(FULL, "free some space, or lower train.save_total_limit"),
-    errno.EFBIG: "raise the limit of this shell on the size of a file (ulimit -f)",
+    errno.EFBIG: "raise this shell's limit on file sizes (ulimit -f)",
 }
-CUT_OFF = "a file was cut off"
+TRUNCATED = "a file was truncated"
 MIB = 2**20
 
 
 @contextmanager
 def writing(folder: Path, part: str = "", *, needed: int = 0) -> Iterator[None]:
-    """What cannot be written inside becomes an EnvironmentFault, and no half of a checkpoint stays.
+    """Converts write errors to EnvironmentFault, and deletes the unfinished checkpoint.
 
     Args:
-        folder: the output folder. That it was moved meanwhile is an EnvironmentFault too.
-        part: the checkpoint in it that is written.
-        needed: bytes that it takes.
+        folder: the output folder. Also raises EnvironmentFault if it has been moved.
+        part: the name of the checkpoint that is being written.
+        needed: its size in bytes.
     """
     _require_folder(folder)
     try:
@@ -52,32 +52,32 @@ def writing(folder: Path, part: str = "", *, needed: int = 0) -> Iterator[None]:
         raise EnvironmentFault(
             "cannot be written",
             where=str(error.filename if isinstance(error, OSError) and error.filename else path),
-            got=f"{os.strerror(number) if number else CUT_OFF} ({space})",
-            fix=f"{FIXES.get(number, 'look at the disk')}; what was saved before is as it was",
+            got=f"{os.strerror(number) if number else TRUNCATED} ({space})",
+            fix=f"{FIXES.get(number, 'check the disk')}; earlier checkpoints are intact",
         ) from error
 
 
 @contextmanager
 def among_others() -> Iterator[None]:
-    """Turns what a lost process does to the others into an EnvironmentFault.
+    """Converts the errors that follow the loss of another process to an EnvironmentFault.
 
-    A process that dies or raises leaves the others waiting inside of a library, for at most
-    train.ddp_timeout, or in a loop that calls ``require_alive``.
+    The remaining processes wait inside a collective operation, for at most train.ddp_timeout, or in a loop
+    that calls ``require_alive``.
     """
     try:
         yield
     except RuntimeError as error:
-        if not _is_of_another(error):
+        if not _is_from_another_process(error):
             raise
-        words = re.search("Connection reset|Connection closed|Broken pipe|Timed out", str(error))
-        raise _lost(words[0] if words else type(error).__name__) from error
+        reason = re.search("Connection reset|Connection closed|Broken pipe|Timed out", str(error))
+        raise _lost(reason[0] if reason else type(error).__name__) from error
 
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Lets this process report the errors inside, though it is not the first: others may not meet them.
+    """Lets this process report its errors even if it is not the first, as the others may not have them.
 
-    A loss that is not finite is met by all of them.
+    A loss that is not finite occurs on all processes, and only the first reports it.
     """
     try:
         yield
@@ -89,7 +89,7 @@ def own_errors() -> Iterator[None]:
 
 
 def require_alive(process: int) -> None:
-    """Raises EnvironmentFault if a process of this machine has ended; to be called while waiting for it."""
+    """Raises EnvironmentFault if a process of this machine has ended. Call it in loops that wait for one."""
     try:
         is_alive = psutil.Process(process).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -99,44 +99,42 @@ def require_alive(process: int) -> None:
 
 
 def keep_timeout(arguments: TrainingArguments) -> None:
-    """Lets train.ddp_timeout hold on a CPU too, where transformers 5.23 leaves it at 30 minutes."""
+    """Applies train.ddp_timeout on CPUs too, where transformers 5.23 leaves it at 30 minutes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.distributed_c10d._set_pg_timeout(arguments.ddp_timeout_delta)
 
 
 def fault_number(error: Exception) -> int | None:
-    """The errno of a fault of the disk, also where another library says it in words; 0 where it says none."""
+    """Returns the errno of a disk error, 0 if its library does not give one, None for other errors."""
     if isinstance(error, OSError):
         return error.errno if error.errno in FAULTS else None
-    if found := re.search(r"\(os error (\d+)\)", str(error)):
-        return int(found[1])
-    is_of_torch = isinstance(error, RuntimeError) and re.search("inline_container|StreamWriter", str(error))
-    return 0 if is_of_torch else None
+    if number := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+        return int(number[1])
+    is_from_torch = isinstance(error, RuntimeError) and re.search("inline_container|StreamWriter", str(error))
+    return 0 if is_from_torch else None
 
 
 def checkpoint_bytes(model: torch.nn.Module, optimizer: Any) -> int:
-    """What a checkpoint of this process takes, without its small files."""
+    """Returns the size of a checkpoint of this process, without its small files."""
     states = optimizer.state.values() if optimizer is not None else ()
     tensors = [*model.parameters(), *(part for state in states for part in state.values())]
     return sum(part.nbytes for part in tensors if isinstance(part, torch.Tensor))
 
 
-def _is_of_another(error: RuntimeError) -> bool:
+def _is_from_another_process(error: RuntimeError) -> bool:
     is_one_of_many = torch.distributed.is_available() and torch.distributed.is_initialized()
     return is_one_of_many and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error))
 
 
 def _lost(got: str = "") -> EnvironmentFault:
-    fix = "look for its own error; the same command resumes from the last checkpoint"
-    return EnvironmentFault("another process of this run has ended, or does not answer", got=got, fix=fix)
+    fix = "see the error of that process; the same command resumes from the last checkpoint"
+    return EnvironmentFault("another process of this run has ended or does not respond", got=got, fix=fix)
 
 
 def _require_folder(folder: Path) -> None:
     if not folder.is_dir():
-        what = (
-            "the output folder was moved or deleted while the run wrote to it; nothing is written elsewhere"
-        )
-        fix = "--output_dir names the folder that was moved: the run goes on there"
+        what = "the output folder was moved or deleted during the run, which stopped"
+        fix = "set --output_dir to the new place of the folder to resume"
         raise EnvironmentFault(what, where=str(folder), fix=fix)
 
 

@@ -1,8 +1,9 @@
-"""Out of memory: the same run again, with half the rows in a micro-batch and twice as many micro-batches.
+"""Out of memory: restarts the run with half the rows in a micro-batch and twice as many micro-batches.
 
-The global batch stays, so that the run is the one that a smaller ``per_device_train_batch_size`` would have
-been from the beginning. A process of several cannot start again alone: the others wait for it inside of a
-library. There the largest micro-batch is tried before the first step, and all processes decide together.
+The global batch size does not change, so the run is the same as with a smaller
+``per_device_train_batch_size`` from the beginning. With several processes, none can restart alone while the
+others wait in a collective operation. They try the largest micro-batch before the first step instead, and
+restart together.
 """
 
 import gc
@@ -23,14 +24,14 @@ from hf_clm.recipe.recipe import Recipe, training_values
 from hf_clm.training.callbacks import write_line
 from hf_clm.training.trainer import CLMTrainer
 
-FIRST_STEPS = 100  # of a session; what runs out of memory later has another reason than its first batches
+FIRST_STEPS = 100  # after a start; running out of memory later has another cause than the batch size
 TRAIN, EVAL = "per_device_train_batch_size", "per_device_eval_batch_size"
-# What allocators say in a plain RuntimeError.
-WORDS = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
+# Parts of the messages of plain RuntimeErrors that allocators raise.
+ALLOCATOR_MESSAGES = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
 
 
 class DoesNotFit(RuntimeError):
-    """All processes raise it, of a run that may start again with less in a batch."""
+    """Raised on all processes if a batch does not fit and the run can restart with a smaller one."""
 
     def __init__(self, size: str, step: int):
         super().__init__(f"out of memory at step {step}: {size}")
@@ -38,10 +39,9 @@ class DoesNotFit(RuntimeError):
 
 
 def to_smaller(recipe: Recipe, arguments: TrainingArguments, error: RuntimeError) -> Recipe:
-    """The recipe to start again with after an error, and says so.
+    """Returns the recipe to restart with after an error, and prints what changes.
 
-    Raises the error itself if it is no lack of memory; EnvironmentFault where a batch cannot be halved, and
-    for other lacks of memory.
+    Raises the error itself if it is not about memory, and EnvironmentFault if no batch can be halved.
     """
     if isinstance(error, DoesNotFit):
         recipe, line = halved(recipe, arguments, error)
@@ -50,54 +50,53 @@ def to_smaller(recipe: Recipe, arguments: TrainingArguments, error: RuntimeError
         return recipe
     if not is_out_of_memory(error):
         raise error
-    what, fix = "out of memory before the first step", "a smaller model, or model.dtype: bfloat16"
+    what, fix = "out of memory before the first step", "use a smaller model, or set model.dtype to bfloat16"
     raise EnvironmentFault(what, where=str(arguments.device), fix=fix) from error
 
 
 def free_memory() -> None:
-    """Frees the model of a run that starts again."""
+    """Frees the memory of the model before a restart."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def halved(recipe: Recipe, arguments: TrainingArguments, error: DoesNotFit) -> tuple[Recipe, str]:
-    """The recipe with half of the batch that did not fit and the same global batch, and a line that says so.
+    """Returns the recipe with half the batch size and the same global batch, and a line that describes it.
 
-    Raises EnvironmentFault where there is no half.
+    Raises EnvironmentFault if the batch size cannot be halved.
     """
     size = int(getattr(arguments, error.size))
     where, at = f"train.{error.size}", f"out of memory at step {error.step}"
     if size % 2:
-        fix = "a shorter data.max_length, train.activation_checkpointing, lora, or a smaller model"
+        fix = "lower data.max_length, set train.activation_checkpointing, or use lora or a smaller model"
         if recipe.data.tokens_per_batch:
-            where, size, fix = "data.tokens_per_batch", recipe.data.tokens_per_batch, f"lower it, or {fix}"
+            where, size, fix = "data.tokens_per_batch", recipe.data.tokens_per_batch, f"lower it, {fix}"
         elif size > 1:
-            fix = "an even number, which can be halved without changing the global batch"
+            fix = "set an even number, which can be halved without changing the global batch"
         raise EnvironmentFault(f"{at}, and it cannot be halved", where=where, got=str(size), fix=fix)
     resumes = str(recipe.train.get("resume_from_checkpoint") or "auto")
     if Path(resumes).resolve().parent != Path(str(arguments.output_dir)).resolve() and Path(resumes).is_dir():
-        fix = f"give {error.size} {size // 2}, with the same global batch, and another train.output_dir"
-        what = f"{at}, and a run from another folder's checkpoint does not start again by itself"
+        fix = f"set {error.size} to {size // 2}, with the same global batch, and another train.output_dir"
+        what = f"{at}, and a run that resumes a checkpoint of another folder does not restart automatically"
         raise EnvironmentFault(what, where=where, got=str(size), fix=fix)
     changes: dict[str, Any] = {error.size: size // 2}
     if resumes.lower() in ("never", "false"):
-        changes["resume_from_checkpoint"] = "auto"  # what the first start has saved is its own
-    line = f"restart   {at}: {error.size} {size // 2} instead of {size}"
+        changes["resume_from_checkpoint"] = "auto"  # resumes what this run has saved before the restart
+    line = f"restart   {at}: {error.size} {size} -> {size // 2}"
     if error.size == TRAIN:
         changes["gradient_accumulation_steps"] = 2 * arguments.gradient_accumulation_steps
-        line += (
-            f", gradient_accumulation_steps {changes['gradient_accumulation_steps']}: the same global batch"
-        )
+        micro_steps = changes["gradient_accumulation_steps"]
+        line += f", gradient_accumulation_steps {micro_steps} (same global batch)"
     return recipe.model_copy(update={"train": {**recipe.train, **changes}, "overwrite": False}), line
 
 
 @contextmanager
 def fitting(trainer: CLMTrainer, *, first_step: int) -> Iterator[None]:
-    """Turns a lack of memory inside of training into DoesNotFit where the run can start again.
+    """Converts out-of-memory errors during training to DoesNotFit if the run can restart.
 
-    ``first_step``: the step of the checkpoint that is resumed, or 0. Raises EnvironmentFault where other
-    processes would wait, and after the first steps.
+    ``first_step``: the step of the resumed checkpoint, or 0. Raises EnvironmentFault with several processes,
+    and after the first steps.
     """
     try:
         yield
@@ -109,48 +108,46 @@ def fitting(trainer: CLMTrainer, *, first_step: int) -> Iterator[None]:
         size = TRAIN if model.training else EVAL
         if trainer.args.world_size == 1 and step - first_step <= FIRST_STEPS:
             raise DoesNotFit(size, step) from error
-        fix = (
-            f"a smaller train.{size}, with as many more gradient_accumulation_steps; the same command resumes"
-        )
+        fix = f"lower train.{size}, raise gradient_accumulation_steps to match, and resume"
         raise EnvironmentFault(f"out of memory at step {step}", where=f"train.{size}", fix=fix) from error
 
 
 def is_to_be_tried(recipe: Recipe, arguments: TrainingArguments) -> bool:
-    """Whether the largest micro-batch is tried before the first step: as asked for, or by several GPUs."""
+    """Returns whether to try the largest micro-batch first: if the recipe sets it, or on several GPUs."""
     if recipe.data.streaming or spreads_with(training_values(recipe)):
-        return False  # the largest is not known, or no process has the model to itself
-    # a compiled model takes less than this one, which is not compiled yet
+        return False  # the largest micro-batch is not known, or the model is sharded
+    # The model is compiled only when training starts, and takes less memory then.
     are_gpus = arguments.world_size > 1 and arguments.device.type == "cuda" and not arguments.torch_compile
     return bool(recipe.train.get("auto_find_batch_size")) or are_gpus
 
 
 def try_largest(trainer: CLMTrainer, rows: AnyDataset) -> None:
-    """Computes the gradients of the micro-batch with the longest rows, and leaves everything as it was.
+    """Computes the gradients of the micro-batch with the longest rows, without any lasting effect.
 
-    On a GPU beside as much memory as the optimizer and, of several processes, the reduction of the gradients
-    will take. Raises DoesNotFit, on all processes, where one has too little.
+    On a GPU, first allocates as much memory as the optimizer and DDP will use. Raises DoesNotFit on all
+    processes if one of them runs out of memory.
     """
     model: Any = trainer.model
     device = trainer.args.device
-    lengths = getattr(rows, "lengths", None)  # packed rows are all about as long
+    lengths = getattr(rows, "lengths", None)  # None for packed rows, which have about the same length
     numbers = np.arange(len(rows)) if lengths is None else np.argsort(-np.asarray(lengths), kind="stable")
     longest: Any = [rows[int(number)] for number in numbers[: trainer.args.train_batch_size]]
     batch: Any = trainer.data_collator(longest)
     batch = {key: part.to(device) if torch.is_tensor(part) else part for key, part in batch.items()}
     was_training, fits = model.training, True
-    if trainer.args.activation_checkpointing:  # the Trainer does it as late as this
+    if trainer.args.activation_checkpointing:  # which the Trainer enables only in train()
         options: Any = trainer.args.activation_checkpointing_kwargs or {}
-        own = {key: options[key] for key in ("every_n_layers", "offload") if key in options}
-        of_torch = {key: value for key, value in options.items() if key not in own} or None
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=of_torch, **own)
+        layers = {key: options[key] for key in ("every_n_layers", "offload") if key in options}
+        torch_options = {key: value for key, value in options.items() if key not in layers} or None
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=torch_options, **layers)
     with trainer.aside():
         model.train()
         try:
-            kept = _what_training_keeps(model, is_one_of_many=trainer.args.world_size > 1)
-            with trainer.accelerator.autocast():  # the Trainer wraps the model only when it trains
+            reserved = _reserve_for_training(model, is_one_of_many=trainer.args.world_size > 1)
+            with trainer.accelerator.autocast():  # the Trainer wraps the model only in train()
                 loss = trainer.measure_loss(model, batch, items=None)[0]
             loss.backward()
-            del kept, loss
+            del reserved, loss
         except RuntimeError as error:
             fits = False
             if not is_out_of_memory(error):
@@ -162,11 +159,11 @@ def try_largest(trainer: CLMTrainer, rows: AnyDataset) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocator has refused, of whatever device."""
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in WORDS)
+    """Returns whether the error comes from an allocator, of any device."""
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in ALLOCATOR_MESSAGES)
 
 
-def _what_training_keeps(model: torch.nn.Module, *, is_one_of_many: bool) -> list[torch.Tensor]:
-    """Memory of a GPU for two averages of Adam, and the buckets of the gradients that DDP reduces."""
+def _reserve_for_training(model: torch.nn.Module, *, is_one_of_many: bool) -> list[torch.Tensor]:
+    """Allocates GPU memory of the size of Adam's two averages and DDP's gradient buckets."""
     weights = [weight for weight in model.parameters() if weight.requires_grad and weight.is_cuda]
     return [torch.empty_like(weight) for weight in weights for _ in range(3 if is_one_of_many else 2)]

@@ -1,7 +1,7 @@
-"""The optimizer and the learning rate of a run, built on one dummy weight before anything is read.
+"""Builds the optimizer and the schedule of a run for one dummy weight, before any data is read.
 
-What the libraries refuse in their constructors, and what they pass over in silence, is known so before the
-data are. Optimizers that need the model itself (GaLore, APOLLO, LOMO) are left to the Trainer.
+This finds options that the libraries reject in their constructors, or silently ignore. Optimizers that need
+the model itself (GaLore, APOLLO, LOMO) are not checked.
 """
 
 import inspect
@@ -20,15 +20,15 @@ from hf_clm.errors import RecipeError, did_you_mean
 from hf_clm.recipe.trainer_fields import TRAIN_DEFAULTS, train_fields
 
 NEED_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")
-REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ZeroDivisionError)
-FROM_THE_RUN = {"self", "optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
-SAMPLED_STEPS = 10_000  # of a longer run, evenly spaced
+BUILD_ERRORS = (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ZeroDivisionError)
+SET_BY_TRAINER = {"self", "optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+SAMPLED_STEPS = 10_000  # evenly spaced over a longer run
 
 
 def check_optimization(arguments: TrainingArguments, given: Mapping[str, Any]) -> None:
-    """Raises RecipeError for an optimizer or a schedule that cannot be built, or ignores what is ``given``.
+    """Raises RecipeError for an optimizer or a schedule that cannot be built, or ignores a given field.
 
-    ``given``: the fields that the recipe names.
+    ``given``: the fields that the recipe sets.
     """
     if not _optim(arguments).startswith(NEED_THE_MODEL):
         _check_optimizer(arguments, given)
@@ -36,24 +36,24 @@ def check_optimization(arguments: TrainingArguments, given: Mapping[str, Any]) -
     _build_schedule(arguments, steps=max(arguments.max_steps, 100))
     takes_warmup = "num_warmup_steps" in inspect.signature(_schedule_function(arguments)).parameters
     if not takes_warmup and given.get("warmup_steps") not in (None, 0, TRAIN_DEFAULTS["warmup_steps"]):
-        fix = "leave it out, or set lr_scheduler_type to constant_with_warmup"
+        fix = "remove it, or set lr_scheduler_type to constant_with_warmup"
         what = f"has no effect with lr_scheduler_type {_kind(arguments)}"
         raise RecipeError(what, where="train.warmup_steps", got=str(given["warmup_steps"]), fix=fix)
 
 
 def zero_rate_warning(arguments: TrainingArguments, steps: int) -> str:
-    """A line where most of the steps have a learning rate of 0 and so learn nothing; else empty."""
+    """Returns a warning if the learning rate is 0 in most of the steps, or an empty string."""
     sampled = range(0, steps, max(1, steps // SAMPLED_STEPS))
     schedule = _build_schedule(arguments, steps=steps)
-    if not sampled or not isinstance(schedule, LambdaLR):  # the others follow the evaluations
+    if not sampled or not isinstance(schedule, LambdaLR):  # other schedules depend on evaluations
         return ""
     idle = sum(schedule.lr_lambdas[0](step) == 0 for step in sampled)
     if 2 * idle <= len(sampled):
         return ""
     share = f"{idle} of {steps}" if len(sampled) == steps else f"{idle / len(sampled):.0%} of the"
     return (
-        f"train.learning_rate is 0 in {share} steps, which learn nothing;"
-        f" fix: more steps, or another warmup_steps ({arguments.warmup_steps:g}) or lr_scheduler_type"
+        f"train.learning_rate is 0 in {share} steps, which train nothing;"
+        f" fix: train longer, or change warmup_steps ({arguments.warmup_steps:g}) or lr_scheduler_type"
     )
 
 
@@ -61,21 +61,20 @@ def _check_optimizer(arguments: TrainingArguments, given: Mapping[str, Any]) -> 
     built = _optimizer(arguments)
     defaults = train_fields()
     for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-        is_own = name in given and given[name] != defaults[name]
-        if is_own and _optimizer(_changed(arguments, name, given[name] / 2)) == built:
+        is_set = name in given and given[name] != defaults[name]
+        if is_set and _optimizer(_changed(arguments, name, given[name] / 2)) == built:
             what = f"has no effect with optim {_optim(arguments)}"
-            raise RecipeError(what, where=f"train.{name}", got=str(given[name]), fix="leave it out")
+            raise RecipeError(what, where=f"train.{name}", got=str(given[name]), fix="remove it")
     for pair in (arguments.optim_args or "").split(",") if arguments.optim_args else ():
         name = pair.partition("=")[0].strip()
         if not _reads(arguments, name):
-            what = f"{_optim(arguments)} takes no {name!r} from it"
-            raise RecipeError(
-                what, where="train.optim_args", got=repr(arguments.optim_args), fix="leave it out"
-            )
+            what = f"{_optim(arguments)} ignores {name!r}"
+            got = repr(arguments.optim_args)
+            raise RecipeError(what, where="train.optim_args", got=got, fix="remove it")
 
 
 def _optimizer(arguments: TrainingArguments) -> tuple[Any, dict[str, Any]]:
-    """The class of the optimizer and what it is given, with which one was built. Raises RecipeError."""
+    """Returns the optimizer's class and options. Raises RecipeError if they do not build one."""
     text = arguments.optim_args or ""
     if text and any(len(pair.split("=")) != 2 for pair in text.split(",")):
         what = "expected name=value, name=value"
@@ -83,7 +82,7 @@ def _optimizer(arguments: TrainingArguments) -> tuple[Any, dict[str, Any]]:
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         kind([torch.nn.Parameter(torch.zeros(1))], **options)
-    except REFUSALS as error:
+    except BUILD_ERRORS as error:
         what = f"{_optim(arguments)} cannot be built: {_first_line(error)}"
         where = "train.optim_args" if text else "train.optim"
         raise RecipeError(what, where=where, got=repr(text) if text else "") from error
@@ -91,7 +90,7 @@ def _optimizer(arguments: TrainingArguments) -> tuple[Any, dict[str, Any]]:
 
 
 def _reads(arguments: TrainingArguments, name: str) -> bool:
-    """Whether the optimizer looks at this name of ``optim_args``: some value of it changes what is built."""
+    """Returns whether some value of this name in ``optim_args`` changes the optimizer."""
     plain = _optimizer(_changed(arguments, "optim_args", None))
     for value in ("0", "1", "true"):
         try:
@@ -100,7 +99,7 @@ def _reads(arguments: TrainingArguments, name: str) -> bool:
                 != plain
             ):
                 return True
-        except REFUSALS:
+        except BUILD_ERRORS:
             return True
     return False
 
@@ -124,29 +123,29 @@ def _schedule_function(arguments: TrainingArguments) -> Any:
 
 
 def _check_schedule_arguments(arguments: TrainingArguments) -> None:
-    """Raises RecipeError for a name in ``lr_scheduler_kwargs`` that the schedule lacks, or needs."""
+    """Raises RecipeError for unknown and missing arguments of the schedule."""
     kind, where = _kind(arguments), "train.lr_scheduler_kwargs"
     options = arguments.lr_scheduler_kwargs or {}
     if isinstance(options, str):
         raise RecipeError("expected a mapping", where=where, got=repr(options))
     function = _schedule_function(arguments)
     parameters = inspect.signature(function).parameters
-    if any(part.kind == part.VAR_KEYWORD for part in parameters.values()):  # handed on to a class
+    if any(part.kind == part.VAR_KEYWORD for part in parameters.values()):  # a wrapper: see its class
         parameters = inspect.signature(type(function(_dummy(arguments)))).parameters
-    own = {name: part for name, part in parameters.items() if name not in FROM_THE_RUN}
-    takes = f"{kind} takes {', '.join(own) or 'none'}"
+    accepted = {name: part for name, part in parameters.items() if name not in SET_BY_TRAINER}
+    what = f"{kind} takes {', '.join(accepted) or 'no arguments'}"
     for name in options:
-        if name not in own:
-            near = did_you_mean(str(name), own)
-            raise RecipeError(takes, where=where, got=f"{name!r}{near}", fix="correct it, or leave it out")
-    missing = [name for name, part in own.items() if part.default is part.empty and name not in options]
+        if name not in accepted:
+            near = did_you_mean(str(name), accepted)
+            raise RecipeError(what, where=where, got=f"{name!r}{near}", fix="correct or remove it")
+    missing = [name for name, part in accepted.items() if part.default is part.empty and name not in options]
     if missing:
         fix = f"--lr_scheduler_kwargs '{{{missing[0]}: VALUE}}'"
         raise RecipeError(f"{kind} needs {', '.join(missing)}", where=where, fix=fix)
 
 
 def _build_schedule(arguments: TrainingArguments, *, steps: int) -> Any:
-    """The schedule over these steps. Raises RecipeError where it cannot be built, or gives no number."""
+    """Returns the schedule. Raises RecipeError if it cannot be built, or does not return numbers."""
     options: Any = arguments.lr_scheduler_kwargs
     try:
         schedule = get_scheduler(
@@ -159,7 +158,7 @@ def _build_schedule(arguments: TrainingArguments, *, steps: int) -> Any:
         if isinstance(schedule, LambdaLR):
             for step in {0, 1, steps // 2, max(0, steps - 1)}:
                 float(schedule.lr_lambdas[0](step))
-    except REFUSALS as error:
+    except BUILD_ERRORS as error:
         what = f"{_kind(arguments)} cannot be built: {_first_line(error)}"
         got = repr(arguments.lr_scheduler_kwargs or {})
         raise RecipeError(what, where="train.lr_scheduler_kwargs", got=got) from error

@@ -1,4 +1,4 @@
-"""The output folder: never mixed with an older run, and written whole."""
+"""The output folder: it contains files of one run only, and the final model appears in it complete."""
 
 import os
 import shutil
@@ -13,9 +13,9 @@ from hf_clm.run_folder import read_record, sync, write_record
 from hf_clm.training.checkpoints import read_seal
 from hf_clm.training.lock import keep_lock
 
-PREPARED = ".prepared"  # the prepared set, where it is not kept for other runs
-FINAL = ".final"  # the model of a run that is done, until all of it lies there
-LOOK_SECONDS = 0.2  # between two looks at a file that is to come
+PREPARED = ".prepared"  # the prepared set, if it is not cached
+FINAL = ".final"  # the final model, until it is complete
+POLL_SECONDS = 0.2
 FAILURES: dict[type[BaseException], str] = {
     DivergedError: "diverged",
     KeyboardInterrupt: "interrupted",
@@ -24,7 +24,7 @@ FAILURES: dict[type[BaseException], str] = {
 
 
 def move_aside(folder: Path) -> Path:
-    """Renames a folder to ``NAME.old-1``, or the next number that is free."""
+    """Renames a folder to ``NAME.old-1``, or the next free number, and returns the new path."""
     number = next(n for n in range(1, 1_000_000) if not Path(f"{folder}.old-{n}").exists())
     moved = folder.rename(f"{folder}.old-{number}")
     keep_lock(moved, folder)
@@ -33,14 +33,14 @@ def move_aside(folder: Path) -> Path:
 
 @contextmanager
 def recording_failure(path: Path, *, is_main: bool) -> Iterator[None]:
-    """Writes into run.json how a run ended that was not done: diverged, interrupted, preempted or failed."""
+    """Records in run.json how a run ended early: diverged, interrupted, preempted or failed."""
     try:
         yield
     except BaseException as error:
         if is_main and (record := read_record(path.parent)):
             status = FAILURES.get(type(error), "failed")
             ending = error.to_json() if isinstance(error, Preempted) else {}
-            with suppress(OSError):  # the disk may be what failed
+            with suppress(OSError):  # the disk may be the reason
                 write_record(
                     path.parent, record.updated(status=status, error=str(error).splitlines()[:1], **ending)
                 )
@@ -48,10 +48,9 @@ def recording_failure(path: Path, *, is_main: bool) -> Iterator[None]:
 
 
 def publish(folder: Path) -> None:
-    """Moves a whole final model from its own folder into that of the run; run.json, which says done, is last.
+    """Moves a complete final model into the folder of the run, with run.json last, whose status is done.
 
-    Where only some files were moved when the process died, the next call moves the rest. A folder that was
-    not sealed is deleted.
+    If the process dies in between, the next call moves the remaining files. Deletes an unsealed model.
     """
     final = folder / FINAL
     names = sorted(read_seal(final).get("files", {}), key=lambda name: name == "run.json")
@@ -61,28 +60,28 @@ def publish(folder: Path) -> None:
             (final / name).replace(folder / name)
     if names:
         sync(folder)
-        for name in (TRAINED_TOKENIZER, PREPARED):  # the tokenizer is the model's now
+        for name in (TRAINED_TOKENIZER, PREPARED):  # the tokenizer has been saved with the model
             shutil.rmtree(folder / name, ignore_errors=True)
     shutil.rmtree(final, ignore_errors=True)
 
 
 def is_in_use(folder: Path) -> bool:
-    """Whether more lies there than a run leaves behind that was refused before its first step."""
+    """Returns whether the folder has files of a run that got past its checks, or is a file."""
     if folder.is_dir():
         return any(not entry.name.startswith(".") for entry in folder.iterdir())
     return folder.exists()
 
 
 def is_seen(file: Path, *, seconds: float) -> bool:
-    """Whether a file is there, or comes in so many seconds.
+    """Returns whether a file exists, or appears within ``seconds``.
 
-    A network file system may know of a new file, or of its new folder, only where what it is in is listed.
+    Lists the parent folders meanwhile, as a network file system may not show a new file before that.
     """
     end = time.monotonic() + seconds
     while not os.path.exists(file):
         if time.monotonic() > end:
             return False
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
         for folder in (file.parent.parent, file.parent):
             with suppress(OSError):
                 os.listdir(folder)
@@ -90,7 +89,7 @@ def is_seen(file: Path, *, seconds: float) -> bool:
 
 
 def make_writable(folder: Path) -> None:
-    """Makes the folder. Raises EnvironmentFault where nothing can be written there."""
+    """Creates the folder. Raises EnvironmentFault if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"

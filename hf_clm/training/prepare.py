@@ -1,6 +1,6 @@
-"""Prepares the data of a run once: read, tokenized, packed, proved, kept for every run on the same content.
+"""Prepares the data of a run once: reads, tokenizes, packs, verifies, and caches it for other runs.
 
-content of data, tokenizer and options -> key -> folder    there: opened     not there: prepared and written
+content of data, tokenizer and options -> key -> folder    exists: opened     else: prepared and written
 """
 
 import os
@@ -34,27 +34,27 @@ from hf_clm.training.faults import require_alive
 from hf_clm.training.output import PREPARED
 
 POLL_SECONDS = 0.2
-SHOWN_LETTERS = 12  # of a key
+KEY_LETTERS = 12  # of a cache key in messages
 STREAMED = (
-    f"stream    read while it trains; checked before: the first {STREAM_HEAD:,} documents of each source"
+    f"stream    read during training; checked in advance: the first {STREAM_HEAD:,} documents of each source"
 )
 
 
 @dataclass
 class Prepared:
-    """The data of a run and what was proved of them; ``stored``: the folder they are in."""
+    """The data of a run with their proof; ``stored``: the folder that contains them."""
 
     splits: dict[str, Split]
     proof: ProofReport
     stored: StoredSet
 
     def write_ledger(self, path: Path) -> None:
-        """Writes ledger.parquet; where sources are mixed, it says how often each record is drawn."""
-        entered = {}
+        """Writes ledger.parquet; with mixed sources, it includes how often each record is drawn."""
+        entries = {}
         for name, split in self.splits.items():
             packed = None if isinstance(split.dataset, TokenizedDataset) else split.dataset
-            entered[name] = LedgerSplit(split.ledger, packed, split.mix.times if split.mix else None)
-        write_ledger(path, entered)
+            entries[name] = LedgerSplit(split.ledger, packed, split.mix.times if split.mix else None)
+        write_ledger(path, entries)
 
 
 def prepare(
@@ -65,24 +65,24 @@ def prepare(
     date: str = "",
     make_blocks: MakeBlocks = in_turn,
 ) -> Prepared:
-    """Opens what was prepared of the same content before, or prepares, proves and keeps it.
+    """Opens the prepared set of the same content, or prepares, verifies and caches it.
 
-    The first process of a machine prepares and the others look for its folder: without a barrier, so that a
-    long preparation runs into no time limit of the process group, and until another process has ended.
+    The first process of each machine prepares the data while the others poll for its folder. There is no
+    barrier, so a long preparation cannot exceed the timeout of the process group.
 
-    A chat template that prints today's date prints one date from then on: that of the set.
+    A chat template that prints today's date keeps printing the date of the prepared set.
 
     Args:
-        date: that date, if an earlier start of the run knows it.
+        date: that date, if an earlier start of the run has stored it.
 
-    Raises DataError for data that cannot be read or are not proved, EnvironmentFault for folders that cannot
-    be written, or another process that has ended.
+    Raises DataError for data that cannot be read or fail verification, EnvironmentFault for folders that are
+    not writable, or if another process has ended.
     """
     started = time.monotonic()
     aside = Path(str(arguments.output_dir)) / PREPARED
     launch, date = broadcast_object_list([uuid4().hex, date or today(tokenizer)])  # the same on all processes
     pids = gather_object([os.getpid()])
-    first = pids[arguments.process_index - arguments.local_process_index]  # which prepares, on this machine
+    preparer = pids[arguments.process_index - arguments.local_process_index]  # the first of this machine
     place = find_place(recipe, tokenizer, seed=arguments.seed, aside=aside, launch=launch)
     stored = open_place(place, recipe)
     notes = [f"note      {note}" for note in place.notes]
@@ -92,11 +92,13 @@ def prepare(
         stored = open_place(place, recipe)
     is_from_cache = stored is not None
     if stored is None and arguments.local_process_index == 0:
-        for old in aside.glob("[0-9a-f]*"):  # of an earlier start, which had another key
+        for old in aside.glob("[0-9a-f]*"):  # of an earlier start with another key
             shutil.rmtree(old, ignore_errors=True)
-        known = {"seed": arguments.seed, "date": date, "make_blocks": make_blocks}
+        head = to_head(recipe)
         try:
-            write_prepared(place.folder, to_head(recipe), tokenizer, **known)
+            write_prepared(
+                place.folder, head, tokenizer, seed=arguments.seed, date=date, make_blocks=make_blocks
+            )
         except BaseException:  # a run that is refused leaves no folder
             for folder in (aside, aside.parent):
                 with suppress(OSError):
@@ -105,45 +107,42 @@ def prepare(
     while stored is None:
         stored = open_place(place, recipe)
         if stored is None:
-            require_alive(first)
+            require_alive(preparer)
             time.sleep(POLL_SECONDS)
     if stored.date:
         fix_date(tokenizer, stored.date)
-    seconds, key = time.monotonic() - started, place.key[:SHOWN_LETTERS]
-    said = f"in {seconds:.1f} s, " + (
-        f"not kept ({place.why_not})" if place.why_not else f"kept in {place.folder}"
-    )
-    said = f"read from cache (key {key})" if is_from_cache else said
-    first = STREAMED if recipe.data.streaming else f"prepared  {said}"
-    proof = ProofReport(stored.proof["facts"], [first, *notes, *stored.proof["lines"]])
+    seconds = time.monotonic() - started
+    line = _describe_origin(place, recipe, seconds=None if is_from_cache else seconds)
+    proof = ProofReport(stored.proof["facts"], [line, *notes, *stored.proof["lines"]])
     proof.facts["prepared"] = {"key": place.key, "from_cache": is_from_cache, "seconds": seconds}
     if stored.date:
         proof.facts["prepared"]["date"] = stored.date
-        proof.lines.append(f"{'dated':<10}{stored.date}: the chat template prints this date from now on")
+        proof.lines.append(f"{'date':<10}{stored.date} in the chat template, for every run of this set")
     splits = mix_splits(stored.splits, recipe, seed=arguments.seed)
     proof.lines += prove_mix(splits["train"]) if arguments.process_index == 0 else []
     return Prepared(splits, proof, stored)
 
 
 def prepare_recipe(recipe: Recipe, *, ray: str | None = None) -> list[str]:
-    """``hf-clm prepare``: what was prepared or found, as lines to print.
+    """Runs ``hf-clm prepare``: prepares and caches the data of a recipe, and returns lines to print.
 
     Args:
-        ray: the address of the Ray cluster that makes the blocks; None: this process makes them.
+        ray: the address of the Ray cluster that prepares the blocks; None: this process prepares them.
 
-    Raises RecipeError where nothing would be kept.
+    Raises RecipeError if the data would not be cached.
     """
     started = time.monotonic()
     if recipe.data.streaming:
-        fix = "hf-clm train reads it, and prepares data.eval alone; or set data.streaming to false"
-        raise RecipeError("nothing is prepared of a stream", where="data.streaming", fix=fix)
+        fix = "start hf-clm train directly, or set data.streaming to false"
+        raise RecipeError("streamed data are not prepared in advance", where="data.streaming", fix=fix)
     arguments = training_arguments(recipe)
     tokenizer, recipe = load_tokenizer_and_settle(recipe, arguments)
-    build_model_config(recipe, tokenizer)  # refuses rows that are longer than the model's positions
+    build_model_config(recipe, tokenizer)  # raises for rows that are longer than the model's positions
     place = find_place(recipe, tokenizer, seed=arguments.seed, aside=Path(tempfile.gettempdir()))
     if place.why_not:
-        fix = "name a folder in data.cache_dir; pin data on the Hub by a commit as their revision"
-        raise RecipeError("nothing would be kept", where=recipe.file or "data.cache_dir", fix=fix)
+        what = f"the prepared data would not be cached ({place.why_not})"
+        fix = "set data.cache_dir to a folder; for data on the Hub, set revision to a commit"
+        raise RecipeError(what, where=recipe.file or "data.cache_dir", fix=fix)
     cluster = RayBlocks(ray) if ray else None
     prepared = prepare(recipe, tokenizer, arguments=arguments, make_blocks=cluster or in_turn)
     lines = [line for name, split in prepared.splits.items() for line in _describe(name, split)]
@@ -159,16 +158,26 @@ def prepare_recipe(recipe: Recipe, *, ray: str | None = None) -> list[str]:
 
 
 def _writable(place: Place, aside: Path) -> tuple[Place, list[str]]:
-    """The place, or one in the output folder where the cache cannot be written, and the line that says so."""
+    """Returns the place or, if the cache is not writable, one in the output folder, and a line about it."""
     try:
         require_writable(place.folder.parent)
     except EnvironmentFault as error:
         if place.folder.parent == aside:
             raise
         require_writable(aside)
-        moved = replace(place, folder=aside / place.key)
-        return moved, [f"note      {error.where}: {error.got}; the prepared data lie in {aside} instead"]
+        note = f"note      {error.where}: {error.got}; the prepared data are stored in {aside} instead"
+        return replace(place, folder=aside / place.key), [note]
     return place, []
+
+
+def _describe_origin(place: Place, recipe: Recipe, *, seconds: float | None) -> str:
+    """Describes where the data come from. ``seconds``: None if they were read from the cache."""
+    if recipe.data.streaming:
+        return STREAMED
+    if seconds is None:
+        return f"prepared  read from cache (key {place.key[:KEY_LETTERS]})"
+    cached = f"not cached ({place.why_not})" if place.why_not else f"cached in {place.folder}"
+    return f"prepared  in {seconds:.1f} s, {cached}"
 
 
 def _describe(name: str, split: Split) -> list[str]:

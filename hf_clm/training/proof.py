@@ -1,4 +1,4 @@
-"""What a run proves of its model before its first step: the loss, and that what it saves opens again."""
+"""Checks a model before the first step: its loss, and that the saved model loads and answers the same."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -25,8 +25,8 @@ from hf_clm.text.chat import stop_token_ids
 from hf_clm.training.callbacks import write_line
 from hf_clm.training.trainer import CLMTrainer
 
-COMPARED = 50  # rows that are looked through for them
-ASKED, ASKED_TOKENS = 3, 1024  # rows that the saved model is asked with, and their longest prompt
+MAX_QUESTIONS, MAX_PROMPT_TOKENS = 3, 1024  # of the prompts that the saved model answers
+SEARCHED_ROWS = 50  # rows that are searched for such prompts
 
 
 def prove_model(
@@ -37,10 +37,10 @@ def prove_model(
     tokenizer: PreTrainedTokenizerFast,
     questions: Sequence[Question] = (),
 ) -> dict[str, Any]:
-    """Tests the loss on the real model and data while a fresh process opens the saved model. Rank 0 only.
+    """Tests the loss on the real model and data while a fresh process loads the saved model. Rank 0 only.
 
-    Returns what run.json holds of it; a test that was turned off, or cannot be made, says so.
-    Raises ModelError where a test fails.
+    Returns the results for run.json, with the reason for a test that was not run.
+    Raises ModelError if a test fails.
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return {"self_test": "off: the model is sharded", "round_trip": "off: the model is sharded"}
@@ -61,7 +61,7 @@ def prove_model(
             result.require()
             proof["self_test"] = result.to_json()
             write_line(
-                f"tested    one loss and gradient packed, padded and alone ({result.documents} documents)"
+                f"tested    same loss and gradient packed, padded and alone ({result.documents} documents)"
             )
         if trip is not None:
             proof["round_trip"] = finish_round_trip(trainer, trip, tokenizer=tokenizer)
@@ -73,17 +73,18 @@ def prove_model(
 
 
 def check_stops(trainer: CLMTrainer, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raises ModelError where a stop token that is learned is not one that generation stops at."""
+    """Raises ModelError if the model learns a stop token at which generation does not stop."""
     model: Any = trainer.model
-    known = model.generation_config.eos_token_id
-    missing = set(stop_token_ids(tokenizer)) - set(known if isinstance(known, list) else [known])
+    eos = model.generation_config.eos_token_id
+    missing = set(stop_token_ids(tokenizer)) - set(eos if isinstance(eos, list) else [eos])
     if missing:
-        got = f"{known} without {sorted(missing)}"
-        raise ModelError("generation does not stop where training ends a text", where="eos_token_id", got=got)
+        got = f"{eos} without {sorted(missing)}"
+        what = "generation does not stop at every token that ends a training text"
+        raise ModelError(what, where="eos_token_id", got=got)
 
 
 def measure_self_test(trainer: CLMTrainer, split: Split, *, tokenizer: PreTrainedTokenizerFast) -> SelfTest:
-    """The self-test of the loss as this run computes it."""
+    """Runs the self-test on the loss as this run computes it."""
     arguments = trainer.args
     autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     pad: Any = tokenizer.pad_token_id
@@ -94,7 +95,7 @@ def measure_self_test(trainer: CLMTrainer, split: Split, *, tokenizer: PreTraine
 
 @contextmanager
 def _measuring_likelihood(loss: TargetLoss) -> Iterator[None]:
-    """The loss of training without the terms beside the likelihood, which the model's own has not."""
+    """Measures the loss without its additional terms, which the model's own loss does not have."""
     options, loss.options = loss.options, LossOptions()
     try:
         with loss.measuring():
@@ -111,7 +112,7 @@ def prove_saved(
     tokenizer: PreTrainedTokenizerFast,
     questions: Sequence[Question] = (),
 ) -> dict[str, Any]:
-    """The round trip of the final model (``doctor.round_trip: end``), where it was saved."""
+    """Runs the round trip of the final model, saved in ``folder`` (``doctor.round_trip: end``)."""
     trip = _open(trainer, folder, split=split, questions=questions)
     return finish_round_trip(trainer, trip, tokenizer=tokenizer)
 
@@ -119,38 +120,39 @@ def prove_saved(
 def finish_round_trip(
     trainer: CLMTrainer, trip: RoundTrip, *, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, Any]:
-    """Compares, and prints that the saved model opens."""
+    """Compares the saved model with the one in memory, and prints the result."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    found = trip.finish(model, tokenizer)
+    result = trip.finish(model, tokenizer)
     how = "peft" if is_adapted(model) else "from_pretrained"
-    write_line(f"opens     with plain {how} in a fresh process, with the same logits, tokens and template")
+    write_line(f"reloaded  with plain {how} in a fresh process: same logits, tokens and template")
     if trip.questions:
-        write_line(f"answers   pipeline(messages) as it does here: {len(trip.questions)} prompts, id for id")
-    return found
+        count = len(trip.questions)
+        write_line(f"answers   same token ids from pipeline(messages) as from this run ({count} prompts)")
+    return result
 
 
 def find_questions(
     split: Split, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, *, format: str
 ) -> list[Question]:
-    """The first rows as messages, to ask the saved model with transformers alone; none for pretraining.
+    """Returns prompts of the first rows as messages, for a check with transformers alone; [] for pretraining.
 
-    Left out are chats that need more than messages, and texts that spell a control token: transformers would
-    make that token of it.
+    Skips chats that need more than messages, and texts that spell out a control token, which transformers
+    would parse as that token.
     """
     options = label_options(recipe)
     if recipe.stage == "pretrain" or not tokenizer.chat_template or options.special_tokens_in_text == "allow":
         return []
     renderer = Renderer(tokenizer, options)
-    found: list[Question] = []
-    for example in split.examples.examples[:COMPARED]:
+    questions: list[Question] = []
+    for example in split.examples.examples[:SEARCHED_ROWS]:
         question = example.question
-        if question is None or len(found) == ASKED:
+        if question is None or len(questions) == MAX_QUESTIONS:
             continue
         messages = as_messages(question[0], format, recipe.data.train[0].template)
         if messages and not renderer.encoder.may_have_control(question[0].texts):
             ids = encode_prompts([question[0]], tokenizer, options)[0]
-            found.append(Question(messages, ids))
-    return [question for question in found if len(question.ids) <= ASKED_TOKENS]
+            questions.append(Question(messages, ids))
+    return [question for question in questions if len(question.ids) <= MAX_PROMPT_TOKENS]
 
 
 def _open(

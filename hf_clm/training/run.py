@@ -1,4 +1,4 @@
-"""One run, from a recipe to a folder that ``from_pretrained`` opens. Read this first."""
+"""A run, from a recipe to a folder that ``from_pretrained`` loads. Read this first."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -41,7 +41,7 @@ from hf_clm.recipe.sections import EVAL, TRAIN
 from hf_clm.run_folder import RunRecord, load_folder, read_record, write_record, write_text
 from hf_clm.schema import whole_text
 from hf_clm.training.answering import Answering, load_answer_metrics
-from hf_clm.training.answering import find_questions as find_asked
+from hf_clm.training.answering import find_questions as find_eval_questions
 from hf_clm.training.arguments import build_stream, check_launch, resolve, training_arguments
 from hf_clm.training.callbacks import (
     EpochMeansCallback,
@@ -70,23 +70,25 @@ from hf_clm.training.start import Start, has_ended, prepare_start
 from hf_clm.training.summary import RunFacts, add_outcome, end_lines, guessing_loss, seal_facts, start_lines
 from hf_clm.training.trainer import CLMTrainer
 
-TRAIN_ON = "--overwrite begins again; a larger --max_steps with --resume_override max_steps trains on"
+CONTINUE = (
+    "use --overwrite to start again, or a larger --max_steps with --resume_override max_steps to train longer"
+)
 NO_ADDITIONS = Additions()
-EVALUATED_ROWS = 64  # of the training data, where there is no eval set: they show a loss before and after
+EVALUATED_ROWS = 64  # of the training data, if there is no evaluation set
 
 
 def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
-    """Trains, saves, and returns what run.json holds; see ``run``."""
+    """Trains and saves a model, and returns the content of run.json; see ``run``."""
     return run(recipe, is_terminal=is_terminal).record.to_json()
 
 
 def run(recipe: Recipe, *, is_terminal: bool = False, additions: Additions = NO_ADDITIONS) -> Run:
-    """Trains, saves, and returns the run. A run that is done is left as it is.
+    """Trains and saves a model, and returns the run. Does nothing if the run is done.
 
-    Starts again with half the micro-batch where the first steps run out of memory (fitting.py).
+    Restarts with half the micro-batch size if the first steps run out of memory (fitting.py).
 
-    Raises UserError before the first step; Preempted, a SystemExit, where SIGTERM, SIGUSR1 or SIGINT stopped
-    the run after it saved a checkpoint.
+    Raises UserError; Preempted, a SystemExit, if a signal such as SIGTERM has stopped the run after saving a
+    checkpoint.
     """
     first_parent()
     check_launch(recipe)
@@ -101,28 +103,28 @@ def run(recipe: Recipe, *, is_terminal: bool = False, additions: Additions = NO_
         while True:
             try:
                 return start_or_resume(recipe, arguments, is_terminal=is_terminal, additions=additions)
-            except RuntimeError as error:  # DoesNotFit among them
+            except RuntimeError as error:  # including DoesNotFit
                 recipe = to_smaller(recipe, arguments, error)
-            free_memory()  # outside of the handler, whose error still holds the model
+            free_memory()  # outside of the handler, as the error references the model
             arguments = training_arguments(recipe)
 
 
 def start_or_resume(
     recipe: Recipe, arguments: TrainingArguments, *, is_terminal: bool, additions: Additions
 ) -> Run:
-    """The run from its beginning or its last checkpoint: data, model, proof, training, and what is saved."""
+    """Runs from step 0 or the last checkpoint: prepares data and model, verifies them, trains and saves."""
     start = prepare_start(recipe, arguments)
     if start.result is not None:
         if arguments.process_index == 0:
-            write_line(f"{start.folder}: this run is done, there is nothing to do; {TRAIN_ON}")
+            write_line(f"{start.folder}: this run is already done; {CONTINUE}")
         return Run(start.folder, RunRecord.model_validate(start.result))
 
-    # Data. Whatever can be refused is refused before the model is loaded.
+    # Data. As many errors as possible are raised before the model is loaded.
     load_answer_metrics(recipe.evaluation)
     tokenizer = build_tokenizer(recipe, load_early(recipe, arguments.seed), arguments=arguments)
     config = build_model_config(recipe, tokenizer)
     settled = settle_render(recipe, tokenizer)
-    prepared = prepare(settled, tokenizer, arguments=arguments, date=known_date(start.folder))
+    prepared = prepare(settled, tokenizer, arguments=arguments, date=recorded_date(start.folder))
     splits, proof = prepared.splits, prepared.proof
     proof.lines += give_plain_template(tokenizer, settled, formats=splits[TRAIN].examples.formats)
     checked = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
@@ -159,7 +161,7 @@ def start_or_resume(
 
     # Training.
     record = train_to_the_end(trainer, facts, start=start, proof=proof.facts)
-    if arguments.push_to_hub:  # the run is done, whatever the Hub says
+    if arguments.push_to_hub:  # the run is done, even if this fails
         trainer.push_run(with_data=recipe.card.data_samples > 0)
     return Run(start.folder, record, trainer)
 
@@ -167,7 +169,7 @@ def start_or_resume(
 def train_to_the_end(
     trainer: CLMTrainer, facts: RunFacts, *, start: Start, proof: dict[str, Any]
 ) -> RunRecord:
-    """Trains from the start that was found, and finishes. Raises DoesNotFit as ``fitting``."""
+    """Trains from the given start, and finishes. Raises DoesNotFit, see ``fitting``."""
     recipe, arguments = facts.recipe, facts.arguments
     metrics = MetricsCallback(
         start.folder / "metrics.jsonl", measure_memory=partial(peak_memory, arguments.device)
@@ -179,7 +181,7 @@ def train_to_the_end(
     if trainer.answering:
         trainer.answering.forget_after(start.step)
     if start.checkpoint:
-        arguments.eval_on_start = False  # it was evaluated when it began
+        arguments.eval_on_start = False  # it was evaluated at step 0
     patience = recipe.early_stopping.patience if recipe.early_stopping else None
     with guarding(trainer, start.folder, report=report, is_overwriting=recipe.overwrite is True):
         if start.checkpoint and has_ended(start.checkpoint, facts.steps, patience=patience):
@@ -193,12 +195,12 @@ def train_to_the_end(
 def add_callbacks(
     trainer: CLMTrainer, facts: RunFacts, *, metrics: MetricsCallback, report: ReportCallback
 ) -> None:
-    """Adds what writes files while the trainer trains, in the order in which they see an event."""
+    """Adds the callbacks that write files, in the order in which they receive events."""
     if facts.recipe.samples:
         trainer.add_callback(build_samples(facts, trainer))
     trainer.add_callback(metrics)
     trainer.add_callback(LastEvaluationCallback())
-    if not facts.recipe.data.streaming:  # where the end of an epoch is known
+    if not facts.recipe.data.streaming:  # which has no epochs
         trainer.add_callback(EpochMeansCallback(metrics.path))
     trainer.add_callback(report)
 
@@ -207,36 +209,36 @@ def add_callbacks(
 def guarding(
     trainer: CLMTrainer, folder: Path, *, report: ReportCallback, is_overwriting: bool
 ) -> Iterator[None]:
-    """Inside, a run may be stopped, fail, or lose its disk or a process: what it leaves is sound."""
+    """Handles signals and errors of a run inside the block, so that its files stay valid."""
     with ExitStack() as stack:
-        # The last to leave: a signal ends the process once everything below has been written.
+        # Exits last: after a signal, the process ends when everything below has been written.
         stack.enter_context(stoppable(trainer, words="without --overwrite" if is_overwriting else ""))
         stack.enter_context(closing(trainer))  # ends the workers that load data
-        stack.enter_context(closing(report))  # its last page shows how the run ended, which run.json knows
+        stack.enter_context(closing(report))  # writes how the run ended, from run.json
         is_main = trainer.is_world_process_zero()
         stack.enter_context(recording_failure(folder / "run.json", is_main=is_main))
         stack.enter_context(among_others())
-        stack.enter_context(own_errors())  # each process trains on rows of its own
+        stack.enter_context(own_errors())  # each process trains on different rows
         stack.enter_context(writing(folder))
         yield
 
 
-def known_date(folder: Path) -> str:
-    """The date that the chat template of this run prints, if an earlier start has fixed one."""
+def recorded_date(folder: Path) -> str:
+    """Returns the date that the chat template of this run prints, if an earlier start has set one."""
     record = read_record(folder)
     return record.proof.prepared.date if record else ""
 
 
 def prove_and_record(trainer: CLMTrainer, facts: RunFacts, *, start: Start, prepared: Prepared) -> None:
-    """Proves the model, and writes and prints what is known before the first step. Rank 0 only."""
+    """Verifies the model, and writes and prints the facts before the first step. Rank 0 only."""
     recipe, folder, proof = facts.recipe, start.folder, prepared.proof
     tokenizer: Any = trainer.processing_class
     differences = start.require_same(trainer.seal_facts)
-    own = [f"loss      the model's own: {trainer.own_loss}"] if trainer.own_loss else []
-    write_line("\n".join([*start_lines(facts), *own, *differences, *proof.lines]))
+    loss = [f"loss      computed by the model: {trainer.own_loss}"] if trainer.own_loss else []
+    write_line("\n".join([*start_lines(facts), *loss, *differences, *proof.lines]))
     questions = find_questions(facts.train, tokenizer, recipe, format=facts.format)
     proof.facts |= prove_model(trainer, recipe, split=facts.train, tokenizer=tokenizer, questions=questions)
-    # the first file that counts (is_in_use): a folder without it is not known to be this run's
+    # Must be the first visible file (is_in_use): without it, the folder cannot be recognised as this run's.
     write_text(folder / "recipe.yaml", recipe_to_yaml(resolve(recipe, facts.arguments)))
     prepared.write_ledger(folder / "ledger.parquet")
     reader = Reader(facts.train, tokenizer, recipe=recipe)
@@ -255,7 +257,7 @@ def build_trainer(
     sealed: Mapping[str, Any] | None = None,
     additions: Additions = NO_ADDITIONS,
 ) -> CLMTrainer:
-    """The Trainer over the packed rows; without an eval set it evaluates on some of the training rows."""
+    """Builds the Trainer. Without an evaluation set, it evaluates on some of the training rows."""
     train_split, watched = splits[TRAIN], recipe.data.eval_train_rows
     evaluated: dict[str, Any] = {name: split.dataset for name, split in splits.items() if name != TRAIN}
     named = {name.removeprefix(f"{EVAL}_"): dataset for name, dataset in evaluated.items()}
@@ -288,7 +290,7 @@ def build_trainer(
     for key, value in recipe.loss.model_dump(exclude_defaults=True).items():
         if trainer.own_loss:
             what = f"has no effect: the model computes its own loss ({trainer.own_loss})"
-            raise RecipeError(what, where=f"loss.{key}", got=f"{value:g}", fix="leave it out")
+            raise RecipeError(what, where=f"loss.{key}", got=f"{value:g}", fix="remove it")
     return trainer
 
 
@@ -299,31 +301,38 @@ def build_answering(
     tokenizer: PreTrainedTokenizerFast,
     splits: Mapping[str, Split],
 ) -> Answering | None:
-    """What measures answers at evaluations; None where the recipe asks for none.
+    """Builds the measurement of answers at evaluations; returns None if the recipe does not enable it.
 
-    Raises DataError for an evaluation set without a prompt.
+    Raises DataError for an evaluation set without prompts.
     """
     section = recipe.evaluation
     if not section.generate:
         return None
-    sets = {name: find_asked(split, section.generate) for name, split in splits.items() if name != TRAIN}
+    sets = {
+        name: find_eval_questions(split, section.generate) for name, split in splits.items() if name != TRAIN
+    }
     for name, questions in sets.items():
         if not questions:
             files = ", ".join(splits[name].examples.report.files[:2])
             what = "no example has a prompt to answer"
             raise DataError(what, where=files, fix="set evaluation.generate to 0")
-    known = {"tokenizer": tokenizer, "rendering": label_options(recipe), "arguments": arguments}
-    metrics, room = load_answer_metrics(section), section.max_new_tokens
-    return Answering(sets, metrics, max_new_tokens=room, **known)
+    return Answering(
+        sets,
+        load_answer_metrics(section),
+        tokenizer=tokenizer,
+        rendering=label_options(recipe),
+        max_new_tokens=section.max_new_tokens,
+        arguments=arguments,
+    )
 
 
 def first_rows(split: Split, count: int) -> torch.utils.data.Subset:
-    """The first rows of what is trained on, or all where there are fewer."""
+    """Returns the first training rows, or all if there are fewer."""
     return torch.utils.data.Subset(split.dataset, range(min(count, len(split.dataset))))
 
 
 def build_samples(facts: RunFacts, trainer: CLMTrainer) -> SamplesCallback:
-    """The callback that answers the recipe's sample prompts, rendered as the training data are."""
+    """Builds the callback that answers the recipe's sample prompts, rendered like the training data."""
     recipe, section = facts.recipe, facts.recipe.samples
     assert section is not None
     tokenizer: Any = trainer.processing_class
@@ -338,8 +347,8 @@ def build_samples(facts: RunFacts, trainer: CLMTrainer) -> SamplesCallback:
     def answers() -> list[str]:
         with trainer.aside():
             model = trainer.accelerator.unwrap_model(trainer.model)
-            found = generate(model, tokenizer, prompts=prompts, decoding=decoding, rendering=rendering)
-            return [answer.text for answer in found]
+            samples = generate(model, tokenizer, prompts=prompts, decoding=decoding, rendering=rendering)
+            return [sample.text for sample in samples]
 
     path = Path(str(trainer.args.output_dir)) / "samples.jsonl"
     return SamplesCallback(
@@ -351,11 +360,11 @@ def build_samples(facts: RunFacts, trainer: CLMTrainer) -> SamplesCallback:
     )
 
 
-def shown_examples(facts: RunFacts) -> list[str]:
-    """The training texts that the recipe wants in the model card."""
+def card_examples(facts: RunFacts) -> list[str]:
+    """Returns the training texts to show in the model card."""
     count = facts.recipe.card.data_samples
     if not count:
-        return []  # those of a prepared set would be read again
+        return []  # avoids reading the prepared set again
     first = islice(facts.train.examples.examples, count)
     return [text for example in first if (text := whole_text(example))]
 
@@ -363,14 +372,14 @@ def shown_examples(facts: RunFacts) -> list[str]:
 def finish(
     trainer: CLMTrainer, facts: RunFacts, *, proof: dict[str, Any], metrics: MetricsCallback
 ) -> RunRecord:
-    """Evaluates, saves the model, run.json and the plots, and prints what was reached."""
+    """Evaluates, saves the model, run.json, plots and model card, and prints the results."""
     output_dir = Path(str(trainer.args.output_dir))
     history, arguments = trainer.state.log_history, trainer.args
     last = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
-    is_known = last.get("step") == trainer.state.global_step and not arguments.load_best_model_at_end
-    final = last if is_known else trainer.evaluate()
+    is_current = last.get("step") == trainer.state.global_step and not arguments.load_best_model_at_end
+    final = last if is_current else trainer.evaluate()
     folder = output_dir / FINAL
-    trainer.save_model(str(folder), _internal_call=True)  # pushed when everything is written
+    trainer.save_model(str(folder), _internal_call=True)  # pushed after everything is written
     totals = trainer.stream_totals()
     steps, speed = trainer.state.global_step, {"tokens_per_second": trainer.tokens_per_second}
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -393,7 +402,7 @@ def finish(
     if is_main:
         run = replace(load_folder(output_dir), record=record)
         write_loss_plots(run.metrics, folder)
-        write_card(run, facts.recipe.card, examples=shown_examples(facts))
+        write_card(run, facts.recipe.card, examples=card_examples(facts))
         write_record(folder, record)
         seal(folder, {"step": steps})
         publish(output_dir)

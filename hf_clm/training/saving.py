@@ -1,4 +1,4 @@
-"""The Trainer's saving and going on: sealed checkpoints, the state of a run, and what goes to the Hub."""
+"""How the Trainer saves and resumes: sealed checkpoints, the state of a run, and uploads to the Hub."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,20 +28,21 @@ from hf_clm.model.load import is_adapted
 from hf_clm.training.checkpoints import clear_place, fault_of, read_seal, rotate, seal
 from hf_clm.training.publish import push_checkpoint, push_folder, talking_to_the_hub
 
-# Of an optimizer's groups: what a recipe decides, and a checkpoint brings along.
+# Settings of an optimizer's parameter groups that come from the recipe and are also stored in checkpoints.
 SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
 
 
 class SavingTrainer(Trainer):
-    """A ``transformers.Trainer`` whose checkpoints count when they are whole.
+    """A ``transformers.Trainer`` that only counts checkpoints that are complete.
 
-    A checkpoint is sealed once all processes have written their part (``checkpoints.seal``); old ones are
-    deleted by their step, sealed ones only, at least two and the best kept. The Trainer goes by their time.
-    Saves no training_args.bin, and a model that uses its KV cache.
+    A checkpoint is sealed once all processes have written their part (``checkpoints.seal``). Only sealed
+    checkpoints are rotated, in order of their step (the Trainer sorts by modification time), and the best
+    one and at least two are kept. ``training_args.bin`` is not saved, and ``use_cache`` is on in the saved
+    config.
 
     Args:
-        seal_facts: what SEALED.json says beside step, processes and files.
-        overridden: the keys of the recipe whose values replace those of the checkpoint that is resumed.
+        seal_facts: additional content of SEALED.json.
+        overridden: keys of the recipe whose values replace those of the resumed checkpoint.
     """
 
     def __init__(
@@ -55,10 +56,10 @@ class SavingTrainer(Trainer):
         self.seal_facts = dict(seal_facts or {})
         self.overridden = frozenset(overridden)
         self._loading = Path()  # the checkpoint whose weights are being loaded
-        self.add_callback(GoingOnCallback())
+        self.add_callback(ResumeCallback())
 
     def restore(self, checkpoint: Path) -> None:
-        """Takes up the end of training that a checkpoint holds, without a step."""
+        """Loads a checkpoint at which training had ended, and ends the training without another step."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self.state.is_world_process_zero = self.is_world_process_zero()
@@ -85,12 +86,12 @@ class SavingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        with self._deleting_none():  # all but the best, where one is kept: also those that a start needs
+        with self._deleting_none():  # the Trainer would delete all but the best, which a resume may need
             return super()._finalize_training(*args, **kwargs)
 
     @contextmanager
     def _deleting_none(self) -> Iterator[None]:
-        """Inside, the Trainer deletes no checkpoints."""
+        """Keeps the Trainer from deleting checkpoints inside the block."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             yield
@@ -98,59 +99,65 @@ class SavingTrainer(Trainer):
             self.args.save_total_limit = limit
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's; whole, also where checkpoints are in parts."""
+        """Saves like the Trainer, but the complete model even if checkpoints are sharded."""
         with saving_whole(self.accelerator, output_dir or str(self.args.output_dir)):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:  # the other processes have nothing to add, and gathered nothing
+        if not self.args.should_save:  # only the first process has gathered the weights
             return
         model: Any = self.accelerator.unwrap_model(self.model)
         folder = output_dir or str(self.args.output_dir)
         if is_adapted(model):
-            # "auto" would save all embeddings where one pad token was added
+            # "auto" would save all embeddings if a pad token was added
             model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-            (Path(folder) / "README.md").unlink(missing_ok=True)  # a form that nobody filled in
+            (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
             model.generation_config.save_pretrained(folder)
             if isinstance(self.processing_class, PreTrainedTokenizerFast):
                 self.processing_class.save_pretrained(folder)
         else:
-            model.config.use_cache = True  # off in training only; a saved False would make generation slow
+            model.config.use_cache = True  # off in training only: a saved False would make generation slow
             super()._save(output_dir, without_copies(model, state_dict))
             model.config.use_cache = self.args.use_cache
-            (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle, with hub_token in clear
+            (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # contains hub_token in plain text
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._loading = Path(resume_from_checkpoint)
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except RuntimeError as error:  # of torch, for another shape
-            what, got = "its weights do not fit the model of this recipe", str(error).splitlines()[-1].strip()
+        except RuntimeError as error:  # raised by torch for tensors of another shape
+            what = "the weights do not match the model of this recipe"
+            got = str(error).splitlines()[-1].strip()
             raise ModelError(what, where=resume_from_checkpoint, got=got) from error
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Raises ModelError for weights that a checkpoint lacks: they would stay what they were.
+        """Raises ModelError for weights that are missing in the checkpoint, which the Trainer only warns of.
 
-        Of a mixture the files hold each expert apart, as it is published, and the model all of them in one
-        weight: from_pretrained puts them together, the Trainer does not.
+        The files of a mixture of experts contain each expert separately, while the model has all of them in
+        one weight. ``from_pretrained`` merges them and the Trainer does not, so this does it.
         """
         model: Any = self.accelerator.unwrap_model(self.model)
         tied = {*(getattr(model, "all_tied_weights_keys", None) or {})}
-        lacking = set(load_result.missing_keys) - tied
-        if lacking and not is_adapted(model):
-            known: dict[str, Any] = {"config": model.config, "dtype": model.dtype, "local_files_only": True}
-            opened, found = type(model).from_pretrained(self._loading, output_loading_info=True, **known)
-            lacking = set(found["missing_keys"]) - tied
-            if lacking:
-                got = ", ".join(sorted(lacking)[:3])
+        missing = set(load_result.missing_keys) - tied
+        if missing and not is_adapted(model):
+            loaded, info = type(model).from_pretrained(
+                self._loading,
+                config=model.config,
+                dtype=model.dtype,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+            missing = set(info["missing_keys"]) - tied
+            if missing:
+                got = ", ".join(sorted(missing)[:3])
                 raise ModelError("the checkpoint lacks weights of this model", got=got)
-            model.load_state_dict(opened.state_dict())
+            model.load_state_dict(loaded.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the Trainer's; then what is overridden replaces what the checkpoint brought along.
+        """Loads like the Trainer, then replaces settings of the checkpoint with overridden ones.
 
-        Of another optimizer the state begins anew. Raises RecipeError for a schedule whose learning rate
-        does not follow from the step.
+        The state of another optimizer starts empty. Raises RecipeError for a schedule whose learning rate is
+        not a function of the step.
         """
         if checkpoint is None or not self.overridden:
             return super()._load_optimizer_and_scheduler(checkpoint)
@@ -163,11 +170,12 @@ class SavingTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         if not isinstance(scheduler, LambdaLR):
             what = f"nothing can be overridden with the schedule {self.args.lr_scheduler_type}"
-            raise RecipeError(what, where="resume_override", fix="begin a run from the checkpoint's weights")
+            fix = "start a new run from the weights of the checkpoint"
+            raise RecipeError(what, where="resume_override", fix=fix)
         _apply(fresh, optimizer.param_groups, scheduler=scheduler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """As the Trainer's; on another number of processes the states begin anew, from seed and step."""
+        """Loads like the Trainer; with another number of processes, reseeds from the seed and the step."""
         size, rank = self.args.world_size, self.args.process_index
         if checkpoint and read_seal(Path(checkpoint)).get("processes", size) != size:
             set_seed((self.args.seed + self.state.global_step * size + rank) % 2**32)
@@ -177,30 +185,30 @@ class SavingTrainer(Trainer):
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
         if fault := fault_of(best):
-            fix = "resume with --load_best_model_at_end false to take the last one"
+            fix = "resume with --load_best_model_at_end false to use the last model"
             raise EnvironmentFault(f"the best checkpoint is damaged: {fault}", where=str(best), fix=fix)
         self._loading = best
         super()._load_best_model()
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As the Trainer's. Raises EnvironmentFault where the repository cannot be made."""
+        """Creates the repository like the Trainer. Raises EnvironmentFault if that fails."""
         with talking_to_the_hub():
             super().init_hf_repo(token, private)
 
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> None:
-        """Uploads the output folder without training texts. Raises EnvironmentFault where that fails."""
+        """Uploads the output folder without training texts. Raises EnvironmentFault if that fails."""
         self.save_model(_internal_call=True)
         self.push_run(with_data=False, message=commit_message or "")
 
     def push_run(self, *, with_data: bool, message: str = "End of training") -> None:
-        """Uploads the output folder as it is; ``with_data``: with the pages that show training texts."""
+        """Uploads the output folder. ``with_data``: includes the pages that show training texts."""
         if self.is_world_process_zero():
             self._finish_current_push()
             options: dict[str, Any] = {"repo_id": self.hub_model_id, "arguments": self.args}
             push_folder(Path(str(self.args.output_dir)), with_data=with_data, message=message, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Uploads in the background. The Trainer's own would push its arguments, token included."""
+        """Uploads in the background. The Trainer would also push training_args.bin, with the token."""
         is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if not self.is_world_process_zero() or (is_busy and not self.args.hub_always_push):
             return
@@ -212,15 +220,15 @@ class SavingTrainer(Trainer):
             push_checkpoint(folder, path_in_repo=place, **options)
             for place in places.get(HubStrategy(self.args.hub_strategy).value, [])
         ]
-        many: Any = jobs  # typed as one
+        many: Any = jobs  # the annotation allows only one job
         self.push_in_progress = PushInProgress(many) if jobs else None
 
 
-class GoingOnCallback(TrainerCallback):
-    """Settles where training goes on what the Trainer takes from the checkpoint as it was then.
+class ResumeCallback(TrainerCallback):
+    """Updates the trainer state that was loaded from a checkpoint.
 
-    The best checkpoint is found by its step, as the run's folder may have been moved; the steps between log
-    events, evaluations and saves are those of the arguments.
+    The best checkpoint is located by its step, as the run may have been moved to another folder, and the
+    intervals of logging, evaluation and saving come from the arguments.
     """
 
     def on_train_begin(
@@ -233,7 +241,7 @@ class GoingOnCallback(TrainerCallback):
 
 
 def _apply(fresh: list[dict[str, Any]], groups: list[dict[str, Any]], *, scheduler: LambdaLR) -> None:
-    """Sets the settings of an optimizer's groups, and the learning rate of its schedule at this step."""
+    """Applies settings to the optimizer's groups, and sets the learning rate that the schedule has now."""
     for settings, group in zip(fresh, groups, strict=True):
         group.update(settings)
     scheduler.base_lrs = [group["initial_lr"] for group in groups]
@@ -243,14 +251,14 @@ def _apply(fresh: list[dict[str, Any]], groups: list[dict[str, Any]], *, schedul
 
 
 def spreading_plugin(accelerator: Accelerator) -> Any:
-    """Accelerate's settings for FSDP; None where the model is not spread by it."""
+    """Returns Accelerate's FSDP plugin, or None if FSDP is not used."""
     return getattr(accelerator.state, "fsdp_plugin", None)
 
 
 def settle_precision(accelerator: Accelerator) -> None:
-    """Changes how FSDP2 computes in 16 bits: gradients of the processes are summed in float32, as by DDP.
+    """Makes FSDP2 sum gradients of 16-bit models in float32, like DDP.
 
-    Accelerate would sum them in 16 bits, and round the loss to 3 digits.
+    Accelerate's default sums them in 16 bits and also rounds the loss to about 3 digits.
     """
     plugin = spreading_plugin(accelerator)
     policy = getattr(plugin, "mixed_precision_policy", None)
@@ -260,9 +268,9 @@ def settle_precision(accelerator: Accelerator) -> None:
 
 @contextmanager
 def saving_whole(accelerator: Accelerator, folder: str) -> Iterator[None]:
-    """Inside, a model is gathered to be saved, also where checkpoints are written in parts.
+    """Gathers the complete model for a save inside the block, unless ``folder`` is a checkpoint.
 
-    In parts (SHARDED_STATE_DICT) the Trainer would save no model at all. A checkpoint stays in parts.
+    With SHARDED_STATE_DICT the Trainer would not save the final model at all.
     """
     plugin = spreading_plugin(accelerator)
     if plugin is None or Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
@@ -277,7 +285,7 @@ def saving_whole(accelerator: Accelerator, folder: str) -> Iterator[None]:
 
 
 def without_copies(model: Any, state_dict: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Drops the second name of weights that are tied: gathered, they are no longer one tensor."""
+    """Drops the second name of tied weights, which are separate tensors after gathering."""
     if state_dict is None:
         return None
     tied = getattr(model, "all_tied_weights_keys", None) or {}

@@ -1,9 +1,9 @@
-"""A run that is asked to stop: all processes stop at the same step, save once, and say how to go on.
+"""Stops a run on a signal: all processes stop after the same step, with a checkpoint to resume from.
 
 SIGTERM, SIGUSR1, SIGHUP, SIGINT   or the end of the launcher
-     |  only remembered
+     |  recorded
      v
-the end of a step                  all processes agree: the strongest reason of any
+the end of a step                  all processes agree on the strongest reason
      |
      v
 one checkpoint                     -> Preempted: exit code 75, or 130 after SIGINT
@@ -27,35 +27,35 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_clm.errors import Preempted
 from hf_clm.training.callbacks import write_line
 
-# From the weakest to the strongest; their places are what the processes compare.
+# From the weakest to the strongest. The processes compare the indices.
 REASONS = ("", "SIGINT", "SIGHUP", "SIGUSR1", "SIGTERM", "the end of its launcher")
 SIGNALS = {int(getattr(signal, name)): name for name in REASONS[1:5] if hasattr(signal, name)}
-# What accelerate launch and torchrun write into the environment of a process, and nobody by hand.
-MARKS_OF_A_LAUNCHER = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_DYNAMIC")
-REPEAT_SECONDS = 1.0  # a launcher passes a signal on that has also reached its processes themselves
+# Environment variables that only accelerate launch and torchrun set.
+LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_DYNAMIC")
+REPEAT_SECONDS = 1.0  # a launcher forwards a signal that its processes have already received
 
-FORKED_SECONDS = 30  # that a process which was forked from a run lives on after SIGTERM
+FORKED_SECONDS = 30  # a process that was forked from the run ends this long after SIGTERM
 
 
 class Stop:
-    """What this process was asked for: a place in REASONS.
+    """The reason for which this process should stop, as an index into REASONS.
 
-    A first signal is remembered. A second SIGINT raises KeyboardInterrupt, any other second signal ends the
-    process at once, even where it waits for another process inside of a library.
+    The first signal is recorded. A second SIGINT raises KeyboardInterrupt. Any other second signal ends the
+    process immediately, even if it waits for another process inside a library.
 
     Args:
-        shows: whether a signal is acknowledged on stderr.
+        shows: whether to acknowledge signals on stderr.
     """
 
     def __init__(self, *, shows: bool = True):
         self.shows = shows
         self.reason = 0
-        self.is_launched = any(mark in os.environ for mark in MARKS_OF_A_LAUNCHER)
+        self.is_launched = any(mark in os.environ for mark in LAUNCHER_VARIABLES)
         self.is_listening = False
         self._handled_at = 0.0
 
     def agree(self, device: torch.device) -> int:
-        """The strongest reason of all processes, on all of them. Each must call it."""
+        """Returns the strongest reason of any process, on all processes. Every process must call it."""
         if not self.reason and self.is_launched and os.getppid() != first_parent():
             self.reason = REASONS.index("the end of its launcher")
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -65,36 +65,36 @@ class Stop:
         return int(strongest)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Remembers a signal; Python calls this between two of its own operations."""
+        """Records a signal. Python calls this between two bytecode instructions."""
         self.reason = self.reason or REASONS.index(SIGNALS[number])
         before, self._handled_at = self._handled_at, time.monotonic()
         if before and number == signal.SIGINT and not self._is_repeat(self._handled_at - before):
             raise KeyboardInterrupt
 
     def listen(self, reader: int) -> None:
-        """Reads signals from a pipe, at once, until a 0: says the first, ends the process with a second."""
+        """Reads signals from a pipe until a 0. Acknowledges the first, and ends the process on the second."""
         began = 0.0
         while number := os.read(reader, 1)[0]:
             name, now = SIGNALS.get(number), time.monotonic()
             if name and not began:
                 began = now
-                self._say(f"{name}: the run saves and stops at the end of this step; once more ends it now")
+                self._print(f"{name}: saving and stopping after this step; send it again to stop now")
             elif name and number != signal.SIGINT and not self._is_repeat(now - began):
-                self._say(f"{name} again: the run ends now; its earlier checkpoints are as they were")
+                self._print(f"{name} again: stopping now, without saving; earlier checkpoints are intact")
                 os._exit(128 + number)
 
-    def hold(self) -> None:
-        """Before a fork: a signal must not reach the new process while it has the pipe of this one."""
+    def block(self) -> None:
+        """Runs before a fork: blocks signals, which the child would write to the pipe of this process."""
         if self.is_listening:
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
-    def go_on(self) -> None:
-        """After a fork, in this process."""
+    def unblock(self) -> None:
+        """Runs after a fork in this process."""
         if self.is_listening:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    def leave(self) -> None:
-        """In a forked process, such as a worker that loads data: the signals of a terminal are not for it."""
+    def detach(self) -> None:
+        """Runs in a forked process, such as a data loader worker, which ignores the signals of a terminal."""
         if self.is_listening:
             signal.set_wakeup_fd(-1)
             for number in SIGNALS:
@@ -104,23 +104,23 @@ class Stop:
     def _is_repeat(self, seconds: float) -> bool:
         return self.is_launched and seconds < REPEAT_SECONDS
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self.shows:
-            with suppress(OSError):  # of a terminal that is gone
+            with suppress(OSError):  # the terminal is gone
                 os.write(2, f"{line}\n".encode())
 
 
 @cache
 def first_parent() -> int:
-    """The parent of this process when this was asked first; ``train`` does at its very begin."""
+    """Returns the id of the parent process at the first call, which ``train`` makes when it begins."""
     return os.getppid()
 
 
 class StopCallback(TrainerCallback):
-    """Saves and ends the training at the step where the processes agree to stop. On all of them, and last.
+    """Saves and ends training at the step where the processes agree to stop. Must be the last callback.
 
-    An evaluation that is due at this step is made first, so that the resumed run lacks none. The last step
-    ends as ever. Raises Preempted behind the save.
+    An evaluation that is due at this step runs first, as the resumed run will not repeat it. A run at its
+    last step ends normally. Raises Preempted after saving.
     """
 
     def __init__(self, stop: Stop, *, words: str):
@@ -134,12 +134,12 @@ class StopCallback(TrainerCallback):
         if reason and not control.should_training_stop and state.global_step < state.max_steps:
             self.reason = reason
             control.should_save = control.should_training_stop = control.should_log = True
-            args.save_only_model = False  # nothing could go on from it
+            args.save_only_model = False  # which could not be resumed
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.reason:  # save_strategy best, and this step was not: nothing has been saved yet
+        if self.reason:  # with save_strategy "best", this step has not been saved yet
             control.should_save, control.should_evaluate = True, False
 
     def on_save(
@@ -148,19 +148,19 @@ class StopCallback(TrainerCallback):
         if self.reason:
             checkpoint = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
             facts = {"step": state.global_step, "steps": state.max_steps, "checkpoint": checkpoint}
-            goes_on = str(args.resume_from_checkpoint or "auto").lower() in ("auto", "must", "true")
-            words = self.words if goes_on else "with --resume_from_checkpoint auto"
+            resumes = str(args.resume_from_checkpoint or "auto").lower() in ("auto", "must", "true")
+            words = self.words if resumes else "with --resume_from_checkpoint auto"
             raise Preempted(REASONS[self.reason], **facts, words=words)
 
 
 @contextmanager
 def stoppable(trainer: Trainer, *, words: str = "") -> Iterator[None]:
-    """Lets signals stop the training inside, and says so; the handlers of the caller come back afterwards.
+    """Lets signals stop the training inside the block, and restores the caller's handlers afterwards.
 
-    No process leaves before the main one has written everything: a launcher ends the others with the first.
+    All processes wait for the main one to write everything, as a launcher kills the others after the first.
 
     Args:
-        words: how the command must differ so that it goes on, such as "without --overwrite".
+        words: how to change the command to resume, such as "without --overwrite".
     """
     with listening(Stop(shows=trainer.is_world_process_zero())) as stop:
         trainer.add_callback(StopCallback(stop, words=words))
@@ -174,16 +174,16 @@ def stoppable(trainer: Trainer, *, words: str = "") -> Iterator[None]:
 
 
 def let_workers_last(loader: DataLoader) -> DataLoader:
-    """Lets the processes that load data outlive a SIGTERM to all of them, so that the step can end."""
-    own: Any = getattr(loader, "base_dataloader", loader)  # of accelerate's
-    if own.num_workers:
-        own.worker_init_fn = partial(_begin_worker, begin=own.worker_init_fn, is_over=_end_of(os.getpid()))
+    """Makes data loader workers ignore a SIGTERM to the process group, so that the step can finish."""
+    base: Any = getattr(loader, "base_dataloader", loader)  # inside accelerate's loader
+    if base.num_workers:
+        base.worker_init_fn = partial(_begin_worker, begin=base.worker_init_fn, is_over=_end_of(os.getpid()))
     return loader
 
 
 @cache
 def _end_of(process: int) -> Any:
-    """A byte shared with the processes that load data: 1 once this process ends, and sends them SIGTERM."""
+    """Returns a byte that is shared with the workers and set to 1 when this process ends."""
     is_over = sharedctypes.RawValue("b", 0)
     util.Finalize(None, setattr, (is_over, "value", 1), exitpriority=100)
     return is_over
@@ -192,12 +192,12 @@ def _end_of(process: int) -> Any:
 def _begin_worker(number: int, *, begin: Callable[[int], None] | None, is_over: Any) -> None:
     if begin is not None:
         begin(number)
-    signal.signal(signal.SIGTERM, partial(_end_with, is_over=is_over))  # torch has put its own there
-    signal.alarm(0)  # of a SIGTERM before
+    signal.signal(signal.SIGTERM, partial(_end_with, is_over=is_over))  # replaces torch's handler
+    signal.alarm(0)  # set by an earlier SIGTERM
 
 
 def _end_with(number: int, frame: FrameType | None, *, is_over: Any) -> None:
-    if is_over.value:  # torch's loop in a worker ends by itself where the process that trains died
+    if is_over.value:  # if the training process is killed, torch's loop in the worker ends by itself
         os._exit(0)
 
 
@@ -207,7 +207,7 @@ def _end_later(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def listening(stop: Stop) -> Iterator[Stop]:
-    """Lets ``stop`` hear the signals, in the main thread only; one that is ignored stays ignored."""
+    """Lets ``stop`` receive signals, in the main thread only. Ignored signals stay ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -215,10 +215,10 @@ def listening(stop: Stop) -> Iterator[Stop]:
     os.set_blocking(writer, False)
     thread = threading.Thread(target=stop.listen, args=(reader,), name="signals", daemon=True)
     thread.start()
-    os.register_at_fork(before=stop.hold, after_in_parent=stop.go_on, after_in_child=stop.leave)
-    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    os.register_at_fork(before=stop.block, after_in_parent=stop.unblock, after_in_child=stop.detach)
+    numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, stop.handle) for number in heard}
+    handlers = {number: signal.signal(number, stop.handle) for number in numbers}
     stop.is_listening = True
     try:
         yield stop

@@ -1,12 +1,12 @@
-"""Where a run starts: at its beginning, at a checkpoint, or nowhere, as it is done; on all processes alike.
+"""Decides where a run starts: at step 0, at a checkpoint, or not at all because it is done.
 
-resume_from_checkpoint   nothing in the folder   a run of this recipe    something else
-auto (or nothing)        begins                  goes on, or is done     refused, with what differs
-never (or false)         begins                  refused                 refused
-must (or true)           refused                 goes on, or is done     refused, with what differs
-a checkpoint's path      goes on from that       goes on from that       refused, with what differs
+resume_from_checkpoint   empty folder     a run of this recipe   a run of another recipe
+auto (the default)       starts           resumes, or is done    refused, with the differences
+never (or false)         starts           refused                refused
+must (or true)           refused          resumes, or is done    refused, with the differences
+a checkpoint's path      resumes there    resumes there          refused, with the differences
 
-What ``resume_override`` names may differ.
+Keys in ``resume_override`` may differ. All processes start at the same place.
 """
 
 import json
@@ -47,59 +47,61 @@ from hf_clm.training.checkpoints import (
 from hf_clm.training.output import FINAL, is_in_use, is_seen, make_writable, move_aside, publish
 
 WORDS = {"": "auto", "auto": "auto", "false": "never", "never": "never", "true": "must", "must": "must"}
-SEEN_SECONDS = 10.0  # that a network file system may take to show a new file to others
+SHARED_DISK = "set --output_dir to a folder on a disk that all machines share"
+VISIBLE_SECONDS = 10.0  # a network file system may take this long to show a new file to other hosts
 
 
 @dataclass(frozen=True)
 class Start:
-    """``result`` is that of a run that is done; else training begins, or goes on from ``checkpoint``."""
+    """The start of a run: ``result`` if it is done, else the ``checkpoint`` to resume, or None."""
 
     folder: Path
     checkpoint: Path | None = None
     result: dict[str, Any] | None = None
     changes: list[Change] = field(default_factory=list)  # of the recipe
     overridden: tuple[str, ...] = ()
-    begins_again: bool = False  # the folder holds a run of this recipe, of which nothing was saved
+    begins_again: bool = False  # the folder contains a run of this recipe that has not saved anything yet
 
     @property
     def override_keys(self) -> frozenset[str]:
-        """The keys of the recipe that resume_override lets differ, and that do."""
+        """The keys of the recipe that differ and are allowed to by resume_override."""
         return frozenset(change.key for change in self.changes if change.fate == "overridden")
 
     @property
     def step(self) -> int:
-        """The step that training starts behind."""
+        """The number of steps that have been made already."""
         return step_of(self.checkpoint) if self.checkpoint else 0
 
     def require_same(self, facts: dict[str, Any]) -> list[str]:
         """Compares data, tokenizer, template, batch and versions with those of the checkpoint.
 
-        Returns the lines that say where training resumes and what differs. Raises RecipeError for what
-        may not differ and is not overridden.
+        Returns lines that show where training resumes and what differs. Raises RecipeError for differences
+        that are neither allowed nor overridden.
         """
         if self.checkpoint is None:
             why = f"(train.save_strategy: {facts['recipe']['train'].get('save_strategy')})"
-            line = f"start     no checkpoint in {self.folder} {why}: from the beginning"
+            line = f"start     at step 0: no checkpoint in {self.folder} {why}"
             return [line] if self.begins_again else []
         before = read_seal(self.checkpoint)
         changes = compare(before.get("facts", {}), facts["facts"], overridden=self.overridden)
         configs = shared(before.get("architecture", {}), facts.get("architecture", {}))
         changes += compare(*configs, overridden=[*self.overridden, *to_architecture(self.overridden)])
-        moved = [change.key for change in changes if change.key in ("data", "global_batch")]
+        resized = [change.key for change in changes if change.key in ("data", "global_batch")]
         changes = [*self.changes, *changes]
         _require_allowed(changes, self.checkpoint)
-        if moved and facts["recipe"]["train"].get("max_steps", -1) <= 0:
-            what = f"with other {' and '.join(moved)} an epoch has other steps: when it ends must be said"
-            raise RecipeError(what, where=str(self.checkpoint), fix="give --max_steps, and override it too")
+        if resized and facts["recipe"]["train"].get("max_steps", -1) <= 0:
+            what = f"the number of steps in an epoch depends on {' and '.join(resized)}, which changed"
+            fix = "set --max_steps and add max_steps to --resume_override"
+            raise RecipeError(what, where=str(self.checkpoint), fix=fix)
         changes += compare_versions(before.get("versions", {}), facts["versions"])
         return [f"resumes   from {self.checkpoint}{', with changes:' if changes else ''}", *to_table(changes)]
 
 
 def prepare_start(recipe: Recipe, arguments: TrainingArguments) -> Start:
-    """Makes the output folder and finds where to start; rank 0 moves aside what does not count.
+    """Creates the output folder and decides where to start. Rank 0 moves broken checkpoints aside.
 
-    Raises RecipeError for a folder in use, a checkpoint that is not there, and a recipe that differs;
-    EnvironmentFault for a folder that cannot be written, or that not all processes see.
+    Raises RecipeError for a folder in use, a missing checkpoint, and a recipe that differs; EnvironmentFault
+    for a folder that is not writable, or not visible to all processes.
     """
     _require_one_folder(arguments)
     with arguments.main_process_first(local=False, desc="preparing the output folder"):
@@ -113,61 +115,60 @@ def prepare_start(recipe: Recipe, arguments: TrainingArguments) -> Start:
 
 
 def _require_one_folder(arguments: TrainingArguments) -> None:
-    """Raises EnvironmentFault, on all processes, where one does not see the output folder of rank 0."""
+    """Raises EnvironmentFault on all processes if one of them does not see the output folder of rank 0."""
     if arguments.world_size == 1:
         return
     folder, is_main = Path(str(arguments.output_dir)), arguments.process_index == 0
     file = folder / f".seen-{uuid4().hex}"
     if is_main:
-        for left in folder.glob(".seen-*"):  # by a run that was killed here
-            left.unlink()
+        for stale in folder.glob(".seen-*"):
+            stale.unlink()
         file.touch()
     try:
         (name,) = broadcast_object_list([file.name])
-        seconds = min(SEEN_SECONDS, arguments.ddp_timeout / 2)
-        found = gather_object(["" if is_seen(folder / name, seconds=seconds) else socket.gethostname()])
+        seconds = min(VISIBLE_SECONDS, arguments.ddp_timeout / 2)
+        hosts = gather_object(["" if is_seen(folder / name, seconds=seconds) else socket.gethostname()])
     finally:
         if is_main:
             file.unlink(missing_ok=True)
-    if hosts := sorted(set(found) - {""}):
-        what, got = "the processes do not see the same output folder", f"another one on {', '.join(hosts)}"
-        fix = "an --output_dir on a disk that all machines share"
-        raise EnvironmentFault(what, where=str(folder), got=got, fix=fix)
+    if blind := sorted(set(hosts) - {""}):
+        what = f"the processes do not see the same output folder (it differs on {', '.join(blind)})"
+        raise EnvironmentFault(what, where=str(folder), fix=SHARED_DISK)
 
 
 def has_ended(checkpoint: Path, steps: int, *, patience: int | None) -> bool:
-    """Whether no step of training is left behind a checkpoint. ``patience``: of early stopping."""
+    """Returns whether training had ended at a checkpoint. ``patience``: of early stopping."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     is_stopped = patience is not None and spent_patience(state["stateful_callbacks"]) >= patience
     return is_stopped or state["global_step"] >= steps
 
 
 def _word(arguments: TrainingArguments) -> str:
-    """``auto``, ``never``, ``must``, or a path."""
+    """Returns ``auto``, ``never``, ``must``, or the path of a checkpoint."""
     value = str(arguments.resume_from_checkpoint or "")
     return WORDS.get(value.lower(), value)
 
 
 def _tidy(recipe: Recipe, arguments: TrainingArguments) -> None:
-    """Moves aside an older run (``overwrite``) or broken checkpoints, and ends an interrupted final save.
+    """Moves aside an earlier run (``overwrite``) or broken checkpoints, and completes an interrupted save.
 
-    What is refused stays as it is.
+    Changes nothing if the run is refused.
     """
     folder, word = Path(str(arguments.output_dir)), _word(arguments)
     is_path = word not in WORDS.values()
-    is_own = is_path and Path(word).resolve().parent == folder.resolve()
+    is_inside = is_path and Path(word).resolve().parent == folder.resolve()
     if is_path:
         require_sound(Path(word))
     if not is_in_use(folder):
         return
-    if _begins_again(recipe, folder) and word != "must" and not is_own:
+    if _begins_again(recipe, folder) and word != "must" and not is_inside:
         move_aside(folder)
         return
-    if word == "never" or (is_path and not is_own):
+    if word == "never" or (is_path and not is_inside):
         return
-    checkpoint = Path(word) if is_own else newest_sealed(folder)
+    checkpoint = Path(word) if is_inside else newest_sealed(folder)
     _require_allowed(_changes(recipe, arguments, checkpoint=checkpoint), checkpoint or folder)
-    if is_own:
+    if is_inside:
         for line in drop_later(folder, step_of(Path(word))):
             write_line(line)
         shutil.rmtree(folder / FINAL, ignore_errors=True)
@@ -188,14 +189,14 @@ def _begins_again(recipe: Recipe, folder: Path) -> bool:
 
 
 def _require_agreement(start: Start, arguments: TrainingArguments) -> None:
-    """Raises EnvironmentFault where the processes of several machines see other folders."""
+    """Raises EnvironmentFault if the processes do not resume from the same step."""
     if arguments.world_size == 1:
         return
     steps = gather_object([step_of(start.checkpoint) if start.checkpoint else 0])
     if len(set(steps)) > 1:
         what = "the processes do not see the same checkpoints"
-        got, fix = f"steps {', '.join(map(str, steps))}", "an --output_dir on a disk that all machines share"
-        raise EnvironmentFault(what, where=str(start.folder), got=got, fix=fix)
+        got = f"steps {', '.join(map(str, steps))}"
+        raise EnvironmentFault(what, where=str(start.folder), got=got, fix=SHARED_DISK)
 
 
 def _find_start(recipe: Recipe, arguments: TrainingArguments) -> Start:
@@ -203,14 +204,17 @@ def _find_start(recipe: Recipe, arguments: TrainingArguments) -> Start:
     checkpoint = newest_sealed(folder) if word in WORDS.values() else Path(word)
     is_used = is_in_use(folder)
     if word == "must" and (checkpoint is None or not is_used):
-        fix = "leave out --resume_from_checkpoint, or name a checkpoint-N folder"
-        raise RecipeError("no checkpoint to go on from", where=str(folder), fix=fix)
+        fix = "remove --resume_from_checkpoint, or set it to a checkpoint-N folder"
+        raise RecipeError("no checkpoint to resume from", where=str(folder), fix=fix)
     if not is_used and word in ("auto", "never"):
         return Start(folder)
     is_elsewhere = checkpoint is not None and checkpoint.resolve().parent != folder.resolve()
     if is_used and (word == "never" or is_elsewhere):
-        fix = "another --output_dir; --overwrite moves it; --resume_from_checkpoint auto goes on with it"
-        raise RecipeError("the output folder holds files of an earlier run", where=str(folder), fix=fix)
+        fix = (
+            "choose another --output_dir, set --overwrite to move the files aside,"
+            " or --resume_from_checkpoint auto to resume that run"
+        )
+        raise RecipeError("the output folder contains files of an earlier run", where=str(folder), fix=fix)
     changes = _changes(recipe, arguments, checkpoint=checkpoint)
     _require_allowed(changes, checkpoint or folder)
     overridden = tuple(recipe.resume_override)
@@ -222,9 +226,9 @@ def _find_start(recipe: Recipe, arguments: TrainingArguments) -> Start:
 
 
 def _changes(recipe: Recipe, arguments: TrainingArguments, *, checkpoint: Path | None) -> list[Change]:
-    """What of the recipe differs from that of the checkpoint, or of the folder that holds none yet.
+    """Returns the differences to the recipe of the checkpoint or, without a checkpoint, of the folder.
 
-    Raises RecipeError for a folder that holds no run.
+    Raises RecipeError for a folder that does not contain a run.
     """
     folder = Path(str(arguments.output_dir))
     now = recipe_keys(resolve(recipe, arguments))
@@ -234,10 +238,9 @@ def _changes(recipe: Recipe, arguments: TrainingArguments, *, checkpoint: Path |
         try:
             before = recipe_keys(load_recipe(folder / "recipe.yaml"))
         except UserError as error:
-            what = "the output folder holds files of an earlier run, and no recipe of one that could go on"
-            raise RecipeError(
-                what, where=str(folder), fix="another --output_dir; --overwrite moves it"
-            ) from error
+            what = "the output folder contains files, but no recipe.yaml of a run to resume"
+            fix = "choose another --output_dir, or set --overwrite to move the files aside"
+            raise RecipeError(what, where=str(folder), fix=fix) from error
     overridden = recipe.resume_override if checkpoint else ()
     return compare(before or {}, now, overridden=overridden) if before else []
 
@@ -245,8 +248,8 @@ def _changes(recipe: Recipe, arguments: TrainingArguments, *, checkpoint: Path |
 def _require_allowed(changes: list[Change], where: Path) -> None:
     if not (text := refusal(changes)):
         return
-    fix = f"{to_override(changes)} applies what is given now; --overwrite begins again"
+    fix = f"{to_override(changes)} resumes with the new values; --overwrite starts again"
     if step_of(where) < 0:
-        text += "; it holds no checkpoint that a change could be applied to (train.save_strategy)"
-        fix = "--overwrite begins again; or another --output_dir"
-    raise RecipeError(f"not the run of this recipe: {text}", where=str(where), fix=fix)
+        text += "; there is no checkpoint that the new values could be applied to (train.save_strategy)"
+        fix = "set --overwrite to start again, or choose another --output_dir"
+    raise RecipeError(f"the recipe differs from that of the run: {text}", where=str(where), fix=fix)

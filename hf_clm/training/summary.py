@@ -1,4 +1,4 @@
-"""What a run says of itself: at its start, at its end, and in run.json."""
+"""Summarises a run: the lines at its start and end, run.json, and the content of SEALED.json."""
 
 import platform
 import re
@@ -28,15 +28,15 @@ from hf_clm.run_folder import METRICS, Counts, Proof, RunRecord, StreamTotals, i
 from hf_clm.schema import Chat
 from hf_clm.training.arguments import count_steps, resolve, rows_per_step
 
-# Of a model's config: what a run sets, or what is compared elsewhere.
+# Keys of a model's config that a run sets itself, or compares elsewhere.
 NO_ARCHITECTURE = re.compile(r"_.*|.*_token_id|transformers_version|(torch_)?dtype|use_cache|architectures")
-SAMPLED_VALUES = 64  # of a weight
+SAMPLED_VALUES = 64  # per weight
 PACKAGES = ("hf_clm", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known before the first step."""
+    """The facts of a run before its first step."""
 
     recipe: Recipe
     arguments: TrainingArguments
@@ -48,29 +48,29 @@ class RunFacts:
 
     @property
     def train(self) -> Split:
-        """What is trained on."""
+        """The training data."""
         return self.splits["train"]
 
     @property
     def evaluations(self) -> dict[str, Split]:
-        """What is evaluated on, if it is not some of the training rows: ``eval``, or sets of other names."""
+        """The evaluation sets, ``eval`` or ``eval_NAME``; empty if training rows are evaluated instead."""
         return {name: split for name, split in self.splits.items() if name != TRAIN}
 
     @property
     def format(self) -> str:
-        """The format of the training data; prompts given as plain text are rendered in it."""
+        """The format of the training data, in which plain text prompts are rendered."""
         source = self.recipe.data.train[0]
         return "template" if source.template else source.format or sorted(self.train.examples.formats)[0]
 
     @property
     def has_turns(self) -> bool:
-        """Whether the model is asked through the chat template of its tokenizer."""
+        """Whether prompts are rendered with the chat template of the tokenizer."""
         head = self.train.examples.examples[:HEAD]
         return isinstance(next((example for example in head if example != NO_EXAMPLE), None), Chat)
 
     @property
     def template(self) -> Template | None:
-        """The template of the first source, if it has one: prompts given as plain text are rendered in it."""
+        """The template of the first source, in which plain text prompts are rendered, or None."""
         return self.recipe.data.train[0].template
 
     @property
@@ -83,12 +83,12 @@ class RunFacts:
 
     @property
     def tokens_per_step(self) -> float:
-        """Real tokens in an average step."""
+        """The mean number of real tokens in a step."""
         return self.train.tokens / len(self.train.dataset) * min(self.rows_per_step, len(self.train.dataset))
 
     @property
     def trained_parameters(self) -> int:
-        """All of the model, or those of its adapters."""
+        """The number of trainable parameters, of the model or its adapters."""
         return self.model.num_parameters(only_trainable=True)
 
     @property
@@ -99,16 +99,16 @@ class RunFacts:
 
     @property
     def device(self) -> str:
-        """The device with what was chosen on it and how to choose otherwise."""
-        kind, chosen = self.arguments.device.type, ""
+        """The device with its precision, and how to change a precision that was chosen by default."""
+        kind, note = self.arguments.device.type, ""
         if kind == "cpu":
             kind = f"cpu with {torch.get_num_threads()} threads"
             if self.arguments.bf16 and "bf16" not in self.recipe.train:
-                chosen = f" (this CPU has {bf16_instructions()}; --bf16 false turns it off)"
-        return f"{self.arguments.world_size} x {kind}, {self.precision}{chosen}"
+                note = f" (this CPU has {bf16_instructions()}; disable with --bf16 false)"
+        return f"{self.arguments.world_size} x {kind}, {self.precision}{note}"
 
     def to_record(self, status: str, *, proof: Mapping[str, Any]) -> RunRecord:
-        """The record from the start on; ``origins`` lacks the keys that have their default."""
+        """Returns the record for run.json. ``origins`` does not include keys with their default value."""
         origins = {key: origin for key, _, origin in describe_recipe(self.recipe) if origin != "default"}
         evaluations = list(self.evaluations.values())
         record = RunRecord(
@@ -136,14 +136,14 @@ class RunFacts:
             processes=self.arguments.world_size,
             device=str(self.arguments.device),
             precision=self.precision,
-            attention=self.model.config._attn_implementation,  # not always that of the recipe
+            attention=self.model.config._attn_implementation,  # may differ from the recipe's
             max_grad_norm=self.arguments.max_grad_norm,
             versions=versions(),
             proof=Proof.model_validate(proof),
         )
         if not self.evaluations.keys() <= {EVAL}:
-            named = {name.removeprefix(f"{EVAL}_"): count([one]) for name, one in self.evaluations.items()}
-            record = record.updated(evaluations=named)
+            counts = {name.removeprefix(f"{EVAL}_"): count([one]) for name, one in self.evaluations.items()}
+            record = record.updated(evaluations=counts)
         return record.updated(mixing=self.train.mix.to_json()) if self.train.mix else record
 
 
@@ -156,11 +156,11 @@ def add_outcome(
     steps: int,
     speed: Mapping[str, float],
 ) -> RunRecord:
-    """The record of a run at its end.
+    """Returns the record of a finished run.
 
     Args:
         history: the log events.
-        final: the last evaluation, which may be of an earlier model (``load_best_model_at_end``).
+        final: the last evaluation, of an earlier model with ``load_best_model_at_end``.
         speed: tokens_per_second and mfu.
     """
     tokens = [entry["tokens_seen"] for entry in history if "tokens_seen" in entry]
@@ -182,7 +182,7 @@ def add_outcome(
 def seal_facts(
     facts: RunFacts, tokenizer: PreTrainedTokenizerFast, *, proof: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What SEALED.json says of a run: its recipe, what else decides what is trained, and the versions."""
+    """Returns the content of SEALED.json: the recipe, other facts that affect training, and the versions."""
     certificate = proof.get("train", {}).get("certificate", {})
     return {
         "recipe": resolve(facts.recipe, facts.arguments).model_dump(),
@@ -200,32 +200,30 @@ def seal_facts(
 
 
 def guessing_loss(split: Split) -> float:
-    """The entropy (nats per token) of the labels of an epoch: the loss of guessing by frequency alone."""
+    """Returns the entropy of an epoch's labels in nats per token: the loss of a unigram model."""
     return unigram_entropy(split.drawn_label_counts)
 
 
 def start_lines(facts: RunFacts) -> list[str]:
-    """The block that a run prints before its first step."""
+    """Returns the lines that a run prints before its first step."""
     arguments, model, train = facts.arguments, facts.model, facts.train
     origin = "random weights" if facts.recipe.model.init == "scratch" else facts.recipe.model.name_or_path
     kind = type(without_adapters(model)).__name__
     lines = [
         f"recipe    {facts.recipe.file or 'made in Python'}, stage {facts.recipe.stage}",
         f"model     {kind}, {origin}, {model.num_parameters():,} parameters",
-        f"data      {'the first of a stream: ' if facts.recipe.data.streaming else ''}{_describe(train)}",
+        f"data      {'first of the stream: ' if facts.recipe.data.streaming else ''}{_describe(train)}",
     ]
     if train.mix:
         first, *others = train.mix.to_lines()
         lines += [f"mixing    {first}", *(f"{'':<10}{line}" for line in others)]
     if facts.recipe.lora:
         trained = facts.trained_parameters
-        lines.append(f"lora      {trained:,} parameters are trained, {trained / model.num_parameters():.2%}")
+        lines.append(f"lora      {trained:,} trainable parameters, {trained / model.num_parameters():.2%}")
     for name, split in facts.evaluations.items():
         lines.append(f"{name:<10}{_describe(split)}" if len(name) < 10 else f"{name} {_describe(split)}")
     if facts.recipe.stage == "pretrain":
-        lines.append(
-            f"unigram   {facts.unigram_entropy:.3f} nats per token: the loss of guessing by frequency alone"
-        )
+        lines.append(f"unigram   {facts.unigram_entropy:.3f} nats per token: the loss of a unigram model")
     lines += [
         f"step      {facts.rows_per_step} rows, about {facts.tokens_per_step:,.0f} tokens",
         f"steps     {facts.steps:,}",
@@ -234,24 +232,24 @@ def start_lines(facts: RunFacts) -> list[str]:
     ]
     lines += note_lines(facts.splits)
     if len(train.examples.formats) > 1:
-        lines.append(f"note      several formats; prompts given as text are rendered as {facts.format}")
+        lines.append(f"note      several formats: plain text prompts are rendered as {facts.format}")
     return lines
 
 
 def end_lines(facts: RunFacts, record: RunRecord) -> list[str]:
-    """The block that a run prints when it is done."""
+    """Returns the lines that a run prints when it is done."""
     output, saved = facts.arguments.output_dir, "adapters" if facts.recipe.lora else "model"
     amounts = {"step": record.steps_done, "tokens_seen": record.tokens_seen, "mfu": record.mfu}
     amounts |= {"seconds": record.seconds, "tokens_per_second": record.tokens_per_second}
-    said = {key: METRICS[key].form(value or 0) for key, value in amounts.items()}
+    texts = {key: METRICS[key].form(value or 0) for key, value in amounts.items()}
     changes = {}
     for key, (before, after) in record.evaluated.items():
         if metric := metric_of(key):
             changes[metric.short] = f"{metric.form(before)} -> {metric.form(after)}"
     loss, accuracy = changes.pop("eval loss"), changes.pop("eval accuracy")
     lines = [
-        f"done      {said['step']} steps in {said['seconds']}, {said['tokens_seen']} tokens, "
-        f"{said['tokens_per_second']} tokens/s ({said['mfu']} MFU)",
+        f"done      {texts['step']} steps in {texts['seconds']}, {texts['tokens_seen']} tokens, "
+        f"{texts['tokens_per_second']} tokens/s ({texts['mfu']} MFU)",
         f"loss      {loss} on {record.evaluated_on}",
         f"accuracy  {accuracy} of the target tokens",
         *(f"{'':<10}{name} {change}" for name, change in changes.items()),
@@ -268,28 +266,28 @@ def end_lines(facts: RunFacts, record: RunRecord) -> list[str]:
 
 
 def stream_line(totals: StreamTotals) -> str:
-    """What was read of a stream, block by block, and what became of it."""
+    """Describes how many documents of a stream were read, and their fates."""
     fates = ", ".join(f"{count:,} {fate}" for fate, count in totals.fates.items())
     least, most = totals.passes
     passes = f"{least}" if least == most else f"{least} to {most}"
-    how = f"by {totals.shards} workers, " if totals.shards > 1 else ""
-    return f"stream    {totals.documents:,} documents read ({fates}), {how}whole passes: {passes}"
+    workers = f"by {totals.shards} workers, " if totals.shards > 1 else ""
+    return f"stream    {totals.documents:,} documents read ({fates}), {workers}complete passes: {passes}"
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what a run computes."""
+    """Returns the versions of Python and of the packages that affect training."""
     cuda = {"cuda": str(torch.version.cuda)} if torch.version.cuda else {}
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, **cuda}
 
 
 def _architecture(model: PreTrainedModel) -> dict[str, Any]:
-    """What of a model's config decides what it computes."""
+    """Returns the entries of a model's config that affect what it computes."""
     config = without_adapters(model).config.to_diff_dict()
     return {key: value for key, value in config.items() if not NO_ARCHITECTURE.fullmatch(key)}
 
 
 def _sample_frozen(model: PreTrainedModel) -> str:
-    """The sha256 of some values of each weight that is not trained, and so in no checkpoint."""
+    """Returns the sha256 of some values of each frozen weight, as checkpoints do not contain them."""
     parts = []
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
@@ -307,7 +305,7 @@ def _describe(split: Split) -> str:
 
 
 def count(splits: Sequence[Split]) -> Counts:
-    """The counts of a set, or of several together."""
+    """Returns the counts of a set, or the sums over several sets."""
     fills = [split.dataset.fill for split in splits if isinstance(split.dataset, PackedDataset)]
     return Counts(
         files=[file for split in splits for file in split.examples.report.files],

@@ -1,6 +1,6 @@
-"""The Trainer, with what it lacks: token accuracy, real tokens, token-weighted evaluation, a stop at NaN.
+"""A Trainer with token accuracy, counts of real tokens, the loss at targets only, and a stop at NaN.
 
-How it evaluates: evaluating.py; how it saves and goes on: saving.py.
+Evaluation is in evaluating.py, saving and resuming in saving.py.
 """
 
 import math
@@ -48,35 +48,35 @@ from hf_clm.training.evaluating import EvaluatingTrainer
 from hf_clm.training.faults import checkpoint_bytes, writing
 from hf_clm.training.saving import settle_precision
 
-# What is counted since the last log event, in this order.
-TARGETS, CORRECT, TOKENS, PAIRS, PLACES = range(5)
-# What the collator makes for a TargetLoss; the loss of a model itself takes the labels of all positions.
-OF_TARGETS = ("logits_to_keep", "shift_labels")
-WEIGHTS = "loss_weights"  # of the labels of a batch: how much the loss of each counts
+# Indices of the counts since the last log event.
+TARGETS, CORRECT, TOKENS, PAIRS, POSITIONS = range(5)
+# Made by the collator for a TargetLoss. A model's own loss takes the labels of all positions.
+TARGET_LOSS_INPUTS = ("logits_to_keep", "shift_labels")
+WEIGHTS = "loss_weights"  # (B, T) float32: how much the loss of each label counts
 
 
 class CLMTrainer(EvaluatingTrainer):
     """A ``transformers.Trainer`` for causal language models.
 
-    Adds to each log event: token_accuracy, tokens_seen, target_tokens_seen, tokens_per_second (real tokens of
-    all processes), padding_share. Evaluation sums over tokens, so its loss is the same for every batch size.
-    Raises DivergedError before the optimizer step that a NaN or Inf would spoil. Computes the loss at the
-    targets only (``hf_clm/model/loss.py``), unless the model needs its own (``own_loss`` says why).
+    Adds token_accuracy, tokens_seen, target_tokens_seen, tokens_per_second (real tokens of all processes),
+    mfu and padding_share to each log event. Evaluation sums over tokens, so its loss does not depend on the
+    batch size. Raises DivergedError before an optimizer step with a NaN or Inf. Computes the loss at the
+    targets only (``hf_clm/model/loss.py``), unless the model needs its own (``own_loss`` has the reason).
 
-    Where rows hold ``weights``, the loss of an optimizer step is the sum of weight times loss over all its
-    labels, divided by the sum of their weights. Evaluation and token_accuracy count every label once.
+    If rows have ``weights``, the loss of an optimizer step is the sum of weight times loss over all its
+    labels, divided by the sum of the weights. Evaluation and token_accuracy count every label once.
 
     Args:
-        loss_options: terms beside the likelihood; the label smoothing is that of the arguments. All others
-            are those of EvaluatingTrainer and of the Trainer.
+        loss_options: additional terms of the loss; the label smoothing comes from the arguments. See
+            EvaluatingTrainer, SavingTrainer and the Trainer for the other arguments.
     """
 
     def __init__(self, *args: Any, loss_options: LossOptions | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.label_names = [*self.label_names, "weights"]  # remove_unused_columns would drop another column
+        self.label_names = [*self.label_names, "weights"]  # remove_unused_columns drops other columns
         settle_precision(self.accelerator)
         model: Any = self.accelerator.unwrap_model(self.model)
-        self.own_loss = why_not(model)  # the reason for the model's own loss, or empty
+        self.own_loss = why_not(model)  # why the model's own loss is used, or empty
         self.router_loss = RouterLoss(model)
         smoothing, balance = self.args.label_smoothing_factor, self.router_loss.coefficient
         self._logit_loss = partial(logit_loss, label_smoothing=smoothing, balance=balance)
@@ -90,14 +90,14 @@ class CLMTrainer(EvaluatingTrainer):
             self.train_dataset = self._even(self.train_dataset, self.args.train_batch_size)
         self.add_callback(EpochCallback(self))
         self._counts = torch.zeros(5, dtype=torch.int64, device=self.args.device)
-        self._timed = (0, 0.0)  # tokens and seconds of this session, without evaluation, samples and saving
+        self._timed = (0, 0.0)  # tokens and seconds since the start, without evaluation, samples and saving
         self._computed = 0.0  # FLOP in that time
         self._flops = count_flops(model)
         self._step_loss: torch.Tensor | float = 0.0
         self._step_batches: list[dict[str, Any]] = []
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        assert self.peak_flops > 0  # measured now, not in the first steps
+        assert self.peak_flops > 0  # measures it now rather than in the first steps
         self._counted_since = time.monotonic()
         return super().train(*args, **kwargs)
 
@@ -115,21 +115,21 @@ class CLMTrainer(EvaluatingTrainer):
         return loss
 
     def get_batch_samples(self, *args: Any) -> Any:
-        """The micro-batches of a step, and the sum of the weights of their labels in all processes."""
+        """Returns the micro-batches of a step, and the sum of their labels' weights on all processes."""
         with plain_errors():
             batches, items = super().get_batch_samples(*args)
         return batches, self._weigh(items, batches) if isinstance(items, torch.Tensor) else items
 
     def _weigh(self, items: torch.Tensor, batches: list[dict[str, Any]]) -> torch.Tensor:
-        """``items``, the number of labels as the Trainer counts it, times their mean weight."""
+        """Returns ``items``, the number of labels as counted by the Trainer, times their mean weight."""
         is_shared = self.args.world_size > 1 and self.args.average_tokens_across_devices
         if not is_shared and not any(WEIGHTS in batch for batch in batches):
             return items
         sums: Any = torch.stack([tally(batch["labels"], batch.get(WEIGHTS)) for batch in batches]).sum(dim=0)
-        if is_shared:  # in every step: a process cannot tell whether another one has weights
+        if is_shared:  # always: a process cannot know whether another one has weights
             sums = self.accelerator.reduce(sums, reduction="sum")
-        weighed = items * (sums[0] / sums[1])  # without weights times 1, exactly
-        return torch.where(weighed > 0, weighed, 1.0).to(items.dtype)  # of weights of 0 alone the sum is 0
+        weighed = items * (sums[0] / sums[1])  # the factor is exactly 1 without weights
+        return torch.where(weighed > 0, weighed, 1.0).to(items.dtype)  # avoids 0 / 0 if all weights are 0
 
     def compute_loss(
         self,
@@ -145,38 +145,39 @@ class CLMTrainer(EvaluatingTrainer):
             tokens, pairs = count_tokens(inputs)
             self._counts[TOKENS] += tokens
             self._counts[PAIRS] += pairs
-            self._counts[PLACES] += inputs["input_ids"].numel()
+            self._counts[POSITIONS] += inputs["input_ids"].numel()
         return (loss, outputs) if return_outputs else loss
 
     def measure(self, model: torch.nn.Module, inputs: dict[str, Any]) -> TokenFigures:
-        """The figures of each target of a batch."""
+        """Returns the figures of each target of a batch."""
         return self.measure_loss(model, inputs, items=None)[2]
 
     def measure_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], *, items: torch.Tensor | int | None
     ) -> tuple[torch.Tensor, Any, TokenFigures]:
-        """The loss as the Trainer normalises it, the model's outputs, and the figures of each target."""
-        counted = inputs if model.training else {**inputs, WEIGHTS: None}  # evaluation is not weighted
-        with self.router_loss.weighing(counted, items):
+        """Returns the loss, normalised like the Trainer's, the outputs and the figures of each target."""
+        batch = inputs if model.training else {**inputs, WEIGHTS: None}  # evaluation is not weighted
+        with self.router_loss.weighing(batch, items):
             return self._measure_tokens(model, inputs, items=items)
 
     def _measure_tokens(
         self, model: torch.nn.Module, inputs: dict[str, Any], *, items: torch.Tensor | int | None
     ) -> tuple[torch.Tensor, Any, TokenFigures]:
-        left_out = ("padding_tokens", WEIGHTS, *(OF_TARGETS if self.target_loss is None else ()))
-        batch: Any = {key: value for key, value in inputs.items() if key not in left_out}
+        excluded = ("padding_tokens", WEIGHTS, *(TARGET_LOSS_INPUTS if self.target_loss is None else ()))
+        batch: Any = {key: value for key, value in inputs.items() if key not in excluded}
         weights = inputs.get(WEIGHTS) if model.training else None  # evaluation is not weighted
         options: Any = {"return_outputs": True, "num_items_in_batch": items}
         if self.target_loss is None:
-            labels, own = batch["labels"], self.compute_loss_func  # what computes a loss takes them out
+            # The Trainer may pop the labels from the batch.
+            labels, loss_function = batch["labels"], self.compute_loss_func
             if weights is not None:
                 self.compute_loss_func = partial(self._logit_loss, label_weights=weights)
             try:
                 loss, outputs = cast(Any, super().compute_loss(model, batch, **options))
             finally:
-                self.compute_loss_func = own
+                self.compute_loss_func = loss_function
             return loss, outputs, logit_figures(outputs.logits, labels)
-        if weights is not None and "logits_to_keep" in batch:  # a position predicts the token after it
+        if weights is not None and "logits_to_keep" in batch:  # a position predicts the next token
             weights = weights.roll(-1, dims=1)[:, batch["logits_to_keep"]]
         with self.target_loss.measuring(weights):
             loss, outputs = cast(Any, super().compute_loss(model, batch, **options))
@@ -185,10 +186,10 @@ class CLMTrainer(EvaluatingTrainer):
         return loss, outputs, figures
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """Runs after clipping and before the optimizer step: the last moment with sound weights."""
+        """Checks loss and gradient. Runs after clipping and before the optimizer step."""
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
-        watched = float(self._step_loss if norm is None else norm)  # DeepSpeed may not know it
-        if self.args.fp16:  # it skips steps whose gradients overflow; each process knows its own loss
+        watched = float(self._step_loss if norm is None else norm)  # DeepSpeed may not return a norm
+        if self.args.fp16:  # overflowing gradients skip a step, so only the loss counts, on all processes
             total: Any = self.accelerator.reduce(torch.as_tensor(self._step_loss), reduction="sum")
             watched = float(total)
         if not math.isfinite(watched):
@@ -198,7 +199,7 @@ class CLMTrainer(EvaluatingTrainer):
         return norm
 
     def _stop(self, norm: float) -> NoReturn:
-        """Raises DivergedError, after the step's batches were written as a page."""
+        """Writes the rows of the step to diverged.html, and raises DivergedError."""
         facts = {
             "step": self.state.global_step + 1,
             "last finite step": self.state.global_step,
@@ -214,31 +215,31 @@ class CLMTrainer(EvaluatingTrainer):
             for batch in self._step_batches:
                 rows += to_rows(batch, first_number=len(rows))
             write_labels(path, rows, vocabulary=Vocabulary(self.processing_class), facts=facts)
-            page = f"; its rows are in {path}"
-        # DeepSpeed updates inside the backward
-        done = "the last checkpoint is sound" if self.is_deepspeed_enabled else "no weight was updated"
+            page = f"; the rows of this step are in {path}"
+        # DeepSpeed updates the weights in the backward pass.
+        state = "the last checkpoint is intact" if self.is_deepspeed_enabled else "no weight was updated"
         raise DivergedError(
-            f"step {facts['step']}: the loss or its gradient is not finite; {done}{page}",
+            f"step {facts['step']}: the loss or its gradient is not finite; {state}{page}",
             got=", ".join(f"{name} {facts[name]}" for name in ("loss", "gradient norm", "learning rate")),
-            fix="lower train.learning_rate, raise train.warmup_steps, or look at the data of this step",
+            fix="lower train.learning_rate, raise train.warmup_steps, or check the data of this step",
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._token_metrics())
-        if "train_loss" in logs:  # the Trainer's is of the steps since it was started
+        if "train_loss" in logs:  # the Trainer averages only over the steps since the start or resume
             logs["train_loss"] = mean_loss(self.state.log_history)
         super().log(logs, start_time)
 
     @property
     def tokens_per_second(self) -> float:
-        """Real tokens of all processes in a second of training, up to the last log event."""
+        """Real tokens of all processes per second of training, up to the last log event."""
         tokens, seconds = self._timed
         return tokens / seconds if seconds else self._logged("tokens_per_second")
 
     @cached_property
     def peak_flops(self) -> float:
-        """FLOP/s of all processes: the maker's figure where it is known, else a large matrix product's."""
+        """FLOP/s of all processes: the vendor's figure, or measured with a large matrix product."""
         return (nominal_peak(self.args.device) or self._measure_peak()) * self.args.world_size
 
     def _measure_peak(self) -> float:
@@ -246,7 +247,7 @@ class CLMTrainer(EvaluatingTrainer):
         return measure_peak(self.args.device, kind)
 
     def _utilisation(self, flops_per_second: float) -> float:
-        """The share of the peak, at most 1. A step that beats it shows that the peak was measured too low."""
+        """Returns the share of the peak, at most 1. Measures the peak again if it is exceeded."""
         if flops_per_second > self.peak_flops:
             again = self._measure_peak() * self.args.world_size
             self.peak_flops = max(again, flops_per_second)
@@ -254,28 +255,28 @@ class CLMTrainer(EvaluatingTrainer):
 
     @property
     def mfu(self) -> float:
-        """Model FLOP utilisation up to the last log event: what real tokens need, by the peak."""
+        """Model FLOP utilisation up to the last log event: FLOP for real tokens, relative to the peak."""
         seconds = self._timed[1]
         return self._utilisation(self._computed / seconds) if seconds else self._logged("mfu")
 
     def _logged(self, name: str) -> float:
-        """Of the last log event that has it: of a session before this one, which made no step."""
+        """Returns the value in the last log event that has it, for a resumed run that made no step."""
         return next((entry[name] for entry in reversed(self.state.log_history) if name in entry), 0.0)
 
     def stream_totals(self) -> dict[str, Any] | None:
-        """Shards of a stream, least and most passes of one, documents by their fate; None without a stream.
+        """Returns the shards of a stream, their passes and its documents by fate; None without a stream.
 
-        Counts the blocks that were begun. Every process has to call it.
+        Includes blocks that are not finished. Every process must call it.
         """
         rows = self.train_dataset
         if not isinstance(rows, StreamedRows):
             return None
-        found = furthest(gather_object([position for position in rows.positions.values() if position.steps]))
-        epochs, fates = [min(place.epoch for place in position.places) for position in found], Counter()
-        for place in (place for position in found for place in position.places):
+        shards = furthest(gather_object([position for position in rows.positions.values() if position.steps]))
+        epochs, fates = [min(place.epoch for place in position.places) for position in shards], Counter()
+        for place in (place for position in shards for place in position.places):
             fates.update(place.counts)
-        everyone = len(found) == rows.plan.shards  # else a shard was not asked yet
-        passes = [min(epochs) if everyone else 0, max(epochs, default=0)]
+        is_complete = len(shards) == rows.plan.shards  # else a shard has not been read yet
+        passes = [min(epochs) if is_complete else 0, max(epochs, default=0)]
         return {
             "shards": rows.plan.shards,
             "shuffle_buffer": rows.identity["documents"],
@@ -285,17 +286,17 @@ class CLMTrainer(EvaluatingTrainer):
         }
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """0: they are counted with the tokens, where the Trainer leaves out head and attention."""
+        """Returns 0. FLOP are counted with the tokens; the Trainer's count lacks attention and the head."""
         return 0
 
     def store_flos(self) -> None:
-        """Nothing: the Trainer would gather the zeros of all processes at every log event."""
+        """Does nothing. The Trainer would gather the zeros of all processes at every log event."""
 
     def get_train_dataloader(self) -> DataLoader:
-        return self._apart(super().get_train_dataloader())
+        return self._isolate(super().get_train_dataloader())
 
     def set_epoch(self, epoch: int) -> None:
-        """Decides the order of the rows; accelerate does not reach the sampler after every resume."""
+        """Sets the epoch of the sampler, which accelerate does not reach after every resume."""
         if self._sampler is not None:
             self._sampler.epoch = epoch
 
@@ -317,12 +318,12 @@ class CLMTrainer(EvaluatingTrainer):
             super()._save_checkpoint(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        if isinstance(self.train_dataset, StreamedRows):  # every process: each knows its own shards
+        if isinstance(self.train_dataset, StreamedRows):  # on every process, for its shards
             self.train_dataset.write_state(Path(output_dir), rank=self.args.process_index)
         super()._save_rng_state(output_dir)
 
     def _token_metrics(self) -> dict[str, float]:
-        """The counts of all processes since the last log event, and sets them back."""
+        """Returns the metrics of all processes since the last log event, and resets the counts."""
         sums: Any = self.accelerator.reduce(self._counts, reduction="sum")
         counts = sums.tolist()
         now = time.monotonic()
@@ -340,16 +341,16 @@ class CLMTrainer(EvaluatingTrainer):
             "target_tokens_seen": before.get("target_tokens_seen", 0) + counts[TARGETS],
             "tokens_per_second": counts[TOKENS] / seconds,
             "mfu": self._utilisation(flops / seconds),
-            "padding_share": 1 - counts[TOKENS] / max(1, counts[PLACES]),
+            "padding_share": 1 - counts[TOKENS] / max(1, counts[POSITIONS]),
             **gpu_figures(self.args.device),
         }
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the sampler which epoch begins; evaluates and saves at the last step of one, not behind it.
+    """Sets the sampler's epoch, and evaluates and saves at the last step of an epoch rather than after it.
 
-    A run that goes on from what is saved there begins with the next epoch: nothing may be left to do. Logs at
-    the last step, and where a run may stop or go on.
+    A run that resumes there begins with the next epoch, so nothing may remain to be done for the previous
+    one. Also logs at the last step and at every evaluation and save.
     """
 
     def __init__(self, trainer: CLMTrainer):
@@ -389,7 +390,7 @@ class EpochCallback(TrainerCallback):
 
 
 def mean_loss(history: list[dict[str, Any]]) -> float:
-    """Over all steps of a run; the loss of a log event is the mean over the steps since the event before."""
+    """Returns the mean over all steps of a run, from log events with the mean since the previous event."""
     events = [{"step": 0, "loss": 0.0}, *(event for event in history if "loss" in event)]
     steps = events[-1]["step"]
     return sum((e["step"] - before["step"]) * e["loss"] for before, e in pairwise(events)) / max(steps, 1)

@@ -1,4 +1,4 @@
-"""The trainers that are compared, each built as its own documentation says, over the same rows and weights.
+"""The trainers to compare, each set up as in its documentation, with the same rows and weights.
 
 Precisions: ``fp32``; ``bf16`` (autocast over float32 weights); ``default``, which leaves it to the trainer.
 """
@@ -12,12 +12,12 @@ from typing import Any
 from cases import IGNORE, MAX_LENGTH, Case, Rows, build_config, build_tokenizer
 
 LEARNING_RATE = 1e-3
-EXAMPLES, PACKED_ROWS = 10, 3  # of an optimizer step: about as many tokens, 1,550 and 1,520
+EXAMPLES, PACKED_ROWS = 10, 3  # per optimizer step: about the same number of tokens, 1,550 and 1,520
 
 
 @dataclass(frozen=True)
 class Job:
-    """One trainer to build. ``sampled``: a short run, which should see a fair sample of the batches."""
+    """A trainer to build. ``sampled``: for a short run, which should see a representative sample."""
 
     case: Case
     rows: Rows
@@ -29,19 +29,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Arm:
-    """How a trainer is set. ``batch``: rows of a micro-batch x micro-batches of an optimizer step."""
+    """The settings of a trainer. ``batch``: rows per micro-batch x micro-batches per optimizer step."""
 
     title: str
     family: str  # stock | trl | ours
     build: Callable[["Arm", Job], Any]
     batch: tuple[int, int]
-    note: str = ""  # why its loss differs by design
+    note: str = ""  # why its loss differs
     precisions: tuple[str, ...] = ("fp32", "bf16")
     options: tuple[tuple[str, Any], ...] = ()
 
 
 def build_trainer(arm: Arm, job: Job) -> Any:
-    """The arm's Trainer, with weights that depend on nothing but the case."""
+    """Returns the arm's Trainer, with weights that depend only on the case."""
     import torch
 
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def build_trainer(arm: Arm, job: Job) -> Any:
 
 
 def trainer_values(arm: Arm, job: Job) -> dict[str, Any]:
-    """What every TrainingArguments is given."""
+    """Returns the arguments that every TrainingArguments receives."""
     precision = {} if job.precision == "default" else {"bf16": job.precision == "bf16"}
     return {
         "output_dir": str(job.folder),
@@ -69,7 +69,7 @@ def trainer_values(arm: Arm, job: Job) -> dict[str, Any]:
 
 
 def stock(arm: Arm, job: Job) -> Any:
-    """``transformers.Trainer`` that pads to the longest row of a micro-batch."""
+    """Returns a ``transformers.Trainer`` that pads to the longest row of a micro-batch."""
     return _stock(arm, job, job.rows, **dict(arm.options))
 
 
@@ -79,7 +79,7 @@ def stock_grouped(arm: Arm, job: Job) -> Any:
 
 
 def concatenated(arm: Arm, job: Job) -> Any:
-    """As ``run_clm.py`` does: all rows one behind the other, cut into blocks; the rest is dropped."""
+    """Works like ``run_clm.py``: concatenates all rows, cuts them into blocks, and drops the rest."""
     flat = {key: [token for row in job.rows for token in row[key]] for key in ("input_ids", "labels")}
     blocks = range(0, len(flat["input_ids"]) - MAX_LENGTH + 1, MAX_LENGTH)
     rows = [{key: flat[key][at : at + MAX_LENGTH] for key in flat} for at in blocks]
@@ -87,7 +87,7 @@ def concatenated(arm: Arm, job: Job) -> Any:
 
 
 def trl(arm: Arm, job: Job) -> Any:
-    """``trl.SFTTrainer``; where the precision is not its own, without its activation checkpointing."""
+    """Returns a ``trl.SFTTrainer``, without activation checkpointing unless the precision is its default."""
     return _trl(arm, job, job.rows, **dict(arm.options))
 
 
@@ -98,7 +98,7 @@ def trl_grouped(arm: Arm, job: Job) -> Any:
 
 
 def ours(arm: Arm, job: Job) -> Any:
-    """This project, by the parts that ``hf_clm.train`` is made of."""
+    """Returns the trainer of hf_clm, from the parts that ``hf_clm.train`` uses."""
     from hf_clm import CLMTrainer, PackedDataset, PretrainDataset, SFTDataset
     from hf_clm.data.batch.collators import build_collator
     from hf_clm.machine import keep_memory
@@ -191,7 +191,7 @@ PACKING = (("packing", True),)
 FLAT = (("padding_free", True), ("max_length", None))
 GLIBC = (("memory", "as glibc keeps it"),)
 
-# The batch of each is the fastest of those tried: 1, 2, 4, 5, 10 and 20 rows.
+# Each batch size is the fastest of 1, 2, 4, 5, 10 and 20 rows.
 SFT_ARMS = {
     "pad": Arm("Trainer, padded to the longest", "stock", stock, (5, 2)),
     "group": Arm("Trainer, group_by_length", "stock", stock_grouped, (5, 2)),
@@ -212,12 +212,12 @@ PRETRAIN_ARMS = {
     "ours": Arm("hf_clm", "ours", ours, (1, PACKED_ROWS)),
     "ours-default": Arm("hf_clm, as it comes", "ours", ours, (1, PACKED_ROWS), precisions=DEFAULT),
 }
-ONE_ROUND = {"pad", "trl-bfd-3", "trl-flat"}  # never a peer's best
+ONE_ROUND = {"pad", "trl-bfd-3", "trl-flat"}  # never the best of a peer
 ONE_CASE = ONE_ROUND | {"ours-glibc", "trl-group"}
 
 
 def arms_of(case: Case) -> dict[str, Arm]:
-    """What is measured in a case, by name."""
+    """Returns the arms to measure in a case, by name."""
     if case.kind == "pretrain":
         return PRETRAIN_ARMS
     return {name: arm for name, arm in SFT_ARMS.items() if case.name == "sft-8k" or name not in ONE_CASE}

@@ -1,4 +1,4 @@
-"""What is trained in the comparison: rows of token ids and models, the same for every arm."""
+"""The data and models of the comparison: rows of token ids and random weights, the same for every arm."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ MAX_LENGTH = 512  # tokens of a row
 MEDIAN_TOKENS, SPREAD = (
     120,
     0.8,
-)  # of the log-normal lengths; 8 random rows padded to the longest are half empty
+)  # of the log-normal lengths; a batch of 8 random rows is half padding
 TARGET_SHARE = 0.65  # of an SFT row's tokens
 PAD, EOS, FIRST = 0, 1, 2  # FIRST: the lowest id of an ordinary token
 IGNORE = -100
@@ -20,7 +20,7 @@ Rows = list[dict[str, list[int]]]
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of rows, and a model with random weights. ``kind``: sft | pretrain; ``model``: qwen2 | gpt2."""
+    """Rows, and a model with random weights. ``kind``: sft | pretrain; ``model``: qwen2 | gpt2."""
 
     name: str
     title: str
@@ -31,14 +31,14 @@ class Case:
     width: int = 256
     layers: int = 4
     spread: float = 0.02  # of the random weights
-    steps: int = 3  # a measured window holds a multiple of it
+    steps: int = 3  # a measured window has a multiple of it
 
     def narrow(self) -> "Case":
-        """The same for checks that need no speed. Large weights, so that it shows what a token reads."""
+        """Returns a smaller case for correctness checks, with large weights, so that attention leaks show."""
         return replace(self.tiny(), rows=48 if self.vocab > 8192 else 120, spread=0.1)
 
     def tiny(self) -> "Case":
-        """The same to try things out. A vocabulary that takes the loss several chunks stays large."""
+        """Returns a tiny case for trying out. The vocabulary stays large, so that the loss uses chunks."""
         vocab = self.vocab if self.vocab > 8192 else 2048
         title = f"{self.title}, made tiny"
         return replace(self, title=title, width=64, layers=2, vocab=vocab, rows=200)
@@ -69,7 +69,7 @@ CASES = {
 
 
 def build_rows(case: Case, *, seed: int = 0) -> Rows:
-    """Rows of ``input_ids`` and ``labels``; every row ends in a labelled EOS, its first token has no label.
+    """Returns rows of ``input_ids`` and ``labels``. The last token is a labelled EOS, the first has no label.
 
     Half of the tokens follow from the one before, half are drawn by Zipf's law: the loss can fall.
     """
@@ -98,7 +98,7 @@ def _rows(case: Case, lengths: list[int], draw: np.random.Generator) -> Iterator
 
 
 def build_tokenizer(vocab: int = FIRST + 1) -> Any:
-    """A word for each id. The rows are token ids already, so no text is ever encoded with it."""
+    """Returns a tokenizer with a word for each id, which is never used, as the rows are token ids."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -112,7 +112,7 @@ def build_tokenizer(vocab: int = FIRST + 1) -> Any:
 
 
 def build_config(case: Case) -> Any:
-    """Heads of 64, no dropout, tied embeddings."""
+    """Returns a config with heads of size 64, no dropout, and tied embeddings."""
     from transformers import AutoConfig
 
     heads = case.width // 64

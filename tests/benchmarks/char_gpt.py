@@ -1,4 +1,4 @@
-"""A GPT of characters: the recipe beside the plain PyTorch loop of lectures, of the same shape and steps.
+"""A character-level GPT: the recipe against the plain PyTorch loop of lectures, with the same sizes.
 
     python tests/benchmarks/char_gpt.py input.txt --steps 5000
 
@@ -26,7 +26,7 @@ RECIPE = Path(__file__).parents[2] / "recipes/pretrain/char-gpt.yaml"
 
 
 class Head(nn.Module):
-    """One head of causal attention, as it is written on the board."""
+    """One head of causal attention, as in the lecture."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -41,7 +41,7 @@ class Head(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each behind a norm and beside a residual."""
+    """Attention and a feed-forward layer, each after a norm and with a residual connection."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class Lecture(nn.Module):
-    """The model of the lecture; gives logits (B, T, V)."""
+    """The model of the lecture. Returns logits (B, T, V)."""
 
     def __init__(self, vocab: int):
         super().__init__()
@@ -71,7 +71,7 @@ class Lecture(nn.Module):
 
 
 def run_loop(text: str, *, steps: int) -> dict[str, float]:
-    """The plain loop: seconds of the loop, and the loss over the whole validation part at its end."""
+    """Runs the plain loop. Returns its seconds, and the final loss on all of the validation data."""
     torch.manual_seed(1337)
     letters = sorted(set(text))
     ids = torch.tensor([letters.index(letter) for letter in text])
@@ -113,7 +113,7 @@ def run_loop(text: str, *, steps: int) -> dict[str, float]:
 
 
 def run_recipe(file: str, *, steps: int, words: list[str]) -> dict[str, float]:
-    """hf-clm's recipe: seconds of training with its evaluations, and the loss over the validation part."""
+    """Runs hf-clm's recipe. Returns the seconds of training and evaluation, and the validation loss."""
     with tempfile.TemporaryDirectory() as folder:
         run = ["--max_steps", str(steps), "--output_dir", f"{folder}/run", *words]
         command = [sys.executable, "-m", "hf_clm", "train", str(RECIPE), "--data.train", file, *run]
@@ -123,12 +123,12 @@ def run_recipe(file: str, *, steps: int, words: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints a line a run and, last, one JSON object with the medians and their ratio."""
+    """Prints a line for each run and then a JSON object with the medians and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file")
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--loop", action="store_true", help="run the plain loop alone, in this process")
+    parser.add_argument("--loop", action="store_true", help="run only the plain loop, in this process")
     options, words = parser.parse_known_args()
     if options.loop:
         print(json.dumps(run_loop(Path(options.file).read_text("utf-8"), steps=options.steps)))

@@ -1,4 +1,4 @@
-"""This project beside the stock Trainer and a bare loop on one GPU: python tests/benchmarks/gpu.py > gpu.json
+"""Compares hf_clm with the stock Trainer and a bare loop on a GPU: python tests/benchmarks/gpu.py > gpu.json
 
 Each arm runs in a process of its own, over the same rows in the same order, with weights from the same seed,
 in bfloat16 autocast, with fused AdamW: 10 steps apart, then 3 windows of 15, with a synchronisation at the
@@ -25,17 +25,17 @@ from typing import Any
 from cases import IGNORE
 from gpu_cases import CASES, Case, PaddedRows, Plan, build_collator, build_model, build_rows, leak
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where hf_clm is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # if hf_clm is not installed
 
 SECONDS, ARM_SECONDS = 570, 150
-LOSS_STEPS, LOSS_TOLERANCE = 20, 0.02  # relative: bfloat16 has 8 bits, and AdamW carries a difference on
-ISOLATION_TOLERANCE = 0.03  # of the largest logit: two kernels, in bfloat16
+LOSS_STEPS, LOSS_TOLERANCE = 20, 0.02  # relative: bfloat16 has 8 bits, and AdamW accumulates differences
+ISOLATION_TOLERANCE = 0.03  # relative to the largest logit, for two kernels in bfloat16
 KERNELS = ("flash", "fmha", "varlen")
 ARMS = ("ours-compile", "stock-compile", "ours", "stock", "bare-compile")
 
 
 class Watch:
-    """Times the windows of one arm, and looks at what its micro-batches do afterwards."""
+    """Measures the time of an arm's windows, and then checks what its micro-batches do."""
 
     def __init__(self, plan: Plan, device: Any):
         self.plan, self.device = plan, device
@@ -124,7 +124,7 @@ class Watch:
 
 
 def run_trainer(arm: str, case: Case, *, plan: Plan, rows: list[dict[str, Any]]) -> tuple[Watch, Any]:
-    """``stock`` or ``ours``, with torch_compile or without."""
+    """Returns the trainer ``stock`` or ``ours``, with or without torch_compile."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from hf_clm.training.trainer import CLMTrainer
@@ -138,7 +138,7 @@ def run_trainer(arm: str, case: Case, *, plan: Plan, rows: list[dict[str, Any]])
         values |= {"torch_compile_backend": "aot_eager"} if compiles else {}
     else:
         values |= {"dataloader_num_workers": 2}
-    if is_ours:  # our defaults of the Trainer
+    if is_ours:  # hf_clm's defaults for the Trainer
         values |= {"logging_nan_inf_filter": False, "accelerator_config": {"non_blocking": True}}
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -181,7 +181,7 @@ def run_trainer(arm: str, case: Case, *, plan: Plan, rows: list[dict[str, Any]])
 
 
 def run_bare(case: Case, *, plan: Plan, rows: list[dict[str, Any]]) -> tuple[Watch, Any]:
-    """Our attention and loss without a Trainer."""
+    """Trains with hf_clm's attention and loss without a Trainer."""
     import torch
 
     from hf_clm.model.loss import use_target_loss
@@ -213,7 +213,7 @@ def run_bare(case: Case, *, plan: Plan, rows: list[dict[str, Any]]) -> tuple[Wat
 
 
 def run_arm(name: str, arm: str, plan: Plan) -> dict[str, Any]:
-    """What a process of its own does."""
+    """Runs in a child process."""
     case = plan.case(name)
     rows = build_rows(case, plan)
     options: dict[str, Any] = {"plan": plan, "rows": rows}
@@ -224,7 +224,7 @@ def run_arm(name: str, arm: str, plan: Plan) -> dict[str, Any]:
 
 
 def measure_roofline(plan: Plan) -> dict[str, Any]:
-    """FLOP a second of a large bfloat16 matrix product, the best of 5; and where it ran."""
+    """Returns the FLOP/s of a large bfloat16 matrix product, the best of 5, and the device."""
     import torch
     import transformers
 
@@ -250,7 +250,7 @@ def measure_roofline(plan: Plan) -> dict[str, Any]:
 
 
 def to_gates(arms: dict[str, dict[str, Any]]) -> dict[str, bool | None]:
-    """What must hold for the figures of a case to count; None where it could not be looked at."""
+    """Returns the conditions for the figures of a case to count; None if one could not be checked."""
     ran = {arm: found for arm, found in arms.items() if "error" not in found}
     ours = {arm: found for arm, found in ran.items() if "leak" in found}
     losses = [found["losses"] for found in ran.values()]
@@ -271,7 +271,7 @@ def to_gates(arms: dict[str, dict[str, Any]]) -> dict[str, bool | None]:
 
 
 def call(what: list[str], *, miniature: bool, seconds: float) -> dict[str, Any]:
-    """The JSON of a process of its own, or why there is none."""
+    """Returns the JSON output of a child process, or why there is none."""
     command = [sys.executable, __file__, "--child", *what, *(["--miniature"] if miniature else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
@@ -284,7 +284,7 @@ def call(what: list[str], *, miniature: bool, seconds: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prints one JSON.")
-    parser.add_argument("--miniature", action="store_true", help="on a CPU, to show that it runs")
+    parser.add_argument("--miniature", action="store_true", help="run a tiny version on a CPU, as a test")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""The models and rows of the GPU benchmark (gpu.py), from literals, and how they become batches.
+"""The models, rows and batches of the GPU benchmark (gpu.py), defined by literals.
 
 FLOP are those that the task needs, the same for every arm: 6 (4 where it is frozen) for a weight of a matrix
 product and real token, for one of the head and target; 12 x layers x width for a pair of tokens, one attends
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from cases import FIRST, IGNORE, PAD, build_tokenizer
 
-MEDIAN_TOKENS, SPREAD, TARGET_SHARE = 300, 0.8, 0.65  # of the log-normal documents of SFT
+MEDIAN_TOKENS, SPREAD, TARGET_SHARE = 300, 0.8, 0.65  # of the documents of SFT, with log-normal lengths
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model from literals and what it is trained on.
+    """A model and its training data.
 
     rows: of an optimizer step; stock_rows: of a micro-batch of the stock Trainer, whose logits are large.
     """
@@ -41,14 +41,14 @@ class Case:
 
     @property
     def layer_weights(self) -> int:
-        """Of the matrix products of all layers."""
+        """The parameters in matrix products of all layers."""
         key_width = self.key_heads * self.width // self.heads
         gates = 3 if self.model_type == "qwen2" else 2
         attention = 2 * self.width**2 + 2 * self.width * key_width
         return self.layers * (attention + gates * self.width * self.mlp)
 
     def flops(self, rows: list[Any]) -> float:
-        """That training on packed rows needs; see the head of the file."""
+        """Returns the FLOP for training on packed rows. See the head of the file."""
         each = 4 if self.is_lora else 6
         labels = sum(sum(label != IGNORE for label in row["labels"]) for row in rows)
         tokens = sum(len(row["input_ids"]) for row in rows)
@@ -65,7 +65,7 @@ TINY: dict[str, Any] = {"layers": 2, "width": 64, "heads": 4, "mlp": 128, "vocab
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps of a run: ``warm_up``, 3 windows, 2 steps that count synchronisations, and one profiled."""
+    """The steps of a run: ``warm_up``, 3 windows, 2 steps that count synchronisations, and a profiled one."""
 
     warm_up: int
     window: int
@@ -86,7 +86,7 @@ class Plan:
 
 
 def build_rows(case: Case, plan: Plan) -> list[dict[str, Any]]:
-    """Packed rows for all steps: full rows of one document, or best-fit rows of many."""
+    """Returns packed rows for all steps: full rows of one document, or best-fit rows of many."""
     from hf_clm.data.batch.packing import best_fit_rows
 
     draw, wanted = np.random.default_rng(0), plan.steps * case.rows
@@ -114,7 +114,7 @@ def _to_row(documents: list[tuple[list[int], int]]) -> dict[str, Any]:
 
 
 def build_model(case: Case, attention: str) -> Any:
-    """Random weights from one seed; a frozen base in bfloat16, what is trained in float32."""
+    """Returns a model with random weights: trained weights in float32, a frozen base in bfloat16."""
     import torch
 
     from hf_clm.model.load import build_config, init_model
@@ -151,7 +151,7 @@ def build_model(case: Case, attention: str) -> Any:
 
 
 class PaddedRows:
-    """The collator of the stock arms: (B, T); ``position_ids`` restart, so that sdpa isolates documents."""
+    """Collates for the stock arms to (B, T). ``position_ids`` restart, so that sdpa isolates documents."""
 
     def __init__(self, case: Case):
         self.case = case
@@ -161,7 +161,7 @@ class PaddedRows:
 
         shape = (len(rows), self.case.max_length)
         batch = {"input_ids": np.full(shape, PAD), "labels": np.full(shape, IGNORE)}
-        if self.case.is_sft:  # what is left over is a document of padding
+        if self.case.is_sft:  # the rest of a row is a document of padding
             batch["position_ids"] = np.tile(np.arange(shape[1]), (shape[0], 1))
         for number, row in enumerate(rows):
             used = len(row["input_ids"])
@@ -173,7 +173,7 @@ class PaddedRows:
 
 
 def build_collator(case: Case, rows: list[dict[str, Any]]) -> Any:
-    """Ours, with one shape for every batch."""
+    """Returns hf_clm's collator, with a static shape."""
     from hf_clm.data.batch.collators import DataCollatorForPackedCausalLM, StaticShape
 
     batches = [rows[first : first + case.rows] for first in range(0, len(rows), case.rows)]
@@ -184,7 +184,7 @@ def build_collator(case: Case, rows: list[dict[str, Any]]) -> Any:
 
 
 def leak(model: Any, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """How much a packed row differs, in parts of the largest logit, in bfloat16 autocast.
+    """Returns how much the logits of a packed row differ, relative to the largest, in bfloat16 autocast.
 
     alone: from its documents alone under sdpa; beside: from itself, beside another first document.
     """

@@ -1,6 +1,6 @@
-"""Runs recipes/accelerate/fsdp2.yaml end to end on the GPUs of this machine, and opens what it saved.
+"""Runs recipes/accelerate/fsdp2.yaml end to end on the GPUs of this machine, and loads the saved model.
 
-    python tests/benchmarks/gpu_fsdp2.py                    # as many processes as there are GPUs
+    python tests/benchmarks/gpu_fsdp2.py                    # one process per GPU
     python tests/benchmarks/gpu_fsdp2.py --file fsdp2_offload
     python tests/benchmarks/gpu_fsdp2.py --on_cpu           # tests/spread_on_cpu.py on two processes
 
@@ -45,7 +45,7 @@ train:
 
 
 def main() -> None:
-    """One run, its resume, and what the saved model says of the data."""
+    """Runs and resumes a run, and evaluates the saved model."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def prepare(folder: Path) -> None:
-    """A tiny model, rows and the recipe."""
+    """Writes a tiny model, rows and the recipe."""
     from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 
     save_folder(folder / "model", tiny_model(tie_word_embeddings=True), byte_tokenizer())
@@ -94,7 +94,7 @@ def prepare(folder: Path) -> None:
 
 
 def launch(folder: Path, file: str, *words: str, on_cpu: bool) -> None:
-    """``hf-clm train`` under accelerate; its lines go to stderr."""
+    """Runs ``hf-clm train`` with accelerate, and prints its output to stderr."""
     processes = 2 if on_cpu else torch.cuda.device_count()
     assert processes, "no GPU; --on_cpu tries the script without one"
     program = [str(ROOT / "tests" / "spread_on_cpu.py")] if on_cpu else ["-m", "hf_clm"]
@@ -107,13 +107,13 @@ def launch(folder: Path, file: str, *words: str, on_cpu: bool) -> None:
 
 
 def forget_the_end(run: Path) -> None:
-    """Leaves the first checkpoint alone."""
+    """Keeps only the first checkpoint."""
     shutil.rmtree(run / "checkpoint-40")
     (run / "model.safetensors").unlink()
 
 
 def loss_of(run: Path) -> float:
-    """Of a saved model, opened with from_pretrained, on each row alone; bytes are their own ids, 256 ends."""
+    """Returns the loss of a saved model on each row alone. Bytes are their ids, and 256 is the end token."""
     model: Any = AutoModelForCausalLM.from_pretrained(run).eval()
     total, count = 0.0, 0
     for prompt, answer in LEARNED:
@@ -126,7 +126,7 @@ def loss_of(run: Path) -> float:
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    """The weights of a saved model."""
+    """Returns the weights of a saved model."""
     return AutoModelForCausalLM.from_pretrained(run).state_dict()
 
 

@@ -1,4 +1,4 @@
-"""One arm in a process of its own: its speed, or its loss. Called by the driver; the result is plain data."""
+"""Measures the speed or the loss of an arm in a child process of the driver. Returns plain data."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from typing import Any
 from arms import Arm, Job, build_trainer
 from cases import IGNORE, Case, build_config, build_rows
 
-THREADS = (2, 1)  # of the two windows of a run
+THREADS = (2, 1)  # in the two windows of a run
 WARM_UP_STEPS = 2
 HELD_OUT_ROWS = 24
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a child does. ``seconds``: the least that a window lasts. ``seed``: of the order of the rows."""
+    """The task of a child. ``seconds``: minimum length of a window. ``seed``: for the order of the rows."""
 
     case: Case
     arm: Arm
@@ -34,13 +34,13 @@ class Task:
 
 @dataclass
 class Counter:
-    """Real and target tokens that went through the model, whatever the collator made of them."""
+    """Counts the real and target tokens that pass through the model, independent of the collator."""
 
     tokens: int = 0
     targets: int = 0
 
     def count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the model."""
+        """Counts a batch, as a forward pre-hook of the model."""
         mask, shifted = kwargs.get("attention_mask"), kwargs.get("shift_labels")
         self.tokens += kwargs["input_ids"].numel() if mask is None else int(mask.sum())
         labels = kwargs["labels"][:, 1:] if shifted is None else shifted
@@ -49,7 +49,7 @@ class Counter:
 
 @dataclass
 class Moment:
-    """The clocks and the counters at the end of a step."""
+    """The times and counts at the end of a step."""
 
     wall: float
     cpu: float
@@ -60,13 +60,13 @@ class Moment:
 
 @dataclass
 class Window:
-    """What happened between two moments."""
+    """The differences between two moments."""
 
     start: Moment
     end: Moment
 
     def figures(self, threads: int) -> dict[str, float]:
-        """Tokens a second; a CPU second counts every thread of the process."""
+        """Tokens per second; CPU seconds include all threads of the process."""
         start, end = self.start, self.end
         steps, tokens = end.step - start.step, end.tokens - start.tokens
         return {
@@ -82,7 +82,7 @@ class Window:
 
 @dataclass
 class Clock:
-    """Ends a run after one window for each number of threads."""
+    """Stops a run after one window for each number of threads."""
 
     task: Task
     counter: Counter
@@ -90,7 +90,7 @@ class Clock:
     start: Moment | None = None
 
     def step_ended(self, step: int) -> bool:
-        """True where all windows are full."""
+        """Returns whether all windows are complete."""
         import torch
 
         now = Moment(
@@ -109,7 +109,7 @@ class Clock:
 
 
 def measure_speed(task: Task) -> dict[str, Any]:
-    """Tokens a second on two threads and on one, and the peak of the memory."""
+    """Measures the tokens per second with two threads and with one, and the peak memory."""
     import torch
 
     torch.set_num_threads(THREADS[0])
@@ -136,7 +136,7 @@ def measure_speed(task: Task) -> dict[str, Any]:
 
 
 def measure_loss(task: Task) -> dict[str, Any]:
-    """The mean loss of a target token with weights that stand still, and what an epoch of learning gives."""
+    """Returns the mean loss per target token with constant weights, and in an epoch of training."""
     import torch
 
     torch.set_num_threads(1)
@@ -160,7 +160,7 @@ def measure_loss(task: Task) -> dict[str, Any]:
 
 
 def measure_alone(task: Task) -> dict[str, Any]:
-    """What ``still_loss`` must be: each row alone through the untrained model, without any Trainer."""
+    """Returns the expected ``still_loss``: of each row alone in the untrained model, without any Trainer."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -176,7 +176,7 @@ def measure_alone(task: Task) -> dict[str, Any]:
 
 
 def _epoch_loss(task: Task, job: Job, counter: Counter, *, values: dict[str, Any]) -> tuple[float, Any]:
-    """The mean over the target tokens of an epoch, from the losses that the Trainer logs of its steps."""
+    """Returns the mean over the target tokens of an epoch, from the losses that the Trainer logs."""
     trainer = build_trainer(task.arm, Job(**vars(job) | {"values": job.values | values}))
     hook = trainer.model.register_forward_pre_hook(counter.count, with_kwargs=True)
     targets = [0]
@@ -189,7 +189,7 @@ def _epoch_loss(task: Task, job: Job, counter: Counter, *, values: dict[str, Any
 
 
 def _loss_alone(model: Any, rows: Any) -> float:
-    """The mean over the target tokens of rows that are run alone, by the model's own loss."""
+    """Returns the mean over the target tokens of rows that are run alone, with the model's loss."""
     import torch
 
     model.eval()
@@ -205,7 +205,7 @@ def _loss_alone(model: Any, rows: Any) -> float:
 
 
 def _at_step_end(action: Callable[[int], bool | None]) -> Any:
-    """A callback; training stops where the action returns True."""
+    """Calls an action after each step; training stops when it returns True."""
     from transformers import TrainerCallback
 
     class AtStepEnd(TrainerCallback):
@@ -221,7 +221,7 @@ def _resident_bytes() -> int:
 
 
 def run_child(measure: Any, task: Task, path: str) -> None:
-    """Runs in the child: what it prints goes to ``path``, its last line is the result as JSON."""
+    """Runs in the child. Its output goes to ``path``, with the result as JSON in the last line."""
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)

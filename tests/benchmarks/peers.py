@@ -1,4 +1,4 @@
-"""hf_clm against its peers on this CPU: speed, memory, loss and start-up, side by side.
+"""Compares hf_clm with its peers on this CPU: speed, memory, loss and start-up time.
 
     python tests/benchmarks/peers.py [--quick] [--case sft-8k ...] [--rounds 3] [--out FILE.json]
 
@@ -34,15 +34,15 @@ IMPORTED = ["torch", "datasets", "transformers.trainer", "trl.trainer.sft_traine
 LIMIT_SECONDS = 240  # of one process
 QUICK_CASES, QUICK_WINDOW = ("sft-8k", "pretrain-gpt2"), 0.1  # seconds
 
-Results = dict[str, list[dict[str, Any]]]  # arm@precision -> what each round found
+Results = dict[str, list[dict[str, Any]]]  # arm@precision -> the results of each round
 
 
 def main() -> int:
-    """Runs what the command line asks for."""
+    """Runs the benchmark that the command line selects."""
     options = parse()
     cases = [CASES[name] for name in options.case or (QUICK_CASES if options.quick else CASES)]
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)  # else a process would take five seconds more to begin
+    context.set_forkserver_preload(IMPORTED)  # saves five seconds at the start of each process
     report: dict[str, Any] = {"machine": describe_machine(), "versions": describe_versions(), "cases": {}}
     report["quick"] = options.quick
     for case in cases:
@@ -59,14 +59,14 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a tiny model, one round: does it all work?")
-    parser.add_argument("--case", nargs="+", choices=CASES, help="only these, and no start-up")
-    parser.add_argument("--arm", nargs="+", help="only these and hf_clm's, such as: group trl-bfd-1x3")
-    parser.add_argument("--rounds", type=int, help="3, with --quick 1")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and one round, as a test")
+    parser.add_argument("--case", nargs="+", choices=CASES, help="only these cases, without start-up")
+    parser.add_argument("--arm", nargs="+", help="only these arms and hf_clm's, such as: group trl-bfd-1x3")
+    parser.add_argument("--rounds", type=int, help="number of rounds: 3 by default, 1 with --quick")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu.json")
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else 3)
@@ -76,7 +76,7 @@ def parse() -> argparse.Namespace:
 
 
 def compare_arms(case: Case, context: Any, *, options: argparse.Namespace) -> dict[str, Any]:
-    """Speeds, ratios and losses of one case."""
+    """Returns the speeds, ratios and losses of one case."""
     arms = {
         name: arm
         for name, arm in arms_of(case).items()
@@ -110,7 +110,7 @@ def compare_arms(case: Case, context: Any, *, options: argparse.Namespace) -> di
 
 
 def measure_speeds(tasks: dict[str, Task], context: Any, *, options: argparse.Namespace) -> Results:
-    """What every round found, round by round."""
+    """Returns the results of every round."""
     found: Results = {key: [] for key in tasks}
     for number in range(options.rounds):
         for key, task in tasks.items():
@@ -124,7 +124,7 @@ def measure_speeds(tasks: dict[str, Task], context: Any, *, options: argparse.Na
 
 
 def measure_losses(case: Case, tasks: dict[str, Task], context: Any) -> dict[str, dict[str, Any]]:
-    """The loss of every arm and, as ``alone``, what it has to be. Two processes at once: nothing is timed."""
+    """Returns the loss of every arm and, as ``alone``, the expected one. Runs two processes at a time."""
     first = replace(next(iter(tasks.values())), case=case)
     jobs: dict[str, tuple[Callable[[Task], Any], Task]] = {"alone": (measure_alone, first)}
     jobs |= {key: (measure_loss, replace(task, case=case)) for key, task in tasks.items()}
@@ -133,7 +133,7 @@ def measure_losses(case: Case, tasks: dict[str, Task], context: Any) -> dict[str
 
 
 def in_child(measure: Callable[[Task], Any], task: Task, context: Any) -> dict[str, Any]:
-    """What the child found, or why it failed."""
+    """Returns the result of the child, or why it failed."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         child = context.Process(target=run_child, args=(measure, task, str(log)))
@@ -149,7 +149,7 @@ def in_child(measure: Callable[[Task], Any], task: Task, context: Any) -> dict[s
 
 
 def to_markdown(found: dict[str, Any]) -> Iterator[str]:
-    """The tables of one case."""
+    """Returns the tables of one case."""
     yield from table.speed_table(found["title"], found["medians"], found["arms"])
     yield from table.ratio_table(found["ratios"])
     yield from table.gate_table(found["losses"])
@@ -157,7 +157,7 @@ def to_markdown(found: dict[str, Any]) -> Iterator[str]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """The CPU, and how many threads it gives us."""
+    """Returns the CPU, and the number of its threads."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if sys.platform == "linux" else []
     facts = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
     known = ("avx512f", "avx512_bf16", "amx_bf16")
@@ -170,7 +170,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_versions() -> dict[str, str]:
-    """Of everything that is measured."""
+    """Returns the versions of all packages that are measured."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -181,7 +181,7 @@ def describe_versions() -> dict[str, str]:
 
 
 def say(text: str) -> None:
-    """Progress, beside the tables."""
+    """Prints progress to stderr."""
     print(f"{time.strftime('%H:%M:%S')} {text[:160]}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Peak memory and time of ``hf-clm prepare``, and of the first step behind it, against the size of the text.
+"""Measures peak memory and time of ``hf-clm prepare``, and of the first step after it, for sizes of the text.
 
     .venv/bin/python -m tests.benchmarks.prepare_memory --work /tmp/sizes --gigabytes 0.2 1 2
 
@@ -22,13 +22,13 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results" / "prepare_memory.json"
-# Of preparing: one process with one thread, with the threads of the tokenizer, and Ray on all cores.
+# Ways to prepare: one process with one thread, with the threads of the tokenizer, and Ray on all cores.
 WAYS = {"thread": ([], "false"), "threads": ([], "true"), "ray": (["--ray", "local"], "true")}
-WORDS, PER_DOCUMENT = 40_000, 320  # different words; of a document on average, about 2 kB
+WORDS, PER_DOCUMENT = 40_000, 320  # distinct words; words per document, about 2 kB
 
 
 def main() -> None:
-    """Measures every size and prints what was found."""
+    """Measures every size and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="a folder for text and prepared data")
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.05, 0.2, 1.0, 2.0])
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def measure(work: Path, gigabytes: float) -> dict[str, Any]:
-    """One size: text written, prepared, trained on for a step, and removed."""
+    """Measures one size: writes, prepares, trains a step on, and removes the text."""
     text, tokenizer = work / "text.jsonl", work / "tokenizer"
     documents = write_text(text, round(gigabytes * 1e9))
     if not tokenizer.exists():
@@ -64,7 +64,7 @@ def measure(work: Path, gigabytes: float) -> dict[str, Any]:
     )
     found: dict[str, Any] = {"text_bytes": text.stat().st_size, "documents": documents}
     found |= {f"prepare_{name}": value for name, value in run(["prepare", str(recipe)], work).items()}
-    time.sleep(11)  # from then on the hash of the text is remembered
+    time.sleep(11)  # after this, the hash of the text is cached
     run(["train", str(recipe)], work)
     found |= {f"first_step_{name}": value for name, value in run(["train", str(recipe)], work).items()}
     (store,) = (path for path in (work / "cache").iterdir() if not path.name.startswith("."))
@@ -79,7 +79,7 @@ def measure(work: Path, gigabytes: float) -> dict[str, Any]:
 
 
 def write_text(path: Path, size: int) -> int:
-    """Documents up to ``size`` bytes; returns how many."""
+    """Writes documents of ``size`` bytes in total; returns their number."""
     draw = np.random.default_rng(0)
     syllables = [first + vowel for first in "bcdfghklmnprstvw" for vowel in "aeiou"]
     words = ["".join(draw.choice(syllables, count)) for count in draw.integers(1, 5, WORDS)]
@@ -97,7 +97,7 @@ def write_text(path: Path, size: int) -> int:
 
 
 def run(words: list[str], work: Path, **environment: str) -> dict[str, Any]:
-    """Seconds and peak memory of a command; what it prints goes into a file."""
+    """Returns the seconds and peak memory of a command, and writes its output to a file."""
     code = "import sys; from hf_clm.cli import main; sys.exit(main(sys.argv[1:]))"
     started = time.monotonic()
     with (work / "output.txt").open("a", encoding="utf-8") as output:

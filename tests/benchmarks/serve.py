@@ -1,4 +1,4 @@
-"""hf-clm serve under load: 50 clients at once, each with a question of its own, again and again.
+"""Measures hf-clm serve under load: 50 concurrent clients that each repeat a different question.
 
     python tests/benchmarks/serve.py [--clients 50] [--rounds 4] [--batch_size 1 8]
 
@@ -24,7 +24,7 @@ SQUARES = {f"{n} squared": f"{n} times {n} is {n * n}" for n in range(50)}
 
 
 async def ask(api: openai.AsyncOpenAI, question: str, *, stream: bool) -> float:
-    """Asks once and checks the answer; returns the seconds that it took."""
+    """Sends a question and checks the answer; returns the seconds."""
     started = time.perf_counter()
     messages = [{"role": "user", "content": question}]
     reply = await api.chat.completions.create(model="squares", messages=messages, stream=stream)
@@ -37,7 +37,7 @@ async def ask(api: openai.AsyncOpenAI, question: str, *, stream: bool) -> float:
 
 
 async def load(server: Server, *, clients: int, rounds: int) -> list[float]:
-    """The seconds of every request; each client asks ``rounds`` questions, one after the other."""
+    """Returns the seconds of every request; each client sends ``rounds`` questions in sequence."""
     questions = list(SQUARES)
 
     async def client(number: int) -> list[float]:

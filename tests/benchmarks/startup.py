@@ -1,4 +1,4 @@
-"""From the start of the process to the first optimizer step, on a file of text: what a user waits for.
+"""Measures the time from the start of the process to the first optimizer step, on a text file.
 
 ``python startup.py stock FOLDER`` is the script that a user of that trainer would write; the project's own
 arm is ``hf-clm train``. Cold has read nothing before; warm finds what the run before it kept.
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 RECORDS, QUICK_RECORDS = 50_000, 500
-WORDS, MEDIAN_WORDS, SPREAD = 20_000, 110, 0.8  # in the language, in a record
+WORDS, MEDIAN_WORDS, SPREAD = 20_000, 110, 0.8  # in the language, and in a record
 MAX_LENGTH, BATCH, VOCAB = 512, 8, 8192
 SIZES = {
     "hidden_size": 64,
@@ -27,7 +27,7 @@ SIZES = {
     "num_key_value_heads": 1,
     "max_position_embeddings": MAX_LENGTH,
 }
-NO_TRIALS = ("--doctor.round_trip", "off", "--eval_on_start", "false")  # what the peers do not do either
+NO_TRIALS = ("--doctor.round_trip", "off", "--eval_on_start", "false")  # which the peers do not do either
 VALUES = {
     "per_device_train_batch_size": BATCH,
     "learning_rate": 1e-3,
@@ -40,7 +40,7 @@ VALUES = {
 
 
 def write_corpus(folder: Path, records: int) -> dict[str, float]:
-    """rows.jsonl of prompts and completions of invented words, and a tokenizer trained on some of them."""
+    """Writes rows.jsonl with prompts and completions of invented words, and a tokenizer trained on some."""
     from hf_clm.text.train_tokenizer import train_bpe
 
     draw = np.random.default_rng(0)
@@ -65,7 +65,7 @@ def write_corpus(folder: Path, records: int) -> dict[str, float]:
 
 
 def stock(folder: Path) -> None:
-    """``load_dataset``, ``map(batched=True)``, ``Trainer``."""
+    """Runs ``load_dataset``, ``map(batched=True)`` and ``Trainer``."""
     from datasets import load_dataset
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -91,7 +91,7 @@ def stock(folder: Path) -> None:
 
 
 def trl(folder: Path) -> None:
-    """``load_dataset``, ``SFTTrainer`` with its best-fit packing."""
+    """Runs ``load_dataset`` and ``SFTTrainer`` with its best-fit packing."""
     from datasets import load_dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -109,7 +109,7 @@ def trl(folder: Path) -> None:
 
 
 def time_peer(name: str, folder: Path, *, limit: float) -> float:
-    """Seconds; what ``datasets`` keeps lies in the folder."""
+    """Returns the seconds. The cache of ``datasets`` is in the folder."""
     environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "datasets"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, name, str(folder)]
     started = time.time()
@@ -122,7 +122,7 @@ def time_peer(name: str, folder: Path, *, limit: float) -> float:
 
 
 def time_ours(folder: Path, *, limit: float, overrides: tuple[str, ...] = ()) -> float:
-    """Seconds until ``hf-clm train`` has logged its first step."""
+    """Returns the seconds until ``hf-clm train`` has logged its first step."""
     recipe = {
         "stage": "sft",
         "model": {"init": "scratch", "config": {"model_type": "qwen2", **SIZES}},
@@ -155,7 +155,7 @@ def time_ours(folder: Path, *, limit: float, overrides: tuple[str, ...] = ()) ->
 
 
 def measure_startup(folder: Path, *, records: int, limit: float) -> dict[str, Any]:
-    """Seconds cold and warm of each arm; what failed says why."""
+    """Returns the cold and warm seconds of each arm, or why it failed."""
     facts: dict[str, Any] = write_corpus(folder, records)
     arms: dict[str, Callable[[], float]] = {
         "Trainer, datasets.map": lambda: time_peer("stock", folder, limit=limit),

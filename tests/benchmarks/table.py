@@ -1,4 +1,4 @@
-"""Medians, ratios, gates and the Markdown table, from what the children measured. Plain data in and out."""
+"""Computes medians, ratios, gates and Markdown tables from the measurements of the children."""
 
 from collections.abc import Iterable
 from statistics import median
@@ -6,7 +6,7 @@ from typing import Any
 
 WALL, CPU, PEAK = "tokens_per_second", "tokens_per_cpu_second", "peak_bytes"
 TITLES = {WALL: "tokens/s, 2 threads", CPU: "tokens per CPU second, 1 thread"}
-# How far the loss of an arm may lie from that of each row alone, and after an epoch from the other arms'.
+# How much the loss of an arm may differ from that of each row alone, and after an epoch from other arms.
 STILL_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 EPOCH_TOLERANCE = 0.05
 
@@ -14,7 +14,7 @@ Figures = dict[str, float]
 
 
 def to_figures(result: dict[str, Any]) -> Figures:
-    """One process: the first window is on two threads, the second on one."""
+    """The result of a process: the first window has two threads, the second one."""
     both, one = result["windows"]
     return {
         WALL: both[WALL],
@@ -28,19 +28,19 @@ def to_figures(result: dict[str, Any]) -> Figures:
 
 
 def medians(rounds: Iterable[Figures]) -> Figures:
-    """Of each figure by itself."""
+    """Returns the median of each figure."""
     found = list(rounds)
     return {name: median(figures[name] for figures in found) for name in found[0]}
 
 
 def with_precision(key: str, result: dict[str, Any]) -> str:
-    """``arm@default`` as what it turned out to be, ``arm@fp32`` or ``arm@bf16``."""
+    """Replaces ``arm@default`` by its actual precision, ``arm@fp32`` or ``arm@bf16``."""
     arm, precision = key.split("@")
     return f"{arm}@{'bf16' if result['bf16'] else 'fp32'}" if precision == "default" else key
 
 
 def compare(figures: dict[str, Figures], families: dict[str, str]) -> dict[str, Any]:
-    """hf_clm against the fastest peer; keys are ``arm@precision``, families ``stock``, ``trl`` and ``ours``.
+    """Compares hf_clm with the fastest peer. Keys: ``arm@precision``; families: ``stock``, ``trl``, ``ours``.
 
     At equal precision, and as it comes: against TRL as it comes and against any peer at any precision.
     """
@@ -81,7 +81,7 @@ def _ratios(figures: dict[str, Figures], mine: str, peers: list[str]) -> dict[st
 
 
 def judge(losses: dict[str, dict[str, Any]], notes: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Adds to each ``arm@precision``: how far its losses are from ``alone`` and the others', and a verdict.
+    """Adds to each ``arm@precision`` the difference of its losses to ``alone`` and others, and a verdict.
 
     verdict: "agrees", "differs", "by design: ..." or "failed: ...".
     """
@@ -104,12 +104,12 @@ def judge(losses: dict[str, dict[str, Any]], notes: dict[str, str]) -> dict[str,
 
 
 def is_sound(judged: dict[str, Any]) -> bool:
-    """False where a loss is wrong, or not known."""
+    """Returns False if a loss is wrong, or not known."""
     return not judged["verdict"].startswith(("differs", "failed"))
 
 
 def speed_table(title: str, figures: dict[str, Figures], titles: dict[str, str]) -> list[str]:
-    """Markdown: a line an arm, its precisions side by side. ``figures`` by ``arm@precision`` as measured."""
+    """Returns Markdown with a line per arm, and precisions in columns. ``figures``: by ``arm@precision``."""
     lines = [f"**{title}**", ""]
     heads = [
         f"{precision}: {text}" for precision in ("fp32", "bf16") for text in (*TITLES.values(), "peak GB")
@@ -132,7 +132,7 @@ def _cell(figures: Figures | None, name: str) -> str:
 
 
 def ratio_table(ratios: dict[str, Any]) -> list[str]:
-    """Markdown: hf_clm divided by the peer."""
+    """Returns Markdown with the ratios of hf_clm to the peers."""
     lines = [
         "| hf_clm against | 2 threads | 1 thread | peak memory | fastest peer |",
         "|---|---:|---:|---:|---|",
@@ -144,7 +144,7 @@ def ratio_table(ratios: dict[str, Any]) -> list[str]:
 
 
 def gate_table(judged: dict[str, dict[str, Any]]) -> list[str]:
-    """Markdown: what each arm's loss is."""
+    """Returns Markdown with the losses of each arm."""
     lines = ["| loss | weights still | difference | held out after an epoch | |", "|---|---:|---:|---:|---|"]
     for key, loss in judged.items():
         still, held_out = loss.get("still_loss"), loss.get("held_out_loss")
@@ -158,7 +158,7 @@ def gate_table(judged: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def startup_table(facts: dict[str, Any]) -> list[str]:
-    """Markdown: seconds to the first step."""
+    """Returns Markdown with the seconds to the first step."""
     lines = [
         f"**To the first step on {facts['records']:,} records (median {facts['median_tokens']:.0f} tokens)**",
         "",

@@ -1,4 +1,4 @@
-"""The script that runs FSDP2 end to end: on two processes of a CPU, and on GPUs where there are some."""
+"""The script that runs FSDP2 end to end, on two CPU processes, and on GPUs if available."""
 
 import json
 import subprocess

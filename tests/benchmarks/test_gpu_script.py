@@ -1,4 +1,4 @@
-"""The GPU benchmark runs, in miniature and without a GPU; what it measures there means nothing."""
+"""The GPU benchmark runs in miniature without a GPU, where its measurements are meaningless."""
 
 import json
 import subprocess
@@ -53,7 +53,7 @@ print(gpu.to_gates({{"stock": {{"error": "x"}}}}))
 
 
 def test_the_models_need_the_flop_that_the_script_states():
-    """By hand: a document of 2 tokens has 3 pairs; GPT-2 124M at 1024 needs 0.798 GFLOP a token."""
+    """By hand: a document of 2 tokens has 3 pairs; GPT-2 124M at 1024 needs 0.798 GFLOP per token."""
     code = f"""
 import sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})

@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic by hand, and one case of it made tiny."""
+"""The benchmark's arithmetic against values by hand, and a tiny case of it."""
 
 import importlib
 import json

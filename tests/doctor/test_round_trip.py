@@ -213,7 +213,7 @@ def test_a_run_makes_the_round_trip_at_the_start_or_at_the_end_and_cleans_up(whe
     train(helpers.build_recipe(tmp_path, RECORDS, doctor={"round_trip": when}, train={"max_steps": 1}))
 
     output = capsys.readouterr().out
-    assert (output.index("\nopens     with plain") < output.index("\nstep 1/1")) == (when == "start")
+    assert (output.index("\nreloaded  with plain") < output.index("\nstep 1/1")) == (when == "start")
     assert proof_of(tmp_path / "run")["round_trip"]["logit_difference"] < 1e-5
     assert not (tmp_path / "run" / ".round-trip").exists()
 

@@ -1,4 +1,4 @@
-"""From a file on disk to an answer, through the command line alone."""
+"""From a data file to an answer, on the command line."""
 
 import json
 import subprocess
@@ -60,7 +60,7 @@ print(tokenizer.decode(output[inputs["input_ids"].shape[1]:], skip_special_token
 
 
 def run(folder: Path, *words: str) -> str:
-    """What a command prints; nothing warns."""
+    """Returns the output of a command, and requires that it does not warn."""
     process = Forked(folder, ["-m", "hf_clm", *words])
     assert process.wait() == 0, process.read().err
     assert "Warning" not in process.read().err and "[transformers]" not in process.read().err

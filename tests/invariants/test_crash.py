@@ -112,7 +112,10 @@ def test_an_incomplete_save_is_ignored_whichever_file_is_missing(whole, unfinish
 
     assert finish_run(unfinished, **LIMIT) == 0, (unfinished / "out.txt").read_text()
 
-    assert "checkpoint checkpoint-9: not sealed: its save was cut off" in (unfinished / "out.txt").read_text()
+    assert (
+        "checkpoint checkpoint-9: not sealed: its save was interrupted"
+        in (unfinished / "out.txt").read_text()
+    )
     check_equal(unfinished, whole)
 
 
@@ -145,7 +148,7 @@ def test_a_final_model_is_not_overwritten_if_resuming_with_other_data_is_rejecte
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     recipe = build_recipe(tmp_path, records[:6], train=settings | {"max_steps": 4}, **changes)
 
-    with pytest.raises(RecipeError, match="not the run of this recipe: data"):
+    with pytest.raises(RecipeError, match="the recipe differs from that of the run: data"):
         train(recipe.model_copy(update={"resume_override": ["max_steps"]}))
 
     after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}

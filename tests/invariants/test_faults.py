@@ -81,7 +81,7 @@ def test_a_file_size_limit_ends_a_run_with_one_line_and_keeps_the_last_checkpoin
     assert process.wait() == 6
     (error,) = errors(folder)
     assert f": cannot be written; got {os.strerror(errno.EFBIG)} (0.4 MiB needed, " in error
-    assert "fix: raise the limit of this shell on the size of a file (ulimit -f)" in error
+    assert "fix: raise this shell's limit on file sizes (ulimit -f)" in error
     assert "Traceback" not in (folder / "err.txt").read_text()
     assert checkpoints(folder) == sorted((folder / "run").glob("checkpoint-*"))
     assert facts(folder)["status"] == "failed"
@@ -128,8 +128,8 @@ def test_moving_the_folder_ends_a_run_and_the_folder_is_not_recreated(folder):
 
     assert process.wait() == 6
     assert errors(folder) == [
-        "error: run: the output folder was moved or deleted while the run wrote to it; nothing is written "
-        "elsewhere; fix: --output_dir names the folder that was moved: the run goes on there"
+        "error: run: the output folder was moved or deleted during the run, which stopped; "
+        "fix: set --output_dir to the new place of the folder to resume"
     ]
     assert not (folder / "run").exists()
     assert list((folder / "moved").glob("checkpoint-*/optimizer.pt"))
@@ -161,12 +161,12 @@ def test_an_unreachable_hub_is_a_one_line_error(folder):
 
     assert process.wait(LIMIT_SECONDS) == 6
     (error,) = errors(folder)
-    assert "'nobody/nothing' is no folder here, is not in the cache" in error
+    assert "'nobody/nothing' is neither a local folder nor in the cache" in error
     assert "the Hub cannot be reached" in error
     assert "hf download nobody/nothing" in error
 
 
-LOST = "another process of this run has ended, or does not answer"
+LOST = "another process of this run has ended or does not respond"
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -209,7 +209,7 @@ def test_a_process_that_hangs_ends_the_other_after_the_timeout(folder):
     assert code == 6
     assert errors(folder) == [
         f"error: {LOST}; got Timed out; "
-        "fix: look for its own error; the same command resumes from the last checkpoint"
+        "fix: see the error of that process; the same command resumes from the last checkpoint"
     ]
 
 

@@ -107,7 +107,7 @@ def test_other_data_are_rejected_with_both_hashes_and_used_on_request(place):
 
     assert "data ('13 rows, sha256 " in str(error.value)
     assert "now '14 rows, sha256 " in str(error.value)
-    assert "--resume_override model.name_or_path,max_steps,data applies" in str(error.value)
+    assert "--resume_override model.name_or_path,max_steps,data resumes" in str(error.value)
     assert json.loads((place / "run" / "run.json").read_text())["train"]["rows"] == 14
 
 
@@ -130,7 +130,7 @@ def test_weights_of_another_shape_are_a_one_line_error(place):
     save_folder(place / "model", tiny_model("gpt2", n_embd=16), byte_tokenizer())
 
     with pytest.raises(
-        ModelError, match="its weights do not fit the model of this recipe; got size mismatch"
+        ModelError, match="the weights do not match the model of this recipe; got size mismatch"
     ):
         go_on(place, "max_steps", "architecture", train=MORE)
 
@@ -156,7 +156,7 @@ def test_adapters_are_not_applied_to_another_model(tmp_path):
     weights = load_file(path)
     save_file({name: weight * 1.01 for name, weight in weights.items()}, path, metadata={"format": "pt"})
 
-    with pytest.raises(RecipeError, match="not the run of this recipe: base_weights "):
+    with pytest.raises(RecipeError, match="the recipe differs from that of the run: base_weights "):
         go_on(tmp_path, "max_steps", train=MORE, **changes)
 
 

@@ -200,13 +200,13 @@ def test_an_error_is_printed_once_and_no_process_hangs(tmp_path):
 
     ended = finish(start_ranks([folder, folder]))
 
-    said = "error: run: the output folder holds files of an earlier run"
+    said = "error: run: the output folder contains files, but no recipe.yaml of a run"
     assert ended[0].err.startswith(said)
     assert said not in ended[1].err
     assert 0 not in [one.code for one in ended]
 
 
-LOST = "error on rank 1: another process of this run has ended, or does not answer"
+LOST = "error on rank 1: another process of this run has ended or does not respond"
 
 
 def check_said_by_the_first(ended: list[Ended], code: int, *, says: str) -> None:
@@ -223,7 +223,7 @@ def test_an_error_on_the_first_rank_alone_ends_the_other_with_one_line(tmp_path)
 
     ended = finish(start_ranks([folder, folder], "--resume_from_checkpoint", "nothing"))
 
-    check_said_by_the_first(ended, 2, says="nothing: no checkpoint to go on from; fix: ")
+    check_said_by_the_first(ended, 2, says="nothing: no checkpoint to resume from; fix: ")
 
 
 def test_a_rank_that_waits_for_prepared_data_ends_if_preparation_fails(tmp_path):
@@ -254,8 +254,8 @@ def test_machines_that_do_not_share_the_output_folder_are_rejected_first(tmp_pat
     ended = finish(start_ranks([one, other]))
 
     said = (
-        "run: the processes do not see the same output folder; got another one on "
-        f"{socket.gethostname()}; fix: an --output_dir on a disk that all machines share\n"
+        "run: the processes do not see the same output folder (it differs on "
+        f"{socket.gethostname()}); fix: set --output_dir to a folder on a disk that all machines share\n"
     )
     assert [(one.code, one.err) for one in ended] == [(6, f"error: {said}"), (6, f"error on rank 1: {said}")]
     assert not (one / "run").exists()

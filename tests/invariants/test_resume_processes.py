@@ -70,7 +70,10 @@ def test_another_global_batch_is_rejected(tmp_path, alone, monkeypatch, capsys):
 
     assert main(["train", "recipe.yaml", *BATCH, "2", *EVAL_BATCH, "4"]) == 2
 
-    assert "run/checkpoint-4: not the run of this recipe: global_batch (4, now 2)" in capsys.readouterr().err
+    assert (
+        "run/checkpoint-4: the recipe differs from that of the run: global_batch (4, now 2)"
+        in capsys.readouterr().err
+    )
 
 
 def test_two_killed_processes_resume_exactly(tmp_path):

@@ -30,7 +30,7 @@ with listening(Stop()):
     while True:
         ctypes.CDLL(None).sleep(1000)
 """
-FIRST = "SIGTERM: the run saves and stops at the end of this step; once more ends it now"
+FIRST = "SIGTERM: saving and stopping after this step; send it again to stop now"
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_sigterm_saves_and_ends_with_75_and_a_second_run_is_rejected_meanwhile(f
     check_stopped(folder, "SIGTERM")
     code, out, err = second.read()
     assert (code, out) == (6, "")
-    assert err.startswith(f"error: run: locked by pid {process.pid} on ")
+    assert err.startswith(f"error: run: in use by pid {process.pid} on ")
     assert len(err.splitlines()) == 1
     assert [path.name for path in folder.glob("run*")] == ["run"]
     assert process.read().err.splitlines()[-1:] == [FIRST]
@@ -82,7 +82,7 @@ def test_a_second_sigterm_ends_a_process_that_hangs_in_a_library(tmp_path):
 
     assert process.wait() == 143
     assert process.read().err.splitlines()[1:] == [
-        "SIGTERM again: the run ends now; its earlier checkpoints are as they were"
+        "SIGTERM again: stopping now, without saving; earlier checkpoints are intact"
     ]
 
 

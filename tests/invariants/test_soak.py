@@ -35,7 +35,7 @@ def newest(run: Path) -> int:
 
 def started_at(printed: str) -> int:
     """Returns the step that a process resumed from, by its output; the last step if the run was done."""
-    if "this run is done" in printed:
+    if "this run is already done" in printed:
         return CHANGES["train"]["max_steps"]
     lines = [line for line in printed.splitlines() if line.startswith("resumes   from")]
     return step_of(Path(lines[0].split()[2].rstrip(","))) if lines else 0

@@ -310,9 +310,7 @@ def test_remote_code_is_rejected_without_asking(tmp_path):
     )
     Path(folder, "evil.py").write_text("raise SystemExit('it ran')")
 
-    assert refusal(folder).startswith(
-        f"model {folder}: comes with code of its own; fix: read the code, then set"
-    )
+    assert refusal(folder).startswith(f"model {folder}: contains custom code; fix: review the code, then set")
 
 
 def test_load_config_reads_a_folder_without_loading_its_weights(tmp_path):

@@ -136,5 +136,7 @@ def test_a_folder_that_is_no_run_is_named_before_anything_is_written(runs, tmp_p
         compare([*runs, str(tmp_path)], path=str(tmp_path / "c.html"))
 
     assert error.value.exit_code == ExitCode.RECIPE
-    assert str(error.value).startswith(f"{tmp_path}: holds no run.json: not a run's folder; fix: ")
+    assert str(error.value).startswith(
+        f"{tmp_path}: contains no run.json, so it is not the folder of a run; fix: "
+    )
     assert not (tmp_path / "c.html").exists()

@@ -36,7 +36,7 @@ from hf_clm.training.trainer import CLMTrainer
 
 
 class Shown(NamedTuple):
-    """A key at ``value`` beside other keys, and the part of a run's outcome that differs."""
+    """A key at ``value`` with other keys, and the part of a run's outcome that differs."""
 
     value: Any
     part: str
@@ -331,14 +331,14 @@ TABLE = {
 
 
 def all_keys() -> set[str]:
-    """Every key that holds a value; a section is its keys."""
+    """Returns every key that has a value, without the sections."""
     names = [*(key for key, _ in list_keys(Recipe)), *(f"source.{key}" for key, _ in list_keys(Source))]
     sections = {key for key in names if any(other.startswith(f"{key}.") for other in names)}
     values = {key for key in names if key not in sections} | {"data.train_on"}
     return (values - {"train"}) | {f"train.{name}" for name in train_fields()}
 
 
-def test_every_key_stands_in_one_table():
+def test_every_key_is_in_exactly_one_table():
     others = {key if "." in key else f"train.{key}" for key in {**ONLY_LOGGED, **NOT_ON_THIS_MACHINE}}
 
     assert sorted(all_keys() - set(TABLE) - others) == [], "look at these: what do they change?"
@@ -347,7 +347,7 @@ def test_every_key_stands_in_one_table():
 
 
 @pytest.mark.parametrize("key", sorted(TABLE))
-def test_a_key_changes_what_it_is_for_or_is_refused(key):
+def test_a_key_has_its_effect_or_is_refused(key):
     shown = TABLE[key]
     beside = {"train.max_steps": 2, **shown.beside}
 
@@ -360,14 +360,14 @@ def test_a_key_changes_what_it_is_for_or_is_refused(key):
 
 
 def test_the_same_recipe_twice_has_the_same_outcome():
-    """Otherwise nothing above would be shown."""
+    """Otherwise, the tests above would show nothing."""
     beside = {**SAMPLED, "data.eval": "{folder}/eval.jsonl", "train.max_steps": 2}
 
     assert outcome(beside, None) == make_outcome(beside, None)
 
 
 def outcome(changes: dict[str, Any], first: dict[str, Any] | None) -> dict[str, Any]:
-    """What a run leaves behind; the same changes are run once."""
+    """Returns the outcome of a run, cached for the same changes."""
     return _outcome_of(json.dumps([changes, first]))
 
 
@@ -401,7 +401,7 @@ def make_outcome(changes: dict[str, Any], first: dict[str, Any] | None) -> dict[
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """The files of a run, without what differs each time."""
+    """Returns the files of a run, without what differs between equal runs."""
     file = run / "metrics.jsonl"
     entries = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     trained = [entry for entry in entries if "loss" in entry]
@@ -441,7 +441,7 @@ def digest(path: Path) -> str:
 
 
 def recipe_of(changes: dict[str, Any], folder: Path) -> Recipe:
-    """The recipe of 8 rows and 2 layers with these changes of dotted keys, read from a file."""
+    """Returns a recipe of 8 rows and 2 layers with these changes of dotted keys, read from a file."""
     tree = copy.deepcopy(BASE)
     for key, value in changes.items():
         place: Any = tree
@@ -474,7 +474,7 @@ BASE: dict[str, Any] = {
 
 @cache
 def shared_files() -> Path:
-    """The folder of the data and models that the runs read."""
+    """Returns the folder of the data and models that the runs read."""
     folder = Path(mkdtemp()) / "shared"
     folder.mkdir()
     rows = [{"instruct": f"say {n}\n", "input": "", "label": "x" * n} for n in range(1, 9)]
@@ -521,14 +521,14 @@ def turns(count: int, **of_the_answer: Any) -> list[dict[str, str]]:
 
 @contextmanager
 def cheap() -> Iterator[None]:
-    """Without what takes most of the time of a run of two steps, and without its environment."""
+    """Skips the slowest parts of a run of two steps, and hides the environment."""
     with patch.object(run_module, "write_loss_plots"), patch("gc.collect"), patch.dict(os.environ):
         yield
 
 
 @contextmanager
 def watching(found: dict[str, Any], lines: list[str]) -> Iterator[None]:
-    """Notes the printed lines, the loader and the attention, and counts the layers that are computed."""
+    """Records the printed lines, the loader and the attention, and counts computed layers."""
     build_loader = CLMTrainer.get_train_dataloader
     found["layers_computed"] = 0
 

@@ -56,7 +56,7 @@ def error_of(text=BASE, *words):
     return str(caught.value)
 
 
-# --- what a recipe means
+# --- the meaning of a recipe
 
 
 def test_a_minimal_recipe_has_the_documented_defaults():
@@ -96,7 +96,7 @@ def test_a_minimal_recipe_has_the_documented_defaults():
 @pytest.mark.parametrize(
     ("stage", "overflow", "packing"), [("sft", "keep_target", "best_fit"), ("pretrain", "split", "stream")]
 )
-def test_overflow_and_packing_follow_the_stage_unless_they_are_given(stage, overflow, packing):
+def test_overflow_and_packing_depend_on_the_stage_unless_set(stage, overflow, packing):
     recipe = load(BASE, "--stage", stage)
     given = load(BASE, "--stage", stage, "--data.overflow", "drop", "--data.packing", "none")
 
@@ -137,7 +137,7 @@ def test_whole_numbers_are_accepted_for_floats():
     assert (recipe.train["learning_rate"], recipe.data.eval_fraction) == (1.0, 0.0)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_recipe():
+def test_a_byte_order_mark_is_ignored():
     assert load("\ufeff" + BASE).stage == "sft"
 
 
@@ -148,7 +148,7 @@ def test_a_recipe_cannot_be_changed():
         setattr(recipe, name, "pretrain")
 
 
-def test_training_values_are_our_defaults_under_what_was_given():
+def test_training_values_are_our_defaults_with_the_given_values():
     values = training_values(load(BASE, "--logging_steps", "3"))
 
     assert (values["output_dir"], values["logging_steps"]) == ("runs/x", 3)
@@ -156,7 +156,7 @@ def test_training_values_are_our_defaults_under_what_was_given():
     assert set(TRAIN_DEFAULTS) <= set(train_fields())
 
 
-def test_a_token_budget_is_the_micro_batch_so_a_batch_is_one_row_by_default():
+def test_with_a_token_budget_a_batch_is_one_row_by_default():
     budget = ["--data.packing=none", "--data.tokens_per_batch=2048"]
 
     for words in (budget, [*budget, "--per_device_train_batch_size=1"]):
@@ -223,8 +223,8 @@ def test_a_recipe_that_is_not_utf_8_names_the_line(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "r.yaml: an empty recipe"),
-        ("# only a comment\n", "r.yaml: an empty recipe"),
+        ("", "r.yaml: the recipe is empty"),
+        ("# only a comment\n", "r.yaml: the recipe is empty"),
         ("- a\n- b\n", "r.yaml: expected a mapping such as stage: sft; got list"),
         ("sft\n", "r.yaml: expected a mapping such as stage: sft; got str"),
         (
@@ -238,9 +238,9 @@ def test_a_recipe_that_is_not_utf_8_names_the_line(tmp_path):
         ("stage: sft\nmodel: \x01\n", "r.yaml:2: not valid YAML: a control character"),
         (
             "stage: &a [*a]\n",
-            "r.yaml: not a recipe: with its aliases it holds more than 50,000 values, or itself",
+            "r.yaml: not a recipe: with its aliases it has more than 50,000 values, or contains itself",
         ),
-        ("stage: &a {<<: *a}\n", "r.yaml: not a recipe: with its aliases it holds more than 50,000 values"),
+        ("stage: &a {<<: *a}\n", "r.yaml: not a recipe: with its aliases it has more than 50,000 values"),
         ("a: " + "[" * 5000, "r.yaml: not a recipe: its mappings and lists are nested too deeply"),
         ("- " * 5000, "r.yaml: not a recipe: its mappings and lists are nested too deeply"),
         ("# " + "x" * 300_000, "r.yaml: not a recipe: it has more than 262,144 bytes"),
@@ -248,20 +248,20 @@ def test_a_recipe_that_is_not_utf_8_names_the_line(tmp_path):
         (BASE + "1: 2\n", "r.yaml:8: 1: Keys should be strings"),
         (BASE + "  run_name: !!binary aGk=\n", "r.yaml:8: train.run_name: expected text; got b'hi'"),
         (BASE + "  run_name: 2020-01-01\n", "r.yaml:8: train.run_name: expected text; got datetime.date"),
-        (BASE + '  run_name: "a\\0b"\n', "r.yaml:8: train.run_name: text with a NUL character or half"),
-        (BASE + '  run_name: "\\ud800"\n', "r.yaml:8: train.run_name: text with a NUL character or half"),
+        (BASE + '  run_name: "a\\0b"\n', "r.yaml:8: train.run_name: text must not contain NUL characters"),
+        (BASE + '  run_name: "\\ud800"\n', "r.yaml:8: train.run_name: text must not contain NUL characters"),
         (
             BASE + "  max_steps: " + "9" * 5000,
             "r.yaml: not valid YAML: Exceeds the limit (4300 digits)",
         ),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused_with_its_line(text, message):
+def test_an_invalid_file_is_refused_with_the_line(text, message):
     assert error_of(text).startswith(message)
 
 
 def exploding(first, line):
-    """Twelve lines, each of which names the line before ten times."""
+    """Returns twelve lines that each name the previous line ten times."""
     return first + "".join(f"a{n}: &a{n} " + line.format(*[f"*a{n - 1}"] * 10) for n in range(1, 13))
 
 
@@ -273,28 +273,28 @@ def exploding(first, line):
         exploding("a0: &a0 {x: y}\n", "{{<<: [{}, {}, {}, {}, {}, {}, {}, {}, {}, {}]}}\n"),
     ],
 )
-def test_aliases_that_stand_for_billions_of_values_are_refused_at_once(text):
+def test_aliases_that_expand_to_billions_of_values_are_refused_quickly(text):
     start = time.process_time()
 
-    assert "not a recipe: with its aliases it holds more than 50,000 values" in error_of(text)
+    assert "not a recipe: with its aliases it has more than 50,000 values" in error_of(text)
     assert "command line: --model.config: not a recipe" in error_of(BASE, "--model.config", text)
     assert time.process_time() - start < 2
 
 
-def test_an_alias_may_be_used_as_in_any_yaml():
+def test_aliases_work_as_in_any_yaml():
     text = BASE.replace("poems.jsonl", "&data poems.jsonl\n  eval: *data")
 
     assert load(text).data.eval == [Source(path="poems.jsonl")]
 
 
 @pytest.mark.filterwarnings("error")
-def test_of_two_anchors_of_one_name_the_later_counts():
+def test_the_later_of_two_anchors_with_the_same_name_applies():
     text = BASE.replace("poems.jsonl", "&data a.jsonl\n  cache_dir: &data b.jsonl\n  eval: *data")
 
     assert load(text).data.eval == [Source(path="b.jsonl")]
 
 
-def test_an_endless_file_is_no_recipe():
+def test_an_endless_file_is_refused():
     with pytest.raises(RecipeError, match="not a recipe: it has more than"):
         load_recipe("/dev/zero")
 
@@ -334,9 +334,9 @@ def test_an_endless_file_is_no_recipe():
         (
             "gpt2",
             "gpt2\n  torch_dtype: x",
-            "r.yaml:4: model.torch_dtype is a name of transformers 4; fix: write model.dtype",
+            "r.yaml:4: model.torch_dtype is a name of transformers 4; fix: use model.dtype",
         ),
-        ("stage", "lr: 1\nstage", "r.yaml:1: lr is a name of other trainers; fix: write train.learning_rate"),
+        ("stage", "lr: 1\nstage", "r.yaml:1: lr is a name of other trainers; fix: use train.learning_rate"),
         (
             "stage",
             "learning_rate: 1\nstage",
@@ -350,7 +350,7 @@ def test_an_endless_file_is_no_recipe():
         (
             "gpt2",
             "gpt2\n  allow_bin: 'true'",
-            "r.yaml:4: model.allow_bin: expected true or false; got 'true'; fix: drop",
+            "r.yaml:4: model.allow_bin: expected true or false; got 'true'; fix: remove",
         ),
         ("gpt2", "gpt2\n  allow_bin: 1", "r.yaml:4: model.allow_bin: expected true or false; got 1"),
         ("gpt2", "gpt2\n  config: 5", "r.yaml:4: model.config: expected a mapping; got 5"),
@@ -370,7 +370,7 @@ def test_a_wrong_key_or_value_is_named_with_its_line(old, new, message):
         ("max_length: true", "data.max_length: expected a whole number; got true"),
         ("max_length: [5]", "data.max_length: expected a whole number; got [5]"),
         ("max_length: null", "data.max_length: expected a whole number; got null"),
-        ("max_length: '64'", "data.max_length: expected a whole number; got '64'; fix: drop the quotes"),
+        ("max_length: '64'", "data.max_length: expected a whole number; got '64'; fix: remove the quotes"),
         ("max_dropped: .nan", "data.max_dropped: expected a finite number; got nan"),
         ("max_dropped: 2", "data.max_dropped: expected a number less than or equal to 1; got 2"),
         ("eval_fraction: 1", "data.eval_fraction: expected a number less than 1; got 1"),
@@ -381,7 +381,7 @@ def test_a_wrong_key_or_value_is_named_with_its_line(old, new, message):
         ("paking: none", "data.paking is not a key of a recipe; did you mean 'packing'?"),
         (
             "packing: stream",
-            "data.packing: stream cuts rows, so a target would lose its prompt; fix: best_fit or none",
+            "data.packing: stream cuts rows, which would separate targets from their prompts; fix: set it",
         ),
         ("window: {size: 8, step: 4}", "data.window needs stage: pretrain; got sft"),
         ("window: {size: 8}", "data.window.step is missing"),
@@ -401,23 +401,26 @@ def test_a_wrong_line_in_the_data_section_is_named(line, message):
             "train.learnin_rate is not a field of transformers.TrainingArguments;"
             " did you mean 'learning_rate'?",
         ),
-        ("warmup_ratio: 0.1", "train.warmup_ratio is a name of transformers 4; fix: write warmup_steps"),
+        ("warmup_ratio: 0.1", "train.warmup_ratio is a name of transformers 4; fix: use warmup_steps"),
         ("learning_rate: four", "train.learning_rate: expected a number; got 'four'"),
-        ("learning_rate: '2e-5'", "train.learning_rate: expected a number; got '2e-5'; fix: drop the quotes"),
+        (
+            "learning_rate: '2e-5'",
+            "train.learning_rate: expected a number; got '2e-5'; fix: remove the quotes",
+        ),
         ("learning_rate: -.inf", "train.learning_rate: expected a finite number; got -inf"),
-        ("bf16: 'true '", "train.bf16: expected true or false; got 'true '; fix: drop the quotes"),
+        ("bf16: 'true '", "train.bf16: expected true or false; got 'true '; fix: remove the quotes"),
         (
             "max_steps: 0",
-            "train.max_steps: expected a number above 0, or -1 to go by num_train_epochs; got 0",
+            "train.max_steps: expected a number above 0, or -1 to use num_train_epochs; got 0",
         ),
         (
             "num_train_epochs: -1",
-            "train.num_train_epochs: expected a number above 0 where max_steps is not given; got -1",
+            "train.num_train_epochs: expected a number above 0 if max_steps is not set; got -1",
         ),
         ("optim: adamw", "train.optim: expected one of adamw_torch, "),
         (
             "eval_strategy: epoch",
-            "train.eval_strategy is epoch, but there is no eval set; fix: give data.eval or",
+            "train.eval_strategy is epoch, but there is no eval set; fix: set data.eval or",
         ),
         (
             "load_best_model_at_end: true",
@@ -425,11 +428,11 @@ def test_a_wrong_line_in_the_data_section_is_named(line, message):
         ),
         (
             "hub_token: abc",
-            "train.hub_token: a secret does not belong in a recipe; fix: remove it and use the environment",
+            "train.hub_token: secrets do not belong in a recipe; fix: remove it and use the environment",
         ),
-        ("wandb_key: abc", "train.wandb_key: a secret does not belong in a recipe; fix: "),
-        ("api_key: abc", "train.api_key: a secret does not belong in a recipe; fix: "),
-        (f"run_name: {TOKEN}", "train.run_name: a secret does not belong in a recipe; fix: "),
+        ("wandb_key: abc", "train.wandb_key: secrets do not belong in a recipe; fix: "),
+        ("api_key: abc", "train.api_key: secrets do not belong in a recipe; fix: "),
+        (f"run_name: {TOKEN}", "train.run_name: secrets do not belong in a recipe; fix: "),
     ],
 )
 def test_a_wrong_line_in_the_train_section_is_named(line, message):
@@ -439,11 +442,11 @@ def test_a_wrong_line_in_the_train_section_is_named(line, message):
 def test_a_secret_is_found_in_every_section_and_never_shown():
     message = error_of(BASE.replace("poems.jsonl", f"\n    - path: a.jsonl\n      revision: {TOKEN}"))
 
-    assert message.startswith("r.yaml:7: data.train.0.revision: a secret")
+    assert message.startswith("r.yaml:7: data.train.0.revision: secrets")
     assert TOKEN not in message
 
 
-def test_a_name_that_starts_like_a_token_is_no_secret():
+def test_a_name_that_starts_like_a_token_is_not_a_secret():
     assert load(BASE.replace("gpt2", "hf_models/tiny")).model.name_or_path == "hf_models/tiny"
 
 
@@ -469,7 +472,7 @@ def test_a_key_from_a_yaml_merge_has_the_line_where_it_is_written():
     ).startswith("r.yaml:9: train.max_steps: ")
 
 
-# --- what must fit together
+# --- combinations of keys
 
 
 @pytest.mark.parametrize(
@@ -509,11 +512,11 @@ def test_a_key_from_a_yaml_merge_has_the_line_where_it_is_written():
         ),
         (
             ["--model.trust_remote_code"],
-            "model.trust_remote_code runs the code of others; fix: pin model.revision",
+            "model.trust_remote_code runs code from the Hub; fix: set model.revision",
         ),
         (
             ["--model.trust_remote_code", "--model.revision=main"],
-            "model.trust_remote_code runs the code of others",
+            "model.trust_remote_code runs code from the Hub",
         ),
         (
             ["--tokenizer.chat_template", "chatmll"],
@@ -538,13 +541,13 @@ def test_a_key_from_a_yaml_merge_has_the_line_where_it_is_written():
         ),
         (
             ["--use_liger_kernel"],
-            "train.use_liger_kernel has no effect: it gives no logits, which the token accuracy is counted "
-            "on; fix: leave it out",
+            "train.use_liger_kernel has no effect: it returns no logits, which the token accuracy needs; "
+            "fix: remove it",
         ),
         (
             ["--neftune_noise_alpha=5"],
-            "train.neftune_noise_alpha is scaled by the length of a row, and packed rows hold many texts; "
-            "fix: set data.packing to none and model.attention to sdpa, or leave it out",
+            "train.neftune_noise_alpha depends on the length of a row, but packed rows contain many texts; "
+            "fix: set data.packing to none and model.attention to sdpa, or remove it",
         ),
         (
             ["--stage=pretrain", "--data.packing=none", "--data.window={size: 8, step: 9}"],
@@ -575,8 +578,8 @@ def test_a_key_from_a_yaml_merge_has_the_line_where_it_is_written():
         ),
         (
             ["--data.packing=none", "--data.tokens_per_batch=2048", "--per_device_train_batch_size=4"],
-            "train.per_device_train_batch_size must be 1 beside data.tokens_per_batch, which is the size of "
-            "a micro-batch; got 4; fix: leave it out",
+            "train.per_device_train_batch_size must be 1 with data.tokens_per_batch, which is the size of "
+            "a micro-batch; got 4; fix: remove it",
         ),
         (["--early_stopping={}"], "early_stopping needs train.load_best_model_at_end: true; got false"),
         (["--output_dir="], "train.output_dir is missing; fix: --output_dir runs/NAME"),
@@ -587,7 +590,7 @@ def test_a_key_from_a_yaml_merge_has_the_line_where_it_is_written():
                 "--model={name_or_path: gpt2, init: scratch, config: {model_type: gpt2}}",
                 "--tokenizer.train={}",
             ],
-            "model.name_or_path has no effect: model.config and tokenizer say what is built; got 'gpt2'",
+            "model.name_or_path has no effect: model.config and tokenizer determine the model; got 'gpt2'",
         ),
         (["--model.name_or_path=.", "--model.revision=main"], "model.revision has no effect without a model"),
         (
@@ -609,15 +612,18 @@ def test_a_key_from_a_yaml_merge_has_the_line_where_it_is_written():
             ["--activation_checkpointing_kwargs={use_reentrant: false}"],
             "train.activation_checkpointing_kwargs needs train.activation_checkpointing: true; got null",
         ),
-        (["--do_eval"], "train.do_eval has no effect: hf-clm train always trains, and evaluates as"),
+        (
+            ["--do_eval"],
+            "train.do_eval has no effect: hf-clm train always trains, and evaluates according to",
+        ),
         (["--data.shuffle_buffer=5"], "data.shuffle_buffer needs data.streaming: true; got false"),
         (
             ["--data.train=[{path: r.yaml, split: test}]"],
-            "data.train.0.split has no effect on a single file; fix: leave it out",
+            "data.train.0.split has no effect on a single file; fix: remove it",
         ),
         (
             ["--data.train=[{path: r.yaml, name: en}]"],
-            "data.train.0.name has no effect on local files: it is of",
+            "data.train.0.name has no effect on local files, only on datasets",
         ),
         (["--data.train=[{path: ., revision: v1}]"], "data.train.0.revision has no effect on local files"),
         (
@@ -649,7 +655,7 @@ def test_remote_code_runs_from_a_pinned_commit_or_a_local_folder(name, tmp_path)
     assert load(BASE, "--model.trust_remote_code", *words).model.trust_remote_code is True
 
 
-def test_a_model_from_scratch_may_take_its_tokenizer_from_its_own_name():
+def test_a_model_from_scratch_may_use_the_tokenizer_of_its_name():
     assert load(BASE, "--model.init", "scratch").model.init == "scratch"
 
 
@@ -715,7 +721,7 @@ def test_words_of_the_command_line_set_keys_of_every_section():
         (["--learning", "1"], "unknown option --learning"),
         (
             ["--warmup_ratio", "0.1"],
-            "--warmup_ratio is a name of transformers 4; fix: write warmup_steps",
+            "--warmup_ratio is a name of transformers 4; fix: use warmup_steps",
         ),
         (["--learning_rate"], "--train.learning_rate needs a value"),
         (["--data.max_length", "--bf16"], "--data.max_length needs a value"),
@@ -723,15 +729,15 @@ def test_words_of_the_command_line_set_keys_of_every_section():
         (["--max_steps", "four"], "train.max_steps: expected a whole number; got 'four'"),
         (["--data.max_lenght", "5"], "data.max_lenght is not a key of a recipe; did you mean 'max_length'?"),
         (["--dat.max_length", "5"], "dat is not a key of a recipe; did you mean 'data'?"),
-        (["--stage.x", "5"], "--stage.x: stage is not a mapping; fix: give --stage"),
+        (["--stage.x", "5"], "--stage.x: stage is not a mapping; fix: use --stage"),
         (
             ["--data.train.0.path", "5"],
-            "--data.train.0.path: data.train is not a mapping; fix: give --data.train",
+            "--data.train.0.path: data.train is not a mapping; fix: use --data.train",
         ),
         (["--tokenizer", "{name: gpt2}"], "tokenizer.name is not a key of a recipe"),
         (["--samples.max_new_tokens", "5"], "samples.prompts is missing"),
-        (["--hub_token", "x"], "train.hub_token: a secret does not belong in a recipe"),
-        (["--model.revision", TOKEN], "model.revision: a secret does not belong in a recipe"),
+        (["--hub_token", "x"], "train.hub_token: secrets do not belong in a recipe"),
+        (["--model.revision", TOKEN], "model.revision: secrets do not belong in a recipe"),
     ],
 )
 def test_a_wrong_word_on_the_command_line_is_named(words, message):
@@ -756,11 +762,11 @@ def test_a_wrong_word_on_the_command_line_is_named(words, message):
         ("a", ["--data.train", "x"], [Source(path="x")]),
     ],
 )
-def test_a_path_alone_takes_the_format_that_all_sources_of_the_recipe_share(train, words, expected):
+def test_a_plain_path_has_the_format_that_all_sources_of_the_recipe_share(train, words, expected):
     assert load(BASE.replace("poems.jsonl", train), *words).data.train == expected
 
 
-# --- what is shown and written
+# --- descriptions and written recipes
 
 
 @pytest.mark.parametrize(
@@ -772,7 +778,7 @@ def test_a_path_alone_takes_the_format_that_all_sources_of_the_recipe_share(trai
         ["--samples", '{prompts: ["two\\nlines", "  ", "诗", "null", "- x", "🙂"]}', "--output_dir", "true"],
     ],
 )
-def test_a_written_recipe_reads_as_an_equal_one(words, tmp_path):
+def test_a_recipe_survives_writing_and_reading(words, tmp_path):
     recipe = load(BASE, *words)
 
     (tmp_path / "written.yaml").write_text(recipe_to_yaml(recipe), encoding="utf-8")
@@ -788,7 +794,7 @@ def test_a_written_recipe_is_plain_yaml_in_the_order_of_the_sections():
     assert lines[-4:] == ["train:", "  output_dir: runs/x", "overwrite: false", "resume_override: []"]
 
 
-def test_each_value_is_described_with_where_it_came_from():
+def test_each_value_is_described_with_its_origin():
     words = ["--model.init", "scratch", "--model.config", "{n_layer: 2}"]
     recipe = load(BASE, "--learning_rate", "1e-4", "--data.eval", "e.jsonl", *words)
 
@@ -806,7 +812,7 @@ def test_each_value_is_described_with_where_it_came_from():
     assert rows["train.logging_steps"] == (10, "hf_clm default")
 
 
-def test_an_override_takes_the_place_of_the_line_it_replaces():
+def test_an_override_replaces_the_origin_of_the_line():
     text = BASE.replace("poems.jsonl", "[{path: a.jsonl, split: test}]")
 
     rows = [
@@ -823,18 +829,13 @@ def test_the_help_explains_every_key_with_its_type_and_default():
     lines = recipe_help().splitlines()
 
     at = lines.index("  --data.packing  none|best_fit|stream  (default null)")
-    assert (
-        lines[at + 1]
-        == "      Default: best_fit for sft, stream (rows are cut, no token is lost) for pretrain."
-    )
+    assert lines[at + 2] == "      Default: best_fit for sft, stream for pretrain."
     assert "  --stage  pretrain|sft  (required)" in lines
     assert "  --data.train  list[Source]  (required)" in lines
     assert "  --tokenizer.train.vocab_size  int  (default 4096)" in lines
     assert "  --model.allow_bin  bool  (default false)" in lines
     assert "  fields  dict[str, str]  (default {})" in lines
-    assert (
-        lines[-1] == "Every field of transformers.TrainingArguments can be given bare: --learning_rate 1e-4"
-    )
+    assert lines[-1] == "Fields of transformers.TrainingArguments need no prefix: --learning_rate 1e-4"
 
 
 def test_every_key_outside_the_sections_has_a_docstring_that_is_its_help():
@@ -870,7 +871,7 @@ def test_every_key_outside_the_sections_has_a_docstring_that_is_its_help():
         ("architecture.n_layer", "refused"),
     ],
 )
-def test_a_key_says_whether_it_may_differ_when_a_run_is_resumed(key, rule):
+def test_a_key_has_a_rule_for_resuming(key, rule):
     assert resume_rule(key) == rule
 
 
@@ -893,7 +894,7 @@ STREAM = ["--stage=pretrain", "--data.streaming=true", "--max_steps=5"]
         ),
         (
             ["--data.mixing={by: tokens}"],
-            "without weights the sources of a stream are read one after another",
+            "without weights, the sources of a stream are read one after the other",
         ),
         (
             ["--model={init: scratch, config: {model_type: gpt2}}", "--tokenizer.train={}"],
@@ -913,7 +914,7 @@ STREAM = ["--stage=pretrain", "--data.streaming=true", "--max_steps=5"]
         ),
     ],
 )
-def test_what_needs_all_of_the_data_is_refused_beside_a_stream(words, message):
+def test_options_that_need_all_of_the_data_are_refused_with_streaming(words, message):
     assert message in error_of(BASE, *STREAM, *words)
 
 

@@ -1,4 +1,4 @@
-"""Models that cannot be trained: refused in one line, before a library is loaded or before data are read."""
+"""Models that cannot be trained are refused in one line, before libraries are loaded or data are read."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def faults_of(settings: dict[str, Any]) -> list[str]:
     return [f"{fault.what}; got {fault.got}" for fault in scratch_faults(settings)]
 
 
-def test_the_types_of_the_source_are_those_of_the_library():
+def test_the_parsed_model_types_are_those_of_the_library():
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     assert causal_kinds() == dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -45,9 +45,9 @@ def test_a_type_without_a_causal_language_model_is_refused(kind):
 @pytest.mark.parametrize(
     ("kind", "what"),
     [
-        *((kind, "an encoder-decoder is no causal") for kind in ("bart", "whisper", "marian", "pegasus")),
-        *((kind, "each position of this encoder") for kind in ("bert", "roberta", "electra", "big_bird")),
-        *((kind, "not a model of text alone") for kind in ("gemma3", "got_ocr2")),
+        *((kind, "an encoder-decoder is not a causal") for kind in ("bart", "whisper", "marian", "pegasus")),
+        *((kind, "this encoder attends") for kind in ("bert", "roberta", "electra", "big_bird")),
+        *((kind, "not a text-only model") for kind in ("gemma3", "got_ocr2")),
     ],
 )
 def test_an_architecture_that_is_not_causal_is_refused(kind, what):
@@ -63,7 +63,7 @@ def test_a_causal_architecture_is_accepted(kind):
     assert faults_of({"model_type": kind}) == []
 
 
-def test_an_encoder_that_is_told_to_be_a_decoder_is_accepted():
+def test_an_encoder_with_is_decoder_is_accepted():
     assert faults_of({"model_type": "bert", "is_decoder": True}) == []
 
 
@@ -78,7 +78,7 @@ def test_an_encoder_that_is_told_to_be_a_decoder_is_accepted():
         ),
     ],
 )
-def test_a_number_of_layers_that_no_model_has_is_refused(settings, fault):
+def test_an_impossible_number_of_layers_is_refused(settings, fault):
     assert faults_of(settings)[0].startswith(fault)
 
 
@@ -116,14 +116,14 @@ def test_a_folder_of_another_architecture_is_refused_by_its_configuration(tmp_pa
         ({**LLAMA, "head_dim": -8}, ""),
     ],
 )
-def test_what_a_library_refuses_about_a_shape_is_one_line(settings, message):
+def test_a_shape_that_the_library_rejects_is_a_one_line_error(settings, message):
     with pytest.raises(ModelError) as caught:
         check_shape(build_config(settings), bytes_per_weight=4)
 
     assert "\n" not in str(caught.value) and message in str(caught.value)
 
 
-def test_a_model_that_is_larger_than_the_memory_is_refused_without_taking_any():
+def test_a_model_larger_than_the_memory_is_refused_without_allocating():
     settings = {**LLAMA, "hidden_size": 8192, "intermediate_size": 2**16, "num_hidden_layers": 1000}
 
     with pytest.raises(
@@ -132,7 +132,7 @@ def test_a_model_that_is_larger_than_the_memory_is_refused_without_taking_any():
         check_shape(build_config(settings), bytes_per_weight=8)
 
 
-def test_a_vocabulary_below_that_of_the_tokenizer_is_refused():
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
     with pytest.raises(
         ModelError, match=r"^model.config.vocab_size: the tokenizer has 260 tokens; got 100; fix"
     ):
@@ -141,13 +141,13 @@ def test_a_vocabulary_below_that_of_the_tokenizer_is_refused():
 
 
 @pytest.mark.parametrize("kind", sorted(SIZES))
-def test_a_causal_model_is_found_to_be_causal(kind):
+def test_a_causal_model_passes_the_check(kind):
     check_causal(tiny_model(kind))
 
 
 @pytest.mark.parametrize("kind", ["bert", "xlnet"])
-def test_a_model_whose_positions_see_what_follows_is_never_trained(kind):
-    """An encoder's loss falls to 0, as each position reads its own answer."""
+def test_a_model_that_attends_to_later_tokens_is_never_trained(kind):
+    """The loss of an encoder falls to 0, as each position attends to its target."""
     sizes = {
         "bert": {
             "hidden_size": 16,
@@ -174,7 +174,7 @@ def test_a_shape_is_refused_before_the_data_are_read(tmp_path):
         train(recipe)
 
 
-def test_z_loss_beside_a_loss_of_the_models_own_is_refused_before_the_first_step(tmp_path):
+def test_z_loss_is_refused_for_a_model_that_computes_its_own_loss(tmp_path):
     kind = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = {"name_or_path": None, "init": "scratch", "config": {"model_type": "granite", **kind}}
     rows = [{"prompt": "a", "completion": "b"}] * 4

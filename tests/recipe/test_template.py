@@ -1,4 +1,4 @@
-"""The template of a source: what can be read of it, and what is refused before a record is."""
+"""The template of a source: parsing, and errors before any record is read."""
 
 import pytest
 
@@ -29,18 +29,18 @@ def refusal(folder, source: str) -> str:
         ("{{}} {a}", [("{", False), ("}", False), (" ", False), ("a", True)]),
     ],
 )
-def test_a_template_is_text_and_columns_in_turns(text, parts):
+def test_a_template_is_split_into_text_and_columns(text, parts):
     assert split_template(text) == parts
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(1, "1"), ("1", "1"), (True, "true"), ("yes", "yes"), (2.5, "2.5")]
 )
-def test_a_value_is_the_same_text_from_every_kind_of_file(value, text):
+def test_a_value_has_the_same_text_from_every_type_of_file(value, text):
     assert to_cell(value) == text
 
 
-def test_the_values_of_labels_are_text_whatever_yaml_made_of_them(tmp_path):
+def test_the_values_of_labels_are_converted_to_text(tmp_path):
     source = '{path: a.csv, template: {prompt: "{s}?", completion: "{label}", labels: {0: no, 1: yes}}}'
 
     recipe = read(tmp_path, source)
@@ -52,7 +52,7 @@ def test_the_values_of_labels_are_text_whatever_yaml_made_of_them(tmp_path):
     assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
-def test_a_path_alone_keeps_the_template_of_the_recipe(tmp_path):
+def test_a_plain_path_keeps_the_template_of_the_recipe(tmp_path):
     read(tmp_path, '{path: a.csv, template: {text: "{a}"}}')
 
     recipe = load_recipe(tmp_path / "recipe.yaml", ["--data.train", "b.csv"])
@@ -66,34 +66,34 @@ def test_a_path_alone_keeps_the_template_of_the_recipe(tmp_path):
         (
             '{path: a, template: {prompt: "{a"}}',
             "recipe.yaml:6: data.train.0.template.prompt: expected '}' before end of string; "
-            "a brace itself is written twice; got '{a'",
+            "write a literal brace twice; got '{a'",
         ),
         (
             '{path: a, template: {text: "{a:>5}"}}',
-            "recipe.yaml:6: data.train.0.template.text: expected the name of a column alone between braces; "
-            "a brace itself is written twice; got '{a:>5}'",
+            "recipe.yaml:6: data.train.0.template.text: expected only the name of a column between braces; "
+            "write a literal brace twice; got '{a:>5}'",
         ),
         (
             '{path: a, template: {text: "always this"}}',
-            "recipe.yaml:6: data.train.0.template.text: names no column, so every record gives the same "
+            "recipe.yaml:6: data.train.0.template.text: contains no column, so every record has the same "
             "text; got 'always this'",
         ),
         (
             '{path: a, template: {prompt: "{a}"}}',
-            "recipe.yaml:6: data.train.0.template: expected prompt and completion, or text alone; "
+            "recipe.yaml:6: data.train.0.template: expected either prompt and completion, or text; "
             "got {'prompt': '{a}'}",
         ),
         (
             '{path: a, template: {text: "{a}", labels: {1: yes}}}',
-            "recipe.yaml:6: data.train.0.template: labels are for a completion, and this is a text; "
+            "recipe.yaml:6: data.train.0.template: labels require a completion, but this is a text; "
             "got {'text': '{a}', 'labels': {1: 'yes'}}",
         ),
         (
             '{path: a, format: text, template: {text: "{a}"}}',
-            "recipe.yaml:6: data.train.0.format has no effect beside a template, which names the columns "
-            "itself; fix: leave it out",
+            "recipe.yaml:6: data.train.0.format has no effect with a template, which names the columns "
+            "itself; fix: remove it",
         ),
     ],
 )
-def test_a_template_that_cannot_be_meant_is_refused_with_its_line(source, message, tmp_path):
+def test_an_invalid_template_is_refused_with_its_line(source, message, tmp_path):
     assert refusal(tmp_path, source) == message

@@ -1,4 +1,4 @@
-"""Fields of the section train that contradict each other, or that change nothing in a run."""
+"""Fields of the section train that contradict each other, or have no effect."""
 
 import pytest
 from helpers import build_recipe
@@ -20,9 +20,9 @@ STEPS = {**BEST, "eval_strategy": "steps", "save_strategy": "steps"}
         ({"output_dir": ""}, "train.output_dir is missing"),
         (
             {**GOOD, "num_train_epochs": -1},
-            "train.num_train_epochs: expected a number above 0 where max_steps is not given",
+            "train.num_train_epochs: expected a number above 0 if max_steps is not set",
         ),
-        ({**GOOD, "fsdp": "full_shard auto_wrap"}, "train.fsdp: text is the spelling of transformers 4"),
+        ({**GOOD, "fsdp": "full_shard auto_wrap"}, "train.fsdp: text is the format of transformers 4"),
     ],
 )
 def test_a_combination_that_cannot_work_is_a_fault(train, what):
@@ -63,7 +63,7 @@ def test_evaluation_without_an_eval_set_is_a_fault():
         ({"logging_steps": 7, "save_steps": 20}, "multiple of the evaluation steps, but found 20, which is"),
     ],
 )
-def test_what_the_library_refuses_is_one_line_before_data_are_read(tmp_path, changes, what):
+def test_values_that_the_library_rejects_are_refused_before_data_are_read(tmp_path, changes, what):
     recipe = build_recipe(tmp_path, [], data={"eval": "e.jsonl"}, train={**STEPS, **changes})
 
     with pytest.raises(RecipeError) as error:
@@ -90,7 +90,7 @@ def test_what_the_library_refuses_is_one_line_before_data_are_read(tmp_path, cha
         ),
         (
             {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}},
-            "train.accelerator_config.gradient_accumulation_kwargs takes sync_each_batch only",
+            "train.accelerator_config.gradient_accumulation_kwargs accepts only sync_each_batch",
         ),
         *(
             ({"accelerator_config": {name: value}}, f"train.accelerator_config.{name} has no effect: ")
@@ -98,7 +98,7 @@ def test_what_the_library_refuses_is_one_line_before_data_are_read(tmp_path, cha
         ),
     ],
 )
-def test_a_field_that_changes_nothing_is_a_fault(train, what):
+def test_a_field_without_an_effect_is_a_fault(train, what):
     (fault,) = train_faults({**GOOD, **train}, has_eval=True, metrics=METRICS)
 
     assert fault.what.startswith(what)
@@ -107,14 +107,14 @@ def test_a_field_that_changes_nothing_is_a_fault(train, what):
 @pytest.mark.parametrize(
     "name", ["loss", "eval_loss", "token_accuracy", "eval_train_loss", "train_target_tokens"]
 )
-def test_the_metric_of_the_best_model_may_be_any_that_is_logged(name):
+def test_any_logged_metric_can_select_the_best_model(name):
     train = {**STEPS, "metric_for_best_model": name}
 
     assert train_faults(train, has_eval=True, metrics=metric_names(["train"])) == []
 
 
 @pytest.mark.parametrize("name", ["accuracy", "f1", "eval_accuracy", "eval_eval_loss", "", "train_loss"])
-def test_a_metric_that_no_evaluation_logs_is_refused_with_those_that_are(name):
+def test_a_metric_that_is_not_logged_is_refused_with_those_that_are(name):
     train = {**STEPS, "metric_for_best_model": name}
 
     (fault,) = train_faults(train, has_eval=True, metrics=[*metric_names(), "eval_chrf"])
@@ -126,7 +126,7 @@ def test_a_metric_that_no_evaluation_logs_is_refused_with_those_that_are(name):
 
 
 def test_defaults_may_be_written_out():
-    """What accelerate and transformers take for granted has an effect on nothing, and is no fault."""
+    """Values that equal the defaults of accelerate and transformers are not faults."""
     config = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
     config |= {"use_seedable_sampler": True, "use_configured_state": False, "non_blocking": False}
 

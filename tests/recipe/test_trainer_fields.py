@@ -1,4 +1,4 @@
-"""The fields of TrainingArguments as they are read from its source, and what of a value is refused early."""
+"""The fields of TrainingArguments, parsed from its source code, and the early checks of their values."""
 
 import importlib.util
 import subprocess
@@ -46,7 +46,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def fault_of(key, value):
-    """The error of a recipe with this line in its section ``train``, without its place."""
+    """Returns the error of a recipe with this line in its section ``train``, without its place."""
     text = "stage: sft\nmodel: {name_or_path: gpt2}\ndata: {train: a}\ntrain:\n  output_dir: x\n"
     Path("r.yaml").write_text(f"{text}  {key}: {value}\n")
     with pytest.raises(RecipeError) as error:
@@ -98,14 +98,14 @@ def test_nothing_heavy_is_imported():
 @pytest.mark.parametrize(
     ("key", "fix"),
     [
-        ("evaluation_strategy", "write train.eval_strategy"),
-        ("warmup_ratio", "write warmup_steps: a number below 1 is a share of the run"),
+        ("evaluation_strategy", "use train.eval_strategy"),
+        ("warmup_ratio", "use warmup_steps: a number below 1 is a share of the run"),
         ("logging_dir", "set the environment variable TENSORBOARD_LOGGING_DIR"),
-        ("no_cuda", "write use_cpu: true"),
-        ("torch_dtype", "write model.dtype"),
+        ("no_cuda", "set use_cpu: true"),
+        ("torch_dtype", "use model.dtype"),
     ],
 )
-def test_a_name_of_transformers_4_is_told_its_new_spelling(key, fix):
+def test_a_name_of_transformers_4_is_refused_with_its_new_name(key, fix):
     assert fault_of(key, "1") == f"train.{key} is a name of transformers 4; fix: {fix}"
 
 
@@ -115,13 +115,13 @@ def test_a_name_of_transformers_4_is_told_its_new_spelling(key, fix):
         ("max_steps", "four", "a whole number; got 'four'"),
         ("max_steps", "true", "a whole number; got true"),
         ("max_steps", "1.5", "a whole number; got 1.5"),
-        ("max_steps", "'10'", "a whole number; got '10'; fix: drop the quotes"),
-        ("learning_rate", "'2e-5'", "a number; got '2e-5'; fix: drop the quotes"),
-        ("learning_rate", "'-1.5e+3 '", "a number; got '-1.5e+3 '; fix: drop the quotes"),
+        ("max_steps", "'10'", "a whole number; got '10'; fix: remove the quotes"),
+        ("learning_rate", "'2e-5'", "a number; got '2e-5'; fix: remove the quotes"),
+        ("learning_rate", "'-1.5e+3 '", "a number; got '-1.5e+3 '; fix: remove the quotes"),
         ("learning_rate", "five", "a number; got 'five'"),
         ("learning_rate", "[1e-4]", "a number; got [0.0001]"),
         ("learning_rate", "null", "a number; got null"),
-        ("bf16", "'true '", "true or false; got 'true '; fix: drop the quotes"),
+        ("bf16", "'true '", "true or false; got 'true '; fix: remove the quotes"),
         ("bf16", "1", "true or false; got 1"),
         ("run_name", "5", "text; got 5"),
         ("label_names", "labels", "a list; got 'labels'"),
@@ -146,7 +146,7 @@ def test_a_value_of_the_wrong_type_is_a_fault(key, value, expected):
         ("train_sampling_strategy", "group_by_lenght", "group_by_length"),
     ],
 )
-def test_an_unknown_word_gets_the_nearest_one(key, value, near):
+def test_an_unknown_word_suggests_the_nearest_one(key, value, near):
     text = fault_of(key, value)
 
     assert text.startswith(f"train.{key}: expected one of ")
@@ -179,7 +179,7 @@ def test_a_value_that_needs_a_missing_package_names_it(monkeypatch, key, value, 
     assert fault.fix == f"pip install {package}"
 
 
-def test_a_value_whose_package_is_there_is_accepted(monkeypatch):
+def test_a_value_with_an_installed_package_is_accepted(monkeypatch):
     train_section()
     json = importlib.util.find_spec("json")
     monkeypatch.setattr("hf_clm.recipe.trainer_fields.find_spec", lambda name: json)
@@ -235,7 +235,7 @@ def test_values_at_the_edge_of_their_range_are_accepted():
     assert check_train(train) == (train, [])
 
 
-def test_whole_numbers_become_floats_where_the_field_is_one_but_not_in_steps():
+def test_whole_numbers_become_floats_for_float_fields_but_not_for_steps():
     train, _ = check_train({"learning_rate": 1, "warmup_steps": 100, "max_steps": 3, "eval_steps": None})
 
     assert {key: type(value).__name__ for key, value in train.items()} == {
@@ -246,7 +246,7 @@ def test_whole_numbers_become_floats_where_the_field_is_one_but_not_in_steps():
     }
 
 
-def test_the_words_that_the_source_does_not_give_are_those_of_the_libraries():
+def test_words_that_the_source_does_not_list_are_those_of_the_libraries():
     import torch._inductor
     from accelerate.utils import DynamoBackend
     from transformers.training_args import trainer_log_levels

@@ -1,4 +1,4 @@
-"""What the recipe leaves to the machine, and one shape for a compiled model."""
+"""Defaults that depend on the machine, and static shapes for compiled models."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ ROWS = [
         ("", {"bf16": True}, True),
     ],
 )
-def test_bfloat16_is_the_default_where_the_cpu_has_it(tmp_path, monkeypatch, instructions, given, expected):
+def test_bfloat16_is_the_default_if_the_cpu_supports_it(tmp_path, monkeypatch, instructions, given, expected):
     monkeypatch.setattr("hf_clm.machine.bf16_instructions", lambda: instructions)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     recipe = build_recipe(tmp_path, ROWS, stage="pretrain")
@@ -41,7 +41,7 @@ def test_bfloat16_is_the_default_where_the_cpu_has_it(tmp_path, monkeypatch, ins
     assert arguments.bf16 is expected
 
 
-def test_one_shape_holds_the_fullest_batch():
+def test_a_static_shape_fits_the_fullest_batch():
     texts = ["a", "b", "c", "d", "eeeeeee", "ffffffff"]  # with the stop token 2, 2, 2, 2, 8 and 9 tokens
     dataset = SFTDataset([document(text) for text in texts], byte_tokenizer())
     packed = PackedDataset(dataset, max_length=10)
@@ -55,7 +55,7 @@ def test_one_shape_holds_the_fullest_batch():
     assert static_shape([dataset], rows=2) == StaticShape(18, 4, 9, targets_multiple=256)
 
 
-def test_a_compiled_run_learns_what_a_plain_one_does(tmp_path):
+def test_a_compiled_run_equals_an_uncompiled_one(tmp_path):
     losses = []
     for name in ("plain", "compiled"):
         folder = tmp_path / name
@@ -72,7 +72,7 @@ def test_a_compiled_run_learns_what_a_plain_one_does(tmp_path):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_the_tokens_of_a_template_stand_in_the_tokenizer_that_is_loaded_or_trained(trained, tmp_path):
+def test_the_tokens_of_a_template_are_added_to_the_tokenizer(trained, tmp_path):
     sizes = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 64}
     changes: dict = {"model": {"name_or_path": None, "init": "scratch", "config": sizes}} if trained else {}
     section = {"control_tokens": ["<sep>"], "train": {"vocab_size": 300} if trained else None}

@@ -1,4 +1,4 @@
-"""The lines of a run, and the files that grow with it."""
+"""The lines that a run prints, and the files that it appends to."""
 
 import json
 from types import SimpleNamespace
@@ -62,7 +62,7 @@ def test_other_processes_and_the_sums_of_the_trainer_are_not_shown(capsys, logs,
     assert capsys.readouterr().out == ""
 
 
-def test_a_terminal_gets_a_bar_instead_of_lines(capsys):
+def test_a_terminal_shows_a_bar_instead_of_lines(capsys):
     callback = ProgressCallback(is_terminal=True)
 
     event(callback, "on_train_begin", step=0)
@@ -75,7 +75,7 @@ def test_a_terminal_gets_a_bar_instead_of_lines(capsys):
     assert "50/200" in shown.err and "loss 1.2500" in shown.err
 
 
-def test_metrics_are_one_json_object_a_line_and_rank_0_writes_them(tmp_path, monkeypatch):
+def test_rank_0_writes_metrics_as_one_json_object_per_line(tmp_path, monkeypatch):
     clock = iter([90.0, 100.0, 102.5, 110.0])
     monkeypatch.setattr("hf_clm.training.callbacks.time.monotonic", lambda: next(clock))
     path = tmp_path / "metrics.jsonl"
@@ -92,7 +92,7 @@ def test_metrics_are_one_json_object_a_line_and_rank_0_writes_them(tmp_path, mon
     ]
 
 
-def test_the_seconds_of_a_resumed_run_go_on(tmp_path, monkeypatch):
+def test_the_seconds_of_a_resumed_run_continue(tmp_path, monkeypatch):
     clock = iter([90.0, 100.0, 103.0])
     monkeypatch.setattr("hf_clm.training.callbacks.time.monotonic", lambda: next(clock))
     path = tmp_path / "metrics.jsonl"
@@ -108,7 +108,7 @@ def test_the_seconds_of_a_resumed_run_go_on(tmp_path, monkeypatch):
     ]
 
 
-def test_samples_are_taken_once_a_step(tmp_path, capsys):
+def test_samples_are_taken_at_most_once_per_step(tmp_path, capsys):
     path = tmp_path / "samples.jsonl"
     callback = SamplesCallback(["春", "b"], lambda: ["答", "B"], path=path, every_steps=2)
 
@@ -129,7 +129,7 @@ def test_samples_are_taken_once_a_step(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0] == "  sample at step 0: '春' -> '答'"
 
 
-def test_without_an_interval_samples_are_taken_before_and_after_only(tmp_path):
+def test_without_an_interval_samples_are_taken_only_before_and_after_training(tmp_path):
     path = tmp_path / "samples.jsonl"
     callback = SamplesCallback(["a"], lambda: ["A"], path=path, every_steps=None)
 
@@ -140,7 +140,7 @@ def test_without_an_interval_samples_are_taken_before_and_after_only(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 2]
 
 
-def test_samples_are_taken_at_the_end_of_each_epoch_where_asked_for(tmp_path):
+def test_samples_can_be_taken_at_the_end_of_each_epoch(tmp_path):
     path = tmp_path / "samples.jsonl"
     callback = SamplesCallback(["a"], lambda: ["A"], path=path, every_epoch=True)
 
@@ -183,14 +183,14 @@ FOURTH = log_event(8, 2.0, loss=1.0, accuracy=1.0, targets=80)
         ),  # an epoch of one step is its own mean
     ],
 )
-def test_the_means_of_an_epoch_weigh_steps_and_targets(history, means):
+def test_the_means_of_an_epoch_are_weighted_by_steps_and_targets(history, means):
     expected = dict(zip(("epoch", "epoch_loss", "epoch_token_accuracy"), means, strict=True)) if means else {}
 
     assert epoch_means(history) == expected
 
 
 class Clock:
-    """Time that passes where the test says so."""
+    """A clock that the test advances."""
 
     def __init__(self, monkeypatch):
         self.now = 1000.0
@@ -201,7 +201,7 @@ class Clock:
 
 
 def test_the_report_takes_at_most_one_hundredth_of_the_time(monkeypatch):
-    """Log events every 0.3 seconds; a page takes 0.1 seconds at first, and 10 % longer each time."""
+    """Log events occur every 0.3 seconds. A report takes 0.1 seconds at first, and 10 % longer each time."""
     clock, written = Clock(monkeypatch), []
 
     def write():
@@ -224,7 +224,7 @@ def test_the_report_takes_at_most_one_hundredth_of_the_time(monkeypatch):
     assert len(written) == 23  # 1.1^23 - 1 = 7.95 of 907 seconds; with 1.5 x 0.81 it would be too much
 
 
-def test_the_last_page_is_written_whatever_it_takes(monkeypatch):
+def test_the_last_report_is_written_however_long_it_takes(monkeypatch):
     clock, written = Clock(monkeypatch), []
     callback = ReportCallback(lambda: written.append(clock.now), is_main=True)
 
@@ -242,7 +242,7 @@ def test_other_processes_write_no_report():
     callback.close()
 
 
-def test_a_full_disk_is_said_once_and_stops_nothing(monkeypatch, capsys):
+def test_a_full_disk_is_reported_once_and_does_not_stop_training(monkeypatch, capsys):
     clock = Clock(monkeypatch)
 
     def write():
@@ -255,6 +255,6 @@ def test_a_full_disk_is_said_once_and_stops_nothing(monkeypatch, capsys):
     callback.close()
 
     assert capsys.readouterr().out == (
-        "warning   the report is not written, and training goes on: "
+        "warning   the report cannot be written, and training continues: "
         "[Errno 28] No space left on device: 'run/report.html'\n"
     )

@@ -1,4 +1,4 @@
-"""The model card: what run.json says, and nothing that it does not."""
+"""The model card of a run."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ RUN = {
 
 
 def card_of(folder: Path, content: dict, *, examples: tuple[str, ...] = (), **about) -> tuple[dict, str]:
-    """The front matter, and what follows it."""
+    """Returns the front matter, and the text after it."""
     (folder / "recipe.yaml").write_text("stage: sft\n", encoding="utf-8")
     run = RunFolder(folder, RunRecord.model_validate(content), [], [], [], {}, 0)
     write_card(run, Card(**about), examples=examples)
@@ -47,7 +47,7 @@ def card_of(folder: Path, content: dict, *, examples: tuple[str, ...] = (), **ab
     return YAML(typ="safe").load(front), text
 
 
-def test_the_front_matter_says_what_the_hub_reads(tmp_path):
+def test_the_front_matter_has_the_metadata_for_the_hub(tmp_path):
     front, _ = card_of(tmp_path, RUN, license="apache-2.0", language=["zh"])
 
     assert front == {
@@ -61,7 +61,7 @@ def test_the_front_matter_says_what_the_hub_reads(tmp_path):
     }
 
 
-def test_adapters_name_their_base_and_open_with_peft(tmp_path):
+def test_adapters_name_their_base_model_and_load_with_peft(tmp_path):
     front, text = card_of(tmp_path, {**RUN, "trained_parameters": 10})
 
     assert (front["library_name"], front["base_model_relation"]) == ("peft", "adapter")
@@ -79,18 +79,18 @@ def test_adapters_name_their_base_and_open_with_peft(tmp_path):
         ({"model": "tests"}, None),
     ],
 )
-def test_a_folder_of_somebodys_machine_is_no_base_model(change, name, monkeypatch):
+def test_a_local_folder_is_not_named_as_the_base_model(change, name, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
 
     assert base_model(RunRecord.model_validate({**RUN, **change})) == name
 
 
-def test_the_text_holds_the_figures_and_the_hash_and_names_files_without_their_folders(tmp_path):
+def test_the_text_has_the_figures_and_the_hash_and_names_files_without_their_folders(tmp_path):
     _, text = card_of(tmp_path, RUN)
 
     for line in (
-        "48 records with 1,099 learned tokens of 2,911, 18 steps",
-        "The evaluation is on training data; losses are in nats per target token.",
+        "48 records with 2,911 tokens, 1,099 of them targets, 18 steps",
+        "Evaluated on training data. Losses are in nats per target token.",
         "| Evaluation loss | 6.9580 -> 5.8523 |",
         "| Evaluation accuracy | 0.2% -> 7.6% |",
         "| Time | 1h30m |",
@@ -103,15 +103,15 @@ def test_the_text_holds_the_figures_and_the_hash_and_names_files_without_their_f
     assert "/home/ann" not in text and "Examples" not in text
 
 
-def test_examples_are_shown_where_they_are_asked_for_and_cannot_end_their_fence(tmp_path):
+def test_examples_cannot_end_their_code_fence(tmp_path):
     _, text = card_of(tmp_path, RUN, examples=["a ```` fence\n# no heading"])
 
     assert "## Examples of the data\n\n`````\na ```` fence\n# no heading\n`````" in text
 
 
-def test_of_a_stream_the_card_counts_what_was_read_not_what_was_checked(tmp_path):
+def test_with_streaming_the_card_counts_what_was_read_not_what_was_checked(tmp_path):
     _, text = card_of(tmp_path, {**RUN, "stream": {"documents": 3}})
 
     assert "1,000 of them trained, on 8,733 tokens of a stream, 18 steps." in text
     assert "48 records" not in text
-    assert "The labels of the rows of a stream that were read first were proved" in text
+    assert "The labels of the first rows of the stream were verified" in text

@@ -1,4 +1,4 @@
-"""A checkpoint counts when it is sealed and as it was saved; which are kept goes by their step."""
+"""A checkpoint counts if it is sealed and intact. Rotation is by step."""
 
 import json
 import os
@@ -23,7 +23,7 @@ FILES = {"model.safetensors": "weights", "optimizer.pt": "optimizer", "trainer_s
 
 
 def saved(run: Path, step: int) -> Path:
-    """A checkpoint as the Trainer leaves it."""
+    """Writes a checkpoint like the Trainer's."""
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     for name, text in FILES.items():
@@ -41,7 +41,7 @@ def names(run: Path) -> list[str]:
     return sorted(path.name for path in run.iterdir())
 
 
-def test_the_seal_holds_sizes_and_hashes(tmp_path):
+def test_the_seal_contains_sizes_and_hashes(tmp_path):
     folder = sealed(tmp_path, 4)
 
     content = json.loads((folder / "SEALED.json").read_text())
@@ -56,8 +56,8 @@ def test_the_seal_holds_sizes_and_hashes(tmp_path):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("fault", ["flipped bit", "cut", "gone"])
-def test_a_file_that_is_not_as_it_was_is_named(tmp_path, name, fault):
-    """All three are seen in each file; the size and the time stay with the flipped bit."""
+def test_a_damaged_file_is_named(tmp_path, name, fault):
+    """All three are detected in each file. A flipped bit does not change the size and the time."""
     path = sealed(tmp_path, 4) / name
     content, times = path.read_bytes(), path.stat()
     if fault == "flipped bit":
@@ -71,14 +71,14 @@ def test_a_file_that_is_not_as_it_was_is_named(tmp_path, name, fault):
     assert (
         fault_of(path.parent)
         == {
-            "flipped bit": f"{name} is not what was saved (sha256)",
+            "flipped bit": f"{name} has changed since it was saved (sha256)",
             "cut": f"{name} has {len(content) - 1} bytes instead of {len(content)}",
             "gone": f"{name} is missing",
         }[fault]
     )
 
 
-def test_without_a_seal_or_with_half_of_one_a_checkpoint_does_not_count(tmp_path):
+def test_a_checkpoint_without_a_complete_seal_does_not_count(tmp_path):
     sealed(tmp_path, 4)
     saved(tmp_path, 8)
     torn = sealed(tmp_path, 12) / "SEALED.json"
@@ -87,13 +87,13 @@ def test_without_a_seal_or_with_half_of_one_a_checkpoint_does_not_count(tmp_path
     assert newest_sealed(tmp_path) == tmp_path / "checkpoint-4"
     assert drop_broken(tmp_path) == [
         "checkpoint checkpoint-12: SEALED.json is damaged; moved to checkpoint-12.broken",
-        "checkpoint checkpoint-8: not sealed: its save was cut off; moved to checkpoint-8.broken",
+        "checkpoint checkpoint-8: not sealed: its save was interrupted; moved to checkpoint-8.broken",
     ]
     assert names(tmp_path) == ["checkpoint-12.broken", "checkpoint-4", "checkpoint-8.broken"]
 
 
 @pytest.mark.parametrize("key", ['"is_resumable"', '"step"', '"sha256"', "true", "rows"])
-def test_a_flipped_bit_in_a_seal_is_damage(tmp_path, key):
+def test_a_flipped_bit_in_a_seal_is_detected(tmp_path, key):
     path = sealed(tmp_path, 4) / "SEALED.json"
     assert fault_of(path.parent) == ""
     text = path.read_text()
@@ -135,7 +135,7 @@ def test_rotation_keeps_the_last_by_step_at_least_two_and_the_best(tmp_path, lim
     assert names(tmp_path) == [f"checkpoint-{step}" for step in kept]
 
 
-def test_what_is_not_sealed_neither_counts_nor_is_deleted_in_rotation(tmp_path):
+def test_rotation_neither_counts_nor_deletes_unsealed_checkpoints(tmp_path):
     for step in (1, 2, 4):
         sealed(tmp_path, step)
     saved(tmp_path, 3)
@@ -145,7 +145,7 @@ def test_what_is_not_sealed_neither_counts_nor_is_deleted_in_rotation(tmp_path):
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
 
 
-def test_what_was_half_deleted_is_swept(tmp_path):
+def test_partly_deleted_checkpoints_are_removed(tmp_path):
     sealed(tmp_path, 2)
     (tmp_path / "checkpoint-1.del").mkdir()
 
@@ -153,7 +153,7 @@ def test_what_was_half_deleted_is_swept(tmp_path):
     assert names(tmp_path) == ["checkpoint-2"]
 
 
-def test_a_save_never_writes_into_an_older_one(tmp_path):
+def test_a_save_never_writes_into_an_older_checkpoint(tmp_path):
     clear_place(sealed(tmp_path, 1))
     clear_place(sealed(tmp_path, 1))
     clear_place(saved(tmp_path, 1))
@@ -161,7 +161,7 @@ def test_a_save_never_writes_into_an_older_one(tmp_path):
     assert names(tmp_path) == ["checkpoint-1.broken", "checkpoint-1.later", "checkpoint-1.later-2"]
 
 
-def test_the_list_says_what_is_whole(tmp_path):
+def test_the_list_shows_which_checkpoints_are_intact(tmp_path):
     sealed(tmp_path, 9)
     (sealed(tmp_path, 10) / "optimizer.pt").unlink()
 
@@ -173,7 +173,7 @@ def test_the_list_says_what_is_whole(tmp_path):
     assert not are_whole
 
 
-def test_the_command_ends_with_0_only_where_all_are_whole(tmp_path, capsys):
+def test_the_command_returns_0_only_if_all_checkpoints_are_intact(tmp_path, capsys):
     sealed(tmp_path, 9)
     assert main(["checkpoints", str(tmp_path)]) == 0
     (sealed(tmp_path, 10) / "optimizer.pt").unlink()

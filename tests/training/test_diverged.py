@@ -1,4 +1,4 @@
-"""A loss that is not finite: one line, exit code 5, a page of the batch, and checkpoints that stay sound."""
+"""A non-finite loss results in a one-line error, exit code 5, a page of the batch, and intact checkpoints."""
 
 import base64
 import json
@@ -25,7 +25,7 @@ def write_recipe(folder: Path, **changes) -> str:
 
 
 def read_page(path: Path) -> tuple[dict[str, str], list[bytes]]:
-    """The facts at the top of a page, and the bytes of each row without its control tokens."""
+    """Returns the facts at the top of a page, and the bytes of each row without its control tokens."""
     data = json.loads(path.read_text(encoding="utf-8").partition('id="data">')[2].partition("</script>")[0])
     ids = np.frombuffer(base64.b64decode(data["tokens"]), dtype="<i4")
     rows = np.split(ids, np.cumsum([row[1] for row in data["rows"]])[:-1])
@@ -34,7 +34,7 @@ def read_page(path: Path) -> tuple[dict[str, str], list[bytes]]:
 
 @pytest.fixture
 def diverged(tmp_path, monkeypatch, capsys) -> tuple[Path, str]:
-    """A run of which the third step has a NaN in its gradient; its folder, and what stderr says."""
+    """A run with a NaN in the gradient of its third step: its folder, and its stderr."""
     step, calls = CLMTrainer.training_step, []
 
     def broken(self, model, inputs, num_items_in_batch=None):
@@ -61,12 +61,12 @@ def test_the_error_is_one_line_that_names_the_step_and_the_page(diverged):
 
     assert line.startswith(
         "error: step 3: the loss or its gradient is not finite; no weight was updated; "
-        f"its rows are in {folder / 'diverged.html'}; got loss "
+        f"the rows of this step are in {folder / 'diverged.html'}; got loss "
     )
     assert "gradient norm nan, learning rate 0.00075; fix: lower train.learning_rate" in line
 
 
-def test_the_page_holds_the_rows_of_the_step_and_its_figures(diverged):
+def test_the_page_shows_the_rows_of_the_step_and_its_figures(diverged):
     facts, rows = read_page(diverged[0] / "diverged.html")
 
     assert (facts["step"], facts["last finite step"]) == ("3", "2")
@@ -76,7 +76,7 @@ def test_the_page_holds_the_rows_of_the_step_and_its_figures(diverged):
     assert sum(text.count(b"say %d\nanswer %d" % (n, n)) for n in range(1, 5)) == 2  # 2 of the 4 rows
 
 
-def test_the_last_checkpoint_opens_and_is_finite(diverged):
+def test_the_last_checkpoint_loads_and_is_finite(diverged):
     folder = diverged[0]
     checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
 
@@ -90,7 +90,7 @@ def test_run_json_says_that_the_run_diverged(diverged):
     assert json.loads((diverged[0] / "run.json").read_text())["status"] == "diverged"
 
 
-def test_weights_that_are_not_numbers_are_found_before_the_first_step(tmp_path, capsys):
+def test_nan_weights_are_found_before_the_first_step(tmp_path, capsys):
     model = tiny_model()
     with torch.no_grad():
         model.get_output_embeddings().weight[7, 7] = torch.nan
@@ -105,7 +105,7 @@ def test_weights_that_are_not_numbers_are_found_before_the_first_step(tmp_path, 
     )
 
 
-def test_without_the_self_test_the_guard_finds_them_at_the_first(tmp_path, capsys):
+def test_without_the_self_test_nan_weights_are_found_at_the_first_step(tmp_path, capsys):
     model = tiny_model()
     with torch.no_grad():
         model.get_output_embeddings().weight[7, 7] = torch.nan

@@ -1,4 +1,4 @@
-"""Several evaluation sets, and answers while a run trains: figures of the log, the best model, the report."""
+"""Several evaluation sets, and answers during training: log events, the best model, the report."""
 
 import json
 import sys
@@ -19,7 +19,6 @@ from hf_clm.pages.report import build_report
 from hf_clm.recipe.recipe import Recipe, load_recipe, recipe_to_yaml
 from hf_clm.run_folder import load_folder
 from hf_clm.training.run import train
-from hf_clm.training.trainer import CLMTrainer
 
 RECORDS = [{"prompt": f"say {n}\n", "completion": "xyz"[n % 3] * n} for n in range(1, 17)]
 SETS = {
@@ -30,7 +29,7 @@ EVERY_TWO = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
 
 
 def build(folder: Path, *, sets: Any = None, train: Any = (), **changes: Any) -> Recipe:
-    """4 steps of 2 rows, evaluated every 2, on ``news`` and ``chat`` unless other sets are given."""
+    """4 steps of 2 rows, evaluated every 2 steps, on ``news`` and ``chat`` unless other sets are given."""
     named = {name: write_jsonl(folder / f"{name}.jsonl", rows) for name, rows in SETS.items()}
     data = {"train": [write_jsonl(folder / "rows.jsonl", RECORDS)], "eval": named if sets is None else sets}
     data |= {"max_length": 64, "packing": "none", "cache_dir": None, "max_leakage": 1.0}
@@ -44,7 +43,7 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
 
 
 def plain_loss(folder: Path, rows: list[dict[str, str]]) -> tuple[float, int]:
-    """By transformers alone: the summed nll of the targets and the token that ends each, and their number."""
+    """Returns the summed nll of targets and end tokens, and their number, with transformers alone."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     total, count = 0.0, 0
@@ -58,7 +57,7 @@ def plain_loss(folder: Path, rows: list[dict[str, str]]) -> tuple[float, int]:
     return total, count
 
 
-def test_each_set_has_its_own_figures_and_all_together_are_eval_loss(tmp_path):
+def test_each_set_has_its_figures_and_eval_loss_is_over_all_sets(tmp_path):
     result = train(build(tmp_path))
 
     found = evaluations(tmp_path)
@@ -74,14 +73,14 @@ def test_each_set_has_its_own_figures_and_all_together_are_eval_loss(tmp_path):
     assert result["evaluations"]["news"]["input_rows"] == 4 and result["evaluation"]["input_rows"] == 7
 
 
-def test_one_set_with_a_name_is_eval_loss_too_and_may_choose_the_best_model(tmp_path):
+def test_a_single_named_set_is_logged_as_eval_loss_too_and_can_select_the_best_model(tmp_path):
     best = {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
     train(build(tmp_path, sets={"news": str(tmp_path / "news.jsonl")}, train=best))
 
     assert [entry["eval_loss"] - entry["eval_news_loss"] for entry in evaluations(tmp_path)] == [0.0] * 4
 
 
-def test_the_end_and_the_report_show_before_and_after_of_every_set(tmp_path, capsys):
+def test_the_summary_and_the_report_show_every_set_before_and_after(tmp_path, capsys):
     train(build(tmp_path))
     before, after = (evaluations(tmp_path)[at]["eval_chat_loss"] for at in (0, -1))
 
@@ -93,7 +92,7 @@ def test_the_end_and_the_report_show_before_and_after_of_every_set(tmp_path, cap
     assert "labels, eval_news" in page
 
 
-def test_a_recipe_with_named_sets_is_read_back_as_it_is_written(tmp_path):
+def test_a_recipe_with_named_sets_survives_writing_and_reading(tmp_path):
     recipe = build(tmp_path)
     (tmp_path / "again.yaml").write_text(recipe_to_yaml(recipe))
 
@@ -150,7 +149,7 @@ def wrong(answers, targets):
 
 @pytest.fixture
 def own_metrics(tmp_path, monkeypatch):
-    """A module of the user's own."""
+    """A user's module with metrics."""
     (tmp_path / "metrics_of_mine.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     yield
@@ -158,7 +157,7 @@ def own_metrics(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("own_metrics")
-def test_a_function_of_answers_and_targets_chooses_the_best_model(tmp_path):
+def test_a_function_of_answers_and_targets_can_select_the_best_model(tmp_path):
     best = {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
     best |= {"metric_for_best_model": "eval_chat_length_mean", "save_total_limit": 5}
     asked = {"generate": 3, "metrics": "metrics_of_mine:length", "max_new_tokens": 8}
@@ -172,13 +171,13 @@ def test_a_function_of_answers_and_targets_chooses_the_best_model(tmp_path):
 
 
 @pytest.mark.usefixtures("own_metrics")
-def test_a_metric_may_return_a_number_of_numpy(tmp_path):
+def test_a_metric_may_return_a_numpy_number(tmp_path):
     train(build(tmp_path, evaluation={"generate": 1, "metrics": "metrics_of_mine:of_numpy"}))
 
     assert {entry["eval_news_of_numpy"] for entry in evaluations(tmp_path)} == {0.5}
 
 
-def test_a_set_may_be_called_as_a_key_of_a_source(tmp_path):
+def test_a_set_may_have_the_name_of_a_key_of_a_source(tmp_path):
     recipe = build(tmp_path, sets={"name": "a.jsonl", "test": "b.jsonl"})
 
     assert [(source.set, source.path) for source in recipe.data.eval] == [
@@ -191,13 +190,16 @@ def test_a_set_may_be_called_as_a_key_of_a_source(tmp_path):
 @pytest.mark.parametrize(
     ("metric", "said"),
     [
-        ("metrics_of_mine:wrong", "a metric returns a number, or several by name; got wrong returned str"),
+        (
+            "metrics_of_mine:wrong",
+            "a metric must return a number, or a dict of numbers; got wrong returned str",
+        ),
         ("metrics_of_mine:none", "no such metric 'metrics_of_mine:none'"),
         ("no_such_module:f", "no such metric 'no_such_module:f'"),
         ("metrics_of_mine:OWN", "no such metric"),
     ],
 )
-def test_a_metric_that_does_not_work_is_one_line(tmp_path, metric, said):
+def test_a_metric_that_fails_is_reported_in_one_line(tmp_path, metric, said):
     with pytest.raises(RecipeError, match=said):
         train(build(tmp_path, evaluation={"generate": 1, "metrics": metric}))
 
@@ -211,13 +213,13 @@ def test_a_metric_that_does_not_work_is_one_line(tmp_path, metric, said):
             "expected one of exact_match, chrf, bleu, or module:function",
         ),
         ({"evaluation": {"generate": 1}, "stage": "pretrain"}, "evaluation.generate needs stage: sft"),
-        ({"evaluation": {"generate": 1}, "sets": []}, "and there is none"),
-        ({"sets": {"train": "a.jsonl"}}, "data.eval: a set has the name"),
-        ({"sets": [{"path": "a", "set": "one"}, "b"]}, "of a named set, and others are not"),
+        ({"evaluation": {"generate": 1}, "sets": []}, "evaluation.generate needs an evaluation set"),
+        ({"sets": {"train": "a.jsonl"}}, "data.eval: the name is reserved"),
+        ({"sets": [{"path": "a", "set": "one"}, "b"]}, "belong to a named set, and others do not"),
         ({"train": {"metric_for_best_model": "news_chrf"}}, "expected one of eval_loss, .*eval_news_loss"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_with_the_recipe(tmp_path, changes, said):
+def test_metrics_that_cannot_be_measured_are_refused_with_the_recipe(tmp_path, changes, said):
     with pytest.raises(ValidationError, match=said):
         build(tmp_path, **changes)
 
@@ -226,23 +228,18 @@ def test_a_best_model_needs_its_metric_at_every_evaluation(tmp_path):
     best = {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
     best["metric_for_best_model"] = "eval_news_exact_match"
 
-    with pytest.raises(ValidationError, match=r"evaluation.every leaves out evaluations"):
+    with pytest.raises(ValidationError, match=r"evaluation.every skips evaluations"):
         build(tmp_path, train=best, evaluation={"generate": 1, "every": 2})
 
 
-def test_a_set_that_cannot_be_asked_is_said(tmp_path):
+def test_a_set_without_prompts_is_reported(tmp_path):
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "abc"}])
 
     with pytest.raises(DataError, match="no example has a prompt to answer"):
         train(build(tmp_path, sets={"texts": texts}, evaluation={"generate": 1}))
 
 
-def test_compute_metrics_would_never_be_called_and_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="compute_metrics: has no effect"):
-        CLMTrainer(helpers.tiny_model(), compute_metrics=lambda found: {})
-
-
-def test_two_processes_share_the_answers_and_log_what_one_does(tmp_path):
+def test_two_processes_share_the_answers_and_log_the_same_as_one(tmp_path):
     two = prepare(tmp_path / "two")
     words = ["--evaluation.generate", "5", "--evaluation.metrics", "[exact_match, chrf]"]
     train_on_two(two, *words, "--samples", "null", "--max_steps", "4")
@@ -261,7 +258,7 @@ def test_two_processes_share_the_answers_and_log_what_one_does(tmp_path):
 
 
 def test_the_best_checkpoint_of_a_mixture_is_loaded(tmp_path):
-    """Its files hold each expert apart, the model all of them in one weight: the Trainer would load none."""
+    """Its files contain each expert separately, and the Trainer would not load them into the model."""
     folder = helpers.save_folder(
         tmp_path / "experts", helpers.tiny_model("mixtral"), helpers.byte_tokenizer()
     )

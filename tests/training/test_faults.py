@@ -1,4 +1,4 @@
-"""What a machine does to a run is one line, and half a checkpoint does not stay."""
+"""Faults of the machine are one-line errors, and partial checkpoints are removed."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ OF_GLOO = (
 
 
 def fail(folder: Path, error: Exception, part: str = "checkpoint-3", *, needed: int = 0) -> EnvironmentFault:
-    """What becomes of an error in the middle of a save."""
+    """Returns the error that results from an error during a save."""
     with pytest.raises(EnvironmentFault) as found, writing(folder, part, needed=needed):
         if part:
             (folder / part).mkdir()
@@ -38,10 +38,12 @@ def fail(folder: Path, error: Exception, part: str = "checkpoint-3", *, needed: 
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded"),
         (SafetensorError(OF_RUST), "No space left on device"),
-        (RuntimeError(OF_TORCH), "a file was cut off"),
+        (RuntimeError(OF_TORCH), "a file was truncated"),
     ],
 )
-def test_a_full_disk_is_one_line_and_half_a_checkpoint_is_removed(tmp_path, monkeypatch, error, reason):
+def test_a_full_disk_is_reported_in_one_line_and_the_partial_checkpoint_is_removed(
+    tmp_path, monkeypatch, error, reason
+):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 3 * 2**20}))
     (tmp_path / "checkpoint-2").mkdir()
 
@@ -51,7 +53,7 @@ def test_a_full_disk_is_one_line_and_half_a_checkpoint_is_removed(tmp_path, monk
         f"{tmp_path / 'checkpoint-3'}: cannot be written; got {reason} (5.0 GiB needed, 3.0 MiB free); fix: "
     )
     assert str(found).startswith(got)
-    assert str(found).endswith("; what was saved before is as it was")
+    assert str(found).endswith("; earlier checkpoints are intact")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
@@ -63,7 +65,7 @@ def test_the_file_that_cannot_be_written_is_named(tmp_path):
     assert found.where == str(path)
 
 
-def test_a_checkpoint_that_has_its_last_file_stays(tmp_path):
+def test_a_complete_checkpoint_is_not_removed(tmp_path):
     with pytest.raises(EnvironmentFault), writing(tmp_path, "checkpoint-3"):
         (tmp_path / "checkpoint-3").mkdir()
         (tmp_path / "checkpoint-3" / "SEALED.json").touch()
@@ -75,14 +77,14 @@ def test_a_checkpoint_that_has_its_last_file_stays(tmp_path):
 @pytest.mark.parametrize(
     "error", [RuntimeError("CUDA out of memory"), FileNotFoundError(2, "no", "train.bin")]
 )
-def test_other_errors_pass(tmp_path, error):
+def test_other_errors_pass_through(tmp_path, error):
     with pytest.raises(type(error)) as found, writing(tmp_path):
         raise error
 
     assert found.value is error
 
 
-def test_a_folder_that_was_moved_is_not_made_again(tmp_path):
+def test_a_folder_that_was_moved_is_not_created_again(tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(EnvironmentFault, match="moved or deleted"), writing(tmp_path / "run"):
         (tmp_path / "run").rename(tmp_path / "moved")
@@ -106,18 +108,18 @@ def test_a_checkpoint_takes_weights_and_two_averages_of_each():
     assert checkpoint_bytes(model, optimizer) == 1204  # and a count of the steps
 
 
-def test_a_lost_process_is_one_line(monkeypatch):
+def test_a_lost_process_is_reported_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(EnvironmentFault) as error, among_others():
         raise RuntimeError(OF_GLOO)
 
     assert str(error.value) == (
-        "another process of this run has ended, or does not answer; got Connection reset; "
-        "fix: look for its own error; the same command resumes from the last checkpoint"
+        "another process of this run has ended or does not respond; got Connection reset; "
+        "fix: see the error of that process; the same command resumes from the last checkpoint"
     )
 
 
-def test_one_process_alone_has_lost_none():
+def test_a_single_process_reports_no_lost_process():
     with pytest.raises(RuntimeError) as error, among_others():
         raise RuntimeError(OF_GLOO)
 
@@ -127,9 +129,7 @@ def test_one_process_alone_has_lost_none():
 @pytest.mark.parametrize(
     ("error", "is_own"), [(DataError("row 7 cannot be read"), True), (DivergedError("NaN"), None)]
 )
-def test_an_error_in_training_is_reported_by_the_process_that_meets_it_and_a_loss_that_all_share_by_one(
-    error, is_own
-):
+def test_an_error_in_training_is_reported_by_its_process_and_a_diverged_loss_by_one(error, is_own):
     with pytest.raises(type(error)), own_errors():
         raise error
 

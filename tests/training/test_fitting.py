@@ -1,4 +1,4 @@
-"""A run that runs out of memory is the run with smaller micro-batches from the beginning."""
+"""A run that runs out of memory equals a run with smaller micro-batches from the beginning."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ TIMES = ("seconds", "tokens_per_second", "mfu", "peak_memory_bytes", "runtime", 
 
 
 class Memory:
-    """Of a machine on which micro-batches of more rows do not fit, from a step on."""
+    """Simulates a machine on which micro-batches of more rows do not fit, from a given step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int, *, error: Exception | None = None):
         self.rows, self.from_step, self.tries = rows, 0, []
@@ -39,7 +39,7 @@ class Memory:
 
 
 def build(folder: Path, **train_fields: Any):
-    """Dropout would tell whether the random state is another."""
+    """With dropout, which would reveal another random state."""
     model = helpers.tiny_model("gpt2", resid_pdrop=0.2, embd_pdrop=0.2)
     name = helpers.save_folder(folder / "gpt2", model, helpers.byte_tokenizer())
     fields = {"max_steps": 6, "per_device_eval_batch_size": 1, **train_fields}
@@ -57,21 +57,21 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """A run with 2 rows in a micro-batch and 2 of these in a step."""
+    """A run with micro-batches of 2 rows and 2 micro-batches per step."""
     folder = tmp_path_factory.mktemp("small")
     train(build(folder, per_device_train_batch_size=2, gradient_accumulation_steps=2))
     return folder
 
 
 @pytest.mark.parametrize("tried_first", [False, True])
-def test_it_is_bit_equal_to_the_run_with_smaller_micro_batches(
+def test_the_run_is_bitwise_equal_to_one_with_smaller_micro_batches(
     small, tried_first, tmp_path, monkeypatch, capsys
 ):
     memory = Memory(monkeypatch, rows=2)
 
     train(build(tmp_path, per_device_train_batch_size=4, auto_find_batch_size=tried_first))
 
-    assert "\nrestart   out of memory at step 1: per_device_train_batch_size 2 instead of 4, " in (
+    assert "\nrestart   out of memory at step 1: per_device_train_batch_size 4 -> 2, " in (
         capsys.readouterr().out
     )
     found, expected = weights(tmp_path), weights(small)
@@ -80,20 +80,20 @@ def test_it_is_bit_equal_to_the_run_with_smaller_micro_batches(
     assert memory.tries[0] == 4 and set(memory.tries[1:]) == {2}
 
 
-def test_it_halves_until_it_fits(tmp_path, monkeypatch, capsys):
+def test_the_micro_batch_is_halved_until_it_fits(tmp_path, monkeypatch, capsys):
     Memory(monkeypatch, rows=1)
 
     train(build(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=3, max_steps=1))
 
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("restart")] == [
-        "restart   out of memory at step 1: per_device_train_batch_size 2 instead of 4,"
-        " gradient_accumulation_steps 6: the same global batch",
-        "restart   out of memory at step 1: per_device_train_batch_size 1 instead of 2,"
-        " gradient_accumulation_steps 12: the same global batch",
+        "restart   out of memory at step 1: per_device_train_batch_size 4 -> 2,"
+        " gradient_accumulation_steps 6 (same global batch)",
+        "restart   out of memory at step 1: per_device_train_batch_size 2 -> 1,"
+        " gradient_accumulation_steps 12 (same global batch)",
     ]
 
 
-def test_without_a_lack_of_memory_trying_changes_nothing(small, tmp_path):
+def test_with_enough_memory_trying_has_no_effect(small, tmp_path):
     fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
     train(build(tmp_path, **fields, auto_find_batch_size=True))
@@ -102,8 +102,8 @@ def test_without_a_lack_of_memory_trying_changes_nothing(small, tmp_path):
     assert metrics(tmp_path) == metrics(small)
 
 
-def test_what_is_tried_is_computed_as_in_training(tmp_path, monkeypatch):
-    """Autocast and checkpointing decide what memory a step takes."""
+def test_the_trial_computes_like_training(tmp_path, monkeypatch):
+    """Autocast and checkpointing affect the memory of a step."""
     dtypes, computed = [], []
     measure = CLMTrainer.measure_loss
 
@@ -127,8 +127,8 @@ def test_what_is_tried_is_computed_as_in_training(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("begins", ["auto", "never", "overwrite"])
-def test_it_goes_on_from_a_checkpoint_that_was_saved_before(tmp_path, monkeypatch, capsys, begins):
-    """Also where the recipe says to begin: what the first start has saved is of this run."""
+def test_the_restart_resumes_from_an_earlier_checkpoint(tmp_path, monkeypatch, capsys, begins):
+    """Even if the recipe starts a new run, as the first start belongs to this run."""
     fields = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
     memory = Memory(monkeypatch, rows=2)
     memory.from_step = 3
@@ -137,19 +137,19 @@ def test_it_goes_on_from_a_checkpoint_that_was_saved_before(tmp_path, monkeypatc
     train(build(tmp_path, **fields, **word).model_copy(update={"overwrite": begins == "overwrite"}))
 
     printed = capsys.readouterr().out
-    assert "restart   out of memory at step 4: per_device_train_batch_size 2 instead of 4" in printed
+    assert "restart   out of memory at step 4: per_device_train_batch_size 4 -> 2" in printed
     assert "resumes   from " in printed and "checkpoint-2" in printed
     assert [entry["step"] for entry in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert memory.tries[:4] == [4] * 4 and set(memory.tries[4:]) == {2}
 
 
-def test_an_evaluation_that_does_not_fit_leaves_the_training_as_it_is(small, tmp_path, monkeypatch, capsys):
+def test_an_evaluation_that_does_not_fit_does_not_affect_training(small, tmp_path, monkeypatch, capsys):
     fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     Memory(monkeypatch, rows=2)
 
     train(build(tmp_path, **fields, per_device_eval_batch_size=4))
 
-    assert "restart   out of memory at step 1: per_device_eval_batch_size 2 instead of 4\n" in (
+    assert "restart   out of memory at step 1: per_device_eval_batch_size 4 -> 2\n" in (
         capsys.readouterr().out
     )
     assert all(torch.equal(part, weights(small)[name]) for name, part in weights(tmp_path).items())
@@ -171,7 +171,7 @@ def test_an_evaluation_that_does_not_fit_leaves_the_training_as_it_is(small, tmp
         (1, 64, "data.tokens_per_batch: out of memory at step 1, and it cannot be halved; got 64"),
     ],
 )
-def test_what_cannot_be_halved_is_refused_in_one_line(size, budget, message, tmp_path, monkeypatch):
+def test_a_batch_that_cannot_be_halved_is_reported_in_one_line(size, budget, message, tmp_path, monkeypatch):
     Memory(monkeypatch, rows=0)
     recipe = build(tmp_path, per_device_train_batch_size=size, eval_on_start=False)
     data = recipe.data.model_copy(update={"tokens_per_batch": budget})
@@ -183,7 +183,7 @@ def test_what_cannot_be_halved_is_refused_in_one_line(size, budget, message, tmp
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
 
 
-def test_a_lack_of_memory_in_a_later_step_is_an_error_of_one_line(tmp_path, monkeypatch):
+def test_running_out_of_memory_in_a_later_step_is_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "FIRST_STEPS", 3)
     memory = Memory(monkeypatch, rows=0)
     memory.from_step = 4
@@ -201,7 +201,7 @@ def test_a_lack_of_memory_in_a_later_step_is_an_error_of_one_line(tmp_path, monk
         "CUBLAS_STATUS_ALLOC_FAILED",
     ],
 )
-def test_other_allocators_are_understood_too(words, tmp_path, monkeypatch, capsys):
+def test_errors_of_other_allocators_are_recognised(words, tmp_path, monkeypatch, capsys):
     Memory(monkeypatch, rows=1, error=RuntimeError(words))
 
     train(build(tmp_path, per_device_train_batch_size=2, max_steps=1))
@@ -209,7 +209,7 @@ def test_other_allocators_are_understood_too(words, tmp_path, monkeypatch, capsy
     assert "restart   out of memory" in capsys.readouterr().out
 
 
-# The second process alone has too little memory for two rows.
+# Only the second process has too little memory for two rows.
 POOR = """\
 import os, sys, torch
 from hf_clm.cli import main
@@ -227,7 +227,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_two_processes_start_again_together_where_one_has_too_little(tmp_path):
+def test_two_processes_restart_together_if_one_runs_out_of_memory(tmp_path):
     poor, rich = launched.prepare(tmp_path / "poor"), launched.prepare(tmp_path / "rich")
     (poor / "poor.py").write_text(POOR)
 
@@ -236,13 +236,13 @@ def test_two_processes_start_again_together_where_one_has_too_little(tmp_path):
     smaller = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
     launched.train_on_two(rich, *words, *smaller)
 
-    said = "restart   out of memory at step 1: per_device_train_batch_size 1 instead of 2"
+    said = "restart   out of memory at step 1: per_device_train_batch_size 2 -> 1"
     assert done.out.count(said) == 1
     found, expected = weights(poor), weights(rich)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(tmp_path, monkeypatch):
+def test_other_errors_are_not_mistaken_for_out_of_memory(tmp_path, monkeypatch):
     Memory(monkeypatch, rows=1, error=RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
     with pytest.raises(RuntimeError, match="mat1"):

@@ -21,7 +21,7 @@ from hf_clm.training.lock import locked
 from hf_clm.training.output import is_in_use, move_aside
 
 ROOT = Path(__file__).resolve().parents[2]
-# Holds the folder, says so, and waits for its end.
+# Locks the folder, prints a line, and waits for the end of its input.
 HOLDER = """
 import os, sys
 from pathlib import Path
@@ -51,7 +51,7 @@ def refusal(folder: Path) -> EnvironmentFault:
 
 
 def leave_lock(folder: Path, *, seconds_ago: float, **holder: Any) -> Path:
-    """What another run has left, or holds on another host."""
+    """Writes a lock file that another run has left, or holds on another host."""
     path = folder / ".lock"
     path.write_text(json.dumps({"pid": 7, "since": "2026-01-02 03:04:05 UTC", "command": "x", **holder}))
     then = path.stat().st_mtime - seconds_ago
@@ -59,7 +59,7 @@ def leave_lock(folder: Path, *, seconds_ago: float, **holder: Any) -> Path:
     return path
 
 
-def test_the_lock_says_who_holds_the_folder_and_is_gone_afterwards(tmp_path):
+def test_the_lock_names_its_holder_and_is_removed_afterwards(tmp_path):
     with locked(tmp_path / "a" / "run", is_main=True):
         holder = json.loads((tmp_path / "a" / "run" / ".lock").read_text())
         (tmp_path / "a" / "run" / "run.json").touch()
@@ -70,7 +70,7 @@ def test_the_lock_says_who_holds_the_folder_and_is_gone_afterwards(tmp_path):
     assert [path.name for path in (tmp_path / "a" / "run").iterdir()] == ["run.json"]
 
 
-def test_a_second_run_is_refused_and_leaves_everything_as_it_is(tmp_path):
+def test_a_second_run_is_refused_and_changes_nothing(tmp_path):
     holder = hold(tmp_path)
     before = (tmp_path / ".lock").read_text()
 
@@ -78,8 +78,8 @@ def test_a_second_run_is_refused_and_leaves_everything_as_it_is(tmp_path):
 
     since = json.loads(before)["since"]
     assert str(error) == (
-        f"{tmp_path}: locked by pid {holder.pid} on {socket.gethostname()} since {since}, which is still "
-        "running; fix: another --output_dir; or end that run first: SIGTERM lets it save and stop"
+        f"{tmp_path}: in use by pid {holder.pid} on {socket.gethostname()} since {since}, which is still "
+        "running; fix: choose another --output_dir, or stop that run first (on SIGTERM it saves and stops)"
     )
     assert (tmp_path / ".lock").read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -98,11 +98,11 @@ def test_the_lock_of_a_run_that_was_killed_is_taken_over(tmp_path, capsys, words
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
 
     name = f"pid {holder.pid} on {socket.gethostname()} since {since}"
-    assert capsys.readouterr().out == f"lock      taken over from {name}, which is gone\n"
+    assert capsys.readouterr().out == f"lock      taken over from {name}, which is no longer running\n"
     holder.communicate("")
 
 
-def test_one_process_does_not_hold_a_folder_twice(tmp_path):
+def test_a_process_cannot_lock_a_folder_twice(tmp_path):
     with locked(tmp_path, is_main=True):
         assert "which is still running" in str(refusal(tmp_path))
         assert (tmp_path / ".lock").exists()
@@ -113,8 +113,8 @@ NAME = "pid 7 on elsewhere since 2026-01-02 03:04:05 UTC"
 
 @pytest.fixture
 def is_fast(monkeypatch):
-    """A holder elsewhere touches its file every 20 ms and counts as gone after 30 seconds."""
-    for name, seconds in {"BEAT_SECONDS": 0.02, "LOOK_SECONDS": 0.01, "GONE_SECONDS": 30}.items():
+    """A holder on another host touches its file every 20 ms and counts as gone after 30 seconds."""
+    for name, seconds in {"HEARTBEAT_SECONDS": 0.02, "POLL_SECONDS": 0.01, "EXPIRY_SECONDS": 30}.items():
         monkeypatch.setattr(f"hf_clm.training.lock.{name}", seconds)
 
 
@@ -123,22 +123,25 @@ def test_a_holder_on_another_host_that_touches_its_file_is_alive(tmp_path, is_fa
     beat = threading.Timer(0.2, path.touch)
     beat.start()
 
-    assert f"{tmp_path}: locked by {NAME}, which is still running" in str(refusal(tmp_path))
+    assert f"{tmp_path}: in use by {NAME}, which is still running" in str(refusal(tmp_path))
 
     beat.join()
     assert json.loads(path.read_text())["host"] == "elsewhere"
-    line = rf"lock      of {NAME}: waiting up to \d+ s for a sign of its life\n"
+    line = rf"lock      held by {NAME}: waiting up to \d+ s for its heartbeat\n"
     assert re.fullmatch(line, capsys.readouterr().out)
 
 
-def test_a_holder_on_another_host_without_a_sign_of_life_is_gone(tmp_path, is_fast, capsys):
+def test_a_holder_on_another_host_without_a_heartbeat_is_gone(tmp_path, is_fast, capsys):
     leave_lock(tmp_path, seconds_ago=29.5, host="elsewhere")
     began = time.monotonic()
 
     with locked(tmp_path, is_main=True):
         assert 0.3 < time.monotonic() - began < 20
 
-    assert capsys.readouterr().out.splitlines()[-1] == f"lock      taken over from {NAME}, which is gone"
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == f"lock      taken over from {NAME}, which is no longer running"
+    )
 
 
 def test_a_holder_on_another_host_that_was_silent_for_two_minutes_is_not_waited_for(tmp_path, capsys):
@@ -147,13 +150,13 @@ def test_a_holder_on_another_host_that_was_silent_for_two_minutes_is_not_waited_
     with locked(tmp_path, is_main=True):
         pass
 
-    assert capsys.readouterr().out == f"lock      taken over from {NAME}, which is gone\n"
+    assert capsys.readouterr().out == f"lock      taken over from {NAME}, which is no longer running\n"
 
 
 def test_a_holder_on_another_host_with_a_clock_that_is_fast_is_not_waited_for_longer(
     tmp_path, is_fast, monkeypatch
 ):
-    monkeypatch.setattr("hf_clm.training.lock.GONE_SECONDS", 1)
+    monkeypatch.setattr("hf_clm.training.lock.EXPIRY_SECONDS", 1)
     leave_lock(tmp_path, seconds_ago=-3600, host="elsewhere")
 
     with locked(tmp_path, is_main=True):
@@ -171,7 +174,7 @@ def test_a_holder_on_another_host_that_ends_meanwhile_leaves_the_folder(tmp_path
     assert "taken over" not in capsys.readouterr().out
 
 
-def test_where_the_file_system_knows_no_locks_touches_tell(tmp_path, is_fast, monkeypatch):
+def test_on_a_file_system_without_locks_the_heartbeat_decides(tmp_path, is_fast, monkeypatch):
     def no_locks(file, operation):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
@@ -182,8 +185,8 @@ def test_where_the_file_system_knows_no_locks_touches_tell(tmp_path, is_fast, mo
         assert "which is still running" in str(refusal(tmp_path))
 
 
-def test_the_holder_touches_the_file_now_and_then(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_clm.training.lock.BEAT_SECONDS", 0.01)
+def test_the_holder_touches_the_file_regularly(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_clm.training.lock.HEARTBEAT_SECONDS", 0.01)
     with locked(tmp_path, is_main=True):
         path = tmp_path / ".lock"
         os.utime(path, (0, 0))
@@ -191,7 +194,7 @@ def test_the_holder_touches_the_file_now_and_then(tmp_path, monkeypatch):
             pass
 
 
-def test_half_a_lock_file_is_no_lock(tmp_path, capsys):
+def test_an_incomplete_lock_file_does_not_count(tmp_path, capsys):
     (tmp_path / ".lock").write_text('{"host": "vm", "pi')
 
     with locked(tmp_path, is_main=True):
@@ -200,8 +203,8 @@ def test_half_a_lock_file_is_no_lock(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_lock_that_is_another_runs_by_now_stays(tmp_path):
-    """Somebody moved the folder, and another run began in its place."""
+def test_a_lock_that_another_run_has_taken_over_is_not_removed(tmp_path):
+    """The folder was moved, and another run started in its place."""
     with locked(tmp_path / "run", is_main=True):
         (tmp_path / "run").rename(tmp_path / "moved")
         (tmp_path / "run").mkdir()
@@ -210,14 +213,14 @@ def test_a_lock_that_is_another_runs_by_now_stays(tmp_path):
     assert (tmp_path / "run" / ".lock").read_text() == "another's"
 
 
-def test_a_lock_does_not_make_a_folder_one_in_use(tmp_path):
+def test_a_folder_with_only_a_lock_is_not_in_use(tmp_path):
     with locked(tmp_path, is_main=True):
         assert not is_in_use(tmp_path)
         (tmp_path / "run.json").touch()
         assert is_in_use(tmp_path)
 
 
-def test_overwrite_moves_what_is_there_and_keeps_the_lock(tmp_path):
+def test_overwrite_moves_the_files_and_keeps_the_lock(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.safetensors").touch()
 

@@ -1,4 +1,4 @@
-"""Optimizers and schedules: built here, or refused in one line before anything is read."""
+"""Optimizers and schedules are built, or refused in one line, before anything is read."""
 
 import re
 from typing import Any
@@ -25,7 +25,7 @@ NEEDED = {  # what a schedule cannot do without
 
 
 def recipe_of(folder, **fields: Any):
-    """A recipe whose data are not there: what reads them fails."""
+    """A recipe whose data do not exist, so that reading them fails."""
     judged = {"data": {"eval_fraction": 0.5}, "train": {"eval_strategy": "steps", **fields}}
     recipe = build_recipe(folder, ROWS, **judged)
     missing = recipe.data.model_copy(update={"train": [Source(path=str(folder / "missing.jsonl"))]})
@@ -55,9 +55,9 @@ def test_every_optimizer_is_built_here_or_refused_for_the_package_it_needs(name,
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"optim_args": "foo=1"}, "train.optim_args: adamw_torch_fused takes no 'foo' from it; got 'foo=1'"),
-        ({"optim": "adafactor", "optim_args": "eps=1"}, "train.optim_args: adafactor takes no 'eps' from it"),
-        ({"optim": "sgd", "optim_args": "momentum=0.9,mu=1"}, "train.optim_args: sgd takes no 'mu' from it"),
+        ({"optim_args": "foo=1"}, "train.optim_args: adamw_torch_fused ignores 'foo'; got 'foo=1'"),
+        ({"optim": "adafactor", "optim_args": "eps=1"}, "train.optim_args: adafactor ignores 'eps'"),
+        ({"optim": "sgd", "optim_args": "momentum=0.9,mu=1"}, "train.optim_args: sgd ignores 'mu'"),
         (
             {"optim": "sgd", "optim_args": "momentum"},
             "train.optim_args: expected name=value, name=value; got",
@@ -78,7 +78,9 @@ def test_every_optimizer_is_built_here_or_refused_for_the_package_it_needs(name,
         ),
     ],
 )
-def test_what_an_optimizer_ignores_or_cannot_take_is_refused_before_data_are_read(fields, message, tmp_path):
+def test_options_that_an_optimizer_ignores_or_rejects_are_refused_before_data_are_read(
+    fields, message, tmp_path
+):
     assert refusal_of(tmp_path, **fields).startswith(message)
 
 
@@ -91,12 +93,12 @@ def test_what_an_optimizer_ignores_or_cannot_take_is_refused_before_data_are_rea
         ("rmsprop", "alpha=0.9,centered=true"),
     ],
 )
-def test_what_an_optimizer_takes_is_accepted(optim, args, tmp_path):
+def test_options_of_an_optimizer_are_accepted(optim, args, tmp_path):
     assert training_arguments(recipe_of(tmp_path, optim=optim, optim_args=args)).optim_args == args
 
 
 @pytest.mark.parametrize("kind", [item.value for item in TYPE_TO_SCHEDULER_FUNCTION])
-def test_every_schedule_is_built_with_what_it_needs_and_refuses_what_it_lacks(kind, tmp_path):
+def test_every_schedule_is_built_with_its_arguments_and_refuses_others(kind, tmp_path):
     needed = NEEDED.get(kind, {})
 
     assert training_arguments(recipe_of(tmp_path, lr_scheduler_type=kind, lr_scheduler_kwargs=needed))
@@ -109,8 +111,8 @@ def test_every_schedule_is_built_with_what_it_needs_and_refuses_what_it_lacks(ki
 @pytest.mark.parametrize(
     ("kind", "kwargs", "message"),
     [
-        ("constant", {"num_cycles": 1}, "constant takes none; got 'num_cycles'"),
-        ("constant_with_warmup", {"power": 1}, "constant_with_warmup takes none; got 'power'"),
+        ("constant", {"num_cycles": 1}, "constant takes no arguments; got 'num_cycles'"),
+        ("constant_with_warmup", {"power": 1}, "constant_with_warmup takes no arguments; got 'power'"),
         ("cosine", {"num_cyles": 1}, "cosine takes num_cycles; got 'num_cyles'; did you mean 'num_cycles'?"),
         ("cosine", {"num_cycles": "x"}, "cosine cannot be built: "),
         ("warmup_stable_decay", {}, "warmup_stable_decay needs num_decay_steps; fix: --lr_scheduler_kwargs"),
@@ -130,7 +132,7 @@ def test_a_schedule_that_cannot_be_built_is_refused_before_data_are_read(kind, k
 
 
 def test_a_warm_up_that_the_schedule_ignores_is_refused(tmp_path):
-    message = "train.warmup_steps: has no effect with lr_scheduler_type constant; got 5; fix: leave it out"
+    message = "train.warmup_steps: has no effect with lr_scheduler_type constant; got 5; fix: remove it"
 
     assert refusal_of(tmp_path, lr_scheduler_type="constant", warmup_steps=5).startswith(message)
     assert training_arguments(recipe_of(tmp_path, lr_scheduler_type="constant", warmup_steps=0))
@@ -166,17 +168,17 @@ def test_a_warm_up_that_the_schedule_ignores_is_refused(tmp_path):
         ),
     ],
 )
-def test_a_run_is_warned_where_most_steps_have_a_learning_rate_of_zero(fields, steps, share, tmp_path):
+def test_a_run_warns_if_most_steps_have_a_learning_rate_of_zero(fields, steps, share, tmp_path):
     line = zero_rate_warning(training_arguments(recipe_of(tmp_path, **fields)), steps)
 
     assert (
-        line.startswith(f"train.learning_rate is 0 in {share}, which learn nothing") if share else line == ""
+        line.startswith(f"train.learning_rate is 0 in {share}, which train nothing") if share else line == ""
     )
 
 
-def test_the_warning_stands_among_the_lines_of_the_start(tmp_path, capsys):
+def test_the_warning_is_among_the_lines_of_the_start(tmp_path, capsys):
     train(build_recipe(tmp_path, ROWS, train={"max_steps": 1}))
 
     assert (
-        "\nwarning   train.learning_rate is 0 in 1 of 1 steps, which learn nothing" in capsys.readouterr().out
+        "\nwarning   train.learning_rate is 0 in 1 of 1 steps, which train nothing" in capsys.readouterr().out
     )

@@ -1,4 +1,4 @@
-"""The output folder is never mixed with an older run, and a fault of the disk is one line."""
+"""The output folder contains one run only, and disk errors are one line."""
 
 import json
 import threading
@@ -18,14 +18,14 @@ from hf_clm.training.output import (
 )
 
 
-def test_move_aside_says_where_to(tmp_path):
+def test_move_aside_returns_the_new_path(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run.old-1").mkdir()
 
     assert move_aside(tmp_path / "run") == tmp_path / "run.old-2"
 
 
-def test_a_file_that_a_disk_shows_late_is_seen_and_one_that_never_comes_is_not(tmp_path):
+def test_a_file_that_appears_late_is_seen_and_one_that_never_appears_is_not(tmp_path):
     run = tmp_path / "run"
     late = threading.Timer(0.3, lambda: (run.mkdir(), (run / "late").touch()))
     late.start()
@@ -48,7 +48,7 @@ def test_a_folder_under_a_file_is_a_fault_of_the_environment(tmp_path):
     )
 
 
-def test_a_new_folder_is_made_with_its_parents_and_left_empty(tmp_path):
+def test_a_new_folder_is_created_with_its_parents_and_left_empty(tmp_path):
     make_writable(tmp_path / "a" / "b")
 
     assert list((tmp_path / "a" / "b").iterdir()) == []
@@ -86,7 +86,7 @@ def test_a_final_model_that_was_not_sealed_is_deleted(tmp_path):
     ("error", "status"),
     [(DivergedError("NaN"), "diverged"), (KeyboardInterrupt(), "interrupted"), (OSError("disk"), "failed")],
 )
-def test_how_a_run_ended_stands_in_run_json(error, status, tmp_path):
+def test_run_json_records_how_a_run_ended(error, status, tmp_path):
     path = tmp_path / "run.json"
     write_json(path, {"status": "running", "steps": 7})
 
@@ -97,8 +97,8 @@ def test_how_a_run_ended_stands_in_run_json(error, status, tmp_path):
     assert (facts["status"], facts["steps"]) == (status, 7)
 
 
-def test_what_a_start_leaves_behind_that_ended_before_its_first_step_does_not_block_the_next(tmp_path):
-    """A trained tokenizer, the folder of the round trip, a file that was half written."""
+def test_files_of_a_start_that_ended_before_its_first_step_do_not_block_the_next(tmp_path):
+    """A trained tokenizer, the folder of the round trip, and an incomplete file."""
     for name in (".lock", ".tokenizer", ".round-trip", ".probe-7", ".recipe.yaml.partial"):
         (tmp_path / name).touch()
     before = is_in_use(tmp_path)

@@ -1,4 +1,4 @@
-"""Data are prepared once; every later run, command and process opens what was kept."""
+"""Data are prepared once, and later runs, commands and processes open the cached set."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def prepare_as(recipe: Any, *, local_rank: int = 0) -> Any:
 
 
 def refuse_work(monkeypatch) -> None:
-    """From here on nothing is read, tokenized or certified."""
+    """Makes reading, tokenizing and certifying fail from here on."""
 
     def refuse(*args: Any, **options: Any) -> Any:
         raise AssertionError("prepared again")
@@ -74,7 +74,7 @@ def test_the_second_time_nothing_is_read_tokenized_or_certified(tmp_path, monkey
     second = prepare_as(build_recipe(tmp_path))
 
     key = first.proof.facts["prepared"]["key"]
-    assert first.proof.lines[0].endswith(f" s, kept in {tmp_path / 'cache' / key}")
+    assert first.proof.lines[0].endswith(f" s, cached in {tmp_path / 'cache' / key}")
     assert second.proof.lines[0] == f"prepared  read from cache (key {key[:12]})"
     assert second.proof.lines[1:] == first.proof.lines[1:]
     assert second.proof.lines[3].startswith("          the labels of all 3 rows are certified (")
@@ -101,7 +101,7 @@ def test_a_run_from_the_cache_writes_what_a_run_that_prepares_writes(tmp_path, m
     ]
 
 
-def test_a_changed_letter_of_the_data_is_prepared_again(tmp_path):
+def test_data_are_prepared_again_after_a_single_letter_changes(tmp_path):
     first = prepare_as(build_recipe(tmp_path))
     recipe = build_recipe(tmp_path)
     path = Path(recipe.data.train[0].path)
@@ -116,7 +116,7 @@ def test_a_changed_letter_of_the_data_is_prepared_again(tmp_path):
     ]
 
 
-def test_what_is_not_proved_is_not_kept(tmp_path):
+def test_data_that_fail_verification_are_not_cached(tmp_path):
     with pytest.raises(DataError):
         prepare_as(build_recipe(tmp_path, max_length=2, overflow="drop"))
 
@@ -126,15 +126,15 @@ def test_what_is_not_proved_is_not_kept(tmp_path):
 # --- where it lies
 
 
-def test_without_a_cache_the_set_lies_beside_the_run_and_the_lines_say_that_it_is_not_kept(tmp_path):
+def test_without_a_cache_the_set_is_stored_in_the_output_folder_and_reported_as_not_cached(tmp_path):
     prepared = prepare_as(build_recipe(tmp_path, cache_dir=None))
 
     assert prepared.stored.folder.parent == tmp_path / "run" / ".prepared"
-    assert prepared.proof.lines[0].endswith(" s, not kept (data.cache_dir is null)")
+    assert prepared.proof.lines[0].endswith(" s, not cached (data.cache_dir is null)")
     assert prepared.proof.facts["train"]["certificate"]["valid"]
 
 
-def test_a_cache_that_cannot_be_written_is_replaced_by_the_output_folder_with_one_line(tmp_path, monkeypatch):
+def test_if_the_cache_is_not_writable_the_output_folder_is_used_with_a_note(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     recipe = build_recipe(tmp_path, cache_dir=str(tmp_path / "file" / "cache"))
 
@@ -143,14 +143,14 @@ def test_a_cache_that_cannot_be_written_is_replaced_by_the_output_folder_with_on
     aside = tmp_path / "run" / ".prepared"
     assert first.stored.folder.parent == aside
     assert [line for line in first.proof.lines if line.startswith("note")] == [
-        f"note      {tmp_path}/file/cache: Not a directory; the prepared data lie in {aside} instead"
+        f"note      {tmp_path}/file/cache: Not a directory; the prepared data are stored in {aside} instead"
     ]
     refuse_work(monkeypatch)
     second = prepare_as(recipe)
     assert second.stored.folder == first.stored.folder
 
 
-def test_a_set_in_a_cache_that_may_only_be_read_is_opened(tmp_path, monkeypatch):
+def test_a_set_in_a_read_only_cache_is_opened(tmp_path, monkeypatch):
     recipe = build_recipe(tmp_path)
     prepare_as(recipe)
     refuse_work(monkeypatch)
@@ -160,7 +160,7 @@ def test_a_set_in_a_cache_that_may_only_be_read_is_opened(tmp_path, monkeypatch)
     assert prepare_as(recipe).proof.facts["prepared"]["from_cache"] is True
 
 
-def test_where_neither_folder_can_be_written_it_is_refused_before_the_work(tmp_path, monkeypatch):
+def test_if_neither_folder_is_writable_the_run_is_refused_before_preparing(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     recipe = build_recipe(tmp_path, cache_dir=str(tmp_path / "file" / "cache"))
     output = {**recipe.train, "output_dir": str(tmp_path / "file" / "run")}
@@ -189,14 +189,14 @@ def test_another_process_waits_for_the_folder_without_a_barrier(tmp_path):
 # --- the command
 
 
-def test_the_command_says_what_it_did_and_train_finds_it(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_what_it_did_and_train_uses_the_set(tmp_path, monkeypatch, capsys):
     recipe = build_recipe(tmp_path)
 
     assert main(["prepare", write_recipe(recipe, tmp_path)]) == 0
 
     lines = capsys.readouterr().out.splitlines()
     (folder,) = kept_in(tmp_path / "cache")
-    assert lines[0].endswith(f"s, kept in {folder}")
+    assert lines[0].endswith(f"s, cached in {folder}")
     assert "train     1 rows, 21 tokens, 9 targets, 32.8% full" in lines
     assert [line[:6] for line in lines[-2:]] == ["stored", "time  "]
     assert lines[-2].endswith(f" MB in {folder}")
@@ -205,7 +205,7 @@ def test_the_command_says_what_it_did_and_train_finds_it(tmp_path, monkeypatch, 
     assert train(recipe)["status"] == "done"
 
 
-def test_the_command_says_how_sources_are_mixed(tmp_path):
+def test_the_command_prints_how_sources_are_mixed(tmp_path):
     path = helpers.write_jsonl(tmp_path / "b.jsonl", RECORDS)
     recipe = build_recipe(tmp_path)
     sources = [{"path": source, "weight": 1.0} for source in (recipe.data.train[0].path, path)]
@@ -217,19 +217,19 @@ def test_the_command_says_how_sources_are_mixed(tmp_path):
     assert any("b.jsonl" in line for line in lines)
 
 
-def test_the_command_refuses_where_nothing_would_be_kept(tmp_path):
-    with pytest.raises(RecipeError, match="nothing would be kept"):
+def test_the_command_refuses_to_prepare_without_a_cache(tmp_path):
+    with pytest.raises(RecipeError, match="the prepared data would not be cached"):
         prepare_recipe(build_recipe(tmp_path, cache_dir=None))
 
 
-def test_the_command_prepares_nothing_of_a_stream(tmp_path):
+def test_the_command_refuses_to_prepare_a_stream(tmp_path):
     recipe = build_recipe(tmp_path, streaming=True, packing=None)
 
-    with pytest.raises(RecipeError, match="nothing is prepared of a stream"):
+    with pytest.raises(RecipeError, match="streamed data are not prepared in advance"):
         prepare_recipe(recipe)
 
 
-def test_doctor_and_inspector_open_what_was_prepared(tmp_path, monkeypatch):
+def test_doctor_and_inspector_open_the_prepared_set(tmp_path, monkeypatch):
     recipe = build_recipe(tmp_path)
     path = write_recipe(recipe, tmp_path)
     before = inspect(path, [], view=View())
@@ -240,7 +240,7 @@ def test_doctor_and_inspector_open_what_was_prepared(tmp_path, monkeypatch):
     assert diagnose(recipe, measure=False).problems == []
 
 
-def test_a_tokenizer_that_the_recipe_trains_has_the_same_key_again(tmp_path):
+def test_a_trained_tokenizer_has_the_same_key_when_trained_again(tmp_path):
     changes = {
         "tokenizer": {"train": {"vocab_size": 270}},
         "model": {"name_or_path": None, "init": "scratch", "config": SCRATCH},
@@ -250,7 +250,7 @@ def test_a_tokenizer_that_the_recipe_trains_has_the_same_key_again(tmp_path):
 
     first, second = prepare_recipe(recipe), prepare_recipe(recipe)
 
-    assert "kept in" in first[0]
+    assert "cached in" in first[0]
     assert "read from cache" in second[0]
 
 
@@ -273,9 +273,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_of_a_command_that_was_killed_nothing_is_opened_and_the_next_makes_the_same_set(
-    tmp_path, monkeypatch, capsys
-):
+def test_after_a_killed_command_the_next_one_prepares_the_same_set_again(tmp_path, monkeypatch, capsys):
     records = [{"instruct": "say\n", "input": "", "label": "x" * n} for n in range(1, 31)]
     path = write_recipe(build_recipe(tmp_path, records, eval_fraction=0.2), tmp_path)
     words = {
@@ -293,14 +291,14 @@ def test_of_a_command_that_was_killed_nothing_is_opened_and_the_next_makes_the_s
     monkeypatch.setattr(chunks, "BLOCK_BYTES", 300)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 100)
     assert [main(words["killed"]), main(words["alone"])] == [0, 0]
-    assert capsys.readouterr().out.count(" s, kept in ") == 2
+    assert capsys.readouterr().out.count(" s, cached in ") == 2
     (found,), (expected,) = (kept_in(tmp_path / name) for name in words)
     assert found.name == expected.name
     assert differing(content_of(found), content_of(expected)) == []
 
 
 def test_a_set_from_another_folder_with_the_same_data_is_opened_by_its_key(tmp_path, monkeypatch):
-    """As where a cache was filled on another machine."""
+    """Like a cache that was filled on another machine."""
     prepare_recipe(build_recipe(tmp_path))
     (folder,) = kept_in(tmp_path / "cache")
     shutil.copytree(folder, tmp_path / "other" / folder.name)
@@ -312,7 +310,7 @@ def test_a_set_from_another_folder_with_the_same_data_is_opened_by_its_key(tmp_p
     assert lines[0].startswith("prepared  read from cache")
 
 
-def test_which_files_of_a_folder_are_read_is_told_by_prepare_and_of_a_set_from_the_cache_too(tmp_path):
+def test_prepare_reports_which_files_of_a_folder_are_read_even_from_the_cache(tmp_path):
     folder = tmp_path / "d"
     folder.mkdir()
     helpers.write_jsonl(folder / "train.jsonl", [{**record, "id": 1} for record in RECORDS])
@@ -331,7 +329,7 @@ def test_which_files_of_a_folder_are_read_is_told_by_prepare_and_of_a_set_from_t
     ]
 
 
-def test_prepare_prints_what_nothing_reads(tmp_path, monkeypatch):
+def test_prepare_prints_which_files_are_not_read(tmp_path, monkeypatch):
     records = [{**record, "id": 1} for record in RECORDS]
     recipe = build_recipe(tmp_path, records)
     monkeypatch.setattr(module, "load_tokenizer_and_settle", lambda recipe, _: (byte_tokenizer(), recipe))

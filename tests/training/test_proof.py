@@ -1,4 +1,4 @@
-"""What a run proves before its first step, and what it says and records of it."""
+"""What a run verifies before its first step, and what it prints and records about it."""
 
 import re
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ HELD_OUT = [{"instruct": "tell\n", "input": "", "label": "yes"}]
 
 
 def masked(texts: list[str]) -> list[str]:
-    """Without what differs from run to run."""
+    """Removes what differs between runs."""
     return [re.sub(r"[\d.]+ s, sha256 [0-9a-f]{12}", "...", text) for text in texts]
 
 
@@ -41,7 +41,7 @@ def test_ledger_and_certificate_of_each_set_are_shown(tmp_path):
     ]
 
 
-def test_the_whole_table_is_shown_of_a_set_of_one_row(tmp_path):
+def test_a_set_of_one_row_shows_its_complete_table(tmp_path):
     records = [RECORDS[0], RECORDS[0], {"instruct": "say\n", "input": "", "label": 7}]
 
     found = prove_records(tmp_path, records, duplicates="drop", on_bad_record="drop", max_dropped=0.5)
@@ -50,8 +50,8 @@ def test_the_whole_table_is_shown_of_a_set_of_one_row(tmp_path):
     assert table == [["used", "1"], ["duplicate", "1"], ["unreadable", "1"]]
 
 
-def test_a_prompt_that_generate_is_not_given_is_refused_with_the_row(tmp_path, monkeypatch):
-    """As a renderer of inference would that adds a space."""
+def test_a_prompt_that_differs_from_that_of_generate_is_refused_with_the_row(tmp_path, monkeypatch):
+    """Like a renderer of inference that adds a space."""
     encode = proof.encode_prompts
 
     def spaced(*args: Any):
@@ -67,7 +67,7 @@ def test_a_prompt_that_generate_is_not_given_is_refused_with_the_row(tmp_path, m
     )
 
 
-def test_what_was_found_is_recorded(tmp_path):
+def test_the_results_are_recorded(tmp_path):
     facts = prove_records(tmp_path, RECORDS, evaluation=HELD_OUT).facts
 
     assert set(facts) == {"train", "eval", "leakage"}
@@ -81,7 +81,7 @@ def test_what_was_found_is_recorded(tmp_path):
     assert re.fullmatch("[0-9a-f]{64}", certificate["content_hash"])
 
 
-def test_rows_that_come_tokenized_are_taken_for_what_they_are(tmp_path):
+def test_tokenized_rows_are_used_without_changes(tmp_path):
     rows = [{"input_ids": [65, 66, 256], "labels": [X, 66, 256]}, {"input_ids": [65, 66], "labels": [65, 66]}]
 
     facts = prove_records(tmp_path, rows).facts
@@ -121,7 +121,7 @@ def test_a_refused_run_leaves_neither_weights_nor_metrics_nor_a_done_status(tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_after_a_refusal_the_same_folder_takes_the_mended_run(tmp_path, monkeypatch):
+def test_after_a_refusal_the_corrected_run_can_use_the_same_folder(tmp_path, monkeypatch):
     with monkeypatch.context() as broken, pytest.raises(ModelError):
         broken.setattr("hf_clm.model.loss._add_product", lambda *args, **kwargs: None)
         train(helpers.build_recipe(tmp_path, RECORDS))
@@ -135,7 +135,7 @@ def test_the_proof_comes_before_the_first_step_and_on_one_screen(tmp_path, capsy
     lines = masked(capsys.readouterr().out.splitlines())
     places = [
         lines.index("          the labels of all 3 rows are certified (...)"),
-        lines.index("tested    one loss and gradient packed, padded and alone (3 documents)"),
+        lines.index("tested    same loss and gradient packed, padded and alone (3 documents)"),
         next(number for number, line in enumerate(lines) if line.startswith("step 1/1")),
     ]
     assert places == sorted(places)
@@ -143,8 +143,8 @@ def test_the_proof_comes_before_the_first_step_and_on_one_screen(tmp_path, capsy
 
 
 @pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_a_sharded_model_is_not_tested_and_the_run_says_so(kind):
-    """One process alone cannot run it."""
+def test_a_sharded_model_is_not_tested_and_the_run_reports_that(kind):
+    """A single process cannot run it."""
     trainer: Any = SimpleNamespace(**{"is_fsdp_enabled": False, "is_deepspeed_enabled": False, kind: True})
     nothing: Any = None
 
@@ -154,7 +154,7 @@ def test_a_sharded_model_is_not_tested_and_the_run_says_so(kind):
     }
 
 
-def test_the_options_of_the_recipe_decide_what_is_certified(tmp_path):
+def test_rows_are_certified_under_the_options_of_the_recipe(tmp_path):
     """``allow`` turns the user's text into a control token, which the certificate then expects."""
     records = [{"instruct": "say <|im_end|>\n", "input": "", "label": "x"}]
 
@@ -180,8 +180,8 @@ def test_a_recipe_is_certified_under_its_own_stage(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["in_content", "drop"])
-def test_reasoning_that_the_template_has_no_place_for_is_certified_as_it_is_written(tmp_path, how):
-    """The prompt is the same whether the answer holds its reasoning or not."""
+def test_reasoning_that_the_template_does_not_render_is_certified_as_written(tmp_path, how):
+    """The prompt is the same with and without reasoning in the answer."""
     answer = {"role": "assistant", "content": "Yo", "reasoning_content": "a greeting"}
     records = [{"messages": [{"role": "user", "content": f"Hi {n}"}, answer]} for n in range(1, 5)]
     data = {"train": [helpers.write_jsonl(tmp_path / "a.jsonl", records)], "reasoning": how}

@@ -1,4 +1,4 @@
-"""What is pushed to the Hub, in the place of which stands a list of what it was given."""
+"""What is pushed to the Hub, which is replaced by a list of its uploads."""
 
 import json
 from concurrent.futures import Future
@@ -20,7 +20,7 @@ ALWAYS = {
 
 
 class FakeHub:
-    """Records the files of each upload, as the patterns leave them."""
+    """Records the files of each upload after applying its patterns."""
 
     uploads: list[tuple[str | None, set[str], str]]
     fails = False
@@ -63,7 +63,7 @@ def push(folder: Path, *, card: dict | None = None, **settings) -> dict:
     return train(build_recipe(folder, ROWS, card=card or {}, train=settings))
 
 
-def test_at_the_end_the_whole_run_is_pushed_once_without_texts_of_the_data(hub, tmp_path):
+def test_at_the_end_the_run_is_pushed_once_without_training_texts(hub, tmp_path):
     push(tmp_path, hub_strategy="end")
 
     assert hub.uploads == [(None, ALWAYS, "done")]
@@ -72,7 +72,7 @@ def test_at_the_end_the_whole_run_is_pushed_once_without_texts_of_the_data(hub, 
     )
 
 
-def test_with_examples_in_the_card_the_report_goes_too(hub, tmp_path):
+def test_with_examples_in_the_card_the_report_is_pushed_too(hub, tmp_path):
     push(tmp_path, hub_strategy="end", card={"data_samples": 1})
 
     assert hub.uploads == [(None, ALWAYS | {"report.html", "label_rows.jsonl"}, "done")]
@@ -94,7 +94,7 @@ def test_every_save_pushes_the_model_of_its_checkpoint_and_never_the_arguments(h
     assert hub.uploads[-1] == (None, ALWAYS, "done")
 
 
-def test_the_last_checkpoint_is_pushed_whole_where_it_is_asked_for(hub, tmp_path):
+def test_the_last_checkpoint_can_be_pushed_completely(hub, tmp_path):
     push(tmp_path, hub_strategy="checkpoint")
 
     places = [place for place, _, _ in hub.uploads]
@@ -104,27 +104,29 @@ def test_the_last_checkpoint_is_pushed_whole_where_it_is_asked_for(hub, tmp_path
     assert "training_args.bin" not in whole
 
 
-def test_a_push_that_fails_loses_nothing_and_says_how_to_go_on(hub, tmp_path):
+def test_a_failed_push_loses_nothing_and_names_the_command_to_repeat_it(hub, tmp_path):
     hub.fails = True
 
     with pytest.raises(EnvironmentFault) as error:
         push(tmp_path, hub_strategy="end")
 
     run = tmp_path / "run"
-    assert str(error.value).startswith("ann/run: the push failed: 502 Bad Gateway; fix: the run is whole in ")
+    assert str(error.value).startswith(
+        "ann/run: the push failed: 502 Bad Gateway; fix: the run is complete in "
+    )
     assert error.value.exit_code == ExitCode.ENVIRONMENT
     assert json.loads((run / "run.json").read_text("utf-8"))["status"] == "done"
     assert (run / "model.safetensors").is_file()
 
 
-def test_nobody_logged_in_is_found_before_anything_is_read(hub, tmp_path, monkeypatch):
+def test_a_missing_login_is_found_before_anything_is_read(hub, tmp_path, monkeypatch):
     def refuse(self):
         raise OSError("Token is required")
 
     monkeypatch.setattr(FakeHub, "whoami", refuse)
 
     with pytest.raises(
-        EnvironmentFault, match=r"^train.push_to_hub: the Hub refuses: Token is required; fix: run"
+        EnvironmentFault, match=r"^train.push_to_hub: the Hub refused: Token is required; fix: run"
     ):
         push(tmp_path)
 

@@ -1,4 +1,4 @@
-"""train(recipe): what a run writes, prints, refuses and repeats."""
+"""What train(recipe) writes, prints, refuses and repeats."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from hf_clm.recipe.recipe import Recipe, load_recipe
 from hf_clm.training import run as run_module
 from hf_clm.training.run import train
 
-# "say N\n", 6 tokens, is read; N letters and the end are learned: 8 x 6 + 36 + 8 = 92 tokens, 44 targets.
+# Prompt "say N\n": 6 tokens; N letters and the end are learned: 8 x 6 + 36 + 8 = 92 tokens, 44 targets.
 RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "x" * n} for n in range(1, 9)]
 FILES = {
     *(
@@ -47,7 +47,7 @@ FILES = {
 
 
 def build_recipe(folder: Path, **changes: Any) -> Recipe:
-    """A run of 8 steps over the records, 2 at a time."""
+    """A run of 8 steps of 2 records."""
     settings = {"num_train_epochs": 2, **changes.pop("train", {})}
     return helpers.build_recipe(folder, RECORDS, train=settings, **changes)
 
@@ -62,7 +62,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, dict[str, Any], list[str]]:
-    """The folder, the result and the printed lines of one run that samples and saves on its way."""
+    """The folder, the result and the printed lines of a run that samples and saves during training."""
     folder = tmp_path_factory.mktemp("run")
     samples = {"prompts": ["say 3"], "every_steps": 4, "max_new_tokens": 5}
     recipe = build_recipe(folder, samples=samples, train={"save_strategy": "steps", "save_steps": 4})
@@ -72,7 +72,7 @@ def run(tmp_path_factory) -> tuple[Path, dict[str, Any], list[str]]:
     return folder / "run", result, printed.getvalue().splitlines()
 
 
-def test_the_folder_holds_these_files_and_no_others(run):
+def test_the_folder_contains_these_files_and_no_others(run):
     assert {path.name for path in run[0].iterdir()} == FILES
 
 
@@ -81,7 +81,7 @@ def test_no_pickle_of_the_arguments_is_written_anywhere(run):
 
 
 @pytest.mark.parametrize("place", [".", "checkpoint-4", "checkpoint-8"])
-def test_folder_and_checkpoints_open_with_plain_transformers_and_use_the_cache(run, place):
+def test_folder_and_checkpoints_load_with_plain_transformers_and_use_the_kv_cache(run, place):
     folder = run[0] / place
 
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -116,7 +116,7 @@ def test_metrics_count_tokens_and_targets(run):
         assert entry["tokens_per_second"] > 0
 
 
-def test_metrics_hold_the_evaluation_before_the_first_step_and_after_the_last(run):
+def test_metrics_contain_the_evaluations_before_the_first_step_and_after_the_last(run):
     entries = read_lines(run[0] / "metrics.jsonl")
 
     evaluated = [(entry["step"], entry["eval_target_tokens"]) for entry in entries if "eval_loss" in entry]
@@ -134,7 +134,7 @@ def test_samples_are_taken_before_during_and_after_training(run):
     assert all(isinstance(entry["text"], str) for entry in entries)
 
 
-def test_run_json_says_what_was_done(run):
+def test_run_json_describes_the_run(run):
     written = json.loads((run[0] / "run.json").read_text(encoding="utf-8"))
 
     assert written == json.loads(json.dumps(run[1]))
@@ -150,14 +150,14 @@ def test_run_json_says_what_was_done(run):
     assert written["loss_after"] < written["loss_before"]
 
 
-def test_the_loss_is_drawn(run):
+def test_the_loss_is_plotted(run):
     content = (run[0] / "loss.png").read_bytes()
 
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     assert (int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")) == (1040, 585)
 
 
-def test_the_report_shows_the_whole_run(run):
+def test_the_report_shows_all_of_the_run(run):
     text = (run[0] / "report.html").read_text(encoding="utf-8")
 
     assert '<span class="status done">done</span>' in text
@@ -171,7 +171,7 @@ def test_the_report_shows_the_whole_run(run):
     assert "the labels of all" not in text and "all 8 rows are certified, sha256 " in text
 
 
-def test_the_report_is_written_from_the_start_and_says_how_a_run_ended(tmp_path, monkeypatch):
+def test_the_report_is_written_from_the_start_and_shows_how_a_run_ended(tmp_path, monkeypatch):
     pages = []
 
     def interrupt(self, *args, **options):
@@ -188,7 +188,7 @@ def test_the_report_is_written_from_the_start_and_says_how_a_run_ended(tmp_path,
         assert ('http-equiv="refresh"' in text) is refreshes
 
 
-def test_a_report_that_cannot_be_written_stops_no_run(tmp_path, capsys, monkeypatch):
+def test_a_report_that_cannot_be_written_does_not_stop_the_run(tmp_path, capsys, monkeypatch):
     def fail(*args, **options):
         raise OSError(28, "No space left on device")
 
@@ -197,12 +197,12 @@ def test_a_report_that_cannot_be_written_stops_no_run(tmp_path, capsys, monkeypa
     result = train(build_recipe(tmp_path, train={"max_steps": 2}))
 
     assert result["status"] == "done"
-    assert capsys.readouterr().out.count("the report is not written, and training goes on") == 1
+    assert capsys.readouterr().out.count("the report cannot be written, and training continues") == 1
     assert not (tmp_path / "run" / "report.html").exists()
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
-def test_the_start_says_what_will_be_done(run):
+def test_the_start_describes_the_run(run):
     text = "\n".join(run[2][:12])
 
     for part in (
@@ -225,7 +225,7 @@ def test_each_log_event_is_one_line(run):
     assert steps == ["1/8", "2/8", "3/8", "4/8", "5/8", "6/8", "7/8", "8/8"]
 
 
-def test_the_end_says_what_was_reached_and_what_to_try(run):
+def test_the_end_prints_the_results_and_the_next_command(run):
     text = "\n".join(run[2][-6:])
 
     for part in ("8 steps", "184 tokens", "tokens/s", "on training data", f"hf-clm generate {run[0]}"):
@@ -251,7 +251,7 @@ def test_the_written_recipe_repeats_the_run(run, tmp_path):
         ({"max_steps": 5}, 5),
     ],
 )
-def test_the_announced_steps_are_those_that_are_made(tmp_path, settings, steps):
+def test_the_announced_number_of_steps_is_made(tmp_path, settings, steps):
     result = train(build_recipe(tmp_path, train=settings))
 
     assert (result["steps"], result["steps_done"]) == (steps, steps)
@@ -266,7 +266,9 @@ def test_a_second_run_does_not_mix_with_the_first(tmp_path):
         train(recipe)
 
     assert error.value.exit_code == ExitCode.RECIPE
-    assert str(error.value).startswith(f"{tmp_path / 'run'}: the output folder holds files of an earlier run")
+    assert str(error.value).startswith(
+        f"{tmp_path / 'run'}: the output folder contains files, but no recipe.yaml of a run"
+    )
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
 
 
@@ -313,7 +315,7 @@ def test_a_run_is_resumed_in_its_own_folder(tmp_path):
     assert entries == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_resuming_without_a_checkpoint_is_an_error_of_one_line(tmp_path):
+def test_resuming_without_a_checkpoint_is_a_one_line_error(tmp_path):
     with pytest.raises(RecipeError) as error:
         train(build_recipe(tmp_path, train={"resume_from_checkpoint": "true"}))
 
@@ -344,7 +346,7 @@ def test_a_row_longer_than_the_model_is_refused_before_its_weights_are_loaded(tm
     )
 
 
-def test_a_model_from_scratch_learns_a_tokenizer_of_its_own(tmp_path):
+def test_a_model_from_scratch_trains_its_tokenizer(tmp_path):
     model = {
         "name_or_path": None,
         "init": "scratch",
@@ -361,7 +363,7 @@ def test_a_model_from_scratch_learns_a_tokenizer_of_its_own(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.vocab_size == len(tokenizer)
 
 
-def test_a_model_can_learn_characters_and_spells_those_that_only_the_evaluation_holds(tmp_path):
+def test_a_character_model_can_encode_characters_that_only_the_evaluation_contains(tmp_path):
     config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64}
     rows = write_jsonl(tmp_path / "train.jsonl", [{"text": "abba"}, {"text": "bad"}])
     held = write_jsonl(tmp_path / "held.jsonl", [{"text": "Zoë"}])
@@ -382,7 +384,7 @@ def test_a_model_can_learn_characters_and_spells_those_that_only_the_evaluation_
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.vocab_size == 9
 
 
-def test_a_type_of_model_whose_tokenizers_split_text_in_their_own_way_is_refused(tmp_path):
+def test_a_model_type_that_needs_a_special_tokenizer_is_refused(tmp_path):
     model = {
         "name_or_path": None,
         "init": "scratch",
@@ -393,7 +395,7 @@ def test_a_type_of_model_whose_tokenizers_split_text_in_their_own_way_is_refused
         train(build_recipe(tmp_path, model=model, tokenizer={"train": {"kind": "characters"}}))
 
 
-def test_a_scratch_model_of_a_named_configuration_keeps_to_its_positions(tmp_path):
+def test_a_scratch_model_with_a_named_configuration_respects_its_positions(tmp_path):
     folder = save_folder(tmp_path / "shape", tiny_model(max_position_embeddings=48), byte_tokenizer())
 
     with pytest.raises(ModelError) as error:
@@ -402,7 +404,7 @@ def test_a_scratch_model_of_a_named_configuration_keeps_to_its_positions(tmp_pat
     assert "64 exceeds the model's 48 positions" in str(error.value)
 
 
-def test_stage_pretrain_learns_the_whole_text_of_instruction_data(tmp_path):
+def test_stage_pretrain_learns_the_complete_text_of_instruction_data(tmp_path):
     result = train(build_recipe(tmp_path, stage="pretrain", data={"packing": "none"}, train={"max_steps": 1}))
 
     assert (result["train"]["tokens"], result["train"]["target_tokens"]) == (92, 84)  # all but 8 first tokens

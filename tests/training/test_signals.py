@@ -1,4 +1,4 @@
-"""A signal stops a run at the end of its step, behind one checkpoint; then the caller's handlers are back."""
+"""A signal stops a run after its step, with one checkpoint, and restores the caller's handlers."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ROWS = [{"input_ids": [n, n + 1, n + 2], "labels": [X, n + 1, n + 2]} for n in r
 
 
 class Signals(TrainerCallback):
-    """Sends signals to this process within a step, and writes down what is done at which step."""
+    """Sends signals to this process during a step, and records the events of each step."""
 
     def __init__(self, *numbers: int, step: int):
         self.numbers, self.step = numbers, step
@@ -46,7 +46,7 @@ class Signals(TrainerCallback):
 
 
 def build_trainer(folder: Path, *callbacks: TrainerCallback, **settings: Any) -> CLMTrainer:
-    """8 rows, 4 steps of 2 an epoch, 6 steps; dropout, so that the random state matters."""
+    """8 rows, an epoch of 4 steps, 6 steps in total, and dropout, so that the random state matters."""
     defaults: dict[str, Any] = {"use_cpu": True, "report_to": "none", "logging_steps": 1, "max_steps": 6}
     defaults |= {"remove_unused_columns": False, "disable_tqdm": True, "logging_nan_inf_filter": False}
     defaults |= {"per_device_train_batch_size": 2, "save_strategy": "no", "learning_rate": 1e-2}
@@ -64,7 +64,7 @@ def build_trainer(folder: Path, *callbacks: TrainerCallback, **settings: Any) ->
 
 
 def stop(folder: Path, *numbers: int, step: int = 3, **settings: Any) -> tuple[Preempted, Signals]:
-    """What a run raises to which the signals come within a step."""
+    """Returns what a run raises after signals during a step."""
     signals = Signals(*numbers, step=step)
     trainer = build_trainer(folder, signals, **settings)
     with pytest.raises(Preempted) as error, stoppable(trainer):
@@ -74,7 +74,7 @@ def stop(folder: Path, *numbers: int, step: int = 3, **settings: Any) -> tuple[P
 
 @pytest.fixture(autouse=True)
 def hearing_hangups():
-    """Under nohup they are ignored, and stay so."""
+    """Under nohup, SIGHUP is ignored, and stays so."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -99,10 +99,10 @@ def test_a_signal_stops_at_the_end_of_its_step_and_saves_once(tmp_path, capfd, n
     shown = capfd.readouterr()
     line = f"stopped by {name} at step 3 of 6; saved in {tmp_path / 'checkpoint-3'}; "
     assert shown.out.splitlines()[-1] == f"{line}the same command resumes from there"
-    assert f"{name}: the run saves and stops at the end of this step; once more ends it now\n" in shown.err
+    assert f"{name}: saving and stopping after this step; send it again to stop now\n" in shown.err
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
+def test_a_stopped_run_resumes_to_the_same_weights(tmp_path):
     build_trainer(tmp_path / "whole", save_strategy="steps", save_steps=6).train()
     stop(tmp_path / "cut", signal.SIGTERM)
     torch.manual_seed(987)  # a new process has another random state
@@ -117,27 +117,27 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
-def test_a_step_that_saves_anyway_saves_once(tmp_path):
+def test_a_step_that_is_saved_anyway_is_saved_once(tmp_path):
     _, signals = stop(tmp_path, signal.SIGTERM, save_strategy="steps", save_steps=3)
 
     assert signals.events == [("step", 1), ("step", 2), ("step", 3), ("save", 3)]
 
 
-def test_an_evaluation_that_is_due_at_the_step_is_made(tmp_path):
-    """The resumed run would lack it."""
+def test_an_evaluation_that_is_due_at_the_step_still_runs(tmp_path):
+    """The resumed run would not repeat it."""
     _, signals = stop(tmp_path, signal.SIGTERM, eval_strategy="steps", eval_steps=3)
 
     assert signals.events == [("step", 1), ("step", 2), ("step", 3), ("evaluate", 3), ("save", 3)]
 
 
-def test_an_evaluation_that_is_due_at_the_end_of_the_epoch_is_made_at_its_last_step(tmp_path):
-    """8 rows are an epoch of 4 steps; the resumed run begins with the next."""
+def test_an_evaluation_at_the_end_of_the_epoch_runs_at_its_last_step(tmp_path):
+    """8 rows are an epoch of 4 steps. The resumed run begins with the next epoch."""
     _, signals = stop(tmp_path, signal.SIGTERM, step=4, eval_strategy="epoch", per_device_train_batch_size=2)
 
     assert signals.events[-3:] == [("step", 4), ("evaluate", 4), ("save", 4)]
 
 
-def test_where_only_the_best_are_saved_a_stop_saves_too(tmp_path):
+def test_a_stop_saves_even_if_only_the_best_checkpoints_are_saved(tmp_path):
     best: dict[str, Any] = {"save_strategy": "best", "metric_for_best_model": "target_tokens"}
     best |= {"eval_strategy": "steps", "eval_steps": 1, "greater_is_better": True}
 
@@ -147,7 +147,7 @@ def test_where_only_the_best_are_saved_a_stop_saves_too(tmp_path):
     assert saves == [("evaluate", 1), ("save", 1), ("evaluate", 2), ("evaluate", 3), ("save", 3)]
 
 
-def test_a_run_that_reaches_its_last_step_ends_as_ever(tmp_path):
+def test_a_run_that_reaches_its_last_step_ends_normally(tmp_path):
     signals = Signals(signal.SIGTERM, step=6)
     trainer = build_trainer(tmp_path, signals)
 
@@ -158,7 +158,7 @@ def test_a_run_that_reaches_its_last_step_ends_as_ever(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_twice_interrupts_at_once(tmp_path):
+def test_ctrl_c_twice_interrupts_immediately(tmp_path):
     signals = Signals(signal.SIGINT, signal.SIGINT, step=3)
     trainer = build_trainer(tmp_path, signals)
 
@@ -169,7 +169,7 @@ def test_ctrl_c_twice_interrupts_at_once(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_launcher_passes_on_is_the_same_signal(tmp_path, monkeypatch):
+def test_a_signal_that_a_launcher_forwards_counts_once(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
 
     error, _ = stop(tmp_path, signal.SIGINT, signal.SIGINT)
@@ -177,7 +177,7 @@ def test_what_a_launcher_passes_on_is_the_same_signal(tmp_path, monkeypatch):
     assert error.step == 3
 
 
-def test_handlers_of_the_caller_come_back(tmp_path):
+def test_the_handlers_of_the_caller_are_restored(tmp_path):
     heard = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     reader, writer = os.pipe()
@@ -198,7 +198,7 @@ def test_handlers_of_the_caller_come_back(tmp_path):
 
 
 def test_a_signal_that_was_ignored_stays_ignored(tmp_path):
-    """A shell lets what it starts in the background ignore Ctrl-C."""
+    """A shell makes background processes ignore Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         trainer = build_trainer(tmp_path, Signals(signal.SIGINT, step=3))
@@ -222,7 +222,7 @@ def test_in_another_thread_nothing_is_installed():
     assert found == [before]
 
 
-def test_the_end_of_a_launcher_is_a_reason_and_that_of_a_shell_is_none(monkeypatch):
+def test_the_end_of_a_launcher_stops_a_run_and_that_of_a_shell_does_not(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.delenv("ACCELERATE_DYNAMO_USE_DYNAMIC", raising=False)
@@ -238,7 +238,7 @@ def test_the_end_of_a_launcher_is_a_reason_and_that_of_a_shell_is_none(monkeypat
 
 
 def test_a_forked_process_does_not_pass_its_signals_to_the_run():
-    """A worker that loads data: Ctrl-C in a terminal reaches it too."""
+    """Ctrl-C in a terminal also reaches the data loader workers."""
     with listening(Stop(shows=False)) as heard:
         child = os.fork()
         if not child:
@@ -259,8 +259,8 @@ raise SystemExit(3)
 """
 
 
-def test_a_process_that_ends_early_takes_those_that_load_its_data_along(tmp_path):
-    """They would outlive it for as long as they outlive any SIGTERM, and then be called failed."""
+def test_a_process_that_ends_early_ends_its_data_loader_workers(tmp_path):
+    """Otherwise, they would outlive it as they outlive any SIGTERM, and be reported as failed."""
     (tmp_path / "leaves.py").write_text(LEAVES_WORKERS)
 
     process = Forked(tmp_path, ["leaves.py"])
@@ -269,8 +269,8 @@ def test_a_process_that_ends_early_takes_those_that_load_its_data_along(tmp_path
     assert process.read().err == ""
 
 
-def test_a_loop_that_catches_exceptions_ends_too():
-    """``except Exception`` around many runs must not begin the next one."""
+def test_preempted_ends_a_loop_that_catches_exceptions():
+    """A loop over runs with ``except Exception`` must not start the next run."""
     facts = {"step": 1, "steps": 2, "checkpoint": "run/checkpoint-1"}
 
     assert not isinstance(Preempted("SIGTERM", **facts), Exception)

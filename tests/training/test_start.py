@@ -1,4 +1,4 @@
-"""Where a run starts: at its beginning, at a checkpoint that counts, or nowhere."""
+"""Where a run starts: at step 0, at an intact checkpoint, or not at all."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def sealed(run: Path, step: int) -> None:
 
 
 def begun(folder: Path, *steps: int, status: str = "running") -> Path:
-    """A run of the recipe of ``build`` that has sealed these steps."""
+    """A run of the recipe of ``build`` with sealed checkpoints at these steps."""
     run = folder / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(recipe_to_yaml(resolve(*build(folder))))
@@ -45,12 +45,12 @@ def start(folder: Path, **train: Any) -> Start:
     return prepare_start(*build(folder, train=train))
 
 
-def test_a_new_folder_is_a_beginning(tmp_path):
+def test_a_new_folder_starts_a_run(tmp_path):
     assert start(tmp_path) == Start(tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_the_same_command_goes_on_from_the_last_step_by_number(tmp_path):
+def test_the_same_command_resumes_from_the_highest_step(tmp_path):
     run = begun(tmp_path, 9, 10)
 
     found = start(tmp_path, logging_steps=3)
@@ -58,13 +58,13 @@ def test_the_same_command_goes_on_from_the_last_step_by_number(tmp_path):
     assert (found.folder, found.checkpoint, found.result) == (run, run / "checkpoint-10", None)
 
 
-def test_a_damaged_checkpoint_is_named_moved_aside_and_the_one_before_is_taken(tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_moved_aside_and_the_previous_one_is_used(tmp_path, capsys):
     run = begun(tmp_path, 9, 10)
     (run / "checkpoint-10" / "optimizer.pt").write_bytes(b"optimizeR")
 
     assert start(tmp_path).checkpoint == run / "checkpoint-9"
     assert capsys.readouterr().out == (
-        "checkpoint checkpoint-10: optimizer.pt is not what was saved (sha256); "
+        "checkpoint checkpoint-10: optimizer.pt has changed since it was saved (sha256); "
         "moved to checkpoint-10.broken\n"
     )
     assert (run / "checkpoint-10.broken" / "optimizer.pt").is_file()
@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_is_named_moved_aside_and_the_one_before_is_taken(t
 @pytest.mark.parametrize(
     ("name", "content", "fault"),
     [
-        ("optimizer.pt", b"optimizeR", "optimizer.pt is not what was saved (sha256)"),
+        ("optimizer.pt", b"optimizeR", "optimizer.pt has changed since it was saved (sha256)"),
         ("SEALED.json", b"{", "SEALED.json is damaged"),
     ],
 )
@@ -85,37 +85,37 @@ def test_must_refuses_a_damaged_checkpoint_and_moves_nothing(tmp_path, name, con
         start(tmp_path, resume_from_checkpoint="must")
 
     assert str(error.value) == (
-        f"{run / 'checkpoint-10'}: cannot go on from this checkpoint: {fault}; "
-        "fix: hf-clm checkpoints RUN lists those that are whole"
+        f"{run / 'checkpoint-10'}: cannot resume from this checkpoint: {fault}; "
+        "fix: choose another; hf-clm checkpoints RUN lists those that are intact"
     )
     assert (run / "checkpoint-10").is_dir()
 
 
-def test_a_run_without_a_checkpoint_begins_again(tmp_path):
+def test_a_run_without_a_checkpoint_starts_again(tmp_path):
     run = begun(tmp_path)
 
     found = start(tmp_path)
 
     assert found == Start(run, begins_again=True)
     assert list(found.require_same({"recipe": {"train": {"save_strategy": "no"}}})) == [
-        f"start     no checkpoint in {run} (train.save_strategy: no): from the beginning"
+        f"start     at step 0: no checkpoint in {run} (train.save_strategy: no)"
     ]
 
 
-def test_a_run_that_is_done_is_left_as_it_is(tmp_path):
+def test_a_finished_run_is_not_changed(tmp_path):
     begun(tmp_path, 10, status="done")
 
     assert start(tmp_path).result == {"status": "done"}
 
 
 @pytest.mark.parametrize("word", ["must", "true"])
-def test_must_leaves_a_run_that_is_done_as_it_is_too(tmp_path, word):
+def test_must_does_not_change_a_finished_run_either(tmp_path, word):
     begun(tmp_path, 10, status="done")
 
     assert start(tmp_path, resume_from_checkpoint=word).result == {"status": "done"}
 
 
-def test_a_run_that_is_done_trains_on_for_more_steps_where_the_user_says_so(tmp_path):
+def test_a_finished_run_can_be_trained_for_more_steps(tmp_path):
     run = begun(tmp_path, 10, status="done")
 
     found = prepare_start(*build(tmp_path, train={"max_steps": 20}, resume_override=["max_steps"]))
@@ -131,26 +131,26 @@ def test_another_recipe_is_refused_with_both_values(tmp_path):
         prepare_start(*build(tmp_path, train={"learning_rate": 0.5}, data={"max_length": 32}))
 
     assert str(error.value) == (
-        f"{run / 'checkpoint-10'}: not the run of this recipe: data.max_length (64, now 32), "
-        "train.learning_rate (0.001, now 0.5); fix: --resume_override data.max_length,learning_rate applies "
-        "what is given now; --overwrite begins again"
+        f"{run / 'checkpoint-10'}: the recipe differs from that of the run: data.max_length (64, now 32), "
+        "train.learning_rate (0.001, now 0.5); fix: --resume_override data.max_length,learning_rate "
+        "resumes with the new values; --overwrite starts again"
     )
 
 
-def test_another_recipe_is_refused_where_nothing_was_saved_yet(tmp_path):
+def test_another_recipe_is_refused_even_if_nothing_was_saved_yet(tmp_path):
     run = begun(tmp_path)
 
     with pytest.raises(RecipeError) as error:
         start(tmp_path, learning_rate=0.5)
 
     assert str(error.value) == (
-        f"{run}: not the run of this recipe: train.learning_rate (0.001, now 0.5); it holds no checkpoint "
-        "that a change could be applied to (train.save_strategy); "
-        "fix: --overwrite begins again; or another --output_dir"
+        f"{run}: the recipe differs from that of the run: train.learning_rate (0.001, now 0.5); there is no "
+        "checkpoint that the new values could be applied to (train.save_strategy); "
+        "fix: set --overwrite to start again, or choose another --output_dir"
     )
 
 
-def test_what_is_refused_stays_as_it_is(tmp_path):
+def test_a_refused_run_is_not_changed(tmp_path):
     run = begun(tmp_path, 9, 10)
     (run / "checkpoint-10" / "optimizer.pt").write_bytes(b"optimizeR")
 
@@ -161,36 +161,38 @@ def test_what_is_refused_stays_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("word", ["auto", "never", "false", "False"])
-def test_files_of_no_run_are_refused(tmp_path, word):
+def test_a_folder_with_other_files_is_refused(tmp_path, word):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").touch()
 
-    with pytest.raises(RecipeError, match=r"run: the output folder holds files.*--overwrite moves it"):
+    with pytest.raises(
+        RecipeError, match=r"run: the output folder contains files.*--overwrite to move the files aside"
+    ):
         start(tmp_path, resume_from_checkpoint=word)
 
 
-def test_never_refuses_a_run_that_could_go_on(tmp_path):
+def test_never_refuses_a_run_that_could_be_resumed(tmp_path):
     begun(tmp_path, 10)
 
-    with pytest.raises(RecipeError, match="holds files of an earlier run; fix"):
+    with pytest.raises(RecipeError, match="contains files of an earlier run; fix"):
         start(tmp_path, resume_from_checkpoint="never")
 
 
-def test_overwrite_moves_the_run_aside_and_begins(tmp_path):
+def test_overwrite_moves_the_run_aside_and_starts(tmp_path):
     begun(tmp_path, 10)
 
     assert prepare_start(*build(tmp_path, overwrite=True)) == Start(tmp_path / "run")
     assert (tmp_path / "run.old-1" / "checkpoint-10").is_dir()
 
 
-def test_overwrite_done_goes_on_with_a_run_that_was_interrupted(tmp_path):
+def test_overwrite_done_resumes_an_interrupted_run(tmp_path):
     run = begun(tmp_path, 10)
 
     assert prepare_start(*build(tmp_path, overwrite="done")) == Start(run, run / "checkpoint-10")
     assert not (tmp_path / "run.old-1").exists()
 
 
-def test_overwrite_done_begins_again_where_the_run_is_done(tmp_path):
+def test_overwrite_done_starts_again_if_the_run_is_done(tmp_path):
     run = begun(tmp_path, 10)
     (run / "run.json").write_text('{"status": "done"}')
 
@@ -198,7 +200,7 @@ def test_overwrite_done_begins_again_where_the_run_is_done(tmp_path):
     assert (tmp_path / "run.old-1" / "checkpoint-10").is_dir()
 
 
-def test_a_named_checkpoint_is_taken_and_later_ones_are_moved_aside(tmp_path):
+def test_a_named_checkpoint_is_used_and_later_ones_are_moved_aside(tmp_path):
     run = begun(tmp_path, 9, 10)
     nine = run / "checkpoint-9"
 
@@ -206,27 +208,27 @@ def test_a_named_checkpoint_is_taken_and_later_ones_are_moved_aside(tmp_path):
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-10.later", "checkpoint-9"]
 
 
-def test_a_run_elsewhere_goes_on_in_a_new_folder_and_in_no_used_one(tmp_path):
+def test_a_checkpoint_of_another_run_can_be_resumed_only_in_a_new_folder(tmp_path):
     nine = begun(tmp_path, 9) / "checkpoint-9"
     other = tmp_path / "other"
     settings = {"resume_from_checkpoint": str(nine), "output_dir": str(other)}
 
     assert start(tmp_path, **settings) == Start(other, nine)
     (other / "metrics.jsonl").touch()
-    with pytest.raises(RecipeError, match=r"other: the output folder holds files of an earlier run"):
+    with pytest.raises(RecipeError, match=r"other: the output folder contains files of an earlier run"):
         start(tmp_path, **settings)
 
 
 @pytest.mark.parametrize("value", ["must", "checkpoint-77", "."])
-def test_a_checkpoint_that_is_not_there_is_an_error_before_the_folder_is_made(tmp_path, monkeypatch, value):
+def test_a_missing_checkpoint_is_an_error_before_the_folder_is_created(tmp_path, monkeypatch, value):
     monkeypatch.chdir(tmp_path)
 
     with pytest.raises(RecipeError) as error:
         start(tmp_path, resume_from_checkpoint=value)
 
     assert str(error.value) == (
-        f"{tmp_path / 'run' if value == 'must' else value}: no checkpoint to go on from; "
-        "fix: leave out --resume_from_checkpoint, or name a checkpoint-N folder"
+        f"{tmp_path / 'run' if value == 'must' else value}: no checkpoint to resume from; "
+        "fix: remove --resume_from_checkpoint, or set it to a checkpoint-N folder"
     )
     assert not (tmp_path / "run").exists()
 
@@ -249,22 +251,22 @@ def test_a_fact_that_differs_is_refused_with_both_values(tmp_path, name):
 
     before = FACTS[name] if name == "global_batch" else repr(FACTS[name])
     assert str(error.value) == (
-        f"{run / 'checkpoint-9'}: not the run of this recipe: {name} ({before}, now 7); "
-        f"fix: --resume_override {name} applies what is given now; --overwrite begins again"
+        f"{run / 'checkpoint-9'}: the recipe differs from that of the run: {name} ({before}, now 7); "
+        f"fix: --resume_override {name} resumes with the new values; --overwrite starts again"
     )
 
 
 @pytest.mark.parametrize(
     "name", ["architecture", "architecture.attn_pdrop", "model", "model.config", "model.config.attn_pdrop"]
 )
-def test_what_is_said_of_the_config_holds_for_the_architecture(tmp_path, name):
+def test_overriding_the_config_also_overrides_the_architecture(tmp_path, name):
     run = begun(tmp_path, 9)
     content = read_seal(run / "checkpoint-9")
     known = {key: content[key] for key in content.keys() - {"files"}}
     seal(run / "checkpoint-9", {**known, "architecture": {"architecture.attn_pdrop": 0.1}})
     now = {**facts(), "architecture": {"architecture.attn_pdrop": 0.2, "architecture.new": 1}}
 
-    with pytest.raises(RecipeError, match=r"recipe: architecture.attn_pdrop \(0.1, now 0.2\); fix"):
+    with pytest.raises(RecipeError, match=r"run: architecture.attn_pdrop \(0.1, now 0.2\); fix"):
         start(tmp_path).require_same(now)
     found = prepare_start(*build(tmp_path, resume_override=[name]))
 
@@ -272,7 +274,7 @@ def test_what_is_said_of_the_config_holds_for_the_architecture(tmp_path, name):
     assert ["architecture.attn_pdrop", "0.1", "0.2", "applied"] in shown
 
 
-def test_what_differs_is_shown_in_a_table(tmp_path):
+def test_differences_are_shown_in_a_table(tmp_path):
     run = begun(tmp_path, 9)
     changes = {
         "train": {"learning_rate": 0.5, "logging_steps": 3},
@@ -292,8 +294,8 @@ def test_what_differs_is_shown_in_a_table(tmp_path):
     ]
 
 
-def test_with_another_batch_the_end_must_be_said(tmp_path):
-    """Steps are counted in epochs else, and those have other steps."""
+def test_another_global_batch_needs_max_steps(tmp_path):
+    """Otherwise, its end is given in epochs, which have another number of steps now."""
     run = begun(tmp_path, 9)
     found = prepare_start(*build(tmp_path, resume_override=["global_batch"]))
 
@@ -301,12 +303,13 @@ def test_with_another_batch_the_end_must_be_said(tmp_path):
         found.require_same({**facts(global_batch=8), "recipe": {"train": {"max_steps": -1}}})
 
     assert str(error.value) == (
-        f"{run / 'checkpoint-9'}: with other global_batch an epoch has other steps: when it ends must be "
-        "said; fix: give --max_steps, and override it too"
+        f"{run / 'checkpoint-9'}: the number of steps in an epoch depends on global_batch, which "
+        "changed; "
+        "fix: set --max_steps and add max_steps to --resume_override"
     )
 
 
-def test_where_nothing_differs_there_is_no_table(tmp_path):
+def test_without_differences_there_is_no_table(tmp_path):
     run = begun(tmp_path, 9)
 
     lines = start(tmp_path).require_same({"facts": FACTS, "versions": VERSIONS})
@@ -314,7 +317,7 @@ def test_where_nothing_differs_there_is_no_table(tmp_path):
     assert lines == [f"resumes   from {run / 'checkpoint-9'}"]
 
 
-def test_a_key_that_a_later_version_has_added_does_not_count_as_changed(tmp_path):
+def test_a_key_that_a_later_version_added_does_not_count_as_changed(tmp_path):
     run = begun(tmp_path)
     sealed(run, 9)
     seal_file = run / "checkpoint-9" / "SEALED.json"
@@ -325,8 +328,8 @@ def test_a_key_that_a_later_version_has_added_does_not_count_as_changed(tmp_path
     assert start(tmp_path) == Start(run, run / "checkpoint-9")
 
 
-def test_the_files_may_lie_elsewhere(tmp_path):
-    """Data are compared by their content."""
+def test_the_data_files_may_be_moved(tmp_path):
+    """Data are compared by content."""
     run = begun(tmp_path, 9)
 
     found = prepare_start(*build(tmp_path, data={"train": [{"path": "moved.jsonl", "format": "instruct"}]}))

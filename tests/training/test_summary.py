@@ -1,4 +1,4 @@
-"""The counts that a run announces, on sets small enough to count by hand."""
+"""The counts that a run prints, for sets that are small enough to count by hand."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from hf_clm.data.prepared.cache import read_splits
 from hf_clm.recipe.recipe import Recipe, load_recipe
 from hf_clm.training.summary import RunFacts, add_outcome, end_lines, start_lines, versions
 
-# "say N\n" and N letters and the end token: 8, 9, 10 and 11 tokens, of which 2, 3, 4 and 5 are learned.
+# "say N\n", N letters and the end token are 8, 9, 10 and 11 tokens; 2, 3, 4 and 5 of them are learned.
 RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "x" * n} for n in range(1, 5)]
 
 
@@ -64,12 +64,12 @@ def test_steps_follow_from_rows_batches_and_processes(tmp_path, processes, setti
     assert (facts.rows_per_step, facts.steps) == (rows_per_step, steps)
 
 
-def test_tokens_of_a_step_are_those_of_an_average_row(tmp_path):
+def test_tokens_per_step_are_those_of_average_rows(tmp_path):
     assert build_facts(tmp_path, per_device_train_batch_size=2).tokens_per_step == 19.0  # 38 tokens in 4 rows
     assert build_facts(tmp_path, per_device_train_batch_size=64).tokens_per_step == 38.0  # there are no more
 
 
-def test_run_json_begins_with_what_goes_in(tmp_path):
+def test_run_json_starts_with_the_inputs_of_the_run(tmp_path):
     content = (
         build_facts(tmp_path, per_device_train_batch_size=2, max_steps=3)
         .to_record("running", proof={})
@@ -92,7 +92,7 @@ def test_run_json_begins_with_what_goes_in(tmp_path):
     assert content["started"].endswith("+00:00")
 
 
-def test_run_json_says_where_each_value_of_the_recipe_was_given(tmp_path):
+def test_run_json_records_the_origin_of_each_value_of_the_recipe(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("stage: sft\nmodel: {name_or_path: m}\ndata: {train: a.jsonl}\ntrain: {output_dir: o}\n")
     facts = replace(build_facts(tmp_path), recipe=load_recipe(path, ["--data.max_length", "64"]))
@@ -105,7 +105,7 @@ def test_run_json_says_where_each_value_of_the_recipe_was_given(tmp_path):
     assert "data.overflow" not in origins
 
 
-def test_rows_that_are_cut_or_dropped_are_said_at_the_start(tmp_path):
+def test_rows_that_are_cut_or_dropped_are_reported_at_the_start(tmp_path):
     facts = build_facts(tmp_path, data={"max_length": 9, "overflow": "drop", "max_dropped": 0.5})
 
     assert facts.train.fates == {"used": 2, "dropped: longer than max_length": 2}
@@ -148,6 +148,6 @@ def test_held_out_rows_are_counted_and_named_at_the_end(tmp_path):
     ]
 
 
-def test_versions_are_those_of_what_computes():
+def test_versions_include_every_package_that_computes():
     assert {"python", "hf_clm", "torch", "transformers", "tokenizers"} <= set(versions())
     assert versions()["hf_clm"] == "0.4.0"

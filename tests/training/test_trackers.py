@@ -1,4 +1,4 @@
-"""What a tracker is given; the event file is read back by TensorBoard's own reader."""
+"""What a tracker receives. The event file is read with TensorBoard's reader."""
 
 import pytest
 from helpers import build_recipe
@@ -10,7 +10,7 @@ from hf_clm.training.run import train
 ROWS = [{"instruct": f"say {n}\n", "input": "", "label": str(n)} for n in range(4)]
 
 
-def test_tensorboard_gets_the_figures_of_each_log_event(tmp_path):
+def test_tensorboard_receives_the_figures_of_each_log_event(tmp_path):
     recipe = build_recipe(tmp_path, ROWS, train={"report_to": "tensorboard", "max_steps": 3})
 
     result = train(recipe)
@@ -28,7 +28,7 @@ def test_tensorboard_gets_the_figures_of_each_log_event(tmp_path):
 
 
 @pytest.mark.parametrize("event", ["on_train_begin", "on_log", "on_save", "on_train_end"])
-def test_a_tracker_that_fails_is_named_once_and_the_run_is_done(tmp_path, monkeypatch, capsys, event):
+def test_a_tracker_that_fails_is_reported_once_and_the_run_finishes(tmp_path, monkeypatch, capsys, event):
     def fail(*args, **kwargs):
         raise ConnectionError("wandb: no route to host\nmore")
 
@@ -39,6 +39,7 @@ def test_a_tracker_that_fails_is_named_once_and_the_run_is_done(tmp_path, monkey
 
     lines = [line for line in capsys.readouterr().out.splitlines() if "TensorBoardCallback" in line]
     assert lines == [
-        "warning   TensorBoardCallback failed and is left out from now on: wandb: no route to host"
+        "warning   TensorBoardCallback failed and is disabled for the rest of the run: "
+        "wandb: no route to host"
     ]
     assert (result["status"], result["steps_done"]) == ("done", 3)

@@ -1,4 +1,4 @@
-"""CLMTrainer alone, on rows written by hand."""
+"""CLMTrainer on rows that are written by hand."""
 
 import math
 from pathlib import Path
@@ -36,7 +36,7 @@ def build_trainer(folder: Path, model: PreTrainedModel, rows: list[dict], **sett
 
 
 def model_that_predicts_id_0(kind: str = "qwen2") -> PreTrainedModel:
-    """All logits are 0: the loss is ln 260 at every token, and argmax gives the first id."""
+    """All logits are 0, so the loss is ln 260 at every token, and argmax is id 0."""
     model = tiny_model(kind, tie_word_embeddings=False)
     torch.nn.init.zeros_(model.get_output_embeddings().weight)
     return model
@@ -47,7 +47,7 @@ def first_log(trainer: CLMTrainer) -> dict[str, float]:
     return next(entry for entry in trainer.state.log_history if "loss" in entry)
 
 
-def test_a_log_event_counts_tokens_targets_and_right_guesses(tmp_path):
+def test_a_log_event_counts_tokens_targets_and_correct_predictions(tmp_path):
     trainer = build_trainer(tmp_path, model_that_predicts_id_0(), ROWS, per_device_train_batch_size=2)
 
     log = first_log(trainer)
@@ -58,7 +58,7 @@ def test_a_log_event_counts_tokens_targets_and_right_guesses(tmp_path):
     assert log["tokens_per_second"] > 0
 
 
-def test_accumulation_counts_every_micro_step(tmp_path):
+def test_gradient_accumulation_counts_every_micro_step(tmp_path):
     trainer = build_trainer(
         tmp_path,
         model_that_predicts_id_0(),
@@ -74,8 +74,8 @@ def test_accumulation_counts_every_micro_step(tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("collator", [DataCollatorForCausalLM(257), DataCollatorForPackedCausalLM()])
-def test_evaluation_weighs_every_target_token_alike_in_batches_of_any_size(tmp_path, batch_size, collator):
-    """Rows of 1 to 8 targets; the sum is taken by hand, one row at a time."""
+def test_evaluation_weights_all_targets_equally_for_any_batch_size(tmp_path, batch_size, collator):
+    """Rows have 1 to 8 targets. The expected sum is computed one row at a time."""
     rows = [{"input_ids": [9] * 3 + [n] * n, "labels": [X] * 3 + [n] * n} for n in range(1, 9)]
     model = tiny_model()
     nll, right = 0.0, 0
@@ -99,7 +99,7 @@ def test_evaluation_weighs_every_target_token_alike_in_batches_of_any_size(tmp_p
     assert metrics["eval_token_accuracy"] == right / 36
 
 
-def test_predictions_are_not_kept_and_the_prefix_is_the_callers(tmp_path):
+def test_predictions_are_not_kept_and_the_prefix_is_applied(tmp_path):
     trainer = build_trainer(tmp_path, model_that_predicts_id_0(), ROWS)
 
     metrics = trainer.evaluate(metric_key_prefix="test")
@@ -119,8 +119,8 @@ class Weights(TrainerCallback):
         self.after.append({name: value.clone() for name, value in model.state_dict().items()})
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
-    """The first step at this rate throws the weights off; the second finds no finite loss and is not made."""
+def test_a_non_finite_loss_stops_before_the_weights_change(tmp_path):
+    """At this rate, the first step spoils the weights. The second has a non-finite loss and is not made."""
     weights = Weights()
     trainer = build_trainer(tmp_path, tiny_model(), ROWS, learning_rate=1e30, max_steps=5)
     trainer.add_callback(weights)
@@ -140,7 +140,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite_are_found_at_the_first_step(tmp_path, value):
+def test_non_finite_weights_are_found_at_the_first_step(tmp_path, value):
     model = tiny_model()
     with torch.no_grad():
         model.get_output_embeddings().weight[7, 7] = value
@@ -151,7 +151,7 @@ def test_weights_that_are_not_finite_are_found_at_the_first_step(tmp_path, value
     assert str(error.value).startswith("step 1: ")
 
 
-def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_found(tmp_path):
+def test_a_non_finite_gradient_of_a_finite_loss_is_found(tmp_path):
     model = tiny_model()
     model.get_input_embeddings().weight.register_hook(lambda gradient: gradient * math.nan)
 
@@ -161,7 +161,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_found(tmp_path):
     assert "gradient norm nan" in str(error.value)
 
 
-def test_the_check_works_without_clipping(tmp_path):
+def test_non_finite_values_are_found_without_clipping(tmp_path):
     model = tiny_model()
     model.get_input_embeddings().weight.register_hook(lambda gradient: gradient * math.nan)
 
@@ -169,7 +169,7 @@ def test_the_check_works_without_clipping(tmp_path):
         build_trainer(tmp_path, model, ROWS, max_grad_norm=0.0).train()
 
 
-def test_what_is_saved_uses_its_cache_and_what_is_trained_does_not(tmp_path):
+def test_a_saved_model_uses_its_kv_cache_and_a_trained_one_does_not(tmp_path):
     trainer = build_trainer(tmp_path, tiny_model(), ROWS, save_strategy="steps", save_steps=1, max_steps=2)
 
     trainer.train()
@@ -200,7 +200,7 @@ def test_time_spent_elsewhere_is_not_counted_as_training(tmp_path, monkeypatch):
     assert metrics["mfu"] == trainer.mfu == 35_000 / 8 / 1e6
 
 
-def test_a_step_that_beats_the_peak_shows_that_it_was_measured_too_low(tmp_path, monkeypatch):
+def test_a_step_faster_than_the_peak_measures_the_peak_again(tmp_path, monkeypatch):
     trainer = build_trainer(tmp_path, tiny_model(), ROWS)
     measured = iter([100.0, 300.0, 250.0])  # the machine was busy at first
     monkeypatch.setattr("hf_clm.training.trainer.measure_peak", lambda *given: next(measured))
@@ -210,7 +210,7 @@ def test_a_step_that_beats_the_peak_shows_that_it_was_measured_too_low(tmp_path,
     assert shares == [0.8, 0.8, 0.5, 1.0, 0.5]
 
 
-def test_watched_training_rows_are_evaluated_beside_the_evaluation_set(tmp_path):
+def test_watched_training_rows_are_evaluated_with_the_evaluation_set(tmp_path):
     trainer = build_trainer(tmp_path, model_that_predicts_id_0(), ROWS)
     trainer.watched_rows = [ROWS[1]]
 
@@ -231,7 +231,7 @@ def test_other_rows_are_evaluated_without_the_watched_ones(tmp_path):
     assert "eval_train_loss" not in trainer.evaluate([ROWS[0]])
 
 
-def test_deepspeed_may_give_no_norm_and_has_updated_before_a_stop(tmp_path, monkeypatch):
+def test_deepspeed_may_return_no_norm_and_updates_before_the_check(tmp_path, monkeypatch):
     trainer = build_trainer(tmp_path, tiny_model(), ROWS)
     monkeypatch.setattr("transformers.Trainer._get_grad_norm", lambda *args, **options: None)
     trainer.is_deepspeed_enabled = True
@@ -240,5 +240,5 @@ def test_deepspeed_may_give_no_norm_and_has_updated_before_a_stop(tmp_path, monk
     trainer._step_loss = torch.tensor(2.5)
     assert trainer._get_grad_norm(trainer.model) is None
     trainer._step_loss = torch.tensor(math.nan)
-    with pytest.raises(DivergedError, match="is not finite; the last checkpoint is sound; got loss nan"):
+    with pytest.raises(DivergedError, match="is not finite; the last checkpoint is intact; got loss nan"):
         trainer._get_grad_norm(trainer.model)

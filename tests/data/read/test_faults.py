@@ -276,7 +276,7 @@ def test_one_of_two_processes_reports_the_errors_and_both_exit():
 @pytest.mark.parametrize(
     ("line", "fix"),
     [
-        ("skip_bad_lines: {}", "write on_bad_record: drop"),
+        ("skip_bad_lines: {}", "use on_bad_record: drop"),
         ("nul: {}", "remove it, and remove U+0000 from the data"),
         ("mixing: {stopping_strategy: {}}", "remove it, and write size: the rows or tokens of an epoch"),
     ],
