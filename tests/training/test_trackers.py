@@ -1,5 +1,9 @@
 """What a tracker receives. The event file is read with TensorBoard's reader."""
 
+import json
+import sqlite3
+from contextlib import closing
+
 import pytest
 from helpers import build_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -43,3 +47,41 @@ def test_a_tracker_that_fails_is_reported_once_and_the_run_finishes(tmp_path, mo
         "wandb: no route to host"
     ]
     assert (result["status"], result["steps_done"]) == ("done", 3)
+
+
+@pytest.mark.peer
+def test_wandb_logs_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+
+    train(build_recipe(tmp_path, ROWS, train={"report_to": "wandb", "max_steps": 2}))
+    wandb.finish()  # which the end of a process does
+
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert all(name in log.read_bytes() for name in (b"train/loss", b"train/token_accuracy", b"eval/loss"))
+
+
+@pytest.mark.peer
+def test_mlflow_logs_to_a_folder(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+
+    train(build_recipe(tmp_path, ROWS, train={"report_to": "mlflow", "max_steps": 2}))
+
+    (losses,) = (tmp_path / "mlruns").glob("*/*/metrics/loss")
+    assert [line.split()[2] for line in losses.read_text().splitlines()] == ["1", "2"]
+
+
+@pytest.mark.peer
+def test_trackio_logs_to_its_database(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip("trackio")
+
+    train(build_recipe(tmp_path, ROWS, train={"report_to": "trackio", "max_steps": 2}))
+
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    with closing(sqlite3.connect(database)) as connection:
+        logged = [json.loads(row[0]) for row in connection.execute("SELECT metrics FROM metrics")]
+    assert sum("train/loss" in entry for entry in logged) == 2
