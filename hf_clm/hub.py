@@ -14,6 +14,11 @@ from hf_clm.recipe.shipped import how_to_make
 
 LOCAL_PREFIXES = ("/", "./", "../", "~")
 TIMEOUT_SECONDS = 10
+# Names that a script of ours gets from elsewhere: what to do without the Hub.
+ELSEWHERE = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "run `python data/get_smollm2.py`, and set model.name_or_path to "
+    "data/local/smollm2-135m-instruct",
+}
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, EOFError, pickle.UnpicklingError)
 
 
@@ -88,11 +93,12 @@ def _unreachable(name: str, error: Exception, *, where: str) -> EnvironmentFault
     from huggingface_hub.constants import HF_HUB_CACHE
 
     reason = "HF_HUB_OFFLINE is set" if is_offline() else _first_line(error)
+    fetched = f"run `hf download {name}` where there is a network, or use a local folder"
     return EnvironmentFault(
         f"{name!r} is neither a local folder nor in the cache {HF_HUB_CACHE}, and the Hub cannot be reached"
         f" ({reason})",
         where=where,
-        fix=f"run `hf download {name}` where there is a network, or use a local folder",
+        fix=ELSEWHERE.get(name, fetched),
     )
 
 

@@ -22,6 +22,7 @@ LAYERS = [
     {"schema", "machine", "logs"},
     {"recipe"},
     {"hub", "run_folder"},
+    {"gguf"},
     {"text"},
     {"model"},
     {"data"},

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.errors import ModelError, RecipeError
+from hf_clm.gguf import local_model
 from hf_clm.hub import load_options
 from hf_clm.model.adapters import is_adapter, load_adapted
 from hf_clm.model.attention import NAME as PACKED
@@ -48,6 +49,7 @@ def load_run(name_or_path: str, *, attention: str | None = PACKED, device: str |
     Without a run.json, the format is ``messages`` if the tokenizer has a chat template, else ``text``.
     Raises ModelError for a run that has not saved its final model yet.
     """
+    name_or_path = local_model(name_or_path, where="run or model")
     record = find_record(name_or_path) or RunRecord(status="done")
     if record.status != "done":
         fix = "let it finish training, or use one of its checkpoint-N folders"

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from hf_clm.errors import EnvironmentFault, ModelError, did_you_mean
+from hf_clm.gguf import local_model
 from hf_clm.hub import load_options, loading
 from hf_clm.model.load import load_model
 
@@ -49,6 +50,7 @@ def add_adapters(
     )
     with loading(base, where="lora"), _without_warnings():
         adapted = peft.get_peft_model(model, settings)
+    base = local_model(base)
     folder = Path(base).expanduser()
     settings.base_model_name_or_path = str(folder.resolve()) if folder.is_dir() else base
     settings.revision = revision
@@ -58,6 +60,7 @@ def add_adapters(
 
 def find_new_tokens(tokenizer: PreTrainedTokenizerFast, base: str, *, revision: str | None) -> list[int]:
     """The ids that the tokenizer of ``base`` has not, without the pad token, which is never learned."""
+    base = local_model(base)
     with loading(base, where="tokenizer"):
         options = load_options(base, revision=revision, where="model.name_or_path")
         base_tokens = set(AutoTokenizer.from_pretrained(base, **options).get_vocab())

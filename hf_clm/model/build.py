@@ -159,7 +159,7 @@ def build_model(
             dtype=weights_dtype(recipe, arguments),
             attention=section.attention,
             revision=section.revision,
-            quantization=_quantization(recipe),
+            quantization=_quantization(recipe, arguments.device),
             trust_remote_code=section.trust_remote_code,
             allow_bin=section.allow_bin,
         )
@@ -208,18 +208,16 @@ def _with_adapters(recipe: Recipe, model: PreTrainedModel, *, new_tokens: list[i
     )
 
 
-def _quantization(recipe: Recipe) -> Any:
-    """The 4 bits of QLoRA (arXiv:2305.14314). Raises EnvironmentFault without a GPU or the package."""
+def _quantization(recipe: Recipe, device: torch.device) -> Any:
+    """The 4 bits of QLoRA (arXiv:2305.14314). Raises EnvironmentFault without the package."""
     if recipe.lora is None or recipe.lora.quantize is None:
         return None
-    if not torch.cuda.is_available():
-        fix = "set it to null: a frozen bfloat16 model is small too"
-        raise EnvironmentFault("needs a CUDA device", where="lora.quantize", got="4bit", fix=fix)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise EnvironmentFault(
             "needs the package bitsandbytes", where="lora.quantize", fix="pip install 'hf_clm[qlora]'"
         )
-    kind = torch.bfloat16 if has_bf16(torch.device("cuda")) else torch.float16
+    slow = torch.float16 if device.type == "cuda" else torch.float32  # where bfloat16 is emulated
+    kind = torch.bfloat16 if has_bf16(device) else slow
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.hub import cached_file
 
 from hf_clm.errors import ModelError, did_you_mean
+from hf_clm.gguf import local_model
 from hf_clm.hub import load_options, loading
 from hf_clm.model import attention as packed
 from hf_clm.recipe.shapes import is_causal_class, total_memory
@@ -56,6 +57,7 @@ def load_config(
     name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
     """The configuration of a causal language model. Raises ModelError if it is another kind of model."""
+    name_or_path = local_model(name_or_path)
     options = load_options(name_or_path, revision=revision, where=WHERE)
     with loading(name_or_path, where="model"):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **options)
@@ -306,6 +308,7 @@ def load_model(
     Raises ModelError if weights are missing, of another shape, or not safetensors, and like settle_attention.
     """
     packed.register()
+    name_or_path = local_model(name_or_path)
     config = load_config(
         name_or_path, revision=revision, trust_remote_code=options.get("trust_remote_code", False)
     )
@@ -341,6 +344,7 @@ def load_model(
 
 def read_generation_file(name_or_path: str, *, revision: str | None = None) -> dict[str, Json] | None:
     """The content of a model's ``generation_config.json``; None where there is none that is a JSON object."""
+    name_or_path = local_model(name_or_path)
     options: dict[str, Any] = load_options(name_or_path, revision=revision, where=WHERE)
     folder = Path(name_or_path).expanduser()
     try:

@@ -103,7 +103,7 @@ class Section(BaseModel):
 
 class Model(Section):
     name_or_path: str | None = None
-    """The model to train: its name on the Hub, or a local folder."""
+    """The model to train: its name on the Hub, a local folder, or a GGUF file."""
     revision: str | None = None
     """The branch, tag or commit of a model on the Hub."""
     init: Literal["pretrained", "scratch"] = "pretrained"
@@ -364,7 +364,7 @@ class Lora(Section):
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead, which suits a large r."""
     quantize: Literal["4bit"] | None = None
-    """Quantize the frozen model to 4 bits (QLoRA). Requires a GPU and hf_clm[qlora]."""
+    """Quantize the frozen model to 4 bits (QLoRA). Requires hf_clm[qlora]."""
 
 
 class Samples(Section):

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_clm.errors import ModelError, did_you_mean
+from hf_clm.gguf import local_model
 from hf_clm.hub import load_options, loading
 from hf_clm.schema import Json
 from hf_clm.text.sentencepiece_file import load_sentencepiece
@@ -37,7 +38,7 @@ def load_tokenizer(
     """Loads a fast tokenizer whose pad token differs from its end token.
 
     Args:
-        name_or_path: a folder, a repository on the Hub, or a SentencePiece file (``.model``).
+        name_or_path: a folder, a repository on the Hub, or a SentencePiece (``.model``) or GGUF file.
         pad_token: used only if the tokenizer has no pad token or one that equals its end token.
         eos_token: replaces the end token.
         chat_template: a built-in name (``chatml``, ``plain``) or a ``.jinja`` file; None keeps the
@@ -45,7 +46,7 @@ def load_tokenizer(
 
     Raises ModelError if the tokenizer does not exist, is not a fast tokenizer, or has no end token.
     """
-    name_or_path = os.path.expanduser(name_or_path)
+    name_or_path = local_model(os.path.expanduser(name_or_path))
     if name_or_path.endswith(".model") and Path(name_or_path).is_file():
         tokenizer = load_sentencepiece(name_or_path)
     else:

@@ -49,6 +49,12 @@ class ProgressCallback(TrainerCallback):
             steps: dict[str, Any] = {"total": state.max_steps, "initial": state.global_step}
             self.bar = tqdm(**steps, dynamic_ncols=True, bar_format=BAR)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == self.first_step:  # the evaluation and the samples before it are no steps
+            self.started = time.monotonic()
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

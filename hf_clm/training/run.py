@@ -406,5 +406,5 @@ def finish(
         write_record(folder, record)
         seal(folder, {"step": steps})
         publish(output_dir)
-        write_line("\n".join(end_lines(facts, record)))
+        write_line("\n".join(end_lines(facts, record, samples=run.samples)))
     return record

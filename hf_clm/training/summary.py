@@ -221,7 +221,7 @@ def start_lines(facts: RunFacts) -> list[str]:
         trained = facts.trained_parameters
         lines.append(f"lora      {trained:,} trainable parameters, {trained / model.num_parameters():.2%}")
     for name, split in facts.evaluations.items():
-        lines.append(f"{name:<10}{_describe(split)}" if len(name) < 10 else f"{name} {_describe(split)}")
+        lines.append(f"{name:<9} {_describe(split)}")
     if facts.recipe.stage == "pretrain":
         lines.append(f"unigram   {facts.unigram_entropy:.3f} nats per token: the loss of a unigram model")
     lines += [
@@ -236,8 +236,8 @@ def start_lines(facts: RunFacts) -> list[str]:
     return lines
 
 
-def end_lines(facts: RunFacts, record: RunRecord) -> list[str]:
-    """Returns the lines that a run prints when it is done."""
+def end_lines(facts: RunFacts, record: RunRecord, *, samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the lines that a run prints when it is done. ``samples`` is the content of samples.jsonl."""
     output, saved = facts.arguments.output_dir, "adapters" if facts.recipe.lora else "model"
     amounts = {"step": record.steps_done, "tokens_seen": record.tokens_seen, "mfu": record.mfu}
     amounts |= {"seconds": record.seconds, "tokens_per_second": record.tokens_per_second}
@@ -260,9 +260,20 @@ def end_lines(facts: RunFacts, record: RunRecord) -> list[str]:
         lines.append(stream_line(record.stream))
     return [
         *lines,
+        *sample_lines(samples),
         f"written   {output}: the {saved}, recipe.yaml, run.json, metrics.jsonl, report.html, README.md",
         f'next      hf-clm generate {output} --prompt "..."',
     ]
+
+
+def sample_lines(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each sample prompt with its first and its last answer; nothing where all are of the same step."""
+    before = {sample["prompt"]: sample["text"] for sample in reversed(samples)}
+    after = {sample["prompt"]: sample["text"] for sample in samples}
+    if len({sample["step"] for sample in samples}) < 2:
+        return []
+    told = ((("asked", prompt), ("before", before[prompt]), ("after", after[prompt])) for prompt in after)
+    return [f"{name:<10}{' '.join(text.split())}" for parts in told for name, text in parts]
 
 
 def stream_line(totals: StreamTotals) -> str:

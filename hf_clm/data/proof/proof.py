@@ -34,12 +34,12 @@ class ProofReport:
     def enter(self, name: str, certificate: Certificate, *, totals: Totals, compared: int) -> None:
         """Adds the results of a split. ``compared`` is the number of compared prompts."""
         self.facts[name] = {"certificate": certificate.to_json(), "ledger": totals.to_json()}
-        first, *others = totals.to_lines()
-        self.lines += [f"{name:<10}{first}", *(f"{'':<10}{line}" for line in others)]
         seconds = f"{certificate.seconds:.1f} s, sha256 {certificate.content_hash[:12]}"
-        self.lines.append(f"{'':<10}the labels of all {certificate.rows:,} rows are certified ({seconds})")
+        lines = [*totals.to_lines(), f"the labels of all {certificate.rows:,} rows are certified ({seconds})"]
         if compared:
-            self.lines.append(f"{'':<10}the first {compared} prompts equal the input of generate")
+            lines.append(f"the first {compared} prompts equal the input of generate")
+        width = max(10, len(name) + 1)
+        self.lines += [f"{'' if number else name:<{width}}{line}" for number, line in enumerate(lines)]
 
     def enter_leakage(self, name: str, leakage: Leakage, *, max_leakage: float) -> None:
         """Adds the leakage of an evaluation set. Raises DataError if there is too much."""
