@@ -4,14 +4,16 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup sft pretrain generate test test-large test-peers test-browser bench-peers soak test-fast lint format clean
+.PHONY: help setup sft sft-real pretrain generate test test-large test-peers test-real test-browser bench-peers soak test-fast lint format clean
 
 VENV := .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.setup
 CORPUS := data/local/python-docs.jsonl
+MODEL := data/local/smollm2-135m-instruct
 
 sft: RECIPE ?= recipes/sft/poems.yaml
+sft-real: RECIPE ?= recipes/sft/smollm2.yaml
 pretrain: RECIPE ?= recipes/pretrain/python-docs.yaml
 generate: RUN ?= runs/sft-poems
 PROMPT ?= Complete the poem about the lighthouse in winter.
@@ -37,6 +39,9 @@ sft: $(READY)  ## Fine-tune on instruction data and generate an answer. RECIPE=.
 	$(train)
 	$(if $(answers),$(call ask,$(answers)))
 
+sft-real: $(READY) $(MODEL)  ## Fine-tune SmolLM2-135M-Instruct with LoRA on a CPU and print answers before and after; 8 minutes
+	$(train) --model.name_or_path $(MODEL)
+
 pretrain: $(READY) $(CORPUS)  ## Train a small GPT-2 from scratch on Python's documentation. RECIPE=... RUN=... ARGS="..."
 	$(train)
 
@@ -47,13 +52,16 @@ generate: $(READY)  ## Generate an answer with a trained model. RUN=runs/sft-poe
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist worksteal
 
 test: lint  ## Check format, lint and types, and run the tests on a CPU; 10 minutes
-	$(PYTEST) --timeout 300 -m 'not gpu and not browser and not large' $(ARGS)
+	$(PYTEST) --timeout 300 -m 'not gpu and not browser and not large and not real' $(ARGS)
 
 test-large: $(READY)  ## Run the large tests: real model sizes, minutes of training, more variants. ARGS="-k poems"
-	$(PYTEST) --timeout 900 -m 'large and not gpu and not browser' $(ARGS)
+	$(PYTEST) --timeout 900 -m 'large and not gpu and not browser and not real' $(ARGS)
 
 test-peers: $(VENV)/.setup-peers  ## Run the tests that compare with TRL (installs it). ARGS="-k labels"
 	$(BIN)/python -m pytest -m peer $(ARGS)
+
+test-real: $(VENV)/.setup-real $(MODEL)  ## Run the tests on SmolLM2 and of QLoRA on a CPU (fetches the model); 15 minutes. ARGS="-k resume"
+	$(BIN)/python -m pytest -m real $(ARGS)
 
 test-browser: $(VENV)/.setup-browser  ## Test all HTML pages in headless Chromium (installs it and Playwright). ARGS="-k phone"
 	@command -v chromium >/dev/null || { \
@@ -70,7 +78,7 @@ soak: $(READY)  ## Kill runs at 200 random times, and compare each with an unint
 	HF_CLM_SOAK_KILLS=$(if $(KILLS),$(call text,KILLS),200) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/invariants/test_soak.py $(ARGS)
 
 test-fast: $(READY)  ## Run the fast tests only. ARGS="-k labels"
-	$(PYTEST) -m 'not slow and not large and not peer and not gpu and not browser' $(ARGS)
+	$(PYTEST) -m 'not slow and not large and not peer and not gpu and not browser and not real' $(ARGS)
 
 lint: $(READY)  ## Check format, lint and types without changing files
 	$(BIN)/ruff format --check .
@@ -87,6 +95,9 @@ clean:  ## Remove caches and built corpora; runs/ and .venv stay
 
 $(CORPUS): data/build_corpus.py | $(READY)
 	$(BIN)/python $<
+
+$(MODEL): | $(READY)
+	$(BIN)/python data/get_smollm2.py
 
 # Written last, so that an interrupted set-up is repeated in a new .venv.
 $(READY): pyproject.toml constraints.txt
@@ -113,6 +124,10 @@ $(READY): pyproject.toml constraints.txt
 
 $(VENV)/.setup-peers: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,peers]'
+	touch $@
+
+$(VENV)/.setup-real: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,qlora]'
 	touch $@
 
 $(VENV)/.setup-browser: $(READY)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = ["help", "setup", "sft", "pretrain", "generate"]
+TARGETS = ["help", "setup", "sft", "sft-real", "pretrain", "generate"]
 TARGETS += [
     "test",
     "test-large",
     "test-peers",
+    "test-real",
     "test-browser",
     "bench-peers",
     "soak",
@@ -97,6 +98,16 @@ def test_another_recipe_answers_if_run_names_its_folder(ready):
         "VENV/bin/hf-clm train 'my.yaml' --overwrite done --output_dir 'runs/mine'",
         "VENV/bin/hf-clm generate 'runs/mine' --prompt 'Hello'",
     ]
+
+
+def test_the_real_model_is_fetched_once_and_takes_the_place_of_the_one_on_the_hub(ready):
+    train = "VENV/bin/hf-clm train 'recipes/sft/smollm2.yaml' --overwrite done   --model.name_or_path"
+
+    missing = commands(make("-n", "sft-real", ready, "MODEL=no/such/folder"), ready)
+    there = commands(make("-n", "sft-real", ready, "MODEL=recipes"), ready)
+
+    assert missing == ["VENV/bin/python data/get_smollm2.py", f"{train} no/such/folder"]
+    assert there == [f"{train} recipes"]
 
 
 def test_two_gpus_go_through_accelerate(ready):

@@ -1,6 +1,7 @@
 """Every shipped recipe loads, and trains with a tiny model in place of its model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
@@ -18,6 +19,7 @@ KINDS = {
     "mrpc.yaml": "gpt2",
     "docstrings.yaml": "gpt2",
     "five-poems.yaml": "qwen2",
+    "smollm2.yaml": "llama",
 }
 ROWS = {
     "text": {"text": "The with statement wraps a block. " * 4},
@@ -28,6 +30,9 @@ ROWS = {
         "sentence2": "A lamp is turning.",
         "title": "Lamp",
         "content": "On.",
+    },
+    "messages": {
+        "messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The keeper."}]
     },
     "prompt_completion": {"prompt": "def area(circle):\n", "completion": "The area of a circle."},
 }
@@ -50,6 +55,7 @@ def test_all_recipes_are_found():
         "sft/mrpc.yaml",
         "sft/poems.yaml",
         "sft/qwen2.5-0.5b.yaml",
+        "sft/smollm2.yaml",
     }
 
 
@@ -63,13 +69,20 @@ def save_tokenizer(folder: Path) -> str:
     return str(folder)
 
 
+def numbered(value: Any, number: int) -> Any:
+    """A text, or the content of each message, with a number that makes the record its own."""
+    if isinstance(value, list):
+        return [{**turn, "content": f"{turn['content']} {number}"} for turn in value]
+    return f"{value} {number}"
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_recipe_trains_two_steps(path, tmp_path):
     recipe = load_recipe(path)
     first = recipe.data.train[0]
     texts = ROWS["template" if first.template else str(first.format)]
     label = {"label": "1"} if first.template else {}
-    rows = [{key: f"{text} {n}" for key, text in texts.items()} | label for n in range(100)]
+    rows = [{key: numbered(text, n) for key, text in texts.items()} | label for n in range(100)]
     words = [
         "--data.train",
         write_jsonl(tmp_path / "rows.jsonl", rows),
@@ -84,6 +97,8 @@ def test_a_recipe_trains_two_steps(path, tmp_path):
         words += ["--data.max_length", "256"]
     elif recipe.model.config["model_type"] == "gpt2":
         words += ["--model.config.n_layer", "1", "--model.config.n_embd", "16", "--model.config.n_head", "2"]
+    if first.format == "messages":
+        words += ["--tokenizer.chat_template", "chatml"]
     if recipe.tokenizer.name_or_path:
         words += ["--tokenizer.name_or_path", save_tokenizer(tmp_path / "tokenizer")]
 

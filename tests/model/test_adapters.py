@@ -271,7 +271,9 @@ def test_missing_requirements_are_reported_before_a_model_is_loaded(tmp_path, mo
     quantized = build_recipe(tmp_path, lora={"quantize": "4bit"})
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
 
-    with pytest.raises(EnvironmentFault, match=r"^lora.quantize: needs the package bitsandbytes; fix: pip inst"):
+    with pytest.raises(
+        EnvironmentFault, match=r"^lora.quantize: needs the package bitsandbytes; fix: pip inst"
+    ):
         train(quantized)
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(EnvironmentFault, match=r"lora requires the package peft; fix: pip install"):

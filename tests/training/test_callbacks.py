@@ -29,11 +29,12 @@ def event(callback, name: str, *, step: int, logs: dict | None = None, is_main: 
 
 
 def test_a_log_event_is_one_line_with_the_time_left(capsys, monkeypatch):
-    clock = iter([1000.0, 1010.0])  # 10 seconds for 50 of 200 steps: 30 more
+    clock = iter([1000.0, 1500.0, 1510.0])  # 10 seconds for 50 of 200 steps: 30 more
     monkeypatch.setattr("hf_clm.training.callbacks.time.monotonic", lambda: next(clock))
     callback = ProgressCallback(is_terminal=False)
 
     event(callback, "on_train_begin", step=0)
+    event(callback, "on_step_begin", step=0)  # after an evaluation of 500 seconds
     event(callback, "on_log", step=50, logs=LOG)
 
     assert capsys.readouterr().out == (
