@@ -10,6 +10,7 @@ import numpy as np
 from hf_clm.data.batch.mixing import DrawnDataset, Mix, MixOptions, RecordCounts, mix_rows
 from hf_clm.data.batch.packing import PackedDataset, Pieces
 from hf_clm.data.label.datasets import TokenizedDataset
+from hf_clm.data.label.labels import NO_ROOM
 from hf_clm.data.prepared.tables import StoredLedger, StoredRows
 from hf_clm.data.read.records import Examples
 from hf_clm.errors import DataError
@@ -172,12 +173,15 @@ def check_dropped(split: Split, data: Data) -> None:
     ]
     listed += ledger.unreadable
     within = f" within data.max_length={data.max_length}" if counts["dropped"] else ""
+    fixes = ["raise data.max_length"] if within else []
+    fixes += ["set overflow: split for plain text"] if any(NO_ROOM in place for place in listed) else []
+    fixes += ["correct the records"]
+    fixes += [f"set data.max_dropped={to_limit(lost / total)}"] if lost < total else []
     raise DataError(
         f"{lost:,} of {total:,} records cannot be trained on{within}",
         where=", ".join(split.examples.report.files[:2]),
         got="; ".join(listed[:SHOWN_DROPS]),
-        fix=f"{'raise data.max_length, ' if within else ''}correct the records, "
-        f"or set data.max_dropped={to_limit(lost / total)}",
+        fix=", ".join(fixes[:-1]) + (", or " if fixes[1:] else "") + fixes[-1],
     )
 
 

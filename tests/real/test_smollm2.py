@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a pretrained chat model: what is promised holds on it too. See ``make test-real``."""
+"""SmolLM2-135M-Instruct, a pretrained chat model: what is promised holds on it too (make test-real)."""
 
 import json
 import subprocess

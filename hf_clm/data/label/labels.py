@@ -19,6 +19,8 @@ from hf_clm.schema import IGNORE_INDEX, Chat, Example, Message, TokenizedExample
 from hf_clm.text.encode import Encoder, Piece
 from hf_clm.text.tokenizer import max_token_id
 
+NO_ROOM = "no whole target fits in max_length"  # why a record is dropped
+
 Rows = list[TokenizedExample]
 AnyRow = TypeVar("AnyRow", bound=Any)
 
@@ -177,7 +179,7 @@ def fit(rows: Rows, max_length: int | None, *, overflow: str, keeps: int = 0) ->
             pieces = _OVERFLOWS[overflow](row, max_length, keeps)
         fitted += [piece for piece in pieces if count_targets(piece)]
     if not fitted:
-        reason = "longer than max_length" if overflow == "drop" else "no whole target fits in max_length"
+        reason = "longer than max_length" if overflow == "drop" else NO_ROOM
         reason = "no target token is left" if overflow == "truncate" else reason
         return [], Fate("dropped", reason, tokens=tokens, target_tokens=targets)
     if overflow == "split":
@@ -221,7 +223,7 @@ def fit_chat(chat: Chat, rows: Rows, renderer: Renderer, *, max_length: int) -> 
         first, fitted = _cut_turns(part, renderer, max_length=max_length)
         left_out, fitted_rows = max(left_out, first), fitted_rows + fitted
     if not fitted_rows:
-        return [], Fate("dropped", "no whole target fits in max_length", **counts)
+        return [], Fate("dropped", NO_ROOM, **counts)
     first = next((n for n, m in enumerate(chat.messages, start=1) if m["role"] != "system"), 1)
     reason = f"messages {first} to {left_out} left out" if left_out else "turns that do not fit left out"
     length = sum(len(row["input_ids"]) for row in fitted_rows)

@@ -469,6 +469,14 @@ def test_max_dropped_limits_too_long_records_and_lists_the_first():
     )
 
 
+def test_a_text_without_room_in_a_row_is_refused_with_the_way_to_split_it():
+    assert refusal([{"text": "a long text " * 10}], max_length=32) == (
+        "a.jsonl: 1 of 1 records cannot be trained on within data.max_length=32; "
+        "got a.jsonl:1 (no whole target fits in max_length); "
+        "fix: raise data.max_length, set overflow: split for plain text, or correct the records"
+    )
+
+
 def test_all_rows_dropped_are_an_error_whatever_is_allowed():
     message = refusal(RECORDS[:4], max_length=2, overflow="drop")
 
