@@ -9,7 +9,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from hf_clm.recipe.sections import Card
-from hf_clm.run_folder import RunFolder, RunRecord, write_text
+from hf_clm.run_folder import METRICS, RunFolder, RunRecord, metric_of, write_text
 
 TAG = "hf_clm"
 FENCE = "````"  # longer than fences in most recipes and texts
@@ -32,7 +32,8 @@ def write_card(run: RunFolder, section: Card, *, examples: Sequence[str] = ()) -
         base=base_model(record),
         recipe=(run.path / "recipe.yaml").read_text(encoding="utf-8").strip(),
         examples=examples,
-        figures={name: value for name, value in run.figures().items() if name not in SHOWN_ELSEWHERE},
+        figures={name: value for name, value in run.figures().items() if name not in SHOWN_ELSEWHERE}
+        | named_figures(run),
     )
     write_text(run.path / "README.md", text)
 
@@ -46,6 +47,16 @@ def front_matter(record: RunRecord, section: Card) -> dict[str, Any]:
         about |= {"base_model": base, "base_model_relation": "adapter" if record.is_adapter else "finetune"}
     optional = {"license": section.license, "language": section.language}
     return about | {key: value for key, value in optional.items() if value}
+
+
+def named_figures(run: RunFolder) -> dict[str, str]:
+    """The figures of evaluation sets with names of their own, and of answers, before and after."""
+    named = ((metric_of(key), values) for key, values in run.evaluated().items() if key not in METRICS)
+    return {
+        f"Evaluation: {metric.title}": " -> ".join(map(metric.form, values))
+        for metric, values in named
+        if metric
+    }
 
 
 def base_model(record: RunRecord) -> str | None:

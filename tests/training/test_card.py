@@ -103,6 +103,14 @@ def test_the_text_has_the_figures_and_the_hash_and_names_files_without_their_fol
     assert "/home/ann" not in text and "Examples" not in text
 
 
+def test_the_figures_of_sets_with_names_of_their_own_and_of_answers_are_in_the_table(tmp_path):
+    named = {"eval_general_loss": [3.274, 3.304], "eval_chrf": [8.5, 61.25]}
+
+    _, text = card_of(tmp_path, {**RUN, "evaluated": {**RUN["evaluated"], **named}})
+
+    assert "| Evaluation: general loss | 3.274 -> 3.304 |\n| Evaluation: chrf | 8.5 -> 61.25 |\n" in text
+
+
 def test_examples_cannot_end_their_code_fence(tmp_path):
     _, text = card_of(tmp_path, RUN, examples=["a ```` fence\n# no heading"])
 

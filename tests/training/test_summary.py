@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from hf_clm.data.prepared.cache import read_splits
 from hf_clm.recipe.recipe import Recipe, load_recipe
-from hf_clm.training.summary import RunFacts, add_outcome, end_lines, start_lines, versions
+from hf_clm.training.summary import RunFacts, add_outcome, end_lines, sample_lines, start_lines, versions
 
 # "say N\n", N letters and the end token are 8, 9, 10 and 11 tokens; 2, 3, 4 and 5 of them are learned.
 RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "x" * n} for n in range(1, 5)]
@@ -140,12 +140,28 @@ def test_held_out_rows_are_counted_and_named_at_the_end(tmp_path):
     assert (record.loss_before, record.loss_after) == (3.0, 1.0)
     assert (record.token_accuracy_before, record.token_accuracy_after) == (0.0, 0.5)
     assert set(record.evaluated) == {"eval_loss", "eval_token_accuracy", "eval_chrf"}
-    assert end_lines(facts, record)[:4] == [
+    assert end_lines(facts, record, samples=[])[:4] == [
         "done      7 steps in 2s, 700 tokens, 350 tokens/s (40% MFU)",
         "loss      3.0000 -> 1.0000 on held-out data",
         "accuracy  0% -> 50% of the target tokens",
         "          chrf 61.25 -> 61.25",
     ]
+
+
+def test_each_sample_prompt_is_told_with_its_first_and_its_last_answer():
+    told = [(0, "Why?", "I do\nnot know."), (0, "When?", "Now."), (5, "Why?", "Hm."), (5, "When?", "Hm.")]
+    told += [(9, "Why?", "Because."), (9, "When?", "Later.")]
+    samples = [{"step": step, "prompt": prompt, "text": text} for step, prompt, text in told]
+
+    assert sample_lines(samples) == [
+        "asked     Why?",
+        "before    I do not know.",
+        "after     Because.",
+        "asked     When?",
+        "before    Now.",
+        "after     Later.",
+    ]
+    assert sample_lines(samples[:2]) == sample_lines([]) == []
 
 
 def test_versions_include_every_package_that_computes():

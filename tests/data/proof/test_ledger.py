@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import byte_tokenizer, document, prompted, prove_records, split_of
+from helpers import byte_tokenizer, document, prompted, prove_records, split_of, write_jsonl
 from pyarrow import parquet
 
 from hf_clm.data.batch.packing import PackedDataset, Pieces
@@ -292,6 +292,16 @@ def test_duplicates_are_kept_by_default_and_dropped_on_request(tmp_path):
         "used": 3,
         "duplicate": 2,
     }
+
+
+def test_a_set_with_a_long_name_has_its_table_beside_the_name(tmp_path):
+    other = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "a", "completion": "other"}])
+
+    proof = prove_records(tmp_path, RECORDS, eval={"general": other})
+
+    (at,) = (number for number, line in enumerate(proof.lines) if line.startswith("eval_general"))
+    assert proof.lines[at].startswith("eval_general fate ")
+    assert proof.lines[at + 1].startswith("             used ")
 
 
 def test_records_that_cannot_be_used_are_counted(tmp_path):
