@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from hf_clm.errors import EnvironmentFault, ModelError
-from hf_clm.machine import has_bf16
 from hf_clm.model.adapters import add_adapters, check_layers, find_new_tokens
 from hf_clm.model.attention import NAME as PACKED
 from hf_clm.model.load import (
@@ -159,7 +158,7 @@ def build_model(
             dtype=weights_dtype(recipe, arguments),
             attention=section.attention,
             revision=section.revision,
-            quantization=_quantization(recipe, arguments.device),
+            quantization=_quantization(recipe, arguments),
             trust_remote_code=section.trust_remote_code,
             allow_bin=section.allow_bin,
         )
@@ -208,7 +207,7 @@ def _with_adapters(recipe: Recipe, model: PreTrainedModel, *, new_tokens: list[i
     )
 
 
-def _quantization(recipe: Recipe, device: torch.device) -> Any:
+def _quantization(recipe: Recipe, arguments: TrainingArguments) -> Any:
     """The 4 bits of QLoRA (arXiv:2305.14314). Raises EnvironmentFault without the package."""
     if recipe.lora is None or recipe.lora.quantize is None:
         return None
@@ -216,8 +215,7 @@ def _quantization(recipe: Recipe, device: torch.device) -> Any:
         raise EnvironmentFault(
             "needs the package bitsandbytes", where="lora.quantize", fix="pip install 'hf_clm[qlora]'"
         )
-    slow = torch.float16 if device.type == "cuda" else torch.float32  # where bfloat16 is emulated
-    kind = torch.bfloat16 if has_bf16(device) else slow
+    kind = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -327,6 +327,7 @@ def load_model(
             **load_options(name_or_path, revision=revision, where=WHERE),
         )
     model, report = loaded
+    keep_gradients(model)
     missing = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
     if missing:
         what = f"{len(missing)} weights of the configuration are missing in the files, such as {missing[0]}"
@@ -340,6 +341,17 @@ def load_model(
     if attention == packed.NAME:
         settle_attention(model, reason)
     return model
+
+
+def keep_gradients(model: PreTrainedModel) -> None:
+    """Changes a model in 4 bits: its layers keep the form that gradients pass through on a CPU too.
+
+    Where the CPU has AVX512-BF16, bitsandbytes repacks a layer the first time that it is evaluated, and for
+    good; the product with the repacked weights has no gradient, so all layers below would learn nothing.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # of bitsandbytes.nn.Linear4bit
+            module.support_avx512bf16_for_cpu = False
 
 
 def read_generation_file(name_or_path: str, *, revision: str | None = None) -> dict[str, Json] | None:

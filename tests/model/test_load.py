@@ -25,6 +25,7 @@ from hf_clm.model.load import (
     check_packing,
     grow_embeddings,
     init_model,
+    keep_gradients,
     load_config,
     load_model,
     max_positions,
@@ -523,3 +524,13 @@ def test_new_embeddings_have_the_given_standard_deviation(std, low, high):
     assert low < model.transformer.wte.weight.std() < high
     assert low < model.transformer.wpe.weight.std() < high
     assert 0.015 < model.lm_head.weight.std() < 0.025
+
+
+def test_layers_in_4_bits_are_not_repacked_where_a_repacked_layer_has_no_gradient():
+    model = tiny_model()
+    layer: Any = model.model.layers[0].mlp.up_proj
+    layer.support_avx512bf16_for_cpu = True  # as in bitsandbytes.nn.Linear4bit
+
+    keep_gradients(model)
+
+    assert layer.support_avx512bf16_for_cpu is False
