@@ -9,6 +9,7 @@ from itertools import islice
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.doctor.facts import Facts
 from hf_clm.errors import DataError, EnvironmentFault, ModelError, RecipeError, UserError
+from hf_clm.model.build import weights_dtype
 from hf_clm.text.chat import stop_token_ids
 from hf_clm.text.tokenizer import control_tokens, max_token_id, unique_ids, unknown_id
 
@@ -287,11 +288,11 @@ def check_dtype(facts: Facts) -> Check:
     if (arguments.bf16 or dtype == "bfloat16") and not facts.machine.has_bf16:
         what = f"this {device} has no native bfloat16, which makes it slower than float32"
         return Problem(what, where, "remove it, or set train.fp16 on a GPU", is_warning=True)
-    if dtype == "bfloat16":
+    if dtype == "bfloat16" and facts.recipe.lora is None:  # adapters are float32
         what = "bfloat16 weights lose small updates"
         return Problem(what, "model.dtype", "set it to float32, with train.bf16: true", is_warning=True)
     autocast = ", bfloat16 autocast" if arguments.bf16 else ", float16 autocast" if arguments.fp16 else ""
-    return Ok(f"{dtype} weights{autocast} on {device}")
+    return Ok(f"{weights_dtype(facts.recipe, arguments)} weights{autocast} on {device}")
 
 
 def check_gpus(facts: Facts) -> Check:

@@ -66,6 +66,7 @@ def build_facts(
         "model": {"name_or_path": "some/model"} | sections.get("model", {}),
         "data": {"train": ["rows.jsonl"], "eval": ["rows.jsonl"], "max_length": 64, "packing": "none"}
         | sections.get("data", {}),
+        "lora": sections.get("lora"),
         "train": settings,
     }
     recipe = Recipe.model_validate(content)
@@ -127,6 +128,8 @@ ACCEPTED: list[tuple[str, dict[str, Any], str]] = [
     ("threads", {"machine": {"threads": 8}}, "1 x 8 threads on 8 physical cores"),
     ("precision", {}, "float32 weights on cpu"),
     ("precision", {"train": {"bf16": True}}, "float32 weights, bfloat16 autocast on cpu"),
+    ("precision", {"train": {"bf16": True}, "lora": {}}, "bfloat16 weights, bfloat16 autocast on cpu"),
+    ("precision", {"model": {"dtype": "bfloat16"}, "lora": {}}, "bfloat16 weights on cpu"),
     ("GPUs", {}, "none available"),
 ]
 
