@@ -349,7 +349,8 @@ def keep_gradients(model: PreTrainedModel) -> None:
     Where the CPU has AVX512-BF16, bitsandbytes repacks a layer the first time that it is evaluated, and for
     good; the product with the repacked weights has no gradient, so all layers below would learn nothing.
     """
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):  # of bitsandbytes.nn.Linear4bit
             module.support_avx512bf16_for_cpu = False
 
