@@ -265,7 +265,8 @@ class Data(Section):
     mixing: Annotated[Mixing | None, ASIDE] = None
     """How the sources of train share an epoch; null: by their weights or epochs, or every row once."""
     eval_train_rows: Annotated[int, Rule("free", decides=False)] = Field(default=0, ge=0)
-    """Number of training rows to evaluate as well, without dropout: eval_train_loss in the logs."""
+    """Number of training rows to evaluate as well, without dropout: eval_train_loss in the logs. Without an
+    eval set they are evaluated in its place, as eval_loss."""
     max_length: int = Field(default=1024, ge=2)
     """Tokens in a row."""
     overflow: Annotated[Overflow | None, OF_WHOLE_ROWS] = None
