@@ -307,6 +307,7 @@ class RunFolder:
     record: RunRecord
     metrics: Entries
     samples: Entries
+    answers: Entries
     label_rows: Entries
     recipe: dict[str, Any]
     unreadable: int
@@ -315,6 +316,15 @@ class RunFolder:
     def name(self) -> str:
         """The folder's own name."""
         return self.path.resolve().name
+
+    @property
+    def questions(self) -> dict[str, str]:
+        """The prompts of the first training documents with their targets, as label_rows.jsonl shows them.
+
+        Documents with more than one target are left out, and those whose prompt cannot be told from what the
+        chat template writes around it.
+        """
+        return dict(filter(None, map(_to_question, self.label_rows)))
 
     def evaluated(self) -> Mapping[str, Sequence[float]]:
         """The first and the last value of each figure of the evaluations; one where there was only one.
@@ -355,16 +365,33 @@ def load_folder(path: str | Path) -> RunFolder:
     if (record := read_record(path)) is None:
         what = "holds no run.json: not a run's folder" if path.is_dir() else "no such folder"
         raise RecipeError(what, where=str(path), fix="name the output folder of a run")
-    metrics, samples, rows = (
-        read_lines(path / name) for name in ("metrics.jsonl", "samples.jsonl", "label_rows.jsonl")
-    )
-    unreadable = metrics[1] + samples[1] + rows[1]
+    names = ("metrics.jsonl", "samples.jsonl", "answers.jsonl", "label_rows.jsonl")
+    logs = [read_lines(path / name) for name in names]
+    metrics, samples, answers, rows = (entries for entries, _ in logs)
+    unreadable = sum(count for _, count in logs)
     try:
         file = path / "recipe.yaml"
         recipe = _to_leaves(str(file), file.stat().st_mtime_ns)
     except (OSError, UserError):
         recipe = {}
-    return RunFolder(path, record, metrics[0], samples[0], rows[0], recipe, unreadable)
+    return RunFolder(path, record, metrics, samples, answers, rows, recipe, unreadable)
+
+
+def _to_question(document: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(prompt, target) of a line of label_rows.jsonl. In a chat the template writes ``user`` above a turn."""
+    turns = document["turns"]
+    texts = ["".join(text for style, text in atoms if "control" not in style) for _, atoms in turns]
+    learned = ["".join(text for style, text in atoms if style in ("trained", "mixed")) for _, atoms in turns]
+    numbers = [number for number, target in enumerate(learned) if target]
+    if len(numbers) != 1 or numbers[0] < 1 or document["shown"] < document["tokens"]:
+        return None
+    *before, (role, _) = turns[: numbers[0]]
+    text, target = texts[numbers[0] - 1], learned[numbers[0]]
+    if any(other not in ("", "template") for other, _ in before):
+        return None
+    if role == "user" and text.startswith("user\n"):
+        return text.removeprefix("user\n").strip(), target
+    return (text, target) if role == "prompt" else None
 
 
 def points(entries: Entries, key: str, *, over: str = "step") -> list[Point]:
