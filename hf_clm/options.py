@@ -173,6 +173,11 @@ def add_evaluate_options(parser: Parser) -> None:
     text = "also with choices; adds chrF and BLEU (extra eval), and prompt, target and answer to --json"
     answers.add_argument("--generate", action="store_true", help=text)
     answers.add_argument("--no_generate", action="store_true", help="leave out the generated answers")
+    text = (
+        "measure another model too, on the same rows: one of the same tokenizer, or base, which is the model "
+    )
+    text += "that the run began with (for adapters: without them)"
+    parser.add_argument("--before", metavar="base|MODEL", help=text)
     text = "also write a page: the loss of each token, worst rows first"
     parser.add_argument("--html", metavar="FILE", help=text)
     parser.add_argument("--rows", type=at_least(1), default=20, help="rows on the page (%(default)s)")

@@ -470,9 +470,27 @@ _TABLE = (
     Metric("padding_share", "Padding", to_percent, chart="zero", unit="share of the places in a batch"),
     Metric("gpu_memory", "GPU memory", to_percent, "GPU memory", is_figure=False),
     Metric("gpu_utilization", "GPU utilization", to_percent, "busy", is_figure=False),
+    # Figures of hf-clm evaluate that are in no log.
+    Metric("examples", "Examples", to_count, is_figure=False),
+    Metric("dropped", "Dropped examples", to_count, is_figure=False),
+    Metric("skipped", "Skipped lines", to_count, is_figure=False),
+    Metric("rows", "Rows", to_count, is_figure=False),
+    Metric("target_tokens", "Target tokens", to_count, is_figure=False),
+    Metric("perplexity", "Perplexity", to_short, is_figure=False),
+    Metric("bits_per_byte", "Bits per byte", to_loss, is_figure=False),
+    Metric("loss_first", "Loss of first tokens", to_loss, is_figure=False),
+    Metric("loss_content", "Loss of tokens in between", to_loss, is_figure=False),
+    Metric("loss_stop", "Loss of stop tokens", to_loss, is_figure=False),
+    Metric("asked", "Prompts answered", to_count, is_figure=False),
+    Metric("exact_match", "Answers equal to the target", to_percent, is_figure=False),
+    Metric("stopped", "Answers with a stop token", to_percent, is_figure=False),
+    Metric("chrf", "chrF", to_short, is_figure=False),
+    Metric("bleu", "BLEU", to_short, is_figure=False),
+    Metric("accuracy", "Accuracy of the choices", to_percent, is_figure=False),
+    Metric("majority", "Share of the commonest choice", to_percent, is_figure=False),
+    Metric("f1", "F1", to_percent, is_figure=False),
 )
 METRICS = {metric.name: metric for metric in _TABLE}
-
 # Of an evaluation, but nothing that training changes.
 ASIDE = re.compile(r"eval_(.*_)?(target_tokens|runtime|.*_per_second|model_preparation_time)")
 

@@ -3,7 +3,7 @@
 samples.jsonl, answers.jsonl --histories--> {prompt: {step: text}} --grow--> one Stage for each change
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 

@@ -36,7 +36,7 @@ STYLE: "dict[RcKeyType, Any]" = {
 
 
 class Series(NamedTuple):
-    """A named series of points: drawn as a line, or as markers (``dots``) if it was measured at a few steps."""
+    """A named series of points, drawn as a line, or as markers (``dots``) if measured at a few steps."""
 
     name: str
     points: Sequence[Point]

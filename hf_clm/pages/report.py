@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 REFRESH_SECONDS = 10
 LEARNING = ("loss", "token_accuracy", "learning_rate", "grad_norm")  # metrics of the chapter on learning
-NO_COSTS = {*(METRICS[name].title for name in LEARNING), "Evaluated on", "Packed rows"}  # figures shown elsewhere
+NO_COSTS = {
+    *(METRICS[name].title for name in LEARNING),
+    "Evaluated on",
+    "Packed rows",
+}  # figures shown elsewhere
 NOT_GIVEN = ("default", "hf_clm default", "chosen by the run")  # origins of a value
 
 
@@ -105,7 +109,7 @@ def to_changes(run: RunFolder) -> dict[str, tuple[str, ...]]:
 def to_recipe(run: RunFolder) -> list[Table]:
     """Returns the values that were given, each with its origin, then the others.
 
-    The runs of older versions recorded no origins. The ``train`` section of recipe.yaml contains the values that
+    Runs of older versions recorded no origins. The ``train`` section of recipe.yaml contains the values that
     were given, our defaults, and values chosen for the machine.
     """
     origins = run.record.origins
