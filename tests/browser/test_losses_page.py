@@ -59,4 +59,4 @@ def test_a_larger_loss_is_hotter(page):
     colour = "element => getComputedStyle(element).backgroundColor"
     swatches = page.locator(".legend .t")
 
-    assert len({swatch.evaluate(colour) for swatch in swatches.all()}) == 4
+    assert len({swatch.evaluate(colour) for swatch in swatches.all()}) == 10
