@@ -34,8 +34,8 @@ JOINERS = "\u200c\u200d"  # parts of emoji and Persian words, and harmless
 class Document:
     """Tokens ``start`` to ``stop`` of a row, which attend to nothing before ``start``.
 
-    ``before`` and ``after`` count the tokens of the same example that are not in this row. ``roles`` lists the
-    turns: the token of the row at which one begins, and its role. ``flags`` maps a name in FLAGS to details.
+    ``before`` and ``after`` count the tokens of the same example that are not in this row. ``roles`` lists
+    the turns by their first token in the row. ``flags`` maps a name in FLAGS to its details.
     """
 
     start: int
@@ -124,7 +124,7 @@ class Vocabulary:
         self._known: dict[int, bytes] = {}
 
     def is_control(self, token_id: int) -> bool:
-        """Returns True for an added or special token that is not white space, and for an id without a token."""
+        """Returns True for an added or special token other than white space, and for an id without one."""
         return bool(self._added.get(token_id, "").strip()) or self.to_bytes(token_id) == b""
 
     def to_bytes(self, token_id: int) -> bytes:
@@ -169,7 +169,7 @@ class Vocabulary:
 
 
 def to_atoms(row: Row, tokens: tuple[int, int], *, vocabulary: Vocabulary) -> Iterator[Atom]:
-    """Yields the complete characters of tokens ``first`` to ``last``: trained, read or mixed, or a control."""
+    """Yields the characters of tokens ``first`` to ``last``: trained, read or mixed, maybe a control."""
     first, last = tokens
     trained = row.trained
     ids = row.input_ids[first:last].tolist()

@@ -32,7 +32,7 @@ JOINED = "\u200c\u200d\ufe0e\ufe0f"  # occupy no column
 
 
 def to_lines(row: Row, vocabulary: Vocabulary, *, width: int, colors: bool) -> list[str]:
-    """Returns one row: its counts, then each document with place, flags, roles and tokens, then the padding."""
+    """Returns one row: its counts, each document with place, flags, roles and tokens, and the padding."""
     trained = int(row.trained.sum())
     share = trained / max(1, row.length)
     parts = f"{len(row.documents)} document{'' if len(row.documents) == 1 else 's'}"
