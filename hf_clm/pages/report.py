@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 REFRESH_SECONDS = 10
-LEARNING = ("loss", "token_accuracy", "learning_rate", "grad_norm")  # metrics of the chapter on learning
+LEARNING = ("loss", "token_accuracy")  # metrics of the chapter on the loss
 NO_COSTS = {
     *(METRICS[name].title for name in LEARNING),
     "Evaluated on",

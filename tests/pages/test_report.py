@@ -50,7 +50,7 @@ def test_a_whole_run_has_every_part(tmp_path):
 
     assert headings(text) == [
         *("What the model reads and learns", "How the loss falls", "How the answers grow"),
-        *("What it cost", "What was proved", "Where every record went"),
+        *("What it cost, and how it ran", "What was proved", "Where every record went"),
         *("Self-test of the loss", "Recipe", "Versions"),
     ]
     assert titles(text) == [
@@ -242,7 +242,7 @@ def test_steps_with_the_same_answer_are_one_and_the_target_is_recognized(tmp_pat
         *("before training", "?"),
         *("step 10", "so"),
         *("steps 20 to 40", "✓ the target", "boats"),
-        "What it cost",
+        "What it cost, and how it ran",
     ]
 
 
