@@ -195,7 +195,7 @@ def to_figures(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def to_tables(metrics: Mapping[str, Any]) -> dict[str, Table]:
-    """Formats the metrics before and after, the confusion matrix and the metrics per file as tables, by title."""
+    """Formats the metrics before and after, the confusion matrix and the files as tables, by title."""
     tables = {}
     if before := metrics.get("before"):
         rows = [[key, _to_text(before[key]), _to_text(metrics[key])] for key in COMPARED]
