@@ -118,7 +118,7 @@ def test_the_eval_split_is_shown_on_request(recipe):
 def test_a_missing_eval_split_and_a_folder_without_a_run_are_refused(recipe):
     with pytest.raises(RecipeError, match="the recipe has no set 'eval'"):
         inspect(str(recipe), [], view=View(split="eval"))
-    with pytest.raises(RecipeError, match="not a run's folder"):
+    with pytest.raises(RecipeError, match="not the folder of a run"):
         inspect("tokenizer", [], view=View())
 
 
