@@ -184,6 +184,9 @@ def add_evaluate_options(parser: Parser) -> None:
     text = "generate answers even with --choices, and add chrF and BLEU (extra eval), and the texts to --json"
     answers.add_argument("--generate", action="store_true", help=text)
     answers.add_argument("--no_generate", action="store_true", help="do not generate answers")
+    text = "also score the same rows with another model of the same tokenizer; base is the model that the "
+    text += "run started from (for adapters: the model without them)"
+    parser.add_argument("--before", metavar="base|MODEL", help=text)
     text = "also write an HTML page with the loss of each token, worst rows first"
     parser.add_argument("--html", metavar="FILE", help=text)
     parser.add_argument(

@@ -307,6 +307,7 @@ class RunFolder:
     record: RunRecord
     metrics: Entries
     samples: Entries
+    answers: Entries
     label_rows: Entries
     recipe: dict[str, Any]
     unreadable: int
@@ -315,6 +316,15 @@ class RunFolder:
     def name(self) -> str:
         """The name of the folder."""
         return self.path.resolve().name
+
+    @property
+    def questions(self) -> dict[str, str]:
+        """The prompts of the first training documents with their targets, as label_rows.jsonl shows them.
+
+        Documents with more than one target are left out, and those whose prompt cannot be told from what the
+        chat template writes around it.
+        """
+        return dict(filter(None, map(_to_question, self.label_rows)))
 
     def evaluated(self) -> Mapping[str, Sequence[float]]:
         """Returns the first and the last value of each figure of the evaluations, or the only one.
@@ -356,16 +366,33 @@ def load_folder(path: str | Path) -> RunFolder:
     if (record := read_record(path)) is None:
         what = "contains no run.json, so it is not the folder of a run" if path.is_dir() else "no such folder"
         raise RecipeError(what, where=str(path), fix="name the output folder of a run")
-    metrics, samples, rows = (
-        read_lines(path / name) for name in ("metrics.jsonl", "samples.jsonl", "label_rows.jsonl")
-    )
-    unreadable = metrics[1] + samples[1] + rows[1]
+    names = ("metrics.jsonl", "samples.jsonl", "answers.jsonl", "label_rows.jsonl")
+    logs = [read_lines(path / name) for name in names]
+    metrics, samples, answers, rows = (entries for entries, _ in logs)
+    unreadable = sum(count for _, count in logs)
     try:
         file = path / "recipe.yaml"
         recipe = _to_leaves(str(file), file.stat().st_mtime_ns)
     except (OSError, UserError):
         recipe = {}
-    return RunFolder(path, record, metrics[0], samples[0], rows[0], recipe, unreadable)
+    return RunFolder(path, record, metrics, samples, answers, rows, recipe, unreadable)
+
+
+def _to_question(document: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(prompt, target) of a line of label_rows.jsonl. In a chat the template writes ``user`` above a turn."""
+    turns = document["turns"]
+    texts = ["".join(text for style, text in atoms if "control" not in style) for _, atoms in turns]
+    learned = ["".join(text for style, text in atoms if style in ("trained", "mixed")) for _, atoms in turns]
+    numbers = [number for number, target in enumerate(learned) if target]
+    if len(numbers) != 1 or numbers[0] < 1 or document["shown"] < document["tokens"]:
+        return None
+    *before, (role, _) = turns[: numbers[0]]
+    text, target = texts[numbers[0] - 1], learned[numbers[0]]
+    if any(other not in ("", "template") for other, _ in before):
+        return None
+    if role == "user" and text.startswith("user\n"):
+        return text.removeprefix("user\n").strip(), target
+    return (text, target) if role == "prompt" else None
 
 
 def points(entries: Entries, key: str, *, over: str = "step") -> list[Point]:
@@ -444,6 +471,25 @@ _TABLE = (
     Metric("padding_share", "Padding", to_percent, chart="zero", unit="share of the positions in a batch"),
     Metric("gpu_memory", "GPU memory", to_percent, "GPU memory", is_figure=False),
     Metric("gpu_utilization", "GPU utilization", to_percent, "busy", is_figure=False),
+    # Figures of hf-clm evaluate that are in no log.
+    Metric("examples", "Examples", to_count, is_figure=False),
+    Metric("dropped", "Dropped examples", to_count, is_figure=False),
+    Metric("skipped", "Skipped lines", to_count, is_figure=False),
+    Metric("rows", "Rows", to_count, is_figure=False),
+    Metric("target_tokens", "Target tokens", to_count, is_figure=False),
+    Metric("perplexity", "Perplexity", to_short, is_figure=False),
+    Metric("bits_per_byte", "Bits per byte", to_loss, is_figure=False),
+    Metric("loss_first", "Loss of first tokens", to_loss, is_figure=False),
+    Metric("loss_content", "Loss of tokens in between", to_loss, is_figure=False),
+    Metric("loss_stop", "Loss of stop tokens", to_loss, is_figure=False),
+    Metric("asked", "Prompts answered", to_count, is_figure=False),
+    Metric("exact_match", "Answers equal to the target", to_percent, is_figure=False),
+    Metric("stopped", "Answers with a stop token", to_percent, is_figure=False),
+    Metric("chrf", "chrF", to_short, is_figure=False),
+    Metric("bleu", "BLEU", to_short, is_figure=False),
+    Metric("accuracy", "Accuracy of the choices", to_percent, is_figure=False),
+    Metric("majority", "Share of the commonest choice", to_percent, is_figure=False),
+    Metric("f1", "F1", to_percent, is_figure=False),
 )
 METRICS = {metric.name: metric for metric in _TABLE}
 

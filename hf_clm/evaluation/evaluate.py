@@ -16,6 +16,7 @@ from hf_clm.data.read.plain_template import is_plain
 from hf_clm.data.read.records import Examples
 from hf_clm.errors import DataError
 from hf_clm.evaluation.answers import Answers, load_metrics, measure_answers
+from hf_clm.evaluation.before import Before, load_before
 from hf_clm.evaluation.choices import Verdicts, choice_rows, find_expected, measure_choices, to_choices
 from hf_clm.evaluation.likelihood import Likelihood, measure_likelihood
 from hf_clm.generation.decoding import Decoding
@@ -39,6 +40,8 @@ FILE_METRICS = (
     "chrf",
 )
 
+COMPARED = ("loss", "perplexity", "bits_per_byte", "token_accuracy")  # before and after
+
 Table = tuple[list[str], list[list[str]]]  # header, rows; the first column has names
 
 
@@ -47,7 +50,12 @@ LINE = re.compile(r":[0-9]+$|: record [0-9]+$")  # follows the file in the place
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation. ``verdicts``: only with choices; ``answers``: only if generated."""
+    """The result of an evaluation.
+
+    verdicts: only with choices
+    answers: only if generated
+    before: another model that was measured too, and its likelihood of the same rows
+    """
 
     run: LoadedRun
     read: Examples
@@ -55,6 +63,7 @@ class Evaluation:
     likelihood: Likelihood
     verdicts: Verdicts | None
     answers: Answers | None
+    before: tuple[Before, Likelihood] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns all metrics, also per file if there are several, and the samples with ``--generate``."""
@@ -65,6 +74,9 @@ class Evaluation:
         names = list(dict.fromkeys(files.tolist()))
         if len(names) > 1:
             metrics["sources"] = {name: self.measure(files == name) for name in names}
+        if self.before:
+            before, likelihood = self.before
+            metrics["before"] = {"model": before.name, **likelihood.to_json()}
         if self.answers and self.answers.metrics:
             metrics["samples"] = [sample.to_json(self.read.places) for sample in self.answers.samples]
         return metrics
@@ -97,11 +109,16 @@ def evaluate_run(options: Namespace) -> Evaluation:
     read = load_examples(data)
     expected = find_expected(read, choices) if choices else None
     run = load_run(options.run, device=options.device)
+    before = load_before(options.before, run, options) if options.before else None
     stage: Stage = options.stage or run.stage
     max_length = options.max_length or run.max_length
     dataset = build_dataset(read, run, stage=stage, recipe=recipe, max_length=max_length)
     size = options.batch_size
     likelihood = measure_likelihood(run.model, run.tokenizer, dataset=dataset, batch_size=size)
+    earlier = None
+    if before:
+        with before.active():
+            earlier = measure_likelihood(before.model, run.tokenizer, dataset=dataset, batch_size=size)
     verdicts = answers = None
     if expected is not None:
         policy: Policy = data.special_tokens_in_text
@@ -123,7 +140,9 @@ def evaluate_run(options: Namespace) -> Evaluation:
     if options.generate and not answers:
         where = ", ".join(read.report.files[:2])
         raise DataError("no example has a prompt to answer", where=where, fix="remove --generate")
-    return Evaluation(run, read, dataset, likelihood, verdicts, answers)
+    return Evaluation(
+        run, read, dataset, likelihood, verdicts, answers, before and earlier and (before, earlier)
+    )
 
 
 def to_data(options: Namespace, recipe: Recipe | None) -> Data:
@@ -163,7 +182,7 @@ def build_dataset(
 
 
 def to_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """Formats each metric as a line, followed by the confusion matrix and the table of files, if any."""
+    """Formats each metric as a line, followed by the tables."""
     lines = [f"{name:<16} {value}" for name, value in to_figures(metrics).items()]
     for table in to_tables(metrics).values():
         lines += ["", *_aligned(*table)]
@@ -176,8 +195,11 @@ def to_figures(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def to_tables(metrics: Mapping[str, Any]) -> dict[str, Table]:
-    """Formats the confusion matrix and the metrics per file as tables, by title."""
+    """Formats the metrics before and after, the confusion matrix and the files as tables, by title."""
     tables = {}
+    if before := metrics.get("before"):
+        rows = [[key, _to_text(before[key]), _to_text(metrics[key])] for key in COMPARED]
+        tables["before and after"] = (["", "before", "after"], rows)
     if confusion := metrics.get("confusion"):
         rows = [[f"is {label}", *map(_to_text, counts.values())] for label, counts in confusion.items()]
         tables["choices"] = (["", *(f"chose {choice}" for choice in confusion)], rows)

@@ -17,8 +17,12 @@ from hf_clm.data.read.templating import to_template_prompt, to_template_words
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.model.load import NEW_TOKENS, max_positions
 from hf_clm.recipe.template import Template
+from hf_clm.run_folder import load_folder, step_of
 from hf_clm.schema import Chat, Document, Example, Format, Json, Segment, whole_text
 from hf_clm.text.tokenizer import find_unknown
+
+OFFERED, LONGEST_OFFERED = 6, 500  # prompts on the chat page, and characters of one
+TAKING_TEXT = ("instruct", "prompt_completion")  # formats whose prompts are rendered as they are
 
 
 def to_text(text: str) -> Document:
@@ -73,6 +77,21 @@ def read_prompts(
     if not prompts:
         raise DataError("the file has no prompts", where=path, fix="add at least one prompt")
     return prompts
+
+
+def first_prompts(folder: str) -> list[str]:
+    """Returns prompts to try a run with: those it was sampled with, then those of its first documents.
+
+    Returns none for a folder or a model that is not a run.
+    """
+    path = Path(folder).expanduser()
+    try:
+        run = load_folder(path.parent if step_of(path) >= 0 else path)
+    except RecipeError:
+        return []
+    takes_text = run.record.has_turns or run.record.format in TAKING_TEXT
+    prompts = [entry["prompt"] for entry in run.samples] + (list(run.questions) if takes_text else [])
+    return [prompt for prompt in dict.fromkeys(prompts) if 0 < len(prompt) <= LONGEST_OFFERED][:OFFERED]
 
 
 def _read_text(path: str) -> str:

@@ -183,7 +183,8 @@ class Reply:
     def _choice(self, index: int, content: JsonObject, finish: str | None) -> JsonObject:
         writer = self._writers[index]
         logprobs = None if writer.ticket.likeliest is None else writer.logprobs()
-        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
+        ended = {"finish_reason": finish, "stop_reason": writer.ticket.stop_text if finish else None}
+        return {"index": index, **content, "logprobs": logprobs, **ended}
 
     def _chunk(self, choices: Sequence[JsonObject], **more: object) -> str:
         return _to_event({**self._head, "object": self._writers[0].chunk_kind, "choices": choices, **more})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from hf_clm.errors import EnvironmentFault, RecipeError
 from hf_clm.generation.load import LoadedRun, load_run
+from hf_clm.generation.prompts import first_prompts
 from hf_clm.generation.sampling import base_decoding
 from hf_clm.generation.worker import Worker
 from hf_clm.model.load import max_positions
@@ -96,7 +97,8 @@ def build_app(options: Namespace, key: str, *, worker: Worker, run: LoadedRun) -
     )
     name = options.name or Path(options.run).resolve().name
     decoding = base_decoding(options.run, use_model_settings=options.use_model_settings)
-    return Service(run, worker, name=name, access=access, decoding=decoding).build_app()
+    prompts = first_prompts(options.run)
+    return Service(run, worker, name=name, access=access, decoding=decoding, prompts=prompts).build_app()
 
 
 def run_server(app: "Starlette", worker: Worker, *, listener: socket.socket, grace_seconds: float) -> None:

@@ -126,8 +126,18 @@ class Prompt(NamedTuple):
 class Service:
     """The endpoints of the server."""
 
-    def __init__(self, run: LoadedRun, worker: Worker, *, name: str, access: Access, decoding: Decoding):
+    def __init__(
+        self,
+        run: LoadedRun,
+        worker: Worker,
+        *,
+        name: str,
+        access: Access,
+        decoding: Decoding,
+        prompts: Sequence[str] = (),
+    ):
         self._run, self._worker, self._name, self._access = run, worker, name, access
+        self._prompts = list(prompts)  # that the page offers
         self._decoding, self._syntax = decoding, find_syntax(run.tokenizer)
         self._names = TokenNames(copy.deepcopy(run.tokenizer))  # another thread uses the original
         self._reading = asyncio.Lock()  # prompts are tokenized in another thread, one request at a time
@@ -208,6 +218,7 @@ class Service:
             "has_turns": self._run.has_turns,
             "max_prompt_tokens": self._access.prompt_tokens,
             "max_new_tokens": self._access.new_tokens,
+            "prompts": self._prompts,
         }
         if "name" not in request.path_params:
             return JSONResponse({"object": "list", "data": [model]})

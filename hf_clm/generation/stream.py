@@ -42,6 +42,8 @@ class Answer:
     text: str = ""
     finish: str = ""
     """Why the answer ended: "stop" (at a stop token or stop text, which ``text`` excludes) or "length"."""
+    stop_text: str | None = None
+    """The stop text at which the answer ended, if it did."""
     is_cancelled: bool = False
     _held: str = ""
 
@@ -53,8 +55,9 @@ class Answer:
         """Emits text and ends at a stop text. Holds back an end that may be the beginning of a stop text."""
         text, self._held = self._held + text, ""
         stop = self.decoding.stop
-        if ends := [text.find(one) for one in stop if one in text]:
-            self._emit(text[: min(ends)])
+        if ends := [(text.find(one), one) for one in stop if one in text]:
+            end, self.stop_text = min(ends)
+            self._emit(text[:end])
             self.close("stop")
         else:
             size = len(text) - max((_overlap(text, one) for one in stop), default=0)

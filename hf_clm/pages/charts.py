@@ -1,7 +1,7 @@
-"""Every chart of hf_clm, drawn by matplotlib: inline SVG for report and compare, loss.png and loss.pdf.
+"""Draws every chart of hf_clm with matplotlib: inline SVG for the pages, loss.png and loss.pdf.
 
-The SVG has no style attribute, which a page's policy would refuse, and no text but that of the ticks. Its
-colours are the variables of style.css, so that it follows the page into the dark.
+The SVG contains no style attributes, which the policy of the pages would block, and no text except the tick
+labels. Its colours are variables of style.css, so a chart follows the page into dark mode.
 """
 
 import re
@@ -14,7 +14,7 @@ import numpy as np
 
 from hf_clm.run_folder import METRICS, Entries, Metric, Point, points, to_loss, to_short
 
-if TYPE_CHECKING:  # matplotlib takes half a second to import: only what draws waits for it
+if TYPE_CHECKING:  # matplotlib takes half a second to import, so only drawing imports it
     from matplotlib.axes import Axes
     from matplotlib.typing import RcKeyType
 
@@ -22,11 +22,12 @@ COLOURS = ("#0b5cad", "#c2410c", "#16783a", "#8b1d96", "#806400", "#0f766e")  # 
 LINE, QUIET, LEVEL = "#d9d9d4", "#5a5e66", "#96200f"
 VARIABLES = {colour: f"var(--s{number})" for number, colour in enumerate(COLOURS)}
 VARIABLES |= {LINE: "var(--line)", QUIET: "var(--quiet)", LEVEL: "var(--on-bad)"}
-WIDTH, HEIGHT = 340, 190  # pixels of an SVG at its natural size: a phone's width inside a card
+WIDTH, HEIGHT = 340, 190  # pixels of an SVG at its natural size: a card on a phone
 MARGINS = (0.15, 0.13, 0.82, 0.81)  # of the plot: left, bottom, width, height
 BINS = 40  # of a histogram
-LOW = 0.4  # an axis that fits its values begins at 0 all the same where the lowest is below this share
-FAR = 2.0  # a level this many times above all values is named, and not drawn
+LOW = 0.4  # an axis that fits its values still begins at 0 if the lowest is below this share of the highest
+FAR = 2.0  # a level this many times above all values is named in the caption, but not drawn
+JOINED = 3  # markers or more are joined by a thin line; through two it would only show a diagonal
 STYLE: "dict[RcKeyType, Any]" = {
     "svg.fonttype": "none",
     "path.simplify_threshold": 0.5,
@@ -35,7 +36,7 @@ STYLE: "dict[RcKeyType, Any]" = {
 
 
 class Series(NamedTuple):
-    """A named line; one with ``dots`` has few points, which are marked."""
+    """A named series of points, drawn as a line, or as markers (``dots``) if measured at a few steps."""
 
     name: str
     points: Sequence[Point]
@@ -43,7 +44,7 @@ class Series(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A metric drawn over ``axis``, beside a level to compare it with (its name and value), if it has one."""
+    """A metric drawn over ``axis``, with an optional level (name, value) to compare it with."""
 
     metric: Metric
     series: Sequence[Series]
@@ -52,21 +53,21 @@ class Chart(NamedTuple):
 
     @property
     def note(self) -> str:
-        """The unit and what runs from left to right."""
+        """The unit and the horizontal axis."""
         return ", ".join(filter(None, [self.metric.unit, f"by {self.axis}"]))
 
     @property
-    def keys(self) -> Iterator[tuple[int, str]]:
-        """The number of each line that is drawn, which decides its colour, and its name."""
-        return ((number, one.name) for number, one in enumerate(self.series) if one.points)
+    def keys(self) -> Iterator[tuple[int, Series]]:
+        """The legend: each series that has points, with its number, which decides its colour."""
+        return ((number, one) for number, one in enumerate(self.series) if one.points)
 
     @property
     def highest(self) -> float:
-        """The highest value of all lines."""
+        """The highest value of all series."""
         return max(y for one in self.series for _, y in one.points)
 
     def to_svg(self) -> str:
-        """The plot without its caption, which the page writes."""
+        """Returns the plot without its caption, which the page writes."""
         return _draw(self._plot)
 
     def _plot(self, axes: "Axes") -> None:
@@ -84,25 +85,33 @@ class Chart(NamedTuple):
 
 
 def draw_lines(axes: "Axes", series: Sequence[Series]) -> None:
-    """Draws each line in the colour of its number; what has few points, or comes after six, is dashed."""
+    """Draws each series in the colour of its number; lines are dashed once the six colours are used up.
+
+    Markers are joined by a thin line if there are several and no other line shows what happened between them.
+    """
+    has_line = any(not one.dots and len(one.points) > 1 for one in series)
     for number, one in enumerate(series):
         if one.points:
-            is_dashed = one.dots or number >= len(COLOURS)
+            is_joined = len(one.points) >= JOINED and not has_line if one.dots else len(one.points) > 1
             axes.plot(
                 *zip(*one.points, strict=True),
                 color=COLOURS[number % len(COLOURS)],
                 label=one.name,
-                linestyle="--" if is_dashed else "-",
-                linewidth=1.4,
-                marker="o" if one.dots or len(one.points) == 1 else "",
-                markersize=4,
+                linestyle=("--" if number >= len(COLOURS) else "-") if is_joined else "none",
+                linewidth=0.8 if one.dots else 1.4,
+                marker="o" if one.dots or not is_joined else "",
+                markersize=5,
                 clip_on=False,
             )
 
 
 def to_series(metrics: Entries, key: str, *, over: str = "step", sets: Iterable[str] = ()) -> list[Series]:
-    """A figure of training and of each evaluation that logs it; ``sets``: evaluation sets with names."""
-    names = {"evaluation": f"eval_{key}", "training rows, evaluated": f"eval_train_{key}"}
+    """Returns a figure of the training, and of each evaluation that logs it.
+
+    Args:
+        sets: the names of the evaluation sets that have one.
+    """
+    names = {"evaluation": f"eval_{key}", "evaluation on training rows": f"eval_train_{key}"}
     names |= {name: f"eval_{name}_{key}" for name in sets}
     found = [Series("training", points(metrics, key, over=over))]
     found += [Series(name, points(metrics, logged, over=over), dots=True) for name, logged in names.items()]
@@ -110,7 +119,7 @@ def to_series(metrics: Entries, key: str, *, over: str = "step", sets: Iterable[
 
 
 def histogram(values: np.ndarray, *, limit: int) -> str:
-    """The SVG of a histogram; what is over the limit has another colour."""
+    """Returns the SVG of a histogram; bars over the limit have another colour."""
 
     def plot(axes: "Axes") -> None:
         counts, edges = np.histogram(values, bins=BINS, range=(0, max(1, values.max())))
@@ -127,7 +136,7 @@ def histogram(values: np.ndarray, *, limit: int) -> str:
 def write_loss_plots(metrics: Entries, folder: Path) -> None:
     """Writes loss.png and loss.pdf: the loss over epochs, with the tokens seen on a second axis.
 
-    Writes nothing where no loss was logged.
+    Writes nothing if no loss was logged.
     """
     train = [entry for entry in metrics if "loss" in entry]
     if not train:
@@ -170,7 +179,7 @@ def _draw(plot: Callable[["Axes"], None]) -> str:
 
 
 def _to_inline(svg: str) -> str:
-    """matplotlib's SVG as an element of a page: sized by the page, coloured by its variables, without ids."""
+    """Turns matplotlib's SVG into an element sized and coloured by the page, and without ids."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg .*?viewBox="([^"]*)".*?>', r'<svg class="plot" viewBox="\1" aria-hidden="true">', svg)
@@ -181,6 +190,6 @@ def _to_inline(svg: str) -> str:
 
 
 def _to_attributes(style: str) -> str:
-    """``fill: none; stroke: #d9d9d4`` -> ``fill="none" stroke="#d9d9d4"``; fonts are the page's."""
+    """``fill: none; stroke: #d9d9d4`` -> ``fill="none" stroke="#d9d9d4"``; the page sets the fonts."""
     pairs = (pair.partition(": ") for pair in style.split("; ") if not pair.startswith("font"))
     return "".join(f' {name}="{value}"' for name, _, value in pairs)

@@ -1,4 +1,4 @@
-"""``hf-clm compare``: runs in one page, and their figures and what tells their recipes apart as a table."""
+"""``hf-clm compare``: the figures, curves and answers of several runs, and what differs in their recipes."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_clm.errors import RecipeError
+from hf_clm.pages.answers import PROMPTS, to_growth
 from hf_clm.pages.charts import Chart, Series
 from hf_clm.pages.report import Table, render
 from hf_clm.run_folder import METRICS, Entries, RunFolder, load_folder, points, write_text
 
-UNITS = {"hours": 3600, "minutes": 60}  # in which time is drawn, where it is more than two of them
-# What is drawn: a metric, and over what.
+UNITS = {"hours": 3600, "minutes": 60}  # of the time axis, if there are more than two of them
+# The charts: a metric, and its horizontal axis.
 OVERLAID = [
     *((key, over) for key in ("loss", "eval_loss") for over in ("step", "tokens", "time")),
     *(("tokens_per_second", "step"), ("learning_rate", "step")),
@@ -21,14 +22,14 @@ ABSENT = "-"
 
 @dataclass(frozen=True)
 class RunTable:
-    """Runs by name, with the rows of two tables: [what, its value in each run]."""
+    """The names of the runs, and the rows of two tables: [what, its value in each run]."""
 
     names: list[str]
     figures: list[list[str]]
     differences: list[list[str]]
 
     def to_lines(self) -> list[str]:
-        """Both tables as they are printed."""
+        """Returns both tables as they are printed."""
         lines = list(_to_lines([["", *self.names], *self.figures], align=">"))
         if not self.differences:
             return [*lines, "", "the recipes, data and versions are the same"]
@@ -36,9 +37,9 @@ class RunTable:
 
 
 def compare(folders: Sequence[str], *, path: str) -> RunTable:
-    """Writes the page that overlays the runs; returns what is printed.
+    """Writes the page that shows the runs side by side, and returns the tables to print.
 
-    Raises RecipeError for fewer than two runs, and for a folder that is not a run's.
+    Raises RecipeError for fewer than two runs, and for a folder that is not that of a run.
     """
     if len(folders) < 2:
         fix = "hf-clm compare RUN RUN [RUN ...]"
@@ -46,23 +47,34 @@ def compare(folders: Sequence[str], *, path: str) -> RunTable:
     runs = [load_folder(folder) for folder in folders]
     names = to_names(runs)
     found = RunTable(names, list(_figures(runs)), list(_differences(runs)))
-    tables = {
-        "Figures": Table(["", *names], found.figures, is_numeric=True),
-        "Differences": Table(["key", *names], found.differences),
+    growth = to_growth(runs)
+    content = {
+        "title": " and ".join(names),
+        "names": names,
+        "figures": Table(["", *names], found.figures, is_numeric=True),
+        "charts": to_charts(runs, names),
+        "growth": growth[:PROMPTS],
+        "prompts": len(growth),
+        "differences": Table(["key", *names], found.differences),
     }
-    content = {"title": " and ".join(names), "charts": to_charts(runs, names), "tables": tables}
     write_text(Path(path), render("compare.html", content))
     return found
 
 
 def to_names(runs: Sequence[RunFolder]) -> list[str]:
-    """The folders' own names; where two are the same, the paths as they were given."""
+    """Returns the names of the folders; if two are the same, the paths as they were given.
+
+    A run that is given twice is numbered: ``poems (1)``, ``poems (2)``.
+    """
     names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+    if len(set(names)) < len({run.path.resolve() for run in runs}):
+        names = [str(run.path) for run in runs]
+    given = [names[: number + 1].count(name) for number, name in enumerate(names)]
+    return [f"{name} ({n})" if names.count(name) > 1 else name for name, n in zip(names, given, strict=True)]
 
 
 def to_charts(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Chart]:
-    """Both losses over steps, tokens and time, then speed and learning rate over steps."""
+    """Returns both losses over steps, tokens and time, then speed and learning rate over steps."""
     longest = max((seconds for run in runs for _, seconds in points(run.metrics, "seconds")), default=0)
     unit = next((name for name, size in UNITS.items() if longest > 2 * size), "seconds")
     metrics = [_with_axes(run.metrics, unit=unit) for run in runs]
@@ -77,7 +89,7 @@ def to_charts(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Chart]:
 
 
 def _with_axes(metrics: Entries, *, unit: str) -> Entries:
-    """Each log event with its time in this unit; an evaluation has the tokens of the training before it."""
+    """Adds the time in this unit to each log event, and to evaluations the tokens seen before them."""
     found, tokens = [], 0 if points(metrics, "tokens_seen") else None
     for entry in metrics:
         tokens = entry.get("tokens_seen", tokens)
@@ -92,7 +104,7 @@ def _figures(runs: Sequence[RunFolder]) -> Iterator[list[str]]:
 
 
 def _differences(runs: Sequence[RunFolder]) -> Iterator[list[str]]:
-    """Keys of the recipes that differ, without the folder's name; then data, machine and versions."""
+    """Yields the keys that differ in the recipes, output_dir aside; then data, machine and versions."""
     for to_content in (_recipe, _circumstances):
         rows = _rows([to_content(run) for run in runs])
         yield from (row for row in rows if len(set(row[1:])) > 1)
@@ -122,7 +134,7 @@ def _circumstances(run: RunFolder) -> dict[str, str]:
 
 
 def _to_lines(rows: Sequence[Sequence[str]], *, align: str) -> Iterator[str]:
-    """Columns of one width; all but the first are aligned as ``format`` does."""
+    """Pads the columns; ``align`` (``<`` or ``>``) is that of all columns except the first."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
         cells = (f"{cell:{align}{width}}" for cell, width in zip(others, widths[1:], strict=True))

@@ -1,7 +1,7 @@
-"""What a document's example tells of it: its place, who speaks, what was cut, what is wrong.
+"""What the example of a document adds to its tokens: its place, its roles, what was cut, what is wrong.
 
-Nothing here decides what is shown as a token or as trained: that comes from the batch. A run keeps the first
-documents as JSON lines for its report.
+The tokens and labels that are shown come from the batch, never from here. A run writes its first documents
+as JSON lines for its report.
 """
 
 import json
@@ -33,16 +33,16 @@ from hf_clm.text.chat import stop_token_ids
 from hf_clm.text.encode import MARK_END, MARK_START, Piece
 from hf_clm.text.tokenizer import control_pattern
 
-CACHED_EXAMPLES = 64  # a stream's rows hold many pieces of one example
-EXCERPT_DOCUMENTS, EXCERPT_TOKENS = 5, 400  # that a run keeps, and of each
-LONGEST = 50_000  # tokens: a whole book would be tokenized again
+CACHED_EXAMPLES = 64  # rows of a stream contain many pieces of one example
+EXCERPT_DOCUMENTS, EXCERPT_TOKENS = 5, 400  # that a run writes for its report, and tokens of each
+LONGEST = 50_000  # tokens; a complete book would have to be tokenized again
 
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 Turn = tuple[int, str]  # first token (or character), role
 
 
 def inspect_rows(split: Split, reader: "Reader", *, collate: Collator, batch_size: int) -> Iterator[Row]:
-    """Every row that training takes from ``split``, in order, out of batches made by its collator."""
+    """Yields every row that training takes from ``split``, in order, from batches made by its collator."""
     dataset = split.dataset
     for first in range(0, len(dataset), batch_size):
         numbers = range(first, min(first + batch_size, len(dataset)))
@@ -54,14 +54,14 @@ def inspect_rows(split: Split, reader: "Reader", *, collate: Collator, batch_siz
 
 
 def write_excerpt(path: Path, reader: "Reader", *, collate: Collator) -> None:
-    """Writes a line for each of the first documents of the reader's split, packed or not."""
+    """Writes a line for each of the first documents of the reader's split, whether it is packed or not."""
     rows = islice(_first_rows(reader, collate=collate), EXCERPT_DOCUMENTS)
     entries = to_entries(rows, reader.vocabulary)
     write_text(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
 
 def to_entries(rows: Iterable[Row], vocabulary: Vocabulary) -> Iterator[dict[str, Any]]:
-    """A document's place, counts, flags, and its turns: [[role, [[style, text], ...]], ...]."""
+    """Yields the place, counts, flags and turns of each document: [[role, [[style, text], ...]], ...]."""
     for row, document in ((one, document) for one in rows for document in one.documents):
         stop = min(document.stop, document.start + EXCERPT_TOKENS)
         turns = []
@@ -81,7 +81,7 @@ def to_entries(rows: Iterable[Row], vocabulary: Vocabulary) -> Iterator[dict[str
 
 @dataclass(frozen=True)
 class _Whole:
-    """A row before it was cut: its tokens, its turns by token, and the flags that its text shows."""
+    """A row before it was cut: its tokens, its turns by token, and the flags found in its text."""
 
     place: str
     is_chat: bool
@@ -92,7 +92,7 @@ class _Whole:
 
 
 class Reader:
-    """Knows the examples of a split. Keeps which documents it has seen, to find duplicates."""
+    """Reads the examples of a split. Remembers the documents it has seen, to find duplicates."""
 
     def __init__(self, split: Split, tokenizer: PreTrainedTokenizerFast, *, recipe: Recipe):
         self.split, self.tokenizer, self.recipe = split, tokenizer, recipe
@@ -103,7 +103,7 @@ class Reader:
         self._whole = lru_cache(maxsize=CACHED_EXAMPLES)(self._load_whole)
 
     def annotate(self, row: Row, pieces: Sequence[RowPiece]) -> Row:
-        """The row with what is known of its documents; ``pieces`` says what was packed into it."""
+        """Returns the row with the facts of its documents; ``pieces`` are what was packed into it."""
         documents = zip(row.documents, pieces, strict=True)
         return replace(row, documents=tuple(self._examine(row, *document) for document in documents))
 
@@ -126,7 +126,7 @@ class Reader:
         return replace(found, flags=flags, roles=tuple(_roles(found, whole.turns)))
 
     def _token_flags(self, row: Row, document: Document, *, whole: _Whole) -> Iterator[tuple[str, str]]:
-        """The flags that the tokens in the batch show by themselves."""
+        """Yields the flags that follow from the tokens in the batch alone."""
         tokens = slice(document.start, document.stop)
         ids, trained = row.input_ids[tokens], row.trained[tokens]
         if not trained.any():
@@ -144,11 +144,11 @@ class Reader:
             yield "duplicate", f"of {earlier}"
 
     def _load_whole(self, source: int, sibling: int) -> _Whole:
-        """The row of an example before it was cut; of a chat with a row for each turn the ``sibling``-th."""
+        """Returns the row of an example before it was cut; the ``sibling``-th if each turn has a row."""
         examples, rows = self.split.examples, self.split.rows.rows
         example, fate = examples.examples[source], rows.fates[source]
         is_chat, pieces = isinstance(example, Chat), self._plan(example, sibling)
-        # A chat that was cut by turns is complete but for earlier turns, or turns of which none fits.
+        # A chat that was cut by turns lacks only earlier turns, or turns that do not fit at all.
         is_whole = fate.kind == "used" or (is_chat and fate.kind == "cut" and "left out" in fate.reason)
         row = rows[self._first_row(source) + sibling] if is_whole else self._encode(example, pieces)
         ids, is_target = np.asarray(row["input_ids"]), np.asarray(row["labels"]) != IGNORE_INDEX
@@ -161,7 +161,7 @@ class Reader:
         return _Whole(examples.places[source], is_chat, ids, is_target, turns, flags)
 
     def _plan(self, example: AnyExample, sibling: int) -> list[Piece]:
-        """The pieces of a row; a long chat's are those of all its turns."""
+        """Returns the pieces of a row; those of a long chat are the pieces of all its turns."""
         if isinstance(example, Tokens):
             return []
         plan = self.renderer.plan(example)
@@ -169,7 +169,7 @@ class Reader:
         return rows[min(sibling, len(rows) - 1)]
 
     def _encode(self, example: AnyExample, pieces: list[Piece]) -> TokenizedExample:
-        """A row tokenized as in the split, with nothing cut off or split."""
+        """Tokenizes a row as in the split, without cutting or splitting it."""
         if isinstance(example, Tokens):
             return tokens_to_rows(example, self.tokenizer)[0]
         return encode_plans([RowPlan([pieces])], self.renderer.encoder)[0][0]
@@ -178,7 +178,7 @@ class Reader:
         return int(np.searchsorted(self.split.rows.rows.sources, source))
 
     def _offset(self, number: int, *, whole: _Whole) -> int:
-        """The token of the whole example at which a tokenized row begins."""
+        """Returns the token of the complete example at which a tokenized row begins."""
         data, rows = self.recipe.data, self.split.rows.rows
         source, ids = int(rows.sources[number]), np.asarray(rows[number]["input_ids"])
         kind = rows.fates[source].kind
@@ -199,13 +199,13 @@ def find_turns(
     *,
     spelled: Sequence[bytes],
 ) -> list[Turn]:
-    """The turns of a row by role, each with its first token; of a document its prompt and completion.
+    """Returns the turns of a row: first token and role. A document has a prompt and a completion.
 
     Args:
-        spelled: the bytes of each token of the row. Where they do not add up to its text (the tokenizer
-            changes case, say), the turns are not known and left out.
+        spelled: the bytes of each token of the row. If they do not add up to its text, because the tokenizer
+            changes case for example, no turns are returned.
     """
-    # Without the marks of control tokens that a user spelled.
+    # Without the marks around control tokens in the text of a user.
     texts = [(piece.text.replace(MARK_START, "").replace(MARK_END, ""), piece.weight > 0) for piece in pieces]
     text, starts = "".join(text for text, _ in texts), []
     if isinstance(example, Chat):
@@ -225,7 +225,7 @@ def find_turns(
 
 
 def _turn_starts(chat: Chat, text: str, *, tokenizer: PreTrainedTokenizerFast) -> Iterator[Turn]:
-    """(first character, role). A turn begins where the last one ended, or after what the template put in."""
+    """Yields (first character, role). A turn begins after the last one, or after text of the template."""
     contents = list(_find_contents(chat, text))
     control = control_pattern(tokenizer).pattern
     tail = re.compile(rf"\s*({control})?\s*")
@@ -234,14 +234,14 @@ def _turn_starts(chat: Chat, text: str, *, tokenizer: PreTrainedTokenizerFast) -
     turn_end, before = 0, ""
     for (start, _, role), end in zip(contents, ends, strict=True):
         inserted = re.match(rf".*(?:{closing})\s*", text[turn_end:start], re.DOTALL)
-        if inserted and before != "tool call":  # the rest of a call is its own
+        if inserted and before != "tool call":  # what follows the name belongs to the call
             yield turn_end, "template"
         yield turn_end + (inserted.end() if inserted else 0), role
         turn_end, before = (end.end() if end else turn_end), role
 
 
 def _find_contents(chat: Chat, text: str) -> Iterator[tuple[int, int, str]]:
-    """What the messages say, in order, as far as the template has kept it: [start, stop) and role."""
+    """Yields [start, stop) and role of the content of each message, as far as the template kept it."""
     at = 0
     for message in chat.messages:
         calls = [str(call["function"]["name"]) for call in message.get("tool_calls", [])]
@@ -260,7 +260,7 @@ def _pieces(split: Split, number: int) -> list[RowPiece]:
 
 
 def _roles(document: Document, turns: list[Turn]) -> Iterator[Turn]:
-    """The turns by token of the row; who spoke at the document's first token speaks from there on."""
+    """Yields the turns by token of the row; the turn that a document begins in starts at its first token."""
     length = document.stop - document.start
     inside = [(start - document.before, role) for start, role in turns]
     for (start, role), (stop, _) in pairwise([*inside, (length, "")]):
@@ -269,7 +269,7 @@ def _roles(document: Document, turns: list[Turn]) -> Iterator[Turn]:
 
 
 def _first_rows(reader: Reader, *, collate: Collator) -> Iterator[Row]:
-    """Of the examples that are kept with a prepared set: the others would all be read again."""
+    """Yields rows of the examples stored with a prepared set; all others would have to be read again."""
     dataset, rows = reader.split.rows, reader.split.rows.rows
     for number, source in enumerate(rows.sources[:HEAD].tolist()):
         if source < HEAD and rows.fates[source].tokens <= LONGEST:

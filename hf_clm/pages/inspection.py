@@ -1,4 +1,4 @@
-"""``hf-clm inspect``: a recipe or a run becomes a view of the rows that its training is given."""
+"""``hf-clm inspect``: shows the rows that the training of a recipe or a run is given."""
 
 import base64
 import json
@@ -34,30 +34,31 @@ from hf_clm.run_folder import write_text
 from hf_clm.text.tokenizer import load_tokenizer
 from hf_clm.training.arguments import load_tokenizer_and_settle, training_arguments
 
-HTML_ROWS = 10_000  # a page with more opens too slowly
+HTML_ROWS = 10_000  # more rows would make the page slow to open
 LISTED_DROPS = 5
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """The tokens of each example before anything was cut, and the limit; drawn as a histogram."""
+    """The number of tokens of each example before anything was cut, and the limit."""
 
     tokens: np.ndarray
     limit: int
 
     @property
     def title(self) -> str:
-        """How many are over the limit."""
-        return f"Lengths: {(self.tokens > self.limit).mean():.1%} over max_length {self.limit:,}"
+        """The share of the examples over the limit."""
+        share = (self.tokens > self.limit).mean()
+        return f"Tokens in an example: {share:.1%} are over max_length {self.limit:,}"
 
     def to_svg(self) -> str:
-        """The histogram."""
+        """Returns the histogram."""
         return histogram(self.tokens, limit=self.limit)
 
 
 @dataclass(frozen=True)
 class View:
-    """What to show of a split, and how. ``worst`` looks at all rows and shows those with the worst flags."""
+    """What to show of a split, and how. ``worst`` reads all rows and shows those with the worst flags."""
 
     rows: int = 5
     html: str | None = None
@@ -67,9 +68,9 @@ class View:
 
 
 def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[str] = ()) -> str:
-    """The text to print; writes the page too if the view names one.
+    """Returns the text to print, and writes the page if the view names one.
 
-    Raises RecipeError for a folder that is no run, or a split that the recipe does not have.
+    Raises RecipeError for a folder that is not that of a run, and for a split that the recipe does not have.
     """
     recipe = open_recipe(target, overrides, options=options)
     arguments = training_arguments(recipe)
@@ -107,7 +108,7 @@ def inspect(target: str, overrides: list[str], *, view: View, options: Sequence[
 
 
 def to_facts(split: Split, lengths: Lengths, *, batch_size: int, shown: int) -> dict[str, str]:
-    """The counts of a split, by name, as they are printed."""
+    """Returns the counts of a split by name, as text."""
     ledger, targets = split.ledger, split.target_tokens
     drops = [f"{ledger.places[at]} ({ledger.fates[at].reason})" for at in ledger.where("dropped").tolist()]
     tokens, limit = lengths.tokens, lengths.limit
@@ -133,7 +134,7 @@ def to_facts(split: Split, lengths: Lengths, *, batch_size: int, shown: int) -> 
 
 
 def padded_fill(lengths: np.ndarray, max_length: int, *, batch_size: int) -> float:
-    """The share of real tokens if rows of at most ``max_length`` were padded to their batch's longest."""
+    """Returns the share of real tokens if each row were padded to the longest of its batch."""
     rows = np.array(
         [min(max_length, length - i) for length in lengths.tolist() for i in range(0, length, max_length)]
     )
@@ -169,18 +170,18 @@ def write_labels(
     facts: Mapping[str, Any],
     lengths: Lengths | None = None,
 ) -> None:
-    """Writes the page. ``facts`` stand at its top: what the set is, or a batch's step and learning rate."""
+    """Writes the page. ``facts`` are shown at its top, such as the counts of the set."""
     content = to_content(rows, vocabulary)
     content |= {"facts": [[name, str(value)] for name, value in facts.items()]}
-    # In a script element only "<" could end the data, or begin a comment.
+    # Inside a script element only "<" could end the data or begin a comment.
     data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     write_text(Path(path), render("labels.html", {"data": data, "lengths": lengths}))
 
 
 def to_content(rows: Sequence[Row], vocabulary: Vocabulary) -> dict[str, Any]:
-    """The rows as JSON: ids and labels of all tokens (int32) in base64; a row is [number, tokens, documents].
+    """Returns the rows for JSON: all ids and labels (int32) in base64; a row is [number, tokens, documents].
 
-    ``texts`` has the text of each id, or its bytes where they are not complete characters.
+    ``texts`` contains the text of each id, or its bytes if they are not complete characters.
     """
     ids, labels = (
         np.concatenate([np.zeros(0, np.int32), *parts]).astype("<i4")
@@ -198,7 +199,7 @@ def to_content(rows: Sequence[Row], vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _to_document(document: Document) -> dict[str, Any]:
-    """Its fields, with the file and the line of its place apart."""
+    """Returns its fields, with the file and the line of its place separated."""
     file, line = re.split(r"(?=:[0-9]+$|: record [0-9]+$|$)", document.place, maxsplit=1)
     return {**vars(document), "file": file, "line": line}
 

@@ -1,4 +1,4 @@
-"""report.html: a run as one page without scripts, whose style its own policy names by hash."""
+"""report.html: the story of a run on one page. It runs no script, and its policy names its style by hash."""
 
 import base64
 import hashlib
@@ -8,20 +8,26 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hf_clm.pages.answers import PROMPTS, to_growth
 from hf_clm.pages.charts import Chart, to_series
-from hf_clm.run_folder import METRICS, Entries, RunFolder, load_folder, metric_of, to_short, write_text
+from hf_clm.run_folder import METRICS, RunFolder, load_folder, metric_of, to_percent, to_short, write_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 FOLDER = Path(__file__).parent
 REFRESH_SECONDS = 10
-SHOWN_STEPS = 5  # of the samples, side by side
+LEARNING = ("loss", "token_accuracy")  # metrics of the chapter on the loss
+NO_COSTS = {
+    *(METRICS[name].title for name in LEARNING),
+    "Evaluated on",
+    "Packed rows",
+}  # figures shown elsewhere
 NOT_GIVEN = ("default", "hf_clm default", "chosen by the run")  # origins of a value
 
 
 class Table(NamedTuple):
-    """Rows of text below a head; all columns but the first are numbers where ``is_numeric``."""
+    """Rows of text below a head; if ``is_numeric``, all columns except the first are numbers."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -30,12 +36,12 @@ class Table(NamedTuple):
 
 
 def write_report(folder: str | Path, *, is_live: bool = False) -> RunFolder:
-    """Writes ``report.html`` into a run's folder, so that a reader sees the old page or the new one.
+    """Writes ``report.html`` into the folder of a run, atomically.
 
     Args:
-        is_live: the run writes it, and will again: the page reloads itself until the run ends.
+        is_live: the run is still training and will write the page again, so the page reloads itself.
 
-    Raises RecipeError for a folder that is not a run's, OSError where the page cannot be written.
+    Raises RecipeError if the folder is not that of a run, OSError if the page cannot be written.
     """
     run = load_folder(folder)
     refresh_seconds = REFRESH_SECONDS if is_live and run.record.status == "running" else None
@@ -44,7 +50,9 @@ def write_report(folder: str | Path, *, is_live: bool = False) -> RunFolder:
 
 
 def build_report(run: RunFolder, *, refresh_seconds: int | None = None) -> str:
-    """The page of a run. What the folder does not hold is left out."""
+    """Returns the page of a run. Chapters that the folder has no data for are left out."""
+    charts, changes, growth = to_charts(run), to_changes(run), to_growth([run])
+    elsewhere = NO_COSTS | changes.keys()
     return render(
         "report.html",
         {
@@ -53,23 +61,27 @@ def build_report(run: RunFolder, *, refresh_seconds: int | None = None) -> str:
             "run": run,
             "record": run.record,
             "error": " ".join([run.record.error] if isinstance(run.record.error, str) else run.record.error),
-            "charts": to_charts(run),
-            "samples": to_samples(run.samples),
-            "evaluations": to_evaluations(run),
+            "changes": changes,
+            "costs": {name: value for name, value in run.figures().items() if name not in elsewhere},
+            "learning": [chart for chart in charts if chart.metric.name in LEARNING],
+            "spending": [chart for chart in charts if chart.metric.name not in LEARNING],
+            "growth": growth[:PROMPTS],
+            "prompts": len(growth),
+            "percent": to_percent,
             "recipe": to_recipe(run),
         },
     )
 
 
 def render(template: str, content: Mapping[str, Any]) -> str:
-    """Fills a template of this folder; every text is escaped."""
+    """Fills in a template of this folder. All text is escaped."""
     style = (FOLDER / "style.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return _environment().get_template(template).render({"style": style, "digest": digest, **content})
 
 
 def to_charts(run: RunFolder) -> list[Chart]:
-    """The metrics that are drawn and were logged, over the steps. Padding is drawn where there is some."""
+    """Returns a chart over the steps of each metric that was logged; of the padding only if there was any."""
     record, found = run.record, []
     levels: dict[str, tuple[str, float]] = {}
     if record.stage == "pretrain" and record.unigram_entropy is not None:
@@ -84,34 +96,21 @@ def to_charts(run: RunFolder) -> list[Chart]:
     return found
 
 
-def to_samples(samples: Entries) -> dict[str, Any] | None:
-    """The steps that are shown, and for each prompt the text at each of them."""
-    texts = {(one["prompt"], one["step"]): one["text"] for one in samples}
-    steps = sorted({step for _, step in texts})
-    if not steps:
-        return None
-    last, count = len(steps) - 1, min(SHOWN_STEPS, len(steps))
-    shown = sorted({steps[round(i * last / max(1, count - 1))] for i in range(count)})
-    prompts = dict.fromkeys(prompt for prompt, _ in texts)
-    rows = [(prompt, [(step, texts.get((prompt, step), "")) for step in shown]) for prompt in prompts]
-    return {"rows": rows, "note": f"{len(shown)} of {len(steps)} steps" if len(steps) > len(shown) else ""}
-
-
-def to_evaluations(run: RunFolder) -> Table | None:
-    """Every figure of the evaluations, before and after; None where the tiles hold all of them."""
-    rows = []
+def to_changes(run: RunFolder) -> dict[str, tuple[str, ...]]:
+    """Returns the figures of the evaluations by title: (before, after), or one value after one evaluation."""
+    found = {}
     for key, values in run.evaluated().items():
-        if len(values) == 2 and (metric := metric_of(key)):
-            before, after = values
-            change = ("+" if after >= before else "") + metric.form(after - before)
-            rows.append([metric.short, metric.form(before), metric.form(after), change])
-    return Table(["evaluation", "before", "after", "change"], rows, True) if len(rows) > 2 else None
+        if metric := metric_of(key):
+            title = metric.title[:1].upper() + metric.title[1:]
+            found[title] = tuple(metric.form(value) for value in values)
+    return found
 
 
 def to_recipe(run: RunFolder) -> list[Table]:
-    """The values that were given, each with its place, then the others; without places for an older run.
+    """Returns the values that were given, each with its origin, then the others.
 
-    Of ``train``, recipe.yaml holds what was given, our defaults, and what follows from the machine.
+    Runs of older versions recorded no origins. The ``train`` section of recipe.yaml contains the values that
+    were given, our defaults, and values chosen for the machine.
     """
     origins = run.record.origins
     values = {key: json.dumps(value, ensure_ascii=False, default=str) for key, value in run.recipe.items()}

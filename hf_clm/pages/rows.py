@@ -1,4 +1,4 @@
-"""The rows of a collated batch, their documents, and the text that each token stands for.
+"""The rows of a collated batch, their documents, and the text of each token.
 
 batch --to_rows--> Row(input_ids, labels, documents) --documents.py--> places, roles, flags --> terminal, page
 """
@@ -16,26 +16,26 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_clm.schema import IGNORE_INDEX
 
-# What can be wrong with a document, worst first.
+# What can be wrong with a document, the worst first.
 FLAGS = {
     "nothing trained": "no token of the document has a label",
-    "lost stop token": "a target does not end in a token that generation stops at",
+    "lost stop token": "a target does not end in a stop token of generation",
     "cut answer": "target tokens were cut off to fit max_length",
     "cut prompt": "the prompt was cut from the left to fit max_length",
     "control text": "the text spells a control token",
     "duplicate": "the same tokens as an earlier document",
 }
-FORMATS_OF_TEXT = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories of Unicode that steer a terminal or hide text
+FORMATS_OF_TEXT = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories that control a terminal or hide text
 Atom = tuple[str, str]  # text, style
-JOINERS = "\u200c\u200d"  # inside emoji and Persian words; they steer nothing
+JOINERS = "\u200c\u200d"  # parts of emoji and Persian words, and harmless
 
 
 @dataclass(frozen=True)
 class Document:
     """Tokens ``start`` to ``stop`` of a row, which attend to nothing before ``start``.
 
-    ``before`` and ``after`` count the tokens of the same example that are not in this row; ``roles`` says who
-    speaks from which token of the row on; ``flags`` maps a name in FLAGS to its details.
+    ``before`` and ``after`` count the tokens of the same example that are not in this row. ``roles`` lists
+    the turns by their first token in the row. ``flags`` maps a name in FLAGS to its details.
     """
 
     start: int
@@ -47,7 +47,10 @@ class Document:
     flags: Mapping[str, str] = field(default_factory=dict)
 
     def turns(self, end: int | None = None) -> Iterator[tuple[int, int, str]]:
-        """(first token, past the last, role) of each turn, as far as ``end``; no role before the first."""
+        """Yields (first token, past the last, role) of each turn before ``end``.
+
+        What precedes the first turn has no role.
+        """
         end = self.stop if end is None else end
         starts = [(self.start, ""), *(turn for turn in self.roles if turn[0] < end), (end, "")]
         for (start, role), (stop, _) in pairwise(starts):
@@ -57,7 +60,7 @@ class Document:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A row of a batch. What lies behind its last document is padding.
+    """A row of a batch. Tokens after its last document are padding.
 
     T = tokens of the row.
 
@@ -71,27 +74,27 @@ class Row:
 
     @property
     def trained(self) -> np.ndarray:
-        """(T,) bool, True for a token that has a label."""
+        """(T,) bool, True for a token with a label."""
         return self.labels != IGNORE_INDEX
 
     @property
     def length(self) -> int:
-        """Tokens without the padding."""
+        """The number of tokens without the padding."""
         return self.documents[-1].stop if self.documents else 0
 
     @property
     def severity(self) -> tuple[int, ...]:
-        """How many documents have each flag, worst flag first: the worst row compares as the largest."""
+        """The number of documents with each flag, the worst flag first: the worst row compares as largest."""
         return tuple(sum(flag in document.flags for document in self.documents) for flag in FLAGS)
 
 
 def to_rows(
     batch: Mapping[str, Any], lengths: Sequence[int] | None = None, *, first_number: int = 0
 ) -> list[Row]:
-    """The rows of a batch as a collator or a Trainer holds it.
+    """Returns the rows of a batch that a collator made.
 
     Args:
-        lengths: tokens of each row that was laid into a flattened batch; None makes one row of it.
+        lengths: the number of tokens of each row in a flattened batch; None makes one row of it.
         first_number: the number of the first row.
     """
     ids, labels = np.asarray(batch["input_ids"].cpu()), np.asarray(batch["labels"].cpu())
@@ -111,7 +114,7 @@ def to_rows(
 
 
 class Vocabulary:
-    """The bytes behind each token id of a tokenizer, and which ids are control tokens."""
+    """The bytes of each token id of a tokenizer, and which ids are control tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         decoder = tokenizer.backend_tokenizer.decoder
@@ -121,17 +124,17 @@ class Vocabulary:
         self._known: dict[int, bytes] = {}
 
     def is_control(self, token_id: int) -> bool:
-        """True for an added or special token that is more than white space, and for an id without a token."""
+        """Returns True for an added or special token other than white space, and for an id without one."""
         return bool(self._added.get(token_id, "").strip()) or self.to_bytes(token_id) == b""
 
     def to_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes that the token stands for, maybe a part of a character; b"" for an unused id."""
+        """Returns the UTF-8 bytes of a token, possibly part of a character; b"" for an unused id."""
         if token_id not in self._known:
             self._known[token_id] = self._spell(token_id)
         return self._known[token_id]
 
     def to_groups(self, token_ids: Iterable[int]) -> Iterator[tuple[int, int, str]]:
-        """(first token, past the last token, text): tokens together until their bytes are whole characters.
+        """Yields (first token, past the last token, text), joining tokens until they are complete characters.
 
         Bytes that are no character, such as half of one at a cut, are written as ``\\xe4``.
         """
@@ -166,7 +169,7 @@ class Vocabulary:
 
 
 def to_atoms(row: Row, tokens: tuple[int, int], *, vocabulary: Vocabulary) -> Iterator[Atom]:
-    """The whole characters of tokens ``first`` to ``last``, as trained, read or mixed, maybe a control."""
+    """Yields the characters of tokens ``first`` to ``last``: trained, read or mixed, maybe a control."""
     first, last = tokens
     trained = row.trained
     ids = row.input_ids[first:last].tolist()
@@ -179,7 +182,7 @@ def to_atoms(row: Row, tokens: tuple[int, int], *, vocabulary: Vocabulary) -> It
 
 
 def escape(text: str, also: str = "") -> str:
-    """The text with control characters and those in ``also`` as ``\\x1b`` or ``\\u202e``; newlines stay."""
+    """Writes control characters, and those in ``also``, as ``\\x1b`` or ``\\u202e``. Newlines stay."""
     return "".join(
         letter.encode("unicode_escape").decode() if _is_escaped(letter, also) else letter for letter in text
     )
@@ -191,7 +194,7 @@ def _is_escaped(letter: str, also: str) -> bool:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The byte behind each letter of byte-level BPE (GPT-2's table: printable bytes stand for themselves)."""
+    """Returns the byte of each letter of byte-level BPE (GPT-2's table: printable bytes are themselves)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Rows as text for a terminal: with colours, or with marks that no content can spell.
+"""Rows as text for a terminal: in colour, or with marks that cannot occur in the content.
 
 ├ prompt
 │ Say hi.↵
@@ -13,7 +13,7 @@ from itertools import groupby
 from hf_clm.pages.rows import Atom, Document, Row, Vocabulary, escape, to_atoms
 
 RESET = "\x1b[0m"
-# What is trained is underlined, whatever its colour, so that trained white space shows.
+# Trained text is underlined as well as coloured, so that trained white space is visible.
 STYLES = {
     "trained": "\x1b[4;32m",
     "read": "\x1b[2m",
@@ -26,13 +26,13 @@ STYLES = {
 }
 MEANINGS = {"read": "read only", "mixed": "partly trained character", "read control": "control token"}
 TRAINED, MIXED, CONTROL, NEWLINE = "⟦⟧", "⦃⦄", "⟪⟫", "↵"
-RESERVED = TRAINED + MIXED + CONTROL + NEWLINE  # escaped where content holds one
-LEAST = 8  # columns beside the gutter, however narrow the terminal
-JOINED = "\u200c\u200d\ufe0e\ufe0f"  # take no column
+RESERVED = TRAINED + MIXED + CONTROL + NEWLINE  # escaped in the content
+LEAST = 8  # columns beside the gutter, however narrow the terminal is
+JOINED = "\u200c\u200d\ufe0e\ufe0f"  # occupy no column
 
 
 def to_lines(row: Row, vocabulary: Vocabulary, *, width: int, colors: bool) -> list[str]:
-    """One row: its counts, each document with its place, flags, roles and tokens, its padding."""
+    """Returns one row: its counts, each document with place, flags, roles and tokens, and the padding."""
     trained = int(row.trained.sum())
     share = trained / max(1, row.length)
     parts = f"{len(row.documents)} document{'' if len(row.documents) == 1 else 's'}"
@@ -52,7 +52,7 @@ def to_lines(row: Row, vocabulary: Vocabulary, *, width: int, colors: bool) -> l
 
 
 def legend(*, colors: bool) -> str:
-    """What the colours, or the marks, mean."""
+    """Returns what the colours or the marks mean."""
     if colors:
         styles = [style for style in STYLES if style not in ("frame", "flag")]
         return "  ".join(_to_line([(MEANINGS.get(one, one), one)], colors=True) for one in styles)
@@ -61,7 +61,7 @@ def legend(*, colors: bool) -> str:
 
 
 def _to_blocks(row: Row, document: Document, *, vocabulary: Vocabulary) -> Iterator[tuple[str, list[Atom]]]:
-    """(what each line begins with, atoms) of a document."""
+    """Yields (the gutter of each line, atoms) of a document."""
     targets = int(row.trained[document.start : document.stop].sum())
     length = document.stop - document.start
     place = f"{_shown(document.place)}  " if document.place else ""
@@ -84,7 +84,7 @@ def _to_blocks(row: Row, document: Document, *, vocabulary: Vocabulary) -> Itera
 
 
 def _marked(atoms: Iterable[Atom]) -> Iterator[Atom]:
-    """Marks in the text for what colours would say: around runs of trained text, and each control token."""
+    """Puts marks in place of colours: around runs of trained text, and around each control token."""
     for kind, run in groupby(atoms, key=lambda atom: atom[1].removesuffix(" control")):
         first, last = {"trained": TRAINED, "mixed": MIXED}.get(kind, ("", ""))
         texts = (CONTROL[0] + text + CONTROL[1] if style.endswith("control") else text for text, style in run)
@@ -98,7 +98,7 @@ def _shown(text: str) -> str:
 
 
 def _wrap(atoms: Iterable[Atom], *, room: int) -> Iterator[list[Atom]]:
-    """Lines of at most ``room`` columns, as letters with their style."""
+    """Yields lines of at most ``room`` columns, as letters with their style."""
     line, used = [], 0
     for letter, style in ((letter, style) for text, style in atoms for letter in text):
         columns = _columns(letter)
@@ -121,7 +121,7 @@ def _to_line(atoms: Iterable[Atom], *, colors: bool) -> str:
 
 
 def _columns(letter: str) -> int:
-    """Columns of a terminal: 2 for East Asian wide characters and emoji, 0 for combining ones."""
+    """Returns the columns of a letter: 2 for East Asian wide characters and emoji, 0 for combining ones."""
     if unicodedata.combining(letter) or letter in JOINED:
         return 0
     return 2 if unicodedata.east_asian_width(letter) in "WF" else 1

@@ -18,7 +18,9 @@ def recipe_faults(recipe: Keys) -> list[Fault]:
     """Returns the faults of combinations of keys."""
     data = recipe.data
     sets = [name.removeprefix(f"{EVAL}_") for name in data.eval_sets if name != EVAL]
-    metrics = metric_names([*sets, *["train"] * bool(data.eval_train_rows)], answer_metrics(recipe))
+    is_held_out = bool(data.eval or data.eval_fraction)
+    watched = ["train"] if data.eval_train_rows and is_held_out else []
+    metrics = metric_names([*sets, *watched], answer_metrics(recipe))
     return [
         *_model_faults(recipe.model, recipe.tokenizer),
         *(_stream_faults(recipe) if data.streaming else ()),
@@ -28,7 +30,7 @@ def recipe_faults(recipe: Keys) -> list[Fault]:
         *_set_faults(data),
         *_answer_faults(recipe),
         *_share_faults(data),
-        *train_faults(recipe.train, has_eval=bool(data.eval or data.eval_fraction), metrics=metrics),
+        *train_faults(recipe.train, has_eval=is_held_out or data.eval_train_rows > 0, metrics=metrics),
         *_override_faults(recipe),
     ]
 

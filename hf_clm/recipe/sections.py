@@ -275,7 +275,8 @@ class Data(Section):
     mixing: Annotated[Mixing | None, ASIDE] = None
     """How to mix the sources of train. null: by their weights or epochs, or every row once."""
     eval_train_rows: Annotated[int, Rule("free", decides=False)] = Field(default=0, ge=0)
-    """The number of training rows to evaluate as well, without dropout (logged as eval_train_loss)."""
+    """The number of training rows to evaluate as well, without dropout (logged as eval_train_loss). Without
+    an eval set, they are the eval set (eval_loss)."""
     max_length: int = Field(default=1024, ge=2)
     """The maximum number of tokens in a row."""
     overflow: Annotated[Overflow | None, OF_WHOLE_ROWS] = None

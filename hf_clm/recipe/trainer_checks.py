@@ -86,7 +86,8 @@ def _evaluation_faults(
     evaluates, is_saved_by_best = values["eval_strategy"] != "no", values["save_strategy"] == "best"
     if evaluates and not has_eval:
         what = f"is {values['eval_strategy']}, but there is no eval set"
-        yield Fault("train.eval_strategy", what, "set data.eval or data.eval_fraction")
+        fix = "set data.eval or data.eval_fraction, or data.eval_train_rows to evaluate on training rows"
+        yield Fault("train.eval_strategy", what, fix)
     if is_saved_by_best and not evaluates:
         yield Fault("train.save_strategy", ": best needs train.eval_strategy: steps or epoch", got="no")
     key, name = "train.metric_for_best_model", values["metric_for_best_model"]

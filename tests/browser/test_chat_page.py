@@ -1,5 +1,6 @@
 """The page of hf-clm serve in a headless Chromium."""
 
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -34,6 +35,7 @@ RECORDS = [
 def chatty(tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("chatty")
     run = learn_by_heart(folder, RECORDS, format="messages", steps=150)
+    (folder / "samples.jsonl").write_text('{"step": 0, "prompt": "again", "text": ""}')
     with served(run, "--name", INJECTED) as server:
         yield server
 
@@ -115,7 +117,28 @@ def test_the_settings_are_asked_for(show, chatty):
     page.fill("#max_tokens", "3")
     say(page, "hi")
     said(page)
-    assert page.locator(".turn").last.get_attribute("data-note") == "cut: max_tokens allows more"
+    note = page.locator(".turn").last.get_attribute("data-note")
+    speed, why = note.split("; ")
+    assert re.fullmatch(r"3 tokens in [0-9.]+ s, [0-9]+ tokens per second", speed)
+    assert why == "cut at max_tokens: raise it in the settings to read on"
+    page.fill("#max_tokens", "")
+    page.fill("#stop", "LL")
+    say(page, "hi")
+    assert said(page)[-1] == "HE"
+    assert page.locator(".turn").last.get_attribute("data-note").endswith('; ended at the stop text "LL"')
+
+
+def test_the_first_prompts_of_the_run_are_offered_until_a_conversation_begins(show, chatty):
+    page = show(chatty)
+
+    assert page.locator("#prompts button").all_text_contents() == ["again"]
+    page.click("#prompts button")
+    assert said(page) == ["again", "what?"]
+    assert page.is_hidden("#prompts")
+    note = page.locator(".turn").last.get_attribute("data-note")
+    assert note.startswith("5 tokens in ") and note.endswith("; ended by itself, with its stop token")
+    page.click("#reset")
+    assert page.is_visible("#prompts button")
 
 
 def test_an_error_is_shown_and_the_next_text_is_answered(show, chatty):

@@ -189,7 +189,7 @@ def test_tokens_are_reached_and_left_by_keyboard(page):
 
 
 def test_the_histogram_tells_the_share_over_max_length(page):
-    assert page.inner_text("#lengths b") == "Lengths: 33.3% over max_length 32"
+    assert page.inner_text("#lengths b") == "Tokens in an example: 33.3% are over max_length 32"
     assert page.locator("#lengths svg").bounding_box()["width"] > 300
 
 

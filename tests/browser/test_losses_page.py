@@ -17,10 +17,8 @@ def path(tmp_path_factory):
     rows = [{"prompt": f"{INJECTED} {n}", "completion": "long" * n + INJECTED} for n in range(1, 6)]
     words = [write_jsonl(folder / "rows.jsonl", rows), write_jsonl(folder / "others.jsonl", rows[:2])]
     page = folder / "losses.html"
-    assert (
-        main(["evaluate", model, *words, "--html", str(page), "--max_new_tokens", "8", "--device", "cpu"])
-        == 0
-    )
+    options = ["--html", str(page), "--before", model, "--max_new_tokens", "8", "--device", "cpu"]
+    assert main(["evaluate", model, *words, *options]) == 0
     return page
 
 
@@ -44,6 +42,13 @@ def test_the_page_fits_its_window_and_runs_nothing(page):
     assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"]
 
 
+def test_before_and_after_are_beside_each_other_and_below_on_a_phone(page):
+    before, after = (one.bounding_box() for one in page.locator(".readings >> nth=0").locator("> div").all())
+
+    is_phone = page.viewport_size["width"] == 390
+    assert (before["x"] == after["x"], before["y"] == after["y"]) == (is_phone, not is_phone)
+
+
 def test_a_tap_shows_what_was_expected(page):
     token = page.locator(".tokens .t").first
     shown = "element => getComputedStyle(element, '::after').content"
@@ -59,4 +64,4 @@ def test_a_larger_loss_is_hotter(page):
     colour = "element => getComputedStyle(element).backgroundColor"
     swatches = page.locator(".legend .t")
 
-    assert len({swatch.evaluate(colour) for swatch in swatches.all()}) == 4
+    assert len({swatch.evaluate(colour) for swatch in swatches.all()}) == 10

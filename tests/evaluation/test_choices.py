@@ -264,7 +264,8 @@ def to_options(folder, *data: str, **changes) -> Namespace:
         "max_length": None,
     }
     values |= {"batch_size": 8, "choices": "yes,no", "choices_by": "sum", "max_new_tokens": 4}
-    return Namespace(**values | {"generate": False, "no_generate": True, "device": "cpu"} | changes)
+    values |= {"generate": False, "no_generate": True, "before": None, "device": "cpu"}
+    return Namespace(**values | changes)
 
 
 def test_a_small_model_learns_yes_and_no(folder):

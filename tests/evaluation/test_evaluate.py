@@ -58,6 +58,7 @@ def test_evaluating_the_eval_set_of_a_run_reproduces_its_eval_loss(drop_last, tm
         "max_new_tokens": 4,
         "generate": False,
         "no_generate": False,
+        "before": None,
         "device": "cpu",
     }
     metrics = evaluate_run(Namespace(**options)).to_json()

@@ -1,5 +1,7 @@
 """generate: prompts and stop tokens as in training, and batches that do not change answers."""
 
+import json
+
 import pytest
 import torch
 from helpers import EOS, IM_END, IM_START, PAD, byte_tokenizer, tiny_model
@@ -9,7 +11,7 @@ from hf_clm.data.read.formats import to_prompt
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.generation.decoding import Decoding, update_decoding
 from hf_clm.generation.generate import Generated, generate
-from hf_clm.generation.prompts import fit_new_tokens, to_prompt_example
+from hf_clm.generation.prompts import first_prompts, fit_new_tokens, to_prompt_example
 from hf_clm.model.load import fit_to_tokenizer
 from hf_clm.schema import Chat, Document, Segment
 from hf_clm.text.tokenizer import use_chat_template
@@ -303,3 +305,32 @@ def test_slide_stops_at_stop_tokens_and_accepts_prompts_over_the_maximum_length(
 def test_slide_and_beams_cannot_be_combined():
     with pytest.raises(RecipeError, match="slide and num_beams cannot be combined"):
         generate(build_model(), byte_tokenizer(), prompts=["a"], slide=True, decoding=Decoding(num_beams=2))
+
+
+LABELS = [
+    (["user", [["read control", "<s>"], ["read", "user\nMoon"]]], ["assistant", [["trained", "bright"]]]),
+    (
+        ["user", [["read", "[INST] Sun"]]],
+        ["assistant", [["trained", "hot"]]],
+    ),  # nothing tells what is written around
+    (
+        ["system", [["read", "system\nBe"]]],
+        ["user", [["read", "user\nSea"]]],
+        ["assistant", [["trained", "wet"]]],
+    ),
+]
+
+
+def test_the_first_prompts_of_a_run_are_its_samples_and_then_those_of_its_documents(tmp_path):
+    samples = [
+        {"step": step, "prompt": prompt, "text": ""} for step in (0, 9) for prompt in ("Star", "x" * 501)
+    ]
+    rows = [{"turns": turns, "tokens": 9, "shown": 9} for turns in LABELS]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    (tmp_path / "label_rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    (tmp_path / "run.json").write_text('{"status": "done", "has_turns": true}')
+    (tmp_path / "checkpoint-9").mkdir()
+
+    assert first_prompts(str(tmp_path)) == ["Star", "Moon"]
+    assert first_prompts(str(tmp_path / "checkpoint-9")) == ["Star", "Moon"]
+    assert first_prompts("organisation/model") == []

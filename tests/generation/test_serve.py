@@ -185,6 +185,7 @@ def test_options_have_an_effect(chatty, options, text, finish, stream):
     else:
         output, end = reply.choices[0].message.content, reply.choices[0]
     assert (output, end.finish_reason) == (text, finish)
+    assert end.stop_reason == {"one two": " three", "one ": "two"}.get(text)
 
 
 def test_a_seed_repeats_an_answer_and_top_p_0_is_greedy(chatty):
@@ -205,6 +206,7 @@ def test_text_that_spells_a_control_token_stays_text(chatty):
 def test_the_model_is_listed(chatty):
     assert [model.id for model in client(chatty).models.list()] == ["chatty"]
     assert client(chatty).models.retrieve("chatty").owned_by == "hf_clm"
+    assert client(chatty).models.retrieve("chatty").prompts == []  # of a folder without logs
     with pytest.raises(openai.NotFoundError, match="unknown model 'gpt-4'; this server has 'chatty'"):
         client(chatty).chat.completions.create(model="gpt-4", messages=chat("hi"))
 

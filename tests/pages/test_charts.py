@@ -53,12 +53,29 @@ def test_a_level_is_drawn_where_it_is_near_the_values_and_named_where_it_is_not(
     assert "var(--on-bad)" not in far.to_svg()
 
 
-def test_few_values_are_dots_and_a_seventh_line_is_dashed():
+def test_evaluations_are_markers_and_a_seventh_line_is_dashed():
     lines = [Series(str(number), [(0, 1.0), (1, number)], dots=number == 1) for number in range(7)]
     svg = Chart(METRICS["loss"], lines).to_svg()
 
-    assert svg.count("stroke-dasharray") == 2
+    assert svg.count("stroke-dasharray") == 1
     assert svg.count("<use") == 2
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "training", "lines"),
+    [
+        ([(0, 7.0), (9, 1.0)], [], 0),  # before and after: no diagonal
+        ([(0, 7.0), (5, 2.0), (9, 1.0)], [], 1),
+        ([(0, 7.0), (5, 2.0), (9, 1.0)], [(1, 6.0), (9, 1.0)], 1),  # the line is that of the training
+    ],
+)
+def test_markers_are_joined_where_there_are_several_and_no_line_shows_the_way(evaluations, training, lines):
+    series = [Series("training", training), Series("evaluation", evaluations, dots=True)]
+    svg = Chart(METRICS["loss"], series).to_svg()
+
+    drawn = re.findall(r'<path d="M [^"]*" [^>]*stroke="var\(--s[01]\)"[^>]*stroke-linecap', svg)
+    assert len(drawn) == lines
+    assert svg.count("<use") == len(evaluations)
 
 
 def test_a_hundred_thousand_points_are_a_small_picture():
@@ -71,7 +88,7 @@ def test_training_is_drawn_beside_every_evaluation_that_logs_the_figure():
     assert to_series(metrics, "loss", sets=["news", "silent"]) == [
         Series("training", [(1, 2.0), (2, 1.0)]),
         Series("evaluation", [(2, 1.5)], dots=True),
-        Series("training rows, evaluated", [(2, 0.9)], dots=True),
+        Series("evaluation on training rows", [(2, 0.9)], dots=True),
         Series("news", [(2, 3.0)], dots=True),
     ]
 

@@ -71,7 +71,8 @@ def test_losses_are_overlaid_by_step_by_tokens_and_by_time(runs):
         *(("Evaluation loss", "step"), ("Evaluation loss", "tokens"), ("Evaluation loss", "seconds")),
         *(("Tokens per second", "step"), ("Learning rate", "step")),
     ]
-    assert [list(chart.keys) for chart in charts] == [[(0, "base"), (1, "fast")]] * 8
+    keys = [[(number, one.name) for number, one in chart.keys] for chart in charts]
+    assert keys == [[(0, "base"), (1, "fast")]] * 8
     assert charts[1].series[0].points[-1][0] == 4000
     assert charts[2].series[0].points[-1][0] == 5.0
 
@@ -110,7 +111,12 @@ def test_the_page_holds_what_is_printed_and_runs_nothing(tmp_path):
 
     text = path.read_text(encoding="utf-8")
     assert "<img" not in text and "<script" not in text
-    assert re.findall("<h2>(.*?)</h2>", text) == ["Figures"]
+    assert re.findall("<h2>(.*?)</h2>", text) == [
+        "What the runs reached",
+        "What the runs answer",
+        "How the loss falls",
+    ]
+    assert "The recipes, data and versions are the same." in text
     assert "default-src 'none'; style-src 'sha256-" in text
 
 
@@ -118,6 +124,31 @@ def test_folders_of_one_name_are_told_apart_by_their_paths(tmp_path):
     records = [load_folder(write_run(tmp_path / name / "run")) for name in ("a", "b")]
 
     assert to_names(records) == [f"{tmp_path}/a/run", f"{tmp_path}/b/run"]
+
+
+def test_a_run_that_is_compared_with_itself_is_numbered(tmp_path):
+    run = load_folder(write_run(tmp_path / "run"))
+
+    assert to_names([run, run]) == ["run (1)", "run (2)"]
+
+
+def test_the_answers_of_the_runs_stand_side_by_side_from_before_to_after(tmp_path):
+    first = [{"step": step, "prompt": "Hi", "text": text} for step, text in ((0, "?"), (10, "a"), (20, "b"))]
+    second = [{"step": step, "prompt": "Hi", "text": text} for step, text in ((0, "?"), (5, "c"))]
+    folders = [write_run(tmp_path / "one", samples=first), write_run(tmp_path / "two", samples=second)]
+
+    compare([str(folder) for folder in folders], path=str(tmp_path / "c.html"))
+
+    text = (tmp_path / "c.html").read_text(encoding="utf-8")
+    cards = re.findall(
+        r'<b class="c[01]">(.*?)</b> <span class="quiet">(.*?)</span>\s*<div[^>]*>(.*?)</div>', text
+    )
+    assert cards == [
+        *(("one", "before training", "?"), ("two", "before training", "?")),
+        *(("one", "step 5", "?"), ("two", "step 5", "c")),
+        *(("one", "step 10", "a"), ("two", "step 10", "c")),
+        *(("one", "step 20", "b"), ("two", "step 20", "c")),
+    ]
 
 
 @pytest.mark.parametrize("count", [0, 1])

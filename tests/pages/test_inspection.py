@@ -118,7 +118,7 @@ def test_the_eval_split_is_shown_on_request(recipe):
 def test_a_missing_eval_split_and_a_folder_without_a_run_are_refused(recipe):
     with pytest.raises(RecipeError, match="the recipe has no set 'eval'"):
         inspect(str(recipe), [], view=View(split="eval"))
-    with pytest.raises(RecipeError, match="not a run's folder"):
+    with pytest.raises(RecipeError, match="not the folder of a run"):
         inspect("tokenizer", [], view=View())
 
 
@@ -218,7 +218,7 @@ def test_the_page_holds_a_histogram_of_the_lengths(tmp_path):
     write_labels(tmp_path / "labels.html", [], vocabulary=VOCABULARY, facts={"rows": 4}, lengths=lengths)
 
     text = (tmp_path / "labels.html").read_text(encoding="utf-8")
-    assert "<b>Lengths: 25.0% over max_length 30</b>" in text  # that is 40; 30 fits
+    assert "<b>Tokens in an example: 25.0% are over max_length 30</b>" in text  # that is 40; 30 fits
     assert text.count('fill="var(--s0)"') == 40 - 10 and text.count('fill="var(--on-bad)"') == 10
     assert read_data(tmp_path / "labels.html")["facts"] == [["rows", "4"]]
 

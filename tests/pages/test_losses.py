@@ -1,5 +1,6 @@
 """The page of losses, read as a browser's parser reads it; its numbers against plain transformers."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -94,13 +95,82 @@ def test_the_data_open_no_tag_and_steer_nothing(folder):
     page, text = to_page(folder)
 
     assert page.tags == {
-        *("html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "h3", "p"),
+        *("html", "head", "meta", "title", "style", "body", "main", "header", "h1", "h2", "h3", "p"),
         *("div", "b", "span", "article"),
     }
     assert "<img" not in text and "</script" not in text and "\u202e" not in text
     shown = "".join(token[0] for token in page.tokens)
     assert f"茶{INJECTED}<|endoftext|>" in shown
     assert "\\u202etwo↵\nlines" in shown
+
+
+def test_the_figures_have_the_names_of_the_table_of_metrics(folder):
+    _, text = to_page(folder)
+
+    found = re.findall(r'<div class="card"><span class="quiet">(.*?)</span>', text)
+    assert found == [
+        *("Loss", "Perplexity", "Bits per byte", "Token accuracy"),
+        *("Examples", "Dropped examples", "Rows", "Target tokens"),
+        *("Loss of first tokens", "Loss of tokens in between", "Loss of stop tokens"),
+    ]
+
+
+def test_each_row_is_shown_before_and_after(folder):
+    """Of a model of zeros every token has the loss log(260)."""
+    zeros = tiny_model("gpt2", n_positions=256)
+    torch.nn.init.zeros_(zeros.get_input_embeddings().weight)
+    save_folder(folder / "zeros", zeros, byte_tokenizer())
+
+    page, text = to_page(folder, "--before", str(folder / "zeros"), "--rows", "1")
+
+    assert re.findall(r"<b>(before|after)</b> mean loss ([0-9.]+)", text)[0] == ("before", "5.561")
+    assert text.count("<b>after</b>") == 1
+    half = len(page.tokens) // 2
+    assert [token[0] for token in page.tokens[:half]] == [token[0] for token in page.tokens[half:]]
+    assert "loss 5.561" in page.tokens[0][1] and "loss 5.561" not in page.tokens[half][1]
+    tiles = re.findall(r"Loss</span>\s*<b><span class=\"quiet\">([0-9.]+) →</span> ([0-9.]+)</b>", text)
+    assert tiles == [("5.5607", "5.5654")]
+
+
+def test_a_model_of_another_tokenizer_is_refused(folder, capsys):
+    tokenizer = byte_tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    other = save_folder(folder / "other", tiny_model("gpt2", n_positions=256), byte_tokenizer())
+    path = folder / "other" / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    ids = content["model"]["vocab"]
+    ids["a"], ids["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    words = [
+        "evaluate",
+        str(folder / "model"),
+        str(folder / "rows.jsonl"),
+        "--no_generate",
+        "--device",
+        "cpu",
+    ]
+
+    assert main([*words, "--before", other]) == 2
+
+    assert capsys.readouterr().err == (
+        f"error: --before {other}: 2 of 260 tokens have another id than in the run; got 'a'; "
+        "fix: name a model with the same tokenizer\n"
+    )
+
+
+def test_a_folder_without_a_recipe_has_no_base(folder, capsys):
+    words = [
+        "evaluate",
+        str(folder / "model"),
+        str(folder / "rows.jsonl"),
+        "--no_generate",
+        "--device",
+        "cpu",
+    ]
+
+    assert main([*words, "--before", "base"]) == 2
+
+    assert "is no run's folder: nothing says what it began with; got 'base'" in capsys.readouterr().err
 
 
 def test_a_character_of_three_tokens_is_one_place_with_three_losses(folder):

@@ -49,7 +49,8 @@ def test_a_whole_run_has_every_part(tmp_path):
     text = build_report(load_folder(write_run(tmp_path / "poems")))
 
     assert headings(text) == [
-        *("Training", "Samples", "Labels", "Certificate", "Ledger"),
+        *("What the model reads and learns", "How the loss falls", "How the answers grow"),
+        *("What it cost, and how it ran", "What was proved", "Where every record went"),
         *("Self-test of the loss", "Recipe", "Versions"),
     ]
     assert titles(text) == [
@@ -62,11 +63,18 @@ def test_the_figures_stand_at_the_top(tmp_path):
     texts = read(write_run(tmp_path / "poems")).texts
 
     first = texts.index("Evaluation loss")
-    assert texts[first : first + 28] == [
-        *("Evaluation loss", "6.5000 -> 0.2500"),
-        *("Evaluation accuracy", "0% -> 97.5%"),
-        *("Loss", "0.0961"),  # 6.5 x 0.9^40
-        *("Token accuracy", "98.5%"),
+    assert texts[first : first + 7] == [
+        *("Evaluation loss", "6.5000 →", "0.2500"),
+        *("Evaluation accuracy", "0% →", "97.5%"),
+        "From before to after training, measured on the training data.",
+    ]
+
+
+def test_the_chapter_on_cost_has_every_figure_that_no_other_has(tmp_path):
+    texts = read(write_run(tmp_path / "poems")).texts
+
+    first = texts.index("Steps")
+    assert texts[first : first + 16] == [
         *("Steps", "40 of 40"),
         *("Time", "5s"),
         *("Tokens", "4,000"),
@@ -75,8 +83,16 @@ def test_the_figures_stand_at_the_top(tmp_path):
         *("MFU", "9.5%"),
         *("Peak memory", "1.08 GB"),
         *("Padding", "0%"),
-        *("Evaluated on", "training data"),
-        *("Packed rows", "94.5% full"),
+    ]
+    assert "48 input rows became 12 rows, 94.5% full." in texts
+
+
+def test_the_legend_of_a_chart_has_the_last_value_of_each_series(tmp_path):
+    text = build_report(load_folder(write_run(tmp_path / "poems")))
+
+    assert re.findall('class="key c(.*?)">(.*?)<', text)[:2] == [
+        ("0", "training 0.0961"),
+        ("1 dots", "evaluation 0.2500"),
     ]
 
 
@@ -161,8 +177,8 @@ def test_figures_of_named_sets_and_of_answers_stand_before_and_after(tmp_path):
 
     texts = read(write_run(tmp_path / "run", metrics=metrics)).texts
 
-    place = texts.index("news loss")
-    assert texts[place : place + 8] == ["news loss", "3", "2", "-1", "exact match", "0%", "25%", "+25%"]
+    place = texts.index("News loss")
+    assert texts[place : place + 6] == ["News loss", "3 →", "2", "Exact match", "0% →", "25%"]
 
 
 def test_a_run_that_failed_says_why(tmp_path):
@@ -195,11 +211,53 @@ def test_padding_is_drawn_where_there_is_some(tmp_path):
     ]
 
 
-def test_samples_of_five_steps_stand_side_by_side(tmp_path):
+def stages(text: str) -> list[str]:
+    return re.findall('<div class="card(?: last)?"><span class="quiet">(.*?)</span>', text)
+
+
+def test_five_answers_stand_side_by_side(tmp_path):
     text = build_report(load_folder(write_run(tmp_path / "run")))
 
-    assert "5 of 7 steps" in text
-    assert re.findall("step ([0-9]+)</span>", text) == ["0", "15", "20", "25", "40"] * 2
+    assert "5 of 7 different answers" in text
+    growth = ["before training", "step 15", "step 20", "step 25", "step 40"]
+    assert [title for title in stages(text) if "t" in title and title[0] in "bs"] == growth * 2
+
+
+def test_steps_with_the_same_answer_are_one_and_the_target_is_recognized(tmp_path):
+    texts = {0: "?", 10: "so", 20: "boats", 30: "boats", 40: "boats"}
+    samples = [{"step": step, "prompt": "Poem", "text": text} for step, text in texts.items()]
+    folder = write_run(tmp_path / "run", samples=samples)
+    turns = [["user", [["read control", "<|im_start|>"], ["read", "user\nPoem"]]]]
+    turns.append(
+        ["assistant", [["read", "assistant\n"], ["trained", "boats"], ["trained control", "<|im_end|>"]]]
+    )
+    row = {"place": "a:1", "tokens": 9, "targets": 2, "shown": 9, "flags": {}, "turns": turns}
+    (folder / "label_rows.jsonl").write_text(json.dumps(row) + "\n")
+
+    found = read(folder).texts
+
+    place = found.index("target in the data")
+    assert found[place : place + 10] == [
+        *("target in the data", "boats"),
+        *("before training", "?"),
+        *("step 10", "so"),
+        *("steps 20 to 40", "✓ the target", "boats"),
+        "What it cost, and how it ran",
+    ]
+
+
+def test_answers_of_the_evaluations_are_shown_with_their_targets(tmp_path):
+    folder = write_run(tmp_path / "run", samples=[])
+    entry = {"set": "eval", "prompt": "7 x 7", "target": "49", "exact": False}
+    lines = [{"step": 0, "text": "x", **entry}, {"step": 40, "text": "49", **entry}]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    found = read(folder).texts
+
+    place = found.index("7 x 7")
+    assert found[place + 1 : place + 8] == [
+        *("target in the data", "49", "before training", "x", "step 40", "✓ the target", "49"),
+    ]
 
 
 def test_targets_and_prompts_are_told_apart_in_the_labels(tmp_path):

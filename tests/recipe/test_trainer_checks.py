@@ -49,6 +49,10 @@ def test_evaluation_without_an_eval_set_is_a_fault():
     (fault,) = train_faults({**GOOD, "eval_strategy": "epoch"}, has_eval=False, metrics=METRICS)
 
     assert fault.what == "train.eval_strategy is epoch, but there is no eval set"
+    assert (
+        fault.fix
+        == "give data.eval or data.eval_fraction, or data.eval_train_rows to evaluate on training rows"
+    )
 
 
 @pytest.mark.parametrize(

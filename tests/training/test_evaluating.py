@@ -28,11 +28,12 @@ SETS = {
 EVERY_TWO = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
 
 
-def build(folder: Path, *, sets: Any = None, train: Any = (), **changes: Any) -> Recipe:
+def build(folder: Path, *, sets: Any = None, train: Any = (), watched: int = 0, **changes: Any) -> Recipe:
     """4 steps of 2 rows, evaluated every 2 steps, on ``news`` and ``chat`` unless other sets are given."""
     named = {name: write_jsonl(folder / f"{name}.jsonl", rows) for name, rows in SETS.items()}
     data = {"train": [write_jsonl(folder / "rows.jsonl", RECORDS)], "eval": named if sets is None else sets}
     data |= {"max_length": 64, "packing": "none", "cache_dir": None, "max_leakage": 1.0}
+    data |= {"eval_train_rows": watched}
     settings = {"output_dir": str(folder / "run"), **EVERY_TWO, **dict(train)}
     return helpers.build_recipe(folder, RECORDS, data=data, train=settings, **changes)
 
@@ -86,9 +87,8 @@ def test_the_summary_and_the_report_show_every_set_before_and_after(tmp_path, ca
 
     assert f"          chat loss {before:.4g} -> {after:.4g}" in capsys.readouterr().out.splitlines()
     page = build_report(load_folder(tmp_path / "run"))
-    assert (
-        "Before and after" in page and f"<td>chat loss</td><td>{before:.4g}</td><td>{after:.4g}</td>" in page
-    )
+    tile = f'Chat loss</span>\n<b><span class="quiet">{before:.4g} →</span> {after:.4g}</b>'
+    assert tile in page
     assert "labels, eval_news" in page
 
 
@@ -237,6 +237,16 @@ def test_a_set_without_prompts_is_reported(tmp_path):
 
     with pytest.raises(DataError, match="no example has a prompt to answer"):
         train(build(tmp_path, sets={"texts": texts}, evaluation={"generate": 1}))
+
+
+def test_without_an_eval_set_the_watched_training_rows_are_evaluated(tmp_path):
+    result = train(build(tmp_path, sets=[], watched=3))
+
+    found = evaluations(tmp_path)
+    assert [entry["step"] for entry in found] == [0, 2, 4]
+    assert [entry["eval_target_tokens"] for entry in found] == [1 + 2 + 3 + 3] * 3  # say 1, say 2 and say 3
+    assert not any("eval_train_loss" in entry for entry in found)
+    assert "evaluation" not in result or result["evaluation"] is None
 
 
 def test_two_processes_share_the_answers_and_log_the_same_as_one(tmp_path):

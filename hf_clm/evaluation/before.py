@@ -1,0 +1,63 @@
+"""The model that ``hf-clm evaluate --before`` compares a run with: another one, or the one it began with."""
+
+from argparse import Namespace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from hf_clm.errors import RecipeError
+from hf_clm.generation.load import LoadedRun, load_run, run_recipe
+from hf_clm.model.adapters import is_adapter, read_base
+from hf_clm.model.load import fit_to_tokenizer
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Before:
+    """A model that reads the rows of a run. ``is_adapted``: it is the run's model, without its adapters."""
+
+    name: str
+    model: Any
+    is_adapted: bool = False
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Returns a context in which ``model`` is the model before."""
+        return self.model.disable_adapter() if self.is_adapted else nullcontext()
+
+
+def load_before(name: str, run: LoadedRun, options: Namespace) -> Before:
+    """Loads a run, a checkpoint or a model; ``base`` is the model that the run of ``options`` began with.
+
+    Raises RecipeError if that run began with random weights, or if the tokenizers differ.
+    """
+    if name == BASE and is_adapter(options.run):
+        return Before(read_base(options.run)[0], run.model, is_adapted=True)
+    name = find_base(options.run) if name == BASE else name
+    other = load_run(name, device=options.device)
+    check_same_tokens(name, other.tokenizer, run.tokenizer)
+    fit_to_tokenizer(other.model, run.tokenizer)
+    return Before(name, other.model)
+
+
+def find_base(folder: str) -> str:
+    """Returns the model that a run began with. Raises RecipeError if its recipe names none."""
+    recipe = run_recipe(folder)
+    if recipe is None or recipe.model.name_or_path is None:
+        what = (
+            "began with random weights" if recipe else "is no run's folder: nothing says what it began with"
+        )
+        fix = "name another model, such as a shorter run"
+        raise RecipeError(f"{folder} {what}", where="--before", got=repr(BASE), fix=fix)
+    return recipe.model.name_or_path
+
+
+def check_same_tokens(name: str, other: PreTrainedTokenizerFast, own: PreTrainedTokenizerFast) -> None:
+    """Raises RecipeError unless the tokens of one are all tokens of the other, with the same ids."""
+    few, many = sorted((other.get_vocab(), own.get_vocab()), key=len)
+    if differing := sorted(token for token, id in few.items() if many.get(token) != id):
+        what = f"{len(differing):,} of {len(few):,} tokens have another id than in the run"
+        fix = "name a model with the same tokenizer"
+        raise RecipeError(what, where=f"--before {name}", got=repr(differing[0]), fix=fix)
