@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,6 +36,7 @@ from hf_clm.recipe.text import COMMAND_LINE, override
 
 SAMPLED_RECORDS = 1000
 BYTES_PER_TOKEN = 4  # of UTF-8 text, in English and in Chinese alike
+GGUF_BYTES = 0.6  # about that many for each parameter, in the usual 4 to 5 bits
 PACKED = 5  # about how much larger the text of a compressed file or of Parquet is
 STEPS = 100  # in a run at least, if the data suffice
 LARGE = 1_500_000_000  # parameters; from here on LoRA: AdamW alone would take more than 24 GB
@@ -44,7 +45,7 @@ CHOSEN = "chosen: "  # begins the place of a value that was chosen here
 
 @dataclass(frozen=True)
 class ModelSize:
-    """``parameters`` and ``positions`` (the longest input, in tokens) are None where the files do not say."""
+    """``parameters`` and ``positions`` (the longest input, in tokens) are None if the files do not tell."""
 
     parameters: int | None = None
     positions: int | None = None
@@ -74,7 +75,7 @@ class Choice:
     """A value of a recipe that is chosen, and why."""
 
     key: str
-    value: Any
+    value: object
     reason: str
 
 
@@ -89,7 +90,7 @@ def open_recipe(target: str, overrides: Sequence[str], *, options: Sequence[str]
     return draft_recipe(list(read_overrides(overrides, options=options)), origin=COMMAND_LINE)
 
 
-def draft_recipe(given: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:
+def draft_recipe(given: Sequence[tuple[str, object]], *, origin: str) -> Recipe:
     """Drafts a recipe around what is given: (dotted key, value), a model and training data among them.
 
     Args:
@@ -104,7 +105,8 @@ def draft_recipe(given: Sequence[tuple[str, Any]], *, origin: str) -> Recipe:
         missing = "data" if name else "a model"
         fix = "hf-clm train --model MODEL --data FILE [--key value ...], or hf-clm train RECIPE"
         raise RecipeError(f"needs a recipe, or a model and data: {missing} is missing", fix=fix)
-    size, data = measure_model(name, values.get("model.revision")), measure_data(train)
+    revision = values.get("model.revision")
+    size, data = measure_model(name, str(revision) if revision else None), measure_data(train)
     tree: dict[str, Any] = {}
     places: dict[str, str] = {}
     for choice in choose(values, size, data):
@@ -126,9 +128,9 @@ def to_lines(recipe: Recipe) -> list[str]:
     return lines
 
 
-def choose(values: dict[str, Any], size: ModelSize, data: DataSize) -> Iterator[Choice]:
+def choose(values: Mapping[str, object], size: ModelSize, data: DataSize) -> Iterator[Choice]:
     """Yields what is chosen around the given values, in the order of a recipe."""
-    stage = values.get("stage") or ("pretrain" if data.is_text else "sft")
+    stage = str(values.get("stage") or ("pretrain" if data.is_text else "sft"))
     yield Choice("stage", stage, "texts without prompts" if stage == "pretrain" else "prompts and answers")
     parameters = size.parameters or 500_000_000
     is_adapted = bool(values.get("lora", parameters >= LARGE)) or any(
@@ -189,7 +191,7 @@ def measure_model(name: str, revision: str | None = None) -> ModelSize:
     """
     path = Path(name).expanduser()
     if path.is_file():
-        return ModelSize()  # one file of weights, such as GGUF
+        return ModelSize(int(path.stat().st_size / GGUF_BYTES))
     load_options(name, revision=revision, where="--model")
     if not path.is_dir():
         return _measure_on_hub(name, revision)
@@ -329,7 +331,7 @@ def _batch(rows: int) -> Iterator[Choice]:
     yield Choice("train.gradient_accumulation_steps", accumulated, f"{total} packed rows in a step")
 
 
-def _output_dir(values: dict[str, Any], *, is_adapted: bool) -> str:
+def _output_dir(values: Mapping[str, object], *, is_adapted: bool) -> str:
     sources = to_sources(values["data.train"])
     first = sources[0].get("path", "") if isinstance(sources[0], dict) else ""
     names = [Path(str(values["model.name_or_path"])).name, Path(first).name.partition(".")[0]]
