@@ -136,7 +136,9 @@ class NotebookProgress(Progress):
 @contextmanager
 def showing() -> Iterator[Progress]:
     """Inside, the lines of a run go to the stream: to a drawing in Jupyter, else to standard output."""
-    from transformers.utils import logging
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")  # of tqdm's own bar in Jupyter, not needed
+        from transformers.utils import logging
 
     had_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # one for each file that is loaded or written

@@ -184,11 +184,11 @@ def test_a_format_may_be_a_function(model):
 def test_a_function_of_a_script_is_part_of_what_decides_the_prepared_set(tmp_path):
     """``__main__`` cannot be imported by others, and an edited function must not find the old rows."""
     program = (
-        "from hf_clm.data.read.formats import own_modules\n"
+        "from hf_clm.data.read.formats import custom_modules\n"
         "MARK = {mark!r}\n"
         "def helper(text): return MARK + text\n"
         "def read(record): return helper(record['text'])\n"
-        "print(own_modules(['__main__:read']))\n"
+        "print(custom_modules(['__main__:read']))\n"
     )
     found = set()
     for mark in ("a", "b", "a"):

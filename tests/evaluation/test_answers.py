@@ -112,7 +112,7 @@ def test_samples_are_in_the_json_and_on_the_page(folder, tmp_path, monkeypatch, 
     }
     assert lines[-3][-2:] == ["exact_match", "chrf"]
     text = page.read_text(encoding="utf-8")
-    assert "<h2>3 of 3 answers, those that differ first</h2>" in text
+    assert "3 of 3 answers, those that differ from their target first." in text
     places = [
         text.index(f'class="{kind}">{output}</td>')
         for kind, output in (("bad", "&lt;b&gt; …"), ("bad", "cx"), ("good", "cd"))

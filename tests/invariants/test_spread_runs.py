@@ -28,7 +28,7 @@ TIED = {"tie_word_embeddings": True}
 CASES = {
     "untied": ({}, [], {}),
     "tied": (TIED, [], CHECKPOINTING),
-    "in parts": (TIED, [], {"FULL_STATE_DICT # a": "SHARDED_STATE_DICT # a"}),
+    "in parts": (TIED, [], {"type: FULL_STATE_DICT": "type: SHARDED_STATE_DICT"}),
     "lora": ({}, ["--lora", "{r: 4}"], {}),
     "hybrid": ({}, [*BATCH, "1", *EVAL_BATCH, "1"], {"num_processes: 2": f"num_processes: 4\n{HYBRID}"}),
 }

@@ -190,7 +190,7 @@ def test_the_page_asks_for_nothing_and_runs_nothing(folder):
 def test_a_page_that_cannot_be_written_is_refused_before_the_model_is_opened(tmp_path, capsys):
     assert main(["evaluate", "no-model", "no-data", "--html", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        f"error: --html: cannot be written; got {tmp_path}; fix: name a file in a folder that is there\n"
+        f"error: --html: cannot be written; got {tmp_path}; fix: name a file in an existing folder\n"
     )
 
 

@@ -51,7 +51,7 @@ def test_evaluation_without_an_eval_set_is_a_fault():
     assert fault.what == "train.eval_strategy is epoch, but there is no eval set"
     assert (
         fault.fix
-        == "give data.eval or data.eval_fraction, or data.eval_train_rows to evaluate on training rows"
+        == "set data.eval or data.eval_fraction, or data.eval_train_rows to evaluate on training rows"
     )
 
 

@@ -551,11 +551,11 @@ def test_sources_with_equal_paths_are_distinguished(tmp_path):
     [
         (
             ["--data.train=[{path: a, weight: 1}, {path: b}]"],
-            "data.train.1 has no weight, and data.train.0 has one; got b; fix: give each source one",
+            "data.train.1 has no weight, but data.train.0 has one; got b; fix: set a weight for each source",
         ),
         (
             ["--data.train=[{path: a, weight: 1}, {path: b, epochs: 2}]"],
-            "data.train.1.epochs and weight are two ways to say how much of a source is read",
+            "data.train.1.epochs and weight exclude each other, as both set the share of a source",
         ),
         (["--data.train=[{path: a, weight: 1}]"], "weight has no effect with a single source"),
         (["--data.train=[{path: a, weight: 0}, b]"], "data.train.0.weight: expected a number greater than 0"),
@@ -564,19 +564,19 @@ def test_sources_with_equal_paths_are_distinguished(tmp_path):
         (["--data.eval=[{path: a, epochs: 2}]"], "epochs has no effect on a source of data.eval"),
         (
             ["--data.train=[{path: a, weight: 1}, {path: b, weight: 2}]", "--data.mixing.temperature=2.0"],
-            "data.mixing.temperature makes shares of sizes, and the sources have weights",
+            "data.mixing.temperature derives shares from the sizes of sources, but they have weights",
         ),
         (
             ["--data.train=[{path: a, epochs: 2}, b]", "--data.mixing.temperature=2.0"],
-            "data.mixing.temperature makes shares of sizes, and the sources have epochs",
+            "data.mixing.temperature derives shares from the sizes of sources, but they have epochs",
         ),
         (
             ["--data.train=[{path: a, epochs: 2}, b]", "--data.mixing.size=20"],
-            "data.mixing.size has no effect where the sources have epochs",
+            "data.mixing.size has no effect if the sources have epochs",
         ),
         (
             ["--data.mixing.stopping_strategy=all_exhausted"],
-            "data.mixing.stopping_strategy is a key of version 0.4; fix: remove it, and write size",
+            "data.mixing.stopping_strategy is a key of version 0.4; fix: remove it, and set size",
         ),
         (["--data.mixing.size=0"], "data.mixing.size: expected a number greater than or equal to 1"),
         (["--data.mixing.by=row"], "data.mixing.by: expected one of rows, tokens, target_tokens"),

@@ -667,9 +667,9 @@ def test_commands_report_that_they_use_the_head_and_prepare_refuses(capsys):
     assert codes == [0, 0, 2]
     assert "stream: the first 1,000 documents of each source" in said.out
     assert "8 rows of a stream; only its first documents are checked" in said.out
-    assert said.err.endswith(
-        "error: data.streaming: nothing is prepared of a stream; "
-        "fix: hf-clm train reads it, and prepares data.eval alone; or set data.streaming to false\n"
+    assert (
+        "error: data.streaming: streamed data are not prepared in advance; fix: start hf-clm train"
+        in said.err
     )
 
 

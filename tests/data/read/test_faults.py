@@ -278,7 +278,7 @@ def test_one_of_two_processes_reports_the_errors_and_both_exit():
     [
         ("skip_bad_lines: {}", "use on_bad_record: drop"),
         ("nul: {}", "remove it, and remove U+0000 from the data"),
-        ("mixing: {stopping_strategy: {}}", "remove it, and write size: the rows or tokens of an epoch"),
+        ("mixing: {stopping_strategy: {}}", "remove it, and set size to the rows or tokens of an epoch"),
     ],
 )
 def test_a_key_of_version_0_4_is_accepted_only_at_its_default(line, fix):
