@@ -24,6 +24,7 @@ from hf_clm.data.read.faults import check_data
 from hf_clm.draft import draft_recipe, to_lines
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.hashing import hash_file
+from hf_clm.logs import to_json_lines, writes_json
 from hf_clm.machine import is_first_here
 from hf_clm.notebook import showing
 from hf_clm.recipe.other_names import advise
@@ -79,11 +80,13 @@ def train(
     Raises UserError before the first step for what a caller can fix; Preempted, a SystemExit, when a signal
     stopped the run after it saved a checkpoint.
     """
+    _check_objects(callbacks, optimizers)
     with showing() as progress:
         built = to_recipe(
             recipe, model=model, train_dataset=train_dataset, eval_dataset=eval_dataset, keys=keys
         )
         if is_first_here() and (lines := to_lines(built)):
+            lines = to_json_lines("\n".join(lines), {}) if writes_json() else lines
             progress.write("\n".join([*lines, ""]))
         check_data(built)
         from hf_clm.training.python import Additions
@@ -102,9 +105,10 @@ def to_recipe(
     eval_dataset: object = None,
     keys: Mapping[str, object] | None = None,
 ) -> Recipe:
-    """Returns the recipe of a call of ``train``, whose arguments these are. Writes records in memory.
+    """Returns the recipe for the arguments of ``train``, and writes records in memory to a file.
 
-    Raises RecipeError for what no recipe takes, DataError for records that cannot be written.
+    Raises RecipeError for keys and values that a recipe does not accept, DataError for records that cannot be
+    written.
     """
     tree, places, file = _open(recipe)
     keywords = dict(keys or {})
@@ -117,11 +121,25 @@ def to_recipe(
         if value is not None:
             found = _to_sources(value, name=f"{key}_dataset", format=format, folder=folder)
             given[f"data.{key}"] = keep_format(found, _section(tree, "data").get(key))
+    if format is not None and train_dataset is None and eval_dataset is None:
+        fix = "name it in data: {'train': [{'path': ..., 'format': ...}]}"
+        raise RecipeError("has no effect without train_dataset or eval_dataset", where="format", fix=fix)
     if recipe is None:
         return draft_recipe(list(given.items()), origin=ORIGIN)
     for key, value in given.items():
         override(tree, places, key=key, value=value, place=ORIGIN)
     return build_recipe(tree, places, file=file)
+
+
+def _check_objects(callbacks: object, optimizers: object) -> None:
+    """Raises RecipeError for the usual mistakes, before anything is loaded."""
+    if not isinstance(callbacks, list | tuple):
+        got, fix = type(callbacks).__name__, "callbacks=[callback, ...]"
+        raise RecipeError("expected a list", where="callbacks", got=got, fix=fix)
+    if optimizers is not None and not callable(optimizers):
+        what = "expected a function from the model to (optimizer, schedule or None)"
+        fix = "optimizers=lambda model: (torch.optim.AdamW(model.parameters()), None)"
+        raise RecipeError(what, where="optimizers", got=type(optimizers).__name__, fix=fix)
 
 
 def _open(recipe: object) -> tuple[dict[str, object], dict[str, str], str]:
@@ -205,6 +223,9 @@ def _name_of(function: Callable[..., object]) -> str:
 def _to_sources(value: object, *, name: str, format: object, folder: Path) -> object:
     """What ``data.train`` or ``data.eval`` is set to: paths as they are, records in memory as a file."""
     if isinstance(value, Mapping) and "path" not in value:
+        if name == "train_dataset" and not any(_is_rows(item) for item in value.values()):
+            what, fix = "expected records, got one dictionary", "pass a list of dictionaries: [record, ...]"
+            raise DataError(what, where=name, fix=fix)
         if name == "train_dataset":
             fix = f"pass one of them: train_dataset=datasets[{next(iter(value), 'train')!r}]"
             raise DataError("several datasets", where=name, got=type(value).__name__, fix=fix)
@@ -221,6 +242,13 @@ def _to_sources(value: object, *, name: str, format: object, folder: Path) -> ob
         return [{"format": _to_plain(format), **path} for path in paths]
     path = _write_dataset(value, name, folder) or _write_records(value, name, folder)
     return {"path": path, **({} if format is None else {"format": _to_plain(format)})}
+
+
+def _is_rows(item: object) -> bool:
+    """Whether a value of a dictionary is a dataset itself."""
+    return hasattr(item, "column_names") or (
+        isinstance(item, list) and bool(item) and isinstance(item[0], dict)
+    )
 
 
 def _is_source(item: object) -> bool:

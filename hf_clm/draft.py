@@ -4,7 +4,7 @@
                                                              +--> choices --> Recipe
     data ---the first records, sizes of files--> DataSize ---'
 
-Nothing depends on the machine that could not be changed when the run is resumed elsewhere.
+The rows in a step are a power of two, however many processes share them, as long as their number is one too.
 """
 
 import json
@@ -36,7 +36,8 @@ from hf_clm.recipe.text import COMMAND_LINE, override
 
 SAMPLED_RECORDS = 1000
 BYTES_PER_TOKEN = 4  # of UTF-8 text, in English and in Chinese alike
-GGUF_BYTES = 0.6  # about that many for each parameter, in the usual 4 to 5 bits
+# The usual words in the name of a GGUF file -> bytes for each parameter; 4 to 5 bits otherwise.
+GGUF_BYTES = {"bf16": 2.0, "f16": 2.0, "f32": 4.0, "q8": 1.1, "q6": 0.8}
 PACKED = 5  # about how much larger the text of a compressed file or of Parquet is
 STEPS = 100  # in a run at least, if the data suffice
 LARGE = 1_500_000_000  # parameters; from here on LoRA: AdamW alone would take more than 24 GB
@@ -67,7 +68,8 @@ class DataSize:
     def __str__(self) -> str:
         if not self.records:
             return "of unknown size"
-        return f"about {self.records:,} records and {self.tokens:,} tokens"
+        records = f"{self.records:,} record{'s' * (self.records != 1)}"
+        return f"about {records} and {self.tokens:,} tokens"
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def draft_recipe(given: Sequence[tuple[str, object]], *, origin: str) -> Recipe:
         override(tree, places, key=choice.key, value=choice.value, place=f"{CHOSEN}{choice.reason}")
     for key, value in given:
         override(tree, places, key=key, value=value, place=origin)
-    return build_recipe(tree, places)
+    # A fault of a key that is missing has no place: the section around it is nobody's.
+    return build_recipe(tree, {key: place for key, place in places.items() if "." in key or key == "stage"})
 
 
 def to_lines(recipe: Recipe) -> list[str]:
@@ -123,7 +126,7 @@ def to_lines(recipe: Recipe) -> list[str]:
         return []
     width = max(len(f"{key}: {value}") for key, value, _ in choices)
     names = [recipe.model.name_or_path, ", ".join(source.path for source in recipe.data.train)]
-    lines = [f"recipe    made for {names[0]} and {names[1]}; --key VALUE changes a value"]
+    lines = [f"recipe    made for {names[0]} and {names[1]}; every value can be given instead"]
     lines += [f"{'':<10}{f'{key}: {value}':<{width}}  {reason}".rstrip() for key, value, reason in choices]
     return lines
 
@@ -137,11 +140,16 @@ def choose(values: Mapping[str, object], size: ModelSize, data: DataSize) -> Ite
         key.startswith("lora.") for key in values
     )
     if is_adapted and "lora" not in values:
-        yield Choice("lora", {}, f"{_billions(parameters)} parameters: all of them would take over 24 GB")
+        reason = f"adapters, as training all {_billions(parameters)} parameters takes over 24 GB"
+        yield Choice("lora.r", 16, reason)
     length = choose_length(size, data, stage=stage)
     yield Choice("data.max_length", length, _length_reason(length, size, data, stage=stage))
+    if "data.tokens_per_batch" in values:
+        yield Choice("data.packing", "none", "data.tokens_per_batch fills batches instead")
     epochs = _epochs(data, stage=stage)
-    rows = max(1, data.tokens // length) * epochs
+    given_length, given_epochs = values.get("data.max_length"), values.get("train.num_train_epochs")
+    length = given_length if isinstance(given_length, int) else length
+    rows = max(1, data.tokens // max(1, length)) * float(str(given_epochs or epochs))
     per_step = 2 ** min(4, max(0, math.floor(math.log2(max(1, rows / STEPS)))))
     can_hold_out = data.records >= 20 or (data.records == 1 and data.is_text and data.tokens >= 2000)
     holds_out = can_hold_out and not values.keys() & {"data.eval", "data.eval_fraction", "data.streaming"}
@@ -154,7 +162,7 @@ def choose(values: Mapping[str, object], size: ModelSize, data: DataSize) -> Ite
         yield Choice("evaluation.max_new_tokens", 64, "the longest answer")
     yield Choice("train.output_dir", _output_dir(values, is_adapted=is_adapted), "from both names")
     yield Choice("train.num_train_epochs", epochs, str(data))
-    yield from _batch(per_step)
+    yield from _batch(per_step, values.get("train.per_device_train_batch_size"))
     rate = learning_rate(parameters, is_adapted=is_adapted)
     what = "LoRA" if is_adapted else f"{_billions(parameters)} parameters"
     yield Choice("train.learning_rate", rate, f"usual for {what}")
@@ -162,7 +170,7 @@ def choose(values: Mapping[str, object], size: ModelSize, data: DataSize) -> Ite
     if (holds_out or values.get("data.eval") or values.get("data.eval_fraction")) and (
         "train.eval_strategy" not in values
     ):
-        yield Choice("train.eval_strategy", "steps", "")
+        yield Choice("train.eval_strategy", "steps", "to follow the loss on new data")
         yield Choice("train.eval_steps", share, "a share of the run")
     if "train.save_strategy" not in values:
         yield Choice(
@@ -191,7 +199,7 @@ def measure_model(name: str, revision: str | None = None) -> ModelSize:
     """
     path = Path(name).expanduser()
     if path.is_file():
-        return ModelSize(int(path.stat().st_size / GGUF_BYTES))
+        return ModelSize(int(path.stat().st_size / _gguf_bytes(path.name)))
     load_options(name, revision=revision, where="--model")
     if not path.is_dir():
         return _measure_on_hub(name, revision)
@@ -256,7 +264,7 @@ def _is_text(value: dict[str, Any], file: str, source: Source) -> bool:
 
 
 def _bytes_of(value: object) -> int:
-    """Of the texts in a record."""
+    """Returns the number of bytes in the texts of a record."""
     if isinstance(value, dict):
         return sum(map(_bytes_of, value.values()))
     if isinstance(value, list):
@@ -266,6 +274,10 @@ def _bytes_of(value: object) -> int:
 
 def _text_bytes(file: str) -> int:
     return file_size(file) * (PACKED if compression(file) or suffix(file) == ".parquet" else 1)
+
+
+def _gguf_bytes(name: str) -> float:
+    return next((size for word, size in GGUF_BYTES.items() if word in name.lower()), 0.6)
 
 
 def _measure_on_hub(name: str, revision: str | None) -> ModelSize:
@@ -321,20 +333,26 @@ def _length_reason(length: int, size: ModelSize, data: DataSize, *, stage: str) 
     return "99 % of the records fit" if data.length <= length else "the longest records are cut"
 
 
-def _batch(rows: int) -> Iterator[Choice]:
-    """Micro-batches of up to 4 rows on a GPU; on a CPU a larger one would only take more memory."""
+def _batch(rows: int, given: object) -> Iterator[Choice]:
+    """Micro-batches of up to 4 rows on a GPU; on a CPU a larger one would only take more memory.
+
+    Args:
+        given: the rows that are computed at once, if the caller chooses.
+    """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = max(1, min(rows // processes, 4 if has_gpu() else 1))
+    largest = given if isinstance(given, int) and given > 0 else 4 if has_gpu() else 1
+    micro = largest if given else max(1, min(rows // processes, largest))
     accumulated = max(1, rows // (micro * processes))
     yield Choice("train.per_device_train_batch_size", micro, "rows that are computed at once")
     total = micro * accumulated * processes
-    yield Choice("train.gradient_accumulation_steps", accumulated, f"{total} packed rows in a step")
+    yield Choice("train.gradient_accumulation_steps", accumulated, f"rows in a step: {total}")
 
 
 def _output_dir(values: Mapping[str, object], *, is_adapted: bool) -> str:
     sources = to_sources(values["data.train"])
     first = sources[0].get("path", "") if isinstance(sources[0], dict) else ""
-    names = [Path(str(values["model.name_or_path"])).name, Path(first).name.partition(".")[0]]
+    model = Path(str(values["model.name_or_path"])).name.removesuffix(".gguf")
+    names = [model, Path(first).name.partition(".")[0]]
     parts = [re.sub(r"[^\w.-]+", "-", name).strip("-.").lower() for name in names]
     return "runs/" + "-".join([*filter(None, parts), *(["lora"] if is_adapted else [])])
 

@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 def is_drafted(words: Sequence[str]) -> bool:
     """Returns whether the command line names a model and data instead of a recipe."""
-    names = ("--model", "--model.name_or_path", "--data", "--data.train")
+    names = ("--model", "--model.name_or_path")
     is_named = any(word.partition("=")[0] in names for word in words)
     return is_named and words[0].startswith("--")
 

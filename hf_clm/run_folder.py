@@ -72,9 +72,10 @@ class SavedProof(Recorded):
 
 
 class PreparedSet(Recorded):
-    """``date``: the date in the chat template, if it prints one."""
+    """``date``: the date in the chat template, if it prints one. ``content``: a digest of the data files."""
 
     date: str = ""
+    content: str = ""
 
 
 class Proof(Recorded):

@@ -186,17 +186,25 @@ def test_a_function_of_a_script_is_part_of_what_decides_the_prepared_set(tmp_pat
     program = (
         "from hf_clm.data.read.formats import custom_modules\n"
         "MARK = {mark!r}\n"
-        "def helper(text): return MARK + text\n"
+        "WORDS = {{'a', 'b', 'c'}}\n"
+        "def helper(text, mode={mode!r}): return MARK + text.{method}() if text in WORDS else mode\n"
         "def read(record): return helper(record['text'])\n"
         "print(custom_modules(['__main__:read']))\n"
     )
     found = set()
-    for mark in ("a", "b", "a"):
-        (tmp_path / "script.py").write_text(program.format(mark=mark))
+    edits = [
+        ("a", "x", "upper"),
+        ("b", "x", "upper"),
+        ("a", "y", "upper"),
+        ("a", "x", "lower"),
+        ("a", "x", "upper"),
+    ]
+    for mark, mode, method in edits:
+        (tmp_path / "script.py").write_text(program.format(mark=mark, mode=mode, method=method))
         done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, check=True)
         found.add(done.stdout)
 
-    assert len(found) == 2
+    assert len(found) == 4, "three edits, and the same program twice, in which a set has another order"
 
 
 def test_sections_are_merged_and_keywords_win(model):
@@ -273,6 +281,10 @@ def test_a_wrong_keyword_is_named(arguments, message):
         ([{"text": object()}], "train_dataset[0]: cannot be written as JSON"),
         ([{"text": math.nan}], "train_dataset[0]: cannot be written as JSON"),
         ([], "train_dataset: no records; got nothing"),
+        (
+            {"prompt": "a", "completion": "b"},
+            "train_dataset: expected records, got one dictionary; fix: pass a list of dictionaries",
+        ),
         (5, "train_dataset: no records; got int; fix: a path, dictionaries, or a datasets.Dataset"),
         (
             datasets.DatasetDict(test=datasets.Dataset.from_list(RECORDS)),
@@ -283,7 +295,7 @@ def test_a_wrong_keyword_is_named(arguments, message):
             "train_dataset: a stream may have no end; got IterableDataset; fix: pass dataset.take(N)",
         ),
     ],
-    ids=["no dictionary", "no JSON", "NaN", "empty", "number", "several", "stream"],
+    ids=["no dictionary", "no JSON", "NaN", "empty", "one", "number", "several", "stream"],
 )
 def test_a_wrong_dataset_is_named(given, message):
     with pytest.raises(DataError) as error:
@@ -336,3 +348,47 @@ def test_the_recipe_of_a_run_in_python_runs_again_from_its_file(model):
     again = train_recipe(load_recipe("runs/first", ["--output_dir", "runs/second"]))
 
     assert again["evaluated"]["eval_loss"][1] == run.metrics["eval_loss"]
+
+
+def test_a_run_that_is_done_is_not_returned_for_other_data(model):
+    hf_clm.train(model=model, train_dataset=RECORDS, output_dir="runs/data", **SHORT_RUN)
+
+    with pytest.raises(RecipeError, match="runs/data: this run is already done, and its data have changed"):
+        hf_clm.train(model=model, train_dataset=RECORDS[:6], output_dir="runs/data", **SHORT_RUN)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"callbacks": CountingCallback},
+            "callbacks: expected a list; got type; fix: callbacks=[callback, ...]",
+        ),
+        (
+            {"optimizers": (None, None)},
+            "optimizers: expected a function from the model to (optimizer, schedule",
+        ),
+    ],
+)
+def test_the_usual_mistakes_of_objects_are_named_before_anything_is_loaded(arguments, message):
+    with pytest.raises(RecipeError) as error:
+        hf_clm.train(model="none", train_dataset=RECORDS, **arguments)
+
+    assert str(error.value).startswith(message)
+
+
+def test_metrics_that_are_no_numbers_are_named(model):
+    arguments = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_on_start": True,
+        "output_dir": "runs/metrics",
+    }
+    with pytest.raises(RecipeError, match=r"^compute_metrics: expected a dictionary of numbers; got 'x'$"):
+        hf_clm.train(
+            model=model,
+            train_dataset=RECORDS[:10],
+            eval_dataset=RECORDS[10:],
+            compute_metrics=lambda prediction: {"name": "x"},
+            **{**SHORT_RUN, **arguments, "data": {"max_length": 128}},
+        )

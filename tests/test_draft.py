@@ -80,8 +80,8 @@ def test_larger_models_learn_at_a_lower_rate_and_adapters_at_a_higher(parameters
 def test_a_large_model_gets_adapters_unless_told_otherwise():
     large = ModelSize(parameters=7_600_000_000, positions=32_768)
 
-    assert chosen(large)["lora"] == {} and chosen(large)["train.output_dir"].endswith("-lora")
-    assert "lora" not in chosen(large, lora=False) and "lora" not in chosen()
+    assert chosen(large)["lora.r"] == 16 and chosen(large)["train.output_dir"].endswith("-lora")
+    assert "lora.r" not in chosen(large, lora=False) and "lora.r" not in chosen()
 
 
 def test_rows_are_no_longer_than_the_model_reads():
@@ -170,7 +170,7 @@ def test_the_command_line_prints_what_was_chosen_and_writes_the_recipe(capsys):
     assert main(["train", *words]) == 0
 
     shown = capsys.readouterr().out
-    assert shown.startswith("recipe    made for tiny and chats.jsonl; --key VALUE changes a value\n")
+    assert shown.startswith("recipe    made for tiny and chats.jsonl; every value can be given instead\n")
     assert "          stage: sft " in shown and "num_train_epochs: 3.0" in shown
     assert main(["train", "runs/tiny-chats", "--overwrite"]) == 0
     assert main(["config", *words]) == 0

@@ -34,7 +34,7 @@ TRANSFORMERS_4 = {
     "adafactor": "use optim: adafactor",
     "torch_dtype": "model.dtype",
     "half_precision_backend": "remove it",
-    "include_inputs_for_metrics": "use include_for_metrics: [inputs]",
+    "include_inputs_for_metrics": "remove it: evaluation.metrics names functions of answers and targets",
     "push_to_hub_token": "set the environment variable HF_TOKEN",
 }
 TRL = {

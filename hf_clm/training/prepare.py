@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import TokenizedDataset
-from hf_clm.data.prepared.cache import Place, find_place, open_place, today
+from hf_clm.data.prepared.cache import Place, data_content, find_place, open_place, today
 from hf_clm.data.prepared.cluster import RayBlocks
 from hf_clm.data.prepared.prepare import MakeBlocks, in_turn, write_prepared
 from hf_clm.data.prepared.sets import STREAM_HEAD, to_head
@@ -114,7 +114,9 @@ def prepare(
     seconds = time.monotonic() - started
     line = _describe_origin(place, recipe, seconds=None if is_from_cache else seconds)
     proof = ProofReport(stored.proof["facts"], [line, *notes, *stored.proof["lines"]])
-    proof.facts["prepared"] = {"key": place.key, "from_cache": is_from_cache, "seconds": seconds}
+    content = data_content(recipe.data)
+    origin = {"key": place.key, "content": content, "from_cache": is_from_cache, "seconds": seconds}
+    proof.facts["prepared"] = origin
     if stored.date:
         proof.facts["prepared"]["date"] = stored.date
         proof.lines.append(f"{'date':<10}{stored.date} in the chat template, for every run of this set")

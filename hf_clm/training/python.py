@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -46,8 +47,24 @@ class Additions:
             fix = "derive it from hf_clm.CLMTrainer, which is a transformers.Trainer"
             raise RecipeError("not a subclass of CLMTrainer", where="trainer_class", got=name, fix=fix)
 
+    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
+        """Returns ``compute_metrics``, which then raises RecipeError for a result other than numbers."""
+        compute = self.compute_metrics
+        if compute is None:
+            return None
+
+        def checked(prediction: EvalPrediction) -> dict[str, float]:
+            figures = compute(prediction)
+            values = list(figures.values()) if isinstance(figures, dict) else [figures]
+            if wrong := [value for value in values if not isinstance(value, Real)]:
+                what, got = "expected a dictionary of numbers", repr(wrong[0])[:60]
+                raise RecipeError(what, where="compute_metrics", got=got)
+            return {key: float(value) for key, value in figures.items()}
+
+        return checked
+
     def optimizers(self, model: PreTrainedModel) -> tuple[Optimizer | None, LRScheduler | None]:
-        """Returns what ``Trainer(optimizers=...)`` takes. Raises RecipeError for what is no optimizer."""
+        """Returns the argument ``optimizers`` of the Trainer. Raises RecipeError for another object."""
         if self.build_optimizer is None:
             return None, None
         optimizer, schedule = self.build_optimizer(model)

@@ -19,6 +19,7 @@ from transformers import (
 
 from hf_clm.data.batch.collators import build_collator, static_shape
 from hf_clm.data.label.datasets import label_options
+from hf_clm.data.prepared.cache import data_content
 from hf_clm.data.prepared.sets import load_early
 from hf_clm.data.prepared.stream import PositionCollator, StreamedRows
 from hf_clm.data.read.plain_template import give_plain_template, settle_render
@@ -115,6 +116,7 @@ def start_or_resume(
     """Runs from step 0 or the last checkpoint: prepares data and model, verifies them, trains and saves."""
     start = prepare_start(recipe, arguments)
     if start.result is not None:
+        require_same_data(RunRecord.model_validate(start.result), recipe)
         if arguments.process_index == 0:
             write_line(f"{start.folder}: this run is already done; {CONTINUE}")
         return Run(start.folder, RunRecord.model_validate(start.result))
@@ -229,6 +231,15 @@ def recorded_date(folder: Path) -> str:
     return record.proof.prepared.date if record else ""
 
 
+def require_same_data(record: RunRecord, recipe: Recipe) -> None:
+    """Raises RecipeError if a finished run was trained on files with other contents than they have now."""
+    before, now = record.proof.prepared.content, data_content(recipe.data)
+    if before and now and before != now:
+        what = "this run is already done, and its data have changed since"
+        fix = "use another --output_dir, or --overwrite to train again"
+        raise RecipeError(what, where=str(recipe.train["output_dir"]), fix=fix)
+
+
 def prove_and_record(trainer: CLMTrainer, facts: RunFacts, *, start: Start, prepared: Prepared) -> None:
     """Verifies the model, and writes and prints the facts before the first step. Rank 0 only."""
     recipe, folder, proof = facts.recipe, start.folder, prepared.proof
@@ -279,7 +290,7 @@ def build_trainer(
         answers_every=recipe.evaluation.every,
         seal_facts=sealed,
         callbacks=list(additions.callbacks),
-        compute_metrics=additions.compute_metrics,
+        compute_metrics=additions.metrics(),
         optimizers=additions.optimizers(model),
     )
     trainer.remove_callback(PrinterCallback)

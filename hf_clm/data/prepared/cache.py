@@ -23,6 +23,7 @@ from hf_clm.data.read.formats import custom_modules
 from hf_clm.data.read.readers import ReadReport, compression, suffix
 from hf_clm.data.read.sources import find_files
 from hf_clm.data.split import Split, mix_splits
+from hf_clm.errors import UserError
 from hf_clm.hashing import fingerprint, hash_file
 from hf_clm.recipe.recipe import Data, Recipe, Source
 from hf_clm.recipe.sections import cache_folder
@@ -91,6 +92,21 @@ def find_place(
     }
     key = fingerprint([parts])[:KEY_LETTERS]
     return Place((aside if why_not else folder) / key, report.files, report.to_lines(), why_not)
+
+
+def data_content(data: Data) -> str:
+    """Returns a digest of what the files of all sources contain, without their paths.
+
+    It is empty if the content is not known: for missing files, and for a branch on the Hub.
+    """
+    folder = cache_folder(data.cache_dir) if data.cache_dir else Path(tempfile.gettempdir())
+    try:
+        contents = [
+            _source_content(source, ReadReport(), folder=folder) for source in (*data.train, *data.eval)
+        ]
+    except UserError:
+        return ""
+    return "" if None in contents else fingerprint([contents])
 
 
 def open_place(place: Place, recipe: Recipe) -> StoredSet | None:

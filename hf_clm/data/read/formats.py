@@ -8,6 +8,7 @@ A new format needs a function here, an entry in ``FORMATS`` and a name in ``sche
 
 import ast
 import importlib.util
+import inspect
 import re
 import site
 import sys
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import cast
 
 from hf_clm.data.read.messages import (
@@ -333,28 +334,38 @@ def custom_modules(formats: Iterable[str | None]) -> dict[str, str]:
     return sources
 
 
-def _describe_function(function: object, seen: set[str]) -> str:
-    """Describes what a function depends on: its code, and the functions and values of its module it uses.
+def _describe_function(value: object, seen: set[str]) -> str:
+    """Describes what a function or class of a script or a notebook depends on, for the key of the cache.
 
-    For functions in a script or a notebook, whose module contains more than the function needs.
+    That is its source, and what it names of its module: other functions and classes, and plain values. Values
+    of other types are described by their type alone, as their text may differ in every process.
     """
-    if not isinstance(function, FunctionType):
-        return repr(function)
-    parts, codes = [], [function.__code__]
-    while codes:
-        code = codes.pop()
-        parts += [
-            code.co_code.hex(),
-            repr([item for item in code.co_consts if not isinstance(item, CodeType)]),
-        ]
-        codes += [item for item in code.co_consts if isinstance(item, CodeType)]
-        for name in sorted({*code.co_names} & function.__globals__.keys() - seen):
-            seen.add(name)
-            value = function.__globals__[name]
-            is_local = getattr(value, "__module__", function.__module__) == function.__module__
-            if is_local and not isinstance(value, ModuleType):
-                parts.append(f"{name}={_describe_function(value, seen)}")
+    if not isinstance(value, FunctionType | type):
+        return _describe_value(value)
+    module = vars(sys.modules[value.__module__]) if value.__module__ in sys.modules else {}
+    try:
+        source = inspect.getsource(value)
+    except (OSError, TypeError):  # defined without a file, as by exec
+        code = getattr(value, "__code__", None)
+        source = f"{code.co_code.hex()} {code.co_names} {code.co_consts}" if code else value.__qualname__
+    parts = [source]
+    for name in sorted(set(re.findall(r"[A-Za-z_]\w*", source)) & module.keys() - seen):
+        seen.add(name)
+        is_local = getattr(module[name], "__module__", value.__module__) == value.__module__
+        is_local = is_local and not isinstance(module[name], ModuleType)
+        parts.append(f"{name}={_describe_function(module[name], seen) if is_local else name}")
     return "\n".join(parts)
+
+
+def _describe_value(value: object) -> str:
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(_describe_value, value)))}}}"
+    if isinstance(value, dict):
+        return str([(_describe_value(key), _describe_value(item)) for key, item in value.items()])
+    if isinstance(value, list | tuple):
+        return str([_describe_value(item) for item in value])
+    is_plain = value is None or isinstance(value, str | bytes | bool | int | float | Path | re.Pattern)
+    return repr(value) if is_plain else type(value).__qualname__
 
 
 def _add_module(name: str, sources: dict[str, str], *, seen: set[str]) -> None:
