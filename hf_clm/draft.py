@@ -149,7 +149,9 @@ def choose(values: Mapping[str, object], size: ModelSize, data: DataSize) -> Ite
     epochs = _epochs(data, stage=stage)
     given_length, given_epochs = values.get("data.max_length"), values.get("train.num_train_epochs")
     length = given_length if isinstance(given_length, int) else length
-    rows = max(1, data.tokens // max(1, length)) * float(str(given_epochs or epochs))
+    is_packed = values.get("data.packing") != "none" and "data.tokens_per_batch" not in values
+    rows_per_epoch = data.tokens // max(1, length) if is_packed else data.records
+    rows = max(1, rows_per_epoch) * float(str(given_epochs or epochs))
     per_step = 2 ** min(4, max(0, math.floor(math.log2(max(1, rows / STEPS)))))
     can_hold_out = data.records >= 20 or (data.records == 1 and data.is_text and data.tokens >= 2000)
     holds_out = can_hold_out and not values.keys() & {"data.eval", "data.eval_fraction", "data.streaming"}

@@ -1,4 +1,4 @@
-"""The model that ``hf-clm evaluate --before`` compares a run with: another one, or the one it began with."""
+"""The model that ``hf-clm evaluate --before`` compares a run with: another, or the one it started from."""
 
 from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
@@ -29,35 +29,33 @@ class Before:
 
 
 def load_before(name: str, run: LoadedRun, options: Namespace) -> Before:
-    """Loads a run, a checkpoint or a model; ``base`` is the model that the run of ``options`` began with.
+    """Loads a run, a checkpoint or a model; ``base`` is the model that the run of ``options`` started from.
 
-    Raises RecipeError if that run began with random weights, or if the tokenizers differ.
+    Raises RecipeError if that run started from random weights, or if the tokenizers differ.
     """
     if name == BASE and is_adapter(options.run):
         return Before(read_base(options.run)[0], run.model, is_adapted=True)
-    name = find_base(options.run) if name == BASE else name
-    other = load_run(name, device=options.device)
+    name, revision = find_base(options.run) if name == BASE else (name, None)
+    other = load_run(name, device=options.device, revision=revision)
     check_same_tokens(name, other.tokenizer, run.tokenizer)
     fit_to_tokenizer(other.model, run.tokenizer)
     return Before(name, other.model)
 
 
-def find_base(folder: str) -> str:
-    """Returns the model that a run began with. Raises RecipeError if its recipe names none."""
+def find_base(folder: str) -> tuple[str, str | None]:
+    """Returns the model that a run started from, and its revision. Raises RecipeError if there is none."""
     recipe = run_recipe(folder)
     if recipe is None or recipe.model.name_or_path is None:
-        what = (
-            "began with random weights" if recipe else "is no run's folder: nothing says what it began with"
-        )
+        what = "started from random weights" if recipe else "is not the folder of a run"
         fix = "name another model, such as a shorter run"
         raise RecipeError(f"{folder} {what}", where="--before", got=repr(BASE), fix=fix)
-    return recipe.model.name_or_path
+    return recipe.model.name_or_path, recipe.model.revision
 
 
 def check_same_tokens(name: str, other: PreTrainedTokenizerFast, own: PreTrainedTokenizerFast) -> None:
     """Raises RecipeError unless the tokens of one are all tokens of the other, with the same ids."""
     few, many = sorted((other.get_vocab(), own.get_vocab()), key=len)
     if differing := sorted(token for token, id in few.items() if many.get(token) != id):
-        what = f"{len(differing):,} of {len(few):,} tokens have another id than in the run"
+        what = f"{len(differing):,} of {len(few):,} tokens have a different id in the run"
         fix = "name a model with the same tokenizer"
         raise RecipeError(what, where=f"--before {name}", got=repr(differing[0]), fix=fix)

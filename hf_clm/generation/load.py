@@ -42,9 +42,18 @@ class LoadedRun:
     template: Template | None = None
 
 
-def load_run(name_or_path: str, *, attention: str | None = PACKED, device: str | None = None) -> LoadedRun:
+def load_run(
+    name_or_path: str,
+    *,
+    attention: str | None = PACKED,
+    device: str | None = None,
+    revision: str | None = None,
+) -> LoadedRun:
     """Loads a run's folder, any other model folder, or a model from the Hub, in float32. Adapters are loaded
     together with their base model.
+
+    Args:
+        revision: a branch, tag or commit of a model on the Hub.
 
     Without a run.json, the format is ``messages`` if the tokenizer has a chat template, else ``text``.
     Raises ModelError for a run that has not saved its final model yet.
@@ -54,12 +63,13 @@ def load_run(name_or_path: str, *, attention: str | None = PACKED, device: str |
     if record.status != "done":
         fix = "let it finish training, or use one of its checkpoint-N folders"
         raise ModelError(f"the run is {record.status}: it has no final model", where=name_or_path, fix=fix)
-    load_options(
-        name_or_path, revision=None, where="run or model"
-    )  # the same error wherever a path is missing
-    tokenizer = load_tokenizer(name_or_path)
-    load = load_adapted if is_adapter(name_or_path) else load_model
-    model = load(name_or_path, tokenizer, attention=attention)
+    # The same error wherever a path is missing.
+    load_options(name_or_path, revision=revision, where="run or model")
+    tokenizer = load_tokenizer(name_or_path, revision=revision)
+    if is_adapter(name_or_path):
+        model = load_adapted(name_or_path, tokenizer, attention=attention)
+    else:
+        model = load_model(name_or_path, tokenizer, attention=attention, revision=revision)
     move_to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return to_loaded_run(model, tokenizer, record)
 

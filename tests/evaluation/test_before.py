@@ -71,6 +71,6 @@ def test_a_run_from_random_weights_has_no_base(tmp_path, capsys):
     assert evaluate(tmp_path, "--before", "base") == 2
 
     assert capsys.readouterr().err == (
-        f"error: --before: {tmp_path}/run began with random weights; got 'base'; "
+        f"error: --before: {tmp_path}/run started from random weights; got 'base'; "
         "fix: name another model, such as a shorter run\n"
     )

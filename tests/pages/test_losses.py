@@ -153,7 +153,7 @@ def test_a_model_of_another_tokenizer_is_refused(folder, capsys):
     assert main([*words, "--before", other]) == 2
 
     assert capsys.readouterr().err == (
-        f"error: --before {other}: 2 of 260 tokens have another id than in the run; got 'a'; "
+        f"error: --before {other}: 2 of 260 tokens have a different id in the run; got 'a'; "
         "fix: name a model with the same tokenizer\n"
     )
 
@@ -170,7 +170,7 @@ def test_a_folder_without_a_recipe_has_no_base(folder, capsys):
 
     assert main([*words, "--before", "base"]) == 2
 
-    assert "is no run's folder: nothing says what it began with; got 'base'" in capsys.readouterr().err
+    assert "is not the folder of a run; got 'base'" in capsys.readouterr().err
 
 
 def test_a_character_of_three_tokens_is_one_place_with_three_losses(folder):
