@@ -1,11 +1,11 @@
 """Builds the tokenizer, the model's configuration and the model of a recipe."""
 
-import importlib.util
 import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from copy import copy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ def _quantization(recipe: Recipe, arguments: TrainingArguments) -> Any:
     """The 4 bits of QLoRA (arXiv:2305.14314). Raises EnvironmentFault without the package."""
     if recipe.lora is None or recipe.lora.quantize is None:
         return None
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if find_spec("bitsandbytes") is None:
         raise EnvironmentFault(
             "needs the package bitsandbytes", where="lora.quantize", fix="pip install 'hf_clm[qlora]'"
         )
