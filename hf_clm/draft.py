@@ -67,7 +67,7 @@ class DataSize:
 
     def __str__(self) -> str:
         if not self.records:
-            return "of unknown size"
+            return "data of unknown size"
         records = f"{self.records:,} record{'s' * (self.records != 1)}"
         return f"about {records} and {self.tokens:,} tokens"
 
@@ -160,10 +160,10 @@ def choose(values: Mapping[str, object], size: ModelSize, data: DataSize) -> Ite
         yield Choice("data.eval_fraction", fraction, "held out, to see the loss on new data")
     if holds_out and stage == "sft" and not any(key.startswith("evaluation") for key in values):
         yield Choice("evaluation.generate", 3, "held-out prompts that are answered before and after")
-        yield Choice("evaluation.every", 10, "at the start and the end only")
+        yield Choice("evaluation.every", 10, "evaluations from one set of answers to the next")
         yield Choice("evaluation.max_new_tokens", 64, "the longest answer")
     yield Choice("train.output_dir", _output_dir(values, is_adapted=is_adapted), "from both names")
-    yield Choice("train.num_train_epochs", epochs, str(data))
+    yield Choice("train.num_train_epochs", epochs, f"usual for {data}")
     yield from _batch(per_step, values.get("train.per_device_train_batch_size"))
     rate = learning_rate(parameters, is_adapted=is_adapted)
     what = "LoRA" if is_adapted else f"{_billions(parameters)} parameters"
@@ -179,7 +179,9 @@ def choose(values: Mapping[str, object], size: ModelSize, data: DataSize) -> Ite
             "train.save_strategy", "steps", "so that the same command resumes a run that was stopped"
         )
         yield Choice("train.save_steps", share, "a share of the run")
-    yield Choice("train.logging_steps", 0.02 if rows / per_step >= 50 else 1, "about 50 lines")
+    is_long = rows / per_step >= 50
+    reason = "about 50 lines in the log" if is_long else "every step"
+    yield Choice("train.logging_steps", 0.02 if is_long else 1, reason)
 
 
 def choose_length(size: ModelSize, data: DataSize, *, stage: str) -> int:

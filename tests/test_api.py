@@ -58,6 +58,11 @@ def to_chat(record):
     return Chat([{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": answer}])
 
 
+def to_record(record):
+    """A record of another format: the question shouted."""
+    return {"prompt": record["prompt"].upper(), "completion": record["completion"]}
+
+
 class CountingCallback(TrainerCallback):
     def __init__(self):
         self.steps = 0
@@ -181,6 +186,12 @@ def test_a_format_may_be_a_function(model):
     assert "It is 1" in learned and "It is 1." not in learned
 
 
+def test_a_format_function_may_return_a_record_of_a_format(model):
+    hf_clm.train(model=model, train_dataset=RECORDS, format=to_record, output_dir="runs/dict", **SHORT_RUN)
+
+    assert "WHAT IS 0 AND ONE?" in Path("runs/dict/label_rows.jsonl").read_text()
+
+
 def test_a_function_of_a_script_is_part_of_what_decides_the_prepared_set(tmp_path):
     """``__main__`` cannot be imported by others, and an edited function must not find the old rows."""
     program = (
@@ -245,12 +256,11 @@ def test_evaluation_sets_have_names_and_formats_stay_with_paths():
     assert recipe.data.eval[0].path.endswith(".jsonl") and recipe.data.eval[1].format == "text"
 
 
-def test_a_shipped_recipe_keeps_its_format_for_a_path_and_not_for_records():
-    by_path = to_recipe("sft/poems", train_dataset="mine.jsonl")
-    in_memory = to_recipe("sft/poems", train_dataset=RECORDS)
-
-    assert by_path.data.train[0].format == "instruct"
-    assert in_memory.data.train[0].format is None
+def test_new_data_keep_the_columns_of_a_recipe_and_not_its_format_alone():
+    """The records tell their own format; a template or columns are not in them."""
+    assert to_recipe("sft/poems", train_dataset="mine.jsonl").data.train[0].format is None
+    assert to_recipe("sft/poems", train_dataset=RECORDS).data.train[0].format is None
+    assert to_recipe("sft/mrpc", train_dataset="train.tsv").data.train[0].template is not None
 
 
 # --- what is refused

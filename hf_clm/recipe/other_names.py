@@ -16,7 +16,8 @@ ROWS = (
 )
 NO_PADDING = "remove it: packed rows contain no padding"
 WORKERS = "remove it; hf-clm prepare RECIPE --ray local prepares the data on all cores"
-LORA = "add a section lora, or use --lora true"
+PACKED = "remove it: rows are packed by default; data.packing is none, best_fit or stream"
+LORA = "use --lora true, or add a section lora to the recipe"
 
 # Names of transformers 4 that version 5 no longer has.
 TRANSFORMERS_4 = {
@@ -58,7 +59,7 @@ TRL = {
     "max_seq_length": "data.max_length",
     "max_length": "data.max_length",
     "truncation_mode": "data.overflow",
-    "packing": "data.packing",
+    "packing": PACKED,
     "packing_strategy": "data.packing",
     "eval_packing": "remove it: evaluation rows are packed like the training rows",
     "padding_free": NO_PADDING,
@@ -100,9 +101,9 @@ AXOLOTL = {
     "dataset_processes": WORKERS,
     "sequence_len": "data.max_length",
     "excess_length_strategy": "data.overflow",
-    "sample_packing": "data.packing",
+    "sample_packing": PACKED,
     "pad_to_sequence_len": NO_PADDING,
-    "train_on_inputs": "use data.train_on: everything",
+    "train_on_inputs": "remove it if it is false; use data.train_on: everything if it is true",
     "roles_to_train": TARGETS,
     "adapter": LORA,
     "lora_target_linear": "use lora.target_modules: all-linear",
@@ -129,13 +130,13 @@ LLAMA_FACTORY = {
     "val_size": "data.eval_fraction",
     "template": "tokenizer.chat_template",
     "cutoff_len": "data.max_length",
-    "neat_packing": "data.packing",
+    "neat_packing": PACKED,
     "max_samples": "use data.train: [{path: ..., limit: N}]",
     "preprocessing_num_workers": WORKERS,
     "overwrite_cache": "remove it: prepared data are identified by their content",
     "tokenized_path": "data.cache_dir",
     "mask_history": "use data.train_on: {turns: last}",
-    "train_on_prompt": "use data.train_on: everything",
+    "train_on_prompt": "remove it if it is false; use data.train_on: everything if it is true",
     "mix_strategy": "data.mixing",
     "interleave_probs": "set a weight for each source of data.train",
     "lora_rank": "lora.r",
@@ -196,6 +197,7 @@ TOOLS = {
     "litgpt": LITGPT,
     "other trainers": PYTORCH_SCRIPTS,
 }
+SETTING = re.compile(r"use (?:the key )?([a-z_.]+): ([\w-]+)")
 IS_KEY = re.compile(r"[a-z_]+\.[a-z_]+")
 SECTIONS = (
     "train",
@@ -224,7 +226,8 @@ def advise(key: str, *, is_option: bool = False) -> tuple[str, str] | None:
             if advice == key:  # the name is correct here, so the fault is another one
                 return None
             if not IS_KEY.fullmatch(advice):
-                return tool, advice
+                setting = SETTING.fullmatch(advice) if is_option else None
+                return tool, f"use --{setting[1]} {setting[2]}" if setting else advice
             short = advice.removeprefix("train.")
             return tool, f"use {f'--{short}' if is_option else advice}"
     return None

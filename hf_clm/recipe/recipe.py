@@ -117,6 +117,7 @@ def read_overrides(words: Sequence[str], *, options: Sequence[str] = ()) -> Iter
         key = _to_key(name, options)
         if key in SHORT and text and not text.lstrip().startswith("{"):
             key = SHORT[key]
+        text = "true" if key == "lora" and text is None else text
         yield key, to_value(key, text, types=accepted_types(fields.get(key)))
 
 
@@ -248,13 +249,15 @@ def _to_key(name: str, options: Sequence[str]) -> str:
 def keep_format(value: Any, old: Any) -> Any:
     """Returns new sources of ``data.train`` or ``data.eval`` in place of the old ones.
 
-    Plain paths receive the format and columns of the old sources, if these are all the same.
+    Plain paths receive the columns or the template of the old sources, with their format, if these are all
+    the same. A format alone is not kept: the keys of the new records tell theirs.
     """
     paths = value if isinstance(value, list) else [value]
     sources = [source for source in to_sources(old or []) if isinstance(source, dict)]
     shared = ("format", "fields", "template")
     formats = [{key: source[key] for key in shared if key in source} for source in sources]
     is_shared = bool(formats) and all(item == formats[0] for item in formats)
+    is_shared = is_shared and not formats[0].keys().isdisjoint(("fields", "template"))
     if is_shared and all(isinstance(path, str) for path in paths):
         return [{"path": path, **formats[0]} for path in paths]
     return value

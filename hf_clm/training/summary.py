@@ -210,7 +210,7 @@ def start_lines(facts: RunFacts) -> list[str]:
     origin = "random weights" if facts.recipe.model.init == "scratch" else facts.recipe.model.name_or_path
     kind = type(without_adapters(model)).__name__
     lines = [
-        f"recipe    {facts.recipe.file or 'made in Python'}, stage {facts.recipe.stage}",
+        f"recipe    {facts.recipe.file or 'without a file'}, stage {facts.recipe.stage}",
         f"model     {kind}, {origin}, {model.num_parameters():,} parameters",
         f"data      {'first of the stream: ' if facts.recipe.data.streaming else ''}{_describe(train)}",
     ]

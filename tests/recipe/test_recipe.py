@@ -755,14 +755,14 @@ def test_a_wrong_word_on_the_command_line_is_named(words, message):
         (
             "[{path: a, format: text, split: test}, {path: b, format: text}]",
             ["--data.train", "[x, y]"],
-            [Source(path="x", format="text"), Source(path="y", format="text")],
+            [Source(path="x"), Source(path="y")],
         ),
         ("[{path: a, format: text}, {path: b}]", ["--data.train", "x"], [Source(path="x")]),
         ("{path: a, format: text}", ["--data.train", "{path: x}"], [Source(path="x")]),
         ("a", ["--data.train", "x"], [Source(path="x")]),
     ],
 )
-def test_a_plain_path_has_the_format_that_all_sources_of_the_recipe_share(train, words, expected):
+def test_a_plain_path_has_the_columns_that_all_sources_of_the_recipe_share(train, words, expected):
     assert load(BASE.replace("poems.jsonl", train), *words).data.train == expected
 
 

@@ -1,6 +1,6 @@
 """Finds all errors in the data in one pass, before preparing them and without importing torch.
 
-9 errors in the data; data.on_bad_record: drop would skip 8 of them
+9 errors in the data; data.on_bad_record: drop skips 8 of them, up to data.max_dropped
 8 x key 'prompt' is null; fix: fill it in, or remove the record
   a.jsonl:2
   ...
@@ -87,7 +87,7 @@ class Faults:
             return self._first
         head = f"{self.count:,} errors in the data"
         if self.droppable:
-            head += f"; data.on_bad_record: drop would skip {self.droppable:,} of them"
+            head += f"; data.on_bad_record: drop skips {self.droppable:,} of them, up to data.max_dropped"
         lines = [head, *(line for kind in self._kinds.values() for line in kind.to_lines())]
         if others := self.count - sum(kind.count for kind in self._kinds.values()):
             lines.append(f"{others:,} x other errors")

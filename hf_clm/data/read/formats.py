@@ -47,7 +47,7 @@ from hf_clm.data.read.tokenized import MASKS, read_tokenized
 from hf_clm.errors import DataError, RecipeError, did_you_mean
 from hf_clm.schema import AnyExample, Chat, Document, Example, Format, Message, Render, Segment, Tokens
 
-ReadRecord = Callable[[Record], Example]  # a custom format
+ReadRecord = Callable[[Record], Example | Record]  # a custom format
 FirstSeen = dict[str, tuple[str, str]]  # property of a file -> its value in the first record, and the place
 AFTER_BYTE = " (after byte "  # in a file's name if its lines are not counted from the beginning
 
@@ -445,15 +445,21 @@ def _read_custom(read: ReadRecord, row: RecordView) -> Example:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         what = f"the format's function raises {type(error).__name__}: {error}"
         raise row.error(what, got=f"keys {listed(row.record)}") from error
+    if isinstance(example, Mapping):  # a record of one of the formats
+        format = detect_format(example, row.where)
+        example = FORMATS[format].read(replace(row, record=dict(example), fields={}))
+    elif isinstance(example, Chat):
+        row.number(example.weight, what="the format's function: weight")
+        plain = replace(row, record={}, fields={})  # the function has already read the record
+        example = checked_chat(to_messages(example.messages, plain, OPENAI_ROLES), row, example)
     if not isinstance(example, Chat | Document):
-        raise row.error("the format's function must return Chat or Document", got=type(example).__name__)
-    if isinstance(example, Document):
-        if not any(segment.is_target and segment.text.strip() for segment in example.segments):
-            raise row.error("the format's function returned a document without a target")
-        return example
-    row.number(example.weight, what="the format's function: weight")
-    plain = replace(row, record={}, fields={})  # the function has already read the record
-    return checked_chat(to_messages(example.messages, plain, OPENAI_ROLES), row, example)
+        what, got = "the format's function must return a Chat, a Document or a record", type(example).__name__
+        raise row.error(what, got=got, fix="from hf_clm import Chat, Document, Segment")
+    if isinstance(example, Document) and not any(
+        part.is_target and part.text.strip() for part in example.segments
+    ):
+        raise row.error("the format's function returned a document without a target")
+    return example
 
 
 def _read_text(row: RecordView) -> Document:

@@ -421,7 +421,9 @@ def test_errors_of_later_blocks_are_listed_with_the_first(monkeypatch):
             write_set(recipe_of(["a.jsonl"]), make_blocks=make_blocks)
 
         lines = str(error.value).splitlines()
-        assert lines[0] == ("3 errors in the data; data.on_bad_record: drop would skip 3 of them")
+        assert lines[0] == (
+            "3 errors in the data; data.on_bad_record: drop skips 3 of them, up to data.max_dropped"
+        )
         assert [line.split()[0] for line in lines if line.startswith("  ")] == [
             *("a.jsonl:21", "a.jsonl:43", "a.jsonl:32")
         ]

@@ -32,7 +32,7 @@ train: {output_dir: run, use_cpu: true}
 """
 # Seven kinds of bad records in two files, and their list.
 SEVEN = f"""\
-9 errors in the data; data.on_bad_record: drop would skip 9 of them
+9 errors in the data; data.on_bad_record: drop skips 9 of them, up to data.max_dropped
 1 x not valid JSON: Expecting value (column 12); fix: {DOCUMENT_FIX}
   a.jsonl:2 (got '}}')
 2 x key 'completion' is null; fix: fill it in, or remove the record
@@ -158,7 +158,7 @@ def test_one_bad_record_is_a_one_line_error():
 def test_an_unreadable_file_does_not_stop_the_check_of_others():
     Path("cut.jsonl.gz").write_bytes(b"\x1f\x8b\x08 cut off")
     Path("empty.jsonl").write_text("")
-    write_lines("b.jsonl", {"prompt": "p"})
+    write_lines("b.jsonl", {"prompt": "p", "completion": None})
 
     shown = faults_of("--data.train", "[nope/1.jsonl, cut.jsonl.gz, empty.jsonl, b.jsonl, nope/2.jsonl]")
 
@@ -167,7 +167,7 @@ def test_an_unreadable_file_does_not_stop_the_check_of_others():
         *("nope/1.jsonl", "nope/2.jsonl", "cut.jsonl.gz", "empty.jsonl", "b.jsonl:1"),
     ]
     assert shown.startswith(
-        "5 errors in the data; data.on_bad_record: drop would skip 1 of them\n2 x no such"
+        "5 errors in the data; data.on_bad_record: drop skips 1 of them, up to data.max_dropped\n2 x no such"
     )
 
 
