@@ -160,7 +160,8 @@ def test_an_unreadable_file_does_not_stop_the_check_of_others():
     Path("empty.jsonl").write_text("")
     write_lines("b.jsonl", {"prompt": "p", "completion": None})
 
-    shown = faults_of("--data.train", "[nope/1.jsonl, cut.jsonl.gz, empty.jsonl, b.jsonl, nope/2.jsonl]")
+    files = "[nope/1.jsonl, cut.jsonl.gz, empty.jsonl, b.jsonl, nope/2.jsonl]"
+    shown = faults_of("--data.train", files, "--data.eval", "[]")
 
     places = [line for line in shown.splitlines() if line.startswith("  ")]
     assert [place.split()[0] for place in places] == [

@@ -866,7 +866,7 @@ def test_a_chat_of_a_custom_function_is_checked_and_keeps_its_weights():
         (read_question, "the format's function raises KeyError: 'question'; got keys 'q'"),
         (lambda record: record["q"] + 1, "the format's function raises TypeError: "),
         (lambda record: record, "the keys match no format; got keys 'q'; fix: set format, and fields"),
-        (lambda record: None, "the format's function must return a Chat, a Document or a record; got NoneType"),
+        (lambda record: None, "the format's function must return a Chat, a Document or a record; got"),
         (lambda record: Document([R("a")]), "the format's function returned a document without"),
         (lambda record: Document([R("a"), T(" ")]), "the format's function returned a document without"),
         (lambda record: Chat([USER]), "no turn of role 'assistant'; got 1 message(s)"),
