@@ -30,6 +30,7 @@ from hf_clm.training.arguments import count_steps, resolve, rows_per_step
 
 # Keys of a model's config that a run sets itself, or compares elsewhere.
 NO_ARCHITECTURE = re.compile(r"_.*|.*_token_id|transformers_version|(torch_)?dtype|use_cache|architectures")
+SHOWN_LETTERS = 160  # of an answer, in the lines at the end of a run
 SAMPLED_VALUES = 64  # per weight
 PACKAGES = ("hf_clm", "torch", "transformers", "accelerate", "datasets", "tokenizers")
 
@@ -267,13 +268,18 @@ def end_lines(facts: RunFacts, record: RunRecord, *, samples: Sequence[Mapping[s
 
 
 def sample_lines(samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Each sample prompt with its first and its last answer; nothing where all are of the same step."""
+    """Returns each sample prompt with its first and its last answer; nothing if all are of the same step."""
     before = {sample["prompt"]: sample["text"] for sample in reversed(samples)}
     after = {sample["prompt"]: sample["text"] for sample in samples}
     if len({sample["step"] for sample in samples}) < 2:
         return []
-    told = ((("asked", prompt), ("before", before[prompt]), ("after", after[prompt])) for prompt in after)
-    return [f"{name:<10}{' '.join(text.split())}" for parts in told for name, text in parts]
+    groups = ((("asked", prompt), ("before", before[prompt]), ("after", after[prompt])) for prompt in after)
+    return [f"{name:<10}{_to_one_line(text)}" for group in groups for name, text in group]
+
+
+def _to_one_line(text: str) -> str:
+    line = " ".join(text.split()) or "(empty)"
+    return line if len(line) <= SHOWN_LETTERS else f"{line[:SHOWN_LETTERS].rstrip()} ..."
 
 
 def stream_line(totals: StreamTotals) -> str:

@@ -164,6 +164,15 @@ def test_each_sample_prompt_is_told_with_its_first_and_its_last_answer():
     assert sample_lines(samples[:2]) == sample_lines([]) == []
 
 
+def test_a_long_answer_is_cut_in_the_last_lines_and_an_empty_one_is_named():
+    samples = [
+        {"step": 0, "prompt": "Why?", "text": " \n"},
+        {"step": 1, "prompt": "Why?", "text": "no " * 100},
+    ]
+
+    assert sample_lines(samples)[1:] == ["before    (empty)", f"after     {'no ' * 53}n ..."]
+
+
 def test_versions_include_every_package_that_computes():
     assert {"python", "hf_clm", "torch", "transformers", "tokenizers"} <= set(versions())
     assert versions()["hf_clm"] == "0.4.0"
