@@ -115,7 +115,7 @@ def draft_recipe(given: Sequence[tuple[str, object]], *, origin: str) -> Recipe:
         override(tree, places, key=choice.key, value=choice.value, place=f"{CHOSEN}{choice.reason}")
     for key, value in given:
         override(tree, places, key=key, value=value, place=origin)
-    # A fault of a key that is missing has no place: the section around it is nobody's.
+    # Without the places of sections, a missing key is not blamed on the first key chosen in its section.
     return build_recipe(tree, {key: place for key, place in places.items() if "." in key or key == "stage"})
 
 
