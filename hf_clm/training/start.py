@@ -250,6 +250,6 @@ def _require_allowed(changes: list[Change], where: Path) -> None:
         return
     fix = f"{to_override(changes)} resumes with the new values; --overwrite starts again"
     if step_of(where) < 0:
-        text += "; there is no checkpoint that the new values could be applied to (train.save_strategy)"
+        text += "; without a checkpoint, the new values cannot be applied (train.save_strategy)"
         fix = "set --overwrite to start again, or choose another --output_dir"
     raise RecipeError(f"the recipe differs from that of the run: {text}", where=str(where), fix=fix)

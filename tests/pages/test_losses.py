@@ -61,6 +61,11 @@ def to_page(folder, *words: str) -> tuple[Page, str]:
     return Page(text), text
 
 
+def evaluation_of(folder):
+    """The words of a command that evaluates the model of this folder on its rows."""
+    return ["evaluate", f"{folder}/model", f"{folder}/rows.jsonl", "--no_generate", "--device", "cpu"]
+
+
 def test_a_token_has_its_loss_probability_rank_and_the_likeliest_others(folder):
     page, _ = to_page(folder)
     ids = [*b"a:bc", EOS]
@@ -141,14 +146,7 @@ def test_a_model_of_another_tokenizer_is_refused(folder, capsys):
     ids = content["model"]["vocab"]
     ids["a"], ids["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(content), encoding="utf-8")
-    words = [
-        "evaluate",
-        str(folder / "model"),
-        str(folder / "rows.jsonl"),
-        "--no_generate",
-        "--device",
-        "cpu",
-    ]
+    words = evaluation_of(folder)
 
     assert main([*words, "--before", other]) == 2
 
@@ -159,14 +157,7 @@ def test_a_model_of_another_tokenizer_is_refused(folder, capsys):
 
 
 def test_a_folder_without_a_recipe_has_no_base(folder, capsys):
-    words = [
-        "evaluate",
-        str(folder / "model"),
-        str(folder / "rows.jsonl"),
-        "--no_generate",
-        "--device",
-        "cpu",
-    ]
+    words = evaluation_of(folder)
 
     assert main([*words, "--before", "base"]) == 2
 

@@ -144,8 +144,8 @@ def test_another_recipe_is_refused_even_if_nothing_was_saved_yet(tmp_path):
         start(tmp_path, learning_rate=0.5)
 
     assert str(error.value) == (
-        f"{run}: the recipe differs from that of the run: train.learning_rate (0.001, now 0.5); there is no "
-        "checkpoint that the new values could be applied to (train.save_strategy); "
+        f"{run}: the recipe differs from that of the run: train.learning_rate (0.001, now 0.5); without a "
+        "checkpoint, the new values cannot be applied (train.save_strategy); "
         "fix: set --overwrite to start again, or choose another --output_dir"
     )
 

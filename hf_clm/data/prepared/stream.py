@@ -150,7 +150,7 @@ class StreamedRows(torch.utils.data.Dataset):
             yield {**row, "stream": position}
 
     def _next_lane(self, places: Sequence[LanePlace]) -> int:
-        """Returns the lane that is furthest behind its share."""
+        """Returns the lane that has read the least, relative to its share."""
         progress = [place.taken / share for place, share in zip(places, self.plan.shares, strict=True)]
         return progress.index(min(progress))
 

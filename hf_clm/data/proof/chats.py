@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from hf_clm.data.label.labels import Fate
 from hf_clm.data.label.render import APART
 from hf_clm.data.proof.texts import HALF_LETTER, Assembled, Failed, Texts, squeezed
-from hf_clm.schema import Chat, short_call_id
+from hf_clm.schema import Chat, Message, ToolCall, short_call_id
 
 
 class Spelling(NamedTuple):
@@ -221,9 +221,11 @@ class ChatChecker:
         return {**message, "content": content.removesuffix(end)}
 
 
-def _spell(message: Any, spelling: Spelling) -> dict[str, Any]:
+def _spell(message: Message, spelling: Spelling) -> dict[str, Any]:
     """Returns a message in a variant that a template may expect."""
-    entry = {key: value for key, value in message.items() if key not in ("weight", "reasoning")}
+    entry: dict[str, Any] = {
+        key: value for key, value in message.items() if key not in ("weight", "reasoning")
+    }
     reasoning = message.get("reasoning")
     if reasoning and spelling.in_content:
         entry["content"] = f"<think>\n{reasoning}\n</think>\n\n{message.get('content', '')}"
@@ -242,7 +244,7 @@ def _spell(message: Any, spelling: Spelling) -> dict[str, Any]:
     return entry
 
 
-def _spell_call(call: Any, *, as_text: bool) -> dict[str, Any]:
+def _spell_call(call: ToolCall, *, as_text: bool) -> dict[str, Any]:
     """Returns a tool call with its arguments as an object or as JSON text."""
     arguments = call["function"]["arguments"]
     if as_text and not isinstance(arguments, str):

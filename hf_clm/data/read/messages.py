@@ -72,7 +72,7 @@ def checked_chat(messages: list[Message], row: RecordView, chat: Chat) -> Chat:
     return replace(chat, messages=messages)
 
 
-def _to_message(turn: Any, row: RecordView, *, number: int, roles: Mapping[str, Role]) -> Message:
+def _to_message(turn: object, row: RecordView, *, number: int, roles: Mapping[str, Role]) -> Message:
     """Checks and converts a turn. Null counts as missing, since tables fill in every key of nested columns.
 
     Raises DataError for an unknown key: with a misspelt ``train``, the model would be trained on a turn that
@@ -161,7 +161,7 @@ def _tool_calls(fields: Record, row: RecordView, *, what: str, role: Role) -> li
     return [_tool_call(call, row, what=f"{what}: tool call {n}") for n, call in enumerate(calls, start=1)]
 
 
-def _tool_call(call: Any, row: RecordView, *, what: str) -> ToolCall:
+def _tool_call(call: object, row: RecordView, *, what: str) -> ToolCall:
     fields = _filled(row.expect(dict, call, what=what))
     function = _filled(row.expect(dict, fields.get("function", fields), what=f"{what}: function"))
     outer = CALL_KEYS if "function" in fields else (*CALL_KEYS, *FUNCTION_KEYS)
@@ -177,14 +177,16 @@ def _tool_call(call: Any, row: RecordView, *, what: str) -> ToolCall:
     return {**result, "id": row.expect(str, fields["id"], what=f"{what}: id")} if "id" in fields else result
 
 
-def _is_parts(content: Any) -> bool:
+def _is_parts(content: object) -> bool:
     """Whether a content is OpenAI's list of parts, not a tool's result."""
-    is_list = isinstance(content, list) and bool(content)
-    return is_list and all(isinstance(part, Mapping) and "type" in part for part in content)
+    if not isinstance(content, list) or not content:
+        return False
+    return all(isinstance(part, Mapping) and "type" in part for part in content)
 
 
-def _role(name: Any, row: RecordView, *, what: str, roles: Mapping[str, Role]) -> Role:
-    if row.expect(str, name, what=f"{what}: role") not in roles:
+def _role(given: object, row: RecordView, *, what: str, roles: Mapping[str, Role]) -> Role:
+    name = row.expect(str, given, what=f"{what}: role")
+    if name not in roles:
         hint = did_you_mean(name, roles).removeprefix("; ")
         choices = ", ".join(list(roles)[:4])
         fix = f"use one of {choices}" + (f" ({hint})" if hint else "")
@@ -192,7 +194,7 @@ def _role(name: Any, row: RecordView, *, what: str, roles: Mapping[str, Role]) -
     return roles[name]
 
 
-def _content(content: Any, row: RecordView, *, what: str, role: Role) -> str:
+def _content(content: object, row: RecordView, *, what: str, role: Role) -> str:
     """Returns the text of a turn, given as text, as OpenAI's list of text parts or, for a tool, as JSON."""
     if role == "tool" and not isinstance(content, str) and not _is_parts(content):
         return json.dumps(content, ensure_ascii=False)

@@ -435,7 +435,7 @@ def test_a_local_file_takes_precedence_over_a_hub_name():
 
 @contextmanager
 def not_root() -> Iterator[None]:
-    """Root may read every file, so the test runs as the user nobody."""
+    """Runs as an unprivileged user, because root can read every file."""
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(65534)
