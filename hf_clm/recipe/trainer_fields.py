@@ -32,6 +32,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "include_num_input_tokens_seen": "no",  # real and target tokens are counted without a device sync
     "average_tokens_across_devices": True,  # the same loss for any number of processes
     "ddp_find_unused_parameters": False,  # a causal language model uses all parameters
+    "ddp_broadcast_buffers": False,  # the buffers of a causal language model never change
     "remove_unused_columns": False,  # would drop inputs of the packed attention
     "save_total_limit": 2,  # a checkpoint is three times as large as the model
     "disable_tqdm": True,  # hf_clm has its own progress bar

@@ -15,6 +15,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers.trainer_utils import EvalLoopOutput, speed_metrics
 
 from hf_clm.data.batch.sampling import EvenRows
+from hf_clm.data.batch.transfer import BufferingCollator
 from hf_clm.data.prepared.stream import StreamedRows
 from hf_clm.model.attention import use_for_training
 from hf_clm.model.loss import TokenFigures
@@ -63,6 +64,10 @@ class EvaluatingTrainer(SavingTrainer):
         self._counted_since = time.monotonic()
 
     @abstractmethod
+    def require_finite(self) -> None:
+        """Raises DivergedError if the latest step of the training is not finite."""
+
+    @abstractmethod
     def measure(self, model: torch.nn.Module, inputs: dict[str, Any]) -> TokenFigures:
         """Returns the figures of each target of a batch."""
 
@@ -91,6 +96,15 @@ class EvaluatingTrainer(SavingTrainer):
                 )
             )
         return self._loaders[id(dataset)]
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """Returns a loader whose batches reach the device as one buffer."""
+        collate = self.data_collator
+        self.data_collator = BufferingCollator(collate)
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collate
 
     def _isolate(self, loader: DataLoader) -> DataLoader:
         """Lets the loader's workers ignore SIGTERM, and gives it a random generator of its own."""
@@ -121,6 +135,7 @@ class EvaluatingTrainer(SavingTrainer):
 
         Without ``eval_dataset``, also evaluates the watched training rows and measures answers.
         """
+        self.require_finite()
         self._memory_tracker.start()
         started, is_default = time.time(), eval_dataset is None
         use_for_training(cast(Any, self.accelerator.unwrap_model(self.model)), self._attention)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import cache, partial
 from multiprocessing import sharedctypes, util
 from types import FrameType
@@ -45,23 +46,28 @@ class Stop:
 
     Args:
         shows: whether to acknowledge signals on stderr.
+        group: the processes that agree, whose messages do not pass through a GPU; None is the default group.
     """
 
-    def __init__(self, *, shows: bool = True):
+    def __init__(self, *, shows: bool = True, group: "torch.distributed.ProcessGroup | None" = None):
         self.shows = shows
+        self.group = group
         self.reason = 0
         self.is_launched = any(mark in os.environ for mark in LAUNCHER_VARIABLES)
         self.is_listening = False
         self._handled_at = 0.0
 
-    def agree(self, device: torch.device) -> int:
-        """Returns the strongest reason of any process, on all processes. Every process must call it."""
+    def agree(self) -> int:
+        """Returns the strongest reason of any process, on all processes. Every process must call it.
+
+        The reasons are compared on the hosts: reading the result on a GPU would wait for its queued work.
+        """
         if not self.reason and self.is_launched and os.getppid() != first_parent():
             self.reason = REASONS.index("the end of its launcher")
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self.reason
-        strongest = torch.tensor(self.reason, device=device)
-        torch.distributed.all_reduce(strongest, op=torch.distributed.ReduceOp.MAX)
+        strongest = torch.tensor(self.reason)
+        torch.distributed.all_reduce(strongest, op=torch.distributed.ReduceOp.MAX, group=self.group)
         return int(strongest)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
@@ -130,7 +136,7 @@ class StopCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        reason = self.stop.agree(args.device)
+        reason = self.stop.agree()
         if reason and not control.should_training_stop and state.global_step < state.max_steps:
             self.reason = reason
             control.should_save = control.should_training_stop = control.should_log = True
@@ -162,15 +168,27 @@ def stoppable(trainer: Trainer, *, words: str = "") -> Iterator[None]:
     Args:
         words: how to change the command to resume, such as "without --overwrite".
     """
-    with listening(Stop(shows=trainer.is_world_process_zero())) as stop:
+    stop = Stop(shows=trainer.is_world_process_zero(), group=host_group(trainer.args))
+    with listening(stop):
         trainer.add_callback(StopCallback(stop, words=words))
         try:
             yield
         except Preempted as error:
             if trainer.is_world_process_zero():
                 write_line(str(error))
-            stop.agree(trainer.args.device)
+            stop.agree()
             raise
+
+
+def host_group(arguments: TrainingArguments) -> "torch.distributed.ProcessGroup | None":
+    """Returns a group of all processes that communicates between hosts; None if the default group does.
+
+    All processes must call it.
+    """
+    if arguments.world_size == 1 or arguments.device.type == "cpu":
+        return None
+    timeout = timedelta(seconds=arguments.ddp_timeout)
+    return torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
 def let_workers_last(loader: DataLoader) -> DataLoader:

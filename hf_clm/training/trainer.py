@@ -46,6 +46,7 @@ from hf_clm.pages.rows import Vocabulary, to_rows
 from hf_clm.training.callbacks import ends_epoch
 from hf_clm.training.evaluating import EvaluatingTrainer
 from hf_clm.training.faults import checkpoint_bytes, writing
+from hf_clm.training.finite import FiniteGuard, WatchedStep, skip_update
 from hf_clm.training.saving import settle_precision
 
 # Indices of the counts since the last log event.
@@ -75,6 +76,8 @@ class CLMTrainer(EvaluatingTrainer):
         super().__init__(*args, **kwargs)
         self.label_names = [*self.label_names, "weights"]  # remove_unused_columns drops other columns
         settle_precision(self.accelerator)
+        if self.accelerator.ddp_handler is not None:  # without it, DDP copies the gradients into its buckets
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         model: Any = self.accelerator.unwrap_model(self.model)
         self.own_loss = why_not(model)  # why the model's own loss is used, or empty
         self.router_loss = RouterLoss(model)
@@ -95,6 +98,7 @@ class CLMTrainer(EvaluatingTrainer):
         self._flops = count_flops(model)
         self._step_loss: torch.Tensor | float = 0.0
         self._step_batches: list[dict[str, Any]] = []
+        self._guard = FiniteGuard(self.args.device, defers=self.args.device.type != "cpu")
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         assert self.peak_flops > 0  # measures it now rather than in the first steps
@@ -186,38 +190,48 @@ class CLMTrainer(EvaluatingTrainer):
         return loss, outputs, figures
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """Checks loss and gradient. Runs after clipping and before the optimizer step."""
+        """Watches loss and gradient. Runs after clipping and before the optimizer step."""
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
-        watched = float(self._step_loss if norm is None else norm)  # DeepSpeed may not return a norm
+        self.require_finite()
+        loss: Any = self._step_loss
         if self.args.fp16:  # overflowing gradients skip a step, so only the loss counts, on all processes
-            total: Any = self.accelerator.reduce(torch.as_tensor(self._step_loss), reduction="sum")
-            watched = float(total)
-        if not math.isfinite(watched):
-            self._stop(watched if norm is None else float(norm))
-        self._step_loss = 0.0
-        self._step_batches.clear()
+            loss = self.accelerator.reduce(torch.as_tensor(loss), reduction="sum")
+        full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        seen = loss if self.args.fp16 or norm is None else full  # DeepSpeed may not return a norm
+        figures = torch.stack([torch.as_tensor(part, device=loss.device).float() for part in (loss, seen)])
+        found_inf = self._guard.watch(
+            self.state.global_step + 1,
+            figures,
+            learning_rate=self._get_learning_rate(),
+            batches=self._step_batches,
+        )
+        self._step_loss, self._step_batches = 0.0, []
+        if not self._guard.defers:
+            self.require_finite()
+        elif not self.args.fp16:  # whose scaler sets the flag itself
+            skip_update(getattr(self.optimizer, "optimizer", self.optimizer), found_inf)
         return norm
 
-    def _stop(self, norm: float) -> NoReturn:
+    def require_finite(self) -> None:
+        """Raises DivergedError, and writes diverged.html, if the latest step is not finite."""
+        if (step := self._guard.settle()) is not None:
+            self._stop(step)
+
+    def _stop(self, step: WatchedStep) -> NoReturn:
         """Writes the rows of the step to diverged.html, and raises DivergedError."""
-        facts = {
-            "step": self.state.global_step + 1,
-            "last finite step": self.state.global_step,
-            "loss": f"{float(self._step_loss):g}",
-            "gradient norm": f"{norm:g}",
-            "learning rate": f"{self._get_learning_rate():g}",
-        }
+        facts = step.to_facts()
         page = ""
-        is_ours = self.is_world_process_zero() or not math.isfinite(float(self._step_loss))
+        is_ours = self.is_world_process_zero() or not math.isfinite(step.loss)
         if isinstance(self.processing_class, PreTrainedTokenizerFast) and is_ours:
             path = Path(str(self.args.output_dir)) / "diverged.html"
             rows = []
-            for batch in self._step_batches:
+            for batch in step.batches:
                 rows += to_rows(batch, first_number=len(rows))
             write_labels(path, rows, vocabulary=Vocabulary(self.processing_class), facts=facts)
             page = f"; the rows of this step are in {path}"
         # DeepSpeed updates the weights in the backward pass.
-        state = "the last checkpoint is intact" if self.is_deepspeed_enabled else "no weight was updated"
+        is_updated = self.is_deepspeed_enabled or self._guard.defers
+        state = "the last checkpoint is intact" if is_updated else "no weight was updated"
         raise DivergedError(
             f"step {facts['step']}: the loss or its gradient is not finite; {state}{page}",
             got=", ".join(f"{name} {facts[name]}" for name in ("loss", "gradient norm", "learning rate")),
@@ -225,6 +239,7 @@ class CLMTrainer(EvaluatingTrainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.require_finite()
         if "loss" in logs:
             logs.update(self._token_metrics())
         if "train_loss" in logs:  # the Trainer averages only over the steps since the start or resume
@@ -312,6 +327,7 @@ class CLMTrainer(EvaluatingTrainer):
         return self._sampler
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.require_finite()
         model: Any = self.model
         needed, name = checkpoint_bytes(model, self.optimizer), f"checkpoint-{self.state.global_step}"
         with self.aside(), writing(Path(str(self.args.output_dir)), name, needed=needed):
