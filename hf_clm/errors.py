@@ -1,6 +1,7 @@
 """Exceptions for errors that the user can fix and for runs asked to stop; exit codes."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any
@@ -95,3 +96,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the closest choice, or an empty string if none is close."""
     matches = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def to_limit(share: float) -> str:
+    """Formats a share with two digits, rounded up, so that as a limit it still allows that share."""
+    digits = max(2, 1 - math.floor(math.log10(share)))
+    return f"{math.ceil(share * 10**digits) / 10**digits:g}"

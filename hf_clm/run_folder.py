@@ -17,8 +17,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hf_clm.errors import RecipeError, UserError
-from hf_clm.recipe.template import Template
-from hf_clm.recipe.text import leaves, load_yaml
+from hf_clm.template import Template
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 Entries = list[dict[str, Any]]  # lines of a log
@@ -530,4 +529,6 @@ def _to_object(line: bytes) -> dict[str, Any] | None:
 @lru_cache(maxsize=8)
 def _to_leaves(path: str, changed: int) -> dict[str, Any]:
     """Returns the recipe's dotted keys, cached until the file changes, as parsing YAML is slow."""
+    from hf_clm.recipe.text import leaves, load_yaml
+
     return dict(leaves(load_yaml(path)[0]))

@@ -15,8 +15,8 @@ from hf_clm.model.adapters import is_adapter, load_adapted
 from hf_clm.model.attention import NAME as PACKED
 from hf_clm.model.load import load_model, max_positions
 from hf_clm.recipe.recipe import Recipe, load_recipe
-from hf_clm.recipe.template import Template
 from hf_clm.run_folder import RunRecord, find_record
+from hf_clm.template import Template
 from hf_clm.text.tokenizer import load_tokenizer
 
 

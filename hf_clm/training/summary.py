@@ -22,10 +22,10 @@ from hf_clm.machine import bf16_instructions
 from hf_clm.model.load import is_adapted, without_adapters
 from hf_clm.recipe.recipe import Recipe, describe_recipe
 from hf_clm.recipe.sections import EVAL, TRAIN
-from hf_clm.recipe.template import Template
 from hf_clm.recipe.text import leaves
 from hf_clm.run_folder import METRICS, Counts, Proof, RunRecord, StreamTotals, is_evaluated, metric_of
 from hf_clm.schema import Chat
+from hf_clm.template import Template
 from hf_clm.training.arguments import count_steps, resolve, rows_per_step
 
 # Keys of a model's config that a run sets itself, or compares elsewhere.
