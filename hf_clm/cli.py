@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from logging import ERROR, getLogger
 from pathlib import Path
 
-from hf_clm.errors import ExitCode, Preempted, RecipeError, UserError, did_you_mean
+from hf_clm.errors import ExitCode, Preempted, RecipeError, UserError, did_you_mean, needing_packages
 from hf_clm.logs import VARIABLE, to_json, to_json_lines, writes_json
 from hf_clm.machine import is_first_here, version_of
 from hf_clm.options import (
@@ -60,7 +60,8 @@ def main(words: Sequence[str] | None = None) -> int:
         if words[0] not in COMMANDS:
             fix = f"one of {', '.join(COMMANDS)}{did_you_mean(words[0], COMMANDS)}"
             raise RecipeError("no such command", got=repr(words[0]), fix=fix)
-        return COMMANDS[words[0]](words[1:]) or ExitCode.DONE
+        with needing_packages():
+            return COMMANDS[words[0]](words[1:]) or ExitCode.DONE
     except Preempted as stopped:
         return int(stopped.code or 0)
     except UserError as error:

@@ -2,9 +2,13 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
+
+# The names on the package index of modules whose own name differs.
+DISTRIBUTIONS = {"ruamel": "ruamel.yaml", "google": "protobuf"}
 
 
 class ExitCode(IntEnum):
@@ -90,6 +94,20 @@ class Preempted(SystemExit):
     def to_json(self) -> dict[str, Any]:
         """Returns its entry in run.json."""
         return {"stopped_by": self.reason, "stopped_at_step": self.step}
+
+
+@contextmanager
+def needing_packages() -> Iterator[None]:
+    """Converts the error for a package that is not installed, as in a bare checkout, to one line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module in ("", "hf_clm"):
+            raise
+        package = DISTRIBUTIONS.get(module, module)
+        what = f"needs the package {package}, which is not installed"
+        raise EnvironmentFault(what, fix=f"pip install {package}") from error
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

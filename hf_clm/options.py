@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hf_clm.errors import RecipeError, did_you_mean
-from hf_clm.generation.decoding import SETTINGS, Decoding, update_decoding
 from hf_clm.schema import Format, TokenizerKind
 
 
@@ -129,6 +128,7 @@ def add_run(parser: Parser) -> None:
 
 def add_decoding_options(parser: Parser) -> None:
     """Adds all settings of ``Decoding`` except beams."""
+    from hf_clm.generation.decoding import SETTINGS
 
     for name in [name for name in SETTINGS if name != "num_beams"]:
         add_setting(parser, name)
@@ -138,6 +138,7 @@ def add_decoding_options(parser: Parser) -> None:
 
 def add_setting(parser: Parser, name: str) -> None:
     """Adds an option for a setting of ``Decoding``, which is None by default."""
+    from hf_clm.generation.decoding import SETTINGS, Decoding, update_decoding
 
     def read(text: str) -> object:
         try:

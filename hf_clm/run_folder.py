@@ -142,7 +142,7 @@ class RunRecord(Recorded):
     precision: str = ""
     attention: str | None = None
     max_grad_norm: float | None = None
-    versions: dict[str, str] = {}
+    versions: dict[str, str | None] = {}
     mixing: Mixing | None = None
     steps_done: int = 0
     seconds: float | None = None
@@ -529,6 +529,7 @@ def _to_object(line: bytes) -> dict[str, Any] | None:
 @lru_cache(maxsize=8)
 def _to_leaves(path: str, changed: int) -> dict[str, Any]:
     """Returns the recipe's dotted keys, cached until the file changes, as parsing YAML is slow."""
-    from hf_clm.recipe.text import leaves, load_yaml
+    from hf_clm.recipe.text import leaves
+    from hf_clm.recipe.yaml_text import load_yaml
 
     return dict(leaves(load_yaml(path)[0]))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -14,10 +14,12 @@ from hf_clm.hub import load_options
 from hf_clm.model.adapters import is_adapter, load_adapted
 from hf_clm.model.attention import NAME as PACKED
 from hf_clm.model.load import load_model, max_positions
-from hf_clm.recipe.recipe import Recipe, load_recipe
 from hf_clm.run_folder import RunRecord, find_record
 from hf_clm.template import Template
 from hf_clm.text.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:  # a model that is not a run has no recipe
+    from hf_clm.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,13 @@ def to_loaded_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, re
     )
 
 
-def run_recipe(folder: str) -> Recipe | None:
+def run_recipe(folder: str) -> "Recipe | None":
     """Returns the recipe of a run, with prompts rendered as in its training; None for other models."""
     path = Path(folder).expanduser() / "recipe.yaml"
     if not path.is_file():
         return None
+    from hf_clm.recipe.recipe import load_recipe
+
     record = find_record(folder)
     return load_recipe(path).for_tokenizer(has_template=record is not None and record.render == "chat")
 

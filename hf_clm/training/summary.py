@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from hf_clm.data.prepared.store import HEAD
 from hf_clm.data.split import Split, note_lines
 from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.hashing import fingerprint
-from hf_clm.machine import bf16_instructions
+from hf_clm.machine import bf16_instructions, version_of
 from hf_clm.model.load import is_adapted, without_adapters
 from hf_clm.recipe.recipe import Recipe, describe_recipe
 from hf_clm.recipe.sections import EVAL, TRAIN
@@ -291,10 +290,10 @@ def stream_line(totals: StreamTotals) -> str:
     return f"stream    {totals.documents:,} documents read ({fates}), {workers}complete passes: {passes}"
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that affect training."""
+def versions() -> dict[str, str | None]:
+    """Returns the versions of Python and of the packages that affect training; None if not installed."""
     cuda = {"cuda": str(torch.version.cuda)} if torch.version.cuda else {}
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, **cuda}
+    return {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}, **cuda}
 
 
 def _architecture(model: PreTrainedModel) -> dict[str, Any]:
