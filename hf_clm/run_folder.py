@@ -109,6 +109,13 @@ class StreamTotals(Recorded):
     fates: dict[str, int] = {}
 
 
+class Quantized(Recorded):
+    """The 4 bits of a frozen model: the dtypes of its other weights and of the computation."""
+
+    weights: str = "float32"
+    compute: str = "float32"
+
+
 class RunRecord(Recorded):
     """run.json. The results are missing while a run trains, and if it was stopped."""
 
@@ -140,6 +147,7 @@ class RunRecord(Recorded):
     processes: int = 1
     device: str = ""
     precision: str = ""
+    quantized: Quantized | None = None
     attention: str | None = None
     max_grad_norm: float | None = None
     versions: dict[str, str | None] = {}

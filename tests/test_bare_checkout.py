@@ -1,6 +1,5 @@
 """A checkout on a machine with torch, transformers and accelerate, but without much else: no installation."""
 
-import json
 import os
 import site
 import subprocess

@@ -18,6 +18,7 @@ from hf_clm.data.split import Split, note_lines
 from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.hashing import fingerprint
 from hf_clm.machine import bf16_instructions, version_of
+from hf_clm.model.adapters import describe_quantized
 from hf_clm.model.load import is_adapted, without_adapters
 from hf_clm.recipe.recipe import Recipe, describe_recipe
 from hf_clm.recipe.sections import EVAL, TRAIN
@@ -144,6 +145,8 @@ class RunFacts:
         if not self.evaluations.keys() <= {EVAL}:
             counts = {name.removeprefix(f"{EVAL}_"): count([one]) for name, one in self.evaluations.items()}
             record = record.updated(evaluations=counts)
+        if self.recipe.lora and self.recipe.lora.quantize:
+            record = record.updated(quantized=describe_quantized(self.model))
         return record.updated(mixing=self.train.mix.to_json()) if self.train.mix else record
 
 
