@@ -6,6 +6,8 @@ The public names are loaded when they are used, so ``import hf_clm`` costs nothi
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hf_clm.errors import needing_packages
+
 if TYPE_CHECKING:  # for editors and type checkers; PUBLIC_NAMES says the same to Python
     from hf_clm.api import train as train
     from hf_clm.data.batch.collators import DataCollatorForCausalLM as DataCollatorForCausalLM
@@ -51,7 +53,8 @@ PUBLIC_NAMES = {
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC_NAMES:
         raise AttributeError(f"module 'hf_clm' has no attribute {name!r}")
-    return getattr(import_module(PUBLIC_NAMES[name]), name)
+    with needing_packages():
+        return getattr(import_module(PUBLIC_NAMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from hf_clm.data.read.faults import check_data
 from hf_clm.draft import draft_recipe, to_lines
-from hf_clm.errors import DataError, RecipeError
+from hf_clm.errors import DataError, RecipeError, needing_packages
 from hf_clm.hashing import hash_file
 from hf_clm.logs import to_json_lines, writes_json
 from hf_clm.machine import is_first_here
@@ -31,7 +31,7 @@ from hf_clm.recipe.other_names import advise
 from hf_clm.recipe.recipe import SHORT, Recipe, build_recipe, find_key, keep_format, suggest
 from hf_clm.recipe.sections import Data, Source, cache_folder
 from hf_clm.recipe.shipped import find_recipe
-from hf_clm.recipe.text import load_yaml, model_of, override
+from hf_clm.recipe.text import model_of, override
 
 if TYPE_CHECKING:  # they import torch, which a mistake in the data need not wait for
     import datasets
@@ -44,6 +44,7 @@ Record = Mapping[str, object]
 ORIGIN = "hf_clm.train"  # the place of what is given as a keyword
 
 
+@needing_packages()
 def train(
     recipe: "str | Path | Mapping[str, object] | Recipe | None" = None,
     *,
@@ -153,6 +154,8 @@ def _open(recipe: object) -> tuple[dict[str, object], dict[str, str], str]:
     if not isinstance(recipe, str | Path):
         fix = "a path, the name of a shipped recipe, a dictionary, or hf_clm.load_recipe(...)"
         raise RecipeError("not a recipe", where=ORIGIN, got=type(recipe).__name__, fix=fix)
+    from hf_clm.recipe.yaml_text import load_yaml
+
     file = find_recipe(str(recipe))
     return *load_yaml(file), file
 

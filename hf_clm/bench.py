@@ -88,7 +88,7 @@ class Start:
     fill: float | None
     rows_per_second: float
     seconds: dict[str, float]
-    versions: dict[str, str]
+    versions: dict[str, str | None]
 
     def to_lines(self) -> list[str]:
         """Describes the machine, the data, the speed of the input, and the time to the first step."""

@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 from logging import ERROR, getLogger
 from pathlib import Path
 
-from hf_clm.errors import ExitCode, Preempted, RecipeError, UserError, did_you_mean
+from hf_clm.errors import ExitCode, Preempted, RecipeError, UserError, did_you_mean, needing_packages
 from hf_clm.logs import VARIABLE, to_json, to_json_lines, writes_json
 from hf_clm.machine import is_first_here, version_of
 from hf_clm.options import (
+    DTYPES,
     Parser,
     add_chat_options,
+    add_device,
     add_doctor_options,
     add_evaluate_options,
     add_generate_options,
@@ -60,7 +62,8 @@ def main(words: Sequence[str] | None = None) -> int:
         if words[0] not in COMMANDS:
             fix = f"one of {', '.join(COMMANDS)}{did_you_mean(words[0], COMMANDS)}"
             raise RecipeError("no such command", got=repr(words[0]), fix=fix)
-        return COMMANDS[words[0]](words[1:]) or ExitCode.DONE
+        with needing_packages():
+            return COMMANDS[words[0]](words[1:]) or ExitCode.DONE
     except Preempted as stopped:
         return int(stopped.code or 0)
     except UserError as error:
@@ -322,9 +325,9 @@ def run_merge(words: list[str]) -> None:
     parser = _parser("merge")
     parser.add_argument("run", help="the folder of a run with lora, or one of its checkpoints")
     parser.add_argument("--output_dir", required=True, help="the folder to write")
-    kinds = ("float32", "bfloat16", "float16")
+    add_device(parser)
     parser.add_argument(
-        "--dtype", choices=kinds, help="dtype of the merged weights; default: that of the base model"
+        "--dtype", choices=DTYPES, help="dtype of the merged weights; default: that of the base model"
     )
     parser.add_argument(
         "--tolerance", type=at_least(0.0), help="maximum difference, relative to the largest logit"

@@ -1,9 +1,14 @@
 """Exceptions for errors that the user can fix and for runs asked to stop; exit codes."""
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
+
+# The names on the package index of modules whose own name differs.
+DISTRIBUTIONS = {"ruamel": "ruamel.yaml", "google": "protobuf"}
 
 
 class ExitCode(IntEnum):
@@ -91,7 +96,27 @@ class Preempted(SystemExit):
         return {"stopped_by": self.reason, "stopped_at_step": self.step}
 
 
+@contextmanager
+def needing_packages() -> Iterator[None]:
+    """Converts the error for a package that is not installed, as in a bare checkout, to one line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module in ("", "hf_clm"):
+            raise
+        package = DISTRIBUTIONS.get(module, module)
+        what = f"needs the package {package}, which is not installed"
+        raise EnvironmentFault(what, fix=f"pip install {package}") from error
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the closest choice, or an empty string if none is close."""
     matches = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def to_limit(share: float) -> str:
+    """Formats a share with two digits, rounded up, so that as a limit it still allows that share."""
+    digits = max(2, 1 - math.floor(math.log10(share)))
+    return f"{math.ceil(share * 10**digits) / 10**digits:g}"

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from hf_clm.errors import EnvironmentFault, ModelError
 from hf_clm.hashing import fingerprint
 from hf_clm.hub import loading
-from hf_clm.recipe.sections import Data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -47,6 +46,8 @@ def local_model(name_or_path: str, *, where: str = "model.name_or_path") -> str:
         raise EnvironmentFault("needs the package gguf", where=f"{where} {name_or_path}", fix=INSTALL)
     facts = file.stat()
     key = fingerprint([str(file), [facts.st_size, facts.st_mtime_ns]])[:KEY_LETTERS]
+    from hf_clm.recipe.sections import Data  # most models are not GGUF files, and need no recipe
+
     cache = Path(os.environ.get("HF_CLM_CACHE") or Data.model_fields["cache_dir"].default).expanduser()
     folder = cache.absolute() / "gguf" / f"{file.stem}-{key}"
     try:

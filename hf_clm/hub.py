@@ -10,7 +10,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from hf_clm.errors import EnvironmentFault, ModelError, UserError
-from hf_clm.recipe.shipped import how_to_make
 
 LOCAL_PREFIXES = ("/", "./", "../", "~")
 TIMEOUT_SECONDS = 10
@@ -49,6 +48,8 @@ def load_options(name_or_path: str, *, revision: str | None, where: str) -> dict
     if Path(name_or_path).expanduser().is_dir():
         return {"revision": revision}
     if name_or_path.startswith(LOCAL_PREFIXES) or name_or_path.count("/") > 1:
+        from hf_clm.recipe.shipped import how_to_make
+
         fix = how_to_make(name_or_path) or "a Hub id has the form 'organisation/name'"
         raise ModelError("no such folder", where=where, got=repr(name_or_path), fix=fix)
     return {"revision": revision, "local_files_only": not _is_on_hub(name_or_path, revision, where=where)}

@@ -201,6 +201,14 @@ def usable_cores() -> int:
     return max(1, min(len(cores), round(share)))
 
 
+def total_memory() -> int:
+    """Returns the memory of this machine in bytes, or 0 if it is not known."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):  # Windows has no sysconf
+        return 0
+
+
 def _read(path: str) -> str:
     try:
         return Path(path).read_text().strip()

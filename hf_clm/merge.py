@@ -21,12 +21,12 @@ from hf_clm.data.prepared.sets import load_examples
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
-from hf_clm.generation.load import run_recipe
+from hf_clm.generation.load import answer_dtype, find_device, load_quantized, move_to, run_recipe
 from hf_clm.generation.prompts import read_prompts, to_prompt_ids
 from hf_clm.machine import follow_umask
-from hf_clm.model.adapters import is_adapter, load_adapted, read_base
+from hf_clm.model.adapters import attach_adapters, is_adapter, load_adapted, read_base
 from hf_clm.model.load import load_config, load_model, max_positions
-from hf_clm.run_folder import RunRecord, find_record, write_json, write_record
+from hf_clm.run_folder import Quantized, RunRecord, find_record, write_json, write_record
 from hf_clm.schema import AnyExample, Document, Example, Segment, whole_text
 from hf_clm.text.tokenizer import load_tokenizer
 
@@ -69,24 +69,35 @@ def merge(options: Namespace) -> list[str]:
     record = find_record(folder)
     prompts, source = _find_prompts(folder, options.prompts, record=record)
     tokenizer, (base, revision) = load_tokenizer(folder), read_base(folder)
-    adapted = load_adapted(folder, tokenizer, attention=None).eval()
-    expected = _answer(adapted, tokenizer, prompts=prompts, of="the adapters")
-    dtype = options.dtype or _stored_dtype(base, revision)
+    stored, device = _stored_dtype(base, revision), find_device(options.device)
+    dtype, quantized = options.dtype or stored, record.quantized if record else None
+    kinds = {stored, dtype, answer_dtype(device)}  # if they differ, only the result is rounded
+    kind = quantized.compute if quantized else dtype if len(kinds) == 1 else "float32"
+    if quantized:
+        adapted = load_quantized(folder, tokenizer, quantized=quantized)
+    else:
+        adapted = load_adapted(folder, tokenizer, attention=None, dtype=kind)
+    move_to(adapted, device)
+    expected = _answer(adapted.eval(), tokenizer, prompts=prompts, of="the adapters")
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        plain = adapted.merge_and_unload(safe_merge=True)
+        plain = _merge_weights(adapted, folder, is_quantized=quantized is not None)
         plain.to(getattr(torch, dtype)).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        del adapted, plain  # there is memory for one model
         merged = load_model(str(partial), tokenizer, dtype=dtype, attention=None).eval()
+        move_to(merged, device)
         comparison = _compare(expected, _answer(merged, tokenizer, prompts=prompts, of="the merged model"))
-        tolerance = TOLERANCES[dtype] if options.tolerance is None else options.tolerance
+        rounding = max(TOLERANCES[dtype], TOLERANCES[kind])
+        tolerance = rounding if options.tolerance is None else options.tolerance
         if not comparison.difference <= tolerance:
             share = f"{comparison.difference:.2g} of the largest"
             got = f"a logit that differs by {share}, more than {tolerance:g}"
             fix = "choose a --dtype with more bits, or a larger --tolerance"
             raise ModelError("the merged model is not equivalent", where=folder, got=got, fix=fix)
         proof = {**comparison.to_json(), "tolerance": tolerance, "dtype": dtype, "compared_on": source}
+        proof["compared_with"] = f"the base in {_base_name(quantized, kind)}"
         write_json(partial / "merge.json", {"base": base, "adapters": str(Path(folder).resolve()), **proof})
         if record:  # generate and evaluate read the format from it
             write_record(partial, record)
@@ -98,8 +109,24 @@ def merge(options: Namespace) -> list[str]:
         f"merged    {base} and {folder}, in {dtype}",
         f"compared  {comparison.prompts} prompts of {source}: {comparison.same_answers} greedy answers are "
         f"the same, logits differ by at most {comparison.difference:.1e} of the largest",
+        f"          expected: {base} in {_base_name(quantized, kind)}, with the adapters",
         f"written   {output}: loads with from_pretrained, without peft",
     ]
+
+
+def _merge_weights(adapted: Any, folder: str, *, is_quantized: bool) -> PreTrainedModel:
+    """Returns the base with the adapters merged into its weights.
+
+    The weights of a base in 4 bits are dequantized first. They are those that the adapters were trained
+    with: the published weights differ from them, and peft would round the merged weights to 4 bits again.
+    """
+    if is_quantized:
+        adapted = attach_adapters(adapted.unload().dequantize(dtype=torch.float32), folder)
+    return adapted.merge_and_unload(safe_merge=True)
+
+
+def _base_name(quantized: Quantized | None, kind: str) -> str:
+    return f"4 bits as in training, computing in {kind}" if quantized else kind
 
 
 def _find_prompts(folder: str, file: str | None, *, record: RunRecord | None) -> tuple[list[Example], str]:
@@ -139,8 +166,8 @@ def _answer(
     logits = []
     prompt_ids = to_prompt_ids(prompts, tokenizer, LabelOptions(reasoning="drop"))
     for number in tqdm(range(len(prompt_ids)), desc=f"logits of {of}", disable=None, leave=False):
-        ids = torch.tensor([prompt_ids[number][-longest:]])
-        last = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        ids = torch.tensor([prompt_ids[number][-longest:]], device=model.device)
+        last = model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
         last[tokenizer.pad_token_id] = 0.0  # an added row of the embeddings has arbitrary values
         logits.append(last)
     decoding, progress = Decoding(NEW_TOKENS), f"answers of {of}"

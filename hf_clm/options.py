@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hf_clm.errors import RecipeError, did_you_mean
-from hf_clm.generation.decoding import SETTINGS, Decoding, update_decoding
 from hf_clm.schema import Format, TokenizerKind
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,13 +123,24 @@ def add_chat_options(parser: Parser) -> None:
 
 
 def add_run(parser: Parser) -> None:
-    """Adds the options for the model and the device."""
+    """Adds the options for the model, its device and its dtype."""
     parser.add_argument("run", help="the folder of a run or model, or a model on the Hub")
+    add_device(parser)
+    text = (
+        "dtype of the weights; default: bfloat16 on a GPU that computes in it, else float32; adapters of a "
+    )
+    text += "base in 4 bits use it by default, and with this option the base as it was published"
+    parser.add_argument("--dtype", choices=DTYPES, help=text)
+
+
+def add_device(parser: Parser) -> None:
+    """Adds the option for the device."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda if available")
 
 
 def add_decoding_options(parser: Parser) -> None:
     """Adds all settings of ``Decoding`` except beams."""
+    from hf_clm.generation.decoding import SETTINGS
 
     for name in [name for name in SETTINGS if name != "num_beams"]:
         add_setting(parser, name)
@@ -138,6 +150,7 @@ def add_decoding_options(parser: Parser) -> None:
 
 def add_setting(parser: Parser, name: str) -> None:
     """Adds an option for a setting of ``Decoding``, which is None by default."""
+    from hf_clm.generation.decoding import SETTINGS, Decoding, update_decoding
 
     def read(text: str) -> object:
         try:

@@ -17,8 +17,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hf_clm.errors import RecipeError, UserError
-from hf_clm.recipe.template import Template
-from hf_clm.recipe.text import leaves, load_yaml
+from hf_clm.template import Template
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 Entries = list[dict[str, Any]]  # lines of a log
@@ -110,6 +109,13 @@ class StreamTotals(Recorded):
     fates: dict[str, int] = {}
 
 
+class Quantized(Recorded):
+    """The 4 bits of a frozen model: the dtypes of its other weights and of the computation."""
+
+    weights: str = "float32"
+    compute: str = "float32"
+
+
 class RunRecord(Recorded):
     """run.json. The results are missing while a run trains, and if it was stopped."""
 
@@ -141,9 +147,10 @@ class RunRecord(Recorded):
     processes: int = 1
     device: str = ""
     precision: str = ""
+    quantized: Quantized | None = None
     attention: str | None = None
     max_grad_norm: float | None = None
-    versions: dict[str, str] = {}
+    versions: dict[str, str | None] = {}
     mixing: Mixing | None = None
     steps_done: int = 0
     seconds: float | None = None
@@ -530,4 +537,7 @@ def _to_object(line: bytes) -> dict[str, Any] | None:
 @lru_cache(maxsize=8)
 def _to_leaves(path: str, changed: int) -> dict[str, Any]:
     """Returns the recipe's dotted keys, cached until the file changes, as parsing YAML is slow."""
+    from hf_clm.recipe.text import leaves
+    from hf_clm.recipe.yaml_text import load_yaml
+
     return dict(leaves(load_yaml(path)[0]))

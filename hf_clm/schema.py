@@ -236,6 +236,11 @@ def whole_text(example: AnyExample) -> str:
     return separator.join(example.texts)
 
 
+def is_causal_class(name: str) -> bool:
+    """Returns whether a class of transformers is a causal language model, by its name."""
+    return name.endswith(("ForCausalLM", "LMHeadModel"))
+
+
 def example_from_json(content: dict[str, Any]) -> AnyExample:
     """Converts the output of ``dataclasses.asdict`` back to an example."""
     if "segments" in content:

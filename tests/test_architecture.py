@@ -19,7 +19,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 # A module may import from its own line and from the lines above it.
 LAYERS = [
     {"errors", "hashing"},
-    {"schema", "machine", "logs"},
+    {"schema", "machine", "logs", "template"},
     {"recipe"},
     {"hub", "run_folder"},
     {"gguf"},

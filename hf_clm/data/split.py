@@ -1,25 +1,30 @@
 """The splits of a run: their records, and the rows that are trained on."""
 
-import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
-from hf_clm.data.batch.mixing import DrawnDataset, Mix, MixOptions, RecordCounts, mix_rows
+from hf_clm.data.batch.collators import (
+    DataCollatorForCausalLM,
+    DataCollatorForPackedCausalLM,
+    StaticShape,
+)
+from hf_clm.data.batch.mixing import AnyDataset, DrawnDataset, Mix, MixOptions, RecordCounts, mix_rows
 from hf_clm.data.batch.packing import PackedDataset, Pieces
 from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.data.label.labels import NO_ROOM
 from hf_clm.data.prepared.tables import StoredLedger, StoredRows
 from hf_clm.data.read.records import Examples
-from hf_clm.errors import DataError
+from hf_clm.errors import DataError, to_limit
+from hf_clm.model.attention import NAME as PACKED
 from hf_clm.recipe.recipe import Data, Recipe
 from hf_clm.recipe.sections import Mixing
 
 SHOWN_DROPS = 3  # an error lists the first few rows, not thousands
-
-AnyDataset = TokenizedDataset | PackedDataset | DrawnDataset
 
 
 @dataclass
@@ -159,6 +164,22 @@ def packing_of(recipe: Recipe) -> tuple[int | None, str]:
     return capacity, "best_fit" if packing == "none" else packing
 
 
+def build_collator(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    with_targets: bool = False,
+    static: StaticShape | None = None,
+) -> Callable[..., dict[str, Any]]:
+    """Returns the collator of a recipe: it concatenates rows, and pads only if the attention requires it."""
+    assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer sets a pad token"
+    if recipe.resolved_packing == "none" and recipe.model.attention != PACKED:
+        return DataCollatorForCausalLM(tokenizer.pad_token_id)
+    return DataCollatorForPackedCausalLM(
+        with_targets=with_targets, static=static, pad_token_id=tokenizer.pad_token_id
+    )
+
+
 def check_dropped(split: Split, data: Data) -> None:
     """Raises DataError, listing the first records, if too many or all of them cannot be trained on."""
     counts: Counter[str] = Counter()
@@ -183,9 +204,3 @@ def check_dropped(split: Split, data: Data) -> None:
         got="; ".join(listed[:SHOWN_DROPS]),
         fix=", ".join(fixes[:-1]) + (", or " if fixes[1:] else "") + fixes[-1],
     )
-
-
-def to_limit(share: float) -> str:
-    """Formats a share with two digits, rounded up, so that as a limit it still allows that share."""
-    digits = max(2, 1 - math.floor(math.log10(share)))
-    return f"{math.ceil(share * 10**digits) / 10**digits:g}"

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_clm.data.batch.collators import build_collator
 from hf_clm.data.prepared.cache import read_splits
 from hf_clm.data.prepared.sets import load_early
 from hf_clm.data.read.faults import check_data
 from hf_clm.data.read.plain_template import settle_render
+from hf_clm.data.split import build_collator
 from hf_clm.doctor.checks import Check, Problem, run_checks, to_problem
 from hf_clm.doctor.facts import Facts, build_facts, longest_rows, to_micro_step
 from hf_clm.doctor.memory import MemoryEstimate, measure_memory

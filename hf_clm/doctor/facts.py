@@ -12,8 +12,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerFast, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_clm.data.batch.mixing import AnyDataset
 from hf_clm.data.batch.packing import PackedDataset
-from hf_clm.data.split import AnyDataset, Split
+from hf_clm.data.split import Split
 from hf_clm.doctor.memory import (
     MemoryEstimate,
     MicroStep,

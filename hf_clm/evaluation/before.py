@@ -36,7 +36,7 @@ def load_before(name: str, run: LoadedRun, options: Namespace) -> Before:
     if name == BASE and is_adapter(options.run):
         return Before(read_base(options.run)[0], run.model, is_adapted=True)
     name, revision = find_base(options.run) if name == BASE else (name, None)
-    other = load_run(name, device=options.device, revision=revision)
+    other = load_run(name, device=options.device, dtype=options.dtype, revision=revision)
     check_same_tokens(name, other.tokenizer, run.tokenizer)
     fit_to_tokenizer(other.model, run.tokenizer)
     return Before(name, other.model)

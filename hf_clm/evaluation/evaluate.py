@@ -108,7 +108,7 @@ def evaluate_run(options: Namespace) -> Evaluation:
     check_sources(data.model_copy(update={"eval": []}))
     read = load_examples(data)
     expected = find_expected(read, choices) if choices else None
-    run = load_run(options.run, device=options.device)
+    run = load_run(options.run, device=options.device, dtype=options.dtype)
     before = load_before(options.before, run, options) if options.before else None
     stage: Stage = options.stage or run.stage
     max_length = options.max_length or run.max_length

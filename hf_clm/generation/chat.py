@@ -139,7 +139,7 @@ def chat(options: Namespace, *, read: Callable[[], str], write: Write) -> None:
     base = base_decoding(options.run, use_model_settings=options.use_model_settings)
     decoding = update_decoding(base, vars(options))
     tools = read_tools(options.tools) if options.tools else []
-    run = load_run(options.run, attention=None, device=options.device)
+    run = load_run(options.run, attention=None, device=options.device, dtype=options.dtype)
     talk = Conversation(run, decoding, system=options.system, tools=tools)
     if not run.has_turns:
         write(f"({NOTES.get(run.format, CONTINUATION_NOTE)})\n")

@@ -60,7 +60,7 @@ def generate_from_run(options: Namespace) -> list[tuple[str, Generated]]:
     tools = read_tools(options.tools) if options.tools else []
     base = base_decoding(options.run, use_model_settings=options.use_model_settings)
     decoding = update_decoding(base, vars(options))
-    run = load_run(options.run, attention=None, device=options.device)
+    run = load_run(options.run, attention=None, device=options.device, dtype=options.dtype)
     format, template = ("text", None) if options.raw else (run.format, run.template)
     has_turns = run.has_turns and not options.raw
     prompts = [

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -11,13 +11,16 @@ from hf_clm.data.label.render import LabelOptions
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.gguf import local_model
 from hf_clm.hub import load_options
-from hf_clm.model.adapters import is_adapter, load_adapted
+from hf_clm.machine import has_bf16
+from hf_clm.model.adapters import is_adapter, load_adapted, quantization
 from hf_clm.model.attention import NAME as PACKED
 from hf_clm.model.load import load_model, max_positions
-from hf_clm.recipe.recipe import Recipe, load_recipe
-from hf_clm.recipe.template import Template
-from hf_clm.run_folder import RunRecord, find_record
+from hf_clm.run_folder import Quantized, RunRecord, find_record
+from hf_clm.template import Template
 from hf_clm.text.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:  # a model that is not a run has no recipe
+    from hf_clm.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,15 @@ def load_run(
     *,
     attention: str | None = PACKED,
     device: str | None = None,
+    dtype: str | None = None,
     revision: str | None = None,
 ) -> LoadedRun:
-    """Loads a run's folder, any other model folder, or a model from the Hub, in float32. Adapters are loaded
-    together with their base model.
+    """Loads a run's folder, any other model folder, or a model from the Hub. Adapters are loaded together
+    with their base model.
 
     Args:
+        dtype: the dtype of the weights, ``answer_dtype`` by default. Adapters that were trained on a base in
+            4 bits answer on that base by default, and with a dtype on the base as it was published.
         revision: a branch, tag or commit of a model on the Hub.
 
     Without a run.json, the format is ``messages`` if the tokenizer has a chat template, else ``text``.
@@ -66,12 +72,41 @@ def load_run(
     # The same error wherever a path is missing.
     load_options(name_or_path, revision=revision, where="run or model")
     tokenizer = load_tokenizer(name_or_path, revision=revision)
-    if is_adapter(name_or_path):
-        model = load_adapted(name_or_path, tokenizer, attention=attention)
+    place = find_device(device)
+    kind = dtype or answer_dtype(place)
+    if is_adapter(name_or_path) and record.quantized and dtype is None:
+        model = load_quantized(name_or_path, tokenizer, quantized=record.quantized, attention=attention)
+    elif is_adapter(name_or_path):
+        model = load_adapted(name_or_path, tokenizer, attention=attention, dtype=kind)
     else:
-        model = load_model(name_or_path, tokenizer, attention=attention, revision=revision)
-    move_to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = load_model(name_or_path, tokenizer, attention=attention, dtype=kind, revision=revision)
+    move_to(model, place)
     return to_loaded_run(model, tokenizer, record)
+
+
+def find_device(name: str | None) -> torch.device:
+    """Returns the device to answer on: a GPU if there is one. Raises RecipeError for an unknown name."""
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise RecipeError("no such device", where="--device", got=repr(name)) from error
+
+
+def answer_dtype(device: torch.device) -> str:
+    """Returns the dtype of a model that only answers: bfloat16 on a GPU that computes in it, else float32.
+
+    It halves the memory. On a CPU, it would change the answers, and without support for it take longer.
+    """
+    return "bfloat16" if device.type == "cuda" and has_bf16(device) else "float32"
+
+
+def load_quantized(
+    folder: str, tokenizer: PreTrainedTokenizerFast, *, quantized: Quantized, attention: str | None = None
+) -> Any:
+    """Loads adapters with their base in 4 bits, as they were trained."""
+    otherwise = ", or set --dtype to load the base without quantizing it"
+    config = quantization(quantized.compute, where=folder, otherwise=otherwise)
+    return load_adapted(folder, tokenizer, attention=attention, dtype=quantized.weights, quantization=config)
 
 
 def to_loaded_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, record: RunRecord) -> LoadedRun:
@@ -93,18 +128,20 @@ def to_loaded_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, re
     )
 
 
-def run_recipe(folder: str) -> Recipe | None:
+def run_recipe(folder: str) -> "Recipe | None":
     """Returns the recipe of a run, with prompts rendered as in its training; None for other models."""
     path = Path(folder).expanduser() / "recipe.yaml"
     if not path.is_file():
         return None
+    from hf_clm.recipe.recipe import load_recipe
+
     record = find_record(folder)
     return load_recipe(path).for_tokenizer(has_template=record is not None and record.render == "chat")
 
 
-def move_to(model: PreTrainedModel, device: str) -> None:
+def move_to(model: PreTrainedModel, device: torch.device) -> None:
     """Moves the model to a device. Raises RecipeError if there is no such device."""
     try:
-        torch.nn.Module.to(model, torch.device(device))
+        torch.nn.Module.to(model, device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise RecipeError("no such device", where="--device", got=repr(device)) from error
+        raise RecipeError("no such device", where="--device", got=repr(str(device))) from error

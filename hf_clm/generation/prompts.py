@@ -16,9 +16,9 @@ from hf_clm.data.read.sources import ReadOptions, ReadReport, read_records
 from hf_clm.data.read.templating import to_template_prompt, to_template_words
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.model.load import NEW_TOKENS, max_positions
-from hf_clm.recipe.template import Template
 from hf_clm.run_folder import load_folder, step_of
 from hf_clm.schema import Chat, Document, Example, Format, Json, Segment, whole_text
+from hf_clm.template import Template
 from hf_clm.text.tokenizer import find_unknown
 
 OFFERED, LONGEST_OFFERED = 6, 500  # prompts on the chat page, and characters of one

@@ -38,7 +38,7 @@ def serve(options: Namespace, *, say: Callable[[str], None]) -> None:
         what = "an API key is required because other machines can connect"
         raise RecipeError(what, where="--host", got=options.host, fix=fix)
     with listen(options.host, options.port) as listener:
-        run = load_run(options.run, attention=None, device=options.device)
+        run = load_run(options.run, attention=None, device=options.device, dtype=options.dtype)
         worker = Worker(run, batch_size=options.batch_size, max_waiting=options.max_waiting)
         app = build_app(options, key, worker=worker, run=run)
         signal.signal(

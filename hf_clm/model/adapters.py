@@ -4,20 +4,22 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from hf_clm.errors import EnvironmentFault, ModelError, did_you_mean
 from hf_clm.gguf import local_model
 from hf_clm.hub import load_options, loading
-from hf_clm.model.load import load_model
+from hf_clm.model.load import load_model, without_adapters
 
 CONFIG_FILE = "adapter_config.json"
 INSTALL = "pip install 'hf_clm[lora]'"
+INSTALL_QUANTIZED = "pip install 'hf_clm[qlora]'"
 
 
 def add_adapters(
@@ -73,14 +75,44 @@ def is_adapter(name_or_path: str) -> bool:
     return (Path(name_or_path).expanduser() / CONFIG_FILE).is_file()
 
 
+def quantization(compute: str, *, where: str, otherwise: str = "") -> BitsAndBytesConfig:
+    """Returns the 4 bits of QLoRA (arXiv:2305.14314). Raises EnvironmentFault without bitsandbytes.
+
+    Args:
+        compute: the dtype of the computation.
+        otherwise: what to do instead of installing the package.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise EnvironmentFault(
+            "needs the package bitsandbytes", where=where, fix=INSTALL_QUANTIZED + otherwise
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, compute),
+    )
+
+
+def describe_quantized(model: Any) -> dict[str, str]:
+    """Returns the dtypes with which the 4-bit base of adapters is loaded again as it was trained."""
+    base = without_adapters(model)
+    kinds = {"weights": base.dtype, "compute": base.config.quantization_config.bnb_4bit_compute_dtype}
+    return {name: str(kind).removeprefix("torch.") for name, kind in kinds.items()}
+
+
 def load_adapted(folder: str, tokenizer: PreTrainedTokenizerFast, **options: Any) -> Any:
     """Loads the base model with the adapters of ``folder``; ``options`` are those of ``load_model``.
 
     Raises ModelError like ``load_model``, and if the base model is not found.
     """
-    peft = import_peft()
     base, revision = read_base(folder)
-    model = load_model(base, tokenizer, revision=revision, **options)
+    return attach_adapters(load_model(base, tokenizer, revision=revision, **options), folder)
+
+
+def attach_adapters(model: PreTrainedModel, folder: str) -> Any:
+    """Adds the adapters of ``folder`` to their base model."""
+    peft = import_peft()
     with loading(folder, where="adapter"), _without_warnings():
         return peft.PeftModel.from_pretrained(model, str(Path(folder).expanduser()))
 

@@ -5,7 +5,6 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from copy import copy
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_clm.errors import EnvironmentFault, ModelError
-from hf_clm.model.adapters import add_adapters, check_layers, find_new_tokens
+from hf_clm.errors import ModelError
+from hf_clm.model.adapters import add_adapters, check_layers, find_new_tokens, quantization
 from hf_clm.model.attention import NAME as PACKED
 from hf_clm.model.load import (
     build_config,
@@ -207,21 +206,11 @@ def _with_adapters(recipe: Recipe, model: PreTrainedModel, *, new_tokens: list[i
     )
 
 
-def _quantization(recipe: Recipe, arguments: TrainingArguments) -> Any:
-    """The 4 bits of QLoRA (arXiv:2305.14314). Raises EnvironmentFault without the package."""
+def _quantization(recipe: Recipe, arguments: TrainingArguments) -> BitsAndBytesConfig | None:
     if recipe.lora is None or recipe.lora.quantize is None:
         return None
-    if find_spec("bitsandbytes") is None:
-        raise EnvironmentFault(
-            "needs the package bitsandbytes", where="lora.quantize", fix="pip install 'hf_clm[qlora]'"
-        )
-    kind = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=kind,
-    )
+    compute = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "float32"
+    return quantization(compute, where="lora.quantize")
 
 
 def _named_config(recipe: Recipe) -> PretrainedConfig:

@@ -31,9 +31,9 @@ from transformers.utils.hub import cached_file
 from hf_clm.errors import ModelError, did_you_mean
 from hf_clm.gguf import local_model
 from hf_clm.hub import load_options, loading
+from hf_clm.machine import total_memory
 from hf_clm.model import attention as packed
-from hf_clm.recipe.shapes import is_causal_class, total_memory
-from hf_clm.schema import Json
+from hf_clm.schema import Json, is_causal_class
 from hf_clm.text.chat import stop_token_ids
 from hf_clm.text.tokenizer import max_token_id, unique_ids
 

@@ -129,7 +129,7 @@ def _circumstances(run: RunFolder) -> dict[str, str]:
         "precision": record.precision,
         "attention": record.attention,
     }
-    found |= {f"version of {name}": number for name, number in record.versions.items()}
+    found |= {f"version of {name}": number or "not installed" for name, number in record.versions.items()}
     return {key: value for key, value in found.items() if value}
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,13 @@ from hf_clm.recipe.shipped import find_recipe, locate
 from hf_clm.recipe.text import (
     COMMAND_LINE,
     accepted_types,
-    build_yaml,
     leaves,
     list_keys,
-    load_yaml,
     override,
     place_of,
     text_faults,
     to_options,
     to_type_text,
-    to_value,
 )
 from hf_clm.recipe.trainer_fields import (
     TRAIN_DEFAULTS,
@@ -101,6 +97,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
 
     Raises RecipeError for the first fault, with the line of the file or "command line".
     """
+    from hf_clm.recipe.yaml_text import load_yaml
+
     file = find_recipe(str(path))
     tree, places = load_yaml(file)
     for key, value in read_overrides(overrides, options=options):
@@ -112,6 +110,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Seq
 
 def read_overrides(words: Sequence[str], *, options: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
     """Yields (dotted key, value) for words of the command line. Raises RecipeError for an unknown key."""
+    from hf_clm.recipe.yaml_text import to_value
+
     fields = recipe_fields()
     for name, text in to_options(words):
         key = _to_key(name, options)
@@ -166,9 +166,9 @@ def training_values(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """Returns the recipe as YAML, including defaults. Reading it results in an equal recipe."""
-    text = StringIO()
-    build_yaml().dump(recipe.model_dump(), text)
-    return text.getvalue()
+    from hf_clm.recipe.yaml_text import write_yaml
+
+    return write_yaml(recipe.model_dump())
 
 
 def describe_recipe(recipe: Recipe) -> list[tuple[str, Any, str]]:

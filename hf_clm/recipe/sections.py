@@ -11,9 +11,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from hf_clm.errors import did_you_mean
-from hf_clm.recipe.template import Template
 from hf_clm.recipe.text import model_of
 from hf_clm.schema import Format, OnBadRecord, Overflow, TokenizerKind
+from hf_clm.template import Template
 
 FUNCTION = ("module:function", r"[^ ]+:[^ ]+")
 TRAIN, EVAL = "train", "eval"  # names of sets; a named evaluation set is eval_NAME

@@ -6,7 +6,6 @@ passes is built on the meta device (``model.check_shape``) before the data are r
 
 import ast
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -16,15 +15,11 @@ from typing import Any
 
 from hf_clm.errors import did_you_mean
 from hf_clm.recipe.faults import Fault
+from hf_clm.schema import is_causal_class
 
 MAPPING = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 MAX_LAYERS = 2000  # building more takes minutes; the deepest published models have a few hundred
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
-
-
-def is_causal_class(name: str) -> bool:
-    """Returns whether a class of transformers is a causal language model, by its name."""
-    return name.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def scratch_faults(settings: Mapping[str, Any]) -> Iterator[Fault]:
@@ -82,14 +77,6 @@ def _size_faults(settings: Mapping[str, Any]) -> Iterator[Fault]:
         if isinstance(size, int) and not 0 < size <= MAX_LAYERS:
             what = f": expected 1 to {MAX_LAYERS:,} layers"
             yield Fault(f"model.config.{name}", what, got=f"{size:,}")
-
-
-def total_memory() -> int:
-    """Returns the memory of this machine in bytes, or 0 if it is not known."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):  # Windows has no sysconf
-        return 0
 
 
 def _source_says(kind: str, part: str, pattern: str) -> bool:

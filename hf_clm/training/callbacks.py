@@ -345,7 +345,7 @@ class ReportCallback(TrainerCallback):
         start = time.monotonic()
         try:
             self.write()
-        except (OSError, UserError) as error:
+        except (OSError, UserError, ModuleNotFoundError) as error:  # matplotlib may not be installed
             if not self.has_failed:
                 write_line(f"warning   the report cannot be written, and training continues: {error}")
             self.has_failed = True

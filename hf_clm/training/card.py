@@ -2,11 +2,8 @@
 
 import os
 from collections.abc import Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any
-
-from ruamel.yaml import YAML
 
 from hf_clm.recipe.sections import Card
 from hf_clm.run_folder import METRICS, RunFolder, RunRecord, metric_of, write_text
@@ -22,11 +19,13 @@ def write_card(run: RunFolder, section: Card, *, examples: Sequence[str] = ()) -
     """Writes the card; ``examples`` are training texts to show."""
     from jinja2 import Environment, StrictUndefined
 
+    from hf_clm.recipe.yaml_text import write_yaml
+
     record = run.record
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"cell": _to_cell, "fenced": _to_fenced, "files": _to_files}
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        front=_to_yaml(front_matter(record, section)),
+        front=write_yaml(front_matter(record, section)),
         run=run,
         record=record,
         base=base_model(record),
@@ -83,9 +82,3 @@ def _to_fenced(text: str, language: str = "") -> str:
     while fence in text:
         fence += "`"
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _to_yaml(about: dict[str, Any]) -> str:
-    text = StringIO()
-    YAML().dump(about, text)
-    return text.getvalue()

@@ -48,7 +48,7 @@ def compare(
     ]
 
 
-def compare_versions(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
+def compare_versions(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> list[Change]:
     """Returns the packages whose version differs."""
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
     return [Change(f"version of {name}", before[name], now[name], "version") for name in changed]

@@ -6,7 +6,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from hf_clm.data.batch.transfer import BufferingCollator
 from hf_clm.data.prepared.stream import StreamedRows
 from hf_clm.model.attention import use_for_training
 from hf_clm.model.loss import TokenFigures
-from hf_clm.training.answering import Answering
 from hf_clm.training.saving import SavingTrainer
 from hf_clm.training.signals import let_workers_last
+
+if TYPE_CHECKING:  # it generates, which a trainer without questions does not
+    from hf_clm.training.answering import Answering
 
 WATCHED = "eval_train"
 # What of a batch only the loss needs.
@@ -46,7 +48,7 @@ class EvaluatingTrainer(SavingTrainer):
         self,
         *args: Any,
         watched_rows: Any = None,
-        answering: Answering | None = None,
+        answering: "Answering | None" = None,
         answers_every: int = 1,
         **kwargs: Any,
     ):

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
-from hf_clm.data.split import AnyDataset
+from hf_clm.data.batch.mixing import AnyDataset
 from hf_clm.errors import EnvironmentFault
 from hf_clm.machine import spreads_with
 from hf_clm.recipe.recipe import Recipe, training_values

@@ -17,13 +17,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_clm.data.batch.collators import build_collator, static_shape
+from hf_clm.data.batch.collators import static_shape
 from hf_clm.data.label.datasets import label_options
 from hf_clm.data.prepared.cache import data_content
 from hf_clm.data.prepared.sets import load_early
 from hf_clm.data.prepared.stream import PositionCollator, StreamedRows
 from hf_clm.data.read.plain_template import give_plain_template, settle_render
-from hf_clm.data.split import Split
+from hf_clm.data.split import Split, build_collator
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
 from hf_clm.errors import DataError, RecipeError

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -18,14 +17,15 @@ from hf_clm.data.prepared.store import HEAD
 from hf_clm.data.split import Split, note_lines
 from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.hashing import fingerprint
-from hf_clm.machine import bf16_instructions
+from hf_clm.machine import bf16_instructions, version_of
+from hf_clm.model.adapters import describe_quantized
 from hf_clm.model.load import is_adapted, without_adapters
 from hf_clm.recipe.recipe import Recipe, describe_recipe
 from hf_clm.recipe.sections import EVAL, TRAIN
-from hf_clm.recipe.template import Template
 from hf_clm.recipe.text import leaves
 from hf_clm.run_folder import METRICS, Counts, Proof, RunRecord, StreamTotals, is_evaluated, metric_of
 from hf_clm.schema import Chat
+from hf_clm.template import Template
 from hf_clm.training.arguments import count_steps, resolve, rows_per_step
 
 # Keys of a model's config that a run sets itself, or compares elsewhere.
@@ -145,6 +145,8 @@ class RunFacts:
         if not self.evaluations.keys() <= {EVAL}:
             counts = {name.removeprefix(f"{EVAL}_"): count([one]) for name, one in self.evaluations.items()}
             record = record.updated(evaluations=counts)
+        if self.recipe.lora and self.recipe.lora.quantize:
+            record = record.updated(quantized=describe_quantized(self.model))
         return record.updated(mixing=self.train.mix.to_json()) if self.train.mix else record
 
 
@@ -291,10 +293,10 @@ def stream_line(totals: StreamTotals) -> str:
     return f"stream    {totals.documents:,} documents read ({fates}), {workers}complete passes: {passes}"
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that affect training."""
+def versions() -> dict[str, str | None]:
+    """Returns the versions of Python and of the packages that affect training; None if not installed."""
     cuda = {"cuda": str(torch.version.cuda)} if torch.version.cuda else {}
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, **cuda}
+    return {"python": platform.python_version(), **{name: version_of(name) for name in PACKAGES}, **cuda}
 
 
 def _architecture(model: PreTrainedModel) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from hf_clm.model.loss import (
     why_not,
 )
 from hf_clm.model.router_loss import RouterLoss
-from hf_clm.pages.inspection import write_labels
+from hf_clm.pages.labels import write_labels
 from hf_clm.pages.rows import Vocabulary, to_rows
 from hf_clm.training.callbacks import ends_epoch
 from hf_clm.training.evaluating import EvaluatingTrainer

@@ -100,7 +100,7 @@ def trl_grouped(arm: Arm, job: Job) -> Any:
 def ours(arm: Arm, job: Job) -> Any:
     """Returns the trainer of hf_clm, from the parts that ``hf_clm.train`` uses."""
     from hf_clm import CLMTrainer, PackedDataset, PretrainDataset, SFTDataset
-    from hf_clm.data.batch.collators import build_collator
+    from hf_clm.data.split import build_collator
     from hf_clm.machine import keep_memory
     from hf_clm.model.load import init_model, takes_targets
     from hf_clm.recipe.recipe import Recipe

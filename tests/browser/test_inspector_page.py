@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import EOS, PAD, X, byte_tokenizer
 
-from hf_clm.pages.inspection import Lengths, write_labels
+from hf_clm.pages.labels import Lengths, write_labels
 from hf_clm.pages.rows import Document, Row, Vocabulary
 
 INJECTED = "<script>document.title = 'injected'</script><img src=x onerror=\"document.title='injected'\">"

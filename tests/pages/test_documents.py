@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from hf_clm.data.batch.collators import (
     DataCollatorForCausalLM,
     DataCollatorForPackedCausalLM,
-    build_collator,
 )
 from hf_clm.data.prepared.store import HEAD
+from hf_clm.data.split import build_collator
 from hf_clm.pages.documents import Reader, inspect_rows, to_entries, write_excerpt
 from hf_clm.pages.rows import Document, Row, Vocabulary
 from hf_clm.recipe.recipe import Recipe

@@ -15,7 +15,8 @@ from helpers import EOS, PAD, X, byte_tokenizer, write_jsonl
 
 from hf_clm.data.batch.collators import DataCollatorForCausalLM
 from hf_clm.errors import RecipeError
-from hf_clm.pages.inspection import Lengths, View, inspect, padded_fill, to_content, write_labels
+from hf_clm.pages.inspection import View, inspect, padded_fill
+from hf_clm.pages.labels import Lengths, to_content, write_labels
 from hf_clm.pages.rows import Document, Row, Vocabulary, to_rows
 
 RECORDS = [{"prompt": "Say hi.\n", "completion": "Hi"}, {"prompt": "p", "completion": "q"}] * 2

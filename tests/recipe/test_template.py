@@ -4,7 +4,7 @@ import pytest
 
 from hf_clm.errors import RecipeError
 from hf_clm.recipe.recipe import Recipe, load_recipe, recipe_to_yaml
-from hf_clm.recipe.template import Template, split_template, to_cell
+from hf_clm.template import Template, split_template, to_cell
 
 HEAD = "stage: sft\nmodel: {name_or_path: m}\ntrain: {output_dir: runs/x}\ndata:\n  train:\n"
 

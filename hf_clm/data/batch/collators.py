@@ -1,19 +1,14 @@
 """Collates rows to a batch. The only place where the labels of padding become -100."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    PreTrainedTokenizerFast,
-)
 
+from hf_clm.data.batch.mixing import AnyDataset
 from hf_clm.data.batch.packing import PackedDataset
-from hf_clm.data.split import AnyDataset
-from hf_clm.model.attention import NAME as PACKED
-from hf_clm.recipe.recipe import Recipe
 from hf_clm.schema import IGNORE_INDEX
 
 STATIC_TARGETS = 256  # the number of targets is rounded up to a multiple of it
@@ -198,22 +193,6 @@ def _weights(example: Any) -> np.ndarray:
 def _positions(example: Any) -> Any:
     positions = example.get("position_ids")
     return np.arange(len(example["input_ids"])) if positions is None else positions
-
-
-def build_collator(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    with_targets: bool = False,
-    static: StaticShape | None = None,
-) -> Callable[..., dict[str, Any]]:
-    """Returns the collator of a recipe: it concatenates rows, and pads only if the attention requires it."""
-    assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer sets a pad token"
-    if recipe.resolved_packing == "none" and recipe.model.attention != PACKED:
-        return DataCollatorForCausalLM(tokenizer.pad_token_id)
-    return DataCollatorForPackedCausalLM(
-        with_targets=with_targets, static=static, pad_token_id=tokenizer.pad_token_id
-    )
 
 
 def static_shape(datasets: Sequence[AnyDataset], *, rows: int) -> StaticShape:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_clm.data.batch.packing import Pieces
+from hf_clm.data.batch.packing import PackedDataset, Pieces
 from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.errors import DataError
 from hf_clm.schema import TokenizedExample
@@ -127,6 +127,9 @@ class DrawnDataset(torch.utils.data.Dataset):
         """Each row as a single piece."""
         starts, ends = np.zeros_like(self.numbers), np.arange(len(self) + 1)
         return Pieces(self.numbers, starts, self.lengths, ends)
+
+
+AnyDataset = TokenizedDataset | PackedDataset | DrawnDataset
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -25,11 +25,13 @@ from hf_clm.data.label.labels import (
 from hf_clm.data.label.render import LabelOptions, Policy, Renderer, RowPlan, TrainOn, check_not_rendered
 from hf_clm.data.read.formats import FirstSeen, ReadRecord, check_same_masks, detect_format, to_example
 from hf_clm.errors import DataError
-from hf_clm.recipe.recipe import Recipe, Source
 from hf_clm.schema import AnyExample, Chat, Format, TokenizedExample, Tokens, whole_text
 from hf_clm.text.chat import Reasoning
 from hf_clm.text.encode import Encoder
 from hf_clm.text.tokenizer import find_unknown, unknown_id
+
+if TYPE_CHECKING:  # the datasets need no recipe
+    from hf_clm.recipe.recipe import Recipe, Source
 
 GC_THRESHOLD = 50_000  # new objects between garbage collections; Python's 700 suits programs that keep few
 BATCH_EXAMPLES = 1000  # per call of the tokenizer: keeps its threads busy with little memory
@@ -42,7 +44,7 @@ LISTED_LETTERS = 8  # code points listed in an error
 ErrorsByNumber = dict[int, DataError] | None  # why an example cannot be used, by its number
 
 
-def label_options(recipe: Recipe, source: Source | None = None) -> LabelOptions:
+def label_options(recipe: "Recipe", source: "Source | None" = None) -> LabelOptions:
     """Returns the options for labelling the examples of a recipe or of one of its sources."""
     data, packing = recipe.data, recipe.resolved_packing
     train_on = data.train_on

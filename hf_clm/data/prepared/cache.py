@@ -9,7 +9,6 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from hf_clm.data.read.sources import find_files
 from hf_clm.data.split import Split, mix_splits
 from hf_clm.errors import UserError
 from hf_clm.hashing import fingerprint, hash_file
+from hf_clm.machine import version_of
 from hf_clm.recipe.recipe import Data, Recipe, Source
 from hf_clm.recipe.sections import cache_folder
 from hf_clm.text.tokenizer import fix_date, prints_date
@@ -35,7 +35,7 @@ HASHES = ".hashes"  # subfolder of the cache with the sha256 of large data files
 MIN_CACHED_BYTES = 1 << 20
 SETTLED_NS = 10 * 10**9
 LIBRARIES = ("tokenizers", "transformers")  # they render and encode
-LABELLING = ("schema.py", "recipe/template.py", "text", "data")  # the code that makes and proves labels
+LABELLING = ("schema.py", "template.py", "text", "data")  # the code that makes and proves labels
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def find_place(
     options |= {"overflow": recipe.resolved_overflow, "packing": recipe.resolved_packing}
     parts = {
         "code": _code_content([source.format for source in (*data.train, *data.eval)]),
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": {name: version_of(name) for name in LIBRARIES},
         "stage": recipe.stage,
         "data": options,
         "seed": seed if data.eval_fraction else None,

@@ -19,6 +19,8 @@ import pyarrow
 
 from hf_clm.data.read.formats import AFTER_BYTE, FirstSeen
 from hf_clm.data.read.readers import (
+    COLUMN_TYPES,
+    LINE_TYPES,
     READERS,
     Items,
     RawRecord,
@@ -34,8 +36,6 @@ from hf_clm.data.read.sources import check_value, find_files, open_stream, read_
 from hf_clm.errors import DataError
 from hf_clm.recipe.recipe import Data, Source
 
-LINE_TYPES = (".jsonl", ".ndjson")
-COLUMN_TYPES = (".parquet", ".arrow")
 BLOCK_BYTES = 1 << 20  # about a second of work, with little memory
 CHUNK_BYTES = 1 << 13  # of a file of lines
 CHUNK_RECORDS = 16  # of a file that has to be parsed to be read
@@ -210,11 +210,6 @@ def read_file_chunks(
         else:
             chunks = _in_lists(file, READERS[suffix(file)](stream))
         yield from (chunk for chunk in chunks if is_needed is None or is_needed(chunk.number))
-
-
-def is_parted(file: str) -> bool:
-    """Whether the chunks of a file can be read without parsing the chunks before them."""
-    return suffix(file) in (*LINE_TYPES, *COLUMN_TYPES)
 
 
 def _line_chunks(stream: Stream, *, is_needed: Callable[[int], bool] | None) -> Iterator[Chunk]:

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from hf_clm.data.prepared.chunks import is_parted
-from hf_clm.data.read.readers import compression
+from hf_clm.data.read.readers import compression, is_parted
 
 MIN_FILES_PER_SHARD = 8  # files that cannot be read by chunk are then assigned to shards as a whole
 

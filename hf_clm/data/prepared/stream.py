@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_clm.data.batch.mixing import AnyDataset
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.label.datasets import UNREADABLE
 from hf_clm.data.prepared.division import (
@@ -42,8 +43,7 @@ from hf_clm.data.prepared.division import (
     to_division,
     to_position,
 )
-from hf_clm.data.split import AnyDataset, to_limit
-from hf_clm.errors import DataError, RecipeError
+from hf_clm.errors import DataError, RecipeError, to_limit
 from hf_clm.schema import TokenizedExample
 
 MIN_DOCUMENTS = 1000  # before the share of dropped documents is checked

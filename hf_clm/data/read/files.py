@@ -22,7 +22,6 @@ from hf_clm.data.read.readers import (
     suffix,
 )
 from hf_clm.errors import DataError, did_you_mean
-from hf_clm.recipe.shipped import how_to_make
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 # The names by which datasets.load_dataset assigns the files of a folder to splits.
@@ -58,6 +57,8 @@ def find_files(path: str, *, split: str = "train", report: ReadReport | None = N
     is_local = path.startswith((".", "/")) or path.count("/") > 1 or suffix(path) in READERS
     if files or (not is_local and HUB_NAME.fullmatch(path)):
         return _once(files, report) or None
+    from hf_clm.recipe.shipped import how_to_make
+
     what = "no file matches" if glob.has_magic(path) else "no such file" + nearest(path)
     fix = how_to_make(path) or "check the name and the working directory"
     raise DataError(what, where=path, fix=fix)

@@ -22,8 +22,8 @@ from hf_clm.data.read.formats import (
     ALPACA_TAIL,
 )
 from hf_clm.recipe.recipe import Recipe
-from hf_clm.recipe.template import Template, split_template
 from hf_clm.schema import Chat, Example
+from hf_clm.template import Template, split_template
 from hf_clm.text.tokenizer import (
     bos_token,
 )

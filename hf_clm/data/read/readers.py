@@ -25,6 +25,8 @@ BATCH_ROWS = 1024
 BATCH_BYTES = 1 << 22  # of columns converted to records at once
 BUFFER_BYTES = 1 << 20
 TEXTS = (".txt", ".md", ".markdown", ".rst")
+LINE_TYPES = (".jsonl", ".ndjson")
+COLUMN_TYPES = (".parquet", ".arrow")
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 OLD_LINE_ENDS = "its lines end in a carriage return only: tr '\\r' '\\n' < FILE > NEW_FILE"
 PANDAS_INDEX = re.compile(r"Unnamed: \d+")
@@ -357,6 +359,11 @@ def compression(file: str) -> str:
     """Returns the compression suffix: ``.gz`` for ``poems.jsonl.gz``, "" if there is none."""
     ending = os.path.splitext(_name(file))[1]
     return ending if ending in COMPRESSED else ""
+
+
+def is_parted(file: str) -> bool:
+    """Whether the chunks of a file can be read without parsing the chunks before them."""
+    return suffix(file) in (*LINE_TYPES, *COLUMN_TYPES)
 
 
 def _name(file: str) -> str:

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from hf_clm.data.read.row import Record, is_missing, look_up, missing_name
 from hf_clm.errors import DataError
-from hf_clm.recipe.template import Part, Template, split_template, to_cell
 from hf_clm.schema import Document, Segment
+from hf_clm.template import Part, Template, split_template, to_cell
 
 
 def to_template_example(record: Record, template: Template, *, where: str = "") -> Document:

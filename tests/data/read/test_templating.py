@@ -13,8 +13,8 @@ from hf_clm.data.read.plain_template import is_plain, plain_template
 from hf_clm.data.read.templating import to_template_example, to_template_prompt, to_template_words, with_title
 from hf_clm.errors import DataError
 from hf_clm.recipe.recipe import Data, Source
-from hf_clm.recipe.template import Template
 from hf_clm.schema import Document, Segment
+from hf_clm.template import Template
 from hf_clm.text.tokenizer import add_control_tokens
 
 PAIR = Template(prompt="{a} = {b}?\n", completion="{label}", labels={"0": "no", "1": "yes"})
