@@ -41,7 +41,7 @@ ROWS = [
     PLAIN[2],
     {**PLAIN[3], "weights": [9.0, 0.5, 0.0, 2.0, 0.3, 1.0]},
 ]
-STATIC = StaticShape(tokens=24, documents=4, max_length=8, targets_multiple=8)
+STATIC = StaticShape(tokens=24, documents=4, max_length=8, targets=(8, 16, 24))
 COLLATORS = {
     "padded": DataCollatorForCausalLM(PAD),
     "packed": DataCollatorForPackedCausalLM(with_targets=True),

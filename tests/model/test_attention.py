@@ -224,7 +224,7 @@ def frames_compiled(model: PreTrainedModel, batches: list[dict]) -> tuple[list[i
 def static_batches(model: PreTrainedModel) -> list[dict]:
     """Builds batches of one shape and one number of targets, with different documents."""
     model.loss_type = "ForCausalLM"  # as load_model sets it
-    shape = StaticShape(tokens=64, documents=8, max_length=32, targets_multiple=64)
+    shape = StaticShape(tokens=64, documents=8, max_length=32, targets=(64,))
     collate = DataCollatorForPackedCausalLM(with_targets=True, static=shape, pad_token_id=PAD)
     batches = [collate(ROWS[first:] + ROWS[:first]) for first in (0, 1, 2, 3, 0)]
     batches.append(collate(ROWS[:2]))

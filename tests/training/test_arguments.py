@@ -46,13 +46,13 @@ def test_a_static_shape_fits_the_fullest_batch():
     dataset = SFTDataset([document(text) for text in texts], byte_tokenizer())
     packed = PackedDataset(dataset, max_length=10)
 
-    shape = static_shape([packed], rows=2)
+    shape = static_shape([packed], rows=2, target_share=0.5)
 
     assert sorted(map(len, packed.pieces)) == [1, 2, 3]  # 9; 8 + 2; 2 + 2 + 2
-    assert shape == StaticShape(tokens=20, documents=7, max_length=10, targets_multiple=256)
+    assert shape == StaticShape(tokens=20, documents=7, max_length=10, targets=(11, 13, 20))
     batch = DataCollatorForPackedCausalLM(with_targets=True, static=shape)([packed[0], packed[1]])
     assert batch["input_ids"].shape == (1, 20)
-    assert static_shape([dataset], rows=2) == StaticShape(18, 4, 9, targets_multiple=256)
+    assert static_shape([dataset], rows=2, target_share=1.0) == StaticShape(18, 4, 9, targets=(18,))
 
 
 def test_a_compiled_run_equals_an_uncompiled_one(tmp_path):

@@ -1,5 +1,6 @@
 """Collates rows to a batch. The only place where the labels of padding become -100."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,9 @@ from hf_clm.data.batch.mixing import AnyDataset
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.schema import IGNORE_INDEX
 
-STATIC_TARGETS = 256  # the number of targets is rounded up to a multiple of it
+# Numbers of targets in a static batch, relative to the typical one. The last is that of all tokens. Each is a
+# shape that torch.compile compiles for, and few batches need more than the first.
+TARGET_SIZES = (1.05, 1.25, 2.0)
 
 
 class DataCollatorForCausalLM:
@@ -66,13 +69,14 @@ class StaticShape:
     tokens            number of tokens in every batch, including padding
     documents         maximum number of documents in a batch, without padding
     max_length        maximum length of a document in tokens
-    targets_multiple  the number of targets is rounded up to a multiple of this
+    targets           ascending numbers of targets, of which the smallest that fits is used; the last is the
+                      largest possible. None keeps the exact number.
     """
 
     tokens: int
     documents: int
     max_length: int
-    targets_multiple: int = 1
+    targets: tuple[int, ...] = ()
 
     @property
     def bounds(self) -> int:
@@ -142,7 +146,7 @@ class DataCollatorForPackedCausalLM:
             np.concatenate([_weights(example) for example in examples], out=weights[0, :real])
             batch["loss_weights"] = torch.from_numpy(weights)
         if self.with_targets:
-            batch |= _targets(labels, multiple=self.static.targets_multiple if self.static else 1)
+            batch |= _targets(labels, sizes=self.static.targets if self.static else ())
         return batch
 
 
@@ -167,10 +171,11 @@ def _bounds(starts: np.ndarray, real: int, *, total: int, static: StaticShape | 
     }
 
 
-def _targets(labels: np.ndarray, *, multiple: int) -> dict[str, torch.Tensor]:
+def _targets(labels: np.ndarray, *, sizes: Sequence[int]) -> dict[str, torch.Tensor]:
     """Returns the positions that predict a label, and these labels; at least one, so that there is a loss."""
     positions = np.flatnonzero(labels[1:] != IGNORE_INDEX)
-    count = -(-max(1, len(positions)) // multiple) * multiple
+    exact = max(1, len(positions))
+    count = next((size for size in sizes if size >= exact), exact)
     logits_to_keep, shift_labels = np.zeros(count, dtype=np.int64), np.full((1, count), IGNORE_INDEX)
     logits_to_keep[: len(positions)], shift_labels[0, : len(positions)] = positions, labels[positions + 1]
     return {
@@ -195,8 +200,11 @@ def _positions(example: Any) -> Any:
     return np.arange(len(example["input_ids"])) if positions is None else positions
 
 
-def static_shape(datasets: Sequence[AnyDataset], *, rows: int) -> StaticShape:
-    """Returns one shape for all batches of at most ``rows`` rows, so that torch.compile compiles once."""
+def static_shape(datasets: Sequence[AnyDataset], *, rows: int, target_share: float) -> StaticShape:
+    """Returns one shape for all batches of at most ``rows`` rows, so that torch.compile compiles once.
+
+    target_share: the share of the training tokens that have a label.
+    """
     longest, documents = 1, rows
     for dataset in datasets:
         if isinstance(dataset, PackedDataset):
@@ -204,5 +212,8 @@ def static_shape(datasets: Sequence[AnyDataset], *, rows: int) -> StaticShape:
             longest, documents = max(longest, dataset.max_length), max(documents, int(fullest.sum()))
         else:
             longest = max(longest, int(dataset.lengths.max()))
+    tokens = rows * longest
+    typical = tokens * target_share
+    sizes = {min(tokens, math.ceil(factor * typical)) for factor in TARGET_SIZES} | {tokens}
     # leave room for the one-token filler rows of EvenRows
-    return StaticShape(rows * longest, documents + rows, longest, targets_multiple=STATIC_TARGETS)
+    return StaticShape(tokens, documents + rows, longest, targets=tuple(sorted(sizes)))

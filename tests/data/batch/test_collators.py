@@ -176,7 +176,7 @@ def test_labels_targets_and_a_static_shape_give_equal_loss_and_gradients(kind, a
     model.set_attn_implementation(attention)
     ids = [(7 * i) % 250 for i in range(12)]
     rows = [PACKED, {"input_ids": ids, "labels": [X] * 6 + ids[6:]}]
-    shape = StaticShape(tokens=40, documents=5, max_length=12, targets_multiple=8)
+    shape = StaticShape(tokens=40, documents=5, max_length=12, targets=(8, 16, 24, 40))
 
     loss, gradients = loss_and_gradients(model, DataCollatorForPackedCausalLM()(rows))
     for collator in (
@@ -194,7 +194,7 @@ def test_labels_targets_and_a_static_shape_give_equal_loss_and_gradients(kind, a
 
 
 def test_a_static_batch_is_padded_with_documents_of_at_most_max_length():
-    shape = StaticShape(tokens=12, documents=4, max_length=3, targets_multiple=4)
+    shape = StaticShape(tokens=12, documents=4, max_length=3, targets=(4, 8, 12))
 
     batch = DataCollatorForPackedCausalLM(with_targets=True, static=shape, pad_token_id=PAD)([PACKED, SHORT])
 
@@ -221,7 +221,7 @@ def test_a_static_batch_is_padded_with_documents_of_at_most_max_length():
     ],
 )
 def test_all_batches_of_a_static_shape_have_the_same_shapes(rows, bounds, padding):
-    shape = StaticShape(tokens=7, documents=3, max_length=4, targets_multiple=4)
+    shape = StaticShape(tokens=7, documents=3, max_length=4, targets=(4, 8))
 
     batch = DataCollatorForPackedCausalLM(with_targets=True, static=shape)(rows)
 
