@@ -15,6 +15,7 @@ from hf_clm.data.split import build_collator
 from hf_clm.doctor.checks import Check, Problem, run_checks, to_problem
 from hf_clm.doctor.facts import Facts, build_facts, longest_rows, to_micro_step
 from hf_clm.doctor.memory import MemoryEstimate, measure_memory
+from hf_clm.doctor.micro_batch import settle_batch
 from hf_clm.errors import ExitCode, UserError
 from hf_clm.model.build import build_model, build_model_config, build_tokenizer_aside
 from hf_clm.model.load import takes_targets
@@ -109,6 +110,7 @@ def diagnose(recipe: Recipe, *, measure: bool) -> Diagnosis:
         part = "data"
         splits = read_splits(recipe, tokenizer, seed=arguments.seed)
         facts = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
+        facts, _ = settle_batch(facts, kept={})
         if measure and facts.estimate is not None:
             part = "model"
             model = build_model(recipe, tokenizer, config=config, arguments=arguments)

@@ -18,6 +18,7 @@ from hf_clm.data.split import Split
 from hf_clm.doctor.memory import (
     MemoryEstimate,
     MicroStep,
+    ModelSizes,
     Sharding,
     estimate_memory,
     free_memory,
@@ -108,15 +109,23 @@ def build_facts(
     eval_splits = [split for name, split in splits.items() if name != TRAIN]
     longest = max(eval_splits, key=lambda split: split.lengths.max(initial=0), default=None)
     facts = Facts(recipe, arguments, tokenizer, config, splits[TRAIN], machine, longest)
+    return replace(facts, estimate=estimate(facts, to_micro_step(facts)))
+
+
+def estimate(facts: Facts, step: MicroStep) -> MemoryEstimate | None:
+    """Estimates the memory of a micro-step, or returns None for an unknown model."""
+    sizes = model_sizes(facts)
+    return sizes and estimate_memory(sizes, step, read_sharding(facts.recipe, facts.arguments))
+
+
+def model_sizes(facts: Facts) -> ModelSizes | None:
+    """Returns the sizes of the run's model; None if it is not known, or not a transformer."""
+    config = deepcopy(facts.config)
     is_transformer = all(hasattr(config.get_text_config(), name) for name in SIZES)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not is_transformer:
-        return facts
-    full_config = deepcopy(config)
-    full_config.vocab_size = facts.embedding_rows
-    estimate = estimate_memory(
-        read_sizes(full_config), to_micro_step(facts), read_sharding(recipe, arguments)
-    )
-    return replace(facts, estimate=estimate)
+        return None
+    config.vocab_size = facts.embedding_rows
+    return read_sizes(config)
 
 
 def to_micro_step(facts: Facts) -> MicroStep:

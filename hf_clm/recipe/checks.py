@@ -129,7 +129,11 @@ def _data_faults(recipe: Keys) -> Iterator[Fault]:
     if data.tokens_per_batch and data.tokens_per_batch < data.max_length:
         got = f"{data.tokens_per_batch}, {data.max_length}"
         yield Fault("data.tokens_per_batch", "is below data.max_length, so an example may not fit", got=got)
-    if data.tokens_per_batch and (size := train.get("per_device_train_batch_size", 1)) != 1:
+    if (
+        data.tokens_per_batch
+        and packing == "none"
+        and (size := train.get("per_device_train_batch_size", 1)) != 1
+    ):
         what = "must be 1 with data.tokens_per_batch, which is the size of a micro-batch"
         yield Fault("train.per_device_train_batch_size", what, OUT, str(size))
     if train.get("neftune_noise_alpha") and (packing != "none" or recipe.model.attention == "packed"):

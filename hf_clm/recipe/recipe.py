@@ -159,9 +159,10 @@ def resume_rule(key: str) -> str:
 
 
 def training_values(recipe: Recipe) -> dict[str, Any]:
-    """Returns the arguments for ``transformers.TrainingArguments``. A token budget is a batch of one row."""
+    """Returns the arguments for ``transformers.TrainingArguments``. A row of a token budget is a batch."""
     sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
-    return TRAIN_DEFAULTS | (dict.fromkeys(sizes, 1) if recipe.data.tokens_per_batch else {}) | recipe.train
+    fills_rows = recipe.data.tokens_per_batch and recipe.resolved_packing == "none"
+    return TRAIN_DEFAULTS | (dict.fromkeys(sizes, 1) if fills_rows else {}) | recipe.train
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

@@ -288,10 +288,11 @@ class Data(Section):
     packing: Literal["none", "best_fit", "stream"] | None = None
     """How to pack rows: best_fit combines complete rows; stream cuts the concatenated tokens into full rows.
     Default: best_fit for sft, stream for pretrain."""
-    tokens_per_batch: Annotated[
-        int | None, Rule(needs={"data.packing": ("none",), "model.attention": ("packed",)})
-    ] = Field(default=None, ge=2)
-    """The size of a micro-batch in tokens, filled with complete examples. Requires packing: none."""
+    tokens_per_batch: Annotated[int | None, Rule(needs={"model.attention": ("packed",)})] = Field(
+        default=None, ge=2
+    )
+    """The largest micro-batch in tokens. Packed rows: the number of rows in it is chosen so that the global
+    batch stays; default on a GPU: what its memory allows. packing: none: filled with complete examples."""
     window: Annotated[Window | None, Rule(needs={"stage": ("pretrain",), "data.packing": ("none",)})] = None
     """Splits long documents into overlapping windows. Requires packing: none."""
     train_on: Annotated[

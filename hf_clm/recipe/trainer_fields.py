@@ -60,6 +60,7 @@ RULES = {
     "local_rank parallelism_config": Rule(unused="the launcher sets up the processes"),
     "ignore_data_skip restore_callback_*": Rule(unused="a resume is always exact"),
     "logging_* save_* eval_* per_device_* gradient_accumulation_steps use_cpu ddp_timeout": FREE,
+    "torch_compile": FREE,
     "dataloader_num_workers dataloader_pin_memory metric_for_best_model greater_is_better": FREE,
     "output_dir resume_from_checkpoint run_name disable_tqdm log_level* report_to *hub*": UNSEEN,
     "load_best_model_at_end": Rule("free", needs={"train.eval_strategy": ("steps", "epoch")}),

@@ -22,6 +22,8 @@ from hf_clm.model.build import build_tokenizer_aside, weights_dtype
 from hf_clm.recipe.recipe import Recipe, training_values
 from hf_clm.training.optimizer import check_optimization
 
+WORKERS = 2  # processes that make the batches of a GPU
+
 
 def check_launch(recipe: Recipe) -> None:
     """Calls check_spreading before the process group is created and anything is loaded."""
@@ -51,6 +53,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         raise RecipeError(what, where="train.auto_find_batch_size", fix="remove it")
     values.setdefault("eval_on_start", True)  # to compare the loss before and after training
     values.setdefault("dataloader_pin_memory", on_gpu)  # avoids a warning on CPUs
+    if on_gpu:  # batches are made, and sent to the GPU, while it computes
+        values["accelerator_config"] = {"non_blocking": True, **(values.get("accelerator_config") or {})}
+        if not recipe.data.streaming:  # in which each worker reads a part of the data
+            values.setdefault("dataloader_num_workers", WORKERS)
     try:
         arguments = TrainingArguments(**values)
     except (ValueError, TypeError, ImportError) as error:

@@ -101,7 +101,7 @@ class EvaluatingTrainer(SavingTrainer):
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """Returns a loader whose batches reach the device as one buffer."""
-        collate = self.data_collator
+        collate: Any = self.data_collator
         self.data_collator = BufferingCollator(collate)
         try:
             return super()._get_dataloader(*args, **kwargs)

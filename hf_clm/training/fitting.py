@@ -31,11 +31,14 @@ ALLOCATOR_MESSAGES = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA
 
 
 class DoesNotFit(RuntimeError):
-    """Raised on all processes if a batch does not fit and the run can restart with a smaller one."""
+    """Raised on all processes if a batch does not fit and the run can restart with a smaller one.
 
-    def __init__(self, size: str, step: int):
+    size: the field of the arguments with the batch that was too large.
+    """
+
+    def __init__(self, size: str, step: int, arguments: TrainingArguments):
         super().__init__(f"out of memory at step {step}: {size}")
-        self.size, self.step = size, step  # the field of the batch that was too large
+        self.size, self.step, self.arguments = size, step, arguments
 
 
 def to_smaller(recipe: Recipe, arguments: TrainingArguments, error: RuntimeError) -> Recipe:
@@ -44,7 +47,7 @@ def to_smaller(recipe: Recipe, arguments: TrainingArguments, error: RuntimeError
     Raises the error itself if it is not about memory, and EnvironmentFault if no batch can be halved.
     """
     if isinstance(error, DoesNotFit):
-        recipe, line = halved(recipe, arguments, error)
+        recipe, line = halved(recipe, error)
         if arguments.process_index == 0:
             write_line(line)
         return recipe
@@ -61,16 +64,17 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def halved(recipe: Recipe, arguments: TrainingArguments, error: DoesNotFit) -> tuple[Recipe, str]:
+def halved(recipe: Recipe, error: DoesNotFit) -> tuple[Recipe, str]:
     """Returns the recipe with half the batch size and the same global batch, and a line that describes it.
 
     Raises EnvironmentFault if the batch size cannot be halved.
     """
+    arguments = error.arguments
     size = int(getattr(arguments, error.size))
     where, at = f"train.{error.size}", f"out of memory at step {error.step}"
     if size % 2:
         fix = "lower data.max_length, set train.activation_checkpointing, or use lora or a smaller model"
-        if recipe.data.tokens_per_batch:
+        if recipe.data.tokens_per_batch and recipe.resolved_packing == "none":
             where, size, fix = "data.tokens_per_batch", recipe.data.tokens_per_batch, f"lower it, {fix}"
         elif size > 1:
             fix = "set an even number, which can be halved without changing the global batch"
@@ -80,7 +84,8 @@ def halved(recipe: Recipe, arguments: TrainingArguments, error: DoesNotFit) -> t
         fix = f"set {error.size} to {size // 2}, with the same global batch, and another train.output_dir"
         what = f"{at}, and a run that resumes a checkpoint of another folder does not restart automatically"
         raise EnvironmentFault(what, where=where, got=str(size), fix=fix)
-    changes: dict[str, Any] = {error.size: size // 2}
+    changes: dict[str, Any] = {TRAIN: arguments.per_device_train_batch_size, error.size: size // 2}
+    changes["gradient_accumulation_steps"] = arguments.gradient_accumulation_steps
     if resumes.lower() in ("never", "false"):
         changes["resume_from_checkpoint"] = "auto"  # resumes what this run has saved before the restart
     line = f"restart   {at}: {error.size} {size} -> {size // 2}"
@@ -107,7 +112,7 @@ def fitting(trainer: CLMTrainer, *, first_step: int) -> Iterator[None]:
         model: Any = trainer.model
         size = TRAIN if model.training else EVAL
         if trainer.args.world_size == 1 and step - first_step <= FIRST_STEPS:
-            raise DoesNotFit(size, step) from error
+            raise DoesNotFit(size, step, trainer.args) from error
         fix = f"lower train.{size}, raise gradient_accumulation_steps to match, and resume"
         raise EnvironmentFault(f"out of memory at step {step}", where=f"train.{size}", fix=fix) from error
 
@@ -155,7 +160,7 @@ def try_largest(trainer: CLMTrainer, rows: AnyDataset) -> None:
     model.zero_grad(set_to_none=True)
     model.train(was_training)
     if not all(gather_object([fits])):
-        raise DoesNotFit(TRAIN, 1)
+        raise DoesNotFit(TRAIN, 1, trainer.args)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -26,6 +26,7 @@ from hf_clm.data.read.plain_template import give_plain_template, settle_render
 from hf_clm.data.split import Split, build_collator
 from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
+from hf_clm.doctor.micro_batch import ROWS, settle_batch
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
@@ -101,19 +102,31 @@ def run(recipe: Recipe, *, is_terminal: bool = False, additions: Additions = NO_
             settle_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             keep_timeout(arguments)
         check_model(recipe, arguments)
+        most_rows = None
         while True:
             try:
-                return start_or_resume(recipe, arguments, is_terminal=is_terminal, additions=additions)
+                return start_or_resume(
+                    recipe, arguments, is_terminal=is_terminal, additions=additions, most_rows=most_rows
+                )
             except RuntimeError as error:  # including DoesNotFit
                 recipe = to_smaller(recipe, arguments, error)
+                most_rows = recipe.train[ROWS]
             free_memory()  # outside of the handler, as the error references the model
             arguments = training_arguments(recipe)
 
 
 def start_or_resume(
-    recipe: Recipe, arguments: TrainingArguments, *, is_terminal: bool, additions: Additions
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    *,
+    is_terminal: bool,
+    additions: Additions,
+    most_rows: int | None,
 ) -> Run:
-    """Runs from step 0 or the last checkpoint: prepares data and model, verifies them, trains and saves."""
+    """Runs from step 0 or the last checkpoint: prepares data and model, verifies them, trains and saves.
+
+    most_rows: the largest micro-batch that may fit, if a larger one did not.
+    """
     start = prepare_start(recipe, arguments)
     if start.result is not None:
         require_same_data(RunRecord.model_validate(start.result), recipe)
@@ -130,6 +143,9 @@ def start_or_resume(
     splits, proof = prepared.splits, prepared.proof
     proof.lines += give_plain_template(tokenizer, settled, formats=splits[TRAIN].examples.formats)
     checked = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
+    checked, choices = settle_batch(checked, kept=start.kept, most_rows=most_rows)
+    recipe, arguments = checked.recipe, checked.arguments
+    proof.lines += choices
     proof.lines += [f"warning   {line}" for line in check_before_training(checked)]
     stream = build_stream(settled, tokenizer, arguments=arguments, checkpoint=start.checkpoint)
 
@@ -274,7 +290,8 @@ def build_trainer(
     named = {name.removeprefix(f"{EVAL}_"): dataset for name, dataset in evaluated.items()}
     datasets = [split.dataset for split in splits.values()]
     rows = max(arguments.train_batch_size, arguments.eval_batch_size)
-    static = static_shape(datasets, rows=rows) if arguments.torch_compile else None
+    share = train_split.target_tokens / max(1, train_split.tokens)
+    static = static_shape(datasets, rows=rows, target_share=share) if arguments.torch_compile else None
     collate = build_collator(recipe, tokenizer, with_targets=takes_targets(model), static=static)
     trainer_class = additions.trainer_class or CLMTrainer
     trainer = trainer_class(

@@ -188,7 +188,9 @@ def host_group(arguments: TrainingArguments) -> "torch.distributed.ProcessGroup 
     if arguments.world_size == 1 or arguments.device.type == "cpu":
         return None
     timeout = timedelta(seconds=arguments.ddp_timeout)
-    return torch.distributed.new_group(backend="gloo", timeout=timeout)
+    group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, torch.distributed.ProcessGroup)  # an int for processes outside of it
+    return group
 
 
 def let_workers_last(loader: DataLoader) -> DataLoader:

@@ -72,6 +72,11 @@ class Start:
         """The number of steps that have been made already."""
         return step_of(self.checkpoint) if self.checkpoint else 0
 
+    @property
+    def kept(self) -> dict[str, Any]:
+        """The section ``train`` of the checkpoint, with the choices of the first start; {} without one."""
+        return read_seal(self.checkpoint)["recipe"]["train"] if self.checkpoint else {}
+
     def require_same(self, facts: dict[str, Any]) -> list[str]:
         """Compares data, tokenizer, template, batch and versions with those of the checkpoint.
 

@@ -208,8 +208,9 @@ class CLMTrainer(EvaluatingTrainer):
         self._step_loss, self._step_batches = 0.0, []
         if not self._guard.defers:
             self.require_finite()
-        elif not self.args.fp16:  # whose scaler sets the flag itself
-            skip_update(getattr(self.optimizer, "optimizer", self.optimizer), found_inf)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # inside accelerate's
+        if self._guard.defers and not self.args.fp16 and isinstance(optimizer, torch.optim.Optimizer):
+            skip_update(optimizer, found_inf)  # with fp16, the scaler sets the flag
         return norm
 
     def require_finite(self) -> None:

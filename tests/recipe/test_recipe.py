@@ -166,6 +166,7 @@ def test_with_a_token_budget_a_batch_is_one_row_by_default():
         assert values["per_device_train_batch_size"] == values["per_device_eval_batch_size"] == 1
         assert rows["train.per_device_eval_batch_size"] == (1, "hf_clm default")
     assert "per_device_train_batch_size" not in training_values(load())
+    assert "per_device_train_batch_size" not in training_values(load(BASE, "--data.tokens_per_batch=2048"))
     assert (
         training_values(load(BASE, *budget, "--per_device_eval_batch_size=4"))["per_device_eval_batch_size"]
         == 4
@@ -559,14 +560,6 @@ def test_a_key_from_a_yaml_merge_has_the_line_where_it_is_written():
                 *("--data.window={size: 80, step: 9}", "--data.max_length=64"),
             ],
             "data.window: expected step <= size <= data.max_length; got 9, 80, 64",
-        ),
-        (
-            ["--data.tokens_per_batch=2048"],
-            "data.tokens_per_batch needs data.packing: none; got best_fit",
-        ),
-        (
-            ["--stage=pretrain", "--data.packing=stream", "--data.tokens_per_batch=2048"],
-            "data.tokens_per_batch needs data.packing: none; got stream",
         ),
         (
             ["--data.packing=none", "--data.tokens_per_batch=2048", "--model.attention=sdpa"],

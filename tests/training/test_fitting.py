@@ -174,7 +174,7 @@ def test_an_evaluation_that_does_not_fit_does_not_affect_training(small, tmp_pat
 def test_a_batch_that_cannot_be_halved_is_reported_in_one_line(size, budget, message, tmp_path, monkeypatch):
     Memory(monkeypatch, rows=0)
     recipe = build(tmp_path, per_device_train_batch_size=size, eval_on_start=False)
-    data = recipe.data.model_copy(update={"tokens_per_batch": budget})
+    data = recipe.data.model_copy(update={"packing": "none", "tokens_per_batch": budget})
 
     with pytest.raises(EnvironmentFault) as caught:
         train(recipe.model_copy(update={"data": data}))
