@@ -103,7 +103,7 @@ def needing_packages() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
-        if module in ("", "hf_clm"):
+        if module.startswith("_") or module in ("", "hf_clm"):
             raise
         package = DISTRIBUTIONS.get(module, module)
         what = f"needs the package {package}, which is not installed"

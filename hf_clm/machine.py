@@ -219,8 +219,8 @@ def _read(path: str) -> str:
 def _synchronize(device: "torch.device") -> None:
     import torch
 
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 # The key of train, and the variable that accelerate launch sets, for each way to shard a model.

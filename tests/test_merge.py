@@ -1,5 +1,6 @@
 """``hf-clm merge`` writes a plain model that answers like base and adapters, or nothing."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from hf_clm.cli import main
+from hf_clm.generation.load import load_run
 from hf_clm.training.run import train
 
 peft = pytest.importorskip("peft")
@@ -123,3 +125,60 @@ def test_a_folder_without_adapters_and_an_output_that_exists_are_refused(tmp_pat
     (tmp_path / "plain" / "adapter_config.json").write_text("{}")
     assert main(["merge", str(tmp_path / "plain"), "--output_dir", str(tmp_path / "merged")]) == 2
     assert "merged: already exists; fix: choose another --output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("computes_in", "most"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_adapters_of_a_base_in_4_bits_are_merged_into_the_weights_they_were_trained_with(
+    tmp_path, capsys, computes_in, most
+):
+    """The published base, which they were not trained with, differs by more than rounding does."""
+    pytest.importorskip("bitsandbytes")
+    settings: dict[str, Any] = {"max_steps": 10, "learning_rate": 3e-2, "bf16": computes_in == "bfloat16"}
+    base = save_folder(tmp_path / "base", tiny_model(max_position_embeddings=512), byte_tokenizer())
+    lora = {"r": 4, "quantize": "4bit"}
+    train(helpers.build_recipe(tmp_path, RECORDS, model={"name_or_path": base}, lora=lora, train=settings))
+    run, output = tmp_path / "run", tmp_path / "merged"
+
+    assert main(["merge", str(run), "--output_dir", str(output)]) == 0
+
+    proof = json.loads((output / "merge.json").read_text())
+    assert proof["compared_with"] == f"the base in 4 bits as in training, computing in {computes_in}"
+    assert proof["largest_logit_difference"] < most
+    record = json.loads((run / "run.json").read_text())
+    assert record["quantized"] == {"weights": computes_in, "compute": computes_in}
+    trained, merged, published = (
+        last_logits(load_run(str(folder), device="cpu", dtype=dtype).model)
+        for folder, dtype in ((run, None), (output, None), (run, "float32"))
+    )
+    assert relative(merged, trained) < most
+    if computes_in == "float32":
+        assert relative(published, trained) > 1e-3
+        capsys.readouterr()
+        assert main(["evaluate", str(run), str(tmp_path / "rows.jsonl"), "--no_generate", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(record["loss_after"], rel=1e-5)
+
+
+def test_a_run_in_4_bits_needs_bitsandbytes_or_a_dtype(tmp_path, capsys):
+    run = build_run(tmp_path)
+    record = json.loads((run / "run.json").read_text()) | {"quantized": {"weights": "float32"}}
+    (run / "run.json").write_text(json.dumps(record))
+    words = ["generate", str(run), "--prompt", "say c\n", "--device", "cpu", "--max_new_tokens", "2"]
+    capsys.readouterr()
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        assert main(words) == 6
+        assert capsys.readouterr().err == (
+            f"error: {run}: needs the package bitsandbytes; fix: pip install 'hf_clm[qlora]', "
+            "or set --dtype to load the base without quantizing it\n"
+        )
+    assert main([*words, "--dtype", "float32"]) == 0
+
+
+def last_logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[*b"say c\n"]])).logits[0, -1].float()
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())

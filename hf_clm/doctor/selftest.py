@@ -199,7 +199,7 @@ def _sum_nll(model: PreTrainedModel, batch: dict[str, Any], *, start: int = 0) -
     inputs = _to_device(model, batch)
     labels = inputs.pop("labels")
     nll = token_nll(model(**inputs, use_cache=False).logits, labels)
-    return float(nll[:, start:].double().sum())
+    return float(nll[:, start:].cpu().double().sum())
 
 
 def _change_neighbour(

@@ -6,6 +6,7 @@ labels. Its colours are variables of style.css, so a chart follows the page into
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -136,10 +137,10 @@ def histogram(values: np.ndarray, *, limit: int) -> str:
 def write_loss_plots(metrics: Entries, folder: Path) -> None:
     """Writes loss.png and loss.pdf: the loss over epochs, with the tokens seen on a second axis.
 
-    Writes nothing if no loss was logged.
+    Writes nothing if no loss was logged, or without matplotlib, of which the report has warned.
     """
     train = [entry for entry in metrics if "loss" in entry]
-    if not train:
+    if not train or find_spec("matplotlib") is None:
         return
     from matplotlib.figure import Figure
 

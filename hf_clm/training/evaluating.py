@@ -145,7 +145,7 @@ class EvaluatingTrainer(SavingTrainer):
         sets: dict[str, Any] = datasets if isinstance(datasets, dict) else {"": datasets}
         metrics: dict[str, float] = {}
         samples = 0
-        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=sum_device(self.args.device))
         for name, rows in sets.items():
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             output = self._evaluate_rows(rows, prefix, ignore_keys)
@@ -192,8 +192,9 @@ class EvaluatingTrainer(SavingTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             figures = self.measure(model, inputs)
-            sums = (figures.nll.double().sum(), figures.is_target.sum(), figures.correct.sum())
-            self._eval_sums += torch.stack([part.double() for part in sums])
+            place = self._eval_sums.device
+            parts = (figures.nll, figures.is_target, figures.correct)
+            self._eval_sums += torch.stack([part.to(place).double().sum() for part in parts])
             if prediction_loss_only:
                 return None, None, None
             # The loss at the targets computes no logits to keep: compute_metrics pays for a second forward.
@@ -202,7 +203,7 @@ class EvaluatingTrainer(SavingTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluates like the Trainer, but averages loss and token_accuracy over all targets of a set."""
-        self._eval_sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        self._eval_sums = torch.zeros(3, dtype=torch.float64, device=sum_device(self.args.device))
         with self.aside(), self._in_half_precision():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums: Any = self.accelerator.reduce(self._eval_sums, reduction="sum")
@@ -229,6 +230,11 @@ class EvaluatingTrainer(SavingTrainer):
                 yield
         finally:
             args.bf16_full_eval, args.fp16_full_eval = settings
+
+
+def sum_device(device: torch.device) -> torch.device:
+    """Returns where to sum in float64: on the device, or on the CPU for MPS, which does not have it."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def to_metrics(sums: torch.Tensor, prefix: str) -> dict[str, float]:

@@ -1,14 +1,17 @@
 """Loading a run, one of its checkpoints, or any other folder."""
 
+import gc
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import byte_tokenizer, save_folder, tiny_model
+from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 
+from hf_clm.cli import main
 from hf_clm.errors import EnvironmentFault, ModelError
-from hf_clm.generation.load import load_run
+from hf_clm.generation.load import answer_dtype, load_run
 from hf_clm.run_folder import RunRecord, find_record
 from hf_clm.text.tokenizer import use_chat_template
 
@@ -92,3 +95,78 @@ def test_a_model_that_cannot_be_downloaded_is_an_environment_error(monkeypatch):
         load_run("some-organisation/some-model-nobody-has")
 
     assert "hf download some-organisation/some-model-nobody-has" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "is_native", "dtype"),
+    [
+        ("cpu", True, "float32"),
+        ("cuda", True, "bfloat16"),
+        ("cuda", False, "float32"),
+        ("mps", False, "float32"),
+    ],
+)
+def test_a_model_answers_in_bfloat16_only_on_a_gpu_that_computes_in_it(monkeypatch, device, is_native, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: is_native)
+
+    assert answer_dtype(torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_dtype_of_choice_is_that_of_all_weights(tmp_path, dtype):
+    folder = save_folder(tmp_path, tiny_model(), byte_tokenizer())
+
+    run = load_run(folder, device="cpu", dtype=dtype)
+
+    assert {str(weight.dtype) for weight in run.model.parameters()} == {f"torch.{dtype}"}
+    with torch.no_grad():
+        assert run.model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory that Linux reports")
+def test_a_model_of_float32_files_is_loaded_in_bfloat16_without_a_copy_in_float32(tmp_path):
+    """24 million parameters: 48 MB in bfloat16, and 144 MB if a float32 copy came first."""
+    model = tiny_model(hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
+    folder = save_folder(tmp_path, model, byte_tokenizer())
+    del model
+    load_run(folder, device="cpu", dtype="bfloat16")  # the first time also loads code
+    peaks, is_over = [0], threading.Event()
+    before = own_megabytes()
+
+    def watch() -> None:
+        while not is_over.wait(0.001):
+            peaks.append(own_megabytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run = load_run(folder, device="cpu", dtype="bfloat16")
+    is_over.set()
+    watcher.join()
+
+    assert 23e6 < run.model.num_parameters() < 25e6
+    assert max(peaks) - before < 75
+
+
+def own_megabytes() -> float:
+    """Returns the memory of this process in MB, without files that are mapped."""
+    gc.collect()
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024 / 1e6
+
+
+def test_the_dtype_is_an_option_of_every_command_that_answers(tmp_path, capsys):
+    folder = save_folder(tmp_path / "model", tiny_model(), byte_tokenizer())
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": "abc"}])
+
+    for command in ("generate", "chat", "serve", "evaluate", "merge"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "--dtype {float32,bfloat16,float16}" in capsys.readouterr().out
+    words = ["evaluate", folder, data, "--device", "cpu", "--before", folder, "--json"]
+    assert main([*words, "--dtype", "bfloat16"]) == 0
+    found = json.loads(capsys.readouterr().out)
+
+    assert found["loss"] == found["before"]["loss"]  # also in bfloat16
+    assert main(words) == 0
+    assert found["loss"] != json.loads(capsys.readouterr().out)["loss"]
+    assert main(["generate", folder, "--prompt", "a", "--dtype", "int8"]) == 2

@@ -121,11 +121,15 @@ class StoredLedger:
     """
 
     def __init__(self, folder: Path, names: Mapping[str, str]):
+        self.folder, self.names = folder, names
         self.batches = list(read_batches(folder / DATA))
         self.table = pyarrow.Table.from_batches(self.batches, LEDGER_SCHEMA)
         self.rename = _Renaming(names)
         self.places = _Lines(self.table, ("place",), self.rename)
         self.fates = _Lines(self.table, FATE, lambda kind, reason, *counts: Fate(kind, reason, *counts))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker that is spawned, as on macOS, opens the file again
+        return StoredLedger, (self.folder, self.names)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -200,7 +204,7 @@ class StoredRows:
     """
 
     def __init__(self, folder: Path, ledger: StoredLedger):
-        self.ledger = ledger
+        self.folder, self.ledger = folder, ledger
         self._sources: np.ndarray | None = None
         self._mapped = mapped = _map(folder / DATA)
         self.batches = list(ipc.open_stream(pyarrow.py_buffer(mapped)))
@@ -222,6 +226,9 @@ class StoredRows:
             if "weights" in batch.schema.names and batch.column("weights").null_count == 0:
                 self._weighs[number] = True
                 self._shifts[number, 1] = self._place(batch.column("weights")) - ids
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoredRows, (self.folder, self.ledger)
 
     def __len__(self) -> int:
         return len(self.lengths)
