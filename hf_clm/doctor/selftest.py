@@ -15,6 +15,7 @@ from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorFor
 from hf_clm.data.label.labels import count_targets, slice_row
 from hf_clm.errors import ModelError
 from hf_clm.evaluation.metrics import token_nll
+from hf_clm.machine import widest_float
 from hf_clm.model.load import max_positions, takes_targets
 from hf_clm.model.router_loss import RouterLoss
 from hf_clm.schema import TokenizedExample
@@ -199,7 +200,7 @@ def _sum_nll(model: PreTrainedModel, batch: dict[str, Any], *, start: int = 0) -
     inputs = _to_device(model, batch)
     labels = inputs.pop("labels")
     nll = token_nll(model(**inputs, use_cache=False).logits, labels)
-    return float(nll[:, start:].double().sum())
+    return float(nll[:, start:].sum(dtype=widest_float(nll.device)))
 
 
 def _change_neighbour(

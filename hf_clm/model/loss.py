@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from hf_clm.machine import widest_float
 from hf_clm.model.load import without_adapters
 from hf_clm.schema import IGNORE_INDEX
 
@@ -209,13 +210,14 @@ def logit_loss(
 
 
 def tally(labels: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Returns the sum of the weights of a batch's labels and their number, (2,) float64.
+    """Returns the sum of the weights of a batch's labels and their number, (2,).
 
     labels, weights: (B, T), unshifted.
     """
     is_target = labels[:, 1:] != IGNORE_INDEX
-    count = is_target.sum().double()
-    return torch.stack([count if weights is None else (weights[:, 1:].double() * is_target).sum(), count])
+    kind = widest_float(labels.device)
+    count = is_target.sum(dtype=kind)
+    return torch.stack([count if weights is None else (weights[:, 1:].to(kind) * is_target).sum(), count])
 
 
 def sum_weights(targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

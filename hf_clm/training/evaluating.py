@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, speed_metrics
 from hf_clm.data.batch.sampling import EvenRows
 from hf_clm.data.batch.transfer import BufferingCollator
 from hf_clm.data.prepared.stream import StreamedRows
+from hf_clm.machine import widest_float
 from hf_clm.model.attention import use_for_training
 from hf_clm.model.loss import TokenFigures
 from hf_clm.training.saving import SavingTrainer
@@ -145,7 +146,7 @@ class EvaluatingTrainer(SavingTrainer):
         sets: dict[str, Any] = datasets if isinstance(datasets, dict) else {"": datasets}
         metrics: dict[str, float] = {}
         samples = 0
-        sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        sums = torch.zeros(3, dtype=widest_float(self.args.device), device=self.args.device)
         for name, rows in sets.items():
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             output = self._evaluate_rows(rows, prefix, ignore_keys)
@@ -192,8 +193,10 @@ class EvaluatingTrainer(SavingTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             figures = self.measure(model, inputs)
-            sums = (figures.nll.double().sum(), figures.is_target.sum(), figures.correct.sum())
-            self._eval_sums += torch.stack([part.double() for part in sums])
+            kind = self._eval_sums.dtype
+            self._eval_sums += torch.stack(
+                [part.sum(dtype=kind) for part in (figures.nll, figures.is_target, figures.correct)]
+            )
             if prediction_loss_only:
                 return None, None, None
             # The loss at the targets computes no logits to keep: compute_metrics pays for a second forward.
@@ -202,7 +205,7 @@ class EvaluatingTrainer(SavingTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluates like the Trainer, but averages loss and token_accuracy over all targets of a set."""
-        self._eval_sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        self._eval_sums = torch.zeros(3, dtype=widest_float(self.args.device), device=self.args.device)
         with self.aside(), self._in_half_precision():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums: Any = self.accelerator.reduce(self._eval_sums, reduction="sum")
@@ -232,7 +235,7 @@ class EvaluatingTrainer(SavingTrainer):
 
 
 def to_metrics(sums: torch.Tensor, prefix: str) -> dict[str, float]:
-    """Returns ``eval_loss`` and so on. ``sums`` (3,) float64: total nll in nats, targets, correct targets."""
+    """Returns ``eval_loss`` and so on. ``sums`` (3,): total nll in nats, targets, correct targets."""
     nll, targets, correct = sums.tolist()
     metrics = {"loss": nll / targets, "token_accuracy": correct / targets, "target_tokens": int(targets)}
     return {f"{prefix}_{key}": value for key, value in metrics.items()}
