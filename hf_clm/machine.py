@@ -61,12 +61,22 @@ def bf16_instructions() -> str:
 
 
 def has_bf16(device: "torch.device") -> bool:
-    """Returns whether a device has native support for bfloat16."""
+    """Returns whether a device computes in bfloat16 at full speed: decides the default precision of a run.
+
+    False for MPS, as Metal emulates it on an M1 or M2.
+    """
     import torch
 
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and bool(bf16_instructions())
+
+
+def widest_float(device: "torch.device") -> "torch.dtype":
+    """Returns the dtype for sums over many tokens on a device: float64, which MPS does not have."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def nominal_peak(device: "torch.device") -> float | None:
@@ -225,6 +235,14 @@ def _synchronize(device: "torch.device") -> None:
 
 # The key of train, and the variable that accelerate launch sets, for each way to shard a model.
 SPREADERS = {"FSDP": ("fsdp", "ACCELERATE_USE_FSDP"), "DeepSpeed": ("deepspeed", "ACCELERATE_USE_DEEPSPEED")}
+# Ways to split rows or layers, by their size in a launcher's file, and why they are not supported.
+ROWS = "splits rows between processes, but packed documents and the loss at the targets need complete rows"
+LAYERS = "splits layers between processes, for which the model is not loaded"
+SPLITTERS = {
+    "cp_size": f"context parallelism {ROWS}",
+    "sp_size": f"sequence parallelism {ROWS}",
+    "tp_size": f"tensor parallelism {LAYERS}",
+}
 LAUNCH = "accelerate launch --config_file recipes/accelerate/{}.yaml -m hf_clm train RECIPE"
 
 
@@ -266,9 +284,10 @@ def check_spreading(
     Args:
         generates: whether the recipe generates samples or answers, which a sharded model does not support.
 
-    Raises RecipeError for these cases, for FSDP without a launcher and for FSDP version 1; EnvironmentFault
-    if DeepSpeed is not installed.
+    Raises RecipeError for these cases, for FSDP without a launcher, for FSDP version 1 and for a launcher
+    that splits rows or layers; EnvironmentFault if DeepSpeed is not installed.
     """
+    _check_splitting(environment)
     name = spreads_with(values, environment)
     if not name:
         return
@@ -285,6 +304,16 @@ def check_spreading(
         raise RecipeError(what, where="samples", fix=fix)
     if name == "FSDP":
         _check_fsdp(values, environment, where=where)
+
+
+def _check_splitting(environment: Mapping[str, str]) -> None:
+    if environment.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() != "true":
+        return
+    for name, what in SPLITTERS.items():
+        key = f"parallelism_config_{name}"
+        if (size := environment.get(key.upper(), "1")) != "1":
+            fix = f"set it to 1, and shard the model instead: {LAUNCH.format('fsdp2')}"
+            raise RecipeError(what, where=f"accelerate launch: {key}", got=size, fix=fix)
 
 
 def _check_fsdp(values: Mapping[str, Any], environment: Mapping[str, str], *, where: str) -> None:

@@ -2,6 +2,7 @@
 
 import mmap
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,28 @@ def test_bfloat16_needs_matrix_instructions(monkeypatch):
     assert machine.bf16_instructions() == "avx512_bf16"
     found["amx"] = True
     assert machine.bf16_instructions() == "amx_bf16"
+
+
+def test_mps_trains_in_float32_as_metal_emulates_bfloat16_on_some_chips():
+    assert machine.has_bf16(torch.device("mps")) is False
+
+
+def test_an_emulated_bfloat16_of_a_gpu_does_not_count(monkeypatch):
+    """A T4 or V100 emulates it, at a fraction of the speed of float16."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+
+    assert machine.has_bf16(torch.device("cuda")) is False
+
+
+def test_sums_are_float64_but_on_mps_which_has_none():
+    assert machine.widest_float(torch.device("mps")) == torch.float32
+    assert machine.widest_float(torch.device("cpu")) == torch.float64
+
+    package = Path(machine.__file__).parent
+    texts = {path.name: path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    assert [name for name, text in texts.items() if re.search(r"torch\.float64|\.double\(", text)] == [
+        "machine.py"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_extend_env_parallelism_config
 from forked import free_port
 from helpers import build_recipe
 
@@ -147,6 +148,50 @@ def test_unsupported_sharding_is_refused_with_a_fix(values, environment, options
         check_spreading(values, environment, **options)
 
     assert str(raised.value) == expected
+
+
+ROWS = "splits rows between processes, but packed documents and the loss at the targets need complete rows"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cp_size", f"context parallelism {ROWS}"),
+        ("sp_size", f"sequence parallelism {ROWS}"),
+        ("tp_size", "tensor parallelism splits layers between processes, for which the model is not loaded"),
+    ],
+)
+def test_a_launcher_that_splits_rows_or_layers_is_refused_before_anything_is_loaded(
+    name, expected, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "2")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", "2")
+    recipe = build_recipe(tmp_path, [])  # no rows: reading them would be another error
+
+    with pytest.raises(RecipeError) as raised:
+        train(recipe)
+
+    assert raised.value.exit_code == 2
+    assert str(raised.value) == (
+        f"accelerate launch: parallelism_config_{name}: {expected}; got 2; fix: set it to 1, and shard the "
+        "model instead: accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m hf_clm train RECIPE"
+    )
+
+
+def test_the_variables_of_the_check_are_those_that_accelerate_sets():
+    words = launch_command_parser().parse_args(["--parallelism_config_cp_size", "2", "x.py"])
+    environment: Any = prepare_extend_env_parallelism_config(words, {})
+
+    with pytest.raises(RecipeError, match="context parallelism"):
+        check_spreading({}, environment, on_cpu=False)
+
+
+def test_context_parallelism_in_a_recipe_is_an_error(tmp_path):
+    with pytest.raises(RecipeError, match="has no effect: the launcher sets up the processes") as raised:
+        build_recipe(tmp_path, [], train={"parallelism_config": {"cp_size": 2}})
+
+    assert raised.value.exit_code == 2
 
 
 def test_deepspeed_without_its_package_names_the_extra(monkeypatch):

@@ -9,7 +9,7 @@ Both happen inside the model's forward, where DDP and FSDP2 expect weights to be
 works as usual.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from hf_clm.machine import widest_float
 from hf_clm.model.load import without_adapters
 from hf_clm.schema import IGNORE_INDEX
 
@@ -29,6 +30,7 @@ LOGIT_CHUNK_BYTES = {
 ADDED_ROWS = {"cpu": 2**14}  # rows of the weight's gradient added at once: a CPU makes a float32 copy of them
 BLOCK_TOKENS = {"cpu": 32}  # rows in one softmax, which fit into a core's cache; elsewhere, a complete chunk
 BLOCK_LOGITS = 2**18  # minimum for a softmax: small vocabularies take more rows
+FLOAT16_GRADIENT = 2.0**10  # the largest gradient of a float16 logit; a probability of 1e-10 is not 0
 
 
 @dataclass(frozen=True)
@@ -208,13 +210,14 @@ def logit_loss(
 
 
 def tally(labels: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Returns the sum of the weights of a batch's labels and their number, (2,) float64.
+    """Returns the sum of the weights of a batch's labels and their number, (2,).
 
     labels, weights: (B, T), unshifted.
     """
     is_target = labels[:, 1:] != IGNORE_INDEX
-    count = is_target.sum().double()
-    return torch.stack([count if weights is None else (weights[:, 1:].double() * is_target).sum(), count])
+    kind = widest_float(labels.device)
+    count = is_target.sum(dtype=kind)
+    return torch.stack([count if weights is None else (weights[:, 1:].to(kind) * is_target).sum(), count])
 
 
 def sum_weights(targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -312,12 +315,14 @@ def _measure_chunks(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     is_target, at = targets != IGNORE_INDEX, targets.clamp(min=0)
     scale = is_target if target_weights is None else is_target * target_weights  # of each loss in the sum
+    is_half = dtype == torch.float16 and len(at) > 0
+    unit = scale.float().abs().amax().clamp(min=1e-30) / FLOAT16_GRADIENT if is_half else None
     loss, nll = (hidden.new_empty(len(at), dtype=torch.float32) for _ in range(2))
     best = torch.empty_like(at)
     with torch.autocast(kind, enabled=False):
         weight, bias = head[0].to(dtype), None if head[1] is None else head[1].to(dtype)
         rows = hidden.to(dtype)
-        by_hidden = torch.empty_like(rows) if needs[0] else None
+        by_hidden = torch.empty_like(rows, dtype=torch.float32 if is_half else dtype) if needs[0] else None
         by_weight, by_bias = (
             torch.zeros_like(part, dtype=torch.float32) if part is not None and need else None
             for part, need in zip(head, needs[1:], strict=True)
@@ -326,27 +331,75 @@ def _measure_chunks(
             logits = torch.nn.functional.linear(rows[chunk], weight, bias)
             for block in _blocks(chunk, kind, vocabulary=weight.shape[0]):
                 part = logits[block.start - chunk.start : block.stop - chunk.start]
-                loss[block], nll[block], best[block] = _to_gradient(part, at[block], options=options)
-            if by_hidden is not None:
-                torch.mm(logits, weight, out=by_hidden[chunk])
-            # scale the hidden states, H wide, instead of the V logits
-            if by_weight is not None:
-                scaled = (rows[chunk] * scale[chunk, None]).to(dtype)
-                _add_product(logits.T, scaled, total=by_weight)
-            if by_bias is not None:
-                by_bias += logits.T.float() @ scale[chunk].float()
+                factor = None if unit is None else scale[block] / unit
+                loss[block], nll[block], best[block] = _to_gradient(
+                    part, at[block], options=options, factor=factor
+                )
+            gradients = (None if by_hidden is None else by_hidden[chunk], by_weight, by_bias)
+            if unit is None:
+                _add_gradients(gradients, logits, rows[chunk], weight, scale=scale[chunk])
+            else:
+                _add_float16_gradients(gradients, logits, rows[chunk], weight, unit=unit)
             del logits, part  # free them before the next chunk
-        if by_hidden is not None:
-            by_hidden *= scale[:, None]
     return _ChunkSums(
         (loss * scale).sum(), nll * is_target, (best == at) & is_target, [by_hidden, by_weight, by_bias]
     )
 
 
+def _add_gradients(
+    gradients: Sequence[torch.Tensor | None],
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    scale: torch.Tensor,
+) -> None:
+    """Adds those of a chunk, by its hidden states (n, H), the weight and the bias.
+
+    logits (n, V): their gradients, each row before its factor in ``scale`` (n,).
+    """
+    by_hidden, by_weight, by_bias = gradients
+    if by_hidden is not None:
+        torch.mm(logits, weight, out=by_hidden)
+        by_hidden *= scale[:, None]
+    if by_weight is not None:  # scale the hidden states, H wide, instead of the V logits
+        _add_product(logits.T, (rows * scale[:, None]).to(rows.dtype), total=by_weight)
+    if by_bias is not None:
+        by_bias += logits.T.float() @ scale.float()
+
+
+def _add_float16_gradients(
+    gradients: Sequence[torch.Tensor | None],
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    unit: torch.Tensor,
+) -> None:
+    """Same as ``_add_gradients``, for gradients of logits that are multiples of ``unit``.
+
+    A GradScaler scales the loss later, so float16 sums would overflow for any scale. These are float32.
+    """
+    by_hidden, by_weight, by_bias = gradients
+    if by_hidden is not None:
+        torch.mul(_float32_product(logits, weight), unit, out=by_hidden)
+    if by_weight is not None:
+        by_weight.addcmul_(_float32_product(logits.T, rows), unit)
+    if by_bias is not None:
+        by_bias.addcmul_(logits.sum(dim=0, dtype=torch.float32), unit)
+
+
+def _float32_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Returns a matrix product of float16 as float32, in which it is summed anyway."""
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
 def _to_gradient(
-    logits: torch.Tensor, at: torch.Tensor, *, options: LossOptions
+    logits: torch.Tensor, at: torch.Tensor, *, options: LossOptions, factor: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Replaces the logits (n, V), in place, by the gradient of the loss.
+    """Replaces the logits (n, V), in place, by the gradient of the loss, times ``factor`` (n,).
 
     Returns the loss (n,), the negative log-likelihood (n,), and the token with the largest logit (n,).
     """
@@ -364,6 +417,8 @@ def _to_gradient(
         loss = loss + options.z_loss * log_sum**2
         softmax += 2 * options.z_loss * log_sum[:, None] * torch.softmax(logits, dim=-1, dtype=torch.float32)
     softmax.scatter_add_(1, column, softmax.new_full(column.shape, smoothing - 1))
+    if factor is not None:
+        softmax *= factor[:, None]
     logits.copy_(softmax)
     return loss, nll, best
 

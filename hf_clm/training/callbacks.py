@@ -20,12 +20,13 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from hf_clm.errors import UserError
+from hf_clm.errors import DivergedError, UserError
 from hf_clm.logs import to_json_lines, writes_json
 from hf_clm.run_folder import append_json, drop_after, metric_of, to_duration
 
 REPORT_SHARE = 0.01  # of the training time
 GROWTH = 1.5  # a report takes at most this many times as long as the previous one
+SKIPPED_STEPS = 20  # a GradScaler begins with a scale of 2**16
 MIN_SECONDS = 1.0  # assumed for a report, as the first one with a chart imports matplotlib
 
 # Figures only: 80 columns have no room for a bar as well.
@@ -224,6 +225,32 @@ class PatienceCallback(EarlyStoppingCallback):
         states: Any = state.stateful_callbacks
         states.setdefault(type(self).__name__, self.state())  # missing if the run started without it
         self.early_stopping_patience_counter = spent_patience(state.stateful_callbacks)
+
+
+class SkippedStepsCallback(TrainerCallback):
+    """Stops a float16 run in which the optimizer has skipped SKIPPED_STEPS steps in a row.
+
+    The GradScaler skips a step whose gradients overflow, and halves its scale. Once the scale is below 1, an
+    overflow does not come from it, and no step will be made.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.skipped = 0
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        accelerator: Any = self.trainer.accelerator
+        self.skipped = self.skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+        if self.skipped >= SKIPPED_STEPS:
+            scaler = accelerator.scaler  # DeepSpeed has its own
+            raise DivergedError(
+                f"the last {self.skipped} steps were skipped, as their gradients overflow in float16",
+                where=f"step {state.global_step}",
+                got=f"a loss scale of {scaler.get_scale():g}" if scaler else "",
+                fix="set train.fp16: false to train in float32, or train.bf16: true on a GPU that has it",
+            )
 
 
 class LastEvaluationCallback(TrainerCallback):

@@ -43,7 +43,7 @@ from hf_clm.model.loss import (
 from hf_clm.model.router_loss import RouterLoss
 from hf_clm.pages.labels import write_labels
 from hf_clm.pages.rows import Vocabulary, to_rows
-from hf_clm.training.callbacks import ends_epoch
+from hf_clm.training.callbacks import SkippedStepsCallback, ends_epoch
 from hf_clm.training.evaluating import EvaluatingTrainer
 from hf_clm.training.faults import checkpoint_bytes, writing
 from hf_clm.training.finite import FiniteGuard, WatchedStep, skip_update
@@ -92,6 +92,8 @@ class CLMTrainer(EvaluatingTrainer):
         if self.train_dataset is not None and not self.args.dataloader_drop_last:
             self.train_dataset = self._even(self.train_dataset, self.args.train_batch_size)
         self.add_callback(EpochCallback(self))
+        if self.args.fp16:
+            self.add_callback(SkippedStepsCallback(self))
         self._counts = torch.zeros(5, dtype=torch.int64, device=self.args.device)
         self._timed = (0, 0.0)  # tokens and seconds since the start, without evaluation, samples and saving
         self._computed = 0.0  # FLOP in that time

@@ -313,6 +313,59 @@ def test_under_bfloat16_autocast_it_is_as_precise_as_the_stock_loss(chunks):
 # --- in a model
 
 
+def float16_gradients(
+    *, ours: bool, scale: float, weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns those by hidden states and head with a GradScaler's ``scale``, unscaled.
+
+    512 rows whose states have a mean of 250, as those of models with massive activations; a fifth of them
+    have the same target, as frequent words do. In float16, all rows together overflow.
+    """
+    torch.manual_seed(0)
+    hidden = (torch.randn(512, 16) * 20 + 250).requires_grad_()
+    weight = (torch.randn(50304, 16) * 0.01).requires_grad_()
+    targets = torch.where(torch.arange(512) % 5 == 0, 7, torch.randint(50304, (512,)))
+    with torch.autocast("cpu", dtype=torch.float16):
+        if ours:
+            total = measure_targets(
+                hidden, weight, bias=None, targets=targets, options=PLAIN, target_weights=weights
+            )[0]
+        else:
+            losses = cross_entropy(linear(hidden, weight).float(), targets, reduction="none")
+            total = (losses if weights is None else losses * weights).sum()
+    (total / len(targets) * scale).backward()
+    return tuple(part.grad / scale for part in (hidden, weight))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("scale", [64.0, 65536.0])
+def test_under_float16_autocast_gradients_are_finite_and_those_of_the_stock_loss(scale, weighted):
+    """With a scale of 65,536, those of the stock loss overflow, and the GradScaler skips the step."""
+    weights = torch.linspace(0.001, 100, 512) if weighted else None
+
+    result = float16_gradients(ours=True, scale=scale, weights=weights)
+
+    expected = float16_gradients(ours=False, scale=1.0 if weighted else 64.0, weights=weights)
+    assert all(part.isfinite().all() for part in (*result, *expected))
+    for part, other in zip(result, expected, strict=True):
+        assert float((part - other).norm() / other.norm()) < 3e-3
+
+
+def test_under_float16_autocast_a_probability_that_the_stock_loss_keeps_is_not_rounded_to_0():
+    """A probability of 1e-9 is 0 in float16, but not times the scale of a GradScaler."""
+    weight = torch.zeros(4, 2)
+    weight[0, 0] = 20.75  # exp(-20.75) is 1e-9
+    weight.requires_grad_()
+    hidden = torch.ones(1, 2)
+
+    with torch.autocast("cpu", dtype=torch.float16):
+        total = measure_targets(hidden, weight, bias=None, targets=torch.tensor([0]), options=PLAIN)[0]
+    total.backward()
+
+    assert weight.grad is not None
+    assert weight.grad[1:, 0].tolist() == pytest.approx([9.7e-10] * 3, rel=0.1)
+
+
 @pytest.fixture(params=PLAIN_MODELS)
 def model(request) -> PreTrainedModel:
     return build(request.param)

@@ -4,15 +4,21 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate import Accelerator
+from helpers import tiny_model
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_clm.errors import DivergedError
 from hf_clm.training.callbacks import (
     MetricsCallback,
     ProgressCallback,
     ReportCallback,
     SamplesCallback,
+    SkippedStepsCallback,
     epoch_means,
 )
+from hf_clm.training.trainer import CLMTrainer
 
 LOG = {
     "loss": 1.25,
@@ -259,3 +265,43 @@ def test_a_full_disk_is_reported_once_and_does_not_stop_training(monkeypatch, ca
         "warning   the report cannot be written, and training continues: "
         "[Errno 28] No space left on device: 'run/report.html'\n"
     )
+
+
+def test_a_float16_run_that_skips_20_steps_in_a_row_stops_with_a_reason():
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = accelerator.prepare_optimizer(torch.optim.SGD([weight], lr=1.0))
+    callback = SkippedStepsCallback(SimpleNamespace(accelerator=accelerator))
+
+    def make_step(number: int, gradient: float) -> None:
+        accelerator.scaler.scale((weight * gradient).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        event(callback, "on_step_end", step=number)
+
+    for number in range(1, 20):
+        make_step(number, float("inf"))
+    make_step(20, 0.5)
+    for number in range(21, 40):
+        make_step(number, float("inf"))
+    with pytest.raises(DivergedError) as error:
+        make_step(40, float("inf"))
+
+    assert weight.item() == 0.5
+    assert str(error.value) == (
+        "step 40: the last 20 steps were skipped, as their gradients overflow in float16; "
+        "got a loss scale of 1.19209e-07; "
+        "fix: set train.fp16: false to train in float32, or train.bf16: true on a GPU that has it"
+    )
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_skipped_steps_are_watched_in_float16_only(fp16, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    arguments.fp16 = fp16  # a CPU would be refused
+
+    trainer = CLMTrainer(tiny_model(), arguments)
+
+    watched = [type(callback) for callback in trainer.callback_handler.callbacks]
+    assert (SkippedStepsCallback in watched) == fp16
