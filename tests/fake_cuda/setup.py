@@ -16,8 +16,8 @@ from pathlib import Path
 
 TORCH = "torch==2.11.0"
 NEED_TORCH = ["accelerate", "peft"]  # installed without dependencies, as torch would bring NVIDIA's libraries
-PACKAGES = ["filelock", "hypothesis", "jinja2", "matplotlib", "networkx", "pyarrow", "pydantic", "pytest"]
-PACKAGES += ["ruamel.yaml", "setuptools", "sympy", "transformers==5.17.*", "typing_extensions"]
+PACKAGES = ["filelock", "hypothesis", "jinja2", "matplotlib", "networkx", "psutil", "pyarrow", "pydantic", "pytest"]
+PACKAGES += ["ruamel.yaml", "setuptools<82", "sympy", "transformers==5.17.*", "typing_extensions"]
 FUNCTION = r"_*(?:cu|nccl|nv)\w*"  # the names of NVIDIA's functions begin like those of its libraries
 # Functions that return a value through a pointer, which torch uses when it initializes a device.
 SPECIAL = """\
