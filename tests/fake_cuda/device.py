@@ -49,15 +49,23 @@ class FakeGpu(TorchDispatchMode):
         with self.mode:
             result = func(*args, **kwargs)
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
-            self._record_copy(args, kwargs, result)
+            self._record_copy(func, args, kwargs)
         return result
 
-    def _record_copy(self, args: Any, kwargs: Any, result: torch.Tensor) -> None:
-        source = next(part for part in reversed(args) if isinstance(part, torch.Tensor))
-        devices = source.device.type, result.device.type
-        if devices == ("cuda", "cpu"):
+    def _record_copy(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Records a copy between host and GPU, unless it is non-blocking and its end on the host is pinned."""
+        if func is torch.ops.aten.copy_.default:  # (to, source, non_blocking)
+            to, source = args[0].device, args[1]
+            host, is_free = args[to.type == "cuda"], (*args, False)[2] or kwargs.get("non_blocking")
+        else:
+            to, source = torch.device(kwargs.get("device") or args[0].device), args[0]
+            host, is_free = source, kwargs.get("non_blocking")
+        kinds = (source.device.type, to.type)
+        if kinds == ("cuda", "cuda") or is_free and host.device.type == "cpu" and host.is_pinned():
+            return
+        if to.type == "cpu":
             self.reads.append(_caller())
-        elif devices == ("cpu", "cuda") and source.dim() and not kwargs.get("non_blocking"):
+        elif source.dim():  # the value of a scalar is an argument of a kernel
             self.waits.append(_caller())
 
 

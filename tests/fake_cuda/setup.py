@@ -16,7 +16,17 @@ from pathlib import Path
 
 TORCH = "torch==2.11.0"
 NEED_TORCH = ["accelerate", "peft"]  # installed without dependencies, as torch would bring NVIDIA's libraries
-PACKAGES = ["filelock", "hypothesis", "jinja2", "matplotlib", "networkx", "psutil", "pyarrow", "pydantic", "pytest"]
+PACKAGES = [
+    "filelock",
+    "hypothesis",
+    "jinja2",
+    "matplotlib",
+    "networkx",
+    "psutil",
+    "pyarrow",
+    "pydantic",
+    "pytest",
+]
 PACKAGES += ["ruamel.yaml", "setuptools<82", "sympy", "transformers==5.17.*", "typing_extensions"]
 FUNCTION = r"_*(?:cu|nccl|nv)\w*"  # the names of NVIDIA's functions begin like those of its libraries
 # Functions that return a value through a pointer, which torch uses when it initializes a device.
@@ -42,7 +52,18 @@ int cudaGetDeviceProperties(struct properties *of) {
     return 0;
 }
 int cudaMalloc(void **memory, size_t bytes) { *memory = malloc(bytes); return 0; }
-int cudaHostAlloc(void **memory, size_t bytes) { *memory = malloc(bytes); return 0; }
+static char *pinned[1 << 16], **last = pinned;
+static size_t sizes[1 << 16];
+int cudaHostAlloc(char **memory, size_t bytes) {
+    sizes[last - pinned] = bytes, *last++ = *memory = malloc(bytes);
+    return 0;
+}
+int cudaPointerGetAttributes(int *kind, char *at) { /* 1: pinned */
+    *kind = 0;
+    for (char **part = pinned; part < last; part++)
+        *kind |= *part <= at && at < *part + sizes[part - pinned];
+    return 0;
+}
 int cudaMemGetInfo(size_t *free, size_t *total) { *free = *total = 80ul << 30; return 0; }
 int cudaGetDriverEntryPointByVersion(char *name, void **function) { *function = cudaGetDevice; return 0; }
 char *cudaGetErrorString() { return "no CUDA: a stand-in"; }
@@ -62,7 +83,9 @@ def main() -> None:
     subprocess.run([*install, "--no-deps", options.torch, *NEED_TORCH], check=True)
     subprocess.run([*install, *PACKAGES], check=True)
     write_stand_ins(next(options.folder.glob("lib/python*/site-packages/torch/lib")))
-    subprocess.run([python, "-c", "import torch; assert torch.cuda.device_count() == 1, torch.__version__"], check=True)
+    subprocess.run(
+        [python, "-c", "import torch; assert torch.cuda.device_count() == 1, torch.__version__"], check=True
+    )
 
 
 def write_stand_ins(folder: Path) -> None:
@@ -74,7 +97,17 @@ def write_stand_ins(folder: Path) -> None:
     source = SPECIAL + "\n".join(f"int {name}() {{ return 0; }}" for name in functions)
     versions = dict(re.findall(r"File: (\S+) +Cnt: \d+\n.*Name: (\S+) ", sections))
     for library in set(re.findall(rf"\(NEEDED\).*\[(lib{FUNCTION}\.so\S*)\]", sections)):
-        words = ["cc", "-x", "c", "-shared", "-fPIC", "-w", f"-Wl,-soname,{library}", "-o", str(folder / library)]
+        words = [
+            "cc",
+            "-x",
+            "c",
+            "-shared",
+            "-fPIC",
+            "-w",
+            f"-Wl,-soname,{library}",
+            "-o",
+            str(folder / library),
+        ]
         if library in versions:
             script = folder / "version"
             script.write_text(f"{versions[library]} {{ *; }};\n")
