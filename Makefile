@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup sft sft-real pretrain generate test test-large test-peers test-real test-browser bench-peers soak test-fast lint format clean
+.PHONY: help setup sft sft-real pretrain generate test test-large test-peers test-real test-browser test-fake-cuda bench-peers soak test-fast lint format clean
 
 VENV := .venv
 BIN = $(VENV)/bin
@@ -52,10 +52,10 @@ generate: $(READY)  ## Generate an answer with a trained model. RUN=runs/sft-poe
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist worksteal
 
 test: lint  ## Check format, lint and types, and run the tests on a CPU; 10 minutes
-	$(PYTEST) --timeout 300 -m 'not gpu and not browser and not large and not real' $(ARGS)
+	$(PYTEST) --timeout 300 -m 'not gpu and not fake_cuda and not browser and not large and not real' $(ARGS)
 
 test-large: $(READY)  ## Run the large tests: real model sizes, minutes of training, more variants. ARGS="-k poems"
-	$(PYTEST) --timeout 900 -m 'large and not gpu and not browser and not real' $(ARGS)
+	$(PYTEST) --timeout 900 -m 'large and not gpu and not fake_cuda and not browser and not real' $(ARGS)
 
 test-peers: $(VENV)/.setup-peers  ## Run the tests that compare with TRL (installs it). ARGS="-k labels"
 	$(BIN)/python -m pytest -m peer $(ARGS)
@@ -71,6 +71,9 @@ test-browser: $(VENV)/.setup-browser  ## Test all HTML pages in headless Chromiu
 	    $$root apt-get update && $$root apt-get install -y --no-install-recommends chromium; }
 	$(BIN)/python -m pytest -m browser $(ARGS)
 
+test-fake-cuda: $(VENV)-fake-cuda/.setup  ## Run training steps on fake CUDA tensors, without a GPU (fetches torch, 530 MB); 2 minutes
+	OMP_NUM_THREADS=1 $(VENV)-fake-cuda/bin/python -m pytest -m fake_cuda tests/fake_cuda $(ARGS)
+
 bench-peers: $(VENV)/.setup-peers  ## Compare speed, memory and loss with the plain Trainer and TRL on this CPU; 45 minutes. ARGS="--quick"
 	$(BIN)/python tests/benchmarks/peers.py $(ARGS)
 
@@ -78,7 +81,7 @@ soak: $(READY)  ## Kill runs at 200 random times, and compare each with an unint
 	HF_CLM_SOAK_KILLS=$(if $(KILLS),$(call text,KILLS),200) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/invariants/test_soak.py $(ARGS)
 
 test-fast: $(READY)  ## Run the fast tests only. ARGS="-k labels"
-	$(PYTEST) -m 'not slow and not large and not peer and not gpu and not browser and not real' $(ARGS)
+	$(PYTEST) -m 'not slow and not large and not peer and not gpu and not fake_cuda and not browser and not real' $(ARGS)
 
 lint: $(READY)  ## Check format, lint and types without changing files
 	$(BIN)/ruff format --check .
@@ -132,4 +135,8 @@ $(VENV)/.setup-real: $(READY)
 
 $(VENV)/.setup-browser: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt playwright
+	touch $@
+
+$(VENV)-fake-cuda/.setup: tests/fake_cuda/setup.py | $(READY)
+	$(or $(PYTHON),$(BIN)/python) $< $(VENV)-fake-cuda $(if $(TORCH_WHEEL),--torch $(call text,TORCH_WHEEL))
 	touch $@
