@@ -162,10 +162,10 @@ class Bench:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         table = ["  ".join(map(str.rjust, row, widths)) for row in cells]
         failed = [f"{trial.rows:>{widths[0]}}  {trial.failure}" for trial in trials if trial.failure]
-        advice = [f"fastest   {self._advice()}", f"          {self.stopped}", NOTHING_KEPT]
         best = self.fastest
         parts = [*best.step_time.to_lines(best.rows), ""] if best.step_time else []
-        return ["", *table, *failed, "", *parts, *advice]
+        advice = [f"fastest   {self._advice()}", f"          {self.stopped}", ""]
+        return ["", *table, *failed, "", *advice, *parts, NOTHING_KEPT]
 
     def _advice(self) -> str:
         first, best = self.trials[0], self.fastest
@@ -323,9 +323,9 @@ def measure(recipe: Recipe, *, started: float) -> tuple[Start, Trial]:
 
 
 class WindowCallback(TrainerCallback):
-    """Logs after a window to warm up and after each of WINDOWS more, then times the parts of a step, and stops.
+    """Logs after a window to warm up and after each of WINDOWS more, times the parts of a step, and stops.
 
-    The parts have a separate window, so measuring them does not affect the speed.
+    The parts have a separate window at the end, so measuring them does not affect the speed.
     """
 
     def __init__(self, trainer: CLMTrainer):

@@ -4,6 +4,7 @@ marks     (Python, 0.0) (input, 0.1) (Python, 0.3) (forward, 0.4) (loss, 1.1) (f
 seconds   each part from its mark to the next mark, so the sum of the parts is the step
 """
 
+import os
 import textwrap
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ PARTS = {
 }
 REST = "Python"
 BAR, WIDTH, INDENT = 30, 80, " " * 10
-# A part is worth an advice if it takes more than this share of a step.
+# There is advice for a part that takes more than this share of a step.
 LARGE = {"input": 0.1, "loss": 0.3, "optimizer": 0.15, "Python": 0.2}
 PADDED = 0.2  # a larger share of padding calls for packing
 
@@ -53,7 +54,8 @@ class StepTime:
         for name, share in self.shares.items():
             bar, note = "#" * round(BAR * share / largest), self.loss if name == "loss" else PARTS[name]
             bars.append(f"{INDENT}{name:<9} {share:>6.1%}  {bar:<{BAR}}  {note}".rstrip())
-        advice = [f"- {line}" for line in self.advice] or ["nothing: no part is larger than usual"]
+        model = sum(self.shares[name] for name in ("forward", "loss", "backward"))
+        advice = self.advice or [f"nothing: the model itself takes {model:.0%} of the step"]
         lines = [
             textwrap.fill(line, WIDTH, initial_indent=INDENT, subsequent_indent=f"{INDENT}  ")
             for line in advice
@@ -154,24 +156,26 @@ def advise(
         padding: the share of positions that packing would save.
     """
     is_large = {name: shares[name] > limit for name, limit in LARGE.items()}
-    workers, accumulation = arguments.dataloader_num_workers, arguments.gradient_accumulation_steps
-    where = f"at every position, as {own_loss}" if own_loss else "at the targets only"
-    threads = torch.get_num_threads() if arguments.device.type == "cpu" else usable_cores()
+    device, workers = arguments.device.type, arguments.dataloader_num_workers
+    where = f"at every position ({own_loss})" if own_loss else "at the targets only"
+    cores, threads = usable_cores(), torch.get_num_threads()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     rules = [
         (
             is_large["input"],
-            f"input: set train.dataloader_num_workers to {workers + 2 if workers else 2}, so that batches are"
-            " collated during the step",
+            f"input: set train.dataloader_num_workers to {workers + 2}, so that more batches are collated"
+            " while the model computes",
         ),
         (padding > PADDED, f"padding: {padding:.0%} of all positions; set data.packing to best_fit"),
         (
             is_large["loss"],
-            f"loss: computed {where}, over {vocabulary:,} tokens; a smaller vocabulary makes it faster"
-            + ("" if own_loss else ", and so do fewer targets"),
+            f"loss: computed {where} over {vocabulary:,} tokens; a smaller vocabulary or"
+            f" {'shorter rows' if own_loss else 'fewer targets'} would be faster",
         ),
         (
             arguments.gradient_checkpointing,
-            "backward: repeats the forward; set train.gradient_checkpointing to false if memory allows",
+            "backward: includes a second forward pass; set train.gradient_checkpointing to false if memory"
+            " allows",
         ),
         (
             is_large["optimizer"] and arguments.optim == "adamw_torch",
@@ -179,25 +183,29 @@ def advise(
         ),
         (
             is_large["optimizer"],
-            f"optimizer: set train.gradient_accumulation_steps to {2 * accumulation} for fewer, larger steps"
-            " (changes the global batch)",
+            "optimizer: take fewer, larger steps; set train.gradient_accumulation_steps to"
+            f" {2 * arguments.gradient_accumulation_steps} (changes the global batch)",
         ),
         (
             is_large["Python"],
-            "Python: the same for every micro-batch, so use fewer and larger ones"
-            " (train.per_device_train_batch_size, or longer rows with data.max_length)",
+            "Python: costs the same for every micro-batch; use fewer and larger ones"
+            " (train.per_device_train_batch_size or data.tokens_per_batch)",
         ),
         (
             dtype == torch.float32 and has_bf16(arguments.device),
-            "precision: float32, although this machine computes bfloat16 faster; set train.bf16 to true",
+            "precision: float32, but this machine has bfloat16, which is faster; set train.bf16 to true",
         ),
         (
-            arguments.device.type == "cuda" and not arguments.torch_compile,
+            device == "cuda" and not arguments.torch_compile,
             "compile: set train.torch_compile to true, which fuses small operations",
         ),
         (
-            threads < usable_cores(),
-            f"cores: {threads} of {usable_cores()} are used; raise or unset OMP_NUM_THREADS",
+            device == "cpu" and threads < cores,
+            f"cores: {threads} of {cores} in use; unset OMP_NUM_THREADS or raise it",
+        ),
+        (
+            device == "cpu" and load > threads + cores / 2,
+            f"cores: other programs use them (load average {load:.0f} on {cores}); measure again when idle",
         ),
     ]
     return [line for applies, line in rules if applies]
