@@ -57,8 +57,9 @@ class StepTime:
         model = sum(self.shares[name] for name in ("forward", "loss", "backward"))
         advice = self.advice or [f"nothing: the model itself takes {model:.0%} of the step"]
         lines = [
-            textwrap.fill(line, WIDTH, initial_indent=INDENT, subsequent_indent=f"{INDENT}  ")
-            for line in advice
+            line
+            for text in advice
+            for line in textwrap.wrap(text, WIDTH, initial_indent=INDENT, subsequent_indent=f"{INDENT}  ")
         ]
         title = f"step      {sum(self.seconds.values()):.3f} s with a micro-batch of {rows}:"
         return [title, *bars, "change" + lines[0][len("change") :], *lines[1:]]
