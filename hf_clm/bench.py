@@ -2,6 +2,7 @@
 
 bench --> a process for each micro-batch size: prepare, build, prove, train like ``train`` --> Start, Trial
           (the first prepares the data for all of them, and tests the model)
+steps --> a window to warm up, WINDOWS for the speed, and one for the parts of a step (step_time.py)
 """
 
 import math
@@ -13,7 +14,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from hf_clm.machine import measure_peak, peak_memory, settle_cpu
 from hf_clm.model.build import build_model, build_model_config
 from hf_clm.recipe.recipe import Recipe
 from hf_clm.recipe.sections import Doctor
+from hf_clm.step_time import StepClock, StepTime, advise, time_parts, to_shares
 from hf_clm.training.arguments import load_tokenizer_and_settle, training_arguments
 from hf_clm.training.prepare import prepare
 from hf_clm.training.proof import prove_model
@@ -38,7 +40,7 @@ from hf_clm.training.trainer import CLMTrainer
 
 WINDOWS = 5  # after one to warm up
 WINDOW_SECONDS = 5.0  # a longer window ends with the current step
-PEAK_SECONDS, INPUT_SECONDS = 1.0, 0.5
+PEAK_SECONDS = 1.0
 NOISE = 1.03  # a speedup of less than 3 % does not count
 WIDTH, INDENT = 100, " " * 10
 MIB = 2**20
@@ -75,7 +77,6 @@ class Start:
 
     peak                FLOP/s of a large matrix product in the precision of the run
     fill                share of the packed rows that is filled, None without packing
-    rows_per_second     speed of reading and collating rows
     seconds             duration of each part of the start
     """
 
@@ -86,12 +87,11 @@ class Start:
     tokens: int
     target_tokens: int
     fill: float | None
-    rows_per_second: float
     seconds: dict[str, float]
     versions: dict[str, str | None]
 
     def to_lines(self) -> list[str]:
-        """Describes the machine, the data, the speed of the input, and the time to the first step."""
+        """Describes the machine, the data, the speed of their preparation, and the time to the first step."""
         filled = "not packed" if self.fill is None else f"{self.fill:.1%} full"
         parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.seconds.items())
         start = f"start     {sum(self.seconds.values()):.1f} s: {parts}"
@@ -100,8 +100,7 @@ class Start:
             f"peak      {to_flops(self.peak)}/s in a matrix product",
             f"data      {self.examples:,} examples, {self.tokens:,} tokens ({self.target_tokens:,} targets) "
             f"in {self.rows:,} rows, {filled}",
-            f"input     prepare {self.tokens / self.seconds['prepare']:,.0f} tokens/s, "
-            f"collate {self.rows_per_second:,.0f} rows/s",
+            f"prepare   {self.tokens / self.seconds['prepare']:,.0f} tokens/s",
             *textwrap.wrap(start, WIDTH, subsequent_indent=INDENT),
         ]
 
@@ -123,6 +122,7 @@ class Trial:
     flops_per_second: float = 0.0
     peak_bytes: int = 0
     limit_bytes: int | None = None
+    step_time: StepTime | None = None
 
     def is_faster(self, other: "Trial") -> bool:
         """Returns whether it is faster by more than the noise."""
@@ -146,19 +146,26 @@ class Bench:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the results, in bytes, seconds and FLOP."""
-        trials = [asdict(trial) | {"mfu": trial.flops_per_second / self.start.peak} for trial in self.trials]
+        trials = [
+            asdict(trial)
+            | {"mfu": trial.flops_per_second / self.start.peak}
+            | ({"shares": trial.step_time.shares} if trial.step_time else {})
+            for trial in self.trials
+        ]
         speeds = {"trials": trials, "fastest": self.fastest.rows, "stopped": self.stopped}
         return {"recipe": self.recipe, "start": asdict(self.start), **speeds}
 
     def to_lines(self) -> list[str]:
-        """Returns a table of the trials, and the recommended micro-batch size."""
+        """Returns a table of the trials, the recommended micro-batch size, and the parts of its step."""
         trials = sorted(self.trials, key=lambda trial: trial.rows)
         cells = [COLUMNS, *(self._cells(trial) for trial in trials if not trial.failure)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         table = ["  ".join(map(str.rjust, row, widths)) for row in cells]
         failed = [f"{trial.rows:>{widths[0]}}  {trial.failure}" for trial in trials if trial.failure]
-        advice = [f"fastest   {self._advice()}", f"          {self.stopped}", NOTHING_KEPT]
-        return ["", *table, *failed, "", *advice]
+        best = self.fastest
+        parts = [*best.step_time.to_lines(best.rows), ""] if best.step_time else []
+        advice = [f"fastest   {self._advice()}", f"          {self.stopped}", ""]
+        return ["", *table, *failed, "", *advice, *parts, NOTHING_KEPT]
 
     def _advice(self) -> str:
         first, best = self.trials[0], self.fastest
@@ -222,7 +229,7 @@ def to_quiet(recipe: Recipe, folder: str, *, steps: int) -> Recipe:
     """Returns the recipe with windows of ``steps`` in total, and all of its output in ``folder``."""
     data = recipe.data.model_copy(update={"cache_dir": f"{folder}/prepared"})
     quiet = recipe.model_copy(update={"data": data, "samples": None, "early_stopping": None})
-    steps = (WINDOWS + 1) * -(-steps // WINDOWS)
+    steps = (WINDOWS + 2) * -(-steps // WINDOWS) + 1  # the parts of a step have a step to warm up
     return with_values(quiet, {**QUIET, "max_steps": steps, "output_dir": f"{folder}/run"})
 
 
@@ -285,12 +292,22 @@ def measure(recipe: Recipe, *, started: float) -> tuple[Start, Trial]:
     prove_model(trainer, recipe, split=train, tokenizer=tokenizer)
     assert trainer.peak_flops > 0  # measured before the first step
     ends["test model"] = time.time()
-    windows = WindowCallback(arguments.max_steps // (WINDOWS + 1))
+    windows = WindowCallback(trainer)
     trainer.add_callback(windows)
     trainer.train()
     ends["first step"] = windows.begun
-    trial = windows.to_trial(arguments, limit_bytes=limit)
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else model.dtype
+    fill = train.dataset.fill if isinstance(train.dataset, PackedDataset) else None
+    advice = advise(
+        to_shares(windows.seconds),
+        arguments,
+        dtype=dtype,
+        vocabulary=len(tokenizer),
+        own_loss=trainer.own_loss,
+        padding=windows.logs[-1]["padding_share"] if fill is None else 0.0,
+    )
+    step_time = StepTime(windows.seconds, windows.loss, advice)
+    trial = replace(windows.to_trial(arguments), limit_bytes=limit, step_time=step_time)
     start = Start(
         device=RunFacts(recipe, arguments, model, splits, 0.0).device,
         peak=measure_peak(arguments.device, dtype, seconds=PEAK_SECONDS),
@@ -298,8 +315,7 @@ def measure(recipe: Recipe, *, started: float) -> tuple[Start, Trial]:
         rows=len(train.dataset),
         tokens=train.tokens,
         target_tokens=train.target_tokens,
-        fill=train.dataset.fill if isinstance(train.dataset, PackedDataset) else None,
-        rows_per_second=_input_rows_per_second(trainer),
+        fill=fill,
         seconds=dict(zip(ends, np.diff([started, *ends.values()]).tolist(), strict=True)),
         versions=versions(),
     )
@@ -307,31 +323,46 @@ def measure(recipe: Recipe, *, started: float) -> tuple[Start, Trial]:
 
 
 class WindowCallback(TrainerCallback):
-    """Logs after each window of ``steps``, and stops after a window to warm up and WINDOWS more."""
+    """Logs after a window to warm up and after each of WINDOWS more, times the parts of a step, and stops.
 
-    def __init__(self, steps: int):
-        self.steps = steps
+    The parts have a separate window at the end, so measuring them does not affect the speed.
+    """
+
+    def __init__(self, trainer: CLMTrainer):
+        self.trainer = trainer
+        self.steps = trainer.args.max_steps // (WINDOWS + 2)  # in a window
         self.logs: list[dict[str, float]] = []
         self.begun = self.started = math.inf  # time.time() after the first step, and at the start of a window
         self.first = 0
+        self.clock = StepClock(trainer.args.device)
+        self.loss = ""  # what the loss consists of
+        self.seconds: dict[str, float] = {}  # of each part of a step
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        now = time.time()
+        now, steps = time.time(), state.global_step - self.first
         self.begun, self.started = min(self.begun, now), min(self.started, now)
         is_long = now - self.started > WINDOW_SECONDS
-        control.should_log |= is_long or state.global_step - self.first >= self.steps
+        if len(self.logs) <= WINDOWS:
+            control.should_log |= is_long or steps >= self.steps
+        elif steps == 1:  # a compiled model is compiled again in this step
+            self.clock.start()
+        elif is_long or steps > self.steps:
+            parts = self.clock.stop()
+            self.seconds = {part: seconds / (steps - 1) for part, seconds in parts.items()}
+            control.should_training_stop = True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if "tokens_per_second" in kwargs["logs"]:
+        if "tokens_per_second" in kwargs["logs"] and len(self.logs) <= WINDOWS:
             self.logs.append({"step": state.global_step, "flops": state.total_flos, **kwargs["logs"]})
             self.started, self.first = time.time(), state.global_step
-            control.should_training_stop |= len(self.logs) > WINDOWS
+            if len(self.logs) > WINDOWS:
+                self.loss = time_parts(self.trainer, self.clock)
 
-    def to_trial(self, arguments: TrainingArguments, *, limit_bytes: int | None) -> Trial:
+    def to_trial(self, arguments: TrainingArguments) -> Trial:
         """Returns the window with the median speed."""
         windows = sorted(pairwise(self.logs), key=lambda pair: pair[1]["tokens_per_second"])
         before, after = windows[len(windows) // 2]
@@ -347,7 +378,6 @@ class WindowCallback(TrainerCallback):
             target_tokens_per_second=speed * targets / tokens,
             flops_per_second=speed * flops / tokens,
             peak_bytes=peak_memory(arguments.device),
-            limit_bytes=limit_bytes,
         )
 
 
@@ -391,14 +421,3 @@ def _why_not(trial: Trial, best: Trial, *, most: int) -> str:
     if trial.limit_bytes is not None and 2 * trial.peak_bytes > trial.limit_bytes:
         return f"micro-batch {2 * trial.rows} might not fit in memory"
     return ""
-
-
-def _input_rows_per_second(trainer: CLMTrainer) -> float:
-    """Measures the rows per second that one process reads and collates, in batches of random rows."""
-    dataset: Any = trainer.train_dataset
-    size, generator, count = trainer.args.train_batch_size, np.random.default_rng(0), 0
-    started = time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < INPUT_SECONDS:
-        trainer.data_collator([dataset[int(row)] for row in generator.integers(len(dataset), size=size)])
-        count += size
-    return count / elapsed

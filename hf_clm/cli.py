@@ -343,7 +343,7 @@ def run_merge(words: list[str]) -> None:
 
 
 def run_bench(words: list[str]) -> None:
-    """RECIPE [--key value ...]: measure the training speed of a recipe on this machine; saves no model"""
+    """RECIPE [--key value ...]: measure the speed of a recipe, and where the time of a step goes"""
     parser = _parser("bench")
     parser.add_argument("recipe")
     parser.add_argument(

@@ -17,6 +17,7 @@ from hf_clm.cli import main
 from hf_clm.errors import DataError, EnvironmentFault
 from hf_clm.model.flops import count_flops
 from hf_clm.recipe.recipe import recipe_to_yaml
+from hf_clm.step_time import StepTime
 
 # "ask\n" and "answer" with the end token: 4 + 7 tokens, of which 7 are learned.
 RECORDS = [{"prompt": "ask\n", "completion": "answer"}] * 8
@@ -28,7 +29,6 @@ START = Start(
     tokens=90_000,
     target_tokens=30_000,
     fill=0.985,
-    rows_per_second=12_000,
     seconds={"import": 3.0, "tokenizer": 0.5, "prepare": 2.0, "first step": 0.25},
     versions={"torch": "2.13.0"},
 )
@@ -74,7 +74,9 @@ def test_a_micro_batch_that_might_not_fit_in_memory_is_not_tried():
 
 
 def test_the_report_names_the_fastest_by_more_than_the_noise():
-    trials = [trial(4, 1000), trial(8, 1500), trial(16, 0, failure="out of memory")]
+    parts = {"input": 0.1, "forward": 0.2, "loss": 0.0, "backward": 0.2, "optimizer": 0.0, "Python": 0.0}
+    fast = trial(8, 1500, step_time=StepTime(parts, "", ["input: wait less"]))
+    trials = [trial(4, 1000), fast, trial(16, 0, failure="out of memory")]
     found = Bench("r.yaml", START, trials, "micro-batch 16: out of memory")
 
     assert found.to_lines() == [
@@ -86,6 +88,16 @@ def test_the_report_names_the_fastest_by_more_than_the_noise():
         "",
         "fastest   --per_device_train_batch_size 8 --gradient_accumulation_steps 1 (1.50x)",
         "          micro-batch 16: out of memory",
+        "",
+        "step      0.500 s with a micro-batch of 8:",
+        "          input      20.0%  ###############                 read, collate, copy",
+        "          forward    40.0%  ##############################",
+        "          loss        0.0%",
+        "          backward   40.0%  ##############################",
+        "          optimizer   0.0%                                  clip and update",
+        "          Python      0.0%                                  the rest",
+        "change    input: wait less",
+        "",
         "kept      nothing: the weights and the prepared data are deleted",
     ]
     assert Bench("r.yaml", START, [trial(4, 1000), trial(2, 1020)], "").fastest.rows == 4
@@ -96,7 +108,7 @@ def test_the_start_is_shown_part_by_part():
         "device    1 x cpu with 2 threads, float32 weights",
         "peak      400 GFLOP/s in a matrix product",
         "data      1,000 examples, 90,000 tokens (30,000 targets) in 90 rows, 98.5% full",
-        "input     prepare 45,000 tokens/s, collate 12,000 rows/s",
+        "prepare   45,000 tokens/s",
         "start     5.8 s: import 3.00, tokenizer 0.50, prepare 2.00, first step 0.25",
     ]
     assert [to_flops(count) for count in (1.5e9, 4.1e11, 9.89e14)] == ["1.5 GFLOP", "410 GFLOP", "989 TFLOP"]
@@ -105,7 +117,6 @@ def test_the_start_is_shown_part_by_part():
 def test_a_process_measures_the_start_in_parts_and_the_speed_of_its_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "settle_cpu", lambda processes: None)  # this process keeps its settings
     monkeypatch.setattr(module, "PEAK_SECONDS", 0.05)
-    monkeypatch.setattr(module, "INPUT_SECONDS", 0.05)
     recipe = to_quiet(build_recipe(tmp_path, RECORDS), str(tmp_path), steps=5)
 
     start, result = measure(recipe, started=time.time() - 2.0)
@@ -114,7 +125,7 @@ def test_a_process_measures_the_start_in_parts_and_the_speed_of_its_steps(tmp_pa
     parts = ["import", "tokenizer", "prepare", "load model", "test model", "first step"]
     assert list(start.seconds) == parts
     assert start.seconds["import"] > 2.0 and min(start.seconds.values()) >= 0
-    assert start.peak > 1e8 and start.rows_per_second > 100
+    assert start.peak > 1e8
     assert len(list((tmp_path / "prepared").iterdir())) == 1  # kept for the processes that follow
     assert (result.rows, result.accumulation, result.failure) == (2, 1, "")
     assert result.target_tokens_per_second / result.tokens_per_second == pytest.approx(7 / 11)
@@ -145,6 +156,9 @@ def test_the_command_leaves_nothing_but_its_json(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "b.json").read_text())
     assert [one["rows"] for one in found["trials"]] == [1]
     assert found["start"]["versions"]["torch"] == torch.__version__
+    shares = found["trials"][0]["shares"]
+    assert list(shares) == ["input", "forward", "loss", "backward", "optimizer", "Python"]
+    assert min(shares.values()) > 0 and sum(shares.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
