@@ -144,12 +144,10 @@ def choose(values: Mapping[str, object], size: ModelSize, data: DataSize) -> Ite
         yield Choice("lora.r", 16, reason)
     length = choose_length(size, data, stage=stage)
     yield Choice("data.max_length", length, _length_reason(length, size, data, stage=stage))
-    if "data.tokens_per_batch" in values:
-        yield Choice("data.packing", "none", "data.tokens_per_batch fills batches instead")
     epochs = _epochs(data, stage=stage)
     given_length, given_epochs = values.get("data.max_length"), values.get("train.num_train_epochs")
     length = given_length if isinstance(given_length, int) else length
-    is_packed = values.get("data.packing") != "none" and "data.tokens_per_batch" not in values
+    is_packed = values.get("data.packing") != "none"
     rows_per_epoch = data.tokens // max(1, length) if is_packed else data.records
     rows = max(1, rows_per_epoch) * float(str(given_epochs or epochs))
     per_step = 2 ** min(4, max(0, math.floor(math.log2(max(1, rows / STEPS)))))

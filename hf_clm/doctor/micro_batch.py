@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.doctor.facts import Facts, estimate, model_sizes, to_micro_step
 from hf_clm.machine import measure_peak, nominal_peak, spreads_with
 from hf_clm.model.attention import NAME as PACKED
@@ -127,7 +126,6 @@ def estimate_seconds(facts: Facts) -> float:
 
 def _bytes(facts: Facts, rows: int, *, in_step: int) -> int:
     """Estimates the memory of training with micro-batches of ``rows`` full rows."""
-    assert isinstance(facts.train.dataset, PackedDataset)
     tokens = rows * facts.recipe.data.max_length
     step = replace(to_micro_step(facts), tokens=tokens, eval_tokens=tokens, accumulates=rows < in_step)
     expected = estimate(facts, step)
