@@ -205,6 +205,7 @@ RECIPE = {
     "model.embedding_std": Shown(0.5, "weights", SCRATCH),
     "model.dtype": Shown("bfloat16", "weights"),
     "model.attention": Shown("eager", "attention"),
+    "model.attention_dropout": Shown(0.9, "losses"),
     "model.allow_bin": Shown(True, "error", {"model.name_or_path": "{folder}/pickled"}),
     "tokenizer.name_or_path": Shown("{folder}/merged", "losses"),
     "tokenizer.train.kind": Shown("characters", "losses", {**TRAINED, "tokenizer.train": {}}),
