@@ -531,7 +531,7 @@ def cheap() -> Iterator[None]:
     def find_spec(name: str, *args: Any) -> Any:
         return None if name == "bitsandbytes" else importlib.util.find_spec(name, *args)
 
-    without = patch("hf_clm.model.build.find_spec", find_spec)
+    without = patch("hf_clm.model.adapters.find_spec", find_spec)
     with patch.object(run_module, "write_loss_plots"), patch("gc.collect"), patch.dict(os.environ), without:
         yield
 
