@@ -12,8 +12,10 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_extend_en
 from forked import free_port
 from helpers import build_recipe
 
+from hf_clm.cli import main
 from hf_clm.errors import EnvironmentFault, RecipeError
 from hf_clm.machine import check_spreading, is_one_of_many, spreads_with
+from hf_clm.recipe.recipe import recipe_to_yaml
 from hf_clm.training.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,11 +189,14 @@ def test_the_variables_of_the_check_are_those_that_accelerate_sets():
         check_spreading({}, environment, on_cpu=False)
 
 
-def test_context_parallelism_in_a_recipe_is_an_error(tmp_path):
-    with pytest.raises(RecipeError, match="has no effect: the launcher sets up the processes") as raised:
-        build_recipe(tmp_path, [], train={"parallelism_config": {"cp_size": 2}})
+def test_context_parallelism_in_a_recipe_is_an_error(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_to_yaml(build_recipe(tmp_path, [])))
 
-    assert raised.value.exit_code == 2
+    code = main(["train", str(path), "--parallelism_config", "{cp_size: 2}"])
+
+    assert code == 2
+    assert "parallelism_config has no effect: the launcher sets up the processes" in capsys.readouterr().err
 
 
 def test_deepspeed_without_its_package_names_the_extra(monkeypatch):

@@ -4,12 +4,18 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+
+import torch
 
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.doctor.facts import Facts
 from hf_clm.errors import DataError, EnvironmentFault, ModelError, RecipeError, UserError
+from hf_clm.model.attention import NAME as PACKED
+from hf_clm.model.attention import why_not_varlen
 from hf_clm.model.build import weights_dtype
+from hf_clm.model.load import attention_dropout
 from hf_clm.text.chat import stop_token_ids
 from hf_clm.text.tokenizer import control_tokens, max_token_id, unique_ids, unknown_id
 
@@ -278,7 +284,7 @@ def check_threads(facts: Facts) -> Check:
 def check_dtype(facts: Facts) -> Check:
     """Checks that the device supports the dtypes, and that the optimizer can train in them."""
     arguments, dtype = facts.arguments, facts.recipe.model.dtype
-    device, where = arguments.device.type, "train.bf16"
+    device, where = facts.machine.device, "train.bf16"
     if dtype == "float16":
         what = "float16 weights cannot be trained because gradients overflow"
         return Problem(what, "model.dtype", "set it to float32, with train.fp16: true", RecipeError)
@@ -288,11 +294,35 @@ def check_dtype(facts: Facts) -> Check:
     if (arguments.bf16 or dtype == "bfloat16") and not facts.machine.has_bf16:
         what = f"this {device} has no native bfloat16, which makes it slower than float32"
         return Problem(what, where, "remove it, or set train.fp16 on a GPU", is_warning=True)
+    if device == "cuda" and not facts.machine.has_bf16 and not arguments.fp16:
+        what = "this GPU has no native bfloat16, and is several times slower in float32 than in float16"
+        return Problem(what, "train.fp16", "set it to true", is_warning=True)
     if dtype == "bfloat16" and facts.recipe.lora is None:  # adapters are float32
         what = "bfloat16 weights lose small updates"
         return Problem(what, "model.dtype", "set it to float32, with train.bf16: true", is_warning=True)
     autocast = ", bfloat16 autocast" if arguments.bf16 else ", float16 autocast" if arguments.fp16 else ""
     return Ok(f"{weights_dtype(facts.recipe, arguments)} weights{autocast} on {device}")
+
+
+def check_attention_kernel(facts: Facts) -> Check | None:
+    """Checks whether only its attention dropout keeps a run from the fused kernel for packed rows."""
+    machine, arguments, section = facts.machine, facts.arguments, facts.recipe.model
+    if machine.device == "cpu" or section.attention != PACKED or facts.estimate is None:
+        return None
+    text = facts.config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    name, dropout = attention_dropout(facts.config)
+    dtype = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else section.dtype
+    why_not = partial(
+        why_not_varlen, machine.device, machine.capability, dtype=getattr(torch, dtype), width=width
+    )
+    if reason := why_not(dropout=0.0):
+        return Ok(f"one masked call of SDPA: {reason}")
+    if reason := why_not(dropout=dropout):
+        what = f"{reason}, so {name} {dropout:g} costs a masked call with several times the scores"
+        key = f"model.config.{name}" if section.config else "model.attention_dropout"
+        return Problem(what, key, f"unless it is needed, set it to 0 (--{key} 0)", is_warning=True)
+    return Ok("the fused kernel for packed rows")
 
 
 def check_gpus(facts: Facts) -> Check:
@@ -325,6 +355,7 @@ DOCTOR_CHECKS: dict[str, Callable[[Facts], Check | None]] = {
     "disk": check_disk,
     "threads": check_threads,
     "precision": check_dtype,
+    "attention": check_attention_kernel,
     "GPUs": check_gpus,
 }
 

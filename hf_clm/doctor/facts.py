@@ -26,6 +26,7 @@ from hf_clm.doctor.memory import (
 )
 from hf_clm.machine import has_bf16, spreads_with, usable_cores
 from hf_clm.model.attention import NAME as PACKED
+from hf_clm.model.attention import capability_of
 from hf_clm.model.build import weights_dtype
 from hf_clm.recipe.recipe import Recipe, training_values
 from hf_clm.recipe.sections import TRAIN
@@ -50,6 +51,7 @@ class Machine:
         threads: OMP_NUM_THREADS, if set.
         processes: the run's processes on this machine.
         has_bf16: whether the device computes in bfloat16 at full speed.
+        device, capability: the kind of device, and the compute capability of an NVIDIA GPU.
     """
 
     free_disk: int
@@ -59,6 +61,8 @@ class Machine:
     processes: int = 1
     gpus: int = 0
     has_bf16: bool = True
+    device: str = "cpu"
+    capability: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,8 @@ def read_machine(arguments: TrainingArguments) -> Machine:
         processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         gpus=torch.cuda.device_count(),
         has_bf16=has_bf16(arguments.device),
+        device=arguments.device.type,
+        capability=capability_of(arguments.device),
     )
 
 

@@ -32,6 +32,7 @@ from hf_clm.model.load import (
     load_config,
     load_model,
     max_positions,
+    set_attention_dropout,
 )
 from hf_clm.recipe.recipe import Recipe
 from hf_clm.schema import AnyExample
@@ -160,6 +161,7 @@ def build_model(
             quantization=_quantization(recipe, arguments),
             trust_remote_code=section.trust_remote_code,
             allow_bin=section.allow_bin,
+            attention_dropout=section.attention_dropout,
         )
     check_causal(model)
     if (
@@ -217,4 +219,6 @@ def _named_config(recipe: Recipe) -> PretrainedConfig:
     model = recipe.model
     assert model.name_or_path is not None, "config.py requires it where there is no model_type"
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    return load_config(model.name_or_path, **options)
+    config = load_config(model.name_or_path, **options)
+    set_attention_dropout(config, model.attention_dropout)
+    return config

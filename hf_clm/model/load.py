@@ -49,6 +49,8 @@ BUILD_ERRORS = (
 LOGGER = logging.getLogger(__name__)
 WHERE = "model.name_or_path"
 GENERATION_FILE = "generation_config.json"
+# Names of the attention dropout in the configurations of transformers.
+ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 PACKED_LAYERS = {"full_attention", "sliding_attention"}
 MASKED_LAYERS = PACKED_LAYERS | {"chunked_attention"}  # other layers, such as convolutions, ignore masks
 
@@ -170,6 +172,23 @@ def check_causal(model: PreTrainedModel) -> None:
 def max_positions(config: PretrainedConfig) -> int | None:
     """Returns the maximum length of a text in tokens; None if the configuration has no limit."""
     return getattr(config, "max_position_embeddings", None)
+
+
+def attention_dropout(config: PretrainedConfig) -> tuple[str, float]:
+    """Returns the name and the value of a configuration's attention dropout; an empty name if it has none."""
+    text = config.get_text_config()
+    name = next((name for name in ATTENTION_DROPOUTS if hasattr(text, name)), "")
+    return name, getattr(text, name) if name else 0.0
+
+
+def set_attention_dropout(config: PretrainedConfig, value: float | None) -> None:
+    """Sets it, unless the value is None. Raises ModelError if the configuration has none."""
+    name, _ = attention_dropout(config)
+    if value is not None and not name:
+        where, got = "model.attention_dropout", type(config).__name__
+        raise ModelError("the model has no attention dropout", where=where, got=got, fix="remove it")
+    if value is not None:
+        setattr(config.get_text_config(), name, value)
 
 
 def check_attention(name: str) -> None:
@@ -303,7 +322,7 @@ def load_model(
             sdpa or eager with a warning, if these isolate the documents of a packed row. None selects sdpa,
             or else eager, for rows of a single document.
         options: ``trust_remote_code``; ``allow_bin`` accepts pickled weights; ``quantization``, a
-            quantization_config of transformers.
+            quantization_config of transformers; ``attention_dropout`` instead of the configuration's.
 
     Raises ModelError if weights are missing, of another shape, or not safetensors, and like settle_attention.
     """
@@ -312,6 +331,7 @@ def load_model(
     config = load_config(
         name_or_path, revision=revision, trust_remote_code=options.get("trust_remote_code", False)
     )
+    set_attention_dropout(config, options.get("attention_dropout"))
     reason = why_not_packed(config) if attention == packed.NAME else ""
     with loading(name_or_path, where="model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -118,6 +118,9 @@ class Model(Section):
     attention: str = "packed"
     """The attention implementation: packed (for packed rows), or one of transformers, such as sdpa, eager or
     flash_attention_2."""
+    attention_dropout: Annotated[float | None, OF_TRAINED_MODELS] = Field(default=None, ge=0, lt=1)
+    """The dropout of the attention of a pretrained model. Default: that of its configuration. With 0,
+    a GPU can use its fused kernel for packed rows."""
     trust_remote_code: bool = False
     """Run the custom code of the model. Requires a commit as revision, or a local folder."""
     allow_bin: Annotated[bool, OF_TRAINED_MODELS] = False

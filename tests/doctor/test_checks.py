@@ -64,6 +64,7 @@ def build_facts(
     content = {
         "stage": "sft",
         "model": {"name_or_path": "some/model"} | sections.get("model", {}),
+        "tokenizer": {"name_or_path": "some/tokenizer"},
         "data": {"train": ["rows.jsonl"], "eval": ["rows.jsonl"], "max_length": 64, "packing": "none"}
         | sections.get("data", {}),
         "lora": sections.get("lora"),
@@ -89,6 +90,11 @@ def templated(text: str) -> dict[str, Any]:
     return {"data": {"train": [{"path": "rows.jsonl", "template": {"text": text}}]}}
 
 
+H100 = {
+    "machine": {"device": "cuda", "capability": (9, 0)},
+    "train": {"bf16": True},
+}
+GPT2 = {"kind": "gpt2", "attn_pdrop": 0.1}
 # The name of a check, the change to the run above, the finding.
 ACCEPTED: list[tuple[str, dict[str, Any], str]] = [
     ("steps", {}, "12 steps with 2 rows each"),
@@ -131,6 +137,18 @@ ACCEPTED: list[tuple[str, dict[str, Any], str]] = [
     ("precision", {"train": {"bf16": True}, "lora": {}}, "bfloat16 weights, bfloat16 autocast on cpu"),
     ("precision", {"model": {"dtype": "bfloat16"}, "lora": {}}, "bfloat16 weights on cpu"),
     ("GPUs", {}, "none available"),
+    ("attention", H100, "the fused kernel for packed rows"),
+    (
+        "attention",
+        {"machine": {"device": "cuda", "capability": (7, 5)}, "train": {"fp16": True}},
+        "one masked call of SDPA: the fused kernel for packed rows needs compute capability 8.0; "
+        "this GPU has 7.5",
+    ),
+    (
+        "attention",
+        {"machine": {"device": "mps"}},
+        "one masked call of SDPA: mps has no fused kernel for packed rows",
+    ),
 ]
 
 # The same for problems, with the exit code and whether it is a warning.
@@ -304,6 +322,21 @@ REFUSED: list[tuple[str, dict[str, Any], str, ExitCode, bool]] = [
         RECIPE,
         True,
     ),
+    (
+        "precision",
+        {"machine": {"device": "cuda", "has_bf16": False}},
+        "this GPU has no native bfloat16, and is several times slower in float32 than in float16",
+        RECIPE,
+        True,
+    ),
+    (
+        "attention",
+        {**H100, "config": GPT2},
+        "the fused kernel for packed rows has no attention dropout, so attn_pdrop 0.1 costs a masked call "
+        "with several times the scores",
+        RECIPE,
+        True,
+    ),
     ("GPUs", {"machine": {"gpus": 4}}, "0 of 4 GPUs used", ENVIRONMENT, True),
 ]
 
@@ -332,13 +365,32 @@ def test_every_check_has_cases_for_both():
     both = {name for name, *_ in ACCEPTED} & {name for name, *_ in REFUSED}
 
     assert set(checks.DOCTOR_CHECKS) == both
-    assert len(checks.DOCTOR_CHECKS) == 18
+    assert len(checks.DOCTOR_CHECKS) == 19
 
 
 def test_checks_that_do_not_apply_are_left_out():
-    left_out = {"unknown tokens", "template tokens", "packing"}
+    left_out = {"unknown tokens", "template tokens", "packing", "attention"}
 
     assert set(checks.DOCTOR_CHECKS) - set(checks.run_checks(build_facts())) == left_out
+
+
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        ({}, "model.attention_dropout"),
+        (
+            {"init": "scratch", "name_or_path": None, "config": {"model_type": "gpt2"}},
+            "model.config.attn_pdrop",
+        ),
+    ],
+)
+def test_attention_dropout_on_a_gpu_is_a_warning_before_training_with_the_key_to_set(model, key):
+    lines = checks.check_before_training(build_facts(**H100, config=GPT2, model=model))
+
+    assert [line for line in lines if "dropout" in line] == [
+        f"{key}: the fused kernel for packed rows has no attention dropout, so attn_pdrop 0.1 costs a masked "
+        f"call with several times the scores; fix: unless it is needed, set it to 0 (--{key} 0)"
+    ]
 
 
 def test_before_training_the_first_problem_is_raised_as_its_error():

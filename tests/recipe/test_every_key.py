@@ -205,6 +205,7 @@ RECIPE = {
     "model.embedding_std": Shown(0.5, "weights", SCRATCH),
     "model.dtype": Shown("bfloat16", "weights"),
     "model.attention": Shown("eager", "attention"),
+    "model.attention_dropout": Shown(0.9, "losses"),
     "model.allow_bin": Shown(True, "error", {"model.name_or_path": "{folder}/pickled"}),
     "tokenizer.name_or_path": Shown("{folder}/merged", "losses"),
     "tokenizer.train.kind": Shown("characters", "losses", {**TRAINED, "tokenizer.train": {}}),
@@ -530,7 +531,7 @@ def cheap() -> Iterator[None]:
     def find_spec(name: str, *args: Any) -> Any:
         return None if name == "bitsandbytes" else importlib.util.find_spec(name, *args)
 
-    without = patch("hf_clm.model.build.find_spec", find_spec)
+    without = patch("hf_clm.model.adapters.find_spec", find_spec)
     with patch.object(run_module, "write_loss_plots"), patch("gc.collect"), patch.dict(os.environ), without:
         yield
 
