@@ -138,6 +138,7 @@ class RunRecord(Recorded):
     from_scratch: bool = False
     parameters: int = 0
     trained_parameters: int = 0
+    has_adapters: bool | None = None  # None in a file of version 0.4
     train: Counts = Counts()
     evaluation: Counts | None = None
     evaluations: dict[str, Counts] = {}
@@ -173,7 +174,7 @@ class RunRecord(Recorded):
     @property
     def is_adapter(self) -> bool:
         """Whether only adapters were trained, with a frozen model."""
-        return self.trained_parameters < self.parameters
+        return self.trained_parameters < self.parameters if self.has_adapters is None else self.has_adapters
 
     @property
     def sets(self) -> dict[str, Counts]:

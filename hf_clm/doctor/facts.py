@@ -16,6 +16,8 @@ from hf_clm.data.batch.mixing import AnyDataset
 from hf_clm.data.batch.packing import PackedDataset
 from hf_clm.data.split import Split
 from hf_clm.doctor.memory import (
+    ADAM_STATES,
+    OPTIMIZER_STATES,
     MemoryEstimate,
     MicroStep,
     ModelSizes,
@@ -28,6 +30,8 @@ from hf_clm.machine import has_bf16, spreads_with, usable_cores
 from hf_clm.model.attention import NAME as PACKED
 from hf_clm.model.attention import capability_of
 from hf_clm.model.build import weights_dtype
+from hf_clm.model.load import build_without_memory
+from hf_clm.model.weights import freeze_weights, list_weights
 from hf_clm.recipe.recipe import Recipe, training_values
 from hf_clm.recipe.sections import TRAIN
 from hf_clm.text.tokenizer import max_token_id
@@ -146,19 +150,39 @@ def to_micro_step(facts: Facts) -> MicroStep:
 
 def empty_step(recipe: Recipe, arguments: TrainingArguments, config: PretrainedConfig) -> MicroStep:
     """Returns a micro-step of the run without tokens."""
+    trained, states = _optimized_share(recipe, arguments, config)
     return MicroStep(
         tokens=0,
         longest=0,
         chunked_loss=all(getattr(config, name, None) in (None, 1) for name in LOGIT_SETTINGS),
         dtype=weights_dtype(recipe, arguments),
-        frozen=recipe.lora is not None,  # the adapters are small
+        trained=trained,
         autocast="bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None,
-        optimizer=str(getattr(arguments.optim, "value", arguments.optim)),
+        optimizer_states=states,
         attention=recipe.model.attention,
         accumulates=arguments.gradient_accumulation_steps > 1,
         checkpointing=bool(getattr(arguments, "activation_checkpointing", arguments.gradient_checkpointing)),
         device=arguments.device.type,
     )
+
+
+def _optimized_share(
+    recipe: Recipe, arguments: TrainingArguments, config: PretrainedConfig
+) -> tuple[float, float]:
+    """Returns the fraction of the weights that are trained, and their optimizer states per weight."""
+    name, section = str(getattr(arguments.optim, "value", arguments.optim)), recipe.optimizer
+    if recipe.lora or section is None:
+        return 0.0 if recipe.lora else 1.0, OPTIMIZER_STATES.get(name, ADAM_STATES)  # adapters are small
+    model = build_without_memory(config)
+    freeze_weights(model, section.freeze)
+    trained = model.num_parameters(only_trainable=True)
+    states = sum(
+        weight.parameter.numel()
+        * (OPTIMIZER_STATES["muon"] if section.name == "muon" and weight.is_matrix else ADAM_STATES)
+        for weight in list_weights(model)
+        if weight.parameter.requires_grad
+    )
+    return trained / model.num_parameters(), states / trained
 
 
 def read_sharding(recipe: Recipe, arguments: TrainingArguments) -> Sharding:

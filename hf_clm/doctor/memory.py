@@ -38,7 +38,9 @@ from hf_clm.model.loss import BLOCK_TOKENS, TargetLoss, chunk_rows
 
 FLOAT32 = 4  # bytes
 # Bytes of optimizer state per byte of trained weights; 2 (Adam's two averages) for all others.
+ADAM_STATES = 2.0
 OPTIMIZER_STATES = {
+    "muon": 1.0,
     "sgd": 0.0,
     "adafactor": 0.02,
     "adamw_bnb_8bit": 0.5,
@@ -67,7 +69,9 @@ class MicroStep:
         autocast: dtype of matrix products; None without autocast.
         accumulates: whether gradients exist from the start, as in later micro-steps of an optimizer step.
         checkpointing: whether only the input of each layer is kept for the backward.
-        frozen: whether the weights have no gradients and no optimizer states.
+        trained: the fraction of the weights with gradients and optimizer states. The activations, and the
+            gradient of the embedding, are estimated as if all were trained, unless it is 0.
+        optimizer_states: bytes of optimizer state per byte of trained weights.
         device: cpu or cuda.
     """
 
@@ -77,11 +81,11 @@ class MicroStep:
     eval_tokens: int = 0
     dtype: str = "float32"
     autocast: str | None = None
-    optimizer: str = "adamw_torch_fused"
+    optimizer_states: float = ADAM_STATES
     attention: str = "packed"
     accumulates: bool = False
     checkpointing: bool = False
-    frozen: bool = False
+    trained: float = 1.0
     device: str = "cpu"
 
     @property
@@ -204,7 +208,7 @@ def read_sizes(config: PretrainedConfig) -> ModelSizes:
 def estimate_memory(sizes: ModelSizes, step: MicroStep, sharding: Sharding = ONE_DEVICE) -> MemoryEstimate:
     """Estimates the memory of training on each device."""
     weights = sizes.parameters * step.weight_bytes
-    gradients = 0 if step.frozen else weights
+    gradients = round(step.trained * weights)
     copies = _copies(sizes, step, sharding)
     activations = _activation_bytes(sizes, step)
     logits = _logits_bytes(sizes, step, tokens=step.tokens)
@@ -215,7 +219,7 @@ def estimate_memory(sizes: ModelSizes, step: MicroStep, sharding: Sharding = ONE
     return MemoryEstimate(
         weights=weights,
         gradients=gradients,
-        optimizer=round(gradients * OPTIMIZER_STATES.get(step.optimizer, 2.0)),
+        optimizer=round(gradients * step.optimizer_states),
         activations=activations,
         logits=logits,
         micro_step=peak,
@@ -284,11 +288,12 @@ def free_memory(device: torch.device) -> int:
 
 def _copies(sizes: ModelSizes, step: MicroStep, sharding: Sharding) -> int:
     """Returns the bytes of cast or gathered weights and of gradient buckets on each device."""
-    low, trained = step.product_bytes, not step.frozen
+    low = step.product_bytes
     if sharding.way == "ddp":
         cast = low * sizes.products if step.autocast else 0
-        return cast + (step.weight_bytes * sizes.parameters if trained and sharding.gpus > 1 else 0)
-    gradient = (low + FLOAT32) * sizes.layer if trained else 0
+        buckets = round(step.trained * step.weight_bytes * sizes.parameters) if sharding.gpus > 1 else 0
+        return cast + buckets
+    gradient = (low + FLOAT32) * sizes.layer if step.trained else 0
     if sharding.way == "fsdp2-grad":
         return low * sizes.parameters + gradient
     gathered = low * (sizes.parameters - (sizes.layers - 2) * sizes.layer)
@@ -320,7 +325,7 @@ def _peak(sizes: ModelSizes, step: MicroStep, *, base: int, logits: int, gradien
     """Returns the largest of the moments shown above; ``base``: bytes of activations and copies."""
     low = step.product_bytes
     held = base + (gradients if step.accumulates else 0)
-    embedding = 0 if step.frozen else sizes.embedding * step.weight_bytes
+    embedding = 0 if not step.trained else sizes.embedding * step.weight_bytes
     cast = embedding // 2 if low < step.weight_bytes else 0
     copies = (2 if sizes.is_tied else 0) + (1 if step.accumulates else 0)
     if step.chunked_loss:

@@ -34,6 +34,7 @@ from hf_clm.model.load import (
     max_positions,
     set_attention_dropout,
 )
+from hf_clm.model.weights import assign_groups, freeze_weights
 from hf_clm.recipe.recipe import Recipe
 from hf_clm.schema import AnyExample
 from hf_clm.text.tokenizer import (
@@ -115,9 +116,14 @@ def check_model(recipe: Recipe, arguments: TrainingArguments) -> None:
         on_cpu = arguments.device.type == "cpu"
         size = getattr(torch, model.dtype).itemsize
         # count gradients if they are in the same memory; the size of the optimizer varies
-        check_shape(build_config(model.config), bytes_per_weight=size * (2 if on_cpu else 1))
-        return
-    config = _named_config(recipe)
+        config = build_config(model.config)
+        check_shape(config, bytes_per_weight=size * (2 if on_cpu else 1))
+    else:
+        config = _named_config(recipe)
+    if recipe.optimizer and not lora and not model.trust_remote_code:  # otherwise the names are not known yet
+        empty = build_without_memory(config)
+        freeze_weights(empty, recipe.optimizer.freeze)
+        assign_groups(empty, [group.match for group in recipe.optimizer.groups])
     if lora and not model.trust_remote_code and (lora.target_modules != "all-linear" or lora.modules_to_save):
         empty = build_without_memory(config)
         check_layers(empty, target_modules=lora.target_modules, modules_to_save=lora.modules_to_save)
@@ -169,6 +175,8 @@ def build_model(
     ):  # otherwise load_model has checked it
         check_packing(model)
     if recipe.lora is None:
+        if recipe.optimizer:
+            freeze_weights(model, recipe.optimizer.freeze)
         return model
     set_seed(arguments.seed)
     return _with_adapters(recipe, model, new_tokens=_new_tokens(recipe, tokenizer, config=config))

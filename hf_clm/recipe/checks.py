@@ -29,6 +29,7 @@ def recipe_faults(recipe: Keys) -> list[Fault]:
         *_source_faults(data),
         *_set_faults(data),
         *_answer_faults(recipe),
+        *_optimizer_faults(recipe),
         *_share_faults(data),
         *train_faults(recipe.train, has_eval=is_held_out or data.eval_train_rows > 0, metrics=metrics),
         *_override_faults(recipe),
@@ -183,6 +184,29 @@ def _answer_faults(recipe: Keys) -> Iterator[Fault]:
     if section.every > 1 and _best_metric(recipe) in answer_metrics(recipe):
         what = "skips evaluations, but train.metric_for_best_model needs all of them"
         yield Fault("evaluation.every", what, "set it to 1", str(section.every))
+
+
+def _optimizer_faults(recipe: Keys) -> Iterator[Fault]:
+    """Yields faults of the section ``optimizer`` with LoRA and the optimizers of ``train``."""
+    section = recipe.optimizer
+    if section is None:
+        return
+    for name in ("optim", "optim_args", "optim_target_modules"):
+        if recipe.train.get(name):
+            yield Fault(
+                f"train.{name}", "and the section optimizer exclude each other", got=str(recipe.train[name])
+            )
+    if section.freeze and recipe.lora:
+        what = "excludes lora, which freezes all weights of the model and trains all adapters"
+        yield Fault("optimizer.freeze", what, "select the adapters with lora.target_modules")
+    options = recipe.train.get("activation_checkpointing_kwargs") or {}
+    if section.freeze and options.get("use_reentrant"):
+        what = ": use_reentrant loses gradients after layers that are frozen (optimizer.freeze)"
+        yield Fault("train.activation_checkpointing_kwargs", what, "remove use_reentrant")
+    for number, group in enumerate(section.groups):
+        if group.learning_rate is None and group.weight_decay is None:
+            what = "has no effect without a learning_rate or weight_decay"
+            yield Fault(f"optimizer.groups.{number}", what, "set one of them, or remove the group")
 
 
 def _share_faults(data: Data) -> Iterator[Fault]:

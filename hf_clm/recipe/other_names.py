@@ -17,6 +17,9 @@ ROWS = (
 NO_PADDING = "remove it: packed rows contain no padding"
 WORKERS = "remove it; hf-clm prepare RECIPE --ray local prepares the data on all cores"
 PACKED = "remove it: rows are packed by default; data.packing is none, best_fit or stream"
+GROUP = "use optimizer.groups: [{match: REGEX, learning_rate: RATE}]"
+LORA_PLUS = "use optimizer.groups: [{match: lora_B, learning_rate: RATE}], with the ratio multiplied in"
+FROZEN = "use optimizer.freeze: [REGEX], a list of regular expressions for names of weights"
 LORA = "use --lora true, or add a section lora to the recipe"
 
 # Names of transformers 4 that version 5 no longer has.
@@ -111,7 +114,13 @@ AXOLOTL = {
     "peft_use_rslora": "lora.use_rslora",
     "micro_batch_size": "train.per_device_train_batch_size",
     "num_epochs": "train.num_train_epochs",
-    "optimizer": "train.optim",
+    "optimizer": "use the section optimizer (muon, groups of weights), or train.optim",
+    "loraplus_lr_ratio": LORA_PLUS,
+    "loraplus_lr_embedding": "use optimizer.groups: [{match: lora_embedding, learning_rate: RATE}]",
+    "lr_groups": GROUP,
+    "embedding_lr": GROUP,
+    "embedding_lr_scale": GROUP,
+    "unfrozen_parameters": FROZEN,
     "lr_scheduler": "train.lr_scheduler_type",
     "evals_per_epoch": "use eval_strategy: steps and eval_steps: a number below 1 is a share of the run",
     "saves_per_epoch": "use save_strategy: steps and save_steps: a number below 1 is a share of the run",
@@ -140,6 +149,10 @@ LLAMA_FACTORY = {
     "mix_strategy": "data.mixing",
     "interleave_probs": "set a weight for each source of data.train",
     "lora_rank": "lora.r",
+    "loraplus_lr_ratio": LORA_PLUS,
+    "use_muon": "use optimizer.name: muon",
+    "freeze_trainable_layers": FROZEN,
+    "freeze_trainable_modules": FROZEN,
     "lora_target": "lora.target_modules",
     "additional_target": "lora.modules_to_save",
     "quantization_bit": "use lora.quantize: 4bit",
@@ -168,6 +181,10 @@ LITGPT = {
 }
 PYTORCH_SCRIPTS = {
     "lr": "train.learning_rate",
+    "matrix_lr": GROUP,
+    "embedding_learning_rate": GROUP,
+    "unembedding_lr": GROUP,
+    "layerwise_lr_decay": "optimizer.layer_decay",
     "batch_size": "train.per_device_train_batch_size",
     "train_batch_size": "train.per_device_train_batch_size",
     "eval_batch_size": "train.per_device_eval_batch_size",

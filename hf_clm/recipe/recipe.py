@@ -12,7 +12,7 @@ from hf_clm.errors import RecipeError
 from hf_clm.recipe.checks import recipe_faults
 from hf_clm.recipe.faults import RecipeFaults, shorten, suggest_key, to_faults
 from hf_clm.recipe.other_names import advise
-from hf_clm.recipe.sections import FACTS, REMOVED, Keys, Source, to_sources
+from hf_clm.recipe.sections import FACTS, REMOVED, Keys, Source, WeightGroup, to_sources
 from hf_clm.recipe.sections import Data as Data
 from hf_clm.recipe.shipped import find_recipe, locate
 from hf_clm.recipe.text import (
@@ -85,7 +85,12 @@ REMOVED_KEYS = {
     f"{section}.{name}": fix for name, (_, fix) in REMOVED.items() for section in ("data", "data.mixing")
 }
 # A section that is given as text stands for one of its keys: --model Qwen/Qwen2.5-0.5B.
-SHORT = {"model": "model.name_or_path", "tokenizer": "tokenizer.name_or_path", "data": "data.train"}
+SHORT = {
+    "model": "model.name_or_path",
+    "tokenizer": "tokenizer.name_or_path",
+    "data": "data.train",
+    "optimizer": "optimizer.name",
+}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, options: Sequence[str] = ()) -> Recipe:
@@ -191,8 +196,9 @@ def recipe_help() -> str:
     """Returns help for each key of a recipe: its type, default and meaning."""
     lines = ["Keys of a recipe, in YAML, or as --section.key VALUE on the command line:"]
     lines += [line for key, info in list_keys(Recipe) for line in _help_lines(f"--{key}", info)]
-    lines += ["", "Keys of a source in data.train and data.eval:"]
-    lines += [line for key, info in list_keys(Source) for line in _help_lines(key, info)]
+    for items, model in (("a source in data.train and data.eval", Source), ("optimizer.groups", WeightGroup)):
+        lines += ["", f"Keys of {items}:"]
+        lines += [line for key, info in list_keys(model) for line in _help_lines(key, info)]
     lines += ["", "Fields of transformers.TrainingArguments need no prefix: --learning_rate 1e-4"]
     return "\n".join(lines)
 

@@ -46,6 +46,7 @@ FREE, UNSEEN, ASIDE, NOT_STREAMED = Rule("free"), Rule("unseen"), Rule(decides=F
 OF_NEW_MODELS = Rule(needs={"model.init": ("scratch",)})
 OF_TRAINED_MODELS = Rule(needs={"model.init": ("pretrained",)})
 OF_WHOLE_ROWS = Rule(needs={"data.packing": ("none", "best_fit")})
+OF_MUON = Rule(needs={"optimizer.name": ("muon",)})
 OF_ANSWERS = Rule(needs={"evaluation.generate": ()})
 # Facts of a run that are compared on a resume, like the keys of its recipe.
 FACTS = {
@@ -240,6 +241,11 @@ def to_section(value: Any) -> Any:
     return {} if value is True else None if value is False else value
 
 
+def to_named(value: Any) -> Any:
+    """Converts text to a section with this name."""
+    return {"name": value} if isinstance(value, str) else value
+
+
 def to_list(value: Any) -> Any:
     """Splits text at commas."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -372,6 +378,48 @@ class Lora(Section):
     """Quantize the frozen model to 4 bits (QLoRA). Requires hf_clm[qlora]."""
 
 
+def _check_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        reason = f"expected a regular expression; got {pattern!r}: {error}"
+        raise PydanticCustomError("pattern", "{reason}", {"reason": reason}) from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
+
+
+class WeightGroup(Section):
+    match: Pattern
+    """A regular expression that is searched for in the full names of weights, such as lora_B or \\.mlp\\."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """The learning rate of these weights at the peak of the schedule. Default: train.learning_rate, with
+    layer_decay."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """The weight decay of these weights. Default: train.weight_decay, and 0 for biases and norms."""
+
+
+class OptimizerSection(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the matrices of hidden layers and AdamW for all other weights. Both use
+    train.learning_rate and train.weight_decay, and AdamW train.adam_beta1 and so on."""
+    momentum: Annotated[float, OF_MUON] = Field(default=0.95, ge=0, lt=1)
+    """The momentum of Muon."""
+    nesterov: Annotated[bool, OF_MUON] = True
+    """Whether the momentum of Muon is Nesterov's."""
+    ns_steps: Annotated[int, OF_MUON] = Field(default=5, ge=1, le=20)
+    """The number of Newton-Schulz iterations with which Muon makes an update orthogonal."""
+    groups: list[WeightGroup] = []
+    """Groups of weights with another learning rate or weight decay. A weight belongs to the first group that
+    matches it."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """The factor of the learning rate from each layer to the one below it: 1 for head and final norm,
+    layer_decay for the last layer, and the least for the embeddings."""
+    freeze: Annotated[list[Pattern], BeforeValidator(to_list)] = []
+    """Regular expressions; weights with such a name are not trained."""
+
+
 class Samples(Section):
     prompts: list[str] = Field(min_length=1)
     """Prompts to answer during training."""
@@ -440,6 +488,9 @@ class Keys(Section):
     data: Data
     lora: Annotated[Lora | None, BeforeValidator(to_section), OF_TRAINED_MODELS] = None
     """Train LoRA adapters of a frozen model: true, or a mapping. null: train all weights of the model."""
+    optimizer: Annotated[OptimizerSection | None, BeforeValidator(to_named)] = None
+    """Muon, groups of weights with learning rates of their own, frozen weights. null: train.optim updates all
+    weights alike."""
     samples: Annotated[Samples | None, FREE] = None
     """Generate text during training. null: none."""
     evaluation: Evaluation = Evaluation()

@@ -26,13 +26,19 @@ WORKERS = 2  # processes that make the batches of a GPU
 
 
 def check_launch(recipe: Recipe) -> None:
-    """Calls check_spreading before the process group is created and anything is loaded."""
+    """Calls check_spreading before the process group is created and anything is loaded.
+
+    Raises RecipeError for Muon with DeepSpeed.
+    """
     values = training_values(recipe)
     check_spreading(
         values,
         on_cpu=_is_on_cpu(values),
         generates=recipe.samples is not None or recipe.evaluation.generate > 0,
     )
+    if recipe.optimizer and recipe.optimizer.name == "muon" and spreads_with(values) == "DeepSpeed":
+        what = "needs complete matrices, and DeepSpeed gives an optimizer flat pieces of them"
+        raise RecipeError(what, where="optimizer.name", got="muon", fix="set it to adamw, or use DDP")
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:

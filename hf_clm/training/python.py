@@ -18,6 +18,7 @@ from hf_clm.generation.generate import GREEDY, generate
 from hf_clm.generation.load import LoadedRun, load_run, to_loaded_run
 from hf_clm.generation.prompts import to_prompt_example
 from hf_clm.model.attention import use_for_generation
+from hf_clm.recipe.recipe import Recipe
 from hf_clm.run_folder import RunRecord
 from hf_clm.schema import Example
 from hf_clm.training.trainer import CLMTrainer
@@ -46,6 +47,17 @@ class Additions:
             name = getattr(given, "__name__", repr(given))
             fix = "derive it from hf_clm.CLMTrainer, which is a transformers.Trainer"
             raise RecipeError("not a subclass of CLMTrainer", where="trainer_class", got=name, fix=fix)
+
+    def check(self, recipe: Recipe) -> None:
+        """Raises RecipeError for an optimizer beside that of the recipe's section ``optimizer``."""
+        own = CLMTrainer.create_optimizer
+        given = {
+            "optimizers": self.build_optimizer is not None,
+            "trainer_class": (self.trainer_class or CLMTrainer).create_optimizer is not own,
+        }
+        for where in (name for name, builds in given.items() if builds and recipe.optimizer):
+            what = "builds an optimizer, and so does the section optimizer of the recipe"
+            raise RecipeError(what, where=where, fix="remove one of them")
 
     def metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
         """Returns ``compute_metrics``, which then raises RecipeError for a result other than numbers."""

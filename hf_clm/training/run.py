@@ -94,6 +94,7 @@ def run(recipe: Recipe, *, is_terminal: bool = False, additions: Additions = NO_
     """
     first_parent()
     check_launch(recipe)
+    additions.check(recipe)
     arguments = training_arguments(recipe)
     folder = Path(str(arguments.output_dir))
     with among_others(), locked(folder, is_main=arguments.process_index == 0):
@@ -302,6 +303,7 @@ def build_trainer(
         eval_dataset=evaluated.get(EVAL, named or first_rows(train_split, watched or EVALUATED_ROWS)),
         processing_class=tokenizer,
         loss_options=LossOptions(**recipe.loss.model_dump()),
+        optimizer_section=recipe.optimizer,
         watched_rows=first_rows(train_split, watched) if watched and evaluated else None,
         answering=build_answering(recipe, arguments, tokenizer=tokenizer, splits=splits),
         answers_every=recipe.evaluation.every,

@@ -1,5 +1,6 @@
 """How the Trainer saves and resumes: sealed checkpoints, the state of a run, and uploads to the Hub."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +30,9 @@ from hf_clm.training.checkpoints import clear_place, fault_of, read_seal, rotate
 from hf_clm.training.publish import push_checkpoint, push_folder, talking_to_the_hub
 
 # Settings of an optimizer's parameter groups that come from the recipe and are also stored in checkpoints.
-SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum")
+SETTINGS = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "nesterov", "ns_steps")
+# Keys whose values decide which weights have which state. Another value starts with a new state.
+OF_STATES = re.compile(r"train\.optim|optimizer\.(name|freeze|layer_decay|groups$|groups\.\d+\.match).*")
 
 
 class SavingTrainer(Trainer):
@@ -164,7 +167,7 @@ class SavingTrainer(Trainer):
         optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
         fresh = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
-        if "train.optim" in self.overridden:
+        if any(map(OF_STATES.fullmatch, self.overridden)):
             scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)

@@ -27,6 +27,7 @@ from hf_clm.run_folder import METRICS, Counts, Proof, RunRecord, StreamTotals, i
 from hf_clm.schema import Chat
 from hf_clm.template import Template
 from hf_clm.training.arguments import count_steps, resolve, rows_per_step
+from hf_clm.training.groups import optimizer_lines
 
 # Keys of a model's config that a run sets itself, or compares elsewhere.
 NO_ARCHITECTURE = re.compile(r"_.*|.*_token_id|transformers_version|(torch_)?dtype|use_cache|architectures")
@@ -129,6 +130,7 @@ class RunFacts:
             from_scratch=self.recipe.model.init == "scratch",
             parameters=self.model.num_parameters(),
             trained_parameters=self.trained_parameters,
+            has_adapters=is_adapted(self.model),
             train=count([self.train]),
             evaluation=count(evaluations) if evaluations else None,
             unigram_entropy=self.unigram_entropy,
@@ -223,6 +225,8 @@ def start_lines(facts: RunFacts) -> list[str]:
     if facts.recipe.lora:
         trained = facts.trained_parameters
         lines.append(f"lora      {trained:,} trainable parameters, {trained / model.num_parameters():.2%}")
+    if facts.recipe.optimizer:
+        lines += optimizer_lines(model, facts.recipe.optimizer)
     for name, split in facts.evaluations.items():
         lines.append(f"{name:<9} {_describe(split)}")
     if facts.recipe.stage == "pretrain":

@@ -43,10 +43,12 @@ from hf_clm.model.loss import (
 from hf_clm.model.router_loss import RouterLoss
 from hf_clm.pages.labels import write_labels
 from hf_clm.pages.rows import Vocabulary, to_rows
+from hf_clm.recipe.sections import OptimizerSection
 from hf_clm.training.callbacks import SkippedStepsCallback, ends_epoch
 from hf_clm.training.evaluating import EvaluatingTrainer
 from hf_clm.training.faults import checkpoint_bytes, writing
 from hf_clm.training.finite import FiniteGuard, WatchedStep, skip_update
+from hf_clm.training.groups import build_optimizer
 from hf_clm.training.saving import settle_precision
 
 # Indices of the counts since the last log event.
@@ -68,12 +70,20 @@ class CLMTrainer(EvaluatingTrainer):
     labels, divided by the sum of the weights. Evaluation and token_accuracy count every label once.
 
     Args:
-        loss_options: additional terms of the loss; the label smoothing comes from the arguments. See
+        loss_options: additional terms of the loss; the label smoothing comes from the arguments.
+        optimizer_section: the optimizer and its groups of weights; None: as the arguments say. See
             EvaluatingTrainer, SavingTrainer and the Trainer for the other arguments.
     """
 
-    def __init__(self, *args: Any, loss_options: LossOptions | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        loss_options: LossOptions | None = None,
+        optimizer_section: OptimizerSection | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
+        self.optimizer_section = optimizer_section
         self.label_names = [*self.label_names, "weights"]  # remove_unused_columns drops other columns
         settle_precision(self.accelerator)
         if self.accelerator.ddp_handler is not None:  # without it, DDP copies the gradients into its buckets
@@ -101,6 +111,14 @@ class CLMTrainer(EvaluatingTrainer):
         self._step_loss: torch.Tensor | float = 0.0
         self._step_batches: list[dict[str, Any]] = []
         self._guard = FiniteGuard(self.args.device, defers=self.args.device.type != "cpu")
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        model = self.model if model is None else model
+        if self.optimizer is None and self.optimizer_section:
+            names = self.get_decay_parameter_names(model)
+            section = self.optimizer_section
+            self.optimizer = build_optimizer(model, section=section, arguments=self.args, decaying=names)
+        return super().create_optimizer(model)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         assert self.peak_flops > 0  # measures it now rather than in the first steps

@@ -34,6 +34,7 @@ def build_recipe(**sections: Any) -> tuple[Recipe, TrainingArguments]:
         "model": {"name_or_path": "some/model"} | sections.get("model", {}),
         "data": {"train": ["rows.jsonl"], "max_length": 16, "packing": "none"} | sections.get("data", {}),
         "train": train,
+        "optimizer": sections.get("optimizer"),
     }
     return Recipe.model_validate(content), TrainingArguments(**train)
 
@@ -67,7 +68,11 @@ def test_the_longest_rows_come_first():
         ({}, "eval_tokens", 35),  # up to 8 rows, of which there are 4
         ({"train": {"bf16": True}}, "autocast", "bfloat16"),
         ({}, "autocast", None),
-        ({"train": {"optim": "sgd"}}, "optimizer", "sgd"),
+        ({"train": {"optim": "sgd"}}, "optimizer_states", 0.0),
+        ({}, "optimizer_states", 2.0),
+        # 18,432 of 35,360 parameters are in matrices of the layers, 16,640 in embeddings and head
+        ({"optimizer": {"name": "muon"}}, "optimizer_states", (18_432 + 2 * 16_928) / 35_360),
+        ({"optimizer": {"freeze": ["embed_tokens", "lm_head"]}}, "trained", 18_720 / 35_360),
         ({"train": {"gradient_accumulation_steps": 2}}, "accumulates", True),
         ({"model": {"dtype": "bfloat16"}}, "dtype", "bfloat16"),
         ({}, "device", "cpu"),

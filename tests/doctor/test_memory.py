@@ -89,8 +89,8 @@ def test_each_part_is_counted():
 @pytest.mark.parametrize(
     ("part", "changes", "count"),
     [
-        ("optimizer", {"optimizer": "sgd"}, 0),
-        ("gradients", {"frozen": True}, 0),
+        ("optimizer", {"optimizer_states": 0.0}, 0),
+        ("gradients", {"trained": 0.0}, 0),
         (
             "micro_step",
             {"chunked_loss": True},

@@ -201,7 +201,7 @@ def test_a_recipe_is_planned_with_its_model_and_rows(tmp_path):
 def test_a_recipe_determines_optimizer_and_precision(tmp_path):
     _, step = read_model(build_recipe(tmp_path, [], train={"optim": "sgd"}))
 
-    assert (step.optimizer, step.autocast) == ("sgd", None)  # the recipe has bf16: false
+    assert (step.optimizer_states, step.autocast) == (0.0, None)  # the recipe has bf16: false
 
 
 def test_adapters_are_not_supported(tmp_path):

@@ -87,6 +87,29 @@ def test_another_optimizer_starts_with_a_new_state(place, half):
     assert "momentum" in groups(place / "run", 8)[0]
 
 
+def test_other_settings_of_muon_keep_its_state(tmp_path):
+    groups_of = {"name": "muon", "groups": [{"match": "mlp", "learning_rate": 4e-3}]}
+    train(dropout_recipe(tmp_path, train=LINEAR | {"max_steps": 4}, optimizer=groups_of))
+    changed = {**groups_of, "momentum": 0.5, "groups": [{"match": "mlp", "learning_rate": 8e-3}]}
+    keys = ("max_steps", "optimizer.momentum", "optimizer.groups.0.learning_rate")
+
+    go_on(tmp_path, *keys, train=MORE, optimizer=changed)
+
+    saved = torch.load(tmp_path / "run" / "checkpoint-8" / "optimizer.pt")
+    assert {group["momentum"] for group in saved["param_groups"] if "momentum" in group} == {0.5}
+    assert {group["initial_lr"] for group in saved["param_groups"]} == {1e-2, 8e-3}
+    assert {int(state["step"]) for state in saved["state"].values() if "step" in state} == {8}
+
+
+def test_other_groups_of_weights_start_with_a_new_state(place):
+    go_on(place, "max_steps", "optimizer", train=MORE, optimizer={"name": "muon", "layer_decay": 0.5})
+
+    saved = torch.load(place / "run" / "checkpoint-8" / "optimizer.pt")
+    rates = sorted({group["initial_lr"] for group in saved["param_groups"]})
+    assert rates == [0.00125, 0.0025, 0.005, 0.01]  # embeddings, first layer, last layer, final norm
+    assert {int(state["step"]) for state in saved["state"].values() if "step" in state} == {4}
+
+
 def test_a_schedule_that_depends_on_the_loss_cannot_be_added(place):
     settings = MORE | {"lr_scheduler_type": "reduce_lr_on_plateau"}
     settings |= {"eval_strategy": "steps", "eval_steps": 4, "metric_for_best_model": "loss"}

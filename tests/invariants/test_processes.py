@@ -106,6 +106,24 @@ def test_the_evaluation_of_two_processes_equals_that_of_the_plain_model(runs):
 
 
 @pytest.mark.slow
+def test_two_processes_update_with_muon_like_one(tmp_path):
+    """Muon iterates in bfloat16, so sums of gradients in another order are rounded to other updates."""
+    section = "optimizer: {name: muon, layer_decay: 0.8, freeze: [embed]}\ntrain:"
+    recipe = RECIPE.replace("samples: {prompts: [say 2], max_new_tokens: 3}\ntrain:", section)
+    alone, two = (prepare(tmp_path / name, recipe) for name in ("alone", "two"))
+
+    train_on_two(two)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(alone)
+        assert main(["train", "recipe.yaml", *BATCH, "4", *EVAL_BATCH, "4"]) == 0
+
+    one, other = read_metrics(alone), read_metrics(two)
+    for key in ("loss", "grad_norm", "eval_loss"):
+        values = [entry[key] for entry in one if key in entry]
+        assert [entry[key] for entry in other if key in entry] == pytest.approx(values, rel=1e-3), key
+
+
+@pytest.mark.slow
 def test_metrics_are_communicated_once_per_log_event_and_a_single_row_is_evaluated(tmp_path):
     folder = prepare(tmp_path / "two")
     write_jsonl(folder / "eval.jsonl", [HELD_OUT[2]])  # 1 row, 6 letters and the end token

@@ -16,13 +16,27 @@ from hf_clm.training.run import train
 RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 14)]
 
 
-def build_recipe(folder: Path, *, dropout: float = 0.1, **settings: Any) -> Recipe:
+SECTIONS = {
+    "muon": {
+        "name": "muon",
+        "groups": [{"match": "mlp", "learning_rate": 3e-3, "weight_decay": 0.1}],
+        "freeze": ["wpe"],
+        "layer_decay": 0.8,
+    },
+    "adamw": {"groups": [{"match": r"\.h\.0\.", "learning_rate": 1e-3}]},
+}
+
+
+def build_recipe(
+    folder: Path, *, dropout: float = 0.1, optimizer: dict[str, Any] | None = None, **settings: Any
+) -> Recipe:
     """Builds a recipe with 13 rows and 2 x 2 per step: 10 steps reach the third epoch; dropout everywhere."""
     model = tiny_model("gpt2", resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
     name = save_folder(folder / "model", model, byte_tokenizer())
     defaults = {"max_steps": 10, "learning_rate": 1e-2, "gradient_accumulation_steps": 2}
     defaults |= {"save_strategy": "steps", "save_steps": 5, "dataloader_num_workers": 0}
-    return helpers.build_recipe(folder, RECORDS, model={"name_or_path": name}, train=defaults | settings)
+    sections: dict[str, Any] = {"model": {"name_or_path": name}, "optimizer": optimizer}
+    return helpers.build_recipe(folder, RECORDS, **sections, train=defaults | settings)
 
 
 def read_logs(folder: Path) -> dict[int, dict[str, Any]]:
@@ -30,15 +44,16 @@ def read_logs(folder: Path) -> dict[int, dict[str, Any]]:
     return {entry["step"]: entry for entry in entries if "loss" in entry}
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor"])
-def test_five_steps_and_five_more_equal_ten(tmp_path, optim):
-    train(build_recipe(tmp_path, optim=optim))
+@pytest.mark.parametrize("name", ["adamw_torch_fused", "adafactor", *SECTIONS])
+def test_five_steps_and_five_more_equal_ten(tmp_path, name):
+    optimizer: dict[str, Any] = {"optimizer": SECTIONS[name]} if name in SECTIONS else {"optim": name}
+    train(build_recipe(tmp_path, **optimizer))
     checkpoint = str(tmp_path / "run" / "checkpoint-5")
     torch.manual_seed(987)  # a new process has another random state
 
     train(
         build_recipe(
-            tmp_path, optim=optim, output_dir=str(tmp_path / "second"), resume_from_checkpoint=checkpoint
+            tmp_path, output_dir=str(tmp_path / "second"), resume_from_checkpoint=checkpoint, **optimizer
         )
     )
 

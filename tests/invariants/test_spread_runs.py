@@ -30,8 +30,11 @@ CASES = {
     "tied": (TIED, [], CHECKPOINTING),
     "in parts": (TIED, [], {"type: FULL_STATE_DICT": "type: SHARDED_STATE_DICT"}),
     "lora": ({}, ["--lora", "{r: 4}"], {}),
+    "muon": ({}, ["--optimizer", "{name: muon, freeze: [embed], layer_decay: 0.9}"], {}),
     "hybrid": ({}, [*BATCH, "1", *EVAL_BATCH, "1"], {"num_processes: 2": f"num_processes: 4\n{HYBRID}"}),
 }
+# Muon iterates in bfloat16, so sums of gradients in another order are rounded to other updates.
+TOLERANCES = {"muon": (1e-3, 8e-3)}
 SAME_ALONE = {"in parts": "tied", "hybrid": "untied"}
 
 
@@ -93,28 +96,30 @@ def test_a_sharded_run_equals_the_run_of_one_process(run_once, case):
     if case == "lora":
         pytest.importorskip("peft")
     alone, two = run_once("alone", case), run_once("spread", case)
+    rel, atol = TOLERANCES.get(case, (1e-5, 1e-4))
 
     expected, result = read_metrics(alone), read_metrics(two)
     for key in ("loss", "grad_norm", "eval_loss", "token_accuracy", "tokens_seen"):
         values = [entry[key] for entry in expected if key in entry]
         assert len(values) >= 3, key
-        assert [entry[key] for entry in result if key in entry] == pytest.approx(values, rel=1e-5), key
+        assert [entry[key] for entry in result if key in entry] == pytest.approx(values, rel=rel), key
     one, other = load_weights(alone), load_weights(two)
     assert sorted(one) == sorted(other)
     for name, weight in one.items():
-        torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=atol)
     if case != "lora":
         AutoModelForCausalLM.from_pretrained(two / "run")
 
 
-@pytest.mark.parametrize("case", ["tied", "in parts"])
+@pytest.mark.parametrize("case", ["tied", "in parts", "muon"])
 def test_a_sharded_run_resumes_exactly(run_once, tmp_path, case):
     whole = run_once("spread", case)
     again = shutil.copytree(whole, tmp_path / "again")
     shutil.rmtree(again / "run" / "checkpoint-8")
     (again / "run" / "model.safetensors").unlink()
 
-    spread(again, "--resume_from_checkpoint", "run/checkpoint-4", changes=CASES[case][2])
+    _, words, changes = CASES[case]
+    spread(again, *words, "--resume_from_checkpoint", "run/checkpoint-4", changes=changes)
 
     expected, result = load_weights(whole), load_weights(again)
     same = {name: torch.equal(result[name], weight) for name, weight in expected.items()}

@@ -92,6 +92,7 @@ LORA = {"lora": {"r": 2}, "train.learning_rate": 0.1}
 SAMPLED = {"samples": {"prompts": ["say 2"], "max_new_tokens": 2}}
 STREAM = {"data.streaming": True, "train.max_steps": 2}
 SGD = {"train.optim": "sgd"}
+MUON = {"optimizer": {"name": "muon"}}
 
 TRAIN = {
     "output_dir": Shown("{folder}/elsewhere", "places"),
@@ -271,6 +272,13 @@ RECIPE = {
     "lora.use_dora": Shown(True, "adapter", LORA),
     "lora.use_rslora": Shown(True, "adapter", LORA),
     "lora.quantize": Shown("4bit", "error", LORA),
+    "optimizer.name": Shown("muon", "weights"),
+    "optimizer.momentum": Shown(0.5, "weights", {**MUON, "train.max_steps": 3}),
+    "optimizer.nesterov": Shown(False, "weights", {**MUON, "train.max_steps": 3}),
+    "optimizer.ns_steps": Shown(2, "weights", MUON),
+    "optimizer.groups": Shown([{"match": "mlp", "learning_rate": 0.1}], "weights", MUON),
+    "optimizer.layer_decay": Shown(0.5, "weights"),
+    "optimizer.freeze": Shown(["mlp"], "weights"),
     "samples.prompts": Shown(["say 3"], "samples", SAMPLED),
     "samples.every_steps": Shown(1, "samples", SAMPLED),
     "samples.every_epoch": Shown(
