@@ -71,11 +71,11 @@ def run_stage(name: str, *, is_miniature: bool) -> dict[str, Any]:
 def run_speed(name: str, folder: Path, *, is_miniature: bool) -> dict[str, Any]:
     from gpu_speed import CASES, MINIATURES, Plan, measure_arm, sweep
 
-    on_cpu = {"use_cpu": True, "dataloader_pin_memory": False, "torch_compile_backend": "aot_eager"}
-    plan = Plan(3, 2, on_cpu) if is_miniature else Plan(10, 15, {})
+    on_cpu = {"use_cpu": True, "dataloader_pin_memory": False}
+    plan = Plan(3, 2, "aot_eager", on_cpu) if is_miniature else Plan(10, 15, "inductor", {})
     if name == "sweep":
         case = CASES["tiny-sft" if is_miniature else "qwen2.5-0.5b-sft"]
-        short = Plan(2, 2, plan.values)
+        short = Plan(2, 2, plan.backend, plan.values)
         return sweep(case, short, folder, sizes=(1, 2) if is_miniature else (4, 8, 16, 32))
     case, arm = name.split()
     return measure_arm(CASES[MINIATURES[case] if is_miniature else case], plan, arm, folder)
@@ -136,7 +136,9 @@ def judge(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _agree(arms: list[list[list[float]]]) -> bool | None:
     """Returns whether all arms logged the same losses, as ``[step, loss]``; None for a single arm."""
-    gaps = [abs(a[1] - b[1]) / b[1] for other in arms[1:] for a, b in zip(other, arms[0], strict=True)]
+    first, *others = map(dict, arms) if arms else [{}]
+    pairs = [(loss, first[step]) for other in others for step, loss in other.items() if step in first]
+    gaps = [abs(a - b) / b for a, b in pairs]
     return max(gaps) <= LOSS_TOLERANCE if gaps else None
 
 

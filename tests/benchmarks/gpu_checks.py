@@ -21,7 +21,7 @@ WIDTHS = {64: True, 128: True, 100: False, 512: False}  # whether the fused kern
 LENGTHS = (500, 17, 1, 300, 206)
 ERROR = 2e-2  # of bfloat16 attention, relative: 8 bits
 LOSS_ERROR, GRADIENT_ERROR = 1e-3, 2e-2
-LEARNED = [(f"say {n}\n", "xyz"[: n % 3 + 1] * n) for n in range(1, 9)]
+LEARNED = [(f"say {n}\n", "xyz"[n % 3] * 4) for n in range(1, 9)]
 RECIPE = """\
 stage: sft
 model: {name_or_path: model}
@@ -37,7 +37,7 @@ train:
   learning_rate: 1e-2
   lr_scheduler_type: cosine
   warmup_steps: 4
-  per_device_train_batch_size: 1
+  per_device_train_batch_size: 4
   logging_steps: 10
   eval_strategy: "no"
   save_strategy: steps
@@ -198,30 +198,36 @@ def train(kind: str, folder: Path, *, is_miniature: bool) -> dict[str, Any]:
         _write_inputs(folder / name)
     command, changes = _command(kind, is_miniature=is_miniature)
     words = [*command, "train", "recipe.yaml", *changes]
-    killed = subprocess.Popen(words, **_options(folder / "second"), start_new_session=True)
-    _launch(words, folder / "first")
-    first = folder / "first" / "run"
+    first, second = (folder / name / "run" for name in ("first", "second"))
+    killed = _start(words, second.parent)
+    straight = _start(words, first.parent)
     if kind == "train":
-        _kill(killed, folder / "second" / "run" / "checkpoint-20")
-    killed.wait()
+        while killed.poll() is None and not (second / "checkpoint-20").is_dir():
+            time.sleep(0.01)
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+        assert killed.returncode == -signal.SIGKILL, "the run ended before it was killed"
+    else:
+        _end(killed, second.parent)
+    _end(straight, first.parent)
     resumed = words
     if kind != "train":  # a launcher's processes survive it: as if the end had been lost
-        shutil.rmtree(folder / "second" / "run" / "checkpoint-120")
-        for path in (folder / "second" / "run").glob("*model.safetensors"):
+        shutil.rmtree(second / "checkpoint-120")
+        for path in second.glob("*model.safetensors"):
             path.unlink()
         resumed = [*words, "--resume_from_checkpoint", "run/checkpoint-20"]
-    _launch(resumed, folder / "second")
+    _end(_start(resumed, second.parent), second.parent)
     evaluations, speed, peak = _figures(first)
-    _, then = LEARNED[4]
-    words = [sys.executable, "-m", "hf_clm", "generate", "run", "--prompt", LEARNED[4][0], "--json"]
+    prompt, completion = LEARNED[4]
+    words = [sys.executable, "-m", "hf_clm", "generate", "run", "--prompt", prompt, "--json"]
     words += ["--max_new_tokens", "16", *(["--device", "cpu"] if is_miniature else [])]
-    answer = json.loads(_launch(words, folder / "first").splitlines()[-1])
-    difference = _largest_difference(first, folder / "second" / "run")
+    answer = json.loads(_end(_start(words, first.parent), first.parent).splitlines()[-1])
+    difference = _largest_difference(first, second)
     record = json.loads((first / "run.json").read_text())
     gates = {
         "learned": evaluations[-1] < (0.9 if kind == "qlora" else 0.5) * evaluations[0],
         "resume_is_the_same": difference < 1e-3,
-        "answers": None if kind == "qlora" else then in json.dumps(answer),
+        "answers": None if kind == "qlora" else answer["text"] == completion,
         "opens_the_same": None if kind != "train" else bool(record["proof"].get("round_trip")),
     }
     return {
@@ -263,29 +269,29 @@ def _command(kind: str, *, is_miniature: bool) -> tuple[list[str], list[str]]:
     return [sys.executable, *words, *program], [*changes, "--doctor.round_trip", "off"]
 
 
-def _options(folder: Path) -> dict[str, Any]:
+def _start(words: list[str], folder: Path) -> subprocess.Popen[str]:
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     settings = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
     settings["HF_CLM_CACHE"] = str(folder / "cache")
-    log = (folder / "log.txt").open("ab")
-    return {"cwd": folder, "env": os.environ | settings, "stderr": log, "stdout": subprocess.PIPE}
+    with (folder / "log.txt").open("a") as log:
+        return subprocess.Popen(
+            words,
+            cwd=folder,
+            env=os.environ | settings,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+        )
 
 
-def _launch(words: list[str], folder: Path) -> str:
-    """Runs a command and returns its output; prints the end of its log if it fails."""
-    done = subprocess.run(words, **_options(folder), check=False)
-    if done.returncode:
+def _end(process: subprocess.Popen[str], folder: Path) -> str:
+    """Waits for a process and returns its output. Raises RuntimeError with the end of its log if it fails."""
+    output = process.communicate()[0]
+    if process.returncode:
         log = (folder / "log.txt").read_text(errors="replace")
-        raise RuntimeError(f"{' '.join(words[1:])}: exit code {done.returncode}: {log[-800:]}")
-    return done.stdout.decode()
-
-
-def _kill(process: Any, checkpoint: Path) -> None:
-    """Kills a run at a checkpoint, without a warning."""
-    while process.poll() is None and not checkpoint.is_dir():
-        time.sleep(0.01)
-    assert process.poll() is None, f"the run ended before {checkpoint.name}"
-    os.killpg(process.pid, signal.SIGKILL)
+        raise RuntimeError(f"exit code {process.returncode}: {log[-1200:]}")
+    return output
 
 
 def _figures(run: Path) -> tuple[list[float], float, int]:

@@ -4,8 +4,8 @@ Every arm trains from the same weights on the same rows in the same order, in bf
 AdamW: WARM_UP steps, then 3 windows of equal length, with a synchronisation at the edges of a window only.
 Two further steps count where the program waits for the GPU, and the next one is profiled.
 
-FLOP are those that the task needs, the same for every arm (hf_clm/model/flops.py): none for padding, and half of
-a square for causal attention. GPT-2 124M at 1024 needs 0.80 GFLOP a token, Qwen2.5-0.5B at 2048 at most 3.23.
+FLOP are those that the task needs, the same for every arm (hf_clm/model/flops.py): none for padding, and half
+of a square for causal attention. A token of GPT-2 124M at 1024 needs 0.80 GFLOP, of Qwen2.5-0.5B at most 3.23.
 """
 
 import gc
@@ -67,11 +67,23 @@ MINIATURES = {"gpt2-124m": "tiny-gpt2", "qwen2.5-0.5b-sft": "tiny-sft", "tiny-sf
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of an arm. ``values``: those of train and of TrainingArguments that every arm takes."""
+    """The steps of an arm. ``values``: further fields of train and of TrainingArguments, for all arms."""
 
     warm_up: int
     window: int
+    backend: str
     values: dict[str, Any]
+
+    def to_values(self, *, compiles: bool) -> dict[str, Any]:
+        """Returns the fields of train and of TrainingArguments that all arms share."""
+        values = {"learning_rate": 3e-4, "lr_scheduler_type": "constant", "warmup_steps": 0}
+        values |= {
+            "logging_first_step": True,
+            "save_strategy": "no",
+            "max_steps": self.edges[-1] + AFTERWARDS,
+        }
+        values |= {"train_sampling_strategy": "sequential", "torch_compile": compiles}
+        return values | self.values | ({"torch_compile_backend": self.backend} if compiles else {})
 
     @property
     def edges(self) -> list[int]:
@@ -167,7 +179,7 @@ class Watch(TrainerCallback):
         return {"busy_share": busy, "kernels_seconds": dict(slowest[:12]), "attention_kernels": names}
 
 
-def build_recipe(case: Case, plan: Plan, folder: Path, **train: Any) -> Recipe:
+def build_recipe(case: Case, folder: Path, **train: Any) -> Recipe:
     """Returns the recipe of a case, with its rows and tokenizer written to ``folder``."""
     build_tokenizer(case.config["vocab_size"]).save_pretrained(folder / "tokenizer")
     draw, wanted = np.random.default_rng(0), 20 * case.rows * case.max_length  # tokens of 20 steps
@@ -182,9 +194,7 @@ def build_recipe(case: Case, plan: Plan, folder: Path, **train: Any) -> Recipe:
             ids = [*draw.integers(FIRST, case.config["vocab_size"], length - 1).tolist(), EOS]
             prompt = max(1, round(length * (1 - TARGET_SHARE))) if case.stage == "sft" else 0
             file.write(json.dumps({"input_ids": ids, "labels": [IGNORE] * prompt + ids[prompt:]}) + "\n")
-    steps = plan.edges[-1] + AFTERWARDS
-    values = {"per_device_train_batch_size": case.rows, "learning_rate": 3e-4, "max_steps": steps}
-    values |= {"train_sampling_strategy": "sequential", "save_strategy": "no", "eval_on_start": False}
+    values = {"per_device_train_batch_size": case.rows, "eval_on_start": False, **train}
     data = {"train": [{"path": str(folder / "rows.jsonl"), "format": "tokenized"}], "packing": "best_fit"}
     sections = {
         "stage": case.stage,
@@ -192,21 +202,23 @@ def build_recipe(case: Case, plan: Plan, folder: Path, **train: Any) -> Recipe:
         "tokenizer": {"name_or_path": str(folder / "tokenizer")},
         "data": {**data, "max_length": case.max_length, "cache_dir": str(folder / "prepared")},
         "doctor": {"self_test": False, "round_trip": "off"},
-        "train": {"output_dir": str(folder / "run"), **values, **plan.values, **train},
+        "train": {"output_dir": str(folder / "run"), **values},
     }
     return Recipe.model_validate(sections)
 
 
-def run_ours(case: Case, plan: Plan, folder: Path, **train: Any) -> dict[str, Any]:
+def run_ours(case: Case, plan: Plan, folder: Path, *, compiles: bool, **train: Any) -> dict[str, Any]:
     """Trains as ``hf-clm train`` does."""
     watch = Watch(plan, case)
-    run(build_recipe(case, plan, folder, **train), additions=Additions(callbacks=[watch]))
+    recipe = build_recipe(case, folder, **plan.to_values(compiles=compiles), **train)
+    run(recipe, additions=Additions(callbacks=[watch]))
     return watch.result
 
 
 def run_stock(case: Case, plan: Plan, folder: Path, *, compiles: bool) -> dict[str, Any]:
     """Trains with ``transformers.Trainer`` on the packed rows; sdpa isolates documents by position_ids."""
-    recipe = build_recipe(case, plan, folder)
+    values = plan.to_values(compiles=compiles)
+    recipe = build_recipe(case, folder, **values)
     model_section = recipe.model.model_copy(update={"attention": "sdpa"})
     recipe = recipe.model_copy(update={"model": model_section})
     settled = training_arguments(recipe)
@@ -218,17 +230,12 @@ def run_stock(case: Case, plan: Plan, folder: Path, *, compiles: bool) -> dict[s
         output_dir=str(folder / "run"),
         per_device_train_batch_size=case.stock_rows,
         gradient_accumulation_steps=case.rows // case.stock_rows,
-        max_steps=settled.max_steps,
-        learning_rate=settled.learning_rate,
         bf16=settled.bf16,
-        torch_compile=compiles,
         logging_steps=settled.logging_steps,
-        train_sampling_strategy="sequential",
-        save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        **plan.values,
+        **values,
     )
     watch, collate = Watch(plan, case), PaddedRows(case)
     Trainer(model, arguments, data_collator=collate, train_dataset=rows, callbacks=[watch]).train()
@@ -263,7 +270,7 @@ def measure_arm(case: Case, plan: Plan, arm: str, folder: Path) -> dict[str, Any
     compiles = arm.endswith("-compile")
     if arm.startswith("stock"):
         return run_stock(case, plan, folder, compiles=compiles)
-    return run_ours(case, plan, folder, torch_compile=compiles)
+    return run_ours(case, plan, folder, compiles=compiles)
 
 
 def sweep(case: Case, plan: Plan, folder: Path, *, sizes: tuple[int, ...]) -> dict[str, Any]:
@@ -274,7 +281,7 @@ def sweep(case: Case, plan: Plan, folder: Path, *, sizes: tuple[int, ...]) -> di
         place.mkdir()
         accumulation = max(1, case.rows // rows)
         values = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
-        result = run_ours(case, plan, place, torch_compile=False, **values)
+        result = run_ours(case, plan, place, compiles=False, **values)
         keys = ("micro_batch", "tokens_per_second", "peak_memory_bytes", "busy_share")
         found.append({key: result[key] for key in keys})
         gc.collect()

@@ -53,7 +53,7 @@ class FakeGpu(TorchDispatchMode):
         return result
 
     def _record_copy(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Records a copy between host and GPU, unless it is non-blocking and its end on the host is pinned."""
+        """Records a copy between host and GPU, unless it is non-blocking and the host side is pinned."""
         if func is torch.ops.aten.copy_.default:  # (to, source, non_blocking)
             to, source = args[0].device, args[1]
             host, is_free = args[to.type == "cuda"], (*args, False)[2] or kwargs.get("non_blocking")
@@ -61,7 +61,7 @@ class FakeGpu(TorchDispatchMode):
             to, source = torch.device(kwargs.get("device") or args[0].device), args[0]
             host, is_free = source, kwargs.get("non_blocking")
         kinds = (source.device.type, to.type)
-        if kinds == ("cuda", "cuda") or is_free and host.device.type == "cpu" and host.is_pinned():
+        if kinds == ("cuda", "cuda") or (is_free and host.device.type == "cpu" and host.is_pinned()):
             return
         if to.type == "cpu":
             self.reads.append(_caller())
