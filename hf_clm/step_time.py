@@ -127,11 +127,15 @@ def time_parts(trainer: CLMTrainer, clock: StepClock) -> str:
     ]
     for owner, name, part in calls:
         setattr(owner, name, clock.timed(part, getattr(owner, name)))
-    if trainer.target_loss is None and trainer.args.torch_compile:
+    loss: Any = trainer.target_loss
+    if loss is not None:
+        loss._measure = torch.compiler.disable(clock.timed("loss", loss._measure))
+        return "with its gradients"
+    if trainer.args.torch_compile:
         return "compiled into forward"
     model = without_adapters(trainer.accelerator.unwrap_model(trainer.model))
-    model.loss_function = torch.compiler.disable(clock.timed("loss", model.loss_function))
-    return "with its gradients" if trainer.target_loss else ""
+    model.loss_function = clock.timed("loss", model.loss_function)
+    return ""
 
 
 def to_shares(seconds: dict[str, float]) -> dict[str, float]:
@@ -163,9 +167,9 @@ def advise(
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     rules = [
         (
-            is_large["input"],
-            f"input: set train.dataloader_num_workers to {workers + 2}, so that more batches are collated"
-            " while the model computes",
+            is_large["input"] and workers < cores,
+            f"input: set train.dataloader_num_workers to {min(workers + 2, cores)}, so that more"
+            " batches are collated while the model computes",
         ),
         (padding > PADDED, f"padding: {padding:.0%} of all positions; set data.packing to best_fit"),
         (
@@ -213,6 +217,7 @@ def advise(
 
 
 def _seconds_between(begin: float | torch.Event, end: float | torch.Event) -> float:
-    if isinstance(begin, torch.Event):
+    if isinstance(begin, torch.Event) and isinstance(end, torch.Event):
         return begin.elapsed_time(end) / 1000
+    assert isinstance(begin, float) and isinstance(end, float)
     return end - begin

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, Trai
 from hf_clm import step_time as module
 from hf_clm.bench import WINDOWS, WindowCallback
 from hf_clm.data.batch.collators import DataCollatorForCausalLM
+from hf_clm.model import loss
 from hf_clm.step_time import PARTS, StepClock, StepTime, advise
 from hf_clm.training.trainer import CLMTrainer
 
@@ -21,9 +22,9 @@ SECONDS = {"input": 0.1, "forward": 0.3, "loss": 0.0, "backward": 0.4, "optimize
 
 def run_step(clock: StepClock) -> dict[str, float]:
     """A forward with a loss inside, from 1 to 7 on a clock that is read once for each mark."""
-    loss = clock.timed("loss", lambda: None)
+    compute_loss = clock.timed("loss", lambda: None)
     clock.start()
-    clock.timed("forward", loss)()
+    clock.timed("forward", compute_loss)()
     return clock.stop()
 
 
@@ -81,7 +82,7 @@ class SleepyCallback(TrainerCallback):
 
 
 @pytest.mark.parametrize("kind", ["llama", "cohere"])  # cohere scales its logits, so it needs its own loss
-def test_each_delay_shows_in_its_part_once_for_each_micro_batch(tmp_path, kind):
+def test_each_delay_shows_in_its_part_once_for_each_micro_batch(tmp_path, monkeypatch, kind):
     sizes: Any = {**SIZES["llama"], "vocab_size": 260}
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
     arguments = TrainingArguments(
@@ -105,7 +106,10 @@ def test_each_delay_shows_in_its_part_once_for_each_micro_batch(tmp_path, kind):
         callbacks=[SleepyCallback()],
     )
     model.model.register_forward_pre_hook(lambda *_: time.sleep(0.025))
-    model.loss_function = sleepy(0.03, model.loss_function)
+    if trainer.target_loss:
+        monkeypatch.setattr(loss, "measure_targets", sleepy(0.03, loss.measure_targets))
+    else:
+        model.loss_function = sleepy(0.03, model.loss_function)
     model.model.norm.weight.register_hook(lambda gradient: time.sleep(0.035))
     windows = WindowCallback(trainer)
     trainer.add_callback(windows)
@@ -158,11 +162,11 @@ def advice_for(
 
 @pytest.fixture
 def plain_machine(monkeypatch):
-    """A machine of one idle core without bfloat16."""
-    monkeypatch.setattr(module, "usable_cores", lambda: 1)
+    """A machine of four cores without bfloat16, which does nothing else."""
+    monkeypatch.setattr(module, "usable_cores", lambda: 4)
     monkeypatch.setattr(module, "has_bf16", lambda device: False)
-    monkeypatch.setattr("os.getloadavg", lambda: (1.0, 1.0, 1.0))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr("os.getloadavg", lambda: (4.0, 4.0, 4.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +181,7 @@ def plain_machine(monkeypatch):
                 " model computes"
             ],
         ),
+        ({"input": 0.4}, {"dataloader_num_workers": 4}, []),  # on four cores
         (
             {},
             {"padding": 0.48},
@@ -238,6 +243,6 @@ def test_the_advice_for_a_machine_is_about_its_precision_and_its_cores(tmp_path,
 
     assert advice_for(tmp_path, {}) == [
         "precision: float32, but this machine has bfloat16, which is faster; set train.bf16 to true",
-        "cores: 1 of 8 in use; unset OMP_NUM_THREADS or raise it",
+        "cores: 4 of 8 in use; unset OMP_NUM_THREADS or raise it",
         "cores: other programs use them (load average 14 on 8); measure again when idle",
     ]
