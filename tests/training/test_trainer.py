@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM
 from hf_clm.errors import DivergedError, ExitCode
 from hf_clm.model.flops import FlopCount
+from hf_clm.training.finite import FiniteGuard
 from hf_clm.training.trainer import CLMTrainer
 
 ROWS = [
@@ -137,6 +138,51 @@ def test_a_non_finite_loss_stops_before_the_weights_change(tmp_path):
     for name, value in trainer.model.state_dict().items():
         assert torch.isfinite(value).all(), name
         assert torch.equal(value, weights.after[0][name]), name
+
+
+def spoil_gradient(model: PreTrainedModel, *, step: int) -> None:
+    """Makes the gradients of one step NaN. A backward pass is a step."""
+    passes = iter(range(1, 100))
+    weight = model.get_input_embeddings().weight
+    weight.register_hook(lambda gradient: gradient * (math.nan if next(passes) == step else 1.0))
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_on_a_gpu_a_step_is_checked_during_the_next_and_nothing_is_saved_in_between(
+    tmp_path, monkeypatch, strategy
+):
+    """Fused AdamW skips the update of step 3. The run stops in step 4, or before the checkpoint of step 3."""
+    monkeypatch.setattr(
+        "hf_clm.training.trainer.FiniteGuard", lambda device, defers: FiniteGuard(device, defers=True)
+    )
+    weights, model = Weights(), tiny_model()
+    spoil_gradient(model, step=3)
+    every = {"save_strategy": strategy, "save_steps": 1, "logging_steps": 100, "max_steps": 5}
+    trainer = build_trainer(tmp_path, model, ROWS, **every)
+    trainer.add_callback(weights)
+
+    with pytest.raises(DivergedError) as error:
+        trainer.train()
+
+    assert str(error.value).startswith("step 3: the loss or its gradient is not finite; the last checkpoint")
+    assert len(weights.after) == 3
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, weights.after[1][name]), name
+    saved = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert saved == (["checkpoint-1", "checkpoint-2"] if strategy == "steps" else [])
+
+
+def test_the_checks_of_a_gpu_change_no_weight_of_a_finite_run(tmp_path, monkeypatch):
+    expected = build_trainer(tmp_path / "cpu", tiny_model(), ROWS, max_steps=4)
+    expected.train()
+    monkeypatch.setattr(
+        "hf_clm.training.trainer.FiniteGuard", lambda device, defers: FiniteGuard(device, defers=True)
+    )
+    trainer = build_trainer(tmp_path / "gpu", tiny_model(), ROWS, max_steps=4)
+    trainer.train()
+
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, expected.model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
