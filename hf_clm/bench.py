@@ -76,6 +76,7 @@ class Start:
     """The machine, the data, and the time to the first step.
 
     peak                FLOP/s of a large matrix product in the precision of the run
+    max_length          tokens of a packed row, None without packing
     fill                share of the packed rows that is filled, None without packing
     seconds             duration of each part of the start
     """
@@ -86,6 +87,7 @@ class Start:
     rows: int
     tokens: int
     target_tokens: int
+    max_length: int | None
     fill: float | None
     seconds: dict[str, float]
     versions: dict[str, str | None]
@@ -176,6 +178,8 @@ class Bench:
         speed = first.tokens_per_second
         gain = f" ({best.tokens_per_second / speed:.2f}x)" if speed else ""
         sizes = f"{best.rows} --gradient_accumulation_steps {best.accumulation}"
+        if best.limit_bytes is None and self.start.max_length:  # a GPU would choose it by its memory
+            sizes += f" --data.tokens_per_batch {best.rows * self.start.max_length}"
         return f"--per_device_train_batch_size {sizes}{gain}{note}"
 
     def _cells(self, trial: Trial) -> tuple[str, ...]:
@@ -219,7 +223,7 @@ def bench(recipe: Recipe, *, steps: int, say: Callable[[str], object]) -> Bench:
             say(_tried(trial))
             return trial
 
-        if recipe.data.tokens_per_batch:
+        if recipe.data.tokens_per_batch and recipe.resolved_packing == "none":
             return Bench(recipe.file, start, [first], "data.tokens_per_batch determines the micro-batch")
         trials, stopped = find_fastest(attempt, first, most=start.rows)
         return Bench(recipe.file, start, trials, stopped)
@@ -315,6 +319,7 @@ def measure(recipe: Recipe, *, started: float) -> tuple[Start, Trial]:
         rows=len(train.dataset),
         tokens=train.tokens,
         target_tokens=train.target_tokens,
+        max_length=None if fill is None else recipe.data.max_length,
         fill=fill,
         seconds=dict(zip(ends, np.diff([started, *ends.values()]).tolist(), strict=True)),
         versions=versions(),

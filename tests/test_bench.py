@@ -28,6 +28,7 @@ START = Start(
     rows=90,
     tokens=90_000,
     target_tokens=30_000,
+    max_length=1024,
     fill=0.985,
     seconds={"import": 3.0, "tokenizer": 0.5, "prepare": 2.0, "first step": 0.25},
     versions={"torch": "2.13.0"},
@@ -36,6 +37,7 @@ START = Start(
 
 def trial(rows: int, speed: float, **changes) -> Trial:
     figures = {"tokens_per_second": speed, "target_tokens_per_second": speed / 3, "flops_per_second": 1e11}
+    changes = {"limit_bytes": 2**40, **changes}  # of a CPU
     return Trial(rows, max(1, 8 // rows), step_seconds=0.5, peak_bytes=2**30, **(figures | changes))
 
 
@@ -101,6 +103,16 @@ def test_the_report_names_the_fastest_by_more_than_the_noise():
         "kept      nothing: the weights and the prepared data are deleted",
     ]
     assert Bench("r.yaml", START, [trial(4, 1000), trial(2, 1020)], "").fastest.rows == 4
+
+
+def test_on_a_gpu_the_size_of_packed_rows_is_advised_as_a_budget_too():
+    """Without a budget, a run would choose the micro-batch by the free memory."""
+    found = Bench("r.yaml", START, [trial(4, 1000, limit_bytes=None), trial(8, 2000, limit_bytes=None)], "")
+
+    assert found.to_lines()[5] == (
+        "fastest   --per_device_train_batch_size 8 --gradient_accumulation_steps 1 "
+        "--data.tokens_per_batch 8192 (2.00x)"
+    )
 
 
 def test_the_start_is_shown_part_by_part():
