@@ -53,7 +53,7 @@ def test_a_run_with_a_spawned_worker_equals_one_without(tmp_path):
     assert with_worker == alone
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_a_stream_is_read_by_a_spawned_worker(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"{word} is a word"} for word in dir(str)])
     byte_tokenizer().save_pretrained(tmp_path / "bytes")
