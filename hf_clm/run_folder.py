@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -310,7 +310,7 @@ def read_lines(path: Path) -> tuple[Entries, int]:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of a run. ``recipe`` has dotted keys; ``unreadable`` counts lines that are not JSON."""
+    """The files of a run. ``unreadable`` counts lines that are not JSON."""
 
     path: Path
     record: RunRecord
@@ -318,8 +318,16 @@ class RunFolder:
     samples: Entries
     answers: Entries
     label_rows: Entries
-    recipe: dict[str, Any]
     unreadable: int
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The dotted keys of recipe.yaml and their values; empty if it cannot be read."""
+        try:
+            file = self.path / "recipe.yaml"
+            return _to_leaves(str(file), file.stat().st_mtime_ns)
+        except (OSError, UserError):
+            return {}
 
     @property
     def name(self) -> str:
@@ -379,12 +387,7 @@ def load_folder(path: str | Path) -> RunFolder:
     logs = [read_lines(path / name) for name in names]
     metrics, samples, answers, rows = (entries for entries, _ in logs)
     unreadable = sum(count for _, count in logs)
-    try:
-        file = path / "recipe.yaml"
-        recipe = _to_leaves(str(file), file.stat().st_mtime_ns)
-    except (OSError, UserError):
-        recipe = {}
-    return RunFolder(path, record, metrics, samples, answers, rows, recipe, unreadable)
+    return RunFolder(path, record, metrics, samples, answers, rows, unreadable)
 
 
 def _to_question(document: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -41,7 +41,7 @@ RUN = {
 def card_of(folder: Path, content: dict, *, examples: tuple[str, ...] = (), **about) -> tuple[dict, str]:
     """Returns the front matter, and the text after it."""
     (folder / "recipe.yaml").write_text("stage: sft\n", encoding="utf-8")
-    run = RunFolder(folder, RunRecord.model_validate(content), [], [], [], [], {}, 0)
+    run = RunFolder(folder, RunRecord.model_validate(content), [], [], [], [], 0)
     write_card(run, Card(**about), examples=examples)
     _, front, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return YAML(typ="safe").load(front), text
