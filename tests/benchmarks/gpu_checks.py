@@ -33,7 +33,7 @@ data:
 doctor: {round_trip: end}
 train:
   output_dir: run
-  max_steps: 120
+  max_steps: 60
   learning_rate: 1e-2
   lr_scheduler_type: cosine
   warmup_steps: 4
@@ -194,6 +194,8 @@ def train(kind: str, folder: Path, *, is_miniature: bool) -> dict[str, Any]:
 
     kind: ``train``; ``fsdp2``, with recipes/accelerate/fsdp2.yaml on one process; ``qlora``.
     """
+    if kind == "qlora" and version_of("bitsandbytes") is None:
+        return {"error": "bitsandbytes is not installed"}
     for name in ("first", "second"):
         _write_inputs(folder / name)
     command, changes = _command(kind, is_miniature=is_miniature)
@@ -212,10 +214,10 @@ def train(kind: str, folder: Path, *, is_miniature: bool) -> dict[str, Any]:
     _end(straight, first.parent)
     resumed = words
     if kind != "train":  # a launcher's processes survive it: as if the end had been lost
-        shutil.rmtree(second / "checkpoint-120")
+        shutil.rmtree(second / "checkpoint-60")
         for path in second.glob("*model.safetensors"):
             path.unlink()
-        resumed = [*words, "--resume_from_checkpoint", "run/checkpoint-20"]
+        resumed = [*words, "--resume_from_checkpoint", "run/checkpoint-40"]
     _end(_start(resumed, second.parent), second.parent)
     evaluations, speed, peak = _figures(first)
     prompt, completion = LEARNED[4]

@@ -5,7 +5,7 @@ AdamW: WARM_UP steps, then 3 windows of equal length, with a synchronisation at 
 Two further steps count where the program waits for the GPU, and the next one is profiled.
 
 FLOP are those that the task needs, the same for every arm (hf_clm/model/flops.py): none for padding, and half
-of a square for causal attention. A token of GPT-2 124M at 1024 needs 0.80 GFLOP, of Qwen2.5-0.5B at most 3.23.
+of a square for causal attention. A token of GPT-2 124M at 1024 needs 0.80 GFLOP, Qwen2.5-0.5B 3.23.
 """
 
 import gc

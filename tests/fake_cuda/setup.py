@@ -44,7 +44,11 @@ struct properties {
     size_t alignments[2];
     int processors;
 };
-int cudaGetDeviceCount(int *count) { *count = 1; return 0; }
+int cudaGetDeviceCount(int *count) {
+    char *visible = getenv("CUDA_VISIBLE_DEVICES");
+    *count = !visible || *visible;
+    return *count ? 0 : 100; /* no device */
+}
 int cudaGetDevice(int *device) { *device = 0; return 0; }
 int cudaGetDeviceProperties(struct properties *of) {
     strcpy(of->name, "NVIDIA H100");
