@@ -76,7 +76,7 @@ def run_speed(name: str, folder: Path, *, is_miniature: bool) -> dict[str, Any]:
     if name == "sweep":
         case = CASES["tiny-sft" if is_miniature else "qwen2.5-0.5b-sft"]
         short = Plan(2, 2, plan.backend, plan.values)
-        return sweep(case, short, folder, sizes=(1, 2) if is_miniature else (4, 8, 16, 32))
+        return sweep(case, short, folder, sizes=(1, 2) if is_miniature else (2, 4, 8, 16))
     case, arm = name.split()
     return measure_arm(CASES[MINIATURES[case] if is_miniature else case], plan, arm, folder)
 
