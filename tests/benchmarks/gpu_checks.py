@@ -122,7 +122,7 @@ def _compare_attention(width: int, device: Any) -> dict[str, Any]:
     (output.float() * towards).sum().backward()
     (expected * towards).sum().backward()
     pairs = [(output, expected), *((a.grad, b.grad) for a, b in zip(ours, truth, strict=True))]
-    errors = [float((a.float() - b).norm() / b.norm()) for a, b in pairs]
+    errors = [((a.float() - b).norm() / b.norm()).item() for a, b in pairs]
     changed = [part.clone() for part in states]
     for part in changed:
         part[:, :, : LENGTHS[0]] = 1.0

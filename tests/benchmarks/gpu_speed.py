@@ -34,6 +34,7 @@ from hf_clm.training.run import run
 MEDIAN_TOKENS, SPREAD, TARGET_SHARE = 300, 0.8, 0.65  # of the documents of SFT, with log-normal lengths
 WINDOWS, AFTERWARDS = 3, 5  # steps after the windows: 2 count waits, 1 is profiled, and the last one logs
 KERNELS = ("flash", "fmha", "varlen")
+WAITS = "called a synchronizing CUDA operation"
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Watch(TrainerCallback):
             "losses": self.logged,
             "recompiles": self.graphs[-1] - self.graphs[0],
             "graph_breaks": dict(torch._dynamo.utils.counters["graph_break"]),
-            "waits": [f"{w.filename}:{w.lineno}" for w in self.waits if "synchron" in str(w.message)],
+            "waits": [f"{w.filename}:{w.lineno}" for w in self.waits if WAITS in str(w.message)],
             **self._kernel_figures(),
         }
 

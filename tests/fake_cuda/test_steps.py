@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.gpu_checks import varlen
 from fake_cuda.device import FakeGpu, to_fake_gpu
 from helpers import build_recipe, byte_tokenizer, read_split, save_folder, tiny_model
 from transformers import TrainerCallback
@@ -83,3 +84,11 @@ def test_a_step_reads_no_value_of_the_gpu(steps):
 
 def test_a_step_does_not_wait_for_its_batches_to_be_copied(steps):
     assert steps.waits == []
+
+
+def test_the_script_for_a_gpu_finds_the_fused_kernel_where_the_head_width_allows_it():
+    with FakeGpu():
+        found = varlen(is_miniature=False)
+
+    fused = {width: part["fused"] for width, part in found["widths"].items()}
+    assert fused == {"64": True, "128": True, "100": False, "512": False}
