@@ -3,13 +3,13 @@
     python tests/benchmarks/gpu.py --out gpu.json [--wheels FOLDER] [--stages NAME ...]
 
 Each stage runs in a process of its own with a time limit, and the JSON is written after each. Stages that
-measure no time run at once. A bare checkout is enough. What the image lacks travels as wheels:
+measure no time run at once. A bare checkout is enough; packages that the machine lacks travel as wheels:
 
-    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_17_x86_64 \\
-        -d wheels pydantic==2.* annotated-types typing-inspection ruamel.yaml pydantic-core==...
+    pip download --only-binary=:all: --python-version 3.12 --platform manylinux_2_17_x86_64 -d FOLDER \\
+        pydantic ruamel.yaml
 
-pydantic-core is compiled, for one Python; the others are plain Python. datasets and zstandard are not needed.
-``--miniature`` runs all stages on a CPU, where the times mean nothing.
+Of these, pydantic-core is compiled, for one Python; the others are plain Python, and would run unpacked.
+datasets and zstandard are not needed. ``--miniature``: on a CPU, where the times mean nothing.
 """
 
 import argparse

@@ -206,7 +206,7 @@ def train(kind: str, folder: Path, *, is_miniature: bool) -> dict[str, Any]:
     if kind == "train":
         while killed.poll() is None and not (second / "checkpoint-20").is_dir():
             time.sleep(0.01)
-        os.killpg(killed.pid, signal.SIGKILL)
+        killed.kill()
         killed.wait()
         assert killed.returncode == -signal.SIGKILL, "the run ended before it was killed"
     else:
@@ -277,13 +277,7 @@ def _start(words: list[str], folder: Path) -> subprocess.Popen[str]:
     settings["HF_CLM_CACHE"] = str(folder / "cache")
     with (folder / "log.txt").open("a") as log:
         return subprocess.Popen(
-            words,
-            cwd=folder,
-            env=os.environ | settings,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            start_new_session=True,
+            words, cwd=folder, env=os.environ | settings, stdout=subprocess.PIPE, stderr=log, text=True
         )
 
 
