@@ -15,6 +15,7 @@ TARGETS += [
     "test-peers",
     "test-real",
     "test-browser",
+    "test-fake-cuda",
     "bench-peers",
     "soak",
     "test-fast",

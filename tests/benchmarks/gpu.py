@@ -3,13 +3,13 @@
     python tests/benchmarks/gpu.py --out gpu.json [--wheels FOLDER] [--stages NAME ...]
 
 Each stage runs in a process of its own with a time limit, and the JSON is written after each. Stages that
-measure no time run at once. A bare checkout is enough. What the image lacks travels as wheels:
+measure no time run at once. A bare checkout is enough; packages that the machine lacks travel as wheels:
 
-    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_17_x86_64 \\
-        -d wheels pydantic==2.* annotated-types typing-inspection ruamel.yaml pydantic-core==...
+    pip download --only-binary=:all: --python-version 3.12 --platform manylinux_2_17_x86_64 -d FOLDER \\
+        pydantic ruamel.yaml
 
-pydantic-core is compiled, for one Python; the others are plain Python. datasets and zstandard are not needed.
-``--miniature`` runs all stages on a CPU, where the times mean nothing.
+Of these, pydantic-core is compiled, for one Python; the others are plain Python, and would run unpacked.
+datasets and zstandard are not needed. ``--miniature``: on a CPU, where the times mean nothing.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def run_speed(name: str, folder: Path, *, is_miniature: bool) -> dict[str, Any]:
     if name == "sweep":
         case = CASES["tiny-sft" if is_miniature else "qwen2.5-0.5b-sft"]
         short = Plan(2, 2, plan.backend, plan.values)
-        return sweep(case, short, folder, sizes=(1, 2) if is_miniature else (4, 8, 16, 32))
+        return sweep(case, short, folder, sizes=(1, 2) if is_miniature else (2, 4, 8, 16))
     case, arm = name.split()
     return measure_arm(CASES[MINIATURES[case] if is_miniature else case], plan, arm, folder)
 
@@ -180,7 +180,8 @@ def main() -> None:
         print(json.dumps(run_stage(options.child, is_miniature=options.miniature)))
         return
     began, stages = time.monotonic(), {}
-    deadline = began + SECONDS
+    slack = 5 if options.miniature else 1  # on the CPU of a laptop that is busy
+    deadline = began + slack * SECONDS
     result = {"miniature": options.miniature, "stages": stages}
     with tempfile.TemporaryDirectory(prefix="wheels-") as folder, ThreadPoolExecutor() as threads:
         if options.wheels:
@@ -191,7 +192,7 @@ def main() -> None:
                     call,
                     name,
                     is_miniature=options.miniature,
-                    seconds=min(limit, deadline - time.monotonic()),
+                    seconds=min(slack * limit, deadline - time.monotonic()),
                 )
                 for name, limit in group.items()
                 if name in options.stages

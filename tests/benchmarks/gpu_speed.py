@@ -5,7 +5,7 @@ AdamW: WARM_UP steps, then 3 windows of equal length, with a synchronisation at 
 Two further steps count where the program waits for the GPU, and the next one is profiled.
 
 FLOP are those that the task needs, the same for every arm (hf_clm/model/flops.py): none for padding, and half
-of a square for causal attention. A token of GPT-2 124M at 1024 needs 0.80 GFLOP, of Qwen2.5-0.5B at most 3.23.
+of a square for causal attention. A token of GPT-2 124M at 1024 needs 0.80 GFLOP, Qwen2.5-0.5B 3.23.
 """
 
 import gc
@@ -34,6 +34,7 @@ from hf_clm.training.run import run
 MEDIAN_TOKENS, SPREAD, TARGET_SHARE = 300, 0.8, 0.65  # of the documents of SFT, with log-normal lengths
 WINDOWS, AFTERWARDS = 3, 5  # steps after the windows: 2 count waits, 1 is profiled, and the last one logs
 KERNELS = ("flash", "fmha", "varlen")
+WAITS = "called a synchronizing CUDA operation"
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Watch(TrainerCallback):
             "losses": self.logged,
             "recompiles": self.graphs[-1] - self.graphs[0],
             "graph_breaks": dict(torch._dynamo.utils.counters["graph_break"]),
-            "waits": [f"{w.filename}:{w.lineno}" for w in self.waits if "synchron" in str(w.message)],
+            "waits": [f"{w.filename}:{w.lineno}" for w in self.waits if WAITS in str(w.message)],
             **self._kernel_figures(),
         }
 
@@ -179,8 +180,11 @@ class Watch(TrainerCallback):
         return {"busy_share": busy, "kernels_seconds": dict(slowest[:12]), "attention_kernels": names}
 
 
-def build_recipe(case: Case, folder: Path, **train: Any) -> Recipe:
-    """Returns the recipe of a case, with its rows and tokenizer written to ``folder``."""
+def build_recipe(case: Case, folder: Path, *, tokens: int | None = None, **train: Any) -> Recipe:
+    """Returns the recipe of a case, with its rows and tokenizer written to ``folder``.
+
+    tokens: the limit of a micro-batch; by default, hf_clm chooses it.
+    """
     build_tokenizer(case.config["vocab_size"]).save_pretrained(folder / "tokenizer")
     draw, wanted = np.random.default_rng(0), 20 * case.rows * case.max_length  # tokens of 20 steps
     lengths = np.full(wanted // case.max_length, case.max_length)
@@ -200,17 +204,19 @@ def build_recipe(case: Case, folder: Path, **train: Any) -> Recipe:
         "stage": case.stage,
         "model": {"init": "scratch", "config": case.config},
         "tokenizer": {"name_or_path": str(folder / "tokenizer")},
-        "data": {**data, "max_length": case.max_length, "cache_dir": str(folder / "prepared")},
+        "data": {**data, "max_length": case.max_length, "tokens_per_batch": tokens, "cache_dir": None},
         "doctor": {"self_test": False, "round_trip": "off"},
         "train": {"output_dir": str(folder / "run"), **values},
     }
     return Recipe.model_validate(sections)
 
 
-def run_ours(case: Case, plan: Plan, folder: Path, *, compiles: bool, **train: Any) -> dict[str, Any]:
+def run_ours(
+    case: Case, plan: Plan, folder: Path, *, compiles: bool, tokens: int | None = None
+) -> dict[str, Any]:
     """Trains as ``hf-clm train`` does."""
     watch = Watch(plan, case)
-    recipe = build_recipe(case, folder, **plan.to_values(compiles=compiles), **train)
+    recipe = build_recipe(case, folder, tokens=tokens, **plan.to_values(compiles=compiles))
     run(recipe, additions=Additions(callbacks=[watch]))
     return watch.result
 
@@ -274,14 +280,12 @@ def measure_arm(case: Case, plan: Plan, arm: str, folder: Path) -> dict[str, Any
 
 
 def sweep(case: Case, plan: Plan, folder: Path, *, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Measures micro-batches of 1, 2, 4, ... rows, without compiling."""
+    """Measures micro-batches of these numbers of rows, without compiling."""
     found = []
     for rows in sizes:
         place = folder / str(rows)
         place.mkdir()
-        accumulation = max(1, case.rows // rows)
-        values = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
-        result = run_ours(case, plan, place, compiles=False, **values)
+        result = run_ours(case, plan, place, compiles=False, tokens=rows * case.max_length)
         keys = ("micro_batch", "tokens_per_second", "peak_memory_bytes", "busy_share")
         found.append({key: result[key] for key in keys})
         gc.collect()

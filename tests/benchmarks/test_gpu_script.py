@@ -1,4 +1,4 @@
-"""The GPU benchmark runs in miniature without a GPU, where its measurements are meaningless."""
+"""The script that checks and measures a GPU runs in miniature without one, where its times mean nothing."""
 
 import json
 import subprocess
@@ -6,71 +6,85 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from benchmarks.gpu import STAGES, call, judge, write
 
 SCRIPT = Path(__file__).with_name("gpu.py")
+OURS = {"tokens_per_second": 510_000, "peak_memory_bytes": 61e9, "flops_per_second": 4e14, "recompiles": 0}
+OURS |= {"waits": ["trainer.py:1"], "attention_kernels": ["flash_fwd"], "losses": [[1, 10.0], [10, 9.0]]}
+STOCK = OURS | {"tokens_per_second": 250_000, "losses": [[1, 10.1], [20, 1.0]]}
+
+
+def run(out: Path, *options: str) -> dict:
+    """Returns what the script writes."""
+    subprocess.run([sys.executable, SCRIPT, "--out", out, *options], capture_output=True, check=True)
+    return json.loads(out.read_text())
 
 
 @pytest.mark.large
-def test_the_gpu_benchmark_runs_in_miniature():
-    options = ["--miniature", "--cases", "qwen2.5-0.5b-sft", "--arms", "ours-compile", "stock"]
+def test_all_stages_run_in_miniature(tmp_path):
+    result = run(tmp_path / "gpu.json", "--miniature")
 
-    done = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, check=True)
+    stages = result["stages"]
+    assert list(stages) == STAGES
+    errors = {stage["error"] for stage in stages.values() if "error" in stage}
+    assert errors <= {"bitsandbytes is not installed"}
+    gates = {name: stage["gates"] for name, stage in stages.items() if "gates" in stage}
+    assert {name for name, found in gates.items() if False in found.values()} == set()
+    for model in result["models"].values():
+        assert list(model["tokens_per_second"]) == ["ours-compile", "stock", "ours", "stock-compile"]
+        assert model["goals"] is None
+        assert model["gates"]["every_arm_ran"] and model["gates"]["losses_agree"]
+        assert model["gates"]["no_recompile"]
+    micro_batches = stages["sweep"]["micro_batches"]
+    assert [part["micro_batch"] for part in micro_batches] == [[1, 4], [2, 2]]
 
-    result = json.loads(done.stdout)
-    case = result["cases"]["qwen2.5-0.5b-sft"]
-    assert result["roofline"]["flops_per_second"] > 1e9
-    assert case["gates"] == {
-        "every_arm_ran": True,
-        "losses_agree": True,
-        "no_recompile": True,
-        "no_sync": None,
-        "fused_kernel": None,
-        "documents_isolated": True,
-    }
-    assert set(case["arms"]) == {"ours-compile", "stock"}
-    for arm in case["arms"].values():
-        assert len(arm["windows_tokens_per_second"]) == 3
-        assert min(arm["windows_tokens_per_second"]) <= arm["tokens_per_second"]
-        assert 0 < arm["mfu"] < 1
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_gate_holds_on_a_gpu(tmp_path):
+    result = run(tmp_path / "gpu.json")
+
+    gates = [part.get("gates", {}) for part in (*result["stages"].values(), *result["models"].values())]
+    assert [found for found in gates if False in found.values()] == []
 
 
 @pytest.mark.slow
-def test_an_arm_that_fails_leaves_the_others():
-    code = f"""
-import sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-import gpu
-print(gpu.call(["none", "ours"], miniature=True, seconds=60)["error"][:11])
-print(gpu.call(["roofline"], miniature=True, seconds=0.01)["error"])
-print(gpu.to_gates({{"stock": {{"error": "x"}}}}))
-"""
+def test_a_stage_that_fails_or_takes_too_long_is_reported(tmp_path):
+    failed = call("none ours", is_miniature=True, seconds=60)["error"]
 
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-
-    lines = done.stdout.splitlines()
-    assert lines[:2] == ["exit code 1", "not done after 0 s"]
-    assert lines[2].startswith("{'every_arm_ran': False, 'losses_agree': None, 'no_recompile': None")
+    assert failed.startswith("exit code 1: ")
+    assert "KeyError: 'none'" in failed
+    assert call("versions", is_miniature=True, seconds=0.01) == {"error": "not done after 0 s"}
+    assert call("versions", is_miniature=True, seconds=-1) == {"error": "no time left"}
 
 
-def test_the_models_need_the_flop_that_the_script_states():
-    """By hand: a document of 2 tokens has 3 pairs; GPT-2 124M at 1024 needs 0.798 GFLOP per token."""
-    code = f"""
-import sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-from gpu_cases import CASES
-full = {{"input_ids": [0] * 1024, "labels": [0] * 1024, "position_ids": range(1024)}}
-print(round(CASES["gpt2-124m"].flops([full]) / 1024 / 1e9, 3))
-two = {{"input_ids": [0, 0], "labels": [-100, 0], "position_ids": [0, 1]}}
-for name in ("qwen2.5-0.5b-sft", "qwen2.5-0.5b-lora"):
-    print(int(CASES[name].flops([two])))
-"""
+def test_goals_and_gates_follow_from_the_arms():
+    versions = {"peak_flops_per_second": 8e14, "nominal_flops_per_second": 989e12}
+    arms = {"gpt2-124m ours-compile": OURS, "gpt2-124m stock": STOCK, "gpt2-124m ours": {"error": "x"}}
 
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = judge({"versions": versions, **arms})
 
-    layers, head = 24 * (2 * 896**2 + 2 * 896 * 128 + 3 * 896 * 4864), 151_936 * 896
-    pairs = 3 * 12 * 24 * 896
-    assert done.stdout.split() == [
-        "0.798",
-        str(6 * (2 * layers + head) + pairs),
-        str(4 * (2 * layers + head) + pairs),
-    ]
+    assert found["gpt2-124m"] == {
+        "tokens_per_second": {"ours-compile": 510_000, "stock": 250_000},
+        "mfu": {"peak": 0.5, "nominal": pytest.approx(0.404, abs=1e-3)},
+        "goals": {"tokens_per_second": True, "peak_memory": False},
+        "gates": {
+            "every_arm_ran": False,
+            "losses_agree": True,  # 1 % apart at step 1, the only one that both log
+            "no_recompile": True,
+            "no_wait": False,
+            "fused_kernel": True,
+        },
+    }
+    assert found["qwen2.5-0.5b-sft"]["goals"] is None
+    assert found["qwen2.5-0.5b-sft"]["gates"]["losses_agree"] is None
+
+
+def test_the_result_is_replaced_as_a_whole(tmp_path):
+    out = tmp_path / "gpu.json"
+    write(out, {"stages": {}})
+    write(out, {"stages": {"versions": {}}})
+
+    assert json.loads(out.read_text()) == {"stages": {"versions": {}}}
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]

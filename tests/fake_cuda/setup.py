@@ -44,8 +44,9 @@ struct properties {
     size_t alignments[2];
     int processors;
 };
-int cudaGetDeviceCount(int *count) { *count = 1; return 0; }
-int cudaGetDevice(int *device) { *device = 0; return 0; }
+int is_hidden() { char *visible = getenv("CUDA_VISIBLE_DEVICES"); return visible && !*visible; }
+int cudaGetDeviceCount(int *count) { *count = !is_hidden(); return is_hidden() * 100; } /* 100: no device */
+int cudaGetDevice(int *device) { *device = 0; return is_hidden() * 100; }
 int cudaGetDeviceProperties(struct properties *of) {
     strcpy(of->name, "NVIDIA H100");
     of->bytes = 80ul << 30, of->warp = 32, of->major = 9, of->processors = 132;
@@ -67,6 +68,7 @@ int cudaPointerGetAttributes(int *kind, char *at) { /* 1: pinned */
 int cudaMemGetInfo(size_t *free, size_t *total) { *free = *total = 80ul << 30; return 0; }
 int cudaGetDriverEntryPointByVersion(char *name, void **function) { *function = cudaGetDevice; return 0; }
 char *cudaGetErrorString() { return "no CUDA: a stand-in"; }
+char *cudaGetErrorName() { return "no CUDA: a stand-in"; }
 """
 
 

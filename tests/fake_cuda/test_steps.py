@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.gpu_checks import varlen
 from fake_cuda.device import FakeGpu, to_fake_gpu
 from helpers import build_recipe, byte_tokenizer, read_split, save_folder, tiny_model
 from transformers import TrainerCallback
@@ -19,11 +20,12 @@ pytestmark = [
 ]
 RECORDS = [{"prompt": "say " + "x" * n, "completion": "y" * (3 * n)} for n in [*range(1, 13)] * 8]
 VARLEN = ["torch_attn::_varlen_attn", "torch_attn::_varlen_attn_backward"]
-# Models and changes of the recipe. All have 2 layers, and steps of 2 micro-batches.
-CASES: dict[str, dict[str, Any]] = {
-    "qwen2": {},
-    "gpt2": {},
-    "lora": {"lora": {"r": 4}},
+# The kind of model, its settings, and changes of the recipe. All have 2 layers, and steps of 2 micro-batches.
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "qwen2": ("qwen2", {}, {}),
+    "gpt2": ("gpt2", {}, {}),
+    "lora": ("qwen2", {}, {"lora": {"r": 4}}),
+    "dropout": ("gpt2", {"attn_pdrop": 0.1}, {}),  # which the fused kernel does not support
 }
 
 
@@ -43,10 +45,10 @@ class Recording(TrainerCallback):
 
 @pytest.fixture(scope="module", params=CASES)
 def steps(request, tmp_path_factory) -> Recording:
-    """Two whole optimizer steps of a run, with everything that the Trainer does in between."""
-    folder, changes = tmp_path_factory.mktemp("run"), CASES[request.param]
-    kind = "gpt2" if request.param == "gpt2" else "qwen2"
-    model = save_folder(folder / "model", tiny_model(kind), byte_tokenizer())
+    """Two complete optimizer steps of a run, with everything that the Trainer does in between."""
+    folder = tmp_path_factory.mktemp("run")
+    kind, settings, changes = CASES[request.param]
+    model = save_folder(folder / "model", tiny_model(kind, **settings), byte_tokenizer())
     values = {"use_cpu": False, "bf16": True, "max_steps": 4, "gradient_accumulation_steps": 2}
     values |= {"logging_steps": 1000, "logging_first_step": False, "eval_strategy": "no"}
     values |= {"eval_on_start": False}
@@ -65,8 +67,11 @@ def steps(request, tmp_path_factory) -> Recording:
     return recording
 
 
-def test_each_layer_of_each_micro_batch_calls_the_fused_attention_of_packed_rows(steps):
-    assert [steps.operators[name] for name in VARLEN] == [8, 8]  # 2 layers x 2 micro-batches x 2 steps
+def test_each_layer_of_each_micro_batch_calls_the_fused_kernel_if_it_supports_the_model(steps, request):
+    is_supported = "dropout" not in request.node.callspec.id
+
+    calls = [steps.operators[name] for name in VARLEN]
+    assert calls == ([8, 8] if is_supported else [0, 0])  # 2 layers x 2 micro-batches x 2 steps
 
 
 def test_each_step_updates_with_the_fused_optimizer(steps):
@@ -79,3 +84,11 @@ def test_a_step_reads_no_value_of_the_gpu(steps):
 
 def test_a_step_does_not_wait_for_its_batches_to_be_copied(steps):
     assert steps.waits == []
+
+
+def test_the_script_for_a_gpu_finds_the_fused_kernel_where_the_head_width_allows_it():
+    with FakeGpu():
+        found = varlen(is_miniature=False)
+
+    fused = {width: part["fused"] for width, part in found["widths"].items()}
+    assert fused == {"64": True, "128": True, "100": False, "512": False}
