@@ -12,13 +12,16 @@ from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
 from hf_clm.model.attention import (
     NAME,
+    _block_mask,
     _equal_length_attention,
+    _masked_attention,
     _matmul_attention,
     _sdpa_attention,
     packed_attention,
     register,
     use_for_generation,
     use_for_training,
+    why_not_varlen,
 )
 from hf_clm.model.load import load_model
 from hf_clm.training.run import train
@@ -95,6 +98,121 @@ def test_under_autocast_a_cpu_computes_attention_in_float32(lengths):
         output = packed_attention(torch.nn.Module(), *states, cu_seq_lens_q=bounds)[0]
 
     assert torch.equal(output, expected.bfloat16())  # rounded once, at the end
+
+
+# Lengths of documents, and the shape of the queries and the number of keys in the call of SDPA that computes
+# them on a GPU without the fused kernel. Blocks are multiples of 64 tokens; widths, of 8.
+MASKED = {
+    "rows": ([60, 100, 90, 70, 100], (5, 4, 100, 8), 100),
+    "one block": ([100, 3, 1, 7, 60, 10], (1, 4, 192, 8), 192),
+    "blocks": ([100, *[3] * 50, 100, 64, 1], (4, 4, 128, 8), 256),
+}
+
+
+@pytest.mark.parametrize("case", MASKED)
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("window", [None, 1, 70])
+@pytest.mark.parametrize("width", [8, 5])
+def test_one_masked_call_equals_the_documents_alone(case, heads, window, width, monkeypatch):
+    lengths, queries, keys = MASKED[case]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    torch.manual_seed(0)
+    states = [torch.randn(1, n, sum(lengths), width, requires_grad=True) for n in (4, heads, heads)]
+    options = {"dropout": 0.0, "scale": 0.3, "window": window}
+    parts = zip(*(part.split(lengths, dim=2) for part in states), strict=True)
+    alone = torch.cat([_sdpa_attention(part, **options) for part in parts], dim=2).transpose(1, 2)
+    calls, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query, key, value, **kwargs):
+        calls.append((query.shape, key.shape[2]))
+        return sdpa(query, key, value, **kwargs)
+
+    monkeypatch.setattr("hf_clm.model.attention.scaled_dot_product_attention", counted)
+
+    output = _masked_attention(states, bounds, longest=100, **options)
+
+    assert calls == [(queries, keys)]
+    torch.testing.assert_close(output, alone, atol=1e-5, rtol=1e-5)
+    factor = torch.randn_like(alone)
+    gradients = [torch.autograd.grad((part * factor).sum(), states) for part in (output, alone)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+def test_many_empty_documents_of_a_static_shape_change_nothing():
+    torch.manual_seed(0)
+    states = [torch.randn(1, 2, 90, 8) for _ in range(3)]
+    options = {"longest": 30, "dropout": 0.0, "scale": None, "window": None}
+    bounds = torch.tensor([0, 30, 40, 60, 90], dtype=torch.int32)
+
+    rows = _masked_attention(states, bounds, **options)
+    block = _masked_attention(states, torch.cat([bounds, bounds.new_full((20,), 90)]), **options)
+
+    torch.testing.assert_close(rows, block, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_with_masked_calls_has_the_logits_of_its_documents_alone(kind, monkeypatch):
+    """As on a GPU without the fused kernel, and on MPS."""
+    model = packed_model(kind)
+    batch = DataCollatorForPackedCausalLM()(ROWS)
+    batch.pop("labels")
+
+    def attend(states, bounds, *, options):
+        return _masked_attention(states, bounds, longest=batch["max_length_q"], **options)
+
+    monkeypatch.setattr("hf_clm.model.attention._document_attention", attend)
+
+    together = model(**batch, use_cache=False).logits[0]
+
+    assert torch.allclose(together, torch.cat(alone(model)), atol=1e-5, rtol=0)
+
+
+def test_dropout_of_a_masked_call_keeps_the_mean():
+    torch.manual_seed(0)
+    states = [torch.zeros(1, 200, 300, 4), torch.zeros(1, 200, 300, 4), torch.ones(1, 200, 300, 4)]
+    bounds = torch.tensor([0, 100, 101, 300], dtype=torch.int32)
+
+    output = _masked_attention(states, bounds, longest=199, dropout=0.5, scale=None, window=None)
+
+    assert output[0, 100].unique().tolist() == [0.0, 2.0]  # one weight, dropped or doubled
+    assert output.mean().item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_layers_share_a_mask_until_the_bounds_change():
+    bounds = torch.tensor([0, 2, 4], dtype=torch.int32)
+    shape = {"blocks": 1, "size": 4, "window": None}
+
+    first, second = (_block_mask(bounds, torch.float16, **shape) for _ in range(2))
+    bounds[1] = 1  # the next micro-batch in the same memory
+    third = _block_mask(bounds, torch.float16, **shape)
+
+    assert first is second
+    assert (first == 0).int().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]]
+    assert (third == 0).int().tolist() == [[[[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]]]
+
+
+KERNEL = "the fused kernel for packed rows"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ""),
+        ({"dtype": torch.float16, "capability": (8, 0), "width": 256}, ""),
+        ({"device": "mps"}, "mps has no fused kernel for packed rows"),
+        ({"capability": (7, 5)}, f"{KERNEL} needs compute capability 8.0; this GPU has 7.5"),
+        ({"dtype": torch.float32}, f"{KERNEL} does not support float32"),
+        ({"width": 100}, f"{KERNEL} needs a head width in multiples of 8 up to 256; this model has 100"),
+        ({"width": 512}, f"{KERNEL} needs a head width in multiples of 8 up to 256; this model has 512"),
+        ({"dropout": 0.1}, f"{KERNEL} has no attention dropout"),
+    ],
+    ids=str,
+)
+def test_the_fused_kernel_is_used_where_the_device_and_the_model_allow_it(changes, expected):
+    facts = {"device": "cuda", "capability": (9, 0), "dtype": torch.bfloat16, "width": 64, "dropout": 0.0}
+    facts |= changes
+
+    assert why_not_varlen(facts.pop("device"), facts.pop("capability"), **facts) == expected
 
 
 def test_dropout_of_matmul_attention_keeps_the_mean():
