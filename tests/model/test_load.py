@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import EOS, IM_END, PAD, X, byte_tokenizer, save_folder, tiny_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
@@ -30,6 +31,7 @@ from hf_clm.model.load import (
     load_model,
     max_positions,
     packing_fault,
+    set_attention_dropout,
 )
 from hf_clm.text.tokenizer import load_tokenizer, use_chat_template
 
@@ -534,3 +536,23 @@ def test_layers_in_4_bits_are_not_repacked_where_a_repacked_layer_has_no_gradien
     keep_gradients(model)
 
     assert layer.support_avx512bf16_for_cpu is False
+
+
+def test_attention_dropout_replaces_that_of_the_configuration(tmp_path):
+    folder = save_folder(tmp_path, tiny_model("gpt2", attn_pdrop=0.1), byte_tokenizer())
+
+    stock, changed = (load_model(folder, byte_tokenizer(), attention_dropout=p) for p in (None, 0.0))
+
+    assert [model.config.attn_pdrop for model in (stock, changed)] == [0.1, 0.0]
+    assert [model.transformer.h[0].attn.attn_dropout.p for model in (stock, changed)] == [0.1, 0.0]
+
+
+def test_attention_dropout_of_a_model_without_it_is_an_error():
+    config = AutoConfig.for_model("mamba", vocab_size=260, hidden_size=16, num_hidden_layers=1)
+
+    with pytest.raises(ModelError) as error:
+        set_attention_dropout(config, 0.0)
+
+    assert str(error.value) == (
+        "model.attention_dropout: the model has no attention dropout; got MambaConfig; fix: remove it"
+    )
