@@ -1,4 +1,4 @@
-"""What runs on macOS, by taking away what only Linux has (on_macos.py) and by the devices that it has."""
+"""What runs on macOS, by taking away what only Linux has (on_macos.py)."""
 
 import json
 import os
@@ -7,10 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import byte_tokenizer, write_jsonl
-
-from hf_clm.training.evaluating import sum_device
 
 TESTS = Path(__file__).resolve().parent
 
@@ -64,9 +61,3 @@ def test_a_stream_is_read_by_a_spawned_worker(tmp_path):
     losses = train_on_macos(tmp_path / "run", *words, "--dataloader_num_workers", "1")
 
     assert len(losses) == 4
-
-
-@pytest.mark.parametrize(("device", "place"), [("mps", "cpu"), ("cuda", "cuda"), ("cpu", "cpu")])
-def test_the_sums_of_an_evaluation_are_kept_where_float64_exists(device, place):
-    """MPS has no float64."""
-    assert sum_device(torch.device(device)) == torch.device(place)

@@ -245,7 +245,7 @@ def copied(monkeypatch, tmp_path) -> Path:
 @pytest.mark.parametrize(
     "module",
     [
-        *("schema.py", "recipe/template.py", "text/tokenizer.py", "text/encode.py", "data/label/labels.py"),
+        *("schema.py", "template.py", "text/tokenizer.py", "text/encode.py", "data/label/labels.py"),
         *("data/label/render.py", "data/read/formats.py", "data/prepared/block.py", "data/proof/checker.py"),
     ],
 )

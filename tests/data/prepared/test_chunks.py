@@ -15,8 +15,8 @@ from prepared_sets import recipe_of
 from pyarrow import ipc, parquet
 
 from hf_clm.data.prepared import chunks
-from hf_clm.data.prepared.chunks import Chunk, is_parted, read_blocks, read_chunks, read_file_chunks
-from hf_clm.data.read.readers import ReadOptions, ReadReport
+from hf_clm.data.prepared.chunks import Chunk, read_blocks, read_chunks, read_file_chunks
+from hf_clm.data.read.readers import ReadOptions, ReadReport, is_parted
 from hf_clm.errors import DataError
 
 OPTIONS = ReadOptions()
