@@ -9,7 +9,7 @@ same for the transposed weights of GPT-2's Conv1D.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.optim import AdamW, Muon, Optimizer
@@ -17,7 +17,9 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from hf_clm.errors import ModelError
 from hf_clm.model.weights import Weight, assign_groups
-from hf_clm.recipe.sections import OptimizerSection
+
+if TYPE_CHECKING:  # the trainer imports this module, and needs no recipe
+    from hf_clm.recipe.sections import OptimizerSection
 
 
 class Place(NamedTuple):
@@ -64,7 +66,7 @@ class MuonWithAdamW(Optimizer):
 def build_optimizer(
     model: PreTrainedModel,
     *,
-    section: OptimizerSection,
+    section: "OptimizerSection",
     arguments: TrainingArguments,
     decaying: Collection[str],
 ) -> Optimizer:
@@ -99,7 +101,7 @@ def build_optimizer(
 
 
 def place_weights(
-    model: PreTrainedModel, section: OptimizerSection, *, decaying: Collection[str] = ()
+    model: PreTrainedModel, section: "OptimizerSection", *, decaying: Collection[str] = ()
 ) -> dict[Place, list[Weight]]:
     """Returns the trained weights by their place, in the order of the parameter groups.
 
@@ -123,7 +125,7 @@ def place_weights(
     return dict(sorted(places.items()))
 
 
-def optimizer_lines(model: PreTrainedModel, section: OptimizerSection) -> Iterator[str]:
+def optimizer_lines(model: PreTrainedModel, section: "OptimizerSection") -> Iterator[str]:
     """Yields lines that show how many parameters are frozen, and what updates the others."""
     counts = Counter()
     for place, weights in place_weights(model, section).items():
@@ -139,7 +141,7 @@ def optimizer_lines(model: PreTrainedModel, section: OptimizerSection) -> Iterat
         yield f"frozen    {total - counts['muon'] - counts['adamw']:,} of {total:,} parameters"
 
 
-def _settings(place: Place, section: OptimizerSection, arguments: TrainingArguments) -> tuple[float, float]:
+def _settings(place: Place, section: "OptimizerSection", arguments: TrainingArguments) -> tuple[float, float]:
     """Returns the learning rate at the peak of the schedule, and the weight decay."""
     rate = arguments.learning_rate * section.layer_decay**place.distance
     decay = 0.0 if place.is_exempt else arguments.weight_decay

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -43,13 +43,15 @@ from hf_clm.model.loss import (
 from hf_clm.model.router_loss import RouterLoss
 from hf_clm.pages.labels import write_labels
 from hf_clm.pages.rows import Vocabulary, to_rows
-from hf_clm.recipe.sections import OptimizerSection
 from hf_clm.training.callbacks import SkippedStepsCallback, ends_epoch
 from hf_clm.training.evaluating import EvaluatingTrainer
 from hf_clm.training.faults import checkpoint_bytes, writing
 from hf_clm.training.finite import FiniteGuard, WatchedStep, skip_update
 from hf_clm.training.groups import build_optimizer
 from hf_clm.training.saving import settle_precision
+
+if TYPE_CHECKING:  # the trainer needs no recipe
+    from hf_clm.recipe.sections import OptimizerSection
 
 # Indices of the counts since the last log event.
 TARGETS, CORRECT, TOKENS, PAIRS, POSITIONS = range(5)
@@ -79,7 +81,7 @@ class CLMTrainer(EvaluatingTrainer):
         self,
         *args: Any,
         loss_options: LossOptions | None = None,
-        optimizer_section: OptimizerSection | None = None,
+        optimizer_section: "OptimizerSection | None" = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
