@@ -78,12 +78,8 @@ class Plan:
     def to_values(self, *, compiles: bool) -> dict[str, Any]:
         """Returns the fields of train and of TrainingArguments that all arms share."""
         values = {"learning_rate": 3e-4, "lr_scheduler_type": "constant", "warmup_steps": 0}
-        values |= {
-            "logging_first_step": True,
-            "save_strategy": "no",
-            "max_steps": self.edges[-1] + AFTERWARDS,
-        }
-        values |= {"train_sampling_strategy": "sequential", "torch_compile": compiles}
+        values |= {"max_steps": self.edges[-1] + AFTERWARDS, "logging_first_step": True}
+        values |= {"train_sampling_strategy": "sequential", "save_strategy": "no", "torch_compile": compiles}
         return values | self.values | ({"torch_compile_backend": self.backend} if compiles else {})
 
     @property
@@ -126,7 +122,8 @@ class Watch(TrainerCallback):
             if is_gpu:
                 torch.cuda.set_sync_debug_mode("default")
             self.watching.close()
-            self.watching.callback(self._profile, time.perf_counter(), self._start_profile(is_gpu), is_gpu)
+            profile = self._start_profile(is_gpu)
+            self.watching.callback(self._end_profile, profile, time.perf_counter(), is_gpu)
         if after == 3:
             self.watching.close()
 
@@ -162,9 +159,11 @@ class Watch(TrainerCallback):
         kinds = torch.profiler.ProfilerActivity
         profile = torch.profiler.profile(activities=[kinds.CUDA if is_gpu else kinds.CPU])
         profile.start()
+        if is_gpu:
+            torch.cuda.synchronize()
         return profile
 
-    def _profile(self, began: float, profile: Any, is_gpu: bool) -> None:
+    def _end_profile(self, profile: Any, began: float, is_gpu: bool) -> None:
         if is_gpu:
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - began
