@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2": ("qwen2", {}, {}),
     "gpt2": ("gpt2", {}, {}),
     "lora": ("qwen2", {}, {"lora": {"r": 4}}),
+    "muon": ("qwen2", {}, {"optimizer": {"name": "muon"}}),
     "dropout": ("gpt2", {"attn_pdrop": 0.1}, {}),  # which the fused kernel does not support
 }
 
