@@ -125,11 +125,13 @@ def test_a_recipe_shows_where_each_value_comes_from_and_what_is_given_wins():
     folder = save_folder(Path("tiny"), tiny_model("qwen2"), byte_tokenizer())
     data = write("chats.jsonl", [{"prompt": "a", "completion": "b"}] * 30)
     words = ["--model", folder, "--data", data, "--learning_rate", "0.5", "--lora", "true"]
+    words += ["--optimizer", "muon"]
 
     recipe = open_recipe("", words)
 
     assert recipe.model.name_or_path == folder and recipe.data.train[0].path == data
     assert recipe.train["learning_rate"] == 0.5 and recipe.lora is not None
+    assert recipe.optimizer is not None and recipe.optimizer.name == "muon"
     assert recipe.places["train.learning_rate"] == "command line"
     assert recipe.places["data.eval_fraction"] == "chosen: held out, to see the loss on new data"
 

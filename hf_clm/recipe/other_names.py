@@ -18,7 +18,7 @@ NO_PADDING = "remove it: packed rows contain no padding"
 WORKERS = "remove it; hf-clm prepare RECIPE --ray local prepares the data on all cores"
 PACKED = "remove it: rows are packed by default; data.packing is none, best_fit or stream"
 GROUP = "use optimizer.groups: [{match: REGEX, learning_rate: RATE}]"
-LORA_PLUS = "use optimizer.groups: [{match: lora_B, learning_rate: RATE}], with the ratio multiplied in"
+LORA_PLUS = "use optimizer.groups: [{match: lora_B, learning_rate: RATE}], the ratio times learning_rate"
 FROZEN = "use optimizer.freeze: [REGEX], a list of regular expressions for names of weights"
 LORA = "use --lora true, or add a section lora to the recipe"
 

@@ -378,20 +378,18 @@ class Lora(Section):
     """Quantize the frozen model to 4 bits (QLoRA). Requires hf_clm[qlora]."""
 
 
-def _check_pattern(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        reason = f"expected a regular expression; got {pattern!r}: {error}"
-        raise PydanticCustomError("pattern", "{reason}", {"reason": reason}) from None
-    return pattern
-
-
-Pattern = Annotated[str, AfterValidator(_check_pattern)]
+def _check_patterns(patterns: str | list[str]) -> str | list[str]:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            reason = f"expected a regular expression; got {pattern!r}: {error}"
+            raise PydanticCustomError("pattern", "{reason}", {"reason": reason}) from None
+    return patterns
 
 
 class WeightGroup(Section):
-    match: Pattern
+    match: Annotated[str, AfterValidator(_check_patterns)]
     """A regular expression that is searched for in the full names of weights, such as lora_B or \\.mlp\\."""
     learning_rate: float | None = Field(default=None, gt=0)
     """The learning rate of these weights at the peak of the schedule. Default: train.learning_rate, with
@@ -416,8 +414,8 @@ class OptimizerSection(Section):
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """The factor of the learning rate from each layer to the one below it: 1 for head and final norm,
     layer_decay for the last layer, and the least for the embeddings."""
-    freeze: Annotated[list[Pattern], BeforeValidator(to_list)] = []
-    """Regular expressions; weights with such a name are not trained."""
+    freeze: Annotated[list[str], BeforeValidator(to_list), AfterValidator(_check_patterns)] = []
+    """Regular expressions, like match of a group. Weights that one of them matches are not trained."""
 
 
 class Samples(Section):
