@@ -23,7 +23,7 @@ WORDS = re.compile(r"\b(?:[a-z_]+\.)+[a-z_]+\b")
         (["--micro_batch_size", "2"], "--micro_batch_size is a name of axolotl; fix: use --per_device"),
         (["--cutoff_len", "2"], "--cutoff_len is a name of LLaMA-Factory; fix: use --data.max_length"),
         (["--use_muon"], "--use_muon is a name of LLaMA-Factory; fix: use --optimizer.name muon"),
-        (["--loraplus_lr_ratio", "16"], "--loraplus_lr_ratio is a name of axolotl; fix: use optimizer.groups"),
+        (["--loraplus_lr_ratio", "16"], "--loraplus_lr_ratio is a name of axolotl; fix: use optimizer"),
         (["--out_dir", "x"], "--out_dir is a name of litgpt; fix: use --output_dir"),
         (["--lr", "1"], "--lr is a name of other trainers; fix: use --learning_rate"),
         (["--evaluation_strategy", "no"], "--evaluation_strategy is a name of transformers 4; fix: use --"),
