@@ -3,7 +3,7 @@
     python tests/benchmarks/real.py [--quick] [--case full lora] [--rounds 2] [--out FILE.json]
 
 SmolLM2-135M-Instruct learns to write docstrings: of 1,000 functions of this Python's standard library, each
-given by its signature. The arms are measured as in peers.py, on two threads.
+given by its signature. Everything else is as in peers.py.
 """
 
 import json
@@ -29,8 +29,7 @@ FULL = Case(
     "llama",
     49_152,
     rows=RECORDS,
-    steps=6,
-    threads=(2,),
+    steps=3,
     held_out=8,
     learning_rate=2e-5,
     folder=str(MODEL),
