@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup sft sft-real pretrain generate test test-large test-peers test-real test-browser test-fake-cuda bench-peers soak test-fast lint format clean
+.PHONY: help setup sft sft-real pretrain generate test test-large test-peers test-real test-browser test-fake-cuda bench-peers bench-real soak test-fast lint format clean
 
 VENV := .venv
 BIN = $(VENV)/bin
@@ -76,6 +76,9 @@ test-fake-cuda: $(VENV)-fake-cuda/.setup  ## Run training steps on fake CUDA ten
 
 bench-peers: $(VENV)/.setup-peers  ## Compare speed, memory and loss with the plain Trainer and TRL on this CPU; 45 minutes. ARGS="--quick"
 	$(BIN)/python tests/benchmarks/peers.py $(ARGS)
+
+bench-real: $(VENV)/.setup-peers $(MODEL)  ## The same on SmolLM2-135M and real records (fetches the model); 30 minutes. ARGS="--quick"
+	$(BIN)/python tests/benchmarks/real.py $(ARGS)
 
 soak: $(READY)  ## Kill runs at 200 random times, and compare each with an uninterrupted run; 10 minutes. KILLS=50
 	HF_CLM_SOAK_KILLS=$(if $(KILLS),$(call text,KILLS),200) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/invariants/test_soak.py $(ARGS)

@@ -17,6 +17,7 @@ TARGETS += [
     "test-browser",
     "test-fake-cuda",
     "bench-peers",
+    "bench-real",
     "soak",
     "test-fast",
     "lint",

@@ -25,7 +25,6 @@ from transformers import AttentionInterface, PreTrainedModel
 from hf_clm.errors import ModelError
 
 NAME = "packed"
-SHORT_TOKENS = 64  # up to this length, SDPA is slower on a CPU than two matrix products
 PADDED_SLOTS = 2  # documents become padded rows if these have at most this many slots per token
 ALIGNED_KEYS = 64  # fused kernels copy a mask whose rows are not aligned
 ALIGNED_WIDTH = 8  # they do not take heads of another width
@@ -154,26 +153,7 @@ def _equal_length_attention(
 ) -> torch.Tensor:
     """Computes (1, T, H, E) for concatenated documents of equal length, as a batch of rows in one call."""
     rows = [part.unflatten(2, (documents, -1))[0].transpose(0, 1) for part in states]
-    is_short = rows[0].device.type == "cpu" and rows[0].shape[2] <= SHORT_TOKENS
-    output = (_matmul_attention if is_short else _sdpa_attention)(rows, **options)
-    return output.transpose(1, 2).flatten(0, 1)[None]
-
-
-def _matmul_attention(
-    states: Sequence[torch.Tensor], *, dropout: float, scale: float | None, window: int | None
-) -> torch.Tensor:
-    """Same as ``_sdpa_attention``, but with explicit scores, which is faster for short documents on a CPU."""
-    query, key, value = states
-    key, value = _expand(key, query), _expand(value, query)
-    tokens, width = query.shape[2:]
-    hidden = torch.full((tokens, tokens), float("-inf"), device=query.device)
-    mask = hidden.triu(1) if window is None else hidden.triu(1) + hidden.tril(-window)
-    heads = [part.flatten(0, 1) for part in (query, key.transpose(2, 3), value)]
-    alpha = width**-0.5 if scale is None else scale
-    weights = torch.baddbmm(mask, heads[0], heads[1], alpha=alpha).softmax(dim=-1)
-    if dropout:
-        weights = torch.nn.functional.dropout(weights, dropout)
-    return torch.bmm(weights, heads[2]).unflatten(0, query.shape[:2])
+    return _sdpa_attention(rows, **options).transpose(1, 2).flatten(0, 1)[None]
 
 
 def _sdpa_attention(

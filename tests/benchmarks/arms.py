@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cases import IGNORE, MAX_LENGTH, Case, Rows, build_config, build_tokenizer
+from cases import IGNORE, MAX_LENGTH, Case, Rows, build_config, load_model, load_tokenizer
 
-LEARNING_RATE = 1e-3
 EXAMPLES, PACKED_ROWS = 10, 3  # per optimizer step: about the same number of tokens, 1,550 and 1,520
 
 
@@ -55,7 +54,7 @@ def trainer_values(arm: Arm, job: Job) -> dict[str, Any]:
         "output_dir": str(job.folder),
         "per_device_train_batch_size": arm.batch[0],
         "gradient_accumulation_steps": arm.batch[1],
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": job.case.learning_rate,
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch_fused",
         "save_strategy": "no",
@@ -102,27 +101,31 @@ def ours(arm: Arm, job: Job) -> Any:
     from hf_clm import CLMTrainer, PackedDataset, PretrainDataset, SFTDataset
     from hf_clm.data.split import build_collator
     from hf_clm.machine import keep_memory
-    from hf_clm.model.load import init_model, takes_targets
+    from hf_clm.model.build import build_model
+    from hf_clm.model.load import takes_targets
     from hf_clm.recipe.recipe import Recipe
     from hf_clm.training.arguments import training_arguments
 
     if arm.options != GLIBC:
         keep_memory()
-    tokenizer, is_sft = build_tokenizer(job.case.vocab), job.case.kind == "sft"
+    case, is_sft = job.case, job.case.kind == "sft"
+    tokenizer, config = load_tokenizer(case, vocab=case.vocab), build_config(case)
+    random_weights = {"init": "scratch", "config": {"model_type": case.model}}
     recipe = Recipe.model_validate(
         {
-            "stage": job.case.kind,
-            "model": {"init": "scratch", "config": {"model_type": job.case.model}},
-            "tokenizer": {"name_or_path": "built below"},
+            "stage": case.kind,
+            "model": {"name_or_path": case.folder} if case.folder else random_weights,
+            "tokenizer": {} if case.folder else {"name_or_path": "built below"},
             "data": {"train": ["rows.jsonl"], "max_length": MAX_LENGTH},
-            "train": trainer_values(arm, job) | {"eval_on_start": False, "learning_rate": LEARNING_RATE},
+            "train": trainer_values(arm, job) | {"eval_on_start": False, "learning_rate": case.learning_rate},
+            "lora": {} if case.lora else None,
         }
     )
     arguments = training_arguments(recipe)
     arguments.learning_rate = trainer_values(arm, job)["learning_rate"]  # a recipe must not name 0
     rows = (SFTDataset if is_sft else PretrainDataset)(job.rows, tokenizer, max_length=MAX_LENGTH)
     dataset = PackedDataset(rows, max_length=MAX_LENGTH, packing=recipe.resolved_packing)
-    model = init_model(build_config(job.case), tokenizer)
+    model = build_model(recipe, tokenizer, config=config, arguments=arguments)
     return CLMTrainer(
         model=model,
         args=arguments,
@@ -156,12 +159,12 @@ def grouped(arm: Arm, job: Job) -> tuple[Rows, str]:
 
 def _stock(arm: Arm, job: Job, rows: Rows, strategy: str = "random", **options: Any) -> Any:
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    tokenizer = build_tokenizer()
+    tokenizer = load_tokenizer(job.case)
     values = trainer_values(arm, job) | {"train_sampling_strategy": strategy} | options
     return Trainer(
-        model=AutoModelForCausalLM.from_config(build_config(job.case)),
+        model=load_model(job.case, is_bf16=job.precision == "bf16"),
         args=TrainingArguments(**values),
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE),
         train_dataset=Dataset.from_list(rows),
@@ -171,17 +174,16 @@ def _stock(arm: Arm, job: Job, rows: Rows, strategy: str = "random", **options: 
 
 def _trl(arm: Arm, job: Job, rows: Rows, **options: Any) -> Any:
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     checkpointing = {} if job.precision == "default" else {"gradient_checkpointing": False}
     lengths = {} if options.get("padding_free") else {"max_length": MAX_LENGTH}
     values = trainer_values(arm, job) | checkpointing | lengths | options
     return SFTTrainer(
-        AutoModelForCausalLM.from_config(build_config(job.case)),
+        load_model(job.case, is_bf16=job.precision == "bf16"),
         args=SFTConfig(**values),
         train_dataset=Dataset.from_list(rows),
-        processing_class=build_tokenizer(),
+        processing_class=load_tokenizer(job.case),
     )
 
 
@@ -212,12 +214,21 @@ PRETRAIN_ARMS = {
     "ours": Arm("hf_clm", "ours", ours, (1, PACKED_ROWS)),
     "ours-default": Arm("hf_clm, as it comes", "ours", ours, (1, PACKED_ROWS), precisions=DEFAULT),
 }
+# Two packed rows have as many tokens as ten records.
+REAL_ARMS = {
+    "group": Arm("Trainer, group_by_length", "stock", stock_grouped, (5, 2)),
+    "trl-group": Arm("TRL, group_by_length", "trl", trl_grouped, (5, 2)),
+    "trl-bfd-1x2": Arm("TRL, packing bfd, 1 row x 2", "trl", trl, (1, 2), options=PACKING),
+    "ours": Arm("hf_clm", "ours", ours, (2, 1)),
+}
 ONE_ROUND = {"pad", "trl-bfd-3", "trl-flat"}  # never the best of a peer
 ONE_CASE = ONE_ROUND | {"ours-glibc", "trl-group"}
 
 
 def arms_of(case: Case) -> dict[str, Arm]:
     """Returns the arms to measure in a case, by name."""
+    if case.folder:
+        return REAL_ARMS
     if case.kind == "pretrain":
         return PRETRAIN_ARMS
     return {name: arm for name, arm in SFT_ARMS.items() if case.name == "sft-8k" or name not in ONE_CASE}

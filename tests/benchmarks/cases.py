@@ -1,7 +1,9 @@
-"""The data and models of the comparison: rows of token ids and random weights, the same for every arm."""
+"""The data and models of the comparisons: rows of token ids, and the same weights for every arm."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,17 @@ MEDIAN_TOKENS, SPREAD = (
 TARGET_SHARE = 0.65  # of an SFT row's tokens
 PAD, EOS, FIRST = 0, 1, 2  # FIRST: the lowest id of an ordinary token
 IGNORE = -100
+LORA = {"r": 16, "lora_alpha": 32}
 
 Rows = list[dict[str, list[int]]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Rows, and a model with random weights. ``kind``: sft | pretrain; ``model``: qwen2 | gpt2."""
+    """Rows and a model. ``kind``: sft | pretrain; ``model``: qwen2 | gpt2, with random weights.
+
+    Or a pretrained model in ``folder`` with the rows in ``rows_file``, of which the first ``rows`` are read.
+    """
 
     name: str
     title: str
@@ -32,13 +38,23 @@ class Case:
     layers: int = 4
     spread: float = 0.02  # of the random weights
     steps: int = 3  # a measured window has a multiple of it
+    threads: tuple[int, ...] = (2, 1)  # in the windows of a run
+    held_out: int = 24  # rows for the loss after an epoch
+    learning_rate: float = 1e-3
+    folder: str = ""
+    rows_file: str = ""
+    lora: bool = False
 
     def narrow(self) -> "Case":
         """Returns a smaller case for correctness checks, with large weights, so that attention leaks show."""
+        if self.folder:
+            return replace(self, rows=3 * self.held_out)
         return replace(self.tiny(), rows=48 if self.vocab > 8192 else 120, spread=0.1)
 
     def tiny(self) -> "Case":
         """Returns a tiny case for trying out. The vocabulary stays large, so that the loss uses chunks."""
+        if self.folder:
+            return replace(self, rows=100, steps=1, held_out=2)
         vocab = self.vocab if self.vocab > 8192 else 2048
         title = f"{self.title}, made tiny"
         return replace(self, title=title, width=64, layers=2, vocab=vocab, rows=200)
@@ -73,6 +89,8 @@ def build_rows(case: Case, *, seed: int = 0) -> Rows:
 
     Half of the tokens follow from the one before, half are drawn by Zipf's law: the loss can fall.
     """
+    if case.rows_file:
+        return json.loads(Path(case.rows_file).read_text("utf-8"))[: case.rows]
     draw = np.random.default_rng(seed)
     lengths = np.full(case.rows, MAX_LENGTH)
     if case.kind == "sft":
@@ -97,6 +115,29 @@ def _rows(case: Case, lengths: list[int], draw: np.random.Generator) -> Iterator
         yield {"input_ids": input_ids, "labels": [IGNORE] * prompt + input_ids[prompt:]}
 
 
+def load_tokenizer(case: Case, *, vocab: int = FIRST + 1) -> Any:
+    """Returns the tokenizer of a case, with ``vocab`` words if the model is not pretrained."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(case.folder) if case.folder else build_tokenizer(vocab)
+
+
+def load_model(case: Case, *, is_bf16: bool = False) -> Any:
+    """Returns the model of a case, like a user of transformers and peft; a frozen one may be in bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not case.folder:
+        return AutoModelForCausalLM.from_config(build_config(case))
+    dtype = torch.bfloat16 if case.lora and is_bf16 else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(case.folder, dtype=dtype)
+    if not case.lora:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **LORA))
+
+
 def build_tokenizer(vocab: int = FIRST + 1) -> Any:
     """Returns a tokenizer with a word for each id, which is never used, as the rows are token ids."""
     from tokenizers import Tokenizer
@@ -112,9 +153,11 @@ def build_tokenizer(vocab: int = FIRST + 1) -> Any:
 
 
 def build_config(case: Case) -> Any:
-    """Returns a config with heads of size 64, no dropout, and tied embeddings."""
+    """Returns a config with heads of size 64, no dropout, and tied embeddings; or the pretrained model's."""
     from transformers import AutoConfig
 
+    if case.folder:
+        return AutoConfig.from_pretrained(case.folder)
     heads = case.width // 64
     ids: dict[str, Any] = {
         "vocab_size": case.vocab,

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from arms import Arm, Job, build_trainer
-from cases import IGNORE, Case, build_config, build_rows
+from cases import IGNORE, Case, build_rows, load_model
 
-THREADS = (2, 1)  # in the two windows of a run
 WARM_UP_STEPS = 2
-HELD_OUT_ROWS = 24
 
 
 @dataclass(frozen=True)
@@ -103,16 +101,17 @@ class Clock:
         if is_long and (step - self.start.step) % self.task.case.steps == 0:
             self.windows.append(Window(self.start, now))
             self.start = now
-            if len(self.windows) < len(THREADS):
-                torch.set_num_threads(THREADS[len(self.windows)])
-        return len(self.windows) == len(THREADS)
+            if len(self.windows) < len(self.task.case.threads):
+                torch.set_num_threads(self.task.case.threads[len(self.windows)])
+        return len(self.windows) == len(self.task.case.threads)
 
 
 def measure_speed(task: Task) -> dict[str, Any]:
-    """Measures the tokens per second with two threads and with one, and the peak memory."""
+    """Measures the tokens per second with each number of threads, and the peak memory."""
     import torch
 
-    torch.set_num_threads(THREADS[0])
+    threads = task.case.threads
+    torch.set_num_threads(threads[0])
     at_start = _resident_bytes()
     counter = Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +124,7 @@ def measure_speed(task: Task) -> dict[str, Any]:
         trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    windows = [window.figures(threads) for window, threads in zip(clock.windows, THREADS, strict=True)]
+    windows = [window.figures(number) for window, number in zip(clock.windows, threads, strict=True)]
     return {
         "windows": windows,
         "peak_bytes": peak,
@@ -144,10 +143,10 @@ def measure_loss(task: Task) -> dict[str, Any]:
     seen, learned = Counter(), Counter()
     with tempfile.TemporaryDirectory() as folder:
         values = {"seed": task.seed, "num_train_epochs": 1, "logging_steps": 1}
-        job = Job(task.case, rows[:-HELD_OUT_ROWS], task.precision, Path(folder), values)
+        job = Job(task.case, rows[: -task.case.held_out], task.precision, Path(folder), values)
         still = _epoch_loss(task, job, seen, values={"learning_rate": 0.0})
         moving = _epoch_loss(task, job, learned, values={})
-        held_out = _loss_alone(moving[1].model, rows[-HELD_OUT_ROWS:])
+        held_out = _loss_alone(moving[1].model, rows[-task.case.held_out :])
     return {
         "tokens": seen.tokens,
         "target_tokens": seen.targets,
@@ -162,12 +161,11 @@ def measure_loss(task: Task) -> dict[str, Any]:
 def measure_alone(task: Task) -> dict[str, Any]:
     """Returns the expected ``still_loss``: of each row alone in the untrained model, without any Trainer."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = build_rows(task.case)[:-HELD_OUT_ROWS]
-    model = AutoModelForCausalLM.from_config(build_config(task.case))
+    rows = build_rows(task.case)[: -task.case.held_out]
+    model = load_model(task.case)
     return {
         "tokens": sum(len(row["input_ids"]) for row in rows),
         "target_tokens": sum(label != IGNORE for row in rows for label in row["labels"]),

@@ -16,7 +16,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -39,8 +39,34 @@ Results = dict[str, list[dict[str, Any]]]  # arm@precision -> the results of eac
 
 def main() -> int:
     """Runs the benchmark that the command line selects."""
-    options = parse()
+    options = parse(__doc__ or "", CASES, out="cpu.json", rounds=3)
     cases = [CASES[name] for name in options.case or (QUICK_CASES if options.quick else CASES)]
+    report = compare_cases(cases, options)
+    if not options.case:
+        with tempfile.TemporaryDirectory() as folder:
+            records = QUICK_RECORDS if options.quick else RECORDS
+            report["startup"] = measure_startup(Path(folder), records=records, limit=LIMIT_SECONDS)
+        print("\n".join(table.startup_table(report["startup"])), flush=True)
+    return write_report(report, options)
+
+
+def parse(about: str, names: Iterable[str], *, out: str, rounds: int) -> argparse.Namespace:
+    """Parses the command line. ``names``: of the cases; ``out``: file in results; ``rounds``: the default."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny case and one round, as a test")
+    parser.add_argument("--case", nargs="+", choices=list(names), help="only these cases, without start-up")
+    parser.add_argument("--arm", nargs="+", help="only these arms and hf_clm's, such as: group trl-bfd-1x3")
+    parser.add_argument("--rounds", type=int, help=f"number of rounds: {rounds} by default, 1 with --quick")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / out)
+    options = parser.parse_args()
+    options.rounds = options.rounds or (1 if options.quick else rounds)
+    if options.quick and options.out == parser.get_default("out"):
+        options.out = Path(tempfile.gettempdir()) / f"quick-{out}"
+    return options
+
+
+def compare_cases(cases: Iterable[Case], options: argparse.Namespace) -> dict[str, Any]:
+    """Measures the cases, and prints the tables of each."""
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)  # saves five seconds at the start of each process
     report: dict[str, Any] = {"machine": describe_machine(), "versions": describe_versions(), "cases": {}}
@@ -48,31 +74,14 @@ def main() -> int:
     for case in cases:
         report["cases"][case.name] = compare_arms(case, context, options=options)
         print("\n".join(to_markdown(report["cases"][case.name])), flush=True)
-    if not options.case:
-        with tempfile.TemporaryDirectory() as folder:
-            records = QUICK_RECORDS if options.quick else RECORDS
-            report["startup"] = measure_startup(Path(folder), records=records, limit=LIMIT_SECONDS)
-        print("\n".join(table.startup_table(report["startup"])), flush=True)
+    return report
+
+
+def write_report(report: dict[str, Any], options: argparse.Namespace) -> int:
+    """Writes the report. Returns 1 where an arm failed or a loss differs, else 0."""
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return int(any(not part["ok"] for part in report["cases"].values()))
-
-
-def parse() -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="a tiny model and one round, as a test")
-    parser.add_argument("--case", nargs="+", choices=CASES, help="only these cases, without start-up")
-    parser.add_argument("--arm", nargs="+", help="only these arms and hf_clm's, such as: group trl-bfd-1x3")
-    parser.add_argument("--rounds", type=int, help="number of rounds: 3 by default, 1 with --quick")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu.json")
-    options = parser.parse_args()
-    options.rounds = options.rounds or (1 if options.quick else 3)
-    if options.quick and options.out == parser.get_default("out"):
-        options.out = Path(tempfile.gettempdir()) / "peers-quick.json"
-    return options
 
 
 def compare_arms(case: Case, context: Any, *, options: argparse.Namespace) -> dict[str, Any]:
@@ -94,10 +103,11 @@ def compare_arms(case: Case, context: Any, *, options: argparse.Namespace) -> di
         for key, results in found.items()
         if key not in failed
     }
-    losses = measure_losses(case.narrow(), tasks, context)
+    losses = measure_losses((case.tiny() if options.quick else case).narrow(), tasks, context)
     judged = table.judge(losses, {name: arm.note for name, arm in arms.items()})
     return {
         "title": case.tiny().title if options.quick else case.title,
+        "threads": case.threads,
         "arms": {name: arm.title for name, arm in arms.items()},
         "batches": {name: arm.batch for name, arm in arms.items()},
         "rounds": found,
@@ -150,8 +160,8 @@ def in_child(measure: Callable[[Task], Any], task: Task, context: Any) -> dict[s
 
 def to_markdown(found: dict[str, Any]) -> Iterator[str]:
     """Returns the tables of one case."""
-    yield from table.speed_table(found["title"], found["medians"], found["arms"])
-    yield from table.ratio_table(found["ratios"])
+    yield from table.speed_table(found["title"], found["medians"], found["arms"], threads=found["threads"])
+    yield from table.ratio_table(found["ratios"], threads=found["threads"])
     yield from table.gate_table(found["losses"])
     yield from (f"{key} failed: {reason}" for key, reason in found["failed"].items())
 

@@ -1,11 +1,10 @@
 """Computes medians, ratios, gates and Markdown tables from the measurements of the children."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
 
 WALL, CPU, PEAK = "tokens_per_second", "tokens_per_cpu_second", "peak_bytes"
-TITLES = {WALL: "tokens/s, 2 threads", CPU: "tokens per CPU second, 1 thread"}
 # How much the loss of an arm may differ from that of each row alone, and after an epoch from other arms.
 STILL_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 EPOCH_TOLERANCE = 0.05
@@ -14,8 +13,8 @@ Figures = dict[str, float]
 
 
 def to_figures(result: dict[str, Any]) -> Figures:
-    """The result of a process: the first window has two threads, the second one."""
-    both, one = result["windows"]
+    """The result of a process: wall time is that of its first window, CPU time that of its last."""
+    both, one = result["windows"][0], result["windows"][-1]
     return {
         WALL: both[WALL],
         CPU: one[CPU],
@@ -108,12 +107,13 @@ def is_sound(judged: dict[str, Any]) -> bool:
     return not judged["verdict"].startswith(("differs", "failed"))
 
 
-def speed_table(title: str, figures: dict[str, Figures], titles: dict[str, str]) -> list[str]:
+def speed_table(
+    title: str, figures: dict[str, Figures], titles: dict[str, str], *, threads: Sequence[int]
+) -> list[str]:
     """Returns Markdown with a line per arm, and precisions in columns. ``figures``: by ``arm@precision``."""
     lines = [f"**{title}**", ""]
-    heads = [
-        f"{precision}: {text}" for precision in ("fp32", "bf16") for text in (*TITLES.values(), "peak GB")
-    ]
+    columns = (*_columns(threads), "peak GB")
+    heads = [f"{precision}: {text}" for precision in ("fp32", "bf16") for text in columns]
     lines += ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     for arm, text in titles.items():
         cells = [
@@ -125,18 +125,20 @@ def speed_table(title: str, figures: dict[str, Figures], titles: dict[str, str])
     return [*lines, ""]
 
 
+def _columns(threads: Sequence[int]) -> tuple[str, str]:
+    return f"tokens/s, threads: {threads[0]}", f"tokens per CPU second, threads: {threads[-1]}"
+
+
 def _cell(figures: Figures | None, name: str) -> str:
     if figures is None:
         return ""
     return f"{figures[name] / 1e9:.2f}" if name == PEAK else f"{figures[name]:,.0f}"
 
 
-def ratio_table(ratios: dict[str, Any]) -> list[str]:
+def ratio_table(ratios: dict[str, Any], *, threads: Sequence[int]) -> list[str]:
     """Returns Markdown with the ratios of hf_clm to the peers."""
-    lines = [
-        "| hf_clm against | 2 threads | 1 thread | peak memory | fastest peer |",
-        "|---|---:|---:|---:|---|",
-    ]
+    columns = " | ".join((*_columns(threads), "peak memory", "fastest peer"))
+    lines = [f"| hf_clm against | {columns} |", "|---|---:|---:|---:|---|"]
     for name, ratio in ratios.items():
         cells = [f"{ratio[WALL]:.2f}x", f"{ratio[CPU]:.2f}x", f"{ratio[PEAK]:.2f}x"]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {ratio[f'{CPU}, against']} |")

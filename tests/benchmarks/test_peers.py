@@ -88,7 +88,8 @@ def test_a_precision_left_to_the_trainer_stands_in_the_column_of_what_it_was(tab
     assert table.with_precision("ours@default", process(1, 1, bf16=True)) == "ours@bf16"
     assert table.with_precision("ours@default", process(1, 1)) == "ours@fp32"
 
-    lines = table.speed_table("Title", {"a@bf16": table.to_figures(process(1234, 5, peak=2e9))}, {"a": "Arm"})
+    figures = {"a@bf16": table.to_figures(process(1234, 5, peak=2e9))}
+    lines = table.speed_table("Title", figures, {"a": "Arm"}, threads=(2, 1))
 
     assert lines[-2] == "| Arm |  |  |  | 1,234 | 5 | 2.00 |"
 

@@ -15,7 +15,6 @@ from hf_clm.model.attention import (
     _block_mask,
     _equal_length_attention,
     _masked_attention,
-    _matmul_attention,
     _sdpa_attention,
     packed_attention,
     register,
@@ -68,23 +67,6 @@ def test_adjacent_documents_of_equal_length_are_computed_in_one_call(kind, lengt
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
     runs = {3: [3], 6: [2, 1, 2, 1], 1: [1]}[len(lengths)]
     assert calls == runs * model.config.num_hidden_layers
-
-
-@pytest.mark.parametrize("heads", [4, 2, 1])
-@pytest.mark.parametrize("window", [None, 1, 5])
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_matmul_attention_equals_sdpa(heads, window, scale):
-    torch.manual_seed(0)
-    shapes = [(3, 4, 9, 8), (3, heads, 9, 8), (3, heads, 9, 8)]
-    states = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    options = {"dropout": 0.0, "scale": scale, "window": window}
-
-    output, expected = _matmul_attention(states, **options), _sdpa_attention(states, **options)
-    factor = torch.randn_like(expected)
-
-    torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
-    gradients = [torch.autograd.grad((part * factor).sum(), states) for part in (output, expected)]
-    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [[6, 6, 6], [6, 4, 100]])
@@ -215,11 +197,11 @@ def test_the_fused_kernel_is_used_where_the_device_and_the_model_allow_it(change
     assert why_not_varlen(facts.pop("device"), facts.pop("capability"), **facts) == expected
 
 
-def test_dropout_of_matmul_attention_keeps_the_mean():
+def test_dropout_of_attention_keeps_the_mean():
     torch.manual_seed(0)
     states = [torch.randn(400, 2, 6, 4), torch.randn(400, 2, 6, 4), torch.ones(400, 2, 6, 4)]
 
-    output = _matmul_attention(states, dropout=0.5, scale=None, window=None)
+    output = _sdpa_attention(states, dropout=0.5, scale=None, window=None)
 
     assert output[:, :, 0].unique().tolist() == [0.0, 2.0]  # one weight, dropped or doubled
     assert output.mean().item() == pytest.approx(1.0, abs=0.05)
