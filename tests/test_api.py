@@ -347,6 +347,7 @@ def test_the_names_for_type_checkers_are_the_public_names():
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.module.startswith("hf_clm")
         for alias in node.names
+        if alias.asname
     }
 
     assert named == hf_clm.PUBLIC_NAMES

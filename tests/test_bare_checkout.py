@@ -104,6 +104,7 @@ def test_a_recipe_is_trained_and_answers_without_the_rest(with_yaml, tmp_path):
     run(with_yaml, "-m", "hf_clm", "train", "pretrain/char-gpt", *words, *lean)
 
     versions = json.loads((tmp_path / "run" / "run.json").read_text())["versions"]
-    assert {name for name, version in versions.items() if version is None} == {"hf_clm", "datasets"}
+    missing = {name for name, version in versions.items() if version is None}
+    assert missing - {"hf_clm"} == {"datasets"}  # an installation of hf_clm may have left its metadata
     words = ("generate", str(tmp_path / "run"), "--prompt", "a", "--max_new_tokens", "2")
     assert len(run(with_yaml, "-m", "hf_clm", *words).stdout) == 3

@@ -5,6 +5,7 @@ Evaluation is in evaluating.py, saving and resuming in saving.py.
 
 import math
 import time
+import warnings
 from collections import Counter
 from dataclasses import replace
 from functools import cached_property, partial
@@ -125,7 +126,9 @@ class CLMTrainer(EvaluatingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         assert self.peak_flops > 0  # measures it now rather than in the first steps
         self._counted_since = time.monotonic()
-        return super().train(*args, **kwargs)
+        with warnings.catch_warnings():  # torch 2.13 renames the option, which accelerate cannot pass on yet
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            return super().train(*args, **kwargs)
 
     def training_step(
         self,

@@ -264,7 +264,7 @@ def to_options(folder, *data: str, **changes) -> Namespace:
         "max_length": None,
     }
     values |= {"batch_size": 8, "choices": "yes,no", "choices_by": "sum", "max_new_tokens": 4}
-    values |= {"generate": False, "no_generate": True, "before": None, "device": "cpu"}
+    values |= {"generate": False, "no_generate": True, "before": None, "device": "cpu", "dtype": None}
     return Namespace(**values | changes)
 
 

@@ -60,6 +60,7 @@ def test_evaluating_the_eval_set_of_a_run_reproduces_its_eval_loss(drop_last, tm
         "no_generate": False,
         "before": None,
         "device": "cpu",
+        "dtype": None,
     }
     metrics = evaluate_run(Namespace(**options)).to_json()
 
