@@ -216,8 +216,8 @@ PRETRAIN_ARMS = {
 }
 # Two packed rows have as many tokens as ten records.
 REAL_ARMS = {
-    "group": Arm("Trainer, group_by_length", "stock", stock_grouped, (5, 2)),
-    "trl-group": Arm("TRL, group_by_length", "trl", trl_grouped, (5, 2)),
+    "group": Arm("Trainer, group_by_length", "stock", stock_grouped, (10, 1)),
+    "trl-group": Arm("TRL, group_by_length", "trl", trl_grouped, (10, 1)),
     "trl-bfd-1x2": Arm("TRL, packing bfd, 1 row x 2", "trl", trl, (1, 2), options=PACKING),
     "ours": Arm("hf_clm", "ours", ours, (2, 1)),
 }

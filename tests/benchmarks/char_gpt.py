@@ -105,7 +105,7 @@ def run_loop(text: str, *, steps: int) -> dict[str, float]:
         loss.backward()
         optimizer.step()
     seconds = time.perf_counter() - started
-    whole = parts["val"][: len(parts["val"]) // CONTEXT * CONTEXT + 1]
+    whole = parts["val"][: (len(parts["val"]) - 1) // CONTEXT * CONTEXT + 1]
     with torch.no_grad():
         rows = whole[:-1].view(-1, CONTEXT), whole[1:].view(-1, CONTEXT)
         final = functional.cross_entropy(model(rows[0]).flatten(0, 1), rows[1].flatten()).item()

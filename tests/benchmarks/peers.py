@@ -31,7 +31,7 @@ from startup import QUICK_RECORDS, RECORDS, measure_startup
 
 PACKAGES = ("hf_clm", "torch", "transformers", "trl", "datasets", "accelerate", "tokenizers")
 IMPORTED = ["torch", "datasets", "transformers.trainer", "trl.trainer.sft_trainer", "hf_clm.training.trainer"]
-LIMIT_SECONDS = 240  # of one process
+LIMIT_SECONDS = 600  # of one process
 QUICK_CASES, QUICK_WINDOW = ("sft-8k", "pretrain-gpt2"), 0.1  # seconds
 
 Results = dict[str, list[dict[str, Any]]]  # arm@precision -> the results of each round

@@ -8,6 +8,7 @@ stream     | doc 1 ..| doc 2 ........| doc 3 ...|   rows full; a document may co
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypedDict
 
 import numpy as np
@@ -105,22 +106,31 @@ class PackedDataset(torch.utils.data.Dataset):
         return len(self.pieces)
 
     def __getitem__(self, index: int) -> PackedRow:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[PackedRow]:
+        """Returns the rows of a batch, which the loader asks for at once. Far faster than one at a time."""
         pieces = self.pieces
-        part = pieces.of_row(index)
-        firsts, lasts = pieces.starts[part], pieces.stops[part]
-        ids, labels_of, weights = self.dataset.rows.views(pieces.examples[part], firsts, lasts)
+        parts = [pieces.of_row(index) for index in indices]
+        numbers = np.concatenate([np.arange(part.start, part.stop) for part in parts])
+        firsts, lasts = pieces.starts[numbers], pieces.stops[numbers]
+        ids_of, labels_of, weights = self.dataset.rows.views(pieces.examples[numbers], firsts, lasts)
         sizes = lasts - firsts
-        starts = np.cumsum(sizes) - sizes
+        stops = np.cumsum(sizes)
+        starts = stops - sizes
         labels = np.concatenate(labels_of)
         mask_places(labels, starts)  # nothing precedes the first token of a piece
-        row: PackedRow = {
-            "input_ids": np.concatenate(ids),
-            "labels": labels,
-            "position_ids": np.arange(len(labels)) - np.repeat(starts, sizes),
-        }
-        if weights is not None:
-            row["weights"] = np.concatenate(weights)
-        return row
+        ids = np.concatenate(ids_of)
+        positions = np.arange(len(labels)) - np.repeat(starts, sizes)
+        factors = None if weights is None else np.concatenate(weights)
+        ends = stops[np.cumsum([part.stop - part.start for part in parts]) - 1].tolist()
+        rows: list[PackedRow] = []
+        for first, last in pairwise([0, *ends]):
+            span = slice(first, last)
+            rows.append({"input_ids": ids[span], "labels": labels[span], "position_ids": positions[span]})
+            if factors is not None:
+                rows[-1]["weights"] = factors[span]
+        return rows
 
     @property
     def fill(self) -> float:
