@@ -251,3 +251,12 @@ def test_a_stream_in_blocks_is_cut_like_a_single_one(max_length):
         for column in ("examples", "starts", "stops", "offsets"):
             found = np.concatenate([getattr(part, column) for part in parts])
             assert found.tolist() == getattr(whole, column).tolist()
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "stream"])
+def test_rows_that_are_read_at_once_are_those_read_one_at_a_time(packing):
+    packed = PackedDataset(PretrainDataset(DOCUMENTS * 3, TOKENIZER), max_length=7, packing=packing)
+    numbers = [3, 0, 2, 0]
+
+    assert len(packed) > 4
+    assert list(map(to_lists, packed.__getitems__(numbers))) == [to_lists(packed[row]) for row in numbers]
