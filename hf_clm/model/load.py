@@ -5,8 +5,9 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -275,19 +276,28 @@ def _kinds_of_layers(config: PretrainedConfig) -> set[str]:
 
 
 def _together_and_alone(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the logits (1, 8, vocabulary) of two documents in one row, and in separate rows."""
+    """Returns the logits (1, 8, vocabulary) of two documents in one row, and in a row each.
+
+    All rows have the inputs of a packed row, so that the same kernels compute them: in bfloat16, others
+    differ by their rounding.
+    """
     text = model.config.get_text_config()
     # GPT-2 warns of padding if a row begins or ends with a pad token
     tokens = torch.tensor([token for token in range(9) if token != text.pad_token_id][:8]) % text.vocab_size
-    documents = tokens[None].split([5, 3], dim=1)
-    bounds = torch.tensor([0, 5, 8], dtype=torch.int32)
+    alone = [_packed_logits(model, [part]) for part in tokens.split([5, 3])]
+    return _packed_logits(model, tokens.split([5, 3])), torch.cat(alone, dim=1)
+
+
+def _packed_logits(model: PreTrainedModel, documents: Sequence[torch.Tensor]) -> torch.Tensor:
+    lengths = [len(document) for document in documents]
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     row = {
-        "input_ids": tokens[None],
-        "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]]),
-        **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 5, "max_length_k": 5},
+        "input_ids": torch.cat(list(documents))[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds},
+        **{"max_length_q": max(lengths), "max_length_k": max(lengths)},
     }
-    alone = [model(input_ids=part, use_cache=False).logits for part in documents]
-    return model(**row, use_cache=False).logits, torch.cat(alone, dim=1)
+    return model(**row, use_cache=False).logits
 
 
 def takes_targets(model: PreTrainedModel) -> bool:
