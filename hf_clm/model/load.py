@@ -276,28 +276,34 @@ def _kinds_of_layers(config: PretrainedConfig) -> set[str]:
 
 
 def _together_and_alone(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the logits (1, 8, vocabulary) of two documents in one row, and in a row each.
+    """Returns the logits (1, 8, vocabulary) of two documents in one row, and in separate rows.
 
-    All rows have the inputs of a packed row, so that the same kernels compute them: in bfloat16, others
-    differ by their rounding.
+    Separate rows have the model's own positions. Their boundaries let the kernel of packed rows compute them
+    too: in bfloat16, another kernel rounds differently.
     """
     text = model.config.get_text_config()
     # GPT-2 warns of padding if a row begins or ends with a pad token
     tokens = torch.tensor([token for token in range(9) if token != text.pad_token_id][:8]) % text.vocab_size
-    alone = [_packed_logits(model, [part]) for part in tokens.split([5, 3])]
-    return _packed_logits(model, tokens.split([5, 3])), torch.cat(alone, dim=1)
+    documents = tokens[None].split([5, 3], dim=1)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
+    together = model(
+        input_ids=tokens[None], position_ids=positions, **_boundaries([5, 3]), use_cache=False
+    ).logits
+    alone = [
+        model(input_ids=part, **_boundaries([part.shape[1]]), use_cache=False).logits for part in documents
+    ]
+    return together, torch.cat(alone, dim=1)
 
 
-def _packed_logits(model: PreTrainedModel, documents: Sequence[torch.Tensor]) -> torch.Tensor:
-    lengths = [len(document) for document in documents]
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    row = {
-        "input_ids": torch.cat(list(documents))[None],
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds},
-        **{"max_length_q": max(lengths), "max_length_k": max(lengths)},
+def _boundaries(lengths: Sequence[int]) -> dict[str, torch.Tensor | int]:
+    """Returns the inputs of packed attention for documents of these lengths."""
+    bounds, longest = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), max(lengths)
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
     }
-    return model(**row, use_cache=False).logits
 
 
 def takes_targets(model: PreTrainedModel) -> bool:
