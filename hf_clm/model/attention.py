@@ -228,7 +228,13 @@ def _masked_attention(
 
 
 def _padded_attention(
-    states: Sequence[torch.Tensor], bounds: torch.Tensor, *, longest: int, **options: Any
+    states: Sequence[torch.Tensor],
+    bounds: torch.Tensor,
+    *,
+    longest: int,
+    dropout: float,
+    scale: float,
+    window: int | None,
 ) -> torch.Tensor:
     """Computes (T, H, E) with a row for each document, padded on the right to ``longest``."""
     documents, positions = len(bounds) - 1, torch.arange(states[0].shape[2], device=bounds.device)
@@ -239,7 +245,8 @@ def _padded_attention(
         flat = part[0].transpose(0, 1)
         padded = flat.new_zeros(documents * longest, *flat.shape[1:]).index_copy(0, slots, flat)
         rows.append(padded.unflatten(0, (documents, longest)).transpose(1, 2))
-    return _sdpa_attention(rows, **options).transpose(1, 2).flatten(0, 1)[slots]
+    output = _sdpa_attention(rows, dropout=dropout, scale=scale, window=window)
+    return output.transpose(1, 2).flatten(0, 1)[slots]
 
 
 def _block_attention(
@@ -284,8 +291,10 @@ def _block_mask(
 
 
 @lru_cache(maxsize=2)  # a model may have layers with and without a window
-def _keep_mask(bounds: torch.Tensor, dtype: torch.dtype, *, version: int, **shape: Any) -> torch.Tensor:
-    return _build_mask(bounds, dtype, **shape)
+def _keep_mask(
+    bounds: torch.Tensor, dtype: torch.dtype, *, version: int, blocks: int, size: int, window: int | None
+) -> torch.Tensor:
+    return _build_mask(bounds, dtype, blocks=blocks, size=size, window=window)
 
 
 def _build_mask(
