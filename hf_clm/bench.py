@@ -32,9 +32,9 @@ from hf_clm.recipe.recipe import Recipe
 from hf_clm.recipe.sections import Doctor
 from hf_clm.step_time import StepClock, StepTime, advise, time_parts, to_shares
 from hf_clm.training.arguments import load_tokenizer_and_settle, training_arguments
+from hf_clm.training.assemble import build_trainer
 from hf_clm.training.prepare import prepare
 from hf_clm.training.proof import prove_model
-from hf_clm.training.run import build_trainer
 from hf_clm.training.summary import RunFacts, versions
 from hf_clm.training.trainer import CLMTrainer
 

@@ -1,7 +1,7 @@
 """The splits of a run: their records, and the rows that are trained on."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +13,14 @@ from hf_clm.data.batch.collators import (
     DataCollatorForPackedCausalLM,
     StaticShape,
 )
+from hf_clm.data.batch.left_out import LEFT_OUT, LeavingOutDataset
 from hf_clm.data.batch.mixing import AnyDataset, DrawnDataset, Mix, MixOptions, RecordCounts, mix_rows
 from hf_clm.data.batch.packing import PackedDataset, Pieces
 from hf_clm.data.label.datasets import TokenizedDataset
 from hf_clm.data.label.labels import NO_ROOM
 from hf_clm.data.prepared.tables import StoredLedger, StoredRows
 from hf_clm.data.read.records import Examples
-from hf_clm.errors import DataError, to_limit
+from hf_clm.errors import DataError, RecipeError, to_limit
 from hf_clm.model.attention import NAME as PACKED
 from hf_clm.recipe.recipe import Data, Recipe
 from hf_clm.recipe.sections import Mixing
@@ -38,6 +39,7 @@ class Split:
     label_counts   (V,) int64, occurrences of each id as a label
     least_id       0, or a negative id, which is invalid
     mix            the rows that an epoch contains; None if it contains each row once
+    left_out       numbers of the records whose labels are masked in training (``data.without``)
     """
 
     stored: StoredRows
@@ -48,6 +50,7 @@ class Split:
     label_counts: np.ndarray
     least_id: int = 0
     mix: Mix | None = None
+    left_out: tuple[int, ...] = ()
 
     def __post_init__(self):
         self.rows = TokenizedDataset(self.stored)
@@ -86,10 +89,14 @@ class Split:
 
     @property
     def fates(self) -> Counter[str]:
-        """Number of records that were used, cut, split or dropped (and why)."""
-        return Counter(
-            {f"{kind}: {reason}" if reason else kind: n for (kind, reason), n in self.ledger.totals.items()}
-        )
+        """Number of records that were used, cut, split, left out or dropped (and why)."""
+        fates = Counter(self.ledger.totals)
+        for number in self.left_out:
+            fate = self.ledger.fates[number]
+            fates[fate.kind, fate.reason] -= 1
+            fates[LEFT_OUT, ""] += 1
+        names = {fate: f"{fate[0]}: {fate[1]}" if fate[1] else fate[0] for fate in fates}
+        return Counter({names[fate]: count for fate, count in fates.items() if count})
 
 
 def note_lines(splits: Mapping[str, Split]) -> list[str]:
@@ -128,15 +135,16 @@ def pack_rows(
     return rows if numbers is None else DrawnDataset(rows, numbers)
 
 
-def mix_splits(splits: Mapping[str, Split], recipe: Recipe, *, seed: int) -> dict[str, Split]:
-    """Draws and packs the training rows if the recipe mixes its sources; otherwise returns the splits.
+def settle_splits(splits: Mapping[str, Split], recipe: Recipe, *, seed: int) -> dict[str, Split]:
+    """Returns the splits with what is not stored with them: the mixture, and the records to leave out.
 
-    Raises DataError if no row of a source can be drawn, or none would be.
+    Draws and packs the training rows if the recipe mixes its sources. Raises DataError if no row of a source
+    can be drawn, or none would be; RecipeError for a record of ``data.without`` that is not there.
     """
+    train = replace(splits["train"], left_out=find_records(splits["train"], recipe.data.without))
     options = mix_options(recipe.data)
     if options is None:
-        return dict(splits)
-    train = splits["train"]
+        return {**splits, "train": train}
     paths = [source.path for source in recipe.data.train]
     names = [path if paths.count(path) == 1 else f"{path} ({at})" for at, path in enumerate(paths, 1)]
     counts = (train.ledger.numbers(name) for name in ("rows", "kept_tokens", "kept_targets"))
@@ -144,6 +152,34 @@ def mix_splits(splits: Mapping[str, Split], recipe: Recipe, *, seed: int) -> dic
     mix = mix_rows(RecordCounts(*counts), origins, sources=names, options=options, seed=seed)
     dataset = pack_rows(train.rows, recipe, numbers=mix.numbers)
     return {**splits, "train": replace(train, dataset=dataset, mix=mix)}
+
+
+def find_records(split: Split, places: Sequence[str], *, where: str = "data.without") -> tuple[int, ...]:
+    """Returns the number of each record that ``places`` name, as ``FILE:LINE``, or by the end of that path.
+
+    Raises RecipeError for a place with no record, with several, or whose record has no row.
+    """
+    numbers: dict[str, list[int]] = {place: [] for place in places}
+    for number, own in enumerate(split.ledger.places if numbers else ()):
+        for place, same in numbers.items():
+            if own == place or own.endswith(f"/{place}"):
+                same.append(number)
+    for place, same in numbers.items():
+        if len(same) != 1:
+            what = "several training records have this place" if same else "no training record has this place"
+            fix = f"name a record as in {split.ledger.places[0]}; hf-clm inspect shows the places"
+            raise RecipeError(what, where=where, got=place, fix=fix)
+        if not split.ledger.numbers("rows")[same[0]]:
+            got = f"{place} ({split.ledger.fates[same[0]].kind})"
+            raise RecipeError("the record has no row to leave out", where=where, got=got, fix="remove it")
+    return tuple(dict.fromkeys(same[0] for same in numbers.values()))
+
+
+def leave_out(split: Split) -> AnyDataset | LeavingOutDataset:
+    """Returns the rows to train on, with the labels of the records that are left out marked."""
+    if not split.left_out:
+        return split.dataset
+    return LeavingOutDataset(split.dataset, np.flatnonzero(np.isin(split.stored.sources, split.left_out)))
 
 
 def mix_options(data: Data) -> MixOptions | None:

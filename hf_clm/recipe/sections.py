@@ -324,6 +324,9 @@ class Data(Section):
     max_dropped. Streaming always drops them once training has begun."""
     max_line_bytes: Annotated[int, FREE] = Field(default=8_388_608, ge=1)
     """The maximum length of a line in bytes."""
+    without: Annotated[list[str], BeforeValidator(to_list), Rule(decides=False, stream=False)] = []
+    """Records to leave out of training, as FILE:LINE. Only their labels are masked: the order of the rows and
+    the divisor of each step stay, so that the run can be compared with one that has them."""
     strict: Annotated[bool, FREE] = False
     """Treat unknown keys of a record as errors."""
     allow_empty_prompt: bool = False

@@ -22,9 +22,9 @@ from hf_clm.data.prepared.cluster import RayBlocks
 from hf_clm.data.prepared.prepare import MakeBlocks, in_turn, write_prepared
 from hf_clm.data.prepared.sets import STREAM_HEAD, to_head
 from hf_clm.data.prepared.store import StoredSet, require_writable
-from hf_clm.data.proof.ledger import LedgerSplit, write_ledger
+from hf_clm.data.proof.ledger import LedgerSplit, Totals, write_ledger
 from hf_clm.data.proof.proof import ProofReport, prove_mix
-from hf_clm.data.split import Split, mix_splits, note_lines
+from hf_clm.data.split import Split, note_lines, settle_splits
 from hf_clm.errors import EnvironmentFault, RecipeError
 from hf_clm.model.build import build_model_config
 from hf_clm.recipe.recipe import Recipe
@@ -53,7 +53,8 @@ class Prepared:
         entries = {}
         for name, split in self.splits.items():
             packed = None if isinstance(split.dataset, TokenizedDataset) else split.dataset
-            entries[name] = LedgerSplit(split.ledger, packed, split.mix.times if split.mix else None)
+            times = split.mix.times if split.mix else None
+            entries[name] = LedgerSplit(split.ledger, packed, times, split.left_out)
         write_ledger(path, entries)
 
 
@@ -120,7 +121,8 @@ def prepare(
     if stored.date:
         proof.facts["prepared"]["date"] = stored.date
         proof.lines.append(f"{'date':<10}{stored.date} in the chat template, for every run of this set")
-    splits = mix_splits(stored.splits, recipe, seed=arguments.seed)
+    splits = settle_splits(stored.splits, recipe, seed=arguments.seed)
+    _enter_left_out(proof, splits["train"])
     proof.lines += prove_mix(splits["train"]) if arguments.process_index == 0 else []
     return Prepared(splits, proof, stored)
 
@@ -170,6 +172,14 @@ def _writable(place: Place, aside: Path) -> tuple[Place, list[str]]:
         note = f"note      {error.where}: {error.got}; the prepared data are stored in {aside} instead"
         return replace(place, folder=aside / place.key), [note]
     return place, []
+
+
+def _enter_left_out(proof: ProofReport, split: Split) -> None:
+    """Corrects the totals of the ledger for records that are left out, and adds a line with their places."""
+    if split.left_out:
+        proof.facts["train"]["ledger"] = Totals(split.ledger, split.left_out).to_json()
+        places = ", ".join(split.ledger.places[number] for number in split.left_out)
+        proof.lines.append(f"left out  {places} (data.without)")
 
 
 def _describe_origin(place: Place, recipe: Recipe, *, seconds: float | None) -> str:

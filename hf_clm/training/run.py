@@ -1,7 +1,7 @@
 """A run, from a recipe to a folder that ``from_pretrained`` loads. Read this first."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -9,51 +9,33 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    TrainingArguments,
-)
+from transformers import TrainingArguments
 
-from hf_clm.data.batch.collators import static_shape
 from hf_clm.data.label.datasets import label_options
 from hf_clm.data.prepared.cache import data_content
-from hf_clm.data.prepared.sets import load_early
-from hf_clm.data.prepared.stream import PositionCollator, StreamedRows
-from hf_clm.data.read.plain_template import give_plain_template, settle_render
-from hf_clm.data.split import Split, build_collator
-from hf_clm.doctor.checks import check_before_training
-from hf_clm.doctor.facts import build_facts
-from hf_clm.doctor.micro_batch import ROWS, settle_batch
-from hf_clm.errors import DataError, RecipeError
+from hf_clm.data.split import build_collator
+from hf_clm.doctor.micro_batch import ROWS
+from hf_clm.errors import RecipeError
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
 from hf_clm.generation.prompts import to_prompt_example
 from hf_clm.machine import peak_memory, settle_cpu
-from hf_clm.model.build import build_model, build_model_config, build_tokenizer, check_model
-from hf_clm.model.load import takes_targets
-from hf_clm.model.loss import LossOptions
+from hf_clm.model.build import check_model
 from hf_clm.pages.charts import write_loss_plots
 from hf_clm.pages.documents import Reader, write_excerpt
 from hf_clm.pages.report import write_report
 from hf_clm.recipe.recipe import Recipe, recipe_to_yaml
-from hf_clm.recipe.sections import EVAL, TRAIN
 from hf_clm.run_folder import RunRecord, load_folder, read_record, write_record, write_text
 from hf_clm.schema import whole_text
-from hf_clm.training.answering import Answering, load_answer_metrics
-from hf_clm.training.answering import find_questions as find_eval_questions
-from hf_clm.training.arguments import build_stream, check_launch, resolve, training_arguments
+from hf_clm.training.arguments import check_launch, resolve, training_arguments
+from hf_clm.training.assemble import NO_ADDITIONS, assemble, prepare_inputs
 from hf_clm.training.callbacks import (
     EpochMeansCallback,
     LastEvaluationCallback,
     MetricsCallback,
-    PatienceCallback,
     ProgressCallback,
     ReportCallback,
     SamplesCallback,
-    tolerate_trackers,
     write_line,
 )
 from hf_clm.training.card import write_card
@@ -63,20 +45,18 @@ from hf_clm.training.fitting import fitting, free_memory, is_to_be_tried, to_sma
 from hf_clm.training.lock import locked
 from hf_clm.training.optimizer import zero_rate_warning
 from hf_clm.training.output import FINAL, publish, recording_failure
-from hf_clm.training.prepare import Prepared, prepare
+from hf_clm.training.prepare import Prepared
 from hf_clm.training.proof import find_questions, prove_model, prove_saved
 from hf_clm.training.publish import check_can_push
 from hf_clm.training.python import Additions, Run
 from hf_clm.training.signals import first_parent, stoppable
 from hf_clm.training.start import Start, has_ended, prepare_start
-from hf_clm.training.summary import RunFacts, add_outcome, end_lines, guessing_loss, seal_facts, start_lines
+from hf_clm.training.summary import RunFacts, add_outcome, end_lines, start_lines
 from hf_clm.training.trainer import CLMTrainer
 
 CONTINUE = (
     "use --overwrite to start again, or a larger --max_steps with --resume_override max_steps to train longer"
 )
-NO_ADDITIONS = Additions()
-EVALUATED_ROWS = 64  # of the training data, if there is no evaluation set
 
 
 def train(recipe: Recipe, *, is_terminal: bool = False) -> dict[str, Any]:
@@ -135,36 +115,11 @@ def start_or_resume(
             write_line(f"{start.folder}: this run is already done; {CONTINUE}")
         return Run(start.folder, RunRecord.model_validate(start.result))
 
-    # Data. As many errors as possible are raised before the model is loaded.
-    load_answer_metrics(recipe.evaluation)
-    tokenizer = build_tokenizer(recipe, load_early(recipe, arguments.seed), arguments=arguments)
-    config = build_model_config(recipe, tokenizer)
-    settled = settle_render(recipe, tokenizer)
-    prepared = prepare(settled, tokenizer, arguments=arguments, date=recorded_date(start.folder))
-    splits, proof = prepared.splits, prepared.proof
-    proof.lines += give_plain_template(tokenizer, settled, formats=splits[TRAIN].examples.formats)
-    checked = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
-    checked, choices = settle_batch(checked, kept=start.kept, most_rows=most_rows)
-    recipe, arguments = checked.recipe, checked.arguments
-    proof.lines += choices
-    proof.lines += [f"warning   {line}" for line in check_before_training(checked)]
-    stream = build_stream(settled, tokenizer, arguments=arguments, checkpoint=start.checkpoint)
-
-    # Model and Trainer.
-    model = build_model(recipe, tokenizer, config=config, arguments=arguments)
-    entropy = guessing_loss(splits[TRAIN])
-    facts = RunFacts(recipe, arguments, model, splits, entropy, render=settled.data.render)
-    sealed = seal_facts(facts, tokenizer, proof=proof.facts)
-    trainer = build_trainer(
-        model,
-        arguments,
-        recipe=recipe,
-        tokenizer=tokenizer,
-        splits=splits,
-        stream=stream,
-        sealed=sealed,
-        additions=additions,
-    )
+    # As many errors as possible are raised before the model is loaded.
+    date = recorded_date(start.folder)
+    inputs = prepare_inputs(recipe, arguments, kept=start.kept, most_rows=most_rows, date=date)
+    recipe, arguments, proof = inputs.recipe, inputs.arguments, inputs.prepared.proof
+    trainer, facts = assemble(inputs, checkpoint=start.checkpoint, additions=additions)
     trainer.overridden = start.override_keys
     if warning := zero_rate_warning(arguments, facts.steps):
         proof.lines.append(f"warning   {warning}")
@@ -174,9 +129,9 @@ def start_or_resume(
         if arguments.process_index == 0:
             trainer.add_callback(ProgressCallback(is_terminal=is_terminal))
             with trainer.aside():
-                prove_and_record(trainer, facts, start=start, prepared=prepared)
+                prove_and_record(trainer, facts, start=start, prepared=inputs.prepared)
     if is_to_be_tried(recipe, arguments):
-        try_largest(trainer, splits[TRAIN].dataset)
+        try_largest(trainer, facts.train.dataset)
 
     # Training.
     record = train_to_the_end(trainer, facts, start=start, proof=proof.facts)
@@ -272,93 +227,6 @@ def prove_and_record(trainer: CLMTrainer, facts: RunFacts, *, start: Start, prep
     reader = Reader(facts.train, tokenizer, recipe=recipe)
     write_excerpt(folder / "label_rows.jsonl", reader, collate=build_collator(recipe, tokenizer))
     write_record(folder, facts.to_record("running", proof=proof.facts))
-
-
-def build_trainer(
-    model: PreTrainedModel,
-    arguments: TrainingArguments,
-    *,
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerFast,
-    splits: Mapping[str, Split],
-    stream: StreamedRows | None = None,
-    sealed: Mapping[str, Any] | None = None,
-    additions: Additions = NO_ADDITIONS,
-) -> CLMTrainer:
-    """Builds the Trainer. Without an evaluation set, it evaluates on some of the training rows."""
-    train_split, watched = splits[TRAIN], recipe.data.eval_train_rows
-    evaluated: dict[str, Any] = {name: split.dataset for name, split in splits.items() if name != TRAIN}
-    named = {name.removeprefix(f"{EVAL}_"): dataset for name, dataset in evaluated.items()}
-    datasets = [split.dataset for split in splits.values()]
-    rows = max(arguments.train_batch_size, arguments.eval_batch_size)
-    share = train_split.target_tokens / max(1, train_split.tokens)
-    static = static_shape(datasets, rows=rows, target_share=share) if arguments.torch_compile else None
-    collate = build_collator(recipe, tokenizer, with_targets=takes_targets(model), static=static)
-    trainer_class = additions.trainer_class or CLMTrainer
-    trainer = trainer_class(
-        model=model,
-        args=arguments,
-        data_collator=PositionCollator(collate) if stream else collate,
-        train_dataset=stream or train_split.dataset,
-        eval_dataset=evaluated.get(EVAL, named or first_rows(train_split, watched or EVALUATED_ROWS)),
-        processing_class=tokenizer,
-        loss_options=LossOptions(**recipe.loss.model_dump()),
-        optimizer_section=recipe.optimizer,
-        watched_rows=first_rows(train_split, watched) if watched and evaluated else None,
-        answering=build_answering(recipe, arguments, tokenizer=tokenizer, splits=splits),
-        answers_every=recipe.evaluation.every,
-        seal_facts=sealed,
-        callbacks=list(additions.callbacks),
-        compute_metrics=additions.metrics(),
-        optimizers=additions.optimizers(model),
-    )
-    trainer.remove_callback(PrinterCallback)
-    tolerate_trackers(trainer)
-    if recipe.early_stopping:
-        patience, threshold = recipe.early_stopping.patience, recipe.early_stopping.threshold
-        trainer.add_callback(PatienceCallback(patience, threshold))
-    for key, value in recipe.loss.model_dump(exclude_defaults=True).items():
-        if trainer.own_loss:
-            what = f"has no effect: the model computes its own loss ({trainer.own_loss})"
-            raise RecipeError(what, where=f"loss.{key}", got=f"{value:g}", fix="remove it")
-    return trainer
-
-
-def build_answering(
-    recipe: Recipe,
-    arguments: TrainingArguments,
-    *,
-    tokenizer: PreTrainedTokenizerFast,
-    splits: Mapping[str, Split],
-) -> Answering | None:
-    """Builds the measurement of answers at evaluations; returns None if the recipe does not enable it.
-
-    Raises DataError for an evaluation set without prompts.
-    """
-    section = recipe.evaluation
-    if not section.generate:
-        return None
-    sets = {
-        name: find_eval_questions(split, section.generate) for name, split in splits.items() if name != TRAIN
-    }
-    for name, questions in sets.items():
-        if not questions:
-            files = ", ".join(splits[name].examples.report.files[:2])
-            what = "no example has a prompt to answer"
-            raise DataError(what, where=files, fix="set evaluation.generate to 0")
-    return Answering(
-        sets,
-        load_answer_metrics(section),
-        tokenizer=tokenizer,
-        rendering=label_options(recipe),
-        max_new_tokens=section.max_new_tokens,
-        arguments=arguments,
-    )
-
-
-def first_rows(split: Split, count: int) -> torch.utils.data.Subset:
-    """Returns the first training rows, or all if there are fewer."""
-    return torch.utils.data.Subset(split.dataset, range(min(count, len(split.dataset))))
 
 
 def build_samples(facts: RunFacts, trainer: CLMTrainer) -> SamplesCallback:

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from hf_clm.data.batch.left_out import KEPT, mask_left_out
 from hf_clm.data.batch.sampling import EpochSampler, EvenRows
 from hf_clm.data.prepared.division import furthest
 from hf_clm.data.prepared.stream import StreamedRows, plain_errors
@@ -87,7 +88,7 @@ class CLMTrainer(EvaluatingTrainer):
     ):
         super().__init__(*args, **kwargs)
         self.optimizer_section = optimizer_section
-        self.label_names = [*self.label_names, "weights"]  # remove_unused_columns drops other columns
+        self.label_names = [*self.label_names, "weights", KEPT]  # remove_unused_columns drops other columns
         settle_precision(self.accelerator)
         if self.accelerator.ddp_handler is not None:  # without it, DDP copies the gradients into its buckets
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
@@ -147,7 +148,11 @@ class CLMTrainer(EvaluatingTrainer):
         """Returns the micro-batches of a step, and the sum of their labels' weights on all processes."""
         with plain_errors():
             batches, items = super().get_batch_samples(*args)
-        return batches, self._weigh(items, batches) if isinstance(items, torch.Tensor) else items
+        if isinstance(items, torch.Tensor):
+            items = self._weigh(items, batches)
+        for batch in batches:  # not before: the divisor counts what is left out
+            mask_left_out(batch, weights=WEIGHTS)
+        return batches, items
 
     def _weigh(self, items: torch.Tensor, batches: list[dict[str, Any]]) -> torch.Tensor:
         """Returns ``items``, the number of labels as counted by the Trainer, times their mean weight."""

@@ -19,7 +19,7 @@ from hf_clm.errors import ExitCode, ModelError
 from hf_clm.model import loss
 from hf_clm.model.attention import NAME, register
 from hf_clm.model.loss import LossOptions, use_target_loss
-from hf_clm.training import run as run_module
+from hf_clm.training import assemble as assemble_module
 from hf_clm.training.run import train
 
 # "say N\n" is the prompt, N letters and the end token are targets: 8, 9, 10, 11, 12 tokens.
@@ -355,13 +355,13 @@ def test_label_smoothing_does_not_fail_the_self_test(tmp_path):
 
 def test_a_failed_self_test_stops_the_run_before_its_first_step(tmp_path, monkeypatch, capsys):
     """The kernel breaks after the model is loaded; a kernel broken before would not be used."""
-    build_trainer = run_module.build_trainer
+    build_trainer = assemble_module.build_trainer
 
     def breaking(*args, **options):
         one_document(monkeypatch, None)
         return build_trainer(*args, **options)
 
-    monkeypatch.setattr(run_module, "build_trainer", breaking)
+    monkeypatch.setattr(assemble_module, "build_trainer", breaking)
 
     with pytest.raises(ModelError) as error:
         train(helpers.build_recipe(tmp_path, RECORDS))

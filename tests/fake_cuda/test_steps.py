@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from hf_clm.model.build import build_model, build_model_config
 from hf_clm.training.arguments import training_arguments
-from hf_clm.training.run import build_trainer
+from hf_clm.training.assemble import build_trainer
 
 pytestmark = [
     pytest.mark.fake_cuda,

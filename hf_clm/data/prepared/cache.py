@@ -21,7 +21,7 @@ from hf_clm.data.prepared.store import StoredSet, open_store
 from hf_clm.data.read.formats import custom_modules
 from hf_clm.data.read.readers import ReadReport, compression, suffix
 from hf_clm.data.read.sources import find_files
-from hf_clm.data.split import Split, mix_splits
+from hf_clm.data.split import Split, settle_splits
 from hf_clm.errors import UserError
 from hf_clm.hashing import fingerprint, hash_file
 from hf_clm.machine import version_of
@@ -131,7 +131,7 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, *, seed: int
         assert stored is not None, "the set was just written"
         if stored.date:
             fix_date(tokenizer, stored.date)
-        return mix_splits(stored.splits, recipe, seed=seed)
+        return settle_splits(stored.splits, recipe, seed=seed)
 
 
 def today(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -1,7 +1,7 @@
 """The ledger of a run: the fate of every record and the rows that contain it."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,32 +10,38 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
+from hf_clm.data.batch.left_out import LEFT_OUT
 from hf_clm.data.batch.mixing import DrawnDataset
 from hf_clm.data.batch.packing import PackedDataset, stable_order
 from hf_clm.data.prepared.tables import StoredLedger
 
 GROUP_ROWS = 1 << 13  # rows of the file that are written at once
-FATES = ("used", "cut", "split", "duplicate", "dropped", "unreadable")
+FATES = ("used", "cut", "split", LEFT_OUT, "duplicate", "dropped", "unreadable")
 COUNTS = ("tokens", "target_tokens", "kept_tokens", "kept_targets")
 
 
 class Totals:
-    """The totals of a ledger."""
+    """The totals of a ledger. ``left_out``: the numbers of the records that are left out of training."""
 
-    def __init__(self, ledger: StoredLedger):
+    def __init__(self, ledger: StoredLedger, left_out: Sequence[int] = ()):
         self.by_fate: dict[str, Counter[str]] = defaultdict(Counter)
         self.reasons: Counter[str] = Counter()
         sums = [(name, "sum") for name in COUNTS]
         for group in ledger.table.group_by(["fate"]).aggregate([*sums, ([], "count_all")]).to_pylist():
             self.by_fate[group["fate"]] = Counter({name: group[f"{name}_sum"] for name in COUNTS})
             self.by_fate[group["fate"]]["rows"] = group["count_all"]
+        for number in left_out:
+            (row,) = ledger.table.slice(number, 1).select(["fate", *COUNTS]).to_pylist()
+            counts = Counter({"rows": 1, **{name: row[name] for name in COUNTS}})
+            self.by_fate[row["fate"]].subtract(counts)
+            self.by_fate[LEFT_OUT].update(counts | {"kept_targets": 0})
         for (fate, reason), count in ledger.totals.items():
             if fate == "dropped":
                 self.reasons[reason] += count
 
     def to_json(self) -> dict[str, dict[str, int]]:
         """Returns rows and ``COUNTS`` by fate, for the fates that occur."""
-        return {fate: dict(self.by_fate[fate]) for fate in FATES if fate in self.by_fate}
+        return {fate: dict(self.by_fate[fate]) for fate in FATES if self.by_fate[fate]["rows"]}
 
     def to_lines(self) -> list[str]:
         """Formats a table of the totals, with the reasons for dropping records."""
@@ -48,11 +54,17 @@ class Totals:
 
 @dataclass(frozen=True)
 class LedgerSplit:
-    """The ledger of a split, its packed or drawn rows, and, if mixed, how often each record was drawn."""
+    """The ledger of a split, and what training makes of its records.
+
+    packed     the packed or drawn rows; None if each row is trained on as it is
+    times      (E,) int64, how often each record was drawn, if the sources are mixed
+    left_out   the numbers of the records that are left out
+    """
 
     ledger: StoredLedger
     packed: PackedDataset | DrawnDataset | None
     times: np.ndarray | None = None
+    left_out: Sequence[int] = ()
 
 
 def write_ledger(path: Path, splits: Mapping[str, LedgerSplit]) -> None:
@@ -85,13 +97,18 @@ def _groups(name: str, split: LedgerSplit) -> Iterator[dict[str, Any]]:
             times = split.times[first:last]
         else:  # once, unless all its rows were dropped
             times = (part.column("rows").to_numpy() > 0).astype(np.int64)
+        numbers_of = range(first, last)
+        fates, kept = part.column("fate").to_pylist(), part.column("kept_targets").to_numpy().copy()
+        for number in set(split.left_out).intersection(numbers_of):
+            fates[number - first], kept[number - first] = LEFT_OUT, 0
         yield {
             "split": [name] * (last - first),
-            "row": np.arange(first, last),
+            "row": np.array(numbers_of),
             "source": ledger.places[first:last],
-            "fate": part.column("fate").to_pylist(),
+            "fate": fates,
             "reason": list(map(ledger.rename, part.column("reason").to_pylist())),
             **{count: part.column(count).to_numpy() for count in COUNTS},
+            "kept_targets": kept,
             "rows": pyarrow.ListArray.from_arrays(offsets.astype(np.int32), numbers),
             "times": times,
         }

@@ -30,7 +30,7 @@ from hf_clm.data.label.datasets import TokenizedRows
 from hf_clm.data.prepared.block import BlockMaker
 from hf_clm.data.prepared.cache import read_splits
 from hf_clm.data.proof.proof import prove_mix
-from hf_clm.data.split import Split, mix_splits
+from hf_clm.data.split import Split, settle_splits
 from hf_clm.errors import DataError, RecipeError
 from hf_clm.pages.inspection import View, inspect
 from hf_clm.recipe.recipe import Recipe, load_recipe
@@ -353,7 +353,7 @@ def test_without_weights_epochs_and_mixing_nothing_is_drawn(tmp_path):
 def test_the_rows_depend_on_the_seed_alone(tmp_path):
     recipe = build_recipe(tmp_path, {"epochs": 7.5}, {"epochs": 9.4})
     splits = read_splits(recipe, byte_tokenizer(), seed=SEED)
-    first, again, other = (mix_splits(splits, recipe, seed=seed)["train"].mix for seed in (1, 1, 2))
+    first, again, other = (settle_splits(splits, recipe, seed=seed)["train"].mix for seed in (1, 1, 2))
 
     assert first and again and other
     assert first.numbers.tolist() == again.numbers.tolist() != other.numbers.tolist()
