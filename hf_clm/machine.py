@@ -79,6 +79,21 @@ def widest_float(device: "torch.device") -> "torch.dtype":
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def describe_machine(device: "torch.device") -> dict[str, str | int]:
+    """Returns what decides the bits of a result, besides versions: the device and, on a CPU, its threads.
+
+    Two machines for which this is equal, and the versions of the packages, compute the same floats.
+    """
+    import torch
+
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    model = re.search(r"model name\s*: (.*)", _read("/proc/cpuinfo"))
+    name = model[1] if model else platform.processor() or platform.machine()
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return {"device": f"{device.type}, {name}, {instructions}", "threads": torch.get_num_threads()}
+
+
 def nominal_peak(device: "torch.device") -> float | None:
     """Returns the vendor's figure for dense bfloat16 FLOP/s, or None if it is not known."""
     import torch

@@ -4,6 +4,7 @@ recipe -> tokenizer, data, checks -> Inputs        once
 Inputs -> model, Trainer, facts                    again for every training from these inputs
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from hf_clm.doctor.checks import check_before_training
 from hf_clm.doctor.facts import build_facts
 from hf_clm.doctor.micro_batch import settle_batch
 from hf_clm.errors import DataError, RecipeError
+from hf_clm.machine import settle_cpu
 from hf_clm.model.build import build_model, build_model_config, build_tokenizer
 from hf_clm.model.load import takes_targets
 from hf_clm.model.loss import LossOptions
@@ -37,6 +39,7 @@ from hf_clm.recipe.sections import EVAL, TRAIN
 from hf_clm.training.answering import Answering, find_questions, load_answer_metrics
 from hf_clm.training.arguments import build_stream
 from hf_clm.training.callbacks import PatienceCallback, tolerate_trackers
+from hf_clm.training.faults import keep_timeout
 from hf_clm.training.prepare import Prepared, prepare
 from hf_clm.training.python import Additions
 from hf_clm.training.summary import RunFacts, guessing_loss, seal_facts
@@ -60,6 +63,13 @@ class Inputs:
     tokenizer: PreTrainedTokenizerFast
     config: PretrainedConfig
     prepared: Prepared
+
+
+def settle_machine(arguments: TrainingArguments) -> None:
+    """Sets up this process for training on a CPU: its threads, its memory and the timeout of its group."""
+    if arguments.device.type == "cpu":
+        settle_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        keep_timeout(arguments)
 
 
 def prepare_inputs(

@@ -1,6 +1,5 @@
 """A run, from a recipe to a folder that ``from_pretrained`` loads. Read this first."""
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -19,7 +18,7 @@ from hf_clm.errors import RecipeError
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
 from hf_clm.generation.prompts import to_prompt_example
-from hf_clm.machine import peak_memory, settle_cpu
+from hf_clm.machine import peak_memory
 from hf_clm.model.build import check_model
 from hf_clm.pages.charts import write_loss_plots
 from hf_clm.pages.documents import Reader, write_excerpt
@@ -28,7 +27,7 @@ from hf_clm.recipe.recipe import Recipe, recipe_to_yaml
 from hf_clm.run_folder import RunRecord, load_folder, read_record, write_record, write_text
 from hf_clm.schema import whole_text
 from hf_clm.training.arguments import check_launch, resolve, training_arguments
-from hf_clm.training.assemble import NO_ADDITIONS, assemble, prepare_inputs
+from hf_clm.training.assemble import NO_ADDITIONS, assemble, prepare_inputs, settle_machine
 from hf_clm.training.callbacks import (
     EpochMeansCallback,
     LastEvaluationCallback,
@@ -40,7 +39,7 @@ from hf_clm.training.callbacks import (
 )
 from hf_clm.training.card import write_card
 from hf_clm.training.checkpoints import seal
-from hf_clm.training.faults import among_others, keep_timeout, own_errors, writing
+from hf_clm.training.faults import among_others, own_errors, writing
 from hf_clm.training.fitting import fitting, free_memory, is_to_be_tried, to_smaller, try_largest
 from hf_clm.training.lock import locked
 from hf_clm.training.optimizer import zero_rate_warning
@@ -79,9 +78,7 @@ def run(recipe: Recipe, *, is_terminal: bool = False, additions: Additions = NO_
     folder = Path(str(arguments.output_dir))
     with among_others(), locked(folder, is_main=arguments.process_index == 0):
         check_can_push(arguments)
-        if arguments.device.type == "cpu":
-            settle_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-            keep_timeout(arguments)
+        settle_machine(arguments)
         check_model(recipe, arguments)
         most_rows = None
         while True:
@@ -302,7 +299,7 @@ def finish(
         write_loss_plots(run.metrics, folder)
         write_card(run, facts.recipe.card, examples=card_examples(facts))
         write_record(folder, record)
-        seal(folder, {"step": steps})
+        seal(folder, {"step": steps, **trainer.seal_facts})
         publish(output_dir)
         write_line("\n".join(end_lines(facts, record, samples=run.samples)))
     return record

@@ -17,7 +17,7 @@ from hf_clm.data.prepared.store import HEAD
 from hf_clm.data.split import Split, note_lines
 from hf_clm.evaluation.metrics import unigram_entropy
 from hf_clm.hashing import fingerprint
-from hf_clm.machine import bf16_instructions, version_of
+from hf_clm.machine import bf16_instructions, describe_machine, version_of
 from hf_clm.model.adapters import describe_quantized
 from hf_clm.model.load import is_adapted, without_adapters
 from hf_clm.recipe.recipe import Recipe, describe_recipe
@@ -201,6 +201,7 @@ def seal_facts(
         },
         "architecture": dict(leaves(_architecture(facts.model), "architecture")),
         "versions": versions(),
+        "machine": describe_machine(facts.arguments.device),
     }
 
 
