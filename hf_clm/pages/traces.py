@@ -174,7 +174,7 @@ def _to_tokens(answer: TracedAnswer) -> Iterator[tuple[str, int, str]]:
         loss = 0.0 - log_probability  # no -0
         heat = int(loss / NATS) if loss < HEATS * NATS else HEATS - 1  # NaN is the hottest too
         tip = f"'{_joined(text)}': loss {loss:.3f}, probability {math.exp(log_probability):.1%}"
-        yield _broken(text), max(heat, 0), tip
+        yield _broken(text), heat, tip
 
 
 def _to_paragraphs(texts: Mapping[str, str], *, width: int) -> list[str]:
