@@ -1,4 +1,4 @@
-"""report.html and compare.html in a headless Chromium."""
+"""report.html, compare.html and the page of traced answers in a headless Chromium."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from report_runs import EVIL, to_metrics, write_run
 
 from hf_clm.pages.compare import compare
 from hf_clm.pages.report import write_report
+from hf_clm.pages.traces import TracedAnswer, TracedRow, Traces, write_traces
 
 # Pairs of labels of one axis, or of one caption, that lie on each other.
 OVERLAPS = """() => [...document.querySelectorAll('svg.plot, figcaption')].flatMap(axis => {
@@ -70,6 +71,16 @@ def comparison(tmp_path_factory) -> Path:
     return folder / "compare.html"
 
 
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory) -> Path:
+    """A row that was proved, one that was not, and a random one."""
+    path = tmp_path_factory.mktemp("traces") / "traces.html"
+    atoms = [(EVIL, "read"), (EVIL * 30, "trained")]
+    rows = [TracedRow(EVIL, atoms, rank, 0.5, (8.0, None, -2.0)[rank - 1], rank == 3) for rank in (1, 2, 3)]
+    write_traces(path, Traces(EVIL, {"proved": EVIL}, [TracedAnswer(EVIL, [(EVIL, -1.0)], rows)]))
+    return path
+
+
 def open_page(browser, path: Path, *, width: int = 1280, scheme: str = "light"):
     """The page from disk, with what it asked for and what went wrong."""
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
@@ -81,7 +92,7 @@ def open_page(browser, path: Path, *, width: int = 1280, scheme: str = "light"):
     return page, asked, errors
 
 
-@pytest.mark.parametrize("name", ["report", "comparison"])
+@pytest.mark.parametrize("name", ["report", "comparison", "traces"])
 def test_nothing_is_asked_for_and_nothing_runs(browser, name, request):
     path = request.getfixturevalue(name)
 
@@ -123,6 +134,20 @@ def test_no_label_overlaps_leaves_its_card_or_is_hard_to_read(browser, name, sch
     assert page.evaluate(OVERLAPS) == []
     assert page.evaluate(OUTSIDE) == []
     assert page.evaluate(FAINT) == []
+    page.close()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_bars_of_an_answer_share_an_axis_that_fits_the_page(browser, traces, width):
+    """The largest effect is 8, so the bar of -2 is a quarter as long, and both begin at zero."""
+    page, _, errors = open_page(browser, traces, width=width)
+
+    up, down = (page.locator(f".bar.{kind}").bounding_box() for kind in ("trained", "against"))
+
+    assert errors == []
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert down["width"] == pytest.approx(up["width"] / 4, abs=0.5)
+    assert down["x"] + down["width"] == pytest.approx(up["x"], abs=0.5)
     page.close()
 
 
