@@ -309,6 +309,25 @@ def run_checkpoints(words: list[str]) -> int:
     return ExitCode.DONE if are_intact else ExitCode.ENVIRONMENT
 
 
+def run_verify(words: list[str]) -> int:
+    """RUN [--spans 3]: check all hashes of a run, and replay parts of it; exit code 6 if something differs"""
+    parser = _parser("verify")
+    parser.add_argument("run", help="the folder of a run")
+    text = "number of spans between saved states to replay, drawn at random (%(default)s)"
+    parser.add_argument("--spans", type=at_least(0), default=3, help=text)
+    options, overrides = parser.parse_with_overrides(words)
+    from hf_clm.draft import open_recipe
+    from hf_clm.run_folder import load_folder
+
+    recipe = open_recipe(str(load_folder(options.run).path), overrides, options=parser.names)
+    _quiet_libraries()
+    from hf_clm.training.verify import verify
+
+    return (
+        ExitCode.DONE if verify(options.run, recipe, spans=options.spans).is_valid else ExitCode.ENVIRONMENT
+    )
+
+
 def run_compare(words: list[str]) -> None:
     """RUN RUN [RUN ...]: compare the results and recipes of runs, and draw their curves on one page"""
     parser = _parser("compare")
@@ -401,6 +420,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "evaluate": run_evaluate,
     "report": run_report,
     "checkpoints": run_checkpoints,
+    "verify": run_verify,
     "compare": run_compare,
     "merge": run_merge,
     "bench": run_bench,

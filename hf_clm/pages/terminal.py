@@ -46,7 +46,7 @@ def to_lines(row: Row, vocabulary: Vocabulary, *, width: int, colors: bool) -> l
     lines = []
     for gutter, atoms in blocks:
         shown = atoms if colors else _marked(atoms)
-        wrapped = _wrap(shown, room=max(LEAST, width - len(gutter)))
+        wrapped = wrap_letters(shown, room=max(LEAST, width - len(gutter)))
         lines += [_to_line([(gutter, "frame"), *line], colors=colors) for line in wrapped]
     return lines
 
@@ -97,11 +97,11 @@ def _shown(text: str) -> str:
     return escape(text, also=RESERVED).replace("\n", NEWLINE + "\n")
 
 
-def _wrap(atoms: Iterable[Atom], *, room: int) -> Iterator[list[Atom]]:
+def wrap_letters(atoms: Iterable[Atom], *, room: int) -> Iterator[list[Atom]]:
     """Yields lines of at most ``room`` columns, as letters with their style."""
     line, used = [], 0
     for letter, style in ((letter, style) for text, style in atoms for letter in text):
-        columns = _columns(letter)
+        columns = columns_of(letter)
         if letter == "\n" or used + columns > room:
             yield line
             line, used = [], 0
@@ -120,7 +120,7 @@ def _to_line(atoms: Iterable[Atom], *, colors: bool) -> str:
     return text
 
 
-def _columns(letter: str) -> int:
+def columns_of(letter: str) -> int:
     """Returns the columns of a letter: 2 for East Asian wide characters and emoji, 0 for combining ones."""
     if unicodedata.combining(letter) or letter in JOINED:
         return 0

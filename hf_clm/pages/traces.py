@@ -15,7 +15,7 @@ from typing import NamedTuple
 from hf_clm.pages.losses import HEATS, NATS
 from hf_clm.pages.report import render
 from hf_clm.pages.rows import Atom, escape
-from hf_clm.pages.terminal import LEAST, NEWLINE, _columns, _wrap
+from hf_clm.pages.terminal import LEAST, NEWLINE, columns_of, wrap_letters
 from hf_clm.run_folder import write_text
 
 RANKED = "all training rows, by the similarity of their gradient to that of the answer at stored checkpoints"
@@ -189,7 +189,7 @@ def _to_paragraphs(texts: Mapping[str, str], *, width: int) -> list[str]:
 
 def _indented(text: str, *, width: int) -> Iterator[str]:
     """Yields the lines of a text below its title."""
-    for line in _wrap([(_broken(text), "")], room=max(LEAST, width - 2)):
+    for line in wrap_letters([(_broken(text), "")], room=max(LEAST, width - 2)):
         yield "  " + "".join(letter for letter, _ in line)
 
 
@@ -235,7 +235,7 @@ def _broken(text: str) -> str:
 
 
 def _count(text: Iterable[str]) -> int:
-    return sum(map(_columns, text))
+    return sum(map(columns_of, text))
 
 
 def _cut(text: str, room: int, *, at_end: bool = True) -> str:
@@ -243,6 +243,6 @@ def _cut(text: str, room: int, *, at_end: bool = True) -> str:
     if _count(text) <= room:
         return text
     letters = text if at_end else text[::-1]
-    used = accumulate(map(_columns, letters))
+    used = accumulate(map(columns_of, letters))
     shown = "".join(letter for letter, columns in zip(letters, used, strict=True) if columns < room)
     return f"{shown}…" if at_end else f"…{shown[::-1]}"

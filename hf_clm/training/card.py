@@ -1,6 +1,7 @@
 """Writes the model card, README.md in the folder of a run, from its record and its recipe."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hf_clm.run_folder import METRICS, RunFolder, RunRecord, metric_of, write_te
 
 TAG = "hf_clm"
 FENCE = "````"  # longer than fences in most recipes and texts
+VERIFICATION = "## Verification\n\n"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 MAX_FILES = 5
 SHOWN_ELSEWHERE = ("Evaluated on", "Steps")  # figures that other parts of the card contain
@@ -35,6 +37,17 @@ def write_card(run: RunFolder, section: Card, *, examples: Sequence[str] = ()) -
         | named_figures(run),
     )
     write_text(run.path / "README.md", text)
+
+
+def name_verification(folder: Path, sentence: str) -> None:
+    """Writes what a verification found into the card, or removes it if the sentence is empty."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return
+    text = re.sub(rf"{VERIFICATION}.*?(?=## )", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    if sentence:
+        text = text.replace("## Recipe\n", f"{VERIFICATION}{sentence}\n\n## Recipe\n", 1)
+    write_text(path, text)
 
 
 def front_matter(record: RunRecord, section: Card) -> dict[str, Any]:

@@ -51,6 +51,7 @@ QUIET = {
     "resume_from_checkpoint": None,
     "disable_tqdm": True,
 }
+START = "start"  # the folder in scratch with the weights that the seed gives
 DEPENDS_ON_EVALUATION = "reduce_lr_on_plateau"  # the schedule that does
 
 
@@ -170,6 +171,15 @@ class Replays:
         changes = [Change(key, machine.get(key), now.get(key), "version") for key in changed]
         return compare_versions(before.get("versions", {}), versions()) + changes
 
+    @property
+    def unsealed(self) -> list[Path]:
+        """The checkpoints that are not sealed."""
+        return [path for path in find_checkpoints(self.run.path) if not read_seal(path)]
+
+    def facts_of(self, state: State) -> dict[str, Any]:
+        """Returns what a state of the same recipe would be sealed with here."""
+        return assemble(self.inputs_of(state), checkpoint=None)[0].seal_facts
+
     def changes_of(self, state: State) -> list[Change]:
         """Returns what the recipe of the run's folder has other values for than the one sealed in a state."""
         return compare(recipe_keys(dict(state.seal["recipe"])), recipe_keys(self.recipe))
@@ -212,6 +222,8 @@ class Replays:
         if self.evaluates and end.folder == self.run.path:
             trainer.add_callback(LastEvaluationCallback())
         with closing(trainer):
+            if saves and begin.folder is None:
+                trainer.save_model(str(self.scratch / START), _internal_call=True)
             trainer.train(resume_from_checkpoint=str(begin.folder) if begin.folder else None)
         return trainer, facts
 

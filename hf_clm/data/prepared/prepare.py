@@ -35,7 +35,15 @@ from hf_clm.data.prepared.store import (
     split_json,
     write_pieces,
 )
-from hf_clm.data.prepared.tables import DUPLICATE, OF, StoredLedger, StoredRows, TableWriter, write_dict
+from hf_clm.data.prepared.tables import (
+    DUPLICATE,
+    OF,
+    StoredLedger,
+    StoredRows,
+    TableWriter,
+    enter_rows,
+    write_dict,
+)
 from hf_clm.data.proof.leakage import Leakage, are_among
 from hf_clm.data.proof.proof import ProofReport, prove_split
 from hf_clm.data.read.readers import ReadReport
@@ -192,8 +200,7 @@ def count_ids(folder: Path, rows: StoredRows) -> tuple[str, int]:
             totals = np.bincount(values[values >= 0], minlength=len(counts[name]))
             totals[: len(counts[name])] += counts[name]
             counts[name] = totals
-        for values in (block.input_ids, block.labels, block.lengths, block.weights):
-            digest.update(b"" if values is None else np.ascontiguousarray(values).data)
+        enter_rows(digest, block)
     for name, totals in counts.items():
         np.save(folder / f"{name}.npy", totals)
     return digest.hexdigest(), least

@@ -17,7 +17,7 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow
@@ -27,6 +27,9 @@ from hf_clm.data.label.datasets import UNREADABLE, TokenizedRows, Views
 from hf_clm.data.label.labels import Fate
 from hf_clm.data.prepared.block import LEDGER_SCHEMA, WEIGHTED_ROW_SCHEMA
 from hf_clm.schema import TokenizedExample
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
 
 FATE = ("fate", "reason", "cut_tokens", "tokens", "target_tokens")
 DUPLICATE = "duplicate"  # the fate of a record that equals an earlier one
@@ -278,6 +281,13 @@ class StoredRows:
                 yield to_rows(batch)
                 forget(self._mapped)
 
+    def digest(self) -> str:
+        """Returns the sha256 of all rows."""
+        total = sha256()
+        for block in self.blocks():
+            enter_rows(total, block)
+        return total.hexdigest()
+
     def _place(self, column: pyarrow.Array) -> int:
         """Returns the start of a column's values in ``tokens``; 0 if the column has no values."""
         if not len(column.values):
@@ -311,6 +321,12 @@ def to_rows(batch: pyarrow.RecordBatch) -> TokenizedRows:
     if "weights" in batch.schema.names and not batch.column("weights").null_count:
         weights = batch.column("weights").values.to_numpy()
     return TokenizedRows(ids, labels, offsets, np.zeros(0, np.int64), weights=weights)
+
+
+def enter_rows(digest: "Hash", block: TokenizedRows) -> None:
+    """Updates the digest of all rows with a block of them."""
+    for values in (block.input_ids, block.labels, block.lengths, block.weights):
+        digest.update(b"" if values is None else np.ascontiguousarray(values).data)
 
 
 def forget(mapped: mmap.mmap) -> None:

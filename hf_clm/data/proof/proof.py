@@ -72,14 +72,19 @@ def prove_split(
 
     Raises DataError if packed rows differ from their documents, or a prompt differs from that of generation.
     """
-    texts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), repr(label_options(recipe)))
-    digest = hashlib.sha256("\0".join((certified["content"], *texts)).encode()).hexdigest()
+    digest = content_hash(certified["content"], recipe, tokenizer)
     again = int(split.ledger.numbers("proved_rows").sum())
     certificate = Certificate(len(split.rows), digest, certified["seconds"], again)
     if isinstance(split.dataset, PackedDataset):
         check_packing(split.dataset)
     compared = check_prompts(recipe, split, tokenizer=tokenizer) if recipe.stage == "sft" else 0
     proof.enter(name, certificate, totals=Totals(split.ledger), compared=compared)
+
+
+def content_hash(rows: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Returns the hash of certified labels: of the rows, given as their sha256, and of what made them."""
+    texts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), repr(label_options(recipe)))
+    return hashlib.sha256("\0".join((rows, *texts)).encode()).hexdigest()
 
 
 def prove_mix(split: Split) -> list[str]:
