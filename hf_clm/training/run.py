@@ -299,7 +299,7 @@ def finish(
         write_loss_plots(run.metrics, folder)
         write_card(run, facts.recipe.card, examples=card_examples(facts))
         write_record(folder, record)
-        seal(folder, {"step": steps, **trainer.seal_facts})
+        seal(folder, {"step": trainer.model_step, **trainer.seal_facts})
         publish(output_dir)
         write_line("\n".join(end_lines(facts, record, samples=run.samples)))
     return record

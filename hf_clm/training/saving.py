@@ -61,6 +61,12 @@ class SavingTrainer(Trainer):
         self._loading = Path()  # the checkpoint whose weights are being loaded
         self.add_callback(ResumeCallback())
 
+    @property
+    def model_step(self) -> int:
+        """The step whose weights the final model has: the best one with ``load_best_model_at_end``."""
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        return best or self.state.global_step
+
     def restore(self, checkpoint: Path) -> None:
         """Loads a checkpoint at which training had ended, and ends the training without another step."""
         self._load_from_checkpoint(str(checkpoint))

@@ -1,8 +1,8 @@
 """``hf-clm verify``: checks that a run is what its files say, by replaying parts of it.
 
-hashes      every file of every sealed state                     has a file changed since it was saved?
-agreement   recipe, data, tokenizer and model, log lines         do the files belong to one run?
-replay      random spans: weights, optimizer, log lines          do these data and settings make these weights?
+hashes      every file of every sealed state                has a file changed since it was saved?
+agreement   recipe, data, tokenizer, model, final weights   do the files belong to one run?
+replay      random spans: weights, optimizer, log lines     did these data and settings make these weights?
 
 Hashes show damage. A replay also finds what was changed and sealed again, as it trains from the data.
 """
@@ -98,7 +98,7 @@ class Verification:
         close = (
             f"on another kind of machine, the weights differ by at most {largest:.2g} of how far they moved"
         )
-        return f"{self.files:,} files have their hashes; {replays}; {close if self.differs_in else equal}"
+        return f"the hashes of {self.files:,} files match; {replays}; {close if self.differs_in else equal}"
 
     def find(self, faults: Iterable[str], say: Callable[[str], None]) -> None:
         """Collects faults, and prints each when it is found."""
@@ -133,7 +133,8 @@ def verify(folder: str, recipe: Recipe, *, spans: int) -> Verification:
             _replay_some(replays, result, spans=spans, say=say)
         if is_main:
             write_json(replays.run.path / VERIFIED, result.to_json())
-            name_verification(replays.run.path, result.sentence if result.is_valid else "")
+            sentence = f"{result.sentence} ([{VERIFIED}]({VERIFIED}), by `hf-clm verify`)."
+            name_verification(replays.run.path, sentence if result.is_valid else "")
         say(f"{'verified' if result.is_valid else 'refuted':<10}{result.sentence}")
         say(f"written   {replays.run.path / VERIFIED}")
         return result
@@ -162,6 +163,7 @@ def _check_agreement(replays: Replays) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
+    yield from _check_final(replays)
     changes = compare(last.seal["facts"], facts["facts"])
     changes += compare(*shared(last.seal["architecture"], facts["architecture"]))
     if text := refusal(changes):
@@ -170,6 +172,16 @@ def _check_agreement(replays: Replays) -> Iterator[str]:
         certified = inputs.prepared.proof.facts[name]["certificate"]["content_hash"]
         if content_hash(split.stored.digest(), inputs.settled, inputs.tokenizer) != certified:
             yield f"{inputs.prepared.stored.folder}: the prepared rows of {name} have changed"
+
+
+def _check_final(replays: Replays) -> Iterator[str]:
+    """Yields the files of the final model whose weights are not those of the checkpoint of the same step."""
+    *others, final = replays.states
+    for same in (state for state in others if state.step == final.step and state.folder):
+        files, sealed = final.seal["files"], same.seal["files"]
+        for name in filter(_has_weights, files):
+            if files[name]["sha256"] != sealed.get(name, {}).get("sha256"):
+                yield f"{name}: {final.name} does not have the weights of {same.name}"
 
 
 def _replay_some(replays: Replays, result: Verification, *, spans: int, say: Callable[[str], None]) -> None:
@@ -208,7 +220,7 @@ def _replay(replays: Replays, span: Span, replayed: Replayed) -> Iterator[str]:
     end, copy = span.end.folder, replays.scratch / f"checkpoint-{span.end.step}"
     assert end is not None, "no span ends at the start"
     tolerance = TOLERANCE if replays.differences else 0.0
-    names = [name for name in span.end.seal["files"] if name.endswith(".safetensors")]
+    names = list(filter(_has_weights, span.end.seal["files"]))
     begin = span.begin.folder or replays.scratch / START
     replayed.difference, first = compare_weights(names, before=begin, run=end, replay=copy)
     if not replayed.difference <= tolerance:
@@ -278,6 +290,10 @@ def _events(entries: Entries, span: Span) -> Events:
         if kind and is_inside:
             events.setdefault((entry["step"], kind), entry)
     return events
+
+
+def _has_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
 
 
 def _are_close(value: float, other: float, tolerance: float) -> bool:
