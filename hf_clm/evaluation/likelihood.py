@@ -131,14 +131,27 @@ def target_logits(
     The rows are separate documents of one packed row. The first token of a row is never a target.
     """
     model.eval()
+    return predict_targets(model, rows)[:2]
+
+
+def predict_targets(
+    model: PreTrainedModel, rows: Sequence[TokenizedExample]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the same as ``target_logits``, with gradients and in the mode of the model, and the weights of
+    the targets (N,) float32.
+
+    If the rows have no targets, there may be one entry whose target is -100.
+    """
     collate = DataCollatorForPackedCausalLM(with_targets=takes_targets(model))
     batch = {key: _to_device(value, model.device) for key, value in collate(rows).items()}
     labels, targets = batch.pop("labels")[0], batch.pop("shift_labels", None)
+    weights = batch.pop("loss_weights", torch.ones(1, len(labels), device=labels.device))[0]
     logits = model(**batch, use_cache=False).logits[0]
+    next_weights = weights.roll(-1)  # the weight of the token that each position predicts
     if targets is not None:
-        return logits, targets[0]
+        return logits, targets[0], next_weights[batch["logits_to_keep"]]
     places = torch.nonzero(labels[1:] != IGNORE_INDEX)[:, 0]
-    return logits[places], labels[places + 1]
+    return logits[places], labels[places + 1], next_weights[places]
 
 
 def target_places(labels: np.ndarray) -> np.ndarray:
