@@ -50,6 +50,7 @@ QUIET = {
     "resume_from_checkpoint": None,
     "disable_tqdm": True,
 }
+PLACES = ("model.name_or_path", "tokenizer.name_or_path")
 START = "start"  # the folder in scratch with the weights that the seed gives
 DEPENDS_ON_EVALUATION = "reduce_lr_on_plateau"  # the schedule that does
 
@@ -210,13 +211,17 @@ class Replays:
         return self._facts[id(inputs)]
 
     def changes_of(self, state: State) -> list[Change]:
-        """Returns what the recipe of the run's folder has other values for than the one sealed in a state."""
-        return compare(recipe_keys(dict(state.seal["recipe"])), recipe_keys(self.recipe))
+        """Returns what the recipe of the run's folder has other values for than the one sealed in a state.
+
+        Data, model and tokenizer may be elsewhere. Their contents are compared, not their paths.
+        """
+        changes = compare(recipe_keys(dict(state.seal["recipe"])), recipe_keys(self.recipe))
+        return [change for change in changes if change.key not in PLACES]
 
     def inputs_of(self, state: State) -> Inputs:
         """Returns the data and settings that led to a state, prepared once for all states that share them."""
         changes = self.changes_of(state)
-        recipe = _sealed_recipe(state) if changes else self.recipe
+        recipe = _sealed_recipe(state, here=self.recipe) if changes else self.recipe
         key = fingerprint([recipe.model_dump()])
         if key not in self._inputs:
             self._inputs[key] = self._prepare(recipe)
@@ -334,13 +339,20 @@ def without(inputs: Inputs, left_out: Sequence[int]) -> Inputs:
     return replace(inputs, prepared=replace(inputs.prepared, splits={**splits, TRAIN: train}))
 
 
-def _sealed_recipe(state: State) -> Recipe:
+def _sealed_recipe(state: State, *, here: Recipe) -> Recipe:
+    """Returns the recipe that a state was sealed with, but with the paths of another recipe."""
     try:
-        return Recipe.model_validate(state.seal["recipe"])
+        recipe = Recipe.model_validate(state.seal["recipe"])
     except ValidationError as error:
         first = error.errors()[0]
         what = f"the sealed recipe is not valid here: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise RecipeError(what, where=str(state.folder)) from error
+    model = recipe.model.model_copy(update={"name_or_path": here.model.name_or_path})
+    data = {"eval": here.data.eval, "cache_dir": here.data.cache_dir}
+    if len(recipe.data.train) == len(here.data.train):
+        pairs = zip(recipe.data.train, here.data.train, strict=True)
+        data["train"] = [ours.model_copy(update={"path": its.path}) for ours, its in pairs]
+    return recipe.model_copy(update={"model": model, "data": recipe.data.model_copy(update=data)})
 
 
 def _require_replayable(replays: Replays) -> None:

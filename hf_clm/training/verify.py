@@ -13,6 +13,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -211,9 +212,11 @@ def _check_prepared(replays: Replays) -> Iterator[str]:
     """Yields the sets whose prepared rows are not those that were certified, here or in the run."""
     inputs = replays.inputs_of(replays.last)
     proved = replays.run.record.proof.sets
+    tokenizer = copy(inputs.tokenizer)
+    tokenizer.chat_template = inputs.template
     for name, split in inputs.prepared.splits.items():
         certified = inputs.prepared.proof.facts[name]["certificate"]["content_hash"]
-        if content_hash(split.stored.digest(), inputs.settled, inputs.tokenizer) != certified:
+        if content_hash(split.stored.digest(), inputs.settled, tokenizer) != certified:
             yield f"{inputs.prepared.stored.folder}: the prepared rows of {name} have changed"
         before = proved[name].certificate if name in proved else None
         if before and before.content_hash != certified:
@@ -254,23 +257,23 @@ def _replay(replays: Replays, span: Span, replayed: Replayed) -> Iterator[str]:
         return
     if replays.arguments.process_index:
         return
-    end, copy = span.end.folder, replays.scratch / f"checkpoint-{span.end.step}"
+    end, ours = span.end.folder, replays.scratch / f"checkpoint-{span.end.step}"
     assert end is not None, "no span ends at the start"
     differences = replays.differences_from(span.end)
     tolerance = TOLERANCE if differences else 0.0
     begin = span.begin.folder or replays.scratch / START
-    replayed.difference, first = compare_weights(span.end.weights, before=begin, run=end, replay=copy)
+    replayed.difference, first = compare_weights(span.end.weights, before=begin, run=end, replay=ours)
     if not replayed.difference <= tolerance:
         far = f"{replayed.difference:.2g} of how far they moved"
         yield f"{span.end.name}: the weights of the replay differ by {far}; first, {first}"
     if not differences:
         states = [name for name in span.end.seal["files"] if name.startswith(STATES)]
-        yield from (f"{span.end.name}: {fault}" for fault in compare_states(states, run=end, replay=copy))
+        yield from (f"{span.end.name}: {fault}" for fault in compare_states(states, run=end, replay=ours))
     first, last = span.begin.step, span.end.step
     entries = (replays.run.metrics, trainer.state.log_history)
     logged, replayed_log = (to_events(some, first=first, last=last) for some in entries)
     yield from compare_logs(logged, replayed_log, tolerance=tolerance, source="the replay")
-    shutil.rmtree(copy, ignore_errors=True)
+    shutil.rmtree(ours, ignore_errors=True)
 
 
 def compare_weights(names: Sequence[str], *, before: Path, run: Path, replay: Path) -> tuple[float, str]:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from hf_clm.cli import main
 from hf_clm.data.prepared import store
 from hf_clm.errors import RecipeError
-from hf_clm.recipe.recipe import Recipe, load_recipe
+from hf_clm.recipe.recipe import Recipe, load_recipe, recipe_to_yaml
 from hf_clm.run_folder import read_lines
 from hf_clm.training.checkpoints import read_seal, seal
 from hf_clm.training.run import train
@@ -88,10 +89,13 @@ def edit_line(path: Path, number: int, **values: Any) -> None:
 
 
 def seal_again(folder: Path, **changes: Any) -> None:
-    """Seals a state whose files were changed."""
+    """Seals a state whose files were changed, with the same files."""
     content = read_seal(folder)
-    del content["files"]
-    seal(folder, content | changes)
+    with TemporaryDirectory(dir=folder.parent) as name:
+        for file in content.pop("files"):
+            shutil.copy(folder / file, name)
+        seal(Path(name), content | changes)
+        shutil.move(Path(name) / "SEALED.json", folder / "SEALED.json")
 
 
 # --- a run that was not changed
@@ -135,11 +139,10 @@ def test_a_number_of_spans_is_drawn(place):
 def test_a_run_that_was_moved_with_its_data_is_verified(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "elsewhere")
     recipe = load_recipe(tmp_path / "elsewhere" / "run" / "recipe.yaml")
-    data = recipe.data.model_copy(update={"train": [str(tmp_path / "elsewhere" / "rows.jsonl")]})
-    model = {"name_or_path": str(tmp_path / "elsewhere" / "model")}
-    changed = Recipe.model_validate(recipe.model_dump() | {"data": data.model_dump(), "model": model})
+    text = recipe_to_yaml(recipe).replace(str(trained), str(tmp_path / "elsewhere"))
+    (tmp_path / "moved.yaml").write_text(text)
 
-    result = verify(str(tmp_path / "elsewhere" / "run"), changed, spans=1)
+    result = verify(str(tmp_path / "elsewhere" / "run"), load_recipe(tmp_path / "moved.yaml"), spans=1)
 
     assert result.faults == []
 
