@@ -117,11 +117,15 @@ def find_states(run: RunFolder) -> list[State]:
 
 
 def find_spans(states: Sequence[State]) -> list[Span]:
-    """Returns the span that ends at each state. It begins at the last state before that can be resumed."""
+    """Returns the span that ends at each state. It begins at the last state before that can be resumed.
+
+    No span ends at a final model that is also a checkpoint, of the last step or of the best one.
+    """
     spans = []
     for number, end in enumerate(states):
-        begin = next((state for state in reversed(states[:number]) if state.is_resumable), None)
-        if begin and begin.step < end.step:
+        earlier = states[:number]
+        begin = next((state for state in reversed(earlier) if state.is_resumable), None)
+        if begin and end.step not in [state.step for state in earlier]:
             spans.append(Span(begin, end))
     return spans
 

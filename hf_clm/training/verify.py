@@ -69,7 +69,7 @@ class Verification:
 
     differs_in  how this machine and its packages differ from those that trained
     files       the number of files whose hash was checked
-    spans       the number of spans that the run has, and its last step
+    spans       the number of spans that the run has; steps: of all of them
     states      the sha256 of the seal of each state
     """
 
@@ -162,7 +162,7 @@ def _check_files(replays: Replays, result: Verification) -> Iterator[str]:
 
 
 def _check_agreement(replays: Replays) -> Iterator[str]:
-    """Yields where recipe, data, tokenizer, model, log or final weights do not belong to the sealed states."""
+    """Yields where recipe, data, tokenizer, model, log or final weights do not match the sealed states."""
     last = replays.last
     if changes := refusal(replays.changes_of(last)):
         yield f"recipe.yaml: differs from the recipe of {last.name}: {changes}"
@@ -229,7 +229,7 @@ def _replay_some(replays: Replays, result: Verification, *, spans: int, say: Cal
     drawn = random.SystemRandom().sample(range(len(found)), min(spans, len(found)))
     (drawn,) = broadcast_object_list([drawn])
     chosen = [found[number] for number in sorted(drawn)]
-    result.spans, result.steps = len(found), max(state.step for state in replays.states)
+    result.spans, result.steps = len(found), sum(span.steps for span in found)
     differences = dict.fromkeys(str(one) for span in chosen for one in replays.differences_from(span.end))
     result.differs_in = list(differences)
     if differences:

@@ -62,7 +62,7 @@ def final_model(run) -> None:
 
 @pytest.mark.parametrize("moved", [[], ["config.json"], ["config.json", "model.safetensors", "run.json"]])
 def test_a_sealed_final_model_is_moved_into_the_run_with_its_seal(tmp_path, moved):
-    """``moved``: the files that were in place when the process died. The seal of an earlier end is replaced."""
+    """``moved``: the files that were in place when the process died. An earlier seal is replaced."""
     final_model(tmp_path)
     seal(tmp_path / ".final", {"step": 3})
     (tmp_path / "SEALED.json").write_text("of an earlier end")

@@ -19,6 +19,7 @@ from hf_clm.errors import RecipeError
 from hf_clm.recipe.recipe import Recipe, load_recipe, recipe_to_yaml
 from hf_clm.run_folder import read_lines
 from hf_clm.training.checkpoints import read_seal, seal
+from hf_clm.training.replay import State, find_spans
 from hf_clm.training.run import train
 from hf_clm.training.verify import Verification, compare_logs, compare_weights, verify
 
@@ -92,8 +93,8 @@ def seal_again(folder: Path, **changes: Any) -> None:
     """Seals a state whose files were changed, with the same files."""
     content = read_seal(folder)
     with TemporaryDirectory(dir=folder.parent) as name:
-        for file in content.pop("files"):
-            shutil.copy(folder / file, name)
+        for file in filter(Path.is_file, map(folder.joinpath, content.pop("files"))):
+            shutil.copy(file, name)
         seal(Path(name), content | changes)
         shutil.move(Path(name) / "SEALED.json", folder / "SEALED.json")
 
@@ -204,9 +205,7 @@ def test_a_line_that_was_removed_from_the_log_is_found(place):
     path = place / "run" / "metrics.jsonl"
     write_jsonl(path, [entry for entry in read_lines(path)[0] if entry["step"] != 3])
 
-    assert check(place / "run", spans=0).faults == [
-        "metrics.jsonl: loss of step 3 is only in checkpoint-6"
-    ]
+    assert check(place / "run", spans=0).faults == ["metrics.jsonl: loss of step 3 is only in checkpoint-6"]
 
 
 # --- other inputs
@@ -234,7 +233,10 @@ def test_a_changed_key_of_the_recipe_is_found(place):
 
     (fault,) = check(place / "run").faults
 
-    assert fault == "recipe.yaml: differs from the recipe of the final model: train.learning_rate (0.01, now 0.02)"
+    assert (
+        fault
+        == "recipe.yaml: differs from the recipe of the final model: train.learning_rate (0.01, now 0.02)"
+    )
 
 
 def test_a_changed_model_is_found(place):
@@ -250,9 +252,12 @@ def test_a_value_changed_inside_a_cached_set_is_found(tmp_path):
     """The probes of both ends of a file do not see it."""
     with patch.object(store, "PROBE_BYTES", 64):
         train(dropout_recipe(tmp_path, data={"cache_dir": str(tmp_path / "cache")}))
-        (path,) = [path for path in (tmp_path / "cache").rglob("train*") if path.is_file()]
+        ids = b"".join(bytes([letter, 0, 0, 0]) for letter in b"say 7")  # as int32
+        (path,) = [
+            path for path in (tmp_path / "cache").rglob("*") if path.is_file() and ids in path.read_bytes()
+        ]
         content = bytearray(path.read_bytes())
-        at = content.find(bytes([ord("s"), 0, 0, 0, ord("a"), 0, 0, 0, ord("y"), 0, 0, 0]))
+        at = content.find(ids)
         assert 64 < at < len(content) - 64
         content[at] = ord("r")
         path.write_bytes(content)
@@ -351,7 +356,15 @@ def test_a_final_model_without_checkpoints_that_was_sealed_again_is_found(tmp_pa
 def test_checkpoints_that_were_deleted_do_not_matter(tmp_path):
     """Their log events remain, and the loss of the next event is the mean since then."""
     train(dropout_recipe(tmp_path, train={"logging_steps": 4, "save_total_limit": 2}))
-    assert [entry["step"] for entry in read_lines(tmp_path / "run" / "metrics.jsonl")[0]] == [0, 1, 2, 4, 6, 6]
+    assert [entry["step"] for entry in read_lines(tmp_path / "run" / "metrics.jsonl")[0]] == [
+        0,
+        1,
+        2,
+        4,
+        6,
+        6,
+        6,
+    ]
 
     require_verified(tmp_path / "run", spans=2)
 
@@ -375,12 +388,13 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "epochs in the log": {"train": {"logging_strategy": "epoch", "max_steps": 12, "save_steps": 5}},
     "plateau": {
-        "train": EVALUATED | {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss"}
+        "data": {"eval_fraction": 0.2},
+        "train": EVALUATED | {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss"},
     },
     "left out": {"data": {"without": ["rows.jsonl:3"]}},
     "best fit": {"data": {"packing": "best_fit"}},
     "stream": {"data": {"packing": "stream", "max_length": 32}, "stage": "pretrain"},
-    "budget": {"data": {"tokens_per_batch": 96}},
+    "budget": {"data": {"tokens_per_batch": 96}, "train": {"per_device_train_batch_size": 1}},
     "accumulation": {"train": {"gradient_accumulation_steps": 3}},
     "answers": {
         "data": {"eval_fraction": 0.2},
@@ -388,7 +402,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "train": EVALUATED,
     },
     "stopped early": {
-        "train": EVALUATED | {"max_steps": 12, "learning_rate": 1e-12, "metric_for_best_model": "loss"},
+        "train": EVALUATED | {"max_steps": 12, "learning_rate": 1e-12, "load_best_model_at_end": True},
         "early_stopping": {"patience": 2, "threshold": 1.0},
         "data": {"eval_fraction": 0.2},
     },
@@ -407,11 +421,15 @@ def test_every_kind_of_run_is_replayed_to_the_bit(tmp_path, kind):
 
 
 def test_several_evaluation_sets_are_compared(tmp_path):
-    sets = {name: [write_jsonl(tmp_path / f"{name}.jsonl", HELD_OUT[:n])] for name, n in (("a", 2), ("gpu", 3))}
+    sets = {
+        name: [write_jsonl(tmp_path / f"{name}.jsonl", HELD_OUT[:n])] for name, n in (("a", 2), ("gpu", 3))
+    }
     train(dropout_recipe(tmp_path, data={"eval": sets}, train=EVALUATED))
     path = tmp_path / "run" / "metrics.jsonl"
     assert check(tmp_path / "run").faults == []
-    number = next(i for i, entry in enumerate(read_lines(path)[0]) if entry["step"] == 4 and "eval_loss" in entry)
+    number = next(
+        i for i, entry in enumerate(read_lines(path)[0]) if entry["step"] == 4 and "eval_loss" in entry
+    )
 
     edit_line(path, number, eval_gpu_loss=1.5)
 
@@ -423,7 +441,8 @@ def test_the_watched_training_rows_are_compared(tmp_path):
     data = {"eval_train_rows": 3, "eval_fraction": 0.2}
     train(dropout_recipe(tmp_path, data=data, train={"save_strategy": "no"}))
     path = tmp_path / "run" / "metrics.jsonl"
-    edit_line(path, -1, eval_train_loss=1.5)
+    number = [index for index, entry in enumerate(read_lines(path)[0]) if "eval_train_loss" in entry][-1]
+    edit_line(path, number, eval_train_loss=1.5)
 
     (fault,) = check(tmp_path / "run").faults
 
@@ -442,11 +461,14 @@ def test_a_changed_mean_of_an_epoch_is_found(tmp_path):
 
 
 def test_the_best_model_is_compared_with_its_checkpoint(tmp_path):
-    """The learning rate is so high that the first evaluation stays the best."""
+    """With this learning rate, it is not the last one."""
     settings = EVALUATED | {"learning_rate": 1.0, "load_best_model_at_end": True}
     train(dropout_recipe(tmp_path, data={"eval_fraction": 0.2}, train=settings))
     run = tmp_path / "run"
-    assert read_seal(run)["step"] == 2
+    entries = read_lines(run / "metrics.jsonl")[0]
+    losses = {entry["step"]: entry["eval_loss"] for entry in reversed(entries) if "eval_loss" in entry}
+    best = min((2, 4, 6), key=lambda step: losses[step])
+    assert best < 6
     result = check(run)
     assert (result.faults, result.steps) == ([], 6)
     assert [one.end for one in result.replayed] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
@@ -456,7 +478,7 @@ def test_the_best_model_is_compared_with_its_checkpoint(tmp_path):
     seal_again(run)
 
     assert check(run, spans=0).faults == [
-        "model.safetensors: the final model does not have the weights of checkpoint-2"
+        f"model.safetensors: the final model does not have the weights of checkpoint-{best}"
     ]
 
 
@@ -483,7 +505,9 @@ def test_a_resumed_run_is_replayed_across_the_place_where_it_was_resumed(tmp_pat
 
 
 def test_a_mixture_of_sources_is_replayed(tmp_path):
-    paths = [write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", RECORDS), ("b", HELD_OUT))]
+    paths = [
+        write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", RECORDS), ("b", HELD_OUT))
+    ]
     sources = [{"path": path, "weight": weight} for path, weight in zip(paths, (1, 3), strict=True)]
     train(dropout_recipe(tmp_path, data={"train": sources}))
 
@@ -523,7 +547,9 @@ def test_on_another_machine_another_learning_rate_is_found(place):
         recipe = read_seal(folder)["recipe"]
         recipe["train"]["learning_rate"] = 0.011
         seal_again(folder, machine={"device": "cpu, Other", "threads": 1}, recipe=recipe)
-    edit = (place / "run" / "recipe.yaml").read_text().replace("learning_rate: 0.01\n", "learning_rate: 0.011\n")
+    edit = (
+        (place / "run" / "recipe.yaml").read_text().replace("learning_rate: 0.01\n", "learning_rate: 0.011\n")
+    )
     (place / "run" / "recipe.yaml").write_text(edit)
     seal_again(place / "run", recipe=read_seal(place / "run" / "checkpoint-6")["recipe"])
 
@@ -562,6 +588,24 @@ def test_with_a_tolerance_only_losses_are_compared_and_counts_exactly():
     assert differing(0.05, tokens_seen=91) == 1
 
 
+def test_the_spans_of_a_run_begin_at_the_last_state_that_can_be_resumed():
+    folder, full = Path("run"), {"is_resumable": True}
+    checkpoints = [
+        State(step, folder / f"checkpoint-{step}", seal) for step, seal in ((2, full), (4, {}), (6, {}))
+    ]
+
+    spans = find_spans([State(0), *checkpoints, State(7, folder)])
+    of_best = find_spans([State(0), *checkpoints, State(4, folder)])
+
+    assert list(map(str, spans)) == [
+        "the start to checkpoint-2",
+        "checkpoint-2 to checkpoint-4",
+        "checkpoint-2 to checkpoint-6",
+        "checkpoint-2 to the final model",
+    ]
+    assert of_best == spans[:3]
+
+
 # --- errors
 
 
@@ -577,7 +621,9 @@ def test_a_run_that_has_saved_nothing_is_refused(place):
     (run / "SEALED.json").unlink()
     edit_json(run / "run.json", lambda record: record.update(status="failed"))
 
-    with pytest.raises(RecipeError, match="the run has no sealed state; got status failed; fix: let it finish"):
+    with pytest.raises(
+        RecipeError, match="the run has no sealed state; got status failed; fix: let it finish"
+    ):
         check(run)
 
 
@@ -603,14 +649,14 @@ def test_a_run_of_two_processes_needs_two(place):
 
     with pytest.raises(
         RecipeError,
-        match="as many processes as the run; got 1 instead of 2; fix: .*torchrun --nproc_per_node 2 -m hf_clm",
+        match=r"got 1 instead of 2; fix: .*torchrun --nproc_per_node 2 -m hf_clm$",
     ):
         check(place / "run")
 
 
 def test_sharded_checkpoints_are_refused(place):
     folder = place / "run" / "checkpoint-4"
-    (folder / "model.safetensors").rename(folder / "model_0.distcp")
+    (folder / "model.safetensors").unlink()
     seal_again(folder)
 
     with pytest.raises(RecipeError, match="a run with sharded checkpoints cannot be replayed"):
