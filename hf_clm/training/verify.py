@@ -137,6 +137,7 @@ def verify(folder: str, recipe: Recipe, *, spans: int) -> Verification:
         if result.is_valid:
             say("agreement recipe, data, tokenizer and model are those that the states were sealed with")
             _replay_some(replays, result, spans=spans, say=say)
+        (result.faults,) = broadcast_object_list([result.faults])  # so that all processes end alike
         if is_main:
             write_json(replays.run.path / VERIFIED, result.to_json())
             sentence = f"{result.sentence} ([{VERIFIED}]({VERIFIED}), by `hf-clm verify`)."
