@@ -359,6 +359,14 @@ def _sealed_recipe(state: State, *, here: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model, "data": recipe.data.model_copy(update=data)})
 
 
+def _resumed_elsewhere(state: State) -> str:
+    """Returns the checkpoint outside of its folder from which the run was resumed, or an empty string."""
+    train = state.seal["recipe"]["train"]
+    checkpoint = Path(str(train.get("resume_from_checkpoint") or ""))
+    is_outside = checkpoint.resolve().parent != Path(train["output_dir"]).resolve()
+    return str(checkpoint) if step_of(checkpoint) >= 0 and is_outside else ""
+
+
 def _require_replayable(replays: Replays) -> None:
     run, recipe = replays.run, replays.recipe
     if recipe.data.streaming:
@@ -374,6 +382,9 @@ def _require_replayable(replays: Replays) -> None:
     if sharded := next((state for state in replays.states[1:] if not state.weights), None):
         what = "a run with sharded checkpoints cannot be replayed"
         raise RecipeError(what, where=str(sharded.folder))
+    if origin := next(filter(None, map(_resumed_elsewhere, replays.states[1:])), None):
+        what = "a run that was resumed from another folder cannot be replayed"
+        raise RecipeError(what, where=str(run.path), got=origin, fix="name the folder of that run")
     processes = replays.last.seal["facts"]["processes"]
     if processes != replays.arguments.world_size:
         launcher = f"torchrun --nproc_per_node {processes} -m hf_clm"

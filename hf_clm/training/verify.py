@@ -49,17 +49,22 @@ Events = dict[tuple[int, str], Mapping[str, Any]]  # by step and kind: loss or e
 
 @dataclass
 class Replayed:
-    """A span that was replayed. ``difference``: of the weights, relative to how far they moved."""
+    """A span that was replayed.
+
+    difference  of the weights, relative to how far they moved; None if they cannot be compared
+    """
 
     begin: str
     end: str
     steps: int
     seconds: float = 0.0
-    difference: float = 0.0
+    difference: float | None = None
 
     @property
     def outcome(self) -> str:
         """The difference in words."""
+        if self.difference is None:
+            return "no weights to compare"
         return f"difference {self.difference:.2g}" if self.difference else "the same weights to the bit"
 
 
@@ -99,7 +104,7 @@ class Verification:
         hashes = f"the hashes of {self.files:,} files match"
         if not self.replayed:
             return f"{hashes}; nothing was replayed"
-        largest = max(one.difference for one in self.replayed)
+        largest = max((one.difference or 0.0 for one in self.replayed), default=0.0)
         equal = "weights, optimizer and log lines are equal to the bit"
         close = (
             f"on another kind of machine, the weights differ by at most {largest:.2g} of how far they moved"
@@ -135,7 +140,7 @@ def verify(folder: str, recipe: Recipe, *, spans: int) -> Verification:
             say(f"hashes    {result.files:,} files of {len(result.states)} states are as they were sealed")
             result.find(_check_agreement(replays), say)
         if result.is_valid:
-            say("agreement recipe, data, tokenizer and model are those that the states were sealed with")
+            say("agreement recipe, data, tokenizer, model and log match the sealed states")
             _replay_some(replays, result, spans=spans, say=say)
         (result.faults,) = broadcast_object_list([result.faults])  # so that all processes end alike
         if is_main:
@@ -263,9 +268,10 @@ def _replay(replays: Replays, span: Span, replayed: Replayed) -> Iterator[str]:
     differences = replays.differences_from(span.end)
     tolerance = TOLERANCE if differences else 0.0
     begin = span.begin.folder or replays.scratch / START
-    replayed.difference, first = compare_weights(span.end.weights, before=begin, run=end, replay=ours)
-    if not replayed.difference <= tolerance:
-        far = f"{replayed.difference:.2g} of how far they moved"
+    difference, first = compare_weights(span.end.weights, before=begin, run=end, replay=ours)
+    replayed.difference = difference if math.isfinite(difference) else None
+    if not difference <= tolerance:
+        far = f"{difference:.2g} of how far they moved"
         yield f"{span.end.name}: the weights of the replay differ by {far}; first, {first}"
     if not differences:
         states = [name for name in span.end.seal["files"] if name.startswith(STATES)]

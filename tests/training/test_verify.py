@@ -654,6 +654,24 @@ def test_a_run_of_two_processes_needs_two(place):
         check(place / "run")
 
 
+def test_a_run_that_was_resumed_from_another_folder_is_refused(place):
+    """Its log begins after the steps of the other run."""
+    settings = {"resume_from_checkpoint": str(place / "run" / "checkpoint-4")}
+    recipe = load_recipe(place / "run" / "recipe.yaml")
+    train(
+        Recipe.model_validate(
+            recipe.model_dump()
+            | {"train": recipe.train | settings | {"output_dir": str(place / "second")}}
+            | {"resume_override": ["model.name_or_path"]}
+        )
+    )
+
+    with pytest.raises(
+        RecipeError, match=r"resumed from another folder cannot be replayed; got .*checkpoint-4"
+    ):
+        check(place / "second")
+
+
 def test_sharded_checkpoints_are_refused(place):
     folder = place / "run" / "checkpoint-4"
     (folder / "model.safetensors").unlink()
