@@ -96,8 +96,8 @@ class Effects:
 
     def to_facts(self, chosen: int, others: int) -> dict[str, str]:
         """Returns what was done, for the page. ``chosen``, ``others``: the number of each kind of record."""
-        took = f"{self.steps:,} steps in {to_duration(self.seconds)}"
-        facts = {"proved": f"{chosen} records, and {others} random ones for comparison, by replays of {took}"}
+        replays = f"{1 + chosen + others} replays, {self.steps:,} steps in {to_duration(self.seconds)}"
+        facts = {"proved": f"records: {chosen}, and {others} at random for comparison; {replays}"}
         if self.shift is not None:
             same = "the answers are exactly as likely as by the saved model"
             far = (

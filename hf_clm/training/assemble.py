@@ -55,6 +55,7 @@ class Inputs:
 
     recipe     with the micro-batch and the compilation that were chosen
     settled    the recipe as its data were prepared: ``data.render`` is chat or plain
+    template   the chat template with which they were prepared. The tokenizer may have been given one since.
     """
 
     recipe: Recipe
@@ -63,6 +64,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerFast
     config: PretrainedConfig
     prepared: Prepared
+    template: str | None
 
 
 def settle_machine(arguments: TrainingArguments) -> None:
@@ -95,12 +97,13 @@ def prepare_inputs(
     settled = settle_render(recipe, tokenizer)
     prepared = prepare(settled, tokenizer, arguments=arguments, date=date)
     splits, proof = prepared.splits, prepared.proof
+    template: Any = tokenizer.chat_template
     proof.lines += give_plain_template(tokenizer, settled, formats=splits[TRAIN].examples.formats)
     checked = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
     checked, choices = settle_batch(checked, kept=kept, most_rows=most_rows)
     proof.lines += choices
     proof.lines += [f"warning   {line}" for line in check_before_training(checked)]
-    return Inputs(checked.recipe, settled, checked.arguments, tokenizer, config, prepared)
+    return Inputs(checked.recipe, settled, checked.arguments, tokenizer, config, prepared, template)
 
 
 def assemble(

@@ -48,7 +48,7 @@ def recording_failure(path: Path, *, is_main: bool) -> Iterator[None]:
 
 
 def publish(folder: Path) -> None:
-    """Moves a complete final model into the folder of the run, with run.json last, whose status is done.
+    """Moves a complete final model into the folder of the run, run.json (status: done) and the seal last.
 
     If the process dies in between, the next call moves the remaining files. Deletes an unsealed model.
     """
@@ -59,10 +59,10 @@ def publish(folder: Path) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (final / name).replace(folder / name)
     if names:
-        (final / SEAL).replace(folder / SEAL)  # last, as it is what a repetition starts from
-        sync(folder)
         for name in (TRAINED_TOKENIZER, PREPARED):  # the tokenizer has been saved with the model
             shutil.rmtree(folder / name, ignore_errors=True)
+        (final / SEAL).replace(folder / SEAL)  # last, as a repetition starts from it
+        sync(folder)
     shutil.rmtree(final, ignore_errors=True)
 
 

@@ -10,17 +10,17 @@ the run to the bit. With records left out, it shows what they did.
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from pydantic import ValidationError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_clm.data.batch.sampling import EpochSampler
@@ -35,9 +35,8 @@ from hf_clm.recipe.sections import TRAIN, Doctor
 from hf_clm.run_folder import RunFolder, find_checkpoints, load_folder, step_of
 from hf_clm.training.arguments import check_launch, rows_per_step, training_arguments
 from hf_clm.training.assemble import Inputs, assemble, prepare_inputs, settle_machine
-from hf_clm.training.callbacks import LastEvaluationCallback
 from hf_clm.training.changes import Change, compare, compare_versions, recipe_keys
-from hf_clm.training.checkpoints import read_seal
+from hf_clm.training.checkpoints import SEAL, read_seal
 from hf_clm.training.faults import among_others
 from hf_clm.training.lock import locked
 from hf_clm.training.summary import RunFacts, versions
@@ -52,6 +51,7 @@ QUIET = {
     "resume_from_checkpoint": None,
     "disable_tqdm": True,
 }
+PLACES = ("model.name_or_path", "tokenizer.name_or_path")
 START = "start"  # the folder in scratch with the weights that the seed gives
 DEPENDS_ON_EVALUATION = "reduce_lr_on_plateau"  # the schedule that does
 
@@ -74,10 +74,20 @@ class State:
         return self.folder is None or bool(self.seal.get("is_resumable"))
 
     @property
+    def is_final(self) -> bool:
+        """Whether it is the final model, in the folder of the run."""
+        return self.folder is not None and step_of(self.folder) < 0
+
+    @property
+    def weights(self) -> list[str]:
+        """The names of the files with its weights."""
+        return [name for name in self.seal.get("files", {}) if name.endswith(".safetensors")]
+
+    @property
     def name(self) -> str:
         if self.folder is None:
             return "the start"
-        return self.folder.name if step_of(self.folder) >= 0 else "the final model"
+        return "the final model" if self.is_final else self.folder.name
 
 
 @dataclass(frozen=True)
@@ -108,27 +118,48 @@ def find_states(run: RunFolder) -> list[State]:
 
 
 def find_spans(states: Sequence[State]) -> list[Span]:
-    """Returns the span that ends at each state. It begins at the last state before that can be resumed."""
+    """Returns the span that ends at each state. It begins at the last state before that can be resumed.
+
+    No span ends at a final model that is also a checkpoint, of the last step or of the best one.
+    """
     spans = []
     for number, end in enumerate(states):
-        begin = next((state for state in reversed(states[:number]) if state.is_resumable), None)
-        if begin and begin.step < end.step:
+        earlier = states[:number]
+        begin = next((state for state in reversed(earlier) if state.is_resumable), None)
+        if begin and end.step not in [state.step for state in earlier]:
             spans.append(Span(begin, end))
     return spans
 
 
-class StopAtCallback(TrainerCallback):
-    """Ends the training after a step, with a log event and, if asked, a checkpoint."""
+class FollowRunCallback(TrainerCallback):
+    """Logs and evaluates at the steps at which the run did, and ends the training after a step.
 
-    def __init__(self, step: int, *, saves: bool):
-        self.step, self.saves = step, saves
+    The log of the run decides, as a save, the end of an epoch and a signal also cause log events, and the
+    loss of an event is the mean since the previous one.
+
+    Args:
+        step: the last step.
+        logged: the steps with a log event. The last one always has one.
+        evaluated: the steps with an evaluation.
+        saves: whether to save a checkpoint at the last step.
+    """
+
+    def __init__(self, step: int, *, logged: Collection[int], evaluated: Collection[int], saves: bool):
+        self.step, self.logged, self.evaluated, self.saves = step, logged, evaluated, saves
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step >= self.step:
-            control.should_log = control.should_training_stop = True
-            control.should_save |= self.saves
+        is_last = state.global_step >= self.step
+        control.should_log = is_last or state.global_step in self.logged
+        control.should_evaluate = state.global_step in self.evaluated
+        control.should_save = is_last and self.saves
+        control.should_training_stop |= is_last
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_log = control.should_evaluate = control.should_save = False  # done at the step's end
 
 
 class Replays:
@@ -154,6 +185,7 @@ class Replays:
         self.evaluates = evaluates
         self.states = find_states(run)
         self._inputs: dict[str, Inputs] = {}
+        self._facts: dict[int, dict[str, Any]] = {}  # by the id of the inputs, which are kept
 
     @property
     def last(self) -> State:
@@ -180,17 +212,16 @@ class Replays:
             trainer._load_from_checkpoint(str(begin.folder))
         return trainer
 
-    @cached_property
-    def differences(self) -> list[Change]:
-        """What differs on this machine from the one that trained: versions, and what computes.
+    def differences_from(self, state: State) -> list[Change]:
+        """Returns what differs here from the machine that saved a state: versions, and what computes.
 
-        If there is none, a replay must be equal to the bit.
+        If nothing does, a replay up to this state must be equal to the bit.
         """
-        before, now = self.last.seal, describe_machine(self.arguments.device)
-        machine = before.get("machine", {})
-        changed = [key for key in {**machine, **now} if machine.get(key) != now.get(key)]
-        changes = [Change(key, machine.get(key), now.get(key), "version") for key in changed]
-        return compare_versions(before.get("versions", {}), versions()) + changes
+        self._use_threads_of(state)
+        before, now = state.seal.get("machine", {}), describe_machine(self.arguments.device)
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        changes = compare_versions(state.seal.get("versions", {}), versions())
+        return changes + [Change(key, before.get(key), now.get(key), "version") for key in changed]
 
     @property
     def unsealed(self) -> list[Path]:
@@ -199,16 +230,23 @@ class Replays:
 
     def facts_of(self, state: State) -> dict[str, Any]:
         """Returns what a state of the same recipe would be sealed with here."""
-        return assemble(self.inputs_of(state), checkpoint=None)[0].seal_facts
+        inputs = self.inputs_of(state)
+        if id(inputs) not in self._facts:
+            self._facts[id(inputs)] = assemble(inputs, checkpoint=None)[0].seal_facts
+        return self._facts[id(inputs)]
 
     def changes_of(self, state: State) -> list[Change]:
-        """Returns what the recipe of the run's folder has other values for than the one sealed in a state."""
-        return compare(recipe_keys(dict(state.seal["recipe"])), recipe_keys(self.recipe))
+        """Returns what the recipe of the run's folder has other values for than the one sealed in a state.
+
+        Data, model and tokenizer may be elsewhere. Their contents are compared, not their paths.
+        """
+        changes = compare(recipe_keys(dict(state.seal["recipe"])), recipe_keys(self.recipe))
+        return [change for change in changes if change.key not in PLACES]
 
     def inputs_of(self, state: State) -> Inputs:
         """Returns the data and settings that led to a state, prepared once for all states that share them."""
         changes = self.changes_of(state)
-        recipe = Recipe.model_validate(state.seal["recipe"]) if changes else self.recipe
+        recipe = _sealed_recipe(state, here=self.recipe) if changes else self.recipe
         key = fingerprint([recipe.model_dump()])
         if key not in self._inputs:
             self._inputs[key] = self._prepare(recipe)
@@ -239,9 +277,11 @@ class Replays:
             before, now = (recipe_keys(dict(state.seal["recipe"])) for state in (begin, end))
             changed = [change.key for change in compare(before, now) if change.fate != "free"]
             trainer.overridden = frozenset(changed)
-        trainer.add_callback(StopAtCallback(step, saves=saves))
-        if self.evaluates and end.folder == self.run.path:
-            trainer.add_callback(LastEvaluationCallback())
+        logged, evaluated = self._steps_with("loss"), self._steps_with("eval_loss")
+        if not self._evaluates(inputs.recipe):
+            evaluated = frozenset()
+        trainer.add_callback(FollowRunCallback(step, logged=logged, evaluated=evaluated, saves=saves))
+        self._use_threads_of(end)
         with closing(trainer):
             if saves and begin.folder is None:
                 trainer.save_model(str(self.scratch / START), _internal_call=True)
@@ -250,13 +290,26 @@ class Replays:
 
     def _prepare(self, recipe: Recipe) -> Inputs:
         train = {**recipe.train, **QUIET, "output_dir": str(self.scratch)}
-        if not self.evaluates and train.get("lr_scheduler_type") != DEPENDS_ON_EVALUATION:
+        if not self._evaluates(recipe):
             train |= {"eval_strategy": "no", "eval_on_start": False}
         doctor = Doctor(round_trip="off", self_test=False)
         update = {"train": train, "doctor": doctor, "samples": None, "early_stopping": None}
         quiet = recipe.model_copy(update=update)
         date = self.run.record.proof.prepared.date
         return prepare_inputs(quiet, training_arguments(quiet), kept=recipe.train, date=date)
+
+    def _evaluates(self, recipe: Recipe) -> bool:
+        return self.evaluates or recipe.train.get("lr_scheduler_type") == DEPENDS_ON_EVALUATION
+
+    def _steps_with(self, key: str) -> frozenset[int]:
+        """Returns the steps at which the run logged a key."""
+        return frozenset(entry["step"] for entry in self.run.metrics if key in entry)
+
+    def _use_threads_of(self, state: State) -> None:
+        """Computes with as many threads as the run did, as the order of sums depends on them."""
+        threads = state.seal.get("machine", {}).get("threads")
+        if threads and self.arguments.device.type == "cpu":
+            torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -276,12 +329,10 @@ def replaying(folder: str, recipe: Recipe, *, evaluates: bool = False) -> Iterat
         try:
             replays = Replays(run, recipe, arguments=arguments, scratch=Path(scratch), evaluates=evaluates)
             _require_replayable(replays)
-            threads = replays.last.seal.get("machine", {}).get("threads")
-            if threads and arguments.device.type == "cpu":  # sums of floats depend on it
-                torch.set_num_threads(threads)
             yield replays
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            if is_main:  # which may still compare when the other processes are done
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def first_use(inputs: Inputs, record: int) -> int:
@@ -346,22 +397,57 @@ def without(inputs: Inputs, left_out: Sequence[int]) -> Inputs:
     return replace(inputs, prepared=replace(inputs.prepared, splits={**splits, TRAIN: train}))
 
 
+def _sealed_recipe(state: State, *, here: Recipe) -> Recipe:
+    """Returns the recipe that a state was sealed with, but with the paths of another recipe."""
+    try:
+        recipe = Recipe.model_validate(state.seal["recipe"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"the sealed recipe is not valid here: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise RecipeError(what, where=str(state.folder)) from error
+    model = recipe.model.model_copy(update={"name_or_path": here.model.name_or_path})
+    data = {"eval": here.data.eval, "cache_dir": here.data.cache_dir}
+    if len(recipe.data.train) == len(here.data.train):
+        pairs = zip(recipe.data.train, here.data.train, strict=True)
+        data["train"] = [ours.model_copy(update={"path": its.path}) for ours, its in pairs]
+    return recipe.model_copy(update={"model": model, "data": recipe.data.model_copy(update=data)})
+
+
+def _resumed_elsewhere(state: State) -> str:
+    """Returns the checkpoint outside of its folder from which the run was resumed, or an empty string."""
+    train = state.seal["recipe"]["train"]
+    checkpoint = Path(str(train.get("resume_from_checkpoint") or ""))
+    is_outside = checkpoint.resolve().parent != Path(train["output_dir"]).resolve()
+    return str(checkpoint) if step_of(checkpoint) >= 0 and is_outside else ""
+
+
 def _require_replayable(replays: Replays) -> None:
     run, recipe = replays.run, replays.recipe
     if recipe.data.streaming:
         what = "a run that streams its data cannot be replayed"
         raise RecipeError(what, where=str(run.path), fix="train with data.streaming: false")
+<<<<<<< HEAD
     if spread := spreads_with(training_values(recipe)):
         what = f"replays are not supported with {spread}, which shards the model"
         raise RecipeError(what, where=str(run.path))
+=======
+    if not replays.last.seal and run.record.status == "done":
+        what = "the final model has no seal, or a damaged one, and there are no checkpoints"
+        raise RecipeError(what, where=str(run.path / SEAL), fix="train again with this version of hf_clm")
+>>>>>>> h-verify
     if not replays.last.seal:
         what = "the run has no sealed state"
         fix = "let it finish, or save checkpoints (--save_strategy steps --save_steps N)"
         raise RecipeError(what, where=str(run.path), got=f"status {run.record.status}", fix=fix)
+    if sharded := next((state for state in replays.states[1:] if not state.weights), None):
+        what = "a run with sharded checkpoints cannot be replayed"
+        raise RecipeError(what, where=str(sharded.folder))
+    if origin := next(filter(None, map(_resumed_elsewhere, replays.states[1:])), None):
+        what = "a run that was resumed from another folder cannot be replayed"
+        raise RecipeError(what, where=str(run.path), got=origin, fix="name the folder of that run")
     processes = replays.last.seal["facts"]["processes"]
     if processes != replays.arguments.world_size:
-        launcher = f"accelerate launch --multi_gpu --num_processes {processes} -m hf_clm"
-        launcher = "hf-clm" if processes == 1 else launcher
+        launcher = f"torchrun --nproc_per_node {processes} -m hf_clm"
         got = f"{replays.arguments.world_size} instead of {processes}"
-        fix = f"start it with {launcher}"
+        fix = f"start it with {launcher if processes > 1 else 'hf-clm'}"
         raise RecipeError("needs as many processes as the run", where=str(run.path), got=got, fix=fix)

@@ -1,17 +1,19 @@
 """``hf-clm verify``: checks that a run is what its files say, by replaying parts of it.
 
 hashes      every file of every sealed state                has a file changed since it was saved?
-agreement   recipe, data, tokenizer, model, final weights   do the files belong to one run?
+agreement   recipe, data, tokenizer, model, log, weights    do the files belong to one run?
 replay      random spans: weights, optimizer, log lines     did these data and settings make these weights?
 
 Hashes show damage. A replay also finds what was changed and sealed again, as it trains from the data.
 """
 
+import json
 import math
 import random
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,7 +27,7 @@ from hf_clm.errors import UserError
 from hf_clm.hashing import hash_file
 from hf_clm.recipe.recipe import Recipe
 from hf_clm.run_folder import Entries, to_duration, write_json
-from hf_clm.training.callbacks import write_line
+from hf_clm.training.callbacks import epoch_means, write_line
 from hf_clm.training.card import name_verification
 from hf_clm.training.changes import compare, refusal, shared
 from hf_clm.training.checkpoints import SEAL, fault_of
@@ -35,10 +37,11 @@ VERIFIED = "verify.json"
 # Files of the final model that other commands write again, such as the card.
 REWRITTEN = ("README.md",)
 STATES = ("optimizer", "scheduler", "rng_state", "scaler")  # the names of other files of a state begin so
-# Figures of a log event that depend on the time, the machine or the step at which training stops.
-TIMED = ("_per_second", "_runtime", "seconds", "mfu", "peak_memory_bytes", "gpu_", "total_flos", "train_")
+# Figures of a log event that depend on the time or the machine: endings, or complete names.
+TIMED = ("_per_second", "_runtime", "seconds", "mfu", "peak_memory_bytes")
+GPU = "gpu_"  # their names begin so
 # On another kind of machine: the difference from the weights of the run, relative to how far they moved in
-# the span, and the relative difference of a logged figure.
+# the span, and the relative difference of a logged loss.
 TOLERANCE = 0.05
 
 Events = dict[tuple[int, str], Mapping[str, Any]]  # by step and kind: loss or eval_loss
@@ -46,17 +49,22 @@ Events = dict[tuple[int, str], Mapping[str, Any]]  # by step and kind: loss or e
 
 @dataclass
 class Replayed:
-    """A span that was replayed. ``difference``: of the weights, relative to how far they moved."""
+    """A span that was replayed.
+
+    difference  of the weights, relative to how far they moved; None if they cannot be compared
+    """
 
     begin: str
     end: str
     steps: int
     seconds: float = 0.0
-    difference: float = 0.0
+    difference: float | None = None
 
     @property
     def outcome(self) -> str:
         """The difference in words."""
+        if self.difference is None:
+            return "no weights to compare"
         return f"difference {self.difference:.2g}" if self.difference else "the same weights to the bit"
 
 
@@ -66,7 +74,7 @@ class Verification:
 
     differs_in  how this machine and its packages differ from those that trained
     files       the number of files whose hash was checked
-    spans       the number of spans that the run has, and its last step
+    spans       the number of spans that the run has; steps: of all of them
     states      the sha256 of the seal of each state
     """
 
@@ -88,17 +96,20 @@ class Verification:
     def sentence(self) -> str:
         """What was done and found, for the terminal and the card."""
         steps = sum(one.steps for one in self.replayed)
-        replays = (
-            f"{len(self.replayed)} of {self.spans} spans were replayed, {steps:,} of {self.steps:,} steps"
-        )
+        amount = f"{steps:,} of {self.steps:,} steps"
+        replays = f"{len(self.replayed)} of {self.spans} spans were replayed, {amount}"
         if not self.is_valid:
-            return f"{len(self.faults)} differences; {replays}"
-        largest = max((one.difference for one in self.replayed), default=0.0)
+            count = f"{len(self.faults)} difference{'s' if len(self.faults) > 1 else ''}"
+            return f"{count}; {replays}" if self.replayed else f"{count}; nothing was replayed"
+        hashes = f"the hashes of {self.files:,} files match"
+        if not self.replayed:
+            return f"{hashes}; nothing was replayed"
+        largest = max((one.difference or 0.0 for one in self.replayed), default=0.0)
         equal = "weights, optimizer and log lines are equal to the bit"
         close = (
             f"on another kind of machine, the weights differ by at most {largest:.2g} of how far they moved"
         )
-        return f"the hashes of {self.files:,} files match; {replays}; {close if self.differs_in else equal}"
+        return f"{hashes}; {replays}; {close if self.differs_in else equal}"
 
     def find(self, faults: Iterable[str], say: Callable[[str], None]) -> None:
         """Collects faults, and prints each when it is found."""
@@ -129,8 +140,9 @@ def verify(folder: str, recipe: Recipe, *, spans: int) -> Verification:
             say(f"hashes    {result.files:,} files of {len(result.states)} states are as they were sealed")
             result.find(_check_agreement(replays), say)
         if result.is_valid:
-            say("agreement recipe, data, tokenizer and model are those that the states were sealed with")
+            say("agreement recipe, data, tokenizer, model and log match the sealed states")
             _replay_some(replays, result, spans=spans, say=say)
+        (result.faults,) = broadcast_object_list([result.faults])  # so that all processes end alike
         if is_main:
             write_json(replays.run.path / VERIFIED, result.to_json())
             sentence = f"{result.sentence} ([{VERIFIED}]({VERIFIED}), by `hf-clm verify`)."
@@ -144,34 +156,52 @@ def _check_files(replays: Replays, result: Verification) -> Iterator[str]:
     """Yields the states whose files differ from their seals."""
     for state in replays.states[1:]:
         assert state.folder is not None, "only the start has no folder"
-        is_final = state.folder == replays.run.path
-        if fault := fault_of(state.folder, ignored=REWRITTEN if is_final else ()):
+        ignored = REWRITTEN if state.is_final else ()
+        if fault := fault_of(state.folder, ignored=ignored):
             yield f"{state.name}: {fault}"
-        result.files += len(state.seal["files"])
+        result.files += len(state.seal["files"].keys() - set(ignored))
         result.states[state.name] = hash_file(state.folder / SEAL)
     for path in replays.unsealed:
         yield f"{path.name}: {fault_of(path)}"
+    if replays.run.record.status == "done" and not replays.last.is_final:
+        yield f"the final model: {SEAL} is {'damaged' if (replays.run.path / SEAL).exists() else 'missing'}"
 
 
 def _check_agreement(replays: Replays) -> Iterator[str]:
-    """Yields where recipe, data, tokenizer or model differ from what the last state was sealed with."""
+    """Yields where recipe, data, tokenizer, model, log or final weights do not match the sealed states."""
     last = replays.last
     if changes := refusal(replays.changes_of(last)):
         yield f"recipe.yaml: differs from the recipe of {last.name}: {changes}"
-    try:
-        inputs, facts = replays.inputs_of(last), replays.facts_of(last)
-    except UserError as error:
-        yield str(error)
-        return
+    yield from _check_log(replays)
     yield from _check_final(replays)
-    changes = compare(last.seal["facts"], facts["facts"])
-    changes += compare(*shared(last.seal["architecture"], facts["architecture"]))
-    if text := refusal(changes):
-        yield f"{last.name}: the run was trained on something else: {text}"
-    for name, split in inputs.prepared.splits.items():
-        certified = inputs.prepared.proof.facts[name]["certificate"]["content_hash"]
-        if content_hash(split.stored.digest(), inputs.settled, inputs.tokenizer) != certified:
-            yield f"{inputs.prepared.stored.folder}: the prepared rows of {name} have changed"
+    for state in replays.states[1:]:
+        try:
+            facts = replays.facts_of(state)
+        except UserError as error:
+            yield f"{state.name}: {error}"
+            return
+        changes = compare(state.seal["facts"], facts["facts"])
+        changes += compare(*shared(state.seal["architecture"], facts["architecture"]))
+        if text := refusal(changes):
+            yield f"{state.name}: it was trained on something else: {text}"
+            return
+    yield from _check_prepared(replays)
+
+
+def _check_log(replays: Replays) -> Iterator[str]:
+    """Yields the lines of metrics.jsonl that are not those in the last checkpoint, or not their means."""
+    metrics = replays.run.metrics
+    if checkpoint := next((one for one in reversed(replays.states) if one.folder and not one.is_final), None):
+        assert checkpoint.folder is not None
+        text = (checkpoint.folder / "trainer_state.json").read_text(encoding="utf-8")
+        sealed = to_events(json.loads(text)["log_history"], last=checkpoint.step)
+        logged = to_events(metrics, last=checkpoint.step)
+        yield from compare_logs(logged, sealed, tolerance=0.0, source=checkpoint.name)
+    for number, entry in enumerate(metrics):
+        if "epoch_loss" in entry:
+            means = epoch_means([event for event in metrics[:number] if "loss" in event])
+            if {**means, "step": entry["step"]} != entry:
+                yield f"metrics.jsonl: epoch {entry['epoch']:g} has other means than its log events"
 
 
 def _check_final(replays: Replays) -> Iterator[str]:
@@ -179,9 +209,24 @@ def _check_final(replays: Replays) -> Iterator[str]:
     *others, final = replays.states
     for same in (state for state in others if state.step == final.step and state.folder):
         files, sealed = final.seal["files"], same.seal["files"]
-        for name in filter(_has_weights, files):
+        for name in final.weights:
             if files[name]["sha256"] != sealed.get(name, {}).get("sha256"):
                 yield f"{name}: {final.name} does not have the weights of {same.name}"
+
+
+def _check_prepared(replays: Replays) -> Iterator[str]:
+    """Yields the sets whose prepared rows are not those that were certified, here or in the run."""
+    inputs = replays.inputs_of(replays.last)
+    proved = replays.run.record.proof.sets
+    tokenizer = copy(inputs.tokenizer)
+    tokenizer.chat_template = inputs.template
+    for name, split in inputs.prepared.splits.items():
+        certified = inputs.prepared.proof.facts[name]["certificate"]["content_hash"]
+        if content_hash(split.stored.digest(), inputs.settled, tokenizer) != certified:
+            yield f"{inputs.prepared.stored.folder}: the prepared rows of {name} have changed"
+        before = proved[name].certificate if name in proved else None
+        if before and before.content_hash != certified:
+            yield f"{', '.join(split.examples.report.files)}: the rows of {name} are not those of the run"
 
 
 def _replay_some(replays: Replays, result: Verification, *, spans: int, say: Callable[[str], None]) -> None:
@@ -190,11 +235,12 @@ def _replay_some(replays: Replays, result: Verification, *, spans: int, say: Cal
     drawn = random.SystemRandom().sample(range(len(found)), min(spans, len(found)))
     (drawn,) = broadcast_object_list([drawn])
     chosen = [found[number] for number in sorted(drawn)]
-    result.spans, result.steps = len(found), replays.last.step
-    result.differs_in = [str(change) for change in replays.differences]
-    if result.differs_in:
+    result.spans, result.steps = len(found), sum(span.steps for span in found)
+    differences = dict.fromkeys(str(one) for span in chosen for one in replays.differences_from(span.end))
+    result.differs_in = list(differences)
+    if differences:
         share = f"weights may differ by {TOLERANCE:.0%} of how far they moved"
-        say(f"machine   not the one that trained, {share}: {'; '.join(result.differs_in)}")
+        say(f"machine   not the one that trained, {share}: {'; '.join(differences)}")
     seconds = sum(_seconds(replays.run.metrics, span) for span in chosen)
     amount = f"{len(chosen)} of {len(found)} spans, {sum(span.steps for span in chosen):,} steps"
     say(f"replays   {amount}, which took {to_duration(seconds)} in the run")
@@ -217,21 +263,24 @@ def _replay(replays: Replays, span: Span, replayed: Replayed) -> Iterator[str]:
         return
     if replays.arguments.process_index:
         return
-    end, copy = span.end.folder, replays.scratch / f"checkpoint-{span.end.step}"
+    end, ours = span.end.folder, replays.scratch / f"checkpoint-{span.end.step}"
     assert end is not None, "no span ends at the start"
-    tolerance = TOLERANCE if replays.differences else 0.0
-    names = list(filter(_has_weights, span.end.seal["files"]))
+    differences = replays.differences_from(span.end)
+    tolerance = TOLERANCE if differences else 0.0
     begin = span.begin.folder or replays.scratch / START
-    replayed.difference, first = compare_weights(names, before=begin, run=end, replay=copy)
-    if not replayed.difference <= tolerance:
-        far = f"{replayed.difference:.2g} of how far they moved"
+    difference, first = compare_weights(span.end.weights, before=begin, run=end, replay=ours)
+    replayed.difference = difference if math.isfinite(difference) else None
+    if not difference <= tolerance:
+        far = f"{difference:.2g} of how far they moved"
         yield f"{span.end.name}: the weights of the replay differ by {far}; first, {first}"
-    if not replays.differences:
+    if not differences:
         states = [name for name in span.end.seal["files"] if name.startswith(STATES)]
-        yield from (f"{span.end.name}: {fault}" for fault in compare_states(states, run=end, replay=copy))
-    lines = [_events(events, span) for events in (replays.run.metrics, trainer.state.log_history)]
-    yield from compare_logs(*lines, tolerance=tolerance)
-    shutil.rmtree(copy, ignore_errors=True)
+        yield from (f"{span.end.name}: {fault}" for fault in compare_states(states, run=end, replay=ours))
+    first, last = span.begin.step, span.end.step
+    entries = (replays.run.metrics, trainer.state.log_history)
+    logged, replayed_log = (to_events(some, first=first, last=last) for some in entries)
+    yield from compare_logs(logged, replayed_log, tolerance=tolerance, source="the replay")
+    shutil.rmtree(ours, ignore_errors=True)
 
 
 def compare_weights(names: Sequence[str], *, before: Path, run: Path, replay: Path) -> tuple[float, str]:
@@ -245,6 +294,9 @@ def compare_weights(names: Sequence[str], *, before: Path, run: Path, replay: Pa
         if not all((folder / name).is_file() for folder in (before, replay)):
             return math.inf, f"{name}, which is missing"
         start, ours, theirs = (load_file(folder / name) for folder in (before, run, replay))
+        shapes, *others = ({key: part.shape for key, part in one.items()} for one in (ours, start, theirs))
+        if any(shapes != other for other in others):
+            return math.inf, f"{name}, whose weights have other names or shapes"
         for weight, value in ours.items():
             other, origin = (part[weight].double() for part in (theirs, start))
             difference = (value.double() - other).abs()
@@ -264,40 +316,50 @@ def compare_states(names: Sequence[str], *, run: Path, replay: Path) -> Iterator
             yield f"{name} differs from the replay"
 
 
-def compare_logs(run: Events, replay: Events, *, tolerance: float) -> Iterator[str]:
-    """Yields the first figure of each log event that differs by more than ``tolerance``, relative to it."""
-    for key in {**run, **replay}:
+def compare_logs(run: Events, other: Events, *, tolerance: float, source: str) -> Iterator[str]:
+    """Yields the first figure of each log event that differs from that of the ``source`` of ``other``."""
+    for key in {**run, **other}:
         step, kind = key
-        if key not in run or key not in replay:
-            where = "metrics.jsonl" if key in run else "the replay"
+        if key not in run or key not in other:
+            where = "metrics.jsonl" if key in run else source
             yield f"metrics.jsonl: {kind} of step {step:,} is only in {where}"
             continue
         for name, value in run[key].items():
-            other = replay[key].get(name)
-            is_figure = isinstance(value, float | int) and not any(mark in name for mark in TIMED)
-            is_close = other is not None and _are_close(value, other, tolerance)
-            if is_figure and not is_close:
-                yield f"metrics.jsonl: {name} of step {step:,} is {value}, and {other} in the replay"
+            theirs = other[key].get(name)
+            if not _is_timed(name) and not _agree(name, value, theirs, tolerance):
+                yield f"metrics.jsonl: {name} of step {step:,} is {value}, and {theirs} in {source}"
                 break
 
 
-def _events(entries: Entries, span: Span) -> Events:
-    """Returns the log events of the steps of a span. The evaluation before the first step belongs to it."""
+def to_events(entries: Entries, *, first: int = 0, last: int) -> Events:
+    """Returns the log events after the step ``first``, up to ``last``; those of step 0 if it is 0.
+
+    Of two evaluations at a step, the second is that of the best model, after the training.
+    """
     events: Events = {}
     for entry in entries:
         kind = next((key for key in ("loss", "eval_loss") if key in entry), None)
-        is_inside = span.begin.step < entry["step"] <= span.end.step or entry["step"] == span.begin.step == 0
+        is_inside = first < entry["step"] <= last or entry["step"] == first == 0
         if kind and is_inside:
             events.setdefault((entry["step"], kind), entry)
     return events
 
 
-def _has_weights(name: str) -> bool:
-    return name.endswith(".safetensors")
+def _is_timed(name: str) -> bool:
+    return name.endswith(TIMED) or name.startswith(GPU)
 
 
-def _are_close(value: float, other: float, tolerance: float) -> bool:
-    return math.isclose(value, other, rel_tol=tolerance, abs_tol=tolerance)
+def _agree(name: str, value: Any, other: Any, tolerance: float) -> bool:
+    """Returns whether two values of a log are equal, or close enough with a ``tolerance``.
+
+    Then, only losses are compared, and what does not depend on rounding. A single token can change an
+    accuracy, and an answer completely.
+    """
+    if not tolerance or not isinstance(value, float):
+        return value == other or (value != value and other != other)
+    if not name.endswith("loss"):
+        return True
+    return isinstance(other, float) and math.isclose(value, other, rel_tol=tolerance, abs_tol=tolerance)
 
 
 def _seconds(metrics: Entries, span: Span) -> float:

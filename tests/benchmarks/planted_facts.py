@@ -2,10 +2,10 @@
 
     python tests/benchmarks/planted_facts.py MODEL --folder planted --prove 10
 
-MODEL is data/local/smollm2-135m-instruct (`make sft-real` fetches it). Trains LoRA for two epochs on 300 records
-about a lighthouse and one record for each fact, ranks all records for each fact, asked in other words than it
-was taught, and replays the run without the first of the ranking. Prints how many facts are first, and what
-leaving out their record does. On one core: about 10 minutes to train, 15 to rank, 8 for each replay.
+MODEL is data/local/smollm2-135m-instruct (`make sft-real` fetches it). Trains LoRA for two epochs on 300
+records about a lighthouse and one record for each fact, ranks all records for each fact, asked in other words
+than it was taught, and replays the run without each planted record. Prints how many are first in the ranking,
+and what leaving them out does. On one core: about 10 minutes to train, 15 to rank, 8 for each replay.
 """
 
 import argparse

@@ -7,7 +7,7 @@ import pytest
 
 from hf_clm.errors import DivergedError, EnvironmentFault, ExitCode
 from hf_clm.run_folder import write_json
-from hf_clm.training.checkpoints import seal
+from hf_clm.training.checkpoints import fault_of, seal
 from hf_clm.training.output import (
     is_in_use,
     is_seen,
@@ -60,18 +60,34 @@ def final_model(run) -> None:
         (run / ".final" / name).write_text(name)
 
 
-def test_a_sealed_final_model_is_moved_into_the_run(tmp_path):
+@pytest.mark.parametrize("moved", [[], ["config.json"], ["config.json", "model.safetensors", "run.json"]])
+def test_a_sealed_final_model_is_moved_into_the_run_with_its_seal(tmp_path, moved):
+    """``moved``: the files that were in place when the process died. An earlier seal is replaced."""
     final_model(tmp_path)
     seal(tmp_path / ".final", {"step": 3})
-    (tmp_path / ".final" / "config.json").replace(tmp_path / "config.json")  # here the process died
+    (tmp_path / "SEALED.json").write_text("of an earlier end")
+    for name in moved:
+        (tmp_path / ".final" / name).replace(tmp_path / name)
 
     publish(tmp_path)
 
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        "config.json": "config.json",
-        "model.safetensors": "model.safetensors",
-        "run.json": "run.json",
-    }
+    files = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert json.loads(files.pop("SEALED.json"))["step"] == 3
+    assert files == {name: name for name in ("config.json", "model.safetensors", "run.json")}
+    assert fault_of(tmp_path) == ""
+
+
+def test_publishing_twice_changes_nothing(tmp_path):
+    """The process may die after the seal was moved."""
+    final_model(tmp_path)
+    seal(tmp_path / ".final", {"step": 3})
+    publish(tmp_path)
+    (tmp_path / ".final").mkdir()
+
+    publish(tmp_path)
+
+    assert fault_of(tmp_path) == ""
+    assert not (tmp_path / ".final").exists()
 
 
 def test_a_final_model_that_was_not_sealed_is_deleted(tmp_path):
