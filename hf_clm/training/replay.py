@@ -29,8 +29,8 @@ from hf_clm.data.proof.ledger import Seats
 from hf_clm.data.split import Split
 from hf_clm.errors import RecipeError
 from hf_clm.hashing import fingerprint
-from hf_clm.machine import describe_machine, spreads_with
-from hf_clm.recipe.recipe import Recipe, training_values
+from hf_clm.machine import describe_machine
+from hf_clm.recipe.recipe import Recipe
 from hf_clm.recipe.sections import TRAIN, Doctor
 from hf_clm.run_folder import RunFolder, find_checkpoints, load_folder, step_of
 from hf_clm.training.arguments import check_launch, rows_per_step, training_arguments
@@ -426,15 +426,9 @@ def _require_replayable(replays: Replays) -> None:
     if recipe.data.streaming:
         what = "a run that streams its data cannot be replayed"
         raise RecipeError(what, where=str(run.path), fix="train with data.streaming: false")
-<<<<<<< HEAD
-    if spread := spreads_with(training_values(recipe)):
-        what = f"replays are not supported with {spread}, which shards the model"
-        raise RecipeError(what, where=str(run.path))
-=======
     if not replays.last.seal and run.record.status == "done":
         what = "the final model has no seal, or a damaged one, and there are no checkpoints"
         raise RecipeError(what, where=str(run.path / SEAL), fix="train again with this version of hf_clm")
->>>>>>> h-verify
     if not replays.last.seal:
         what = "the run has no sealed state"
         fix = "let it finish, or save checkpoints (--save_strategy steps --save_steps N)"
