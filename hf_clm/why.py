@@ -193,7 +193,7 @@ def measure_documents(trainer: CLMTrainer, split: Split, numbers: Sequence[int])
         gradients = torch.autograd.grad(nll, trained, allow_unused=True)
         squares = [part.double().square().sum() for part in gradients if part is not None]
         norm = float(torch.stack(squares).sum().sqrt())
-        measured.append(Measured(piece, row, float(nll), float(weights.sum()), norm))
+        measured.append(Measured(piece, row, float(nll.detach()), float(weights.sum()), norm))
     return measured
 
 
@@ -240,6 +240,11 @@ def to_questions(run: LoadedRun, prompts: Sequence[str], answers: Sequence[str])
         answers, ends = [one.text for one in generated], [one.stopped for one in generated]
     options = replace(run.rendering, stage="sft", max_length=None)
     rows = tokenize_rows(list(map(_with_answer, examples, answers)), run.tokenizer, options)
+    if missing := {*range(len(prompts))} - {*rows.sources.tolist()}:
+        got = repr(prompts[min(missing)])
+        raise RecipeError(
+            "the answer to this prompt is empty", where="--prompt", got=got, fix="give an --answer"
+        )
     stops = stop_token_ids(run.tokenizer)
     questions = []
     for number, (prompt, is_whole) in enumerate(zip(prompts, ends, strict=True)):

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/leave_out.py RUN --out effects.json [--records 48]
 
-For the poems recipe (48 records, 1,200 steps) it takes about 1.5 hours on one core. The file has the measurements
-of each replay, so a script that was stopped continues with the next one.
+For the poems recipe (48 records, 1,200 steps) it takes about 1.5 hours on one core. The file has what each
+replay measured, so a script that was stopped continues with the next one.
 """
 
 import argparse
