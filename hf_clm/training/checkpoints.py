@@ -18,6 +18,7 @@ from hf_clm.machine import follow_umask
 from hf_clm.run_folder import find_checkpoints, step_of, sync
 
 SEAL = "SEALED.json"
+VERIFIED = "verify.json"  # what hf-clm verify found in the states of a run
 DELETED = ".del"  # suffix of a folder that is being deleted
 MIN_CHECKPOINTS = 2  # so that there is another if the newest is damaged
 

@@ -315,11 +315,17 @@ def replaying(folder: str, recipe: Recipe, *, evaluates: bool = False) -> Iterat
 
 
 def first_use(inputs: Inputs, record: int) -> int:
-    """Returns the first step that trains on a record. 1 if the order of the rows is not known in advance."""
+    """Returns the first step that trains on a record. 1 if the order of the rows is not known in advance.
+
+    Raises RecipeError for a record that the mixture of sources never draws.
+    """
     split, arguments = inputs.prepared.splits[TRAIN], inputs.arguments
     rows, per_step = len(split.dataset), rows_per_step(arguments)
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     used = rows_of(split, record)
+    if not len(used):
+        what, fix = "the mixture never draws this record", "name another"
+        raise RecipeError(what, where=split.ledger.places[record], fix=fix)
     if arguments.train_sampling_strategy == "sequential":
         return int(used.min()) // per_step + 1
     if arguments.train_sampling_strategy != "random" or arguments.dataloader_drop_last:

@@ -30,18 +30,17 @@ from hf_clm.run_folder import Entries, to_duration, write_json
 from hf_clm.training.callbacks import epoch_means, write_line
 from hf_clm.training.card import name_verification
 from hf_clm.training.changes import compare, refusal, shared
-from hf_clm.training.checkpoints import SEAL, fault_of
+from hf_clm.training.checkpoints import SEAL, VERIFIED, fault_of
 from hf_clm.training.replay import START, Replays, Span, find_spans, replaying
 
-VERIFIED = "verify.json"
 # Files of the final model that other commands write again, such as the card.
 REWRITTEN = ("README.md",)
 STATES = ("optimizer", "scheduler", "rng_state", "scaler")  # the names of other files of a state begin so
 # Figures of a log event that depend on the time or the machine: endings, or complete names.
 TIMED = ("_per_second", "_runtime", "seconds", "mfu", "peak_memory_bytes")
 GPU = "gpu_"  # their names begin so
-# On another kind of machine: the difference from the weights of the run, relative to how far they moved in
-# the span, and the relative difference of a logged loss.
+# On a machine that differs, or with other versions: the difference from the weights of the run, relative to
+# how far they moved in the span, and the relative difference of a logged loss.
 TOLERANCE = 0.05
 
 Events = dict[tuple[int, str], Mapping[str, Any]]  # by step and kind: loss or eval_loss
@@ -107,7 +106,7 @@ class Verification:
         largest = max((one.difference or 0.0 for one in self.replayed), default=0.0)
         equal = "weights, optimizer and log lines are equal to the bit"
         close = (
-            f"on another kind of machine, the weights differ by at most {largest:.2g} of how far they moved"
+            f"on a machine that differs, the weights are at most {largest:.2g} of how far they moved apart"
         )
         return f"{hashes}; {replays}; {close if self.differs_in else equal}"
 
@@ -239,8 +238,8 @@ def _replay_some(replays: Replays, result: Verification, *, spans: int, say: Cal
     differences = dict.fromkeys(str(one) for span in chosen for one in replays.differences_from(span.end))
     result.differs_in = list(differences)
     if differences:
-        share = f"weights may differ by {TOLERANCE:.0%} of how far they moved"
-        say(f"machine   not the one that trained, {share}: {'; '.join(differences)}")
+        share = f"weights may be {TOLERANCE:.0%} of how far they moved apart"
+        say(f"machine   differs from the one that trained, so {share}: {'; '.join(differences)}")
     seconds = sum(_seconds(replays.run.metrics, span) for span in chosen)
     amount = f"{len(chosen)} of {len(found)} spans, {sum(span.steps for span in chosen):,} steps"
     say(f"replays   {amount}, which took {to_duration(seconds)} in the run")
