@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import build_recipe, write_jsonl
-
 from safetensors.torch import load_file
 
 from hf_clm.errors import RecipeError
