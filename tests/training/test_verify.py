@@ -201,6 +201,21 @@ def test_a_changed_line_of_the_log_is_found_without_a_replay(place):
     assert fault.startswith("metrics.jsonl: grad_norm of step 3 is 0.5, and ")
 
 
+def test_an_evaluation_after_the_last_save_belongs_to_the_run(place):
+    """A run that was stopped in its last step evaluates when it is resumed."""
+    folder = place / "run" / "checkpoint-6"
+
+    def forget(state: dict[str, Any]) -> None:
+        state["log_history"] = [
+            event for event in state["log_history"] if event["step"] < 6 or "loss" in event
+        ]
+
+    edit_json(folder / "trainer_state.json", forget)
+    seal_again(folder)
+
+    assert check(place / "run").faults == []
+
+
 def test_a_line_that_was_removed_from_the_log_is_found(place):
     path = place / "run" / "metrics.jsonl"
     write_jsonl(path, [entry for entry in read_lines(path)[0] if entry["step"] != 3])
