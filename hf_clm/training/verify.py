@@ -33,8 +33,6 @@ from hf_clm.training.changes import compare, refusal, shared
 from hf_clm.training.checkpoints import SEAL, VERIFIED, fault_of
 from hf_clm.training.replay import START, Replays, Span, find_spans, replaying
 
-# Files of the final model that other commands write again, such as the card.
-REWRITTEN = ("README.md",)
 STATES = ("optimizer", "scheduler", "rng_state", "scaler")  # the names of other files of a state begin so
 # Figures of a log event that depend on the time or the machine: endings, or complete names.
 TIMED = ("_per_second", "_runtime", "seconds", "mfu", "peak_memory_bytes")
@@ -155,10 +153,9 @@ def _check_files(replays: Replays, result: Verification) -> Iterator[str]:
     """Yields the states whose files differ from their seals."""
     for state in replays.states[1:]:
         assert state.folder is not None, "only the start has no folder"
-        ignored = REWRITTEN if state.is_final else ()
-        if fault := fault_of(state.folder, ignored=ignored):
+        if fault := fault_of(state.folder):
             yield f"{state.name}: {fault}"
-        result.files += len(state.seal["files"].keys() - set(ignored))
+        result.files += len(state.seal["files"])
         result.states[state.name] = hash_file(state.folder / SEAL)
     for path in replays.unsealed:
         yield f"{path.name}: {fault_of(path)}"
