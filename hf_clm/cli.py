@@ -28,6 +28,7 @@ from hf_clm.options import (
     add_prepare_options,
     add_serve_options,
     add_train_tokenizer_options,
+    add_why_options,
     at_least,
     is_drafted,
     writable,
@@ -328,6 +329,24 @@ def run_verify(words: list[str]) -> int:
     )
 
 
+def run_why(words: list[str]) -> None:
+    """RUN --prompt TEXT: find and prove which training rows taught an answer; --step N: look into a step"""
+    parser = _parser("why")
+    add_why_options(parser)
+    options, overrides = parser.parse_with_overrides(words)
+    from hf_clm.draft import open_recipe
+    from hf_clm.run_folder import load_folder
+
+    recipe = open_recipe(str(load_folder(options.run).path), overrides, options=parser.names)
+    options.html = writable(options.html, "--html") if options.html else None
+    _quiet_libraries()
+    from hf_clm.why import why
+
+    lines = why(options, recipe)
+    if is_first_here():
+        print("\n".join(lines))
+
+
 def run_compare(words: list[str]) -> None:
     """RUN RUN [RUN ...]: compare the results and recipes of runs, and draw their curves on one page"""
     parser = _parser("compare")
@@ -421,6 +440,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "report": run_report,
     "checkpoints": run_checkpoints,
     "verify": run_verify,
+    "why": run_why,
     "compare": run_compare,
     "merge": run_merge,
     "bench": run_bench,

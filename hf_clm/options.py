@@ -208,6 +208,27 @@ def add_evaluate_options(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def add_why_options(parser: Parser) -> None:
+    """Adds the options of ``hf-clm why``. Other words override places in the recipe, such as its data."""
+    parser.add_argument("run", help="the folder of a run that saved checkpoints")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    text = "rank the training rows that taught the answer to this prompt; may be repeated"
+    asked.add_argument("--prompt", action="append", default=[], help=text)
+    text = "show the loss and the gradient norm of each document of this step"
+    asked.add_argument("--step", type=at_least(1), help=text)
+    text = "train again from the last checkpoint before this record, without it"
+    asked.add_argument("--without", metavar="FILE:LINE", help=text)
+    text = "the answer to each --prompt, in their order; default: that of the model"
+    parser.add_argument("--answer", action="append", default=[], help=text)
+    text = "number of rows to prove: each is left out in turn, and the run replayed; as many random rows are "
+    text += "left out for comparison; 0: only rank (%(default)s)"
+    parser.add_argument("--prove", type=at_least(0), default=3, help=text)
+    parser.add_argument("--until", type=at_least(1), metavar="STEP", help="replay only up to this step")
+    parser.add_argument("--html", metavar="FILE", help="the page to write; default: why.html in the run")
+    text = "the folder of the run --without a record; default: RUN-without-LINE"
+    parser.add_argument("--output_dir", metavar="FOLDER", help=text)
+
+
 def add_serve_options(parser: Parser) -> None:
     """Adds the options of ``hf-clm serve``."""
     add_run(parser)

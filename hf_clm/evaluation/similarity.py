@@ -97,7 +97,7 @@ def similarities(
     *,
     tokens_per_batch: int,
     matrices: Matrices | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """Returns the cosine of the gradients of each of Q queries and each of N rows, (Q, N) float32.
 

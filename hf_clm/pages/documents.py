@@ -47,7 +47,7 @@ def inspect_rows(split: Split, reader: "Reader", *, collate: Collator, batch_siz
     for first in range(0, len(dataset), batch_size):
         numbers = range(first, min(first + batch_size, len(dataset)))
         batch = collate([dataset[i] for i in numbers])
-        pieces = [_pieces(split, i) for i in numbers]
+        pieces = [pieces_of(split, i) for i in numbers]
         lengths = [sum(stop - start for _, start, stop in row) for row in pieces]
         for row, its in zip(to_rows(batch, lengths, first_number=first), pieces, strict=True):
             yield reader.annotate(row, its)
@@ -253,7 +253,7 @@ def _find_contents(chat: Chat, text: str) -> Iterator[tuple[int, int, str]]:
                 yield start, at, role
 
 
-def _pieces(split: Split, number: int) -> list[RowPiece]:
+def pieces_of(split: Split, number: int) -> list[RowPiece]:
     if isinstance(split.dataset, PackedDataset | DrawnDataset):
         return split.dataset.pieces[number]
     return [(number, 0, int(split.rows.lengths[number]))]

@@ -35,7 +35,8 @@ class Document:
     """Tokens ``start`` to ``stop`` of a row, which attend to nothing before ``start``.
 
     ``before`` and ``after`` count the tokens of the same example that are not in this row. ``roles`` lists
-    the turns by their first token in the row. ``flags`` maps a name in FLAGS to its details.
+    the turns by their first token in the row. ``flags`` maps a name in FLAGS to its details. ``loss`` and
+    ``note`` are shown if a model has read the document: the mean loss of its targets, and more in words.
     """
 
     start: int
@@ -45,6 +46,8 @@ class Document:
     before: int = 0
     after: int = 0
     flags: Mapping[str, str] = field(default_factory=dict)
+    loss: float | None = None
+    note: str = ""
 
     def turns(self, end: int | None = None) -> Iterator[tuple[int, int, str]]:
         """Yields (first token, past the last, role) of each turn before ``end``.

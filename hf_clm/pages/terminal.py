@@ -66,6 +66,8 @@ def _to_blocks(row: Row, document: Document, *, vocabulary: Vocabulary) -> Itera
     length = document.stop - document.start
     place = f"{_shown(document.place)}  " if document.place else ""
     yield "┌ ", [(f"{place}{length:,} tokens, {targets:,} targets", "frame")]
+    if document.note:
+        yield "├ ", [(_shown(document.note), "flag")]
     for flag, details in document.flags.items():
         yield "├ ", [(_shown(f"! {flag}: {details}" if details else f"! {flag}"), "flag")]
     lost = {

@@ -7,6 +7,7 @@ The start is a state too, since the seed gives its weights. On the same kind of 
 the run to the bit. With records left out, it shows what they did.
 """
 
+import math
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -191,6 +192,26 @@ class Replays:
         """The last state of the run."""
         return self.states[-1]
 
+    @property
+    def seconds_per_step(self) -> float:
+        """How long a step took in the run, from its log."""
+        timed = [entry for entry in self.run.metrics if entry["step"] and "seconds" in entry]
+        return timed[-1]["seconds"] / timed[-1]["step"] if timed else 0.0
+
+    def last_before(self, step: int) -> State:
+        """Returns the last state from which a step can be replayed."""
+        return next(state for state in reversed(self.states) if state.is_resumable and state.step < step)
+
+    def model_at(self, step: int) -> CLMTrainer:
+        """Returns the Trainer with the model as it was after a step; 0 is before the first one."""
+        begin = self.last_before(step + 1)
+        if begin.step < step:
+            return self.replay(begin, step, end=self.last)[0]
+        trainer, _ = assemble(self.inputs_of(self.last), checkpoint=begin.folder)
+        if begin.folder:
+            trainer._load_from_checkpoint(str(begin.folder))
+        return trainer
+
     def differences_from(self, state: State) -> list[Change]:
         """Returns what differs here from the machine that saved a state: versions, and what computes.
 
@@ -315,23 +336,50 @@ def replaying(folder: str, recipe: Recipe, *, evaluates: bool = False) -> Iterat
 
 
 def first_use(inputs: Inputs, record: int) -> int:
-    """Returns the first step that trains on a record. 1 if the order of the rows is not known in advance.
-
-    Raises RecipeError for a record that the mixture of sources never draws.
-    """
-    split, arguments = inputs.prepared.splits[TRAIN], inputs.arguments
-    rows, per_step = len(split.dataset), rows_per_step(arguments)
-    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    used = rows_of(split, record)
-    if not len(used):
-        what, fix = "the mixture never draws this record", "name another"
-        raise RecipeError(what, where=split.ledger.places[record], fix=fix)
-    if arguments.train_sampling_strategy == "sequential":
-        return int(used.min()) // per_step + 1
-    if arguments.train_sampling_strategy != "random" or arguments.dataloader_drop_last:
+    """Returns the first step that trains on a record; 1 if the order of the rows is not known in advance."""
+    order = epoch_order(inputs, 0)
+    if order is None:
         return 1
-    order = list(EpochSampler(rows, total=rows, seed=seed))
-    return int(np.flatnonzero(np.isin(order, used))[0]) // per_step + 1
+    used = np.flatnonzero(np.isin(order, rows_of(inputs.prepared.splits[TRAIN], record)))
+    return int(used[0]) // rows_per_step(inputs.arguments) + 1 if len(used) else 1
+
+
+def step_rows(inputs: Inputs, step: int) -> np.ndarray:
+    """Returns the numbers of the rows that all processes train on in a step, counted from 1.
+
+    Raises RecipeError if the order of the rows is not known in advance.
+    """
+    arguments, per_step = inputs.arguments, rows_per_step(inputs.arguments)
+    in_epoch = math.ceil(count_rows(inputs) / per_step)
+    epoch, number = divmod(step - 1, in_epoch)
+    order = epoch_order(inputs, epoch)
+    if order is None:
+        got = str(arguments.train_sampling_strategy)
+        what = "the rows of a step are only known for random and sequential"
+        raise RecipeError(what, where="train.train_sampling_strategy", got=got)
+    return order[number * per_step : (number + 1) * per_step]
+
+
+def epoch_order(inputs: Inputs, epoch: int) -> np.ndarray | None:
+    """Returns the order of the rows in an epoch, or None if it depends on more than seed and epoch."""
+    arguments, rows = inputs.arguments, len(inputs.prepared.splits[TRAIN].dataset)
+    if arguments.train_sampling_strategy == "sequential":
+        order = np.arange(rows)
+    elif arguments.train_sampling_strategy == "random":
+        seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+        sampler = EpochSampler(rows, total=rows, seed=seed)
+        sampler.epoch = epoch
+        order = np.fromiter(sampler, np.int64, rows)
+    else:
+        return None
+    return order[: count_rows(inputs)]
+
+
+def count_rows(inputs: Inputs) -> int:
+    """Returns the number of rows in an epoch, without those that ``dataloader_drop_last`` drops."""
+    rows, arguments = len(inputs.prepared.splits[TRAIN].dataset), inputs.arguments
+    batch = arguments.train_batch_size * arguments.world_size
+    return rows - rows % batch if arguments.dataloader_drop_last else rows
 
 
 def rows_of(split: Split, record: int) -> np.ndarray:

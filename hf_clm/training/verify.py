@@ -37,7 +37,7 @@ STATES = ("optimizer", "scheduler", "rng_state", "scaler")  # the names of other
 # Figures of a log event that depend on the time or the machine: endings, or complete names.
 TIMED = ("_per_second", "_runtime", "seconds", "mfu", "peak_memory_bytes")
 GPU = "gpu_"  # their names begin so
-# On a machine that differs, or with other versions: the difference from the weights of the run, relative to
+# On another machine, or with other versions: the difference from the weights of the run, relative to
 # how far they moved in the span, and the relative difference of a logged loss.
 TOLERANCE = 0.05
 
@@ -103,9 +103,8 @@ class Verification:
             return f"{hashes}; nothing was replayed"
         largest = max((one.difference or 0.0 for one in self.replayed), default=0.0)
         equal = "weights, optimizer and log lines are equal to the bit"
-        close = (
-            f"on a machine that differs, the weights are at most {largest:.2g} of how far they moved apart"
-        )
+        differ = f"the weights differ by at most {largest:.2g} of how far they moved"
+        close = f"on another machine or with other versions, {differ}"
         return f"{hashes}; {replays}; {close if self.differs_in else equal}"
 
     def find(self, faults: Iterable[str], say: Callable[[str], None]) -> None:
@@ -237,8 +236,8 @@ def _replay_some(replays: Replays, result: Verification, *, spans: int, say: Cal
     differences = dict.fromkeys(str(one) for span in chosen for one in replays.differences_from(span.end))
     result.differs_in = list(differences)
     if differences:
-        share = f"weights may be {TOLERANCE:.0%} of how far they moved apart"
-        say(f"machine   differs from the one that trained, so {share}: {'; '.join(differences)}")
+        share = f"weights may differ by {TOLERANCE:.0%} of how far they moved"
+        say(f"machine   not as in the run, so {share}: {'; '.join(differences)}")
     seconds = sum(_seconds(replays.run.metrics, span) for span in chosen)
     amount = f"{len(chosen)} of {len(found)} spans, {sum(span.steps for span in chosen):,} steps"
     say(f"replays   {amount}, which took {to_duration(seconds)} in the run")

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/leave_out.py RUN --out effects.json [--records 48]
 
-For the poems recipe (48 records, 1,200 steps) it takes about 1.5 hours on one core. A stopped script goes on
-where it was: the file has the measurements of each replay. RUN needs a sealed state, which a finished run has.
+For the poems recipe (48 records, 1,200 steps) it takes about 1.5 hours on one core. The file has the measurements
+of each replay, so a script that was stopped continues with the next one.
 """
 
 import argparse

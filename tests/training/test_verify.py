@@ -565,7 +565,7 @@ def test_another_machine_may_differ_a_little_and_is_named(place):
     assert result.faults == []
     assert result.differs_in[0].startswith("device ('cpu, Other', now 'cpu, ")
     assert 0 < max(one.difference for one in result.replayed) < 1e-3
-    assert "on a machine that differs, the weights are at most " in result.sentence
+    assert "on another machine or with other versions, the weights differ by at most " in result.sentence
 
 
 def test_on_another_machine_another_learning_rate_is_found(place):

@@ -1,0 +1,455 @@
+"""``hf-clm why``: which training rows taught an answer, what happened at a step, and a run without a record.
+
+rank     similarity of the gradients of the answer and of every row, at the checkpoints of the run   estimated
+prove    the run, replayed without one record: the change of the answer's log-probability            measured
+"""
+
+import random
+import shutil
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from hf_clm.data.batch.packing import RowPiece
+from hf_clm.data.label.datasets import TokenizedDataset, tokenize_rows
+from hf_clm.data.label.labels import slice_row
+from hf_clm.data.split import Split, find_records
+from hf_clm.errors import RecipeError
+from hf_clm.evaluation.likelihood import measure_rows, predict_targets, target_places
+from hf_clm.evaluation.similarity import choose_matrices, similarities
+from hf_clm.generation.generate import GREEDY, generate
+from hf_clm.generation.load import LoadedRun, load_run
+from hf_clm.generation.prompts import to_prompt_example
+from hf_clm.model.attention import NAME as PACKED
+from hf_clm.model.attention import use_for_training
+from hf_clm.pages.documents import Reader, pieces_of
+from hf_clm.pages.labels import write_labels
+from hf_clm.pages.rows import Atom, Row, Vocabulary, to_atoms
+from hf_clm.pages.rows import Document as ShownDocument
+from hf_clm.pages.traces import TracedAnswer, TracedRow, Traces, to_lines, write_traces
+from hf_clm.recipe.recipe import Recipe
+from hf_clm.recipe.sections import TRAIN
+from hf_clm.run_folder import to_duration
+from hf_clm.schema import IGNORE_INDEX, Chat, Document, Example, Segment, TokenizedExample
+from hf_clm.text.chat import stop_token_ids
+from hf_clm.training.callbacks import write_line
+from hf_clm.training.fitting import free_memory
+from hf_clm.training.output import is_in_use
+from hf_clm.training.replay import Replays, State, first_use, replaying, step_rows
+from hf_clm.training.run import run
+from hf_clm.training.trainer import CLMTrainer
+
+MIN_CHECKPOINTS = 2  # to rank at: one alone says what the row does at the end, not what it has done
+TOKENS_PER_BATCH = 2048  # of rows whose gradients are computed at once
+PAGE = "why.html"  # in the folder of the run
+SHOWN_DOCUMENTS = 10  # of a step, in the terminal
+SHOWN_RANKED = 10  # rows on the page, of which the first are proved
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with an answer, tokenized as in training: only the answer has labels."""
+
+    prompt: str
+    row: TokenizedExample
+    logprobs: np.ndarray  # (n,) of each token of the answer, by the saved model
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A document of a step: its loss and its gradient.
+
+    nll     the sum of the losses of its targets, each times its weight, in nats
+    weight  the sum of the weights of its targets
+    norm    the Euclidean norm of the gradient of ``nll``, over all trained weights
+    """
+
+    piece: RowPiece
+    row: TokenizedExample
+    nll: float
+    weight: float
+    norm: float
+
+
+@dataclass
+class Effects:
+    """What leaving out each of some records does, measured by replays. Q = questions.
+
+    of        by record, (Q,): how many nats less the answer is likely without it
+    baseline  (Q,) log-probability of each answer after a replay of the run itself
+    shift     the largest difference of that from the saved model; None if it was replayed up to another step
+    steps     of all replays, which took ``seconds``
+    """
+
+    of: dict[int, np.ndarray]
+    baseline: np.ndarray
+    shift: float | None = None
+    steps: int = 0
+    seconds: float = 0.0
+
+    def to_facts(self, chosen: int, others: int) -> dict[str, str]:
+        """Returns what was done, for the page. ``chosen``, ``others``: the number of each kind of record."""
+        replays = f"{1 + chosen + others} replays, {self.steps:,} steps in {to_duration(self.seconds)}"
+        facts = {"proved": f"records: {chosen}, and {others} at random for comparison; {replays}"}
+        if self.shift is not None:
+            same = "the answers are exactly as likely as by the saved model"
+            far = (
+                f"the log-probabilities of the answers differ by up to {self.shift:.2g} from the saved model"
+            )
+            facts["baseline"] = f"the run itself, replayed: {far if self.shift else same}"
+        return facts
+
+
+def why(options: Namespace, recipe: Recipe) -> list[str]:
+    """Runs ``hf-clm why``, and returns lines to print."""
+    if options.step:
+        return look_into(
+            options, recipe, page=options.html or Path(options.run) / f"step-{options.step}.html"
+        )
+    if options.without:
+        return train_without(options, recipe)
+    page = options.html or Path(options.run) / PAGE
+    traces = trace(options, recipe, page=page)
+    width = shutil.get_terminal_size((100, 24)).columns
+    return ["", *to_lines(traces, width=width), "", f"wrote {page}"]
+
+
+def trace(options: Namespace, recipe: Recipe, *, page: Path) -> Traces:
+    """Ranks the training records for each answer, proves the first ones, and writes the page.
+
+    Raises RecipeError for a run with too few checkpoints.
+    """
+    with replaying(options.run, recipe) as replays:
+        states = ranking_states(replays)
+        end = _end_of(replays, options.until)
+        loaded = load_run(str(replays.last.folder), attention=PACKED)
+        questions = to_questions(loaded, options.prompt, options.answer)
+        split = replays.inputs_of(end).prepared.splits[TRAIN]
+        write_line(f"ranking   {len(split.rows):,} rows at {len(states)} checkpoints")
+        started = time.monotonic()
+        scores, matrices = rank(replays, states, questions, dataset=split.rows)
+        seconds = to_duration(time.monotonic() - started)
+        facts = {"ranked": f"{len(split.rows):,} rows at {len(states)} checkpoints, {matrices}, in {seconds}"}
+        by_record = to_records(scores, split.stored.sources, count=len(split.ledger))
+        chosen, others = choose_records(by_record, count=options.prove, left_out=split.left_out)
+        effects = prove(replays, questions, [*chosen, *others], end=end) if options.prove else None
+        if effects:
+            facts |= effects.to_facts(len(chosen), len(others))
+        tracing = Tracing(split, by_record, others, effects, Vocabulary(loaded.tokenizer))
+        answers = [tracing.to_answer(number, question) for number, question in enumerate(questions)]
+        traces = Traces(replays.run.name, facts, answers)
+        if replays.arguments.process_index == 0:
+            write_traces(page, traces)
+        return traces
+
+
+def look_into(options: Namespace, recipe: Recipe, *, page: Path) -> list[str]:
+    """Measures each document of a step with the model before it, writes the page, and returns lines to print.
+
+    Raises RecipeError for a step that the run does not have.
+    """
+    with replaying(options.run, recipe) as replays:
+        end = _end_of(replays, options.step, where="--step")
+        inputs = replays.inputs_of(end)
+        numbers = step_rows(inputs, options.step)
+        trainer = replays.model_at(options.step - 1)
+        split = inputs.prepared.splits[TRAIN]
+        reader = Reader(split, inputs.tokenizer, recipe=inputs.settled)
+        measured = measure_documents(trainer, split, numbers.tolist())
+        weight = sum(one.weight for one in measured)
+        loss = sum(one.nll for one in measured) / weight
+        rows = [_annotated(reader, *one, weight=weight) for one in enumerate(measured)]
+        rows = sorted(rows, key=lambda row: -(row.documents[0].loss or 0.0))
+        facts = {"step": f"{options.step:,} of {replays.run.record.steps:,}, {len(rows)} documents"}
+        facts |= {"loss": f"{loss:.4f} before the step, without dropout"} | _logged_at(replays, options.step)
+        write_labels(page, rows, vocabulary=reader.vocabulary, facts={"from": options.run, **facts})
+    lines = [f"{name:<9} {value}" for name, value in facts.items()]
+    lines += [f"{row.documents[0].place}: {row.documents[0].note}" for row in rows[:SHOWN_DOCUMENTS]]
+    return [*lines, f"wrote {page}: {len(rows)} documents, worst first"]
+
+
+def measure_documents(trainer: CLMTrainer, split: Split, numbers: Sequence[int]) -> list[Measured]:
+    """Measures the documents of training rows one by one, without dropout.
+
+    The gradient is that of a document's share of the step: of its loss, divided by the weights of all.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    measured = []
+    model.eval()
+    for piece in (piece for number in numbers for piece in pieces_of(split, number)):
+        row = slice_row(split.rows[piece[0]], start=piece[1], stop=piece[2])
+        with trainer.compute_loss_context_manager():
+            logits, targets, weights = predict_targets(model, [row])
+        weights = weights * (targets != IGNORE_INDEX)
+        nll = (cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
+        gradients = torch.autograd.grad(nll, trained, allow_unused=True)
+        squares = [part.double().square().sum() for part in gradients if part is not None]
+        norm = float(torch.stack(squares).sum().sqrt())
+        measured.append(Measured(piece, row, float(nll), float(weights.sum()), norm))
+    return measured
+
+
+def train_without(options: Namespace, recipe: Recipe) -> list[str]:
+    """Trains again from the last checkpoint before the first use of a record, without it, into a new folder.
+
+    If the folder has a part of that training already, resumes it.
+    """
+    with replaying(options.run, recipe) as replays:
+        inputs = replays.inputs_of(replays.last)
+        split = inputs.prepared.splits[TRAIN]
+        (record,) = find_records(split, [options.without], where="--without")
+        place, first = split.ledger.places[record], first_use(inputs, record)
+        begin = replays.last_before(first)
+    name = place.rpartition(":")[2].strip().replace(" ", "-")
+    folder = Path(options.output_dir or f"{str(options.run).rstrip('/')}-without-{name}")
+    write_line(f"without   {place}, which step {first:,} is the first to use: trains from {begin.name}")
+    train = {**recipe.train, "output_dir": str(folder)}
+    if begin.folder and not is_in_use(folder):
+        train["resume_from_checkpoint"] = str(begin.folder)
+    data = recipe.data.model_copy(update={"without": [*recipe.data.without, place]})
+    run(recipe.model_copy(update={"data": data, "train": train, "resume_override": ["data.without"]}))
+    return []
+
+
+def to_questions(run: LoadedRun, prompts: Sequence[str], answers: Sequence[str]) -> list[Question]:
+    """Returns each prompt with its answer, tokenized as in training. Without answers, the model gives them.
+
+    Raises RecipeError for another number of answers than prompts.
+    """
+    if answers and len(answers) != len(prompts):
+        got = f"{len(answers)} for {len(prompts)} prompts"
+        raise RecipeError("needs one answer for each prompt, or none", where="--answer", got=got)
+    examples = [
+        to_prompt_example(prompt, run.format, template=run.template, has_turns=run.has_turns)
+        for prompt in prompts
+    ]
+    ends = [run.stage == "sft"] * len(prompts)  # an answer to a text goes on like the text
+    if not answers:
+        generated = generate(
+            run.model, run.tokenizer, prompts=examples, decoding=GREEDY, rendering=run.rendering
+        )
+        use_for_training(run.model, PACKED)
+        answers, ends = [one.text for one in generated], [one.stopped for one in generated]
+    options = replace(run.rendering, stage="sft", max_length=None)
+    rows = tokenize_rows(list(map(_with_answer, examples, answers)), run.tokenizer, options)
+    stops = stop_token_ids(run.tokenizer)
+    questions = []
+    for number, (prompt, is_whole) in enumerate(zip(prompts, ends, strict=True)):
+        answer = rows[number] if is_whole else _without_stop(rows[number], stops)
+        questions.append(Question(prompt, answer, -measure_rows(run.model, [answer])[0][0]))
+    return questions
+
+
+def rank(
+    replays: Replays, states: Sequence[State], questions: Sequence[Question], *, dataset: TokenizedDataset
+) -> tuple[np.ndarray, str]:
+    """Returns the similarity of each question and each row, (Q, N) float32, and which weights it is of.
+
+    The similarities at the checkpoints are averaged. Each counts as much as the steps of its span, by the sum
+    of their learning rates (TracIn, arXiv:2002.08484).
+    """
+    weights = np.array([_learned_in(replays, number, states) for number in range(len(states))])
+    total, matrices = np.zeros((len(questions), len(dataset)), np.float32), ""
+    for state, weight in zip(states, weights / weights.sum(), strict=True):
+        model = load_run(str(state.folder), attention=PACKED).model
+        matrices = choose_matrices(model).describe()
+        with tqdm(total=len(dataset), desc=state.name, disable=None, leave=False) as bar:
+            total += weight * similarities(
+                model,
+                [question.row for question in questions],
+                dataset,
+                tokens_per_batch=TOKENS_PER_BATCH,
+                progress=bar.update,
+            )
+    return total, matrices
+
+
+def to_records(scores: np.ndarray, sources: np.ndarray, *, count: int) -> np.ndarray:
+    """Returns the similarity (Q, E) of each of E records: that of its nearest row; -inf without a row."""
+    result = np.full((len(scores), count), -np.inf, np.float32)
+    for question, row_scores in enumerate(scores):
+        np.maximum.at(result[question], sources, row_scores)
+    return result
+
+
+def choose_records(
+    scores: np.ndarray, *, count: int, left_out: Sequence[int] = ()
+) -> tuple[list[int], list[int]]:
+    """Returns the records to prove: the most similar ones to each question, and as many random others.
+
+    Args:
+        scores: (Q, E), the similarity of each question and each record.
+        count: the number of records for each question.
+        left_out: records that the run does not train on.
+    """
+    scores = scores.copy()
+    scores[:, list(left_out)] = -np.inf
+    order = np.argsort(-scores, axis=1, kind="stable")
+    chosen = list(dict.fromkeys(order[:, :count].T.ravel().tolist()))
+    shown = {*order[:, :SHOWN_RANKED].ravel().tolist(), *chosen}
+    rest = [record for record in np.flatnonzero(np.isfinite(scores[0])).tolist() if record not in shown]
+    others = random.Random(0).sample(rest, min(count, len(rest)))
+    return [record for record in chosen if np.isfinite(scores[0, record])], others
+
+
+def prove(replays: Replays, questions: Sequence[Question], records: Sequence[int], *, end: State) -> Effects:
+    """Replays the run without each of the records, and measures every answer after each replay."""
+    inputs = replays.inputs_of(end)
+    begins = {record: replays.last_before(first_use(inputs, record)) for record in records}
+    first = min(begins.values(), key=lambda state: state.step, default=replays.states[0])
+    steps = [end.step - begin.step for begin in (first, *begins.values())]
+    expected = to_duration(sum(steps) * replays.seconds_per_step)
+    write_line(f"proving   {len(steps)} replays of the run, {sum(steps):,} steps, about {expected}")
+    started = time.monotonic()
+    trainer, _ = replays.replay(first, end.step, end=end)
+    baseline = _measure(trainer, questions)
+    shift = None
+    if end == replays.last and end.folder is not None:
+        trainer._load_from_checkpoint(str(end.folder))
+        shift = float(np.abs(_measure(trainer, questions) - baseline).max())
+    effects = Effects({}, baseline, shift)
+    for record, begin in begins.items():
+        del trainer
+        free_memory()
+        trainer, _ = replays.replay(begin, end.step, end=end, left_out=[record])
+        effects.of[record] = baseline - _measure(trainer, questions)
+        place = inputs.prepared.splits[TRAIN].ledger.places[record]
+        found = ", ".join(f"{effect:+.2f}" for effect in effects.of[record])
+        left = to_duration(
+            (time.monotonic() - started) / (len(effects.of) + 1) * (len(records) - len(effects.of))
+        )
+        write_line(f"without   {place}: {found} nats, {left} left")
+    effects.steps, effects.seconds = sum(steps), time.monotonic() - started
+    return effects
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """What is known of the records of a split, for the rows of the page.
+
+    scores  (Q, E), the similarity of each question and each record
+    others  the random records that were left out
+    """
+
+    split: Split
+    scores: np.ndarray
+    others: Sequence[int]
+    effects: Effects | None
+    vocabulary: Vocabulary
+
+    def to_answer(self, number: int, question: Question) -> TracedAnswer:
+        """Returns the answer to a question, with its nearest records and all that were proved."""
+        order = np.argsort(-self.scores[number], kind="stable").tolist()
+        proved = self.effects.of if self.effects else {}
+        records = [record for record in order[:SHOWN_RANKED] if np.isfinite(self.scores[number, record])]
+        ranks = {record: rank for rank, record in enumerate(order, start=1)}
+        records += [record for record in proved if record not in records]
+        return TracedAnswer(
+            question.prompt,
+            self._to_tokens(question),
+            [
+                TracedRow(
+                    self.split.ledger.places[record],
+                    self._to_atoms(record, number),
+                    rank=ranks[record],
+                    similarity=float(self.scores[number, record]),
+                    effect=float(proved[record][number]) if record in proved else None,
+                    is_random=record in self.others,
+                )
+                for record in records
+            ],
+        )
+
+    def _to_tokens(self, question: Question) -> list[tuple[str, float]]:
+        """Returns the text and the log-probability of each token of an answer."""
+        places = target_places(np.array(question.row["labels"]))
+        groups = self.vocabulary.to_groups([question.row["input_ids"][place] for place in places])
+        return [(text, float(question.logprobs[start:stop].sum())) for start, stop, text in groups]
+
+    def _to_atoms(self, record: int, number: int) -> list[Atom]:
+        """Returns the text of the row of a record that is nearest to a question."""
+        own = np.flatnonzero(self.split.stored.sources == record)
+        row = self.split.rows[int(own[0])]
+        ids, labels = np.array(row["input_ids"]), np.array(row["labels"])
+        return list(to_atoms(Row(0, ids, labels, ()), (0, len(ids)), vocabulary=self.vocabulary))
+
+
+def ranking_states(replays: Replays) -> list[State]:
+    """Returns the states at which rows are ranked. Raises RecipeError if there are too few."""
+    states = [state for state in replays.states if state.folder and state.step]
+    last = states[-1:]
+    states = [state for state in states[:-1] if state.step < last[0].step] + last
+    if len(states) < MIN_CHECKPOINTS:
+        every = max(1, replays.run.record.steps // 5)
+        command = f"hf-clm train {replays.run.path / 'recipe.yaml'} --output_dir {replays.run.path}-traced"
+        fix = f"{command} --save_strategy steps --save_steps {every} --save_total_limit 5"
+        what = f"needs {MIN_CHECKPOINTS} saved states to rank rows at"
+        raise RecipeError(what, where=str(replays.run.path), got=str(len(states)), fix=fix)
+    return states
+
+
+def _end_of(replays: Replays, until: int | None, *, where: str = "--until") -> State:
+    """Returns the last state, or one at the step ``until``. Raises RecipeError for a step that is missing."""
+    if until is None:
+        return replays.last
+    if not 0 < until <= replays.last.step:
+        got = f"{until} of {replays.last.step:,} steps"
+        raise RecipeError("the run has no such step", where=where, got=got)
+    return replace(replays.last, step=until)
+
+
+def _learned_in(replays: Replays, number: int, states: Sequence[State]) -> float:
+    """Returns the sum of the learning rates of the steps that end at a state, from the log of the run."""
+    before = states[number - 1].step if number else 0
+    rates = [
+        entry["learning_rate"]
+        for entry in replays.run.metrics
+        if before < entry["step"] <= states[number].step and "learning_rate" in entry
+    ]
+    return (states[number].step - before) * float(np.mean(rates)) if rates else 0.0
+
+
+def _with_answer(prompt: Example, answer: str) -> Example:
+    """Returns the example that trains a model to answer a prompt so."""
+    if isinstance(prompt, Chat):
+        return replace(prompt, messages=[*prompt.messages, {"role": "assistant", "content": answer}])
+    return Document([*(Segment(part.text, 0.0) for part in prompt.segments), Segment(answer, 1.0)])
+
+
+def _without_stop(row: TokenizedExample, stops: Sequence[int]) -> TokenizedExample:
+    """Returns a row without the stop token at its end."""
+    if row["input_ids"][-1] not in stops:
+        return row
+    return {"input_ids": row["input_ids"][:-1], "labels": row["labels"][:-1]}
+
+
+def _measure(trainer: CLMTrainer, questions: Sequence[Question]) -> np.ndarray:
+    """Returns the log-probability of each answer, (Q,) float64, in nats."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    found = [measure_rows(model, [question.row])[0][0] for question in questions]
+    return np.array([-float(nll.sum(dtype=np.float64)) for nll in found])
+
+
+def _annotated(reader: Reader, number: int, document: Measured, *, weight: float) -> Row:
+    """Returns a measured document as a row of the page. ``weight``: the sum of all weights of the step."""
+    ids, labels = (np.array(document.row[name]) for name in ("input_ids", "labels"))
+    row = reader.annotate(Row(number, ids, labels, (ShownDocument(0, len(ids)),)), [document.piece])
+    loss = document.nll / document.weight if document.weight else 0.0
+    note = f"loss {loss:.3f}, gradient norm {document.norm / weight:.3f}"
+    return replace(row, documents=(replace(row.documents[0], loss=loss, note=note),))
+
+
+def _logged_at(replays: Replays, step: int) -> dict[str, str]:
+    """Returns what the run logged at a step; it logs the mean over the steps since the event before."""
+    entry = next((one for one in replays.run.metrics if one["step"] == step and "loss" in one), {})
+    keys = ("loss", "grad_norm", "learning_rate")
+    logged = [f"{key} {entry[key]:.4g}" for key in keys if key in entry]
+    return {"logged": ", ".join(logged)} if logged else {}
