@@ -7,7 +7,6 @@ start: newest sealed checkpoint -> verified -> resumed     unsealed or damaged -
 import json
 import os
 import shutil
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from hf_clm.machine import follow_umask
 from hf_clm.run_folder import find_checkpoints, step_of, sync
 
 SEAL = "SEALED.json"
+VERIFIED = "verify.json"  # what hf-clm verify found in the states of a run
 DELETED = ".del"  # suffix of a folder that is being deleted
 MIN_CHECKPOINTS = 2  # so that there is another if the newest is damaged
 
@@ -56,15 +56,11 @@ def read_seal(folder: Path) -> dict[str, Any]:
     return content if is_intact else {}
 
 
-def fault_of(folder: Path, *, ignored: Collection[str] = ()) -> str:
-    """Returns what is wrong with a checkpoint, or an empty string if all files match its seal.
-
-    ignored: names of files that may change after they were sealed.
-    """
+def fault_of(folder: Path) -> str:
+    """Returns what is wrong with a checkpoint, or an empty string if all files match its seal."""
     if not (files := read_seal(folder).get("files")):
         is_sealed = (folder / SEAL).exists()
         return f"{SEAL} is damaged" if is_sealed else "not sealed: its save was interrupted"
-    files = {name: facts for name, facts in files.items() if name not in ignored}
     for name, facts in files.items():
         path = folder / name
         if not path.is_file():

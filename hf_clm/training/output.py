@@ -10,7 +10,7 @@ from pathlib import Path
 from hf_clm.errors import DivergedError, EnvironmentFault, Preempted
 from hf_clm.model.build import TRAINED_TOKENIZER
 from hf_clm.run_folder import read_record, sync, write_record
-from hf_clm.training.checkpoints import SEAL, read_seal
+from hf_clm.training.checkpoints import SEAL, VERIFIED, read_seal
 from hf_clm.training.lock import keep_lock
 
 PREPARED = ".prepared"  # the prepared set, if it is not cached
@@ -61,6 +61,7 @@ def publish(folder: Path) -> None:
     if names:
         for name in (TRAINED_TOKENIZER, PREPARED):  # the tokenizer has been saved with the model
             shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / VERIFIED).unlink(missing_ok=True)  # of an earlier end
         (final / SEAL).replace(folder / SEAL)  # last, as a repetition starts from it
         sync(folder)
     shutil.rmtree(final, ignore_errors=True)

@@ -30,18 +30,15 @@ from hf_clm.run_folder import Entries, to_duration, write_json
 from hf_clm.training.callbacks import epoch_means, write_line
 from hf_clm.training.card import name_verification
 from hf_clm.training.changes import compare, refusal, shared
-from hf_clm.training.checkpoints import SEAL, fault_of
+from hf_clm.training.checkpoints import SEAL, VERIFIED, fault_of
 from hf_clm.training.replay import START, Replays, Span, find_spans, replaying
 
-VERIFIED = "verify.json"
-# Files of the final model that other commands write again, such as the card.
-REWRITTEN = ("README.md",)
 STATES = ("optimizer", "scheduler", "rng_state", "scaler")  # the names of other files of a state begin so
 # Figures of a log event that depend on the time or the machine: endings, or complete names.
 TIMED = ("_per_second", "_runtime", "seconds", "mfu", "peak_memory_bytes")
 GPU = "gpu_"  # their names begin so
-# On another kind of machine: the difference from the weights of the run, relative to how far they moved in
-# the span, and the relative difference of a logged loss.
+# On another machine, or with other versions: the difference from the weights of the run, relative to
+# how far they moved in the span, and the relative difference of a logged loss.
 TOLERANCE = 0.05
 
 Events = dict[tuple[int, str], Mapping[str, Any]]  # by step and kind: loss or eval_loss
@@ -106,9 +103,8 @@ class Verification:
             return f"{hashes}; nothing was replayed"
         largest = max((one.difference or 0.0 for one in self.replayed), default=0.0)
         equal = "weights, optimizer and log lines are equal to the bit"
-        close = (
-            f"on another kind of machine, the weights differ by at most {largest:.2g} of how far they moved"
-        )
+        differ = f"the weights differ by at most {largest:.2g} of how far they moved"
+        close = f"on another machine or with other versions, {differ}"
         return f"{hashes}; {replays}; {close if self.differs_in else equal}"
 
     def find(self, faults: Iterable[str], say: Callable[[str], None]) -> None:
@@ -156,10 +152,9 @@ def _check_files(replays: Replays, result: Verification) -> Iterator[str]:
     """Yields the states whose files differ from their seals."""
     for state in replays.states[1:]:
         assert state.folder is not None, "only the start has no folder"
-        ignored = REWRITTEN if state.is_final else ()
-        if fault := fault_of(state.folder, ignored=ignored):
+        if fault := fault_of(state.folder):
             yield f"{state.name}: {fault}"
-        result.files += len(state.seal["files"].keys() - set(ignored))
+        result.files += len(state.seal["files"])
         result.states[state.name] = hash_file(state.folder / SEAL)
     for path in replays.unsealed:
         yield f"{path.name}: {fault_of(path)}"
@@ -196,6 +191,8 @@ def _check_log(replays: Replays) -> Iterator[str]:
         text = (checkpoint.folder / "trainer_state.json").read_text(encoding="utf-8")
         sealed = to_events(json.loads(text)["log_history"], last=checkpoint.step)
         logged = to_events(metrics, last=checkpoint.step)
+        # A run may evaluate after it has saved its last step.
+        logged = {key: event for key, event in logged.items() if key in sealed or key[0] < checkpoint.step}
         yield from compare_logs(logged, sealed, tolerance=0.0, source=checkpoint.name)
     for number, entry in enumerate(metrics):
         if "epoch_loss" in entry:
@@ -240,7 +237,7 @@ def _replay_some(replays: Replays, result: Verification, *, spans: int, say: Cal
     result.differs_in = list(differences)
     if differences:
         share = f"weights may differ by {TOLERANCE:.0%} of how far they moved"
-        say(f"machine   not the one that trained, {share}: {'; '.join(differences)}")
+        say(f"machine   not as in the run, so {share}: {'; '.join(differences)}")
     seconds = sum(_seconds(replays.run.metrics, span) for span in chosen)
     amount = f"{len(chosen)} of {len(found)} spans, {sum(span.steps for span in chosen):,} steps"
     say(f"replays   {amount}, which took {to_duration(seconds)} in the run")

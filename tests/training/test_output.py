@@ -66,6 +66,7 @@ def test_a_sealed_final_model_is_moved_into_the_run_with_its_seal(tmp_path, move
     final_model(tmp_path)
     seal(tmp_path / ".final", {"step": 3})
     (tmp_path / "SEALED.json").write_text("of an earlier end")
+    (tmp_path / "verify.json").write_text("of an earlier end")
     for name in moved:
         (tmp_path / ".final" / name).replace(tmp_path / name)
 

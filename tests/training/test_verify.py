@@ -201,6 +201,21 @@ def test_a_changed_line_of_the_log_is_found_without_a_replay(place):
     assert fault.startswith("metrics.jsonl: grad_norm of step 3 is 0.5, and ")
 
 
+def test_an_evaluation_after_the_last_save_belongs_to_the_run(place):
+    """A run that was stopped in its last step evaluates when it is resumed."""
+    folder = place / "run" / "checkpoint-6"
+
+    def forget(state: dict[str, Any]) -> None:
+        state["log_history"] = [
+            event for event in state["log_history"] if event["step"] < 6 or "loss" in event
+        ]
+
+    edit_json(folder / "trainer_state.json", forget)
+    seal_again(folder)
+
+    assert check(place / "run").faults == []
+
+
 def test_a_line_that_was_removed_from_the_log_is_found(place):
     path = place / "run" / "metrics.jsonl"
     write_jsonl(path, [entry for entry in read_lines(path)[0] if entry["step"] != 3])
@@ -490,6 +505,18 @@ def test_a_run_that_was_resumed_with_another_learning_rate_is_replayed_with_it(t
     require_verified(tmp_path / "run", spans=3)
 
 
+def test_a_run_that_was_resumed_with_other_settings_may_be_moved(tmp_path):
+    before, after = tmp_path / "before", tmp_path / "after"
+    train(dropout_recipe(before, train={"max_steps": 2}))
+    more = {"learning_rate": 1e-3, "max_steps": 4}
+    train(dropout_recipe(before, train=more, resume_override=["learning_rate", "max_steps"]))
+    before.rename(after)
+    recipe = after / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(before), str(after)))
+
+    require_verified(after / "run", spans=2)
+
+
 def test_a_resumed_run_is_replayed_across_the_place_where_it_was_resumed(tmp_path):
     train(dropout_recipe(tmp_path, train={"max_steps": 6}))
     run = tmp_path / "run"
@@ -538,7 +565,7 @@ def test_another_machine_may_differ_a_little_and_is_named(place):
     assert result.faults == []
     assert result.differs_in[0].startswith("device ('cpu, Other', now 'cpu, ")
     assert 0 < max(one.difference for one in result.replayed) < 1e-3
-    assert "on another kind of machine, the weights differ by at most " in result.sentence
+    assert "on another machine or with other versions, the weights differ by at most " in result.sentence
 
 
 def test_on_another_machine_another_learning_rate_is_found(place):

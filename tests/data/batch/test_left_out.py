@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import PAD, X, build_recipe, byte_tokenizer, save_folder, tiny_model, write_jsonl
+from helpers import PAD, SIZES, X, build_recipe, byte_tokenizer, save_folder, tiny_model, write_jsonl
 from pyarrow import parquet
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from transformers import TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from hf_clm.data.batch.collators import DataCollatorForCausalLM, DataCollatorForPackedCausalLM, StaticShape
 from hf_clm.data.batch.left_out import KEPT, LeavingOutCollator, LeavingOutDataset, mask_left_out
@@ -149,15 +149,18 @@ class Step(TrainerCallback):
         self.gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
-def build_model() -> Any:
+def build_model(name: str = "qwen2") -> Any:
+    """Returns a tiny model. Granite scales its logits, so the Trainer computes its loss."""
     register()
-    model = tiny_model("qwen2")
+    torch.manual_seed(0)
+    scaled = AutoConfig.for_model("granite", **SIZES["llama"], vocab_size=260, logits_scaling=2.0)
+    model = AutoModelForCausalLM.from_config(scaled) if name == "granite" else tiny_model(name)
     model.set_attn_implementation(NAME)
     return model
 
 
 def one_step(
-    folder: Path, dataset: Any, *, collator: str = "packed", **settings: Any
+    folder: Path, dataset: Any, *, collator: str = "packed", name: str = "qwen2", **settings: Any
 ) -> tuple[dict[str, float], Gradients]:
     """Returns the log entry and the gradients of a step with all rows of a dataset."""
     options: dict[str, Any] = {"use_cpu": True, "report_to": "none", "logging_steps": 1, "max_steps": 1}
@@ -165,7 +168,7 @@ def one_step(
     options |= {"train_sampling_strategy": "sequential", "per_device_train_batch_size": len(dataset)}
     collate, step = COLLATORS[collator], Step()
     trainer = CLMTrainer(
-        build_model(),
+        build_model(name),
         TrainingArguments(str(folder), **(options | settings)),
         data_collator=LeavingOutCollator(collate) if isinstance(dataset, LeavingOutDataset) else collate,
         train_dataset=dataset,
@@ -175,9 +178,11 @@ def one_step(
     return next(entry for entry in trainer.state.log_history if "loss" in entry), step.gradients
 
 
-def by_hand(numbers: Sequence[int], *, divisor: float, weighted: bool = False) -> tuple[float, Gradients]:
+def by_hand(
+    numbers: Sequence[int], *, divisor: float, weighted: bool = False, name: str = "qwen2"
+) -> tuple[float, Gradients]:
     """Computes the loss of some rows and its gradients from the logits of the stock model."""
-    model, total = build_model(), torch.zeros(())
+    model, total = build_model(name), torch.zeros(())
     for number in numbers:
         logits = model(input_ids=torch.tensor([IDS[number]]), use_cache=False).logits[0, :-1]
         for place, label in enumerate(LABELS[number][1:]):
@@ -208,6 +213,18 @@ def test_a_step_has_the_loss_of_the_other_rows_divided_as_if_nothing_were_left_o
 
     batches = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     log, result = one_step(tmp_path, dataset, collator=collator, **batches)
+
+    assert log["loss"] == pytest.approx(expected, rel=1e-6)
+    assert_close(result, gradients)
+
+
+@pytest.mark.parametrize("collator", ["padded", "packed"])
+def test_a_model_with_a_loss_of_its_own_leaves_it_out_too(tmp_path, collator):
+    dataset = LeavingOutDataset(build_rows(), np.array([0, 2]))
+    expected, gradients = by_hand([1, 3], divisor=11, name="granite")
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+    log, result = one_step(tmp_path, dataset, collator=collator, name="granite", **batches)
 
     assert log["loss"] == pytest.approx(expected, rel=1e-6)
     assert_close(result, gradients)
