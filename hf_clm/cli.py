@@ -322,7 +322,7 @@ def run_verify(words: list[str]) -> int:
 
     recipe = open_recipe(str(load_folder(options.run).path), overrides, options=parser.names)
     _quiet_libraries()
-    from hf_clm.training.verify import verify
+    from hf_clm.replay.verify import verify
 
     return (
         ExitCode.DONE if verify(options.run, recipe, spans=options.spans).is_valid else ExitCode.ENVIRONMENT
@@ -340,9 +340,11 @@ def run_why(words: list[str]) -> None:
     recipe = open_recipe(str(load_folder(options.run).path), overrides, options=parser.names)
     options.html = writable(options.html, "--html") if options.html else None
     _quiet_libraries()
-    from hf_clm.why import why
+    from hf_clm.replay.steps import look_into, train_without
+    from hf_clm.replay.why import why
 
-    lines = why(options, recipe)
+    command = look_into if options.step else train_without if options.without else why
+    lines = command(options, recipe)
     if is_first_here():
         print("\n".join(lines))
 

@@ -35,7 +35,8 @@ LAYERS = [
     },  # the checks of the doctor need them
     {"pages", "doctor"},  # checks before a step, and the pages of a run: training calls them
     {"training"},
-    {"step_time", "merge", "options", "notebook", "why"},
+    {"replay"},
+    {"step_time", "merge", "options", "notebook"},
     {"bench"},
     {"api"},
     {"cli"},

@@ -1,4 +1,4 @@
-"""Assembles the data, the model and the Trainer of a run, for training (run.py) and replaying (replay.py).
+"""Assembles the data, the model and the Trainer of a run, for training (run.py) and for replays.
 
 recipe -> tokenizer, data, checks -> Inputs        once
 Inputs -> model, Trainer, facts                    again for every training from these inputs

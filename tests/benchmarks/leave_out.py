@@ -15,7 +15,7 @@ import numpy as np
 
 from hf_clm.evaluation.likelihood import measure_rows
 from hf_clm.recipe.recipe import load_recipe
-from hf_clm.training.replay import Replays, first_use, replaying
+from hf_clm.replay.replays import Replays, first_use, replaying
 
 
 def measure(replays: Replays, left_out: list[int]) -> list[float]:

@@ -18,9 +18,9 @@ import numpy as np
 from hf_clm.generation.load import load_run
 from hf_clm.model.attention import NAME as PACKED
 from hf_clm.recipe.recipe import load_recipe
-from hf_clm.training.replay import replaying
+from hf_clm.replay.replays import replaying
+from hf_clm.replay.why import choose_records, prove, rank, ranking_states, to_questions, to_records
 from hf_clm.training.run import run
-from hf_clm.why import choose_records, prove, rank, ranking_states, to_questions, to_records
 
 # (what is taught, how it is asked later, the answer)
 FACTS = [

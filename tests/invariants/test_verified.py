@@ -12,9 +12,9 @@ from launched import prepare, train_on_two
 from safetensors.torch import load_file, save_file
 
 from hf_clm.recipe.recipe import Recipe, load_recipe
+from hf_clm.replay.verify import verify
 from hf_clm.training.checkpoints import read_seal, seal
 from hf_clm.training.run import train
-from hf_clm.training.verify import verify
 
 RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 14)]
 PROGRAM = ("-m", "hf_clm")

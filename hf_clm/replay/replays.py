@@ -198,6 +198,16 @@ class Replays:
         timed = [entry for entry in self.run.metrics if entry["step"] and "seconds" in entry]
         return timed[-1]["seconds"] / timed[-1]["step"] if timed else 0.0
 
+    def state_at(self, step: int, *, where: str) -> State:
+        """Returns the last state with another step, up to which the run can be replayed.
+
+        Raises RecipeError, naming the option ``where``, for a step that the run does not have.
+        """
+        if not 0 < step <= self.last.step:
+            got = f"{step} of {self.last.step:,} steps"
+            raise RecipeError("the run has no such step", where=where, got=got)
+        return replace(self.last, step=step)
+
     def last_before(self, step: int) -> State:
         """Returns the last state from which a step can be replayed."""
         return next(state for state in reversed(self.states) if state.is_resumable and state.step < step)

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from hf_clm.cli import main
 from hf_clm.pages.traces import Traces
 from hf_clm.recipe.recipe import Recipe, load_recipe
+from hf_clm.replay.replays import first_use, replaying
+from hf_clm.replay.why import choose_records, to_records, trace
 from hf_clm.run_folder import read_lines
-from hf_clm.training.replay import first_use, replaying
 from hf_clm.training.run import train
-from hf_clm.why import choose_records, to_records, trace
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 POEMS = [json.loads(line) for line in (ROOT / "data/sft/poems.jsonl").read_text("utf-8").splitlines()]
 WORDS = ["sun", "moon", "river", "stone", "owl", "salt", "bread", "tower", "glass"]
 RECORDS = [{"instruct": f"say {word}\n", "input": "", "label": word * 2} for word in WORDS]

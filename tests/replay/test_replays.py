@@ -8,9 +8,9 @@ import torch
 from helpers import build_recipe, write_jsonl
 from safetensors.torch import load_file
 
+from hf_clm.replay.replays import first_use, replaying, rows_of
 from hf_clm.training.arguments import training_arguments
 from hf_clm.training.assemble import Inputs, prepare_inputs
-from hf_clm.training.replay import first_use, replaying, rows_of
 from hf_clm.training.run import train
 
 RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "xy" * n} for n in range(1, 8)]

@@ -17,11 +17,11 @@ from hf_clm.cli import main
 from hf_clm.data.prepared import store
 from hf_clm.errors import RecipeError
 from hf_clm.recipe.recipe import Recipe, load_recipe, recipe_to_yaml
+from hf_clm.replay.replays import State, find_spans
+from hf_clm.replay.verify import Verification, compare_logs, compare_weights, verify
 from hf_clm.run_folder import read_lines
 from hf_clm.training.checkpoints import read_seal, seal
-from hf_clm.training.replay import State, find_spans
 from hf_clm.training.run import train
-from hf_clm.training.verify import Verification, compare_logs, compare_weights, verify
 
 RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 14)]
 HELD_OUT = [{"instruct": f"tell {n}\n", "input": "", "label": "ab" * n} for n in range(1, 4)]

@@ -1,4 +1,4 @@
-"""``hf-clm why``: which training rows taught an answer, what happened at a step, and a run without a record.
+"""``hf-clm why``: which training rows taught an answer.
 
 rank     similarity of the gradients of the answer and of every row, at the checkpoints of the run   estimated
 prove    the run, replayed without one record: the change of the answer's log-probability            measured
@@ -13,43 +13,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from hf_clm.data.batch.packing import RowPiece
 from hf_clm.data.label.datasets import TokenizedDataset, tokenize_rows
-from hf_clm.data.label.labels import slice_row
-from hf_clm.data.split import Split, find_records
+from hf_clm.data.split import Split
 from hf_clm.errors import RecipeError
-from hf_clm.evaluation.likelihood import measure_rows, predict_targets, target_places
+from hf_clm.evaluation.likelihood import measure_rows, target_places
 from hf_clm.evaluation.similarity import choose_matrices, similarities
 from hf_clm.generation.generate import GREEDY, generate
 from hf_clm.generation.load import LoadedRun, load_run
 from hf_clm.generation.prompts import to_prompt_example
 from hf_clm.model.attention import NAME as PACKED
 from hf_clm.model.attention import use_for_training
-from hf_clm.pages.documents import Reader, pieces_of
-from hf_clm.pages.labels import write_labels
 from hf_clm.pages.rows import Atom, Row, Vocabulary, to_atoms
-from hf_clm.pages.rows import Document as ShownDocument
 from hf_clm.pages.traces import TracedAnswer, TracedRow, Traces, to_lines, write_traces
 from hf_clm.recipe.recipe import Recipe
 from hf_clm.recipe.sections import TRAIN
+from hf_clm.replay.replays import Replays, State, first_use, replaying
 from hf_clm.run_folder import to_duration
-from hf_clm.schema import IGNORE_INDEX, Chat, Document, Example, Segment, TokenizedExample
+from hf_clm.schema import Chat, Document, Example, Segment, TokenizedExample
 from hf_clm.text.chat import stop_token_ids
 from hf_clm.training.callbacks import write_line
 from hf_clm.training.fitting import free_memory
-from hf_clm.training.output import is_in_use
-from hf_clm.training.replay import Replays, State, first_use, replaying, step_rows
-from hf_clm.training.run import run
 from hf_clm.training.trainer import CLMTrainer
 
 MIN_CHECKPOINTS = 2  # to rank at: one alone says what the row does at the end, not what it has done
 TOKENS_PER_BATCH = 2048  # of rows whose gradients are computed at once
 PAGE = "why.html"  # in the folder of the run
-SHOWN_DOCUMENTS = 10  # of a step, in the terminal
 SHOWN_RANKED = 10  # rows on the page, of which the first are proved
 
 
@@ -60,22 +50,6 @@ class Question:
     prompt: str
     row: TokenizedExample
     logprobs: np.ndarray  # (n,) of each token of the answer, by the saved model
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A document of a step: its loss and its gradient.
-
-    nll     the sum of the losses of its targets, each times its weight, in nats
-    weight  the sum of the weights of its targets
-    norm    the Euclidean norm of the gradient of ``nll``, over all trained weights
-    """
-
-    piece: RowPiece
-    row: TokenizedExample
-    nll: float
-    weight: float
-    norm: float
 
 
 @dataclass
@@ -108,13 +82,7 @@ class Effects:
 
 
 def why(options: Namespace, recipe: Recipe) -> list[str]:
-    """Runs ``hf-clm why``, and returns lines to print."""
-    if options.step:
-        return look_into(
-            options, recipe, page=options.html or Path(options.run) / f"step-{options.step}.html"
-        )
-    if options.without:
-        return train_without(options, recipe)
+    """Runs ``hf-clm why --prompt``, and returns lines to print."""
     page = options.html or Path(options.run) / PAGE
     traces = trace(options, recipe, page=page)
     width = shutil.get_terminal_size((100, 24)).columns
@@ -128,7 +96,7 @@ def trace(options: Namespace, recipe: Recipe, *, page: Path) -> Traces:
     """
     with replaying(options.run, recipe) as replays:
         states = ranking_states(replays)
-        end = _end_of(replays, options.until)
+        end = replays.state_at(options.until, where="--until") if options.until else replays.last
         loaded = load_run(str(replays.last.folder), attention=PACKED)
         questions = to_questions(loaded, options.prompt, options.answer)
         split = replays.inputs_of(end).prepared.splits[TRAIN]
@@ -148,75 +116,6 @@ def trace(options: Namespace, recipe: Recipe, *, page: Path) -> Traces:
         if replays.arguments.process_index == 0:
             write_traces(page, traces)
         return traces
-
-
-def look_into(options: Namespace, recipe: Recipe, *, page: Path) -> list[str]:
-    """Measures each document of a step with the model before it, writes the page, and returns lines to print.
-
-    Raises RecipeError for a step that the run does not have.
-    """
-    with replaying(options.run, recipe) as replays:
-        end = _end_of(replays, options.step, where="--step")
-        inputs = replays.inputs_of(end)
-        numbers = step_rows(inputs, options.step)
-        trainer = replays.model_at(options.step - 1)
-        split = inputs.prepared.splits[TRAIN]
-        reader = Reader(split, inputs.tokenizer, recipe=inputs.settled)
-        measured = measure_documents(trainer, split, numbers.tolist())
-        weight = sum(one.weight for one in measured)
-        loss = sum(one.nll for one in measured) / weight
-        rows = [_annotated(reader, *one, weight=weight) for one in enumerate(measured)]
-        rows = sorted(rows, key=lambda row: -(row.documents[0].loss or 0.0))
-        facts = {"step": f"{options.step:,} of {replays.run.record.steps:,}, {len(rows)} documents"}
-        facts |= {"loss": f"{loss:.4f} before the step, without dropout"} | _logged_at(replays, options.step)
-        write_labels(page, rows, vocabulary=reader.vocabulary, facts={"from": options.run, **facts})
-    lines = [f"{name:<9} {value}" for name, value in facts.items()]
-    lines += [f"{row.documents[0].place}: {row.documents[0].note}" for row in rows[:SHOWN_DOCUMENTS]]
-    return [*lines, f"wrote {page}: {len(rows)} documents, worst first"]
-
-
-def measure_documents(trainer: CLMTrainer, split: Split, numbers: Sequence[int]) -> list[Measured]:
-    """Measures the documents of training rows one by one, without dropout.
-
-    The gradient is that of a document's share of the step: of its loss, divided by the weights of all.
-    """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    measured = []
-    model.eval()
-    for piece in (piece for number in numbers for piece in pieces_of(split, number)):
-        row = slice_row(split.rows[piece[0]], start=piece[1], stop=piece[2])
-        with trainer.compute_loss_context_manager():
-            logits, targets, weights = predict_targets(model, [row])
-        weights = weights * (targets != IGNORE_INDEX)
-        nll = (cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
-        gradients = torch.autograd.grad(nll, trained, allow_unused=True)
-        squares = [part.double().square().sum() for part in gradients if part is not None]
-        norm = float(torch.stack(squares).sum().sqrt())
-        measured.append(Measured(piece, row, float(nll.detach()), float(weights.sum()), norm))
-    return measured
-
-
-def train_without(options: Namespace, recipe: Recipe) -> list[str]:
-    """Trains again from the last checkpoint before the first use of a record, without it, into a new folder.
-
-    If the folder has a part of that training already, resumes it.
-    """
-    with replaying(options.run, recipe) as replays:
-        inputs = replays.inputs_of(replays.last)
-        split = inputs.prepared.splits[TRAIN]
-        (record,) = find_records(split, [options.without], where="--without")
-        place, first = split.ledger.places[record], first_use(inputs, record)
-        begin = replays.last_before(first)
-    name = place.rpartition(":")[2].strip().replace(" ", "-")
-    folder = Path(options.output_dir or f"{str(options.run).rstrip('/')}-without-{name}")
-    write_line(f"without   {place}, which step {first:,} is the first to use: trains from {begin.name}")
-    train = {**recipe.train, "output_dir": str(folder)}
-    if begin.folder and not is_in_use(folder):
-        train["resume_from_checkpoint"] = str(begin.folder)
-    data = recipe.data.model_copy(update={"without": [*recipe.data.without, place]})
-    run(recipe.model_copy(update={"data": data, "train": train, "resume_override": ["data.without"]}))
-    return []
 
 
 def to_questions(run: LoadedRun, prompts: Sequence[str], answers: Sequence[str]) -> list[Question]:
@@ -401,16 +300,6 @@ def ranking_states(replays: Replays) -> list[State]:
     return states
 
 
-def _end_of(replays: Replays, until: int | None, *, where: str = "--until") -> State:
-    """Returns the last state, or one at the step ``until``. Raises RecipeError for a step that is missing."""
-    if until is None:
-        return replays.last
-    if not 0 < until <= replays.last.step:
-        got = f"{until} of {replays.last.step:,} steps"
-        raise RecipeError("the run has no such step", where=where, got=got)
-    return replace(replays.last, step=until)
-
-
 def _learned_in(replays: Replays, number: int, states: Sequence[State]) -> float:
     """Returns the sum of the learning rates of the steps that end at a state, from the log of the run."""
     before = states[number - 1].step if number else 0
@@ -441,20 +330,3 @@ def _measure(trainer: CLMTrainer, questions: Sequence[Question]) -> np.ndarray:
     model = trainer.accelerator.unwrap_model(trainer.model)
     found = [measure_rows(model, [question.row])[0][0] for question in questions]
     return np.array([-float(nll.sum(dtype=np.float64)) for nll in found])
-
-
-def _annotated(reader: Reader, number: int, document: Measured, *, weight: float) -> Row:
-    """Returns a measured document as a row of the page. ``weight``: the sum of all weights of the step."""
-    ids, labels = (np.array(document.row[name]) for name in ("input_ids", "labels"))
-    row = reader.annotate(Row(number, ids, labels, (ShownDocument(0, len(ids)),)), [document.piece])
-    loss = document.nll / document.weight if document.weight else 0.0
-    note = f"loss {loss:.3f}, gradient norm {document.norm / weight:.3f}"
-    return replace(row, documents=(replace(row.documents[0], loss=loss, note=note),))
-
-
-def _logged_at(replays: Replays, step: int) -> dict[str, str]:
-    """Returns what the run logged at a step; it logs the mean over the steps since the event before."""
-    entry = next((one for one in replays.run.metrics if one["step"] == step and "loss" in one), {})
-    keys = ("loss", "grad_norm", "learning_rate")
-    logged = [f"{key} {entry[key]:.4g}" for key in keys if key in entry]
-    return {"logged": ", ".join(logged)} if logged else {}

@@ -1,0 +1,1 @@
+"""Evaluation: likelihood, choices and generated answers."""
