@@ -17,7 +17,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate, pairwise
 from typing import TypeAlias
 
@@ -153,7 +152,7 @@ def _recording(model: PreTrainedModel, matrices: Matrices) -> Iterator[list[_Cal
         model.requires_grad_(False)
         for name, module in matrices.modules.items():
             module.weight.requires_grad_(True)  # else the outputs of the first ones have no gradient
-            hooks.append(module.register_forward_hook(partial(_record, calls, name)))
+            hooks.append(module.register_forward_hook(_recorder(calls, name)))
         with torch.enable_grad(), torch.autocast(model.device.type, enabled=False):
             yield calls
     finally:
@@ -165,16 +164,15 @@ def _recording(model: PreTrainedModel, matrices: Matrices) -> Iterator[list[_Cal
             module.training = is_training
 
 
-def _record(
-    calls: list[_Call],
-    name: str,
-    module: torch.nn.Module,
-    inputs: tuple[torch.Tensor, ...],
-    output: torch.Tensor,
-) -> None:
-    if output.requires_grad:  # the model may compute something without gradients
-        # unlike the output, the edge is not affected by an operation in place
-        calls.append(_Call(name, inputs[0].detach(), get_gradient_edge(output)))
+def _recorder(calls: list[_Call], name: str) -> Callable[..., None]:
+    """Returns a forward hook that appends to the calls."""
+
+    def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if output.requires_grad:  # the model may compute something without gradients
+            # unlike the output, the edge is not affected by an operation in place
+            calls.append(_Call(name, inputs[0].detach(), get_gradient_edge(output)))
+
+    return record
 
 
 def _directions(
