@@ -254,6 +254,7 @@ def _find_contents(chat: Chat, text: str) -> Iterator[tuple[int, int, str]]:
 
 
 def pieces_of(split: Split, number: int) -> list[RowPiece]:
+    """Returns the pieces of tokenized rows in a training row, whether it is packed or not."""
     if isinstance(split.dataset, PackedDataset | DrawnDataset):
         return split.dataset.pieces[number]
     return [(number, 0, int(split.rows.lengths[number]))]
