@@ -35,6 +35,7 @@ from hf_clm.recipe.sections import TRAIN, Doctor
 from hf_clm.run_folder import RunFolder, find_checkpoints, load_folder, step_of
 from hf_clm.training.arguments import check_launch, rows_per_step, training_arguments
 from hf_clm.training.assemble import Inputs, assemble, prepare_inputs, settle_machine
+from hf_clm.training.callbacks import write_line
 from hf_clm.training.changes import Change, compare, compare_versions, recipe_keys
 from hf_clm.training.checkpoints import SEAL, read_seal
 from hf_clm.training.faults import among_others
@@ -186,6 +187,11 @@ class Replays:
         self.states = find_states(run)
         self._inputs: dict[str, Inputs] = {}
         self._facts: dict[int, dict[str, Any]] = {}  # by the id of the inputs, which are kept
+
+    def say(self, line: str) -> None:
+        """Prints a line, on the first process only."""
+        if self.arguments.process_index == 0:
+            write_line(line)
 
     @property
     def last(self) -> State:

@@ -20,7 +20,6 @@ from hf_clm.recipe.recipe import Recipe
 from hf_clm.recipe.sections import TRAIN
 from hf_clm.replay.replays import Replays, first_use, replaying, step_rows
 from hf_clm.schema import IGNORE_INDEX, TokenizedExample
-from hf_clm.training.callbacks import write_line
 from hf_clm.training.output import is_in_use
 from hf_clm.training.run import run
 from hf_clm.training.trainer import CLMTrainer
@@ -64,7 +63,8 @@ def look_into(options: Namespace, recipe: Recipe) -> list[str]:
         rows = sorted(rows, key=lambda row: -(row.documents[0].loss or 0.0))
         facts = {"step": f"{options.step:,} of {replays.run.record.steps:,}, {len(rows)} documents"}
         facts |= {"loss": f"{loss:.4f} before the step, without dropout"} | _logged_at(replays, options.step)
-        write_labels(page, rows, vocabulary=reader.vocabulary, facts={"from": options.run, **facts})
+        if replays.arguments.process_index == 0:
+            write_labels(page, rows, vocabulary=reader.vocabulary, facts={"from": options.run, **facts})
     lines = [f"{name:<9} {value}" for name, value in facts.items()]
     lines += [f"{row.documents[0].place}: {row.documents[0].note}" for row in rows[:SHOWN_DOCUMENTS]]
     return [*lines, f"wrote {page}: {len(rows)} documents, worst first"]
@@ -105,7 +105,7 @@ def train_without(options: Namespace, recipe: Recipe) -> list[str]:
         begin = replays.last_before(first)
     name = place.rpartition(":")[2].strip().replace(" ", "-")
     folder = Path(options.output_dir or f"{str(options.run).rstrip('/')}-without-{name}")
-    write_line(f"without   {place}, which step {first:,} is the first to use: trains from {begin.name}")
+    replays.say(f"without   {place}, which step {first:,} is the first to use: trains from {begin.name}")
     train = {**recipe.train, "output_dir": str(folder)}
     if begin.folder and not is_in_use(folder):
         train["resume_from_checkpoint"] = str(begin.folder)

@@ -28,7 +28,7 @@ from hf_clm.hashing import hash_file
 from hf_clm.recipe.recipe import Recipe
 from hf_clm.replay.replays import START, Replays, Span, find_spans, replaying
 from hf_clm.run_folder import Entries, to_duration, write_json
-from hf_clm.training.callbacks import epoch_means, write_line
+from hf_clm.training.callbacks import epoch_means
 from hf_clm.training.card import name_verification
 from hf_clm.training.changes import compare, refusal, shared
 from hf_clm.training.checkpoints import SEAL, VERIFIED, fault_of
@@ -136,8 +136,7 @@ def verify(folder: str, recipe: Recipe, *, spans: int) -> Verification:
     """
     with replaying(folder, recipe, evaluates=True) as replays:
         result = Verification(replays.run.name, states={})
-        is_main = replays.arguments.process_index == 0
-        say = write_line if is_main else _say_nothing
+        is_main, say = replays.arguments.process_index == 0, replays.say
         result.find(_check_files(replays, result), say)
         if result.is_valid:
             say(f"hashes    {result.files:,} files of {len(result.states)} states are as they were sealed")
@@ -376,7 +375,3 @@ def _seconds(metrics: Entries, span: Span) -> float:
         return max((seconds for known, seconds in reached.items() if known <= step), default=0.0)
 
     return at(span.end.step) - at(span.begin.step)
-
-
-def _say_nothing(line: str) -> None:
-    """Takes the place of ``write_line`` on all ranks but the first."""

@@ -5,6 +5,7 @@ prove    the run, replayed without one record: the change of the answer's log-pr
 """
 
 import random
+import shlex
 import shutil
 import time
 from argparse import Namespace
@@ -33,7 +34,6 @@ from hf_clm.replay.replays import Replays, State, first_use, replaying
 from hf_clm.run_folder import to_duration
 from hf_clm.schema import Chat, Document, Example, Segment, TokenizedExample
 from hf_clm.text.chat import stop_token_ids
-from hf_clm.training.callbacks import write_line
 from hf_clm.training.fitting import free_memory
 from hf_clm.training.trainer import CLMTrainer
 
@@ -74,9 +74,7 @@ class Effects:
         facts = {"proved": f"records: {chosen}, and {others} at random for comparison; {replays}"}
         if self.shift is not None:
             same = "the answers are exactly as likely as by the saved model"
-            far = (
-                f"the log-probabilities of the answers differ by up to {self.shift:.2g} from the saved model"
-            )
+            far = f"the answers differ by up to {self.shift:.2g} nats from the saved model"
             facts["baseline"] = f"the run itself, replayed: {far if self.shift else same}"
         return facts
 
@@ -99,8 +97,10 @@ def trace(options: Namespace, recipe: Recipe, *, page: Path) -> Traces:
         end = replays.state_at(options.until, where="--until") if options.until else replays.last
         loaded = load_run(str(replays.last.folder), attention=PACKED)
         questions = to_questions(loaded, options.prompt, options.answer)
+        vocabulary = Vocabulary(loaded.tokenizer)
+        del loaded  # the replays need its memory
         split = replays.inputs_of(end).prepared.splits[TRAIN]
-        write_line(f"ranking   {len(split.rows):,} rows at {len(states)} checkpoints")
+        replays.say(f"ranking   {len(split.rows):,} rows at {len(states)} checkpoints")
         started = time.monotonic()
         scores, matrices = rank(replays, states, questions, dataset=split.rows)
         seconds = to_duration(time.monotonic() - started)
@@ -110,7 +110,7 @@ def trace(options: Namespace, recipe: Recipe, *, page: Path) -> Traces:
         effects = prove(replays, questions, [*chosen, *others], end=end) if options.prove else None
         if effects:
             facts |= effects.to_facts(len(chosen), len(others))
-        tracing = Tracing(split, by_record, others, effects, Vocabulary(loaded.tokenizer))
+        tracing = Tracing(split, by_record, others, effects, vocabulary)
         answers = [tracing.to_answer(number, question) for number, question in enumerate(questions)]
         traces = Traces(replays.run.name, facts, answers)
         if replays.arguments.process_index == 0:
@@ -161,6 +161,8 @@ def rank(
     of their learning rates (TracIn, arXiv:2002.08484).
     """
     weights = np.array([_learned_in(replays, number, states) for number in range(len(states))])
+    if not weights.any():  # the run has logged no learning rate
+        weights = np.ones_like(weights)
     total, matrices = np.zeros((len(questions), len(dataset)), np.float32), ""
     for state, weight in zip(states, weights / weights.sum(), strict=True):
         model = load_run(str(state.folder), attention=PACKED).model
@@ -211,7 +213,7 @@ def prove(replays: Replays, questions: Sequence[Question], records: Sequence[int
     first = min(begins.values(), key=lambda state: state.step, default=replays.states[0])
     steps = [end.step - begin.step for begin in (first, *begins.values())]
     expected = to_duration(sum(steps) * replays.seconds_per_step)
-    write_line(f"proving   {len(steps)} replays of the run, {sum(steps):,} steps, about {expected}")
+    replays.say(f"proving   {len(steps)} replays of the run, {sum(steps):,} steps, about {expected}")
     started = time.monotonic()
     trainer, _ = replays.replay(first, end.step, end=end)
     baseline = _measure(trainer, questions)
@@ -227,10 +229,9 @@ def prove(replays: Replays, questions: Sequence[Question], records: Sequence[int
         effects.of[record] = baseline - _measure(trainer, questions)
         place = inputs.prepared.splits[TRAIN].ledger.places[record]
         found = ", ".join(f"{effect:+.2f}" for effect in effects.of[record])
-        left = to_duration(
-            (time.monotonic() - started) / (len(effects.of) + 1) * (len(records) - len(effects.of))
-        )
-        write_line(f"without   {place}: {found} nats, {left} left")
+        seconds = (time.monotonic() - started) / (len(effects.of) + 1)  # of each replay so far
+        left = to_duration(seconds * (len(records) - len(effects.of)))
+        replays.say(f"without   {place}: {found} nats, {left} left")
     effects.steps, effects.seconds = sum(steps), time.monotonic() - started
     return effects
 
@@ -262,7 +263,7 @@ class Tracing:
             [
                 TracedRow(
                     self.split.ledger.places[record],
-                    self._to_atoms(record, number),
+                    self._to_atoms(record),
                     rank=ranks[record],
                     similarity=float(self.scores[number, record]),
                     effect=float(proved[record][number]) if record in proved else None,
@@ -278,8 +279,8 @@ class Tracing:
         groups = self.vocabulary.to_groups([question.row["input_ids"][place] for place in places])
         return [(text, float(question.logprobs[start:stop].sum())) for start, stop, text in groups]
 
-    def _to_atoms(self, record: int, number: int) -> list[Atom]:
-        """Returns the text of the row of a record that is nearest to a question."""
+    def _to_atoms(self, record: int) -> list[Atom]:
+        """Returns the text of the first row of a record."""
         own = np.flatnonzero(self.split.stored.sources == record)
         row = self.split.rows[int(own[0])]
         ids, labels = np.array(row["input_ids"]), np.array(row["labels"])
@@ -293,8 +294,9 @@ def ranking_states(replays: Replays) -> list[State]:
     states = [state for state in states[:-1] if state.step < last[0].step] + last
     if len(states) < MIN_CHECKPOINTS:
         every = max(1, replays.run.record.steps // 5)
-        command = f"hf-clm train {replays.run.path / 'recipe.yaml'} --output_dir {replays.run.path}-traced"
-        fix = f"{command} --save_strategy steps --save_steps {every} --save_total_limit 5"
+        recipe, folder = (shlex.quote(f"{replays.run.path}{end}") for end in ("/recipe.yaml", "-traced"))
+        saved = f"--save_strategy steps --save_steps {every} --save_total_limit 5"
+        fix = f"hf-clm train {recipe} --output_dir {folder} {saved}"
         what = f"needs {MIN_CHECKPOINTS} saved states to rank rows at"
         raise RecipeError(what, where=str(replays.run.path), got=str(len(states)), fix=fix)
     return states
