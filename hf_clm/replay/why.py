@@ -38,7 +38,7 @@ from hf_clm.training.fitting import free_memory
 from hf_clm.training.trainer import CLMTrainer
 
 MIN_CHECKPOINTS = 2  # to rank at: one alone says what the row does at the end, not what it has done
-TOKENS_PER_BATCH = 2048  # of rows whose gradients are computed at once
+TOKENS_PER_BATCH = 1024  # of rows whose gradients are computed at once
 PAGE = "why.html"  # in the folder of the run
 SHOWN_RANKED = 10  # rows on the page, of which the first are proved
 

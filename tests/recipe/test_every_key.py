@@ -254,6 +254,7 @@ RECIPE = {
     "data.special_tokens_in_text": Shown("error", "error", {"data.train": "{folder}/spelled.jsonl"}),
     "data.max_dropped": Shown(0.9, "error", {"data.max_length": 12, "data.overflow": "drop"}),
     "data.duplicates": Shown("drop", "losses", {"data.train": "{folder}/twice.jsonl"}),
+    "data.without": Shown(["rows.jsonl:1"], "losses", {"train.max_steps": 6}),
     "data.max_leakage": Shown(1.0, "error", {"data.eval": "{folder}/rows.jsonl"}),
     "data.on_bad_record": Shown(
         "drop", "error", {"data.train": "{folder}/bad.jsonl", "data.max_dropped": 0.9}
