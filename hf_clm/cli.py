@@ -42,7 +42,7 @@ EXIT_CODES = {
     ExitCode.DATA: "a mistake in the data",
     ExitCode.MODEL: "a model or tokenizer that cannot be used",
     ExitCode.DIVERGED: "the loss or a gradient is not finite; stopped before the update",
-    ExitCode.ENVIRONMENT: "the disk, memory, network or permissions, or a damaged checkpoint",
+    ExitCode.ENVIRONMENT: "the disk, memory, network or permissions; a damaged checkpoint, or a run that is refuted",
     ExitCode.PREEMPTED: "stopped by a signal after saving a checkpoint; the same command resumes",
     ExitCode.INTERRUPTED: "interrupted by Ctrl-C",
 }
@@ -324,26 +324,27 @@ def run_verify(words: list[str]) -> int:
     _quiet_libraries()
     from hf_clm.replay.verify import verify
 
-    return (
-        ExitCode.DONE if verify(options.run, recipe, spans=options.spans).is_valid else ExitCode.ENVIRONMENT
-    )
+    verification = verify(options.run, recipe, spans=options.spans)
+    return ExitCode.DONE if verification.is_valid else ExitCode.ENVIRONMENT
 
 
 def run_why(words: list[str]) -> None:
-    """RUN --prompt TEXT: find and prove which training rows taught an answer; --step N: look into a step"""
+    """RUN --prompt TEXT: find and prove which training rows taught an answer; also --step N, --without ROW"""
     parser = _parser("why")
     add_why_options(parser)
     options, overrides = parser.parse_with_overrides(words)
+    if not options.prompt and (options.answer or options.until):
+        raise RecipeError("have no effect without --prompt", where="--answer and --until", fix="remove them")
     from hf_clm.draft import open_recipe
     from hf_clm.run_folder import load_folder
 
     recipe = open_recipe(str(load_folder(options.run).path), overrides, options=parser.names)
     options.html = writable(options.html, "--html") if options.html else None
     _quiet_libraries()
-    from hf_clm.replay.steps import look_into, train_without
+    from hf_clm.replay.steps import inspect_step, train_without
     from hf_clm.replay.why import why
 
-    command = look_into if options.step else train_without if options.without else why
+    command = inspect_step if options.step else train_without if options.without else why
     lines = command(options, recipe)
     if is_first_here():
         print("\n".join(lines))

@@ -220,11 +220,15 @@ def add_why_options(parser: Parser) -> None:
     asked.add_argument("--without", metavar="FILE:LINE", help=text)
     text = "the answer to each --prompt, in their order; default: that of the model"
     parser.add_argument("--answer", action="append", default=[], help=text)
-    text = "number of rows to prove: each is left out in turn, and the run replayed; as many random rows are "
-    text += "left out for comparison; 0: only rank (%(default)s)"
+    text = (
+        "number of records to prove for each prompt: each is left out in turn, and the run replayed; as many "
+    )
+    text += "random ones are left out for comparison; 0: only rank (%(default)s)"
     parser.add_argument("--prove", type=at_least(0), default=3, help=text)
     parser.add_argument("--until", type=at_least(1), metavar="STEP", help="replay only up to this step")
-    parser.add_argument("--html", metavar="FILE", help="the page to write; default: why.html in the run")
+    parser.add_argument(
+        "--html", metavar="FILE", help="the page to write; default: why.html, or step-N.html, in the run"
+    )
     text = "the folder of the run --without a record; default: RUN-without-LINE"
     parser.add_argument("--output_dir", metavar="FOLDER", help=text)
 

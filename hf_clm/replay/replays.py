@@ -40,7 +40,7 @@ from hf_clm.training.changes import Change, compare, compare_versions, recipe_ke
 from hf_clm.training.checkpoints import SEAL, read_seal
 from hf_clm.training.faults import among_others
 from hf_clm.training.lock import locked
-from hf_clm.training.summary import RunFacts, versions
+from hf_clm.training.summary import versions
 from hf_clm.training.trainer import CLMTrainer
 
 # Fields of train that save, report or upload, and do not affect the training.
@@ -205,14 +205,17 @@ class Replays:
         return timed[-1]["seconds"] / timed[-1]["step"] if timed else 0.0
 
     def state_at(self, step: int, *, where: str) -> State:
-        """Returns the last state with another step, up to which the run can be replayed.
+        """Returns the furthest state with another step, up to which the run can be replayed.
 
         Raises RecipeError, naming the option ``where``, for a step that the run does not have.
         """
-        if not 0 < step <= self.last.step:
-            got = f"{step} of {self.last.step:,} steps"
+        furthest = max(
+            self.states, key=lambda state: state.step
+        )  # the final model may be that of a step before
+        if not 0 < step <= furthest.step:
+            got = f"{step} of {furthest.step:,} steps"
             raise RecipeError("the run has no such step", where=where, got=got)
-        return replace(self.last, step=step)
+        return replace(furthest, step=step)
 
     def last_before(self, step: int) -> State:
         """Returns the last state from which a step can be replayed."""
@@ -222,7 +225,7 @@ class Replays:
         """Returns the Trainer with the model as it was after a step; 0 is before the first one."""
         begin = self.last_before(step + 1)
         if begin.step < step:
-            return self.replay(begin, step, end=self.last)[0]
+            return self.replay(begin, step, end=self.last)
         trainer, _ = assemble(self.inputs_of(self.last), checkpoint=begin.folder)
         if begin.folder:
             trainer._load_from_checkpoint(str(begin.folder))
@@ -237,6 +240,8 @@ class Replays:
         before, now = state.seal.get("machine", {}), describe_machine(self.arguments.device)
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         changes = compare_versions(state.seal.get("versions", {}), versions())
+        if self.arguments.device.type != "cpu" and not self.arguments.full_determinism:
+            changes.append(Change("full_determinism", False, False, "version"))  # atomics add in any order
         return changes + [Change(key, before.get(key), now.get(key), "version") for key in changed]
 
     @property
@@ -276,7 +281,7 @@ class Replays:
         end: State,
         left_out: Sequence[int] = (),
         saves: bool = False,
-    ) -> tuple[CLMTrainer, RunFacts]:
+    ) -> CLMTrainer:
         """Trains again from a state up to a step, and returns the Trainer with its model.
 
         Args:
@@ -284,11 +289,12 @@ class Replays:
             left_out: the numbers of the records to leave out.
             saves: whether to save a checkpoint at the last step, in ``scratch``.
         """
+        assert begin.step < step, "a replay makes at least one step"
         inputs = without(self.inputs_of(end), left_out)
         inputs = replace(inputs, arguments=copy(inputs.arguments))  # the Trainer may change them
         if begin.folder:
             inputs.arguments.eval_on_start = False  # it was evaluated at step 0
-        trainer, facts = assemble(inputs, checkpoint=begin.folder)
+        trainer, _ = assemble(inputs, checkpoint=begin.folder)
         if begin.folder:
             before, now = (recipe_keys(dict(state.seal["recipe"])) for state in (begin, end))
             changed = [change.key for change in compare(before, now) if change.fate != "free"]
@@ -302,7 +308,7 @@ class Replays:
             if saves and begin.folder is None:
                 trainer.save_model(str(self.scratch / START), _internal_call=True)
             trainer.train(resume_from_checkpoint=str(begin.folder) if begin.folder else None)
-        return trainer, facts
+        return trainer
 
     def _prepare(self, recipe: Recipe) -> Inputs:
         train = {**recipe.train, **QUIET, "output_dir": str(self.scratch)}
@@ -422,11 +428,13 @@ def _sealed_recipe(state: State, *, here: Recipe) -> Recipe:
         what = f"the sealed recipe is not valid here: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise RecipeError(what, where=str(state.folder)) from error
     model = recipe.model.model_copy(update={"name_or_path": here.model.name_or_path})
+    tokenizer = recipe.tokenizer.model_copy(update={"name_or_path": here.tokenizer.name_or_path})
     data = {"eval": here.data.eval, "cache_dir": here.data.cache_dir}
     if len(recipe.data.train) == len(here.data.train):
         pairs = zip(recipe.data.train, here.data.train, strict=True)
         data["train"] = [ours.model_copy(update={"path": its.path}) for ours, its in pairs]
-    return recipe.model_copy(update={"model": model, "data": recipe.data.model_copy(update=data)})
+    data = recipe.data.model_copy(update=data)
+    return recipe.model_copy(update={"model": model, "tokenizer": tokenizer, "data": data})
 
 
 def _resumed_elsewhere(state: State) -> str:
@@ -449,6 +457,9 @@ def _require_replayable(replays: Replays) -> None:
         what = "the run has no sealed state"
         fix = "let it finish, or save checkpoints (--save_strategy steps --save_steps N)"
         raise RecipeError(what, where=str(run.path), got=f"status {run.record.status}", fix=fix)
+    if own := replays.last.seal.get("additions"):
+        what = "a run with objects of its own in Python cannot be replayed"
+        raise RecipeError(what, where=str(run.path), got=", ".join(own))
     if sharded := next((state for state in replays.states[1:] if not state.weights), None):
         what = "a run with sharded checkpoints cannot be replayed"
         raise RecipeError(what, where=str(sharded.folder))

@@ -28,7 +28,7 @@ SHOWN_DOCUMENTS = 10  # in the terminal
 
 
 @dataclass(frozen=True)
-class Measured:
+class DocumentLoss:
     """A document of a step: its loss and its gradient.
 
     nll     the sum of the losses of its targets, each times its weight, in nats
@@ -43,7 +43,7 @@ class Measured:
     norm: float
 
 
-def look_into(options: Namespace, recipe: Recipe) -> list[str]:
+def inspect_step(options: Namespace, recipe: Recipe) -> list[str]:
     """Measures each document of a step with the model before it, writes the page, and returns lines to print.
 
     Raises RecipeError for a step that the run does not have.
@@ -58,8 +58,8 @@ def look_into(options: Namespace, recipe: Recipe) -> list[str]:
         reader = Reader(split, inputs.tokenizer, recipe=inputs.settled)
         measured = measure_documents(trainer, split, numbers.tolist())
         weight = sum(one.weight for one in measured)
-        loss = sum(one.nll for one in measured) / weight
-        rows = [_annotated(reader, *one, weight=weight) for one in enumerate(measured)]
+        loss = sum(one.nll for one in measured) / weight if weight else 0.0
+        rows = [_annotated(reader, number, one, weight=weight) for number, one in enumerate(measured)]
         rows = sorted(rows, key=lambda row: -(row.documents[0].loss or 0.0))
         facts = {"step": f"{options.step:,} of {replays.run.record.steps:,}, {len(rows)} documents"}
         facts |= {"loss": f"{loss:.4f} before the step, without dropout"} | _logged_at(replays, options.step)
@@ -70,7 +70,7 @@ def look_into(options: Namespace, recipe: Recipe) -> list[str]:
     return [*lines, f"wrote {page}: {len(rows)} documents, worst first"]
 
 
-def measure_documents(trainer: CLMTrainer, split: Split, numbers: Sequence[int]) -> list[Measured]:
+def measure_documents(trainer: CLMTrainer, split: Split, numbers: Sequence[int]) -> list[DocumentLoss]:
     """Measures the documents of training rows one by one, without dropout.
 
     The gradient is that of a document's share of the step: of its loss, divided by the weights of all.
@@ -88,7 +88,7 @@ def measure_documents(trainer: CLMTrainer, split: Split, numbers: Sequence[int])
         gradients = torch.autograd.grad(nll, trained, allow_unused=True)
         squares = [part.double().square().sum() for part in gradients if part is not None]
         norm = float(torch.stack(squares).sum().sqrt())
-        measured.append(Measured(piece, row, float(nll.detach()), float(weights.sum()), norm))
+        measured.append(DocumentLoss(piece, row, float(nll.detach()), float(weights.sum()), norm))
     return measured
 
 
@@ -104,22 +104,22 @@ def train_without(options: Namespace, recipe: Recipe) -> list[str]:
         place, first = split.ledger.places[record], first_use(inputs, record)
         begin = replays.last_before(first)
     name = place.rpartition(":")[2].strip().replace(" ", "-")
-    folder = Path(options.output_dir or f"{str(options.run).rstrip('/')}-without-{name}")
+    folder = Path(options.output_dir or f"{replays.run.path.resolve()}-without-{name}")
     replays.say(f"without   {place}, which step {first:,} is the first to use: trains from {begin.name}")
-    train = {**recipe.train, "output_dir": str(folder)}
-    if begin.folder and not is_in_use(folder):
-        train["resume_from_checkpoint"] = str(begin.folder)
+    checkpoint = str(begin.folder) if begin.folder and not is_in_use(folder) else None
+    train = {**recipe.train, "output_dir": str(folder), "resume_from_checkpoint": checkpoint}
+    train["push_to_hub"] = False  # the repository is that of the complete run
     data = recipe.data.model_copy(update={"without": [*recipe.data.without, place]})
     run(recipe.model_copy(update={"data": data, "train": train, "resume_override": ["data.without"]}))
     return []
 
 
-def _annotated(reader: Reader, number: int, document: Measured, *, weight: float) -> Row:
+def _annotated(reader: Reader, number: int, document: DocumentLoss, *, weight: float) -> Row:
     """Returns a measured document as a row of the page. ``weight``: the sum of all weights of the step."""
     ids, labels = (np.array(document.row[name]) for name in ("input_ids", "labels"))
     row = reader.annotate(Row(number, ids, labels, (Document(0, len(ids)),)), [document.piece])
     loss = document.nll / document.weight if document.weight else 0.0
-    note = f"loss {loss:.3f}, gradient norm {document.norm / weight:.3f}"
+    note = f"loss {loss:.3f}, gradient norm {document.norm / weight if weight else 0.0:.3f}"
     return replace(row, documents=(replace(row.documents[0], loss=loss, note=note),))
 
 

@@ -29,13 +29,13 @@ from hf_clm.recipe.recipe import Recipe
 from hf_clm.replay.replays import START, Replays, Span, find_spans, replaying
 from hf_clm.run_folder import Entries, to_duration, write_json
 from hf_clm.training.callbacks import epoch_means
-from hf_clm.training.card import name_verification
+from hf_clm.training.card import write_verification
 from hf_clm.training.changes import compare, refusal, shared
 from hf_clm.training.checkpoints import SEAL, VERIFIED, fault_of
 
 STATES = ("optimizer", "scheduler", "rng_state", "scaler")  # the names of other files of a state begin so
 # Figures of a log event that depend on the time or the machine: endings, or complete names.
-TIMED = ("_per_second", "_runtime", "seconds", "mfu", "peak_memory_bytes")
+TIMED = ("_per_second", "_runtime", "seconds", "mfu", "peak_memory_bytes", "_preparation_time")
 GPU = "gpu_"  # their names begin so
 # On another machine, or with other versions: the difference from the weights of the run, relative to how far
 # they moved in the span, and the relative difference of a logged loss. Rounding grows from step to step: with
@@ -108,16 +108,21 @@ class Verification:
         hashes = f"the hashes of {self.files:,} files match"
         if not self.replayed:
             return f"{hashes}; nothing was replayed"
-        largest = max(one.difference or 0.0 for one in self.replayed)
-        equal = "weights, optimizer and log lines are equal to the bit"
-        differ = f"the weights differ by at most {largest:.2g} of how far they moved"
-        close = f"on another machine or with other versions, {differ}"
-        return f"{hashes}; {replays}; {close if self.differs_in else equal}"
+        if not self.differs_in:
+            return f"{hashes}; {replays}; weights, optimizer and log lines are equal to the bit"
+        decided = [one.difference or 0.0 for one in self.replayed if one.is_decided]
+        close = f"the losses agree within {LOSS_TOLERANCE:.0%}"
+        if decided:
+            close += (
+                f", and the weights of {len(decided)} spans within {max(decided):.2g} of how far they moved"
+            )
+        return f"{hashes}; {replays}; on another machine or with other versions, {close}"
 
-    def find(self, faults: Iterable[str], say: Callable[[str], None]) -> None:
-        """Collects faults, and prints each when it is found."""
-        for fault in faults:
-            self.faults.append(fault)
+    def add_faults(self, faults: Iterable[str], say: Callable[[str], None]) -> None:
+        """Adds the faults that the first process finds, on all processes, and prints them."""
+        (found,) = broadcast_object_list([list(faults)])
+        self.faults += found
+        for fault in found:
             say(f"differs   {fault}")
 
     def to_json(self) -> dict[str, Any]:
@@ -135,20 +140,19 @@ def verify(folder: str, recipe: Recipe, *, spans: int) -> Verification:
     Raises UserError if the run cannot be replayed at all.
     """
     with replaying(folder, recipe, evaluates=True) as replays:
-        result = Verification(replays.run.name, states={})
+        result = Verification(replays.run.name)
         is_main, say = replays.arguments.process_index == 0, replays.say
-        result.find(_check_files(replays, result), say)
+        result.add_faults(_check_files(replays, result), say)
         if result.is_valid:
             say(f"hashes    {result.files:,} files of {len(result.states)} states are as they were sealed")
-            result.find(_check_agreement(replays), say)
+            result.add_faults(_check_agreement(replays), say)
         if result.is_valid:
             say("agreement recipe, data, tokenizer, model and log match the sealed states")
             _replay_some(replays, result, spans=spans, say=say)
-        (result.faults,) = broadcast_object_list([result.faults])  # so that all processes end alike
         if is_main:
             write_json(replays.run.path / VERIFIED, result.to_json())
             sentence = f"{result.sentence} ([{VERIFIED}]({VERIFIED}), by `hf-clm verify`)."
-            name_verification(replays.run.path, sentence if result.is_valid else "")
+            write_verification(replays.run.path, sentence if result.is_valid else "")
         say(f"{'verified' if result.is_valid else 'refuted':<10}{result.sentence}")
         say(f"written   {replays.run.path / VERIFIED}")
         return result
@@ -254,13 +258,13 @@ def _replay_some(replays: Replays, result: Verification, *, spans: int, say: Cal
         replayed.seconds = round(time.monotonic() - started, 1)
         result.replayed.append(replayed)
         say(f"replayed  {span}: {span.steps:,} steps in {to_duration(replayed.seconds)}, {replayed.outcome}")
-        result.find(faults, say)
+        result.add_faults(faults, say)
 
 
 def _replay(replays: Replays, span: Span, replayed: Replayed) -> Iterator[str]:
     """Replays a span, and yields what differs at its end from the run. Only rank 0 compares."""
     try:
-        trainer, _ = replays.replay(span.begin, span.end.step, end=span.end, saves=True)
+        trainer = replays.replay(span.begin, span.end.step, end=span.end, saves=True)
     except UserError as error:
         yield f"{span}: {error}"
         return
@@ -329,8 +333,8 @@ def compare_logs(run: Events, other: Events, *, tolerance: float, source: str) -
             where = "metrics.jsonl" if key in run else source
             yield f"metrics.jsonl: {kind} of step {step:,} is only in {where}"
             continue
-        for name, value in run[key].items():
-            theirs = other[key].get(name)
+        for name in {**other[key], **run[key]}:
+            value, theirs = run[key].get(name), other[key].get(name)
             if not _is_timed(name) and not _agree(name, value, theirs, tolerance):
                 yield f"metrics.jsonl: {name} of step {step:,} is {value}, and {theirs} in {source}"
                 break

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from hf_clm.data.label.datasets import TokenizedDataset, tokenize_rows
@@ -96,7 +97,7 @@ def trace(options: Namespace, recipe: Recipe, *, page: Path) -> Traces:
         states = ranking_states(replays)
         end = replays.state_at(options.until, where="--until") if options.until else replays.last
         loaded = load_run(str(replays.last.folder), attention=PACKED)
-        questions = to_questions(loaded, options.prompt, options.answer)
+        (questions,) = broadcast_object_list([to_questions(loaded, options.prompt, options.answer)])
         vocabulary = Vocabulary(loaded.tokenizer)
         del loaded  # the replays need its memory
         split = replays.inputs_of(end).prepared.splits[TRAIN]
@@ -106,11 +107,14 @@ def trace(options: Namespace, recipe: Recipe, *, page: Path) -> Traces:
         seconds = to_duration(time.monotonic() - started)
         facts = {"ranked": f"{len(split.rows):,} rows at {len(states)} checkpoints, {matrices}, in {seconds}"}
         by_record = to_records(scores, split.stored.sources, count=len(split.ledger))
-        chosen, others = choose_records(by_record, count=options.prove, left_out=split.left_out)
+        drawn = choose_records(by_record, count=options.prove, left_out=split.left_out)
+        ((chosen, others),) = broadcast_object_list([drawn])  # floats may differ between processes
         effects = prove(replays, questions, [*chosen, *others], end=end) if options.prove else None
         if effects:
             facts |= effects.to_facts(len(chosen), len(others))
-        tracing = Tracing(split, by_record, others, effects, vocabulary)
+        if options.until:
+            facts["until"] = f"step {end.step:,}: the effects are those on the model after this step"
+        tracing = Tracing(split, scores, by_record, others, effects, vocabulary)
         answers = [tracing.to_answer(number, question) for number, question in enumerate(questions)]
         traces = Traces(replays.run.name, facts, answers)
         if replays.arguments.process_index == 0:
@@ -142,7 +146,7 @@ def to_questions(run: LoadedRun, prompts: Sequence[str], answers: Sequence[str])
     if missing := {*range(len(prompts))} - {*rows.sources.tolist()}:
         got = repr(prompts[min(missing)])
         raise RecipeError(
-            "the answer to this prompt is empty", where="--prompt", got=got, fix="give an --answer"
+            "the answer to this prompt is empty", where="--prompt", got=got, fix="give another --answer"
         )
     stops = stop_token_ids(run.tokenizer)
     questions = []
@@ -163,19 +167,23 @@ def rank(
     weights = np.array([_learned_in(replays, number, states) for number in range(len(states))])
     if not weights.any():  # the run has logged no learning rate
         weights = np.ones_like(weights)
-    total, matrices = np.zeros((len(questions), len(dataset)), np.float32), ""
+    total, compared = np.zeros((len(questions), len(dataset)), np.float32), ""
     for state, weight in zip(states, weights / weights.sum(), strict=True):
         model = load_run(str(state.folder), attention=PACKED).model
-        matrices = choose_matrices(model).describe()
+        matrices = choose_matrices(model)
+        compared = matrices.describe()
         with tqdm(total=len(dataset), desc=state.name, disable=None, leave=False) as bar:
             total += weight * similarities(
                 model,
                 [question.row for question in questions],
                 dataset,
                 tokens_per_batch=TOKENS_PER_BATCH,
+                matrices=matrices,
                 progress=bar.update,
             )
-    return total, matrices
+        del model  # before the next one is loaded
+        free_memory()
+    return total, compared
 
 
 def to_records(scores: np.ndarray, sources: np.ndarray, *, count: int) -> np.ndarray:
@@ -209,13 +217,13 @@ def choose_records(
 def prove(replays: Replays, questions: Sequence[Question], records: Sequence[int], *, end: State) -> Effects:
     """Replays the run without each of the records, and measures every answer after each replay."""
     inputs = replays.inputs_of(end)
-    begins = {record: replays.last_before(first_use(inputs, record)) for record in records}
+    begins = {record: replays.last_before(min(first_use(inputs, record), end.step)) for record in records}
     first = min(begins.values(), key=lambda state: state.step, default=replays.states[0])
     steps = [end.step - begin.step for begin in (first, *begins.values())]
     expected = to_duration(sum(steps) * replays.seconds_per_step)
     replays.say(f"proving   {len(steps)} replays of the run, {sum(steps):,} steps, about {expected}")
     started = time.monotonic()
-    trainer, _ = replays.replay(first, end.step, end=end)
+    trainer = replays.replay(first, end.step, end=end)
     baseline = _measure(trainer, questions)
     shift = None
     if end == replays.last and end.folder is not None:
@@ -225,7 +233,7 @@ def prove(replays: Replays, questions: Sequence[Question], records: Sequence[int
     for record, begin in begins.items():
         del trainer
         free_memory()
-        trainer, _ = replays.replay(begin, end.step, end=end, left_out=[record])
+        trainer = replays.replay(begin, end.step, end=end, left_out=[record])
         effects.of[record] = baseline - _measure(trainer, questions)
         place = inputs.prepared.splits[TRAIN].ledger.places[record]
         found = ", ".join(f"{effect:+.2f}" for effect in effects.of[record])
@@ -240,11 +248,13 @@ def prove(replays: Replays, questions: Sequence[Question], records: Sequence[int
 class Tracing:
     """What is known of the records of a split, for the rows of the page.
 
-    scores  (Q, E), the similarity of each question and each record
-    others  the random records that were left out
+    row_scores  (Q, N), the similarity of each question and each row
+    scores      (Q, E), the similarity of each question and each record
+    others      the random records that were left out
     """
 
     split: Split
+    row_scores: np.ndarray
     scores: np.ndarray
     others: Sequence[int]
     effects: Effects | None
@@ -263,7 +273,7 @@ class Tracing:
             [
                 TracedRow(
                     self.split.ledger.places[record],
-                    self._to_atoms(record),
+                    self._to_atoms(record, self.row_scores[number]),
                     rank=ranks[record],
                     similarity=float(self.scores[number, record]),
                     effect=float(proved[record][number]) if record in proved else None,
@@ -279,10 +289,10 @@ class Tracing:
         groups = self.vocabulary.to_groups([question.row["input_ids"][place] for place in places])
         return [(text, float(question.logprobs[start:stop].sum())) for start, stop, text in groups]
 
-    def _to_atoms(self, record: int) -> list[Atom]:
-        """Returns the text of the first row of a record."""
+    def _to_atoms(self, record: int, scores: np.ndarray) -> list[Atom]:
+        """Returns the text of the row of a record with the highest score."""
         own = np.flatnonzero(self.split.stored.sources == record)
-        row = self.split.rows[int(own[0])]
+        row = self.split.rows[int(own[scores[own].argmax()])]
         ids, labels = np.array(row["input_ids"]), np.array(row["labels"])
         return list(to_atoms(Row(0, ids, labels, ()), (0, len(ids)), vocabulary=self.vocabulary))
 

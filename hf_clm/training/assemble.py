@@ -123,7 +123,7 @@ def assemble(
         tokenizer=tokenizer,
         splits=splits,
         stream=stream,
-        sealed=seal_facts(facts, tokenizer, proof=proof.facts),
+        sealed={**seal_facts(facts, tokenizer, proof=proof.facts), "additions": additions.names},
         additions=additions,
     )
     return trainer, facts

@@ -39,14 +39,15 @@ def write_card(run: RunFolder, section: Card, *, examples: Sequence[str] = ()) -
     write_text(run.path / "README.md", text)
 
 
-def name_verification(folder: Path, sentence: str) -> None:
+def write_verification(folder: Path, sentence: str) -> None:
     """Writes what a verification found into the card, or removes it if the sentence is empty."""
     path = folder / "README.md"
     if not path.is_file():
         return
     text = re.sub(rf"{VERIFICATION}.*?(?=## )", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     if sentence:
-        text = text.replace("## Recipe\n", f"{VERIFICATION}{sentence}\n\n## Recipe\n", 1)
+        before, heading, after = text.rpartition("\n## Recipe\n")  # an example above may have such a line
+        text = f"{before}\n{VERIFICATION}{sentence}\n{heading}{after}" if heading else text
     write_text(path, text)
 
 

@@ -48,6 +48,12 @@ class Additions:
             fix = "derive it from hf_clm.CLMTrainer, which is a transformers.Trainer"
             raise RecipeError("not a subclass of CLMTrainer", where="trainer_class", got=name, fix=fix)
 
+    @property
+    def names(self) -> list[str]:
+        """The additions that change what is trained or logged, which no recipe can repeat."""
+        deciding = ("compute_metrics", "trainer_class", "build_optimizer")
+        return [name for name in deciding if getattr(self, name) is not None]
+
     def check(self, recipe: Recipe) -> None:
         """Raises RecipeError for an optimizer beside that of the recipe's section ``optimizer``."""
         own = CLMTrainer.create_optimizer

@@ -24,7 +24,7 @@ def measure(replays: Replays, left_out: list[int]) -> list[float]:
     inputs = replays.inputs_of(end)
     first = min((first_use(inputs, record) for record in left_out), default=1)
     begin = max((s for s in replays.states if s.is_resumable and s.step < first), key=lambda s: s.step)
-    trainer, _ = replays.replay(begin, end.step, end=end, left_out=left_out)
+    trainer = replays.replay(begin, end.step, end=end, left_out=left_out)
     rows = inputs.prepared.splits["train"].rows
     assert len(rows) == len(inputs.prepared.splits["train"].ledger), "one row for each record"
     return [float(-measure_rows(trainer.model, [rows[i]])[0][0].sum()) for i in range(len(rows))]

@@ -67,7 +67,7 @@ def test_without_evaluations_a_schedule_that_depends_on_them_still_has_them(tmp_
     train(recipe)
 
     with replaying(str(tmp_path / "run"), recipe) as replays:
-        trainer, _ = replays.replay(replays.states[0], 4, end=replays.last)
+        trainer = replays.replay(replays.states[0], 4, end=replays.last)
 
     weights = dict(trainer.model.named_parameters())
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]

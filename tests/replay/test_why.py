@@ -127,7 +127,7 @@ def test_a_record_changes_nothing_before_its_first_use_and_the_weights_with_it(r
         record = firsts.index(3)
 
         def weights(step: int, left_out: list[int]) -> np.ndarray:
-            trainer, _ = replays.replay(start, step, end=end, left_out=left_out)
+            trainer = replays.replay(start, step, end=end, left_out=left_out)
             return np.concatenate([part.detach().numpy().ravel() for part in trainer.model.parameters()])
 
         assert sorted(firsts) == [1, 1, 1, 1, 2, 2, 2, 2, 3]  # 4 rows in a step, and 1 in the third
@@ -142,7 +142,7 @@ def test_without_trains_again_from_the_checkpoint_before_and_the_ledger_says_so(
     with replaying(str(run), recipe) as replays:
         inputs = replays.inputs_of(replays.last)
         line = next(n for n in range(1, 10) if first_use(inputs, n - 1) == 3)
-        trainer, _ = replays.replay(replays.states[0], 12, end=replays.last, left_out=[line - 1])
+        trainer = replays.replay(replays.states[0], 12, end=replays.last, left_out=[line - 1])
         expected = {name: part.detach().clone() for name, part in trainer.model.state_dict().items()}
 
     assert main(["why", str(run), "--without", f"rows.jsonl:{line}", "--output_dir", str(other)]) == 0

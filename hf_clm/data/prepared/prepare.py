@@ -200,7 +200,7 @@ def count_ids(folder: Path, rows: StoredRows) -> tuple[str, int]:
             totals = np.bincount(values[values >= 0], minlength=len(counts[name]))
             totals[: len(counts[name])] += counts[name]
             counts[name] = totals
-        enter_rows(digest, block)
+        enter_rows(digest.update, block)
     for name, totals in counts.items():
         np.save(folder / f"{name}.npy", totals)
     return digest.hexdigest(), least

@@ -17,7 +17,7 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -27,9 +27,6 @@ from hf_clm.data.label.datasets import UNREADABLE, TokenizedRows, Views
 from hf_clm.data.label.labels import Fate
 from hf_clm.data.prepared.block import LEDGER_SCHEMA, WEIGHTED_ROW_SCHEMA
 from hf_clm.schema import TokenizedExample
-
-if TYPE_CHECKING:
-    from hashlib import _Hash as Hash
 
 FATE = ("fate", "reason", "cut_tokens", "tokens", "target_tokens")
 DUPLICATE = "duplicate"  # the fate of a record that equals an earlier one
@@ -285,7 +282,7 @@ class StoredRows:
         """Returns the sha256 of all rows."""
         total = sha256()
         for block in self.blocks():
-            enter_rows(total, block)
+            enter_rows(total.update, block)
         return total.hexdigest()
 
     def _place(self, column: pyarrow.Array) -> int:
@@ -323,10 +320,10 @@ def to_rows(batch: pyarrow.RecordBatch) -> TokenizedRows:
     return TokenizedRows(ids, labels, offsets, np.zeros(0, np.int64), weights=weights)
 
 
-def enter_rows(digest: "Hash", block: TokenizedRows) -> None:
-    """Updates the digest of all rows with a block of them."""
+def enter_rows(update: Callable[[Any], None], block: TokenizedRows) -> None:
+    """Updates the digest of all rows with a block of them. ``update``: of a hashlib object."""
     for values in (block.input_ids, block.labels, block.lengths, block.weights):
-        digest.update(b"" if values is None else np.ascontiguousarray(values).data)
+        update(b"" if values is None else np.ascontiguousarray(values).data)
 
 
 def forget(mapped: mmap.mmap) -> None:
