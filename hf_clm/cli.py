@@ -42,7 +42,7 @@ EXIT_CODES = {
     ExitCode.DATA: "a mistake in the data",
     ExitCode.MODEL: "a model or tokenizer that cannot be used",
     ExitCode.DIVERGED: "the loss or a gradient is not finite; stopped before the update",
-    ExitCode.ENVIRONMENT: "the disk, memory, network or permissions; a damaged checkpoint, or a run that is refuted",
+    ExitCode.ENVIRONMENT: "the disk, memory, network or permissions; a checkpoint or a run that is damaged",
     ExitCode.PREEMPTED: "stopped by a signal after saving a checkpoint; the same command resumes",
     ExitCode.INTERRUPTED: "interrupted by Ctrl-C",
 }

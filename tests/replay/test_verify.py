@@ -21,7 +21,9 @@ from hf_clm.replay.replays import State, find_spans
 from hf_clm.replay.verify import Verification, compare_logs, compare_weights, verify
 from hf_clm.run_folder import read_lines
 from hf_clm.training.checkpoints import read_seal, seal
-from hf_clm.training.run import train
+from hf_clm.training.python import Additions
+from hf_clm.training.run import run, train
+from hf_clm.training.trainer import CLMTrainer
 
 RECORDS = [{"instruct": f"say {n}\n", "input": "", "label": "xyz"[: n % 3 + 1] * n} for n in range(1, 14)]
 HELD_OUT = [{"instruct": f"tell {n}\n", "input": "", "label": "ab" * n} for n in range(1, 4)]
@@ -565,7 +567,10 @@ def test_another_machine_may_differ_a_little_and_is_named(place):
     assert result.faults == []
     assert result.differs_in[0].startswith("device ('cpu, Other', now 'cpu, ")
     assert 0 < max(one.difference for one in result.replayed) < 1e-3
-    assert "on another machine or with other versions, the weights differ by at most " in result.sentence
+    assert (
+        "on another machine or with other versions, the losses agree within 5%, and the weights of 3 spans "
+        in result.sentence
+    )
 
 
 def test_on_another_machine_another_learning_rate_is_found(place):
@@ -706,3 +711,28 @@ def test_sharded_checkpoints_are_refused(place):
 
     with pytest.raises(RecipeError, match="a run with sharded checkpoints cannot be replayed"):
         check(place / "run")
+
+
+def test_a_span_that_is_too_long_for_another_machine_decides_by_its_losses_only(tmp_path):
+    train(dropout_recipe(tmp_path, train={"max_steps": 60, "save_steps": 60}))
+    run = tmp_path / "run"
+    for folder in (run / "checkpoint-60", run):
+        edit_weight(folder)
+        seal_again(folder, machine={"device": "cpu, Other", "threads": 1})
+
+    (only,) = check(run).replayed
+
+    assert (only.steps, only.is_decided) == (60, False)
+    assert only.outcome.endswith("too many steps to tell rounding from a change")
+
+
+def test_a_run_with_a_trainer_of_its_own_is_refused(tmp_path):
+    class Other(CLMTrainer):
+        pass
+
+    run(dropout_recipe(tmp_path), additions=Additions(trainer_class=Other))
+
+    with pytest.raises(
+        RecipeError, match=r"objects of its own in Python cannot be replayed; got trainer_class"
+    ):
+        check(tmp_path / "run")

@@ -14,10 +14,12 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 
 from hf_clm.cli import main
+from hf_clm.generation.load import load_run
+from hf_clm.model.attention import NAME as PACKED
 from hf_clm.pages.traces import Traces
 from hf_clm.recipe.recipe import Recipe, load_recipe
 from hf_clm.replay.replays import first_use, replaying
-from hf_clm.replay.why import choose_records, to_records, trace
+from hf_clm.replay.why import choose_records, prove, to_questions, to_records, trace
 from hf_clm.run_folder import read_lines
 from hf_clm.training.run import train
 
@@ -133,6 +135,17 @@ def test_a_record_changes_nothing_before_its_first_use_and_the_weights_with_it(r
         assert sorted(firsts) == [1, 1, 1, 1, 2, 2, 2, 2, 3]  # 4 rows in a step, and 1 in the third
         assert (weights(2, [record]) == weights(2, [])).all()
         assert (weights(3, [record]) != weights(3, [])).any()
+
+
+def test_a_record_that_is_first_used_after_the_last_step_has_no_effect(run):
+    with replaying(str(run), load_recipe(run / "recipe.yaml")) as replays:
+        inputs = replays.inputs_of(replays.last)
+        late = next(n for n in range(len(RECORDS)) if first_use(inputs, n) == 3)
+        question = to_questions(load_run(str(run), attention=PACKED), ["say sun"], ["sunsun"])
+
+        effects = prove(replays, question, [late], end=replays.state_at(2, where="--until"))
+
+    assert effects.of[late].tolist() == [0.0]
 
 
 def test_without_trains_again_from_the_checkpoint_before_and_the_ledger_says_so(tmp_path, capsys):
