@@ -8,6 +8,7 @@ the run to the bit. With records left out, it shows what they did.
 """
 
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -336,7 +337,7 @@ class Replays:
 
 @contextmanager
 def replaying(folder: str, recipe: Recipe, *, evaluates: bool = False) -> Iterator[Replays]:
-    """Opens the folder of a run for replays on this machine, and locks it during the block.
+    """Opens the folder of a run for replays on this machine, and locks it during the block if it can.
 
     Raises RecipeError for a folder without a run or without sealed states, for a streaming run, and if the
     run had another number of processes.
@@ -344,9 +345,11 @@ def replaying(folder: str, recipe: Recipe, *, evaluates: bool = False) -> Iterat
     run = load_folder(folder)
     check_launch(recipe)
     arguments = training_arguments(recipe)
-    with among_others(), locked(run.path, is_main=arguments.process_index == 0):
+    is_main = arguments.process_index == 0
+    # A folder that cannot be written to, such as an auditor's copy, is not in use by a run either.
+    locks = is_main and os.access(run.path, os.W_OK)
+    with among_others(), locked(run.path, is_main=locks):
         settle_machine(arguments)
-        is_main = arguments.process_index == 0
         (scratch,) = broadcast_object_list([tempfile.mkdtemp(prefix="hf_clm-replay-") if is_main else ""])
         try:
             replays = Replays(run, recipe, arguments=arguments, scratch=Path(scratch), evaluates=evaluates)
@@ -358,7 +361,7 @@ def replaying(folder: str, recipe: Recipe, *, evaluates: bool = False) -> Iterat
 
 
 def first_use(inputs: Inputs, record: int) -> int:
-    """Returns the first step that trains on a record; 1 if the order of the rows is not known in advance."""
+    """Returns the first step that trains on a record; 1 if it is not known in advance, or not in epoch 1."""
     order = epoch_order(inputs, 0)
     if order is None:
         return 1

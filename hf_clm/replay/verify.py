@@ -9,6 +9,7 @@ Hashes show damage. A replay also finds what was changed and sealed again, as it
 
 import json
 import math
+import os
 import random
 import shutil
 import time
@@ -149,13 +150,20 @@ def verify(folder: str, recipe: Recipe, *, spans: int) -> Verification:
         if result.is_valid:
             say("agreement recipe, data, tokenizer, model and log match the sealed states")
             _replay_some(replays, result, spans=spans, say=say)
-        if is_main:
-            write_json(replays.run.path / VERIFIED, result.to_json())
-            sentence = f"{result.sentence} ([{VERIFIED}]({VERIFIED}), by `hf-clm verify`)."
-            write_verification(replays.run.path, sentence if result.is_valid else "")
         say(f"{'verified' if result.is_valid else 'refuted':<10}{result.sentence}")
-        say(f"written   {replays.run.path / VERIFIED}")
+        if is_main:
+            say(_write(replays.run.path, result))
         return result
+
+
+def _write(folder: Path, result: Verification) -> str:
+    """Writes verify.json, and a sentence into the model card. Returns a line about it."""
+    if not os.access(folder, os.W_OK):
+        return f"not written: {folder} is read-only"
+    write_json(folder / VERIFIED, result.to_json())
+    sentence = f"{result.sentence} ([{VERIFIED}]({VERIFIED}), by `hf-clm verify`)."
+    write_verification(folder, sentence if result.is_valid else "")
+    return f"written   {folder / VERIFIED}"
 
 
 def _check_files(replays: Replays, result: Verification) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """hf-clm verify finds what was changed in a run, and nothing in a run that was not changed."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -736,3 +737,15 @@ def test_a_run_with_a_trainer_of_its_own_is_refused(tmp_path):
         RecipeError, match=r"objects of its own in Python cannot be replayed; got trainer_class"
     ):
         check(tmp_path / "run")
+
+
+def test_a_copy_that_is_read_only_is_verified_and_left_alone(trained, tmp_path, capsys, monkeypatch):
+    copy = shutil.copytree(trained / "run", tmp_path / "run")
+    before = sorted(path.name for path in copy.iterdir())
+    access = os.access  # for root, no folder is read-only
+    monkeypatch.setattr(os, "access", lambda path, mode: path != copy and access(path, mode))
+
+    assert check(copy).faults == []
+
+    assert f"not written: {copy} is read-only" in capsys.readouterr().out
+    assert sorted(path.name for path in copy.iterdir()) == before
