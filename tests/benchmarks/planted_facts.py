@@ -70,11 +70,13 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--folder", type=Path, default=Path("planted"))
     parser.add_argument("--prove", type=int, default=len(FACTS), help="number of facts to prove")
+    parser.add_argument("--states", type=int, default=8, help="number of saved states to rank at")
     options = parser.parse_args()
     folder = options.folder / "run"
     train_planted(options.model, options.folder)
     with replaying(str(folder), load_recipe(folder / "recipe.yaml")) as replays:
         states = ranking_states(replays)
+        states = states[:: -max(1, len(states) // options.states)][: options.states][::-1]
         loaded = load_run(str(folder), attention=PACKED)
         prompts, answers = [fact[1] for fact in FACTS], [fact[2] for fact in FACTS]
         questions = to_questions(loaded, prompts, answers)
@@ -90,7 +92,7 @@ def main() -> None:
         print(
             f"ranks of the planted records: {ranks}; first for {ranks.count(1)} of {len(ranks)}", flush=True
         )
-        _, others = choose_records(by_record, count=2)
+        _, others = choose_records(by_record, count=1)
         effects = prove(replays, questions, [*own[: options.prove], *others], end=replays.last)
         table = np.array([effects.of[record] for record in [*own[: options.prove], *others]])
         np.set_printoptions(precision=2, suppress=True, linewidth=150)
