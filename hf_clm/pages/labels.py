@@ -41,13 +41,14 @@ def write_labels(
     vocabulary: Vocabulary,
     facts: Mapping[str, Any],
     lengths: Lengths | None = None,
+    title: str = "Labels",
 ) -> None:
     """Writes the page. ``facts`` are shown at its top, such as the counts of the set."""
     content = to_content(rows, vocabulary)
     content |= {"facts": [[name, str(value)] for name, value in facts.items()]}
     # Inside a script element only "<" could end the data or begin a comment.
     data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    write_text(Path(path), render("labels.html", {"data": data, "lengths": lengths}))
+    write_text(Path(path), render("labels.html", {"title": title, "data": data, "lengths": lengths}))
 
 
 def to_content(rows: Sequence[Row], vocabulary: Vocabulary) -> dict[str, Any]:

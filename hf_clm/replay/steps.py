@@ -64,7 +64,9 @@ def inspect_step(options: Namespace, recipe: Recipe) -> list[str]:
         facts = {"step": f"{options.step:,} of {replays.run.record.steps:,}, {len(rows)} documents"}
         facts |= {"loss": f"{loss:.4f} before the step, without dropout"} | _logged_at(replays, options.step)
         if replays.arguments.process_index == 0:
-            write_labels(page, rows, vocabulary=reader.vocabulary, facts={"from": options.run, **facts})
+            facts = {"from": options.run, **facts}
+            title = f"Step {options.step:,}"
+            write_labels(page, rows, vocabulary=reader.vocabulary, facts=facts, title=title)
     lines = [f"{name:<9} {value}" for name, value in facts.items()]
     lines += [f"{row.documents[0].place}: {row.documents[0].note}" for row in rows[:SHOWN_DOCUMENTS]]
     return [*lines, f"wrote {page}: {len(rows)} documents, worst first"]
