@@ -31,7 +31,7 @@ FILES = {
     *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"),
     *("tokenizer_config.json", "recipe.yaml", "run.json", "metrics.jsonl", "samples.jsonl"),
     *("ledger.parquet", "loss.png", "loss.pdf", "README.md", "label_rows.jsonl", "report.html"),
-    *("checkpoint-4", "checkpoint-8"),
+    *("SEALED.json", "checkpoint-4", "checkpoint-8"),
 }
 
 

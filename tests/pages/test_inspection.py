@@ -182,6 +182,8 @@ def test_a_row_has_its_number_its_length_and_what_is_known_of_its_documents():
         "before": 0,
         "after": 5,
         "flags": {"cut answer": "x"},
+        "loss": None,
+        "note": "",
         "file": "a.jsonl",
         "line": ":17",
     }

@@ -15,7 +15,7 @@ ROWS = [{"instruct": f"say {n}\n", "input": "", "label": str(n)} for n in range(
 ALWAYS = {
     *("README.md", "config.json", "generation_config.json", "model.safetensors"),
     *("tokenizer.json", "tokenizer_config.json", "recipe.yaml", "run.json", "metrics.jsonl"),
-    *("loss.png", "loss.pdf", "chat_template.jinja"),
+    *("loss.png", "loss.pdf", "chat_template.jinja", "SEALED.json"),
 }
 
 

@@ -40,6 +40,7 @@ FILES = {
         "README.md",
         "label_rows.jsonl",
         "report.html",
+        "SEALED.json",
         "checkpoint-4",
         "checkpoint-8",
     ),

@@ -130,6 +130,7 @@ ASIDE: dict[str, dict[str, Any]] = {
     "mixing": {"mixing": {"size": 2}},
     "eval_train_rows": {"eval_train_rows": 1},
     "cache_dir": {"cache_dir": "elsewhere"},
+    "without": {"without": ["a.jsonl:1"]},
 }
 CONTENT = {"train", "eval", "streaming", "shuffle_buffer"}  # which have tests of their own, or are of streams
 OF_A_SOURCE: dict[str, Any] = {
