@@ -40,8 +40,8 @@ class Broken(CLMTrainer):
             raise DataError("row 7 cannot be read", where="train.jsonl:7")
         return super().get_batch_samples(*args, **kwargs)
 
-import hf_clm.training.run as run
-run.CLMTrainer = Broken
+import hf_clm.training.assemble as assemble
+assemble.CLMTrainer = Broken
 raise SystemExit(main(["train", "recipe.yaml"]))
 """
 
