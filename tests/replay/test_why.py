@@ -68,7 +68,7 @@ def poems(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_six_of_six_poems_are_proved_to_be_taught_by_their_own_record(poems):
-    """And a random record matters less than a tenth of that."""
+    """And each of the other five records matters less than a tenth of that."""
     asked = POEMS[:6]
 
     traces = ask(
