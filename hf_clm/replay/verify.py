@@ -245,7 +245,7 @@ def _check_prepared(replays: Replays) -> Iterator[str]:
 
 
 def _replay_some(replays: Replays, result: Verification, *, spans: int, say: Callable[[str], None]) -> None:
-    """Replays spans that are drawn at random, so that nobody can know in advance which are looked at."""
+    """Replays randomly chosen spans. Nobody can predict which ones will be checked."""
     found = find_spans(replays.states)
     drawn = random.SystemRandom().sample(range(len(found)), min(spans, len(found)))
     (drawn,) = broadcast_object_list([drawn])
@@ -366,7 +366,7 @@ def _is_timed(name: str) -> bool:
     return name.endswith(TIMED) or name.startswith(GPU)
 
 
-def _agree(name: str, value: Any, other: Any, tolerance: float) -> bool:
+def _agree(name: str, value: object, other: object, tolerance: float) -> bool:
     """Returns whether two values of a log are equal, or close enough with a ``tolerance``.
 
     Then, only losses are compared, and what does not depend on rounding. A single token can change an

@@ -134,7 +134,7 @@ def to_questions(run: LoadedRun, prompts: Sequence[str], answers: Sequence[str])
         to_prompt_example(prompt, run.format, template=run.template, has_turns=run.has_turns)
         for prompt in prompts
     ]
-    ends = [run.stage == "sft"] * len(prompts)  # an answer to a text goes on like the text
+    ends = [run.stage == "sft"] * len(prompts)  # after a text, the answer continues and needs no stop token
     if not answers:
         generated = generate(
             run.model, run.tokenizer, prompts=examples, decoding=GREEDY, rendering=run.rendering

@@ -64,7 +64,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerFast
     config: PretrainedConfig
     prepared: Prepared
-    template: str | None
+    template: str | dict[str, str] | None
 
 
 def settle_machine(arguments: TrainingArguments) -> None:
@@ -97,7 +97,7 @@ def prepare_inputs(
     settled = settle_render(recipe, tokenizer)
     prepared = prepare(settled, tokenizer, arguments=arguments, date=date)
     splits, proof = prepared.splits, prepared.proof
-    template: Any = tokenizer.chat_template
+    template = tokenizer.chat_template
     proof.lines += give_plain_template(tokenizer, settled, formats=splits[TRAIN].examples.formats)
     checked = build_facts(recipe, arguments, tokenizer=tokenizer, config=config, splits=splits)
     checked, choices = settle_batch(checked, kept=kept, most_rows=most_rows)
@@ -142,7 +142,7 @@ def build_trainer(
 ) -> CLMTrainer:
     """Builds the Trainer. Without an evaluation set, it evaluates on some of the training rows."""
     train_split, watched = splits[TRAIN], recipe.data.eval_train_rows
-    evaluated: dict[str, Any] = {name: split.dataset for name, split in splits.items() if name != TRAIN}
+    evaluated = {name: split.dataset for name, split in splits.items() if name != TRAIN}
     named = {name.removeprefix(f"{EVAL}_"): dataset for name, dataset in evaluated.items()}
     datasets = [split.dataset for split in splits.values()]
     rows = max(arguments.train_batch_size, arguments.eval_batch_size)
