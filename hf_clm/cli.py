@@ -23,6 +23,7 @@ from hf_clm.options import (
     add_device,
     add_doctor_options,
     add_evaluate_options,
+    add_export_options,
     add_generate_options,
     add_inspect_options,
     add_prepare_options,
@@ -383,6 +384,17 @@ def run_merge(words: list[str]) -> None:
     print("\n".join(merge(options)))
 
 
+def run_export(words: list[str]) -> None:
+    """RUN --to gguf|ollama|safetensors --output_dir FOLDER: convert a model, and compare its answers"""
+    parser = _parser("export")
+    add_export_options(parser)
+    options = parser.parse_args(words)
+    _quiet_libraries()
+    from hf_clm.export.export import export
+
+    print("\n".join(export(options)))
+
+
 def run_bench(words: list[str]) -> None:
     """RECIPE [--key value ...]: measure the speed of a recipe, and where the time of a step goes"""
     parser = _parser("bench")
@@ -446,6 +458,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "why": run_why,
     "compare": run_compare,
     "merge": run_merge,
+    "export": run_export,
     "bench": run_bench,
     "train-tokenizer": run_train_tokenizer,
 }

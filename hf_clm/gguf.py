@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".gguf"
 INSTALL = "pip install 'hf_clm[gguf]'"
+EXPORT_FILE = "export.json"  # lies beside a file that ``hf-clm export`` wrote
 KEY_LETTERS = 12  # of the sha256, in the name of the folder
 
 LOGGER = logging.getLogger(__name__)
@@ -29,6 +30,13 @@ LOGGER = logging.getLogger(__name__)
 def is_gguf(name_or_path: str) -> bool:
     """Whether a name is that of a GGUF file, which may be missing."""
     return name_or_path.endswith(SUFFIX) and not Path(name_or_path).expanduser().is_dir()
+
+
+def exported_folder(name_or_path: str) -> str:
+    """Returns the folder of a GGUF file that ``hf-clm export`` wrote; any other name unchanged."""
+    folder = Path(name_or_path).expanduser().parent
+    is_exported = is_gguf(name_or_path) and (folder / EXPORT_FILE).is_file()
+    return str(folder) if is_exported else name_or_path
 
 
 def local_model(name_or_path: str, *, where: str = "model.name_or_path") -> str:

@@ -82,7 +82,7 @@ def merge(options: Namespace) -> list[str]:
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        plain = _merge_weights(adapted, folder, is_quantized=quantized is not None)
+        plain = merge_weights(adapted, folder, is_quantized=quantized is not None)
         plain.to(getattr(torch, dtype)).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         del adapted, plain  # there is memory for one model
@@ -114,7 +114,7 @@ def merge(options: Namespace) -> list[str]:
     ]
 
 
-def _merge_weights(adapted: Any, folder: str, *, is_quantized: bool) -> PreTrainedModel:
+def merge_weights(adapted: Any, folder: str, *, is_quantized: bool) -> PreTrainedModel:
     """Returns the base with the adapters merged into its weights.
 
     The weights of a base in 4 bits are dequantized first. They are those that the adapters were trained
@@ -141,14 +141,15 @@ def _find_prompts(folder: str, file: str | None, *, record: RunRecord | None) ->
         raise RecipeError(what, where=folder, fix="set --prompts to a file")
     data = recipe.data
     examples = load_examples(data).examples
-    sampled = [_to_prompt(example) for example in examples[:: max(1, len(examples) // PROMPTS)]]
+    sampled = [to_prompt(example) for example in examples[:: max(1, len(examples) // PROMPTS)]]
     prompts = [prompt for prompt in sampled if prompt is not None]
     if not prompts:
         raise RecipeError("its data contain no prompts", where=folder, fix="set --prompts to a file")
     return prompts[:PROMPTS], ", ".join(source.path for source in data.train)
 
 
-def _to_prompt(example: AnyExample) -> Example | None:
+def to_prompt(example: AnyExample) -> Example | None:
+    """Returns the question of an example, or the beginning of a text; None if it has neither."""
     if isinstance(example, Document) and example.is_text:
         return Document([Segment(whole_text(example)[:TEXT_LENGTH], 1.0)])
     return example.question[0] if example.question else None

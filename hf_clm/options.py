@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hf_clm.errors import RecipeError, did_you_mean
+from hf_clm.gguf import exported_folder
 from hf_clm.schema import Format, TokenizerKind
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -124,7 +125,8 @@ def add_chat_options(parser: Parser) -> None:
 
 def add_run(parser: Parser) -> None:
     """Adds the options for the model, its device and its dtype."""
-    parser.add_argument("run", help="the folder of a run or model, or a model on the Hub")
+    text = "the folder of a run or model, a GGUF file, or a model on the Hub"
+    parser.add_argument("run", type=exported_folder, help=text)
     add_device(parser)
     text = (
         "dtype of the weights; default: bfloat16 on a GPU that computes in it, else float32; adapters of a "
@@ -231,6 +233,32 @@ def add_why_options(parser: Parser) -> None:
     )
     text = "the folder of the run --without a record; default: RUN-without-LINE"
     parser.add_argument("--output_dir", metavar="FOLDER", help=text)
+
+
+def add_export_options(parser: Parser) -> None:
+    """Adds the options of ``hf-clm export``."""
+    parser.add_argument("run", help="the folder of a run or model, or a model on the Hub")
+    text = "gguf: a file for llama.cpp; ollama: the same, with a Modelfile; safetensors: a folder for vLLM, "
+    text += "SGLang, TGI and transformers"
+    parser.add_argument("--to", choices=("gguf", "ollama", "safetensors"), required=True, help=text)
+    parser.add_argument("--output_dir", required=True, metavar="FOLDER", help="the folder to write")
+    text = "round the weights of the GGUF file to 8 bits (%(default)s)"
+    parser.add_argument("--quantize", choices=("none", "q8_0"), default="none", help=text)
+    text = "dtype of the exported weights; default: float16 for GGUF, bfloat16 for safetensors"
+    parser.add_argument("--dtype", choices=DTYPES, help=text)
+    text = (
+        "a checkout of llama.cpp, or the source package of llama-cpp-python; default: the variable LLAMA_CPP"
+    )
+    parser.add_argument("--llama_cpp", metavar="PATH", help=text)
+    text = "files to compare on; default: the training data of the run"
+    parser.add_argument("--data", nargs="+", metavar="FILE", default=[], help=text)
+    parser.add_argument("--format", choices=get_args(Format), help="format of --data; default: detected")
+    text = (
+        "share of greedy answers that may differ, and change of the loss in nats per token that is accepted; "
+    )
+    text += "default: 0.02 in float16 and float32, 0.1 in bfloat16, 0.15 in q8_0"
+    parser.add_argument("--tolerance", type=at_least(0.0), help=text)
+    add_device(parser)
 
 
 def add_serve_options(parser: Parser) -> None:

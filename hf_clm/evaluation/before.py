@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from hf_clm.errors import RecipeError
+from hf_clm.generation.llama_cpp import LlamaCppModel
 from hf_clm.generation.load import LoadedRun, load_run, run_recipe
 from hf_clm.model.adapters import is_adapter, read_base
 from hf_clm.model.load import fit_to_tokenizer
@@ -38,7 +39,8 @@ def load_before(name: str, run: LoadedRun, options: Namespace) -> Before:
     name, revision = find_base(options.run) if name == BASE else (name, None)
     other = load_run(name, device=options.device, dtype=options.dtype, revision=revision)
     check_same_tokens(name, other.tokenizer, run.tokenizer)
-    fit_to_tokenizer(other.model, run.tokenizer)
+    if not isinstance(other.model, LlamaCppModel):  # which computes a file as it is
+        fit_to_tokenizer(other.model, run.tokenizer)
     return Before(name, other.model)
 
 

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from tqdm import tqdm
@@ -39,11 +39,13 @@ class Generated:
     text: the answer without its stop token.
     tokens: the number of generated tokens, without the stop token.
     stopped: whether the model ended the answer itself.
+    ids: the generated tokens, without the stop token.
     """
 
     text: str
     tokens: int
     stopped: bool
+    ids: Sequence[int] = field(default=(), compare=False)
 
 
 def generate_from_run(options: Namespace) -> list[tuple[str, Generated]]:
@@ -134,7 +136,9 @@ def generate(
                 _search(model, tokenizer, batch, with_cache=support.takes_batches)
             else:
                 stream_answers(model, tokenizer, answers=batch, with_cache=support.takes_cache)
-    return [Generated(answer.text, len(answer.ids), answer.finish == "stop") for answer in answers]
+    return [
+        Generated(answer.text, len(answer.ids), answer.finish == "stop", answer.ids) for answer in answers
+    ]
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.errors import ModelError, RecipeError
-from hf_clm.gguf import local_model
+from hf_clm.generation.llama_cpp import open_export
+from hf_clm.gguf import exported_folder, local_model
 from hf_clm.hub import load_options
 from hf_clm.machine import has_bf16
 from hf_clm.model.adapters import is_adapter, load_adapted, quantization
@@ -61,10 +62,12 @@ def load_run(
             4 bits answer on that base by default, and with a dtype on the base as it was published.
         revision: a branch, tag or commit of a model on the Hub.
 
+    A GGUF file that ``hf-clm export`` wrote is computed by llama.cpp; any other is dequantized.
+
     Without a run.json, the format is ``messages`` if the tokenizer has a chat template, else ``text``.
     Raises ModelError for a run that has not saved its final model yet.
     """
-    name_or_path = local_model(name_or_path, where="run or model")
+    name_or_path = local_model(exported_folder(name_or_path), where="run or model")
     record = find_record(name_or_path) or RunRecord(status="done")
     if record.status != "done":
         fix = "let it finish training, or use one of its checkpoint-N folders"
@@ -74,6 +77,8 @@ def load_run(
     tokenizer = load_tokenizer(name_or_path, revision=revision)
     place = find_device(device)
     kind = dtype or answer_dtype(place)
+    if (exported := open_export(name_or_path, device=place)) is not None:
+        return to_loaded_run(exported, tokenizer, record)
     if is_adapter(name_or_path) and record.quantized and dtype is None:
         model = load_quantized(name_or_path, tokenizer, quantized=record.quantized, attention=attention)
     elif is_adapter(name_or_path):
