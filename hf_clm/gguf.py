@@ -5,6 +5,7 @@
 Everything after that reads the folder: a Trainer needs plain weights, and adapters a base that peft opens.
 """
 
+import json
 import logging
 import os
 import tempfile
@@ -32,11 +33,26 @@ def is_gguf(name_or_path: str) -> bool:
     return name_or_path.endswith(SUFFIX) and not Path(name_or_path).expanduser().is_dir()
 
 
-def exported_folder(name_or_path: str) -> str:
-    """Returns the folder of a GGUF file that ``hf-clm export`` wrote; any other name unchanged."""
-    folder = Path(name_or_path).expanduser().parent
-    is_exported = is_gguf(name_or_path) and (folder / EXPORT_FILE).is_file()
-    return str(folder) if is_exported else name_or_path
+def exported_file(name_or_path: str) -> Path | None:
+    """Returns the GGUF file that a name stands for if it lies in a folder of ``hf-clm export``, else None.
+
+    The name is that of the folder, or of a file in it, such as one that was quantized further.
+    """
+    path = Path(name_or_path).expanduser()
+    if is_gguf(name_or_path):
+        return path if path.is_file() and (path.parent / EXPORT_FILE).is_file() else None
+    place = path / EXPORT_FILE
+    name = json.loads(place.read_text(encoding="utf-8")).get("file") if place.is_file() else None
+    return path / name if name else None
+
+
+def settings_folder(name_or_path: str, *, where: str) -> str:
+    """Returns the folder with the tokenizer and the configuration of a model; a name on the Hub unchanged.
+
+    For other GGUF files, see ``local_model``.
+    """
+    file = exported_file(name_or_path)
+    return str(file.parent) if file else local_model(name_or_path, where=where)
 
 
 def local_model(name_or_path: str, *, where: str = "model.name_or_path") -> str:

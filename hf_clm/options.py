@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hf_clm.errors import RecipeError, did_you_mean
-from hf_clm.gguf import exported_folder
 from hf_clm.schema import Format, TokenizerKind
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -126,7 +125,7 @@ def add_chat_options(parser: Parser) -> None:
 def add_run(parser: Parser) -> None:
     """Adds the options for the model, its device and its dtype."""
     text = "the folder of a run or model, a GGUF file, or a model on the Hub"
-    parser.add_argument("run", type=exported_folder, help=text)
+    parser.add_argument("run", help=text)
     add_device(parser)
     text = (
         "dtype of the weights; default: bfloat16 on a GPU that computes in it, else float32; adapters of a "

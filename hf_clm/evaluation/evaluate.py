@@ -21,6 +21,7 @@ from hf_clm.evaluation.choices import Verdicts, choice_rows, find_expected, meas
 from hf_clm.evaluation.likelihood import Likelihood, measure_likelihood
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.load import LoadedRun, load_run, run_recipe
+from hf_clm.gguf import settings_folder
 from hf_clm.hub import load_options
 from hf_clm.recipe.recipe import Data, Recipe, Source
 from hf_clm.schema import Overflow
@@ -102,7 +103,8 @@ def evaluate_run(options: Namespace) -> Evaluation:
     """
     metrics = load_metrics() if options.generate else {}
     choices = to_choices(options.choices) if options.choices is not None else []
-    load_options(options.run, revision=None, where="run or model")  # fails early if it is missing
+    folder = settings_folder(options.run, where="run or model")
+    load_options(folder, revision=None, where="run or model")  # fails early if it is missing
     recipe = run_recipe(options.run)
     data = to_data(options, recipe)
     check_sources(data.model_copy(update={"eval": []}))
@@ -151,7 +153,7 @@ def to_data(options: Namespace, recipe: Recipe | None) -> Data:
     Format and columns are those of the run if all its sources agree and ``--format`` is not given.
     """
     if recipe is None:
-        tokenizer = load_tokenizer(options.run)
+        tokenizer = load_tokenizer(settings_folder(options.run, where="run or model"))
         has_chat_template = bool(tokenizer.chat_template) and not is_plain(tokenizer)
         sources = [Source(path=path, format=options.format) for path in options.data]
         return Data(train=sources, render="chat" if has_chat_template else "plain")

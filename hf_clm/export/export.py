@@ -35,7 +35,7 @@ from hf_clm.generation.generate import generate
 from hf_clm.generation.llama_cpp import LlamaCppModel, import_llama_cpp
 from hf_clm.generation.load import LoadedRun, load_run, run_recipe
 from hf_clm.generation.sampling import stop_ids
-from hf_clm.gguf import EXPORT_FILE, SUFFIX
+from hf_clm.gguf import EXPORT_FILE, SUFFIX, exported_file
 from hf_clm.machine import follow_umask, version_of
 from hf_clm.merge import merge_weights, to_prompt
 from hf_clm.model.adapters import is_adapter
@@ -45,6 +45,7 @@ from hf_clm.schema import Chat, Example, TokenizedExample
 PROMPTS, NEW_TOKENS = 100, 32
 ROUND_TRIP_QUESTIONS = 3
 PLACE = "hf-clm export"
+SHARD = "5GB"  # of a file of safetensors
 SHARE = 0.98  # of the greedy answers must agree
 # In nats: how much less likely than its own choice the exported model may find a token of the run's answer,
 # and how far the loss may move. Rounding decides between tokens that are about equally likely.
@@ -294,6 +295,8 @@ def _check_options(options: Namespace, output: Path) -> str:
     """Returns the type of the weights. Raises RecipeError for options that have no effect."""
     if output.exists():
         raise RecipeError("already exists", where=str(output), fix="choose another --output_dir")
+    if exported_file(options.run):
+        raise RecipeError("is an exported model", where=options.run, fix="name the run that was exported")
     if options.to == "safetensors":
         for name, value in (("--quantize", options.quantize), ("--llama_cpp", options.llama_cpp)):
             if value not in (None, "none"):
@@ -337,7 +340,7 @@ def _write_safetensors(
     plain: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, *, sample: Sample, dtype: str
 ) -> tuple[list[str], PreTrainedModel]:
     """Writes the folder, and loads it in a fresh process and here."""
-    plain.to(getattr(torch, dtype)).save_pretrained(folder)
+    plain.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)
     questions = [Question(prompt.messages, prompt.ids) for prompt in sample.prompts if prompt.messages]
     trip = start_round_trip(folder, sample.rows[0]["input_ids"], questions=questions[:ROUND_TRIP_QUESTIONS])

@@ -6,7 +6,6 @@ The logits come from llama.cpp, and the stop tokens are those that llama.cpp fin
 
 import copy
 import importlib
-import json
 import os
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,8 +18,8 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, Pr
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_clm.errors import EnvironmentFault, ModelError
-from hf_clm.gguf import EXPORT_FILE, INSTALL
-from hf_clm.model.load import load_config, max_positions
+from hf_clm.gguf import INSTALL
+from hf_clm.model.load import max_positions
 
 BATCH = 512  # tokens that llama.cpp computes in one call
 CONTEXT = 1024  # tokens of the first context, which grows with the rows
@@ -179,13 +178,6 @@ class LlamaCppModel(PreTrainedModel, GenerationMixin):
             library.llama_batch_free(batch)
         self._ids = ids
         return torch.from_numpy(np.stack(rows))
-
-
-def open_export(folder: str, *, device: torch.device) -> LlamaCppModel | None:
-    """Opens the GGUF file in a folder of ``hf-clm export``; returns None for another folder."""
-    place = Path(folder).expanduser() / EXPORT_FILE
-    name = json.loads(place.read_text(encoding="utf-8")).get("file") if place.is_file() else None
-    return LlamaCppModel(load_config(folder), place.with_name(name), device=device) if name else None
 
 
 def import_llama_cpp(where: str) -> ModuleType:

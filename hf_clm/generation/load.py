@@ -9,13 +9,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_clm.data.label.render import LabelOptions
 from hf_clm.errors import ModelError, RecipeError
-from hf_clm.generation.llama_cpp import open_export
-from hf_clm.gguf import exported_folder, local_model
+from hf_clm.generation.llama_cpp import LlamaCppModel
+from hf_clm.gguf import exported_file, settings_folder
 from hf_clm.hub import load_options
 from hf_clm.machine import has_bf16
 from hf_clm.model.adapters import is_adapter, load_adapted, quantization
 from hf_clm.model.attention import NAME as PACKED
-from hf_clm.model.load import load_model, max_positions
+from hf_clm.model.load import load_config, load_model, max_positions
 from hf_clm.run_folder import Quantized, RunRecord, find_record
 from hf_clm.template import Template
 from hf_clm.text.tokenizer import load_tokenizer
@@ -67,7 +67,8 @@ def load_run(
     Without a run.json, the format is ``messages`` if the tokenizer has a chat template, else ``text``.
     Raises ModelError for a run that has not saved its final model yet.
     """
-    name_or_path = local_model(exported_folder(name_or_path), where="run or model")
+    file = exported_file(name_or_path)
+    name_or_path = settings_folder(name_or_path, where="run or model")
     record = find_record(name_or_path) or RunRecord(status="done")
     if record.status != "done":
         fix = "let it finish training, or use one of its checkpoint-N folders"
@@ -77,7 +78,10 @@ def load_run(
     tokenizer = load_tokenizer(name_or_path, revision=revision)
     place = find_device(device)
     kind = dtype or answer_dtype(place)
-    if (exported := open_export(name_or_path, device=place)) is not None:
+    if file is not None:
+        if dtype is not None:
+            raise RecipeError("has no effect on a GGUF file", where="--dtype", got=dtype, fix="remove it")
+        exported = LlamaCppModel(load_config(name_or_path), file, device=place)
         return to_loaded_run(exported, tokenizer, record)
     if is_adapter(name_or_path) and record.quantized and dtype is None:
         model = load_quantized(name_or_path, tokenizer, quantized=record.quantized, attention=attention)

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from hf_clm.errors import ModelError, RecipeError
 from hf_clm.generation.decoding import PENALTIES, Decoding, Penalty, Warper, update_decoding
+from hf_clm.gguf import settings_folder
 from hf_clm.model.adapters import is_adapter, read_base
 from hf_clm.model.load import GENERATION_FILE, read_generation_file, to_token_ids, without_adapters
 
@@ -115,7 +116,7 @@ def read_model_settings(name_or_path: str) -> Decoding:
     fix = "remove --use_model_settings, and set the options yourself"
     name, revision = read_base(name_or_path) if is_adapter(name_or_path) else (name_or_path, None)
     where = f"{GENERATION_FILE} of {name}"
-    settings = read_generation_file(name, revision=revision)
+    settings = read_generation_file(settings_folder(name, where="run or model"), revision=revision)
     if settings is None:
         raise ModelError("the file is missing or not valid JSON", where=where, fix=fix)
     for key, neutral in UNSUPPORTED_SETTINGS.items():
