@@ -77,7 +77,7 @@ def convert(
 
     Raises ModelError with the converter's last line if it refuses the model or its tokenizer.
     """
-    splitting = _splitting(tokenizer) if (converter / "conversion").is_dir() else ""
+    splitting = splitting_of(tokenizer) if (converter / "conversion").is_dir() else ""
     words = [str(converter), splitting, str(folder), "--outfile", str(file), "--outtype", kind]
     _run(["-c", RUNNER, *words], what="llama.cpp's converter refuses the model")
 
@@ -116,7 +116,7 @@ def _unpack(package: Path, workspace: Path) -> Path:
     return workspace / package.name.removesuffix(".tar.gz")
 
 
-def _splitting(tokenizer: PreTrainedTokenizerFast) -> str:
+def splitting_of(tokenizer: PreTrainedTokenizerFast) -> str:
     """Returns llama.cpp's name of the way a tokenizer splits a text into words; empty for an unusual one."""
     first = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     *before, last = first.get("pretokenizers", [first])
