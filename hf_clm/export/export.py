@@ -29,7 +29,7 @@ from hf_clm.errors import ModelError, RecipeError
 from hf_clm.evaluation.evaluate import build_dataset, to_data
 from hf_clm.evaluation.likelihood import measure_rows
 from hf_clm.export.convert import TYPES, add_stop_tokens, convert, find_converter
-from hf_clm.export.ollama import write_modelfile
+from hf_clm.export.ollama import MODELFILE, write_modelfile
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
 from hf_clm.generation.llama_cpp import LlamaCppModel, import_llama_cpp
@@ -161,7 +161,8 @@ def export(options: Namespace) -> list[str]:
         tolerance = TOLERANCES[TYPES.get(kind, kind)] if options.tolerance is None else options.tolerance
         comparison.check(tolerance)
         if isinstance(exported, LlamaCppModel) and options.to == "ollama":
-            lines += write_modelfile(made, facts["file"], run, exported)
+            asked = [prompt.messages for prompt in sample.prompts if prompt.messages]
+            lines += write_modelfile(made, facts["file"], run, exported, asked=asked)
         facts |= _figures(comparison, tolerance=tolerance, kind=kind)
         write_json(made / EXPORT_FILE, facts)
         if record:  # chat and evaluate read the format from it
@@ -389,7 +390,7 @@ def _next(output: Path, facts: dict[str, Any]) -> list[str]:
     file = output / facts["file"]
     lines.append(f"next      llama-server -m {file} --jinja")
     lines.append(f"          hf-clm chat {file}")
-    if facts["to"] == "ollama":
+    if (output / MODELFILE).exists():
         name = _name(facts["model"])
-        lines.append(f"          ollama create {name} -f {output / 'Modelfile'} && ollama run {name}")
+        lines.append(f"          ollama create {name} -f {output / MODELFILE} && ollama run {name}")
     return lines

@@ -72,26 +72,30 @@ SHAPES = [
 ]
 
 
-def write_modelfile(folder: Path, file: str, run: LoadedRun, exported: LlamaCppModel) -> list[str]:
+TEXT = Shape("for texts", "", "{{ .Prompt }}")  # of a model without a chat template, which continues texts
+
+
+def write_modelfile(
+    folder: Path, file: str, run: LoadedRun, exported: LlamaCppModel, *, asked: Sequence[Messages]
+) -> list[str]:
     """Writes the Modelfile for a GGUF file in ``folder``; returns the lines to print.
+
+    ``asked``: prompts of the run's data.
 
     Nothing is written if no shape equals the run's template: with another one, the model would be asked in
     another way than in training.
     """
-    tokenizer = run.tokenizer
-    if not tokenizer.chat_template:
-        shape, default = Shape("text", "", "{{ .Prompt }}"), ""
-    else:
+    tokenizer, shape, default = run.tokenizer, TEXT, ""
+    if tokenizer.chat_template:
         default = find_default_system(tokenizer)
-        start = str(tokenizer.bos_token or "")
-        writes_start = bool(start) and (render(tokenizer, ALONE) or "").startswith(start)
-        found = find_shape(tokenizer, default)
-        if found is None or writes_start != (exported.tokenize("", is_chat=True) != []):
-            return [
-                "ollama    no Modelfile: none of its templates writes what this run's chat template writes",
-                "          llama-server --jinja uses the template of the run, which the GGUF file contains",
-            ]
-        shape = found
+        # Ollama writes the start token where the file asks for it; a template of Go never does.
+        start = str(tokenizer.bos_token) if exported.tokenize("", is_chat=True) else ""
+        shape = find_shape(tokenizer, asked=asked, default=default, start=start)
+    if shape is None:
+        return [
+            "ollama    no Modelfile: none of its templates writes what this run's chat template writes",
+            "          llama-server --jinja uses the template of the run, which the GGUF file contains",
+        ]
     limit = min(max_positions(exported.config) or LARGEST_CONTEXT, LARGEST_CONTEXT)
     stops = [str(tokenizer.convert_ids_to_tokens(token)) for token in exported.stop_ids()]
     lines = [f"FROM ./{file}", f'TEMPLATE """{shape.go}"""']
@@ -105,20 +109,24 @@ def write_modelfile(folder: Path, file: str, run: LoadedRun, exported: LlamaCppM
     ]
 
 
-def find_shape(tokenizer: PreTrainedTokenizerFast, default: str) -> Shape | None:
-    """Returns the shape whose Jinja equals the tokenizer's template on all CONVERSATIONS that it accepts."""
-    expected = [(messages, render(tokenizer, messages)) for messages in CONVERSATIONS]
-    if expected[0][1] is None:
-        return None
-    start = str(tokenizer.bos_token or "")
-    for shape in [*SHAPES, *_plain_shape(tokenizer)]:
+def find_shape(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    asked: Sequence[Messages] = (),
+    default: str = "",
+    start: str = "",
+) -> Shape | None:
+    """Returns the shape that writes, after ``start``, what the tokenizer's template writes.
+
+    It is compared on all CONVERSATIONS that this template accepts, and on what is ``asked`` of the model.
+    ``default``: the system text of chats without one.
+    """
+    expected = [(messages, render(tokenizer, messages)) for messages in [*CONVERSATIONS, *asked]]
+    accepted = [(messages, text) for messages, text in expected if text is not None]
+    for shape in [*SHAPES, *_plain_shape(tokenizer, start)]:
         template = ImmutableSandboxedEnvironment().from_string(shape.jinja)
-        own = {
-            text.removeprefix(start) == template.render(messages=with_default(messages, default))
-            for messages, text in expected
-            if text is not None
-        }
-        if own == {True}:
+        written = [template.render(messages=with_default(messages, default)) for messages, _ in accepted]
+        if accepted and [start + text for text in written] == [text for _, text in accepted]:
             return shape
     return None
 
@@ -152,7 +160,7 @@ def render(tokenizer: PreTrainedTokenizerFast, messages: Messages) -> str | None
     return str(text)
 
 
-def _plain_shape(tokenizer: PreTrainedTokenizerFast) -> list[Shape]:
+def _plain_shape(tokenizer: PreTrainedTokenizerFast, start: str) -> list[Shape]:
     """Returns the shape of a template for single questions, with fixed texts around the words of the user.
 
     Returns nothing for a template that renders several turns.
@@ -160,7 +168,7 @@ def _plain_shape(tokenizer: PreTrainedTokenizerFast) -> list[Shape]:
     alone, with_system = render(tokenizer, ALONE), render(tokenizer, WITH_SYSTEM)
     if alone is None or render(tokenizer, CONVERSATIONS[2]) is not None:
         return []
-    text = (with_system or SYSTEM + alone).removeprefix(str(tokenizer.bos_token or ""))
+    text = (with_system or SYSTEM + alone).removeprefix(start)
     if (text.count(SYSTEM), text.count(USER)) != (1, 1):
         return []
     opening, _, rest = text.partition(SYSTEM)
