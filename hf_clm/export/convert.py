@@ -77,6 +77,10 @@ def convert(
 
     Raises ModelError with the converter's last line if it refuses the model or its tokenizer.
     """
+    place = folder / "config.json"
+    config = json.loads(place.read_text(encoding="utf-8"))
+    if "n_positions" in config:  # the converter reads GPT-2's old name, which transformers no longer writes
+        place.write_text(json.dumps({"n_ctx": config["n_positions"], **config}), encoding="utf-8")
     splitting = splitting_of(tokenizer) if (converter / "conversion").is_dir() else ""
     words = [str(converter), splitting, str(folder), "--outfile", str(file), "--outtype", kind]
     _run(["-c", RUNNER, *words], what="llama.cpp's converter refuses the model")

@@ -155,7 +155,7 @@ def render(tokenizer: PreTrainedTokenizerFast, messages: Messages) -> str | None
     """Returns a prompt as the tokenizer's template writes it; None if it refuses the chat."""
     try:
         text = tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=True)
-    except TemplateError:
+    except (TemplateError, TypeError):  # some need tools
         return None
     return str(text)
 
