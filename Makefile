@@ -57,7 +57,7 @@ test: lint  ## Check format, lint and types, and run the tests on a CPU; 10 minu
 test-large: $(READY)  ## Run the large tests: real model sizes, minutes of training, more variants. ARGS="-k poems"
 	$(PYTEST) --timeout 900 -m 'large and not gpu and not fake_cuda and not browser and not real' $(ARGS)
 
-test-peers: $(VENV)/.setup-peers  ## Run the tests that compare with TRL (installs it). ARGS="-k labels"
+test-peers: $(VENV)/.setup-peers  ## Run the tests that compare with TRL and llama.cpp (installs both). ARGS="-k labels"
 	$(BIN)/python -m pytest -m peer $(ARGS)
 
 test-real: $(VENV)/.setup-real $(MODEL)  ## Run the tests on SmolLM2 and of QLoRA on a CPU (fetches the model); 15 minutes. ARGS="-k resume"
@@ -128,8 +128,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
 	rm $(VENV)/.unfinished; touch $@
 
+# llama.cpp is built without instructions that a virtual machine may announce but not allow.
 $(VENV)/.setup-peers: $(READY)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,peers]'
+	CMAKE_ARGS=-DGGML_NATIVE=OFF $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,peers]'
 	touch $@
 
 $(VENV)/.setup-real: $(READY)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 SUFFIX = ".gguf"
-INSTALL = "pip install 'hf_clm[gguf]'"
+READER = "pip install gguf"
 EXPORT_FILE = "export.json"  # lies beside a file that ``hf-clm export`` wrote
 KEY_LETTERS = 12  # of the sha256, in the name of the folder
 
@@ -67,7 +67,7 @@ def local_model(name_or_path: str, *, where: str = "model.name_or_path") -> str:
     if not file.is_file():
         raise ModelError("no such file", where=where, got=repr(name_or_path))
     if find_spec("gguf") is None:
-        raise EnvironmentFault("needs the package gguf", where=f"{where} {name_or_path}", fix=INSTALL)
+        raise EnvironmentFault("needs the package gguf", where=f"{where} {name_or_path}", fix=READER)
     facts = file.stat()
     key = fingerprint([str(file), [facts.st_size, facts.st_mtime_ns]])[:KEY_LETTERS]
     from hf_clm.recipe.sections import Data  # most models are not GGUF files, and need no recipe

@@ -253,9 +253,9 @@ def add_export_options(parser: Parser) -> None:
     parser.add_argument("--data", nargs="+", metavar="FILE", default=[], help=text)
     parser.add_argument("--format", choices=get_args(Format), help="format of --data; default: detected")
     text = (
-        "share of greedy answers that may differ, and change of the loss in nats per token that is accepted; "
+        "how much less likely than another token a token of the run's answers may be, in nats; the loss may "
     )
-    text += "default: 0.02 in float16 and float32, 0.1 in bfloat16, 0.15 in q8_0"
+    text += "move by a tenth of it; default: 0.02, 0.15 in bfloat16 and 0.5 in q8_0"
     parser.add_argument("--tolerance", type=at_least(0.0), help=text)
     add_device(parser)
 

@@ -37,6 +37,7 @@ LAYERS = [
     {"training"},
     {"replay"},
     {"step_time", "merge", "options", "notebook"},
+    {"export"},
     {"bench"},
     {"api"},
     {"cli"},

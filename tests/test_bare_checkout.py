@@ -72,7 +72,7 @@ def test_every_command_prints_its_help(packages):
 
     done = run(packages, "-c", f"{helper}\n{code}")
 
-    assert done.stdout.count("usage: hf-clm ") == 16
+    assert done.stdout.count("usage: hf-clm ") == 17
 
 
 def test_a_recipe_needs_a_package_that_one_line_names(packages):

@@ -160,7 +160,7 @@ def test_every_option_with_a_default_states_it(monkeypatch, capsys):
 
 def test_these_are_all_the_commands():
     expected = "train prepare recipes config inspect doctor generate chat serve evaluate report checkpoints"
-    assert " ".join(COMMANDS) == f"{expected} verify why compare merge bench train-tokenizer"
+    assert " ".join(COMMANDS) == f"{expected} verify why compare merge export bench train-tokenizer"
 
 
 @pytest.mark.parametrize(

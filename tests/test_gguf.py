@@ -136,12 +136,12 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_line(tmp_path, name, messa
     assert "\n" not in str(caught.value)
 
 
-def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
+def test_without_the_package_its_name_is_given(tmp_path, monkeypatch):
     file = write_gguf(tmp_path / "tiny.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
 
     with pytest.raises(
-        EnvironmentFault, match=r"tiny.gguf: needs the package gguf; fix: pip install 'hf_clm\[gguf\]'$"
+        EnvironmentFault, match=r"tiny.gguf: needs the package gguf; fix: pip install gguf$"
     ):
         local_model(str(file))
 

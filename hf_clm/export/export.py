@@ -47,9 +47,11 @@ ROUND_TRIP_QUESTIONS = 3
 PLACE = "hf-clm export"
 SHARD = "5GB"  # of a file of safetensors
 SHARE = 0.98  # of the greedy answers must agree
-# In nats: how much less likely than its own choice the exported model may find a token of the run's answer,
-# and how far the loss may move. Rounding decides between tokens that are about equally likely.
-TOLERANCES = {"f32": 0.02, "f16": 0.02, "bf16": 0.15, "q8_0": 0.15}
+# How much less likely than its own choice the exported model may find a token of the run's answer, in nats:
+# rounding decides between tokens that are about equally likely. In a mean over many tokens, such as the loss,
+# most of the rounding cancels out.
+TOLERANCES = {"f32": 0.02, "f16": 0.02, "bf16": 0.15, "q8_0": 0.5}
+LOSS_TOLERANCE = 0.1
 
 
 class Prompt(NamedTuple):
@@ -111,10 +113,10 @@ class Comparison:
         return sum(gap <= tolerance for gap in self.gaps)
 
     def check(self, tolerance: float) -> None:
-        """Raises ModelError if too many answers differ, or if the loss moves by more than the tolerance."""
+        """Raises ModelError if too many answers differ by more than the tolerance, or if the loss moves."""
         close, count = self.close_answers(tolerance), len(self.gaps)
         change = abs(self.exported_loss - self.loss)
-        if close >= SHARE * count and change <= tolerance:
+        if close >= SHARE * count and change <= LOSS_TOLERANCE * tolerance:
             return
         got = f"{close} of {count} greedy answers within {tolerance:g} nats, and a loss of "
         got += f"{self.exported_loss:.4f} instead of {self.loss:.4f}"

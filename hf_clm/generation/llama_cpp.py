@@ -18,9 +18,9 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, Pr
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_clm.errors import EnvironmentFault, ModelError
-from hf_clm.gguf import INSTALL
 from hf_clm.model.load import max_positions
 
+INSTALL = "pip install 'hf_clm[gguf]'"
 BATCH = 512  # tokens that llama.cpp computes in one call
 CONTEXT = 1024  # tokens of the first context, which grows with the rows
 
