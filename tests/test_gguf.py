@@ -140,9 +140,7 @@ def test_without_the_package_its_name_is_given(tmp_path, monkeypatch):
     file = write_gguf(tmp_path / "tiny.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
 
-    with pytest.raises(
-        EnvironmentFault, match=r"tiny.gguf: needs the package gguf; fix: pip install gguf$"
-    ):
+    with pytest.raises(EnvironmentFault, match=r"tiny.gguf: needs the package gguf; fix: pip install gguf$"):
         local_model(str(file))
 
 
@@ -172,3 +170,14 @@ def test_adapters_of_a_file_open_with_plain_peft_and_merge(tmp_path, capsys):
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
     assert "8 greedy answers are the same" in capsys.readouterr().out
+
+
+def test_a_file_is_evaluated_like_its_folder(tmp_path, capsys):
+    file, figures = write_gguf(tmp_path / "tiny.gguf"), []
+    data = helpers.write_jsonl(tmp_path / "rows.jsonl", RECORDS)
+
+    for model in (str(file), local_model(str(file))):
+        assert main(["evaluate", model, data, "--no_generate", "--json"]) == 0
+        figures.append(json.loads(capsys.readouterr().out))
+
+    assert figures[0] == figures[1] and figures[0]["rows"] == 8

@@ -39,7 +39,7 @@ from hf_clm.gguf import EXPORT_FILE, SUFFIX, exported_file
 from hf_clm.machine import follow_umask, version_of
 from hf_clm.merge import merge_weights, to_prompt
 from hf_clm.model.adapters import is_adapter
-from hf_clm.run_folder import RunRecord, find_record, write_json, write_record
+from hf_clm.run_folder import RunRecord, find_record, step_of, write_json, write_record
 from hf_clm.schema import Chat, Example, TokenizedExample
 
 PROMPTS, NEW_TOKENS = 100, 32
@@ -155,7 +155,7 @@ def export(options: Namespace) -> list[str]:
         else:
             file = made / f"{_name(options.run)}-{kind}{SUFFIX}"
             exported = _write_gguf(plain, run, file, converter=converter)
-            facts |= {"file": file.name, **check_tokens(exported, run, sample)}
+            facts |= {"file": file.name, **check_tokens(exported, run, sample, answers)}
             lines = [
                 f"tokens    {facts['prompts_with_equal_ids']} prompts have the same token ids in llama.cpp"
             ]
@@ -266,17 +266,24 @@ def _next_logprobs(model: PreTrainedModel, ids: Sequence[int], *, count: int) ->
     return logits.float().cpu().log_softmax(-1)
 
 
-def check_tokens(exported: LlamaCppModel, run: LoadedRun, sample: Sample) -> dict[str, Any]:
+def check_tokens(
+    exported: LlamaCppModel, run: LoadedRun, sample: Sample, answers: Sequence[Answer]
+) -> dict[str, Any]:
     """Compares the ids that llama.cpp reads for each prompt with those of training.
 
     Prompts that messages can express are rendered with the template in the file. Returns figures for
-    export.json. Raises ModelError for the first prompt that differs, and for a stop token of the run at which
-    llama.cpp would not stop.
+    export.json. Raises ModelError for the first prompt that differs, and if llama.cpp would not stop where the
+    run stops, or earlier.
     """
     tokenizer, literal = run.tokenizer, [prompt for prompt in sample.prompts if prompt.text is not None]
-    if missing := stop_ids(run.model) - set(exported.stop_ids()):
-        got = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in sorted(missing))
-        raise ModelError("llama.cpp would not stop at a stop token of the run", where=PLACE, got=got)
+    stops, inside = set(exported.stop_ids()), {id for answer in answers for id in answer.chosen[:-1]}
+    for what, tokens in (
+        ("would not stop at a stop token of the run", stop_ids(run.model) - stops),
+        ("would stop inside an answer of the run", inside & stops),
+    ):
+        if tokens:
+            got = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in sorted(tokens))
+            raise ModelError(f"llama.cpp {what}", where=PLACE, got=got)
     for prompt in literal:
         text = exported.render(prompt.messages) if prompt.messages else str(prompt.text)
         is_chat = prompt.messages is not None or isinstance(prompt.example, Chat)
@@ -355,7 +362,9 @@ def _write_safetensors(
 
 
 def _name(run: str) -> str:
-    return Path(run).expanduser().resolve().name
+    """Returns the name of a run, and of its checkpoint, for the files."""
+    path = Path(run).expanduser().resolve()
+    return f"{path.parent.name}-{path.name}" if step_of(path) >= 0 else path.name
 
 
 def _figures(comparison: Comparison, *, tolerance: float, kind: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shutil
+import sys
 import tarfile
 from argparse import Namespace
 from pathlib import Path
@@ -20,6 +22,7 @@ from hf_clm.export.convert import CONVERTER, add_stop_tokens, find_converter, sp
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
 from hf_clm.generation.load import to_loaded_run
+from hf_clm.gguf import exported_file
 from hf_clm.run_folder import RunRecord
 from hf_clm.text.train_tokenizer import train_tokenizer
 from hf_clm.training.run import train
@@ -262,3 +265,29 @@ def test_prompts_are_spread_over_the_data_and_those_with_control_tokens_are_mark
     assert len(literal) == 84 - sum(prompt.ids == [*b"say <|im_end|>\n"] for prompt in sample.prompts)
     assert all(prompt.ids == [*str(prompt.text).encode()] for prompt in sample.prompts if prompt.text)
     assert np.array_equal(sample.rows[1]["labels"], [-100] * 4 + [ord("x"), helpers.EOS])
+
+
+def test_a_file_in_an_exported_folder_stands_for_itself(run, tmp_path, capsys, monkeypatch):
+    """The folder names the file that was exported; a file that was quantized further lies beside it."""
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    for name in ("own-f16.gguf", "own-Q4_K_M.gguf", "elsewhere/own-f16.gguf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "export.json").write_text('{"file": "own-f16.gguf"}')
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "run.json"):
+        shutil.copy(run / name, tmp_path)
+
+    found = [
+        exported_file(str(tmp_path / name))
+        for name in ("", "own-Q4_K_M.gguf", "missing.gguf", "elsewhere/own-f16.gguf", "elsewhere")
+    ]
+
+    assert found == [tmp_path / "own-f16.gguf", tmp_path / "own-Q4_K_M.gguf", None, None, None]
+    words = [["--prompt", "a", "--dtype", "float16"], ["--prompt", "a"]]
+    codes = [main(["generate", str(tmp_path / "own-Q4_K_M.gguf"), *more]) for more in words]
+    assert codes == [2, 6]
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "error: --dtype: has no effect on a GGUF file; got float16; fix: remove it"
+    assert f"{tmp_path}/own-Q4_K_M.gguf: needs the package llama-cpp-python" in second
+    assert main(words_for(tmp_path, tmp_path / "again")) == 2
+    assert "is an exported model; fix: name the run that was exported" in capsys.readouterr().err
