@@ -272,8 +272,8 @@ def check_tokens(
     """Compares the ids that llama.cpp reads for each prompt with those of training.
 
     Prompts that messages can express are rendered with the template in the file. Returns figures for
-    export.json. Raises ModelError for the first prompt that differs, and if llama.cpp would not stop where the
-    run stops, or earlier.
+    export.json. Raises ModelError for the first prompt that differs, and if llama.cpp would stop earlier or
+    later than the run.
     """
     tokenizer, literal = run.tokenizer, [prompt for prompt in sample.prompts if prompt.text is not None]
     stops, inside = set(exported.stop_ids()), {id for answer in answers for id in answer.chosen[:-1]}
