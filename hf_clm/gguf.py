@@ -39,11 +39,16 @@ def exported_file(name_or_path: str) -> Path | None:
     The name is that of the folder, or of a file in it, such as one that was quantized further.
     """
     path = Path(name_or_path).expanduser()
-    if is_gguf(name_or_path):
-        return path if path.is_file() and (path.parent / EXPORT_FILE).is_file() else None
-    place = path / EXPORT_FILE
-    name = json.loads(place.read_text(encoding="utf-8")).get("file") if place.is_file() else None
-    return path / name if name else None
+    folder = path.parent if is_gguf(name_or_path) else path
+    try:
+        facts = json.loads((folder / EXPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no such file, or another program's
+        return None
+    name = facts.get("file") if isinstance(facts, dict) else None
+    if not isinstance(name, str):
+        return None
+    file = path if is_gguf(name_or_path) else folder / name
+    return file if file.is_file() else None
 
 
 def settings_folder(name_or_path: str, *, where: str) -> str:

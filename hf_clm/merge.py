@@ -26,7 +26,8 @@ from hf_clm.generation.prompts import read_prompts, to_prompt_ids
 from hf_clm.machine import follow_umask
 from hf_clm.model.adapters import attach_adapters, is_adapter, load_adapted, read_base
 from hf_clm.model.load import load_config, load_model, max_positions
-from hf_clm.run_folder import Quantized, RunRecord, find_record, write_json, write_record
+from hf_clm.recipe.recipe import Recipe
+from hf_clm.run_folder import Quantized, RunRecord, find_record, step_of, write_json, write_record
 from hf_clm.schema import AnyExample, Document, Example, Segment, whole_text
 from hf_clm.text.tokenizer import load_tokenizer
 
@@ -134,8 +135,7 @@ def _find_prompts(folder: str, file: str | None, *, record: RunRecord | None) ->
     if file:
         run = record or RunRecord()
         return read_prompts(file, run.format or "text", has_turns=bool(run.has_turns))[:PROMPTS], file
-    place = Path(folder).expanduser()
-    recipe = run_recipe(str(place)) or run_recipe(str(place.parent))
+    recipe = find_recipe(folder)
     if recipe is None:
         what = "has no recipe.yaml, so its data are not known"
         raise RecipeError(what, where=folder, fix="set --prompts to a file")
@@ -146,6 +146,19 @@ def _find_prompts(folder: str, file: str | None, *, record: RunRecord | None) ->
     if not prompts:
         raise RecipeError("its data contain no prompts", where=folder, fix="set --prompts to a file")
     return prompts[:PROMPTS], ", ".join(source.path for source in data.train)
+
+
+def recipe_file(run: str) -> Path | None:
+    """Returns the recipe of a run, or of the run of a checkpoint; None if there is none."""
+    path = Path(run).expanduser()
+    file = (path.parent if step_of(path) >= 0 else path) / "recipe.yaml"
+    return file if file.is_file() else None
+
+
+def find_recipe(run: str) -> Recipe | None:
+    """Returns the content of ``recipe_file``."""
+    file = recipe_file(run)
+    return run_recipe(str(file.parent)) if file else None
 
 
 def to_prompt(example: AnyExample) -> Example | None:

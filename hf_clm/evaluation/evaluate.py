@@ -105,7 +105,7 @@ def evaluate_run(options: Namespace) -> Evaluation:
     choices = to_choices(options.choices) if options.choices is not None else []
     folder = settings_folder(options.run, where="run or model")
     load_options(folder, revision=None, where="run or model")  # fails early if it is missing
-    recipe = run_recipe(options.run)
+    recipe = run_recipe(folder)
     data = to_data(options, recipe)
     check_sources(data.model_copy(update={"eval": []}))
     read = load_examples(data)

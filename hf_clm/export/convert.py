@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,13 +16,13 @@ from hf_clm.errors import EnvironmentFault, ModelError, RecipeError
 
 VARIABLE = "LLAMA_CPP"
 CONVERTER = "convert_hf_to_gguf.py"
-NEEDED = (f"vendor/llama.cpp/{CONVERTER}", "vendor/llama.cpp/conversion/", "vendor/llama.cpp/gguf-py/")
+PREFIXES = (f"vendor/llama.cpp/{CONVERTER}", "vendor/llama.cpp/conversion/", "vendor/llama.cpp/gguf-py/")
 HOW_TO_GET_IT = (
     "git clone --depth 1 https://github.com/ggml-org/llama.cpp, or "
     "pip download --no-deps --no-binary :all: llama-cpp-python, and name the folder or the .tar.gz with "
     "--llama_cpp or LLAMA_CPP"
 )
-TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # of transformers -> of llama.cpp
+TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # dtype in transformers -> in llama.cpp
 # Of published tokenizers -> llama.cpp's name. A tokenizer that is trained for a new Qwen2 has the first.
 PATTERNS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -30,21 +31,21 @@ PATTERNS = {
     r"\s+(?!\S)|\s+": "llama-bpe",
 }
 
-# The converter tells from the hash of an encoded text how a tokenizer splits a text into words. It refuses a
-# tokenizer that was trained here, whose splitting is known. export compares the ids in any case.
+# The converter identifies the pre-tokenizer by the hash of an encoded text, and refuses unknown hashes, as of
+# tokenizers trained here, whose pre-tokenizer we know. export compares the ids in any case.
 RUNNER = """
 import runpy, sys
-folder, splitting, *sys.argv[1:] = sys.argv[1:]
+folder, pre_tokenizer, *sys.argv[1:] = sys.argv[1:]
 sys.argv[0] = f"{folder}/convert_hf_to_gguf.py"
 sys.path[:0] = [folder, f"{folder}/gguf-py"]
-if splitting:
+if pre_tokenizer:
     from conversion.base import TextModel
     find_published = TextModel.get_vocab_base_pre
     def find(self, tokenizer):
         try:
             return find_published(self, tokenizer)
         except NotImplementedError:
-            return splitting
+            return pre_tokenizer
     TextModel.get_vocab_base_pre = find
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -81,8 +82,8 @@ def convert(
     config = json.loads(place.read_text(encoding="utf-8"))
     if "n_positions" in config:  # the converter reads GPT-2's old name, which transformers no longer writes
         place.write_text(json.dumps({"n_ctx": config["n_positions"], **config}), encoding="utf-8")
-    splitting = splitting_of(tokenizer) if (converter / "conversion").is_dir() else ""
-    words = [str(converter), splitting, str(folder), "--outfile", str(file), "--outtype", kind]
+    pre_tokenizer = pre_tokenizer_of(tokenizer) if (converter / "conversion").is_dir() else ""
+    words = [str(converter), pre_tokenizer, str(folder), "--outfile", str(file), "--outtype", kind]
     _run(["-c", RUNNER, *words], what="llama.cpp's converter refuses the model")
 
 
@@ -92,7 +93,7 @@ def add_stop_tokens(file: Path, stop_ids: Sequence[int]) -> None:
     Raises ModelError for more.
     """
     if len(stop_ids) > 2:
-        what = "a GGUF file has no place for more than two further stop tokens"
+        what = "a GGUF file can name only two additional stop tokens"
         raise ModelError(what, where="hf-clm export", got=", ".join(map(str, stop_ids)))
     named = [
         ["--special-token-by-id", name, str(id)] for name, id in zip(("eot", "eom"), stop_ids, strict=False)
@@ -114,14 +115,18 @@ def _run(words: Sequence[str], *, what: str) -> None:
 
 def _unpack(package: Path, workspace: Path) -> Path:
     """Unpacks the converter of a source package, and returns the folder of the package."""
-    with tarfile.open(package) as archive:
-        names = [name for name in archive.getnames() if name.partition("/")[2].startswith(NEEDED)]
-        archive.extractall(workspace, members=[archive.getmember(name) for name in names], filter="data")
-    return workspace / package.name.removesuffix(".tar.gz")
+    try:
+        with tarfile.open(package) as archive:
+            names = [name for name in archive.getnames() if name.partition("/")[2].startswith(PREFIXES)]
+            archive.extractall(workspace, members=[archive.getmember(name) for name in names], filter="data")
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        what = "cannot be unpacked"
+        raise RecipeError(what, where=str(package), got=str(error), fix=HOW_TO_GET_IT) from error
+    return workspace / names[0].partition("/")[0] if names else workspace
 
 
-def splitting_of(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Returns llama.cpp's name of the way a tokenizer splits a text into words; empty for an unusual one."""
+def pre_tokenizer_of(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Returns llama.cpp's name for the pre-tokenizer; empty for an unusual one."""
     first = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     *before, last = first.get("pretokenizers", [first])
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):

@@ -1,7 +1,8 @@
 """Writes the Modelfile of Ollama, which renders chats with a template of Go, not with the model's own.
 
 SHAPES has pairs of templates that write the same text. The one in Jinja is compared with that of the run: if
-they are equal in every conversation that the latter accepts, the Modelfile contains the one in Go.
+they are equal in every conversation that the latter accepts, the Modelfile contains the one in Go. Only white
+space at the ends of a message differs for Llama 3 and Gemma, whose templates remove it: Ollama cannot.
 """
 
 import json
@@ -26,7 +27,17 @@ SYSTEM, USER, ANSWER = "Answer in 3 words.", "What is 2 + 2?\nPlease.", "It is 4
 ALONE: Messages = [{"role": "user", "content": USER}]
 WITH_SYSTEM: Messages = [{"role": "system", "content": SYSTEM}, *ALONE]
 TURNS: Messages = [{"role": "assistant", "content": ANSWER}, {"role": "user", "content": "等于 5 吗？"}]
-CONVERSATIONS = [ALONE, WITH_SYSTEM, [*ALONE, *TURNS], [*WITH_SYSTEM, *TURNS], [*ALONE, *TURNS, *TURNS]]
+REASONED: Messages = [
+    *(
+        {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\nFour."},
+        {"role": "user", "content": "Why?"},
+    ),
+]
+CONVERSATIONS = [
+    *(ALONE, WITH_SYSTEM, [*ALONE, *TURNS], [*WITH_SYSTEM, *TURNS], [*ALONE, *TURNS, *TURNS]),
+    [*ALONE, *REASONED],  # some templates leave out the reasoning of earlier turns
+]
+PADDED: Messages = [{"role": "user", "content": " 2 + 2 \n"}]
 
 
 class Shape(NamedTuple):
@@ -72,7 +83,7 @@ SHAPES = [
 ]
 
 
-TEXT = Shape("for texts", "", "{{ .Prompt }}")  # of a model without a chat template, which continues texts
+TEXT = Shape("for texts", "", "{{ .Prompt }}")  # of a run in the format ``text``, which continues texts
 
 
 def write_modelfile(
@@ -80,33 +91,31 @@ def write_modelfile(
 ) -> list[str]:
     """Writes the Modelfile for a GGUF file in ``folder``; returns the lines to print.
 
-    ``asked``: prompts of the run's data.
-
-    Nothing is written if no shape equals the run's template: with another one, the model would be asked in
-    another way than in training.
+    Nothing is written if no shape writes the prompts of the run. ``asked``: prompts of its data.
     """
-    tokenizer, shape, default = run.tokenizer, TEXT, ""
-    if tokenizer.chat_template:
+    tokenizer, shape, default = run.tokenizer, TEXT if run.format == "text" else None, ""
+    if shape is None and tokenizer.chat_template:
         default = find_default_system(tokenizer)
         # Ollama writes the start token where the file asks for it; a template of Go never does.
         start = str(tokenizer.bos_token) if exported.tokenize("", is_chat=True) else ""
         shape = find_shape(tokenizer, asked=asked, default=default, start=start)
     if shape is None:
         return [
-            "ollama    no Modelfile: none of its templates writes what this run's chat template writes",
+            "ollama    no Modelfile: no known Go template writes the prompts of this run",
             "          llama-server --jinja uses the template of the run, which the GGUF file contains",
         ]
     limit = min(max_positions(exported.config) or LARGEST_CONTEXT, LARGEST_CONTEXT)
-    stops = [str(tokenizer.convert_ids_to_tokens(token)) for token in exported.stop_ids()]
+    stops = [str(tokenizer.decode([token])) for token in exported.stop_ids()]
     lines = [f"FROM ./{file}", f'TEMPLATE """{shape.go}"""']
     lines += [f'SYSTEM """{default}"""'] if default else []
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
-    # Ollama would sample, punish repetition, and cut the conversation to fewer tokens than the model reads.
+    lines += [f'PARAMETER stop """{stop}"""' for stop in stops]
+    # By default, Ollama samples, penalizes repetition and shortens the context.
     lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1", f"PARAMETER num_ctx {limit}"]
+    settings = run.model.generation_config
+    if settings is not None and settings.max_new_tokens:
+        lines.append(f"PARAMETER num_predict {settings.max_new_tokens}")
     write_text(folder / MODELFILE, "\n".join(lines) + "\n")
-    return [
-        f"ollama    Modelfile with the template {shape.name}, which writes what this run's template writes"
-    ]
+    return [f"ollama    Modelfile with the template {shape.name}, which writes the prompts of this run"]
 
 
 def find_shape(
@@ -121,7 +130,7 @@ def find_shape(
     It is compared on all CONVERSATIONS that this template accepts, and on what is ``asked`` of the model.
     ``default``: the system text of chats without one.
     """
-    expected = [(messages, render(tokenizer, messages)) for messages in [*CONVERSATIONS, *asked]]
+    expected = [(messages, render(tokenizer, messages)) for messages in [*CONVERSATIONS, PADDED, *asked]]
     accepted = [(messages, text) for messages, text in expected if text is not None]
     for shape in [*SHAPES, *_plain_shape(tokenizer, start)]:
         template = ImmutableSandboxedEnvironment().from_string(shape.jinja)

@@ -37,7 +37,7 @@ class LlamaCppModel(PreTrainedModel, GenerationMixin):
     """
 
     main_input_name = "input_ids"
-    _supports_sdpa = True  # llama.cpp has an attention of its own; transformers asks every class
+    _supports_sdpa = True  # llama.cpp computes attention itself, but transformers checks this
 
     def __init__(self, config: PretrainedConfig, file: Path, *, device: torch.device | None = None):
         super().__init__(copy.deepcopy(config))
@@ -144,7 +144,7 @@ class LlamaCppModel(PreTrainedModel, GenerationMixin):
     def _logits(self, ids: list[int], places: Sequence[int]) -> torch.Tensor:
         """Returns the logits (K, V) after these places of a document.
 
-        Only the tokens after the beginning that the context already holds are computed.
+        Reuses the longest prefix that is already in the context.
         """
         if not places:
             return torch.empty(0, self._llama.n_vocab())
@@ -152,7 +152,9 @@ class LlamaCppModel(PreTrainedModel, GenerationMixin):
             self._open(len(ids))
         library, context = self._library, self._llama.ctx
         memory = library.llama_get_memory(context)
-        same = [one == other for one, other in zip(ids, self._ids, strict=False)]
+        # Until all is computed, it is unknown what the context holds: Ctrl-C may stop an answer.
+        known, self._ids = self._ids, []
+        same = [one == other for one, other in zip(ids, known, strict=False)]
         kept = min(same.index(False) if False in same else len(same), places[0])
         if not library.llama_memory_seq_rm(memory, 0, kept, -1):  # a recurrent state cannot go back
             library.llama_memory_clear(memory, True)

