@@ -65,6 +65,10 @@ class Sample:
     new_tokens: int = NEW_TOKENS
     too_long: int = 0
 
+    def starts(self, token: object) -> bool:
+        """Returns whether all prompts begin with this token id."""
+        return all(prompt.ids[0] == token for prompt in self.prompts)
+
     @property
     def messages(self) -> list[list[dict[str, str]]]:
         """The prompts that are messages."""

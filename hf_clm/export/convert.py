@@ -82,6 +82,10 @@ def convert(
     config = json.loads(place.read_text(encoding="utf-8"))
     if "n_positions" in config:  # the converter reads GPT-2's old name, which transformers no longer writes
         place.write_text(json.dumps({"n_ctx": config["n_positions"], **config}), encoding="utf-8")
+    place = folder / "tokenizer_config.json"
+    config = json.loads(place.read_text(encoding="utf-8"))
+    starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    place.write_text(json.dumps({"add_bos_token": starts, **config}), encoding="utf-8")
     pre_tokenizer = pre_tokenizer_of(tokenizer) if (converter / "conversion").is_dir() else ""
     words = [str(converter), pre_tokenizer, str(folder), "--outfile", str(file), "--outtype", kind]
     _run(["-c", RUNNER, *words], what="llama.cpp's converter refuses the model")
@@ -102,6 +106,22 @@ def add_stop_tokens(file: Path, stop_ids: Sequence[int]) -> None:
     words = ["-m", "gguf.scripts.gguf_new_metadata", str(file), str(changed), *chain(*named), "--force"]
     _run(words, what="the stop tokens cannot be added")
     changed.replace(file)
+
+
+def remove_start_token(file: Path) -> None:
+    """Makes llama.cpp begin a prompt without a start token.
+
+    In a chat, transformers leaves it to the template; llama.cpp adds it where the tokenizer does for texts.
+    """
+    words = [
+        "-m",
+        "gguf.scripts.gguf_set_metadata",
+        str(file),
+        "tokenizer.ggml.add_bos_token",
+        "",  # false: the script reads any other text as true
+        "--force",
+    ]
+    _run(words, what="the start token cannot be removed")
 
 
 def _run(words: Sequence[str], *, what: str) -> None:

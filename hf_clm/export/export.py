@@ -19,19 +19,20 @@ from transformers import PreTrainedModel
 from hf_clm.doctor.round_trip import Question, start_round_trip
 from hf_clm.errors import RecipeError
 from hf_clm.export.compare import PLACE, Sample, check_tokens, compare, observe, read_sample
-from hf_clm.export.convert import TYPES, add_stop_tokens, convert, find_converter
+from hf_clm.export.convert import TYPES, add_stop_tokens, convert, find_converter, remove_start_token
 from hf_clm.export.ollama import MODELFILE, write_modelfile
 from hf_clm.generation.llama_cpp import LlamaCppModel, import_llama_cpp
 from hf_clm.generation.load import LoadedRun, load_run
 from hf_clm.generation.sampling import stop_ids
 from hf_clm.gguf import EXPORT_FILE, SUFFIX, exported_file
 from hf_clm.machine import follow_umask, version_of
-from hf_clm.merge import merge_weights, recipe_file
+from hf_clm.merge import find_recipe, merge_weights, recipe_file
 from hf_clm.model.adapters import is_adapter
 from hf_clm.run_folder import find_record, step_of, write_json, write_record
 from hf_clm.schema import Json
 
 ROUND_TRIP_QUESTIONS = 3
+SENTENCEPIECE_FILE = "tokenizer.model"  # transformers does not write it again, but the converter needs it
 SHARD = "5GB"  # of a file of safetensors
 # Nats by which a token of the run's answer may fall behind the first choice of the exported model: rounding
 # decides between tokens that are about equally likely.
@@ -65,7 +66,9 @@ def export(options: Namespace) -> list[str]:
             ]
         else:
             file = folder / f"{_name(options.run)}-{weights}{SUFFIX}"
-            exported = _write_gguf(plain, run, file, workspace=workspace, converter=converter, kind=weights)
+            source = _write_source(plain, run, workspace / "plain", origin=options.run)
+            convert(source, file, converter=converter, kind=weights, tokenizer=run.tokenizer)
+            exported = _open_gguf(plain, run, file, starts=sample.starts(run.tokenizer.bos_token_id))
             check = check_tokens(exported, run, sample, expected)
             facts |= {"file": file.name, **check._asdict()}
             lines = [f"tokens    llama.cpp tokenizes {check.equal_prompts} prompts as in training"]
@@ -123,22 +126,37 @@ def _merge(run: LoadedRun, folder: str) -> PreTrainedModel:
     return merge_weights(run.model, folder, is_quantized=_is_quantized(folder))
 
 
-def _write_gguf(
-    plain: PreTrainedModel, run: LoadedRun, file: Path, *, workspace: Path, converter: Path, kind: str
-) -> LlamaCppModel:
-    """Writes the file, and beside it what describes the model; opens the file with llama.cpp."""
-    source = workspace / "plain"
-    plain.float().save_pretrained(source)
-    run.tokenizer.save_pretrained(source)
+def _write_source(plain: PreTrainedModel, run: LoadedRun, folder: Path, *, origin: str) -> Path:
+    """Writes what the converter reads: the model in float32, the tokenizer, and its SentencePiece file."""
+    plain.float().save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+    recipe = find_recipe(origin)
+    names = [origin, recipe.model.name_or_path, recipe.tokenizer.name_or_path] if recipe else [origin]
+    for path in (Path(name).expanduser() for name in names if name):
+        file = path if path.suffix == ".model" else path / SENTENCEPIECE_FILE
+        if file.is_file():
+            shutil.copy(file, folder / SENTENCEPIECE_FILE)
+            break
+    return folder
+
+
+def _open_gguf(plain: PreTrainedModel, run: LoadedRun, file: Path, *, starts: bool) -> LlamaCppModel:
+    """Writes what describes the model beside the file, and opens it with llama.cpp.
+
+    Prompts of the run decide about the start token (``starts``) and the stop tokens in the file.
+    """
     run.tokenizer.save_pretrained(file.parent)
-    convert(source, file, converter=converter, kind=kind, tokenizer=run.tokenizer)
-    shutil.rmtree(source)
     plain.config.save_pretrained(file.parent)
     if plain.generation_config is not None:
         plain.generation_config.save_pretrained(file.parent)
     exported = LlamaCppModel(plain.config, file, device=plain.device)
-    if missing := sorted(stop_ids(plain) - set(exported.stop_ids())):
+    missing = sorted(stop_ids(plain) - set(exported.stop_ids()))
+    if missing:
         add_stop_tokens(file, missing)
+    adds_start = exported.tokenize("", is_chat=False) != []
+    if adds_start and not starts:
+        remove_start_token(file)
+    if missing or adds_start != starts:
         exported = LlamaCppModel(plain.config, file, device=plain.device)
     return exported
 

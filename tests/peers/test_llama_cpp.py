@@ -15,6 +15,7 @@ import helpers
 import pytest
 import torch
 from helpers import write_jsonl
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from hf_clm.cli import main
@@ -320,14 +321,88 @@ def test_plain_prompts_and_texts_are_read_alike(tmp_path, format, capsys):
         6,
         6 if is_asked else 0,
     )
-    assert (tmp_path / "gguf" / "Modelfile").exists()
+    expected = "Below is an instruction" if is_asked else 'TEMPLATE """{{ .Prompt }}"""'
+    assert expected in (tmp_path / "gguf" / "Modelfile").read_text()
     if is_asked:
         capsys.readouterr()
         assert main(["generate", str(run), "--prompt", "Why?", "--max_new_tokens", "40"]) == 0
         assert ask_llama_cpp(tmp_path / "gguf", "Why?") == capsys.readouterr().out.removesuffix("\n")
 
 
-def test_a_model_that_the_converter_does_not_know_is_refused_in_one_line(tmp_path, capsys):
+def test_a_sentencepiece_file_of_the_run_is_used(tmp_path):
+    """BPE with bytes and a start token, as in Llama 2; transformers does not save the file."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8").split("\n")
+    options = {"vocab_size": 600, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    with (tmp_path / "own.model").open("wb") as file:
+        sentences = iter([line for line in [*text, *ANSWERS.values()] if line.strip()])
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=file, **options)
+    records = [{"prompt": q, "completion": f" {a}"} for q, a in ANSWERS.items()]
+    run = train_run(tmp_path, {"name_or_path": str(tmp_path / "own.model")}, records=records)
+
+    assert main(words_for(run, tmp_path / "gguf")) == 0
+
+    facts = json.loads((tmp_path / "gguf" / "export.json").read_text())
+    assert (facts["equal_prompts"], facts["same_answers"]) == (6, 6)
+
+
+def test_a_start_token_that_chats_do_not_have_is_removed(tmp_path):
+    """The tokenizer adds one to a text; the chat template writes none, so chats in transformers have none."""
+    trained = train_tokenizer([*ANSWERS, *ANSWERS.values()], vocab_size=400)
+    start = ("<|endoftext|>", trained.bos_token_id)
+    trained.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start[0]} $A", special_tokens=[start]
+    )
+    trained.save_pretrained(tmp_path / "tokenizer")
+    section = {"name_or_path": str(tmp_path / "tokenizer"), "chat_template": "chatml"}
+    run = train_run(tmp_path, section, kind="qwen3")
+    assert AutoTokenizer.from_pretrained(run)("a").input_ids[0] == start[1]
+
+    assert main(words_for(run, tmp_path / "gguf", "--to", "ollama")) == 0
+
+    assert (tmp_path / "gguf" / "Modelfile").exists()
+    assert ask_llama_cpp(tmp_path / "gguf", "Why?") == ANSWERS["Why?"]
+
+
+def test_a_long_prompt_is_left_out_and_a_loss_over_the_tolerance_is_refused(run, tmp_path, capsys):
+    records = [json.loads(line) for line in (run.parent / "rows.jsonl").open()]
+    records.append({"messages": [{"role": "user", "content": "x " * 240}, records[0]["messages"][1]]})
+    words = words_for(run, tmp_path / "gguf", "--data", write_jsonl(tmp_path / "rows.jsonl", records))
+
+    assert main([*words, "--quantize", "q8_0", "--tolerance", "0"]) == 4
+
+    error = capsys.readouterr().err
+    assert "greedy answers within 0 nats" in error
+    assert "fix: choose --quantize none, or a larger --tolerance" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert main(words) == 0
+    facts = json.loads((tmp_path / "gguf" / "export.json").read_text())
+    assert (facts["prompts"], facts["prompts_too_long"]) == (6, 1)
+
+
+def test_an_answer_that_was_interrupted_leaves_no_trace(exported, monkeypatch):
+    """The context then holds a part of the new row."""
+    (file,) = exported.glob("*.gguf")
+    model = LlamaCppModel(load_config(str(exported)), file)
+    one, other = torch.tensor([[*range(100, 160)]]), torch.tensor([[*range(100, 110), *range(300, 900)]])
+    expected = model(one).logits
+    decode, calls = llama_cpp.llama_decode, []
+
+    def interrupt(*words: Any) -> int:
+        calls.append(decode(*words))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llama_cpp, "llama_decode", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(other)
+
+    assert calls == [0]
+    torch.testing.assert_close(model(one).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_tokenizer_that_the_converter_does_not_know_is_refused_in_one_line(tmp_path, capsys):
     model = helpers.tiny_model("llama", vocab_size=400)
     folder = helpers.save_folder(tmp_path / "model", model, helpers.sentencepiece_tokenizer())
     data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])

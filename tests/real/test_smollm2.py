@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct, a pretrained chat model: what is promised holds on it too (make test-real)."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -185,3 +186,31 @@ def test_the_saved_full_model_opens_with_transformers_alone(merged):
 
     assert type(model).__name__ == "LlamaForCausalLM"
     assert model.generation_config.eos_token_id == [2]
+
+
+def test_llama_cpp_answers_as_the_run(adapted, tmp_path, capsys):
+    """On 80 prompts; needs llama-cpp-python, and LLAMA_CPP for its converter."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    if "LLAMA_CPP" not in os.environ:
+        pytest.skip("LLAMA_CPP does not name the converter")
+    facts = {}
+    for quantize in ("none", "q8_0"):
+        words = ["export", str(adapted), "--to", "ollama", "--quantize", quantize, "--output_dir"]
+        assert main([*words, str(tmp_path / quantize)]) == 0
+        facts[quantize] = json.loads((tmp_path / quantize / "export.json").read_text())
+    model = llama_cpp.Llama(str(tmp_path / "none" / facts["none"]["file"]), n_ctx=512, verbose=False)
+
+    found = [
+        model.create_chat_completion(
+            [{"role": "user", "content": question}], temperature=0.0, max_tokens=NEW_TOKENS
+        )["choices"][0]["message"]["content"]
+        for question in QUESTIONS
+    ]
+
+    assert found == answers_of(adapted, capsys)
+    exact, rounded = facts["none"], facts["q8_0"]
+    assert exact["equal_prompts"] == rounded["equal_prompts"] == exact["prompts"] == 80
+    assert exact["same_answers"] >= 72 and exact["answers_within_tolerance"] == 80
+    assert abs(rounded["exported_loss"] - rounded["loss"]) < 0.02
+    modelfile = (tmp_path / "none" / "Modelfile").read_text()
+    assert 'SYSTEM """You are a helpful AI assistant named SmolLM' in modelfile
