@@ -46,10 +46,10 @@ def export(options: Namespace) -> list[str]:
     EnvironmentFault without llama.cpp, ModelError for a model that cannot be converted or does not answer as
     the run does.
     """
-    output = Path(options.output_dir).expanduser().absolute()
+    output = Path(options.output_dir).expanduser()
     weights = _check_options(options, output)
     tolerance = TOLERANCES[TYPES.get(weights, weights)] if options.tolerance is None else options.tolerance
-    parent = next(folder for folder in output.parents if folder.is_dir())
+    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=parent) as name:
         workspace, folder = Path(name), Path(name) / "export"
         folder.mkdir()
