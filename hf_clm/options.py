@@ -252,8 +252,10 @@ def add_export_options(parser: Parser) -> None:
     text = "files to take the prompts and targets from; default: the training data of the run"
     parser.add_argument("--data", nargs="+", metavar="FILE", default=[], help=text)
     parser.add_argument("--format", choices=get_args(Format), help="format of --data; default: detected")
-    text = "how far a token of the run's answers may fall behind the exported model's first choice, in nats; "
-    text += "the loss may change by a tenth of this; default: 0.02, 0.15 in bfloat16 and 0.5 in q8_0"
+    text = (
+        "largest gap in log-probability (nats) between the exported model's best token and the run's token; "
+    )
+    text += "the loss may change by a tenth of it; default: 0.02, 0.15 in bfloat16 and 0.5 in q8_0"
     parser.add_argument("--tolerance", type=at_least(0.0), help=text)
     add_device(parser)
 
