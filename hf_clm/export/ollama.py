@@ -146,12 +146,10 @@ def find_default_system(tokenizer: PreTrainedTokenizerFast) -> str:
     if without is None or with_system is None or with_system.count(SYSTEM) != 1:
         return ""
     before, _, after = with_system.partition(SYSTEM)
-    is_replaced = without.startswith(before) and without.endswith(after)
-    return (
-        without[len(before) : len(without) - len(after)]
-        if is_replaced and len(without) > len(before + after)
-        else ""
+    has_default = (
+        without.startswith(before) and without.endswith(after) and len(without) > len(before + after)
     )
+    return without[len(before) : len(without) - len(after)] if has_default else ""
 
 
 def with_default(messages: Messages, default: str) -> Messages:
@@ -177,15 +175,12 @@ def _plain_shape(tokenizer: PreTrainedTokenizerFast, start: str) -> list[Shape]:
     alone, with_system = render(tokenizer, ALONE), render(tokenizer, WITH_SYSTEM)
     if alone is None or render(tokenizer, CONVERSATIONS[2]) is not None:
         return []
-    text = (with_system or SYSTEM + alone).removeprefix(start)
-    if (text.count(SYSTEM), text.count(USER)) != (1, 1):
-        return []
-    opening, _, rest = text.partition(SYSTEM)
-    middle, _, after = rest.partition(USER)
-    if with_system is None:  # the question comes first
-        opening, before, middle = "", middle, ""
+    opening = middle = before = ""
+    if with_system is None:
+        before, _, after = alone.removeprefix(start).partition(USER)
     else:
-        before = ""
+        opening, _, rest = with_system.removeprefix(start).partition(SYSTEM)
+        middle, _, after = rest.partition(USER)
     quoted = [json.dumps(part, ensure_ascii=False) for part in (opening, middle, before, after)]
     jinja = (
         "{{% for m in messages %}}{{% if m.role == 'system' %}}{{{{ {0} + m.content + {1} }}}}"

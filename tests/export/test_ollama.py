@@ -49,6 +49,8 @@ def test_plain_prompts_have_a_shape(format):
     shape = find_shape(tokenizer, default=default)
 
     assert shape is not None and shape.name == "for single questions"
+    tokenizer.chat_template = plain_template(format, None, starts=True)
+    assert find_shape(tokenizer, default=default, start="<|endoftext|>") == shape
     assert default.startswith("Below is an instruction") == (format == "alpaca")
 
 
