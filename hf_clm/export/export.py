@@ -34,8 +34,8 @@ from hf_clm.schema import Json
 ROUND_TRIP_QUESTIONS = 3
 SENTENCEPIECE_FILE = "tokenizer.model"  # transformers does not write it again, but the converter needs it
 SHARD = "5GB"  # of a file of safetensors
-# The largest allowed gap in log-probability (nats) between the exported model's best token and the run's: when
-# two tokens are almost tied, rounding decides which one wins.
+# The largest gap in log-probability (nats) allowed between the exported model's best token and the run's:
+# when two tokens are almost tied, rounding decides which one wins.
 TOLERANCES = {"f32": 0.02, "f16": 0.02, "bf16": 0.15, "q8_0": 0.5}
 
 
