@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_clm.errors import RecipeError
 from hf_clm.generation.llama_cpp import LlamaCppModel
 from hf_clm.generation.load import LoadedRun, load_run, run_recipe
+from hf_clm.gguf import settings_folder
 from hf_clm.model.adapters import is_adapter, read_base
 from hf_clm.model.load import fit_to_tokenizer
 
@@ -36,7 +37,8 @@ def load_before(name: str, run: LoadedRun, options: Namespace) -> Before:
     """
     if name == BASE and is_adapter(options.run):
         return Before(read_base(options.run)[0], run.model, is_adapted=True)
-    name, revision = find_base(options.run) if name == BASE else (name, None)
+    folder = settings_folder(options.run, where="run or model")
+    name, revision = find_base(folder) if name == BASE else (name, None)
     other = load_run(name, device=options.device, dtype=options.dtype, revision=revision)
     check_same_tokens(name, other.tokenizer, run.tokenizer)
     if not isinstance(other.model, LlamaCppModel):  # which computes a file as it is

@@ -234,6 +234,11 @@ def test_adapters_are_merged_and_unmerged_ones_are_refused(run, tmp_path, capsys
     answer = capsys.readouterr().out.removesuffix("\n")
     assert answer != ANSWERS["Why?"]
     assert ask_llama_cpp(tmp_path / "gguf", "Why?") == answer
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    data = str(tmp_path / "lora" / "rows.jsonl")
+    assert main(["evaluate", str(file), data, "--before", "base", "--no_generate", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["before"]["model"] == str(run) and figures["before"]["loss"] > figures["loss"]
     monkeypatch.setattr(exporting, "merge_weights", lambda model, folder, is_quantized: model.unload())
     assert main(words_for(tmp_path / "lora" / "run", tmp_path / "unmerged")) == 4
 
